@@ -1,0 +1,3 @@
+"""containerd's gRPC API."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""OCI image to overlaybd image."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Experiments: images, networks, hosts, cold proof, rows, statistics, figures."""
+
+from __future__ import annotations

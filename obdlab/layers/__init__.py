@@ -1,0 +1,3 @@
+"""Formats seen as blobs: tar window, ZFile, LSMT layer, stack, writable upper."""
+
+from __future__ import annotations

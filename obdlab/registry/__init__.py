@@ -1,0 +1,3 @@
+"""The OCI distribution protocol over HTTP."""
+
+from __future__ import annotations

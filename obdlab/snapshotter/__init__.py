@@ -1,0 +1,3 @@
+"""A containerd proxy snapshotter."""
+
+from __future__ import annotations
