@@ -6,7 +6,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from obdlab.errors import ObdlabError
-from obdlab.image.open import open_stack, open_zfile
+
+if TYPE_CHECKING:
+    from obdlab.image.open import open_stack, open_zfile
 
 __all__ = ["ObdlabError", "open_stack", "open_zfile"]
+
+
+def __getattr__(name: str) -> object:
+    # Late, so that `obdlab --help` and the tests of pure formats do not pay for numpy and an HTTP library.
+    if name in ("open_stack", "open_zfile"):
+        from obdlab.image import open as image_open
+
+        return getattr(image_open, name)
+    raise AttributeError(f"module 'obdlab' has no attribute {name!r}")
