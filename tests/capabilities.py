@@ -1,0 +1,60 @@
+"""What this machine can do, and why a test that needs more is skipped.
+
+``OBDLAB_REQUIRE=kernel,containerd`` (set in CI) turns the skip into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+REQUIRED = frozenset(filter(None, os.environ.get("OBDLAB_REQUIRE", "").split(",")))
+LONG = os.environ.get("OBDLAB_LONG") == "1"
+
+
+def missing_for_kernel() -> str:
+    """Why real FUSE + loop devices cannot be used here, or ''."""
+    if os.geteuid() != 0:
+        return "not root"
+    for node in ("/dev/fuse", "/dev/loop-control"):
+        if not Path(node).exists():
+            return f"{node} does not exist"
+    for tool in ("mkfs.ext4", "mount", "umount"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return ""
+
+
+def missing_for_containerd() -> str:
+    """Why a real containerd cannot be run here, or ''."""
+    if os.geteuid() != 0:
+        return "not root"
+    for tool in ("containerd", "ctr", "runc", "docker-registry"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return missing_for_kernel()
+
+
+def missing_for_registry() -> str:
+    """Why a real registry cannot be run here, or ''."""
+    return "" if shutil.which("docker-registry") else "docker-registry is not installed"
+
+
+_PROBES = {
+    "kernel": missing_for_kernel,
+    "containerd": missing_for_containerd,
+    "registry": missing_for_registry,
+}
+
+
+def require(capability: str) -> None:
+    """Skip the running test, or fail it where ``OBDLAB_REQUIRE`` names the capability, unless it is there."""
+    reason = _PROBES[capability]()
+    if not reason:
+        return
+    if capability in REQUIRED:
+        pytest.fail(f"{capability} is required here but missing: {reason}")
+    pytest.skip(f"{capability}: {reason}")

@@ -1,0 +1,15 @@
+"""Markers that probe the machine: ``kernel``, ``containerd`` and ``slow``."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import capabilities
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for capability in ("kernel", "containerd", "registry"):
+        if item.get_closest_marker(capability) is not None:
+            capabilities.require(capability)
+    if item.get_closest_marker("slow") is not None and not capabilities.LONG:
+        pytest.skip("slow: runs in make test-long (OBDLAB_LONG=1)")
