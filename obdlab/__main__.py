@@ -1,0 +1,10 @@
+"""``python -m obdlab``."""
+
+from __future__ import annotations
+
+import sys
+
+from obdlab.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

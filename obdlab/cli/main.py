@@ -1,0 +1,78 @@
+"""The ``obdlab`` command.
+
+Each subcommand is a module of this package with ``add(subcommands)``, which declares its arguments and sets
+``run=<function(args) -> exit status>``. Modules import what they run inside that function, so that ``--help`` and
+shell completion stay fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = (
+    "convert",
+    "rpull",
+    "snapshotter",
+    "mount",
+    "attach",
+    "inspect",
+    "cleanup",
+    "experiment",
+    "image",
+    "doctor",
+    "device_host",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="obdlab", description="Lazily started container images, and the workbench that measures them."
+    )
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"obdlab.cli.{name}").add(subcommands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status (0 done, 1 failed, 2 bad arguments, 130 interrupted)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(version("obdlab"))
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        status: int = args.run(args)
+    except ObdlabError as error:
+        print(f"obdlab {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"obdlab {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except PermissionError as error:
+        print(f"obdlab {args.command}: {error} (most commands need root)", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

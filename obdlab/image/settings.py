@@ -1,0 +1,60 @@
+"""How images are opened on this host: cache, deadlines, credentials. One value, handed down from whoever starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from obdlab.errors import ObdlabError
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+class SettingsError(ObdlabError):
+    """A settings text has an unknown key or a value that makes no sense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Host-wide settings of the data path. Sizes in bytes, times in seconds."""
+
+    cache_dir: Path = Path("/var/lib/obdlab/cache")
+    #: Granularity of the block cache, and the least that is asked of a registry.
+    cache_unit: int = 64 * KIB
+    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off.
+    readahead_max: int = 1 * MIB
+    #: A read ends with data or an error within this time, whatever the registry does.
+    read_deadline_s: float = 120.0
+    #: One HTTP request: time to connect, and longest silence while reading.
+    request_timeout_s: float = 30.0
+    #: docker config.json with registry credentials.
+    credentials_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        unit = self.cache_unit
+        if unit < 4096 or unit & (unit - 1):
+            raise SettingsError(f"cache_unit: not a power of two of at least 4096 (got {unit})")
+        if self.read_deadline_s <= 0 or self.request_timeout_s <= 0:
+            raise SettingsError("read_deadline_s and request_timeout_s must be positive")
+
+    def to_json(self) -> str:
+        """Return the settings as one line of JSON, for another process."""
+        values = asdict(self)
+        for key in ("cache_dir", "credentials_path"):
+            values[key] = None if values[key] is None else str(values[key])
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote. Raises SettingsError on unknown keys or wrong values."""
+        values = json.loads(text)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise SettingsError(f"unknown settings (got {text!r}, wanted keys among {sorted(known)})")
+        for key in ("cache_dir", "credentials_path"):
+            if values.get(key) is not None:
+                values[key] = Path(values[key])
+        return cls(**values)
