@@ -1,0 +1,119 @@
+"""Raw results: one tidy row per measured start, appended to a JSON Lines file and never changed.
+
+A results directory holds ``rows.jsonl``, ``environments.jsonl`` (host, versions, shaping; a row names its
+environment by id) and ``spec.json``. A run that was stopped goes on where it was: a cell whose rows are all there is
+skipped. Rows of failed starts are kept too, with ``error`` set, and measured again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+Row = dict[str, Any]
+
+
+class RowsError(ObdlabError):
+    """A results directory holds something that is not a row."""
+
+
+class RowStore:
+    """Rows and environments in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.path = directory / "rows.jsonl"
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows, all or none of a cell's: they are on disk when this returns."""
+        _append_lines(self.path, list(rows))
+
+    def rows(self) -> list[Row]:
+        """Return every row. A torn last line (the host died while writing) is dropped; other damage is an error."""
+        return _read_lines(self.path)
+
+    def done_keys(self) -> set[str]:
+        """Keys of cells that were measured without error."""
+        return {row["cell"] for row in self.rows() if not row.get("error")}
+
+    def add_environment(self, environment: dict[str, Any]) -> str:
+        """Keep an environment; return its id, the same for equal environments."""
+        identity = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
+        path = self.directory / "environments.jsonl"
+        if identity not in {line["id"] for line in _read_lines(path)}:
+            _append_lines(path, [{"id": identity, **environment}])
+        return identity
+
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """Environments by id."""
+        return {line["id"]: line for line in _read_lines(self.directory / "environments.jsonl")}
+
+    def write_csv(self) -> Path:
+        """Write all rows beside the JSON Lines as ``rows.csv`` (nested values as ``a.b`` columns)."""
+        flat = [flatten(row) for row in self.rows()]
+        columns = sorted({key for row in flat for key in row})
+        path = self.directory / "rows.csv"
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(flat)
+        return path
+
+
+def flatten(row: Row, prefix: str = "") -> Row:
+    """Turn nested dicts into ``outer.inner`` keys."""
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _append_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(value, sort_keys=True) + "\n" for value in values)
+    with path.open("a+b") as stream:
+        # A torn line of an earlier death must not swallow the row that follows it.
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                text = "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    values = []
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if _is_torn(line):
+                continue
+            raise RowsError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise RowsError(f"{path}:{number}: not an object (got {line[:80]!r})")
+        values.append(value)
+    return values
+
+
+def _is_torn(line: str) -> bool:
+    # Every line is one object, so a torn one starts like an object and does not end like one.
+    return line.startswith("{") and not line.endswith("}")

@@ -1,0 +1,156 @@
+"""An experiment as declared in TOML: a matrix of cells, each measured several times in interleaved order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Snapshotters an arm can be; the first is the baseline of every ratio.
+SNAPSHOTTERS = ("overlayfs", "obdlab")
+#: The label of the second, identical baseline arm that shows the noise floor.
+AA_SUFFIX = " (A/A)"
+
+
+class SpecError(ObdlabError):
+    """An experiment's declaration has an unknown key, a wrong type or a value that makes no sense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measured start to be: which image, which arm, under which network, which repeat."""
+
+    image: str
+    arm: str
+    rate_mbit: float
+    rtt_ms: float
+    algorithm: str
+    block_size: int
+    repeat: int
+
+    @property
+    def snapshotter(self) -> str:
+        """The snapshotter of the arm, without its A/A label."""
+        return self.arm.removesuffix(AA_SUFFIX)
+
+    def key(self, context: str) -> str:
+        """Return the identity of the cell under ``context`` (code and host), the key of its rows in the store."""
+        text = json.dumps({**asdict(self), "context": context}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A declared experiment. Rates in Mbit/s, round trips in ms, times in seconds."""
+
+    name: str
+    images: tuple[str, ...] = ("redis",)
+    snapshotters: tuple[str, ...] = SNAPSHOTTERS
+    rates_mbit: tuple[float, ...] = (100.0,)
+    rtts_ms: tuple[float, ...] = (5.0,)
+    repeats: int = 5
+    #: Warm starts measured after each cold one.
+    warm_starts: int = 2
+    #: Measure the first snapshotter a second time under another label, to show the noise floor.
+    a_a: bool = True
+    seed: int = 20200715
+    ready_timeout_s: float = 120.0
+    #: ZFile options of the converted images.
+    algorithm: str = "lz4"
+    block_size: int = 4096
+    #: Free text, shown in the report.
+    description: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in self.snapshotters:
+            if name not in SNAPSHOTTERS:
+                raise SpecError(f"snapshotters: unknown name (got {name!r}, wanted among {', '.join(SNAPSHOTTERS)})")
+        for key in ("images", "snapshotters", "rates_mbit", "rtts_ms"):
+            values = getattr(self, key)
+            if not values or len(set(values)) != len(values):
+                raise SpecError(f"{key}: must name at least one value, each once (got {list(values)})")
+        if self.repeats < 1 or self.warm_starts < 0 or self.ready_timeout_s <= 0:
+            raise SpecError("repeats must be at least 1, warm_starts at least 0, ready_timeout_s positive")
+        if min(self.rates_mbit) <= 0 or min(self.rtts_ms) < 0:
+            raise SpecError("rates_mbit must be positive and rtts_ms not negative")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a declaration. Raises SpecError naming file and key."""
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SpecError(f"{path}: {error}") from error
+        try:
+            return cls.from_values({"name": path.stem, **values})
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """Check keys and types of a parsed declaration. Raises SpecError."""
+        return cls(**{key: _checked(key, value) for key, value in values.items()})
+
+    def with_values(self, **values: Any) -> Self:
+        """Return the spec with some values changed, checked like a declaration."""
+        return replace(self, **{key: _checked(key, value) for key, value in values.items()})
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Labels of what is compared; with ``a_a`` the baseline appears twice."""
+        extra = (self.snapshotters[0] + AA_SUFFIX,) if self.a_a else ()
+        return self.snapshotters + extra
+
+    def networks(self) -> list[tuple[float, float]]:
+        """Every (rate, round trip) of the matrix."""
+        return list(product(self.rates_mbit, self.rtts_ms))
+
+    def cells(self, rate_mbit: float, rtt_ms: float) -> list[Cell]:
+        """Return the cells under one network in the order they are to be measured.
+
+        Each repeat is a block holding every image and arm once, shuffled with the seed, so that a drift of the
+        machine meets all arms alike.
+        """
+        order = random.Random(f"{self.seed}/{rate_mbit}/{rtt_ms}")
+        cells: list[Cell] = []
+        for repeat in range(self.repeats):
+            block = [
+                Cell(image, arm, rate_mbit, rtt_ms, self.algorithm, self.block_size, repeat)
+                for image, arm in product(self.images, self.arms)
+            ]
+            order.shuffle(block)
+            cells += block
+        return cells
+
+
+_TUPLES: dict[str, type] = {"images": str, "snapshotters": str, "rates_mbit": float, "rtts_ms": float}
+
+
+def _checked(key: str, value: Any) -> Any:
+    # TOML knows ints and floats apart; a rate of 100 means 100.0.
+    known = {entry.name: entry.type for entry in fields(Spec)}
+    if key not in known:
+        raise SpecError(f"unknown key (got {key!r}, wanted among {', '.join(sorted(known))})")
+    if key in _TUPLES:
+        if not isinstance(value, list | tuple):
+            raise SpecError(f"{key}: wanted a list (got {value!r})")
+        return tuple(_scalar(key, item, _TUPLES[key].__name__) for item in value)
+    return _scalar(key, value, str(known[key]))
+
+
+def _scalar(key: str, value: Any, kind: str) -> Any:
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    wanted = {"float": float, "int": int, "str": str, "bool": bool}[kind]
+    if type(value) is not wanted:
+        raise SpecError(f"{key}: wanted {kind} (got {value!r})")
+    return value

@@ -1,0 +1,101 @@
+"""From raw rows to the table a reader wants: who is faster, by how much, and where time and bytes went."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.lab.spec import AA_SUFFIX
+from obdlab.lab.statistics import Estimate, median_interval, ratio_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from obdlab.lab.rows import Row
+
+PHASES = ("pull_s", "create_s", "start_s", "ready_s")
+
+GroupKey = tuple[str, float, float, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One arm under one network, cold or warm. Times in seconds, sizes in bytes."""
+
+    image: str
+    rate_mbit: float
+    rtt_ms: float
+    start: str
+    arm: str
+    total_s: Estimate
+    #: total against the baseline arm's under the same conditions; None for the baseline itself.
+    ratio: Estimate | None
+    #: Median of each phase, in the order of PHASES.
+    phases_s: tuple[float, ...]
+    bytes_received: float
+    requests: float
+
+
+def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]:
+    """Group good rows by image, network, start and arm. Raises ValueError when there are none."""
+    groups: dict[GroupKey, list[Row]] = defaultdict(list)
+    for row in rows:
+        if not row.get("error"):
+            key = (row["image"], row["rate_mbit"], row["rtt_ms"], row["start"], row["arm"])
+            groups[key].append(row)
+    if not groups:
+        raise ValueError("no good row to summarise")
+    return [
+        _summary(key, groups[key], groups.get((*key[:4], baseline)) if key[4] != baseline else None)
+        for key in sorted(groups, key=lambda key: (key[:4], key[4] != baseline, key[4]))
+    ]
+
+
+def noise_floor(summaries: Iterable[Summary]) -> float | None:
+    """Return how far two identical arms were apart, as the largest |ratio - 1|, or None without an A/A arm."""
+    ratios = [s.ratio for s in summaries if s.arm.endswith(AA_SUFFIX) and s.ratio is not None]
+    return max((abs(ratio.median - 1) for ratio in ratios), default=None)
+
+
+def text_table(summaries: Sequence[Summary]) -> str:
+    """Return the summaries as aligned text for a terminal."""
+    header = ("image", "network", "start", "arm", "total s [95% CI]", "vs overlayfs", "pull", "create", "start",
+              "ready", "MB", "requests")  # fmt: skip
+    lines = [header, *(_cells(summary) for summary in summaries)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rendered.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in rendered)
+
+
+def _summary(key: GroupKey, rows: list[Row], baseline: list[Row] | None) -> Summary:
+    totals = [row["total_s"] for row in rows]
+    ratio = ratio_interval(totals, [row["total_s"] for row in baseline]) if baseline else None
+    return Summary(
+        *key,
+        total_s=median_interval(totals),
+        ratio=ratio,
+        phases_s=tuple(_median(rows, phase) for phase in PHASES),
+        bytes_received=_median(rows, "bytes_received"),
+        requests=_median(rows, "requests"),
+    )
+
+
+def _median(rows: list[Row], key: str) -> float:
+    return median_interval([row[key] for row in rows]).median
+
+
+def _cells(summary: Summary) -> tuple[str, ...]:
+    total = summary.total_s
+    return (
+        summary.image,
+        f"{summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms",
+        summary.start,
+        summary.arm,
+        f"{total.median:.2f} [{total.low:.2f}, {total.high:.2f}] n={total.count}",
+        "" if summary.ratio is None else f"{summary.ratio.median:.2f} [{summary.ratio.low:.2f}, {summary.ratio.high:.2f}]",
+        *(f"{phase:.2f}" for phase in summary.phases_s),
+        f"{summary.bytes_received / 1e6:.1f}",
+        f"{summary.requests:.0f}",
+    )
