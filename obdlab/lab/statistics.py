@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+Samples = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
 SEED = 14_15
@@ -45,17 +48,16 @@ def ratio_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estim
     rng = np.random.default_rng(SEED)
     ratios = _resampled_medians(above, rng) / _resampled_medians(below, rng)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return Estimate(
-        float(np.median(above) / np.median(below)), float(low), float(high), min(len(above), len(below))
-    )
+    return Estimate(float(np.median(above) / np.median(below)), float(low), float(high), min(len(above), len(below)))
 
 
-def _checked(samples: Sequence[float]) -> np.ndarray:
+def _checked(samples: Sequence[float]) -> Samples:
     values = np.asarray(samples, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"wanted at least one finite sample (got {list(samples)})")
     return values
 
 
-def _resampled_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.median(rng.choice(values, size=(RESAMPLES, len(values))), axis=1)
+def _resampled_medians(values: Samples, rng: np.random.Generator) -> Samples:
+    medians: Samples = np.median(rng.choice(values, size=(RESAMPLES, len(values))), axis=1)
+    return medians

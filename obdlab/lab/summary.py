@@ -93,9 +93,15 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         f"{summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms",
         summary.start,
         summary.arm,
-        f"{total.median:.2f} [{total.low:.2f}, {total.high:.2f}] n={total.count}",
-        "" if summary.ratio is None else f"{summary.ratio.median:.2f} [{summary.ratio.low:.2f}, {summary.ratio.high:.2f}]",
+        f"{_range(total)} n={total.count}",
+        ""
+        if summary.ratio is None
+        else f"{summary.ratio.median:.2f} [{summary.ratio.low:.2f}, {summary.ratio.high:.2f}]",
         *(f"{phase:.2f}" for phase in summary.phases_s),
         f"{summary.bytes_received / 1e6:.1f}",
         f"{summary.requests:.0f}",
     )
+
+
+def _range(estimate: Estimate) -> str:
+    return f"{estimate.median:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

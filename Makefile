@@ -1,0 +1,53 @@
+# The two README commands are `make demo` and `make test`; both set up what they need, and may be run again.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2fsprogs erofs-utils fio iproute2 \
+  ethtool kmod attr python3-venv ca-certificates
+
+.PHONY: help setup packages demo test test-long lint unit protos benchmarks clean
+
+help:
+	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
+	@echo "make test       set up, then lint and run the tests"
+	@echo "make test-long  all tests with the full counts (kills, fuzzing, real images)"
+	@echo "make benchmarks the speed figures, as ratios"
+	@echo "make protos     generate obdlab/containerd/_pb from protos/"
+
+setup: packages $(VENV)/.installed
+
+packages:
+	@scripts/install-packages $(DEBIAN_PACKAGES)
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/obdlab experiment run experiments/quick.toml --report
+
+test: setup lint unit
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+unit:
+	$(BIN)/python -m pytest
+
+test-long: setup lint
+	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
+
+benchmarks: setup
+	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+protos: setup
+	scripts/generate-protos $(BIN)/python
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from obdlab.lab.statistics import median_interval, ratio_interval
+from obdlab.lab.summary import noise_floor, summarise, text_table
+
+
+def test_a_constant_has_no_width() -> None:
+    estimate = median_interval([2.0] * 5)
+    assert (estimate.median, estimate.low, estimate.high, estimate.count) == (2.0, 2.0, 2.0, 5)
+
+
+def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(100):
+        estimate = median_interval(rng.exponential(size=25).tolist())
+        covered += estimate.low <= np.log(2) <= estimate.high
+    assert covered >= 88
+
+
+def test_ratio_of_scaled_samples() -> None:
+    base = [1.0, 1.1, 0.9, 1.05, 0.95]
+    estimate = ratio_interval([2 * value for value in base], base)
+    assert estimate.median == pytest.approx(2.0)
+    assert estimate.low < 2.0 < estimate.high
+
+
+@pytest.mark.parametrize("samples", [[], [float("nan")], [1.0, float("inf")]])
+def test_no_samples_is_an_error(samples: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one finite"):
+        median_interval(samples)
+
+
+def _row(arm: str, start: str, total_s: float, **more: object) -> dict[str, object]:
+    row = {"image": "redis", "rate_mbit": 100.0, "rtt_ms": 5.0, "arm": arm, "start": start, "total_s": total_s}
+    phases = {"pull_s": total_s / 2, "create_s": 0.0, "start_s": 0.0, "ready_s": total_s / 2}
+    return {**row, **phases, "bytes_received": 1e6, "requests": 3, **more}
+
+
+def test_summary_compares_each_arm_with_the_baseline_and_leaves_failures_out() -> None:
+    rows = [_row("overlayfs", "cold", t) for t in (4.0, 4.2, 3.8)]
+    rows += [_row("overlayfs (A/A)", "cold", t) for t in (4.1, 4.1, 4.4)]
+    rows += [_row("obdlab", "cold", t) for t in (1.0, 1.1, 0.9)]
+    rows += [_row("obdlab", "cold", 99.0, error="probe timed out")]
+    summaries = summarise(rows)
+    assert [summary.arm for summary in summaries] == ["overlayfs", "obdlab", "overlayfs (A/A)"]
+    assert summaries[0].ratio is None
+    assert summaries[1].ratio is not None
+    assert summaries[1].ratio.median == pytest.approx(0.25)
+    assert noise_floor(summaries) == pytest.approx(0.025)
+    table = text_table(summaries)
+    assert "0.25 [" in table
+    assert "n=3" in table
+
+
+def test_nothing_to_summarise_is_said() -> None:
+    with pytest.raises(ValueError, match="no good row"):
+        summarise([_row("obdlab", "cold", 1.0, error="x")])
