@@ -6,6 +6,9 @@ import pytest
 
 from tests import capabilities
 
+#: The fixture ``registry_server``, for every room.
+pytest_plugins = ["tests.registry.server"]
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for capability in ("kernel", "containerd", "registry"):
