@@ -1,0 +1,156 @@
+"""What a mounted tree holds, path by path, and how two trees differ.
+
+The measure of a conversion: the mounted overlaybd image must list as the original image does under overlayfs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+# What file systems keep for themselves: overlayfs' own marks never belong to an image.
+_HIDDEN_XATTRS = ("trusted.overlay.",)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeEntry:
+    """One path of a tree. Values that a kind of file does not have are empty, so that entries compare by field."""
+
+    #: st_mode with its type bits.
+    mode: int
+    uid: int
+    gid: int
+    #: Bytes of a regular file; 0 for all else (what a directory's size means depends on the file system).
+    size: int
+    mtime_ns: int
+    #: (major, minor) of a device node.
+    rdev: tuple[int, int] | None
+    #: Text of a symbolic link.
+    target: str
+    #: Hex SHA-256 of a regular file's bytes, '' if content was not asked for.
+    sha256: str
+    xattrs: tuple[tuple[str, bytes], ...]
+    #: First path (in order) of the hard link group the path belongs to; '' if no other path of the tree is the same
+    #: file. st_nlink is of no use here: overlayfs still counts names that an upper layer has removed.
+    linked_to: str
+
+
+def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str, TreeEntry]:
+    """List every path below ``root``, which itself is ``"."``; stays on its file system. Needs no privileges but
+    those of reading.
+
+    Names that are not UTF-8 come with surrogate escapes. ``content=False`` skips reading files.
+    Raises ObdlabError if the tree cannot be read or changes meanwhile.
+    """
+    top = os.fspath(root)
+    try:
+        found = {path: os.lstat(os.path.join(top, path)) for path in _walk(top)}
+        first_of = _link_groups(found)
+        return {
+            path: _entry(os.path.join(top, path), status, first_of.get((status.st_dev, status.st_ino), ""), content)
+            for path, status in sorted(found.items())
+        }
+    except OSError as error:
+        raise ObdlabError(f"{error.filename or top}: cannot list the tree ({error.strerror})") from error
+
+
+def differences(
+    got: Mapping[str, TreeEntry],
+    wanted: Mapping[str, TreeEntry],
+    *,
+    ignore: Collection[str] = (),
+    ignore_at: Mapping[str, Collection[str]] | None = None,
+) -> list[str]:
+    """Return one line per path and field where ``got`` is not ``wanted``; empty when the trees are equal.
+
+    ``ignore`` names fields of :class:`TreeEntry` that need not agree anywhere, ``ignore_at`` those of single paths.
+    """
+    lines = [f"{path}: missing" for path in sorted(wanted.keys() - got.keys())]
+    lines += [f"{path}: not wanted" for path in sorted(got.keys() - wanted.keys())]
+    names = [field.name for field in fields(TreeEntry)]
+    for path in sorted(got.keys() & wanted.keys()):
+        if got[path] == wanted[path]:
+            continue
+        skipped = {*ignore, *(ignore_at or {}).get(path, ())}
+        for name in names:
+            mine, theirs = getattr(got[path], name), getattr(wanted[path], name)
+            if name not in skipped and mine != theirs:
+                lines.append(f"{path}: {name} differs (got {_text(name, mine)}, wanted {_text(name, theirs)})")
+    return lines
+
+
+def _walk(top: str) -> Iterator[str]:
+    device = os.lstat(top).st_dev
+    yield "."
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        with os.scandir(os.path.join(top, directory)) as children:
+            for child in children:
+                path = os.path.join(directory, child.name)
+                yield path
+                # The status is taken afresh: overlayfs gives directories another st_dev than their files.
+                if child.is_dir(follow_symlinks=False) and not _is_mountpoint(child, device):
+                    pending.append(path)
+
+
+def _is_mountpoint(child: os.DirEntry[str], device: int) -> bool:
+    return child.stat(follow_symlinks=False).st_dev != device and os.path.ismount(child.path)
+
+
+def _link_groups(found: Mapping[str, os.stat_result]) -> dict[tuple[int, int], str]:
+    paths: dict[tuple[int, int], list[str]] = {}
+    for path, status in found.items():
+        if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
+            paths.setdefault((status.st_dev, status.st_ino), []).append(path)
+    return {key: min(group) for key, group in paths.items() if len(group) > 1}
+
+
+def _entry(path: str, status: os.stat_result, linked_to: str, content: bool) -> TreeEntry:
+    mode = status.st_mode
+    regular = stat.S_ISREG(mode)
+    device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    return TreeEntry(
+        mode=mode,
+        uid=status.st_uid,
+        gid=status.st_gid,
+        size=status.st_size if regular else 0,
+        mtime_ns=status.st_mtime_ns,
+        rdev=(os.major(status.st_rdev), os.minor(status.st_rdev)) if device else None,
+        target=os.readlink(path) if stat.S_ISLNK(mode) else "",
+        sha256=_sha256(path) if regular and content else "",
+        xattrs=_xattrs(path),
+        linked_to=linked_to if not stat.S_ISDIR(mode) else "",
+    )
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
+    try:
+        names = sorted(os.listxattr(path, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return ()
+        raise
+    return tuple(
+        (name, os.getxattr(path, name, follow_symlinks=False))
+        for name in names
+        if not name.startswith(_HIDDEN_XATTRS)
+    )
+
+
+def _text(name: str, value: object) -> str:
+    return oct(value) if name == "mode" and isinstance(value, int) else repr(value)
