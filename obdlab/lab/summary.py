@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 PHASES = ("pull_s", "create_s", "start_s", "ready_s")
 
+HEADER = (
+    "image",
+    "network",
+    "start",
+    "arm",
+    "total s [95% CI]",
+    "vs baseline",
+    "pull",
+    "create",
+    "start phase",
+    "ready",
+    "MB",
+    "requests",
+)
+
 GroupKey = tuple[str, float, float, str, str]
 
 
@@ -58,12 +73,43 @@ def noise_floor(summaries: Iterable[Summary]) -> float | None:
     return max((abs(ratio.median - 1) for ratio in ratios), default=None)
 
 
+def findings(summaries: Sequence[Summary]) -> list[str]:
+    """Say for every arm that is not a baseline who was faster, and why, in one sentence each."""
+    baselines = {(s.image, s.rate_mbit, s.rtt_ms, s.start): s for s in summaries if s.ratio is None}
+    sentences = []
+    for summary in summaries:
+        if summary.ratio is None or summary.arm.endswith(AA_SUFFIX):
+            continue
+        base = baselines[summary.image, summary.rate_mbit, summary.rtt_ms, summary.start]
+        sentences.append(_finding(summary, summary.ratio, base))
+    return sentences
+
+
+def _finding(summary: Summary, ratio: Estimate, base: Summary) -> str:
+    if ratio.high < 1:
+        verdict = "faster than"
+    elif ratio.low > 1:
+        verdict = "slower than"
+    else:
+        verdict = "no different from"
+    sentence = (
+        f"{summary.image}, {summary.start}, {summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms: {summary.arm} is "
+        f"{verdict} {base.arm}: ready after {summary.total_s.median:.2f} s against {base.total_s.median:.2f} s "
+        f"(×{_range(ratio)})."
+    )
+    if summary.start == "cold":
+        sentence += (
+            f" Until then it had received {summary.bytes_received / 1e6:.1f} MB in {summary.requests:.0f} requests "
+            f"against {base.bytes_received / 1e6:.1f} MB in {base.requests:.0f}; {base.arm} spent "
+            f"{base.phases_s[0]:.2f} s pulling and unpacking, {summary.arm} {summary.phases_s[0]:.2f} s."
+        )
+    return sentence
+
+
 def text_table(summaries: Sequence[Summary]) -> str:
     """Return the summaries as aligned text for a terminal."""
-    header = ("image", "network", "start", "arm", "total s [95% CI]", "vs overlayfs", "pull", "create", "start",
-              "ready", "MB", "requests")  # fmt: skip
-    lines = [header, *(_cells(summary) for summary in summaries)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines = [HEADER, *(_cells(summary) for summary in summaries)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rendered.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in rendered)
@@ -105,3 +151,8 @@ def _cells(summary: Summary) -> tuple[str, ...]:
 
 def _range(estimate: Estimate) -> str:
     return f"{estimate.median:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def summary_records(summaries: Iterable[Summary]) -> list[dict[str, str]]:
+    """Return the table as one dict of texts per summary, for a data frame."""
+    return [dict(zip(HEADER, _cells(summary), strict=True)) for summary in summaries]

@@ -1,0 +1,130 @@
+"""What this host can do, what is missing for which command, and how to mend it.
+
+Every check tries the thing itself where that is harmless (opening a device node, making a namespace), and looks at
+no version number.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: What a check is needed for; the order is that of the printed groups.
+PURPOSES = ("devices", "containers", "conversion", "experiments", "other device kinds")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: ``ok`` with what was seen in ``detail``, or not ok with a ``fix``."""
+
+    purpose: str
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    optional: bool = False
+
+
+def run_checks() -> list[Check]:
+    """Return every check's finding, grouped by purpose in the order of PURPOSES."""
+    found = [*_device_checks(), *_container_checks(), *_conversion_checks(), *_experiment_checks(), *_other_kinds()]
+    return sorted(found, key=lambda check: PURPOSES.index(check.purpose))
+
+
+def _device_checks() -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check("devices", "Python", sys.version_info >= (3, 11), version, "install Python 3.11 or later")
+    yield Check("devices", "root", os.geteuid() == 0, f"uid {os.geteuid()}", "run as root (sudo)")
+    yield _node("devices", "/dev/fuse", "modprobe fuse")
+    yield _node("devices", "/dev/loop-control", "modprobe loop")
+    yield _filesystem("devices", "ext4", "modprobe ext4")
+    yield _filesystem("devices", "erofs", "modprobe erofs (only for EROFS images)", optional=True)
+
+
+def _container_checks() -> Iterator[Check]:
+    yield _filesystem("containers", "overlay", "modprobe overlay")
+    for tool, package in (("containerd", "containerd"), ("ctr", "containerd"), ("runc", "runc")):
+        yield _tool("containers", tool, package)
+
+
+def _conversion_checks() -> Iterator[Check]:
+    yield _tool("conversion", "mkfs.ext4", "e2fsprogs")
+
+
+def _experiment_checks() -> Iterator[Check]:
+    for tool, package in (
+        ("docker-registry", "docker-registry"),
+        ("mmdebstrap", "mmdebstrap"),
+        ("ip", "iproute2"),
+        ("tc", "iproute2"),
+        ("ethtool", "ethtool"),
+        ("nsenter", "util-linux"),
+    ):
+        yield _tool("experiments", tool, package)
+    yield _command("experiments", "network namespaces", ["unshare", "--net", "true"], "a kernel with CONFIG_NET_NS")
+    yield _command(
+        "experiments",
+        "rate shaping (TBF)",
+        ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1gbit", "burst", "64k",
+         "latency", "50ms"],
+        "modprobe sch_tbf",
+    )  # fmt: skip
+    for package in ("papermill", "matplotlib", "pandas", "nbconvert"):
+        missing = find_spec(package) is None
+        detail = "not installed" if missing else "installed"
+        fix = "pip install 'obdlab[lab]' (only for notebooks and reports)"
+        yield Check("experiments", f"Python package {package}", not missing, detail, fix, optional=True)
+
+
+def _other_kinds() -> Iterator[Check]:
+    # Not served yet: named so that nobody wonders why a host with TCMU still gets a FUSE device.
+    kinds = (
+        ("TCMU", "/sys/module/target_core_user", "modprobe target_core_user"),
+        ("ublk", "/dev/ublk-control", "modprobe ublk_drv"),
+    )
+    for name, path, fix in kinds:
+        there = Path(path).exists()
+        detail = f"{path} {'exists' if there else 'does not exist'}; obdlab serves FUSE + loop devices only so far"
+        yield Check("other device kinds", name, there, detail, fix, optional=True)
+
+
+def _node(purpose: str, path: str, fix: str) -> Check:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return Check(purpose, path, ok=False, detail="permission denied", fix="run as root (sudo)")
+    except OSError as error:
+        return Check(purpose, path, ok=False, detail=os.strerror(error.errno or 0), fix=fix)
+    return Check(purpose, path, ok=True, detail="opens")
+
+
+def _filesystem(purpose: str, name: str, fix: str, *, optional: bool = False) -> Check:
+    known = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
+    # A module that is not loaded yet is not listed; mount(2) loads it.
+    module = any(Path(f"/lib/modules/{os.uname().release}").glob(f"kernel/fs/{name}*/*.ko*"))
+    ok = name in known or module
+    detail = "in the kernel" if name in known else "a module, loaded when needed" if module else "not in this kernel"
+    return Check(purpose, f"{name} file system", ok, detail, fix, optional)
+
+
+def _tool(purpose: str, tool: str, package: str) -> Check:
+    path = shutil.which(tool)
+    return Check(purpose, tool, path is not None, path or "not found", f"apt-get install {package}")
+
+
+def _command(purpose: str, name: str, command: list[str], fix: str) -> Check:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check(purpose, name, ok=False, detail=str(error), fix=fix)
+    reason = done.stderr.strip().splitlines()[-1:] or ["works"]
+    return Check(purpose, name, done.returncode == 0, "works" if done.returncode == 0 else reason[0], fix)
