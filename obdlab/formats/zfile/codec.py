@@ -1,0 +1,127 @@
+"""Compression of one ZFile block: LZ4 block format, or one zstd frame.
+
+Output is byte-identical to the original's: LZ4 as one-shot ``LZ4_compress_default`` with room for 512 bytes of growth
+(less room gives other bytes), zstd at level 3. Decompressing never allocates more than the block's own size, whatever
+the compressed bytes claim.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import cramjam
+import zstandard
+
+from obdlab.errors import CorruptBlobError, FormatError
+from obdlab.formats.zfile.layout import MAX_GROWTH, Algorithm
+
+if TYPE_CHECKING:
+    from obdlab.blob import Buffer
+
+ZSTD_LEVEL = 3
+ALGORITHM_NAMES = {"lz4": Algorithm.LZ4, "zstd": Algorithm.ZSTD}
+
+
+class Codec(ABC):
+    """One algorithm. Objects may be used by several threads."""
+
+    algorithm: Algorithm
+
+    @abstractmethod
+    def compress(self, block: Buffer) -> Buffer:
+        """Return ``block`` compressed."""
+
+    @abstractmethod
+    def decompress(self, data: Buffer, length: int) -> bytes:
+        """Return the block in ``data``, or raise CorruptBlobError unless it is valid and ``length`` bytes long."""
+
+    @abstractmethod
+    def decompress_into(self, data: Buffer, out: memoryview) -> None:
+        """Fill ``out`` with the block in ``data``. Raises CorruptBlobError unless it is valid and fits exactly."""
+
+
+class Lz4(Codec):
+    """LZ4 block format, without a size prefix."""
+
+    algorithm = Algorithm.LZ4
+
+    def compress(self, block: Buffer) -> Buffer:
+        out = bytearray(len(block) + MAX_GROWTH)
+        length = cramjam.lz4.compress_block_into(block, out, store_size=False)
+        return memoryview(out)[:length]
+
+    def decompress(self, data: Buffer, length: int) -> bytes:
+        try:
+            block = bytes(cramjam.lz4.decompress_block(data, output_len=length))
+        except cramjam.DecompressionError as error:
+            raise _damaged("LZ4") from error
+        if len(block) != length:
+            raise _wrong_length("LZ4", len(block), length)
+        return block
+
+    def decompress_into(self, data: Buffer, out: memoryview) -> None:
+        length = len(out)
+        try:
+            got = cramjam.lz4.decompress_block_into(data, out, output_len=length)
+        except cramjam.DecompressionError as error:
+            raise _damaged("LZ4") from error
+        if got != length:
+            raise _wrong_length("LZ4", got, length)
+
+
+class Zstd(Codec):
+    """One zstd frame per block."""
+
+    algorithm = Algorithm.ZSTD
+
+    def __init__(self) -> None:
+        # Contexts are not to be shared between threads, and making one costs more than a block.
+        self._contexts = threading.local()
+
+    def compress(self, block: Buffer) -> Buffer:
+        compressor: zstandard.ZstdCompressor | None = getattr(self._contexts, "compressor", None)
+        if compressor is None:
+            compressor = self._contexts.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        return compressor.compress(block)
+
+    def decompress(self, data: Buffer, length: int) -> bytes:
+        decompressor: zstandard.ZstdDecompressor | None = getattr(self._contexts, "decompressor", None)
+        if decompressor is None:
+            decompressor = self._contexts.decompressor = zstandard.ZstdDecompressor()
+        try:
+            # The frame's own claim decides how much is allocated, so it is read first (-1: no claim).
+            claimed = zstandard.frame_content_size(data)
+            if claimed not in (length, -1):
+                raise _wrong_length("zstd", claimed, length)
+            block = decompressor.decompress(data, max_output_size=length, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise _damaged("zstd") from error
+        if len(block) != length:
+            raise _wrong_length("zstd", len(block), length)
+        return block
+
+    def decompress_into(self, data: Buffer, out: memoryview) -> None:
+        out[:] = self.decompress(data, len(out))
+
+
+def codec_for(algorithm: int | str, *, blob: str = "") -> Codec:
+    """Return the codec of a header's algorithm number, or of a name (``"lz4"``, ``"zstd"``).
+
+    Raises FormatError for any other.
+    """
+    number = ALGORITHM_NAMES.get(algorithm) if isinstance(algorithm, str) else algorithm
+    if number == Algorithm.LZ4:
+        return Lz4()
+    if number == Algorithm.ZSTD:
+        return Zstd()
+    raise FormatError("unknown ZFile compression", blob=blob, got=algorithm, wanted="1 (lz4) or 2 (zstd)")
+
+
+def _damaged(kind: str) -> CorruptBlobError:
+    return CorruptBlobError(f"{kind} block does not decompress")
+
+
+def _wrong_length(kind: str, got: int, wanted: int) -> CorruptBlobError:
+    return CorruptBlobError(f"{kind} block has the wrong length", got=got, wanted=wanted)

@@ -1,0 +1,8 @@
+"""ZFiles, both ways: the names other packages import."""
+
+from __future__ import annotations
+
+from obdlab.layers.zfile_reader import ZFileReader, open_zfile
+from obdlab.layers.zfile_writer import ZFileWriteError, ZFileWriter
+
+__all__ = ["ZFileReader", "ZFileWriteError", "ZFileWriter", "open_zfile"]

@@ -1,0 +1,203 @@
+"""Writing a ZFile as a stream."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, runtime_checkable
+
+import numpy as np
+
+from obdlab.errors import ObdlabError
+from obdlab.formats.checksum import raw_crc32c
+from obdlab.formats.zfile.codec import codec_for
+from obdlab.formats.zfile.layout import (
+    BLOCK_CRC_SEED,
+    CRC_SIZE,
+    MAX_BLOCK_SIZE,
+    MIN_BLOCK_SIZE,
+    Flags,
+    ZFileHeader,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.blob import Buffer
+
+# Stored blocks are handed to the sink in pieces of about this size.
+_PIECE = 256 << 10
+
+
+class Sink(Protocol):
+    """What a writer writes to: a binary file or anything like one. ``write`` must take all it is given."""
+
+    def write(self, data: bytes, /) -> object:
+        """Append ``data`` at the current position."""
+
+
+@runtime_checkable
+class SeekableSink(Sink, Protocol):
+    """A sink that may be able to go back."""
+
+    def seekable(self) -> bool:
+        """Whether it really is."""
+
+    def tell(self) -> int:
+        """Return the current position."""
+
+    def seek(self, offset: int, /) -> object:
+        """Move to ``offset``."""
+
+
+class ZFileWriteError(ObdlabError):
+    """Content that has no readable ZFile with these options, or a writer used after its end."""
+
+
+class ZFileWriter:
+    """Compress a stream into ``sink``, byte for byte as the original's tools do.
+
+    ``block_size`` is a power of two from 4 KiB to 64 KiB, ``algorithm`` ``"lz4"`` or ``"zstd"``. With
+    ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
+    the trailer; a sink that cannot seek keeps the first header, as uploads of the original do. ``verify=False``
+    leaves out the block CRCs.
+
+    Nothing but :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it.
+    The sink stays open, at the end of the file.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        block_size: int = 4096,
+        algorithm: str = "lz4",
+        overwrite_header: bool = True,
+        *,
+        verify: bool = True,
+    ) -> None:
+        if block_size & (block_size - 1) or not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+            raise ZFileWriteError(f"block size is not a power of two from 4096 to 65536 (got {block_size})")
+        self._sink = sink
+        self._codec = codec_for(algorithm)
+        self._block_size = block_size
+        self._crc = verify
+        self._rewritable = sink if overwrite_header and _can_seek(sink) else None
+        self._start = self._rewritable.tell() if self._rewritable else 0
+        self._rest = bytearray()  # input short of a block
+        self._stored = bytearray()  # output short of a piece
+        self._lengths = array("I")
+        self._written = 0
+        self._original_size = 0
+        self._open = True
+        self._header = ZFileHeader(
+            flags=Flags.HEADER | Flags.DATA | Flags.DIGEST,
+            block_size=block_size,
+            algorithm=self._codec.algorithm,
+            verify=verify,
+        )
+        self._emit(self._header.to_bytes())
+
+    @property
+    def original_size(self) -> int:
+        """Bytes written into it so far."""
+        return self._original_size
+
+    @property
+    def size(self) -> int:
+        """Bytes of the ZFile so far; of the whole file once it is closed."""
+        return self._written
+
+    def write(self, data: Buffer) -> int:
+        """Append ``data``, in chunks of any size. Returns its length.
+
+        Raises ZFileWriteError for a 64 KiB block that does not compress (the original's reader has no room for
+        it), or if the writer is closed or has failed before.
+        """
+        self._check_open()
+        self._open = False  # until this call succeeds
+        view = memoryview(data).cast("B")
+        length = len(view)
+        self._original_size += length
+        block_size = self._block_size
+        if self._rest:
+            missing = block_size - len(self._rest)
+            self._rest += view[:missing]
+            view = view[missing:]
+            if len(self._rest) == block_size:
+                self._add_block(self._rest)
+                self._rest = bytearray()
+        whole = len(view) - len(view) % block_size
+        for begin in range(0, whole, block_size):
+            self._add_block(view[begin : begin + block_size])
+        self._rest += view[whole:]
+        self._open = True
+        return length
+
+    def close(self) -> None:
+        """Write what is left, index and trailer, and the final header if that was asked for and is possible.
+
+        Raises ZFileWriteError if it is closed already, or a write failed before.
+        """
+        self._check_open()
+        self._open = False
+        if self._rest:
+            self._add_block(self._rest)
+        index = np.asarray(self._lengths, dtype="<u4").tobytes()
+        final = replace(
+            self._header,
+            flags=Flags.DATA | Flags.SEALED | Flags.DIGEST,
+            index_offset=self._written,
+            index_size=len(self._lengths),
+            original_size=self._original_size,
+            index_crc=raw_crc32c(index),
+        )
+        self._emit(index)
+        self._emit(final.to_bytes())
+        self._flush()
+        if self._rewritable:
+            flags = self._header.flags | Flags.OVERWRITTEN
+            self._rewritable.seek(self._start)
+            self._rewritable.write(replace(final, flags=flags).to_bytes())
+            self._rewritable.seek(self._start + self._written)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._open:
+            self.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ZFileWriteError("ZFile writer is closed, or failed before")
+
+    def _add_block(self, block: Buffer) -> None:
+        data = self._codec.compress(block)
+        stored = len(data) + (CRC_SIZE if self._crc else 0)
+        # The original reads through a buffer of 64 KiB. (Its other limit, 16-bit distances within 64 KiB of blocks,
+        # cannot be reached: blocks of 32 KiB and less grow by too little.)
+        if stored > MAX_BLOCK_SIZE:
+            raise ZFileWriteError(
+                f"block {len(self._lengths)} does not compress and would be stored in {stored} bytes, more than "
+                f"the original's reader can take ({MAX_BLOCK_SIZE}); use a block size of at most 32768"
+            )
+        self._lengths.append(stored)
+        self._emit(data)
+        if self._crc:
+            self._emit(raw_crc32c(data, BLOCK_CRC_SEED).to_bytes(CRC_SIZE, "little"))
+
+    def _emit(self, data: Buffer) -> None:
+        self._stored += data
+        self._written += len(data)
+        if len(self._stored) >= _PIECE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._sink.write(bytes(self._stored))
+        self._stored.clear()
+
+
+def _can_seek(sink: Sink) -> TypeGuard[SeekableSink]:
+    return isinstance(sink, SeekableSink) and sink.seekable()
