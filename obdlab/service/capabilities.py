@@ -104,7 +104,7 @@ def _node(purpose: str, path: str, fix: str) -> Check:
         return Check(purpose, path, ok=False, detail="permission denied", fix="run as root (sudo)")
     except OSError as error:
         return Check(purpose, path, ok=False, detail=os.strerror(error.errno or 0), fix=fix)
-    return Check(purpose, path, ok=True, detail="opens")
+    return Check(purpose, path, ok=True, detail="opens", fix=fix)
 
 
 def _filesystem(purpose: str, name: str, fix: str, *, optional: bool = False) -> Check:

@@ -34,7 +34,7 @@ def test_damage_is_an_error_naming_the_line(tmp_path: Path, line: str) -> None:
     store.append([{"cell": "a"}])
     with store.path.open("a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(RowsError, match="rows.jsonl:2"):
+    with pytest.raises(RowsError, match=r"rows\.jsonl:2"):
         store.rows()
 
 

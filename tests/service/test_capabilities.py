@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from obdlab.cli.main import build_parser
+from obdlab.service import capabilities
+
+
+def test_every_finding_that_is_not_ok_has_a_fix() -> None:
+    checks = capabilities.run_checks()
+    assert {check.purpose for check in checks} == set(capabilities.PURPOSES)
+    assert all(check.fix for check in checks)
+    root = next(check for check in checks if check.name == "root")
+    assert root.ok == (os.geteuid() == 0)
+
+
+def test_a_missing_tool_and_a_missing_node_are_found_missing() -> None:
+    assert not capabilities._tool("devices", "no-such-tool", "no-such-package").ok
+    assert not capabilities._node("devices", "/dev/no-such-node", "modprobe it").ok
+    broken = capabilities._command("devices", "false", ["sh", "-c", "echo reason >&2; exit 3"], "mend it")
+    assert (broken.ok, broken.detail) == (False, "reason")
+
+
+def test_doctor_prints_findings_and_fails_on_a_needed_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = [
+        capabilities.Check("devices", "/dev/fuse", ok=False, detail="No such file", fix="modprobe fuse"),
+        capabilities.Check("other device kinds", "ublk", ok=False, detail="absent", fix="modprobe", optional=True),
+    ]
+    monkeypatch.setattr(capabilities, "run_checks", lambda: findings)
+    from obdlab.cli import doctor
+
+    args = type("Args", (), {"json": False})()
+    assert doctor.run(args) == 1
+    assert "FAIL /dev/fuse: No such file\n         fix: modprobe fuse" in capsys.readouterr().out
+    args.json = True
+    assert doctor.run(args) == 1
+    assert json.loads(capsys.readouterr().out)[1]["optional"] is True
+
+
+def test_doctor_is_a_command() -> None:
+    assert build_parser().parse_args(["doctor", "--json"]).json is True
