@@ -1,0 +1,105 @@
+"""A client of containerd: its content, image, lease and snapshot stores, typed and with a deadline on every call."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from google.protobuf.empty_pb2 import Empty
+
+from obdlab.containerd._pb.version_pb2_grpc import VersionStub
+from obdlab.containerd.connection import Connection
+from obdlab.containerd.content import ContentStore
+from obdlab.containerd.errors import ContainerdError
+from obdlab.containerd.images import ImageStore
+from obdlab.containerd.leases import Leases
+from obdlab.containerd.snapshots import Differ, Snapshots
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+DEFAULT_ADDRESS = "/run/containerd/containerd.sock"
+DEFAULT_NAMESPACE = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Version and source revision of the containerd that answers."""
+
+    version: str
+    revision: str
+
+
+class Containerd:
+    """One namespace of the containerd behind a unix socket. May be used from several threads at once.
+
+    Every method of it and its stores raises ContainerdError, of a subclass where the caller may want to act on it;
+    nothing waits longer than ``timeout_s`` except transfers, unpacking and synchronous removal, which have deadlines
+    of their own.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, namespace: str = DEFAULT_NAMESPACE, *, timeout_s: float = 60.0
+    ) -> None:
+        self._bind(Connection.open(address, namespace, timeout_s))
+
+    def _bind(self, connection: Connection) -> None:
+        self._connection = connection
+        self.content = ContentStore(connection)
+        self.images = ImageStore(connection)
+        self.leases = Leases(connection)
+        self.differ = Differ(connection)
+
+    def snapshots(self, snapshotter: str) -> Snapshots:
+        """Return the snapshot service of the snapshotter with this name."""
+        return Snapshots(self._connection, snapshotter)
+
+    def version(self) -> Version:
+        """Ask containerd for its version."""
+        answer = self._connection.call(VersionStub(self._connection.channel).Version, Empty(), "version")
+        return Version(answer.version, answer.revision)
+
+    @contextmanager
+    def lease(self, *, expire_s: float) -> Iterator[LeasedContainerd]:
+        """Hold everything made through the client that this yields until the block ends.
+
+        The lease also ends by itself after ``expire_s`` seconds, so that a killed client leaves nothing for ever.
+        """
+        lease_id = f"obdlab-{secrets.token_hex(8)}"
+        self.leases.create(lease_id, expire_s=expire_s)
+        try:
+            yield LeasedContainerd(self._connection, lease_id)
+        finally:
+            with suppress(ContainerdError):  # it expires; and an error of the block matters more
+                self.leases.delete(lease_id)
+
+    def close(self) -> None:
+        """Close the channel. Clients that share it (from :meth:`lease`) end with it."""
+        self._connection.channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LeasedContainerd(Containerd):
+    """The same containerd, with every call made under a lease."""
+
+    def __init__(self, connection: Connection, lease_id: str) -> None:
+        self.lease_id = lease_id
+        self._bind(connection.leased(lease_id))
+
+    def hold_content(self, digest: str) -> None:
+        """Hold a blob that may be older than the lease."""
+        self.leases.hold_content(self.lease_id, digest)
+
+    def hold_snapshot(self, snapshotter: str, key: str) -> None:
+        """Hold a snapshot that may be older than the lease, and with it its parents."""
+        self.leases.hold_snapshot(self.lease_id, snapshotter, key)

@@ -1,0 +1,156 @@
+"""A snapshotter as seen through containerd, and the differ that fills its snapshots."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.containerd._pb import diff_pb2, types_pb2
+from obdlab.containerd._pb import snapshots_pb2 as pb
+from obdlab.containerd._pb.diff_pb2_grpc import DiffStub
+from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from obdlab.containerd.connection import Connection
+
+# Unpacking a layer of some GB on a slow disk.
+APPLY_TIMEOUT_S = 1800.0
+
+
+class Kind(enum.IntEnum):
+    """What a snapshot is, with containerd's numbers."""
+
+    UNKNOWN = 0
+    VIEW = 1
+    ACTIVE = 2
+    COMMITTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount(2) call, as containerd describes it."""
+
+    type: str
+    source: str
+    options: tuple[str, ...] = ()
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A snapshot by its name (committed) or key (active, view). ``parent`` is '' at the bottom."""
+
+    name: str
+    parent: str
+    kind: Kind
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a snapshot takes on disk, in bytes and inodes."""
+
+    size: int
+    inodes: int
+
+
+class Snapshots:
+    """The snapshot service for one named snapshotter."""
+
+    def __init__(self, connection: Connection, snapshotter: str) -> None:
+        self._connection = connection
+        self._stub = SnapshotsStub(connection.channel)
+        self.snapshotter = snapshotter
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str] | None = None) -> list[Mount]:
+        """Make a writable snapshot and return how to mount it.
+
+        Raises AlreadyExistsError if ``key`` is taken, or if the snapshotter has provided the snapshot that the
+        label ``containerd.io/snapshot.ref`` names, so that nothing is left to do.
+        """
+        request = pb.PrepareSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent, labels=labels)
+        return _mounts(self._connection.call(self._stub.Prepare, request, self._doing("preparing", key)).mounts)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str] | None = None) -> list[Mount]:
+        """Make a read-only snapshot and return how to mount it. Raises AlreadyExistsError, NotFoundError (parent)."""
+        request = pb.ViewSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent, labels=labels)
+        return _mounts(self._connection.call(self._stub.View, request, self._doing("viewing", key)).mounts)
+
+    def mounts(self, key: str) -> list[Mount]:
+        """Return how to mount an active snapshot or view. Raises NotFoundError."""
+        request = pb.MountsRequest(snapshotter=self.snapshotter, key=key)
+        return _mounts(self._connection.call(self._stub.Mounts, request, self._doing("mounts of", key)).mounts)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str] | None = None) -> None:
+        """Turn the active snapshot ``key`` into the committed ``name``. Raises AlreadyExistsError, NotFoundError."""
+        request = pb.CommitSnapshotRequest(snapshotter=self.snapshotter, name=name, key=key, labels=labels)
+        self._connection.call(self._stub.Commit, request, self._doing("committing", name))
+
+    def remove(self, key: str) -> None:
+        """Delete a snapshot. Raises NotFoundError, and FailedPreconditionError while it has children."""
+        request = pb.RemoveSnapshotRequest(snapshotter=self.snapshotter, key=key)
+        self._connection.call(self._stub.Remove, request, self._doing("removing", key))
+
+    def stat(self, key: str) -> SnapshotInfo:
+        """Return what is known of a snapshot. Raises NotFoundError."""
+        request = pb.StatSnapshotRequest(snapshotter=self.snapshotter, key=key)
+        return _info(self._connection.call(self._stub.Stat, request, self._doing("stat of", key)).info)
+
+    def list(self, *filters: str) -> list[SnapshotInfo]:
+        """Return the snapshots that match any of containerd's filter expressions; all of them without one."""
+        connection = self._connection
+        with connection.errors(f"listing snapshots of {self.snapshotter}"):
+            answers = self._stub.List(
+                pb.ListSnapshotsRequest(snapshotter=self.snapshotter, filters=filters),
+                timeout=connection.timeout_s,
+                metadata=connection.metadata,
+            )
+            return [_info(info) for answer in answers for info in answer.info]
+
+    def usage(self, key: str) -> Usage:
+        """Return what a snapshot takes on disk. Raises NotFoundError."""
+        request = pb.UsageRequest(snapshotter=self.snapshotter, key=key)
+        answer = self._connection.call(self._stub.Usage, request, self._doing("usage of", key))
+        return Usage(answer.size, answer.inodes)
+
+    def cleanup(self) -> None:
+        """Have directories of removed snapshots deleted now. Raises UnsupportedError where there is no such call."""
+        request = pb.CleanupRequest(snapshotter=self.snapshotter)
+        self._connection.call(self._stub.Cleanup, request, f"cleanup of {self.snapshotter}")
+
+    def _doing(self, verb: str, key: str) -> str:
+        return f"{self.snapshotter}: {verb} snapshot {key!r}"
+
+
+class Differ:
+    """The diff service: containerd itself unpacks a layer of its content store into a snapshot."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._stub = DiffStub(connection.channel)
+
+    def apply(self, media_type: str, digest: str, size: int, mounts: Sequence[Mount]) -> str:
+        """Unpack a layer (tar, also gzip or zstd by its media type) into ``mounts``.
+
+        Returns the digest of the uncompressed tar. Raises NotFoundError if the blob is not in the content store.
+        """
+        request = diff_pb2.ApplyRequest(
+            diff=types_pb2.Descriptor(media_type=media_type, digest=digest, size=size),
+            mounts=[
+                types_pb2.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
+                for mount in mounts
+            ],
+        )
+        doing = f"unpacking layer {digest}"
+        return self._connection.call(self._stub.Apply, request, doing, timeout_s=APPLY_TIMEOUT_S).applied.digest
+
+
+def _mounts(mounts: Sequence[types_pb2.Mount]) -> list[Mount]:
+    return [Mount(mount.type, mount.source, tuple(mount.options), mount.target) for mount in mounts]
+
+
+def _info(info: pb.Info) -> SnapshotInfo:
+    return SnapshotInfo(info.name, info.parent, Kind(info.kind), dict(info.labels))
