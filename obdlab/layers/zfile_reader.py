@@ -207,5 +207,6 @@ def read_trailer(blob: Blob) -> ZFileHeader:
             blob=blob.name,
             offset=offset,
             got=f"flags {trailer.flags:#x}",
+            wanted=f"{int(wanted):#x} among them, {int(Flags.HEADER):#x} not",
         )
     return trailer

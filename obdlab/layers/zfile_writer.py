@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -19,35 +19,16 @@ from obdlab.formats.zfile.layout import (
     Flags,
     ZFileHeader,
 )
+from obdlab.layers.sink import can_seek
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from obdlab.blob import Buffer
+    from obdlab.layers.sink import Sink
 
 # Stored blocks are handed to the sink in pieces of about this size.
 _PIECE = 256 << 10
-
-
-class Sink(Protocol):
-    """What a writer writes to: a binary file or anything like one. ``write`` must take all it is given."""
-
-    def write(self, data: bytes, /) -> object:
-        """Append ``data`` at the current position."""
-
-
-@runtime_checkable
-class SeekableSink(Sink, Protocol):
-    """A sink that may be able to go back."""
-
-    def seekable(self) -> bool:
-        """Whether it really is."""
-
-    def tell(self) -> int:
-        """Return the current position."""
-
-    def seek(self, offset: int, /) -> object:
-        """Move to ``offset``."""
 
 
 class ZFileWriteError(ObdlabError):
@@ -81,7 +62,7 @@ class ZFileWriter:
         self._codec = codec_for(algorithm)
         self._block_size = block_size
         self._crc = verify
-        self._rewritable = sink if overwrite_header and _can_seek(sink) else None
+        self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
         self._rest = bytearray()  # input short of a block
         self._stored = bytearray()  # output short of a piece
@@ -197,7 +178,3 @@ class ZFileWriter:
     def _flush(self) -> None:
         self._sink.write(bytes(self._stored))
         self._stored.clear()
-
-
-def _can_seek(sink: Sink) -> TypeGuard[SeekableSink]:
-    return isinstance(sink, SeekableSink) and sink.seekable()

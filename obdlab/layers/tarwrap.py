@@ -1,0 +1,172 @@
+"""Layer blobs in their tar envelope: reading the content, and writing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from obdlab.blob import Blob, check_range
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.formats.tar import (
+    WRAP_SIZE,
+    TarWindow,
+    parse_wrap,
+    placeholder_header,
+    wrap_header,
+    wrap_tail,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.blob import Buffer
+    from obdlab.layers.sink import SeekableSink, Sink
+
+
+class TarWrapError(ObdlabError):
+    """Content of another size than announced, a sink that cannot seek, or a writer used after its end."""
+
+
+def open_tarwrap(blob: Blob) -> Blob:
+    """Return the content of a tar-wrapped blob, or the blob itself if it is not a tar.
+
+    Raises FormatError if it is a tar but not of one layer, or the content would reach past its end.
+    """
+    window = read_window(blob)
+    return blob if window is None else WrappedContent(blob, window)
+
+
+def read_window(blob: Blob) -> TarWindow | None:
+    """Say where the content of a tar-wrapped blob lies, or None if it is not a tar. Raises as open_tarwrap does."""
+    window = parse_wrap(blob.read_at(0, min(WRAP_SIZE, blob.size)), blob=blob.name)
+    if window is not None and window.offset + window.size > blob.size:
+        raise FormatError(
+            "wrapped content reaches past the blob's end (is it cut short?)",
+            blob=blob.name,
+            got=f"[{window.offset}, {window.offset + window.size})",
+            wanted=f"inside [0, {blob.size})",
+        )
+    return window
+
+
+class WrappedContent(Blob):
+    """The one file inside a tar, as a blob."""
+
+    def __init__(self, blob: Blob, window: TarWindow) -> None:
+        self.name = blob.name
+        self.window = window
+        self._blob = blob
+        self._offset, self._size = window
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        check_range(self, offset, length)
+        return self._blob.read_at(self._offset + offset, length)
+
+    def evict(self, offset: int, length: int) -> None:
+        check_range(self, offset, length)
+        self._blob.evict(self._offset + offset, length)
+
+    def close(self) -> None:
+        self._blob.close()
+
+
+class TarWrapWriter:
+    """Wraps what is written into it, from the sink's current position on, and is itself a seekable sink.
+
+    Until :meth:`close` the header is a placeholder that nobody takes for a tar. Leaving a ``with`` block by an
+    exception leaves it so. The sink stays open, at the end of the tar.
+    """
+
+    def __init__(self, sink: SeekableSink) -> None:
+        self._sink = sink
+        self._start = sink.tell()
+        self._position = 0
+        self._size = 0
+        self._open = True
+        sink.write(placeholder_header())
+
+    def write(self, data: Buffer) -> int:
+        """Write at the current position of the content. Returns the length of ``data``."""
+        if not self._open:
+            raise TarWrapError("tar writer is closed")
+        length = memoryview(data).nbytes
+        self._sink.write(bytes(data))
+        self._position += length
+        self._size = max(self._size, self._position)
+        return length
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in the content."""
+        return self._position
+
+    def seek(self, offset: int) -> int:
+        """Move within the content written so far."""
+        if not 0 <= offset <= self._size:
+            raise TarWrapError(f"seek outside the content (got {offset}, wanted 0 to {self._size})")
+        self._sink.seek(self._start + WRAP_SIZE + offset)
+        self._position = offset
+        return offset
+
+    def close(self) -> None:
+        """Write the tail and the final header. Raises TarWrapError if it is closed already."""
+        if not self._open:
+            raise TarWrapError("tar writer is closed")
+        self.seek(self._size)
+        self._open = False
+        tail = wrap_tail(self._size)
+        self._sink.write(tail)
+        self._sink.seek(self._start)
+        self._sink.write(wrap_header(self._size))
+        self._sink.seek(self._start + WRAP_SIZE + self._size + len(tail))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._open:
+            self.close()
+
+
+class StreamTarWrapWriter:
+    """Wraps a stream whose size is known beforehand, into a sink that need not seek."""
+
+    def __init__(self, sink: Sink, size: int) -> None:
+        self._sink = sink
+        self._size = size
+        self._written = 0
+        self._open = True
+        sink.write(wrap_header(size))
+
+    def write(self, data: Buffer) -> int:
+        """Append ``data``; returns its length. Raises TarWrapError if that is more than was announced."""
+        length = memoryview(data).nbytes
+        if not self._open or self._written + length > self._size:
+            raise TarWrapError(f"more content than announced (got {self._written + length}, wanted {self._size})")
+        self._sink.write(bytes(data))
+        self._written += length
+        return length
+
+    def close(self) -> None:
+        """Write the tail. Raises TarWrapError if less was written than announced, or it is closed already."""
+        if not self._open or self._written != self._size:
+            raise TarWrapError(f"content is not as announced (got {self._written}, wanted {self._size})")
+        self._open = False
+        self._sink.write(wrap_tail(self._size))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._open:
+            self.close()
