@@ -1,0 +1,193 @@
+"""config.v1.json: what an image is made of, in the original's keys (overlaybd per-image configuration)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_MAX_SIZE = (1 << 64) - 1
+_Value = TypeVar("_Value")
+
+
+class ConfigError(ObdlabError):
+    """An image configuration cannot be read, is no JSON, or has a key of the wrong type."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowerConfig:
+    """One read-only layer: a local ``file``, or one in ``dir``, or else the blob ``digest`` of ``size`` bytes."""
+
+    file: str = ""
+    dir: str = ""
+    digest: str = ""
+    size: int = 0
+    gzip_index: str = ""
+    target_file: str = ""
+    target_digest: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it with the original's keys in the original's order, without the empty ones."""
+        values = {
+            "gzipIndex": self.gzip_index,
+            "file": self.file,
+            "digest": self.digest,
+            "targetFile": self.target_file,
+            "targetDigest": self.target_digest,
+            "size": self.size,
+            "dir": self.dir,
+        }
+        return {key: value for key, value in values.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class UpperConfig:
+    """The writable layer. ``vsize_gb`` is a note of whoever made it; the layer's own header counts."""
+
+    index: str = ""
+    data: str = ""
+    vsize_gb: int = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a writable layer: both paths must be named."""
+        return bool(self.index and self.data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it with the original's keys, without the empty ones."""
+        values = {"index": self.index, "data": self.data, "vsize": self.vsize_gb}
+        return {key: value for key, value in values.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """An image: its lowers from the bottom up, perhaps a writable upper, and where remote blobs come from.
+
+    ``repo_blob_url`` is like ``https://host/v2/name/blobs``. ``result_file`` gets "success" or "failed:<reason>"
+    when the image is opened.
+    """
+
+    repo_blob_url: str = ""
+    lowers: tuple[LowerConfig, ...] = ()
+    upper: UpperConfig = field(default_factory=UpperConfig)
+    result_file: str = ""
+    download: Mapping[str, Any] | None = None
+    acceleration_layer: bool = False
+    record_trace_path: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it with the original's keys, in its order and with its rule of what is left out when empty."""
+        values: dict[str, Any] = {
+            "repoBlobUrl": self.repo_blob_url,
+            "lowers": [lower.to_json() for lower in self.lowers],
+            "upper": self.upper.to_json(),
+            "resultFile": self.result_file,
+        }
+        if self.download is not None:
+            values["download"] = dict(self.download)
+        if self.acceleration_layer:
+            values["accelerationLayer"] = True
+        if self.record_trace_path:
+            values["recordTracePath"] = self.record_trace_path
+        return values
+
+    @classmethod
+    def from_json(cls, values: object, *, name: str = "image configuration") -> Self:
+        """Read parsed JSON; unknown keys are ignored. Raises ConfigError naming ``name`` and the wrong key."""
+        top = _Table(values, name, "")
+        upper = _Table(top.get("upper", dict, {}), name, "upper.")
+        return cls(
+            repo_blob_url=top.get("repoBlobUrl", str, ""),
+            lowers=tuple(
+                _lower(_Table(lower, name, f"lowers[{i}].")) for i, lower in enumerate(top.get("lowers", list, []))
+            ),
+            upper=UpperConfig(
+                index=upper.get("index", str, ""),
+                data=upper.get("data", str, ""),
+                vsize_gb=upper.get("vsize", int, 0),
+            ),
+            result_file=top.get("resultFile", str, ""),
+            download=top.get("download", dict, None),
+            acceleration_layer=top.get("accelerationLayer", bool, False),
+            record_trace_path=top.get("recordTracePath", str, ""),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a configuration file. Raises ConfigError naming the file, and the key if one is wrong."""
+        name = os.fspath(path)
+        try:
+            values = json.loads(Path(name).read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot read the image configuration ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{name}: image configuration is not JSON ({error})") from error
+        return cls.from_json(values, name=name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a file of mode 0600, replacing an old one in one step. Raises ConfigError naming the file."""
+        target = Path(path)
+        text = json.dumps(self.to_json(), separators=(",", ":"))
+        try:
+            _replace(target, text.encode())
+        except OSError as error:
+            raise ConfigError(f"{target}: cannot write the image configuration ({error.strerror})") from error
+
+
+class _Table:
+    # A JSON object whose values are taken out with their type checked.
+    def __init__(self, values: object, name: str, prefix: str) -> None:
+        if not isinstance(values, dict):
+            key = prefix.rstrip(".") or "the whole"
+            raise ConfigError(f"{name}: {key}: wrong type (got {type(values).__name__}, wanted an object)")
+        self._values = values
+        self._name = name
+        self._prefix = prefix
+
+    def get(self, key: str, kind: type[_Value], default: Any) -> Any:
+        value = self._values.get(key)
+        if value is None:  # Go writes null for an empty list
+            return default
+        if type(value) is not kind:
+            raise ConfigError(
+                f"{self._name}: {self._prefix}{key}: wrong type (got {type(value).__name__}, wanted {kind.__name__})"
+            )
+        if kind is int and not 0 <= cast("int", value) <= _MAX_SIZE:
+            raise ConfigError(f"{self._name}: {self._prefix}{key}: out of range (got {value}, wanted a u64)")
+        return value
+
+
+def _lower(table: _Table) -> LowerConfig:
+    return LowerConfig(
+        file=table.get("file", str, ""),
+        dir=table.get("dir", str, ""),
+        digest=table.get("digest", str, ""),
+        size=table.get("size", int, 0),
+        gzip_index=table.get("gzipIndex", str, ""),
+        target_file=table.get("targetFile", str, ""),
+        target_digest=table.get("targetDigest", str, ""),
+    )
+
+
+def _replace(target: Path, data: bytes) -> None:
+    # mkstemp makes the file 0600.
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
