@@ -1,0 +1,278 @@
+"""The snapshotter itself, without any wire: containerd's contract over plain layers and overlaybd images.
+
+A snapshot is a row in the store and a directory. Whatever takes long (attaching a device, counting files, deleting)
+happens outside of the store's transactions; a row and its directory appear and change together, inside one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from obdlab.image.config import ImageConfig
+from obdlab.snapshotter import overlaybd
+from obdlab.snapshotter.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from obdlab.snapshotter.filters import compile_filters
+from obdlab.snapshotter.layout import CONFIG_NAME
+from obdlab.snapshotter.mounts import Mount, kernel_overlay_options, snapshot_mounts
+from obdlab.snapshotter.store import Kind, Reader, Snapshot, Store, Usage, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from obdlab.snapshotter.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+_LABEL_PATH = "labels."
+
+
+class ImageMounts(Protocol):
+    """What mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
+
+    def mount(self, snapshot_id: int, fs_spec: str) -> None:
+        """Have the image's device attached and mounted at the snapshot's mount point."""
+
+    def release(self, snapshot_id: int) -> None:
+        """Unmount and detach, or raise FailedPreconditionError while something uses the mount."""
+
+
+class Snapshotter:
+    """containerd's snapshot contract. All methods may be called from several threads."""
+
+    def __init__(self, layout: Layout, images: ImageMounts, options: overlaybd.ImageOptions) -> None:
+        """Open the store below a locked root and drop what a crash left half made."""
+        self._layout = layout
+        self._images = images
+        self._options = options
+        self._store = Store(layout.metadata)
+        self._locks = _KeyedLocks()
+        self._overlay_options = kernel_overlay_options()
+        self.cleanup()
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Make an active snapshot and return how to mount it.
+
+        With the labels of an overlaybd layer that is being pulled, the layer is committed at once under the name
+        asked for and AlreadyExistsError tells the client that there is nothing to download.
+        """
+        if overlaybd.pull_target(labels):
+            layer = overlaybd.remote_layer(labels)
+            if layer is not None:
+                self._commit_remote(key, parent, labels, layer)
+                raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
+        return self._create(Kind.ACTIVE, key, parent, labels)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Make a read-only snapshot and return how to mount it."""
+        return self._create(Kind.VIEW, key, parent, labels)
+
+    def mounts(self, key: str) -> list[Mount]:
+        """Return how to mount an active snapshot or a view, bringing its image's device back if it went away."""
+        with self._store.read() as reader:
+            snapshot = reader.get(key)
+            if snapshot.kind is Kind.COMMITTED:
+                raise FailedPreconditionError(f"snapshot {key!r} is neither active nor a view")
+            own_id, *lower_ids = reader.chain(key)
+            image = self._image_below(reader, lower_ids)
+        with self._mounted(image):
+            return self._mounts(snapshot.kind, own_id, lower_ids)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str]) -> None:
+        """Turn the active snapshot ``key`` into the committed snapshot ``name``, with these labels."""
+        with self._store.read() as reader:
+            snapshot = reader.get(key)
+        usage = self._layout.usage(snapshot.id)
+        with self._store.write() as writer:
+            writer.commit(key, name, labels, usage)
+
+    def remove(self, key: str) -> None:
+        """Forget a snapshot without children and delete its files, unmounting its image first."""
+        with self._store.read() as reader:
+            snapshot_id = reader.get(key).id
+        with self._locks.hold(snapshot_id):
+            with self._store.read() as reader:
+                if reader.has_children(snapshot_id):
+                    raise FailedPreconditionError(f"snapshot {key!r} has children")
+            if self._layout.is_image(snapshot_id):
+                self._images.release(snapshot_id)
+            with self._store.write() as writer:
+                writer.remove(key)
+            self._layout.delete(self._layout.directory(snapshot_id))
+
+    def stat(self, key: str) -> Snapshot:
+        """Return what is known of a snapshot."""
+        with self._store.read() as reader:
+            return reader.get(key)
+
+    def update(self, key: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
+        """Change labels: those named by ``paths`` (``labels`` or ``labels.<key>``), or all if there are none."""
+        for path in paths:
+            if path != "labels" and not path.startswith(_LABEL_PATH):
+                raise InvalidArgumentError(f"snapshot {key!r}: only labels can be updated (got {path!r})")
+        with self._store.write() as writer:
+            result = dict(writer.get(key).labels)
+            for path in paths or ("labels",):
+                if path == "labels":
+                    result = dict(labels)
+                else:
+                    label = path.removeprefix(_LABEL_PATH)
+                    result[label] = labels.get(label, "")
+            return writer.set_labels(key, result)
+
+    def walk(self, filters: Sequence[str] = ()) -> list[Snapshot]:
+        """Return the snapshots that match any of the filters, oldest first."""
+        matches = compile_filters(filters)
+        with self._store.read() as reader:
+            snapshots = reader.all()
+        return [snapshot for snapshot in snapshots if matches(snapshot)]
+
+    def usage(self, key: str) -> Usage:
+        """Return the disk space of a snapshot itself; that of an active one is measured now."""
+        snapshot = self.stat(key)
+        if snapshot.kind is Kind.ACTIVE or self._layout.is_image(snapshot.id):
+            return self._layout.usage(snapshot.id)
+        return snapshot.usage
+
+    def cleanup(self) -> None:
+        """Delete directories that belong to no snapshot."""
+        with self._store.write() as writer:  # directories get their rows under this lock
+            leftovers = self._layout.unknown(writer.ids())
+        for directory in leftovers:
+            logger.info("deleting leftover %s", directory)
+            self._layout.delete(directory)
+
+    def close(self) -> None:
+        """Stop using the root. Devices and mounts stay: containers run on them. Closing twice is allowed."""
+        self._store.close()
+        self._layout.close()
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        with self._store.read() as reader:
+            image = self._image_for_new(reader, key, parent)
+        # The lock keeps Remove from taking the image down before the new snapshot has become its child.
+        with self._mounted(image), self._store.write() as writer:
+            snapshot, lower_ids = self._add(writer, kind, key, parent, labels)
+            if self._image_below(writer, lower_ids) != image:
+                raise FailedPreconditionError(f"parent snapshot {parent!r} of {key!r} changed meanwhile, try again")
+            return self._mounts(kind, snapshot.id, lower_ids)
+
+    def _image_for_new(self, reader: Reader, key: str, parent: str) -> Snapshot | None:
+        # Fail before a device is attached for nothing; the write transaction checks all of it again.
+        if reader.find(key) is not None:
+            raise AlreadyExistsError(f"snapshot {key!r} already exists")
+        if not parent or reader.find(parent) is None:
+            return None
+        return self._image_below(reader, reader.chain(parent))
+
+    def _image_below(self, reader: Reader, lower_ids: Sequence[int]) -> Snapshot | None:
+        for lower_id in lower_ids:
+            if self._layout.is_image(lower_id):
+                return reader.by_id(lower_id)
+        return None
+
+    @contextmanager
+    def _mounted(self, image: Snapshot | None) -> Iterator[None]:
+        if image is None:
+            yield
+            return
+        with self._locks.hold(image.id):
+            if not self._layout.is_image(image.id):
+                raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
+            self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options))
+            yield
+
+    def _mounts(self, kind: Kind, own_id: int, lower_ids: Sequence[int]) -> list[Mount]:
+        fs, work = self._layout.fs(own_id), self._layout.work(own_id)
+        return snapshot_mounts(kind, fs, work, self._lowers(lower_ids), self._overlay_options)
+
+    def _lowers(self, lower_ids: Sequence[int]) -> list[Path]:
+        # An image's device shows the layers below it too, so it ends the list.
+        lowers: list[Path] = []
+        for lower_id in lower_ids:
+            if self._layout.is_image(lower_id):
+                lowers.append(self._layout.mountpoint(lower_id))
+                break
+            lowers.append(self._layout.fs(lower_id))
+        return lowers
+
+    def _add(
+        self,
+        writer: Writer,
+        kind: Kind,
+        key: str,
+        parent: str,
+        labels: Mapping[str, str],
+        fill: Callable[[Path, int, Sequence[int]], None] | None = None,
+    ) -> tuple[Snapshot, list[int]]:
+        snapshot = writer.create(kind, key, parent, labels)
+        lower_ids = list(writer.chain(key)[1:])
+        directory = self._layout.new_directory(kind, self._owner(lower_ids))
+        for path in (directory, self._layout.directory(snapshot.id)):
+            writer.on_rollback(partial(self._layout.delete, path))
+        self._layout.write_image_reference(directory, overlaybd.image_reference(labels))
+        if fill is not None:
+            fill(directory, snapshot.id, lower_ids)
+        self._layout.adopt(directory, snapshot.id)
+        return snapshot, lower_ids
+
+    def _owner(self, lower_ids: Sequence[int]) -> tuple[int, int] | None:
+        # In an overlay the upper directory is what "/" looks like, so its owner carries on from layer to layer.
+        for lower in self._lowers(lower_ids)[:1]:
+            status = lower.stat()
+            return status.st_uid, status.st_gid
+        return None
+
+    def _commit_remote(self, key: str, parent: str, labels: Mapping[str, str], layer: overlaybd.RemoteLayer) -> None:
+        target = overlaybd.pull_target(labels)
+
+        def fill(directory: Path, own_id: int, lower_ids: Sequence[int]) -> None:
+            below = None
+            if lower_ids:
+                if not self._layout.is_image(lower_ids[0]):
+                    raise FailedPreconditionError(
+                        f"overlaybd layer {layer.digest} on top of {parent!r}, which is no overlaybd layer"
+                    )
+                below = ImageConfig.load(self._layout.config(lower_ids[0]))
+            config = overlaybd.build_config(below, layer, self._layout.directory(own_id), self._options)
+            config.save(self._layout.add_block(directory) / CONFIG_NAME)
+
+        with self._store.write() as writer:
+            if writer.find(target) is not None:
+                raise AlreadyExistsError(f"target snapshot {target!r} is ready")
+            committed_labels = {**labels, overlaybd.LABEL_REMOTE: overlaybd.REMOTE_SNAPSHOT}
+            self._add(writer, Kind.ACTIVE, key, parent, labels, fill)
+            writer.commit(key, target, committed_labels, Usage())
+
+
+class _KeyedLocks:
+    """One lock per snapshot id, there as long as somebody wants it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[int, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def hold(self, key: int) -> Iterator[None]:
+        with self._guard:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)

@@ -1,0 +1,151 @@
+"""Overlaybd images as mounted devices: attached when a container first wants one, shared by all that do."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import select
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import mount
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.snapshotter.errors import FailedPreconditionError
+
+if TYPE_CHECKING:
+    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.snapshotter.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    path: Path
+    pidfd: int
+
+
+class ImageDevices:
+    """Mounts images at their snapshots' mount points.
+
+    Calls for different snapshots may come from several threads at once; for one snapshot the caller takes turns.
+    """
+
+    def __init__(self, layout: Layout, devices: DeviceService) -> None:
+        self._layout = layout
+        self._devices = devices
+        self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
+        self._live: dict[int, _Live] = {}
+        self._guard = threading.Lock()
+
+    def device_id(self, snapshot_id: int) -> str:
+        """Return the name of a snapshot's device, different for every root of this host."""
+        return f"{self._prefix}-{snapshot_id}"
+
+    def mount(self, snapshot_id: int, fs_spec: str) -> None:
+        """Have the image's device attached and its file system mounted, read-only.
+
+        Does nothing if that is so; brings the mount back after a reboot or the death of the device's server. If it
+        fails, nothing of the attempt stays. Raises ObdlabError with the cause.
+        """
+        target = self._layout.mountpoint(snapshot_id)
+        if self._is_live(snapshot_id, target):
+            return
+        device = self._attach(snapshot_id, target)
+        try:
+            self._mount(device.path, target, fs_spec)
+            self._remember(snapshot_id, device)
+        except ObdlabError:
+            self._undo(device.device_id, target)
+            raise
+
+    def release(self, snapshot_id: int) -> None:
+        """Unmount the image and take its device away.
+
+        Raises FailedPreconditionError, with the mount back in its place, while something else still uses it.
+        """
+        target = self._layout.mountpoint(snapshot_id)
+        entries = mount.mounts_at(target)
+        try:
+            while mount.unmount(target):
+                pass
+            # Refused while overlays hold the file system, which they do without its mount, in any mount namespace.
+            self._devices.detach(self.device_id(snapshot_id))
+        except DeviceError as error:
+            if entries and not mount.is_mounted(target):
+                mount.mount(Path(entries[-1].source), target, read_only=True)
+            raise FailedPreconditionError(f"image snapshot is in use: {error}") from error
+        self._forget(snapshot_id)
+
+    def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
+        config, device_id = self._layout.config(snapshot_id), self.device_id(snapshot_id)
+        try:
+            return self._devices.attach(config, device_id)
+        except DeviceError:
+            if all(device.alive for device in self._devices.list() if device.device_id == device_id):
+                raise
+        # What still runs on the dead device gets I/O errors whatever is done; whoever starts now need not.
+        logger.warning("device %s: its server died; attaching it anew", device_id)
+        _unmount_all(target)
+        self._devices.detach(device_id, force=True)
+        return self._devices.attach(config, device_id)
+
+    def _mount(self, device: Path, target: Path, fs_spec: str) -> None:
+        entries = mount.mounts_at(target)
+        if entries and entries[-1].source == str(device):
+            return
+        if entries:
+            logger.warning("%s: mounted from %s, which is gone; mounting again", target, entries[-1].source)
+            _unmount_all(target)
+        _type, _, rest = fs_spec.partition(";")
+        mount.mount(device, target, read_only=True, options=rest.partition(";")[0])
+
+    def _undo(self, device_id: str, target: Path) -> None:
+        try:
+            _unmount_all(target)
+            self._devices.detach(device_id)
+        except ObdlabError:
+            logger.exception("device %s stays after a failed mount", device_id)
+
+    def _is_live(self, snapshot_id: int, target: Path) -> bool:
+        with self._guard:
+            live = self._live.get(snapshot_id)
+        if live is None:
+            return False
+        # The server comes first: a mount without one would not answer.
+        if not _alive(live.pidfd):
+            self._forget(snapshot_id)
+            return False
+        try:
+            return target.stat().st_dev == live.path.stat().st_rdev
+        except OSError:
+            return False
+
+    def _remember(self, snapshot_id: int, device: AttachedDevice) -> None:
+        try:
+            live = _Live(device.path, os.pidfd_open(device.pid))
+        except ProcessLookupError as error:
+            raise DeviceError(f"{device.path}: its server (process {device.pid}) died") from error
+        self._forget(snapshot_id)
+        with self._guard:
+            self._live[snapshot_id] = live
+
+    def _forget(self, snapshot_id: int) -> None:
+        with self._guard:
+            live = self._live.pop(snapshot_id, None)
+        if live is not None:
+            os.close(live.pidfd)
+
+
+def _unmount_all(target: Path) -> None:
+    while mount.unmount(target, lazy=True):
+        pass
+
+
+def _alive(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)

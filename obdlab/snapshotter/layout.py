@@ -1,0 +1,179 @@
+"""The snapshotter's directory: what lies where, made so that a crash at any moment leaves only nameless leftovers.
+
+::
+
+    <root>/lock
+    <root>/metadata.sqlite
+    <root>/snapshots/<id>/fs                     the layer, or the container's changes
+    <root>/snapshots/<id>/work                   overlayfs work directory (active only)
+    <root>/snapshots/<id>/block/config.v1.json   an overlaybd image up to this layer
+    <root>/snapshots/<id>/block/mountpoint       where its device is mounted
+    <root>/snapshots/<id>/image_ref              the image it came from, if known
+    <root>/snapshots/new-*                       being made
+
+(overlaybd snapshotter, on-disk layout.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.snapshotter.store import Kind, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+CONFIG_NAME = "config.v1.json"
+_NEW = "new-"
+
+
+class RootError(ObdlabError):
+    """The root directory cannot be used, or another snapshotter works on it."""
+
+
+class Layout:
+    """Paths under one root, and the making and deleting of snapshot directories."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the root (0700) if need be and lock it for this process. Raises RootError."""
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise RootError(f"{root}: cannot be the snapshotter's root ({error.strerror})") from error
+        self.root = root.resolve()
+        if any(char in str(self.root) for char in ":,\\"):
+            raise RootError(f"{self.root}: overlay mount options cannot hold this path (wanted none of ':,\\')")
+        self.snapshots = self.root / "snapshots"
+        self._lock_fd = _lock(self.root / "lock")
+        self.snapshots.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def metadata(self) -> Path:
+        """The SQLite file."""
+        return self.root / "metadata.sqlite"
+
+    def directory(self, snapshot_id: int) -> Path:
+        """Everything of one snapshot."""
+        return self.snapshots / str(snapshot_id)
+
+    def fs(self, snapshot_id: int) -> Path:
+        """Lower or upper directory."""
+        return self.snapshots / str(snapshot_id) / "fs"
+
+    def work(self, snapshot_id: int) -> Path:
+        """Work directory of overlayfs."""
+        return self.snapshots / str(snapshot_id) / "work"
+
+    def block(self, snapshot_id: int) -> Path:
+        """What belongs to the block device."""
+        return self.snapshots / str(snapshot_id) / "block"
+
+    def config(self, snapshot_id: int) -> Path:
+        """The device's configuration; it exists if the snapshot is the top layer of an overlaybd image."""
+        return self.snapshots / str(snapshot_id) / "block" / CONFIG_NAME
+
+    def mountpoint(self, snapshot_id: int) -> Path:
+        """Where the device is mounted."""
+        return self.snapshots / str(snapshot_id) / "block" / "mountpoint"
+
+    def is_image(self, snapshot_id: int) -> bool:
+        """Return whether the snapshot is a layer of an overlaybd image."""
+        return self.config(snapshot_id).exists()
+
+    def new_directory(self, kind: Kind, owner: tuple[int, int] | None) -> Path:
+        """Return a nameless snapshot directory, ``fs`` given to ``owner`` (uid, gid) if there is one."""
+        directory = self.snapshots / os.path.basename(tempfile.mkdtemp(prefix=_NEW, dir=self.snapshots))
+        try:
+            _make(directory / "fs", 0o755)
+            if owner is not None:
+                os.chown(directory / "fs", *owner)
+            if kind is Kind.ACTIVE:
+                _make(directory / "work", 0o711)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return directory
+
+    @staticmethod
+    def add_block(directory: Path) -> Path:
+        """Add to a nameless directory what an image layer needs; return its ``block``."""
+        block = directory / "block"
+        _make(block, 0o711)
+        _make(block / "mountpoint", 0o711)
+        (block / "init-debug.log").touch(mode=0o644)
+        return block
+
+    @staticmethod
+    def write_image_reference(directory: Path, reference: str) -> None:
+        """Note in a nameless directory which image it belongs to, if that is known."""
+        if reference:
+            (directory / "image_ref").write_text(reference)
+
+    def adopt(self, directory: Path, snapshot_id: int) -> None:
+        """Give a nameless directory its name."""
+        directory.rename(self.directory(snapshot_id))
+
+    def delete(self, directory: Path) -> None:
+        """Delete a directory. What cannot be deleted now is tried again by the next cleanup."""
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def unknown(self, known: Iterable[int]) -> list[Path]:
+        """Return the directories that no snapshot owns: leftovers of crashes and of removals."""
+        names = {str(snapshot_id) for snapshot_id in known}
+        return sorted(path for path in self.snapshots.iterdir() if path.name not in names)
+
+    def usage(self, snapshot_id: int) -> Usage:
+        """Measure a snapshot's own files."""
+        return disk_usage([self.fs(snapshot_id), self.block(snapshot_id)], skip="mountpoint")
+
+    def close(self) -> None:
+        """Let another process have the root. Closing twice is allowed."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def disk_usage(roots: Iterable[Path], *, skip: str = "") -> Usage:
+    """Count inodes and allocated bytes below ``roots`` and of them, each inode once.
+
+    Directly below a root, entries called ``skip`` are left out; a root that is missing counts nothing.
+    """
+    seen: set[tuple[int, int]] = set()
+    size = 0
+    pending: list[tuple[str | os.DirEntry[str], bool]] = [(str(root), True) for root in roots]
+    while pending:
+        path, is_root = pending.pop()
+        try:
+            status = os.lstat(path)
+            identity = (status.st_dev, status.st_ino)
+            if identity in seen:
+                continue
+            if (status.st_mode & 0o170000) == 0o040000:
+                with os.scandir(path) as entries:
+                    pending += [(entry, False) for entry in entries if not (is_root and entry.name == skip)]
+        except FileNotFoundError:
+            continue  # a container may delete files while they are counted
+        seen.add(identity)
+        size += status.st_blocks * 512
+    return Usage(len(seen), size)
+
+
+def _make(path: Path, mode: int) -> None:
+    path.mkdir()
+    path.chmod(mode)  # mkdir's mode is subject to the umask
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise RootError(f"{path.parent}: another snapshotter uses this root") from error
+    return descriptor

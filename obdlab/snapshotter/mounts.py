@@ -1,0 +1,54 @@
+"""Mounts as containerd is told of them; its client makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.snapshotter.store import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_INDEX_PARAMETER = Path("/sys/module/overlay/parameters/index")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount: file system type, source and options in containerd's words."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
+
+
+def kernel_overlay_options() -> tuple[str, ...]:
+    """Return the options every overlay mount gets on this kernel.
+
+    With an index, overlayfs refuses lower directories that were copied or used elsewhere, as snapshots are.
+    """
+    return ("index=off",) if _INDEX_PARAMETER.exists() else ()
+
+
+def snapshot_mounts(
+    kind: Kind, fs: Path, work: Path, lowers: Sequence[Path], overlay_options: tuple[str, ...]
+) -> list[Mount]:
+    """Return how to mount a snapshot whose own files are in ``fs``, over ``lowers``, nearest first.
+
+    A lower is a plain layer's directory or the mount point of an overlaybd image; the result is what containerd's
+    overlayfs snapshotter gives: bind mounts where one directory says it all, else one overlay.
+    """
+    if not lowers:
+        return [_bind(fs, "ro" if kind is Kind.VIEW else "rw")]
+    if kind is Kind.VIEW and len(lowers) == 1:
+        return [_bind(lowers[0], "ro")]
+    options = overlay_options
+    if kind is Kind.ACTIVE:
+        options += (f"workdir={work}", f"upperdir={fs}")
+    options += (f"lowerdir={':'.join(map(str, lowers))}",)
+    return [Mount("overlay", "overlay", options)]
+
+
+def _bind(source: Path, access: str) -> Mount:
+    return Mount("bind", str(source), (access, "rbind"))

@@ -1,0 +1,132 @@
+"""What snapshot labels say of overlaybd layers, and the device configuration made from it.
+
+(overlaybd snapshotter, labels and building of config.v1.json; OCI image conventions of overlaybd.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError
+from obdlab.formats.oci import (
+    ACCELERATION_LAYER,
+    BLOB_DIGEST,
+    BLOB_FS_TYPE,
+    BLOB_SIZE,
+    FASTOCI_TARGET_DIGEST,
+    TURBO_TARGET_DIGEST,
+    is_digest,
+)
+from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.registry.reference import Reference, canonical_host, is_loopback
+from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+LABEL_TARGET = "containerd.io/snapshot.ref"
+LABEL_IMAGE_REF = "containerd.io/snapshot/image-ref"
+LABEL_CRI_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+LABEL_REMOTE = "containerd.io/snapshot/remote"
+REMOTE_SNAPSHOT = "remote snapshot"
+
+_MAX_BLOB_SIZE = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """How images are reached and mounted where their labels do not say."""
+
+    #: Registries spoken to over plain HTTP besides this machine's own.
+    plain_http_hosts: frozenset[str] = frozenset()
+    #: ``type[;mount options[;mkfs options]]``
+    default_fs: str = "ext4"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteLayer:
+    """An overlaybd layer that stays in its registry. ``size`` in bytes."""
+
+    digest: str
+    size: int
+    reference: Reference
+
+
+def pull_target(labels: Mapping[str, str]) -> str:
+    """Return the name a pull wants the layer committed under, or '' if this is no pull."""
+    return labels.get(LABEL_TARGET, "")
+
+
+def image_reference(labels: Mapping[str, str]) -> str:
+    """Return the image a snapshot belongs to, as the kubelet or else the client calls it, or ''."""
+    return labels.get(LABEL_CRI_IMAGE_REF) or labels.get(LABEL_IMAGE_REF, "")
+
+
+def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
+    """Return the overlaybd layer that the labels of a pull describe, or None for a plain layer.
+
+    Raises InvalidArgumentError if the labels contradict themselves and FailedPreconditionError for layers of a kind
+    that cannot be served: unpacked like plain ones they would put rubbish into the container.
+    """
+    digest, size = labels.get(BLOB_DIGEST), labels.get(BLOB_SIZE)
+    if digest is None and size is None:
+        return None
+    for label, kind in (
+        (ACCELERATION_LAYER, "an acceleration layer"),
+        (TURBO_TARGET_DIGEST, "a turboOCI layer"),
+        (FASTOCI_TARGET_DIGEST, "a turboOCI layer"),
+    ):
+        if label in labels:
+            raise FailedPreconditionError(f"layer {digest} is {kind}, which this snapshotter cannot serve")
+    if not is_digest(digest):
+        raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")
+    return RemoteLayer(str(digest), _blob_size(size), _reference(labels, digest))
+
+
+def fs_spec(labels: Mapping[str, str], options: ImageOptions) -> str:
+    """Return the file system of an image: ``type[;mount options[;mkfs options]]``."""
+    return labels.get(BLOB_FS_TYPE) or options.default_fs
+
+
+def build_config(
+    below: ImageConfig | None, layer: RemoteLayer, directory: Path, options: ImageOptions
+) -> ImageConfig:
+    """Return the device configuration of an image up to ``layer``.
+
+    ``below`` is that of the image without it, or None for the bottom layer; ``directory`` is where the layer's
+    snapshot will lie.
+    """
+    lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
+    return ImageConfig(
+        repo_blob_url=blobs_url(layer.reference, options),
+        lowers=(*(below.lowers if below else ()), lower),
+        result_file=str(directory / "block" / "init-debug.log"),
+    )
+
+
+def blobs_url(reference: Reference, options: ImageOptions) -> str:
+    """Return where the blobs of an image's repository are, over plain HTTP where that is right."""
+    repository = reference.repo
+    plain = is_loopback(reference.host) or reference.host in map(canonical_host, options.plain_http_hosts)
+    return type(repository)(repository.host, repository.name, plain_http=plain).blobs_url
+
+
+def _blob_size(text: str | None) -> int:
+    if text is None or not (text.isascii() and text.isdigit()) or not 0 < int(text[:20]) < _MAX_BLOB_SIZE:
+        raise InvalidArgumentError(f"label {BLOB_SIZE}: not a size in bytes (got {text!r})")
+    return int(text)
+
+
+def _reference(labels: Mapping[str, str], digest: str | None) -> Reference:
+    text = labels.get(LABEL_IMAGE_REF) or labels.get(LABEL_CRI_IMAGE_REF, "")
+    if not text:
+        raise InvalidArgumentError(
+            f"overlaybd layer {digest}: no label says from which image"
+            f" (wanted {LABEL_IMAGE_REF} or {LABEL_CRI_IMAGE_REF})"
+        )
+    try:
+        return Reference.parse(text)
+    except FormatError as error:
+        raise InvalidArgumentError(f"label {LABEL_IMAGE_REF} or {LABEL_CRI_IMAGE_REF}: {error}") from error

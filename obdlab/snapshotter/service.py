@@ -1,0 +1,208 @@
+"""The snapshotter on containerd's wire: gRPC over a unix socket, and the one mapping of errors to its codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from obdlab.containerd._pb import snapshots_pb2 as pb
+from obdlab.containerd._pb import snapshots_pb2_grpc, types_pb2
+from obdlab.errors import ObdlabError, SourceError
+from obdlab.snapshotter.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from obdlab.snapshotter.store import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from obdlab.snapshotter.core import Snapshotter
+    from obdlab.snapshotter.mounts import Mount
+    from obdlab.snapshotter.store import Snapshot
+
+logger = logging.getLogger(__name__)
+
+#: An attach waits for a registry; a few dozen of them must not keep Stat and Mounts of others from being answered.
+_WORKERS = 64
+_LIST_BATCH = 100
+_MAX_SOCKET_PATH = 107
+_PROBE_TIMEOUT_S = 2.0
+_KINDS = {Kind.VIEW: pb.VIEW, Kind.ACTIVE: pb.ACTIVE, Kind.COMMITTED: pb.COMMITTED}
+_CODES: tuple[tuple[type[ObdlabError], grpc.StatusCode], ...] = (
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
+    (InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
+    (FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (SourceError, grpc.StatusCode.UNAVAILABLE),
+    (ObdlabError, grpc.StatusCode.UNKNOWN),
+)
+
+
+class SocketError(ObdlabError):
+    """The socket cannot be served on: somebody else does, or the path is no socket's."""
+
+
+class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
+    """``containerd.services.snapshots.v1.Snapshots`` on top of a :class:`Snapshotter`."""
+
+    def __init__(self, snapshotter: Snapshotter) -> None:
+        self._snapshotter = snapshotter
+
+    def Prepare(
+        self, request: pb.PrepareSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.PrepareSnapshotResponse:
+        """Make an active snapshot."""
+        with _answering(context, f"prepare {request.key!r}"):
+            mounts = self._snapshotter.prepare(request.key, request.parent, dict(request.labels))
+            return pb.PrepareSnapshotResponse(mounts=_mounts(mounts))
+
+    def View(self, request: pb.ViewSnapshotRequest, context: grpc.ServicerContext) -> pb.ViewSnapshotResponse:
+        """Make a read-only snapshot."""
+        with _answering(context, f"view {request.key!r}"):
+            mounts = self._snapshotter.view(request.key, request.parent, dict(request.labels))
+            return pb.ViewSnapshotResponse(mounts=_mounts(mounts))
+
+    def Mounts(self, request: pb.MountsRequest, context: grpc.ServicerContext) -> pb.MountsResponse:
+        """Tell how to mount a snapshot."""
+        with _answering(context, f"mounts of {request.key!r}"):
+            return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
+
+    def Commit(self, request: pb.CommitSnapshotRequest, context: grpc.ServicerContext) -> Empty:
+        """Turn an active snapshot into a committed one."""
+        with _answering(context, f"commit {request.key!r} as {request.name!r}"):
+            self._snapshotter.commit(request.name, request.key, dict(request.labels))
+            return Empty()
+
+    def Remove(self, request: pb.RemoveSnapshotRequest, context: grpc.ServicerContext) -> Empty:
+        """Forget a snapshot."""
+        with _answering(context, f"remove {request.key!r}"):
+            self._snapshotter.remove(request.key)
+            return Empty()
+
+    def Stat(self, request: pb.StatSnapshotRequest, context: grpc.ServicerContext) -> pb.StatSnapshotResponse:
+        """Describe a snapshot."""
+        with _answering(context, f"stat {request.key!r}"):
+            return pb.StatSnapshotResponse(info=_info(self._snapshotter.stat(request.key)))
+
+    def Update(self, request: pb.UpdateSnapshotRequest, context: grpc.ServicerContext) -> pb.UpdateSnapshotResponse:
+        """Change labels."""
+        with _answering(context, f"update {request.info.name!r}"):
+            snapshot = self._snapshotter.update(
+                request.info.name, dict(request.info.labels), list(request.update_mask.paths)
+            )
+            return pb.UpdateSnapshotResponse(info=_info(snapshot))
+
+    def List(
+        self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ListSnapshotsResponse]:
+        """Describe all snapshots that match."""
+        with _answering(context, "list"):
+            snapshots = self._snapshotter.walk(list(request.filters))
+        for start in range(0, len(snapshots), _LIST_BATCH):
+            yield pb.ListSnapshotsResponse(info=map(_info, snapshots[start : start + _LIST_BATCH]))
+
+    def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageResponse:
+        """Tell what disk space a snapshot takes."""
+        with _answering(context, f"usage of {request.key!r}"):
+            usage = self._snapshotter.usage(request.key)
+            return pb.UsageResponse(size=usage.size, inodes=usage.inodes)
+
+    def Cleanup(self, request: pb.CleanupRequest, context: grpc.ServicerContext) -> Empty:
+        """Delete leftovers."""
+        with _answering(context, "cleanup"):
+            self._snapshotter.cleanup()
+            return Empty()
+
+
+class SnapshotServer:
+    """A gRPC server on a unix socket. The socket is the owner's alone, as containerd runs as the same user."""
+
+    def __init__(self, snapshotter: Snapshotter, address: Path) -> None:
+        """Bind the socket, taking the place of one that nobody serves any more. Raises SocketError."""
+        self.address = address
+        _make_room(address)
+        self._server = grpc.server(ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc"))
+        snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotService(snapshotter), self._server)
+        try:
+            self._server.add_insecure_port(f"unix:{address}")
+            address.chmod(0o600)
+        except (RuntimeError, OSError) as error:
+            raise SocketError(f"{address}: cannot be listened on ({error})") from error
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more calls, give those under way ``grace_s`` to end, and remove the socket."""
+        self._server.stop(grace_s).wait()
+        self.address.unlink(missing_ok=True)
+
+
+def _make_room(address: Path) -> None:
+    if len(os.fsencode(address)) > _MAX_SOCKET_PATH:
+        raise SocketError(f"{address}: too long for a socket's path (wanted at most {_MAX_SOCKET_PATH} bytes)")
+    try:
+        address.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = address.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SocketError(f"{address}: cannot be listened on ({error})") from error
+    if not stat.S_ISSOCK(mode):
+        raise SocketError(f"{address}: exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(address))
+        except OSError:
+            address.unlink(missing_ok=True)
+            return
+    raise SocketError(f"{address}: another server answers on this socket")
+
+
+@contextmanager
+def _answering(context: grpc.ServicerContext, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ObdlabError as error:
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        logger.info("%s: %s (%s)", what, error, code.name)
+        context.abort(code, str(error))
+    except OSError as error:
+        logger.exception("%s failed", what)
+        context.abort(grpc.StatusCode.INTERNAL, f"{what}: {error}")
+
+
+def _mounts(mounts: Sequence[Mount]) -> list[types_pb2.Mount]:
+    return [types_pb2.Mount(type=mount.type, source=mount.source, options=mount.options) for mount in mounts]
+
+
+def _info(snapshot: Snapshot) -> pb.Info:
+    return pb.Info(
+        name=snapshot.key,
+        parent=snapshot.parent,
+        kind=_KINDS[snapshot.kind],
+        created_at=_timestamp(snapshot.created_ns),
+        updated_at=_timestamp(snapshot.updated_ns),
+        labels=snapshot.labels,
+    )
+
+
+def _timestamp(time_ns: int) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(time_ns)
+    return timestamp

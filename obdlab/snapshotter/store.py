@@ -1,0 +1,301 @@
+"""What the snapshotter knows of its snapshots, in SQLite: one row each, one transaction around every change.
+
+Ids only grow and are never given out twice once committed, because directories and devices are named after them.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.snapshotter.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+SCHEMA_VERSION = 1
+_BUSY_TIMEOUT_S = 10.0
+_SCHEMA = """
+CREATE TABLE snapshot (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    key        TEXT NOT NULL UNIQUE CHECK (key <> ''),
+    parent_id  INTEGER REFERENCES snapshot (id) ON DELETE RESTRICT,
+    kind       INTEGER NOT NULL CHECK (kind IN (1, 2, 3)),
+    labels     TEXT NOT NULL,
+    created_ns INTEGER NOT NULL,
+    updated_ns INTEGER NOT NULL,
+    inodes     INTEGER NOT NULL DEFAULT 0,
+    size       INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX snapshot_parent ON snapshot (parent_id);
+"""
+_COLUMNS = (
+    "s.id, s.key, coalesce(p.key, ''), s.kind, s.labels, s.created_ns, s.updated_ns, s.inodes, s.size"
+    " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
+)
+_CHAIN = """
+WITH RECURSIVE chain (id, parent_id, depth) AS (
+    SELECT id, parent_id, 0 FROM snapshot WHERE key = ?
+    UNION ALL
+    SELECT s.id, s.parent_id, depth + 1 FROM snapshot s JOIN chain c ON s.id = c.parent_id
+) SELECT id FROM chain ORDER BY depth
+"""
+
+
+class Kind(IntEnum):
+    """What a snapshot is; the numbers are those of containerd's API."""
+
+    VIEW = 1
+    ACTIVE = 2
+    COMMITTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Disk space a snapshot takes itself, without its parents. ``size`` in bytes."""
+
+    inodes: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One snapshot. ``parent`` is a key, or empty; times are nanoseconds since 1970."""
+
+    id: int
+    key: str
+    parent: str
+    kind: Kind
+    labels: Mapping[str, str]
+    created_ns: int
+    updated_ns: int
+    usage: Usage
+
+
+class StoreError(ObdlabError):
+    """The metadata file cannot be used: damaged, locked by another process, or of a newer version."""
+
+
+class Reader:
+    """Questions to the store, all answered from one state of it."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def get(self, key: str) -> Snapshot:
+        """Return the snapshot of that key. Raises NotFoundError."""
+        found = self.find(key)
+        if found is None:
+            raise NotFoundError(f"snapshot {key!r} does not exist")
+        return found
+
+    def find(self, key: str) -> Snapshot | None:
+        """Return the snapshot of that key, or None."""
+        row = self._connection.execute(f"SELECT {_COLUMNS} WHERE s.key = ?", (key,)).fetchone()
+        return None if row is None else _snapshot(row)
+
+    def by_id(self, snapshot_id: int) -> Snapshot:
+        """Return the snapshot of that id. Raises NotFoundError."""
+        row = self._connection.execute(f"SELECT {_COLUMNS} WHERE s.id = ?", (snapshot_id,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"snapshot number {snapshot_id} does not exist")
+        return _snapshot(row)
+
+    def chain(self, key: str) -> tuple[int, ...]:
+        """Return the ids of the snapshot and its ancestors, nearest first. Raises NotFoundError."""
+        ids = tuple(row[0] for row in self._connection.execute(_CHAIN, (key,)))
+        if not ids:
+            raise NotFoundError(f"snapshot {key!r} does not exist")
+        return ids
+
+    def has_children(self, snapshot_id: int) -> bool:
+        """Return whether another snapshot builds on this one."""
+        query = "SELECT EXISTS (SELECT 1 FROM snapshot WHERE parent_id = ?)"
+        return bool(self._connection.execute(query, (snapshot_id,)).fetchone()[0])
+
+    def all(self) -> list[Snapshot]:
+        """Return all snapshots, oldest first."""
+        return [_snapshot(row) for row in self._connection.execute(f"SELECT {_COLUMNS} ORDER BY s.id")]
+
+    def ids(self) -> set[int]:
+        """Return the ids of all snapshots."""
+        return {row[0] for row in self._connection.execute("SELECT id FROM snapshot")}
+
+
+class Writer(Reader):
+    """Changes to the store; they take effect together when the transaction ends without an error."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__(connection)
+        self._undo: list[Callable[[], None]] = []
+
+    def on_rollback(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called if the transaction fails, for what SQLite cannot take back."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Call what was asked for by :meth:`on_rollback`, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> Snapshot:
+        """Add an active snapshot or a view on top of a committed one (or of nothing).
+
+        Raises InvalidArgumentError, NotFoundError (parent) or AlreadyExistsError.
+        """
+        if kind is Kind.COMMITTED:
+            raise InvalidArgumentError(f"snapshot {key!r}: new snapshots are active or views")
+        if not key:
+            raise InvalidArgumentError("a snapshot's key must not be empty")
+        parent_id = None
+        if parent:
+            base = self.find(parent)
+            if base is None:
+                raise NotFoundError(f"parent snapshot {parent!r} of {key!r} does not exist")
+            if base.kind is not Kind.COMMITTED:
+                raise InvalidArgumentError(f"parent snapshot {parent!r} of {key!r} is not committed")
+            parent_id = base.id
+        self._require_free(key)
+        now = time.time_ns()
+        self._connection.execute(
+            "INSERT INTO snapshot (key, parent_id, kind, labels, created_ns, updated_ns) VALUES (?, ?, ?, ?, ?, ?)",
+            (key, parent_id, kind, _labels_text(labels), now, now),
+        )
+        return self.get(key)
+
+    def commit(self, key: str, name: str, labels: Mapping[str, str], usage: Usage) -> Snapshot:
+        """Turn an active snapshot into a committed one called ``name``, with these labels instead of its own.
+
+        Raises InvalidArgumentError, NotFoundError, AlreadyExistsError or FailedPreconditionError (not active).
+        """
+        if not name:
+            raise InvalidArgumentError(f"snapshot {key!r}: the name to commit it under must not be empty")
+        self._require_free(name)
+        snapshot = self.get(key)
+        if snapshot.kind is not Kind.ACTIVE:
+            raise FailedPreconditionError(f"snapshot {key!r} is not active (got {snapshot.kind.name.lower()})")
+        now = time.time_ns()
+        self._connection.execute(
+            "UPDATE snapshot SET key = ?, kind = ?, labels = ?, created_ns = ?, updated_ns = ?, inodes = ?, size = ?"
+            " WHERE id = ?",
+            (name, Kind.COMMITTED, _labels_text(labels), now, now, usage.inodes, usage.size, snapshot.id),
+        )
+        return self.get(name)
+
+    def remove(self, key: str) -> Snapshot:
+        """Forget a snapshot and return what it was. Raises NotFoundError or FailedPreconditionError (children)."""
+        snapshot = self.get(key)
+        if self.has_children(snapshot.id):
+            raise FailedPreconditionError(f"snapshot {key!r} has children")
+        self._connection.execute("DELETE FROM snapshot WHERE id = ?", (snapshot.id,))
+        return snapshot
+
+    def set_labels(self, key: str, labels: Mapping[str, str]) -> Snapshot:
+        """Replace the labels of a snapshot; a label without a value is dropped. Raises NotFoundError."""
+        snapshot = self.get(key)
+        self._connection.execute(
+            "UPDATE snapshot SET labels = ?, updated_ns = ? WHERE id = ?",
+            (_labels_text(labels), time.time_ns(), snapshot.id),
+        )
+        return self.get(key)
+
+    def _require_free(self, key: str) -> None:
+        if self.find(key) is not None:
+            raise AlreadyExistsError(f"snapshot {key!r} already exists")
+
+
+class Store:
+    """The metadata file. May be used from several threads; one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file. Raises StoreError."""
+        self._path = path
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        try:
+            self._writer = _connect(path)
+            self._prepare_schema()
+            self._reader = _connect(path)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: not usable as snapshot metadata ({error})") from error
+
+    @contextmanager
+    def read(self) -> Iterator[Reader]:
+        """Ask questions of one consistent state. Writers do not wait for it, nor does it wait for them."""
+        with self._read_lock, self._transaction(self._reader, "BEGIN"):
+            yield Reader(self._reader)
+
+    @contextmanager
+    def write(self) -> Iterator[Writer]:
+        """Change things. An exception inside undoes all of it. Writers wait for each other."""
+        writer = Writer(self._writer)
+        with self._write_lock:
+            try:
+                with self._transaction(self._writer, "BEGIN IMMEDIATE"):
+                    yield writer
+            except BaseException:
+                writer.undo()
+                raise
+
+    def close(self) -> None:
+        """Close the file. Closing twice is allowed."""
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    @contextmanager
+    def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[None]:
+        try:
+            connection.execute(begin)
+            try:
+                yield
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise StoreError(f"{self._path}: {error}") from error
+
+    def _prepare_schema(self) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self._path}: written by a newer obdlab (got version {version}, wanted {SCHEMA_VERSION})"
+            )
+        if version == 0:
+            self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    # As durable as containerd's own metadata, which would otherwise outlive ours in a power cut.
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _labels_text(labels: Mapping[str, str]) -> str:
+    return json.dumps({key: value for key, value in labels.items() if value != ""}, sort_keys=True)
+
+
+def _snapshot(row: tuple[int, str, str, int, str, int, int, int, int]) -> Snapshot:
+    snapshot_id, key, parent, kind, labels, created_ns, updated_ns, inodes, size = row
+    return Snapshot(
+        snapshot_id, key, parent, Kind(kind), json.loads(labels), created_ns, updated_ns, Usage(inodes, size)
+    )
