@@ -1,0 +1,196 @@
+"""What the Linux kernel fixes: the FUSE wire, the loop device's ioctls, mount flags, and the calls Python lacks.
+
+Facts of ``include/uapi/linux/{fuse,loop,fs,mount,prctl}.h``. Everything is in the machine's byte order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from enum import IntEnum, IntFlag
+from struct import Struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECTOR = 512
+
+# --- FUSE: requests and replies (linux/fuse.h, protocol 7.x) ---
+
+FUSE_MAJOR = 7
+#: The newest minor whose fields are used here (7.36: flags2; 7.28: max_pages).
+FUSE_MINOR = 36
+FUSE_ROOT_ID = 1
+#: The kernel refuses to hand requests to a smaller read buffer.
+FUSE_MIN_READ_BUFFER = 8192
+
+
+class FuseOpcode(IntEnum):
+    """Request kinds that are answered, or that must not be answered."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+
+
+class FuseInit(IntFlag):
+    """Features agreed on in INIT."""
+
+    ASYNC_READ = 1 << 0
+    BIG_WRITES = 1 << 5
+    ASYNC_DIO = 1 << 15
+    PARALLEL_DIROPS = 1 << 18
+    MAX_PAGES = 1 << 22
+    INIT_EXT = 1 << 30
+
+
+FOPEN_DIRECT_IO = 1 << 0
+FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+FATTR_SIZE = 1 << 3
+
+#: struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+FUSE_IN_HEADER = Struct("=IIQQIIIHH")
+#: fuse_in_header with fuse_read_in or the head of fuse_write_in, only what a transfer needs:
+#: len, opcode, unique, offset, size
+FUSE_TRANSFER = Struct("=IIQ24x8xQI")
+#: fuse_read_in and fuse_write_in have one shape: fh, offset, size, flags, lock_owner, flags, padding
+FUSE_TRANSFER_IN = Struct("=QQIIQII")
+#: Where the data of a WRITE request begins.
+FUSE_WRITE_DATA = FUSE_IN_HEADER.size + FUSE_TRANSFER_IN.size
+#: struct fuse_out_header: len, error, unique
+FUSE_OUT_HEADER = Struct("=IiQ")
+#: struct fuse_init_in: major, minor, max_readahead, flags (before 7.36 it ends here)
+FUSE_INIT_IN = Struct("=IIII")
+#: struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write,
+#: time_gran, max_pages, map_alignment, flags2, reserved
+FUSE_INIT_OUT = Struct("=IIIIHHIIHHI28x")
+#: struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev,
+#: blksize, flags
+FUSE_ATTR = Struct("=QQQQQQIIIIIIIIII")
+#: struct fuse_entry_out without its attr: nodeid, generation, entry_valid, attr_valid, both in nanoseconds
+FUSE_ENTRY_OUT = Struct("=QQQQII")
+#: struct fuse_attr_out without its attr: attr_valid, attr_valid_nsec, dummy
+FUSE_ATTR_OUT = Struct("=QII")
+#: struct fuse_setattr_in, its first field: valid
+FUSE_SETATTR_IN = Struct("=I")
+#: struct fuse_open_out: fh, open_flags, backing_id
+FUSE_OPEN_OUT = Struct("=QIi")
+#: struct fuse_write_out: size, padding
+FUSE_WRITE_OUT = Struct("=II")
+#: struct fuse_statfs_out: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize, padding and spare
+FUSE_STATFS_OUT = Struct("=QQQQQIII28x")
+#: struct fuse_fallocate_in: fh, offset, length, mode, padding
+FUSE_FALLOCATE_IN = Struct("=QQQII")
+#: struct fuse_dirent without its name: ino, off, namelen, type
+FUSE_DIRENT = Struct("=QQII")
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+# --- loop devices (linux/loop.h) ---
+
+LOOP_MAJOR = 7
+LOOP_CLR_FD = 0x4C01
+LOOP_GET_STATUS64 = 0x4C05
+LOOP_CONFIGURE = 0x4C0A
+LOOP_CTL_GET_FREE = 0x4C82
+
+LO_FLAGS_READ_ONLY = 1
+LO_FLAGS_AUTOCLEAR = 4
+LO_FLAGS_DIRECT_IO = 16
+
+
+class LoopInfo64(ctypes.Structure):
+    """struct loop_info64."""
+
+    _fields_ = (
+        ("lo_device", ctypes.c_uint64),
+        ("lo_inode", ctypes.c_uint64),
+        ("lo_rdevice", ctypes.c_uint64),
+        ("lo_offset", ctypes.c_uint64),
+        ("lo_sizelimit", ctypes.c_uint64),
+        ("lo_number", ctypes.c_uint32),
+        ("lo_encrypt_type", ctypes.c_uint32),
+        ("lo_encrypt_key_size", ctypes.c_uint32),
+        ("lo_flags", ctypes.c_uint32),
+        ("lo_file_name", ctypes.c_char * 64),
+        ("lo_crypt_name", ctypes.c_char * 64),
+        ("lo_encrypt_key", ctypes.c_uint8 * 32),
+        ("lo_init", ctypes.c_uint64 * 2),
+    )
+
+
+class LoopConfig(ctypes.Structure):
+    """struct loop_config."""
+
+    _fields_ = (
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", LoopInfo64),
+        ("reserved", ctypes.c_uint64 * 8),
+    )
+
+
+# --- calls that Python does not have ---
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_NOATIME = 1024
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_IO_FLUSHER = 57
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
+
+
+def mount(source: str, target: Path, fs_type: str, flags: int, options: str) -> None:
+    """mount(2). Raises OSError with the target as its file name."""
+    answer = _libc.mount(os.fsencode(source), os.fsencode(target), fs_type.encode(), flags, os.fsencode(options))
+    _check(answer, target)
+
+
+def umount2(target: Path, flags: int = 0) -> None:
+    """umount2(2). Raises OSError with the target as its file name."""
+    _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one number. Raises OSError."""
+    _check(_libc.prctl(option, value, 0, 0, 0), None)
+
+
+def set_process_name(name: str) -> None:
+    """Name this process (15 bytes at most are kept) for ps and /proc/PID/comm."""
+    text = ctypes.create_string_buffer(os.fsencode(name)[:15])
+    _check(_libc.prctl(PR_SET_NAME, ctypes.addressof(text), 0, 0, 0), None)
+
+
+def _check(answer: int, target: Path | None) -> None:
+    if answer != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), None if target is None else str(target))

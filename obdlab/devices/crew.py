@@ -1,0 +1,164 @@
+"""Leader and followers: one thread takes requests, and another takes over while it waits.
+
+On a pure hit path a single thread runs, since a second reader thread costs a fifth of the IOPS under Python's
+interpreter lock. A request that is about to wait (``obdlab.waiting``) gives the lead away first, to an idle follower
+or a new thread, so that the device goes on answering others meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from obdlab.waiting import set_waiting_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One thread of a crew, with counters that only this thread writes."""
+
+    leading: bool = False
+    wake: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    buffer: bytearray = field(default_factory=bytearray)
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    errors: int = 0
+    slowest_ns: int = 0
+
+    def add(self, other: Member) -> None:
+        """Add another thread's counters to these."""
+        self.reads += other.reads
+        self.read_bytes += other.read_bytes
+        self.writes += other.writes
+        self.written_bytes += other.written_bytes
+        self.errors += other.errors
+        self.slowest_ns = max(self.slowest_ns, other.slowest_ns)
+
+
+class Crew:
+    """Threads that share one stream of requests, at most ``limit`` of them, made on demand.
+
+    ``turn(member)`` takes and answers requests as long as ``member.leading``; it returns False once the stream has
+    ended for good. Followers idle for ``idle_s`` end.
+    """
+
+    def __init__(
+        self, turn: Callable[[Member], bool], *, limit: int = 64, idle_s: float = 10.0, name: str = "crew"
+    ) -> None:
+        self._turn = turn
+        self._limit = limit
+        self._idle_s = idle_s
+        self._name = name
+        self._lock = threading.Lock()
+        self._members: set[Member] = set()
+        self._idle: list[Member] = []
+        self._past = Member()
+        self._vacant = False
+        self._ended = False
+        self._all_gone = threading.Event()
+
+    def start(self) -> None:
+        """Start the first leader."""
+        with self._lock:
+            self._add_leader()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the stream has ended and all threads are done; tell whether that is so."""
+        return self._all_gone.wait(timeout_s)
+
+    @property
+    def size(self) -> int:
+        """Threads alive at the moment."""
+        return len(self._members)
+
+    def totals(self) -> Member:
+        """Return the sum of all counters, past threads included."""
+        total = Member()
+        with self._lock:
+            total.add(self._past)
+            for member in self._members:
+                total.add(member)
+        return total
+
+    def _add_leader(self) -> None:
+        member = Member(leading=True)
+        thread = threading.Thread(target=self._run, args=(member,), name=self._name, daemon=True)
+        self._members.add(member)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._members.discard(member)
+            raise
+
+    def _give_lead_away(self, member: Member) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            if self._idle:
+                successor = self._idle.pop()
+                successor.leading = True
+                successor.wake.release()
+            elif len(self._members) < self._limit:
+                try:
+                    self._add_leader()
+                except RuntimeError:  # no more threads to be had: this one keeps the lead
+                    return
+            else:
+                self._vacant = True
+            member.leading = False
+
+    def _run(self, member: Member) -> None:
+        def about_to_wait() -> None:
+            if member.leading:
+                self._give_lead_away(member)
+
+        set_waiting_hook(about_to_wait)
+        try:
+            while self._turn(member) and self._lead_again(member):
+                pass
+            if member.leading:
+                self._end()
+        finally:
+            set_waiting_hook(None)
+            self._leave(member)
+
+    # Waits until this member is to lead; False if it is to end.
+    def _lead_again(self, member: Member) -> bool:
+        with self._lock:
+            if self._ended:
+                return False
+            if self._vacant:
+                self._vacant = False
+                member.leading = True
+                return True
+            self._idle.append(member)
+        if not member.wake.acquire(timeout=self._idle_s):
+            with self._lock:
+                if member in self._idle:
+                    self._idle.remove(member)
+                    return False
+            member.wake.acquire()  # chosen in the meantime: the wake-up is on its way
+        return not self._ended
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended = True
+            for follower in self._idle:
+                follower.wake.release()
+            self._idle.clear()
+
+    def _leave(self, member: Member) -> None:
+        with self._lock:
+            self._members.discard(member)
+            self._past.add(member)
+            last = not self._members
+            if last:
+                self._ended = True
+        if last:
+            self._all_gone.set()

@@ -1,0 +1,55 @@
+"""The contract of every kind of block device.
+
+A kind lives in one module and knows blobs, not images. It has a class deriving from Device, used by the process that
+serves, and a function ``take_down(directory)``, used by anyone, that removes from the kernel what a device of this
+kind left there, whether or not its server is alive.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from obdlab.devices.fuse import DeviceStatistics
+
+
+class Device(ABC):
+    """A blob as a block device, served by threads of this process from construction until :meth:`stop`."""
+
+    #: Name of the kind in records and messages.
+    kind: str = ""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The device node."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    @abstractmethod
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+
+    @property
+    @abstractmethod
+    def in_use(self) -> bool:
+        """Whether anybody could still send requests; a server that ends while this is so breaks their I/O."""
+
+    @abstractmethod
+    def statistics(self) -> DeviceStatistics:
+        """Return counters since the start."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the device has been taken away, by whomever; tell whether that is so."""
+
+    @abstractmethod
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Take the device away and leave nothing in the kernel. Raises DeviceError while it is in use."""

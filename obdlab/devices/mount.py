@@ -1,0 +1,231 @@
+"""Mounting the file system of a block device, and knowing what is mounted and by whom it is held."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+
+from obdlab.devices import abi
+from obdlab.errors import DeviceError
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+# ext4 superblock (fs/ext4/ext4.h): 1024 bytes in; s_magic at 0x38, s_feature_incompat at 0x60
+_EXT4_MAGIC_AT = 1024 + 0x38
+_EXT4_INCOMPAT_AT = 1024 + 0x60
+_EXT4_NEEDS_RECOVERY = 0x4
+_EROFS_MAGIC_AT = 1024
+_EROFS_MAGIC = 0xE0F5E1E2
+_U16 = Struct("<H")
+_U32 = Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of /proc/PID/mountinfo."""
+
+    mount_id: int
+    parent_id: int
+    #: "major:minor" of the mounted file system's device.
+    device: str
+    mountpoint: Path
+    fs_type: str
+    source: str
+    super_options: str
+
+
+def parse_mountinfo(text: str) -> list[MountEntry]:
+    """Parse /proc/PID/mountinfo (proc_pid_mountinfo(5)), oldest mount first."""
+    entries = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, tail = left.split(" "), right.split(" ")
+        if len(fields) < 6 or len(tail) < 3:
+            raise DeviceError(f"mountinfo: a line that is none (got {line!r})")
+        entries.append(
+            MountEntry(
+                int(fields[0]),
+                int(fields[1]),
+                fields[2],
+                Path(_unescape(fields[4])),
+                tail[0],
+                _unescape(tail[1]),
+                _unescape(tail[2]),
+            )
+        )
+    return entries
+
+
+def _unescape(text: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def mounts() -> list[MountEntry]:
+    """Return this process's mounts, oldest first."""
+    # Names of mounts may hold any bytes; those that are no UTF-8 travel as surrogates, as in all of Python's paths.
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
+
+
+def mounts_at(target: Path) -> list[MountEntry]:
+    """Return the mounts on ``target``, an absolute resolved path, without touching it; the last one is on top."""
+    return [entry for entry in mounts() if entry.mountpoint == target]
+
+
+def is_mounted(target: Path) -> bool:
+    """Tell whether something is mounted on ``target``. Never asks the mounted file system itself."""
+    return bool(mounts_at(_resolved(target)))
+
+
+def mounts_of(device: Path) -> list[MountEntry]:
+    """Return the mounts of a block device's file system in this mount namespace."""
+    try:
+        number = os.stat(device).st_rdev
+    except FileNotFoundError:
+        return []
+    name = f"{os.major(number)}:{os.minor(number)}"
+    return [entry for entry in mounts() if entry.device == name]
+
+
+# The last component may be a dead mount that cannot be asked for anything, so only its parent is resolved.
+def _resolved(target: Path) -> Path:
+    target = Path(os.path.abspath(target))
+    return target.parent.resolve() / target.name if target.name else target
+
+
+def detect_fs(device: Path) -> tuple[str, bool]:
+    """Return the type of the device's file system (ext4, erofs or xfs) and whether its journal wants replaying.
+
+    Raises DeviceError if the superblock cannot be read or is of no known kind.
+    """
+    try:
+        with device.open("rb", buffering=0) as stream:
+            head = stream.read(4096)
+    except OSError as error:
+        raise DeviceError(f"{device}: cannot read the superblock: {error.strerror}") from error
+    if len(head) == 4096:
+        if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == 0xEF53:
+            incompat = _U32.unpack_from(head, _EXT4_INCOMPAT_AT)[0]
+            return "ext4", bool(incompat & _EXT4_NEEDS_RECOVERY)
+        if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == _EROFS_MAGIC:
+            return "erofs", False
+        if head[:4] == b"XFSB":
+            return "xfs", False
+    raise DeviceError(f"{device}: no ext4, erofs or xfs file system in it (no superblock of theirs found)")
+
+
+def mount(
+    device: Path,
+    target: Path,
+    *,
+    read_only: bool,
+    fs_type: str | None = None,
+    options: str = "",
+    flags: int = 0,
+    tries: int = 3,
+) -> str:
+    """Mount the device's file system on ``target``, which must exist; return the type of the file system.
+
+    The type is detected unless given. A read-only ext4 whose journal was not replayed is mounted with ``noload``,
+    a read-only xfs with ``norecovery``. A device that is busy for a moment is tried ``tries`` times.
+    Raises DeviceError.
+    """
+    detected, needs_recovery = detect_fs(device)
+    fs_type = fs_type or detected
+    extra = [options] if options else []
+    if read_only and fs_type == "ext4" and needs_recovery:
+        extra.append("noload")
+    if read_only and fs_type == "xfs":
+        extra.append("norecovery,nouuid")
+    all_flags = flags | (abi.MS_RDONLY if read_only else 0)
+    for attempt in range(1, tries + 1):
+        try:
+            abi.mount(str(device), target, fs_type, all_flags, ",".join(extra))
+        except OSError as error:
+            if error.errno != errno.EBUSY or attempt == tries:
+                raise DeviceError(f"cannot mount {device} ({fs_type}) on {target}: {error.strerror}") from error
+            time.sleep(0.05 * attempt)
+        else:
+            break
+    return fs_type
+
+
+def unmount(target: Path, *, lazy: bool = False) -> bool:
+    """Unmount the topmost mount of ``target``; tell whether there was one.
+
+    Raises DeviceError if it is busy, naming the processes and mounts that hold it. ``lazy`` lets it go while busy.
+    """
+    target = _resolved(target)
+    if not mounts_at(target):
+        return False
+    try:
+        abi.umount2(target, abi.UMOUNT_NOFOLLOW | (abi.MNT_DETACH if lazy else 0))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # gone meanwhile
+            return False
+        if error.errno == errno.EBUSY:
+            users = holders(target) or ["no process of this mount namespace: a container's, perhaps"]
+            raise DeviceError(f"{target}: busy, held by {'; '.join(users)}") from error
+        raise DeviceError(f"{target}: cannot unmount: {error.strerror}") from error
+    return True
+
+
+def holders(target: Path, *, most: int = 8) -> list[str]:
+    """Say in words who holds the mount on ``target``: processes with open files or directories, and other mounts."""
+    found = [
+        f"mount {entry.mountpoint} ({entry.fs_type})"
+        for entry in mounts()
+        if target in entry.mountpoint.parents or _names(entry.super_options, target)
+    ]
+    for process in Path("/proc").glob("[0-9]*"):
+        if len(found) >= most:
+            found.append("...")
+            break
+        if any(_below(link, target) for link in _links_of(process)):
+            found.append(f"process {process.name} ({_name_of(process)})")
+    return found
+
+
+def _names(super_options: str, target: Path) -> bool:
+    return any(
+        _below(directory, target)
+        for option in super_options.split(",")
+        if option.startswith(("lowerdir=", "upperdir=", "workdir=", "lowerdir+="))
+        for directory in option.partition("=")[2].split(":")
+    )
+
+
+# Reads the links only: following one would ask the file system, which may be dead.
+def _links_of(process: Path) -> list[str]:
+    links = []
+    for name in ("cwd", "root", "exe"):
+        try:
+            links.append(os.readlink(process / name))
+        except OSError:  # ended meanwhile, or a kernel thread
+            continue
+    try:
+        numbers = os.listdir(process / "fd")
+    except OSError:
+        return links
+    for number in numbers:
+        try:
+            links.append(os.readlink(process / "fd" / number))
+        except OSError:  # closed meanwhile
+            continue
+    return links
+
+
+def _below(path: str, target: Path) -> bool:
+    text = str(target)
+    return path == text or path.startswith(text + "/")
+
+
+def _name_of(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:
+        return "?"

@@ -1,0 +1,206 @@
+"""Attaching, detaching and listing devices, from any process.
+
+Only an attach needs the device host, which is started on demand. Everything else works on the kernel's state and the
+run directory, also when host and servers are dead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import DeviceError
+from obdlab.service import wire
+from obdlab.service.host import SOCKET_NAME
+from obdlab.service.rundir import DeviceRecord, Process, RunDir, device_id_of, held, remove_device
+from obdlab.service.server import CONTROL_NAME
+
+if TYPE_CHECKING:
+    from obdlab.image.settings import Settings
+
+#: Time for Python to start and the host to listen, on a busy machine.
+_HOST_START_TIMEOUT_S = 30.0
+#: The host keeps to the attach's deadline; its answer must still come through.
+_ANSWER_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedDevice:
+    """A device as its users see it. ``alive`` tells whether its server still runs; without it reads fail."""
+
+    device_id: str
+    path: Path
+    size: int
+    read_only: bool
+    pid: int
+    config: Path
+    kind: str
+    alive: bool = True
+
+
+class DeviceService:
+    """The devices of one run directory. ``settings`` apply to the images this client attaches."""
+
+    def __init__(self, run_dir: Path, settings: Settings) -> None:
+        self._run = RunDir(run_dir)
+        self._settings = settings
+
+    def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
+        """Make the image of a config.v1.json a block device, or find the one that already is.
+
+        Attaching the same config under the same id again returns the same device. Raises DeviceError with the cause
+        if the image cannot be opened, the id is taken by another config, or ``timeout_s`` has passed; then nothing is
+        left behind.
+        """
+        config = config_path.absolute()
+        try:
+            digest = hashlib.sha256(config.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DeviceError(f"{config}: cannot read the image's config: {error.strerror}") from error
+        device_id = device_id or device_id_of(config)
+        self._run.create()
+        self._run.device(device_id)
+        deadline = time.monotonic() + timeout_s
+        request = {
+            "op": "attach",
+            "config": str(config),
+            "config_sha256": digest,
+            "device_id": device_id,
+            "settings": self._settings.to_json(),
+        }
+        with self._connect_to_host() as connection:
+            remaining = max(0.1, deadline - time.monotonic())
+            wire.send(connection, request | {"timeout_s": remaining})
+            try:
+                answer = wire.receive(connection, remaining + _ANSWER_GRACE_S)
+            except DeviceError as error:
+                raise DeviceError(f"device {device_id}: attach: device host: {error}") from error
+        if "error" in answer:
+            raise DeviceError(f"cannot attach {config}: {answer['error']}")
+        return _as_device(DeviceRecord(**answer["device"]))
+
+    def detach(self, device_id: str, *, timeout_s: float = 10.0, force: bool = False) -> bool:
+        """Take a device down; tell whether there was one. Waits until device, mount and server are gone.
+
+        Raises DeviceError, having changed nothing, while a file system is mounted from it, unless ``force``.
+        """
+        directory = self._run.device(device_id)
+        if not directory.is_dir():
+            return False
+        with held(directory, timeout_s):
+            remove_device(directory, timeout_s=timeout_s, force=force)
+        return True
+
+    def list(self) -> list[AttachedDevice]:
+        """Return the devices by id. What dead servers left behind is removed, or listed if it is still in use."""
+        devices = []
+        for directory in self._run.device_directories():
+            record = DeviceRecord.load(directory)
+            if record is None:  # an attach in progress, or its leftovers: not a device (cleanup removes them)
+                continue
+            if not record.process.alive and self._remove_dead(directory):
+                continue
+            devices.append(_as_device(record))
+        return devices
+
+    def statistics(self, device_id: str) -> dict[str, Any]:
+        """Ask a device's server for its counters (``DeviceStatistics``, and under "source" those of the image).
+
+        Raises DeviceError if there is no such device or its server does not answer.
+        """
+        directory = self._run.device(device_id)
+        try:
+            with wire.connect(directory / CONTROL_NAME, 5.0) as connection:
+                return wire.receive(connection, 5.0)
+        except OSError as error:
+            raise DeviceError(f"device {device_id}: its server does not answer: {error.strerror}") from error
+
+    def last_error(self, device_id: str) -> str:
+        """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.
+
+        For whoever got EIO from the kernel, which knows no causes.
+        """
+        try:
+            return str(self.statistics(device_id).get("last_error", ""))
+        except DeviceError as error:
+            return str(error)
+
+    def shutdown(self, *, force: bool = False) -> None:
+        """Detach all devices and stop the host. Raises DeviceError naming the devices that are in use."""
+        failures = []
+        for directory in self._run.device_directories():
+            try:
+                self.detach(directory.name, force=force)
+            except DeviceError as error:
+                failures.append(str(error))
+        self.stop_host()
+        if failures:
+            raise DeviceError("; ".join(failures))
+
+    def stop_host(self) -> bool:
+        """Stop the device host, leaving the devices alone; tell whether one ran."""
+        try:
+            known = json.loads((self._run.path / "host.pid").read_text())
+            process = Process(int(known["pid"]), int(known["start_time"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        if not process.alive:
+            return False
+        os.kill(process.pid, 15)
+        process.end(5.0)
+        return True
+
+    def _remove_dead(self, directory: Path) -> bool:
+        try:
+            with held(directory, 1.0):
+                record = DeviceRecord.load(directory)
+                if record is not None and record.process.alive:  # attached anew meanwhile
+                    return False
+                remove_device(directory)
+        except DeviceError:
+            return False
+        return True
+
+    def _connect_to_host(self) -> Any:
+        path = self._run.path / SOCKET_NAME
+        try:
+            return wire.connect(path, 5.0)
+        except OSError:
+            self._start_host()
+        try:
+            return wire.connect(path, 5.0)
+        except OSError as error:
+            raise DeviceError(f"{path}: the device host does not answer: {error.strerror}") from error
+
+    # The command returns once the host listens, detached from this process; two of them at a time are fine.
+    def _start_host(self) -> None:
+        command = [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(self._run.path), "--detach"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HOST_START_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DeviceError(f"the device host did not start within {_HOST_START_TIMEOUT_S:g} s") from error
+        if done.returncode != 0:
+            text = done.stderr.decode(errors="replace").strip()
+            raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")
+
+
+def _as_device(record: DeviceRecord) -> AttachedDevice:
+    return AttachedDevice(
+        device_id=record.device_id,
+        path=Path(record.path),
+        size=record.size,
+        read_only=record.read_only,
+        pid=record.pid,
+        config=Path(record.config),
+        kind=record.kind,
+        alive=record.process.alive,
+    )

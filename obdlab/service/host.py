@@ -1,0 +1,300 @@
+"""The device host: a warmed process that forks a server per device.
+
+Python and its libraries take a third of a second to start and tens of megabytes; a fork of a process that has them
+takes milliseconds and shares the memory. The host has a single thread and holds no state: it accepts a connection
+and forks a child that does the rest, so a slow attach never holds up another one, and killing the host loses nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from obdlab.devices import abi, fuse_loop, loop
+from obdlab.devices.fuse import DISK_NAME
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.service import server, wire
+from obdlab.service.rundir import DeviceRecord, Process, RunDir, held, remove_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.blob import Blob
+
+    Opener = Callable[[Path, str], Blob]
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME = "host.sock"
+#: A client sends its request at once; one that does not is dropped.
+_REQUEST_TIMEOUT_S = 10.0
+#: Imported before the first fork, so that no server has to.
+_WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
+
+
+def open_configured(config_path: Path, settings_json: str) -> Blob:
+    """Open the image that a config.v1.json describes; the settings are as ``Settings.to_json`` wrote them."""
+    from obdlab.image.config import ImageConfig
+    from obdlab.image.open import open_image
+    from obdlab.image.settings import Settings
+
+    return open_image(ImageConfig.load(config_path), Settings.from_json(settings_json))
+
+
+class Host:
+    """Listens in a run directory. ``opener`` turns a config path and settings into a blob."""
+
+    def __init__(self, run_dir: Path, opener: Opener = open_configured) -> None:
+        self._run = RunDir(run_dir)
+        self._run.create()
+        self._opener = opener
+        self._lock = -1
+        self._listener: socket.socket | None = None
+
+    def bind(self, timeout_s: float = 10.0) -> bool:
+        """Become the run directory's host and listen; False if another one answers there.
+
+        Raises DeviceError if neither comes about within ``timeout_s``.
+        """
+        path = self._run.path / SOCKET_NAME
+        deadline = time.monotonic() + timeout_s
+        lock = os.open(self._run.path / "host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if _answers(path):
+                    os.close(lock)
+                    return False
+                if time.monotonic() > deadline:
+                    os.close(lock)
+                    raise DeviceError(f"{path}: another device host has the lock but does not answer") from None
+                time.sleep(0.02)
+        self._lock = lock
+        self._listener = wire.listen(path)
+        return True
+
+    def run(self) -> None:
+        """Serve requests until told to shut down."""
+        assert self._listener is not None, "bind first"
+        _settle_in(self._run)
+        if self._opener is open_configured:
+            _warm_up()
+        while True:
+            connection, _ = self._listener.accept()
+            pid = os.fork()
+            if pid == 0:
+                self._become_child(connection)
+            connection.close()
+
+    def _become_child(self, connection: socket.socket) -> NoReturn:
+        status = 1
+        try:
+            # The lock and the listener belong to the host alone: a server that kept them would outlive it with them.
+            assert self._listener is not None
+            self._listener.close()
+            os.close(self._lock)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._handle(connection)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            _leave(status)
+
+    def _handle(self, connection: socket.socket) -> None:
+        answer: dict[str, Any]
+        try:
+            request = wire.receive(connection, _REQUEST_TIMEOUT_S)
+            if request.get("op") == "ping":
+                answer = {"pid": os.getppid()}
+            elif request.get("op") == "shutdown":
+                os.kill(os.getppid(), signal.SIGTERM)
+                answer = {"pid": os.getppid()}
+            elif request.get("op") == "attach":
+                answer = {"device": self._attach(request, connection)}
+            else:
+                answer = {"error": f"unknown request (got {request.get('op')!r})"}
+        except ObdlabError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            log.exception("request failed")
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            wire.send(connection, answer)
+        except OSError as error:  # the client is gone; what it asked for stands, and a second attach finds it
+            log.warning("client gone before its answer (%s): %s", error.strerror, answer)
+
+    def _attach(self, request: dict[str, Any], connection: socket.socket) -> dict[str, Any]:
+        try:
+            config, device_id = Path(request["config"]), str(request["device_id"])
+            settings, timeout_s = str(request["settings"]), float(request["timeout_s"])
+            sha256 = str(request["config_sha256"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(f"attach request: {error!r}") from error
+        deadline = time.monotonic() + timeout_s
+        directory = self._run.device(device_id)
+        with held(directory, timeout_s) as lock:
+            record = _still_attached(directory, config, sha256)
+            if record is None:
+                _clear_leftovers(directory, device_id)
+
+                def open_blob() -> Blob:
+                    return self._opener(config, settings)
+
+                ready = _start_server(open_blob, directory, deadline, (connection, lock))
+                record = DeviceRecord(device_id=device_id, config=str(config), config_sha256=sha256, **ready)
+                record.save(directory)
+            return json.loads((directory / "disk.json").read_text())  # type: ignore[no-any-return]
+
+
+def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord | None:
+    record = DeviceRecord.load(directory)
+    if record is None or not record.process.alive:
+        return None
+    if loop.backing_file(Path(record.path)) != str(directory / fuse_loop.MOUNT_NAME / DISK_NAME):
+        return None  # somebody took the loop device away: worth no more than a dead server
+    if record.config != str(config):
+        raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")
+    if record.config_sha256 != sha256:
+        raise DeviceError(f"device {record.device_id}: {config} has changed since it was attached; detach it first")
+    return record
+
+
+def _clear_leftovers(directory: Path, device_id: str) -> None:
+    record = DeviceRecord.load(directory)
+    try:
+        fuse_loop.take_down(directory)
+    except DeviceError as error:
+        raise DeviceError(f"device {device_id}: its server is dead, but {error}") from error
+    if record is not None:
+        record.process.end(2.0)
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+# Forks the server and follows it until it is ready. On failure nothing of it remains, its directory included.
+def _start_server(
+    open_blob: Callable[[], Blob], directory: Path, deadline: float, not_its: tuple[socket.socket, int]
+) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _become_server(open_blob, directory, reader, writer, not_its)
+    os.close(writer)
+    try:
+        return _follow(reader, deadline)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        remove_device(directory, force=True)
+        raise
+    finally:
+        os.close(reader)
+
+
+def _become_server(
+    open_blob: Callable[[], Blob], directory: Path, reader: int, writer: int, not_its: tuple[socket.socket, int]
+) -> NoReturn:
+    status = 1
+    try:
+        connection, lock = not_its
+        connection.close()
+        os.close(lock)
+        os.close(reader)
+
+        def report(message: dict[str, Any]) -> None:
+            os.write(writer, json.dumps(message).encode() + b"\n")
+            if "stage" not in message:
+                os.close(writer)
+
+        server.serve(open_blob, directory, report)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _leave(status)
+
+
+def _follow(reader: int, deadline: float) -> dict[str, Any]:
+    stage, buffered = "starting", b""
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    while True:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not poller.poll(remaining * 1000):
+            raise DeviceError(f"gave up at the deadline of the attach, while {stage}")
+        part = os.read(reader, 1 << 16)
+        if not part:
+            raise DeviceError(f"the device server ended unexpectedly while {stage} (its log says more)")
+        buffered += part
+        *lines, buffered = buffered.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                raise DeviceError(message["error"])
+            if "ready" in message:
+                return message["ready"]  # type: ignore[no-any-return]
+            stage = message["stage"]
+
+
+def _settle_in(run: RunDir) -> None:
+    signal.signal(signal.SIGCHLD, _reap)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _leave(0))
+    abi.set_process_name("obdlab-host")
+    try:
+        abi.prctl(abi.PR_SET_CHILD_SUBREAPER, 1)
+    except OSError as error:
+        log.info("no subreaper: %s", error)
+    me = Process.of(os.getpid())
+    (run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))
+
+
+def _warm_up() -> None:
+    for name in _WARM:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the collector must not touch, and so unshare, what all servers share
+
+
+def _reap(_: int, __: object) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if os.WIFSIGNALED(status):
+            log.error("process %d died by signal %d", pid, os.WTERMSIG(status))
+
+
+def _answers(path: Path) -> bool:
+    try:
+        wire.connect(path, 2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+# A forked child must not run the exit handlers of what its parent imported.
+def _leave(status: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,205 @@
+"""The run directory: where the host listens, and one directory per device with what is known about it.
+
+State lives in the kernel (mounts, loop devices, processes); the files here only say where to look. So nothing is
+lost when the host or a client is killed, and what a killed server left behind is found by its directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from obdlab.devices import fuse_loop
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_LOCK_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told apart from a later one of the same number by its start time (clock ticks since boot)."""
+
+    pid: int
+    start_time: int
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Return the running process ``pid``, or None; a zombie is not running."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        fields = text.rpartition(b") ")[2].split()  # the name before may hold anything, blanks included
+        return None if fields[0] in (b"Z", b"X") else cls(pid, int(fields[19]))
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return Process.of(self.pid) == self
+
+    def end(self, timeout_s: float) -> None:
+        """Wait for the process to end by itself; after ``timeout_s`` kill it. Raises DeviceError if it survives."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:  # gone
+            return
+        try:
+            if not self.alive or select.select([pidfd], [], [], timeout_s)[0]:
+                return
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if not select.select([pidfd], [], [], 5.0)[0]:
+                raise DeviceError(f"process {self.pid}: still there 5 s after SIGKILL")
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """What an attached device is: written once by the attach, read by everyone."""
+
+    device_id: str
+    config: str
+    config_sha256: str
+    kind: str
+    path: str
+    size: int
+    read_only: bool
+    pid: int
+    start_time: int
+
+    @property
+    def process(self) -> Process:
+        """The device's server."""
+        return Process(self.pid, self.start_time)
+
+    def save(self, directory: Path) -> None:
+        """Write the record into a device's directory, all or nothing."""
+        temporary = directory / "disk.json.new"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.replace(directory / "disk.json")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """Read a directory's record; None if there is none, or none that can be read."""
+        try:
+            return cls(**json.loads((directory / "disk.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+class RunDir:
+    """Paths below one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    def create(self) -> None:
+        """Make the directories, for root's eyes only."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.devices.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise DeviceError(f"{self.path}: cannot make the run directory: {error.strerror}") from error
+        self.path = self.path.resolve()
+
+    @property
+    def devices(self) -> Path:
+        """Holds one directory per device."""
+        return self.path / "devices"
+
+    @property
+    def host_log(self) -> Path:
+        """Where the host and all servers log."""
+        return self.path / "host.log"
+
+    def device(self, device_id: str) -> Path:
+        """Return the directory of a device. Raises DeviceError on an id that is no plain name."""
+        if not _DEVICE_ID.fullmatch(device_id):
+            raise DeviceError(f"device id: letters, digits, '_', '.' and '-' only, 128 at most (got {device_id!r})")
+        return self.devices / device_id
+
+    def device_directories(self) -> list[Path]:
+        """Return the directories of all devices, also of those half made or left behind."""
+        try:
+            return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
+        except FileNotFoundError:
+            return []
+
+
+def device_id_of(config: Path) -> str:
+    """Return the id a device gets if its user names none: the same for the same config file."""
+    return hashlib.sha256(os.fsencode(config.resolve())).hexdigest()[:16]
+
+
+@contextmanager
+def held(directory: Path, timeout_s: float) -> Iterator[int]:
+    """Make the device's directory if needed and keep every other attach or detach out; gives the lock's descriptor.
+
+    The lock is on the directory itself and goes with it: whoever waited for one that was removed starts over.
+    Raises DeviceError after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            _lock_until(lock, directory, deadline)
+            if _is_still(lock, directory):
+                yield lock
+                return
+        finally:
+            os.close(lock)
+
+
+def _lock_until(lock: int, directory: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"device {directory.name}: another attach or detach of it is still going on"
+                ) from None
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return
+
+
+def _is_still(lock: int, directory: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(directory))
+    except FileNotFoundError:
+        return False
+
+
+def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+    """Take a device down in order: loop device, FUSE mount, server, directory. The caller holds its lock.
+
+    Works the same whether its server is alive, hangs or was killed. Raises DeviceError, having changed nothing, while
+    a file system is mounted from it, unless ``force``.
+    """
+    record = DeviceRecord.load(directory)
+    fuse_loop.take_down(directory, timeout_s=timeout_s, force=force)
+    if record is not None:
+        record.process.end(timeout_s)
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""One device's server: a process of its own, forked from the host, that lives as long as its device.
+
+It outlives the host and every client. SIGINT is ignored. SIGTERM stops it cleanly if no file system is mounted from
+the device and is ignored otherwise: at shutdown everything gets SIGTERM, and the file systems must still be unmounted
+after that. The way to stop a device is to detach it, whereupon its mount vanishes and the server ends by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.blob import WritableBlob
+from obdlab.devices import abi
+from obdlab.devices.fuse_loop import FuseLoopDevice
+from obdlab.errors import ObdlabError
+from obdlab.service import wire
+from obdlab.service.rundir import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.blob import Blob
+    from obdlab.devices.device import Device
+
+log = logging.getLogger(__name__)
+
+#: Asks a server for its statistics: connect, read one message.
+CONTROL_NAME = "control.sock"
+#: The kernel shall take containers before the disk under them.
+_OOM_SCORE_ADJUST = "-999"
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come and nobody uses the device."""
+
+
+def serve(open_blob: Callable[[], Blob], directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """Open the blob, make it a device at ``directory``, report, and serve until the device is taken away.
+
+    Reports are ``{"stage": text}``, then ``{"ready": {...}}`` or ``{"error": text}``.
+    """
+    device_id = directory.name
+    _settle_in(device_id)
+    try:
+        report({"stage": "opening the image"})
+        blob = open_blob()
+        report({"stage": "making the device"})
+        device = FuseLoopDevice(blob, directory, name=device_id)
+    except ObdlabError as error:
+        report({"error": str(error)})
+        return
+    except Exception as error:
+        log.exception("%s: attach failed", device_id)
+        report({"error": f"{type(error).__name__}: {error}"})
+        return
+    try:
+        _answer_statistics(device, blob, directory)
+        report({"ready": _description(device)})
+        _wait_for_end(device, device_id)
+    finally:
+        if isinstance(blob, WritableBlob):
+            blob.flush()
+        blob.close()
+
+
+def _settle_in(device_id: str) -> None:
+    os.setsid()
+    os.chdir("/")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    abi.set_process_name(f"obdlab:{device_id}")
+    try:
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
+        # Memory that this process asks for must never wait for writeback to its own device.
+        abi.prctl(abi.PR_SET_IO_FLUSHER, 1)
+    except OSError as error:
+        log.info("%s: %s", device_id, error)
+
+
+def _description(device: Device) -> dict[str, Any]:
+    me = Process.of(os.getpid())
+    assert me is not None
+    return {
+        "kind": device.kind,
+        "path": str(device.path),
+        "size": device.size,
+        "read_only": device.read_only,
+        "pid": me.pid,
+        "start_time": me.start_time,
+    }
+
+
+def _wait_for_end(device: Device, device_id: str) -> None:
+    def terminate(_: int, __: object) -> None:
+        if device.in_use:
+            log.warning("%s: SIGTERM ignored, %s is in use (detach it instead)", device_id, device.path)
+        else:
+            raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        device.wait()
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        device.stop()
+    log.info("%s: device gone, server ends", device_id)
+
+
+# Every connection is answered with one message, so that nothing has to be understood here.
+def _answer_statistics(device: Device, blob: Blob, directory: Path) -> None:
+    listener = wire.listen(directory / CONTROL_NAME)
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.settimeout(5.0)
+                    wire.send(connection, asdict(device.statistics()) | _blob_statistics(blob))
+                except OSError as error:  # the asker went away
+                    log.info("%s: statistics: %s", directory.name, error)
+
+    threading.Thread(target=answer, name="control", daemon=True).start()
+
+
+# A blob that counts (a cache, a registry blob) says so by a method ``statistics() -> dict``.
+def _blob_statistics(blob: Blob) -> dict[str, Any]:
+    counters = getattr(blob, "statistics", None)
+    return {"source": counters()} if callable(counters) else {}
