@@ -67,14 +67,17 @@ class Containerd:
         """Hold everything made through the client that this yields until the block ends.
 
         The lease also ends by itself after ``expire_s`` seconds, so that a killed client leaves nothing for ever.
+        If the block fails, what was made under the lease is collected before the error goes on.
         """
         lease_id = f"obdlab-{secrets.token_hex(8)}"
         self.leases.create(lease_id, expire_s=expire_s)
         try:
             yield LeasedContainerd(self._connection, lease_id)
-        finally:
-            with suppress(ContainerdError):  # it expires; and an error of the block matters more
-                self.leases.delete(lease_id)
+        except BaseException:
+            with suppress(ContainerdError):  # the error of the block matters more, and the lease expires
+                self.leases.delete(lease_id, sync=True)
+            raise
+        self.leases.delete(lease_id)
 
     def close(self) -> None:
         """Close the channel. Clients that share it (from :meth:`lease`) end with it."""

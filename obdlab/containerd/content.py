@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ class ContentStore:
                 iter(requests.get, None), timeout=TRANSFER_TIMEOUT_S, metadata=connection.metadata
             )
         answers: Iterator[pb.WriteContentResponse] = iter(call)
-        committed = False
+        begun = committed = False
 
         def exchange(request: pb.WriteContentRequest) -> pb.WriteContentResponse:
             requests.put(request)
@@ -145,6 +146,7 @@ class ContentStore:
                 if "locked" in str(error):
                     raise _RefLockedError(str(error)) from error
                 raise
+            begun = True
             offset = 0
             if status.offset:  # left over from a client that died: begin anew
                 exchange(pb.WriteContentRequest(action=pb.WRITE, offset=0))
@@ -159,6 +161,9 @@ class ContentStore:
             requests.put(None)
             if not committed:
                 call.cancel()  # type: ignore[no-untyped-call]
+            if begun and not committed:
+                with suppress(ContainerdError):  # an error is under way already
+                    self.abort(ref)
 
     def abort(self, ref: str) -> None:
         """Drop an unfinished transfer. Raises NotFoundError."""

@@ -1,0 +1,109 @@
+"""``obdlab rpull``: pull an image's metadata, and let the snapshotter bring its data when it is read."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from obdlab.cli.common import add_registry_options, registry_from
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.pull.rpull import PullResult
+
+
+def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "rpull",
+        help="pull an image lazily into containerd",
+        description="Make an image runnable by containerd without downloading what the snapshotter can fetch "
+        "on demand. Plain images are pulled as usual.",
+    )
+    parser.add_argument("reference", metavar="REF", help="image, such as registry.example/name:tag")
+    parser.add_argument("--snapshotter", default=os.environ.get("CONTAINERD_SNAPSHOTTER", "obdlab"))
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
+    group = parser.add_argument_group("containerd")
+    group.add_argument(
+        "--address",
+        default=os.environ.get("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock"),
+        help="its socket (default: $CONTAINERD_ADDRESS or %(default)s)",
+    )
+    group.add_argument(
+        "-n",
+        "--namespace",
+        default=os.environ.get("CONTAINERD_NAMESPACE", "default"),
+        help="(default: $CONTAINERD_NAMESPACE or %(default)s)",
+    )
+    add_registry_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from obdlab.containerd.client import Containerd
+    from obdlab.pull.platforms import host_platform, parse_platform
+    from obdlab.pull.rpull import rpull
+    from obdlab.registry.reference import Reference
+
+    began = time.monotonic()
+    platform = parse_platform(args.platform) if args.platform else host_platform()
+    reference = Reference.parse(args.reference)
+    bar = _Bar(quiet=args.quiet)
+    with registry_from(args) as registry, Containerd(args.address, args.namespace) as containerd:
+        try:
+            result = rpull(
+                containerd,
+                registry,
+                reference,
+                snapshotter=args.snapshotter,
+                platform=platform,
+                progress=bar,
+            )
+        finally:
+            bar.close()
+    if not args.quiet:
+        print(_summary(result, time.monotonic() - began))
+    return 0
+
+
+def _summary(result: PullResult, elapsed_s: float) -> str:
+    from obdlab.pull.unpack import Outcome
+
+    total = sum(layer.size for layer in result.layers)
+    counts = [(result.count(outcome), outcome.value) for outcome in (Outcome.LAZY, Outcome.UNPACKED, Outcome.PRESENT)]
+    layers = ", ".join(f"{count} {word}" for count, word in counts if count)
+    return (
+        f"{result.name} {result.digest}\n"
+        f"{len(result.layers)} layers ({total / 1e6:.1f} MB): {layers}; "
+        f"fetched {result.fetched_bytes / 1e6:.3f} MB in {elapsed_s:.2f} s"
+    )
+
+
+class _Bar:
+    # One bar for all downloads, which appears with the first of them.
+    def __init__(self, *, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=0,
+            unit="B",
+            unit_scale=True,
+            desc="layers",
+            disable=quiet or not sys.stderr.isatty(),
+            leave=False,
+            delay=0.2,
+        )
+
+    def expect(self, size: int) -> None:
+        self._bar.total = (self._bar.total or 0) + size
+        self._bar.refresh()
+
+    def advance(self, size: int) -> None:
+        self._bar.update(size)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,125 @@
+"""Downloads layers into containerd's content store, a few at a time."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol, Self
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from types import TracebackType
+
+    from obdlab.containerd.client import LeasedContainerd
+    from obdlab.formats.oci import Descriptor
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Repository
+
+#: As many as containerd's own clients: more do not fill a line better, and registries limit them.
+PARALLEL_DOWNLOADS = 3
+
+
+class Progress(Protocol):
+    """Who wants to know how far the download is. Called from several threads."""
+
+    def expect(self, size: int) -> None:
+        """So many more bytes are about to be fetched."""
+
+    def advance(self, size: int) -> None:
+        """So many bytes have come."""
+
+
+class LayerFetcher:
+    """Fetches the layers it is told of in the background; after the first failure it fetches no more.
+
+    Use as a context manager: leaving it stops what is under way and waits for its threads.
+    """
+
+    def __init__(
+        self,
+        containerd: LeasedContainerd,
+        registry: RegistryClient,
+        repository: Repository,
+        labels: Mapping[str, str],
+        progress: Progress | None,
+    ) -> None:
+        self._containerd = containerd
+        self._registry = registry
+        self._repository = repository
+        self._labels = labels
+        self._progress = progress
+        self._pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS, thread_name_prefix="obdlab-fetch")
+        self._futures: dict[str, Future[None]] = {}
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._fetched_bytes = 0
+        self._lock = threading.Lock()
+
+    def start(self, layers: Iterable[Descriptor]) -> None:
+        """Begin to fetch these layers, in this order; one that has begun before is left alone."""
+        for layer in layers:
+            if layer.digest not in self._futures:
+                self._futures[layer.digest] = self._pool.submit(self._fetch, layer)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of all layers that were downloaded (not of those the content store had)."""
+        return self._fetched_bytes
+
+    def wait(self, layer: Descriptor) -> None:
+        """Wait until the content store has the layer. Raises what made the first download fail."""
+        try:
+            self._futures[layer.digest].result()
+        except _StoppedError:
+            assert self._failure is not None
+            raise self._failure from None
+
+    def _fetch(self, layer: Descriptor) -> None:
+        try:
+            self._bring(layer)
+        except _StoppedError:
+            raise
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+            raise
+
+    def _bring(self, layer: Descriptor) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+        content = self._containerd.content
+        # Held before it is looked for: it cannot go between the two.
+        self._containerd.hold_content(layer.digest)
+        if content.exists(layer.digest):
+            content.label(layer.digest, self._labels)
+            return
+        if self._progress:
+            self._progress.expect(layer.size)
+        content.ingest(layer.digest, layer.size, self._chunks(layer), self._labels)
+        with self._lock:
+            self._fetched_bytes += layer.size
+
+    def _chunks(self, layer: Descriptor) -> Iterator[bytes]:
+        for chunk in self._registry.stream_blob(self._repository, layer.digest, layer.size):
+            if self._stop.is_set():
+                raise _StoppedError
+            if self._progress:
+                self._progress.advance(len(chunk))
+            yield chunk
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _StoppedError(ObdlabError):
+    # Another download failed, or the pull was interrupted.
+    pass

@@ -1,0 +1,31 @@
+"""Which platform an image is pulled for, in the names of Go's GOOS and GOARCH (as image indexes use them)."""
+
+from __future__ import annotations
+
+import platform
+
+from obdlab.formats.oci import Platform
+from obdlab.pull.errors import PullError
+
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+}
+
+
+def host_platform() -> Platform:
+    """Return the platform of this machine."""
+    machine = platform.machine()
+    architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
+    return Platform("linux", architecture, variant)
+
+
+def parse_platform(text: str) -> Platform:
+    """Read ``os/architecture[/variant]``. Raises PullError."""
+    parts = text.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise PullError(f"malformed platform (got {text!r}, wanted os/architecture[/variant])")
+    return Platform(*parts)

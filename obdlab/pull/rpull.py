@@ -1,0 +1,108 @@
+"""A pull that fetches metadata only, wherever the snapshotter can provide the layers by itself.
+
+The flow is that of containerd's own clients (Prepare with a target snapshot, ALREADY_EXISTS means "nothing to
+download"), which is why plain images, and snapshotters that know nothing of this, work as with an ordinary pull.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
+from obdlab.containerd.images import Image
+from obdlab.pull.errors import PullError
+from obdlab.pull.fetch import LayerFetcher
+from obdlab.pull.resolve import resolve
+from obdlab.pull.unpack import LayerResult, Outcome, Unpacker
+
+if TYPE_CHECKING:
+    from obdlab.containerd.client import Containerd, LeasedContainerd
+    from obdlab.formats.oci import Platform
+    from obdlab.pull.fetch import Progress
+    from obdlab.pull.resolve import ResolvedImage
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Reference
+
+# A killed pull holds what it made for so long; containerd's own clients take the same.
+_LEASE_S = 24 * 3600.0
+_GC_CONTENT = "containerd.io/gc.ref.content"
+_GC_SNAPSHOT = "containerd.io/gc.ref.snapshot"
+_SOURCE = "containerd.io/distribution.source"
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """A finished pull. Bytes are those that came from the registry; metadata is index, manifest and config."""
+
+    name: str
+    digest: str
+    layers: tuple[LayerResult, ...]
+    metadata_bytes: int
+    layer_bytes: int
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Everything that was downloaded."""
+        return self.metadata_bytes + self.layer_bytes
+
+    def count(self, outcome: Outcome) -> int:
+        """How many layers came about this way."""
+        return sum(layer.outcome is outcome for layer in self.layers)
+
+
+def rpull(
+    containerd: Containerd,
+    registry: RegistryClient,
+    reference: Reference,
+    *,
+    snapshotter: str,
+    platform: Platform,
+    progress: Progress | None = None,
+) -> PullResult:
+    """Make the image runnable in ``snapshotter``, fetching no layer that it provides lazily.
+
+    A second call finds everything there and fetches the documents only. On failure, or KeyboardInterrupt, nothing
+    stays that was not there before: no snapshot, blob or lease.
+    Raises PullError, FormatError (the image), SourceError (the registry), ContainerdError.
+    """
+    _check_snapshotter(containerd, snapshotter)
+    image = resolve(registry, reference, platform)
+    with containerd.lease(expire_s=_LEASE_S) as leased:
+        source = {f"{_SOURCE}.{image.repository.host}": image.repository.name}
+        with LayerFetcher(leased, registry, image.repository, source, progress) as fetcher:
+            layers = Unpacker(leased, snapshotter, image, fetcher).run()
+        _store_documents(leased, image, snapshotter, source)
+        top = image.top
+        leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
+    return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
+
+
+def _check_snapshotter(containerd: Containerd, snapshotter: str) -> None:
+    # Before anything is fetched; containerd's own words do not tell what to do.
+    try:
+        containerd.snapshots(snapshotter).stat("obdlab-probe")
+    except NotFoundError:
+        pass
+    except InvalidArgumentError as error:
+        raise PullError(
+            f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml? ({error})"
+        ) from error
+
+
+def _store_documents(
+    containerd: LeasedContainerd, image: ResolvedImage, snapshotter: str, source: dict[str, str]
+) -> None:
+    # The labels are what containerd's garbage collector follows: image -> index -> manifest -> config -> snapshot.
+    # References to layers that were never downloaded are allowed, and hold them if another pull brings them.
+    content, manifest = containerd.content, image.parsed_manifest
+    content.write(
+        manifest.config.digest, image.config, source | {f"{_GC_SNAPSHOT}.{snapshotter}": image.chain_ids[-1]}
+    )
+    children = {f"{_GC_CONTENT}.config": manifest.config.digest}
+    children |= {f"{_GC_CONTENT}.l.{number}": layer.digest for number, layer in enumerate(manifest.layers)}
+    content.write(image.manifest.digest, image.manifest.data, source | children)
+    if image.index and image.parsed_index:
+        entries = enumerate(image.parsed_index.manifests)
+        children = {f"{_GC_CONTENT}.m.{number}": entry.digest for number, entry in entries}
+        content.write(image.index.digest, image.index.data, source | children)

@@ -1,0 +1,132 @@
+"""Turns the layers of an image into snapshots, downloading only those that the snapshotter does not provide."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, NotFoundError
+from obdlab.containerd.snapshots import Kind
+from obdlab.pull.errors import PullError
+
+if TYPE_CHECKING:
+    from obdlab.containerd.client import LeasedContainerd
+    from obdlab.containerd.snapshots import Mount
+    from obdlab.formats.oci import Descriptor
+    from obdlab.pull.fetch import LayerFetcher
+    from obdlab.pull.resolve import ResolvedImage
+
+#: Descriptor annotations under this prefix become labels of the snapshot.
+SNAPSHOT_PREFIX = "containerd.io/snapshot/"
+TARGET_LABEL = "containerd.io/snapshot.ref"
+IMAGE_LABEL = "containerd.io/snapshot/image-ref"
+
+_PREPARE_TRIES = 3
+
+
+class Outcome(enum.Enum):
+    """How a layer came to be a snapshot."""
+
+    PRESENT = "present"
+    LAZY = "lazy"
+    UNPACKED = "unpacked"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One layer of a finished pull."""
+
+    digest: str
+    size: int
+    outcome: Outcome
+
+
+class Unpacker:
+    """Makes the snapshots of one image in one snapshotter, under a lease."""
+
+    def __init__(
+        self, containerd: LeasedContainerd, snapshotter: str, image: ResolvedImage, fetcher: LayerFetcher
+    ) -> None:
+        self._containerd = containerd
+        self._snapshots = containerd.snapshots(snapshotter)
+        self._snapshotter = snapshotter
+        self._image = image
+        self._fetcher = fetcher
+
+    def run(self) -> tuple[LayerResult, ...]:
+        """Have a committed snapshot for every layer, bottom first.
+
+        A failure leaves no active snapshot; the committed ones go with the lease.
+        """
+        layers, chain = self._image.layers, self._image.chain_ids
+        if self._present(chain[-1]):  # it has all its parents
+            return tuple(LayerResult(layer.digest, layer.size, Outcome.PRESENT) for layer in layers)
+        return tuple(self._layer(number) for number in range(len(layers)))
+
+    def _layer(self, number: int) -> LayerResult:
+        layer, name = self._image.layers[number], self._image.chain_ids[number]
+        if self._present(name):
+            return LayerResult(layer.digest, layer.size, Outcome.PRESENT)
+        parent = self._image.chain_ids[number - 1] if number else ""
+        labels = snapshot_labels(layer, name, str(self._image.reference))
+        for _ in range(_PREPARE_TRIES):
+            key = f"extract-{time.time_ns() % 10**9}-{secrets.token_hex(3)} {name}"
+            try:
+                mounts = self._snapshots.prepare(key, parent, labels)
+            except AlreadyExistsError:
+                if self._present(name):
+                    return LayerResult(layer.digest, layer.size, Outcome.LAZY)
+                # Somebody else made it and it went again; or the key was taken.
+                continue
+            # No layer above can be a snapshot yet, so all of them have to be fetched.
+            self._fetcher.start(self._image.layers[number:])
+            self._fill(layer, self._image.diff_ids[number], name, key, mounts, labels)
+            return LayerResult(layer.digest, layer.size, Outcome.UNPACKED)
+        raise PullError(
+            f"{self._snapshotter}: says that snapshot {name} exists already, yet there is none "
+            f"(layer {layer.digest}, {_PREPARE_TRIES} tries)"
+        )
+
+    def _fill(
+        self, layer: Descriptor, diff_id: str, name: str, key: str, mounts: list[Mount], labels: dict[str, str]
+    ) -> None:
+        try:
+            self._fetcher.wait(layer)
+            got = self._containerd.differ.apply(layer.media_type, layer.digest, layer.size, mounts)
+            if got != diff_id:
+                raise PullError(f"layer {layer.digest}: unpacks to other bytes (got {got}, wanted diff ID {diff_id})")
+            self._commit(name, key, labels)
+        except BaseException:
+            with suppress(ContainerdError):  # the error under way matters more
+                self._snapshots.remove(key)
+            raise
+
+    def _commit(self, name: str, key: str, labels: dict[str, str]) -> None:
+        try:
+            self._snapshots.commit(name, key, labels)
+        except AlreadyExistsError:  # another client was faster
+            self._snapshots.remove(key)
+            if not self._present(name):
+                raise
+
+    def _present(self, name: str) -> bool:
+        if not self._committed(name):
+            return False
+        self._containerd.hold_snapshot(self._snapshotter, name)
+        return self._committed(name)  # it might have gone before it was held
+
+    def _committed(self, name: str) -> bool:
+        try:
+            return self._snapshots.stat(name).kind is Kind.COMMITTED
+        except NotFoundError:
+            return False
+
+
+def snapshot_labels(layer: Descriptor, name: str, reference: str) -> dict[str, str]:
+    """Return the labels with which a layer's snapshot is prepared: its target name, its image, its annotations."""
+    labels = {key: value for key, value in layer.annotations.items() if key.startswith(SNAPSHOT_PREFIX)}
+    return labels | {TARGET_LABEL: name, IMAGE_LABEL: reference}
