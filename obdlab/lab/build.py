@@ -1,0 +1,243 @@
+"""Build the image of a recipe: one overlay per layer, tar of each upper directory, an OCI layout.
+
+The work directory keeps finished images by recipe fingerprint, base file systems, and apt's lists and archives, so
+that a second build is quick. What an interrupted build leaves is directories only (``obdlab.lab.chroot``), removed
+by the build itself or the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.formats import oci
+from obdlab.lab.base import make_busybox, make_debian
+from obdlab.lab.chroot import APT_DIRECTORY, Chroot
+from obdlab.lab.layertar import LayerFile, write_layer
+from obdlab.lab.process import LabError, run, wait_until
+from obdlab.lab.recipe import Recipe, RecipeLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DEFAULT_WORK_DIR = Path("/var/lib/obdlab/images")
+_CREATED = "2020-07-15T00:00:00Z"
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+# A build may have to wait for another one in the same work directory.
+_LOCK_TIMEOUT_S = 1800.0
+
+_APT_CONFIG = f"""\
+Dir::State::lists "{APT_DIRECTORY}/lists";
+Dir::Cache::archives "{APT_DIRECTORY}/archives";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+APT::Sandbox::User "root";
+APT::Keep-Downloaded-Packages "true";
+Acquire::Languages "none";
+Acquire::Retries "3";
+Dpkg::Use-Pty "false";
+Dpkg::Options {{ "--force-unsafe-io"; }};
+"""
+
+
+def build_image(
+    recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR, progress: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Return the OCI layout directory of the recipe's image, building it unless the work directory has it.
+
+    ``progress`` gets a line per step. Needs root. Raises LabError (RecipeError if the recipe names a registry's
+    image) and leaves nothing of a failed build behind.
+    """
+    if recipe.image:
+        raise LabError(f"{recipe.name}: names an image of a registry ({recipe.image}), there is nothing to build")
+    layout = image_path(recipe, work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(work_dir, progress):
+        if (layout / "index.json").is_file():
+            progress(f"{recipe.name}: built before ({layout})")
+            return layout
+        for leftover in work_dir.glob("building-*"):  # of a build that was killed: we hold the lock
+            shutil.rmtree(leftover)
+        building = Path(tempfile.mkdtemp(prefix="building-", dir=work_dir))
+        try:
+            _Build(recipe, work_dir, building, progress).run().rename(layout)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return layout
+
+
+def image_path(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> Path:
+    """Return where the image of a recipe is, once built."""
+    return work_dir / f"{recipe.name}-{recipe.fingerprint()}"
+
+
+def layout_size(layout: Path) -> tuple[int, int]:
+    """Return (number of layers, compressed size of all layers) of a built image."""
+    index = oci.Index.parse((layout / "index.json").read_bytes())
+    manifest = oci.Manifest.parse(_blob_path(layout, index.manifests[0].digest).read_bytes())
+    return len(manifest.layers), sum(layer.size for layer in manifest.layers)
+
+
+class _Build:
+    # One image in the making: layers are packed by threads (zlib lets go of the interpreter) while the next is made.
+
+    def __init__(self, recipe: Recipe, work_dir: Path, building: Path, progress: Callable[[str], None]) -> None:
+        self._recipe = recipe
+        self._work_dir = work_dir
+        self._directory = building
+        self._progress = progress
+        self._layout = building / "layout"
+        self._chroot = Chroot(building)
+        self._started_s = time.time()
+        self._lists_fresh = False
+
+    def run(self) -> Path:
+        (self._layout / "blobs/sha256").mkdir(parents=True)
+        base = self._base()
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="pack") as packers:
+            packed: list[Future[LayerFile]] = []
+            lowers = ["base"]
+            (self._directory / "base").symlink_to(base / "fs")
+            for number, layer in enumerate(self._recipe.layers):
+                upper = f"layer{number}"
+                self._apply(layer, number, lowers, upper)
+                packed.append(packers.submit(self._pack, upper))
+                lowers.append(upper)
+            files = [self._base_file(base), *(future.result() for future in packed)]
+        self._finish(files)
+        total = sum(file.size for file in files)
+        self._progress(
+            f"{self._recipe.name}: {len(files)} layers, {total / 1e6:.1f} MB compressed, "
+            f"{time.time() - self._started_s:.0f} s"
+        )
+        return self._layout
+
+    def _base(self) -> Path:
+        # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.
+        name = f"base-{self._recipe.base}" + (f"-{self._recipe.suite}" if self._recipe.base == "debian" else "")
+        base = self._work_dir / name
+        if not base.is_dir():
+            began = time.time()
+            self._progress(f"{name}: making the base file system")
+            made = self._directory / "newbase"
+            (made / "fs").mkdir(parents=True)
+            if self._recipe.base == "debian":
+                make_debian(made / "fs", self._recipe.suite)
+            else:
+                make_busybox(made / "fs", self._directory / "busybox")
+            file = write_layer(made / "fs", made / "layer.tar.gz", self._started_s)
+            (made / "digests").write_text(f"{file.digest} {file.size} {file.diff_id}")
+            made.rename(base)
+            self._progress(f"{name}: {file.size / 1e6:.1f} MB compressed, {time.time() - began:.1f} s")
+        if self._recipe.base == "debian":
+            self._prepare_apt()
+        return base
+
+    def _prepare_apt(self) -> None:
+        apt = self._work_dir / f"apt-{self._recipe.suite}"
+        for name in ("lists/partial", "archives/partial"):
+            (apt / name).mkdir(parents=True, exist_ok=True)
+        # How this host reaches archives (proxies, checks) holds inside the image as well.
+        acquire = run(["apt-config", "dump", "Acquire"]) if shutil.which("apt-config") else ""
+        (apt / "apt.conf").write_text(acquire + _APT_CONFIG)
+        (self._directory / "apt").symlink_to(apt)
+
+    def _base_file(self, base: Path) -> LayerFile:
+        digest, size, diff_id = (base / "digests").read_text().split()
+        shutil.copyfile(base / "layer.tar.gz", _blob_path(self._layout, digest))
+        return LayerFile(digest, int(size), diff_id)
+
+    def _apply(self, layer: RecipeLayer, number: int, lowers: list[str], upper: str) -> None:
+        began = time.time()
+        refresh = bool(layer.packages) and not self._lists_fresh
+        self._chroot.run_layer(layer, lowers, upper, refresh_lists=refresh)
+        self._lists_fresh |= refresh
+        shutil.rmtree(self._directory / "work")
+        shutil.rmtree(self._directory / "stage")
+        what = layer.comment or ", ".join(layer.packages) or "files and commands"
+        count = len(self._recipe.layers)
+        self._progress(f"{self._recipe.name}: layer {number + 1}/{count}: {what} ({time.time() - began:.1f} s)")
+
+    def _pack(self, upper: str) -> LayerFile:
+        target = self._directory / f"{upper}.tar.gz"
+        file = write_layer(self._directory / upper, target, self._started_s)
+        target.rename(_blob_path(self._layout, file.digest))
+        return file
+
+    def _finish(self, files: list[LayerFile]) -> None:
+        config = self._add_document(oci.OCI_CONFIG, oci.to_json(_config_document(self._recipe, files)))
+        layers = tuple(oci.Descriptor(oci.OCI_LAYER_GZIP, file.digest, file.size) for file in files)
+        manifest = self._add_document(oci.OCI_MANIFEST, oci.Manifest(config, layers).to_bytes())
+        named = oci.Descriptor(
+            manifest.media_type,
+            manifest.digest,
+            manifest.size,
+            annotations={"org.opencontainers.image.ref.name": self._recipe.name},
+            platform=oci.Platform("linux", _architecture()),
+        )
+        (self._layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+        (self._layout / "index.json").write_bytes(oci.Index((named,)).to_bytes())
+
+    def _add_document(self, media_type: str, data: bytes) -> oci.Descriptor:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        _blob_path(self._layout, digest).write_bytes(data)
+        return oci.Descriptor(media_type, digest, len(data))
+
+
+def _config_document(recipe: Recipe, files: list[LayerFile]) -> dict[str, Any]:
+    config = recipe.config
+    path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    settings: dict[str, Any] = {
+        "Env": [path, *(f"{key}={value}" for key, value in config.environment)],
+        "WorkingDir": config.working_directory,
+    }
+    for key, value in (("Entrypoint", config.entrypoint), ("Cmd", config.command)):
+        if value:
+            settings[key] = list(value)
+    if config.user:
+        settings["User"] = config.user
+    if config.ports:
+        settings["ExposedPorts"] = {port: {} for port in config.ports}
+    comments = [f"base: {recipe.base}", *(layer.comment for layer in recipe.layers)]
+    return {
+        "created": _CREATED,
+        "architecture": _architecture(),
+        "os": "linux",
+        "config": settings,
+        "rootfs": {"type": "layers", "diff_ids": [file.diff_id for file in files]},
+        "history": [{"created": _CREATED, "created_by": comment} for comment in comments],
+    }
+
+
+def _architecture() -> str:
+    machine = platform.machine()
+    return _MACHINES.get(machine, machine)
+
+
+def _blob_path(layout: Path, digest: str) -> Path:
+    return layout / "blobs" / digest.replace(":", "/")
+
+
+@contextmanager
+def _locked(work_dir: Path, progress: Callable[[str], None]) -> Iterator[None]:
+    with (work_dir / "lock").open("a") as lock:
+        if not _try_lock(lock.fileno()):
+            progress(f"waiting for another build in {work_dir}")
+            wait_until(lambda: _try_lock(lock.fileno()), f"{work_dir}: locked by another build", _LOCK_TIMEOUT_S, 0.2)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

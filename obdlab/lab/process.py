@@ -1,0 +1,170 @@
+"""Running the programs an experiment consists of: with deadlines, with their last words in the error, without leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_TAIL_LINES = 15
+
+
+class LabError(ObdlabError):
+    """A program or piece of the test bed did not do what the experiment needs of it."""
+
+
+def run(
+    arguments: Sequence[str | Path],
+    *,
+    timeout_s: float = 60.0,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    input_text: str | None = None,
+) -> str:
+    """Run a program to its end and return its output. ``environment`` is added to this process's own.
+
+    It is killed, with all it started, when the time is over or this process is interrupted. Raises LabError with the
+    last lines of its output if it cannot be started, fails or takes too long.
+    """
+    name = " ".join(map(str, arguments[:3]))
+    try:
+        child = subprocess.Popen(
+            [str(argument) for argument in arguments],
+            stdin=subprocess.PIPE if input_text is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=directory,
+            env={**os.environ, **environment} if environment else None,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise LabError(f"{arguments[0]}: cannot be run: {error}") from error
+    try:
+        output, _ = child.communicate(input_text, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        output = _kill_group(child)
+        raise LabError(f"{name}: not done after {timeout_s:g} s\n{tail(output)}") from error
+    except BaseException:
+        _kill_group(child)
+        raise
+    if child.returncode != 0:
+        raise LabError(f"{name}: exit status {child.returncode}\n{tail(output)}")
+    return output
+
+
+def tail(text: str, lines: int = _TAIL_LINES) -> str:
+    """Return the last lines of a program's output, for an error message."""
+    kept = [line for line in text.strip().splitlines() if line.strip()][-lines:]
+    return "\n".join(f"  | {line}" for line in kept) if kept else "  (no output)"
+
+
+def _kill_group(child: subprocess.Popen[str]) -> str:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    try:
+        output, _ = child.communicate(timeout=10)
+    except subprocess.TimeoutExpired:  # a grandchild in a session of its own keeps the pipe
+        return ""
+    return output or ""
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, poll_s: float = 0.005) -> None:
+    """Return once ``condition`` holds. Raises LabError naming ``what`` if it does not within ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            raise LabError(f"{what}: not after {timeout_s:g} s")
+        time.sleep(poll_s)
+
+
+class Daemon:
+    """A program that runs beside us, its output in a log file, in a session of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str | Path],
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """Start it. Raises LabError if that is not possible."""
+        self.name = name
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            try:
+                self._child = subprocess.Popen(
+                    [str(argument) for argument in arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment} if environment else None,
+                    start_new_session=True,
+                    pass_fds=tuple(pass_fds),
+                )
+            except OSError as error:
+                raise LabError(f"{name}: cannot be run: {error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Its process ID."""
+        return self._child.pid
+
+    def is_running(self) -> bool:
+        """Tell whether it has not ended."""
+        return self._child.poll() is None
+
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+        """Return once ``condition`` holds; LabError with the log's end if it does not in time, or the daemon ends."""
+
+        def holds() -> bool:
+            if not self.is_running():
+                raise LabError(f"{self.name}: ended with status {self._child.returncode}\n{self.log_tail()}")
+            return condition()
+
+        try:
+            wait_until(holds, f"{self.name}: {what}", timeout_s)
+        except LabError as error:
+            if self.is_running():
+                raise LabError(f"{error}\n{self.log_tail()}") from None
+            raise
+
+    def log_tail(self) -> str:
+        """Return the last lines of its log."""
+        with self.log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - 16384))
+            return tail(log.read().decode(errors="replace"))
+
+    def stop(self, timeout_s: float = 15.0) -> None:
+        """End it: SIGTERM, and SIGKILL if it does not end in time. Stopping twice is allowed."""
+        if self.is_running():
+            self._child.terminate()
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait(timeout_s)
+
+
+def process_start_ticks(pid: int) -> int | None:
+    """Return when a process started (clock ticks since boot: with the PID its identity), or None if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name in parentheses may itself hold spaces and parentheses.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[19])

@@ -1,0 +1,288 @@
+"""Image recipes: what a dataset's image is made of, and how to tell that a container of it is ready.
+
+A recipe is a TOML file. Its image is built from Debian packages (``obdlab.lab.build``), or is one a registry holds
+(``image = "host/name:tag"``)::
+
+    name = "redis"
+    description = "what it stands for"
+    base = "debian"                  # or "busybox"
+    suite = "trixie"                 # Debian release of the base
+
+    [[layer]]                        # one image layer each, applied in this order: packages, files, run
+    comment = "the server"
+    packages = ["redis-server"]
+    files = [{ path = "/etc/redis/redis.conf", source = "redis.conf", mode = "0644" }]
+    run = ["install -d -o redis -g redis /data"]
+
+    [config]                         # the image's own configuration
+    command = ["/usr/local/bin/start"]
+    user = "redis"
+
+    [probe]
+    ready_line = "READY"             # ready: a line of the container's output that holds this text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+BASES = ("debian", "busybox")
+# Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
+_BUILDER_VERSION = 1
+
+_NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+~:-]+)?")
+_SUITE = re.compile(r"[a-z][a-z0-9-]*")
+
+
+class RecipeError(ObdlabError):
+    """A recipe is not what it should be. Names the file, the key, what was got and what was wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFile:
+    """A file that a layer puts into the image. ``mode`` holds permission bits."""
+
+    path: str
+    content: bytes
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeLayer:
+    """One layer: packages are installed, then files written, then commands run (each by ``sh -c`` in the image)."""
+
+    comment: str
+    packages: tuple[str, ...]
+    files: tuple[RecipeFile, ...]
+    run: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """The image's own configuration ("OCI image configuration", key ``config``)."""
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    user: str = ""
+    working_directory: str = "/"
+    ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """When a container counts as ready: a line of its output holds ``ready_line``, within ``timeout_s``.
+
+    ``command`` replaces what the image would run; empty leaves the image's own.
+    """
+
+    ready_line: str
+    timeout_s: float = 120.0
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A dataset's image and its probe. Either ``image`` names one, or ``base`` and ``layers`` say how to build it."""
+
+    name: str
+    description: str
+    probe: Probe
+    image: str = ""
+    base: str = ""
+    suite: str = "trixie"
+    layers: tuple[RecipeLayer, ...] = ()
+    config: ImageConfig = ImageConfig()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a recipe file; ``source`` of a file is taken from beside it. Raises RecipeError."""
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{path}: {error}") from error
+        return cls.from_values(values, path)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], path: Path) -> Self:
+        """Check a parsed recipe. Raises RecipeError."""
+        top = _Table(values, str(path))
+        recipe = cls(
+            name=top.text("name", pattern=_NAME),
+            description=top.text("description", ""),
+            image=top.text("image", ""),
+            base=top.text("base", ""),
+            suite=top.text("suite", "trixie", pattern=_SUITE),
+            layers=tuple(_layer(table, path.parent) for table in top.tables("layer")),
+            config=_config(top.table("config")),
+            probe=_probe(top.table("probe")),
+        )
+        top.end()
+        _check_origin(recipe, path)
+        return recipe
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with anything that changes the built image (the probe does not)."""
+        values = asdict(self)
+        for key in ("name", "description", "probe"):
+            del values[key]
+        values["builder"] = _BUILDER_VERSION
+        text = json.dumps(values, sort_keys=True, default=lambda content: content.hex())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_recipe(name: str, directories: Iterable[Path]) -> Recipe:
+    """Return the recipe ``name``: a path of a TOML file, or a dataset in one of ``directories``.
+
+    Raises RecipeError if there is none.
+    """
+    if name.endswith(".toml"):
+        return Recipe.load(Path(name))
+    tried = [directory / name / "recipe.toml" for directory in directories]
+    for path in tried:
+        if path.is_file():
+            return Recipe.load(path)
+    raise RecipeError(f"no recipe named {name!r} (looked for {', '.join(map(str, tried))})")
+
+
+def list_recipes(directories: Iterable[Path]) -> list[Recipe]:
+    """Return every recipe of ``directories``, by name."""
+    paths = [path for directory in directories for path in directory.glob("*/recipe.toml")]
+    return sorted((Recipe.load(path) for path in paths), key=lambda recipe: recipe.name)
+
+
+def _check_origin(recipe: Recipe, path: Path) -> None:
+    if recipe.image:
+        if recipe.base or recipe.layers:
+            raise RecipeError(f"{path}: image: an image of a registry has no base and no layers of its own")
+        return
+    if recipe.base not in BASES:
+        raise RecipeError(
+            f"{path}: base: unknown (got {recipe.base!r}, wanted one of {', '.join(BASES)}, or an image)"
+        )
+    if recipe.base == "busybox" and any(layer.packages for layer in recipe.layers):
+        raise RecipeError(f"{path}: layer.packages: a busybox base has no package manager")
+
+
+def _layer(table: _Table, directory: Path) -> RecipeLayer:
+    layer = RecipeLayer(
+        comment=table.text("comment", ""),
+        packages=table.texts("packages", pattern=_PACKAGE),
+        files=tuple(_file(entry, directory) for entry in table.tables("files")),
+        run=table.texts("run"),
+    )
+    table.end()
+    if not (layer.packages or layer.files or layer.run):
+        raise RecipeError(f"{table.where}: an empty layer (wanted packages, files or run)")
+    return layer
+
+
+def _file(table: _Table, directory: Path) -> RecipeFile:
+    path = table.text("path")
+    source = table.text("source", "")
+    content = table.text("content", "").encode()
+    mode = table.text("mode", "0644", pattern=re.compile(r"[0-7]{3,4}"))
+    table.end()
+    if not path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
+        raise RecipeError(f"{table.where}.path: wanted an absolute path without '..' (got {path!r})")
+    if source:
+        content = _read_source(directory, source, f"{table.where}.source")
+    return RecipeFile(path, content, int(mode, 8))
+
+
+def _read_source(directory: Path, source: str, where: str) -> bytes:
+    if "\0" in source or not (directory / source).resolve().is_relative_to(directory.resolve()):
+        raise RecipeError(f"{where}: wanted a file beside the recipe (got {source!r})")
+    try:
+        return (directory / source).read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _config(table: _Table) -> ImageConfig:
+    environment = table.table("environment")
+    config = ImageConfig(
+        entrypoint=table.texts("entrypoint"),
+        command=table.texts("command"),
+        environment=tuple((key, environment.text(key)) for key in sorted(environment.keys())),
+        user=table.text("user", ""),
+        working_directory=table.text("working_directory", "/"),
+        ports=table.texts("ports", pattern=re.compile(r"[0-9]{1,5}/(tcp|udp)")),
+    )
+    table.end()
+    return config
+
+
+def _probe(table: _Table) -> Probe:
+    probe = Probe(table.text("ready_line"), table.number("timeout_s", 120.0), table.texts("command"))
+    table.end()
+    if not probe.ready_line.strip() or probe.timeout_s <= 0:
+        raise RecipeError(f"{table.where}: wanted a ready_line that is not blank and a positive timeout_s")
+    return probe
+
+
+class _Table:
+    # A TOML table whose keys are taken one by one with their type checked; end() complains of what is left.
+
+    def __init__(self, values: object, where: str) -> None:
+        self.where = where
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{where}: wanted a table (got {values!r})")
+        self._values = dict(values)
+
+    def keys(self) -> list[str]:
+        return list(self._values)
+
+    def text(self, key: str, default: str | None = None, pattern: re.Pattern[str] | None = None) -> str:
+        value = self._take(key, default, lambda item: isinstance(item, str), "a string")
+        if pattern is not None and not pattern.fullmatch(value):
+            raise RecipeError(f"{self.where}: {key}: wanted text like {pattern.pattern} (got {value!r})")
+        return str(value)
+
+    def number(self, key: str, default: float) -> float:
+        def is_number(item: object) -> bool:
+            return isinstance(item, int | float) and not isinstance(item, bool)
+
+        return float(self._take(key, default, is_number, "a number"))
+
+    def texts(self, key: str, pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
+        def are_texts(items: object) -> bool:
+            return isinstance(items, list) and all(isinstance(item, str) and "\0" not in item for item in items)
+
+        values = self._take(key, [], are_texts, "a list of strings")
+        for value in values:
+            if pattern is not None and not pattern.fullmatch(value):
+                raise RecipeError(f"{self.where}: {key}: wanted texts like {pattern.pattern} (got {value!r})")
+        return tuple(values)
+
+    def table(self, key: str) -> _Table:
+        return _Table(self._values.pop(key, {}), f"{self.where}: {key}")
+
+    def tables(self, key: str) -> list[_Table]:
+        values = self._take(key, [], lambda item: isinstance(item, list), "an array of tables")
+        return [_Table(value, f"{self.where}: {key}[{number}]") for number, value in enumerate(values)]
+
+    def end(self) -> None:
+        if self._values:
+            raise RecipeError(f"{self.where}: unknown key (got {', '.join(map(repr, sorted(self._values)))})")
+
+    def _take(self, key: str, default: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
+        value = self._values.pop(key, default)
+        if value is None:
+            raise RecipeError(f"{self.where}: {key}: missing (wanted {wanted})")
+        if not fits(value):
+            raise RecipeError(f"{self.where}: {key}: wanted {wanted} (got {value!r})")
+        return value
