@@ -155,8 +155,8 @@ def _split_host(text: str) -> tuple[str, str]:
 
 
 def _is_host(host: str) -> bool:
-    match = _HOST.fullmatch(host)
-    return match is not None and len(host) <= _MAX_NAME and int(match["port"] or 1) in range(1, 65536)
+    match = _HOST.fullmatch(host) if len(host) <= _MAX_NAME else None
+    return match is not None and 0 < int(match["port"] or 1) < 65536
 
 
 def _is_name(name: str) -> bool:

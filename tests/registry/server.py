@@ -54,7 +54,7 @@ class RegistryServer:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if "http.response.status" in entry and entry.get("msg") == "response completed":
+            if "http.response.status" in entry and str(entry.get("msg")).startswith("response completed"):
                 entries.append(
                     {
                         "method": entry["http.request.method"],

@@ -1,0 +1,254 @@
+"""Response bodies that must hold exactly what was asked for: a byte range, a whole blob, a small document."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import time
+from typing import TYPE_CHECKING
+
+from obdlab.errors import CorruptBlobError
+from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, persist
+from obdlab.registry.transport import deadline_of_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    import urllib3
+
+# A registry that ignores Range sends the blob from its start: up to here skipping is cheaper than failing.
+MAX_SKIP = 4 << 20
+_SKIP_CHUNK = 256 << 10
+# A stream is alive as long as this much comes within each deadline.
+_STREAM_WINDOW = 1 << 20
+
+_CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*", re.ASCII | re.IGNORECASE)
+_UNSATISFIED = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*", re.ASCII | re.IGNORECASE)
+
+
+def read_small(response: urllib3.BaseHTTPResponse, limit: int, doing: str) -> bytes:
+    """Return the whole body. Raises RegistryError if it is longer than ``limit`` or breaks off."""
+    try:
+        data = response.read(limit + 1)
+        complete = response.length_remaining in (None, 0)
+    except TRANSPORT_ERRORS as error:
+        raise from_exception(error, doing) from error
+    finally:
+        discard(response)
+    if len(data) > limit:
+        raise RegistryError(f"{doing}: answer longer than {limit} bytes")
+    if not complete:
+        raise RegistryError(f"{doing}: answer broke off after {len(data)} bytes", temporary=True)
+    return data
+
+
+def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> bytes:
+    """Return exactly the bytes ``[offset, offset + length)`` from the answer to a range request.
+
+    206 must name the very range; 200, the whole blob, is read through if what is before the range is affordable.
+    Raises RegistryError.
+    """
+    try:
+        if response.status == 206:
+            _check_content_range(response, offset, length, doing)
+        else:
+            _skip(response, offset, doing)
+        data = _read_exactly(response, length, doing)
+        if response.status == 206 and response.length_remaining not in (None, 0):
+            raise RegistryError(
+                f"{doing}: body longer than its range by {response.length_remaining} bytes", temporary=True
+            )
+    except TRANSPORT_ERRORS as error:
+        raise from_exception(error, doing) from error
+    finally:
+        discard(response)
+    return data
+
+
+def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
+    """Return the blob's size from the answer to a range request: 206, 200, or 416 for an empty one.
+
+    Raises RegistryError.
+    """
+    content_range = response.headers.get("Content-Range", "")
+    if response.status == 200:
+        text = response.headers.get("Content-Length", "")
+    elif response.status == 416:
+        unsatisfied = _UNSATISFIED.fullmatch(content_range)
+        text = unsatisfied[1] if unsatisfied else ""
+    else:
+        match = _CONTENT_RANGE.fullmatch(content_range)
+        text = match[3] if match else ""
+    discard(response)
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise RegistryError(f"{doing}: registry does not tell the size")
+    return int(text)
+
+
+class BlobStream(io.RawIOBase):
+    """A blob read from start to end, checked against its size and sha256 digest; picks itself up after breaks.
+
+    Leaving its ``with`` block without an error reads what was left and checks it; so does reading the last byte.
+    Until then nothing read is known to be right. Raises RegistryError when the registry fails for longer than the
+    deadline, CorruptBlobError when the content does not match.
+    """
+
+    def __init__(
+        self,
+        open_at: Callable[[int], urllib3.BaseHTTPResponse],
+        *,
+        name: str,
+        digest: str,
+        size: int,
+        deadline_s: float,
+    ) -> None:
+        self._open_at = open_at
+        self._name = name
+        self._digest = digest
+        self._size = size
+        self._deadline_s = deadline_s
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._response: urllib3.BaseHTTPResponse | None = None
+        self._window_end = 0
+        self._window_deadline = 0.0
+        self._verified = False
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to ``size`` bytes; fewer only at the end or after a break."""
+        if size is None or size < 0:
+            return self.readall()
+        if self.closed:
+            raise ValueError("read from a closed blob stream")
+        size = min(size, self._size - self._position)
+        data = self._read_on(size) if size else b""
+        self._hash.update(data)
+        self._position += len(data)
+        if self._position == self._size:
+            self._verify()
+        return data
+
+    def readall(self) -> bytes:
+        chunks = []
+        while chunk := self.read(_STREAM_WINDOW):
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def readinto(self, buffer: object, /) -> int:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Stop reading. What was not read is not checked."""
+        if self._response is not None:
+            discard(self._response)
+            self._response = None
+        super().close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and not self.closed:
+                while self.read(_STREAM_WINDOW):
+                    pass
+        finally:
+            self.close()
+
+    def _read_on(self, size: int) -> bytes:
+        if self._position >= self._window_end:
+            self._window_end = self._position + _STREAM_WINDOW
+            self._window_deadline = time.monotonic() + self._deadline_s
+        with deadline_of_thread(self._window_deadline):
+            return persist(
+                lambda: self._attempt(size),
+                deadline=self._window_deadline,
+                blob=self._name,
+                offset=self._position,
+            )
+
+    def _attempt(self, size: int) -> bytes:
+        doing = "reading blob"
+        try:
+            if self._response is None:
+                self._response = self._open_at(self._position)
+                self._check_start(self._response, doing)
+            data = self._response.read(size)
+            if not data:
+                raise RegistryError(f"{doing}: answer broke off", temporary=True)
+        except (*TRANSPORT_ERRORS, RegistryError) as error:
+            if self._response is not None:
+                discard(self._response)
+                self._response = None
+            raise error if isinstance(error, RegistryError) else from_exception(error, doing) from error
+        return data
+
+    def _check_start(self, response: urllib3.BaseHTTPResponse, doing: str) -> None:
+        left = self._size - self._position
+        if response.status == 206:
+            _check_content_range(response, self._position, left, doing)
+        elif response.length_remaining not in (None, self._size):
+            raise RegistryError(
+                f"{doing}: blob has another size (got {response.length_remaining}, wanted {self._size})"
+            )
+        else:
+            _skip(response, self._position, doing, limit=self._position)
+
+    def _verify(self) -> None:
+        if self._verified:
+            return
+        if self._response is not None and self._response.length_remaining is None and self._response.read(1):
+            raise CorruptBlobError("blob longer than it should be", blob=self._name, wanted=self._size)
+        digest = f"sha256:{self._hash.hexdigest()}"
+        if digest != self._digest:
+            raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._digest)
+        self._verified = True
+
+
+def _check_content_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
+    got = response.headers.get("Content-Range", "")
+    match = _CONTENT_RANGE.fullmatch(got)
+    if match is None or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
+        raise RegistryError(
+            f"{doing}: wrong range (got {got[:80]!r}, wanted bytes {offset}-{offset + length - 1})", temporary=True
+        )
+    if response.length_remaining not in (None, length):
+        raise RegistryError(
+            f"{doing}: wrong length (got {response.length_remaining}, wanted {length})", temporary=True
+        )
+
+
+def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int = MAX_SKIP) -> None:
+    if count > limit:
+        raise RegistryError(f"{doing}: registry ignores ranges (answered 200 to a range far inside the blob)")
+    while count:
+        chunk = response.read(min(count, _SKIP_CHUNK))
+        if not chunk:
+            raise RegistryError(f"{doing}: answer broke off", temporary=True)
+        count -= len(chunk)
+
+
+def _read_exactly(response: urllib3.BaseHTTPResponse, length: int, doing: str) -> bytes:
+    data = response.read(length)
+    if len(data) == length:
+        return data
+    chunks = [data]
+    missing = length - len(data)
+    while missing and chunks[-1]:
+        chunks.append(response.read(missing))
+        missing -= len(chunks[-1])
+    if missing:
+        raise RegistryError(f"{doing}: answer broke off {missing} bytes before its end", temporary=True)
+    return b"".join(chunks)

@@ -1,0 +1,250 @@
+"""The registry operations that obdlab needs: manifests, blobs, byte ranges of blobs (OCI distribution 1.1)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+from urllib.parse import quote
+
+from obdlab.errors import CorruptBlobError
+from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
+from obdlab.registry import body
+from obdlab.registry.auth import Credentials
+from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.reference import Reference, Repository
+from obdlab.registry.session import PUSH, Session, redirected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    import urllib3
+
+MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
+
+# Reads for a running container go on until their deadline; whoever waits at a terminal wants to know sooner.
+_TRIES = 5
+# The slowest upload that is waited for, beside the deadline.
+_SLOWEST_UPLOAD = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A manifest or index as the registry holds it; ``digest`` has been checked against ``data``."""
+
+    media_type: str
+    digest: str
+    data: bytes
+
+
+class RegistryClient:
+    """Talks to any number of registries over kept connections. Thread-safe; opens no connection before it is used.
+
+    ``plain_http_hosts`` are hosts ("host" or "host:port") without TLS, beside loopback ones. ``request_timeout_s``
+    bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time
+    by their size, streams for each MiB). Operations raise RegistryError (a SourceError), which names registry,
+    repository, digest and offset, and CorruptBlobError for content that does not match its digest.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials | None = None,
+        *,
+        plain_http_hosts: Collection[str] = frozenset(),
+        request_timeout_s: float = 30.0,
+        deadline_s: float = 120.0,
+        user_agent: str = "obdlab",
+    ) -> None:
+        self._plain_http_hosts = frozenset(plain_http_hosts)
+        self._session = Session(
+            credentials or Credentials(),
+            request_timeout_s=request_timeout_s,
+            deadline_s=deadline_s,
+            user_agent=user_agent,
+        )
+
+    def repository(self, ref: Reference) -> Repository:
+        """Return where ``ref`` lives, with its scheme: plain HTTP for loopback and listed hosts, else HTTPS."""
+        repository = ref.repo
+        listed = bool({repository.host, repository.host.rpartition(":")[0]} & self._plain_http_hosts)
+        return Repository(repository.host, repository.name, plain_http=repository.plain_http or listed)
+
+    def get_manifest(self, ref: Reference, accept: Collection[str] = MANIFEST_ACCEPT) -> Fetched:
+        """Fetch the manifest or index ``ref`` names, at most 4 MiB, and check its digest."""
+        repository = self.repository(ref)
+        doing = "fetching manifest"
+
+        def attempt() -> Fetched:
+            response = self._session.get(
+                repository, f"manifests/{ref.target}", {"Accept": ", ".join(accept)}, doing=doing, wanted=(200,)
+            )
+            media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+            promised = response.headers.get("Docker-Content-Digest", "")
+            data = body.read_small(response, MAX_MANIFEST_SIZE, doing)
+            digest = digest_of(data)
+            for wanted in (ref.digest, promised if promised.startswith("sha256:") else None):
+                if wanted is not None and wanted != digest:
+                    raise CorruptBlobError("wrong content", blob=str(ref), got=digest, wanted=wanted)
+            return Fetched(media_type, digest, data)
+
+        return self._session.persist(attempt, blob=str(ref), tries=_TRIES)
+
+    def put_manifest(self, ref: Reference, media_type: str, data: bytes) -> str:
+        """Store a manifest or index under the tag (or digest) of ``ref``, and return its digest."""
+        repository = self.repository(ref)
+        digest = digest_of(data)
+        if ref.digest not in (None, digest):
+            raise CorruptBlobError("manifest to store is another", blob=str(ref), got=digest, wanted=ref.digest)
+        doing = "storing manifest"
+
+        def attempt() -> None:
+            response = self._session.request(
+                repository,
+                "PUT",
+                f"{repository.api_url}/manifests/{ref.target}",
+                {"Content-Type": media_type},
+                doing=doing,
+                actions=PUSH,
+                body=data,
+            )
+            _expect(response, (201,), doing)
+
+        self._session.persist(attempt, blob=str(ref), tries=_TRIES)
+        return digest
+
+    def blob_size(self, repository: Repository, digest: str) -> int:
+        """Return a blob's size. Asked by a range request, which every registry and storage answers alike."""
+        name = _name(repository, digest)
+        doing = "asking for blob size"
+
+        def attempt() -> int:
+            response = self._get_blob(repository, digest, "bytes=0-0", (200, 206, 416), doing)
+            return body.total_size(response, doing)
+
+        return self._session.persist(attempt, blob=name, tries=_TRIES)
+
+    def blob_exists(self, repository: Repository, digest: str) -> bool:
+        """Tell whether the repository has the blob."""
+        name = _name(repository, digest)
+        return self._session.persist(lambda: self._head_blob(repository, digest), blob=name, tries=_TRIES)
+
+    def read_range(
+        self, repository: Repository, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> bytes:
+        """Return exactly ``length`` bytes of a blob from ``offset``, by ``deadline`` (time.monotonic)."""
+        name = _name(repository, digest)
+        if length == 0:
+            return b""
+        doing = "reading blob"
+
+        def attempt() -> bytes:
+            byte_range = f"bytes={offset}-{offset + length - 1}"
+            response = self._get_blob(repository, digest, byte_range, (200, 206), doing)
+            return body.read_range(response, offset, length, doing)
+
+        return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
+
+    def read_blob(self, repository: Repository, digest: str, size: int, max_size: int) -> bytes:
+        """Return a whole small blob (an image config) of a known size, its digest checked."""
+        if size > max_size:
+            name = _name(repository, digest)
+            raise RegistryError(f"blob too large (got {size} bytes, wanted at most {max_size})", blob=name)
+        with self.stream_blob(repository, digest, size) as stream:
+            return stream.readall()
+
+    def stream_blob(self, repository: Repository, digest: str, size: int) -> body.BlobStream:
+        """Return a file-like stream of the blob, for a ``with`` block; size and digest are checked at its end."""
+        doing = "reading blob"
+
+        def open_at(position: int) -> urllib3.BaseHTTPResponse:
+            byte_range = f"bytes={position}-{size - 1}" if position else None
+            return self._get_blob(repository, digest, byte_range, (200, 206) if position else (200,), doing)
+
+        return body.BlobStream(
+            open_at,
+            name=_name(repository, digest),
+            digest=digest,
+            size=size,
+            deadline_s=self._session.deadline_s,
+        )
+
+    def push_blob(
+        self,
+        repository: Repository,
+        digest: str,
+        size: int,
+        open_file: Callable[[], IO[bytes]],
+        mount_from: Repository | None = None,
+    ) -> bool:
+        """Make the repository hold a blob; return False if it had it already.
+
+        ``open_file`` gives the content, from its start, each time it is called (again after a failed try).
+        ``mount_from``, a repository on the same registry, is asked first to share its copy.
+        """
+        name = _name(repository, digest)
+        doing = "pushing blob"
+
+        def attempt() -> bool:
+            if self._head_blob(repository, digest):
+                return False
+            location = self._start_upload(repository, digest, mount_from, doing)
+            if location is None:
+                return True
+            url = f"{location}{'&' if '?' in location else '?'}digest={quote(digest, safe='')}"
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            response = self._session.request(
+                repository, "PUT", url, headers, doing=doing, actions=PUSH, body=open_file
+            )
+            _expect(response, (201,), doing)
+            return True
+
+        deadline = time.monotonic() + self._session.deadline_s + size / _SLOWEST_UPLOAD
+        return self._session.persist(attempt, blob=name, deadline=deadline, tries=_TRIES)
+
+    def close(self) -> None:
+        """Close idle connections. The client stays usable."""
+        self._session.close()
+
+    def _get_blob(
+        self,
+        repository: Repository,
+        digest: str,
+        byte_range: str | None,
+        wanted: tuple[int, ...],
+        doing: str,
+    ) -> urllib3.BaseHTTPResponse:
+        headers = {} if byte_range is None else {"Range": byte_range}
+        return self._session.get(repository, f"blobs/{digest}", headers, doing=doing, wanted=wanted)
+
+    def _head_blob(self, repository: Repository, digest: str) -> bool:
+        doing = "looking for blob"
+        url = f"{repository.blobs_url}/{digest}"
+        response = self._session.request(repository, "HEAD", url, {}, doing=doing)
+        if response.status == 404:
+            discard(response)
+            return False
+        # A redirect leads to the storage that has it.
+        _expect(response, (200, 301, 302, 303, 307, 308), doing)
+        return True
+
+    def _start_upload(
+        self, repository: Repository, digest: str, mount_from: Repository | None, doing: str
+    ) -> str | None:
+        # Returns where to put the content, or None if the registry took the other repository's copy.
+        url = f"{repository.blobs_url}/uploads/"
+        if mount_from is not None and mount_from.api_host == repository.api_host:
+            url += f"?mount={quote(digest, safe='')}&from={quote(mount_from.name, safe='')}"
+        response = self._session.request(repository, "POST", url, {"Content-Length": "0"}, doing=doing, actions=PUSH)
+        location = response.headers.get("Location", "")
+        _expect(response, (201, 202), doing)
+        return None if response.status == 201 else redirected(url, location, doing)
+
+
+def _expect(response: urllib3.BaseHTTPResponse, wanted: tuple[int, ...], doing: str) -> None:
+    if response.status not in wanted:
+        raise from_response(response, doing)
+    discard(response)
+
+
+def _name(repository: Repository, digest: str) -> str:
+    return f"{repository}@{check_digest(digest, str(repository))}"

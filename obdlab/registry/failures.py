@@ -1,0 +1,137 @@
+"""What can go wrong with a registry, and the one place that says whether trying again may help."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import re
+import ssl
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, SSLError
+
+from obdlab.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+#: What transport and urllib3 raise when an exchange fails; every one becomes a RegistryError.
+TRANSPORT_ERRORS = (HTTPError, OSError, http.client.HTTPException)
+
+_ERROR_BODY_LIMIT = 4096
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+_LONGEST_RETRY_AFTER_S = 60.0
+
+
+class RegistryError(SourceError):
+    """A registry refused, failed or did not answer. ``status`` is the HTTP status, if there was an answer."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        blob: str = "",
+        offset: int | None = None,
+        temporary: bool = False,
+        status: int | None = None,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        self.what = what
+        self.status = status
+        self.retry_after_s = retry_after_s
+        super().__init__(what, blob=blob, offset=offset, temporary=temporary)
+
+    def at(self, blob: str, offset: int | None, tries: int) -> RegistryError:
+        """Return the same failure with the place it happened at."""
+        what = self.what if tries < 2 else f"{self.what} (after {tries} tries)"
+        return RegistryError(what, blob=blob, offset=offset, temporary=self.temporary, status=self.status)
+
+
+def is_temporary_status(status: int) -> bool:
+    """Whether a request answered with this HTTP status may succeed later."""
+    return status in (408, 425, 429) or status >= 500
+
+
+def from_response(response: urllib3.BaseHTTPResponse, doing: str) -> RegistryError:
+    """Return the error for an answer that is no success, and give the connection back."""
+    try:
+        body = response.read(_ERROR_BODY_LIMIT)
+    except TRANSPORT_ERRORS:
+        body = b""
+    discard(response)
+    detail = _error_detail(body)
+    return RegistryError(
+        f"{doing}: registry answered {response.status}{f' ({detail})' if detail else ''}",
+        status=response.status,
+        temporary=is_temporary_status(response.status),
+        retry_after_s=_retry_after(response.headers.get("Retry-After", "")),
+    )
+
+
+def from_exception(error: Exception, doing: str) -> RegistryError:
+    """Return the error for an exchange that broke off."""
+    permanent = isinstance(error, LocationParseError | LocationValueError) or (
+        isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError)
+    )
+    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError):
+        text = "no answer in time"
+    else:
+        # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
+        text = f"{type(error).__name__}: {re.sub(r'^[\w.]+[(]host=.*?[)]: ', '', ' '.join(str(error).split()))}"
+    return RegistryError(f"{doing}: {text[:300]}", temporary=not permanent)
+
+
+def persist(
+    attempt: Callable[[], T], *, deadline: float, blob: str, offset: int | None = None, tries: int | None = None
+) -> T:
+    """Call ``attempt`` until it succeeds, fails for good, the deadline comes or ``tries`` are used up.
+
+    Pauses double from 50 ms to 5 s, each shortened by a random part so that many readers do not return in step; a
+    registry's Retry-After is kept if the deadline allows. Raises the last RegistryError, with its place.
+    """
+    tried = 0
+    pause = _FIRST_PAUSE_S
+    while True:
+        tried += 1
+        try:
+            return attempt()
+        except RegistryError as error:
+            delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
+            hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
+            if hopeless:
+                raise error.at(blob, offset, tried) from error
+        time.sleep(delay)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def discard(response: urllib3.BaseHTTPResponse) -> None:
+    """Be done with a response: keep its connection if little is left of the body, else close it."""
+    try:
+        left = response.length_remaining
+        if left is not None and left <= _ERROR_BODY_LIMIT:
+            response.read(_ERROR_BODY_LIMIT + 1)
+    except TRANSPORT_ERRORS:
+        pass
+    response.close()
+    response.release_conn()
+
+
+def _error_detail(body: bytes) -> str:
+    # {"errors": [{"code": "...", "message": "..."}]} (OCI distribution specification, "Error Codes")
+    try:
+        first = json.loads(body)["errors"][0]
+        text = f"{first.get('code', '')}: {first.get('message', '')}"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return ""
+    return "".join(c for c in text if c.isprintable())[:200].strip(": ")
+
+
+def _retry_after(text: str) -> float:
+    # The other form, a date, is not used by registries.
+    return float(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0.0
