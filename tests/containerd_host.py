@@ -1,0 +1,137 @@
+"""A containerd of its own with our snapshotter as proxy plugin "obdlab": the real parts, in a directory of the test's.
+
+``containerd_with_obdlab(directory)`` runs both; the snapshotter is a process apart that tests may kill and restart.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import mount
+from obdlab.image.settings import Settings
+from obdlab.service.client import DeviceService
+from tests.containerd.conftest import ContainerdHost, running_containerd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAME = "obdlab"
+_ONLY_SNAPSHOTTER = """
+import sys
+from obdlab.cli import main
+main.COMMANDS = ("snapshotter",)
+sys.exit(main.main(["-v", *sys.argv[1:]]))
+"""
+_START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 20.0
+
+
+class SnapshotterProcess:
+    """``obdlab snapshotter`` with root, socket, run directory and cache below one directory."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.root = directory / "root"
+        self.address = directory / "s.sock"
+        self.run_dir = directory / "run"
+        self.log = directory / "snapshotter.log"
+        self.devices = DeviceService(self.run_dir, Settings(cache_dir=directory / "cache"))
+        self._arguments = [
+            *("--root", str(self.root), "--address", str(self.address)),
+            *("--run-dir", str(self.run_dir), "--cache-dir", str(directory / "cache")),
+            *arguments,
+        ]
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, "-c", _ONLY_SNAPSHOTTER, "snapshotter", *self._arguments]
+
+    def start(self) -> None:
+        """Start it and wait for its ready line."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        os.set_blocking(self._stdout.fileno(), False)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while "ready" not in (line := self._stdout.readline()):
+            assert self._process.poll() is None, f"ended: {line}{self.log.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, "not ready in time"
+            time.sleep(0.01)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status; 0 if it does not run."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        process.send_signal(number)
+        try:
+            return process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_STOP_TIMEOUT_S)
+            raise
+        finally:
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def take_down(self) -> None:
+        """Stop it and everything that outlives it on purpose: mounts and devices."""
+        self.stop()
+        for entry in reversed(mount.mounts()):
+            if self.root in entry.mountpoint.parents:
+                mount.unmount(entry.mountpoint, lazy=True)
+        self.devices.shutdown(force=True)
+
+    @property
+    def _stdout(self):
+        assert self._process is not None
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+
+@dataclass(frozen=True)
+class ObdlabHost:
+    """A containerd and the snapshotter it uses."""
+
+    containerd: ContainerdHost
+    snapshotter: SnapshotterProcess
+
+    def ctr(self, *arguments: str, timeout_s: float = 60.0, check: bool = True) -> str:
+        """Run stock ctr in the namespace "test" and return what it printed."""
+        return self.containerd.ctr("--namespace", "test", *arguments, timeout_s=timeout_s, check=check)
+
+
+@contextmanager
+def containerd_with_obdlab(directory: Path, *arguments: str) -> Iterator[ObdlabHost]:
+    """Run both below ``directory`` and leave nothing of them behind. ``arguments`` are the snapshotter's."""
+    snapshotter = SnapshotterProcess(directory / "snapshotter", *arguments)
+    with ExitStack() as stack:
+        stack.callback(snapshotter.take_down)
+        snapshotter.start()
+        host = stack.enter_context(running_containerd(directory / "containerd", {NAME: str(snapshotter.address)}))
+        running = ObdlabHost(host, snapshotter)
+        stack.callback(_remove_containers, running)
+        yield running
+
+
+def _remove_containers(host: ObdlabHost) -> None:
+    for task in host.ctr("tasks", "ls", "-q").split():
+        host.ctr("tasks", "kill", "-s", "KILL", task, check=False)
+        host.ctr("tasks", "rm", "-f", task, check=False)
+    for container in host.ctr("containers", "ls", "-q").split():
+        host.ctr("containers", "rm", container, check=False)
