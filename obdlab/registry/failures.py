@@ -24,6 +24,7 @@ T = TypeVar("T")
 TRANSPORT_ERRORS = (HTTPError, OSError, http.client.HTTPException)
 
 _ERROR_BODY_LIMIT = 4096
+_POOL = re.compile(r"^[\w.]+\(host=.*?\): ")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_RETRY_AFTER_S = 60.0
@@ -83,7 +84,8 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
         text = "no answer in time"
     else:
         # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
-        text = f"{type(error).__name__}: {re.sub(r'^[\w.]+[(]host=.*?[)]: ', '', ' '.join(str(error).split()))}"
+        reason = _POOL.sub("", " ".join(str(error).split()))
+        text = f"{type(error).__name__}: {reason}"
     return RegistryError(f"{doing}: {text[:300]}", temporary=not permanent)
 
 
