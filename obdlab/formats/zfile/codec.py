@@ -53,16 +53,15 @@ class Lz4(Codec):
         return memoryview(out)[:length]
 
     def decompress(self, data: Buffer, length: int) -> bytes:
-        try:
-            block = bytes(cramjam.lz4.decompress_block(data, output_len=length))
-        except cramjam.DecompressionError as error:
-            raise _damaged("LZ4") from error
-        if len(block) != length:
-            raise _wrong_length("LZ4", len(block), length)
-        return block
+        # Not cramjam's decompress_block: it pads a block that is too short, and does not tell.
+        block = bytearray(length)
+        self._decompress_into(data, block, length)
+        return bytes(block)
 
     def decompress_into(self, data: Buffer, out: memoryview) -> None:
-        length = len(out)
+        self._decompress_into(data, out, len(out))
+
+    def _decompress_into(self, data: Buffer, out: bytearray | memoryview, length: int) -> None:
         try:
             got = cramjam.lz4.decompress_block_into(data, out, output_len=length)
         except cramjam.DecompressionError as error:
