@@ -1,0 +1,164 @@
+"""The mutable index of a writable layer (overlaybd's Index0): later insertions override earlier ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from obdlab.formats.lsmt.index import HOLE, SegmentIndex, split
+from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments
+
+if TYPE_CHECKING:
+    from obdlab.formats.lsmt.index import Run
+
+# (begin, end, moffset, source); source is the tag, or ~tag if zeroed.
+_Segment = tuple[int, int, int, int]
+# Segments live in chunks of at most twice this many, so that an insertion moves little memory.
+_CHUNK = 256
+
+
+class SegmentMap:
+    """A sorted set of segments that do not overlap, changed by :meth:`insert` and :meth:`remove`.
+
+    Not safe for use by several threads at once. With ``join``, an inserted segment grows into neighbours that it
+    continues on the disk and in the file; without, segments stay as they were written (as the original keeps them).
+    Segments may be of any length; :meth:`to_index` cuts them to what a record can hold.
+    """
+
+    __slots__ = ("_chunks", "_first", "_join")
+
+    def __init__(self, *, join: bool = False) -> None:
+        self._join = join
+        self._chunks: list[list[_Segment]] = [[]]
+        self._first: list[int] = [0]  # chunk k holds the segments that begin in [first[k], first[k + 1])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._chunks))
+
+    def insert(self, begin: int, end: int, moffset: int, *, zeroed: bool = False, tag: int = 0) -> None:
+        """Map the disk's sectors ``[begin, end)`` to those from ``moffset``, or to zeros."""
+        if begin < 0 or end < begin:
+            raise ValueError(f"no range of sectors: [{begin}, {end})")
+        if begin == end:
+            return
+        segment = (begin, end, moffset, ~tag if zeroed else tag)
+        if self._join:
+            segment = self._grown(segment)
+        self._replace(segment[0], segment[1], segment)
+
+    def remove(self, begin: int, end: int) -> None:
+        """Forget what the sectors ``[begin, end)`` map to, so that lower layers show through."""
+        if begin < end:
+            self._replace(begin, end, None)
+
+    def lookup(self, begin: int, end: int) -> list[Run]:
+        """What the sectors ``[begin, end)`` are; runs as :meth:`SegmentIndex.lookup` gives them."""
+        runs: list[Run] = []
+        c, i = self._find(begin)
+        chunk = self._chunks[c]
+        while begin < end:
+            if i == len(chunk):
+                c, i = c + 1, 0
+                if c == len(self._chunks):
+                    runs.append((begin, end - begin, HOLE, 0))
+                    break
+                chunk = self._chunks[c]
+                continue
+            start, stop, moffset, source = chunk[i]
+            if start > begin:
+                hole_end = min(start, end)
+                runs.append((begin, hole_end - begin, HOLE, 0))
+                begin = hole_end
+                continue
+            if stop > end:
+                stop = end
+            runs.append((begin, stop - begin, source, moffset + (begin - start if source >= 0 else 0)))
+            begin = stop
+            i += 1
+        return runs
+
+    def to_index(self) -> SegmentIndex:
+        """A frozen copy, with segments longer than 16383 sectors cut as the original cuts them."""
+        table = np.array([segment for chunk in self._chunks for segment in chunk], dtype=np.int64).reshape(-1, 4).T
+        begin, end, moffset, source = table
+        zeroed = source < 0
+        segments = Segments(
+            offset_sectors=begin,
+            length_sectors=end - begin,
+            moffset_sectors=moffset,
+            zeroed=zeroed,
+            tag=np.where(zeroed, ~source, source).astype(np.uint8),
+        )
+        return SegmentIndex(split(segments, MAX_SEGMENT_SECTORS))
+
+    def _find(self, sector: int) -> tuple[int, int]:
+        # Chunk and place of the first segment that ends after `sector`; the place may be just past a chunk's last.
+        # No segment reaches into the range of the next chunk, so one chunk is enough to look at.
+        c = bisect_right(self._first, sector) - 1
+        chunk = self._chunks[c]
+        i = bisect_left(chunk, (sector,))
+        if i and chunk[i - 1][1] > sector:
+            i -= 1
+        return c, i
+
+    def _grown(self, segment: _Segment) -> _Segment:
+        begin, end, moffset, source = segment
+        step = 1 if source >= 0 else 0
+        c, i = self._find(begin - 1 if begin else 0)
+        while True:
+            if i == len(self._chunks[c]):
+                c, i = c + 1, 0
+                if c == len(self._chunks):
+                    break
+                continue
+            start, stop, at, kind = self._chunks[c][i]
+            if start > end:
+                break
+            # A neighbour or an overlapped segment on the same line of disk and file: absorb it.
+            if kind == source and at - start * step == moffset - begin * step:
+                if start < begin:
+                    moffset -= (begin - start) * step
+                    begin = start
+                end = max(end, stop)
+            i += 1
+        return begin, end, moffset, source
+
+    def _replace(self, begin: int, end: int, segment: _Segment | None) -> None:
+        # Cut [begin, end) out of the map and put `segment`, if any, in its place.
+        first_chunk, i = self._find(begin)
+        chunk = self._chunks[first_chunk]
+        new: list[_Segment] = []
+        if i < len(chunk) and chunk[i][0] < begin:
+            start, _, at, source = chunk[i]
+            new.append((start, begin, at, source))
+        if segment is not None:
+            new.append(segment)
+
+        # All chunks the range reaches become one; _balance cuts it again.
+        last_chunk = bisect_left(self._first, end, first_chunk + 1) - 1
+        last = self._chunks[last_chunk]
+        j = bisect_left(last, (end,), i if last_chunk == first_chunk else 0)
+        if j > (i if last_chunk == first_chunk else 0):
+            start, stop, at, source = last[j - 1]
+            if stop > end:
+                new.append((end, stop, at + (end - start if source >= 0 else 0), source))
+        if last_chunk == first_chunk:
+            chunk[i:j] = new
+        else:
+            chunk[i:] = new + last[j:]
+            del self._chunks[first_chunk + 1 : last_chunk + 1]
+            del self._first[first_chunk + 1 : last_chunk + 1]
+        self._balance(first_chunk)
+
+    def _balance(self, c: int) -> None:
+        chunk = self._chunks[c]
+        if not chunk:
+            if len(self._chunks) > 1:
+                del self._chunks[c], self._first[c]
+                self._first[0] = 0
+        elif len(chunk) > 2 * _CHUNK:
+            parts = [chunk[k : k + _CHUNK] for k in range(0, len(chunk), _CHUNK)]
+            self._chunks[c : c + 1] = parts
+            self._first[c + 1 : c + 1] = [part[0][0] for part in parts[1:]]

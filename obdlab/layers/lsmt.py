@@ -1,0 +1,166 @@
+"""One layer: an LSMT file as its index and the blob its data lies in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+
+from obdlab.errors import FormatError
+from obdlab.formats.lsmt.index import SegmentIndex
+from obdlab.formats.lsmt.layout import (
+    HEADER_SPACE,
+    RECORD_SIZE,
+    Flags,
+    Header,
+    Segments,
+    Trailer,
+    check_sealed_segments,
+    check_sealed_trailer,
+    decode_segments,
+    is_lsmt,
+)
+from obdlab.formats.zfile.layout import is_zfile
+from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.layers.zfile import open_zfile
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.blob import Blob
+
+# Read from the end in one go: the trailer, and the whole index of most layers with it.
+_TAIL_SIZE = 64 * 1024
+
+
+class Layer(Protocol):
+    """What a stack or a commit needs of a layer, sealed or writable."""
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+
+    @property
+    def virtual_size(self) -> int:
+        """Size of the disk in bytes as this layer declares it; 0 leaves it to the layers below."""
+
+    @property
+    def index(self) -> SegmentIndex:
+        """Which sectors the layer holds; every tag is 0."""
+
+    @property
+    def data(self) -> Blob:
+        """The file that the index points into."""
+
+    @property
+    def parent_uuid(self) -> str:
+        """UUID of the layer this one was made on."""
+
+    def close(self) -> None:
+        """Release the layer and its blobs."""
+
+
+class LsmtLayer:
+    """A sealed layer, committed or sealed in place, over the blob of its plain LSMT file.
+
+    Opening reads the header and the tail, and the index in a third read if it does not lie within the last 64 KiB;
+    a small file is read at once. Raises FormatError (blob, offset, got, wanted) if the file is cut short, is no
+    sealed LSMT file, or has an index that is unordered or points outside of the layer's data.
+    """
+
+    def __init__(self, blob: Blob) -> None:
+        self.name = blob.name
+        self.data = blob
+        size = blob.size
+        if size < 2 * HEADER_SPACE:
+            raise FormatError(
+                "sealed LSMT layer is cut short",
+                blob=blob.name,
+                got=f"{size} bytes",
+                wanted=f"at least {2 * HEADER_SPACE}",
+            )
+        tail_offset = max(0, size - _TAIL_SIZE)
+        tail = memoryview(blob.read_at(tail_offset, size - tail_offset))
+        header_bytes = bytes(tail[:HEADER_SPACE]) if tail_offset == 0 else blob.read_at(0, HEADER_SPACE)
+        header = Header.from_bytes(header_bytes, blob=blob.name)
+        if not header.flags & Flags.DATA:
+            raise FormatError(
+                "LSMT file is not a data file", blob=blob.name, offset=28, got=f"flags {int(header.flags):#x}"
+            )
+        at = size - HEADER_SPACE
+        self.trailer = Trailer.from_bytes(bytes(tail[at - tail_offset :]), blob=blob.name, offset=at)
+        check_sealed_trailer(self.trailer, size, blob=blob.name)
+        #: Whether the layer was sealed by appending to a writable one; a committed layer's header says "sealed".
+        self.sealed_in_place = not header.flags & Flags.SEALED
+        self.index = SegmentIndex(self._read_segments(tail, tail_offset))
+
+    def _read_segments(self, tail: memoryview, tail_offset: int) -> Segments:
+        begin = self.trailer.index_offset
+        end = begin + self.trailer.index_size * RECORD_SIZE
+        if begin >= tail_offset:
+            records: bytes | memoryview = tail[begin - tail_offset : end - tail_offset]
+        else:
+            records = self.data.read_at(begin, min(end, tail_offset) - begin) + tail[: max(0, end - tail_offset)]
+        segments = decode_segments(records)
+        check_sealed_segments(segments, begin, blob=self.name)
+        # A flattened layer keeps the numbers of the layers it was made of; they mean nothing here.
+        return Segments(
+            segments.offset_sectors,
+            segments.length_sectors,
+            segments.moffset_sectors,
+            segments.zeroed,
+            np.zeros_like(segments.tag),
+        )
+
+    @property
+    def virtual_size(self) -> int:
+        """Size of the disk in bytes as this layer declares it; 0 leaves it to the layers below."""
+        return self.trailer.virtual_size
+
+    @property
+    def uuid(self) -> str:
+        """The layer's UUID, all zeros if it was committed without."""
+        return self.trailer.uuid
+
+    @property
+    def parent_uuid(self) -> str:
+        """UUID of the layer this one was made on; advisory."""
+        return self.trailer.parent_uuid
+
+    @property
+    def user_tag(self) -> str:
+        """The commit message."""
+        return self.trailer.user_tag.decode(errors="replace")
+
+    def close(self) -> None:
+        """Close the blob below."""
+        self.data.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_layer(blob: Blob) -> LsmtLayer:
+    """Open a layer blob as it is stored: inside a tar or not, a ZFile or plain LSMT.
+
+    The blob belongs to the layer from then on, but stays the caller's if this raises: FormatError if it is none of
+    these or malformed, CorruptBlobError if a checksum is wrong.
+    """
+    content = open_tarwrap(blob)
+    start = content.read_at(0, min(512, content.size))
+    if is_zfile(start, blob=blob.name):
+        content = open_zfile(content)
+    elif not is_lsmt(start):
+        raise FormatError(
+            "neither a ZFile nor an LSMT layer",
+            blob=blob.name,
+            offset=0,
+            got=start[:24].hex() or "nothing",
+            wanted="a ZFile or LSMT header",
+        )
+    return LsmtLayer(content)
