@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from obdlab.devices import abi, loop
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import DISK_NAME, DeviceStatistics, FuseServer
-from obdlab.devices.mount import mounts_at
+from obdlab.devices.mount import mounts_at, mounts_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class FuseLoopDevice(Device):
             raise DeviceError(f"{self._directory}: requests are still being served {timeout_s:g} s after unmounting")
 
 
+def _users(device: Path) -> str:
+    found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)]
+    return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"
+
+
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
     """Detach the loop devices over ``directory/fuse/disk``, then unmount it. Nothing there is fine.
 
@@ -99,11 +104,11 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
     disk = mountpoint / DISK_NAME
     for device in loop.devices_of(disk):
         if not force and loop.in_use(device):
-            raise DeviceError(f"{device}: still in use, so {directory.name} cannot be detached")
+            raise DeviceError(f"{device}: still in use ({_users(device)})")
         try:
-            loop.detach(device, file=disk, timeout_s=timeout_s)
+            loop.detach(device, file=disk, timeout_s=min(timeout_s, 1.0) if force else timeout_s)
         except DeviceError:
-            if not force:
+            if not force:  # forced: it goes with its last user
                 raise
     deadline = time.monotonic() + timeout_s
     while mounts_at(mountpoint):

@@ -76,9 +76,15 @@ def mounts_at(target: Path) -> list[MountEntry]:
     return [entry for entry in mounts() if entry.mountpoint == target]
 
 
+def mount_at(target: Path) -> MountEntry | None:
+    """Return the topmost mount on ``target``, or None. Never asks the mounted file system itself."""
+    entries = mounts_at(_resolved(target))
+    return entries[-1] if entries else None
+
+
 def is_mounted(target: Path) -> bool:
     """Tell whether something is mounted on ``target``. Never asks the mounted file system itself."""
-    return bool(mounts_at(_resolved(target)))
+    return mount_at(target) is not None
 
 
 def mounts_of(device: Path) -> list[MountEntry]:

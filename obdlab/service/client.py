@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.devices import mount
 from obdlab.errors import DeviceError
 from obdlab.service import wire
 from obdlab.service.host import SOCKET_NAME
@@ -52,6 +53,11 @@ class DeviceService:
         self._run = RunDir(run_dir)
         self._settings = settings
 
+    @property
+    def run_dir(self) -> RunDir:
+        """Where this client's devices live."""
+        return self._run
+
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
         """Make the image of a config.v1.json a block device, or find the one that already is.
 
@@ -85,6 +91,17 @@ class DeviceService:
         if "error" in answer:
             raise DeviceError(f"cannot attach {config}: {answer['error']}")
         return _as_device(DeviceRecord(**answer["device"]))
+
+    def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
+        """Mount the device's file system on the directory ``target``.
+
+        Raises DeviceError; if the kernel could not read the device, with the cause that its server knows.
+        """
+        try:
+            mount.mount(device.path, target, read_only=read_only, options=options)
+        except DeviceError as error:
+            cause = self.last_error(device.device_id)
+            raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error
 
     def detach(self, device_id: str, *, timeout_s: float = 10.0, force: bool = False) -> bool:
         """Take a device down; tell whether there was one. Waits until device, mount and server are gone.

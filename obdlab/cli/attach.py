@@ -1,0 +1,138 @@
+"""``obdlab attach``, ``detach`` and ``ls-devices``: images as block devices, without mounting them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import (
+    add_registry_options,
+    add_runtime_options,
+    device_service_from,
+    registry_from,
+)
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+SOURCE_HELP = (
+    "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
+    "joined by commas)"
+)
+#: Below the run directory: configurations made for images that came without one.
+_IMAGES = "images"
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    attach = subcommands.add_parser(
+        "attach", help="make an image a block device", description="Prints the device's node. See also: mount."
+    )
+    attach.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    attach.add_argument("--id", help="name of the device (default: made from the image)")
+    attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
+    add_runtime_options(attach)
+    add_registry_options(attach)
+    attach.set_defaults(run=run_attach)
+
+    detach = subcommands.add_parser("detach", help="take a device away again")
+    detach.add_argument("device", help="its id, or its node such as /dev/loop3")
+    add_runtime_options(detach)
+    detach.set_defaults(run=run_detach)
+
+    listing = subcommands.add_parser("ls-devices", help="list the devices and their servers")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line, with counters")
+    add_runtime_options(listing)
+    listing.set_defaults(run=run_list)
+
+
+def run_attach(args: argparse.Namespace) -> int:
+    """Attach; print the node."""
+    config, device_id = config_of(args.source, args)
+    device = device_service_from(args).attach(config, args.id or device_id, timeout_s=args.timeout)
+    print(device.path)
+    return 0
+
+
+def run_detach(args: argparse.Namespace) -> int:
+    """Detach; a device that is not there is fine."""
+    service = device_service_from(args)
+    by_node = {str(device.path): device.device_id for device in service.list()}
+    device_id = by_node.get(args.device, args.device)
+    if args.device.startswith("/") and args.device not in by_node:
+        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    gone = service.detach(device_id)
+    forget_config(args.run_dir, device_id)
+    print(f"{device_id}: {'detached' if gone else 'not attached'}")
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """List the devices, one a line."""
+    service = device_service_from(args)
+    for device in service.list():
+        if args.json:
+            known = {"id": device.device_id, "path": str(device.path), "size": device.size, "pid": device.pid}
+            known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
+            print(json.dumps(known | (service.statistics(device.device_id) if device.alive else {})))
+        else:
+            mode = "ro" if device.read_only else "rw"
+            state = f"pid {device.pid}" if device.alive else "server dead"
+            print(f"{device.device_id}  {device.path}  {device.size >> 20} MiB  {mode}  {state}  {device.config}")
+    return 0
+
+
+def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, str | None]:
+    """Return the image configuration that ``source`` names, and a device id if it was made here.
+
+    Raises DeviceError, ConfigError or what the registry has to say.
+    """
+    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.from_manifest import fetch_config
+
+    names = [name for argument in source for name in argument.split(",") if name]
+    paths = [Path(name) for name in names]
+    if len(paths) == 1 and paths[0].is_file() and _is_json(paths[0]):
+        return paths[0], None
+    if any(name.startswith(("/", "./", "../")) for name in names) or all(path.is_file() for path in paths):
+        for path in paths:
+            if not path.is_file():
+                raise DeviceError(f"{path}: no such layer file")
+        config = ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
+    elif len(names) == 1:
+        from obdlab.pull.platforms import host_platform
+        from obdlab.registry.reference import Reference
+
+        client = registry_from(args)
+        try:
+            config = fetch_config(client, Reference.parse(names[0]), host_platform())
+        finally:
+            client.close()
+    else:
+        raise DeviceError(f"several sources must be layer files (got {', '.join(names)})")
+    text = json.dumps(config.to_json(), sort_keys=True)
+    device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    directory = Path(args.run_dir).absolute() / _IMAGES / device_id
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / "config.v1.json"
+    config.save(path)
+    return path, device_id
+
+
+def forget_config(run_dir: Path, device_id: str) -> None:
+    """Remove the configuration that :func:`config_of` made for a device, if it did."""
+    directory = run_dir / _IMAGES / device_id
+    (directory / "config.v1.json").unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError:  # not there, or not only ours
+        pass
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(64).lstrip().startswith(b"{")

@@ -1,0 +1,89 @@
+"""``obdlab mount`` and ``umount``: an overlaybd image as a read-only directory, without containerd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.attach import SOURCE_HELP, config_of, forget_config
+from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    mount = subcommands.add_parser(
+        "mount",
+        help="mount an overlaybd image read-only",
+        description="Mounts an overlaybd image; what is read is fetched at that moment and cached.",
+    )
+    mount.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    mount.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
+    mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
+    add_runtime_options(mount)
+    add_registry_options(mount)
+    mount.set_defaults(run=run_mount)
+
+    umount = subcommands.add_parser("umount", help="undo a mount, and take its device away if it was the last one")
+    umount.add_argument("target", type=Path, metavar="DIR")
+    add_runtime_options(umount)
+    umount.set_defaults(run=run_umount)
+
+
+def run_mount(args: argparse.Namespace) -> int:
+    """Attach the image and mount it. A failure leaves neither device nor mount."""
+    from obdlab.devices.mount import is_mounted
+
+    if is_mounted(args.target):
+        raise DeviceError(f"{args.target}: something is mounted there already")
+    config, device_id = config_of(args.source, args)
+    service = device_service_from(args)
+    made = not args.target.exists()
+    args.target.mkdir(parents=True, exist_ok=True)
+    device = None
+    try:
+        device = service.attach(config, device_id, timeout_s=args.timeout)
+        service.mount(device, args.target.resolve())
+    except BaseException:
+        if device is not None:
+            _detach_if_unused(service, device.device_id, args.run_dir)
+        elif device_id is not None:
+            forget_config(args.run_dir, device_id)
+        if made:
+            args.target.rmdir()
+        raise
+    print(f"{args.target}: {device.path}, read-only")
+    return 0
+
+
+def run_umount(args: argparse.Namespace) -> int:
+    """Unmount and detach. A directory that is not mounted is fine."""
+    from obdlab.devices.mount import mount_at, unmount
+
+    service = device_service_from(args)
+    entry = mount_at(args.target)
+    if entry is None:
+        print(f"{args.target}: not mounted")
+        return 0
+    device = next((each for each in service.list() if str(each.path) == entry.source), None)
+    if device is None:
+        raise DeviceError(
+            f"{args.target}: not a mount of obdlab's (got {entry.fs_type} on {entry.source}, wanted a device of "
+            f"{args.run_dir})"
+        )
+    unmount(args.target)
+    detached = _detach_if_unused(service, device.device_id, args.run_dir)
+    print(f"{args.target}: unmounted, {device.path} {'detached' if detached else 'still in use elsewhere'}")
+    return 0
+
+
+def _detach_if_unused(service: Any, device_id: str, run_dir: Path) -> bool:
+    try:
+        service.detach(device_id)
+    except DeviceError:  # mounted elsewhere too: the last umount takes it away
+        return False
+    forget_config(run_dir, device_id)
+    return True

@@ -1,0 +1,63 @@
+"""The image configuration of an overlaybd image in a registry, made from its manifest alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.formats import oci
+from obdlab.image.config import ImageConfig, LowerConfig
+
+if TYPE_CHECKING:
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Reference, Repository
+
+
+class NotOverlaybdError(ObdlabError):
+    """The image's layers are ordinary tars, or of a kind that this package cannot serve."""
+
+
+def fetch_config(client: RegistryClient, reference: Reference, platform: oci.Platform) -> ImageConfig:
+    """Fetch an image's manifest (an index: the one for ``platform``) and return what to attach.
+
+    Raises NotOverlaybdError if the image was not converted, RegistryError or FormatError if it cannot be had.
+    """
+    document = oci.parse_manifest(client.get_manifest(reference).data, str(reference))
+    if isinstance(document, oci.Index):
+        reference = reference.with_digest(document.select(platform).digest)
+        document = oci.Manifest.parse(client.get_manifest(reference).data, str(reference))
+    return config_from_manifest(document, client.repository(reference), name=str(reference))
+
+
+def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name: str = "image") -> ImageConfig:
+    """Return the configuration of an overlaybd image whose blobs are all in ``repository``.
+
+    The annotations that mark overlaybd layers must agree with the descriptors that carry them, since the
+    descriptors are what the registry and the manifest's digest vouch for. Raises NotOverlaybdError or FormatError.
+    """
+    if not manifest.layers:
+        raise NotOverlaybdError(f"{name}: not an overlaybd image (it has no layers)")
+    plain = [layer.digest for layer in manifest.layers if not layer.is_overlaybd]
+    if plain:
+        raise NotOverlaybdError(
+            f"{name}: not an overlaybd image (layer {plain[0]} is an ordinary one); "
+            f"convert it first: obdlab convert {name} NEW"
+        )
+    lowers = tuple(_lower(layer, name) for layer in manifest.layers)
+    accelerated = manifest.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes"
+    return ImageConfig(repo_blob_url=repository.blobs_url, lowers=lowers, acceleration_layer=accelerated)
+
+
+def _lower(layer: oci.Descriptor, name: str) -> LowerConfig:
+    if any(key in layer.annotations for key in (oci.TURBO_TARGET_DIGEST, oci.FASTOCI_TARGET_DIGEST)):
+        raise NotOverlaybdError(f"{name}: layer {layer.digest} is a turboOCI layer, which needs the original image")
+    digest = layer.annotations[oci.BLOB_DIGEST]
+    size = layer.annotations.get(oci.BLOB_SIZE, str(layer.size))
+    if digest != layer.digest or size != str(layer.size):
+        raise FormatError(
+            "overlaybd annotations contradict the descriptor",
+            blob=f"{name}: layer {layer.digest}",
+            got=f"{digest} of {size} bytes",
+            wanted=f"{layer.size} bytes",
+        )
+    return LowerConfig(digest=layer.digest, size=layer.size)
