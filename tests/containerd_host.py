@@ -1,4 +1,4 @@
-"""A containerd of its own with our snapshotter as proxy plugin "obdlab": the real parts, in a directory of the test's.
+"""A containerd of its own with our snapshotter as proxy plugin "obdlab", all below a directory of the test's.
 
 ``containerd_with_obdlab(directory)`` runs both; the snapshotter is a process apart that tests may kill and restart.
 """
@@ -10,13 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.containerd.client import Containerd
 from obdlab.devices import mount
 from obdlab.image.settings import Settings
+from obdlab.pull.platforms import host_platform
+from obdlab.pull.rpull import PullResult, rpull
+from obdlab.registry.auth import Credentials
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
 from tests.containerd.conftest import ContainerdHost, running_containerd
 
@@ -114,6 +120,14 @@ class ObdlabHost:
     def ctr(self, *arguments: str, timeout_s: float = 60.0, check: bool = True) -> str:
         """Run stock ctr in the namespace "test" and return what it printed."""
         return self.containerd.ctr("--namespace", "test", *arguments, timeout_s=timeout_s, check=check)
+
+    def rpull(self, reference: str) -> PullResult:
+        """Pull lazily into the namespace "test"."""
+        with (
+            Containerd(self.containerd.address, "test") as client,
+            closing(RegistryClient(Credentials.load(None))) as registry,
+        ):
+            return rpull(client, registry, Reference.parse(reference), snapshotter=NAME, platform=host_platform())
 
 
 @contextmanager

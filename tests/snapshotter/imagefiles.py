@@ -8,14 +8,20 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.formats import oci
+from obdlab.registry.auth import Credentials
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+_GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 _APPLETS = (
     "sh",
     "ls",
@@ -45,7 +51,7 @@ class LayerTar:
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)
 
     def add(self, name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, **rest) -> None:
         member = tarfile.TarInfo(name)
@@ -143,3 +149,24 @@ def write_oci_archive(path: Path, name: str, layers: Sequence[bytes]) -> None:
             member = tarfile.TarInfo(file)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+
+
+def golden_layers() -> tuple[list[bytes], list[dict[str, str]]]:
+    """Two overlaybd layers made by the original's tools, bottom first, and their descriptors' annotations."""
+    layers = [(_GOLDEN / name).read_bytes() for name in ("layer1.obd", "layer2.obd")]
+    return layers, [
+        {oci.BLOB_DIGEST: oci.digest_of(layer), oci.BLOB_SIZE: str(len(layer)), oci.OVERLAYBD_VERSION: "0.1.0"}
+        for layer in layers
+    ]
+
+
+def push(host: str, name: str, blobs: Mapping[str, bytes], manifest: str) -> str:
+    """Push an image's documents to a registry; return its reference."""
+    reference = Reference.parse(f"{host}/{name}:latest")
+    with closing(RegistryClient(Credentials.load(None))) as registry:
+        repository = registry.repository(reference)
+        for digest, data in blobs.items():
+            if digest != manifest:
+                registry.push_blob(repository, digest, len(data), partial(io.BytesIO, data))
+        registry.put_manifest(reference, oci.OCI_MANIFEST, blobs[manifest])
+    return str(reference)
