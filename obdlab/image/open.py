@@ -1,0 +1,179 @@
+"""The one place that stacks blobs: source, tar window, ZFile, LSMT layer, stack of layers, writable upper."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.formats.lsmt.index import MAX_LAYERS
+from obdlab.layers import zfile
+from obdlab.layers.lsmt import open_layer
+from obdlab.layers.stack import Stack, WritableStack
+from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.layers.upper import SparseUpper
+from obdlab.sources.localfile import LocalFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.blob import Blob, WritableBlob
+    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.remote import RemoteLayers
+    from obdlab.image.settings import Settings
+    from obdlab.layers.lsmt import LsmtLayer
+
+logger = logging.getLogger(__name__)
+
+#: Opening a remote layer is a handful of round trips, so that many are under way at once.
+OPEN_THREADS = 32
+# What a layer kept in a directory may be called, by containerd's unpacking, a commit, or a seal.
+_NAMES_IN_DIR = ("overlaybd.commit", ".commit", "overlaybd.sealed")
+
+
+class ImageOpenError(ObdlabError):
+    """An image cannot be opened; tells which of its layers, and why."""
+
+
+def open_zfile(path: str | os.PathLike[str]) -> Blob:
+    """Open a local ZFile, bare or tar-wrapped, as the content it was compressed from.
+
+    Raises SourceError if the file cannot be read, FormatError if it is no ZFile or damaged.
+    """
+    file = LocalFile(path)
+    try:
+        return zfile.open_zfile(open_tarwrap(file))
+    except BaseException:
+        file.close()
+        raise
+
+
+def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Blob:
+    """Open local layers, bottom first, as the block device they make together.
+
+    Each may be a plain LSMT file, a ZFile or tar-wrapped; there are 1 to 255. Raises SourceError or FormatError naming the layer.
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"open_stack wants a sequence of paths, bottom first (got one: {os.fspath(paths)!r})")
+    with ExitStack() as opened:
+        layers = [opened.enter_context(_open_local(path)) for path in paths]
+        stack = Stack(layers)
+        opened.pop_all()
+        return stack
+
+
+def open_image(config: ImageConfig, settings: Settings) -> Blob | WritableBlob:
+    """Open the image that ``config`` describes; closing what is returned closes all of it.
+
+    Lowers that are not on this machine are read from their registry through the block cache. With an active upper
+    the result is writable. Raises ImageOpenError naming the layer that could not be opened; nothing stays open
+    then. The configuration's result file, if it names one, gets "success" or "failed:<reason>".
+    """
+    try:
+        image = _open(config, settings)
+    except BaseException as error:
+        _report(config, f"failed:{error}")
+        raise
+    _report(config, "success")
+    return image
+
+
+def _open(config: ImageConfig, settings: Settings) -> Blob | WritableBlob:
+    lowers = _stacked_lowers(config)
+    with ExitStack() as opened:
+        layers = _open_lowers(lowers, config.repo_blob_url, settings, opened)
+        stack = Stack(layers) if layers else None
+        image: Blob
+        if config.upper.active:
+            upper = opened.enter_context(SparseUpper.open(config.upper.data))
+            image = WritableStack(stack, upper)
+        elif stack is not None:
+            image = stack
+        else:
+            raise ImageOpenError("image has neither lowers nor an upper")
+        opened.pop_all()
+        return image
+
+
+def _stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
+    lowers = config.lowers
+    if config.acceleration_layer and lowers:
+        lowers = lowers[:-1]  # holds a trace, no file system
+    if len(lowers) > MAX_LAYERS:
+        raise ImageOpenError(f"image has too many lowers (got {len(lowers)}, wanted at most {MAX_LAYERS})")
+    return lowers
+
+
+def _open_lowers(
+    lowers: Sequence[LowerConfig], repo_blob_url: str, settings: Settings, opened: ExitStack
+) -> list[LsmtLayer]:
+    # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
+    files = [_local_file(lower) for lower in lowers]
+
+    def open_one(number: int, remote: RemoteLayers | None = None) -> LsmtLayer:
+        lower, file = lowers[number], files[number]
+        try:
+            _check_kind(lower)
+            layer = _open_local(file) if file else _open_remote(lower, remote)
+        except ObdlabError as error:
+            what = file or lower.digest or lower.file or lower.dir or "unnamed"
+            raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
+        return opened.enter_context(layer)
+
+    if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
+        return [open_one(number) for number in range(len(lowers))]
+    # Not at the top: local images need neither HTTP nor cache.
+    from obdlab.image.remote import RemoteLayers
+
+    with (
+        closing(RemoteLayers(repo_blob_url, settings)) as remote,
+        ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
+    ):
+        return list(threads.map(lambda number: open_one(number, remote), range(len(lowers))))
+
+
+def _check_kind(lower: LowerConfig) -> None:
+    if lower.target_file or lower.target_digest or lower.gzip_index:
+        raise ImageOpenError("turboOCI layers are not supported")
+
+
+def _local_file(lower: LowerConfig) -> str | None:
+    # The first that exists counts, as in the original, even if it is damaged.
+    candidates = [lower.file] if lower.file else []
+    if lower.dir:
+        candidates += [os.path.join(lower.dir, name) for name in _NAMES_IN_DIR]
+    return next((path for path in candidates if os.path.exists(path)), None)
+
+
+def _open_local(path: str | os.PathLike[str]) -> LsmtLayer:
+    file = LocalFile(path)
+    try:
+        return open_layer(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open_remote(lower: LowerConfig, remote: RemoteLayers | None) -> LsmtLayer:
+    if remote is None or not lower.digest:
+        places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
+        raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
+    blob = remote.open(lower.digest, lower.size)
+    try:
+        return open_layer(blob)
+    except BaseException:
+        blob.close()
+        raise
+
+
+def _report(config: ImageConfig, result: str) -> None:
+    if not config.result_file:
+        return
+    try:
+        Path(config.result_file).write_text(result)
+    except OSError as error:
+        logger.warning("%s: cannot write the result of opening the image (%s)", config.result_file, error.strerror)

@@ -1,0 +1,76 @@
+"""Layer blobs that stay in their registry, read through the block cache."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from obdlab.formats.oci import check_digest
+from obdlab.registry.auth import Credentials
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Repository
+from obdlab.sources.cache import BlockCache
+from obdlab.sources.remote import RemoteBlob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.blob import Blob
+    from obdlab.image.settings import Settings
+
+
+class RemoteLayers:
+    """The blobs of one repository, over one client: they share its connections and its token.
+
+    The client is closed when this is and all its blobs are.
+    """
+
+    def __init__(self, repo_blob_url: str, settings: Settings) -> None:
+        self._repository = Repository.from_blob_url(repo_blob_url)
+        self._client = RegistryClient(
+            Credentials.load(settings.credentials_path),
+            request_timeout_s=settings.request_timeout_s,
+            deadline_s=settings.read_deadline_s,
+        )
+        self._cache = BlockCache(settings.cache_dir, unit=settings.cache_unit, readahead_max=settings.readahead_max)
+        self._lock = threading.Lock()
+        self._users = 1
+
+    def open(self, digest: str, size: int) -> Blob:
+        """Return a blob of ``size`` bytes; the registry is asked for the size if that is 0.
+
+        Raises FormatError for a malformed digest, SourceError if registry or cache cannot be used.
+        """
+        check_digest(digest, str(self._repository))
+        size = size or self._client.blob_size(self._repository, digest)
+        with self._lock:
+            self._users += 1
+        origin = _Origin(self._client, self._repository, digest, size, self.close)
+        try:
+            return self._cache.open(origin, digest)
+        except BaseException:
+            origin.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the client: once by whoever made this, once by each blob."""
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            self._client.close()
+
+
+class _Origin(RemoteBlob):
+    # Lets go of the shared client when it is closed, once.
+    def __init__(
+        self, client: RegistryClient, repository: Repository, digest: str, size: int, release: Callable[[], None]
+    ) -> None:
+        super().__init__(client, repository, digest, size)
+        self._release: Callable[[], None] | None = release
+
+    def close(self) -> None:
+        super().close()
+        release, self._release = self._release, None
+        if release is not None:
+            release()
