@@ -55,7 +55,8 @@ def open_zfile(path: str | os.PathLike[str]) -> Blob:
 def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Blob:
     """Open local layers, bottom first, as the block device they make together.
 
-    Each may be a plain LSMT file, a ZFile or tar-wrapped; there are 1 to 255. Raises SourceError or FormatError naming the layer.
+    Each of the 1 to 255 may be a plain LSMT file, a ZFile or tar-wrapped. Raises SourceError or FormatError naming
+    the layer.
     """
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"open_stack wants a sequence of paths, bottom first (got one: {os.fspath(paths)!r})")
