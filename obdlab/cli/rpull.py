@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, registry_from
@@ -53,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     platform = parse_platform(args.platform) if args.platform else host_platform()
     reference = Reference.parse(args.reference)
     bar = _Bar(quiet=args.quiet)
-    with registry_from(args) as registry, Containerd(args.address, args.namespace) as containerd:
+    with closing(registry_from(args)) as registry, Containerd(args.address, args.namespace) as containerd:
         try:
             result = rpull(
                 containerd,

@@ -53,6 +53,11 @@ class Containerd:
         self.leases = Leases(connection)
         self.differ = Differ(connection)
 
+    @property
+    def namespace(self) -> str:
+        """The namespace all calls are about."""
+        return self._connection.namespace
+
     def snapshots(self, snapshotter: str) -> Snapshots:
         """Return the snapshot service of the snapshotter with this name."""
         return Snapshots(self._connection, snapshotter)

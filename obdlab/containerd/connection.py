@@ -27,6 +27,7 @@ class Connection:
 
     channel: grpc.Channel
     address: str
+    namespace: str
     metadata: tuple[tuple[str, str], ...]
     timeout_s: float
 
@@ -41,7 +42,7 @@ class Connection:
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
             ],
         )
-        return cls(channel, address, (("containerd-namespace", namespace),), timeout_s)
+        return cls(channel, address, namespace, (("containerd-namespace", namespace),), timeout_s)
 
     def leased(self, lease_id: str) -> Self:
         """Return the same channel, with everything made through it held by a lease."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Protocol, Self
 
+from obdlab.containerd.content import CHUNK
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
     from types import TracebackType
 
     from obdlab.containerd.client import LeasedContainerd
@@ -98,17 +100,19 @@ class LayerFetcher:
             return
         if self._progress:
             self._progress.expect(layer.size)
-        content.ingest(layer.digest, layer.size, self._chunks(layer), self._labels)
+        with closing(self._chunks(layer)) as chunks:
+            content.ingest(layer.digest, layer.size, chunks, self._labels)
         with self._lock:
             self._fetched_bytes += layer.size
 
-    def _chunks(self, layer: Descriptor) -> Iterator[bytes]:
-        for chunk in self._registry.stream_blob(self._repository, layer.digest, layer.size):
-            if self._stop.is_set():
-                raise _StoppedError
-            if self._progress:
-                self._progress.advance(len(chunk))
-            yield chunk
+    def _chunks(self, layer: Descriptor) -> Generator[bytes, None, None]:
+        with self._registry.stream_blob(self._repository, layer.digest, layer.size) as stream:
+            while chunk := stream.read(CHUNK):
+                if self._stop.is_set():
+                    raise _StoppedError
+                if self._progress:
+                    self._progress.advance(len(chunk))
+                yield chunk
 
     def __enter__(self) -> Self:
         return self

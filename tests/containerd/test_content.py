@@ -1,0 +1,144 @@
+"""The content store client against a real containerd."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from obdlab.containerd.content import CHUNK
+from obdlab.containerd.errors import ContainerdError, FailedPreconditionError, NotFoundError
+from obdlab.formats.oci import digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.containerd.client import Containerd
+    from tests.containerd.host import ContainerdHost
+
+pytestmark = pytest.mark.containerd
+
+KEEP = {"containerd.io/gc.root": "yes"}
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, 2 * CHUNK + 1])
+def test_write_and_read(containerd: Containerd, size: int) -> None:
+    data = os.urandom(size)
+    digest = digest_of(data)
+    assert not containerd.content.exists(digest)
+    containerd.content.write(digest, data, KEEP)
+    assert containerd.content.exists(digest)
+    assert containerd.content.read(digest) == data
+    info = containerd.content.info(digest)
+    assert (info.size, info.labels) == (size, KEEP)
+
+
+def test_ctr_sees_what_was_written(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    containerd.content.write(digest_of(b"seen"), b"seen", KEEP | {"a.b/c": "1"})
+    listed = containerd_host.ctr("-n", containerd.namespace, "content", "ls")
+    assert digest_of(b"seen") in listed
+    assert "a.b/c=1" in listed
+    assert containerd_host.ctr("-n", containerd.namespace, "content", "get", digest_of(b"seen")) == "seen"
+
+
+def test_writing_again_adds_labels(containerd: Containerd) -> None:
+    digest = digest_of(b"again")
+    containerd.content.write(digest, b"again", KEEP | {"first": "1"})
+    containerd.content.write(digest, b"again", {"second.with.dots/and": "2"})
+    assert containerd.content.info(digest).labels == KEEP | {"first": "1", "second.with.dots/and": "2"}
+
+
+def test_ingest_does_not_read_what_is_there(containerd: Containerd) -> None:
+    digest = digest_of(b"there")
+    containerd.content.write(digest, b"there", KEEP)
+
+    def never() -> Iterator[bytes]:
+        raise AssertionError("read although the blob is there")
+        yield b""
+
+    containerd.content.ingest(digest, 5, never())
+
+
+def test_wrong_digest_is_refused_and_leaves_nothing(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    digest = digest_of(b"expected")
+    with pytest.raises(FailedPreconditionError, match=digest):
+        containerd.content.write(digest, b"was sent", KEEP)
+    assert not containerd.content.exists(digest)
+    assert_no_ingest(containerd, containerd_host)
+
+
+def test_short_source_is_refused_and_leaves_nothing(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    with pytest.raises(FailedPreconditionError, match="3 != 8"):
+        containerd.content.ingest(digest_of(b"expected"), 8, iter([b"exp"]), KEEP)
+    assert_no_ingest(containerd, containerd_host)
+
+
+def test_error_of_source_passes_through_and_leaves_nothing(
+    containerd: Containerd, containerd_host: ContainerdHost
+) -> None:
+    def breaks() -> Iterator[bytes]:
+        yield b"exp"
+        raise ConnectionResetError("source broke")
+
+    with pytest.raises(ConnectionResetError, match="source broke"):
+        containerd.content.ingest(digest_of(b"expected"), 8, breaks(), KEEP)
+    assert_no_ingest(containerd, containerd_host)
+    # and the blob can be written afterwards
+    containerd.content.write(digest_of(b"expected"), b"expected", KEEP)
+
+
+def test_second_writer_waits_for_first(containerd: Containerd) -> None:
+    data = os.urandom(3 * CHUNK)
+    digest = digest_of(data)
+    first_writes, second_started = threading.Event(), threading.Event()
+    read_by_second = []
+
+    def slowly() -> Iterator[bytes]:
+        yield data[:CHUNK]
+        first_writes.set()
+        assert second_started.wait(30)
+        yield data[CHUNK:]
+
+    def second() -> Iterator[bytes]:
+        read_by_second.append(True)
+        yield data
+
+    first = threading.Thread(target=containerd.content.ingest, args=(digest, len(data), slowly(), KEEP))
+    first.start()
+    assert first_writes.wait(30)
+    threading.Timer(0.3, second_started.set).start()
+    containerd.content.ingest(digest, len(data), second(), {"second": "1"})
+    first.join(30)
+    assert not first.is_alive()
+    assert read_by_second == []
+    assert containerd.content.info(digest).labels == KEEP | {"second": "1"}
+
+
+def test_list_delete_and_what_is_missing(containerd: Containerd) -> None:
+    digests = {digest_of(data): data for data in (b"l1", b"l2")}
+    for number, (digest, data) in enumerate(digests.items()):
+        containerd.content.write(digest, data, KEEP | {"number": str(number)})
+    assert {info.digest for info in containerd.content.list()} == set(digests)
+    assert [info.digest for info in containerd.content.list("labels.number==1")] == [digest_of(b"l2")]
+    containerd.content.delete(digest_of(b"l1"))
+    for call in (containerd.content.info, containerd.content.read, containerd.content.delete):
+        with pytest.raises(NotFoundError, match=digest_of(b"l1")):
+            call(digest_of(b"l1"))
+    with pytest.raises(NotFoundError):
+        containerd.content.label(digest_of(b"l1"), {"x": "y"})
+
+
+def test_damaged_blob_is_not_returned(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    digest = digest_of(b"undamaged")
+    containerd.content.write(digest, b"undamaged", KEEP)
+    path = containerd_host.root / "io.containerd.content.v1.content/blobs/sha256" / digest.partition(":")[2]
+    path.chmod(0o644)
+    path.write_bytes(b"xndamaged")
+    with pytest.raises(ContainerdError, match="other bytes"):
+        containerd.content.read(digest)
+
+
+def assert_no_ingest(containerd: Containerd, host: ContainerdHost) -> None:
+    assert "obdlab-" not in host.ctr("-n", containerd.namespace, "content", "active")
