@@ -24,7 +24,7 @@ from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
-from tests.containerd.conftest import ContainerdHost, running_containerd
+from tests.containerd.host import ContainerdHost, running_containerd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
