@@ -41,24 +41,26 @@ class MountEntry:
 
 def parse_mountinfo(text: str) -> list[MountEntry]:
     """Parse /proc/PID/mountinfo (proc_pid_mountinfo(5)), oldest mount first."""
-    entries = []
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        fields, tail = left.split(" "), right.split(" ")
-        if len(fields) < 6 or len(tail) < 3:
-            raise DeviceError(f"mountinfo: a line that is none (got {line!r})")
-        entries.append(
-            MountEntry(
-                int(fields[0]),
-                int(fields[1]),
-                fields[2],
-                Path(_unescape(fields[4])),
-                tail[0],
-                _unescape(tail[1]),
-                _unescape(tail[2]),
-            )
+    # Lines end in "\n" alone: a name may hold other characters that Python takes for line ends.
+    return [_parse_line(line) for line in text.removesuffix("\n").split("\n")]
+
+
+def _parse_line(line: str) -> MountEntry:
+    left, _, right = line.partition(" - ")
+    try:
+        mount_id, parent_id, device, _root, mountpoint, *_ = left.split(" ")
+        fs_type, source, super_options = right.split(" ", 2)
+        return MountEntry(
+            int(mount_id),
+            int(parent_id),
+            device,
+            Path(_unescape(mountpoint)),
+            fs_type,
+            _unescape(source),
+            _unescape(super_options),
         )
-    return entries
+    except ValueError:
+        raise DeviceError(f"mountinfo: a line that is none (got {line!r})") from None
 
 
 def _unescape(text: str) -> str:

@@ -1,0 +1,127 @@
+"""FUSE file under a loop device: the contract, and what is special about this kind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obdlab.blob import Blob, MemoryBlob
+from obdlab.devices import loop, mount
+from obdlab.devices.device import Device
+from obdlab.devices.fuse import FuseServer
+from obdlab.devices.fuse_loop import FuseLoopDevice, take_down
+from tests.devices.blobs import MemoryWritable
+from tests.devices.contract import MIB, DeviceContract, read_direct
+
+
+class TestFuseLoopDevice(DeviceContract):
+    def make(self, blob: Blob, directory: Path, **options: Any) -> Device:
+        return FuseLoopDevice(blob, directory, **options)
+
+    def leftovers(self, directory: Path) -> list[str]:
+        mountpoint = directory / "fuse"
+        return [str(path) for path in loop.devices_of(mountpoint / "disk")] + [
+            str(entry.mountpoint) for entry in mount.mounts_at(mountpoint)
+        ]
+
+    def test_hits_need_one_thread(self, tmp_path: Path) -> None:
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
+            for _ in range(20):
+                read_direct(device.path, 0, MIB)
+            assert device.statistics().threads == 1
+
+    def test_reads_past_the_page_cache_of_the_served_file(self, tmp_path: Path) -> None:
+        # A changed blob is seen at once by direct reads: nothing between it and the loop device keeps a copy.
+        blob = MemoryWritable(MIB)
+        with self.device(blob, tmp_path) as device:
+            assert read_direct(device.path, 0, 4096) == bytes(4096)
+            blob.data[0] = 7
+            assert read_direct(device.path, 0, 4096)[0] == 7
+
+    def test_stop_twice(self, tmp_path: Path) -> None:
+        device = self.make(MemoryBlob(bytes(MIB)), tmp_path)
+        device.stop()
+        device.stop()
+        assert device.wait(0)
+
+    def test_take_down_by_another_hand(self, tmp_path: Path) -> None:
+        device = self.make(MemoryBlob(bytes(MIB)), tmp_path)
+        take_down(tmp_path)
+        assert device.wait(10)
+        assert self.leftovers(tmp_path) == []
+        take_down(tmp_path)
+
+    def test_readahead_is_set(self, tmp_path: Path) -> None:
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path, readahead_kib=384) as device:
+            assert Path(f"/sys/block/{device.path.name}/queue/read_ahead_kb").read_text() == "384\n"
+
+    def test_direct_io_is_on(self, tmp_path: Path) -> None:
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
+            assert Path(f"/sys/block/{device.path.name}/loop/dio").read_text() == "1\n"
+
+    def test_writes_to_the_served_file_of_a_read_only_blob_are_refused(self, tmp_path: Path) -> None:
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path), pytest.raises(OSError) as caught:
+            os.open(tmp_path / "fuse" / "disk", os.O_RDWR)
+        assert caught.value.errno == errno.EROFS
+
+
+@pytest.mark.kernel
+class TestServedFile:
+    """The FUSE mount itself, seen through system calls."""
+
+    @pytest.fixture
+    def served(self, tmp_path: Path) -> Any:
+        blob = MemoryWritable(3 * MIB)
+        blob.data[:] = random.Random(1).randbytes(3 * MIB)
+        server = FuseServer(blob, tmp_path, name="served")
+        server.start()
+        yield server, blob
+        mount.unmount(tmp_path)
+        assert server.wait(10)
+
+    def test_listing_and_attributes(self, served: Any) -> None:
+        server, blob = served
+        assert os.listdir(server.mountpoint) == ["disk"]
+        status = server.disk.stat()
+        assert (status.st_size, status.st_nlink, status.st_mode) == (blob.size, 1, 0o100600)
+        assert os.statvfs(server.mountpoint).f_bsize == 4096
+        with pytest.raises(FileNotFoundError):
+            (server.mountpoint / "other").stat()
+
+    def test_what_is_refused(self, served: Any) -> None:
+        server, blob = served
+        with pytest.raises(OSError):
+            (server.mountpoint / "new").write_bytes(b"")
+        with pytest.raises(OSError):
+            os.truncate(server.disk, 1)
+        with pytest.raises(OSError):
+            os.unlink(server.disk)
+        with pytest.raises(OSError):
+            os.setxattr(server.disk, "user.x", b"")
+        with server.disk.open("r+b", buffering=0) as file, pytest.raises(OSError):
+            os.posix_fallocate(file.fileno(), 0, blob.size + 4096)
+        os.utime(server.disk, (1, 1))
+        assert server.disk.stat().st_size == blob.size
+
+    def test_open_count(self, served: Any) -> None:
+        server, _ = served
+        assert server.opened == 0
+        with server.disk.open("rb", buffering=0) as file:
+            assert server.opened == 1
+            assert len(file.read(MIB)) == MIB
+
+    def test_write_past_the_end_is_an_error(self, served: Any) -> None:
+        server, blob = served
+        before = bytes(blob.data)
+        fd = os.open(server.disk, os.O_RDWR)
+        try:
+            with pytest.raises(OSError):
+                os.pwrite(fd, b"x" * 512, blob.size)
+        finally:
+            os.close(fd)
+        assert blob.data == before
