@@ -44,7 +44,8 @@ test-long: setup lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
 
 benchmarks: setup
-	@for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in tests/benchmarks/[a-z]*.py; do \
+	  echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py) || exit 1; done
 
 protos: setup
 	scripts/generate-protos $(BIN)/python
