@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from obdlab.errors import CorruptBlobError
+from obdlab.registry.deadline import deadline_of_thread
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, persist
-from obdlab.registry.transport import deadline_of_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

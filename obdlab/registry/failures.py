@@ -11,9 +11,10 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, SSLError
+from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, NewConnectionError, SSLError
 
 from obdlab.errors import SourceError
+from obdlab.registry.deadline import thread_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +81,9 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
     permanent = isinstance(error, LocationParseError | LocationValueError) or (
         isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError)
     )
-    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError):
+    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
+        error, NewConnectionError
+    ):
         text = "no answer in time"
     else:
         # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
@@ -97,6 +100,8 @@ def persist(
     Pauses double from 50 ms to 5 s, each shortened by a random part so that many readers do not return in step; a
     registry's Retry-After is kept if the deadline allows. Raises the last RegistryError, with its place.
     """
+    outer = thread_deadline()
+    deadline = deadline if outer is None else min(deadline, outer)
     tried = 0
     pause = _FIRST_PAUSE_S
     while True:

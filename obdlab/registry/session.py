@@ -8,8 +8,9 @@ from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from obdlab.registry.auth import Authenticator, Credentials
+from obdlab.registry.deadline import deadline_of_thread
 from obdlab.registry.failures import RegistryError, discard, from_response, persist
-from obdlab.registry.transport import Transport, deadline_of_thread
+from obdlab.registry.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """HTTP exchanges with kept connections, each under a deadline that a dripping server cannot stretch.
 
 urllib3's timeouts count silence: a server that sends one byte a second never trips them. Here every receive waits at
-most until the deadline that the calling thread has set with :func:`deadline_of_thread`.
+most until the deadline that the calling thread has set with :func:`obdlab.registry.deadline.deadline_of_thread`.
 """
 
 from __future__ import annotations
@@ -10,36 +10,23 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from typing import IO
 
 _HOSTS_KEPT = 32
 _CONNECTIONS_PER_HOST = 32
 # 16 KiB, urllib3's default, costs a syscall and a TLS record set-up more often than needed.
 _SEND_BLOCK = 128 << 10
-
-_local = threading.local()
-
-
-@contextmanager
-def deadline_of_thread(deadline: float) -> Iterator[None]:
-    """Let no socket operation of this thread last beyond ``deadline`` (time.monotonic)."""
-    outer = getattr(_local, "deadline", None)
-    _local.deadline = deadline if outer is None else min(outer, deadline)
-    try:
-        yield
-    finally:
-        _local.deadline = outer
 
 
 class Transport:
@@ -88,7 +75,7 @@ class Transport:
             self._tls.clear()
 
     def _timeout(self, doing: str) -> urllib3.Timeout:
-        deadline = getattr(_local, "deadline", None)
+        deadline = thread_deadline()
         left = self._silence_s if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise RegistryError(f"{doing}: deadline passed", temporary=True)
@@ -132,7 +119,7 @@ class _DeadlineMixin:
         super().sendall(*args, **kwargs)  # type: ignore[misc]
 
     def _shorten_timeout(self) -> None:
-        deadline = getattr(_local, "deadline", None)
+        deadline = thread_deadline()
         if deadline is None:
             return
         left = deadline - time.monotonic()
