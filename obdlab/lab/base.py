@@ -82,7 +82,7 @@ def _deb_lines(targets: Iterable[str], suite: str) -> list[str]:
 
 
 def make_busybox(target: Path, scratch: Path) -> None:
-    """Fill ``target`` with a static busybox (this host's, or Debian's package busybox-static) and its applet links."""
+    """Fill ``target`` with a static busybox (this host's, or from package busybox-static) and its applet links."""
     for name in ("bin", "etc", "dev", "proc", "sys", "tmp", "root", "srv"):
         (target / name).mkdir(parents=True)
     (target / "tmp").chmod(0o1777)

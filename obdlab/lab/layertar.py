@@ -14,14 +14,12 @@ import stat
 import tarfile
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from typing import BinaryIO
-
-    from obdlab.blob import Buffer
 
 WHITEOUT_PREFIX = ".wh."
 OPAQUE_WHITEOUT = ".wh..wh..opq"
@@ -55,14 +53,14 @@ def write_layer(upper: Path, target: Path, changed_after_s: float) -> LayerFile:
     """
     with target.open("wb") as stream:
         sink = _GzipSink(stream)
-        write_tar(upper, sink, changed_after_s)
+        write_tar(upper, cast("BinaryIO", sink), changed_after_s)  # all it does is write
         return sink.finish()
 
 
-def write_tar(upper: Path, sink: _GzipSink | BinaryIO, changed_after_s: float) -> None:
-    """Write the upper directory as a layer's tar (pax) to ``sink``, which needs only ``write``."""
+def write_tar(upper: Path, sink: BinaryIO, changed_after_s: float) -> None:
+    """Write the upper directory as a layer's tar (pax) to ``sink``."""
     seen: dict[tuple[int, int], str] = {}
-    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 18) as tar:  # type: ignore[arg-type]
+    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 18) as tar:
         for path, name in _walk(upper):
             status = path.lstat()
             if stat.S_ISSOCK(status.st_mode):
@@ -113,10 +111,11 @@ def _entry(path: Path, name: str, status: os.stat_result, changed_after_s: float
         entry.linkname = os.readlink(path)
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         entry.devmajor, entry.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
-    for key in sorted(os.listxattr(path, follow_symlinks=False)):
-        if not key.startswith(_OVERLAY_XATTR):
-            value = os.getxattr(path, key, follow_symlinks=False)
-            entry.pax_headers[f"SCHILY.xattr.{key}"] = os.fsdecode(value)
+    entry.pax_headers = {
+        f"SCHILY.xattr.{key}": os.fsdecode(os.getxattr(path, key, follow_symlinks=False))
+        for key in sorted(os.listxattr(path, follow_symlinks=False))
+        if not key.startswith(_OVERLAY_XATTR)
+    }
     return entry
 
 
@@ -142,7 +141,7 @@ class _GzipSink:
         self._plain, self._packed = hashlib.sha256(), hashlib.sha256()
         self._size = 0
 
-    def write(self, data: Buffer) -> int:
+    def write(self, data: bytes) -> int:
         self._plain.update(data)
         self._emit(self._deflate.compress(data))
         return len(data)

@@ -1,4 +1,4 @@
-"""Running the programs an experiment consists of: with deadlines, with their last words in the error, without leftovers."""
+"""Running the programs of an experiment: with deadlines, their last words in the error, nothing left behind."""
 
 from __future__ import annotations
 

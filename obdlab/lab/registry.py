@@ -1,0 +1,299 @@
+"""The registry of an experiment: Debian's docker-registry in the experiment's network, its requests counted.
+
+What it served is read from its own log: one JSON line per finished request with method, path, status and the bytes
+written. A request that is still being answered is not in there yet; the link's counters know its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.formats import oci
+from obdlab.lab.process import Daemon, LabError, run
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from obdlab.lab.netns import ExperimentNetwork
+    from obdlab.registry.reference import Repository
+
+_BLOB_URI = re.compile(r"/v2/.+/blobs/(sha256:[0-9a-f]{64})")
+_MANIFEST_URI = re.compile(r"/v2/.+/manifests/.+")
+_SETTLE_S = 0.03
+_SETTLE_TIMEOUT_S = 5.0
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One finished request: ``ended_s`` is Unix time, ``written`` the body bytes sent."""
+
+    method: str
+    uri: str
+    status: int
+    written: int
+    duration_s: float
+    ended_s: float
+    user_agent: str
+
+    @property
+    def blob(self) -> str:
+        """Digest of the blob that was asked for, or ''."""
+        match = _BLOB_URI.fullmatch(self.uri)
+        return match[1] if match else ""
+
+    @property
+    def is_manifest(self) -> bool:
+        """Whether a manifest was asked for."""
+        return _MANIFEST_URI.fullmatch(self.uri) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class BlobTraffic:
+    """What was fetched of one blob. ``ranges`` are requests answered with part of it (206)."""
+
+    requests: int
+    ranges: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a registry served in a stretch of time: GET requests, body bytes, per blob."""
+
+    requests: int
+    written: int
+    manifest_requests: int
+    errors: int
+    blobs: dict[str, BlobTraffic]
+
+    @property
+    def blob_requests(self) -> int:
+        """Requests for blobs."""
+        return sum(blob.requests for blob in self.blobs.values())
+
+    @property
+    def blob_written(self) -> int:
+        """Bytes of blobs."""
+        return sum(blob.written for blob in self.blobs.values())
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Self:
+        """Add requests up. Requests that push are not counted."""
+        fetches = [request for request in requests if request.method == "GET"]
+        by_blob: dict[str, list[Request]] = defaultdict(list)
+        for request in fetches:
+            if request.blob and request.status < 400:
+                by_blob[request.blob].append(request)
+        return cls(
+            requests=len(fetches),
+            written=sum(request.written for request in fetches),
+            manifest_requests=sum(request.is_manifest for request in fetches),
+            errors=sum(request.status >= 400 for request in fetches),
+            blobs={
+                digest: BlobTraffic(
+                    len(found), sum(request.status == 206 for request in found), sum(r.written for r in found)
+                )
+                for digest, found in by_blob.items()
+            },
+        )
+
+
+class RegistryHost:
+    """docker-registry in a network namespace; a context manager. Images are kept in ``directory`` between runs."""
+
+    def __init__(self, directory: Path, network: ExperimentNetwork, port: int = 5000) -> None:
+        self.directory = directory
+        self.network = network
+        self.port = port
+        self.log_path = directory / "registry.log"
+        self._daemon: Daemon | None = None
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log_path.unlink(missing_ok=True)
+        config = self.directory / "config.yml"
+        # YAML is a superset of JSON.
+        config.write_text(json.dumps(self._configuration(), indent=1))
+        command = [*self.network.enter, "docker-registry", "serve", config]
+        self._daemon = Daemon("docker-registry", command, self.log_path)
+        try:
+            self._daemon.wait_for(self._answers, f"answer on {self.host}")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the registry; what it holds stays on disk. Closing twice is allowed."""
+        if self._daemon is not None:
+            self._daemon.stop()
+
+    @property
+    def host(self) -> str:
+        """ "address:port", the first part of references to its images."""
+        return f"{self.network.address}:{self.port}"
+
+    def reference(self, name: str, tag: str = "latest") -> str:
+        """Return the reference of an image in this registry."""
+        return f"{self.host}/{name}:{tag}"
+
+    def push_layout(self, layout: Path, name: str, tag: str = "latest") -> str:
+        """Store the first image of an OCI layout directory; return its reference. The rate limit is lifted for it.
+
+        Raises FormatError for a damaged layout, SourceError if the registry refuses.
+        """
+        reference = Reference.parse(self.reference(name, tag))
+        index = oci.Index.parse((layout / "index.json").read_bytes(), f"{layout}/index.json")
+        manifest_data = _layout_blob(layout, index.manifests[0].digest).read_bytes()
+        manifest = oci.Manifest.parse(manifest_data, f"{layout}: manifest")
+        client = RegistryClient()
+        try:
+            with self.network.unshaped():
+                repository = client.repository(reference)
+                for descriptor in (manifest.config, *manifest.layers):
+                    _push_blob(client, repository, descriptor, layout)
+                client.put_manifest(reference, manifest.media_type, manifest_data)
+        finally:
+            client.close()
+        return str(reference)
+
+    def preload(self) -> int:
+        """Read all that is stored into the page cache, so that no measurement waits for this disk; return its size."""
+        total = 0
+        for path in (self.directory / "data").rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as stream:
+                    while chunk := stream.read(_CHUNK):
+                        total += len(chunk)
+        return total
+
+    def mark(self) -> int:
+        """Return a position in the log: everything that was asked for and answered before lies before it.
+
+        A request is logged just after its last byte was sent, so this waits until the log has been still for 30 ms
+        (at most 5 s).
+        """
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        size, still_since = -1, time.monotonic()
+        while time.monotonic() < deadline:
+            now = self.log_path.stat().st_size
+            if now != size:
+                size, still_since = now, time.monotonic()
+            elif time.monotonic() - still_since >= _SETTLE_S:
+                break
+            time.sleep(0.005)
+        return size
+
+    def requests(self, begin: int, end: int) -> list[Request]:
+        """Return the requests that finished between two marks."""
+        with self.log_path.open("rb") as stream:
+            stream.seek(begin)
+            return parse_log(stream.read(end - begin).decode(errors="replace"))
+
+    def traffic(self, begin: int, end: int) -> Traffic:
+        """Return what was served between two marks."""
+        return Traffic.of(self.requests(begin, end))
+
+    def _configuration(self) -> dict[str, Any]:
+        return {
+            "version": "0.1",
+            "log": {"level": "info", "formatter": "json", "accesslog": {"disabled": True}},
+            "storage": {
+                "filesystem": {"rootdirectory": str(self.directory / "data")},
+                "delete": {"enabled": True},
+                "maintenance": {"uploadpurging": {"enabled": False}},
+            },
+            "http": {"addr": self.host, "secret": secrets.token_hex(16)},
+            "health": {"storagedriver": {"enabled": False}},
+        }
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection((self.network.address, self.port), timeout=5.0).close()
+        except OSError:
+            return False
+        return True
+
+
+def parse_log(text: str) -> list[Request]:
+    """Read docker-registry's JSON log; lines that tell of no finished request are skipped."""
+    requests = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a stack trace, or the last line still being written
+        if isinstance(entry, dict) and "http.response.status" in entry and "http.request.uri" in entry:
+            requests.append(_request(entry))
+    return requests
+
+
+def _request(entry: dict[str, Any]) -> Request:
+    return Request(
+        method=str(entry.get("http.request.method", "")),
+        uri=str(entry["http.request.uri"]),
+        status=int(entry["http.response.status"]),
+        written=int(entry.get("http.response.written", 0)),
+        duration_s=parse_duration_s(str(entry.get("http.response.duration", "0s"))),
+        ended_s=parse_time_s(str(entry.get("time", ""))),
+        user_agent=str(entry.get("http.request.useragent", "")),
+    )
+
+
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "µs": 1e-6, "μs": 1e-6, "us": 1e-6, "ns": 1e-9}
+_DURATION = re.compile(r"([0-9.]+)(ms|µs|μs|us|ns|h|m|s)")
+
+
+def parse_duration_s(text: str) -> float:
+    """Read a duration as Go prints it ("1.5ms", "1m2.5s"). Raises LabError."""
+    parts = _DURATION.findall(text)
+    if "".join(number + unit for number, unit in parts) != text or not parts:
+        raise LabError(f"not a duration (got {text!r})")
+    return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+
+
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z")
+
+
+def parse_time_s(text: str) -> float:
+    """Return the Unix time of an RFC 3339 time in UTC with any number of decimals. Raises LabError."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise LabError(f"not a time in UTC (got {text!r})")
+    whole = datetime.fromisoformat(match[1]).replace(tzinfo=UTC).timestamp()
+    return whole + float(match[2] or 0)
+
+
+def program_version() -> str:
+    """Return docker-registry's version as it tells it, or '' if it is not installed."""
+    if shutil.which("docker-registry") is None:
+        return ""
+    return run(["docker-registry", "--version"]).strip()
+
+
+def _push_blob(client: RegistryClient, repository: Repository, descriptor: oci.Descriptor, layout: Path) -> None:
+    path = _layout_blob(layout, descriptor.digest)
+    client.push_blob(repository, descriptor.digest, descriptor.size, lambda: path.open("rb"))
+
+
+def _layout_blob(layout: Path, digest: str) -> Path:
+    return layout / "blobs" / digest.replace(":", "/")
