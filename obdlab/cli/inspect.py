@@ -1,0 +1,124 @@
+"""``obdlab inspect``: what a layer file is, and whether all of it is sound."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.image.description import FileFacts, StackFacts
+
+# How field names read to people, where underscores as blanks do not do.
+_TITLES = {
+    "block_crcs": "block CRCs",
+    "header_overwritten": "header holds index",
+    "index_crc": "index CRC",
+    "uuid": "UUID",
+    "parent_uuid": "parent UUID",
+    "user_tag": "message",
+}
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "inspect",
+        help="say what layer files are; with --verify, read all of them",
+        description=(
+            "Shows what each file is: tar window, ZFile and LSMT header fields, sizes. Several sealed "
+            "layers are also shown as the stack they make, the first being the bottom."
+        ),
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="LSMT layer, ZFile, or either in its tar")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="also read everything and check every checksum")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe the files, and verify them if asked."""
+    from obdlab.image.description import describe, describe_stack
+
+    files = [describe(path) for path in args.paths]
+    if args.verify:
+        for path in args.paths:
+            _verify(path)
+    sealed = all(file.layer is not None and file.layer.segments is not None for file in files)
+    stack = describe_stack(args.paths) if sealed and len(files) > 1 else None
+    if args.json:
+        document: dict[str, Any] = {"files": [asdict(file) for file in files]}
+        if args.verify:
+            document["verified"] = True
+        if stack is not None:
+            document["stack"] = asdict(stack)
+        print(json.dumps(document, indent=2))
+        return 0
+    for file in files:
+        _print_file(file, verified=args.verify)
+    if stack is not None:
+        _print_stack(stack, files)
+    return 0
+
+
+def _verify(path: str) -> None:
+    from tqdm import tqdm
+
+    from obdlab.image.description import content_size, verify
+
+    size = content_size(path)
+    # disable=None: no bar where nobody looks.
+    with tqdm(total=size, desc=path, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        for length in verify(path):
+            bar.update(length)
+
+
+def _print_file(file: FileFacts, *, verified: bool) -> None:
+    print(f"{file.path}: {_size(file.size)}")
+    if file.tar is not None:
+        _print_fields("tar", file.tar)
+    if file.zfile is not None:
+        _print_fields("ZFile", file.zfile)
+    if file.layer is not None:
+        _print_fields("LSMT", file.layer)
+    if verified and file.zfile is not None and file.zfile.block_crcs:
+        print(f"  verified: all {file.zfile.blocks} blocks match their CRC")
+    elif verified:
+        print("  verified: all of it can be read (it has no checksums)")
+
+
+def _print_stack(stack: StackFacts, files: list[FileFacts]) -> None:
+    print(f"stack of {stack.layers} layers: {_size(stack.virtual_size)} disk, {stack.segments} segments")
+    for number in reversed(range(stack.layers)):
+        note = "  (names another parent than the layer below)" if number in stack.broken_parent_links else ""
+        print(f"  {number:3}  {_size(stack.visible_sizes[number]):>24} visible  {files[number].path}{note}")
+
+
+def _print_fields(title: str, facts: Any) -> None:
+    print(f"  {title}")
+    for field in fields(facts):
+        value = getattr(facts, field.name)
+        if value is None or value == "":
+            continue
+        print(f"    {_TITLES.get(field.name, field.name.replace('_', ' ')):20} {_text(field.name, value)}")
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_flags"):
+        return f"{value:#x}"
+    if name.endswith("size"):
+        return _size(value)
+    return str(value)
+
+
+def _size(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{size} B" if unit == "B" else f"{size} B ({value:.1f} {unit})"
