@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from contextlib import closing
@@ -50,6 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     from obdlab.pull.rpull import rpull
     from obdlab.registry.reference import Reference
 
+    # Ended by a service manager or timeout(1), it must tidy up as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     platform = parse_platform(args.platform) if args.platform else host_platform()
     reference = Reference.parse(args.reference)

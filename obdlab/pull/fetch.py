@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import Future
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 #: As many as containerd's own clients: more do not fill a line better, and registries limit them.
 PARALLEL_DOWNLOADS = 3
+_GRACE_S = 2.0
 
 
 class Progress(Protocol):
@@ -36,7 +39,8 @@ class Progress(Protocol):
 class LayerFetcher:
     """Fetches the layers it is told of in the background; after the first failure it fetches no more.
 
-    Use as a context manager: leaving it stops what is under way and waits for its threads.
+    Use as a context manager: leaving it stops what is under way. A thread that a silent registry holds up is not
+    waited for; it ends with its request, and stores nothing.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class LayerFetcher:
         self._repository = repository
         self._labels = labels
         self._progress = progress
-        self._pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS, thread_name_prefix="obdlab-fetch")
+        self._queue: queue.SimpleQueue[Descriptor | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._futures: dict[str, Future[None]] = {}
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -62,8 +67,15 @@ class LayerFetcher:
     def start(self, layers: Iterable[Descriptor]) -> None:
         """Begin to fetch these layers, in this order; one that has begun before is left alone."""
         for layer in layers:
-            if layer.digest not in self._futures:
-                self._futures[layer.digest] = self._pool.submit(self._fetch, layer)
+            if layer.digest in self._futures:
+                continue
+            self._futures[layer.digest] = Future()
+            self._queue.put(layer)
+            if len(self._threads) < PARALLEL_DOWNLOADS:
+                # Daemons, since a stalled registry must not hold up the end of an interrupted program.
+                thread = threading.Thread(target=self._work, name="obdlab-fetch", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     @property
     def fetched_bytes(self) -> int:
@@ -78,16 +90,19 @@ class LayerFetcher:
             assert self._failure is not None
             raise self._failure from None
 
-    def _fetch(self, layer: Descriptor) -> None:
-        try:
-            self._bring(layer)
-        except _StoppedError:
-            raise
-        except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
-            self._stop.set()
-            raise
+    def _work(self) -> None:
+        while layer := self._queue.get():
+            future = self._futures[layer.digest]
+            try:
+                self._bring(layer)
+            except BaseException as error:
+                if not isinstance(error, _StoppedError):
+                    with self._lock:
+                        self._failure = self._failure or error
+                    self._stop.set()
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
     def _bring(self, layer: Descriptor) -> None:
         if self._stop.is_set():
@@ -121,7 +136,11 @@ class LayerFetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        for _ in self._threads:
+            self._queue.put(None)
+        deadline = time.monotonic() + _GRACE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _StoppedError(ObdlabError):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
 
 BUSYBOX = Path("/bin/busybox")
+#: Overlaybd layers made by the original tools.
+GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 
 
 @dataclass(frozen=True)

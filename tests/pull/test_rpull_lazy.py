@@ -1,0 +1,179 @@
+"""Overlaybd images under obdlab's own snapshotter: only documents are fetched, and containerd can live with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from obdlab.containerd.client import Containerd
+from obdlab.containerd.errors import NotFoundError
+from obdlab.containerd.snapshots import Kind
+from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
+from obdlab.pull.platforms import host_platform
+from obdlab.pull.rpull import PullResult, rpull
+from obdlab.pull.unpack import Outcome
+from tests import capabilities
+from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
+from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, push_image, shell_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Reference
+    from tests.registry.server import RegistryServer
+
+pytestmark = [pytest.mark.containerd, pytest.mark.registry]
+
+#: A shell for the golden image, which holds no programs.
+SHELL = ("--mount", f"type=bind,src={BUSYBOX},dst=/busybox,options=rbind:ro")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObdlabHost]:
+    capabilities.require("containerd")
+    with containerd_with_obdlab(tmp_path_factory.mktemp("lazy")) as running:
+        yield running
+
+
+@pytest.fixture
+def containerd(host: ObdlabHost) -> Iterator[Containerd]:
+    """The namespace of ``host.ctr``, emptied at the end: nothing may hold on to a snapshot then."""
+    with Containerd(host.containerd.address, "test") as client:
+        yield client
+        for image in client.images.list():
+            client.images.delete(image.name, sync=True)
+        assert client.snapshots(NAME).list() == []
+        assert client.content.list() == []
+        assert client.leases.list() == []
+        assert list((host.snapshotter.root / "snapshots").iterdir()) == []
+
+
+def overlaybd_layers() -> list[Layer]:
+    layers = []
+    for name in ("layer1.obd", "layer2.obd"):
+        data = (GOLDEN / name).read_bytes()
+        notes = {BLOB_DIGEST: digest_of(data), BLOB_SIZE: str(len(data)), OVERLAYBD_VERSION: "0.1.0"}
+        layers.append(Layer(data, digest_of(data), OCI_LAYER, notes))
+    return layers
+
+
+def pull(containerd: Containerd, registry: RegistryClient, reference: Reference) -> PullResult:
+    return rpull(containerd, registry, reference, snapshotter=NAME, platform=host_platform())
+
+
+def run(host: ObdlabHost, reference: Reference, name: str, command: str, *options: str) -> str:
+    shell = ("/busybox", "sh") if options else ("/bin/sh",)
+    return host.ctr("run", "--rm", "--snapshotter", NAME, *options, str(reference), name, *shell, "-c", command)
+
+
+def test_only_documents_are_fetched(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/documents", overlaybd_layers())
+    before = len(registry_server.requests())
+    result = pull(containerd, registry, reference)
+    assert [item.outcome for item in result.layers] == [Outcome.LAZY] * 2
+    assert result.fetched_bytes == len(manifest.to_bytes()) + manifest.config.size
+
+    digests = {item.digest for item in manifest.layers}
+    asked = [entry["uri"] for entry in registry_server.requests()[before:]]
+    assert asked
+    assert not [uri for uri in asked if any(digest in uri for digest in digests)]
+    assert {info.digest for info in containerd.content.list()} == {result.digest, manifest.config.digest}
+
+    snapshots = containerd.snapshots(NAME).list()
+    assert [info.kind for info in snapshots] == [Kind.COMMITTED] * 2
+    assert containerd.leases.list() == []
+
+
+def test_second_pull_changes_nothing(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/twice", overlaybd_layers())
+    pull(containerd, registry, reference)
+    before = (containerd.snapshots(NAME).list(), containerd.content.list(), containerd.images.list())
+    result = pull(containerd, registry, reference)
+    assert result.count(Outcome.PRESENT) == 2
+    assert (containerd.snapshots(NAME).list(), containerd.content.list(), containerd.images.list()) == before
+
+
+def test_stock_ctr_runs_lists_checks_and_removes(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/ctr", overlaybd_layers())
+    pull(containerd, registry, reference)
+    assert "written" in run(
+        host, reference, "lazily", "/busybox echo written > /f; /busybox cat /f; /busybox ls /", *SHELL
+    )
+    assert str(reference) in host.ctr("images", "ls")
+    checked = host.ctr("images", "check", "--snapshotter", NAME)
+    assert "incomplete (2/4)" in checked
+    assert checked.split()[-1] == "true"  # unpacked
+    host.ctr("images", "usage", "--snapshotter", NAME, str(reference))
+    host.ctr("images", "rm", "--sync", str(reference))
+    assert containerd.snapshots(NAME).list() == []
+
+
+def test_garbage_collection_takes_nothing(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    keep, manifest = push_image(registry, f"{registry_server.host}/lazy/keep", overlaybd_layers())
+    drop, _ = push_image(registry, f"{registry_server.host}/lazy/drop", overlaybd_layers()[:1])
+    pull(containerd, registry, keep)
+    pull(containerd, registry, drop)
+    host.ctr("images", "rm", "--sync", str(drop))
+    host.ctr("content", "prune", "references")
+    assert len(containerd.snapshots(NAME).list()) == 2
+    assert containerd.content.exists(manifest.config.digest)
+    assert "alive" in run(host, keep, "kept", "/busybox echo alive", *SHELL)
+
+
+def test_plain_image_in_the_same_snapshotter(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    layers = [shell_layer(), layer({"a": b"one"}), layer({"a": b"two"})]
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/plain", layers)
+    result = pull(containerd, registry, reference)
+    assert result.count(Outcome.UNPACKED) == 3
+    assert "got two" in run(host, reference, "plain", "read x < /a; echo got $x")
+
+
+def test_plain_layer_over_lazy_ones(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    layers = [*overlaybd_layers(), layer({"top": b"plain"})]
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/mixed", layers)
+    result = pull(containerd, registry, reference)
+    assert [item.outcome for item in result.layers] == [Outcome.LAZY, Outcome.LAZY, Outcome.UNPACKED]
+    assert "plain" in run(host, reference, "mixed", "/busybox cat /top", *SHELL)
+
+
+def test_another_namespace_shares_and_keeps(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/shared", overlaybd_layers())
+    pull(containerd, registry, reference)
+    with Containerd(host.containerd.address, "other") as other:
+        result = pull(other, registry, reference)
+        assert result.layer_bytes == 0
+        other.images.delete(str(reference), sync=True)
+        assert other.snapshots(NAME).list() == []
+    assert len(containerd.snapshots(NAME).list()) == 2
+    assert "alive" in run(host, reference, "shared", "/busybox echo alive", *SHELL)
+
+
+def test_overlaybd_image_in_overlayfs_is_fetched(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    # Not useful, but no client may be surprised by it: layers are tars with one file each.
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/overlayfs", overlaybd_layers())
+    result = rpull(containerd, registry, reference, snapshotter="overlayfs", platform=host_platform())
+    assert result.layer_bytes == sum(item.size for item in manifest.layers)
+    pull(containerd, registry, reference)  # the same config now refers to snapshots in both
+    assert len(containerd.snapshots(NAME).list()) == len(containerd.snapshots("overlayfs").list()) == 2
+    containerd.images.delete(str(reference), sync=True)
+    assert containerd.snapshots("overlayfs").list() == []
+    with pytest.raises(NotFoundError):
+        containerd.images.get(str(reference))
