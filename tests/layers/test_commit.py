@@ -1,0 +1,163 @@
+"""Committed layers are the original's byte for byte, and read as what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+
+from obdlab.blob import Blob, MemoryBlob
+from obdlab.errors import SourceError
+from obdlab.formats.lsmt.layout import decode_segments
+from obdlab.layers.commit import commit
+from obdlab.layers.lsmt import LsmtLayer, open_layer
+from obdlab.layers.stack import Stack
+from obdlab.layers.upper import AppendUpper, SparseUpper
+from obdlab.layers.zfile import ZFileWriter
+from tests.layers.golden import LSMT, blob, entry, sha256_of
+from tests.layers.lsmt_samples import Watched, layer, sealed_bytes
+
+L1 = "11111111-1111-4111-8111-111111111111"
+L2 = "22222222-2222-4222-8222-222222222222"
+
+
+def append_upper(name: str) -> AppendUpper:
+    return AppendUpper.open(LSMT / f"{name}.data", LSMT / f"{name}.index")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "golden"),
+    [
+        ("l1", {"uuid": L1, "user_tag": "layer 1 plain"}, "l1.plain.lsmt"),
+        ("l1", {}, "l1.nouuid.lsmt"),
+        ("l2", {"uuid": L2, "parent_uuid": L1, "user_tag": "layer 2 plain"}, "l2.plain.lsmt"),
+        ("c1", {}, "c1.empty.lsmt"),
+    ],
+)
+def test_bytes_are_the_originals(source: str, options: dict[str, str], golden: str) -> None:
+    out = io.BytesIO()
+    with append_upper(source) as upper:
+        result = commit(upper, out, **options)
+    assert out.getvalue() == (LSMT / golden).read_bytes()
+    assert result.size == len(out.getvalue())
+
+
+@pytest.mark.parametrize(("golden", "algorithm", "block_size"), [("lz4", "lz4", 4096), ("zstd16", "zstd", 16384)])
+def test_compressed_bytes(golden: str, algorithm: str, block_size: int) -> None:
+    out = io.BytesIO()
+    with append_upper("l1") as upper, ZFileWriter(out, block_size=block_size, algorithm=algorithm) as writer:
+        commit(upper, writer, uuid=L1, user_tag=f"layer 1 {golden}")
+    if algorithm == "lz4":  # zstd's bytes depend on the library's version
+        assert out.getvalue() == (LSMT / f"l1.{golden}.lsmt").read_bytes()
+    wanted = entry(f"l1.{golden}.lsmt")["decoded_sha256"]
+    assert sha256_of(Stack([open_layer(MemoryBlob(out.getvalue()))])) == wanted
+
+
+def test_sums_of_an_empty_1_gib_layer() -> None:
+    uuid = "abcdef01-2345-6789-abcd-ef0123456789"
+    out = io.BytesIO()
+    commit(LsmtLayer(MemoryBlob(sealed_bytes([], b"", 1 << 30))), out, uuid=uuid)
+    assert hashlib.sha256(out.getvalue()).hexdigest() == (
+        "6d33f9159461bdfc586921d70528d8b3edc01d2434e57a681c5a19f76b37b11e"
+    )
+    out = io.BytesIO()
+    with ZFileWriter(out) as writer:
+        commit(LsmtLayer(MemoryBlob(sealed_bytes([], b"", 1 << 30))), writer, uuid=uuid)
+    assert hashlib.sha256(out.getvalue()).hexdigest() == (
+        "11e5f59494a403dda31b05fd6c2c0755798f6ec3f944a39cbb97d85cec037e81"
+    )
+
+
+def test_sealed_in_place_compacts_to_the_same() -> None:
+    out = io.BytesIO()
+    commit(open_layer(blob("l1.sealed.lsmt")), out, uuid=L1, user_tag="layer 1 plain")
+    assert out.getvalue() == (LSMT / "l1.plain.lsmt").read_bytes()
+
+
+def test_flattened_stack_reads_the_same() -> None:
+    stack = Stack([open_layer(blob("l1.plain.lsmt")), open_layer(blob("l2.lz4.lsmt"))])
+    out = io.BytesIO()
+    commit(stack, out, user_tag="flat")
+    flat = open_layer(MemoryBlob(out.getvalue()))
+    assert sha256_of(Stack([flat])) == sha256_of(stack)
+    assert flat.virtual_size == stack.size
+    assert flat.parent_uuid == stack.layers[0].parent_uuid
+    assert flat.user_tag == "flat"
+
+
+def test_flatten_keeps_layer_numbers_and_zeroed_segments() -> None:
+    bottom = layer([(0, 16, False)], 0, seed=1)
+    top = layer([(0, 4, False), (4, 4, True)], 8192, seed=2)
+    out = io.BytesIO()
+    result = commit(Stack([bottom, top]), out)
+    assert (result.records, result.data_sectors) == (3, 12)
+    assert decode_segments(out.getvalue()[4096 + 12 * 512 : -4096]).rows() == [
+        (0, 4, 8, False, 0),
+        (4, 4, 12, True, 0),
+        (8, 8, 12, False, 1),
+    ]
+
+
+def test_long_data_is_joined_at_the_copy_chunks() -> None:
+    # 40000 sectors in one piece: a file system extent, opened as records of 16383, copied in chunks of 64 sectors
+    # (the last of each record is shorter), joined again below 16383.
+    source = layer([(0, 16383, False), (16383, 16383, False), (32766, 7234, False)], 40000 * 512)
+    out = io.BytesIO()
+    commit(source, out)
+    written = LsmtLayer(MemoryBlob(out.getvalue()))
+    assert written.index.segments().length_sectors.tolist() == [16320, 16319, 7361]
+    assert sha256_of(Stack([written])) == sha256_of(Stack([source]))
+
+
+def test_data_is_read_and_written_in_large_pieces() -> None:
+    watched = Watched(MemoryBlob(sealed_bytes([(0, 9000, 8, False, 0)], bytes(9000 * 512), 9000 * 512)))
+    source = LsmtLayer(watched)
+    watched.reads.clear()
+    writes: list[int] = []
+
+    class Sink:
+        def write(self, data: bytes) -> None:
+            writes.append(len(data))
+
+    commit(source, Sink())
+    mib = 1 << 20
+    assert [length for _, length in watched.reads] == [mib, mib, mib, mib, 9000 * 512 - 4 * mib]
+    assert writes == [4096, mib, mib, mib, mib, 9000 * 512 - 4 * mib, 4096, 4096]
+
+
+def test_nothing_is_written_for_bad_options() -> None:
+    out = io.BytesIO()
+    with append_upper("l1") as upper:
+        for options in ({"uuid": "x"}, {"parent_uuid": "x"}, {"user_tag": "x" * 257}):
+            with pytest.raises(ValueError):
+                commit(upper, out, **options)
+    assert out.getvalue() == b""
+
+
+def test_a_failing_source_fails_the_commit() -> None:
+    class Failing(Blob):
+        name = "gone"
+        size = 10**9
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            raise SourceError("gone", blob="gone", offset=offset)
+
+    source = layer([(0, 16, False)], 8192)
+    source.data = Failing()
+    with pytest.raises(SourceError, match="gone at offset 4096"):
+        commit(source, io.BytesIO())
+
+
+def test_sparse_upper_commits(tmp_path: Path) -> None:
+    with SparseUpper.create(tmp_path / "upper", 1 << 20, parent_uuid=L1) as upper:
+        upper.write_at(8192, b"x" * 4096)
+        upper.write_at(12288, b"y" * 1024)
+        upper.discard(8192, 512)
+        out = io.BytesIO()
+        result = commit(upper, out)
+        assert (result.records, result.data_sectors) == (1, 9)
+        committed = open_layer(MemoryBlob(out.getvalue()))
+        assert committed.parent_uuid == L1
+        assert Stack([committed]).read_at(0, 1 << 20) == upper.read_at(0, 1 << 20)

@@ -1,0 +1,224 @@
+"""The sparse writable layer's file, and reading the original's append-mode layers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from obdlab.errors import FormatError, ObdlabError, OutOfRangeError, SourceError
+from obdlab.formats.lsmt.layout import Flags, Segments, Trailer, encode_segments, filler_records
+from obdlab.layers.stack import Stack
+from obdlab.layers.upper import AppendUpper, SparseUpper
+from tests.layers.golden import LSMT, blob, entry, sha256_of
+
+DISK = 1 << 20
+PARENT = "11111111-1111-4111-8111-111111111111"
+
+
+def test_header_is_the_originals(tmp_path: Path) -> None:
+    golden = bytearray(blob("c1.data").read_at(0, 4096))
+    golden[28] = 0x13
+    uuid = golden[56:92].decode()
+    with SparseUpper.create(tmp_path / "u", 1 << 30, uuid=uuid.lower(), parent_uuid=PARENT) as upper:
+        assert upper.data.read_at(0, 4096) == golden
+        assert (upper.uuid, upper.parent_uuid, upper.virtual_size) == (uuid, PARENT, 1 << 30)
+    status = (tmp_path / "u").stat()
+    assert status.st_size == 4096 + (1 << 30)
+    assert status.st_blocks * 512 <= 8192
+    assert status.st_mode & 0o777 == 0o644 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_uuid_is_made_up(tmp_path: Path) -> None:
+    with SparseUpper.create(tmp_path / "a", DISK) as a, SparseUpper.create(tmp_path / "b", DISK, user_tag="t") as b:
+        assert a.uuid != b.uuid
+        assert a.uuid == a.uuid.upper()
+        assert a.uuid[14] == "4"
+        assert b.header.user_tag == b"t"
+        assert a.parent_uuid == "00000000-0000-0000-0000-000000000000"
+
+
+def test_written_data_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "u"
+    with SparseUpper.create(path, DISK) as upper:
+        upper.write_at(4096, memoryview(b"ab" * 4096))
+        upper.write_at(DISK - 512, bytearray(b"z" * 512))
+        upper.flush()
+        assert upper.lookup(0, 2048) == [
+            (0, 8, -32768, 0),
+            (8, 16, 0, 16),
+            (24, 2023, -32768, 0),
+            (2047, 1, 0, 2055),
+        ]
+    with SparseUpper.open(path) as upper:
+        assert upper.read_at(4096, 8192) == b"ab" * 4096
+        # By the file system's blocks: the last 4 KiB are held as a whole now.
+        assert upper.index.segments().rows() == [(8, 16, 16, False, 0), (2040, 8, 2048, False, 0)]
+        assert upper.read_at(DISK - 1024, 1024) == bytes(512) + b"z" * 512
+
+
+def test_discard_frees_space_and_forgets_whole_sectors(tmp_path: Path) -> None:
+    path = tmp_path / "u"
+    with SparseUpper.create(path, DISK) as upper:
+        upper.write_at(0, b"x" * 65536)
+        upper.flush()
+        full = path.stat().st_blocks
+        upper.discard(100, 40000)
+        assert path.stat().st_blocks <= full - 64
+        assert upper.read_at(0, 65536) == b"x" * 100 + bytes(40000) + b"x" * (65536 - 40100)
+        assert [run[:2] for run in upper.lookup(0, 128) if run[2] >= 0] == [(0, 1), (78, 50)]
+        upper.discard(5, 0)
+
+
+def test_ranges_outside_are_refused(tmp_path: Path) -> None:
+    with SparseUpper.create(tmp_path / "u", DISK) as upper:
+        for call in (
+            lambda: upper.write_at(DISK, b"x"),
+            lambda: upper.write_at(-1, b"x"),
+            lambda: upper.read_at(DISK - 1, 2),
+            lambda: upper.discard(0, DISK + 1),
+        ):
+            with pytest.raises(OutOfRangeError, match=r"u: range outside the disk"):
+                call()
+        with pytest.raises(OutOfRangeError, match="cannot shrink"):
+            upper.set_virtual_size(DISK - 512)
+        for size in (DISK + 1, 1 << 60):
+            with pytest.raises(OutOfRangeError, match="virtual size"):
+                upper.set_virtual_size(size)
+        upper.set_virtual_size(2 * DISK)
+        upper.write_at(DISK, b"more")
+    with SparseUpper.open(tmp_path / "u") as upper:
+        assert upper.virtual_size == 2 * DISK
+        assert upper.read_at(DISK, 4) == b"more"
+
+
+def test_create_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"mine")
+    with pytest.raises(SourceError, match="there: opening failed: File exists"):
+        SparseUpper.create(tmp_path / "there", DISK)
+    assert (tmp_path / "there").read_bytes() == b"mine"
+    with pytest.raises(SourceError, match="No such file"):
+        SparseUpper.create(tmp_path / "none" / "u", DISK)
+    with pytest.raises(ValueError, match="not a UUID"):
+        SparseUpper.create(tmp_path / "u", DISK, uuid="x")
+    with pytest.raises(OutOfRangeError, match="virtual size"):
+        SparseUpper.create(tmp_path / "u", 100)
+    with pytest.raises(SourceError, match="resizing to"):
+        SparseUpper.create(tmp_path / "u", 1 << 58)  # more than the file system can
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_write_cut_short_by_a_full_file_is_known(tmp_path: Path) -> None:
+    with SparseUpper.create(tmp_path / "u", DISK) as upper:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096 + 10 * 512, hard))
+            with pytest.raises(SourceError, match=r"writing failed: File too large|writing at offset 9216") as caught:
+                upper.write_at(4096, b"x" * 4096)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert caught.value.offset == 4096 + 10 * 512
+        assert isinstance(caught.value.__cause__, OSError)
+        assert [run[:2] for run in upper.lookup(0, 64) if run[2] >= 0] == [(8, 2)]
+        assert upper.read_at(4096, 2048) == b"x" * 1024 + bytes(1024)
+
+
+def test_other_files_are_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "u"
+    with pytest.raises(SourceError, match="No such file"):
+        SparseUpper.open(path)
+    for name, message in (
+        ("c1.data", r"another kind of writable layer at offset 28 \(got flags 0x3"),
+        ("l1.plain.lsmt", "another kind of writable layer"),
+        ("l1.lz4.lsmt", "wrong magic"),
+        ("l1.ops", "wrong magic"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            SparseUpper.open(LSMT / name)
+    SparseUpper.create(path, DISK).close()
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    with pytest.raises(FormatError, match=r"cut short \(got 1052671 bytes, wanted 1052672\)"):
+        SparseUpper.open(path)
+    path.write_bytes(raw[:100])
+    with pytest.raises(FormatError, match="header is cut short"):
+        SparseUpper.open(path)
+    path.write_bytes(raw + bytes(512))  # a resize that was interrupted
+    SparseUpper.open(path).close()
+    trailer = Trailer(flags=Flags.DATA | Flags.SEALED | Flags.SPARSE, virtual_size=DISK, index_offset=len(raw))
+    path.write_bytes(raw + trailer.to_bytes())
+    with pytest.raises(FormatError, match="was sealed"):
+        SparseUpper.open(path)
+
+
+def test_files_do_not_stay_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    SparseUpper.create(tmp_path / "u", DISK).close()
+    upper = SparseUpper.open(tmp_path / "u")
+    upper.close()
+    upper.close()
+    with pytest.raises(ObdlabError):
+        upper.write_at(0, b"x")
+    with pytest.raises(ObdlabError):
+        upper.read_at(0, 1)
+    for name in ("c1.data", "l1.ops"):
+        with pytest.raises(FormatError):
+            SparseUpper.open(LSMT / name)
+        with pytest.raises(FormatError):
+            AppendUpper.open(LSMT / "l1.data", LSMT / name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_append_layers_read_as_the_originals(name: str) -> None:
+    with AppendUpper.open(LSMT / f"{name}.data", LSMT / f"{name}.index") as upper:
+        assert upper.uuid[0] == name[1]
+        assert sha256_of(Stack([upper])) == entry(f"{name}.data")["decoded_sha256"]
+
+
+def _append_layer(folder: Path, log: bytes, data_sectors: int = 8) -> AppendUpper:
+    (folder / "data").write_bytes((LSMT / "c1.data").read_bytes() + b"d" * 512 * data_sectors)
+    (folder / "index").write_bytes((LSMT / "c1.index").read_bytes() + log)
+    return AppendUpper.open(folder / "data", folder / "index")
+
+
+def _log(*rows: tuple[int, int, int, bool, int]) -> bytes:
+    return encode_segments(Segments.from_rows(list(rows)))
+
+
+def test_later_records_win_and_fillers_are_skipped(tmp_path: Path) -> None:
+    log = _log((0, 4, 8, False, 0)) + filler_records(3) + _log((2, 4, 12, False, 5), (3, 1, 16, True, 0))
+    with _append_layer(tmp_path, log) as upper:
+        assert upper.index.segments().rows() == [
+            (0, 2, 8, False, 0),
+            (2, 1, 12, False, 0),
+            (3, 1, 16, True, 0),
+            (4, 2, 14, False, 0),
+        ]
+
+
+def test_what_a_crash_leaves_at_the_end_is_dropped(tmp_path: Path) -> None:
+    log = _log((0, 4, 8, False, 0), (8, 4, 14, False, 0), (9, 4, 16, False, 0)) + b"torn"
+    with _append_layer(tmp_path, log) as upper:
+        assert upper.index.segments().rows() == [(0, 4, 8, False, 0)]
+
+
+def test_a_bad_record_elsewhere_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"index: LSMT index record 0 points outside .*got sectors \[14, 18\)"):
+        _append_layer(tmp_path, _log((0, 4, 14, False, 0), (0, 4, 8, False, 0)))
+
+
+def test_a_data_file_is_no_index() -> None:
+    with pytest.raises(FormatError, match=r"not the index of a writable layer \(got flags 0x3, index at 0"):
+        AppendUpper.open(LSMT / "c1.data", LSMT / "c1.data")
