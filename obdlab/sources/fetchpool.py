@@ -1,0 +1,69 @@
+"""A few background threads for work that may as well not be done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 10.0
+
+
+class FetchPool:
+    """Runs jobs in daemon threads that start when there is work and end when there was none for a while."""
+
+    def __init__(self, threads: int, queued: int) -> None:
+        self._max_threads = threads
+        self._max_queued = queued
+        self._reset()
+        # Threads do not survive a fork, and the lock may be held at that moment.
+        os.register_at_fork(after_in_child=self._reset)
+
+    def submit(self, job: Callable[[], None]) -> bool:
+        """Have ``job`` run soon; False if too much is queued already. Jobs must not raise."""
+        with self._lock:
+            if self._jobs.qsize() >= self._max_queued:
+                return False
+            self._jobs.put(job)
+            if self._idle < self._jobs.qsize() and self._threads < self._max_threads:
+                self._threads += 1
+                threading.Thread(target=self._work, name="obdlab-fetch", daemon=True).start()
+        return True
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._threads = 0
+        self._idle = 0
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                job()
+            except Exception:
+                logger.exception("background fetch failed unexpectedly")
+
+    def _next_job(self) -> Callable[[], None] | None:
+        with self._lock:
+            self._idle += 1
+        try:
+            return self._jobs.get(timeout=_IDLE_S)
+        except queue.Empty:
+            pass
+        finally:
+            with self._lock:
+                self._idle -= 1
+        with self._lock:
+            # A job may have come between the time-out and here, counting on this thread.
+            try:
+                return self._jobs.get_nowait()
+            except queue.Empty:
+                self._threads -= 1
+                return None
