@@ -62,7 +62,8 @@ class WrappedContent(Blob):
         return self._size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        check_range(self, offset, length)
+        if offset < 0 or length < 0 or offset + length > self._size:
+            check_range(self, offset, length)
         return self._blob.read_at(self._offset + offset, length)
 
     def evict(self, offset: int, length: int) -> None:
