@@ -8,8 +8,6 @@ by the build itself or the next one.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import platform
 import shutil
 import tempfile
 import time
@@ -22,15 +20,16 @@ from obdlab.formats import oci
 from obdlab.lab.base import make_busybox, make_debian
 from obdlab.lab.chroot import APT_DIRECTORY, Chroot
 from obdlab.lab.layertar import LayerFile, write_layer
+from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.recipe import Recipe, RecipeLayer
+from obdlab.pull.platforms import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DEFAULT_WORK_DIR = Path("/var/lib/obdlab/images")
 _CREATED = "2020-07-15T00:00:00Z"
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 # A build may have to wait for another one in the same work directory.
 _LOCK_TIMEOUT_S = 1800.0
 
@@ -79,13 +78,6 @@ def image_path(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> Path:
     return work_dir / f"{recipe.name}-{recipe.fingerprint()}"
 
 
-def layout_size(layout: Path) -> tuple[int, int]:
-    """Return (number of layers, compressed size of all layers) of a built image."""
-    index = oci.Index.parse((layout / "index.json").read_bytes())
-    manifest = oci.Manifest.parse(_blob_path(layout, index.manifests[0].digest).read_bytes())
-    return len(manifest.layers), sum(layer.size for layer in manifest.layers)
-
-
 class _Build:
     # One image in the making: layers are packed by threads (zlib lets go of the interpreter) while the next is made.
 
@@ -94,13 +86,13 @@ class _Build:
         self._work_dir = work_dir
         self._directory = building
         self._progress = progress
-        self._layout = building / "layout"
+        self._layout = OciLayout(building / "layout")
         self._chroot = Chroot(building)
         self._started_s = time.time()
         self._lists_fresh = False
 
     def run(self) -> Path:
-        (self._layout / "blobs/sha256").mkdir(parents=True)
+        (self._layout.directory / "blobs/sha256").mkdir(parents=True)
         base = self._base()
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="pack") as packers:
             packed: list[Future[LayerFile]] = []
@@ -118,7 +110,7 @@ class _Build:
             f"{self._recipe.name}: {len(files)} layers, {total / 1e6:.1f} MB compressed, "
             f"{time.time() - self._started_s:.0f} s"
         )
-        return self._layout
+        return self._layout.directory
 
     def _base(self) -> Path:
         # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.
@@ -152,7 +144,7 @@ class _Build:
 
     def _base_file(self, base: Path) -> LayerFile:
         digest, size, diff_id = (base / "digests").read_text().split()
-        shutil.copyfile(base / "layer.tar.gz", _blob_path(self._layout, digest))
+        shutil.copyfile(base / "layer.tar.gz", self._layout.blob_path(digest))
         return LayerFile(digest, int(size), diff_id)
 
     def _apply(self, layer: RecipeLayer, number: int, lowers: list[str], upper: str) -> None:
@@ -169,27 +161,13 @@ class _Build:
     def _pack(self, upper: str) -> LayerFile:
         target = self._directory / f"{upper}.tar.gz"
         file = write_layer(self._directory / upper, target, self._started_s)
-        target.rename(_blob_path(self._layout, file.digest))
+        target.rename(self._layout.blob_path(file.digest))
         return file
 
     def _finish(self, files: list[LayerFile]) -> None:
-        config = self._add_document(oci.OCI_CONFIG, oci.to_json(_config_document(self._recipe, files)))
-        layers = tuple(oci.Descriptor(oci.OCI_LAYER_GZIP, file.digest, file.size) for file in files)
-        manifest = self._add_document(oci.OCI_MANIFEST, oci.Manifest(config, layers).to_bytes())
-        named = oci.Descriptor(
-            manifest.media_type,
-            manifest.digest,
-            manifest.size,
-            annotations={"org.opencontainers.image.ref.name": self._recipe.name},
-            platform=oci.Platform("linux", _architecture()),
-        )
-        (self._layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-        (self._layout / "index.json").write_bytes(oci.Index((named,)).to_bytes())
-
-    def _add_document(self, media_type: str, data: bytes) -> oci.Descriptor:
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        _blob_path(self._layout, digest).write_bytes(data)
-        return oci.Descriptor(media_type, digest, len(data))
+        layers = [oci.Descriptor(oci.OCI_LAYER_GZIP, file.digest, file.size) for file in files]
+        config = self._layout.add_document(oci.OCI_CONFIG, oci.to_json(_config_document(self._recipe, files)))
+        self._layout.finish(config, layers, self._recipe.name, host_platform())
 
 
 def _config_document(recipe: Recipe, files: list[LayerFile]) -> dict[str, Any]:
@@ -209,21 +187,12 @@ def _config_document(recipe: Recipe, files: list[LayerFile]) -> dict[str, Any]:
     comments = [f"base: {recipe.base}", *(layer.comment for layer in recipe.layers)]
     return {
         "created": _CREATED,
-        "architecture": _architecture(),
+        "architecture": host_platform().architecture,
         "os": "linux",
         "config": settings,
         "rootfs": {"type": "layers", "diff_ids": [file.diff_id for file in files]},
         "history": [{"created": _CREATED, "created_by": comment} for comment in comments],
     }
-
-
-def _architecture() -> str:
-    machine = platform.machine()
-    return _MACHINES.get(machine, machine)
-
-
-def _blob_path(layout: Path, digest: str) -> Path:
-    return layout / "blobs" / digest.replace(":", "/")
 
 
 @contextmanager

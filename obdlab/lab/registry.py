@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from obdlab.formats import oci
+from obdlab.lab.ocilayout import push_layout
 from obdlab.lab.process import Daemon, LabError, run
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from obdlab.lab.netns import ExperimentNetwork
-    from obdlab.registry.reference import Repository
 
 _BLOB_URI = re.compile(r"/v2/.+/blobs/(sha256:[0-9a-f]{64})")
 _MANIFEST_URI = re.compile(r"/v2/.+/manifests/.+")
@@ -128,7 +127,7 @@ class RegistryHost:
         config = self.directory / "config.yml"
         # YAML is a superset of JSON.
         config.write_text(json.dumps(self._configuration(), indent=1))
-        command = [*self.network.enter, "docker-registry", "serve", config]
+        command = [*self.network.enter, "docker-registry", "serve", str(config)]
         self._daemon = Daemon("docker-registry", command, self.log_path)
         try:
             self._daemon.wait_for(self._answers, f"answer on {self.host}")
@@ -162,22 +161,16 @@ class RegistryHost:
         Raises FormatError for a damaged layout, SourceError if the registry refuses.
         """
         reference = Reference.parse(self.reference(name, tag))
-        index = oci.Index.parse((layout / "index.json").read_bytes(), f"{layout}/index.json")
-        manifest_data = _layout_blob(layout, index.manifests[0].digest).read_bytes()
-        manifest = oci.Manifest.parse(manifest_data, f"{layout}: manifest")
         client = RegistryClient()
         try:
             with self.network.unshaped():
-                repository = client.repository(reference)
-                for descriptor in (manifest.config, *manifest.layers):
-                    _push_blob(client, repository, descriptor, layout)
-                client.put_manifest(reference, manifest.media_type, manifest_data)
+                push_layout(layout, client, reference)
         finally:
             client.close()
         return str(reference)
 
     def preload(self) -> int:
-        """Read all that is stored into the page cache, so that no measurement waits for this disk; return its size."""
+        """Read all that is stored into the page cache, so that nobody waits for this disk; return its size."""
         total = 0
         for path in (self.directory / "data").rglob("*"):
             if path.is_file():
@@ -288,12 +281,3 @@ def program_version() -> str:
     if shutil.which("docker-registry") is None:
         return ""
     return run(["docker-registry", "--version"]).strip()
-
-
-def _push_blob(client: RegistryClient, repository: Repository, descriptor: oci.Descriptor, layout: Path) -> None:
-    path = _layout_blob(layout, descriptor.digest)
-    client.push_blob(repository, descriptor.digest, descriptor.size, lambda: path.open("rb"))
-
-
-def _layout_blob(layout: Path, digest: str) -> Path:
-    return layout / "blobs" / digest.replace(":", "/")

@@ -1,0 +1,101 @@
+"""``obdlab image``: build the images of the datasets, list their recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.cli.common import add_registry_options, registry_from
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.lab.recipe import Recipe
+
+_LAYOUT_PREFIX = "oci:"
+
+
+def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "image",
+        help="build the images of the datasets",
+        description="Builds real multi-layer images from Debian packages, by the recipes under datasets/.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    build = verbs.add_parser("build", help="build a recipe's image (needs root)")
+    build.add_argument("recipe", metavar="RECIPE", help="name of a dataset, or a path of a TOML file")
+    build.add_argument(
+        "--to",
+        metavar="oci:DIR|REF",
+        help="also write it to an OCI layout directory, or push it to a registry",
+    )
+    listing = verbs.add_parser("list", help="list the recipes and what is built of them")
+    for verb in (build, listing):
+        verb.add_argument(
+            "--datasets", type=Path, action="append", metavar="DIR", help="where recipes are (default: datasets)"
+        )
+        verb.add_argument("--work-dir", type=Path, metavar="DIR", help="where built images and caches are kept")
+    add_registry_options(build)
+    build.set_defaults(run=_build)
+    listing.set_defaults(run=_list)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
+    from obdlab.lab.ocilayout import copy_layout, push_layout
+    from obdlab.lab.recipe import find_recipe
+    from obdlab.registry.reference import Reference
+
+    target = args.to or ""
+    reference = Reference.parse(target) if target and not target.startswith(_LAYOUT_PREFIX) else None
+    recipe = find_recipe(args.recipe, _directories(args))
+    layout = build_image(recipe, args.work_dir or DEFAULT_WORK_DIR, _say)
+    if reference is not None:
+        client = registry_from(args)
+        try:
+            digest = push_layout(layout, client, reference)
+        finally:
+            client.close()
+        print(f"{reference} {digest}")
+    elif target:
+        copy_layout(layout, Path(target.removeprefix(_LAYOUT_PREFIX)))
+        print(target)
+    else:
+        print(f"{_LAYOUT_PREFIX}{layout}")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from obdlab.lab.build import DEFAULT_WORK_DIR
+    from obdlab.lab.recipe import list_recipes
+
+    for recipe in list_recipes(_directories(args)):
+        print(f"{recipe.name:10} {_state(recipe, args.work_dir or DEFAULT_WORK_DIR):32} {recipe.description}")
+    return 0
+
+
+def _state(recipe: Recipe, work_dir: Path) -> str:
+    from obdlab.lab.build import image_path
+    from obdlab.lab.ocilayout import OciLayout
+
+    if recipe.image:
+        return f"at {recipe.image}"
+    layout = image_path(recipe, work_dir)
+    if not (layout / "index.json").is_file():
+        return f"{len(recipe.layers) + 1} layers, not built"
+    layers = OciLayout(layout).manifest.layers
+    return f"{len(layers)} layers, built, {sum(layer.size for layer in layers) / 1e6:.1f} MB"
+
+
+def _directories(args: argparse.Namespace) -> list[Path]:
+    # Beside the package lies the checkout's own collection, when it is run from one.
+    if args.datasets:
+        return list(args.datasets)
+    places = (Path("datasets"), Path(__file__).parents[2] / "datasets")
+    return list(dict.fromkeys(place.resolve() for place in places))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

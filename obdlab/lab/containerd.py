@@ -1,0 +1,342 @@
+"""A containerd of the experiment's own, with our snapshotter as proxy plugin: started, used, and taken away.
+
+It shares nothing with the host's containerd but ``/run/containerd/{s,fifo,runc}``, where its shims keep sockets and
+state under names of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.containerd.client import Containerd
+from obdlab.devices import mount
+from obdlab.errors import ObdlabError
+from obdlab.image.settings import Settings
+from obdlab.lab.events import EventMonitor
+from obdlab.lab.probe import wait_for_line
+from obdlab.lab.process import Daemon, LabError, run, wait_until
+from obdlab.lab.records import DEFAULT_STATE_DIR, Record, orphans
+from obdlab.pull.platforms import host_platform
+from obdlab.pull.rpull import rpull
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
+from obdlab.service.client import DeviceService
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.lab.recipe import Probe
+    from obdlab.pull.rpull import PullResult
+
+NAMESPACE = "obdlab-lab"
+LAZY_SNAPSHOTTER = "obdlab"
+# unpigz would unpack layers on another core, where it is installed: then hosts could not be compared.
+_ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimes:
+    """When a start got where, all in Unix time (s): stamps of containerd's events, and the line on our side."""
+
+    requested_s: float
+    container_created_s: float
+    task_created_s: float
+    task_started_s: float
+    ready_s: float
+
+    def phases_s(self) -> dict[str, float]:
+        """Return how long each phase took: create (container and task), start (its process runs), ready (line)."""
+        return {
+            "create": self.task_created_s - self.requested_s,
+            "start": self.task_started_s - self.task_created_s,
+            "ready": self.ready_s - self.task_started_s,
+        }
+
+
+class OwnContainerd:
+    """containerd and our snapshotter below ``directory``; a context manager that leaves only logs behind.
+
+    ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
+    below ``state_dir``.
+    """
+
+    def __init__(self, directory: Path, state_dir: Path = DEFAULT_STATE_DIR) -> None:
+        self.directory = directory
+        self.cache_dir = directory / "cache"
+        self.root = directory / "containerd"
+        self.snapshotter_root = directory / "snapshotter"
+        self.logs = directory / "logs"
+        self._state_dir = state_dir
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for path in (self._state_dir, self.logs, self.cache_dir):
+                path.mkdir(parents=True, exist_ok=True)
+            self.state = Path(tempfile.mkdtemp(prefix="ctd-", dir=self._state_dir))
+            record = Record(
+                self._state_dir,
+                "containerd",
+                self.state.name,
+                state=str(self.state),
+                roots=[str(self.root), str(self.snapshotter_root)],
+            )
+            stack.callback(record.remove)
+            stack.callback(self._remove_directories)
+            self.devices = DeviceService(self.state / "run", Settings(cache_dir=self.cache_dir))
+            stack.callback(self.devices.shutdown, force=True)
+            self._start_snapshotter(stack)
+            self._start_containerd(stack)
+            stack.callback(self._remove_everything)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove containers and images, stop both daemons, unmount, delete all but logs. Twice is allowed."""
+        self._stack.close()
+
+    @property
+    def address(self) -> Path:
+        """containerd's socket."""
+        return self.state / "containerd.sock"
+
+    @property
+    def ctr(self) -> tuple[str, ...]:
+        """Words that begin a ``ctr`` command for this containerd and namespace."""
+        return ("ctr", "--address", str(self.address), "--namespace", NAMESPACE)
+
+    def client(self) -> Containerd:
+        """Return a new client of it, to be closed by the caller."""
+        return Containerd(str(self.address), NAMESPACE)
+
+    def pull(self, reference: str, snapshotter: str = "overlayfs", timeout_s: float = 600.0) -> None:
+        """Pull everything and unpack it, as ``ctr images pull`` does. Raises LabError."""
+        options = ("--plain-http", "--snapshotter", snapshotter)
+        run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=_ENVIRONMENT)
+
+    def lazy_pull(self, reference: str) -> PullResult:
+        """Pull metadata only, as ``obdlab rpull`` does, but inside this process: a Python start is no part of it."""
+        with self.client() as containerd, closing(RegistryClient()) as registry:
+            return rpull(
+                containerd,
+                registry,
+                Reference.parse(reference),
+                snapshotter=LAZY_SNAPSHOTTER,
+                platform=host_platform(),
+            )
+
+    def start(self, reference: str, name: str, snapshotter: str, probe: Probe) -> RunningContainer:
+        """Run a container with ``ctr run`` and return once it is ready.
+
+        Raises LabError with its last output if it is not ready in time, ends before, or cannot be started; then
+        nothing of it is left.
+        """
+        requested_s = time.time()
+        child = subprocess.Popen(
+            [*self.ctr, "run", "--snapshotter", snapshotter, reference, name, *probe.command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        container = RunningContainer(self, name, child)
+        try:
+            assert child.stdout is not None
+            ready_s = wait_for_line(child.stdout.fileno(), probe, f"{reference} on {snapshotter}")
+            stamps = [
+                self._events.wait_for(topic, key, name).time_s
+                for topic, key in (
+                    ("/containers/create", "id"),
+                    *((f"/tasks/{verb}", "container_id") for verb in _VERBS),
+                )
+            ]
+        except BaseException:
+            container.remove()
+            raise
+        container.times = StartTimes(requested_s, stamps[0], stamps[1], stamps[2], ready_s)
+        return container
+
+    def remove_image(self, reference: str, timeout_s: float = 30.0) -> None:
+        """Remove an image with its snapshots and content. Raises LabError if any stays (something still holds it)."""
+        with self.client() as client:
+            with suppress(ObdlabError):  # not there: then only what it left is to be waited for
+                client.images.delete(reference, sync=True)
+            if not client.images.list():
+                wait_until(lambda: not self.leftovers(client), "removal of snapshots and content", timeout_s, 0.02)
+
+    def leftovers(self, client: Containerd) -> list[str]:
+        """Return snapshots and content that are there, as words for people."""
+        found = [f"content {info.digest}" for info in client.content.list()]
+        for snapshotter in ("overlayfs", LAZY_SNAPSHOTTER):
+            found += [f"{snapshotter} snapshot {info.name}" for info in client.snapshots(snapshotter).list()]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a measurement with it must note."""
+        with self.client() as client:
+            version = client.version()
+        return {
+            "containerd_version": version.version,
+            "unpigz": False,
+            "cri": False,
+            "pull_client": "ctr images pull",
+        }
+
+    def _start_snapshotter(self, stack: ExitStack) -> None:
+        socket = self.state / "snapshotter.sock"
+        arguments = ["--root", str(self.snapshotter_root), "--address", str(socket)]
+        arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
+        command = [sys.executable, "-m", "obdlab", "-v", "snapshotter", *arguments]
+        snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
+        stack.callback(snapshotter.stop)
+        snapshotter.wait_for(socket.exists, "socket")
+        self._snapshotter = snapshotter
+
+    def _start_containerd(self, stack: ExitStack) -> None:
+        config = self.state / "config.toml"
+        config.write_text(self._configuration())
+        daemon = Daemon(
+            "containerd", ["containerd", "--config", config], self.logs / "containerd.log", environment=_ENVIRONMENT
+        )
+        stack.callback(daemon.stop)
+        daemon.wait_for(self._answers, "answer on its socket")
+        self._events = EventMonitor(self.ctr)
+        stack.callback(self._events.close)
+
+    def _configuration(self) -> str:
+        # JSON strings are TOML strings.
+        return f"""\
+version = 2
+root = {json.dumps(str(self.root))}
+state = {json.dumps(str(self.state / "state"))}
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = {json.dumps(str(self.address))}
+[debug]
+level = "info"
+[proxy_plugins.{LAZY_SNAPSHOTTER}]
+type = "snapshot"
+address = {json.dumps(str(self.state / "snapshotter.sock"))}
+"""
+
+    def _answers(self) -> bool:
+        if not self.address.exists():
+            return False
+        try:
+            with Containerd(str(self.address), NAMESPACE, timeout_s=2.0) as client:
+                client.version()
+        except ObdlabError:
+            return False
+        return True
+
+    def _remove_everything(self) -> None:
+        # At the end: also what a failed cell left.
+        for name in run([*self.ctr, "containers", "list", "-q"]).split():
+            self.remove_container(name)
+        with self.client() as client:
+            for image in client.images.list():
+                with suppress(LabError):  # told by the mounts that stay, which are looked for next
+                    self.remove_image(image.name)
+
+    def remove_container(self, name: str) -> None:
+        """Kill a container's task if it runs and remove it with its snapshot. Raises LabError."""
+        with suppress(LabError):  # no task: it has ended, or never was
+            run([*self.ctr, "tasks", "delete", "--force", name])
+        run([*self.ctr, "containers", "delete", name])
+
+    def _remove_directories(self) -> None:
+        unmount_below([self.state, self.root, self.snapshotter_root])
+        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_STAGES = (("/containers/create", "id"), ("/tasks/create", "container_id"), ("/tasks/start", "container_id"))
+
+
+class RunningContainer:
+    """A container that ``ctr run`` keeps attached to."""
+
+    times: StartTimes
+
+    def __init__(self, host: OwnContainerd, name: str, child: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self._host = host
+        self._child = child
+
+    def remove(self, timeout_s: float = 30.0) -> None:
+        """Kill it and remove it with its snapshot. Raises LabError if it does not go away."""
+        with suppress(LabError):
+            run([*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s)
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait(timeout_s)
+        finally:
+            if self._child.stdout is not None:
+                self._child.stdout.close()
+        if self.name in run([*self._host.ctr, "containers", "list", "-q"]).split():
+            self._host.remove_container(self.name)
+
+
+def unmount_below(directories: list[Path]) -> list[Path]:
+    """Unmount everything below the directories, newest first, lazily; return what was mounted."""
+    roots = [directory.resolve() for directory in directories]
+    entries = [entry for entry in mount.mounts() if any(entry.mountpoint.is_relative_to(root) for root in roots)]
+    for entry in reversed(entries):
+        mount.unmount(entry.mountpoint, lazy=True)
+    return [entry.mountpoint for entry in entries]
+
+
+def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
+    """Take down the containerds of experiments that were killed, with their containers; return their names."""
+    removed = []
+    for path, facts in orphans(state_dir, "containerd"):
+        state = state_dir / str(facts["name"])
+        _kill_processes_naming(str(state))
+        if state.is_dir():
+            with suppress(ObdlabError):
+                DeviceService(state / "run", Settings()).shutdown(force=True)
+        roots = [Path(root) for root in facts.get("roots", [])]
+        unmount_below([state, *roots])
+        for directory in (state, *roots):
+            shutil.rmtree(directory, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        removed.append(state.name)
+    return removed
+
+
+def _kill_processes_naming(text: str) -> None:
+    # Daemons and shims name our socket in their arguments; a shim that gets SIGTERM takes its container with it.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _processes_naming(text):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        with suppress(LabError):
+            wait_until(lambda: not _processes_naming(text), "end of processes", 5.0, 0.05)
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
+            with suppress(OSError):
+                if text.encode() in (directory / "cmdline").read_bytes():
+                    found.append(int(directory.name))
+    return found
