@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.errors import ObdlabError
+
 if TYPE_CHECKING:
     from obdlab.service.host import Host
 
@@ -37,11 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.service.host import Host
 
     host = Host(args.run_dir)
-    if not host.bind():
-        return 0
-    if args.detach and not _become_daemon(args.run_dir.absolute() / "host.log"):
-        return 0
-    _serve(host)
+    if args.detach:
+        return _run_detached(host, args.run_dir.absolute() / "host.log")
+    if host.bind():
+        _serve(host)
     return 0
 
 
@@ -52,18 +53,39 @@ def _serve(host: Host) -> None:
     host.run()
 
 
-# True in the daemon, False in the process that was started.
-def _become_daemon(log_path: Path) -> bool:
+# The parent returns when the daemon has said through a pipe how its start went.
+def _run_detached(host: Host, log_path: Path) -> int:
+    reader, writer = os.pipe()
     if os.fork() != 0:
-        return False
+        os.close(writer)
+        with os.fdopen(reader, "rb") as stream:
+            answer = stream.read().decode()
+        if answer != "listening":
+            print(answer or f"ended at once (see {log_path})", file=sys.stderr)
+            return 1
+        return 0
+    os.close(reader)
     os.setsid()
     os.chdir("/")
+    _redirect(log_path)
+    try:
+        bound = host.bind()
+    except ObdlabError as error:
+        os.write(writer, str(error).encode())
+        return 1
+    os.write(writer, b"listening")
+    os.close(writer)
+    if bound:
+        _serve(host)
+    return 0
+
+
+def _redirect(log_path: Path) -> None:
     fresh = os.O_TRUNC if log_path.exists() and log_path.stat().st_size > _LOG_LIMIT else 0
     log_file = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | fresh, 0o600)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for source, target in ((null, 0), (log_file, 1), (log_file, 2)):
         os.dup2(source, target)
-    return True
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def in_use(self) -> bool:
-        """Whether anybody could still send requests; a server that ends while this is so breaks their I/O."""
+        """Whether a file system, or another user that claims the whole device, holds it: stopping would break it."""
 
     @abstractmethod
     def statistics(self) -> DeviceStatistics:

@@ -75,7 +75,7 @@ class FuseLoopDevice(Device):
 
     @property
     def in_use(self) -> bool:
-        return self._server.opened > 0
+        return loop.in_use(self._path)
 
     def statistics(self) -> DeviceStatistics:
         return self._server.statistics()

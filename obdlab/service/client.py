@@ -136,8 +136,8 @@ class DeviceService:
         try:
             with wire.connect(directory / CONTROL_NAME, 5.0) as connection:
                 return wire.receive(connection, 5.0)
-        except OSError as error:
-            raise DeviceError(f"device {device_id}: its server does not answer: {error.strerror}") from error
+        except (OSError, DeviceError) as error:
+            raise DeviceError(f"device {device_id}: its server does not answer: {error}") from error
 
     def last_error(self, device_id: str) -> str:
         """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.

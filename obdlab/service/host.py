@@ -85,13 +85,15 @@ class Host:
                     raise DeviceError(f"{path}: another device host has the lock but does not answer") from None
                 time.sleep(0.02)
         self._lock = lock
+        me = Process.of(os.getpid())
+        (self._run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))
         self._listener = wire.listen(path)
         return True
 
     def run(self) -> None:
         """Serve requests until told to shut down."""
         assert self._listener is not None, "bind first"
-        _settle_in(self._run)
+        _settle_in()
         if self._opener is open_configured:
             _warm_up()
         while True:
@@ -252,7 +254,7 @@ def _follow(reader: int, deadline: float) -> dict[str, Any]:
             stage = message["stage"]
 
 
-def _settle_in(run: RunDir) -> None:
+def _settle_in() -> None:
     signal.signal(signal.SIGCHLD, _reap)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _leave(0))
@@ -261,8 +263,6 @@ def _settle_in(run: RunDir) -> None:
         abi.prctl(abi.PR_SET_CHILD_SUBREAPER, 1)
     except OSError as error:
         log.info("no subreaper: %s", error)
-    me = Process.of(os.getpid())
-    (run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))
 
 
 def _warm_up() -> None:

@@ -44,8 +44,8 @@ class Process:
             text = Path(f"/proc/{pid}/stat").read_bytes()
         except OSError:
             return None
-        fields = text.rpartition(b") ")[2].split()  # the name before may hold anything, blanks included
-        return None if fields[0] in (b"Z", b"X") else cls(pid, int(fields[19]))
+        state, start_time = _state_and_start(text)
+        return None if state in (b"Z", b"X") else cls(pid, start_time)
 
     @property
     def alive(self) -> bool:
@@ -59,7 +59,8 @@ class Process:
         except OSError:  # gone
             return
         try:
-            if not self.alive or select.select([pidfd], [], [], timeout_s)[0]:
+            # Not "alive": the threads of a killed process may outlive its first one, which is a zombie then.
+            if not self._is_there() or select.select([pidfd], [], [], timeout_s)[0]:
                 return
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if not select.select([pidfd], [], [], 5.0)[0]:
@@ -68,6 +69,18 @@ class Process:
             return
         finally:
             os.close(pidfd)
+
+    def _is_there(self) -> bool:
+        try:
+            return _state_and_start(Path(f"/proc/{self.pid}/stat").read_bytes())[1] == self.start_time
+        except OSError:
+            return False
+
+
+# Of /proc/PID/stat. The process's name comes before and may hold anything, blanks and parentheses included.
+def _state_and_start(text: bytes) -> tuple[bytes, int]:
+    fields = text.rpartition(b") ")[2].split()
+    return fields[0], int(fields[19])
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,5 +214,6 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
     record = DeviceRecord.load(directory)
     fuse_loop.take_down(directory, timeout_s=timeout_s, force=force)
     if record is not None:
-        record.process.end(timeout_s)
+        # By force the device may have vanished under its users, and then its server never sees the end of it.
+        record.process.end(min(timeout_s, 2.0) if force else timeout_s)
     shutil.rmtree(directory, ignore_errors=True)

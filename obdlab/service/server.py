@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi
 from obdlab.devices.fuse_loop import FuseLoopDevice
-from obdlab.errors import ObdlabError
+from obdlab.errors import DeviceError, ObdlabError
 from obdlab.service import wire
 from obdlab.service.rundir import Process
 
@@ -51,6 +51,8 @@ def serve(open_blob: Callable[[], Blob], directory: Path, report: Callable[[dict
         report({"stage": "opening the image"})
         blob = open_blob()
         report({"stage": "making the device"})
+        # From here on a SIGTERM waits until it can be answered in good order.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         device = FuseLoopDevice(blob, directory, name=device_id)
     except ObdlabError as error:
         report({"error": str(error)})
@@ -105,11 +107,17 @@ def _wait_for_end(device: Device, device_id: str) -> None:
             raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
-    try:
-        device.wait()
-    except _Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        device.stop()
+    while True:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            device.wait()
+            break
+        except _Terminated:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                device.stop()
+            except DeviceError as error:  # somebody has it open after all
+                log.warning("%s: not stopped: %s", device_id, error)
     log.info("%s: device gone, server ends", device_id)
 
 

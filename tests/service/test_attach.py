@@ -1,0 +1,401 @@
+"""Attach and detach through a device host: the promises made to its clients, also when processes are killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obdlab.devices import loop, mount
+from obdlab.errors import DeviceError
+from obdlab.image.settings import Settings
+from obdlab.service import wire
+from obdlab.service.cleanup import clean_up
+from obdlab.service.client import DeviceService
+from obdlab.service.rundir import DeviceRecord, Process
+from tests.devices.contract import MIB, read_direct
+from tests.service.hosting import content_of
+
+pytestmark = pytest.mark.kernel
+
+
+@dataclass
+class Bed:
+    run_dir: Path
+    service: DeviceService
+    host: subprocess.Popen[str]
+
+    def config(self, name: str, **what: Any) -> Path:
+        path = self.run_dir.parent / f"{name}.json"
+        path.write_text(json.dumps(what))
+        return path
+
+    # Its servers keep its standard output open, so the end of that is not waited for.
+    def kill_host(self) -> None:
+        self.host.kill()
+        self.host.wait(20)
+        assert self.host.stdout is not None
+        self.host.stdout.close()
+
+    def leftovers(self) -> list[str]:
+        """Mounts and loop devices of this run directory."""
+        found = [str(entry.mountpoint) for entry in mount.mounts() if self.run_dir in entry.mountpoint.parents]
+        loops = (Path("/dev") / directory.name for directory in Path("/sys/block").glob("loop*"))
+        return found + [str(each) for each in loops if loop.backing_file(each).startswith(str(self.run_dir))]
+
+
+def start_host(run_dir: Path) -> subprocess.Popen[str]:
+    with (run_dir.parent / "host.stderr").open("a") as log:
+        host = subprocess.Popen(
+            [sys.executable, "-m", "tests.service.hosting", str(run_dir)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+    assert host.stdout is not None
+    assert host.stdout.readline() == "True\n"
+    return host
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[Bed]:
+    run_dir = tmp_path.resolve() / "run"
+    host = start_host(run_dir)
+    made = Bed(run_dir, DeviceService(run_dir, Settings()), host)
+    try:
+        yield made
+    finally:
+        clean_up(made.service, force=True)
+        made.kill_host()
+    assert made.leftovers() == []
+    assert list(run_dir.iterdir()) == []
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.01)
+
+
+def test_attach_read_detach(bed: Bed) -> None:
+    config = bed.config("a", size=3 * MIB, seed=1)
+    device = bed.service.attach(config, "dev-1")
+    assert (device.device_id, device.size, device.read_only) == ("dev-1", 3 * MIB, True)
+    assert (device.config, device.kind, device.alive) == (config, "fuse+loop", True)
+    assert device.path.read_bytes() == content_of({"size": 3 * MIB, "seed": 1})
+    assert bed.service.list() == [device]
+    counters = bed.service.statistics("dev-1")
+    assert counters["read_bytes"] >= 3 * MIB
+    assert counters["errors"] == 0
+    server = Process.of(device.pid)
+    assert server is not None
+    assert bed.service.detach("dev-1")
+    assert not server.alive
+    assert not bed.service.detach("dev-1")
+    assert bed.service.list() == []
+    assert bed.leftovers() == []
+    with pytest.raises(DeviceError, match="dev-1: its server does not answer"):
+        bed.service.statistics("dev-1")
+
+
+def test_attach_again_finds_the_same_device(bed: Bed) -> None:
+    config = bed.config("a")
+    first = bed.service.attach(config)
+    assert bed.service.attach(config) == first
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: bed.service.attach(config), range(16))) == {first}
+
+
+def test_many_at_the_same_time(bed: Bed) -> None:
+    configs = [bed.config(str(number), seed=number) for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        devices = list(pool.map(bed.service.attach, configs))
+    assert len({device.path for device in devices}) == 12
+    for number, device in enumerate(devices):
+        assert device.path.read_bytes() == content_of({"seed": number})
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(lambda device: bed.service.detach(device.device_id), devices))
+    assert bed.leftovers() == []
+
+
+def test_an_id_belongs_to_one_config(bed: Bed) -> None:
+    config = bed.config("a")
+    bed.service.attach(config, "one")
+    with pytest.raises(DeviceError, match=r"one: already attached for .*a\.json \(wanted .*b\.json\)"):
+        bed.service.attach(bed.config("b"), "one")
+    bed.config("a", seed=9)
+    with pytest.raises(DeviceError, match=r"a\.json has changed since"):
+        bed.service.attach(config, "one")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"fail": "lower 2 sha256:ab: registry answered 404"}, "lower 2 sha256:ab: registry answered 404"),
+        ({"bug": True}, "KeyError: 'a bug'"),
+        ({"die": True}, "ended unexpectedly while opening the image"),
+        ({"size": 1000}, "512-byte sectors"),
+    ],
+)
+def test_a_failed_attach_tells_why_and_leaves_nothing(bed: Bed, what: dict[str, Any], message: str) -> None:
+    config = bed.config("bad", **what)
+    with pytest.raises(DeviceError) as caught:
+        bed.service.attach(config, "bad")
+    assert message in str(caught.value)
+    assert str(config) in str(caught.value)
+    assert bed.leftovers() == []
+    assert bed.service.list() == []
+    assert list((bed.run_dir / "devices").iterdir()) == []
+    bed.config("bad")
+    assert bed.service.attach(config, "bad").size == MIB
+
+
+def test_an_attach_that_takes_too_long_is_given_up(bed: Bed) -> None:
+    config = bed.config("slow", sleep_s=60)
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"gave up at the deadline of the attach, while opening the image"):
+        bed.service.attach(config, "slow", timeout_s=0.5)
+    assert time.monotonic() - started < 20
+    assert bed.leftovers() == []
+    assert list((bed.run_dir / "devices").iterdir()) == []
+
+
+def test_a_slow_attach_does_not_hold_up_others(bed: Bed) -> None:
+    slow, quick = bed.config("slow", sleep_s=30), bed.config("quick")
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(bed.service.attach, slow, "slow", timeout_s=3)
+        assert bed.service.attach(quick, "quick").size == MIB
+        assert not future.done()
+        with pytest.raises(DeviceError):
+            future.result(30)
+
+
+@pytest.mark.parametrize("device_id", ["", "..", "a/b", ".hidden", "x" * 129, "a\n", "ü"])
+def test_device_ids_are_plain_names(bed: Bed, device_id: str) -> None:
+    with pytest.raises(DeviceError, match="device id"):
+        bed.service.detach(device_id)
+
+
+def test_config_that_is_not_there(bed: Bed) -> None:
+    with pytest.raises(DeviceError, match=r"nowhere\.json: cannot read the image's config: No such file"):
+        bed.service.attach(bed.run_dir / "nowhere.json")
+
+
+def test_detach_is_refused_while_mounted(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("rw", writable=True, size=16 * MIB), "rw")
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True, capture_output=True)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    bed.service.mount(device, target, read_only=False)
+    try:
+        with pytest.raises(DeviceError, match=rf"{device.path}: still in use \(mounted on {target}\)"):
+            bed.service.detach("rw")
+        (target / "file").write_bytes(b"still works")
+        os.kill(device.pid, signal.SIGTERM)
+        os.kill(device.pid, signal.SIGINT)
+        (target / "more").write_bytes(b"also after signals")
+        os.sync()
+    finally:
+        mount.unmount(target)
+    assert bed.service.detach("rw")
+
+
+def test_sigterm_stops_an_unused_device(bed: Bed) -> None:
+    device = bed.service.attach(bed.config("a"), "a")
+    os.kill(device.pid, signal.SIGTERM)
+    until(lambda: Process.of(device.pid) is None)
+    assert bed.leftovers() == []
+    assert bed.service.list() == []
+    assert bed.service.attach(bed.config("a"), "a").pid != device.pid
+
+
+def test_mount_failure_tells_the_servers_cause(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("t", trouble_at=0), "t")
+    with pytest.raises(DeviceError, match=r"superblock.*registry answered 500"):
+        bed.service.mount(device, tmp_path)
+    assert "registry answered 500" in bed.service.last_error("t")
+    assert bed.service.statistics("t")["errors"] > 0
+
+
+CLIENT = """
+import sys, time
+from pathlib import Path
+from obdlab.image.settings import Settings
+from obdlab.service.client import DeviceService
+print(DeviceService(Path(sys.argv[1]), Settings()).attach(Path(sys.argv[2]), "x").path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_killing_client_and_host_leaves_io_alive(bed: Bed) -> None:
+    config = bed.config("a", seed=4)
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(bed.run_dir), str(config)], stdout=subprocess.PIPE, text=True
+    )
+    assert client.stdout is not None
+    path = Path(client.stdout.readline().strip())
+    client.kill()
+    client.communicate(timeout=20)
+    content = content_of({"seed": 4})
+    assert read_direct(path, 0, MIB) == content
+    bed.kill_host()
+    assert read_direct(path, 0, MIB) == content
+    bed.host = start_host(bed.run_dir)
+    device = bed.service.attach(config, "x")
+    assert device.path == path
+    assert bed.service.detach("x")
+
+
+def test_a_client_killed_in_the_middle_of_an_attach(bed: Bed) -> None:
+    config = bed.config("a", sleep_s=1)
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, str(bed.run_dir), str(config)], stdout=subprocess.PIPE)
+    until((bed.run_dir / "devices" / "x").exists)
+    client.kill()
+    client.communicate(timeout=20)
+    assert bed.service.attach(config, "x").size == MIB
+
+
+def test_a_killed_server_gives_eio_and_is_replaced(bed: Bed) -> None:
+    config = bed.config("a", seed=5)
+    device = bed.service.attach(config, "a")
+    os.kill(device.pid, signal.SIGKILL)
+    until(lambda: Process.of(device.pid) is None)
+    with pytest.raises(OSError) as caught:
+        read_direct(device.path, 0, 4096)
+    assert caught.value.errno == errno.EIO
+    again = bed.service.attach(config, "a")
+    assert again.pid != device.pid
+    assert read_direct(again.path, 0, MIB) == content_of({"seed": 5})
+
+
+def test_a_killed_server_is_swept_by_list(bed: Bed) -> None:
+    device = bed.service.attach(bed.config("a"), "a")
+    os.kill(device.pid, signal.SIGKILL)
+    until(lambda: Process.of(device.pid) is None)
+    assert bed.service.list() == []
+    assert bed.leftovers() == []
+
+
+def test_a_loop_device_taken_away_is_replaced(bed: Bed) -> None:
+    config = bed.config("a", seed=6)
+    device = bed.service.attach(config, "a")
+    loop.detach(device.path)
+    again = bed.service.attach(config, "a")
+    assert again.path.read_bytes() == content_of({"seed": 6})
+    assert Process.of(device.pid) is None
+
+
+def test_cleanup_after_everything_was_killed(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("rw", writable=True, size=16 * MIB), "rw")
+    bed.service.attach(bed.config("other"), "other")
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True, capture_output=True)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    bed.service.mount(device, target)
+    bed.kill_host()
+    os.kill(device.pid, signal.SIGKILL)
+    until(lambda: Process.of(device.pid) is None)
+    (dead,) = [each for each in bed.service.list() if not each.alive]
+    assert dead.device_id == "rw"
+    report = clean_up(bed.service)
+    assert report.in_use == []
+    assert f"mount {target}" in report.removed
+    assert bed.leftovers() == []
+    assert not mount.is_mounted(target)
+    assert clean_up(bed.service).removed == []
+
+
+def test_cleanup_leaves_and_names_what_is_in_use(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("rw", writable=True, size=16 * MIB), "rw")
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True, capture_output=True)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    bed.service.mount(device, target)
+    fd = os.open(target, os.O_RDONLY)
+    try:
+        report = clean_up(bed.service)
+        assert any(f"process {os.getpid()}" in line for line in report.in_use)
+        assert mount.is_mounted(target)
+        assert (target / "lost+found").is_dir()
+        report = clean_up(bed.service, force=True)
+        assert f"mount {target}" in report.removed
+        assert not mount.is_mounted(target)
+    finally:
+        os.close(fd)
+    until(lambda: bed.leftovers() == [])
+
+
+def test_cleanup_of_a_directory_that_never_was(tmp_path: Path) -> None:
+    report = clean_up(DeviceService(tmp_path / "none", Settings()))
+    assert (report.removed, report.in_use) == ([], [])
+
+
+def test_shutdown(bed: Bed) -> None:
+    bed.service.attach(bed.config("a"), "a")
+    bed.service.attach(bed.config("b"), "b")
+    bed.service.shutdown()
+    assert bed.leftovers() == []
+    assert bed.host.wait(20) == 0
+    assert not bed.service.stop_host()
+
+
+def test_a_record_that_is_garbage_is_no_device(bed: Bed) -> None:
+    device = bed.service.attach(bed.config("a"), "a")
+    directory = bed.run_dir / "devices" / "a"
+    for text in ("", "{", "[]", '{"pid": 1}'):
+        (directory / "disk.json").write_text(text)
+        assert DeviceRecord.load(directory) is None
+        assert bed.service.list() == []
+    assert bed.service.detach("a")
+    until(lambda: Process.of(device.pid) is None)
+
+
+def test_the_hosts_socket_is_for_its_owner_only(bed: Bed) -> None:
+    assert (bed.run_dir / "host.sock").stat().st_mode & 0o777 == 0o600
+    assert bed.run_dir.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\n", b"{}\n", b"[1]\n", b"nonsense\n", b'{"op": "attach"}\n', b'{"op": 5}\n', b'{"op": "attach"', b"\xff\n"],
+)
+def test_requests_that_are_none_are_answered_with_an_error(bed: Bed, line: bytes) -> None:
+    with wire.connect(bed.run_dir / "host.sock", 5.0) as connection:
+        connection.sendall(line)
+        connection.shutdown(1)
+        assert wire.receive(connection, 20.0)["error"]
+    assert bed.service.attach(bed.config("a")).size == MIB
+
+
+def test_a_second_host_leaves_the_first_alone(bed: Bed) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(bed.run_dir), "--detach"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (second.returncode, second.stderr) == (0, "")
+    assert bed.service.attach(bed.config("a")).size == MIB
+
+
+def test_statistics_of_a_dead_server(bed: Bed) -> None:
+    device = bed.service.attach(bed.config("a"), "a")
+    os.kill(device.pid, signal.SIGKILL)
+    until(lambda: Process.of(device.pid) is None)
+    with pytest.raises(DeviceError, match="device a: its server does not answer"):
+        bed.service.statistics("a")
+    assert "does not answer" in bed.service.last_error("a")
