@@ -1,0 +1,107 @@
+"""Layers as uncompressed tar bytes, whatever they are compressed with, without ever holding more than a few MiB."""
+
+from __future__ import annotations
+
+import zlib
+from typing import IO, TYPE_CHECKING, Protocol, cast
+
+import zstandard
+
+from obdlab.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# Zstandard skippable frames (RFC 8878 section 3.1.2): the first byte's low four bits are free.
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+_READ = 256 << 10
+_PIECE = 1 << 20
+
+
+class Readable(Protocol):
+    """Something read from start to end."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to ``size`` bytes, b"" at the end."""
+
+
+def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
+    """Yield the uncompressed bytes of a gzip, zstd or plain layer read from ``file``, told apart by their magic.
+
+    Pieces are at most 1 MiB, however well the layer compresses. Raises FormatError, naming ``blob`` and the offset
+    in it, for damaged or truncated compressed data.
+    """
+    head = _read_full(file, 4)
+    if head.startswith(_GZIP_MAGIC):
+        return _gunzip(file, head, blob)
+    if head == _ZSTD_MAGIC or (head[1:] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50):
+        return _unzstd(file, head, blob)
+    return _plain(file, head)
+
+
+def _plain(file: Readable, head: bytes) -> Iterator[bytes]:
+    while head:
+        yield head
+        head = file.read(_PIECE)
+
+
+def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
+    # Any number of gzip members, then perhaps zeros (RFC 1952, as gzip reads it).
+    consumed = 0
+    member = zlib.decompressobj(wbits=31)
+    while True:
+        try:
+            piece = member.decompress(data, _PIECE)
+        except zlib.error as error:
+            raise FormatError(f"damaged gzip data ({error})", blob=blob, offset=consumed) from error
+        if piece:
+            yield piece
+        if member.eof:
+            data = member.unused_data.lstrip(b"\0")
+            while not data:
+                more = file.read(_READ)
+                if not more:
+                    return
+                consumed += len(more)
+                data = more.lstrip(b"\0")
+            member = zlib.decompressobj(wbits=31)
+            continue
+        data = member.unconsumed_tail
+        if not data and len(piece) < _PIECE:
+            data = file.read(_READ)
+            if not data:
+                raise FormatError("gzip data ends early", blob=blob, offset=consumed)
+            consumed += len(data)
+
+
+def _unzstd(file: Readable, head: bytes, blob: str) -> Iterator[bytes]:
+    source = _Rejoined(file, head)  # all that the reader asks of a file is read()
+    reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", source), read_across_frames=True)
+    try:
+        while piece := reader.read(_PIECE):
+            yield piece
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise FormatError(f"damaged zstd data ({error})", blob=blob, offset=source.position) from error
+
+
+class _Rejoined:
+    # A file whose first bytes have been read already.
+    def __init__(self, file: Readable, head: bytes) -> None:
+        self._file = file
+        self._head = head
+        self.position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data, self._head = self._head, b""
+        data = data or self._file.read(size)
+        self.position += len(data)
+        return data
+
+
+def _read_full(file: Readable, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data

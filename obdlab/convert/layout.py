@@ -1,0 +1,220 @@
+"""OCI image layout directories: blobs by digest and an index with tags (OCI image layout specification)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self
+
+from obdlab.errors import CorruptBlobError, FormatError, SourceError
+from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+REF_NAME = "org.opencontainers.image.ref.name"
+_PREFIX = "oci:"
+_MARK = "oci-layout"
+_VERSION = {"imageLayoutVersion": "1.0.0"}
+_TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
+_COPY = 1 << 20
+
+
+class ImageLayout:
+    """One layout directory. Nothing in it is trusted: what is read is checked against its descriptor."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> Self:
+        """Open the layout at ``root``, making an empty one where there is none.
+
+        Raises SourceError if the directory holds something else or cannot be made.
+        """
+        layout = cls(root)
+        if (root / _MARK).exists():
+            return layout
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if any(root.iterdir()):
+                raise SourceError("directory is neither empty nor an OCI layout", blob=str(root))
+            (root / "blobs" / "sha256").mkdir(parents=True)
+            layout._replace(root / "index.json", Index(()).to_bytes())
+            layout._replace(root / _MARK, json.dumps(_VERSION).encode())
+        except OSError as error:
+            raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(root)) from error
+        return layout
+
+    def index(self) -> Index:
+        """Return index.json. Raises SourceError if it cannot be read, FormatError if it is malformed."""
+        path = self.root / "index.json"
+        try:
+            with path.open("rb") as file:
+                return Index.parse(file.read(MAX_MANIFEST_SIZE + 1), str(path))
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
+
+    def select(self, tag: str | None) -> tuple[Descriptor, ...]:
+        """Return the index entries that ``tag`` names, or the only image's if there is no tag. Raises FormatError."""
+        entries = self.index().manifests
+        names = {entry.annotations.get(REF_NAME, "") for entry in entries}
+        if tag is None:
+            if not entries or len(names) > 1:
+                raise self._unclear("names no single image without a tag", names, "oci:DIR:TAG")
+            return entries
+        chosen = tuple(e for e in entries if _is_named(e.annotations.get(REF_NAME, ""), tag))
+        if not chosen:
+            raise self._unclear("has no such tag", names, tag)
+        return chosen
+
+    def blob_path(self, digest: str) -> Path:
+        """Return where the blob lies. Raises FormatError if ``digest`` is none."""
+        return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
+
+    def open_blob(self, descriptor: Descriptor) -> VerifiedFile:
+        """Open a blob for reading once; size and digest are checked. Raises SourceError if it cannot be opened."""
+        return VerifiedFile(self.blob_path(descriptor.digest), descriptor)
+
+    def read_blob(self, descriptor: Descriptor, max_size: int) -> bytes:
+        """Return a whole blob of at most ``max_size`` bytes, checked."""
+        path = self.blob_path(descriptor.digest)
+        if descriptor.size > max_size:
+            raise FormatError("blob too large", blob=str(path), got=descriptor.size, wanted=f"at most {max_size}")
+        with self.open_blob(descriptor) as file:
+            return file.read()
+
+    def add_file(self, digest: str, source: Path) -> bool:
+        """Copy a file in as the blob ``digest``, which it is trusted to be; False if the layout had it already."""
+        target = self.blob_path(digest)
+        if target.exists():
+            return False
+        self._replace(target, source)
+        return True
+
+    def add_bytes(self, digest: str, data: bytes) -> None:
+        """Store a small blob."""
+        self._replace(self.blob_path(digest), data)
+
+    def set_tag(self, tag: str, descriptor: Descriptor) -> None:
+        """Have ``tag`` name ``descriptor`` and nothing else."""
+        kept = [e for e in self.index().manifests if e.annotations.get(REF_NAME) != tag]
+        named = Descriptor(
+            descriptor.media_type,
+            descriptor.digest,
+            descriptor.size,
+            annotations={**descriptor.annotations, REF_NAME: tag},
+            platform=descriptor.platform,
+        )
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [entry.to_json() for entry in (*kept, named)],
+        }
+        self._replace(self.root / "index.json", to_json(document))
+
+    def _replace(self, target: Path, content: bytes | Path) -> None:
+        # In one step: a reader finds the whole file or none.
+        descriptor, temporary = -1, ""
+        try:
+            descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                if isinstance(content, Path):
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, file, _COPY)
+                else:
+                    file.write(content)
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(temporary, target)
+        except BaseException as error:
+            if temporary:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise SourceError(f"cannot write it: {error.strerror}", blob=str(target)) from error
+            raise
+
+    def _unclear(self, what: str, names: set[str], wanted: str) -> FormatError:
+        got = ", ".join(sorted(filter(None, names))) or "no tags"
+        return FormatError(f"OCI layout {what}", blob=str(self.root), got=got, wanted=wanted)
+
+
+class VerifiedFile:
+    """A blob file read from start to end. Its last byte is only given out once size and digest are right.
+
+    Raises CorruptBlobError when they are not. ``position`` is how much has been read.
+    """
+
+    def __init__(self, path: Path, descriptor: Descriptor) -> None:
+        self.path = path
+        self.position = 0
+        self._left = descriptor.size
+        self._descriptor = descriptor
+        self._hash = hashlib.sha256()
+        try:
+            self._file: IO[bytes] = path.open("rb", buffering=0)
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
+        size = os.fstat(self._file.fileno()).st_size
+        if size != descriptor.size:
+            self._file.close()
+            raise CorruptBlobError("blob has a wrong size", blob=str(path), got=size, wanted=descriptor.size)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to ``size`` bytes, b"" at the end."""
+        if size < 0:
+            parts = []
+            while part := self.read(_COPY):
+                parts.append(part)
+            return b"".join(parts)
+        try:
+            data = self._file.read(min(size, self._left))
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=str(self.path)) from error
+        if not data and self._left and size:
+            raise CorruptBlobError("blob became shorter", blob=str(self.path), wanted=self._descriptor.size)
+        self._hash.update(data)
+        self.position += len(data)
+        self._left -= len(data)
+        if self._left == 0:
+            self._check()
+        return data
+
+    def _check(self) -> None:
+        digest = f"sha256:{self._hash.hexdigest()}"
+        if digest != self._descriptor.digest:
+            raise CorruptBlobError("wrong content", blob=str(self.path), got=digest, wanted=self._descriptor.digest)
+
+    def close(self) -> None:
+        """Close the file; what was not read is not checked."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def layout_of(text: str) -> tuple[Path, str | None] | None:
+    """Return the directory and tag if ``text`` names an OCI layout: ``oci:DIR[:TAG]``, or a directory that is one."""
+    if not text.startswith(_PREFIX):
+        return (Path(text), None) if (Path(text) / _MARK).is_file() else None
+    rest = text.removeprefix(_PREFIX)
+    directory, colon, tag = rest.rpartition(":")
+    if colon and _TAG.fullmatch(tag):
+        return Path(directory), tag
+    return Path(rest), None
+
+
+def _is_named(name: str, tag: str) -> bool:
+    # Some tools write the tag, others the whole reference.
+    return name == tag or name.endswith(":" + tag)
