@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
@@ -67,8 +67,3 @@ class Connection:
             yield
         except grpc.RpcError as error:
             raise from_rpc(error, f"containerd at {self.address}: {doing}") from error
-
-
-def timestamp_s(stamp: Any) -> float:
-    """Return a protobuf Timestamp as seconds since the epoch."""
-    return float(stamp.seconds) + float(stamp.nanos) / 1e9

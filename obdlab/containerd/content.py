@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -157,6 +158,9 @@ class ContentStore:
                 pb.WriteContentRequest(action=pb.COMMIT, offset=offset, total=size, expected=digest, labels=labels)
             )
             committed = True
+            requests.put(None)
+            with connection.errors(doing):
+                deque(answers, maxlen=0)  # to the end of the call, which frees the ref
         finally:
             requests.put(None)
             if not committed:

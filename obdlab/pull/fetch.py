@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: As many as containerd's own clients: more do not fill a line better, and registries limit them.
 PARALLEL_DOWNLOADS = 3
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 
 
 class Progress(Protocol):

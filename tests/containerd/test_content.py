@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.containerd._pb import content_pb2, content_pb2_grpc
+from obdlab.containerd.connection import Connection
 from obdlab.containerd.content import CHUNK
 from obdlab.containerd.errors import ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.formats.oci import digest_of
@@ -87,6 +89,22 @@ def test_error_of_source_passes_through_and_leaves_nothing(
     assert_no_ingest(containerd, containerd_host)
     # and the blob can be written afterwards
     containerd.content.write(digest_of(b"expected"), b"expected", KEEP)
+
+
+def test_what_a_dead_client_left_is_written_over(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    data = b"whole and right"
+    digest = digest_of(data)
+    connection = Connection.open(containerd_host.address, containerd.namespace, 30.0)
+    requests = [
+        content_pb2.WriteContentRequest(action=content_pb2.STAT, ref=f"obdlab-{digest}", total=len(data)),
+        content_pb2.WriteContentRequest(action=content_pb2.WRITE, data=b"half of some"),
+    ]
+    stub = content_pb2_grpc.ContentStub(connection.channel)
+    assert list(stub.Write(iter(requests), metadata=connection.metadata, timeout=30))[-1].offset == 12
+    connection.channel.close()
+    assert "obdlab-" in containerd_host.ctr("-n", containerd.namespace, "content", "active")
+    containerd.content.write(digest, data, KEEP)
+    assert containerd.content.read(digest) == data
 
 
 def test_second_writer_waits_for_first(containerd: Containerd) -> None:

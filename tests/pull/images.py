@@ -6,7 +6,7 @@ import gzip
 import io
 import tarfile
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from obdlab.registry.client import RegistryClient
+    from tests.registry.server import RegistryServer
 
 BUSYBOX = Path("/bin/busybox")
 #: Overlaybd layers made by the original tools.
@@ -82,15 +83,14 @@ def config_of(layers: list[Layer], platform: Platform | None = None) -> bytes:
 
 
 def push_image(
-    registry: RegistryClient, text: str, layers: list[Layer], *, config: bytes | None = None, skip: int | None = None
+    registry: RegistryClient, text: str, layers: list[Layer], *, config: bytes | None = None
 ) -> tuple[Reference, Manifest]:
-    """Push an image and return its reference and manifest. Layer number ``skip`` is not uploaded."""
+    """Push an image and return its reference and manifest."""
     reference = Reference.parse(text)
     repository = registry.repository(reference)
     config = config or config_of(layers)
-    for number, data in enumerate([*(item.data for item in layers), config]):
-        if number != skip:
-            _push_blob(registry, repository, data)
+    for data in [*(item.data for item in layers), config]:
+        registry.push_blob(repository, digest_of(data), len(data), partial(io.BytesIO, data))
     manifest = Manifest(
         Descriptor(OCI_CONFIG, digest_of(config), len(config)), tuple(item.descriptor for item in layers)
     )
@@ -110,5 +110,17 @@ def push_index(registry: RegistryClient, text: str, images: Mapping[Platform, Ma
     return reference, index
 
 
-def _push_blob(registry: RegistryClient, repository: object, data: bytes) -> None:
-    registry.push_blob(repository, digest_of(data), len(data), lambda: io.BytesIO(data))  # type: ignore[arg-type]
+def stored_blob(server: RegistryServer, digest: str) -> Path:
+    """Where the registry keeps a blob."""
+    algorithm, hexadecimal = digest.split(":")
+    path = server.storage / "docker/registry/v2/blobs" / algorithm / hexadecimal[:2] / hexadecimal / "data"
+    assert path.exists()
+    return path
+
+
+def lose_blob(server: RegistryServer, reference: Reference, digest: str) -> None:
+    """Make the registry lose a blob (it takes no manifest over blobs it never had)."""
+    algorithm, hexadecimal = digest.split(":")
+    repository = server.storage / "docker/registry/v2/repositories" / reference.repository
+    (repository / "_layers" / algorithm / hexadecimal / "link").unlink()
+    stored_blob(server, digest).unlink()

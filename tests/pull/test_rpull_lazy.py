@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from obdlab.containerd.client import Containerd
-from obdlab.containerd.errors import NotFoundError
+from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
+from obdlab.errors import SourceError
 from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
 from obdlab.pull.platforms import host_platform
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.pull.unpack import Outcome
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
-from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, push_image, shell_layer
+from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, lose_blob, push_image, shell_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,7 +111,7 @@ def test_stock_ctr_runs_lists_checks_and_removes(
     )
     assert str(reference) in host.ctr("images", "ls")
     checked = host.ctr("images", "check", "--snapshotter", NAME)
-    assert "incomplete (2/4)" in checked
+    assert "incomplete (1/3)" in checked
     assert checked.split()[-1] == "true"  # unpacked
     host.ctr("images", "usage", "--snapshotter", NAME, str(reference))
     host.ctr("images", "rm", "--sync", str(reference))
@@ -177,3 +179,35 @@ def test_overlaybd_image_in_overlayfs_is_fetched(
     assert containerd.snapshots("overlayfs").list() == []
     with pytest.raises(NotFoundError):
         containerd.images.get(str(reference))
+
+
+def test_missing_plain_layer_over_lazy_ones_leaves_nothing(
+    containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    layers = [*overlaybd_layers(), layer({"lost": b"lost"})]
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/lost", layers)
+    lose_blob(registry_server, reference, manifest.layers[2].digest)
+    with pytest.raises(SourceError, match=manifest.layers[2].digest):
+        pull(containerd, registry, reference)
+    # The fixture sees that no snapshot is left, neither active nor committed, in containerd and on disk.
+
+
+def test_snapshotter_that_is_gone(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/gone", overlaybd_layers())
+    host.snapshotter.stop()
+    try:
+        with pytest.raises(UnavailableError, match=NAME):
+            pull(containerd, registry, reference)
+    finally:
+        host.snapshotter.start()
+    deadline = time.monotonic() + 60
+    while True:  # containerd dials again with pauses
+        try:
+            assert pull(containerd, registry, reference).count(Outcome.LAZY) == 2
+        except UnavailableError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return

@@ -17,7 +17,7 @@ from obdlab.pull.rpull import rpull
 from obdlab.pull.unpack import Outcome
 from obdlab.registry.reference import Reference
 from tests.pull import images
-from tests.pull.images import Layer, layer, push_image, push_index, shell_layer
+from tests.pull.images import Layer, layer, lose_blob, push_image, push_index, shell_layer, stored_blob
 
 if TYPE_CHECKING:
     from obdlab.containerd.client import Containerd
@@ -155,9 +155,10 @@ def test_single_manifest_for_another_platform(
 def test_missing_layer_leaves_nothing(
     containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
 ) -> None:
-    layers = [layer({"m0": b"here"}), layer({"m1": b"never uploaded"})]
+    layers = [layer({"m0": b"here"}), layer({"m1": b"lost"})]
     name = f"{registry_server.host}/plain/missing"
-    reference, manifest = _push_with_lost_layer(registry, registry_server, name, layers)
+    reference, manifest = push_image(registry, name, layers)
+    lose_blob(registry_server, reference, manifest.layers[1].digest)
     with pytest.raises(SourceError, match="404") as failure:
         pull(containerd, registry, reference)
     assert manifest.layers[1].digest in str(failure.value)
@@ -169,7 +170,7 @@ def test_damaged_layer_leaves_nothing(
 ) -> None:
     layers = [layer({"d0": b"good"}), layer({"d1": b"bad"})]
     reference, manifest = push_image(registry, f"{registry_server.host}/plain/damaged", layers)
-    _stored(registry_server, manifest.layers[1].digest).write_bytes(bytes(manifest.layers[1].size))
+    stored_blob(registry_server, manifest.layers[1].digest).write_bytes(bytes(manifest.layers[1].size))
     with pytest.raises(CorruptBlobError, match=manifest.layers[1].digest):
         pull(containerd, registry, reference)
     assert_nothing_left(containerd)
@@ -265,23 +266,3 @@ def test_other_images_removal_takes_nothing(
     assert "got kept" in ran
     with pytest.raises(NotFoundError):
         containerd.images.get(str(drop))
-
-
-def _stored(server: RegistryServer, digest: str):  # type: ignore[no-untyped-def]
-    algorithm, hexadecimal = digest.split(":")
-    path = server.storage / "docker/registry/v2/blobs" / algorithm / hexadecimal[:2] / hexadecimal / "data"
-    assert path.exists()
-    return path
-
-
-def _push_with_lost_layer(  # type: ignore[no-untyped-def]
-    registry: RegistryClient, server: RegistryServer, name: str, layers: list[Layer]
-):
-    # The registry refuses a manifest over a blob it has not: it has to lose the blob afterwards.
-    pushed = push_image(registry, name, layers)
-    digest = layers[1].descriptor.digest
-    algorithm, hexadecimal = digest.split(":")
-    repository = server.storage / "docker/registry/v2/repositories" / name.partition("/")[2]
-    (repository / "_layers" / algorithm / hexadecimal / "link").unlink()
-    _stored(server, digest).unlink()
-    return pushed
