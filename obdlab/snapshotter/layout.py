@@ -116,8 +116,11 @@ class Layout:
             (directory / "image_ref").write_text(reference)
 
     def adopt(self, directory: Path, snapshot_id: int) -> None:
-        """Give a nameless directory its name."""
-        directory.rename(self.directory(snapshot_id))
+        """Give a nameless directory its name, taking it from the leftover of a transaction that failed."""
+        target = self.directory(snapshot_id)
+        if target.exists():
+            self.delete(target)
+        directory.rename(target)
 
     def delete(self, directory: Path) -> None:
         """Delete a directory. What cannot be deleted now is tried again by the next cleanup."""

@@ -46,6 +46,13 @@ def busybox() -> Path | None:
     return Path(found) if found else None
 
 
+def busybox_bytes() -> bytes:
+    """The program itself."""
+    path = busybox()
+    assert path is not None
+    return path.read_bytes()
+
+
 class LayerTar:
     """A layer being made."""
 
@@ -70,24 +77,25 @@ class LayerTar:
 
 def busybox_layers() -> list[bytes]:
     """Uncompressed layers, bottom first: files, then whiteouts, opaque directories, links and odd attributes."""
-    path = busybox()
-    assert path is not None
     base = LayerTar()
     for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "data", "data/old", "replaced"):
         base.directory(name, 0o1777 if name == "tmp" else 0o755)
-    base.add("bin/busybox", path.read_bytes(), mode=0o755)
+    base.add("bin/busybox", busybox_bytes(), mode=0o755)
     for applet in _APPLETS:
         base.add(f"bin/{applet}", kind=tarfile.SYMTYPE, linkname="busybox", mode=0o777)
     base.add("etc/passwd", b"root:x:0:0:root:/:/bin/sh\n")
     for name in ("data/deleted", "data/kept", "data/old/hidden", "replaced/file"):
         base.add(name, name.encode() * 100)
     second = LayerTar()
+    second.directory("data")  # else unpacking leaves it the time of day
     second.add("data/.wh.deleted")
     second.directory("data/old", 0o700, uid=7, gid=8)
     second.add("data/old/.wh..wh..opq")
     second.add("data/old/visible", b"new", uid=1000, gid=1000, mode=0o4755)
     second.add(".wh.replaced")
     third = LayerTar()
+    third.directory("data")
+    third.directory("dev")
     third.add("data/one", b"linked" * 1000, pax_headers={"SCHILY.xattr.user.note": "an attribute"})
     third.add("data/two", kind=tarfile.LNKTYPE, linkname="data/one")
     third.add("replaced", b"now a file")

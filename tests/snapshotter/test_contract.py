@@ -1,4 +1,4 @@
-"""The contract suite on the core, over a real socket, and on containerd's overlayfs snapshotter to prove the suite."""
+"""The contract suite: on the core, over a socket, and on containerd's overlayfs snapshotter to prove the suite."""
 
 from __future__ import annotations
 

@@ -2,60 +2,259 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.devices import mount
+from obdlab.errors import ObdlabError
+from obdlab.snapshotter.errors import FailedPreconditionError
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
-from tests.registry.server import RegistryServer, registry_server
+from tests.registry.server import RegistryServer, registry_server, running_registry
 from tests.snapshotter import imagefiles
+from tests.snapshotter.mounting import mounted
+from tests.snapshotter.wire import WireSnapshotter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["registry_server"]
 
 pytestmark = pytest.mark.containerd
 
-EXPECTED = Path(__file__).parents[1] / "golden" / "ext4" / "expected.m2.json"
+EXPECTED = Path(__file__).parents[1] / "golden" / "ext4"
+_DEADLINE_S = 20.0
 
 
-@pytest.fixture(scope="module")
-def image(registry_server: RegistryServer) -> str:
+def push_golden(server: RegistryServer, name: str, *, depth: int = 2, on_top: tuple[bytes, ...] = ()) -> str:
     layers, annotations = imagefiles.golden_layers()
-    return imagefiles.push(
-        registry_server.host, "snapshotter/golden", *imagefiles.image_documents(layers, annotations, compress=False)
-    )
+    layers, annotations = layers[:depth] + list(on_top), annotations[:depth] + [{} for _ in on_top]
+    documents = imagefiles.image_documents(layers, annotations, compress=False)
+    return imagefiles.push(server.host, f"snapshotter/{name}", *documents)
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObdlabHost]:
+@pytest.fixture
+def image(registry_server: RegistryServer) -> str:
+    return push_golden(registry_server, "golden")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[ObdlabHost]:
     capabilities.require("containerd")
     if imagefiles.busybox() is None:
         pytest.skip("busybox (busybox-static) is not installed")
-    with containerd_with_obdlab(tmp_path_factory.mktemp("host")) as running:
+    with containerd_with_obdlab(tmp_path / "host") as running:
         yield running
 
 
-def arguments(image: str, name: str, command: str, *options: str) -> tuple[str, ...]:
+@pytest.fixture
+def wire(host: ObdlabHost) -> Iterator[WireSnapshotter]:
+    client = WireSnapshotter(str(host.snapshotter.address))
+    yield client
+    client.close()
+
+
+def run(host: ObdlabHost, image: str, name: str, command: str, *options: str, check: bool = True) -> str:
     # The golden image holds odd files and no programs.
-    shell = f"type=bind,src={imagefiles.busybox()},dst=/busybox,options=rbind:ro"
-    return ("run", "--snapshotter", NAME, "--mount", shell, *options, image, name, "/busybox", "sh", "-c", command)
+    shell = ("--mount", f"type=bind,src={imagefiles.busybox()},dst=/busybox,options=rbind:ro")
+    arguments = ("run", "--snapshotter", NAME, *shell, *(options or ("--rm",)), image, name)
+    return host.ctr(*arguments, "/busybox", "sh", "-c", command, check=check)
 
 
-def run(host: ObdlabHost, image: str, name: str, command: str) -> str:
-    return host.ctr(*arguments(image, name, command, "--rm"))
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def top(wire: WireSnapshotter) -> str:
+    """The name of the image's top layer: the one nothing committed lies on."""
+    snapshots = wire.walk(["kind==committed"])
+    (name,) = {s.key for s in snapshots} - {s.parent for s in snapshots}
+    return name
+
+
+def device_mounts(host: ObdlabHost) -> list[Path]:
+    return [entry.mountpoint for entry in mount.mounts() if host.snapshotter.root in entry.mountpoint.parents]
+
+
+def assert_lists(root: Path, expected: Path) -> None:
+    for entry in json.loads(expected.read_text()):
+        path = root / entry["path"].lstrip("/")
+        status = path.lstat()
+        assert oct(status.st_mode) == entry["mode"], path
+        assert (status.st_uid, status.st_gid) == (entry["uid"], entry["gid"]), path
+        if "sha256" in entry:
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"], path
+        if stat.S_ISLNK(status.st_mode):
+            assert os.readlink(path) == entry["target"]
 
 
 def test_a_pulled_image_runs_lazily(host: ObdlabHost, image: str) -> None:
-    result = host.rpull(image)
-    assert result.layer_bytes == 0
-    output = run(
-        host,
-        image,
-        "lazy",
-        "/busybox find / -xdev -type f | /busybox wc -l; echo new > /written; /busybox cat /written",
+    assert host.rpull(image).layer_bytes == 0
+    assert host.snapshotter.devices.list() == []
+    command = "echo new > /written; /busybox cat /written; /busybox stat -c '%a %u' /"
+    assert run(host, image, "first", command).split() == ["new", "755", "0"]
+    # The second container shares the device and sees nothing of the first.
+    assert run(host, image, "second", "/busybox ls /written 2>&1 || true").count("No such file") == 1
+    assert len(host.snapshotter.devices.list()) == 1
+    assert len(device_mounts(host)) == 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_view_shows_the_image(
+    host: ObdlabHost, wire: WireSnapshotter, registry_server: RegistryServer, tmp_path: Path, depth: int
+) -> None:
+    host.rpull(push_golden(registry_server, f"depth{depth}", depth=depth))
+    (view,) = wire.view("look", top(wire), {})
+    assert (view.type, view.options) == ("bind", ("ro", "rbind"))
+    with mounted([view], tmp_path / "mnt") as root:
+        assert_lists(root, EXPECTED / f"expected.m{depth}.json")
+        with pytest.raises(OSError, match="Read-only"):
+            (root / "new").touch()
+
+
+def test_removing_the_image_takes_its_device_away(host: ObdlabHost, image: str) -> None:
+    host.rpull(image)
+    run(host, image, "once", "true")
+    host.ctr("images", "rm", "--sync", image)
+    wait_for(lambda: host.snapshotter.devices.list() == [])
+    assert device_mounts(host) == []
+    wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+
+
+def test_containers_outlive_a_killed_snapshotter(host: ObdlabHost, image: str, tmp_path: Path) -> None:
+    host.rpull(image)
+    # Reads from the image each time it is told to.
+    (tmp_path / "work").mkdir()
+    loop = "for i in 1 2 3 4 5 6; do while [ ! -e /work/go$i ]; do /busybox usleep 10000; done; "
+    loop += "/busybox sha256sum /big | /busybox cut -c-64 > /work/new; /busybox mv /work/new /work/sum$i; done"
+    share = ("--mount", f"type=bind,src={tmp_path}/work,dst=/work,options=rbind:rw")
+    run(host, image, "survivor", loop, "-d", *share)
+    expected = next(e for e in json.loads((EXPECTED / "expected.m2.json").read_text()) if e["path"] == "big")
+
+    def reads(number: int) -> bool:
+        (tmp_path / "work" / f"go{number}").touch()
+        result = tmp_path / "work" / f"sum{number}"
+        wait_for(result.exists)
+        return result.read_text().strip() == expected["sha256"]
+
+    assert host.snapshotter.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert reads(1)
+    host.snapshotter.devices.stop_host()
+    assert reads(2)
+    host.snapshotter.start()
+    assert reads(3)
+    assert run(host, image, "another", "/busybox cat /abs && echo ran").endswith("ran\n")
+    assert reads(4)
+    host.ctr("tasks", "kill", "-s", "KILL", "survivor")
+
+
+def test_a_dead_device_server_is_replaced(host: ObdlabHost, image: str) -> None:
+    host.rpull(image)
+    run(host, image, "loser", "/busybox sleep 1000", "-d")
+    (device,) = host.snapshotter.devices.list()
+    os.kill(device.pid, signal.SIGKILL)
+    wait_for(lambda: not os.path.exists(f"/proc/{device.pid}"))
+    output = run(host, image, "winner", "/busybox sha256sum /big && echo ran")
+    assert output.endswith("ran\n")
+    host.ctr("tasks", "kill", "-s", "KILL", "loser")
+    assert [found.alive for found in host.snapshotter.devices.list()] == [True]
+
+
+def test_devices_come_back_after_a_reboot(
+    host: ObdlabHost, wire: WireSnapshotter, image: str, tmp_path: Path
+) -> None:
+    host.rpull(image)
+    mounts = wire.prepare("container", top(wire), {})
+    host.snapshotter.stop()
+    for path in device_mounts(host):
+        mount.unmount(path)
+    host.snapshotter.devices.shutdown()
+    shutil.rmtree(host.snapshotter.run_dir)
+    host.snapshotter.start()
+    client = WireSnapshotter(str(host.snapshotter.address))
+    assert client.mounts("container") == mounts
+    with mounted(mounts, tmp_path / "mnt") as root:
+        (root / "new").touch()
+        assert (root / "abs").read_bytes()
+    client.close()
+
+
+def test_an_image_in_use_is_not_removed(host: ObdlabHost, wire: WireSnapshotter, image: str, tmp_path: Path) -> None:
+    host.rpull(image)
+    name = top(wire)
+    mounts = wire.prepare("container", name, {})
+    with pytest.raises(FailedPreconditionError, match="children"):
+        wire.remove(name)
+    with mounted(mounts, tmp_path / "mnt") as root:
+        wire.remove("container")
+        with pytest.raises(FailedPreconditionError, match="in use"):
+            wire.remove(name)
+        assert hashlib.sha256((root / "big").read_bytes()).hexdigest()
+    # It still serves.
+    with mounted(wire.view("look", name, {}), tmp_path / "mnt") as root:
+        assert_lists(root, EXPECTED / "expected.m2.json")
+    wire.remove("look")
+    wire.remove(name)
+    assert host.snapshotter.devices.list() == []
+
+
+def test_a_plain_layer_lies_on_an_overlaybd_image(host: ObdlabHost, registry_server: RegistryServer) -> None:
+    layer = imagefiles.LayerTar()
+    layer.add("busybox", imagefiles.busybox_bytes(), mode=0o755)
+    layer.add(".wh.abs")
+    image = push_golden(registry_server, "mixed", on_top=(layer.bytes(),))
+    assert host.rpull(image).layer_bytes > 0
+    output = host.ctr(
+        *("run", "--rm", "--snapshotter", NAME, image, "mixed", "/busybox", "sh", "-c"),
+        "/busybox ls /abs 2>&1; /busybox sha256sum /big",
     )
-    assert output.split()[1] == "new"
+    expected = next(e for e in json.loads((EXPECTED / "expected.m2.json").read_text()) if e["path"] == "big")
+    assert "No such file" in output
+    assert expected["sha256"] in output
+
+
+def test_a_failed_attach_tells_its_cause_and_leaves_nothing(host: ObdlabHost, tmp_path: Path) -> None:
+    with running_registry(tmp_path / "registry") as server:
+        image = push_golden(server, "broken")
+        host.rpull(image)
+        layers, _ = imagefiles.golden_layers()
+        digest = hashlib.sha256(layers[1]).hexdigest()
+        shutil.rmtree(next(server.storage.rglob(f"sha256/{digest[:2]}/{digest}")))
+        output = run(host, image, "never", "true", check=False)
+        assert digest in output
+        assert "404" in output
+    assert host.snapshotter.devices.list() == []
+    assert device_mounts(host) == []
+    assert host.ctr("snapshots", "--snapshotter", NAME, "ls").count("Active") == 0
+    host.ctr("images", "rm", "--sync", image)
+    wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+
+
+def test_containers_started_together_share_the_device(host: ObdlabHost, image: str) -> None:
+    host.rpull(image)
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda n: run(host, image, f"c{n}", f"echo {n}; /busybox cat /abs"), range(8)))
+    assert [output.split("\n")[0] for output in outputs] == [str(n) for n in range(8)]
+    assert len(host.snapshotter.devices.list()) == 1
+    assert len(device_mounts(host)) == 1
+
+
+def test_a_bad_image_is_refused_at_the_pull(host: ObdlabHost, registry_server: RegistryServer) -> None:
+    layers, annotations = imagefiles.golden_layers()
+    annotations[1]["containerd.io/snapshot/overlaybd/acceleration-layer"] = "yes"
+    documents = imagefiles.image_documents(layers, annotations, compress=False)
+    with pytest.raises(ObdlabError, match="acceleration layer"):
+        host.rpull(imagefiles.push(registry_server.host, "snapshotter/accelerated", *documents))

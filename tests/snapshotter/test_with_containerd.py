@@ -17,8 +17,10 @@ pytestmark = pytest.mark.containerd
 
 IMAGE = "example.test/busybox:latest"
 LISTING = (
-    "find / -xdev \\( -path /proc -o -path /sys -o -path /dev \\) -prune -o -print | sort | "
-    "xargs stat -c '%n %f %u %g %s %Y %N' 2>&1; find /data /bin /etc /replaced -type f | sort | xargs sha256sum"
+    "stat -c '%n %f %u %g' /; "
+    "find / -mindepth 1 -xdev \\( -path /proc -o -path /sys -o -path /dev -o -path /run \\) -prune -o -print | "
+    "sort | xargs stat -c '%n %f %u %g %s %Y %N' 2>&1; "
+    "find /data /bin /etc /replaced -type f | sort | xargs sha256sum"
 )
 
 

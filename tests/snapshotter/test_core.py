@@ -1,0 +1,308 @@
+"""What the core does beyond containerd's contract: pulls of overlaybd layers, leftovers, locks. No devices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from obdlab.formats import oci
+from obdlab.image.config import ImageConfig
+from obdlab.image.settings import Settings
+from obdlab.service.client import DeviceService
+from obdlab.snapshotter.core import Snapshotter
+from obdlab.snapshotter.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from obdlab.snapshotter.images import ImageDevices
+from obdlab.snapshotter.layout import Layout, RootError
+from obdlab.snapshotter.overlaybd import ImageOptions
+from obdlab.snapshotter.store import Kind, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DIGESTS = ["sha256:" + digit * 64 for digit in "123"]
+
+
+def open_snapshotter(directory: Path) -> Snapshotter:
+    layout = Layout(directory / "root")
+    try:
+        images = ImageDevices(layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache")))
+        return Snapshotter(layout, images, ImageOptions(plain_http_hosts=frozenset({"plain.test:5000"})))
+    except BaseException:
+        layout.close()
+        raise
+
+
+@pytest.fixture
+def snapshotter(tmp_path: Path) -> Iterator[Snapshotter]:
+    snapshotter = open_snapshotter(tmp_path)
+    yield snapshotter
+    snapshotter.close()
+
+
+def pull_labels(number: int = 0, image: str = "registry.test/a/b:tag", **more: str) -> dict[str, str]:
+    return {
+        "containerd.io/snapshot.ref": f"chain{number}",
+        "containerd.io/snapshot/image-ref": image,
+        oci.BLOB_DIGEST: DIGESTS[number],
+        oci.BLOB_SIZE: str(1000 + number),
+        **more,
+    }
+
+
+def pull(snapshotter: Snapshotter, number: int = 0, parent: str = "", **more: str) -> None:
+    with pytest.raises(AlreadyExistsError, match=f"chain{number}"):
+        snapshotter.prepare(f"extract-{number}", parent, pull_labels(number, **more))
+
+
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "root" / "snapshots"
+
+
+def test_a_pulled_layer_is_committed_at_once(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    pull(snapshotter)
+    snapshot = snapshotter.stat("chain0")
+    assert snapshot.kind is Kind.COMMITTED
+    assert snapshot.labels == pull_labels() | {"containerd.io/snapshot/remote": "remote snapshot"}
+    with pytest.raises(NotFoundError):
+        snapshotter.stat("extract-0")
+    # containerd finds it again with this filter.
+    found = snapshotter.walk(['labels."containerd.io/snapshot.ref"==chain0,parent==""'])
+    assert found == [snapshot]
+    assert (root(tmp_path) / "1" / "image_ref").read_text() == "registry.test/a/b:tag"
+
+
+def test_the_configuration_is_the_originals(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    pull(snapshotter)
+    pull(snapshotter, 1, "chain0")
+    path = root(tmp_path) / "2" / "block" / "config.v1.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert json.dumps(json.loads(path.read_bytes())) == json.dumps(
+        {
+            "repoBlobUrl": "https://registry.test/v2/a/b/blobs",
+            "lowers": [
+                {"digest": DIGESTS[0], "size": 1000, "dir": f"{root(tmp_path)}/1/fs"},
+                {"digest": DIGESTS[1], "size": 1001, "dir": f"{root(tmp_path)}/2/fs"},
+            ],
+            "upper": {},
+            "resultFile": f"{root(tmp_path)}/2/block/init-debug.log",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "url"),
+    [
+        ("redis", "https://registry-1.docker.io/v2/library/redis/blobs"),
+        ("localhost:5000/x:1", "http://localhost:5000/v2/x/blobs"),
+        ("127.77.0.2/x@sha256:" + "0" * 64, "http://127.77.0.2/v2/x/blobs"),
+        ("plain.test:5000/a/b", "http://plain.test:5000/v2/a/b/blobs"),
+        ("plain.test/a/b", "https://plain.test/v2/a/b/blobs"),
+    ],
+)
+def test_where_blobs_come_from(snapshotter: Snapshotter, tmp_path: Path, image: str, url: str) -> None:
+    with pytest.raises(AlreadyExistsError):
+        snapshotter.prepare("key", "", pull_labels(image=image))
+    assert ImageConfig.load(root(tmp_path) / "1" / "block" / "config.v1.json").repo_blob_url == url
+
+
+def test_the_kubelets_reference_serves_too(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    labels = pull_labels() | {"containerd.io/snapshot/cri.image-ref": "registry.test/cri:1"}
+    del labels["containerd.io/snapshot/image-ref"]
+    with pytest.raises(AlreadyExistsError):
+        snapshotter.prepare("key", "", labels)
+    assert (root(tmp_path) / "1" / "image_ref").read_text() == "registry.test/cri:1"
+
+
+def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    pull(snapshotter)
+    pull(snapshotter)
+    assert [snapshot.key for snapshot in snapshotter.walk()] == ["chain0"]
+    assert [path.name for path in root(tmp_path).iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "text"),
+    [
+        ({oci.BLOB_SIZE: "ten"}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_SIZE: "-1"}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_SIZE: "٣"}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_SIZE: "9" * 40}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_DIGEST: "sha256:../../etc"}, InvalidArgumentError, "blob-digest"),
+        ({"containerd.io/snapshot/image-ref": ""}, InvalidArgumentError, "image-ref"),
+        ({"containerd.io/snapshot/image-ref": "NOT a ref"}, InvalidArgumentError, "image-ref"),
+        ({oci.ACCELERATION_LAYER: "yes"}, FailedPreconditionError, "acceleration"),
+        ({oci.TURBO_TARGET_DIGEST: DIGESTS[1]}, FailedPreconditionError, "turboOCI"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    snapshotter: Snapshotter, tmp_path: Path, labels: dict[str, str], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        snapshotter.prepare("key", "", pull_labels() | labels)
+    assert snapshotter.walk() == []
+    assert list(root(tmp_path).iterdir()) == []
+
+
+def test_an_overlaybd_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    snapshotter.prepare("key", "", {})
+    snapshotter.commit("plain", "key", {})
+    with pytest.raises(FailedPreconditionError, match="plain"):
+        snapshotter.prepare("extract", "plain", pull_labels())
+    assert [path.name for path in root(tmp_path).iterdir()] == ["1"]
+    # The next snapshot is not in its way.
+    pull(snapshotter)
+
+
+def test_a_plain_layer_of_a_pull_is_unpacked(snapshotter: Snapshotter) -> None:
+    (mount,) = snapshotter.prepare("extract", "", {"containerd.io/snapshot.ref": "chain"})
+    assert (mount.type, mount.options) == ("bind", ("rw", "rbind"))
+
+
+def test_removed_files_are_gone_at_once(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    snapshotter.prepare("key", "", {})
+    (root(tmp_path) / "1" / "fs" / "file").write_text("x")
+    snapshotter.remove("key")
+    assert list(root(tmp_path).iterdir()) == []
+
+
+def test_leftovers_go_and_snapshots_stay(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    snapshotter.prepare("key", "", {})
+    for name in ("new-abc", "77", "strange"):
+        (root(tmp_path) / name / "fs").mkdir(parents=True)
+    snapshotter.cleanup()
+    assert [path.name for path in root(tmp_path).iterdir()] == ["1"]
+    (root(tmp_path) / "2" / "fs").mkdir(parents=True)
+    snapshotter.prepare("next", "", {})  # gets the number of the leftover
+    snapshotter.close()
+    (root(tmp_path) / "new-abc").mkdir()
+    again = open_snapshotter(tmp_path)
+    assert sorted(path.name for path in root(tmp_path).iterdir()) == ["1", "2"]
+    assert {snapshot.key for snapshot in again.walk()} == {"key", "next"}
+    again.close()
+
+
+def test_a_root_has_one_snapshotter(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    with pytest.raises(RootError, match="another snapshotter"):
+        open_snapshotter(tmp_path)
+    snapshotter.close()
+    snapshotter.close()
+    open_snapshotter(tmp_path).close()
+
+
+def test_bad_roots_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RootError, match="file"):
+        Layout(tmp_path / "file")
+    with pytest.raises(RootError, match="overlay"):
+        Layout(tmp_path / "a:b")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "metadata.sqlite").write_bytes(b"x" * 5000)
+    with pytest.raises(StoreError, match="metadata"):
+        open_snapshotter(tmp_path)
+
+
+# Every call below is a step at which a kill -9 leaves something half done.
+STEPS = ["os.mkdir", "os.chmod", "os.rename", "os.replace", "os.rmdir", "os.unlink", "COMMIT", "after COMMIT"]
+KILLED = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from tests.snapshotter.test_core import open_snapshotter, pull_labels
+    import obdlab.snapshotter.store as store
+
+    step, count, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    snapshotter = open_snapshotter(directory)
+
+    def killing(function, when_after=False):
+        def wrapped(*args, **kwargs):
+            global count
+            count -= 1
+            if count == 0 and not when_after:
+                os.kill(os.getpid(), 9)
+            result = function(*args, **kwargs)
+            if count == 0:
+                os.kill(os.getpid(), 9)
+            return result
+        return wrapped
+
+    class Connection:
+        def __init__(self, real):
+            self.real = real
+            self.commit = killing(real.execute, when_after=step == "after COMMIT")
+        def execute(self, text, *rest):
+            return (self.commit if text == "COMMIT" else self.real.execute)(text, *rest)
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    if "COMMIT" in step:
+        snapshotter._store._writer = Connection(snapshotter._store._writer)
+    else:
+        name = step.removeprefix("os.")
+        setattr(os, name, killing(getattr(os, name)))
+    snapshotter.prepare("new", "base", {})
+    snapshotter.commit("committed", "new", {})
+    try:
+        snapshotter.prepare("extract", "", pull_labels(1))
+    except store.AlreadyExistsError:
+        pass
+    snapshotter.remove("committed")
+    snapshotter.remove("chain1")
+    snapshotter.remove("old")
+""")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_kill_at_every_step_leaves_a_consistent_root(tmp_path: Path, step: str) -> None:
+    snapshotter = open_snapshotter(tmp_path)
+    for key, name in (("key", "base"), ("key", "old")):
+        snapshotter.prepare(key, "", {})
+        snapshotter.commit(name, key, {})
+    snapshotter.close()
+    kills = 0
+    for count in range(1, 40):
+        trial = tmp_path / "trial"
+        shutil.copytree(tmp_path / "root", trial / "root")
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, step, str(count), str(trial)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        check_consistent(trial)
+        shutil.rmtree(trial)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+    assert 1 <= kills < 39
+
+
+def check_consistent(directory: Path) -> None:
+    snapshotter = open_snapshotter(directory)
+    snapshots = snapshotter.walk()
+    keys = {snapshot.key for snapshot in snapshots}
+    assert "base" in keys
+    assert keys <= {"base", "old", "new", "committed", "chain1"}
+    assert not {"new", "committed"} <= keys
+    directories = {path.name for path in root(directory).iterdir()}
+    assert directories == {str(snapshot.id) for snapshot in snapshots}
+    for snapshot in snapshots:
+        assert (root(directory) / str(snapshot.id) / "fs").is_dir()
+        if snapshot.key == "chain1":
+            ImageConfig.load(root(directory) / str(snapshot.id) / "block" / "config.v1.json")
+    snapshotter.prepare("works", "base", {})
+    snapshotter.close()
