@@ -117,6 +117,17 @@ class OwnContainerd:
         return self.state / "containerd.sock"
 
     @property
+    def snapshotters(self) -> tuple[str, ...]:
+        """Names of the snapshotters that experiments use."""
+        return tuple(self.layer_directories)
+
+    @property
+    def layer_directories(self) -> dict[str, Path]:
+        """Where each snapshotter keeps the data of layers on disk."""
+        snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
+        return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir}
+
+    @property
     def ctr(self) -> tuple[str, ...]:
         """Words that begin a ``ctr`` command for this containerd and namespace."""
         return ("ctr", "--address", str(self.address), "--namespace", NAMESPACE)
@@ -159,13 +170,7 @@ class OwnContainerd:
         try:
             assert child.stdout is not None
             ready_s = wait_for_line(child.stdout.fileno(), probe, f"{reference} on {snapshotter}")
-            stamps = [
-                self._events.wait_for(topic, key, name).time_s
-                for topic, key in (
-                    ("/containers/create", "id"),
-                    *((f"/tasks/{verb}", "container_id") for verb in _VERBS),
-                )
-            ]
+            stamps = [self._events.wait_for(topic, key, name).time_s for topic, key in _STAGES]
         except BaseException:
             container.remove()
             raise
@@ -183,7 +188,7 @@ class OwnContainerd:
     def leftovers(self, client: Containerd) -> list[str]:
         """Return snapshots and content that are there, as words for people."""
         found = [f"content {info.digest}" for info in client.content.list()]
-        for snapshotter in ("overlayfs", LAZY_SNAPSHOTTER):
+        for snapshotter in self.snapshotters:
             found += [f"{snapshotter} snapshot {info.name}" for info in client.snapshots(snapshotter).list()]
         return found
 

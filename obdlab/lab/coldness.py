@@ -1,0 +1,116 @@
+"""Cold and warm, made and proved.
+
+Cold: no image, snapshot, content, device or cached block of the experiment is on this host, and the page cache was
+dropped. What is *not* meant to be measured is then read back into the page cache: the registry's blobs (its disk
+stands for a remote one) and the programs that start containers (the host is no newly booted one).
+Warm: the image has been run on this host, and its files or blocks are in the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import ObdlabError
+from obdlab.lab.process import LabError, run, wait_until
+from obdlab.lab.residency import resident_below
+
+if TYPE_CHECKING:
+    from obdlab.lab.containerd import OwnContainerd
+    from obdlab.lab.registry import RegistryHost, Traffic
+
+_PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc")
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
+
+class NotColdError(LabError):
+    """Something of an earlier start is still on this host: a start now would not be a cold one."""
+
+
+class NotWarmError(LabError):
+    """A start that was to be warm needed the registry, or found nothing in memory."""
+
+
+def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
+    """Take away what earlier starts left, and return the evidence of :func:`prove_cold`.
+
+    Drops the page cache of the whole machine. Raises NotColdError if something stays.
+    """
+    with closing(host.client()) as client:
+        for image in client.images.list():
+            host.remove_image(image.name)
+    for device in host.devices.list():
+        with suppress(ObdlabError):  # what stays is told by the proof
+            host.devices.detach(device.device_id)
+    with suppress(LabError):
+        wait_until(lambda: not host.devices.list(), "end of device servers", 10.0, 0.02)
+    empty_directory(host.cache_dir)
+    drop_page_cache()
+    registry.preload()
+    preload_programs()
+    return prove_cold(host)
+
+
+def prove_cold(host: OwnContainerd) -> dict[str, Any]:
+    """Return what is left of earlier starts, every number 0. Raises NotColdError naming what is not."""
+    with closing(host.client()) as client:
+        content = len(client.content.list())
+        images = len(client.images.list())
+        snapshots = {name: len(client.snapshots(name).list()) for name in host.snapshotters}
+    resident, stored = resident_below([*host.layer_directories.values()])
+    evidence = {
+        "images": images,
+        "content_blobs": content,
+        "snapshots": sum(snapshots.values()),
+        "devices": len(host.devices.list()),
+        "containers": len(run([*host.ctr, "containers", "list", "-q"]).split()),
+        "stored_bytes": stored,
+        "resident_bytes": resident,
+    }
+    left = {key: value for key, value in evidence.items() if value}
+    if left:
+        raise NotColdError(f"not cold: {', '.join(f'{value} {key}' for key, value in left.items())} (wanted none)")
+    return evidence
+
+
+def prove_warm(host: OwnContainerd, snapshotter: str, traffic: Traffic) -> dict[str, Any]:
+    """Return the evidence that a start was warm: no request to the registry, layers in the page cache.
+
+    ``traffic`` is what the registry served during the start. Raises NotWarmError.
+    """
+    resident, stored = resident_below([host.layer_directories[snapshotter]])
+    evidence = {"requests": traffic.requests, "stored_bytes": stored, "resident_bytes": resident}
+    if traffic.requests:
+        raise NotWarmError(f"not warm: the registry was asked {traffic.requests} times (wanted none)")
+    if not resident:
+        raise NotWarmError(f"not warm: nothing of {host.layer_directories[snapshotter]} is in the page cache")
+    return evidence
+
+
+def drop_page_cache() -> None:
+    """Write dirty pages back, then drop page cache, dentries and inodes of the whole machine. Raises LabError."""
+    os.sync()
+    try:
+        _DROP_CACHES.write_text("3\n")
+    except OSError as error:
+        raise LabError(f"{_DROP_CACHES}: {error} (wanted to drop the page cache)") from error
+
+
+def preload_programs() -> None:
+    """Read the programs that start containers into the page cache."""
+    for name in _PROGRAMS:
+        path = shutil.which(name)
+        if path is not None:
+            Path(path).read_bytes()
+
+
+def empty_directory(directory: Path) -> None:
+    """Delete everything in a directory, not the directory."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
