@@ -19,13 +19,13 @@ from obdlab.layers.upper import SparseUpper
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from obdlab.blob import Blob, WritableBlob
+    from obdlab.blob import Blob
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.image.remote import RemoteLayers
     from obdlab.image.settings import Settings
-    from obdlab.layers.lsmt import LsmtLayer
+    from obdlab.layers.lsmt import Layer, LsmtLayer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,25 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Blob:
         return stack
 
 
-def open_image(config: ImageConfig, settings: Settings) -> Blob | WritableBlob:
+class Image(Stack):
+    """A read-only image that can say what its block cache did."""
+
+    def __init__(self, layers: Sequence[Layer], count: Callable[[], dict[str, int]]) -> None:
+        super().__init__(layers)
+        #: Counters of the block cache since the image was opened; empty if all of it is local.
+        self.statistics = count
+
+
+class WritableImage(WritableStack):
+    """A writable image that can say what its block cache did."""
+
+    def __init__(self, lowers: Stack | None, upper: SparseUpper, count: Callable[[], dict[str, int]]) -> None:
+        super().__init__(lowers, upper)
+        #: As in :class:`Image`.
+        self.statistics = count
+
+
+def open_image(config: ImageConfig, settings: Settings) -> Image | WritableImage:
     """Open the image that ``config`` describes; closing what is returned closes all of it.
 
     Lowers that are not on this machine are read from their registry through the block cache. With an active upper
@@ -83,15 +101,16 @@ def open_image(config: ImageConfig, settings: Settings) -> Blob | WritableBlob:
     return image
 
 
-def _open(config: ImageConfig, settings: Settings) -> Blob | WritableBlob:
+def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
     lowers = _stacked_lowers(config)
     with ExitStack() as opened:
-        layers = _open_lowers(lowers, config.repo_blob_url, settings, opened)
-        stack = Stack(layers) if layers else None
-        image: Blob
+        layers, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened)
+        count = remote.statistics if remote is not None else dict
+        stack = Image(layers, count) if layers else None
+        image: Image | WritableImage
         if config.upper.active:
             upper = opened.enter_context(SparseUpper.open(config.upper.data))
-            image = WritableStack(stack, upper)
+            image = WritableImage(stack, upper, count)
         elif stack is not None:
             image = stack
         else:
@@ -111,7 +130,7 @@ def _stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
 
 def _open_lowers(
     lowers: Sequence[LowerConfig], repo_blob_url: str, settings: Settings, opened: ExitStack
-) -> list[LsmtLayer]:
+) -> tuple[list[LsmtLayer], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
     files = [_local_file(lower) for lower in lowers]
 
@@ -126,7 +145,7 @@ def _open_lowers(
         return opened.enter_context(layer)
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
-        return [open_one(number) for number in range(len(lowers))]
+        return [open_one(number) for number in range(len(lowers))], None
     # Not at the top: local images need neither HTTP nor cache.
     from obdlab.image.remote import RemoteLayers
 
@@ -134,7 +153,7 @@ def _open_lowers(
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
     ):
-        return list(threads.map(lambda number: open_one(number, remote), range(len(lowers))))
+        return list(threads.map(lambda number: open_one(number, remote), range(len(lowers)))), remote
 
 
 def _check_kind(lower: LowerConfig) -> None:

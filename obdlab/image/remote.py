@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest
 from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
@@ -43,6 +44,8 @@ class RemoteLayers:
         """
         check_digest(digest, str(self._repository))
         size = size or self._client.blob_size(self._repository, digest)
+        if size == 0:
+            raise FormatError("blob is empty", blob=f"{self._repository}@{digest}")
         with self._lock:
             self._users += 1
         origin = _Origin(self._client, self._repository, digest, size, self.close)
@@ -51,6 +54,10 @@ class RemoteLayers:
         except BaseException:
             origin.close()
             raise
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sums of what the block cache did for these blobs."""
+        return self._cache.statistics()
 
     def close(self) -> None:
         """Let go of the client: once by whoever made this, once by each blob."""
