@@ -63,10 +63,9 @@ class SparseUpper:
     def __init__(self, descriptor: int, path: str, header: Header, held: SegmentMap) -> None:
         self.name = path
         self.header = header
-        self._descriptor = descriptor
+        self._file = _FileBlob(descriptor, path)
         self._map = held
         self._lock = threading.Lock()
-        self.data: Blob = _FileBlob(descriptor, path)
 
     @classmethod
     def create(
@@ -96,7 +95,7 @@ class SparseUpper:
         head = header.to_bytes()
         descriptor = _open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            _write_all(descriptor, name, 0, head)
+            _write_header(descriptor, name, head)
             _truncate(descriptor, name, HEADER_SPACE + virtual_size)
         except BaseException:
             os.close(descriptor)
@@ -127,6 +126,11 @@ class SparseUpper:
         return cls(descriptor, name, header, held)
 
     @property
+    def data(self) -> Blob:
+        """The layer's file."""
+        return self._file
+
+    @property
     def virtual_size(self) -> int:
         """Size of the disk in bytes."""
         return self.header.virtual_size
@@ -155,16 +159,16 @@ class SparseUpper:
     def read_at(self, offset: int, length: int) -> bytes:
         """The disk's bytes as this layer has them: zeros where it holds nothing."""
         self._check_range(offset, length)
-        return self.data.read_at(HEADER_SPACE + offset, length)
+        return self._file.read_at(HEADER_SPACE + offset, length)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Store all of ``data``; the sectors it touches belong to this layer from then on."""
-        length = memoryview(data).nbytes
-        self._check_range(offset, length)
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
         written = 0
         try:
-            for written in _write_steps(self._descriptor, self.name, HEADER_SPACE + offset, data):  # noqa: B007
-                pass
+            while written < len(view):
+                written += _write(self._file.descriptor, self.name, HEADER_SPACE + offset + written, view[written:])
         finally:
             # Also if the disk filled up midway: the map must say what the file says.
             if written:
@@ -177,17 +181,14 @@ class SparseUpper:
         self._check_range(offset, length)
         if not length:
             return
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(self._descriptor, mode, HEADER_SPACE + offset, length):
-            code = ctypes.get_errno()
-            raise _failed("punching a hole", self.name, HEADER_SPACE + offset, OSError(code, os.strerror(code)))
+        _punch_hole(self._file.descriptor, self.name, HEADER_SPACE + offset, length)
         with self._lock:
             self._map.remove(-(-offset // SECTOR), (offset + length) // SECTOR)
 
     def flush(self) -> None:
         """Return once everything written before is on stable storage."""
         try:
-            os.fdatasync(self._descriptor)
+            os.fdatasync(self._file.descriptor)
         except OSError as error:
             raise _failed("flushing", self.name, None, error) from error
 
@@ -203,13 +204,13 @@ class SparseUpper:
             parent_uuid=self.header.parent_uuid,
             user_tag=self.header.user_tag,
         )
-        _truncate(self._descriptor, self.name, HEADER_SPACE + virtual_size)
-        _write_all(self._descriptor, self.name, 0, header.to_bytes())
+        _truncate(self._file.descriptor, self.name, HEADER_SPACE + virtual_size)
+        _write_header(self._file.descriptor, self.name, header.to_bytes())
         self.header = header
 
     def close(self) -> None:
         """Close the file. What was not flushed is the kernel's to write, and survives this process."""
-        self.data.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -281,7 +282,7 @@ class AppendUpper:
 
 
 class _FileBlob(Blob):
-    # A layer's own file by positional reads; its size may grow.
+    # A layer's own file by positional reads; its size may grow. Once closed, its descriptor's number is another's.
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
@@ -292,14 +293,20 @@ class _FileBlob(Blob):
         return cls(_open(path, os.O_RDONLY), path)
 
     @property
+    def descriptor(self) -> int:
+        if self._descriptor < 0:
+            raise SourceError("layer file is closed", blob=self.name)
+        return self._descriptor
+
+    @property
     def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
+        return os.fstat(self.descriptor).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
         try:
-            data = os.pread(self._descriptor, length, offset)
+            data = os.pread(self.descriptor, length, offset)
             while len(data) < length:  # a pread gives at most 2 GiB
-                more = os.pread(self._descriptor, length - len(data), offset + len(data))
+                more = os.pread(self.descriptor, length - len(data), offset + len(data))
                 if not more:
                     check_range(self, offset, length)
                 data += more
@@ -397,21 +404,26 @@ def _truncate(descriptor: int, name: str, size: int) -> None:
         raise _failed(f"resizing to {size} bytes", name, None, error) from error
 
 
-def _write_all(descriptor: int, name: str, offset: int, data: Buffer) -> None:
-    for _ in _write_steps(descriptor, name, offset, data):
-        pass
+def _punch_hole(descriptor: int, name: str, offset: int, length: int) -> None:
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    while _libc.fallocate(descriptor, mode, offset, length):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise _failed("punching a hole", name, offset, OSError(code, os.strerror(code)))
 
 
-def _write_steps(descriptor: int, name: str, offset: int, data: Buffer) -> Iterator[int]:
-    # Write all, telling after each step how much is written.
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):
-        try:
-            done += os.pwrite(descriptor, view[done:], offset + done)
-        except OSError as error:
-            raise _failed("writing", name, offset + done, error) from error
-        yield done
+def _write(descriptor: int, name: str, offset: int, data: Buffer) -> int:
+    # At least one byte; how many, is returned.
+    try:
+        return os.pwrite(descriptor, data, offset)
+    except OSError as error:
+        raise _failed("writing", name, offset, error) from error
+
+
+def _write_header(descriptor: int, name: str, head: bytes) -> None:
+    written = 0
+    while written < len(head):
+        written += _write(descriptor, name, written, head[written:])
 
 
 def _failed(doing: str, name: str, offset: int | None, error: OSError) -> SourceError:

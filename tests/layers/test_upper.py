@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from obdlab.errors import FormatError, ObdlabError, OutOfRangeError, SourceError
 from obdlab.formats.lsmt.layout import Flags, Segments, Trailer, encode_segments, filler_records
@@ -168,10 +171,16 @@ def test_files_do_not_stay_open(tmp_path: Path) -> None:
     upper = SparseUpper.open(tmp_path / "u")
     upper.close()
     upper.close()
-    with pytest.raises(ObdlabError):
-        upper.write_at(0, b"x")
-    with pytest.raises(ObdlabError):
-        upper.read_at(0, 1)
+    with (tmp_path / "other").open("wb+") as other:  # gets the number that the layer had
+        for call in (
+            lambda: upper.write_at(0, b"x"),
+            lambda: upper.read_at(0, 1),
+            lambda: upper.discard(0, 512),
+            upper.flush,
+        ):
+            with pytest.raises(SourceError, match="layer file is closed"):
+                call()
+        assert other.read() == b""
     for name in ("c1.data", "l1.ops"):
         with pytest.raises(FormatError):
             SparseUpper.open(LSMT / name)
@@ -217,6 +226,34 @@ def test_what_a_crash_leaves_at_the_end_is_dropped(tmp_path: Path) -> None:
 def test_a_bad_record_elsewhere_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"index: LSMT index record 0 points outside .*got sectors \[14, 18\)"):
         _append_layer(tmp_path, _log((0, 4, 14, False, 0), (0, 4, 8, False, 0)))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32))
+def test_damaged_files_give_an_error_or_a_readable_layer(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    sparse = tmp_path / f"sparse{seed}"
+    SparseUpper.create(sparse, 65536).close()
+    files = {"data": bytearray((LSMT / "l1.data").read_bytes()), "index": bytearray((LSMT / "l1.index").read_bytes())}
+    files["sparse"] = bytearray(sparse.read_bytes())
+    for content in files.values():
+        for _ in range(rng.randint(0, 4)):
+            at = rng.choice((rng.randrange(390), 4096 + rng.randrange(960)))
+            content[at] = rng.choice((0, 0xFF, rng.randrange(256)))
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for opening in (
+        lambda: AppendUpper.open(tmp_path / "data", tmp_path / "index"),
+        lambda: SparseUpper.open(tmp_path / "sparse"),
+    ):
+        try:
+            with Stack([opening()]) as stack:
+                stack.read_at(0, min(stack.size, 1 << 20))
+        except ObdlabError:
+            pass
+    sparse.unlink()
 
 
 def test_a_data_file_is_no_index() -> None:

@@ -158,15 +158,15 @@ def _overlay(lower: _Pieces, upper: _Pieces) -> _Pieces:
     gap_end = np.concatenate((upper_begin, np.full(1, np.iinfo(np.int64).max)))
     open_gap = gap_begin < gap_end
     gap_begin, gap_end = gap_begin[open_gap], gap_end[open_gap]
-    first = np.searchsorted(gap_end, lower_begin, side="right")
-    count = np.maximum(np.searchsorted(gap_begin, lower_end, side="left") - first, 0)
+    first = _count_not_after(gap_end, lower_begin)
+    count = np.maximum(_count_before(gap_begin, lower_end) - first, 0)
     of = np.repeat(np.arange(len(lower_begin)), count)
-    gap = np.arange(len(of)) - np.repeat(np.cumsum(count) - count - first, count)
+    gap = np.arange(len(of)) - (np.cumsum(count) - count - first)[of]
     begin = np.maximum(lower_begin[of], gap_begin[gap])
     end = np.minimum(lower_end[of], gap_end[gap])
 
     # Both are sorted: where each goes follows from how many of the others come before the upper ones.
-    upper_at = np.searchsorted(begin, upper_begin) + np.arange(len(upper_begin))
+    upper_at = _count_before(begin, upper_begin) + np.arange(len(upper_begin))
     is_lower = np.ones(len(begin) + len(upper_begin), dtype=np.bool_)
     is_lower[upper_at] = False
     lower_at = np.flatnonzero(is_lower)  # assigning by number is three times as fast as by mask
@@ -182,6 +182,21 @@ def _overlay(lower: _Pieces, upper: _Pieces) -> _Pieces:
         interleave(end, upper_end),
         interleave(lower_number[of], upper_number),
     )
+
+
+# Like searchsorted with sorted needles, but a stable sort of two sorted runs is one linear pass: a third faster.
+
+
+def _count_before(values: NDArray[np.int64], limits: NDArray[np.int64]) -> NDArray[np.int64]:
+    # For each of the sorted limits, how many of the sorted values are less.
+    order = np.argsort(np.concatenate((limits, values)), kind="stable")
+    return np.flatnonzero(order < len(limits)) - np.arange(len(limits))
+
+
+def _count_not_after(values: NDArray[np.int64], limits: NDArray[np.int64]) -> NDArray[np.int64]:
+    # For each of the sorted limits, how many of the sorted values are less or equal.
+    order = np.argsort(np.concatenate((values, limits)), kind="stable")
+    return np.flatnonzero(order >= len(values)) - np.arange(len(limits))
 
 
 def split(segments: Segments, limit_sectors: int, *, split_zeroed: bool = True) -> Segments:

@@ -45,7 +45,10 @@ class SegmentMap:
             return
         segment = (begin, end, moffset, ~tag if zeroed else tag)
         if self._join:
-            segment = self._grown(segment)
+            grown = self._grown(segment)
+            if grown is None:
+                return
+            segment = grown
         self._replace(segment[0], segment[1], segment)
 
     def remove(self, begin: int, end: int) -> None:
@@ -103,7 +106,8 @@ class SegmentMap:
             i -= 1
         return c, i
 
-    def _grown(self, segment: _Segment) -> _Segment:
+    def _grown(self, segment: _Segment) -> _Segment | None:
+        # The segment together with all it continues, or None if it is in the map already.
         begin, end, moffset, source = segment
         step = 1 if source >= 0 else 0
         c, i = self._find(begin - 1 if begin else 0)
@@ -118,6 +122,8 @@ class SegmentMap:
                 break
             # A neighbour or an overlapped segment on the same line of disk and file: absorb it.
             if kind == source and at - start * step == moffset - begin * step:
+                if start <= begin and end <= stop:
+                    return None
                 if start < begin:
                     moffset -= (begin - start) * step
                     begin = start

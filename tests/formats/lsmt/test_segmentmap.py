@@ -59,11 +59,12 @@ def test_unjoined_segments_stay_as_written() -> None:
 
 def test_joined_segments_grow_both_ways() -> None:
     held = SegmentMap(join=True)
-    for begin, end in ((0, 4), (8, 12), (4, 8), (12, 13), (2, 9)):
+    for begin, end, count in ((0, 4, 1), (8, 12, 2), (4, 8, 1), (12, 13, 1), (20, 22, 2), (18, 20, 2), (2, 9, 2)):
         held.insert(begin, end, begin + 8)
+        assert len(held) == count
     assert held.lookup(0, 13) == [(0, 13, 0, 8)]
-    held.insert(13, 20, 500)  # goes on on the disk, not in the file
-    assert len(held) == 2
+    held.insert(13, 18, 500)  # goes on on the disk, not in the file
+    assert len(held) == 3
 
 
 def test_zeroed_segment_keeps_its_mapped_offset_when_cut() -> None:
