@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Below a device's directory: where FUSE is mounted.
 MOUNT_NAME = "fuse"
+_TRANSIENT_USE_S = 1.0
 
 
 class FuseLoopDevice(Device):
@@ -89,6 +90,15 @@ class FuseLoopDevice(Device):
             raise DeviceError(f"{self._directory}: requests are still being served {timeout_s:g} s after unmounting")
 
 
+# A container being started copies all mounts for a moment and drops them; only longer use is use.
+def _wait_unused(device: Path) -> None:
+    deadline = time.monotonic() + _TRANSIENT_USE_S
+    while loop.in_use(device):
+        if mounts_of(device) or time.monotonic() > deadline:
+            raise DeviceError(f"{device}: still in use ({_users(device)})")
+        time.sleep(0.02)
+
+
 def _users(device: Path) -> str:
     found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)]
     return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"
@@ -103,8 +113,8 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
     mountpoint = directory.resolve() / MOUNT_NAME
     disk = mountpoint / DISK_NAME
     for device in loop.devices_of(disk):
-        if not force and loop.in_use(device):
-            raise DeviceError(f"{device}: still in use ({_users(device)})")
+        if not force:
+            _wait_unused(device)
         try:
             loop.detach(device, file=disk, timeout_s=min(timeout_s, 1.0) if force else timeout_s)
         except DeviceError:
