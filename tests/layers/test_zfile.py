@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
+from obdlab.formats.lsmt.layout import Flags as LsmtFlags
+from obdlab.formats.lsmt.layout import Header, Trailer
 from obdlab.layers import zfile_reader
 from obdlab.layers.tarwrap import TarWrapWriter, open_tarwrap
 from obdlab.layers.zfile import ZFileWriteError, ZFileWriter, open_zfile
@@ -304,3 +306,33 @@ def test_a_writer_is_closed_once() -> None:
 def test_block_sizes_that_the_original_refuses(block_size: int) -> None:
     with pytest.raises(ZFileWriteError, match=f"got {block_size}"):
         ZFileWriter(io.BytesIO(), block_size)
+
+
+def empty_commit() -> bytes:
+    """An empty 1 GiB layer, committed plain by the original's tool."""
+    common = {"virtual_size": 1 << 30, "uuid": "ABCDEF01-2345-6789-ABCD-EF0123456789"}
+    header = Header(flags=LsmtFlags.HEADER | LsmtFlags.DATA | LsmtFlags.SEALED, **common)
+    trailer = Trailer(flags=LsmtFlags.DATA | LsmtFlags.SEALED, index_offset=4096, **common)
+    return header.to_bytes() + trailer.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "block_size", "algorithm", "size", "digest"),
+    [
+        (False, 4096, "lz4", 1286, "11e5f59494a403dda31b05fd6c2c0755798f6ec3f944a39cbb97d85cec037e81"),
+        (True, 4096, "lz4", 4096, "11a709d73ddc6c697d09b7f72efb26c4f0950e51681258f27ab92a03b008f199"),
+        (False, 65536, "zstd", 1144, "a731cc0de447da1aff4c6a758bd56e1d70e884755d4604e478b53ffca95fecfc"),
+    ],
+)
+def test_published_vectors_of_an_empty_commit(
+    wrapped: bool, block_size: int, algorithm: str, size: int, digest: str
+) -> None:
+    plain = empty_commit()
+    assert sha256(plain) == "6d33f9159461bdfc586921d70528d8b3edc01d2434e57a681c5a19f76b37b11e"
+    out = io.BytesIO()
+    tar = TarWrapWriter(out) if wrapped else None
+    with ZFileWriter(tar or out, block_size, algorithm) as writer:
+        writer.write(plain)
+    if tar:
+        tar.close()
+    assert (len(out.getvalue()), sha256(out.getvalue())) == (size, digest)
