@@ -112,7 +112,7 @@ class ContentStore:
             try:
                 self._write(ref, digest, size, chunks, labels)
             except AlreadyExistsError:
-                if labels:
+                if not labels.items() <= self.info(digest).labels.items():  # reading is cheap, writing is not
                     self.label(digest, labels)
                 return
             except _RefLockedError:

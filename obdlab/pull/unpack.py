@@ -65,12 +65,18 @@ class Unpacker:
         layers, chain = self._image.layers, self._image.chain_ids
         if self._present(chain[-1]):  # it has all its parents
             return tuple(LayerResult(layer.digest, layer.size, Outcome.PRESENT) for layer in layers)
-        return tuple(self._layer(number) for number in range(len(layers)))
+        results: list[LayerResult] = []
+        for number, (layer, name) in enumerate(zip(layers, chain, strict=True)):
+            # Over a layer that was missing nothing can be present; asking costs more than all else here.
+            above_present = not results or results[-1].outcome is Outcome.PRESENT
+            if above_present and self._present(name):
+                results.append(LayerResult(layer.digest, layer.size, Outcome.PRESENT))
+            else:
+                results.append(self._make(number))
+        return tuple(results)
 
-    def _layer(self, number: int) -> LayerResult:
+    def _make(self, number: int) -> LayerResult:
         layer, name = self._image.layers[number], self._image.chain_ids[number]
-        if self._present(name):
-            return LayerResult(layer.digest, layer.size, Outcome.PRESENT)
         parent = self._image.chain_ids[number - 1] if number else ""
         labels = snapshot_labels(layer, name, str(self._image.reference))
         for _ in range(_PREPARE_TRIES):
@@ -78,7 +84,7 @@ class Unpacker:
             try:
                 mounts = self._snapshots.prepare(key, parent, labels)
             except AlreadyExistsError:
-                if self._present(name):
+                if self._committed(name):  # containerd has put it under the lease
                     return LayerResult(layer.digest, layer.size, Outcome.LAZY)
                 # Somebody else made it and it went again; or the key was taken.
                 continue
