@@ -24,7 +24,7 @@ _MASK = SECTOR - 1
 _ZEROS = {1 << bits: bytes(1 << bits) for bits in range(9, 21)}
 _ZERO_VIEW = memoryview(_ZEROS[1 << 20])
 
-# Bytes of a run that were asked for, its source as in Run, and where they are in the source's file.
+# Number of the part of an answer that a piece of a larger read is, and its range in that read.
 _Piece = tuple[int, int, int]
 
 
@@ -72,31 +72,46 @@ class Stack(Blob):
             if source < 0:
                 return zeros(length)
             return self._reads[source]((moffset << _SHIFT) + (offset & _MASK), length)
-        return b"".join(self._parts(runs, offset, length))
+        return self._gather(runs, offset, end)
 
-    def _parts(self, runs: list[Run], offset: int, length: int) -> Iterator[Buffer]:
-        # The pieces of several runs, clipped to the bytes asked for.
-        end = offset + length
-        pieces: list[_Piece] = []
+    def _gather(self, runs: list[Run], offset: int, end: int) -> bytes:
+        # Several runs as one answer. Packed files hold their data in disk order, so that runs of one layer with
+        # nothing but zeros between them often continue each other there: those are one read.
+        parts: list[Buffer] = []
+        group: list[_Piece] = []
+        group_source, group_at, group_end = -1, 0, 0
         for begin, count, source, moffset in runs:
-            start = max(begin << _SHIFT, offset)
-            stop = min((begin + count) << _SHIFT, end)
-            pieces.append((stop - start, source, ((moffset - begin) << _SHIFT) + start))
-        i = 0
-        while i < len(pieces):
-            size, source, at = pieces[i]
+            start = begin << _SHIFT
+            stop = start + (count << _SHIFT)
+            if start < offset:
+                start = offset
+            if stop > end:
+                stop = end
+            size = stop - start
             if source < 0:
-                yield from _zero_parts(size)
-                i += 1
+                parts.append(_ZERO_VIEW[:size] if size <= len(_ZERO_VIEW) else bytes(size))
                 continue
-            last, read_end = _read_together(pieces, i)
-            view = memoryview(self._reads[source](at, read_end - at))
-            for size, source, at_ in pieces[i : last + 1]:
-                if source < 0:
-                    yield from _zero_parts(size)
-                else:
-                    yield view[at_ - at : at_ - at + size]
-            i = last + 1
+            at = ((moffset - begin) << _SHIFT) + start
+            if source != group_source or at != group_end:
+                if group:
+                    self._read_group(parts, group, group_source, group_at, group_end)
+                group = []
+                group_source, group_at = source, at
+            group_end = at + size
+            group.append((len(parts), at - group_at, group_end - group_at))
+            parts.append(b"")
+        if group:
+            self._read_group(parts, group, group_source, group_at, group_end)
+        return b"".join(parts)
+
+    def _read_group(self, parts: list[Buffer], group: list[_Piece], source: int, at: int, end: int) -> None:
+        data = self._reads[source](at, end - at)
+        if len(group) == 1:
+            parts[group[0][0]] = data
+            return
+        view = memoryview(data)
+        for place, begin, stop in group:
+            parts[place] = view[begin:stop]
 
     def evict(self, offset: int, length: int) -> None:
         check_range(self, offset, length)
@@ -107,28 +122,6 @@ class Stack(Blob):
     def close(self) -> None:
         for layer in self.layers:
             layer.close()
-
-
-def _read_together(pieces: list[_Piece], first: int) -> tuple[int, int]:
-    # The last piece that one read can serve along with the first, and where that read ends. Packed files hold their
-    # data in disk order, so that pieces with nothing but zeros between them often continue each other.
-    size, source, at = pieces[first]
-    last, read_end = first, at + size
-    for i in range(first + 1, len(pieces)):
-        size, following, at = pieces[i]
-        if following < 0:
-            continue
-        if following != source or at != read_end:
-            break
-        last, read_end = i, at + size
-    return last, read_end
-
-
-def _zero_parts(length: int) -> Iterator[memoryview]:
-    while length > 0:
-        part = _ZERO_VIEW[:length]
-        yield part
-        length -= len(part)
 
 
 class WritableStack(WritableBlob):

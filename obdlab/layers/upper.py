@@ -309,6 +309,7 @@ class _FileBlob(Blob):
                 more = os.pread(self.descriptor, length - len(data), offset + len(data))
                 if not more:
                     check_range(self, offset, length)
+                    raise SourceError("file ends early", blob=self.name, offset=offset + len(data))
                 data += more
         except OSError as error:
             raise _failed("reading", self.name, offset, error) from error
