@@ -1,0 +1,442 @@
+"""Every way a registry can fail, and what a reader gets: the right bytes, or an error that says where, in time."""
+
+from __future__ import annotations
+
+import io
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from obdlab.errors import CorruptBlobError
+from obdlab.registry.auth import Credentials
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.failures import RegistryError
+from obdlab.registry.reference import Reference
+from tests.registry import faulty
+from tests.registry.faulty import FaultyRegistry, faulty_registry
+
+DATA = random.Random(1).randbytes(300_000)
+OFFSET, LENGTH = 70_000, 50_000
+WANTED = DATA[OFFSET : OFFSET + LENGTH]
+DEADLINE_S = 0.8
+
+PASSING_FAULTS = {
+    "500": faulty.status(500),
+    "503": faulty.status(503),
+    "429": faulty.status(429, Retry_After="0"),
+    "408": faulty.status(408),
+    "short body": faulty.short_body(100),
+    "empty body": faulty.short_body(0),
+    "reset": faulty.reset(1000),
+    "closed": faulty.close_at_once,
+    "not HTTP": faulty.garbage,
+    "other range": faulty.other_range,
+    "no Content-Range": faulty.no_content_range,
+    "longer body": faulty.longer_body,
+}
+LASTING_FAULTS = {
+    **PASSING_FAULTS,
+    "silence": faulty.silence,
+    "drip": faulty.drip,
+    "drip headers": faulty.drip_headers,
+}
+PERMANENT_STATUSES = [400, 403, 404, 410, 416]
+
+
+@pytest.fixture
+def registry() -> Iterator[FaultyRegistry]:
+    with faulty_registry() as registry:
+        registry.add_blob(DATA)
+        yield registry
+
+
+@pytest.fixture
+def client() -> Iterator[RegistryClient]:
+    client = RegistryClient(request_timeout_s=0.3, deadline_s=DEADLINE_S)
+    yield client
+    client.close()
+
+
+def read(client: RegistryClient, registry: FaultyRegistry) -> bytes:
+    return client.read_range(registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH)
+
+
+@pytest.mark.parametrize("fault", PASSING_FAULTS.values(), ids=PASSING_FAULTS.keys())
+def test_read_survives_a_fault_that_passes(
+    registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault
+) -> None:
+    registry.next(fault, fault)
+    assert read(client, registry) == WANTED
+    assert len(registry.requests) == 3
+
+
+def test_read_survives_silence_once(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.next(faulty.silence)
+    assert read(client, registry) == WANTED
+
+
+@pytest.mark.parametrize("fault", LASTING_FAULTS.values(), ids=LASTING_FAULTS.keys())
+def test_read_fails_clearly_and_in_time(
+    registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault
+) -> None:
+    registry.always(fault)
+    started = time.monotonic()
+    with pytest.raises(RegistryError) as caught:
+        read(client, registry)
+    # Far from a measurement: a read without a deadline would hang for minutes.
+    assert time.monotonic() - started < DEADLINE_S + 5
+    _assert_located(caught.value, registry)
+    assert caught.value.temporary
+
+
+def test_read_by_a_deadline_of_its_own(registry: FaultyRegistry) -> None:
+    registry.always(faulty.drip)
+    client = RegistryClient()  # 120 s of its own
+    with pytest.raises(RegistryError) as caught:
+        client.read_range(
+            registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH, deadline=time.monotonic() + 0.3
+        )
+    _assert_located(caught.value, registry)
+    client.close()
+
+
+@pytest.mark.parametrize("code", PERMANENT_STATUSES)
+def test_permanent_statuses_are_not_tried_again(registry: FaultyRegistry, client: RegistryClient, code: int) -> None:
+    registry.always(faulty.status(code))
+    with pytest.raises(RegistryError) as caught:
+        read(client, registry)
+    _assert_located(caught.value, registry)
+    assert caught.value.status == code
+    assert not caught.value.temporary
+    assert len(registry.requests) == 1
+
+
+def test_retry_after_is_kept(registry: FaultyRegistry) -> None:
+    client = RegistryClient()
+    registry.next(faulty.status(429, Retry_After="1"))
+    started = time.monotonic()
+    assert read(client, registry) == WANTED
+    assert time.monotonic() - started >= 1
+
+
+def test_retry_after_beyond_the_deadline_fails_now(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.always(faulty.status(429, Retry_After="50"))
+    started = time.monotonic()
+    with pytest.raises(RegistryError):
+        read(client, registry)
+    assert time.monotonic() - started < DEADLINE_S
+
+
+def test_nobody_there(client: RegistryClient) -> None:
+    with faulty_registry() as registry:
+        pass
+    with pytest.raises(RegistryError) as caught:
+        read(client, registry)
+    _assert_located(caught.value, registry)
+    assert "refused" in str(caught.value)
+
+
+def test_chunked_answers(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.always(faulty.chunked)
+    assert read(client, registry) == WANTED
+    with client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream:
+        assert stream.readall() == DATA
+
+
+def test_registry_without_ranges(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.always(faulty.whole_blob)
+    assert read(client, registry) == WANTED
+    assert client.blob_size(registry.repository(), faulty.digest_of(DATA)) == len(DATA)
+
+
+def test_registry_without_ranges_and_a_large_blob(registry: FaultyRegistry, client: RegistryClient) -> None:
+    big = registry.add_blob(bytes(6 << 20))
+    registry.always(faulty.whole_blob)
+    with pytest.raises(RegistryError, match="ignores ranges") as caught:
+        client.read_range(registry.repository(), big, 5 << 20, 1000)
+    assert not caught.value.temporary
+
+
+# -- redirects -------------------------------------------------------------------------------------------------------
+
+
+def test_redirect_elsewhere_is_remembered_and_gets_no_token(client: RegistryClient) -> None:
+    with faulty_registry(auth="bearer") as registry, faulty_registry() as storage:
+        digest = registry.add_blob(DATA)
+        storage.add_blob(DATA)
+        registry.always(faulty.redirect(f"http://{storage.host}/storage/{{digest}}?signature=1"))
+        client = _with_password(registry)
+        for _ in range(3):
+            assert client.read_range(registry.repository(), digest, OFFSET, LENGTH) == WANTED
+        assert len(registry.blob_requests()) == 2  # refused, redirected
+        assert len(storage.requests) == 3
+        assert not any(request.authorization for request in storage.requests)
+        client.close()
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_expired_redirect_is_asked_for_anew(client: RegistryClient, registry: FaultyRegistry, code: int) -> None:
+    with faulty_registry() as storage:
+        storage.add_blob(DATA)
+        registry.always(faulty.redirect(f"http://{storage.host}/storage/{{digest}}"))
+        assert read(client, registry) == WANTED
+        storage.next(faulty.status(code))
+        assert read(client, registry) == WANTED
+        assert len(registry.requests) == 2
+
+
+def test_redirect_on_the_same_host_keeps_the_token() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        digest = registry.add_blob(DATA)
+        registry.next(faulty.redirect("/v2/other/name/blobs/{digest}"))
+        client = _with_password(registry)
+        assert client.read_range(registry.repository(), digest, OFFSET, LENGTH) == WANTED
+        assert registry.requests[-1].path.startswith("/v2/other/name/")
+        client.close()
+
+
+@pytest.mark.parametrize("location", ["", "ftp://127.0.0.1/x", "https:///x", "//[", "http://[::1/"])
+def test_redirect_to_nowhere(registry: FaultyRegistry, client: RegistryClient, location: str) -> None:
+    registry.always(faulty.redirect(location))
+    with pytest.raises(RegistryError, match="Location") as caught:
+        read(client, registry)
+    _assert_located(caught.value, registry)
+
+
+def test_redirect_in_a_circle(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.always(faulty.redirect("/v2/some/image/blobs/{digest}"))
+    with pytest.raises(RegistryError, match="redirects"):
+        read(client, registry)
+
+
+# -- authentication --------------------------------------------------------------------------------------------------
+
+
+def test_token_is_shared_and_renewed_when_refused() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        assert read(client, registry) == read(client, registry) == WANTED
+        assert registry.tokens_issued == 1
+        registry.revoke_tokens()
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+def test_expired_token_is_not_sent() -> None:
+    with faulty_registry(auth="bearer", token_life_s=0.2) as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        assert read(client, registry) == WANTED
+        time.sleep(0.25)
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
+        assert registry.blob_requests()[-2].authorization is None
+        client.close()
+
+
+def test_many_threads_share_one_new_token() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        read(client, registry)
+        registry.revoke_tokens()
+        results: list[bytes] = []
+        threads = [threading.Thread(target=lambda: results.append(read(client, registry))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [WANTED] * 8
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_wrong_password_and_none(auth: str, client: RegistryClient) -> None:
+    with faulty_registry(auth=auth) as registry:
+        registry.add_blob(DATA)
+        wrong = RegistryClient(_credentials(registry, "not this one"), deadline_s=DEADLINE_S)
+        for one in (client, wrong):
+            with pytest.raises(RegistryError) as caught:
+                read(one, registry)
+            _assert_located(caught.value, registry)
+            assert caught.value.status == 401
+            assert not caught.value.temporary
+            assert "not this one" not in str(caught.value)
+        wrong.close()
+
+
+def test_basic_password() -> None:
+    with faulty_registry(auth="basic") as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        assert read(client, registry) == WANTED
+        assert read(client, registry) == WANTED
+        assert len(registry.requests) == 3  # refused once, then sent along
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [faulty.status(500), faulty.status(403), faulty.silence, faulty.drip, faulty.garbage, faulty.short_body(3)],
+    ids=["500", "403", "silence", "drip", "not HTTP", "short"],
+)
+def test_token_server_fails(fault: faulty.Fault) -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = fault
+        client = _with_password(registry)
+        started = time.monotonic()
+        with pytest.raises(RegistryError, match="token") as caught:
+            read(client, registry)
+        assert time.monotonic() - started < DEADLINE_S + 5
+        _assert_located(caught.value, registry)
+        client.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"token": 1}', b'{"token": "a\\nb"}', b"[" * 100_000])
+def test_token_server_answers_nonsense(answer: bytes) -> None:
+    def fault(good: faulty.Answer) -> None:
+        good.body = answer
+        good.send()
+
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = fault
+        client = _with_password(registry)
+        with pytest.raises(RegistryError, match="no token"):
+            read(client, registry)
+        client.close()
+
+
+@pytest.mark.parametrize("realm", ["ftp://x/", "http://[", "relative", "http:///no-host"])
+def test_malformed_realm(realm: str) -> None:
+    with faulty_registry(auth="bearer", realm=realm) as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        with pytest.raises(RegistryError, match="realm"):
+            read(client, registry)
+        client.close()
+
+
+# -- streams, manifests, uploads -------------------------------------------------------------------------------------
+
+
+def test_stream_picks_itself_up(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.next(faulty.short_body(100_000), faulty.status(503), faulty.reset(50_000), faulty.whole_blob)
+    with client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream:
+        assert stream.readall() == DATA
+
+
+def test_stream_survives_a_token_that_expires_in_the_middle() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        digest = registry.add_blob(DATA)
+        registry.next(faulty.short_body(100_000))
+        client = _with_password(registry)
+        with client.stream_blob(registry.repository(), digest, len(DATA)) as stream:
+            head = stream.read(50_000)
+            registry.revoke_tokens()
+            assert head + stream.readall() == DATA
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+@pytest.mark.parametrize("fault", [faulty.wrong_bytes])
+def test_stream_of_wrong_bytes(registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault) -> None:
+    registry.always(fault)
+    digest = faulty.digest_of(DATA)
+    with (
+        pytest.raises(CorruptBlobError, match=digest),
+        client.stream_blob(registry.repository(), digest, len(DATA)) as stream,
+    ):
+        stream.readall()
+    with (
+        pytest.raises(CorruptBlobError, match=digest),
+        client.stream_blob(registry.repository(), digest, len(DATA)) as stream,
+    ):
+        stream.read(10)  # leaving the block checks the rest
+
+
+@pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 0])
+def test_stream_of_another_size(registry: FaultyRegistry, client: RegistryClient, size: int) -> None:
+    digest = faulty.digest_of(DATA)
+    with (
+        pytest.raises((RegistryError, CorruptBlobError), match=digest),
+        client.stream_blob(registry.repository(), digest, size),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("fault", [faulty.drip, faulty.silence, faulty.status(500)], ids=["drip", "silence", "500"])
+def test_stream_ends_in_time(registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault) -> None:
+    registry.always(fault)
+    with (
+        pytest.raises(RegistryError) as caught,
+        client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream,
+    ):
+        stream.readall()
+    assert registry.host in str(caught.value)
+
+
+def test_manifest_of_wrong_bytes(registry: FaultyRegistry, client: RegistryClient) -> None:
+    digest = registry.add_manifest("v1", b'{"schemaVersion":2}')
+    registry.always(faulty.wrong_bytes)
+    for name in (f"{registry.host}/some/image:v1", f"{registry.host}/some/image@{digest}"):
+        with pytest.raises(CorruptBlobError, match="wrong content"):
+            client.get_manifest(Reference.parse(name))
+
+
+def test_manifest_too_large(registry: FaultyRegistry, client: RegistryClient) -> None:
+    registry.add_manifest("v1", bytes((4 << 20) + 1))
+    with pytest.raises(RegistryError, match="longer than"):
+        client.get_manifest(Reference.parse(f"{registry.host}/some/image:v1"))
+
+
+@pytest.mark.parametrize("name", ["500", "429", "short body", "empty body", "reset", "closed", "not HTTP"])
+def test_manifest_survives_a_fault_that_passes(registry: FaultyRegistry, client: RegistryClient, name: str) -> None:
+    registry.add_manifest("v1", b'{"schemaVersion":2}')
+    registry.next(PASSING_FAULTS[name])
+    assert client.get_manifest(Reference.parse(f"{registry.host}/some/image:v1")).data == b'{"schemaVersion":2}'
+
+
+def test_manifest_fails_after_a_few_tries(registry: FaultyRegistry) -> None:
+    registry.always(faulty.status(500))
+    client = RegistryClient()  # with 120 s to go, who waits at a terminal hears sooner
+    with pytest.raises(RegistryError, match="after 5 tries"):
+        client.get_manifest(Reference.parse(f"{registry.host}/some/image:v1"))
+    client.close()
+
+
+def test_push_is_started_anew_after_a_fault(registry: FaultyRegistry, client: RegistryClient) -> None:
+    data = b"to be pushed" * 1000
+    # HEAD, POST fails; HEAD, POST, PUT fails; then all is well.
+    registry.next(None, faulty.status(500), None, None, faulty.status(503))
+    assert client.push_blob(registry.repository(), faulty.digest_of(data), len(data), lambda: io.BytesIO(data))
+    assert registry.blobs[faulty.digest_of(data)] == data
+
+
+def test_push_of_other_content_than_promised(registry: FaultyRegistry, client: RegistryClient) -> None:
+    digest = faulty.digest_of(b"this")
+    with pytest.raises(RegistryError, match=digest):
+        client.push_blob(registry.repository(), digest, 4, lambda: io.BytesIO(b"that"))
+    assert digest not in registry.blobs
+
+
+def _credentials(registry: FaultyRegistry, password: str) -> Credentials:
+    return Credentials({registry.host: (registry.user, password)})
+
+
+def _with_password(registry: FaultyRegistry) -> RegistryClient:
+    return RegistryClient(_credentials(registry, registry.password), request_timeout_s=0.3, deadline_s=DEADLINE_S)
+
+
+def _assert_located(error: RegistryError, registry: FaultyRegistry) -> None:
+    text = str(error)
+    assert f"{registry.host}/some/image@{faulty.digest_of(DATA)}" in text
+    assert f"at offset {OFFSET}" in text
+    assert error.offset == OFFSET
