@@ -7,7 +7,6 @@ the compressed bytes claim.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -76,30 +75,42 @@ class Zstd(Codec):
     algorithm = Algorithm.ZSTD
 
     def __init__(self) -> None:
-        # Contexts are not to be shared between threads, and making one costs more than a block.
-        self._contexts = threading.local()
+        # Contexts that nobody uses now. A context must not be used by two threads at once, and making one costs more
+        # than a block; taking from a list and giving back are atomic.
+        self._compressors: list[zstandard.ZstdCompressor] = []
+        self._decompressors: list[zstandard.ZstdDecompressor] = []
 
     def compress(self, block: Buffer) -> Buffer:
-        compressor: zstandard.ZstdCompressor | None = getattr(self._contexts, "compressor", None)
-        if compressor is None:
-            compressor = self._contexts.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-        return compressor.compress(block)
+        try:
+            compressor = self._compressors.pop()
+        except IndexError:
+            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        data = compressor.compress(block)
+        self._compressors.append(compressor)
+        return data
 
     def decompress(self, data: Buffer, length: int) -> bytes:
-        decompressor: zstandard.ZstdDecompressor | None = getattr(self._contexts, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._contexts.decompressor = zstandard.ZstdDecompressor()
         try:
             # The frame's own claim decides how much is allocated, so it is read first (-1: no claim).
             claimed = zstandard.frame_content_size(data)
             if claimed not in (length, -1):
                 raise _wrong_length("zstd", claimed, length)
-            block = decompressor.decompress(data, max_output_size=length, allow_extra_data=False)
+            block = self._decompress(data, length)
         except zstandard.ZstdError as error:
             raise _damaged("zstd") from error
         if len(block) != length:
             raise _wrong_length("zstd", len(block), length)
         return block
+
+    def _decompress(self, data: Buffer, length: int) -> bytes:
+        try:
+            decompressor = self._decompressors.pop()
+        except IndexError:
+            decompressor = zstandard.ZstdDecompressor()
+        try:
+            return decompressor.decompress(data, max_output_size=length, allow_extra_data=False)
+        finally:
+            self._decompressors.append(decompressor)
 
     def decompress_into(self, data: Buffer, out: memoryview) -> None:
         out[:] = self.decompress(data, len(out))
