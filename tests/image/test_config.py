@@ -133,3 +133,22 @@ def test_an_upper_needs_both_paths() -> None:
     assert UpperConfig("/i", "/d").active
     assert not UpperConfig("/i").active
     assert not UpperConfig(data="/d").active
+
+
+keys = st.sampled_from(
+    ["repoBlobUrl", "lowers", "upper", "resultFile", "download", "accelerationLayer", "file", "dir", "digest", "size"]
+)
+documents = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=5),
+    max_leaves=15,
+)
+
+
+@given(documents)
+def test_any_json_is_read_or_refused(document: object) -> None:
+    try:
+        config = ImageConfig.from_json(document)
+    except ConfigError:
+        return
+    assert ImageConfig.from_json(config.to_json()) == config

@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 import obdlab
 from obdlab.blob import WritableBlob
@@ -236,3 +239,20 @@ def test_zeros_after_the_tar_do_no_harm(tmp_path: Path) -> None:
             hashlib.sha256(stack.read_at(0, stack.size)).hexdigest()
             == manifest("lsmt")["entries"][1]["decoded_sha256"]
         )
+
+
+@settings_of_hypothesis(max_examples=300)
+@given(flips=st.lists(st.integers(0, 8 * 214_528 - 1), min_size=1, max_size=3))
+def test_flipped_bits_under_checksums_never_give_wrong_bytes(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[int]
+) -> None:
+    data = bytearray((LSMT / "l1.lz4tar.lsmt").read_bytes())
+    for bit in flips:
+        data[bit // 8] ^= 1 << bit % 8
+    path = tmp_path_factory.getbasetemp() / "flipped"
+    path.write_bytes(data)
+    try:
+        with open_stack([path, PLAIN[1]]) as stack:
+            assert sha256_of(stack) == STACK_SHA256
+    except FormatError as error:
+        assert str(error).startswith(f"{path}: ")
