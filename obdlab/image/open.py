@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
+from obdlab.image.remote import RemoteLayers
 from obdlab.layers import zfile
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack, WritableStack
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.image.config import ImageConfig, LowerConfig
-    from obdlab.image.remote import RemoteLayers
     from obdlab.image.settings import Settings
     from obdlab.layers.lsmt import Layer, LsmtLayer
 
@@ -146,9 +146,6 @@ def _open_lowers(
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
         return [open_one(number) for number in range(len(lowers))], None
-    # Not at the top: local images need neither HTTP nor cache.
-    from obdlab.image.remote import RemoteLayers
-
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
