@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "obdlab"
-_ONLY_SNAPSHOTTER = """
-import sys
-from obdlab.cli import main
-main.COMMANDS = ("snapshotter",)
-sys.exit(main.main(["-v", *sys.argv[1:]]))
-"""
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 20.0
 
@@ -64,7 +58,7 @@ class SnapshotterProcess:
 
     def command(self) -> list[str]:
         """What is run."""
-        return [sys.executable, "-c", _ONLY_SNAPSHOTTER, "snapshotter", *self._arguments]
+        return [sys.executable, "-m", "obdlab", "-v", "snapshotter", *self._arguments]
 
     def start(self) -> None:
         """Start it and wait for its ready line."""

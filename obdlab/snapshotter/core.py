@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -39,8 +40,8 @@ _LABEL_PATH = "labels."
 class ImageMounts(Protocol):
     """What mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
 
-    def mount(self, snapshot_id: int, fs_spec: str) -> None:
-        """Have the image's device attached and mounted at the snapshot's mount point."""
+    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
+        """Have the image's device attached and mounted at the snapshot's mount point, as asked for at ``asked_s``."""
 
     def release(self, snapshot_id: int) -> None:
         """Unmount and detach, or raise FailedPreconditionError while something uses the mount."""
@@ -185,10 +186,11 @@ class Snapshotter:
         if image is None:
             yield
             return
+        asked_s = time.monotonic()
         with self._locks.hold(image.id):
             if not self._layout.is_image(image.id):
                 raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
-            self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options))
+            self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
             yield
 
     def _mounts(self, kind: Kind, own_id: int, lower_ids: Sequence[int]) -> list[Mount]:

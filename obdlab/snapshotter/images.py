@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,12 @@ class _Live:
     pidfd: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    cause: str
+    ended_s: float
+
+
 class ImageDevices:
     """Mounts images at their snapshots' mount points.
 
@@ -39,28 +46,33 @@ class ImageDevices:
         self._devices = devices
         self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
+        self._failures: dict[int, _Failure] = {}
         self._guard = threading.Lock()
 
     def device_id(self, snapshot_id: int) -> str:
         """Return the name of a snapshot's device, different for every root of this host."""
         return f"{self._prefix}-{snapshot_id}"
 
-    def mount(self, snapshot_id: int, fs_spec: str) -> None:
+    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
         """Have the image's device attached and its file system mounted, read-only.
 
         Does nothing if that is so; brings the mount back after a reboot or the death of the device's server. If it
-        fails, nothing of the attempt stays. Raises ObdlabError with the cause.
+        fails, nothing of the attempt stays. Raises ObdlabError with the cause, also to callers who ``asked_s``
+        (monotonic) before an attempt failed: each trying anew, they would wait for the same registry in a row.
         """
         target = self._layout.mountpoint(snapshot_id)
         if self._is_live(snapshot_id, target):
             return
-        device = self._attach(snapshot_id, target)
+        failure = self._failures.get(snapshot_id)
+        if failure is not None and asked_s <= failure.ended_s:
+            raise DeviceError(failure.cause)
         try:
-            self._mount(device.path, target, fs_spec)
-            self._remember(snapshot_id, device)
-        except ObdlabError:
-            self._undo(device.device_id, target)
+            device = self._attach(snapshot_id, target)
+            self._mount_device(device, snapshot_id, target, fs_spec)
+        except ObdlabError as error:
+            self._failures[snapshot_id] = _Failure(str(error), time.monotonic())
             raise
+        self._failures.pop(snapshot_id, None)
 
     def release(self, snapshot_id: int) -> None:
         """Unmount the image and take its device away.
@@ -79,6 +91,7 @@ class ImageDevices:
                 mount.mount(Path(entries[-1].source), target, read_only=True)
             raise FailedPreconditionError(f"image snapshot is in use: {error}") from error
         self._forget(snapshot_id)
+        self._failures.pop(snapshot_id, None)
 
     def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
         config, device_id = self._layout.config(snapshot_id), self.device_id(snapshot_id)
@@ -92,6 +105,14 @@ class ImageDevices:
         _unmount_all(target)
         self._devices.detach(device_id, force=True)
         return self._devices.attach(config, device_id)
+
+    def _mount_device(self, device: AttachedDevice, snapshot_id: int, target: Path, fs_spec: str) -> None:
+        try:
+            self._mount(device.path, target, fs_spec)
+            self._remember(snapshot_id, device)
+        except ObdlabError:
+            self._undo(device.device_id, target)
+            raise
 
     def _mount(self, device: Path, target: Path, fs_spec: str) -> None:
         entries = mount.mounts_at(target)

@@ -20,6 +20,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
@@ -27,7 +28,6 @@ from obdlab.snapshotter.store import Kind, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 CONFIG_NAME = "config.v1.json"
 _NEW = "new-"
@@ -52,6 +52,7 @@ class Layout:
         self.snapshots = self.root / "snapshots"
         self._lock_fd = _lock(self.root / "lock")
         self.snapshots.mkdir(mode=0o700, exist_ok=True)
+        self._prefix = f"{self.snapshots}/"
 
     @property
     def metadata(self) -> Path:
@@ -60,31 +61,31 @@ class Layout:
 
     def directory(self, snapshot_id: int) -> Path:
         """Everything of one snapshot."""
-        return self.snapshots / str(snapshot_id)
+        return Path(f"{self._prefix}{snapshot_id}")
 
     def fs(self, snapshot_id: int) -> Path:
         """Lower or upper directory."""
-        return self.snapshots / str(snapshot_id) / "fs"
+        return Path(f"{self._prefix}{snapshot_id}/fs")
 
     def work(self, snapshot_id: int) -> Path:
         """Work directory of overlayfs."""
-        return self.snapshots / str(snapshot_id) / "work"
+        return Path(f"{self._prefix}{snapshot_id}/work")
 
     def block(self, snapshot_id: int) -> Path:
         """What belongs to the block device."""
-        return self.snapshots / str(snapshot_id) / "block"
+        return Path(f"{self._prefix}{snapshot_id}/block")
 
     def config(self, snapshot_id: int) -> Path:
         """The device's configuration; it exists if the snapshot is the top layer of an overlaybd image."""
-        return self.snapshots / str(snapshot_id) / "block" / CONFIG_NAME
+        return Path(self._config(snapshot_id))
 
     def mountpoint(self, snapshot_id: int) -> Path:
         """Where the device is mounted."""
-        return self.snapshots / str(snapshot_id) / "block" / "mountpoint"
+        return Path(f"{self._prefix}{snapshot_id}/block/mountpoint")
 
     def is_image(self, snapshot_id: int) -> bool:
         """Return whether the snapshot is a layer of an overlaybd image."""
-        return self.config(snapshot_id).exists()
+        return os.path.exists(self._config(snapshot_id))
 
     def new_directory(self, kind: Kind, owner: tuple[int, int] | None) -> Path:
         """Return a nameless snapshot directory, ``fs`` given to ``owner`` (uid, gid) if there is one."""
@@ -134,6 +135,10 @@ class Layout:
     def usage(self, snapshot_id: int) -> Usage:
         """Measure a snapshot's own files."""
         return disk_usage([self.fs(snapshot_id), self.block(snapshot_id)], skip="mountpoint")
+
+    # Text, because a deep image asks this of every layer: joining Paths took half of Mounts' time.
+    def _config(self, snapshot_id: int) -> str:
+        return f"{self._prefix}{snapshot_id}/block/{CONFIG_NAME}"
 
     def close(self) -> None:
         """Let another process have the root. Closing twice is allowed."""

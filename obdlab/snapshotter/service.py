@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ _WORKERS = 64
 _LIST_BATCH = 100
 _MAX_SOCKET_PATH = 107
 _PROBE_TIMEOUT_S = 2.0
+_THREADS_END_S = 1.0
 _KINDS = {Kind.VIEW: pb.VIEW, Kind.ACTIVE: pb.ACTIVE, Kind.COMMITTED: pb.COMMITTED}
 _CODES: tuple[tuple[type[ObdlabError], grpc.StatusCode], ...] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -134,7 +136,8 @@ class SnapshotServer:
         """Bind the socket, taking the place of one that nobody serves any more. Raises SocketError."""
         self.address = address
         _make_room(address)
-        self._server = grpc.server(ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc"))
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
+        self._server = grpc.server(self._pool)
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotService(snapshotter), self._server)
         try:
             self._server.add_insecure_port(f"unix:{address}")
@@ -146,10 +149,17 @@ class SnapshotServer:
         """Answer from now on."""
         self._server.start()
 
-    def stop(self, grace_s: float) -> None:
-        """Take no more calls, give those under way ``grace_s`` to end, and remove the socket."""
+    def stop(self, grace_s: float) -> bool:
+        """Take no more calls, give those under way ``grace_s`` to end, and remove the socket.
+
+        Returns whether all have ended: the client of one that waits for a device is told, but its thread goes on.
+        """
         self._server.stop(grace_s).wait()
         self.address.unlink(missing_ok=True)
+        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
+        ending.start()
+        ending.join(_THREADS_END_S)
+        return not ending.is_alive()
 
 
 def _make_room(address: Path) -> None:
@@ -180,7 +190,8 @@ def _answering(context: grpc.ServicerContext, what: str) -> Iterator[None]:
         yield
     except ObdlabError as error:
         code = next(code for kind, code in _CODES if isinstance(error, kind))
-        logger.info("%s: %s (%s)", what, error, code.name)
+        expected = code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
+        logger.log(logging.INFO if expected else logging.WARNING, "%s: %s (%s)", what, error, code.name)
         context.abort(code, str(error))
     except OSError as error:
         logger.exception("%s failed", what)

@@ -7,26 +7,32 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
-from obdlab.snapshotter.errors import FailedPreconditionError
+from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server, running_registry
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted
+from tests.snapshotter.test_core import pull_labels
 from tests.snapshotter.wire import WireSnapshotter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from obdlab.snapshotter.store import Snapshot
 
 __all__ = ["registry_server"]
 
@@ -258,3 +264,85 @@ def test_a_bad_image_is_refused_at_the_pull(host: ObdlabHost, registry_server: R
     documents = imagefiles.image_documents(layers, annotations, compress=False)
     with pytest.raises(ObdlabError, match="acceleration layer"):
         host.rpull(imagefiles.push(registry_server.host, "snapshotter/accelerated", *documents))
+
+
+class SlowRegistry(BaseHTTPRequestHandler):
+    """Knows no blob, and takes its time to say so."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        time.sleep(0.3)
+        self.send_error(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_failure_is_shared_by_all_who_waited(host: ObdlabHost, wire: WireSnapshotter) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SlowRegistry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    labels = pull_labels(image=f"127.0.0.1:{server.server_port}/nothing/here:1")
+    with pytest.raises(AlreadyExistsError):
+        wire.prepare("extract", "", labels)
+
+    def start(number: int) -> str:
+        with pytest.raises(ObdlabError) as caught:
+            wire.prepare(f"c{number}", "chain0", {})
+        return str(caught.value)
+
+    SlowRegistry.asked.clear()
+    alone = start(0)
+    once = len(SlowRegistry.asked)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(start, range(8))) == {alone}
+    assert "404" in alone
+    # One attempt serves those who waited for it; who comes later gets another.
+    assert 2 * once <= len(SlowRegistry.asked) <= 4 * once
+    server.shutdown()
+    server.server_close()
+    assert wire.walk(["kind==active"]) == []
+
+
+@pytest.mark.slow
+def test_the_command_ends_while_a_registry_does_not_answer(host: ObdlabHost, wire: WireSnapshotter) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(AlreadyExistsError):
+            wire.prepare("extract", "", pull_labels(image=f"127.0.0.1:{silent.getsockname()[1]}/a/b:1"))
+        waiting = pool.submit(wire.prepare, "container", "chain0", {})
+        silent.accept()[0].close()
+        assert not waiting.done()
+        assert host.snapshotter.stop() == 0
+        with pytest.raises(ObdlabError):
+            waiting.result()
+    host.snapshotter.start()
+    assert [snapshot.key for snapshot in host_snapshots(host)] == ["chain0"]
+    # The attach itself would go on to its deadline, in the device host.
+    os.killpg(json.loads((host.snapshotter.run_dir / "host.pid").read_text())["pid"], signal.SIGKILL)
+
+
+def host_snapshots(host: ObdlabHost) -> list[Snapshot]:
+    client = WireSnapshotter(str(host.snapshotter.address))
+    try:
+        return client.walk()
+    finally:
+        client.close()
+
+
+@pytest.mark.slow
+def test_many_rounds_leave_nothing(host: ObdlabHost, wire: WireSnapshotter, image: str) -> None:
+    before = len(mount.mounts())
+    for _ in range(10):
+        host.rpull(image)
+        name = top(wire)
+        for number in range(100):
+            wire.prepare(f"c{number}", name, {})
+        for number in range(100):
+            wire.remove(f"c{number}")
+        host.ctr("images", "rm", "--sync", image)
+        wait_for(lambda: host.snapshotter.devices.list() == [])
+        wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+    assert len(mount.mounts()) == before
