@@ -104,10 +104,6 @@ class LeasedContainerd(Containerd):
         self.lease_id = lease_id
         self._bind(connection.leased(lease_id))
 
-    def hold_content(self, digest: str) -> None:
-        """Hold a blob that may be older than the lease."""
-        self.leases.hold_content(self.lease_id, digest)
-
     def hold_snapshot(self, snapshotter: str, key: str) -> None:
         """Hold a snapshot that may be older than the lease, and with it its parents."""
         self.leases.hold_snapshot(self.lease_id, snapshotter, key)

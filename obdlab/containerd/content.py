@@ -14,7 +14,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from obdlab.containerd._pb import content_pb2 as pb
 from obdlab.containerd._pb.content_pb2_grpc import ContentStub
-from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, NotFoundError, UnavailableError
+from obdlab.containerd.errors import (
+    AlreadyExistsError,
+    ContainerdError,
+    FailedPreconditionError,
+    NotFoundError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -99,83 +105,119 @@ class ContentStore:
 
     def ingest(
         self, digest: str, size: int, chunks: Iterable[bytes], labels: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> bool:
         """Stream a blob into the store; containerd checks size and digest before anybody can see it.
 
-        Nothing of a failed transfer stays. If another client is writing the same blob, waits for it. A blob that is
-        there already is not read from ``chunks``; it gains the labels. What ``chunks`` raises passes through.
+        Nothing of a failed transfer stays. If another client is writing the same blob, waits for it. Returns False
+        if the blob was there already (perhaps in another namespace): ``chunks`` has not been read then, and the
+        blob has gained the labels. What ``chunks`` raises passes through.
         """
         labels = dict(labels or {})
-        ref = f"obdlab-{digest}"
         deadline = time.monotonic() + TRANSFER_TIMEOUT_S
         while True:
             try:
-                self._write(ref, digest, size, chunks, labels)
+                return self._write(digest, size, chunks, labels)
             except AlreadyExistsError:
                 if not labels.items() <= self.info(digest).labels.items():  # reading is cheap, writing is not
                     self.label(digest, labels)
-                return
+                return False
+            except _StaleError:
+                continue
             except _RefLockedError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(_LOCK_POLL_S)
-            else:
-                return
-
-    def _write(self, ref: str, digest: str, size: int, chunks: Iterable[bytes], labels: Mapping[str, str]) -> None:
-        # Requests go one at a time, each answered before the next is made: the reading of ``chunks`` then happens in
-        # this thread, where its errors can be raised, and not inside gRPC's sender, which would only log them.
-        requests: queue.SimpleQueue[pb.WriteContentRequest | None] = queue.SimpleQueue()
-        connection = self._connection
-        doing = f"writing content {digest}"
-        with connection.errors(doing):
-            call = self._stub.Write(
-                iter(requests.get, None), timeout=TRANSFER_TIMEOUT_S, metadata=connection.metadata
-            )
-        answers: Iterator[pb.WriteContentResponse] = iter(call)
-        begun = committed = False
-
-        def exchange(request: pb.WriteContentRequest) -> pb.WriteContentResponse:
-            requests.put(request)
-            with connection.errors(doing):
-                return next(answers)
-
-        try:
-            try:
-                status = exchange(pb.WriteContentRequest(action=pb.STAT, ref=ref, total=size, expected=digest))
-            except UnavailableError as error:
-                if "locked" in str(error):
-                    raise _RefLockedError(str(error)) from error
-                raise
-            begun = True
-            offset = 0
-            if status.offset:  # left over from a client that died: begin anew
-                exchange(pb.WriteContentRequest(action=pb.WRITE, offset=0))
-            for chunk in chunks:
-                exchange(pb.WriteContentRequest(action=pb.WRITE, offset=offset, data=chunk))
-                offset += len(chunk)
-            exchange(
-                pb.WriteContentRequest(action=pb.COMMIT, offset=offset, total=size, expected=digest, labels=labels)
-            )
-            committed = True
-            requests.put(None)
-            with connection.errors(doing):
-                deque(answers, maxlen=0)  # to the end of the call, which frees the ref
-        finally:
-            requests.put(None)
-            if not committed:
-                call.cancel()  # type: ignore[no-untyped-call]
-            if begun and not committed:
-                with suppress(ContainerdError):  # an error is under way already
-                    self.abort(ref)
 
     def abort(self, ref: str) -> None:
         """Drop an unfinished transfer. Raises NotFoundError."""
         self._connection.call(self._stub.Abort, pb.AbortRequest(ref=ref), f"aborting {ref}")
 
+    def _write(self, digest: str, size: int, chunks: Iterable[bytes], labels: Mapping[str, str]) -> bool:
+        ref = f"obdlab-{digest}"
+        transfer = _Transfer(self._connection, self._stub, f"writing content {digest}")
+        begun = False
+        try:
+            offset = transfer.begin(ref, digest, size)
+            begun = True
+            if offset == size:
+                # Another namespace has it, or a client died before its commit.
+                transfer.commit_whole(digest, size, labels)
+                return False
+            if offset:
+                transfer.exchange(pb.WriteContentRequest(action=pb.WRITE, offset=0))
+            offset = 0
+            for chunk in chunks:
+                transfer.exchange(pb.WriteContentRequest(action=pb.WRITE, offset=offset, data=chunk))
+                offset += len(chunk)
+            transfer.commit(digest, offset, size, labels)
+        except BaseException:
+            transfer.cancel()
+            if begun:
+                with suppress(ContainerdError):  # the error under way matters more
+                    self.abort(ref)
+            raise
+        return True
+
+
+class _Transfer:
+    # One Write call. Requests go one at a time, each answered before the next is made: where the data comes from is
+    # then read in the caller's thread, which can raise its errors, and not in gRPC's sender, which would log them.
+
+    def __init__(self, connection: Connection, stub: ContentStub, doing: str) -> None:
+        self._connection = connection
+        self._doing = doing
+        self._requests: queue.SimpleQueue[pb.WriteContentRequest | None] = queue.SimpleQueue()
+        with connection.errors(doing):
+            self._call = stub.Write(
+                iter(self._requests.get, None), timeout=TRANSFER_TIMEOUT_S, metadata=connection.metadata
+            )
+        self._answers: Iterator[pb.WriteContentResponse] = iter(self._call)
+
+    def begin(self, ref: str, digest: str, size: int) -> int:
+        # Returns how many bytes containerd has of it.
+        try:
+            return self.exchange(pb.WriteContentRequest(action=pb.STAT, ref=ref, total=size, expected=digest)).offset
+        except UnavailableError as error:
+            if "locked" in str(error):
+                raise _RefLockedError(str(error)) from error
+            raise
+
+    def exchange(self, request: pb.WriteContentRequest) -> pb.WriteContentResponse:
+        self._requests.put(request)
+        with self._connection.errors(self._doing):
+            answer = next(self._answers, None)
+        if answer is None:
+            raise ContainerdError(f"{self._doing}: containerd ended the call without an answer")
+        return answer
+
+    def commit(self, digest: str, offset: int, size: int, labels: Mapping[str, str]) -> None:
+        self.exchange(
+            pb.WriteContentRequest(action=pb.COMMIT, offset=offset, total=size, expected=digest, labels=labels)
+        )
+        self._requests.put(None)
+        with self._connection.errors(self._doing):
+            deque(self._answers, maxlen=0)  # to the end of the call, which frees the ref
+
+    def commit_whole(self, digest: str, size: int, labels: Mapping[str, str]) -> None:
+        try:
+            self.commit(digest, size, size, labels)
+        except FailedPreconditionError as error:
+            if size:
+                raise _StaleError(str(error)) from error
+            raise
+
+    def cancel(self) -> None:
+        self._requests.put(None)
+        self._call.cancel()  # type: ignore[no-untyped-call]
+
 
 class _RefLockedError(UnavailableError):
     # Another client holds the write of this ref.
+    pass
+
+
+class _StaleError(ContainerdError):
+    # What a dead client left has the right size and the wrong bytes; it has been dropped.
     pass
 
 

@@ -31,13 +31,11 @@ class Leases:
         """End a lease; ``sync`` waits for the garbage collection that follows. Raises NotFoundError."""
         self._connection.call(self._stub.Delete, pb.DeleteRequest(id=lease_id, sync=sync), f"ending lease {lease_id}")
 
-    def hold_content(self, lease_id: str, digest: str) -> None:
-        """Keep a blob that may be older than the lease."""
-        self._hold(lease_id, digest, "content")
-
     def hold_snapshot(self, lease_id: str, snapshotter: str, key: str) -> None:
         """Keep a snapshot that may be older than the lease, and with it its parents."""
-        self._hold(lease_id, key, f"snapshots/{snapshotter}")
+        resource = pb.Resource(id=key, type=f"snapshots/{snapshotter}")
+        request = pb.AddResourceRequest(id=lease_id, resource=resource)
+        self._connection.call(self._stub.AddResource, request, f"lease {lease_id}: holding snapshot {key}")
 
     def resources(self, lease_id: str) -> list[tuple[str, str]]:
         """Return (type, id) of everything the lease holds."""

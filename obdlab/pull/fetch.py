@@ -107,20 +107,15 @@ class LayerFetcher:
     def _bring(self, layer: Descriptor) -> None:
         if self._stop.is_set():
             raise _StoppedError
-        content = self._containerd.content
-        # Held before it is looked for: it cannot go between the two.
-        self._containerd.hold_content(layer.digest)
-        if content.exists(layer.digest):
-            content.label(layer.digest, self._labels)
-            return
-        if self._progress:
-            self._progress.expect(layer.size)
         with closing(self._chunks(layer)) as chunks:
-            content.ingest(layer.digest, layer.size, chunks, self._labels)
-        with self._lock:
-            self._fetched_bytes += layer.size
+            fetched = self._containerd.content.ingest(layer.digest, layer.size, chunks, self._labels)
+        if fetched:
+            with self._lock:
+                self._fetched_bytes += layer.size
 
     def _chunks(self, layer: Descriptor) -> Generator[bytes, None, None]:
+        if self._progress:
+            self._progress.expect(layer.size)
         with self._registry.stream_blob(self._repository, layer.digest, layer.size) as stream:
             while chunk := stream.read(CHUNK):
                 if self._stop.is_set():

@@ -114,11 +114,11 @@ class TestLeases:
 
     def test_holds_what_is_older(self, containerd: Containerd) -> None:
         root = {"containerd.io/gc.root": "1"}
-        containerd.content.write(digest_of(b"older"), b"older", root)
+        containerd.content.write(digest_of(b"older"), b"older", root)  # containerd itself adds it to the lease below
         snapshots = containerd.snapshots("overlayfs")
         snapshots.prepare("older", "", root)
         with containerd.lease(expire_s=60) as leased:
-            leased.hold_content(digest_of(b"older"))
+            leased.content.write(digest_of(b"older"), b"older")
             leased.hold_snapshot("overlayfs", "older")
             held = containerd.leases.resources(leased.lease_id)
             assert set(held) == {("content", digest_of(b"older")), ("snapshots/overlayfs", "older")}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.containerd._pb import content_pb2, content_pb2_grpc
+from obdlab.containerd.client import Containerd
 from obdlab.containerd.connection import Connection
 from obdlab.containerd.content import CHUNK
 from obdlab.containerd.errors import ContainerdError, FailedPreconditionError, NotFoundError
@@ -17,7 +18,6 @@ from obdlab.formats.oci import digest_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.containerd.client import Containerd
     from tests.containerd.host import ContainerdHost
 
 pytestmark = pytest.mark.containerd
@@ -52,7 +52,7 @@ def test_writing_again_adds_labels(containerd: Containerd) -> None:
     assert containerd.content.info(digest).labels == KEEP | {"first": "1", "second.with.dots/and": "2"}
 
 
-def test_ingest_does_not_read_what_is_there(containerd: Containerd) -> None:
+def test_ingest_does_not_read_what_is_there(containerd: Containerd, containerd_host: ContainerdHost) -> None:
     digest = digest_of(b"there")
     containerd.content.write(digest, b"there", KEEP)
 
@@ -60,7 +60,11 @@ def test_ingest_does_not_read_what_is_there(containerd: Containerd) -> None:
         raise AssertionError("read although the blob is there")
         yield b""
 
-    containerd.content.ingest(digest, 5, never())
+    assert not containerd.content.ingest(digest, 5, never())
+    with Containerd(containerd_host.address, "elsewhere") as other:
+        assert not other.content.ingest(digest, 5, never(), {"of": "other"})
+        assert other.content.info(digest).labels == {"of": "other"}
+    assert containerd.content.info(digest).labels == KEEP
 
 
 def test_wrong_digest_is_refused_and_leaves_nothing(containerd: Containerd, containerd_host: ContainerdHost) -> None:
@@ -91,16 +95,17 @@ def test_error_of_source_passes_through_and_leaves_nothing(
     containerd.content.write(digest_of(b"expected"), b"expected", KEEP)
 
 
-def test_what_a_dead_client_left_is_written_over(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+@pytest.mark.parametrize("left", [b"half", b"whole but wrong", b"whole and right"])
+def test_what_a_dead_client_left(containerd: Containerd, containerd_host: ContainerdHost, left: bytes) -> None:
     data = b"whole and right"
     digest = digest_of(data)
     connection = Connection.open(containerd_host.address, containerd.namespace, 30.0)
     requests = [
         content_pb2.WriteContentRequest(action=content_pb2.STAT, ref=f"obdlab-{digest}", total=len(data)),
-        content_pb2.WriteContentRequest(action=content_pb2.WRITE, data=b"half of some"),
+        content_pb2.WriteContentRequest(action=content_pb2.WRITE, data=left),
     ]
     stub = content_pb2_grpc.ContentStub(connection.channel)
-    assert list(stub.Write(iter(requests), metadata=connection.metadata, timeout=30))[-1].offset == 12
+    assert list(stub.Write(iter(requests), metadata=connection.metadata, timeout=30))[-1].offset == len(left)
     connection.channel.close()
     assert "obdlab-" in containerd_host.ctr("-n", containerd.namespace, "content", "active")
     containerd.content.write(digest, data, KEEP)
