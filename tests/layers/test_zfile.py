@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
 from obdlab.formats.lsmt.layout import Flags as LsmtFlags
 from obdlab.formats.lsmt.layout import Header, Trailer
+from obdlab.formats.zfile.layout import ZFileHeader
 from obdlab.layers import zfile_reader
 from obdlab.layers.tarwrap import TarWrapWriter, open_tarwrap
 from obdlab.layers.zfile import ZFileWriteError, ZFileWriter, open_zfile
@@ -336,3 +338,17 @@ def test_published_vectors_of_an_empty_commit(
     if tar:
         tar.close()
     assert (len(out.getvalue()), sha256(out.getvalue())) == (size, digest)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_blobs_older_than_the_digest(verify: bool) -> None:
+    # Unused flag bits, digest and the header's index fields are whatever lay on the writer's stack then.
+    source = golden("text.bin")
+    data = bytearray(compress(source, overwrite_header=False, verify=verify))
+    header, trailer = ZFileHeader.from_bytes(bytes(data[:512])), ZFileHeader.from_bytes(bytes(data[-512:]))
+    garbage = {"index_offset": 0x7FFE12345678, "index_size": 1 << 63, "original_size": 77, "index_crc": 5}
+    data[:512] = replace(header, flags=0x7FFEA4640B43, **garbage).to_bytes()
+    data[-512:] = replace(trailer, flags=0x7FFEA4640B46, index_crc=0xDEAD).to_bytes()
+    data[28:32] = data[-484:-480] = b"junk"
+    reader = open_zfile(MemoryBlob(data))
+    assert reader.read_at(0, reader.size) == source
