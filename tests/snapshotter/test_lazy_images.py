@@ -20,6 +20,7 @@ import pytest
 
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
+from obdlab.service.cleanup import clean_up
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
@@ -185,9 +186,8 @@ def test_devices_come_back_after_a_reboot(
     host.rpull(image)
     mounts = wire.prepare("container", top(wire), {})
     host.snapshotter.stop()
-    for path in device_mounts(host):
-        mount.unmount(path)
-    host.snapshotter.devices.shutdown()
+    assert clean_up(host.snapshotter.devices).in_use == []
+    assert device_mounts(host) == []
     shutil.rmtree(host.snapshotter.run_dir)
     host.snapshotter.start()
     client = WireSnapshotter(str(host.snapshotter.address))
