@@ -130,7 +130,7 @@ class Bench:
 
     def _cold(self, cell: Cell) -> Row:
         reference = self._images[cell.image].reference(cell.snapshotter)
-        quiet = environment.wait_for_quiet(timeout_s=_QUIET_TIMEOUT_S)
+        quiet = environment.wait_for_quiet(self._spec.load_limit, _QUIET_TIMEOUT_S)
         evidence = coldness.make_cold(self._containerd, self._registry)
         began = self._begin()
         pull_began_s = time.monotonic()
@@ -178,26 +178,28 @@ class Bench:
     # Store an image plain and converted, unless the registry kept them from an earlier run.
     def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
         tag = recipe.fingerprint()
-        options = self._spec
-        lazy_tag = f"{tag}-obd{CONVERTER_VERSION}-{options.algorithm}-{options.block_size}"
+        lazy_tag = f"{tag}-obd{CONVERTER_VERSION}-{self._spec.algorithm}-{self._spec.block_size}"
         image = BenchImage(
             recipe, self._registry.reference(recipe.name, tag), self._registry.reference(recipe.name, lazy_tag)
         )
-        with closing(RegistryClient()) as client, self._network.unshaped():
+        with closing(RegistryClient()) as client:
             if not _exists(client, image.plain):
                 self._say(f"{recipe.name}: pushing")
                 self._registry.push_layout(layout, recipe.name, tag)
             if not _exists(client, image.lazy):
                 self._say(f"{recipe.name}: converting")
-                convert_image(
-                    open_source(f"oci:{layout}", client),
-                    open_destination(image.lazy, client),
-                    self._containerd.devices,
-                    options=ConvertOptions(
-                        layer=LayerOptions(algorithm=options.algorithm, block_size=options.block_size)
-                    ),
-                )
+                with self._network.unshaped():
+                    self._convert(layout, image.lazy, client)
         return image
+
+    def _convert(self, layout: Path, reference: str, client: RegistryClient) -> None:
+        layer = LayerOptions(algorithm=self._spec.algorithm, block_size=self._spec.block_size)
+        convert_image(
+            open_source(f"oci:{layout}", client),
+            open_destination(reference, client),
+            self._containerd.devices,
+            options=ConvertOptions(layer=layer),
+        )
 
 
 def _exists(client: RegistryClient, reference: str) -> bool:

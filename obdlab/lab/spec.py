@@ -64,6 +64,8 @@ class Spec:
     a_a: bool = True
     seed: int = 20200715
     ready_timeout_s: float = 120.0
+    #: A cold start waits (at most a minute) until the host's load of the last minute is below this.
+    load_limit: float = 1.5
     #: ZFile options of the converted images.
     algorithm: str = "lz4"
     block_size: int = 4096
