@@ -99,7 +99,7 @@ class Challenge:
 
 _PARAMETER = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))\s*', re.ASCII)
 _SCHEME = re.compile(r"\s*([\w!#$%&'*+.^`|~-]+)(?:\s+|\s*,|\s*$)", re.ASCII)
-_TOKEN68 = re.compile(r"\s*[\w.~+/-]+=*\s*(?:,|$)", re.ASCII)
+_TOKEN68 = re.compile(r"\s*[\w.~+/-]+=+\s*(?:,|$)", re.ASCII)
 
 
 def parse_challenges(header: str) -> list[Challenge]:
@@ -113,6 +113,10 @@ def parse_challenges(header: str) -> list[Challenge]:
             break
         position = scheme.end()
         parameters: dict[str, str] = {}
+        if (token := _TOKEN68.match(text, position)) is not None:  # "Negotiate abc==": nothing for us in it
+            position = token.end()
+            challenges.append(Challenge(scheme[1].lower(), {}))
+            continue
         while (match := _PARAMETER.match(text, position)) is not None:
             quoted, bare = match[2], match[3]
             value = bare if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
@@ -121,8 +125,6 @@ def parse_challenges(header: str) -> list[Challenge]:
             if text[position : position + 1] != ",":
                 break
             position += 1
-        if not parameters and (token := _TOKEN68.match(text, position)) is not None and "=" in token[0]:
-            position = token.end()
         challenges.append(Challenge(scheme[1].lower(), parameters))
         if text[position : position + 1] == ",":
             position += 1

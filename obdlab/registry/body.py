@@ -220,6 +220,8 @@ class BlobStream(io.RawIOBase):
 def _check_content_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
     got = response.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.fullmatch(got)
+    if match is not None and match[3] != "*" and int(match[3]) < offset + length:
+        raise RegistryError(f"{doing}: blob is smaller (got {match[3]} bytes, wanted {offset + length})")
     if match is None or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
         raise RegistryError(
             f"{doing}: wrong range (got {got[:80]!r}, wanted bytes {offset}-{offset + length - 1})", temporary=True

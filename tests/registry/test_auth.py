@@ -1,0 +1,137 @@
+"""Credentials files and challenges."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obdlab.registry.auth import Challenge, Credentials, CredentialsError, parse_challenges
+
+
+def config(**auths: object) -> bytes:
+    return json.dumps({"auths": auths}).encode()
+
+
+def encoded(text: str) -> dict[str, str]:
+    return {"auth": base64.b64encode(text.encode()).decode()}
+
+
+def test_longest_prefix_wins() -> None:
+    credentials = Credentials.parse(
+        json.dumps(
+            {
+                "auths": {
+                    "host.io": encoded("host:1"),
+                    "host.io/team": encoded("team:2"),
+                    "host.io/team/app": encoded("app:3:with:colons"),
+                    "host.io:5000": {"username": "port", "password": "4"},
+                }
+            }
+        ).encode()
+    )
+    assert credentials.find("host.io", "other/app") == ("host", "1")
+    assert credentials.find("host.io", "team/other") == ("team", "2")
+    assert credentials.find("host.io", "team/app") == ("app", "3:with:colons")
+    assert credentials.find("host.io", "team/app/more") == ("app", "3:with:colons")
+    assert credentials.find("host.io", "teamwork") == ("host", "1")
+    assert credentials.find("host.io:5000", "x") == ("port", "4")
+    assert credentials.find("other.io", "team/app") is None
+
+
+@pytest.mark.parametrize(
+    "key", ["https://index.docker.io/v1/", "docker.io", "registry-1.docker.io", "index.docker.io"]
+)
+def test_docker_hub_by_all_its_names(key: str) -> None:
+    assert Credentials.parse(config(**{key: encoded("u:p")})).find("docker.io", "library/redis") == ("u", "p")
+
+
+def test_auth_wins_over_plain_fields_and_unusable_entries_are_skipped() -> None:
+    credentials = Credentials.parse(
+        config(
+            a={**encoded("right:one"), "username": "wrong", "password": "one"},
+            b=encoded("no colon"),
+            c={"auth": "%%% not base64"},
+            d={"auth": base64.b64encode(b"\xff:\xff").decode()},
+            e={},
+            f=7,
+            g={"username": "x"},
+        )
+    )
+    assert credentials.find("a", "x") == ("right", "one")
+    assert [credentials.find(host, "x") for host in "bcdefg"] == [None] * 6
+
+
+def test_secrets_stay_out_of_sight() -> None:
+    assert "hunter2" not in repr(Credentials.parse(config(h=encoded("u:hunter2"))))
+    with pytest.raises(CredentialsError) as caught:
+        Credentials.parse(b'{"auths": {"h": {"password": "hunter2"')
+    assert "hunter2" not in str(caught.value)
+
+
+def test_files(tmp_path: Path) -> None:
+    assert Credentials.load(None).find("h", "x") is None
+    (tmp_path / "config.json").write_bytes(config(h=encoded("u:p")))
+    assert Credentials.load(tmp_path / "config.json").find("h", "x") == ("u", "p")
+    with pytest.raises(CredentialsError, match=r"absent\.json"):
+        Credentials.load(tmp_path / "absent.json")
+    (tmp_path / "large.json").write_bytes(b" " * (2 << 20))
+    with pytest.raises(CredentialsError, match="larger"):
+        Credentials.load(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"auths": []}', b"\xff", b"[" * 100_000, b'{"auths": null}'])
+def test_malformed_files(text: bytes) -> None:
+    with pytest.raises(CredentialsError):
+        Credentials.parse(text)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_any_document_is_read_or_refused(document: object) -> None:
+    for text in (json.dumps(document), json.dumps({"auths": document}), json.dumps({"auths": {"h": document}})):
+        try:
+            Credentials.parse(text.encode()).find("h", "x")
+        except CredentialsError:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("header", "challenges"),
+    [
+        (
+            'Bearer realm="https://auth.example/token",service="reg",scope="repository:a/b:pull,push"',
+            [
+                (
+                    "bearer",
+                    {"realm": "https://auth.example/token", "service": "reg", "scope": "repository:a/b:pull,push"},
+                )
+            ],
+        ),
+        ('BASIC Realm="x \\"y\\" z"', [("basic", {"realm": 'x "y" z'})]),
+        (
+            'Basic realm="a", Bearer realm=b , service = c',
+            [("basic", {"realm": "a"}), ("bearer", {"realm": "b", "service": "c"})],
+        ),
+        ("Negotiate, Basic realm=x", [("negotiate", {}), ("basic", {"realm": "x"})]),
+        ("Negotiate abc==, Basic realm=x", [("negotiate", {}), ("basic", {"realm": "x"})]),
+        ("Basic", [("basic", {})]),
+        ("", []),
+        ('=="', []),
+    ],
+)
+def test_challenges(header: str, challenges: list[tuple[str, dict[str, str]]]) -> None:
+    assert parse_challenges(header) == [Challenge(*challenge) for challenge in challenges]
+
+
+@given(st.text(alphabet=st.sampled_from('Bearer realm="a",\\=\t;') | st.characters(), max_size=200))
+def test_any_challenge_ends(header: str) -> None:
+    parse_challenges(header)
+
+
+def test_a_hostile_challenge_costs_no_time() -> None:
+    for piece in ('a="', "a=\\", "a,", " ", "a ", 'a="\\'):
+        parse_challenges("Bearer " + piece * 100_000)
