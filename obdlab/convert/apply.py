@@ -68,6 +68,8 @@ class _Upper:
     # Directories come with the times they get in the end, since making their children changes them.
     directories: dict[bytes, _Times] = field(default_factory=dict)
     others: set[bytes] = field(default_factory=set)
+    # Directories of it that show nothing from below.
+    opaque: set[bytes] = field(default_factory=set)
 
     def __contains__(self, path: bytes) -> bool:
         return path in self.directories or path in self.others
@@ -80,6 +82,7 @@ class _Upper:
         for name in [name for name in self.directories if name.startswith(below)]:
             del self.directories[name]
         self.others = {name for name in self.others if not name.startswith(below)}
+        self.opaque = {name for name in self.opaque if name != path and not name.startswith(below)}
 
 
 def apply_layer(tar: IO[bytes], blob: str, root: bytes = b"") -> ApplyStatistics:
@@ -112,7 +115,8 @@ class _Applier:
                 raise self._refused(member, error) from error
         self._stream.drain()
         try:
-            for path in list(self._whiteouts):
+            # Last: until then the directories below still say what implicit parents look like.
+            for path in (*self._whiteouts, *self._upper.opaque):
                 self._hide(path)
             self._set_directory_times()
         except OSError as error:
@@ -129,7 +133,7 @@ class _Applier:
         self._check_whiteout_name(member, base)
         self._enter(parent)
         if base == OPAQUE_MARK:
-            self._hide(parent)  # which is in the upper by now: only what is in it goes
+            self._upper.opaque.add(parent)
         elif base.startswith(WHITEOUT_PREFIX):
             self._whiteouts[parent + b"/" + base.removeprefix(WHITEOUT_PREFIX)] = None
         elif member.kind is Kind.CHARACTER and member.rdev == _WHITEOUT_RDEV:
@@ -202,6 +206,7 @@ class _Applier:
         if status is None:
             self._make_directory(path)
         elif stat.S_ISDIR(status.st_mode):
+            _take_over_xattrs(where)
             self._upper.directories[path] = _Times(status.st_atime_ns, status.st_mtime_ns)
         else:
             self._replace_by_directory(path, status)
@@ -221,7 +226,8 @@ class _Applier:
         seen, xattrs = template
         os.chown(where, seen.st_uid, seen.st_gid)
         for name, value in xattrs:
-            os.setxattr(where, name, value)
+            if not name.startswith("trusted."):
+                os.setxattr(where, name, value)
         os.chmod(where, stat.S_IMODE(seen.st_mode))
         self._upper.directories[path] = _Times(seen.st_atime_ns, seen.st_mtime_ns)
 
@@ -393,6 +399,13 @@ def _xattr_names(path: bytes) -> list[str]:
         if error.errno == errno.ENOTSUP:
             return []
         raise
+
+
+def _take_over_xattrs(path: bytes) -> None:
+    # containerd does not copy attributes in the trusted namespace to a layer that has a directory implicitly.
+    for name in _xattr_names(path):
+        if name.startswith("trusted."):
+            os.removexattr(path, name)
 
 
 def _set_xattr(path: bytes, name: bytes, value: bytes) -> None:

@@ -53,7 +53,7 @@ def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str
     """
     top = os.fspath(root)
     try:
-        found = {path: os.lstat(os.path.join(top, path)) for path in _walk(top)}
+        found = dict(_walk(top))
         first_of = _link_groups(found)
         return {
             path: _entry(os.path.join(top, path), status, first_of.get((status.st_dev, status.st_ino), ""), content)
@@ -88,23 +88,28 @@ def differences(
     return lines
 
 
-def _walk(top: str) -> Iterator[str]:
-    device = os.lstat(top).st_dev
-    yield "."
+def _walk(top: str) -> Iterator[tuple[str, os.stat_result]]:
+    status = os.lstat(top)
+    device = status.st_dev
+    yield ".", status
     pending = [""]
     while pending:
         directory = pending.pop()
-        with os.scandir(os.path.join(top, directory)) as children:
-            for child in children:
-                path = os.path.join(directory, child.name)
-                yield path
-                # The status is taken afresh: overlayfs gives directories another st_dev than their files.
-                if child.is_dir(follow_symlinks=False) and not _is_mountpoint(child, device):
-                    pending.append(path)
+        for name in os.listdir(os.path.join(top, directory)):
+            path = os.path.join(directory, name)
+            try:
+                status = os.lstat(os.path.join(top, path))
+            except FileNotFoundError:
+                # In a directory that only one layer has, overlayfs also lists the names that the layer hides.
+                continue
+            yield path, status
+            if stat.S_ISDIR(status.st_mode) and not _is_mountpoint(os.path.join(top, path), status, device):
+                pending.append(path)
 
 
-def _is_mountpoint(child: os.DirEntry[str], device: int) -> bool:
-    return child.stat(follow_symlinks=False).st_dev != device and os.path.ismount(child.path)
+def _is_mountpoint(path: str, status: os.stat_result, device: int) -> bool:
+    # The device alone does not tell: under overlayfs directories have another than their files.
+    return status.st_dev != device and os.path.ismount(path)
 
 
 def _link_groups(found: Mapping[str, os.stat_result]) -> dict[tuple[int, int], str]:

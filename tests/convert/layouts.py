@@ -71,11 +71,7 @@ def tar_bytes(members: Iterable[Member], *, tar_format: int = tarfile.PAX_FORMAT
     with tarfile.open(fileobj=out, mode="w", format=tar_format, encoding="utf-8", errors="surrogateescape") as tar:
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
-    return _pax_as_raw(out.getvalue())
-
-
-def _pax_as_raw(data: bytes) -> bytes:
-    return data
+    return out.getvalue()
 
 
 def compress(data: bytes, how: str) -> bytes:

@@ -1,0 +1,70 @@
+"""Applied layers list exactly as containerd's overlayfs shows them; containerd itself is the oracle."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from obdlab.convert.listing import TreeEntry, differences, list_tree
+from tests.convert.images import RandomImage, whole_image
+from tests.convert.layouts import make_layout, tar_bytes
+from tests.convert.oracle import RefusedError, running_containerd, stable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.convert.layouts import Member
+    from tests.convert.oracle import Containerd
+
+pytestmark = pytest.mark.containerd
+
+
+@pytest.fixture(scope="module")
+def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
+    with running_containerd(tmp_path_factory.mktemp("containerd")) as running:
+        yield running
+
+
+def applied(root: Path, layers: list[list[Member]]) -> dict[str, TreeEntry] | None:
+    """What our applier makes of the layers, None if it refuses them."""
+    root.mkdir()
+    tars = [root.with_name(f"{root.name}.{number}.tar") for number in range(len(layers))]
+    for tar, members in zip(tars, layers, strict=True):
+        tar.write_bytes(tar_bytes(members))
+    command = [sys.executable, "-m", "tests.convert.chrooted", str(root), *map(str, tars)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    return list_tree(root) if done.returncode == 0 else None
+
+
+def test_everything_at_once(containerd: Containerd, tmp_path: Path) -> None:
+    layers = whole_image()
+    make_layout(tmp_path / "layout", layers, how=["gzip", "zstd", "plain", "gzip"])
+    wanted = containerd.listing(tmp_path / "layout", "everything")
+    got = applied(tmp_path / "root", layers)
+    assert got is not None
+    assert len(wanted) > 60
+    assert differences(got, wanted, ignore_at=stable(wanted)) == []
+
+
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 300), marks=pytest.mark.slow)])
+def test_random_images(containerd: Containerd, tmp_path: Path, seeds: range) -> None:
+    compared = 0
+    for seed in seeds:
+        layers = RandomImage(seed).layers()
+        make_layout(tmp_path / f"layout{seed}", layers)
+        try:
+            wanted = containerd.listing(tmp_path / f"layout{seed}", f"random{seed}")
+        except RefusedError:
+            # What containerd does not unpack (a path through a file, say) has no view to compare with.
+            applied(tmp_path / f"root{seed}", layers)
+            continue
+        got = applied(tmp_path / f"root{seed}", layers)
+        assert got is not None, f"seed {seed}"
+        assert differences(got, wanted, ignore_at=stable(wanted)) == [], f"seed {seed}"
+        compared += 1
+    assert compared > len(seeds) // 2
