@@ -1,51 +1,34 @@
-"""Writable layers: the sparse one that obdlab writes, and the append-only one of the original, read only here."""
+"""The writable layer: one sparse file."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import threading
 import uuid as uuid_module
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
-from obdlab.blob import Blob, check_range
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
-from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
     HEADER_SPACE,
     MAGIC,
     MAX_VIRTUAL_SIZE,
-    MAX_WRITABLE_RECORDS,
-    RECORD_SIZE,
     SECTOR,
-    STRUCT_SIZE,
     Flags,
     Header,
-    check_mapped,
-    decode_segments,
     encode_user_tag,
-    mapped_inside,
 )
 from obdlab.formats.lsmt.segmentmap import SegmentMap
+from obdlab.layers.layerfile import LayerFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
 
-    from obdlab.blob import Buffer
-    from obdlab.formats.lsmt.index import Run
+    from obdlab.blob import Blob, Buffer
+    from obdlab.formats.lsmt.index import Run, SegmentIndex
 
 _HEADER_SECTORS = HEADER_SPACE // SECTOR
 _BLOCK = 4096
-# linux/falloc.h
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class SparseUpper:
@@ -60,10 +43,10 @@ class SparseUpper:
     #: A write should fill blocks of this size, counted from the disk's start.
     block_size = _BLOCK
 
-    def __init__(self, descriptor: int, path: str, header: Header, held: SegmentMap) -> None:
-        self.name = path
+    def __init__(self, file: LayerFile, header: Header, held: SegmentMap) -> None:
+        self.name = file.name
         self.header = header
-        self._file = _FileBlob(descriptor, path)
+        self._file = file
         self._map = held
         self._lock = threading.Lock()
 
@@ -81,27 +64,26 @@ class SparseUpper:
 
         A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked.
         Raises SourceError if the file cannot be made, ValueError if a UUID, the tag or the size does not fit; the
-        size must be a multiple of 512.
+        size must be a multiple of 512. A file system that cannot tell 4 KiB holes from data is refused (SourceError).
         """
         _check_virtual_size(virtual_size)
-        name = os.fspath(path)
-        header = Header(
+        head = Header(
             flags=Flags.HEADER | Flags.DATA | Flags.SPARSE,
             virtual_size=virtual_size,
-            uuid=uuid or str(uuid_module.uuid4()).upper(),
+            uuid=uuid or str(uuid_module.uuid4()),
             parent_uuid=parent_uuid or "",
             user_tag=encode_user_tag(user_tag),
-        )
-        head = header.to_bytes()
-        descriptor = _open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        ).to_bytes()
+        file = LayerFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            _write_header(descriptor, name, head)
-            _truncate(descriptor, name, HEADER_SPACE + virtual_size)
+            file.write_at(0, head)
+            file.resize(HEADER_SPACE + virtual_size)
+            _check_holes(file, virtual_size)
         except BaseException:
-            os.close(descriptor)
-            os.unlink(name)
+            file.close()
+            os.unlink(path)
             raise
-        return cls(descriptor, name, Header.from_bytes(head), SegmentMap(join=True))
+        return cls(file, Header.from_bytes(head), SegmentMap(join=True))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -110,20 +92,17 @@ class SparseUpper:
         Raises SourceError if the file cannot be had, FormatError if it is no sparse writable layer, is cut short, or
         was sealed in place since.
         """
-        name = os.fspath(path)
-        descriptor = _open(name, os.O_RDWR)
+        file = LayerFile(path, os.O_RDWR)
         try:
-            header = _read_header(_FileBlob(descriptor, name), wanted=Flags.DATA | Flags.SPARSE)
-            if header.virtual_size % SECTOR:
-                raise FormatError("virtual size is no whole number of sectors", blob=name, got=header.virtual_size)
-            _check_sparse_size(descriptor, name, header)
+            header = file.read_header(Flags.DATA | Flags.SPARSE)
+            _check_size(file, header)
             held = SegmentMap(join=True)
-            for begin, end in _data_extents(descriptor, name, HEADER_SPACE + header.virtual_size):
+            for begin, end in file.data_extents(HEADER_SPACE, HEADER_SPACE + header.virtual_size):
                 held.insert(begin // SECTOR - _HEADER_SECTORS, -(-end // SECTOR) - _HEADER_SECTORS, begin // SECTOR)
         except BaseException:
-            os.close(descriptor)
+            file.close()
             raise
-        return cls(descriptor, name, header, held)
+        return cls(file, header, held)
 
     @property
     def data(self) -> Blob:
@@ -168,7 +147,7 @@ class SparseUpper:
         written = 0
         try:
             while written < len(view):
-                written += _write(self._file.descriptor, self.name, HEADER_SPACE + offset + written, view[written:])
+                written += self._file.write_some(HEADER_SPACE + offset + written, view[written:])
         finally:
             # Also if the disk filled up midway: the map must say what the file says.
             if written:
@@ -181,31 +160,24 @@ class SparseUpper:
         self._check_range(offset, length)
         if not length:
             return
-        _punch_hole(self._file.descriptor, self.name, HEADER_SPACE + offset, length)
+        self._file.punch_hole(HEADER_SPACE + offset, length)
         with self._lock:
             self._map.remove(-(-offset // SECTOR), (offset + length) // SECTOR)
 
     def flush(self) -> None:
         """Return once everything written before is on stable storage."""
-        try:
-            os.fdatasync(self._file.descriptor)
-        except OSError as error:
-            raise _failed("flushing", self.name, None, error) from error
+        self._file.sync()
 
     def set_virtual_size(self, virtual_size: int) -> None:
         """Grow the disk. The file is extended first, so that a crash in between leaves a layer that opens."""
         _check_virtual_size(virtual_size)
         if virtual_size < self.virtual_size:
             raise OutOfRangeError(f"{self.name}: a layer cannot shrink (got {virtual_size}, has {self.virtual_size})")
-        header = Header(
-            flags=self.header.flags,
-            virtual_size=virtual_size,
-            uuid=self.header.uuid,
-            parent_uuid=self.header.parent_uuid,
-            user_tag=self.header.user_tag,
-        )
-        _truncate(self._file.descriptor, self.name, HEADER_SPACE + virtual_size)
-        _write_header(self._file.descriptor, self.name, header.to_bytes())
+        self._file.resize(HEADER_SPACE + virtual_size)
+        if not self.virtual_size:
+            _check_holes(self._file, virtual_size)
+        header = replace(self.header, virtual_size=virtual_size)
+        self._file.write_at(0, header.to_bytes())
         self.header = header
 
     def close(self) -> None:
@@ -228,113 +200,6 @@ class SparseUpper:
             )
 
 
-class AppendUpper:
-    """A writable layer of the original in append mode, a data file and an index file, opened for reading.
-
-    The index file is a log of records in the order of writing. Records at its end that point past the data file (a
-    crash came between the two) are dropped, as is a torn last record; anywhere else they are an error.
-    """
-
-    def __init__(self, header: Header, data: Blob, index: SegmentIndex) -> None:
-        self.name = data.name
-        self.header = header
-        self.data = data
-        self.index = index
-
-    @classmethod
-    def open(cls, data_path: str | os.PathLike[str], index_path: str | os.PathLike[str]) -> Self:
-        """Open both files. Raises SourceError if one cannot be had, FormatError if they are not such a layer."""
-        data = _FileBlob.open(os.fspath(data_path))
-        try:
-            with _FileBlob.open(os.fspath(index_path)) as log:
-                header = _read_header(data, wanted=Flags.DATA)
-                return cls(header, data, _replay(log, data.size))
-        except BaseException:
-            data.close()
-            raise
-
-    @property
-    def virtual_size(self) -> int:
-        """Size of the disk in bytes; 0 leaves it to the layers below."""
-        return self.header.virtual_size
-
-    @property
-    def uuid(self) -> str:
-        """The layer's UUID."""
-        return self.header.uuid
-
-    @property
-    def parent_uuid(self) -> str:
-        """UUID of the layer this one was made on."""
-        return self.header.parent_uuid
-
-    def close(self) -> None:
-        """Close the data file."""
-        self.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _FileBlob(Blob):
-    # A layer's own file by positional reads; its size may grow. Once closed, its descriptor's number is another's.
-
-    def __init__(self, descriptor: int, name: str) -> None:
-        self.name = name
-        self._descriptor = descriptor
-
-    @classmethod
-    def open(cls, path: str) -> _FileBlob:
-        return cls(_open(path, os.O_RDONLY), path)
-
-    @property
-    def descriptor(self) -> int:
-        if self._descriptor < 0:
-            raise SourceError("layer file is closed", blob=self.name)
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self.descriptor).st_size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        try:
-            data = os.pread(self.descriptor, length, offset)
-            while len(data) < length:  # a pread gives at most 2 GiB
-                more = os.pread(self.descriptor, length - len(data), offset + len(data))
-                if not more:
-                    check_range(self, offset, length)
-                    raise SourceError("file ends early", blob=self.name, offset=offset + len(data))
-                data += more
-        except OSError as error:
-            raise _failed("reading", self.name, offset, error) from error
-        return data
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _read_header(blob: Blob, *, wanted: Flags) -> Header:
-    header = Header.from_bytes(blob.read_at(0, min(STRUCT_SIZE, blob.size)), blob=blob.name)
-    looked_at = Flags.DATA | Flags.SPARSE | Flags.SEALED
-    if header.flags & looked_at != wanted:
-        raise FormatError(
-            "LSMT file is another kind of writable layer",
-            blob=blob.name,
-            offset=28,
-            got=f"flags {int(header.flags):#x}",
-            wanted=f"{int(wanted):#x} of {int(looked_at):#x}",
-        )
-    return header
-
-
 def _check_virtual_size(virtual_size: int) -> None:
     if virtual_size % SECTOR or not 0 <= virtual_size <= MAX_VIRTUAL_SIZE:
         raise OutOfRangeError(
@@ -343,91 +208,23 @@ def _check_virtual_size(virtual_size: int) -> None:
         )
 
 
-def _check_sparse_size(descriptor: int, name: str, header: Header) -> None:
-    size = os.fstat(descriptor).st_size
-    wanted = HEADER_SPACE + header.virtual_size
-    if size < wanted:
-        raise FormatError("sparse layer is cut short", blob=name, got=f"{size} bytes", wanted=wanted)
-    # Longer is a resize that was interrupted; unless a trailer ends the file, which sealing in place appends.
-    if size > wanted and os.pread(descriptor, len(MAGIC), size - HEADER_SPACE) == MAGIC:
-        raise FormatError("sparse layer was sealed, it can only be read", blob=name, offset=size - HEADER_SPACE)
-
-
-def _data_extents(descriptor: int, name: str, end: int) -> Iterator[tuple[int, int]]:
-    # File ranges of [4096, end) that the file system holds data for.
-    at = HEADER_SPACE
-    while at < end:
-        try:
-            begin = os.lseek(descriptor, at, os.SEEK_DATA)
-            at = os.lseek(descriptor, begin, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data after `at`
-                return
-            raise _failed("looking for data", name, at, error) from error
-        if begin < end:
-            yield begin, min(at, end)
-
-
-def _replay(log: Blob, data_size: int) -> SegmentIndex:
-    header = Header.from_bytes(log.read_at(0, min(STRUCT_SIZE, log.size)), blob=log.name)
-    if header.flags & (Flags.DATA | Flags.SEALED) or header.index_offset != HEADER_SPACE:
+def _check_size(file: LayerFile, header: Header) -> None:
+    if header.virtual_size % SECTOR:
         raise FormatError(
-            "LSMT file is not the index of a writable layer",
-            blob=log.name,
-            got=f"flags {int(header.flags):#x}, index at {header.index_offset}",
-            wanted=f"neither data nor sealed, index at {HEADER_SPACE}",
+            "virtual size is no whole number of sectors", blob=file.name, offset=48, got=header.virtual_size
         )
-    count = max(0, log.size - HEADER_SPACE) // RECORD_SIZE
-    if count > MAX_WRITABLE_RECORDS:
-        raise FormatError("LSMT index has too many records", blob=log.name, got=count, wanted=MAX_WRITABLE_RECORDS)
-    segments = decode_segments(log.read_at(HEADER_SPACE, count * RECORD_SIZE) if count else b"")
-    end_sectors = data_size // SECTOR
-    good = np.flatnonzero(mapped_inside(segments, end_sectors))
-    segments = segments[: int(good[-1]) + 1 if len(good) else 0]
-    check_mapped(segments, end_sectors, blob=log.name, offset=HEADER_SPACE)
-    held = SegmentMap()
-    for begin, length, moffset, zeroed, _ in segments.rows():
-        held.insert(begin, begin + length, moffset, zeroed=zeroed)
-    return held.to_index()
+    size, wanted = file.size, HEADER_SPACE + header.virtual_size
+    if size < wanted:
+        raise FormatError("sparse layer is cut short", blob=file.name, got=f"{size} bytes", wanted=wanted)
+    # Longer is a resize that was interrupted; unless a trailer ends the file, which sealing in place appends.
+    end = size - HEADER_SPACE
+    if size > wanted and file.read_at(end, len(MAGIC)) == MAGIC:
+        raise FormatError("sparse layer was sealed, it can only be read", blob=file.name, offset=end)
 
 
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _failed("opening", path, None, error) from error
-
-
-def _truncate(descriptor: int, name: str, size: int) -> None:
-    try:
-        os.ftruncate(descriptor, size)
-    except OSError as error:
-        raise _failed(f"resizing to {size} bytes", name, None, error) from error
-
-
-def _punch_hole(descriptor: int, name: str, offset: int, length: int) -> None:
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    while _libc.fallocate(descriptor, mode, offset, length):
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise _failed("punching a hole", name, offset, OSError(code, os.strerror(code)))
-
-
-def _write(descriptor: int, name: str, offset: int, data: Buffer) -> int:
-    # At least one byte; how many, is returned.
-    try:
-        return os.pwrite(descriptor, data, offset)
-    except OSError as error:
-        raise _failed("writing", name, offset, error) from error
-
-
-def _write_header(descriptor: int, name: str, head: bytes) -> None:
-    written = 0
-    while written < len(head):
-        written += _write(descriptor, name, written, head[written:])
-
-
-def _failed(doing: str, name: str, offset: int | None, error: OSError) -> SourceError:
-    failure = SourceError(f"{doing} failed: {error.strerror}", blob=name, offset=offset)
-    failure.__cause__ = error
-    return failure
+def _check_holes(file: LayerFile, virtual_size: int) -> None:
+    # An empty layer that is all data after a reopening would hide every lower layer.
+    for begin, end in file.data_extents(HEADER_SPACE, HEADER_SPACE + virtual_size):
+        raise SourceError(
+            f"file system cannot keep a sparse layer: it takes the hole [{begin}, {end}) for data", blob=file.name
+        )

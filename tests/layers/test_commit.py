@@ -11,10 +11,11 @@ import pytest
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import SourceError
 from obdlab.formats.lsmt.layout import decode_segments
+from obdlab.layers.append import AppendUpper
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
-from obdlab.layers.upper import AppendUpper, SparseUpper
+from obdlab.layers.upper import SparseUpper
 from obdlab.layers.zfile import ZFileWriter
 from tests.layers.golden import LSMT, blob, entry, sha256_of
 from tests.layers.lsmt_samples import Watched, layer, sealed_bytes

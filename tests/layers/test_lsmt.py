@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
 from obdlab.errors import FormatError, ObdlabError
+from obdlab.formats.lsmt.layout import Flags, Trailer, encode_segments
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
+from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, blob, entry, manifest, sha256_of
 from tests.layers.lsmt_samples import Watched, sealed_bytes
 
@@ -59,6 +62,29 @@ def test_what_a_layer_tells() -> None:
     assert sealed.uuid == committed.uuid
     assert len(sealed.index) > len(committed.index)
     assert open_layer(blob("c1.empty.lsmt")).index.lookup(0, 9)[0][2] < 0
+
+
+def test_a_sparse_layer_sealed_in_place(tmp_path: Path) -> None:
+    # As the original seals: index after the disk's bytes, its end padded with garbage, the header left as it was.
+    disk = 100 * 512
+    with SparseUpper.create(tmp_path / "u", disk, user_tag="never copied") as upper:
+        upper.write_at(4096, b"x" * 8192)
+        upper.write_at(99 * 512, b"end" * 170)
+        rows = upper.index.segments()
+        wanted = upper.read_at(0, disk)
+    trailer = Trailer(
+        flags=Flags.DATA | Flags.SEALED | Flags.SPARSE,
+        virtual_size=disk,
+        uuid=upper.uuid,
+        index_offset=4096 + disk,
+        index_size=len(rows),
+    )
+    content = (tmp_path / "u").read_bytes() + encode_segments(rows).ljust(512, b"g") + trailer.to_bytes()
+    sealed = open_layer(MemoryBlob(content))
+    assert sealed.sealed_in_place
+    assert sealed.uuid == upper.uuid
+    assert len(sealed.index) == 2
+    assert Stack([sealed]).read_at(0, disk) == wanted
 
 
 def test_opening_takes_few_reads() -> None:
