@@ -1,8 +1,11 @@
-"""A Blob as one file, ``disk``, on a FUSE mount, served by a loop on /dev/fuse without a FUSE library.
+"""A Blob as one file, ``disk``, on a FUSE file system, served by a loop on /dev/fuse without a FUSE library.
 
 A library would call back once per file operation and copy; about ten request kinds for one file are quickly told,
 and a trivial read served this way runs at twice the rate of the fastest Python binding. The wire is described by the
 kernel's ``linux/fuse.h``; see ``obdlab.devices.abi``.
+
+The file system is mounted nowhere: only the server opens the file, and it ends with the last holder of that file. So
+there is no mount that another mount namespace could copy and keep alive, nor one to be left behind.
 
 The process that serves must not fault in pages of its own mount (mmap): the fault would be taken with the interpreter
 lock held, which the answering thread needs. System calls are safe, they release the lock.
@@ -25,8 +28,6 @@ from obdlab.devices.fuse_ops import DISK_NAME, FuseFile, errno_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from obdlab.blob import Blob
 
 log = logging.getLogger(__name__)
@@ -57,22 +58,13 @@ class DeviceStatistics:
 
 
 class FuseServer:
-    """Serves ``blob`` as ``mountpoint/disk``. Writable if the blob is, unless ``read_only``.
+    """Serves ``blob`` as a file. Writable if the blob is, unless ``read_only``.
 
     Reads that fail are answered with EIO and logged with their cause; nothing else is ever answered in place of
     the blob's bytes. At most ``max_threads`` requests wait for slow sources at a time.
     """
 
-    def __init__(
-        self,
-        blob: Blob,
-        mountpoint: Path,
-        *,
-        name: str = "",
-        read_only: bool = False,
-        max_threads: int = 64,
-    ) -> None:
-        self.mountpoint = mountpoint
+    def __init__(self, blob: Blob, *, name: str = "", read_only: bool = False, max_threads: int = 64) -> None:
         self.name = name or blob.name
         self.read_only = read_only or not isinstance(blob, WritableBlob)
         self.last_error = ""
@@ -81,42 +73,54 @@ class FuseServer:
         self._crew = Crew(self._turn, limit=max_threads, name="fuse")
         self._fd = -1
 
-    @property
-    def disk(self) -> Path:
-        """The served file."""
-        return self.mountpoint / DISK_NAME
+    def start(self) -> int:
+        """Begin to serve; return a descriptor of the directory that holds the file.
 
-    def start(self) -> None:
-        """Mount and begin to serve. Raises DeviceError if the kernel refuses."""
+        Serving ends once that descriptor and every file opened through it are closed. Raises DeviceError if the
+        kernel refuses.
+        """
         try:
             self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise DeviceError(f"cannot open /dev/fuse: {error.strerror}") from error
-        flags = abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOATIME | (abi.MS_RDONLY if self.read_only else 0)
-        options = (
-            f"fd={self._fd},rootmode={stat.S_IFDIR:o},user_id={os.geteuid()},group_id={os.getegid()},"
-            f"allow_other,max_read={self._file.max_transfer}"
-        )
+        options: dict[str, str | None] = {
+            "source": "obdlab",
+            "subtype": "obdlab",
+            "fd": str(self._fd),
+            "rootmode": f"{stat.S_IFDIR:o}",
+            "user_id": str(os.geteuid()),
+            "group_id": str(os.getegid()),
+            "allow_other": None,  # the loop device's kernel threads are others
+            "max_read": str(self._file.max_transfer),
+        }
+        attributes = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOATIME
+        if self.read_only:
+            options["ro"] = None
+            attributes |= abi.MOUNT_ATTR_RDONLY
         try:
-            abi.mount("obdlab", self.mountpoint, "fuse.obdlab", flags, options)
-            self._crew.start()
+            directory = abi.mount_detached("fuse", options, attributes)
         except OSError as error:
             os.close(self._fd)
-            raise DeviceError(f"{self.mountpoint}: cannot mount FUSE: {error.strerror}") from error
+            raise DeviceError(f"cannot mount FUSE: {error.strerror}") from error
+        self._crew.start()
+        return directory
+
+    def open_disk(self, directory: int) -> int:
+        """Open the served file, given what :meth:`start` returned. Raises DeviceError."""
+        flags = os.O_RDONLY if self.read_only else os.O_RDWR
+        try:
+            return os.open(DISK_NAME, flags | os.O_CLOEXEC, dir_fd=directory)
+        except OSError as error:
+            raise DeviceError(f"{self.name}: cannot open the served file: {error.strerror}") from error
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the mount is gone and every request is answered; tell whether that is so."""
+        """Wait until nobody holds the file and every request is answered; tell whether that is so."""
         if not self._crew.wait(timeout_s):
             return False
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         return True
-
-    @property
-    def opened(self) -> int:
-        """How often ``disk`` is open at the moment (a loop device counts as one)."""
-        return self._file.opened
 
     def statistics(self) -> DeviceStatistics:
         """Return the counters."""
@@ -132,8 +136,8 @@ class FuseServer:
             last_error=self.last_error,
         )
 
-    # Takes requests while this thread leads; False when the mount is gone. Names are looked up once: this is the
-    # loop that sets the device's IOPS.
+    # Takes requests while this thread leads; False when the file system is gone. Names are looked up once: this loop
+    # sets the device's IOPS.
     def _turn(self, member: Member) -> bool:
         if not member.buffer:
             member.buffer = bytearray(self._file.buffer_size)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
+import os
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from obdlab.devices import abi, loop
 from obdlab.devices.device import Device
-from obdlab.devices.fuse import DISK_NAME, DeviceStatistics, FuseServer
-from obdlab.devices.mount import mounts_at, mounts_of
+from obdlab.devices.fuse import DeviceStatistics, FuseServer
+from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -17,13 +19,11 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
 
-#: Below a device's directory: where FUSE is mounted.
-MOUNT_NAME = "fuse"
 _TRANSIENT_USE_S = 1.0
 
 
 class FuseLoopDevice(Device):
-    """Serves ``blob`` as a loop device over a FUSE mount at ``directory/fuse``.
+    """Serves ``blob`` as a loop device. ``directory`` is the device's own: others find the device by it.
 
     Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
     """
@@ -45,22 +45,21 @@ class FuseLoopDevice(Device):
             raise DeviceError(
                 f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
             )
-        self._directory = directory.resolve()
+        self._directory = directory
         self._size = blob.size
-        mountpoint = self._directory / MOUNT_NAME
-        mountpoint.mkdir(parents=True, exist_ok=True)
-        self._server = FuseServer(blob, mountpoint, name=name, read_only=read_only, max_threads=max_threads)
-        self._server.start()
-        try:
+        self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads)
+        with ExitStack() as opened:
+            root = self._server.start()
+            opened.callback(os.close, root)
+            disk = self._server.open_disk(root)
+            opened.callback(os.close, disk)
             self._path = loop.attach(
-                self._server.disk,
+                disk,
+                label=_label(directory),
                 read_only=self._server.read_only,
                 sector_size=sector_size,
                 readahead_kib=readahead_kib,
             )
-        except BaseException:
-            self.stop()
-            raise
 
     @property
     def path(self) -> Path:
@@ -87,7 +86,34 @@ class FuseLoopDevice(Device):
     def stop(self, timeout_s: float = 10.0) -> None:
         take_down(self._directory, timeout_s=timeout_s)
         if not self._server.wait(timeout_s):
-            raise DeviceError(f"{self._directory}: requests are still being served {timeout_s:g} s after unmounting")
+            raise DeviceError(f"{self._path}: requests are still being served {timeout_s:g} s after it was detached")
+
+
+def devices_of(directory: Path) -> list[Path]:
+    """Return the loop devices (one, but for the leftovers of killed servers) that belong to a device's directory."""
+    return loop.labelled(_label(directory))
+
+
+def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+    """Detach the loop devices of ``directory``, whereupon their servers end. None being there is fine.
+
+    Raises DeviceError naming the loop device while a file system is mounted from it, unless ``force``: then the
+    device disappears under its users, who get I/O errors, and goes for good with the last of them.
+    """
+    for device in devices_of(directory):
+        if not force:
+            _wait_unused(device)
+        try:
+            loop.detach(device, label=_label(directory), timeout_s=min(timeout_s, 1.0) if force else timeout_s)
+        except DeviceError:
+            if not force:
+                raise
+
+
+# Loop devices keep 63 bytes; the hash tells apart run directories and ids that are longer.
+def _label(directory: Path) -> str:
+    whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
+    return f"obdlab:{whole}:{directory.name}"[:63]
 
 
 # A container being started copies all mounts for a moment and drops them; only longer use is use.
@@ -102,33 +128,3 @@ def _wait_unused(device: Path) -> None:
 def _users(device: Path) -> str:
     found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)]
     return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"
-
-
-def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Detach the loop devices over ``directory/fuse/disk``, then unmount it. Nothing there is fine.
-
-    Raises DeviceError naming the loop device while a file system is mounted from it, unless ``force``: then the
-    device disappears under its users, who get I/O errors.
-    """
-    mountpoint = directory.resolve() / MOUNT_NAME
-    disk = mountpoint / DISK_NAME
-    for device in loop.devices_of(disk):
-        if not force:
-            _wait_unused(device)
-        try:
-            loop.detach(device, file=disk, timeout_s=min(timeout_s, 1.0) if force else timeout_s)
-        except DeviceError:
-            if not force:  # forced: it goes with its last user
-                raise
-    deadline = time.monotonic() + timeout_s
-    while mounts_at(mountpoint):
-        try:
-            abi.umount2(mountpoint, abi.UMOUNT_NOFOLLOW | (abi.MNT_DETACH if force else 0))
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # somebody else was faster
-                continue
-            if error.errno != errno.EBUSY:
-                raise DeviceError(f"{mountpoint}: cannot unmount: {error.strerror}") from error
-            if time.monotonic() > deadline:
-                raise DeviceError(f"{mountpoint}: still busy after {timeout_s:g} s") from error
-            time.sleep(0.01)

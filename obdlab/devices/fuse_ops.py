@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import stat
-import threading
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
@@ -45,8 +44,6 @@ class FuseFile:
     def __init__(self, blob: Blob, *, read_only: bool) -> None:
         self._blob = blob
         self._writable = blob if isinstance(blob, WritableBlob) and not read_only else None
-        self._open_lock = threading.Lock()
-        self.opened = 0
         #: Largest READ and WRITE.
         self.max_transfer = MIB
         # A device nobody writes to takes no data in, so its threads need no large buffers.
@@ -58,7 +55,7 @@ class FuseFile:
             FuseOpcode.GETATTR: self._getattr,
             FuseOpcode.SETATTR: self._setattr,
             FuseOpcode.OPEN: self._open,
-            FuseOpcode.RELEASE: self._release,
+            FuseOpcode.RELEASE: self._done,
             FuseOpcode.FSYNC: self._fsync,
             FuseOpcode.FALLOCATE: self._fallocate,
             FuseOpcode.STATFS: self._statfs,
@@ -137,16 +134,9 @@ class FuseFile:
         return self._getattr(node_id, body)
 
     def _open(self, _: int, __: memoryview) -> bytes | int:
-        with self._open_lock:
-            self.opened += 1
         # Not cached here: the file system above the loop device caches what it reads, twice would be once too many.
         flags = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
         return abi.FUSE_OPEN_OUT.pack(0, flags, 0)
-
-    def _release(self, _: int, __: memoryview) -> bytes | int:
-        with self._open_lock:
-            self.opened -= 1
-        return b""
 
     def _fsync(self, _: int, __: memoryview) -> bytes | int:
         if self._writable is not None:

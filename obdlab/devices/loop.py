@@ -21,48 +21,37 @@ _RACE_PAUSE_S = 0.002
 
 
 def attach(
-    file: Path,
+    backing: int,
     *,
+    label: str,
     read_only: bool,
     sector_size: int = abi.SECTOR,
     direct_io: bool = True,
     readahead_kib: int = 128,
     timeout_s: float = 10.0,
 ) -> Path:
-    """Make ``file`` a loop device; return its node, such as ``/dev/loop3``. Raises DeviceError.
+    """Make an open file a loop device; return its node, such as ``/dev/loop3``. Raises DeviceError.
 
-    Any number of processes may attach at the same time: a device lost to another one is given up for the next.
+    ``label`` (63 bytes at most) stays with the device, for :func:`labelled` and :func:`detach` to know it by. Any
+    number of processes may attach at the same time: a device lost to another one is given up for the next.
     """
     deadline = time.monotonic() + timeout_s
-    try:
-        backing = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-    except OSError as error:
-        raise DeviceError(f"{file}: cannot open for a loop device: {error.strerror}") from error
-    try:
-        device = _configure_a_free_one(backing, file, read_only, sector_size, direct_io, deadline)
-    finally:
-        os.close(backing)
-    _set_readahead(device, readahead_kib)
-    return device
-
-
-def _configure_a_free_one(
-    backing: int, file: Path, read_only: bool, sector_size: int, direct_io: bool, deadline: float
-) -> Path:
     config = abi.LoopConfig(fd=backing, block_size=sector_size)
     config.info.lo_flags = (abi.LO_FLAGS_READ_ONLY if read_only else 0) | (abi.LO_FLAGS_DIRECT_IO if direct_io else 0)
-    config.info.lo_file_name = os.fsencode(file)[-63:]
+    config.info.lo_file_name = os.fsencode(label)
     while True:
         device = _free_device()
         try:
-            _ioctl_config(device, config, read_only)
+            _configure(device, config, read_only)
         except OSError as error:
             lost_race = error.errno in (errno.EBUSY, errno.ENXIO, errno.ENOENT, errno.EAGAIN)
             if not lost_race or time.monotonic() > deadline:
-                raise DeviceError(f"{device}: cannot attach {file}: {error.strerror}") from error
+                raise DeviceError(f"{device}: cannot attach {label}: {error.strerror}") from error
             time.sleep(_RACE_PAUSE_S)
         else:
-            return device
+            break
+    _set_readahead(device, readahead_kib)
+    return device
 
 
 def _free_device() -> Path:
@@ -82,7 +71,7 @@ def _free_device() -> Path:
     return device
 
 
-def _ioctl_config(device: Path, config: abi.LoopConfig, read_only: bool) -> None:
+def _configure(device: Path, config: abi.LoopConfig, read_only: bool) -> None:
     fd = os.open(device, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, abi.LOOP_CONFIGURE, config)
@@ -97,22 +86,26 @@ def _set_readahead(device: Path, readahead_kib: int) -> None:
         pass
 
 
-def backing_file(device: Path) -> str:
-    """Return the path the kernel shows for the device's backing file, or '' if it has none."""
-    try:
-        return (_SYS_BLOCK / device.name / "loop" / "backing_file").read_text().rstrip("\n")
-    except OSError:
+def label_of(device: Path) -> str:
+    """Return the label the device was attached with, or '' if it is not attached."""
+    if not (_SYS_BLOCK / device.name / "loop").exists():
         return ""
+    status = abi.LoopInfo64()
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, abi.LOOP_GET_STATUS64, status)
+        finally:
+            os.close(fd)
+    except OSError:  # gone meanwhile, or a backing file that cannot be asked: none of ours, whose answer is cached
+        return ""
+    return os.fsdecode(status.lo_file_name)
 
 
-def devices_of(file: Path) -> list[Path]:
-    """Return the loop devices whose backing file is ``file`` (as it was named when attached)."""
-    found = []
-    for directory in _SYS_BLOCK.glob("loop*"):
-        device = Path("/dev") / directory.name
-        if backing_file(device) in (str(file), f"{file} (deleted)"):
-            found.append(device)
-    return sorted(found)
+def labelled(prefix: str) -> list[Path]:
+    """Return the attached devices whose label begins with ``prefix``."""
+    nodes = (Path("/dev") / directory.name for directory in _SYS_BLOCK.glob("loop*"))
+    return sorted(node for node in nodes if label_of(node).startswith(prefix))
 
 
 def in_use(device: Path) -> bool:
@@ -125,19 +118,14 @@ def in_use(device: Path) -> bool:
     return False
 
 
-def detach(device: Path, *, file: Path | None = None, timeout_s: float = 10.0) -> None:
-    """Take the loop device away and wait until it is gone. A device without a backing file is fine.
+def detach(device: Path, *, label: str, timeout_s: float = 10.0) -> None:
+    """Take the loop device of this label away and wait until it is gone.
 
-    With ``file`` given, a device that has meanwhile been attached to another file is left alone. Raises DeviceError
-    if it stays in use.
+    A device that is not attached, or has meanwhile been given to somebody else, is left alone. Raises DeviceError if
+    it stays in use.
     """
     deadline = time.monotonic() + timeout_s
-
-    def ours() -> bool:
-        now = backing_file(device)
-        return bool(now) and (file is None or now in (str(file), f"{file} (deleted)"))
-
-    while ours():
+    while label_of(device) == label:
         try:
             _clear(device)
         except OSError as error:
@@ -145,7 +133,7 @@ def detach(device: Path, *, file: Path | None = None, timeout_s: float = 10.0) -
                 return
             if error.errno not in (errno.EBUSY, errno.EAGAIN):
                 raise DeviceError(f"{device}: cannot detach: {error.strerror}") from error
-        if not ours():
+        if label_of(device) != label:
             return
         if time.monotonic() > deadline:
             raise DeviceError(f"{device}: still in use {timeout_s:g} s after it was told to detach")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import loop, mount
-from obdlab.devices.fuse import DISK_NAME
-from obdlab.devices.fuse_loop import MOUNT_NAME
+from obdlab.devices import mount
+from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from obdlab.service.client import DeviceService
 
 
@@ -49,8 +49,7 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
 
 # Newest first, so that what is mounted inside another mount goes before it.
 def _mounts_on(directory: Path) -> list[mount.MountEntry]:
-    disk = directory.resolve() / MOUNT_NAME / DISK_NAME
-    found = [entry for device in loop.devices_of(disk) for entry in mount.mounts_of(device)]
+    found = [entry for device in devices_of(directory) for entry in mount.mounts_of(device)]
     return sorted(found, key=lambda entry: entry.mount_id, reverse=True)
 
 

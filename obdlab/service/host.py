@@ -23,8 +23,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from obdlab.devices import abi, fuse_loop, loop
-from obdlab.devices.fuse import DISK_NAME
+from obdlab.devices import abi, fuse_loop
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.service import server, wire
 from obdlab.service.rundir import DeviceRecord, Process, RunDir, held, remove_device
@@ -168,7 +167,7 @@ def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord 
     record = DeviceRecord.load(directory)
     if record is None or not record.process.alive:
         return None
-    if loop.backing_file(Path(record.path)) != str(directory / fuse_loop.MOUNT_NAME / DISK_NAME):
+    if Path(record.path) not in fuse_loop.devices_of(directory):
         return None  # somebody took the loop device away: worth no more than a dead server
     if record.config != str(config):
         raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")

@@ -1,6 +1,6 @@
 """The run directory: where the host listens, and one directory per device with what is known about it.
 
-State lives in the kernel (mounts, loop devices, processes); the files here only say where to look. So nothing is
+State lives in the kernel (loop devices, mounts, processes); the files here only say where to look. So nothing is
 lost when the host or a client is killed, and what a killed server left behind is found by its directory.
 """
 
@@ -206,7 +206,7 @@ def _is_still(lock: int, directory: Path) -> bool:
 
 
 def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Take a device down in order: loop device, FUSE mount, server, directory. The caller holds its lock.
+    """Take a device down in order: the device, its server, its directory. The caller holds its lock.
 
     Works the same whether its server is alive, hangs or was killed. Raises DeviceError, having changed nothing, while
     a file system is mounted from it, unless ``force``.

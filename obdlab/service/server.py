@@ -2,7 +2,7 @@
 
 It outlives the host and every client. SIGINT is ignored. SIGTERM stops it cleanly if no file system is mounted from
 the device and is ignored otherwise: at shutdown everything gets SIGTERM, and the file systems must still be unmounted
-after that. The way to stop a device is to detach it, whereupon its mount vanishes and the server ends by itself.
+after that. The way to stop a device is to detach it, whereupon the server ends by itself.
 """
 
 from __future__ import annotations

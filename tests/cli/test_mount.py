@@ -10,14 +10,15 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from obdlab.devices import loop, mount
+from obdlab.devices import mount
+from obdlab.devices.fuse_loop import devices_of
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
@@ -35,6 +36,8 @@ class Bed:
     run_dir: Path
     cache_dir: Path
     target: Path
+    #: Ids of all devices there were.
+    seen: set[str] = field(default_factory=set)
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """Run the command; return what it printed, errors included."""
@@ -49,13 +52,13 @@ class Bed:
             check=False,
         )
         assert done.returncode == code, done.stdout
+        if (self.run_dir / "devices").exists():
+            self.seen |= set(os.listdir(self.run_dir / "devices"))
         return done.stdout
 
     def leftovers(self) -> list[str]:
-        loops = (Path("/dev") / directory.name for directory in Path("/sys/block").glob("loop*"))
-        return [str(entry.mountpoint) for entry in mount.mounts() if self.run_dir in entry.mountpoint.parents] + [
-            str(each) for each in loops if loop.backing_file(each).startswith(str(self.run_dir))
-        ]
+        """Devices that are not listed any more, or not yet, but still there."""
+        return [str(path) for name in ("mine", *self.seen) for path in devices_of(self.run_dir / "devices" / name)]
 
 
 @pytest.fixture

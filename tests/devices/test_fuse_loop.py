@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.devices import loop, mount
+from obdlab.devices import mount
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import FuseServer
-from obdlab.devices.fuse_loop import FuseLoopDevice, take_down
+from obdlab.devices.fuse_loop import FuseLoopDevice, devices_of, take_down
 from tests.devices.blobs import MemoryWritable
 from tests.devices.contract import MIB, DeviceContract, read_direct
 
@@ -24,10 +24,7 @@ class TestFuseLoopDevice(DeviceContract):
         return FuseLoopDevice(blob, directory, **options)
 
     def leftovers(self, directory: Path) -> list[str]:
-        mountpoint = directory / "fuse"
-        return [str(path) for path in loop.devices_of(mountpoint / "disk")] + [
-            str(entry.mountpoint) for entry in mount.mounts_at(mountpoint)
-        ]
+        return [str(path) for path in devices_of(directory)]
 
     def test_hits_need_one_thread(self, tmp_path: Path) -> None:
         with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
@@ -64,61 +61,72 @@ class TestFuseLoopDevice(DeviceContract):
         with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
             assert Path(f"/sys/block/{device.path.name}/loop/dio").read_text() == "1\n"
 
-    def test_writes_to_the_served_file_of_a_read_only_blob_are_refused(self, tmp_path: Path) -> None:
-        with self.device(MemoryBlob(bytes(MIB)), tmp_path), pytest.raises(OSError) as caught:
-            os.open(tmp_path / "fuse" / "disk", os.O_RDWR)
-        assert caught.value.errno == errno.EROFS
+    def test_no_mount_is_to_be_seen(self, tmp_path: Path) -> None:
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path):
+            assert [entry for entry in mount.mounts() if entry.source == "obdlab"] == []
 
 
 @pytest.mark.kernel
 class TestServedFile:
-    """The FUSE mount itself, seen through system calls."""
+    """The served file itself, seen through system calls."""
 
     @pytest.fixture
-    def served(self, tmp_path: Path) -> Any:
+    def served(self) -> Any:
         blob = MemoryWritable(3 * MIB)
         blob.data[:] = random.Random(1).randbytes(3 * MIB)
-        server = FuseServer(blob, tmp_path, name="served")
-        server.start()
-        yield server, blob
-        mount.unmount(tmp_path)
+        server = FuseServer(blob, name="served")
+        root = server.start()
+        yield Path(f"/proc/self/fd/{root}"), blob
+        os.close(root)
+        assert server.wait(10)
+
+    def test_serving_ends_with_the_last_open_file(self) -> None:
+        server = FuseServer(MemoryBlob(b"content"), name="served")
+        root = server.start()
+        disk = server.open_disk(root)
+        os.close(root)
+        assert os.pread(disk, 100, 0) == b"content"
+        assert not server.wait(0.1)
+        os.close(disk)
+        assert server.wait(10)
+
+    def test_a_read_only_blob_refuses_writers(self) -> None:
+        server = FuseServer(MemoryBlob(bytes(512)))
+        root = server.start()
+        with pytest.raises(OSError) as caught:
+            os.open("disk", os.O_RDWR, dir_fd=root)
+        assert caught.value.errno == errno.EROFS
+        os.close(root)
         assert server.wait(10)
 
     def test_listing_and_attributes(self, served: Any) -> None:
-        server, blob = served
-        assert os.listdir(server.mountpoint) == ["disk"]
-        status = server.disk.stat()
+        root, blob = served
+        assert os.listdir(root) == ["disk"]
+        status = (root / "disk").stat()
         assert (status.st_size, status.st_nlink, status.st_mode) == (blob.size, 1, 0o100600)
-        assert os.statvfs(server.mountpoint).f_bsize == 4096
+        assert os.statvfs(root).f_bsize == 4096
         with pytest.raises(FileNotFoundError):
-            (server.mountpoint / "other").stat()
+            (root / "other").stat()
 
     def test_what_is_refused(self, served: Any) -> None:
-        server, blob = served
+        root, blob = served
         with pytest.raises(OSError):
-            (server.mountpoint / "new").write_bytes(b"")
+            (root / "new").write_bytes(b"")
         with pytest.raises(OSError):
-            os.truncate(server.disk, 1)
+            os.truncate((root / "disk"), 1)
         with pytest.raises(OSError):
-            os.unlink(server.disk)
+            os.unlink(root / "disk")
         with pytest.raises(OSError):
-            os.setxattr(server.disk, "user.x", b"")
-        with server.disk.open("r+b", buffering=0) as file, pytest.raises(OSError):
+            os.setxattr((root / "disk"), "user.x", b"")
+        with (root / "disk").open("r+b", buffering=0) as file, pytest.raises(OSError):
             os.posix_fallocate(file.fileno(), 0, blob.size + 4096)
-        os.utime(server.disk, (1, 1))
-        assert server.disk.stat().st_size == blob.size
-
-    def test_open_count(self, served: Any) -> None:
-        server, _ = served
-        assert server.opened == 0
-        with server.disk.open("rb", buffering=0) as file:
-            assert server.opened == 1
-            assert len(file.read(MIB)) == MIB
+        os.utime((root / "disk"), (1, 1))
+        assert (root / "disk").stat().st_size == blob.size
 
     def test_write_past_the_end_is_an_error(self, served: Any) -> None:
-        server, blob = served
+        root, blob = served
         before = bytes(blob.data)
-        fd = os.open(server.disk, os.O_RDWR)
+        fd = os.open((root / "disk"), os.O_RDWR)
         try:
             with pytest.raises(OSError):
                 os.pwrite(fd, b"x" * 512, blob.size)

@@ -25,79 +25,103 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def attach(file: Path, label: str = "", *, read_only: bool = True, sector_size: int = 512) -> Path:
+    fd = os.open(file, os.O_RDWR)
+    try:
+        return loop.attach(fd, label=label or label_for(file), read_only=read_only, sector_size=sector_size)
+    finally:
+        os.close(fd)
+
+
+def label_for(file: Path) -> str:
+    return f"obdlab-test:{hash(file)}"
+
+
 def test_attach_and_detach(file: Path) -> None:
-    device = loop.attach(file, read_only=True)
+    label = label_for(file)
+    device = attach(file)
     try:
         assert device.read_bytes() == file.read_bytes()
-        assert loop.backing_file(device) == str(file)
-        assert loop.devices_of(file) == [device]
+        assert loop.label_of(device) == label
+        assert loop.labelled(label) == loop.labelled(label[:-1]) == [device]
         assert not loop.in_use(device)
     finally:
-        loop.detach(device)
-    assert loop.devices_of(file) == []
-    loop.detach(device)
+        loop.detach(device, label=label)
+    assert loop.labelled(label) == []
+    assert loop.label_of(device) == ""
+    loop.detach(device, label=label)
 
 
-def test_detach_leaves_another_files_device_alone(file: Path, tmp_path: Path) -> None:
-    device = loop.attach(file, read_only=True)
+def test_detach_leaves_another_owners_device_alone(file: Path) -> None:
+    device = attach(file)
     try:
-        loop.detach(device, file=tmp_path / "another")
-        assert loop.devices_of(file) == [device]
+        loop.detach(device, label="another")
+        assert loop.labelled(label_for(file)) == [device]
     finally:
-        loop.detach(device, file=file)
+        loop.detach(device, label=label_for(file))
+
+
+def test_the_longest_label(file: Path) -> None:
+    label = "l" * 63
+    device = attach(file, label)
+    try:
+        assert loop.label_of(device) == label
+    finally:
+        loop.detach(device, label=label)
 
 
 def test_detach_waits_for_the_last_user_and_gives_up_in_time(file: Path) -> None:
-    device = loop.attach(file, read_only=True)
+    device = attach(file)
     fd = os.open(device, os.O_RDONLY)
     try:
         with pytest.raises(DeviceError, match="still in use"):
-            loop.detach(device, timeout_s=0.1)
+            loop.detach(device, label=label_for(file), timeout_s=0.1)
     finally:
         os.close(fd)
     deadline = time.monotonic() + 10
-    while loop.devices_of(file) and time.monotonic() < deadline:
+    while loop.labelled(label_for(file)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert loop.devices_of(file) == []
+    assert loop.labelled(label_for(file)) == []
 
 
 def test_exclusive_use_is_seen(file: Path) -> None:
-    device = loop.attach(file, read_only=True)
+    device = attach(file)
     fd = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         assert loop.in_use(device)
     finally:
         os.close(fd)
-        loop.detach(device)
+        loop.detach(device, label=label_for(file))
 
 
 @pytest.mark.parametrize("sector_size", [512, 4096])
 def test_sector_size(file: Path, sector_size: int) -> None:
-    device = loop.attach(file, read_only=False, sector_size=sector_size)
+    device = attach(file, read_only=False, sector_size=sector_size)
     try:
         queue = Path(f"/sys/block/{device.name}/queue")
         assert int((queue / "logical_block_size").read_text()) == sector_size
     finally:
-        loop.detach(device)
+        loop.detach(device, label=label_for(file))
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"no-such-file: cannot open"):
-        loop.attach(tmp_path / "no-such-file", read_only=True)
-    with pytest.raises(DeviceError, match="cannot attach"):
-        loop.attach(Path("/dev/null"), read_only=True)
+def test_errors_name_the_label(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="cannot attach null device"), open("/dev/null", "rb") as file:
+        loop.attach(file.fileno(), label="null device", read_only=True)
+    with pytest.raises(DeviceError, match="Bad file descriptor"):
+        loop.attach(1 << 20, label="nothing", read_only=True)
 
 
 RACER = """
 import sys
 from pathlib import Path
 from obdlab.devices import loop
+file = open(sys.argv[1], "rb")
 for _ in range(10):
-    device = loop.attach(Path(sys.argv[1]), read_only=True)
+    device = loop.attach(file.fileno(), label=sys.argv[1][-63:], read_only=True)
     try:
         assert device.read_bytes() == Path(sys.argv[1]).read_bytes()
     finally:
-        loop.detach(device)
+        loop.detach(device, label=sys.argv[1][-63:])
 """
 
 
@@ -108,4 +132,4 @@ def test_processes_racing_for_free_devices(tmp_path: Path) -> None:
     racers = [subprocess.Popen([sys.executable, "-c", RACER, str(path)], stderr=subprocess.PIPE) for path in files]
     failures = [racer.communicate(timeout=60)[1].decode() for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * len(racers), failures
-    assert [loop.devices_of(path) for path in files] == [[]] * len(files)
+    assert [loop.labelled(str(path)[-63:]) for path in files] == [[]] * len(files)

@@ -56,11 +56,19 @@ def image(path: Path, *command: str) -> Path:
     return path
 
 
+LABEL = "obdlab-test-mount"
+
+
+def attach(file: Path, *, read_only: bool) -> Path:
+    with file.open("r+b") as stream:
+        return loop.attach(stream.fileno(), label=LABEL, read_only=read_only)
+
+
 @pytest.fixture
 def ext4(tmp_path: Path) -> Iterator[Path]:
-    device = loop.attach(image(tmp_path / "ext4", "mkfs.ext4", "-q"), read_only=False)
+    device = attach(image(tmp_path / "ext4", "mkfs.ext4", "-q"), read_only=False)
     yield device
-    loop.detach(device)
+    loop.detach(device, label=LABEL)
 
 
 @pytest.fixture
@@ -90,7 +98,7 @@ def test_mount_and_unmount(ext4: Path, target: Path) -> None:
 @pytest.mark.kernel
 def test_unreplayed_journal_is_mounted_read_only_with_noload(tmp_path: Path, target: Path) -> None:
     path = image(tmp_path / "dirty", "mkfs.ext4", "-q")
-    device = loop.attach(path, read_only=False)
+    device = attach(path, read_only=False)
     try:
         mount.mount(device, target, read_only=False)
         (target / "file").write_bytes(b"x")
@@ -99,8 +107,8 @@ def test_unreplayed_journal_is_mounted_read_only_with_noload(tmp_path: Path, tar
         copy.write_bytes(device.read_bytes())
         mount.unmount(target)
     finally:
-        loop.detach(device)
-    device = loop.attach(copy, read_only=True)
+        loop.detach(device, label=LABEL)
+    device = attach(copy, read_only=True)
     try:
         assert mount.detect_fs(device) == ("ext4", True)
         assert mount.mount(device, target, read_only=True) == "ext4"
@@ -109,7 +117,7 @@ def test_unreplayed_journal_is_mounted_read_only_with_noload(tmp_path: Path, tar
         assert "norecovery" in entry.super_options or "noload" in entry.super_options
         mount.unmount(target)
     finally:
-        loop.detach(device)
+        loop.detach(device, label=LABEL)
 
 
 @pytest.mark.kernel
@@ -119,25 +127,25 @@ def test_erofs_is_known(tmp_path: Path, target: Path) -> None:
     (source / "file").write_bytes(b"content")
     path = tmp_path / "erofs"
     subprocess.run(["mkfs.erofs", "-b4096", str(path), str(source)], check=True, capture_output=True)
-    device = loop.attach(path, read_only=True)
+    device = attach(path, read_only=True)
     try:
         assert mount.mount(device, target, read_only=True) == "erofs"
         assert (target / "file").read_bytes() == b"content"
         mount.unmount(target)
     finally:
-        loop.detach(device)
+        loop.detach(device, label=LABEL)
 
 
 @pytest.mark.kernel
 def test_no_file_system_there(tmp_path: Path, target: Path) -> None:
     path = tmp_path / "zeros"
     path.write_bytes(bytes(MIB))
-    device = loop.attach(path, read_only=True)
+    device = attach(path, read_only=True)
     try:
         with pytest.raises(DeviceError, match=f"{device}: no ext4, erofs or xfs"):
             mount.mount(device, target, read_only=True)
     finally:
-        loop.detach(device)
+        loop.detach(device, label=LABEL)
 
 
 @pytest.mark.kernel

@@ -11,19 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from obdlab.devices import loop, mount
+from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
 from obdlab.image.settings import Settings
 from obdlab.service import wire
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
-from obdlab.service.rundir import DeviceRecord, Process
+from obdlab.service.rundir import DeviceRecord, Process, device_id_of
 from tests.devices.contract import MIB, read_direct
 from tests.service.hosting import content_of
 
@@ -35,10 +36,15 @@ class Bed:
     run_dir: Path
     service: DeviceService
     host: subprocess.Popen[str]
+    #: Every device id that a test uses, and those made from a config's path.
+    ids: set[str] = field(
+        default_factory=lambda: {"a", "b", "bad", "dev-1", "one", "other", "quick", "rw", "slow", "t", "x"}
+    )
 
     def config(self, name: str, **what: Any) -> Path:
         path = self.run_dir.parent / f"{name}.json"
         path.write_text(json.dumps(what))
+        self.ids.add(device_id_of(path))
         return path
 
     # Its servers keep its standard output open, so the end of that is not waited for.
@@ -49,10 +55,8 @@ class Bed:
         self.host.stdout.close()
 
     def leftovers(self) -> list[str]:
-        """Mounts and loop devices of this run directory."""
-        found = [str(entry.mountpoint) for entry in mount.mounts() if self.run_dir in entry.mountpoint.parents]
-        loops = (Path("/dev") / directory.name for directory in Path("/sys/block").glob("loop*"))
-        return found + [str(each) for each in loops if loop.backing_file(each).startswith(str(self.run_dir))]
+        """Loop devices of this run directory."""
+        return [str(path) for name in self.ids for path in devices_of(self.run_dir / "devices" / name)]
 
 
 def start_host(run_dir: Path) -> subprocess.Popen[str]:
@@ -292,7 +296,7 @@ def test_a_killed_server_is_swept_by_list(bed: Bed) -> None:
 def test_a_loop_device_taken_away_is_replaced(bed: Bed) -> None:
     config = bed.config("a", seed=6)
     device = bed.service.attach(config, "a")
-    loop.detach(device.path)
+    loop.detach(device.path, label=loop.label_of(device.path))
     again = bed.service.attach(config, "a")
     assert again.path.read_bytes() == content_of({"seed": 6})
     assert Process.of(device.pid) is None
