@@ -21,7 +21,7 @@ from tests.registry.faulty import FaultyRegistry, faulty_registry
 DATA = random.Random(1).randbytes(300_000)
 OFFSET, LENGTH = 70_000, 50_000
 WANTED = DATA[OFFSET : OFFSET + LENGTH]
-DEADLINE_S = 0.8
+DEADLINE_S = 0.4  # of those who wait for a registry that stays broken
 
 PASSING_FAULTS = {
     "500": faulty.status(500),
@@ -55,6 +55,13 @@ def registry() -> Iterator[FaultyRegistry]:
 
 @pytest.fixture
 def client() -> Iterator[RegistryClient]:
+    client = RegistryClient(request_timeout_s=5, deadline_s=20)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def impatient() -> Iterator[RegistryClient]:
     client = RegistryClient(request_timeout_s=0.3, deadline_s=DEADLINE_S)
     yield client
     client.close()
@@ -73,21 +80,23 @@ def test_read_survives_a_fault_that_passes(
     assert len(registry.requests) == 3
 
 
-def test_read_survives_silence_once(registry: FaultyRegistry, client: RegistryClient) -> None:
+def test_read_survives_silence_once(registry: FaultyRegistry) -> None:
     registry.next(faulty.silence)
+    client = RegistryClient(request_timeout_s=0.3, deadline_s=20)
     assert read(client, registry) == WANTED
+    client.close()
 
 
 @pytest.mark.parametrize("fault", LASTING_FAULTS.values(), ids=LASTING_FAULTS.keys())
 def test_read_fails_clearly_and_in_time(
-    registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault
+    registry: FaultyRegistry, impatient: RegistryClient, fault: faulty.Fault
 ) -> None:
     registry.always(fault)
     started = time.monotonic()
     with pytest.raises(RegistryError) as caught:
-        read(client, registry)
+        read(impatient, registry)
     # Far from a measurement: a read without a deadline would hang for minutes.
-    assert time.monotonic() - started < DEADLINE_S + 5
+    assert time.monotonic() - started < DEADLINE_S + 10
     _assert_located(caught.value, registry)
     assert caught.value.temporary
 
@@ -122,19 +131,18 @@ def test_retry_after_is_kept(registry: FaultyRegistry) -> None:
     assert time.monotonic() - started >= 1
 
 
-def test_retry_after_beyond_the_deadline_fails_now(registry: FaultyRegistry, client: RegistryClient) -> None:
+def test_retry_after_beyond_the_deadline_fails_now(registry: FaultyRegistry, impatient: RegistryClient) -> None:
     registry.always(faulty.status(429, Retry_After="50"))
-    started = time.monotonic()
     with pytest.raises(RegistryError):
-        read(client, registry)
-    assert time.monotonic() - started < DEADLINE_S
+        read(impatient, registry)
+    assert len(registry.requests) == 1
 
 
-def test_nobody_there(client: RegistryClient) -> None:
+def test_nobody_there(impatient: RegistryClient) -> None:
     with faulty_registry() as registry:
         pass
     with pytest.raises(RegistryError) as caught:
-        read(client, registry)
+        read(impatient, registry)
     _assert_located(caught.value, registry)
     assert "refused" in str(caught.value)
 
@@ -290,11 +298,13 @@ def test_token_server_fails(fault: faulty.Fault) -> None:
     with faulty_registry(auth="bearer") as registry:
         registry.add_blob(DATA)
         registry.token_fault = fault
-        client = _with_password(registry)
+        client = RegistryClient(
+            _credentials(registry, registry.password), request_timeout_s=0.3, deadline_s=DEADLINE_S
+        )
         started = time.monotonic()
         with pytest.raises(RegistryError, match="token") as caught:
             read(client, registry)
-        assert time.monotonic() - started < DEADLINE_S + 5
+        assert time.monotonic() - started < DEADLINE_S + 10
         _assert_located(caught.value, registry)
         client.close()
 
@@ -373,11 +383,11 @@ def test_stream_of_another_size(registry: FaultyRegistry, client: RegistryClient
 
 
 @pytest.mark.parametrize("fault", [faulty.drip, faulty.silence, faulty.status(500)], ids=["drip", "silence", "500"])
-def test_stream_ends_in_time(registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault) -> None:
+def test_stream_ends_in_time(registry: FaultyRegistry, impatient: RegistryClient, fault: faulty.Fault) -> None:
     registry.always(fault)
     with (
         pytest.raises(RegistryError) as caught,
-        client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream,
+        impatient.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream,
     ):
         stream.readall()
     assert registry.host in str(caught.value)
@@ -432,7 +442,7 @@ def _credentials(registry: FaultyRegistry, password: str) -> Credentials:
 
 
 def _with_password(registry: FaultyRegistry) -> RegistryClient:
-    return RegistryClient(_credentials(registry, registry.password), request_timeout_s=0.3, deadline_s=DEADLINE_S)
+    return RegistryClient(_credentials(registry, registry.password), request_timeout_s=5, deadline_s=20)
 
 
 def _assert_located(error: RegistryError, registry: FaultyRegistry) -> None:
