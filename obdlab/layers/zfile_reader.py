@@ -111,15 +111,20 @@ class ZFileReader(Blob):
             end = boundary - base
             data = run[begin : end - crc_size]
             to = position + block_size
+            sound = True
             try:
                 if crc_size and crc(data, _SEED) ^ _ALL_ONES != int.from_bytes(run[end - 4 : end], "little"):
-                    raise CorruptBlobError("CRC of ZFile block does not match")
-                if position >= 0 and to <= len(view):
+                    sound = False
+                elif position >= 0 and to <= len(view):
                     decompress_into(data, view[position:to])
                 else:
                     self._copy_part(view, position, self._codec.decompress(data, self._length_of(block)))
-            except CorruptBlobError as error:
-                self._copy_part(view, position, self._read_again(block, error))
+            except CorruptBlobError:
+                sound = False
+            # Not in the handler: an error raised there would keep this one, and by its frames a slice of the view,
+            # for longer than the buffer may live.
+            if not sound:
+                self._copy_part(view, position, self._read_again(block))
             begin = end
             position = to
             block += 1
@@ -135,35 +140,38 @@ class ZFileReader(Blob):
 
     def _read_block(self, block: int) -> bytes:
         begin, end = self._table.boundaries(block, block + 1)
-        stored = self._blob.read_at(begin, end - begin)
         try:
-            return self._decode(stored, block)
-        except CorruptBlobError as error:
-            return self._read_again(block, error)
+            return self._decode(self._blob.read_at(begin, end - begin), block)
+        except CorruptBlobError:
+            return self._read_again(block)
 
     def _decode(self, stored: bytes, block: int) -> bytes:
         data: Buffer = stored
         if self._crc_size:
             data = memoryview(stored)[:-CRC_SIZE]
-            if crc32c.crc32c(data, _SEED) ^ _ALL_ONES != int.from_bytes(stored[-CRC_SIZE:], "little"):
-                raise CorruptBlobError("CRC of ZFile block does not match")
+            wanted = int.from_bytes(stored[-CRC_SIZE:], "little")
+            if crc32c.crc32c(data, _SEED) ^ _ALL_ONES != wanted:
+                raise CorruptBlobError("CRC of ZFile block does not match", wanted=f"{wanted:#010x}")
         return self._codec.decompress(data, self._length_of(block))
 
-    def _read_again(self, block: int, error: CorruptBlobError) -> bytes:
+    def _read_again(self, block: int) -> bytes:
         begin, end = self._table.boundaries(block, block + 1)
-        for _ in range(BLOCK_RETRIES):
+        retries = BLOCK_RETRIES
+        while True:
             self._blob.evict(begin, end - begin)
+            retries -= 1
             try:
                 return self._decode(self._blob.read_at(begin, end - begin), block)
-            except CorruptBlobError as again:
-                error = again
-        raise CorruptBlobError(
-            f"{error.what} (block {block}, {end - begin} stored bytes, asked for {BLOCK_RETRIES + 1} times)",
-            blob=self.name,
-            offset=begin,
-            got=error.got,
-            wanted=error.wanted,
-        ) from error
+            except CorruptBlobError as error:
+                if retries:
+                    continue
+                raise CorruptBlobError(
+                    f"{error.what} (block {block}, {end - begin} stored bytes, asked for {BLOCK_RETRIES + 1} times)",
+                    blob=self.name,
+                    offset=begin,
+                    got=error.got,
+                    wanted=error.wanted,
+                ) from error
 
 
 def _load(blob: Blob) -> tuple[ZFileHeader, JumpTable]:
