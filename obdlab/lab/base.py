@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.lab.chroot import ISOLATED
 from obdlab.lab.process import LabError, run
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ _SLIM = tuple(
         *("exclude=/usr/share/lintian/*", "exclude=/usr/share/groff/*"),
     )
 )
-_ISOLATED = (
-    *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
-    *("--propagation", "private", "--mount-proc", "--"),
-)
 
 
 def make_debian(target: Path, suite: str, timeout_s: float = 900.0) -> None:
@@ -41,7 +38,7 @@ def make_debian(target: Path, suite: str, timeout_s: float = 900.0) -> None:
         raise LabError("mmdebstrap is not installed (wanted to build a Debian base: apt-get install mmdebstrap)")
     options = ("--variant=minbase", "--format=directory", *_SLIM)
     run(
-        [*_ISOLATED, "mmdebstrap", *options, suite, target, *host_sources(suite)],
+        [*ISOLATED, "--mount-proc", "--", "mmdebstrap", *options, suite, target, *host_sources(suite)],
         timeout_s=timeout_s,
         environment={"LC_ALL": "C.UTF-8"},
     )

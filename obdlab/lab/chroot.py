@@ -42,7 +42,12 @@ if [ -e root/etc/resolv.conf ] && [ -e /etc/resolv.conf ]; then mount --bind /et
 exec chroot root /bin/sh -eu /tmp/obdlab/script
 """
 APT_DIRECTORY = "/tmp/obdlab/apt"
-_NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--propagation", "private", "--")
+#: Words before a command that is to have mounts and processes of its own, and to end with this process: the first
+#: hands our death down to unshare, unshare's to the namespace's init, and the kernel then kills all in it.
+ISOLATED = (
+    *("setpriv", "--pdeathsig", "KILL", "--"),
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--propagation", "private"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Chroot:
         # Relative paths keep the mount options inside mount(8)'s 256-byte limit per option.
         lower_option = ":".join(reversed(lowers))
         run(
-            [*_NAMESPACES, "sh", "-c", _ENTER, "sh", lower_option, upper, "work"],
+            [*ISOLATED, "--", "sh", "-c", _ENTER, "sh", lower_option, upper, "work"],
             directory=self.directory,
             timeout_s=self.timeout_s,
             environment={"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "PATH": _PATH},

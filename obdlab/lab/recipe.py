@@ -42,6 +42,7 @@ BASES = ("debian", "busybox")
 # Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
 _BUILDER_VERSION = 1
 
+_MOST_TIMEOUT_S = 24 * 3600.0
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+~:-]+)?")
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
@@ -229,8 +230,11 @@ def _config(table: _Table) -> ImageConfig:
 def _probe(table: _Table) -> Probe:
     probe = Probe(table.text("ready_line"), table.number("timeout_s", 120.0), table.texts("command"))
     table.end()
-    if not probe.ready_line.strip() or probe.timeout_s <= 0:
-        raise RecipeError(f"{table.where}: wanted a ready_line that is not blank and a positive timeout_s")
+    if not probe.ready_line.strip() or not 0 < probe.timeout_s <= _MOST_TIMEOUT_S:
+        raise RecipeError(
+            f"{table.where}: wanted a ready_line that is not blank and a positive, finite timeout_s "
+            f"(got {probe.ready_line!r} and {probe.timeout_s})"
+        )
     return probe
 
 
@@ -254,7 +258,7 @@ class _Table:
 
     def number(self, key: str, default: float) -> float:
         def is_number(item: object) -> bool:
-            return isinstance(item, int | float) and not isinstance(item, bool)
+            return isinstance(item, float) or (type(item) is int and abs(item) < 1 << 53)
 
         return float(self._take(key, default, is_number, "a number"))
 

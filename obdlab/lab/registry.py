@@ -220,6 +220,9 @@ class RegistryHost:
         }
 
     def _answers(self) -> bool:
+        # Another registry may have the address: its answer must not be taken for ours.
+        if '"listening on' not in self.log_path.read_text(errors="replace"):
+            return False
         try:
             socket.create_connection((self.network.address, self.port), timeout=5.0).close()
         except OSError:
@@ -244,16 +247,22 @@ def _request(entry: dict[str, Any]) -> Request:
     return Request(
         method=str(entry.get("http.request.method", "")),
         uri=str(entry["http.request.uri"]),
-        status=int(entry["http.response.status"]),
-        written=int(entry.get("http.response.written", 0)),
+        status=_number(entry["http.response.status"]),
+        written=_number(entry.get("http.response.written", 0)),
         duration_s=parse_duration_s(str(entry.get("http.response.duration", "0s"))),
         ended_s=parse_time_s(str(entry.get("time", ""))),
         user_agent=str(entry.get("http.request.useragent", "")),
     )
 
 
+def _number(value: object) -> int:
+    if type(value) is not int:
+        raise LabError(f"registry log: not a number (got {value!r})")
+    return value
+
+
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "µs": 1e-6, "μs": 1e-6, "us": 1e-6, "ns": 1e-9}
-_DURATION = re.compile(r"([0-9.]+)(ms|µs|μs|us|ns|h|m|s)")
+_DURATION = re.compile(r"([0-9]+(?:[.][0-9]+)?)(ms|µs|μs|us|ns|h|m|s)")
 
 
 def parse_duration_s(text: str) -> float:
@@ -264,7 +273,7 @@ def parse_duration_s(text: str) -> float:
     return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
 
 
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z", re.ASCII)
 
 
 def parse_time_s(text: str) -> float:
@@ -272,7 +281,10 @@ def parse_time_s(text: str) -> float:
     match = _TIME.fullmatch(text)
     if match is None:
         raise LabError(f"not a time in UTC (got {text!r})")
-    whole = datetime.fromisoformat(match[1]).replace(tzinfo=UTC).timestamp()
+    try:
+        whole = datetime.fromisoformat(match[1]).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        raise LabError(f"not a time in UTC (got {text!r})") from None
     return whole + float(match[2] or 0)
 
 

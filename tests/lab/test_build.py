@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from obdlab.formats import oci
+from obdlab.lab.base import _deb_lines, is_static_elf
+from obdlab.lab.build import build_image, image_path
+from obdlab.lab.ocilayout import OciLayout, copy_layout
+from obdlab.lab.process import LabError
+from obdlab.lab.recipe import Recipe, RecipeLayer, find_recipe
+from tests.lab.conftest import DATASETS
+
+
+def members(layout: Path, number: int) -> dict[str, tarfile.TarInfo]:
+    image = OciLayout(layout)
+    with tarfile.open(image.blob_path(image.manifest.layers[number].digest)) as tar:
+        return {entry.name: entry for entry in tar.getmembers()}
+
+
+@pytest.mark.kernel
+def test_a_built_image_is_a_whole_oci_layout(tiny_recipe: Recipe, tiny_layout: Path) -> None:
+    image = OciLayout(tiny_layout)
+    manifest = image.manifest
+    assert len(manifest.layers) == len(tiny_recipe.layers) + 1
+    for descriptor in (manifest.config, *manifest.layers):
+        data = image.blob_path(descriptor.digest).read_bytes()
+        assert (oci.digest_of(data), len(data)) == (descriptor.digest, descriptor.size)
+    config = oci.Config.parse(image.blob_path(manifest.config.digest).read_bytes())
+    assert config.document["config"]["Cmd"] == ["/srv/start"]
+    assert config.document["config"]["User"] == "worker"
+    assert len(config.diff_ids) == len(manifest.layers)
+
+
+@pytest.mark.kernel
+def test_layers_hold_what_their_step_changed(tiny_layout: Path) -> None:
+    data = members(tiny_layout, 2)
+    assert data["srv/data/one"].islnk()
+    assert data["srv/two"].issym()
+    deleted = members(tiny_layout, 3)
+    assert {"srv/data/.wh.gone", "srv/old/.wh..wh..opq", "srv/old/new"} <= set(deleted)
+    owned = members(tiny_layout, 4)
+    assert (owned["srv/data/1"].uid, owned["srv/data/3"].mode) == (1000, 0o4755)
+    assert not [name for name in (*data, *deleted, *owned) if name.startswith(("tmp/", "proc/", "dev/", "sys/"))]
+
+
+@pytest.mark.kernel
+def test_building_again_gives_the_same_image(tiny_recipe: Recipe, tiny_layout: Path, tmp_path: Path) -> None:
+    again = build_image(tiny_recipe, tmp_path)
+    assert again != tiny_layout
+    assert OciLayout(again).manifest_data == OciLayout(tiny_layout).manifest_data
+
+
+@pytest.mark.kernel
+def test_a_built_image_is_not_built_again(tiny_recipe: Recipe, tiny_layout: Path) -> None:
+    lines: list[str] = []
+    assert build_image(tiny_recipe, tiny_layout.parent, lines.append) == tiny_layout
+    assert lines == [f"tiny: built before ({tiny_layout})"]
+
+
+def with_step(recipe: Recipe, command: str) -> Recipe:
+    return replace(recipe, layers=(*recipe.layers[:1], RecipeLayer("", (), (), (command,))))
+
+
+@pytest.mark.kernel
+def test_a_failing_step_is_told_and_leaves_nothing(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="the cause is here"):
+        build_image(with_step(tiny_recipe, "echo the cause is here; exit 3"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-busybox", "lock"]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_build_leaves_no_process_and_no_mount(tmp_path: Path, number: signal.Signals) -> None:
+    program = f"""
+import sys; from pathlib import Path
+from dataclasses import replace
+from obdlab.lab.build import build_image
+from obdlab.lab.recipe import RecipeLayer, find_recipe
+recipe = find_recipe("tiny", [Path({str(DATASETS)!r})])
+build_image(replace(recipe, layers=(RecipeLayer("", (), (), ("echo $$ > /tmp/obdlab/pid; exec sleep 3333",)),)),
+            Path({str(tmp_path)!r}))
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    try:
+        while not list(tmp_path.glob("building-*/stage/pid")) or not sleepers(tmp_path):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        child.send_signal(number)
+        child.wait(30)
+    while sleepers(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    # What a killed build leaves are directories; the next build removes them.
+    build_image(find_recipe("tiny", [DATASETS]), tmp_path)
+    assert not list(tmp_path.glob("building-*"))
+
+
+def sleepers(work_dir: Path) -> list[str]:
+    # The build's own command, by the root directory it runs in.
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        process = Path("/proc") / name
+        try:
+            if (process / "cmdline").read_bytes() == b"sleep\x003333\x00":
+                found += [name] * (str(work_dir) in (process / "mountinfo").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_an_image_of_a_registry_is_not_built(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="nothing to build"):
+        build_image(replace(tiny_recipe, image="host.example/x:1"), tmp_path)
+
+
+@pytest.mark.kernel
+def test_a_layout_is_copied_over_a_layout_and_over_nothing_else(tiny_layout: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for _ in range(2):
+        copy_layout(tiny_layout, target)
+        assert OciLayout(target).manifest_data == OciLayout(tiny_layout).manifest_data
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("precious")
+    with pytest.raises(LabError, match="wanted a new or empty directory"):
+        copy_layout(tiny_layout, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_sources_of_the_host_are_taken_over_for_the_suite_only() -> None:
+    targets = [
+        "Packages|http://a.example/debian/|trixie|main",
+        "Packages|http://a.example/debian/|trixie|main",
+        "Translations|http://a.example/debian/|trixie|main",
+        "Packages|https://b.example/sec/|trixie-security|main",
+        "Packages|http://a.example/debian/|bookworm|main",
+        "Packages|file:/srv/own/|trixie|main",
+        "nonsense",
+    ]
+    assert _deb_lines(targets, "trixie") == [
+        "deb http://a.example/debian/ trixie main",
+        "deb https://b.example/sec/ trixie-security main",
+    ]
+    assert _deb_lines(targets, "forky") == []
+    assert _deb_lines(targets[3:], "trixie") == []
+
+
+def test_static_programs_are_told_from_others(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"\x7fELF")
+    (tmp_path / "text").write_text("#!/bin/sh\n" * 10)
+    assert not is_static_elf(tmp_path / "short")
+    assert not is_static_elf(tmp_path / "text")
+
+
+@pytest.mark.kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["redis", "pydata"])
+def test_a_debian_dataset_builds_the_same_twice(name: str, tmp_path: Path) -> None:
+    recipe = find_recipe(name, [DATASETS])
+    first = OciLayout(build_image(recipe, tmp_path)).manifest_data
+    image_path(recipe, tmp_path).rename(tmp_path / "first")
+    assert OciLayout(build_image(recipe, tmp_path)).manifest_data == first
+    assert len(OciLayout(tmp_path / "first").manifest.layers) >= 6
