@@ -12,6 +12,7 @@ import pytest
 
 from obdlab.cli import inspect
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
+from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, manifest
 
 
@@ -73,6 +74,16 @@ def test_kinds_of_lsmt_files(capsys: pytest.CaptureFixture[str], name: str, kind
     assert file["zfile"] is None
     assert file["layer"]["kind"] == kind
     assert (file["layer"]["segments"] is not None) == sealed
+
+
+def test_sparse_writable_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    with SparseUpper.create(path, 1 << 30, user_tag="mine") as upper:
+        upper.write_at(8192, bytes(4096))
+    (file,) = run_json(capsys, path)["files"]
+    assert file["layer"]["kind"] == "writable layer, sparse"
+    assert file["layer"]["virtual_size"] == 1 << 30
+    assert file["layer"]["user_tag"] == "mine"
 
 
 @pytest.mark.parametrize("entry", manifest("zfile")["entries"], ids=lambda entry: entry["file"])
