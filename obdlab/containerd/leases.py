@@ -47,7 +47,3 @@ class Leases:
         """Return the ids of all leases of the namespace."""
         answer = self._connection.call(self._stub.List, pb.ListRequest(), "listing leases")
         return [lease.id for lease in answer.leases]
-
-    def _hold(self, lease_id: str, resource_id: str, kind: str) -> None:
-        request = pb.AddResourceRequest(id=lease_id, resource=pb.Resource(id=resource_id, type=kind))
-        self._connection.call(self._stub.AddResource, request, f"lease {lease_id}: holding {kind} {resource_id}")

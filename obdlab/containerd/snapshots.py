@@ -10,6 +10,7 @@ from obdlab.containerd._pb import diff_pb2, types_pb2
 from obdlab.containerd._pb import snapshots_pb2 as pb
 from obdlab.containerd._pb.diff_pb2_grpc import DiffStub
 from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
+from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,6 +65,17 @@ class Snapshots:
         self._connection = connection
         self._stub = SnapshotsStub(connection.channel)
         self.snapshotter = snapshotter
+
+    def exists(self) -> bool:
+        """Whether containerd knows a snapshotter of this name; whether it answers shows only when it is used."""
+        request = pb.StatSnapshotRequest(snapshotter=self.snapshotter, key="obdlab-probe")
+        try:
+            self._connection.call(self._stub.Stat, request, f"looking for snapshotter {self.snapshotter}")
+        except NotFoundError:
+            return True
+        except InvalidArgumentError:  # "snapshotter not loaded"
+            return False
+        return True
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """Make a writable snapshot and return how to mount it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
 from obdlab.containerd.images import Image
 from obdlab.pull.errors import PullError
 from obdlab.pull.fetch import LayerFetcher
@@ -66,7 +65,8 @@ def rpull(
     stays that was not there before: no snapshot, blob or lease.
     Raises PullError, FormatError (the image), SourceError (the registry), ContainerdError.
     """
-    _check_snapshotter(containerd, snapshotter)
+    if not containerd.snapshots(snapshotter).exists():  # said before anything is fetched
+        raise PullError(f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml?")
     image = resolve(registry, reference, platform)
     with containerd.lease(expire_s=_LEASE_S) as leased:
         source = {f"{_SOURCE}.{image.repository.host}": image.repository.name}
@@ -76,18 +76,6 @@ def rpull(
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
     return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
-
-
-def _check_snapshotter(containerd: Containerd, snapshotter: str) -> None:
-    # Before anything is fetched; containerd's own words do not tell what to do.
-    try:
-        containerd.snapshots(snapshotter).stat("obdlab-probe")
-    except NotFoundError:
-        pass
-    except InvalidArgumentError as error:
-        raise PullError(
-            f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml? ({error})"
-        ) from error
 
 
 def _store_documents(

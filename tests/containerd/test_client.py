@@ -189,6 +189,8 @@ class TestSnapshots:
             snapshots.prepare("new", "none")
         with pytest.raises(NotFoundError):
             containerd.differ.apply(OCI_LAYER, digest_of(b"absent"), 6, [Mount("bind", "/nonexistent")])
+        assert snapshots.exists()
+        assert not containerd.snapshots("absent").exists()
         with pytest.raises(InvalidArgumentError, match="not loaded: absent"):
             containerd.snapshots("absent").stat("x")
 

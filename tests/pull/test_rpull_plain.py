@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import zstandard
 
 from obdlab.containerd.errors import NotFoundError
 from obdlab.containerd.snapshots import Kind
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
-from obdlab.formats.oci import Platform, digest_of
+from obdlab.formats.oci import (
+    DOCKER_LAYER,
+    DOCKER_LAYER_GZIP,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_LAYER_ZSTD,
+    Descriptor,
+    Index,
+    Platform,
+    digest_of,
+)
 from obdlab.pull.errors import PullError
 from obdlab.pull.platforms import host_platform
 from obdlab.pull.rpull import rpull
@@ -117,6 +129,30 @@ def test_same_layer_twice_is_fetched_once(
     result = pull(containerd, registry, reference)
     assert result.layer_bytes == manifest.layers[0].size
     assert result.count(Outcome.UNPACKED) == 2
+
+
+@pytest.mark.parametrize("media_type", [OCI_LAYER_ZSTD, DOCKER_LAYER_GZIP, DOCKER_LAYER, OCI_LAYER])
+def test_compressions(
+    containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer, media_type: str
+) -> None:
+    plain = gzip.decompress(layer({"name": media_type.encode() * 10_000}).data)
+    compress = {OCI_LAYER_ZSTD: zstandard.compress, DOCKER_LAYER_GZIP: gzip.compress}.get(media_type, bytes)
+    made = Layer(compress(plain), digest_of(plain), media_type)
+    reference, _ = push_image(registry, f"{registry_server.host}/plain/compressed", [made])
+    assert pull(containerd, registry, reference).count(Outcome.UNPACKED) == 1
+    assert containerd.snapshots("overlayfs").usage(made.diff_id).size >= 10_000 * len(media_type)
+
+
+def test_index_in_an_index(containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer) -> None:
+    name = f"{registry_server.host}/plain/nested"
+    _, manifest = push_image(registry, f"{name}:image", [layer({"n": b"1"})])
+    _, inner = push_index(registry, f"{name}:inner", {host_platform(): manifest})
+    data = inner.to_bytes()
+    entry = Descriptor(OCI_INDEX, digest_of(data), len(data), platform=host_platform())
+    outer = Reference.parse(f"{name}:outer")
+    registry.put_manifest(outer, OCI_INDEX, Index((entry,)).to_bytes())
+    with pytest.raises(PullError, match="index inside an index"):
+        pull(containerd, registry, outer)
 
 
 def test_index_chooses_platform(
