@@ -1,18 +1,18 @@
 """A containerd of the experiment's own, with our snapshotter as proxy plugin: started, used, and taken away.
 
-It shares nothing with the host's containerd but ``/run/containerd/{s,fifo,runc}``, where its shims keep sockets and
-state under names of their own.
+It shares nothing with other containerds but ``/run/containerd/{s,fifo,runc}``, where shims keep sockets and state by
+namespace and container name: so each has a namespace of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from obdlab.lab.recipe import Probe
     from obdlab.pull.rpull import PullResult
 
-NAMESPACE = "obdlab-lab"
+_RUNC_ROOT = Path("/run/containerd/runc")
 LAZY_SNAPSHOTTER = "obdlab"
 # unpigz would unpack layers on another core, where it is installed: then hosts could not be compared.
 _ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
@@ -79,12 +79,14 @@ class OwnContainerd:
         self.logs = directory / "logs"
         self._state_dir = state_dir
         self._stack = ExitStack()
+        self._running: list[RunningContainer] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for path in (self._state_dir, self.logs, self.cache_dir):
                 path.mkdir(parents=True, exist_ok=True)
-            self.state = Path(tempfile.mkdtemp(prefix="ctd-", dir=self._state_dir))
+            self.state = self._state_dir / f"ctd-{secrets.token_hex(4)}"
+            self.state.mkdir()
             record = Record(
                 self._state_dir,
                 "containerd",
@@ -117,6 +119,11 @@ class OwnContainerd:
         return self.state / "containerd.sock"
 
     @property
+    def namespace(self) -> str:
+        """The containerd namespace that everything is in."""
+        return self.state.name
+
+    @property
     def snapshotters(self) -> tuple[str, ...]:
         """Names of the snapshotters that experiments use."""
         return tuple(self.layer_directories)
@@ -130,11 +137,11 @@ class OwnContainerd:
     @property
     def ctr(self) -> tuple[str, ...]:
         """Words that begin a ``ctr`` command for this containerd and namespace."""
-        return ("ctr", "--address", str(self.address), "--namespace", NAMESPACE)
+        return ("ctr", "--address", str(self.address), "--namespace", self.namespace)
 
     def client(self) -> Containerd:
         """Return a new client of it, to be closed by the caller."""
-        return Containerd(str(self.address), NAMESPACE)
+        return Containerd(str(self.address), self.namespace)
 
     def pull(self, reference: str, snapshotter: str = "overlayfs", timeout_s: float = 600.0) -> None:
         """Pull everything and unpack it, as ``ctr images pull`` does. Raises LabError."""
@@ -167,6 +174,7 @@ class OwnContainerd:
             start_new_session=True,
         )
         container = RunningContainer(self, name, child)
+        self._running.append(container)
         try:
             assert child.stdout is not None
             ready_s = wait_for_line(child.stdout.fileno(), probe, f"{reference} on {snapshotter}")
@@ -244,7 +252,7 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
         if not self.address.exists():
             return False
         try:
-            with Containerd(str(self.address), NAMESPACE, timeout_s=2.0) as client:
+            with Containerd(str(self.address), self.namespace, timeout_s=2.0) as client:
                 client.version()
         except ObdlabError:
             return False
@@ -252,6 +260,8 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
 
     def _remove_everything(self) -> None:
         # At the end: also what a failed cell left.
+        for container in self._running:
+            container.remove()
         for name in run([*self.ctr, "containers", "list", "-q"]).split():
             self.remove_container(name)
         with self.client() as client:
@@ -267,7 +277,8 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
 
     def _remove_directories(self) -> None:
         unmount_below([self.state, self.root, self.snapshotter_root])
-        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir):
+        runc_state = _RUNC_ROOT / self.namespace
+        for path in (runc_state, self.state, self.root, self.snapshotter_root, self.cache_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -283,9 +294,12 @@ class RunningContainer:
         self.name = name
         self._host = host
         self._child = child
+        self._removed = False
 
     def remove(self, timeout_s: float = 30.0) -> None:
-        """Kill it and remove it with its snapshot. Raises LabError if it does not go away."""
+        """Kill it and remove it with its snapshot. Raises LabError if it does not go away. Twice is allowed."""
+        if self._removed:
+            return
         with suppress(LabError):
             run([*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s)
         try:
@@ -298,6 +312,7 @@ class RunningContainer:
                 self._child.stdout.close()
         if self.name in run([*self._host.ctr, "containers", "list", "-q"]).split():
             self._host.remove_container(self.name)
+        self._removed = True
 
 
 def unmount_below(directories: list[Path]) -> list[Path]:
@@ -320,7 +335,7 @@ def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
                 DeviceService(state / "run", Settings()).shutdown(force=True)
         roots = [Path(root) for root in facts.get("roots", [])]
         unmount_below([state, *roots])
-        for directory in (state, *roots):
+        for directory in (_RUNC_ROOT / state.name, state, *roots):
             shutil.rmtree(directory, ignore_errors=True)
         path.unlink(missing_ok=True)
         removed.append(state.name)
