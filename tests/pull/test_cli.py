@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from obdlab.cli import main
+from obdlab.containerd.snapshots import Kind
 from obdlab.formats.oci import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, digest_of
 from tests.pull import images
 from tests.pull.images import layer, push_image
@@ -103,38 +103,54 @@ def test_failures_are_told_in_one_line(
 def test_interrupt_while_registry_is_silent(
     containerd: Containerd, containerd_host: ContainerdHost, number: signal.Signals
 ) -> None:
-    with stalling_registry() as (name, stalled):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _ONLY_RPULL, *arguments(containerd_host, containerd, name)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-        )
-        try:
-            assert stalled.wait(30)
-            deadline = time.monotonic() + 30
-            while not containerd.snapshots("overlayfs").list():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            process.send_signal(number)
-            # The registry would hold the reader for much longer than this.
-            _, errors = process.communicate(timeout=20)
-        finally:
-            process.kill()
-            process.wait(20)
-        assert process.returncode == 130, errors
-        assert errors.strip().endswith("interrupted")
+    with stalling_registry() as (name, stalled, _):
+        # The registry would hold the reader for much longer than this waits.
+        status, errors = signal_while_stalled(arguments(containerd_host, containerd, name), stalled, number)
+    assert status == 130, errors
+    assert errors.strip().endswith("interrupted")
     assert containerd.snapshots("overlayfs").list() == []
     assert containerd.content.list() == []
     assert containerd.leases.list() == []
     assert "obdlab-" not in containerd_host.ctr("-n", containerd.namespace, "content", "active")
 
 
+def test_pull_after_a_killed_one(containerd: Containerd, containerd_host: ContainerdHost) -> None:
+    with stalling_registry() as (name, stalled, release):
+        signal_while_stalled(arguments(containerd_host, containerd, name), stalled, signal.SIGKILL)
+        snapshots = containerd.snapshots("overlayfs")
+        assert [info.kind for info in snapshots.list()] == [Kind.ACTIVE]
+        (lease,) = containerd.leases.list()
+        release.set()
+        assert main.main(arguments(containerd_host, containerd, name)) == 0
+    assert containerd.leases.list() == [lease]
+    # What the dead one had begun goes with its lease, which ends by itself.
+    containerd.leases.delete(lease, sync=True)
+    assert [info.kind for info in snapshots.list()] == [Kind.COMMITTED]
+    assert containerd.images.get(name).name == name
+
+
+def signal_while_stalled(command: list[str], stalled: threading.Event, number: signal.Signals) -> tuple[int, str]:
+    """Run the command until the registry stalls, send the signal; return its exit status and errors."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ONLY_RPULL, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert stalled.wait(30)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait(20)
+    return process.returncode, errors
+
+
 @contextmanager
-def stalling_registry() -> Iterator[tuple[str, threading.Event]]:
-    """A registry that sends half a layer and then nothing until the end of the block."""
+def stalling_registry() -> Iterator[tuple[str, threading.Event, threading.Event]]:
+    """A registry that sends half a layer, sets one event, and goes on when the other is set."""
     bottom = layer({"stalls": os.urandom(100_000)})
     config = images.config_of([bottom])
     manifest = Manifest(Descriptor(OCI_CONFIG, digest_of(config), len(config)), (bottom.descriptor,)).to_bytes()
@@ -160,7 +176,8 @@ def stalling_registry() -> Iterator[tuple[str, threading.Event]]:
             self.wfile.flush()
             stalled.set()
             release.wait(60)
-            self.close_connection = True
+            with suppress(OSError):  # the reader may have been killed
+                self.wfile.write(data[len(data) // 2 :])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -169,7 +186,7 @@ def stalling_registry() -> Iterator[tuple[str, threading.Event]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_port}/stalls/image:latest", stalled
+        yield f"127.0.0.1:{server.server_port}/stalls/image:latest", stalled, release
     finally:
         release.set()
         server.shutdown()
