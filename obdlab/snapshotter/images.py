@@ -44,14 +44,11 @@ class ImageDevices:
     def __init__(self, layout: Layout, devices: DeviceService) -> None:
         self._layout = layout
         self._devices = devices
+        # Names of devices differ between the roots of a host.
         self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
         self._failures: dict[int, _Failure] = {}
         self._guard = threading.Lock()
-
-    def device_id(self, snapshot_id: int) -> str:
-        """Return the name of a snapshot's device, different for every root of this host."""
-        return f"{self._prefix}-{snapshot_id}"
 
     def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
         """Have the image's device attached and its file system mounted, read-only.
@@ -85,7 +82,8 @@ class ImageDevices:
             while mount.unmount(target):
                 pass
             # Refused while overlays hold the file system, which they do without its mount, in any mount namespace.
-            self._devices.detach(self.device_id(snapshot_id))
+            for device in self._devices_of(snapshot_id):
+                self._devices.detach(device.device_id)
         except DeviceError as error:
             if entries and not mount.is_mounted(target):
                 mount.mount(Path(entries[-1].source), target, read_only=True)
@@ -94,35 +92,39 @@ class ImageDevices:
         self._failures.pop(snapshot_id, None)
 
     def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
-        config, device_id = self._layout.config(snapshot_id), self.device_id(snapshot_id)
-        try:
-            return self._devices.attach(config, device_id)
-        except DeviceError:
-            if all(device.alive for device in self._devices.list() if device.device_id == device_id):
-                raise
-        # What still runs on the dead device gets I/O errors whatever is done; whoever starts now need not.
-        logger.warning("device %s: its server died; attaching it anew", device_id)
+        config = self._layout.config(snapshot_id)
+        for device in self._devices_of(snapshot_id):
+            if device.alive:
+                return self._devices.attach(config, device.device_id)
         _unmount_all(target)
-        self._devices.detach(device_id, force=True)
-        return self._devices.attach(config, device_id)
+        # A dead device keeps its name until its last user, who gets I/O errors whatever is done, is gone; whoever
+        # starts now gets a device with another name.
+        taken = {device.device_id for device in self._devices_of(snapshot_id)}
+        name = f"{self._prefix}-{snapshot_id}"
+        names = (name, *(f"{name}.{number}" for number in range(1, len(taken) + 1)))
+        return self._devices.attach(config, next(each for each in names if each not in taken))
+
+    def _devices_of(self, snapshot_id: int) -> list[AttachedDevice]:
+        config = self._layout.config(snapshot_id)
+        return [device for device in self._devices.list() if device.config == config]
 
     def _mount_device(self, device: AttachedDevice, snapshot_id: int, target: Path, fs_spec: str) -> None:
         try:
-            self._mount(device.path, target, fs_spec)
+            self._mount(device, target, fs_spec)
             self._remember(snapshot_id, device)
         except ObdlabError:
             self._undo(device.device_id, target)
             raise
 
-    def _mount(self, device: Path, target: Path, fs_spec: str) -> None:
+    def _mount(self, device: AttachedDevice, target: Path, fs_spec: str) -> None:
         entries = mount.mounts_at(target)
-        if entries and entries[-1].source == str(device):
+        if entries and entries[-1].source == str(device.path):
             return
         if entries:
-            logger.warning("%s: mounted from %s, which is gone; mounting again", target, entries[-1].source)
+            logger.warning("%s: was mounted from %s, which is gone; mounting again", target, entries[-1].source)
             _unmount_all(target)
         _type, _, rest = fs_spec.partition(";")
-        mount.mount(device, target, read_only=True, options=rest.partition(";")[0])
+        self._devices.mount(device, target, options=rest.partition(";")[0])
 
     def _undo(self, device_id: str, target: Path) -> None:
         try:

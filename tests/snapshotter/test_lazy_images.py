@@ -176,8 +176,12 @@ def test_a_dead_device_server_is_replaced(host: ObdlabHost, image: str) -> None:
     wait_for(lambda: not os.path.exists(f"/proc/{device.pid}"))
     output = run(host, image, "winner", "/busybox sha256sum /big && echo ran")
     assert output.endswith("ran\n")
-    host.ctr("tasks", "kill", "-s", "KILL", "loser")
-    assert [found.alive for found in host.snapshotter.devices.list()] == [True]
+    host.ctr("tasks", "rm", "-f", "loser")
+    wait_for(lambda: [found.alive for found in host.snapshotter.devices.list()] == [True])
+    assert run(host, image, "later", "echo ran") == "ran\n"
+    host.ctr("containers", "rm", "loser")
+    host.ctr("images", "rm", "--sync", image)
+    wait_for(lambda: host.snapshotter.devices.list() == [])
 
 
 def test_devices_come_back_after_a_reboot(
