@@ -38,8 +38,8 @@ WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 # As many links as containerd follows in one path.
 _MAX_LINKS = 255
-# Marks between overlayfs and itself: a layer must not bring them, overlayfs never shows them.
-_OVERLAY_XATTR = b"trusted.overlay."
+# A host's own, overlayfs' marks among them: containerd takes none from an image.
+_TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
 
 
@@ -206,7 +206,6 @@ class _Applier:
         if status is None:
             self._make_directory(path)
         elif stat.S_ISDIR(status.st_mode):
-            _take_over_xattrs(where)
             self._upper.directories[path] = _Times(status.st_atime_ns, status.st_mtime_ns)
         else:
             self._replace_by_directory(path, status)
@@ -226,8 +225,7 @@ class _Applier:
         seen, xattrs = template
         os.chown(where, seen.st_uid, seen.st_gid)
         for name, value in xattrs:
-            if not name.startswith("trusted."):
-                os.setxattr(where, name, value)
+            os.setxattr(where, name, value)
         os.chmod(where, stat.S_IMODE(seen.st_mode))
         self._upper.directories[path] = _Times(seen.st_atime_ns, seen.st_mtime_ns)
 
@@ -329,7 +327,7 @@ class _Applier:
         # Owner first: chown clears setuid, setgid and security.capability.
         os.chown(where, member.uid, member.gid, follow_symlinks=False)
         for name, value in member.xattrs:
-            if not name.startswith(_OVERLAY_XATTR):
+            if not name.startswith(_TRUSTED_XATTR):
                 _set_xattr(where, name, value)
         if member.kind is Kind.SYMLINK:
             return
@@ -399,13 +397,6 @@ def _xattr_names(path: bytes) -> list[str]:
         if error.errno == errno.ENOTSUP:
             return []
         raise
-
-
-def _take_over_xattrs(path: bytes) -> None:
-    # containerd does not copy attributes in the trusted namespace to a layer that has a directory implicitly.
-    for name in _xattr_names(path):
-        if name.startswith("trusted."):
-            os.removexattr(path, name)
 
 
 def _set_xattr(path: bytes, name: bytes, value: bytes) -> None:

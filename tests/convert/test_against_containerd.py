@@ -11,22 +11,15 @@ import pytest
 from obdlab.convert.listing import TreeEntry, differences, list_tree
 from tests.convert.images import RandomImage, whole_image
 from tests.convert.layouts import make_layout, tar_bytes
-from tests.convert.oracle import RefusedError, running_containerd, stable
+from tests.convert.oracle import RefusedError, stable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.convert.layouts import Member
     from tests.convert.oracle import Containerd
 
 pytestmark = pytest.mark.containerd
-
-
-@pytest.fixture(scope="module")
-def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
-    with running_containerd(tmp_path_factory.mktemp("containerd")) as running:
-        yield running
 
 
 def applied(root: Path, layers: list[list[Member]]) -> dict[str, TreeEntry] | None:
