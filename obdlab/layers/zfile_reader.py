@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ INDEX_RETRIES = 2
 # result is compared turned.
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
 _ALL_ONES = 0xFFFFFFFF
+_CRC = struct.Struct("<I")
 
 
 def open_zfile(blob: Blob) -> ZFileReader:
@@ -104,6 +106,8 @@ class ZFileReader(Blob):
         crc_size = self._crc_size
         decompress_into = self._codec.decompress_into
         crc = crc32c.crc32c
+        unpack_crc = _CRC.unpack_from
+        limit = len(view)
         base = bounds[0]
         begin = 0
         position = block * block_size - offset
@@ -113,9 +117,9 @@ class ZFileReader(Blob):
             to = position + block_size
             sound = True
             try:
-                if crc_size and crc(data, _SEED) ^ _ALL_ONES != int.from_bytes(run[end - 4 : end], "little"):
+                if crc_size and crc(data, _SEED) ^ _ALL_ONES != unpack_crc(run, end - CRC_SIZE)[0]:
                     sound = False
-                elif position >= 0 and to <= len(view):
+                elif position >= 0 and to <= limit:
                     decompress_into(data, view[position:to])
                 else:
                     self._copy_part(view, position, self._codec.decompress(data, self._length_of(block)))
@@ -149,7 +153,7 @@ class ZFileReader(Blob):
         data: Buffer = stored
         if self._crc_size:
             data = memoryview(stored)[:-CRC_SIZE]
-            wanted = int.from_bytes(stored[-CRC_SIZE:], "little")
+            (wanted,) = _CRC.unpack_from(stored, len(stored) - CRC_SIZE)
             if crc32c.crc32c(data, _SEED) ^ _ALL_ONES != wanted:
                 raise CorruptBlobError("CRC of ZFile block does not match", wanted=f"{wanted:#010x}")
         return self._codec.decompress(data, self._length_of(block))

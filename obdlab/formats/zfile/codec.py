@@ -37,7 +37,7 @@ class Codec(ABC):
         """Return the block in ``data``, or raise CorruptBlobError unless it is valid and ``length`` bytes long."""
 
     @abstractmethod
-    def decompress_into(self, data: Buffer, out: memoryview) -> None:
+    def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         """Fill ``out`` with the block in ``data``. Raises CorruptBlobError unless it is valid and fits exactly."""
 
 
@@ -54,13 +54,11 @@ class Lz4(Codec):
     def decompress(self, data: Buffer, length: int) -> bytes:
         # Not cramjam's decompress_block: it pads a block that is too short, and does not tell.
         block = bytearray(length)
-        self._decompress_into(data, block, length)
+        self.decompress_into(data, block)
         return bytes(block)
 
-    def decompress_into(self, data: Buffer, out: memoryview) -> None:
-        self._decompress_into(data, out, len(out))
-
-    def _decompress_into(self, data: Buffer, out: bytearray | memoryview, length: int) -> None:
+    def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
+        length = len(out)
         try:
             got = cramjam.lz4.decompress_block_into(data, out, output_len=length)
         except cramjam.DecompressionError as error:
@@ -112,7 +110,7 @@ class Zstd(Codec):
         finally:
             self._decompressors.append(decompressor)
 
-    def decompress_into(self, data: Buffer, out: memoryview) -> None:
+    def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         out[:] = self.decompress(data, len(out))
 
 
