@@ -311,6 +311,46 @@ def test_a_failure_is_shared_by_all_who_waited(host: ObdlabHost, wire: WireSnaps
     assert wire.walk(["kind==active"]) == []
 
 
+def test_a_kill_at_any_moment_of_an_attach(host: ObdlabHost, wire: WireSnapshotter, image: str) -> None:
+    host.rpull(image)
+    name, process = top(wire), host.snapshotter
+    wire.prepare("warm", name, {})
+    for number, delay_s in enumerate((0.0, 0.004, 0.008, 0.016, 0.032)):
+        client = WireSnapshotter(str(process.address))
+        for path in device_mounts(host):
+            mount.unmount(path)
+        for device in process.devices.list():
+            process.devices.detach(device.device_id)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(client.prepare, f"cut{number}", name, {})
+            time.sleep(delay_s)
+            process.stop(signal.SIGKILL)
+            call.exception()  # it may have been in time
+        client.close()
+        process.start()
+        client = WireSnapshotter(str(process.address))
+        client.prepare(f"next{number}", name, {})
+        assert len(device_mounts(host)) == 1
+        assert [device.alive for device in process.devices.list()] == [True]
+        for snapshot in client.walk(["kind==active"]):
+            client.remove(snapshot.key)
+        client.close()
+    host.ctr("images", "rm", "--sync", image)
+    wait_for(lambda: list((process.root / "snapshots").iterdir()) == [])
+    assert process.devices.list() == []
+
+
+def test_a_failed_mount_takes_its_device_away(host: ObdlabHost, registry_server: RegistryServer) -> None:
+    layers, annotations = imagefiles.golden_layers()
+    annotations[1]["containerd.io/snapshot/overlaybd/blob-fs-type"] = "ext4;nosuchoption"
+    documents = imagefiles.image_documents(layers, annotations, compress=False)
+    image = imagefiles.push(registry_server.host, "snapshotter/options", *documents)
+    host.rpull(image)
+    assert "cannot mount /dev/loop" in run(host, image, "never", "true", check=False)
+    assert host.snapshotter.devices.list() == []
+    assert device_mounts(host) == []
+
+
 @pytest.mark.slow
 def test_the_command_ends_while_a_registry_does_not_answer(host: ObdlabHost, wire: WireSnapshotter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:

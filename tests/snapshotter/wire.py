@@ -34,7 +34,9 @@ class WireSnapshotter:
     """A snapshotter behind a unix socket: ours, or through containerd's own API one of its built-in ones."""
 
     def __init__(self, address: str, name: str = "", *metadata: tuple[str, str]) -> None:
-        self.channel = grpc.insecure_channel(f"unix:{address}", options=[("grpc.default_authority", "localhost")])
+        # A pool of its own, or a new client would share the back-off of one whose server was killed.
+        options = [("grpc.default_authority", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
+        self.channel = grpc.insecure_channel(f"unix:{address}", options=options)
         self._stub = SnapshotsStub(self.channel)
         self._name = name
         self._metadata = metadata
