@@ -122,8 +122,8 @@ def test_empty_blob(tmp_path: Path) -> None:
 
 def test_a_unit_of_zeros_is_cached_like_any_other(tmp_path: Path) -> None:
     origin = Origin(bytes(3 * UNIT))
-    with BlockCache(tmp_path, unit=UNIT).open(origin, DIGEST) as blob:
-        for _ in range(2):
+    for _ in range(2):
+        with BlockCache(tmp_path, unit=UNIT).open(origin, DIGEST) as blob:
             assert blob.read_at(0, 3 * UNIT) == bytes(3 * UNIT)
     assert len(origin.reads) == 1
 
@@ -329,6 +329,17 @@ def test_evict_replaces_bytes_that_came_wrong(tmp_path: Path) -> None:
         other.evict(0, UNIT)
         assert other.read_at(0, UNIT) == DATA[:UNIT]
         assert blob.read_at(0, UNIT) == DATA[:UNIT]  # it noticed
+
+
+def test_units_another_process_took_away_are_not_used(tmp_path: Path) -> None:
+    with open_cached(tmp_path, Origin()) as blob, open_cached(tmp_path, Origin()) as other:
+        blob.read_at(0, 4 * UNIT)
+        other.evict(UNIT, UNIT)
+        with (tmp_path / "blobs" / DIGEST / "data").open("r+b") as file:  # and its space is given back
+            file.seek(UNIT)
+            file.write(bytes(UNIT))
+        assert blob.read_at(0, 4 * UNIT) == DATA[: 4 * UNIT]
+        assert blob.statistics()["corrupt_units"] == 0
 
 
 def test_other_unit_size_starts_anew_and_disturbs_nobody(tmp_path: Path) -> None:
