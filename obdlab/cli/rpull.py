@@ -57,7 +57,10 @@ def _run(args: argparse.Namespace) -> int:
     platform = parse_platform(args.platform) if args.platform else host_platform()
     reference = Reference.parse(args.reference)
     bar = _Bar(quiet=args.quiet)
-    with closing(registry_from(args)) as registry, Containerd(args.address, args.namespace) as containerd:
+    with (
+        closing(registry_from(args)) as registry,
+        Containerd(args.address.removeprefix("unix://"), args.namespace) as containerd,
+    ):
         try:
             result = rpull(
                 containerd,

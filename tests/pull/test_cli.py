@@ -68,7 +68,7 @@ def test_environment_names_containerd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference, _ = push_image(registry, f"{registry_server.host}/cli/environment", [layer({"a": b"e"})])
-    monkeypatch.setenv("CONTAINERD_ADDRESS", containerd_host.address)
+    monkeypatch.setenv("CONTAINERD_ADDRESS", f"unix://{containerd_host.address}")
     monkeypatch.setenv("CONTAINERD_NAMESPACE", containerd.namespace)
     monkeypatch.setenv("CONTAINERD_SNAPSHOTTER", "overlayfs")
     assert main.main(["rpull", str(reference)]) == 0
