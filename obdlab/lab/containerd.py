@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from obdlab.lab.recipe import Probe
     from obdlab.pull.rpull import PullResult
 
+_CGROUPS = Path("/sys/fs/cgroup")
 _RUNC_ROOT = Path("/run/containerd/runc")
 LAZY_SNAPSHOTTER = "obdlab"
 # unpigz would unpack layers on another core, where it is installed: then hosts could not be compared.
@@ -56,11 +57,16 @@ class StartTimes:
     ready_s: float
 
     def phases_s(self) -> dict[str, float]:
-        """Return how long each phase took: create (container and task), start (its process runs), ready (line)."""
+        """Return how long each phase took: create (container and task), start (its process runs), ready (line).
+
+        containerd stamps the task's start when the runtime has told it; a fast container was ready before that. Its
+        "ready" then took no time, and "start" ends with the line.
+        """
+        started_s = min(self.task_started_s, self.ready_s)
         return {
             "create": self.task_created_s - self.requested_s,
-            "start": self.task_started_s - self.task_created_s,
-            "ready": self.ready_s - self.task_started_s,
+            "start": started_s - self.task_created_s,
+            "ready": self.ready_s - started_s,
         }
 
 
@@ -277,8 +283,8 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
 
     def _remove_directories(self) -> None:
         unmount_below([self.state, self.root, self.snapshotter_root])
-        runc_state = _RUNC_ROOT / self.namespace
-        for path in (runc_state, self.state, self.root, self.snapshotter_root, self.cache_dir):
+        _remove_runtime_state(self.namespace)
+        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -330,20 +336,34 @@ def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
     for path, facts in orphans(state_dir, "containerd"):
         state = state_dir / str(facts["name"])
         _kill_processes_naming(str(state))
+        _remove_runtime_state(state.name)
         if state.is_dir():
             with suppress(ObdlabError):
                 DeviceService(state / "run", Settings()).shutdown(force=True)
         roots = [Path(root) for root in facts.get("roots", [])]
         unmount_below([state, *roots])
-        for directory in (_RUNC_ROOT / state.name, state, *roots):
+        for directory in (state, *roots):
             shutil.rmtree(directory, ignore_errors=True)
         path.unlink(missing_ok=True)
         removed.append(state.name)
     return removed
 
 
+def _remove_runtime_state(namespace: str) -> None:
+    # Containers that lost their shim are runc's to kill; the namespace's cgroups are nobody's to remove.
+    state = _RUNC_ROOT / namespace
+    for container in state.iterdir() if state.is_dir() else ():
+        with suppress(LabError):
+            run(["runc", "--root", state, "delete", "--force", container.name])
+    shutil.rmtree(state, ignore_errors=True)
+    for directory in (*_CGROUPS.glob(f"*/{namespace}"), _CGROUPS / namespace):
+        for path in (*directory.glob("*/"), directory):
+            with suppress(OSError):
+                path.rmdir()
+
+
 def _kill_processes_naming(text: str) -> None:
-    # Daemons and shims name our socket in their arguments; a shim that gets SIGTERM takes its container with it.
+    # Daemons and shims name our socket in their arguments.
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in _processes_naming(text):
             with suppress(ProcessLookupError):

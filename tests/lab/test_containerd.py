@@ -43,6 +43,20 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+def in_cgroups_of(namespace: str) -> list[str]:
+    """Processes of containers of a containerd namespace, and its cgroups themselves."""
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{namespace}")]
+    for process in Path("/proc").glob("[0-9]*/cgroup"):
+        try:
+            status = (process.parent / "status").read_text()
+            # A container's init that was killed is a zombie until this machine's init has seen to it.
+            if f"/{namespace}/" in process.read_text() and "\nState:\tZ" not in status:
+                found.append(status)
+        except OSError:
+            continue
+    return found
+
+
 @pytest.mark.containerd
 def test_cold_and_warm_starts_of_a_whole_image(
     tiny_recipe: Recipe, tiny_layout: Path, tmp_path: Path, state_dir: Path
@@ -65,7 +79,8 @@ def test_cold_and_warm_starts_of_a_whole_image(
         container = host.start(reference, "first", "overlayfs", tiny_recipe.probe)
         phases = container.times.phases_s()
         assert list(phases) == ["create", "start", "ready"]
-        assert min(phases.values()) > 0
+        assert phases["create"] > 0
+        assert min(phases.values()) >= 0
         assert sum(phases.values()) == pytest.approx(container.times.ready_s - container.times.requested_s)
         container.remove()
         evidence = prove_warm(host, "overlayfs", registry.traffic(pulled, registry.mark()))
@@ -88,8 +103,10 @@ def test_cold_and_warm_starts_of_a_whole_image(
         host.pull(reference)
         host.start(reference, "running", "overlayfs", tiny_recipe.probe)
         state = host.state
+        assert in_cgroups_of(host.namespace)
     assert below(tmp_path) == []
     assert processes_naming(str(tmp_path)) == []
+    assert in_cgroups_of(state.name) == []
     assert not state.exists()
     assert sorted(path.name for path in (tmp_path / "host").iterdir()) == ["logs"]
 
@@ -110,7 +127,7 @@ with (
     reference = registry.push_layout(layout, "tiny")
     host.pull(reference)
     host.start(reference, "one", "overlayfs", find_recipe("tiny", [datasets]).probe)
-    print(network.namespace, flush=True)
+    print(network.namespace, host.namespace, flush=True)
     sys.stdin.read()
 """
 
@@ -121,12 +138,13 @@ def test_what_a_killed_experiment_left_is_taken_down(tiny_layout: Path, tmp_path
     command = [sys.executable, "-c", _KILLED, tmp_path, tiny_layout, datasets]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as experiment:
         assert experiment.stdout is not None
-        namespace = experiment.stdout.readline().strip()
+        namespace, containers = experiment.stdout.readline().split()
         assert namespace.startswith("obdlab-")
         assert cleanup_leftovers(state_dir) == []
         assert Path(f"/run/netns/{namespace}").exists()
         experiment.send_signal(signal.SIGKILL)
     assert below(tmp_path)
+    assert in_cgroups_of(containers)
     removed = cleanup_leftovers(state_dir)
     assert namespace in removed
     assert len(removed) == 2
@@ -134,6 +152,7 @@ def test_what_a_killed_experiment_left_is_taken_down(tiny_layout: Path, tmp_path
     assert processes_naming(str(tmp_path)) == []
     assert not Path(f"/run/netns/{namespace}").exists()
     assert not Path(f"/sys/class/net/{namespace}h").exists()
+    assert in_cgroups_of(containers) == []
     assert cleanup_leftovers(state_dir) == []
 
 
