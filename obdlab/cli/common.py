@@ -62,7 +62,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
     from obdlab.image.settings import Settings
 
     credentials = getattr(args, "credentials", None) or _default_credentials()
-    return Settings(cache_dir=args.cache_dir, credentials_path=credentials)
+    # The device host that gets them works in another directory.
+    return Settings(
+        cache_dir=args.cache_dir.absolute(), credentials_path=credentials.absolute() if credentials else None
+    )
 
 
 def registry_from(args: argparse.Namespace) -> RegistryClient:
