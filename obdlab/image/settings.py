@@ -24,8 +24,9 @@ class Settings:
     cache_dir: Path = Path("/var/lib/obdlab/cache")
     #: Granularity of the block cache, and the least that is asked of a registry.
     cache_unit: int = 64 * KIB
-    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off.
-    readahead_max: int = 1 * MIB
+    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. More costs a start of many small
+    #: files bytes it does not need: importing pandas at 100 Mbit/s fetched 71 MB with 1 MiB, 58 MB with this.
+    readahead_max: int = 256 * KIB
     #: A read ends with data or an error within this time, whatever the registry does.
     read_deadline_s: float = 120.0
     #: One HTTP request: time to connect, and longest silence while reading.
