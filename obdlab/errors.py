@@ -38,7 +38,7 @@ class CorruptBlobError(FormatError):
 
 
 class SourceError(ObdlabError):
-    """Bytes could not be had from where they live (registry, disk). ``temporary`` says whether trying again may help."""
+    """Bytes could not be had from where they live (registry, disk). ``temporary``: trying again may help."""
 
     def __init__(self, what: str, *, blob: str = "", offset: int | None = None, temporary: bool = False) -> None:
         self.blob = blob

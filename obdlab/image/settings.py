@@ -10,7 +10,6 @@ from typing import Self
 from obdlab.errors import ObdlabError
 
 KIB = 1 << 10
-MIB = 1 << 20
 
 
 class SettingsError(ObdlabError):
