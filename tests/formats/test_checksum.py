@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.formats.checksum import raw_crc32c
@@ -32,12 +32,14 @@ def test_vectors(data: bytes, seed: int, wanted: int) -> None:
     assert raw_crc32c(data, seed) == wanted
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 0xFFFFFFFF))
 def test_equals_the_bitwise_definition(data: bytes, seed: int) -> None:
     assert raw_crc32c(data, seed) == bitwise(data, seed)
     assert raw_crc32c(memoryview(data), seed) == bitwise(data, seed)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_a_crc_continues_where_another_ended(first: bytes, second: bytes) -> None:
     assert raw_crc32c(second, raw_crc32c(first)) == raw_crc32c(first + second)

@@ -6,7 +6,7 @@ import io
 import tarfile
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import FormatError
@@ -39,6 +39,7 @@ def test_written_as_the_original_does(path: str) -> None:
     assert wrap_tail(window.size) == data[1536 + window.size :]
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_read_what_was_written(size: int) -> None:
     header = wrap_header(size)
@@ -90,6 +91,7 @@ def test_what_is_not_a_tar() -> None:
     assert parse_wrap(ustar[:148] + b"junk\0 77" + ustar[156:]) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 511), st.integers(1, 255))
 def test_a_changed_byte_is_noticed_by_the_checksum(offset: int, change: int) -> None:
     header = bytearray(tar_of(77, tarfile.USTAR_FORMAT))
@@ -157,6 +159,7 @@ def test_pax_header_without_a_file_behind() -> None:
         parse_wrap(pax(b"", length=513))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_rubbish_never_crashes(draw: st.DataObject) -> None:
     data = bytearray(pax(draw.draw(st.binary(max_size=60)), length=draw.draw(st.integers(0, 600))))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.image.config import ConfigError, ImageConfig, LowerConfig, UpperConfig
@@ -57,6 +57,7 @@ def test_what_is_left_out_when_empty() -> None:
     assert json.dumps(ImageConfig().to_json()) == '{"repoBlobUrl": "", "lowers": [], "upper": {}, "resultFile": ""}'
 
 
+@settings(deadline=None)
 @given(configs)
 def test_round_trip(config: ImageConfig) -> None:
     assert ImageConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -145,6 +146,7 @@ documents = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(documents)
 def test_any_json_is_read_or_refused(document: object) -> None:
     try:

@@ -241,7 +241,7 @@ def test_zeros_after_the_tar_do_no_harm(tmp_path: Path) -> None:
         )
 
 
-@settings_of_hypothesis(max_examples=300)
+@settings_of_hypothesis(max_examples=300, deadline=None)
 @given(flips=st.lists(st.integers(0, 8 * 214_528 - 1), min_size=1, max_size=3))
 def test_flipped_bits_under_checksums_never_give_wrong_bytes(
     tmp_path_factory: pytest.TempPathFactory, flips: list[int]

@@ -111,7 +111,7 @@ def chunks(data: bytes, lengths: list[int]) -> Iterator[bytes]:
 
 
 @layouts
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(draw=st.data())
 def test_round_trip(algorithm: str, block_size: int, draw: st.DataObject) -> None:
     seed = draw.draw(st.integers(0, 1 << 32))

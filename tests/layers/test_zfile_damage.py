@@ -51,7 +51,7 @@ def read_all(data: bytes) -> bytes:
 
 
 @checked
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(draw=st.data())
 def test_a_flipped_bit_gives_an_error_or_does_not_matter(data: bytes, draw: st.DataObject) -> None:
     bit = draw.draw(st.integers(0, 8 * len(data) - 1))
@@ -83,13 +83,14 @@ def test_a_flipped_bit_in_every_block_and_its_crc(data: bytes) -> None:
 
 
 @checked
+@settings(deadline=None)
 @given(length=st.integers(0, 20_000))
 def test_cut_short_anywhere(data: bytes, length: int) -> None:
     with pytest.raises(FormatError, match="layer: "):
         read_all(data[: length * (len(data) - 1) // 20_000])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 1 << 32), data=st.sampled_from(["input.zstd.16.zfile", "text.lz4.4.nocrc.zfile"]))
 def test_overwritten_stretches_never_crash(seed: int, data: str) -> None:
     source = random.Random(seed)

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError
@@ -20,6 +20,7 @@ blocks = st.one_of(
 
 
 @codecs
+@settings(deadline=None)
 @given(block=blocks)
 def test_round_trip(codec: Codec, block: bytes) -> None:
     data = bytes(codec.compress(block))
@@ -31,6 +32,7 @@ def test_round_trip(codec: Codec, block: bytes) -> None:
 
 
 @codecs
+@settings(deadline=None)
 @given(block=blocks, change=st.integers(-40, 40).filter(bool))
 def test_any_other_length_is_refused(codec: Codec, block: bytes, change: int) -> None:
     length = max(len(block) + change, 0)
@@ -42,6 +44,7 @@ def test_any_other_length_is_refused(codec: Codec, block: bytes, change: int) ->
 
 
 @codecs
+@settings(deadline=None)
 @given(data=st.binary(max_size=200), length=st.integers(1, 300))
 def test_rubbish_is_refused_or_gives_the_length(codec: Codec, data: bytes, length: int) -> None:
     try:

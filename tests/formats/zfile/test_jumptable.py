@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError
@@ -27,6 +27,7 @@ def describe(lengths: list[int], **changes: int) -> tuple[bytes, ZFileHeader]:
     return index, ZFileHeader(flags=Flags.DATA | Flags.SEALED | Flags.DIGEST, **fields)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(5, 4096 + 516), max_size=50), st.data())
 def test_offsets_are_sums_of_lengths(lengths: list[int], data: st.DataObject) -> None:
     table = JumpTable.from_index(*describe(lengths))

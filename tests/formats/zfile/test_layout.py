@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError
@@ -60,11 +60,13 @@ def test_golden_header_and_trailer() -> None:
     assert trailer.to_bytes() == data[-512:]
 
 
+@settings(deadline=None)
 @given(headers)
 def test_bytes_round_trip(header: ZFileHeader) -> None:
     assert ZFileHeader.from_bytes(header.to_bytes()) == header
 
 
+@settings(deadline=None)
 @given(st.integers(0, 512 * 8 - 1))
 def test_any_flipped_bit_is_noticed(bit: int) -> None:
     data = bytearray(COMMIT_HEADER.to_bytes())
