@@ -24,8 +24,11 @@ from tests.registry.server import RegistryServer, running_registry
 
 pytestmark = pytest.mark.registry
 
-LAYERS = [GOLDEN / "ext4" / "layer1.obd", GOLDEN / "ext4" / "layer2.obd"]
-MERGED_SHA256 = manifest("ext4")["merged"]["layers1-2"]["raw_sha256"]
+EXT4 = [GOLDEN / "ext4" / "layer1.obd", GOLDEN / "ext4" / "layer2.obd"]
+EXT4_SHA256 = manifest("ext4")["merged"]["layers1-2"]["raw_sha256"]
+# A disk of 1 MiB, where that of ext4 has 1 GiB.
+LAYERS = [LSMT / "l1.lz4tar.lsmt", LSMT / "l2.lz4.lsmt"]
+MERGED_SHA256 = next(entry["decoded_sha256"] for entry in manifest("lsmt")["entries"] if "stack" in entry)
 
 
 def push(server: RegistryServer, name: str, paths: list[Path]) -> ImageConfig:
@@ -67,16 +70,16 @@ def nothing_leaks() -> object:
 def test_an_image_from_the_registry_and_again_from_the_cache(
     registry_server: RegistryServer, settings: Settings
 ) -> None:
-    config = push(registry_server, "open/image", LAYERS)
+    config = push(registry_server, "open/image", EXT4)
     with open_image(config, settings) as image:
         opened = image.statistics()
         assert opened["demand_bytes"] < 600_000, "opening fetches the ends, not the whole"
-        assert sha256_of(image) == MERGED_SHA256
+        assert sha256_of(image) == EXT4_SHA256
         size = sum(lower.size for lower in config.lowers)
         counters = image.statistics()
         assert 0.9 * size < counters["demand_bytes"] + counters["readahead_bytes"] <= size
     with open_image(config, settings) as image:
-        assert sha256_of(image) == MERGED_SHA256
+        assert sha256_of(image) == EXT4_SHA256
         assert image.statistics()["requests"] == 0
 
 
@@ -89,7 +92,7 @@ def test_lowers_here_and_there(registry_server: RegistryServer, settings: Settin
 
 def test_writable_over_remote_lowers(registry_server: RegistryServer, settings: Settings, tmp_path: Path) -> None:
     SparseUpper.create(tmp_path / "data", 0).close()
-    config = push(registry_server, "open/writable", [LSMT / "l1.lz4tar.lsmt", LSMT / "l2.lz4.lsmt"])
+    config = push(registry_server, "open/writable", LAYERS)
     config = replace(config, upper=UpperConfig(str(tmp_path / "index"), str(tmp_path / "data")))
     with open_image(config, settings) as image:
         assert isinstance(image, WritableImage)
@@ -121,7 +124,7 @@ def test_a_registry_that_is_not_there(settings: Settings) -> None:
     begin = time.monotonic()
     with pytest.raises(ImageOpenError, match=r"lower 0 of 3 .*0000.*127\.0\.0\.1"):
         open_image(config, replace(settings, read_deadline_s=1.5))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize("digest", ["sha256:../../../../etc/passwd", "sha256:00", "md5:" + "0" * 32, "x"])
@@ -142,7 +145,7 @@ def test_a_wrong_size_is_an_error(registry_server: RegistryServer, settings: Set
 
 def test_a_blob_damaged_in_the_registry(settings: Settings, tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry") as server:
-        config = push(server, "open/damaged", LAYERS[:1])
+        config = push(server, "open/damaged", EXT4[:1])
         path = stored_blob(server, config.lowers[0].digest)
         data = bytearray(path.read_bytes())
         data[500_000] ^= 1
@@ -151,7 +154,7 @@ def test_a_blob_damaged_in_the_registry(settings: Settings, tmp_path: Path) -> N
             begin = time.monotonic()
             with pytest.raises(CorruptBlobError, match=rf"{config.lowers[0].digest}: .* at offset 49\d\d\d\d"):
                 sha256_of(image)
-            assert time.monotonic() - begin < 30
+            assert time.monotonic() - begin < 60
             # What is sound can still be read.
             assert len(image.read_at(0, 4096)) == 4096
 
@@ -173,7 +176,7 @@ def test_a_damaged_cache_is_healed(registry_server: RegistryServer, settings: Se
 def test_a_registry_that_goes_away(settings: Settings, tmp_path: Path) -> None:
     settings = replace(settings, read_deadline_s=2)
     with running_registry(tmp_path / "registry") as server:
-        config = push(server, "open/gone", LAYERS[:1])
+        config = push(server, "open/gone", EXT4[:1])
         image = open_image(config, settings)
     with image, pytest.raises(ObdlabError, match=config.lowers[0].digest):
         sha256_of(image)
