@@ -12,17 +12,19 @@ import json
 import re
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlencode, urlsplit
 
 from obdlab.errors import ObdlabError
+from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, from_response
 from obdlab.registry.reference import canonical_host
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from urllib.parse import SplitResult
 
     from obdlab.registry.reference import Repository
@@ -160,7 +162,7 @@ class Authenticator:
         server failed for a while.
         """
         grant = self._grant(repository, actions)
-        with grant.lock:
+        with _within_deadline(grant.lock):
             if grant.header is not None and grant.header != refused and time.monotonic() < grant.expires:
                 return grant.header  # another thread was faster
             grant.header = None
@@ -212,6 +214,18 @@ class Authenticator:
         finally:
             discard(response)
         return _read_token(text, doing)
+
+
+@contextmanager
+def _within_deadline(lock: threading.Lock) -> Iterator[None]:
+    # Another thread may be asking a token server that does not answer, and have more time than we.
+    deadline = thread_deadline()
+    if not lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+        raise RegistryError("no token within the deadline", temporary=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read_token(text: bytes, doing: str) -> tuple[str, float]:

@@ -113,7 +113,7 @@ class BlobStream(io.RawIOBase):
         self._position = 0
         self._response: urllib3.BaseHTTPResponse | None = None
         self._window_end = 0
-        self._window_deadline = 0.0
+        self._window_left_s = 0.0
         self._verified = False
 
     @property
@@ -170,14 +170,14 @@ class BlobStream(io.RawIOBase):
     def _read_on(self, size: int) -> bytes:
         if self._position >= self._window_end:
             self._window_end = self._position + _STREAM_WINDOW
-            self._window_deadline = time.monotonic() + self._deadline_s
-        with deadline_of_thread(self._window_deadline):
-            return persist(
-                lambda: self._attempt(size),
-                deadline=self._window_deadline,
-                blob=self._name,
-                offset=self._position,
-            )
+            self._window_left_s = self._deadline_s
+        started = time.monotonic()  # only the time spent here counts: our reader may be slow
+        deadline = started + self._window_left_s
+        try:
+            with deadline_of_thread(deadline):
+                return persist(lambda: self._attempt(size), deadline=deadline, blob=self._name, offset=self._position)
+        finally:
+            self._window_left_s -= time.monotonic() - started
 
     def _attempt(self, size: int) -> bytes:
         doing = "reading blob"
@@ -209,12 +209,23 @@ class BlobStream(io.RawIOBase):
     def _verify(self) -> None:
         if self._verified:
             return
-        if self._response is not None and self._response.length_remaining is None and self._response.read(1):
+        if self._has_more():
             raise CorruptBlobError("blob longer than it should be", blob=self._name, wanted=self._size)
         digest = f"sha256:{self._hash.hexdigest()}"
         if digest != self._digest:
             raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._digest)
         self._verified = True
+
+    def _has_more(self) -> bool:
+        # Only an answer without a length can surprise us here; one that breaks off now has no more.
+        response = self._response
+        if response is None or response.length_remaining is not None:
+            return False
+        try:
+            with deadline_of_thread(time.monotonic() + self._deadline_s):
+                return bool(response.read(1))
+        except TRANSPORT_ERRORS:
+            return False
 
 
 def _check_content_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:

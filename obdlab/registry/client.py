@@ -140,7 +140,11 @@ class RegistryClient:
         def attempt() -> bytes:
             byte_range = f"bytes={offset}-{offset + length - 1}"
             response = self._get_blob(repository, digest, byte_range, (200, 206), doing)
-            return body.read_range(response, offset, length, doing)
+            try:
+                return body.read_range(response, offset, length, doing)
+            except RegistryError:
+                self._session.forget_location(repository, f"blobs/{digest}")
+                raise
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
 

@@ -98,7 +98,11 @@ class Session:
         url = f"{repository.api_url}/{path}"
         known = self._location(url)
         if known is not None:
-            response = self._send("GET", known, headers, None, None, doing)
+            try:
+                response = self._send("GET", known, headers, None, None, doing)
+            except RegistryError:
+                self._forget(url)
+                raise
             if response.status in wanted:
                 return response
             self._forget(url)
@@ -112,6 +116,10 @@ class Session:
             self._forget(url)
             raise from_response(response, doing)
         return response
+
+    def forget_location(self, repository: Repository, path: str) -> None:
+        """Ask the registry itself next time: what its redirect led to did not work out."""
+        self._forget(f"{repository.api_url}/{path}")
 
     def close(self) -> None:
         """Close idle connections."""

@@ -196,6 +196,25 @@ def test_expired_redirect_is_asked_for_anew(client: RegistryClient, registry: Fa
         assert len(registry.requests) == 2
 
 
+def test_storage_that_dies_is_asked_for_anew(client: RegistryClient, registry: FaultyRegistry) -> None:
+    with faulty_registry() as storage:
+        storage.add_blob(DATA)
+        registry.next(faulty.redirect(f"http://{storage.host}/storage/{{digest}}"))
+        assert read(client, registry) == WANTED
+        assert len(storage.requests) == 1
+    assert read(client, registry) == WANTED
+    assert len(registry.requests) == 2
+
+
+def test_storage_that_breaks_off_is_asked_for_anew(client: RegistryClient, registry: FaultyRegistry) -> None:
+    with faulty_registry() as storage:
+        storage.add_blob(DATA)
+        registry.next(faulty.redirect(f"http://{storage.host}/storage/{{digest}}"))
+        storage.next(None, faulty.short_body(7))
+        assert read(client, registry) == read(client, registry) == WANTED
+        assert len(registry.requests) == 2
+
+
 def test_redirect_on_the_same_host_keeps_the_token() -> None:
     with faulty_registry(auth="bearer") as registry:
         digest = registry.add_blob(DATA)
@@ -309,6 +328,23 @@ def test_token_server_fails(fault: faulty.Fault) -> None:
         client.close()
 
 
+def test_nobody_waits_for_another_threads_token_beyond_his_deadline() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        digest = registry.add_blob(DATA)
+        registry.token_fault = faulty.silence
+        client = RegistryClient(_credentials(registry, registry.password), request_timeout_s=5, deadline_s=5)
+        patient = threading.Thread(target=read, args=(client, registry))
+        patient.start()
+        while registry.tokens_issued == 0:
+            time.sleep(0.01)
+        with pytest.raises(RegistryError, match="no token within the deadline"):
+            client.read_range(registry.repository(), digest, 0, 10, deadline=time.monotonic() + 0.2)
+        registry.token_fault = None
+        registry.closing.set()
+        patient.join()
+        client.close()
+
+
 @pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"token": 1}', b'{"token": "a\\nb"}', b"[" * 100_000])
 def test_token_server_answers_nonsense(answer: bytes) -> None:
     def fault(good: faulty.Answer) -> None:
@@ -341,6 +377,15 @@ def test_stream_picks_itself_up(registry: FaultyRegistry, client: RegistryClient
     registry.next(faulty.short_body(100_000), faulty.status(503), faulty.reset(50_000), faulty.whole_blob)
     with client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream:
         assert stream.readall() == DATA
+
+
+def test_stream_with_a_slow_reader(registry: FaultyRegistry) -> None:
+    client = RegistryClient(deadline_s=0.5)
+    with client.stream_blob(registry.repository(), faulty.digest_of(DATA), len(DATA)) as stream:
+        head = stream.read(10)
+        time.sleep(0.6)  # not the registry's fault
+        assert head + stream.readall() == DATA
+    client.close()
 
 
 def test_stream_survives_a_token_that_expires_in_the_middle() -> None:
