@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from obdlab.cli import image
+from obdlab.lab.ocilayout import OciLayout
+
+DATASETS = Path(__file__).parents[2] / "datasets"
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    image.add(parser.add_subparsers())
+    args = parser.parse_args(["image", *words])
+    status: int = args.run(args)
+    return status
+
+
+@pytest.mark.kernel
+def test_build_writes_a_layout_and_list_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ("--work-dir", str(tmp_path / "work"), "--datasets", str(DATASETS))
+    assert run("list", *places) == 0
+    before = capsys.readouterr().out
+    assert "6 layers, not built" in next(line for line in before.splitlines() if line.startswith("tiny"))
+    assert run("build", "tiny", "--to", f"oci:{tmp_path / 'out'}", *places) == 0
+    assert "layer 5/5" in capsys.readouterr().err
+    assert len(OciLayout(tmp_path / "out").manifest.layers) == 6
+    assert run("list", *places) == 0
+    after = capsys.readouterr().out
+    assert "6 layers, built" in next(line for line in after.splitlines() if line.startswith("tiny"))
