@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from obdlab.cli.common import add_registry_options, add_runtime_options, device_
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
 _GRACE_S = 10.0
 
@@ -56,17 +56,14 @@ def run(args: argparse.Namespace) -> int:
     if config.log_level is not None and not args.verbose:
         logging.getLogger().setLevel(config.log_level)
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
-    # Handlers rather than a blocked mask and sigwait: the device host would inherit the mask.
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    wait_for_signal = _catch_signals()
     layout = Layout(root)
     images = ImageDevices(layout, device_service_from(args))
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
     print(f"obdlab snapshotter: ready on {server.address}", flush=True)
-    ended.wait()
+    wait_for_signal()
     if not server.stop(_GRACE_S):
         # Leaving the usual way would wait for the attach of a registry that does not answer. It changes nothing of
         # ours any more, and the device host brings it to its end.
@@ -75,3 +72,18 @@ def run(args: argparse.Namespace) -> int:
         os._exit(0)
     snapshotter.close()
     return 0
+
+
+# A pipe, because an Event deadlocks if the signal comes while the main thread is inside its wait(), and the device
+# host would inherit the mask that sigwait needs.
+def _catch_signals() -> Callable[[], None]:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        os.read(reader, 1)
+
+    return wait

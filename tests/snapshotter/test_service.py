@@ -85,6 +85,14 @@ def test_the_command_ends_cleanly(tmp_path: Path, number: int) -> None:
     assert process.stop() == 0
 
 
+@pytest.mark.slow
+def test_a_signal_right_after_the_start_is_not_lost(tmp_path: Path) -> None:
+    for _ in range(30):
+        process = SnapshotterProcess(tmp_path)
+        process.start()
+        assert process.stop() == 0
+
+
 def test_a_second_command_on_the_root_is_refused(tmp_path: Path) -> None:
     process = SnapshotterProcess(tmp_path)
     process.start()
