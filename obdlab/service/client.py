@@ -161,6 +161,11 @@ class DeviceService:
         if failures:
             raise DeviceError("; ".join(failures))
 
+    def start_host(self) -> None:
+        """Have the device host running already when the first attach comes. Raises DeviceError."""
+        self._run.create()
+        self._connect_to_host().close()
+
     def stop_host(self) -> bool:
         """Stop the device host, leaving the devices alone; tell whether one ran."""
         try:
