@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -47,11 +48,15 @@ class AttachedDevice:
 
 
 class DeviceService:
-    """The devices of one run directory. ``settings`` apply to the images this client attaches."""
+    """The devices of one run directory.
 
-    def __init__(self, run_dir: Path, settings: Settings) -> None:
+    ``settings`` and ``readahead_kib``, the kernel's read-ahead on a device, apply to what this client attaches.
+    """
+
+    def __init__(self, run_dir: Path, settings: Settings, *, readahead_kib: int = 128) -> None:
         self._run = RunDir(run_dir)
         self._settings = settings
+        self._readahead_kib = readahead_kib
 
     @property
     def run_dir(self) -> RunDir:
@@ -80,14 +85,14 @@ class DeviceService:
             "config_sha256": digest,
             "device_id": device_id,
             "settings": self._settings.to_json(),
+            "readahead_kib": self._readahead_kib,
         }
-        with self._connect_to_host() as connection:
-            remaining = max(0.1, deadline - time.monotonic())
-            wire.send(connection, request | {"timeout_s": remaining})
-            try:
-                answer = wire.receive(connection, remaining + _ANSWER_GRACE_S)
-            except DeviceError as error:
-                raise DeviceError(f"device {device_id}: attach: device host: {error}") from error
+        answer = self._ask_host(request, deadline)
+        if "stale" in answer:  # the package was changed since the host started; devices do not mind its end
+            self.stop_host()
+            answer = self._ask_host(request, deadline)
+        if "stale" in answer:
+            raise DeviceError(f"cannot attach {config}: the installed package keeps changing")
         if "error" in answer:
             raise DeviceError(f"cannot attach {config}: {answer['error']}")
         return _as_device(DeviceRecord(**answer["device"]))
@@ -190,7 +195,7 @@ class DeviceService:
             return False
         return True
 
-    def _connect_to_host(self) -> Any:
+    def _connect_to_host(self) -> socket.socket:
         path = self._run.path / SOCKET_NAME
         try:
             return wire.connect(path, 5.0)
@@ -200,6 +205,26 @@ class DeviceService:
             return wire.connect(path, 5.0)
         except OSError as error:
             raise DeviceError(f"{path}: the device host does not answer: {error.strerror}") from error
+
+    # A host that dies before it answers is replaced once: an attach can be asked for again.
+    def _ask_host(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        try:
+            try:
+                return self._ask_host_once(request, deadline)
+            except wire.ConnectionLostError:
+                return self._ask_host_once(request, deadline)
+        except DeviceError as error:
+            message = f"device {request['device_id']}: device host: {error} (see {self._run.host_log})"
+            raise DeviceError(message) from error
+
+    def _ask_host_once(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        with self._connect_to_host() as connection:
+            remaining = max(0.1, deadline - time.monotonic())
+            try:
+                wire.send(connection, request | {"timeout_s": remaining})
+            except OSError as error:
+                raise wire.ConnectionLostError(f"connection lost: {error.strerror}") from error
+            return wire.receive(connection, remaining + _ANSWER_GRACE_S)
 
     # The command returns once the host listens, detached from this process; two of them at a time are fine.
     def _start_host(self) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
     Opener = Callable[[Path, str], Blob]
+    Report = Callable[[dict[str, Any]], None]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Host:
         self._run = RunDir(run_dir)
         self._run.create()
         self._opener = opener
+        self._code = _code_on_disk()
         self._lock = -1
         self._listener: socket.socket | None = None
 
@@ -123,9 +125,8 @@ class Host:
             request = wire.receive(connection, _REQUEST_TIMEOUT_S)
             if request.get("op") == "ping":
                 answer = {"pid": os.getppid()}
-            elif request.get("op") == "shutdown":
-                os.kill(os.getppid(), signal.SIGTERM)
-                answer = {"pid": os.getppid()}
+            elif request.get("op") == "attach" and self._code != _code_on_disk():
+                answer = {"stale": True}  # the client starts a new host, which runs what is installed now
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
             else:
@@ -144,7 +145,7 @@ class Host:
         try:
             config, device_id = Path(request["config"]), str(request["device_id"])
             settings, timeout_s = str(request["settings"]), float(request["timeout_s"])
-            sha256 = str(request["config_sha256"])
+            sha256, readahead_kib = str(request["config_sha256"]), int(request["readahead_kib"])
         except (KeyError, TypeError, ValueError) as error:
             raise DeviceError(f"attach request: {error!r}") from error
         deadline = time.monotonic() + timeout_s
@@ -157,7 +158,10 @@ class Host:
                 def open_blob() -> Blob:
                     return self._opener(config, settings)
 
-                ready = _start_server(open_blob, directory, deadline, (connection, lock))
+                def serve(report: Report) -> None:
+                    server.serve(open_blob, directory, report, readahead_kib=readahead_kib)
+
+                ready = _start_server(serve, directory, deadline, (connection, lock))
                 record = DeviceRecord(device_id=device_id, config=str(config), config_sha256=sha256, **ready)
                 record.save(directory)
             return json.loads((directory / "disk.json").read_text())  # type: ignore[no-any-return]
@@ -190,12 +194,12 @@ def _clear_leftovers(directory: Path, device_id: str) -> None:
 
 # Forks the server and follows it until it is ready. On failure nothing of it remains, its directory included.
 def _start_server(
-    open_blob: Callable[[], Blob], directory: Path, deadline: float, not_its: tuple[socket.socket, int]
+    serve: Callable[[Report], None], directory: Path, deadline: float, not_its: tuple[socket.socket, int]
 ) -> dict[str, Any]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _become_server(open_blob, directory, reader, writer, not_its)
+        _become_server(serve, reader, writer, not_its)
     os.close(writer)
     try:
         return _follow(reader, deadline)
@@ -209,7 +213,7 @@ def _start_server(
 
 
 def _become_server(
-    open_blob: Callable[[], Blob], directory: Path, reader: int, writer: int, not_its: tuple[socket.socket, int]
+    serve: Callable[[Report], None], reader: int, writer: int, not_its: tuple[socket.socket, int]
 ) -> NoReturn:
     status = 1
     try:
@@ -223,7 +227,7 @@ def _become_server(
             if "stage" not in message:
                 os.close(writer)
 
-        server.serve(open_blob, directory, report)
+        serve(report)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -262,6 +266,18 @@ def _settle_in() -> None:
         abi.prctl(abi.PR_SET_CHILD_SUBREAPER, 1)
     except OSError as error:
         log.info("no subreaper: %s", error)
+
+
+# Tells one installed state of the package from another, as make does it: by size and time of its files.
+def _code_on_disk() -> int:
+    package = Path(__file__).parents[1]
+    found = []
+    for directory, _, names in os.walk(package):
+        for name in names:
+            if name.endswith(".py"):
+                status = os.stat(os.path.join(directory, name))
+                found.append((directory, name, status.st_size, status.st_mtime_ns))
+    return hash(tuple(sorted(found)))
 
 
 def _warm_up() -> None:

@@ -40,7 +40,13 @@ class _Terminated(BaseException):
     """SIGTERM has come and nobody uses the device."""
 
 
-def serve(open_blob: Callable[[], Blob], directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def serve(
+    open_blob: Callable[[], Blob],
+    directory: Path,
+    report: Callable[[dict[str, Any]], None],
+    *,
+    readahead_kib: int,
+) -> None:
     """Open the blob, make it a device at ``directory``, report, and serve until the device is taken away.
 
     Reports are ``{"stage": text}``, then ``{"ready": {...}}`` or ``{"error": text}``.
@@ -53,7 +59,7 @@ def serve(open_blob: Callable[[], Blob], directory: Path, report: Callable[[dict
         report({"stage": "making the device"})
         # From here on a SIGTERM waits until it can be answered in good order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        device = FuseLoopDevice(blob, directory, name=device_id)
+        device = FuseLoopDevice(blob, directory, name=device_id, readahead_kib=readahead_kib)
     except ObdlabError as error:
         report({"error": str(error)})
         return
@@ -78,12 +84,15 @@ def _settle_in(device_id: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"obdlab:{device_id}")
+    # Both need CAP_SYS_RESOURCE, which some containers withhold; a device works without.
     try:
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
-        # Memory that this process asks for must never wait for writeback to its own device.
+    except OSError as error:
+        log.debug("%s: oom_score_adj: %s", device_id, error)
+    try:  # memory that this process asks for must never wait for writeback to its own device
         abi.prctl(abi.PR_SET_IO_FLUSHER, 1)
     except OSError as error:
-        log.info("%s: %s", device_id, error)
+        log.debug("%s: no I/O flusher: %s", device_id, error)
 
 
 def _description(device: Device) -> dict[str, Any]:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _LIMIT = 1 << 20
 
 
+class ConnectionLostError(DeviceError):
+    """The other side went away before its message was complete."""
+
+
 def connect(path: Path, timeout_s: float) -> socket.socket:
     """Connect to a unix socket of any path length. Raises OSError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -73,9 +77,11 @@ def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
         except TimeoutError:
             continue
         except OSError as error:
-            raise DeviceError(f"connection lost: {error.strerror}") from error
-        if not part or len(data) + len(part) > _LIMIT:
-            raise DeviceError(f"connection ended in the middle of a message (got {len(data)} bytes)")
+            raise ConnectionLostError(f"connection lost: {error.strerror}") from error
+        if not part:
+            raise ConnectionLostError(f"connection ended in the middle of a message (got {len(data)} bytes)")
+        if len(data) + len(part) > _LIMIT:
+            raise DeviceError(f"a message longer than {_LIMIT} bytes")
         data += part
     try:
         message = json.loads(data)

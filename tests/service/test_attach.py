@@ -403,3 +403,9 @@ def test_statistics_of_a_dead_server(bed: Bed) -> None:
     with pytest.raises(DeviceError, match="device a: its server does not answer"):
         bed.service.statistics("a")
     assert "does not answer" in bed.service.last_error("a")
+
+
+def test_readahead_of_the_device(bed: Bed) -> None:
+    service = DeviceService(bed.run_dir, Settings(), readahead_kib=512)
+    device = service.attach(bed.config("a"))
+    assert Path(f"/sys/block/{device.path.name}/queue/read_ahead_kb").read_text() == "512\n"
