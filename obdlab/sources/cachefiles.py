@@ -1,8 +1,8 @@
 """The two files that hold what is cached of one blob, shared by every process that has them open.
 
-``data`` is sparse and as large as the blob: what is cached stands where it stands in the blob. ``sums`` says which
-units of it may be used: a header of 64 bytes (magic, version, unit size, generation; the rest zero), then a u32 per
-unit in this machine's byte order: 0, or the unit's checksum, which is written after its data. So whatever was
+``data`` is sparse and at least as large as the blob: what is cached stands where it stands in the blob. ``sums`` says
+which units of it may be used: a header of 64 bytes (magic, version, unit size, generation; the rest zero), then a u32
+per unit in this machine's byte order: 0, or the unit's checksum, which is written after its data. So whatever was
 interrupted, a unit either has its data or does not match its sum and is fetched again. Nothing is synced: after a
 power failure, too, the sums tell.
 
@@ -61,8 +61,8 @@ class CacheFiles:
         self.fd = os.open(directory / "data", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             with self._locked():
-                if os.fstat(self.fd).st_size != size:
-                    # Whatever is in it keeps its sums, which tell if it is still good.
+                # Never made smaller: a manifest that lies about a size must not cut a file others are reading.
+                if os.fstat(self.fd).st_size < size:
                     os.ftruncate(self.fd, size)
                 self._map = self._open_sums()
         except BaseException:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -365,6 +367,38 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyte
         monkeypatch.undo()
         assert blob.read_at(100, 2 * UNIT) == DATA[100 : 100 + 2 * UNIT]
     assert caplog.text.count("No space left") == 1
+
+
+@pytest.mark.kernel
+def test_really_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "cache-test", tmp_path], check=True)
+    try:
+        origin = Origin()
+        with open_cached(tmp_path, origin) as blob:  # 164 KiB do not fit
+            assert blob.read_at(0, len(DATA)) == DATA
+            for offset in range(0, len(DATA), UNIT):
+                length = min(UNIT, len(DATA) - offset)
+                assert blob.read_at(offset, length) == DATA[offset : offset + length]
+            assert blob.statistics()["uncached_bytes"] > 0
+        shutil.rmtree(tmp_path / "blobs")
+        with suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        with BlockCache(tmp_path, unit=UNIT).open(Origin(), DIGEST) as bare:  # not even the sums fit
+            assert bare.read_at(5, len(DATA) - 5) == DATA[5:]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert "not cached" in caplog.text
+
+
+def test_a_manifest_that_lies_about_a_size_harms_nobody(tmp_path: Path) -> None:
+    with open_cached(tmp_path, Origin()) as blob, open_cached(tmp_path, Origin()) as second:
+        blob.read_at(0, 30 * UNIT)
+        with open_cached(tmp_path, Origin(DATA[: 5 * UNIT + 1])) as liar:
+            assert liar.read_at(0, 5 * UNIT + 1) == DATA[: 5 * UNIT + 1]
+        second.read_at(len(DATA) - 1, 1)  # writes at the end
+        assert blob.read_at(0, len(DATA)) == DATA
+        assert blob.statistics()["corrupt_units"] == 0
 
 
 def test_cache_that_cannot_be_made_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
