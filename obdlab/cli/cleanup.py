@@ -20,7 +20,7 @@ def add(subcommands: Any) -> None:
         description=(
             "Unmounts the file systems on obdlab's devices, detaches the devices, stops their servers and the device "
             "host, and empties the run directory; also after any of them was killed. What is still in use is named "
-            "and left (exit status 1). Doing it twice is fine."
+            "and left (exit status 1). Also takes down what a killed experiment left. Doing it twice is fine."
         ),
     )
     parser.add_argument("--force", action="store_true", help="also what is in use: its users get I/O errors")
@@ -31,8 +31,12 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Clean up and say what was done."""
+    from obdlab.lab.leftovers import cleanup_leftovers
     from obdlab.service.cleanup import clean_up
 
+    leftovers = cleanup_leftovers()
+    for name in leftovers:
+        print(f"removed experiment's {name}")
     report = clean_up(device_service_from(args), force=args.force)
     for line in report.removed:
         print(f"removed {line}")
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"cache kept, since devices still read it: {args.cache_dir}")
     elif args.cache:
         print(f"removed cache ({_empty(args.cache_dir) >> 20} MiB)")
-    if not report.removed and not report.in_use:
+    if not leftovers and not report.removed and not report.in_use:
         print("nothing to clean up")
     return 1 if report.in_use else 0
 

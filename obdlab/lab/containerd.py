@@ -225,7 +225,8 @@ class OwnContainerd:
         snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
         stack.callback(snapshotter.stop)
         snapshotter.wait_for(socket.exists, "socket")
-        self._snapshotter = snapshotter
+        # On a host in use it runs already: its start (a Python with all imports) is no part of a container's.
+        self.devices.start_host()
 
     def _start_containerd(self, stack: ExitStack) -> None:
         config = self.state / "config.toml"

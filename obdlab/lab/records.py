@@ -13,7 +13,8 @@ from typing import Any
 
 from obdlab.lab.process import process_start_ticks
 
-DEFAULT_STATE_DIR = Path("/run/obdlab/lab")
+# Not below /run/obdlab, which a cleanup of devices empties.
+DEFAULT_STATE_DIR = Path("/run/obdlab-lab")
 
 
 class Record:
