@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from tests import capabilities
@@ -16,3 +17,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             capabilities.require(capability)
     if item.get_closest_marker("slow") is not None and not capabilities.LONG:
         pytest.skip("slow: runs in make test-long (OBDLAB_LONG=1)")
+
+
+# Examples are not timed: the machine may be busy. `print_blob` lets a failure seen elsewhere be replayed.
+hypothesis.settings.register_profile("obdlab", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("obdlab")

@@ -9,20 +9,19 @@ import hashlib
 import json
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+import obdlab
 from obdlab.lab import environment
 from obdlab.lab.bench import Bench, LabPaths
 from obdlab.lab.rows import Row, RowStore
 from obdlab.lab.spec import Cell, Spec
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 #: What of the environment makes older rows incomparable. Load, free memory and the like may differ.
-CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "obdlab_version", "git_commit", "containerd", "runc", "registry")
+CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
 
 
 class Experiment:
@@ -39,7 +38,7 @@ class Experiment:
         ``again`` measures everything anew and keeps the old rows. Needs root. A start that fails leaves a row with
         ``error`` and the run goes on; a stop (Ctrl-C) leaves every finished cell's rows and nothing running.
         """
-        surroundings = environment.capture()
+        surroundings = {**environment.capture(), "code": code_digest()}
         context = context_of(surroundings, str(time.time_ns()) if again else "")
         done = self.store.done_keys()
         pending = {
@@ -105,6 +104,15 @@ class Experiment:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+def code_digest() -> str:
+    """Return a digest of the package's own sources: a commit that changes only texts leaves rows comparable."""
+    package = Path(obdlab.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def context_of(surroundings: dict[str, Any], nonce: str = "") -> str:
