@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
     wait_for_signal = _catch_signals()
     layout = Layout(root)
-    images = ImageDevices(layout, device_service_from(args))
+    images = ImageDevices(layout, device_service_from(args), start_host_early=True)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()

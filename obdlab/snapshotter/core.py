@@ -40,6 +40,9 @@ _LABEL_PATH = "labels."
 class ImageMounts(Protocol):
     """What mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
 
+    def expect(self) -> None:
+        """Get ready to mount: an image has been pulled."""
+
     def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
         """Have the image's device attached and mounted at the snapshot's mount point, as asked for at ``asked_s``."""
 
@@ -70,6 +73,7 @@ class Snapshotter:
             layer = overlaybd.remote_layer(labels)
             if layer is not None:
                 self._commit_remote(key, parent, labels, layer)
+                self._images.expect()
                 raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
         return self._create(Kind.ACTIVE, key, parent, labels)
 

@@ -41,14 +41,24 @@ class ImageDevices:
     Calls for different snapshots may come from several threads at once; for one snapshot the caller takes turns.
     """
 
-    def __init__(self, layout: Layout, devices: DeviceService) -> None:
+    def __init__(self, layout: Layout, devices: DeviceService, *, start_host_early: bool = False) -> None:
+        """Serve images below ``layout``. ``start_host_early`` spares the first container the device host's start."""
         self._layout = layout
         self._devices = devices
         # Names of devices differ between the roots of a host.
         self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
         self._failures: dict[int, _Failure] = {}
+        self._start_host_early = start_host_early
+        self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
+
+    def expect(self) -> None:
+        """Have everything running that a first mount needs; called when an image has been pulled. Returns at once."""
+        with self._guard:
+            if self._start_host_early and self._host_start is None:
+                self._host_start = threading.Thread(target=self._start_host, name="start-host")
+                self._host_start.start()
 
     def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
         """Have the image's device attached and its file system mounted, read-only.
@@ -91,7 +101,15 @@ class ImageDevices:
         self._forget(snapshot_id)
         self._failures.pop(snapshot_id, None)
 
+    def _start_host(self) -> None:
+        try:
+            self._devices.start_host()
+        except ObdlabError as error:  # the first mount will say so to somebody who can act on it
+            logger.warning("device host: %s", error)
+
     def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
+        if self._host_start is not None:
+            self._host_start.join()  # two starts at a time would take twice as long; it has a deadline
         config = self._layout.config(snapshot_id)
         for device in self._devices_of(snapshot_id):
             if device.alive:
