@@ -56,10 +56,9 @@ def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doi
         else:
             _skip(response, offset, doing)
         data = _read_exactly(response, length, doing)
-        if response.status == 206 and response.length_remaining not in (None, 0):
-            raise RegistryError(
-                f"{doing}: body longer than its range by {response.length_remaining} bytes", temporary=True
-            )
+        # Without a length (chunked, or until the connection closes) only its end tells that this was all.
+        if response.status == 206 and response.length_remaining is None and response.read(1):
+            raise RegistryError(f"{doing}: body longer than its range", temporary=True)
     except TRANSPORT_ERRORS as error:
         raise from_exception(error, doing) from error
     finally:

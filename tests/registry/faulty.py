@@ -359,6 +359,12 @@ def chunked(answer: Answer) -> None:
     answer.handler.wfile.write(b"0\r\n\r\n")
 
 
+def chunked_longer(answer: Answer) -> None:
+    """Send more than the range asked for, in chunks."""
+    answer.body += b"more than asked for"
+    chunked(answer)
+
+
 def silence(answer: Answer) -> None:
     """Never answer."""
     answer.handler.registry.closing.wait()

@@ -36,6 +36,7 @@ PASSING_FAULTS = {
     "other range": faulty.other_range,
     "no Content-Range": faulty.no_content_range,
     "longer body": faulty.longer_body,
+    "longer body in chunks": faulty.chunked_longer,
 }
 LASTING_FAULTS = {
     **PASSING_FAULTS,
