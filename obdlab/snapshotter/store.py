@@ -9,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -225,12 +225,14 @@ class Store:
         self._path = path
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
-        try:
-            self._writer = _connect(path)
-            self._prepare_schema()
-            self._reader = _connect(path)
-        except sqlite3.Error as error:
-            raise StoreError(f"{path}: not usable as snapshot metadata ({error})") from error
+        with ExitStack() as opened:
+            try:
+                self._writer = opened.enter_context(closing(_connect(path)))
+                self._prepare_schema()
+                self._reader = opened.enter_context(closing(_connect(path)))
+            except sqlite3.Error as error:
+                raise StoreError(f"{path}: not usable as snapshot metadata ({error})") from error
+            opened.pop_all()
 
     @contextmanager
     def read(self) -> Iterator[Reader]:
@@ -282,11 +284,14 @@ class Store:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
-    # As durable as containerd's own metadata, which would otherwise outlive ours in a power cut.
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+    with ExitStack() as opened:
+        connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        opened.enter_context(closing(connection))
+        connection.execute("PRAGMA journal_mode = WAL")
+        # As durable as containerd's own metadata, which would otherwise outlive ours in a power cut.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        opened.pop_all()
     return connection
 
 

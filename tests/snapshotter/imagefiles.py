@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from obdlab.formats import oci
 from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from tests import capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +47,13 @@ def busybox() -> Path | None:
     """The static busybox, or None if it is not installed."""
     found = shutil.which("busybox")
     return Path(found) if found else None
+
+
+def require_busybox() -> None:
+    """Skip the running test without busybox, or fail it where containerd tests are required."""
+    if busybox() is None:
+        fail_or_skip = pytest.fail if "containerd" in capabilities.REQUIRED else pytest.skip
+        fail_or_skip("busybox (Debian package busybox-static) is not installed")
 
 
 def busybox_bytes() -> bytes:

@@ -58,8 +58,7 @@ def image(registry_server: RegistryServer) -> str:
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[ObdlabHost]:
     capabilities.require("containerd")
-    if imagefiles.busybox() is None:
-        pytest.skip("busybox (busybox-static) is not installed")
+    imagefiles.require_busybox()
     with containerd_with_obdlab(tmp_path / "host") as running:
         yield running
 

@@ -27,8 +27,7 @@ LISTING = (
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObdlabHost]:
     capabilities.require("containerd")
-    if imagefiles.busybox() is None:
-        pytest.skip("busybox (busybox-static) is not installed")
+    imagefiles.require_busybox()
     directory = tmp_path_factory.mktemp("host")
     archive = directory / "busybox.tar"
     imagefiles.write_oci_archive(archive, IMAGE, imagefiles.busybox_layers())
