@@ -23,7 +23,7 @@ from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
-from tests.registry.server import RegistryServer, registry_server  # noqa: F401 - a fixture
+from tests.registry.server import RegistryServer
 
 pytestmark = pytest.mark.kernel
 
@@ -210,7 +210,7 @@ def test_cleanup_names_what_is_in_use_and_force_takes_it(obdlab: Bed) -> None:
 
 
 @pytest.fixture
-def pushed(registry_server: RegistryServer) -> str:  # noqa: F811
+def pushed(registry_server: RegistryServer) -> str:
     """The golden image in a registry; its reference."""
     reference = Reference.parse(f"{registry_server.host}/golden/ext4:2")
     client = RegistryClient()
