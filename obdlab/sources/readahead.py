@@ -2,8 +2,8 @@
 
 A stream is a reader that asked for one unit after another; any number of them may be interleaved. The first unit of
 each piece fetched ahead carries a mark: the reader coming by there has the next pieces fetched, so that several are
-always under way and the link never idles. The window doubles at each mark up to its maximum, and someone who reads
-at random costs nothing.
+always under way and the link never idles. The window is as wide as the reader has come already, up to its maximum:
+a long reader gets there soon, a short one leaves no more unused than it has used, and a random one next to nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 _STREAMS = 32
 # A reader may leave out this many units (compressed blocks it does not need) and still count as sequential.
-_MAX_GAP = 2
-_FIRST_WINDOW = 2
+_MAX_GAP = 1
 
 
 @dataclass(slots=True)
 class _Stream:
-    ahead: int  # end of what has been asked for on behalf of the reader, exclusive
-    window: int  # how far ahead of the reader that may be
+    start: int  # where the reader was first seen
+    ahead: int  # end of what has been asked for on the reader's behalf, exclusive
 
 
 class ReadAhead:
@@ -40,10 +39,9 @@ class ReadAhead:
         """The reader asked for ``[first, stop)``, which nobody had asked for. Return what to fetch ahead."""
         stream = self._find(first)
         if stream is None:
-            self._remember(_Stream(stop, 0))
+            self._remember(_Stream(first, stop))
             return []
         stream.ahead = stop
-        self._grow(stream, max(_FIRST_WINDOW, 2 * (stop - first)))
         return self._advance(stream, stop)
 
     def passed(self, unit: int) -> list[tuple[int, int]]:
@@ -52,11 +50,7 @@ class ReadAhead:
         if stream is None or self._streams.get(stream.ahead) is not stream:
             return []
         del self._streams[stream.ahead]
-        self._grow(stream, _FIRST_WINDOW)
         return self._advance(stream, unit + 1)
-
-    def _grow(self, stream: _Stream, least: int) -> None:
-        stream.window = min(max(least, 2 * stream.window), self._max_window)
 
     def _find(self, first: int) -> _Stream | None:
         for ahead in range(first, first - _MAX_GAP - 1, -1):
@@ -66,11 +60,15 @@ class ReadAhead:
         return None
 
     def _advance(self, stream: _Stream, position: int) -> list[tuple[int, int]]:
-        end = min(position + stream.window, self._units)
-        pieces = []
+        window = min(position - stream.start, self._max_window)
+        end = min(position + window, self._units)
+        piece = min(max(1, window // 2), self._max_piece)  # two at least are to be under way
+        pieces: list[tuple[int, int]] = []
         while stream.ahead < end:
             first = stream.ahead
-            stream.ahead = min(first + self._max_piece, end)
+            if first > position and first + piece > end < self._units:
+                break  # a fragment: the next mark makes it a whole piece
+            stream.ahead = min(first + piece, end)
             self._marks[first] = stream
             pieces.append((first, stream.ahead))
         self._remember(stream)
