@@ -115,10 +115,10 @@ class ObdlabHost:
         """Run stock ctr in the namespace "test" and return what it printed."""
         return self.containerd.ctr("--namespace", "test", *arguments, timeout_s=timeout_s, check=check)
 
-    def rpull(self, reference: str) -> PullResult:
-        """Pull lazily into the namespace "test"."""
+    def rpull(self, reference: str, namespace: str = "test") -> PullResult:
+        """Pull lazily."""
         with (
-            Containerd(self.containerd.address, "test") as client,
+            Containerd(self.containerd.address, namespace) as client,
             closing(RegistryClient(Credentials.load(None))) as registry,
         ):
             return rpull(client, registry, Reference.parse(reference), snapshotter=NAME, platform=host_platform())

@@ -111,7 +111,8 @@ class Snapshotter:
             if self._layout.is_image(snapshot_id):
                 self._images.release(snapshot_id)
             with self._store.write() as writer:
-                writer.remove(key)
+                if writer.remove(key).id != snapshot_id:
+                    raise NotFoundError(f"snapshot {key!r} was removed and made anew meanwhile")
             self._layout.delete(self._layout.directory(snapshot_id))
 
     def stat(self, key: str) -> Snapshot:

@@ -140,6 +140,20 @@ def test_removing_the_image_takes_its_device_away(host: ObdlabHost, image: str) 
     wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
 
 
+def test_namespaces_share_an_image(host: ObdlabHost, image: str) -> None:
+    host.rpull(image)
+    host.rpull(image, namespace="other")
+    assert run(host, image, "here", "echo ran") == "ran\n"
+    host.ctr("images", "rm", "--sync", image)
+    assert len(list((host.snapshotter.root / "snapshots").iterdir())) == 2
+    shell = f"type=bind,src={imagefiles.busybox()},dst=/busybox,options=rbind:ro"
+    arguments = ("run", "--rm", "--snapshotter", NAME, "--mount", shell, image, "there", "/busybox", "echo", "ran")
+    assert host.containerd.ctr("--namespace", "other", *arguments) == "ran\n"
+    host.containerd.ctr("--namespace", "other", "images", "rm", "--sync", image)
+    wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+    assert host.snapshotter.devices.list() == []
+
+
 def test_containers_outlive_a_killed_snapshotter(host: ObdlabHost, image: str, tmp_path: Path) -> None:
     host.rpull(image)
     # Reads from the image each time it is told to.
