@@ -23,6 +23,8 @@ MAX_RUN = 1 << 20
 #: How often a damaged block or index is asked for again, after its cached copy was evicted.
 BLOCK_RETRIES = 3
 INDEX_RETRIES = 2
+#: Largest dictionary taken. Nobody writes any, and useful ones have about 100 KiB.
+MAX_DICTIONARY = 16 << 20
 # Block CRCs are raw (uninverted at both ends), the library's are not. The seed is turned once, here, and the
 # result is compared turned.
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
@@ -50,7 +52,7 @@ class ZFileReader(Blob):
         self.name = blob.name
         self._blob = blob
         self.header, self._table = _load(blob)
-        self._codec = codec_for(self.header.algorithm, blob=blob.name)
+        self._codec = codec_for(self.header.algorithm, dictionary=_dictionary(blob, self.header), blob=blob.name)
         self._size = self.header.original_size
         self._block_size = self.header.block_size
         self._crc_size = CRC_SIZE if self.header.verify else 0
@@ -191,6 +193,21 @@ def _load(blob: Blob) -> tuple[ZFileHeader, JumpTable]:
             if attempt > INDEX_RETRIES:
                 raise
             blob.evict(0, blob.size)
+
+
+def _dictionary(blob: Blob, header: ZFileHeader) -> bytes:
+    # Its bounds were checked with the index's. It has no checksum of its own; the content of every block has.
+    if not header.use_dict or not header.dict_size:
+        return b""
+    if header.dict_size > MAX_DICTIONARY:
+        raise FormatError(
+            "ZFile dictionary is too large",
+            blob=blob.name,
+            offset=HEADER_SIZE,
+            got=header.dict_size,
+            wanted=f"<= {MAX_DICTIONARY}",
+        )
+    return blob.read_at(HEADER_SIZE, header.dict_size)
 
 
 def read_description(blob: Blob) -> ZFileHeader:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -22,13 +24,19 @@ from obdlab.formats.zfile.layout import (
 from obdlab.layers.sink import can_seek
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from types import TracebackType
 
     from obdlab.blob import Buffer
     from obdlab.layers.sink import Sink
 
-# Stored blocks are handed to the sink in pieces of about this size.
-_PIECE = 256 << 10
+# What is compressed at once and handed to the sink as one piece: a multiple of every block size.
+_BATCH = 256 << 10
+# Batches that may wait for each worker, which bounds memory.
+_AHEAD = 3
+
+
+_Batch = tuple[bytes, list[int]]
 
 
 class ZFileWriteError(ObdlabError):
@@ -41,7 +49,7 @@ class ZFileWriter:
     ``block_size`` is a power of two from 4 KiB to 64 KiB, ``algorithm`` ``"lz4"`` or ``"zstd"``. With
     ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
     the trailer; a sink that cannot seek keeps the first header, as uploads of the original do. ``verify=False``
-    leaves out the block CRCs.
+    leaves out the block CRCs. ``workers`` threads compress, one being the caller's own; the bytes are the same.
 
     Nothing but :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it.
     The sink stays open, at the end of the file.
@@ -55,7 +63,10 @@ class ZFileWriter:
         overwrite_header: bool = True,
         *,
         verify: bool = True,
+        workers: int = 1,
     ) -> None:
+        if workers < 1:
+            raise ZFileWriteError(f"a ZFile needs at least one worker (got {workers})")
         if block_size & (block_size - 1) or not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
             raise ZFileWriteError(f"block size is not a power of two from 4096 to 65536 (got {block_size})")
         self._sink = sink
@@ -64,8 +75,10 @@ class ZFileWriter:
         self._crc = verify
         self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
-        self._rest = bytearray()  # input short of a block
-        self._stored = bytearray()  # output short of a piece
+        self._rest = bytearray()  # input short of a batch
+        self._threads = ThreadPoolExecutor(workers, "zfile-writer") if workers > 1 else None
+        self._pending: deque[Future[_Batch]] = deque()
+        self._most_pending = _AHEAD * workers
         self._lengths = array("I")
         self._written = 0
         self._original_size = 0
@@ -91,26 +104,25 @@ class ZFileWriter:
     def write(self, data: Buffer) -> int:
         """Append ``data``, in chunks of any size. Returns its length.
 
-        Raises ZFileWriteError for a 64 KiB block that does not compress (the original's reader has no room for
-        it), or if the writer is closed or has failed before.
+        Raises ZFileWriteError if the writer is closed or has failed before, and, in this or a later call, for a
+        64 KiB block that does not compress (the original's reader has no room for it).
         """
         self._check_open()
         self._open = False  # until this call succeeds
         view = memoryview(data).cast("B")
         length = len(view)
         self._original_size += length
-        block_size = self._block_size
+        begin = 0
         if self._rest:
-            missing = block_size - len(self._rest)
-            self._rest += view[:missing]
-            view = view[missing:]
-            if len(self._rest) == block_size:
-                self._add_block(self._rest)
+            begin = _BATCH - len(self._rest)
+            self._rest += view[:begin]
+            if len(self._rest) == _BATCH:
+                self._add_batch(self._rest)
                 self._rest = bytearray()
-        whole = len(view) - len(view) % block_size
-        for begin in range(0, whole, block_size):
-            self._add_block(view[begin : begin + block_size])
-        self._rest += view[whole:]
+        for at in range(begin, length - _BATCH + 1, _BATCH):
+            self._add_batch(view[at : at + _BATCH])
+            begin = at + _BATCH
+        self._rest += view[begin:]
         self._open = True
         return length
 
@@ -122,7 +134,9 @@ class ZFileWriter:
         self._check_open()
         self._open = False
         if self._rest:
-            self._add_block(self._rest)
+            self._add_batch(self._rest)
+        self._drain(0)
+        self._stop()
         index = np.asarray(self._lengths, dtype="<u4").tobytes()
         final = replace(
             self._header,
@@ -134,7 +148,6 @@ class ZFileWriter:
         )
         self._emit(index)
         self._emit(final.to_bytes())
-        self._flush()
         if self._rewritable:
             flags = self._header.flags | Flags.OVERWRITTEN
             self._rewritable.seek(self._start)
@@ -147,34 +160,55 @@ class ZFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._open:
-            self.close()
+        try:
+            if kind is None and self._open:
+                self.close()
+        finally:
+            self._stop()
 
     def _check_open(self) -> None:
         if not self._open:
             raise ZFileWriteError("ZFile writer is closed, or failed before")
 
-    def _add_block(self, block: Buffer) -> None:
-        data = self._codec.compress(block)
-        stored = len(data) + (CRC_SIZE if self._crc else 0)
+    def _add_batch(self, data: Buffer) -> None:
+        if self._threads is None:
+            self._store(self._compress(memoryview(data)))
+            return
+        # A copy, since the caller may use its buffer again.
+        self._pending.append(self._threads.submit(self._compress, memoryview(bytes(data))))
+        self._drain(self._most_pending)
+
+    def _drain(self, most: int) -> None:
+        while len(self._pending) > most:
+            self._store(self._pending.popleft().result())
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _compress(self, data: memoryview) -> _Batch:
+        # Runs in any thread. Stored bytes, and the length of each stored block.
+        blocks = self._codec.compress_all(data, self._block_size)
+        if not self._crc:
+            return b"".join(blocks), [len(block) for block in blocks]
+        parts: list[Buffer] = []
+        for block in blocks:
+            parts += (block, raw_crc32c(block, BLOCK_CRC_SEED).to_bytes(CRC_SIZE, "little"))
+        return b"".join(parts), [len(block) + CRC_SIZE for block in blocks]
+
+    def _store(self, batch: _Batch) -> None:
+        data, lengths = batch
         # The original reads through a buffer of 64 KiB. (Its other limit, 16-bit distances within 64 KiB of blocks,
         # cannot be reached: blocks of 32 KiB and less grow by too little.)
-        if stored > MAX_BLOCK_SIZE:
+        if max(lengths) > MAX_BLOCK_SIZE:
+            block, stored = next((n, stored) for n, stored in enumerate(lengths) if stored > MAX_BLOCK_SIZE)
             raise ZFileWriteError(
-                f"block {len(self._lengths)} does not compress and would be stored in {stored} bytes, more than "
-                f"the original's reader can take ({MAX_BLOCK_SIZE}); use a block size of at most 32768"
+                f"block {len(self._lengths) + block} does not compress and would be stored in {stored} bytes, more "
+                f"than the original's reader can take ({MAX_BLOCK_SIZE}); use a block size of at most 32768"
             )
-        self._lengths.append(stored)
+        self._lengths.extend(lengths)
         self._emit(data)
-        if self._crc:
-            self._emit(raw_crc32c(data, BLOCK_CRC_SEED).to_bytes(CRC_SIZE, "little"))
 
-    def _emit(self, data: Buffer) -> None:
-        self._stored += data
+    def _emit(self, data: bytes) -> None:
+        self._sink.write(data)
         self._written += len(data)
-        if len(self._stored) >= _PIECE:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._sink.write(bytes(self._stored))
-        self._stored.clear()

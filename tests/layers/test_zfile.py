@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
+from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.lsmt.layout import Flags as LsmtFlags
 from obdlab.formats.lsmt.layout import Header, Trailer
-from obdlab.formats.zfile.layout import ZFileHeader
+from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, ZFileHeader
 from obdlab.layers import zfile_reader
 from obdlab.layers.tarwrap import TarWrapWriter, open_tarwrap
 from obdlab.layers.zfile import ZFileWriteError, ZFileWriter, open_zfile
@@ -155,13 +157,87 @@ def test_noise_in_64_kib_blocks_is_refused(algorithm: str) -> None:
     writer = ZFileWriter(out, 65536, algorithm)
     writer.write(bytes(65536))
     with pytest.raises(ZFileWriteError, match=r"block 1 does not compress .* use a block size of at most 32768"):
-        writer.write(os.urandom(65536))
+        writer.write(os.urandom(1 << 20))
     with pytest.raises(ZFileWriteError, match="failed before"):
         writer.write(b"more")
     with pytest.raises(ZFileWriteError, match="failed before"):
         writer.close()
     with pytest.raises(FormatError):
         open_zfile(MemoryBlob(out.getvalue()))
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry["file"] for entry in ENTRIES])
+def test_workers_write_the_same_bytes(entry: dict[str, Any], workers: int) -> None:
+    header = open_zfile(open_tarwrap(MemoryBlob(golden(entry["file"])))).header
+    source = golden(entry["source"])
+    written = []
+    for count in (1, workers):
+        pipe = Pipe()
+        with ZFileWriter(
+            pipe, header.block_size, ALGORITHMS[header.algorithm], verify=header.verify, workers=count
+        ) as writer:
+            buffer = bytearray(100_003)
+            for begin in range(0, len(source), len(buffer)):
+                part = source[begin : begin + len(buffer)]
+                buffer[: len(part)] = part
+                writer.write(memoryview(buffer)[: len(part)])
+                buffer[:] = bytes(len(buffer))  # the writer may keep nothing of it
+        written.append(pipe.data)
+    assert written[0] == written[1]
+
+
+def write_noise(writer: ZFileWriter, failing: type[Exception] | None = None) -> None:
+    with writer:
+        for _ in range(20):
+            writer.write(os.urandom(1 << 20))
+        if failing is not None:
+            raise failing
+
+
+def test_workers_pass_errors_on_and_end() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZFileWriteError, match="does not compress"):
+        write_noise(ZFileWriter(Pipe(), 65536, workers=4))
+    with pytest.raises(ZeroDivisionError):
+        write_noise(ZFileWriter(Pipe(), workers=4), failing=ZeroDivisionError)
+    assert threading.active_count() == before
+    with pytest.raises(ZFileWriteError, match="got 0"):
+        ZFileWriter(Pipe(), workers=0)
+
+
+@pytest.mark.parametrize(("use_dict", "trained"), [(1, True), (1, False), (0, False)])
+def test_dictionaries_are_read(use_dict: int, trained: bool) -> None:
+    # Nobody writes them; by the layout one lies between header and blocks.
+    source = golden("text.bin")
+    parts = [source[begin : begin + 4096] for begin in range(0, len(source), 4096)]
+    samples = [source[begin : begin + 500] for begin in range(0, len(source), 500)]
+    content = zstandard.train_dictionary(8192, samples).as_bytes() if trained else source[100_000:130_000]
+    dictionary = zstandard.ZstdCompressionDict(content) if use_dict else None
+    blocks = [zstandard.ZstdCompressor(dict_data=dictionary).compress(part) for part in parts]
+    stored = [block + raw_crc32c(block, BLOCK_CRC_SEED).to_bytes(4, "little") for block in blocks]
+    index = b"".join(len(block).to_bytes(4, "little") for block in stored)
+    header = ZFileHeader(
+        flags=0x1B,
+        algorithm=2,
+        index_offset=512 + len(content) + sum(map(len, stored)),
+        index_size=len(stored),
+        original_size=len(source),
+        index_crc=raw_crc32c(index),
+        use_dict=use_dict,
+        dict_size=len(content),
+    )
+    end = replace(header, flags=0x16)
+    data = header.to_bytes() + content + b"".join(stored) + index + end.to_bytes()
+    reader = open_zfile(MemoryBlob(data, "layer"))
+    assert reader.read_at(0, len(source)) == source
+    assert reader.read_at(50_000, 10) == source[50_000:50_010]
+    lz4 = replace(header, algorithm=1).to_bytes() + data[512:]
+    if use_dict:
+        with pytest.raises(FormatError, match="layer: LZ4 blocks with a dictionary cannot be read"):
+            open_zfile(MemoryBlob(lz4, "layer"))
+        with pytest.raises(FormatError, match="layer: ZFile index lies outside the blob"):
+            open_zfile(MemoryBlob(replace(header, dict_size=1 << 31).to_bytes() + data[512:], "layer"))
 
 
 def test_runs_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,3 +92,18 @@ def test_codecs_by_name_and_number() -> None:
     for other in (0, 3, "gzip", ""):
         with pytest.raises(FormatError, match="unknown ZFile compression"):
             codec_for(other)
+
+
+@codecs
+@settings(deadline=None)
+@given(
+    repeats=st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.integers(1, 60)), max_size=12),
+    block_size=st.sampled_from([512, 4096, 65536]),
+)
+def test_many_blocks_are_compressed_as_each_alone(
+    codec: Codec, repeats: list[tuple[bytes, int]], block_size: int
+) -> None:
+    data = b"".join(part * count for part, count in repeats)
+    together = codec.compress_all(memoryview(data), block_size)
+    alone = [codec.compress(data[begin : begin + block_size]) for begin in range(0, len(data), block_size)]
+    assert list(map(bytes, together)) == list(map(bytes, alone))
