@@ -15,7 +15,8 @@ there (its *upper*) and does what the merge would do:
 Where containerd refuses a layer that makes sense (a hard link to a file from a layer below), it is done; where it
 bends a name into the tree (``..`` beyond the root), it is an error.
 
-The tree's root must be this process' root directory (see ``convert.worker``): absolute links then cannot lead out.
+Links are resolved inside the tree by this module, and once more by the kernel: the worker (``convert.worker``) makes
+the tree its root directory, so that even a mistake here could not lead out.
 Sources: OCI image layer specification, "Applying Changesets"; kernel documentation, "Overlay Filesystem".
 """
 
@@ -88,8 +89,8 @@ class _Upper:
 def apply_layer(tar: IO[bytes], blob: str, root: bytes = b"") -> ApplyStatistics:
     """Apply the uncompressed layer tar read from ``tar`` to the tree at ``root``.
 
-    ``root`` is b"" in a process whose root directory is the tree, the only safe way for layers from elsewhere;
-    a path serves trusted input. ``blob`` is the layer's name for messages. Reads the stream to its very end.
+    ``root`` is b"" in a process whose root directory is the tree, which is how layers from elsewhere are applied.
+    ``blob`` is the layer's name for messages. Reads the stream to its very end.
     Raises FormatError for a malformed or escaping tar (with the offset in the uncompressed stream) and ApplyError if
     the tree cannot take it; the tree is half-changed then.
     """
@@ -128,7 +129,7 @@ class _Applier:
         if not components:
             return
         base = components.pop()
-        parent = self._resolve(member, components)
+        parent = self._resolve(components)
         path = parent + b"/" + base
         self._check_whiteout_name(member, base)
         self._enter(parent)
@@ -158,8 +159,9 @@ class _Applier:
                 raise self._malformed(member, f"{what} leads out of the layer's root", got=_show(name))
         return parts
 
-    def _resolve(self, member: Member, components: Sequence[bytes]) -> bytes:
-        # The path with this layer's own symbolic links followed, inside the root. Need not exist yet.
+    def _resolve(self, components: Sequence[bytes], *, below: bool = False) -> bytes:
+        # The path with this layer's own symbolic links followed, inside the root; `below`: all links that there are.
+        # Need not exist yet.
         path = b""
         pending = list(reversed(components))
         links = 0
@@ -171,17 +173,21 @@ class _Applier:
                 path = path.rpartition(b"/")[0]
                 continue
             inner = path + b"/" + part
-            if inner in self._upper.others and stat.S_ISLNK(os.lstat(self._at(inner)).st_mode):
-                links += 1
-                if links > _MAX_LINKS:
-                    raise self._malformed(member, "too many symbolic links in its path", got=_show(member.name))
-                target = os.readlink(self._at(inner))
-                if target.startswith(b"/"):
-                    path = b""
-                pending.extend(reversed(target.split(b"/")))
+            if not ((below or inner in self._upper.others) and self._is_link(inner)):
+                path = inner
                 continue
-            path = inner
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), inner)
+            target = os.readlink(self._at(inner))
+            if target.startswith(b"/"):
+                path = b""
+            pending.extend(reversed(target.split(b"/")))
         return path
+
+    def _is_link(self, path: bytes) -> bool:
+        status = _lstat(self._at(path))
+        return status is not None and stat.S_ISLNK(status.st_mode)
 
     def _at(self, path: bytes) -> bytes:
         return self._root + path or b"/"
@@ -217,7 +223,7 @@ class _Applier:
 
     def _replace_by_directory(self, path: bytes, status: os.stat_result) -> None:
         where = self._at(path)
-        template = _directory_behind(where) if stat.S_ISLNK(status.st_mode) else None
+        template = self._directory_behind(path) if stat.S_ISLNK(status.st_mode) else None
         os.unlink(where)
         self._make_directory(path)
         if template is None:
@@ -228,6 +234,16 @@ class _Applier:
             os.setxattr(where, name, value)
         os.chmod(where, stat.S_IMODE(seen.st_mode))
         self._upper.directories[path] = _Times(seen.st_atime_ns, seen.st_mtime_ns)
+
+    def _directory_behind(self, link: bytes) -> tuple[os.stat_result, list[tuple[str, bytes]]] | None:
+        try:
+            where = self._at(self._resolve(link.split(b"/"), below=True))
+        except OSError:  # links in a circle
+            return None
+        status = _lstat(where)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            return None
+        return status, [(name, os.getxattr(where, name)) for name in _xattr_names(where)]
 
     # Whiteouts
 
@@ -296,7 +312,9 @@ class _Applier:
         if not components:
             raise self._malformed(member, "hard link to the root", got=_show(member.link))
         base = components.pop()
-        target = self._resolve(member, components) + b"/" + base
+        target = self._resolve(components) + b"/" + base
+        if target not in self._upper:
+            target = self._resolve(components, below=True) + b"/" + base
         if target == path:
             raise self._malformed(member, "hard link to itself", got=_show(member.link))
         return target
@@ -312,11 +330,8 @@ class _Applier:
     def _write_file(self, member: Member, where: bytes) -> None:
         file = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
-            for piece in self._stream.data(member):
-                if member.sparse and piece.tobytes().count(0) == len(piece):
-                    os.lseek(file, len(piece), os.SEEK_CUR)
-                else:
-                    _write_all(file, piece)
+            for offset, piece in self._stream.data(member):
+                _write_all(file, offset, piece)
             if member.sparse:
                 os.ftruncate(file, member.size)
         finally:
@@ -355,7 +370,7 @@ class _Applier:
 def _lstat(path: bytes) -> os.stat_result | None:
     try:
         return os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -380,16 +395,6 @@ def _remove_tree(path: bytes) -> None:
         os.rmdir(directory)
 
 
-def _directory_behind(path: bytes) -> tuple[os.stat_result, list[tuple[str, bytes]]] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    if not stat.S_ISDIR(status.st_mode):
-        return None
-    return status, [(name, os.getxattr(path, name)) for name in _xattr_names(path)]
-
-
 def _xattr_names(path: bytes) -> list[str]:
     try:
         return os.listxattr(path)
@@ -411,9 +416,11 @@ def _set_xattr(path: bytes, name: bytes, value: bytes) -> None:
         raise OSError(errno.EINVAL, f"extended attribute {_show(name)}: {reason}", path) from error
 
 
-def _write_all(file: int, piece: memoryview) -> None:
+def _write_all(file: int, offset: int, piece: memoryview) -> None:
     while piece:
-        piece = piece[os.write(file, piece) :]
+        written = os.pwrite(file, piece, offset)
+        piece = piece[written:]
+        offset += written
 
 
 def _show(name: bytes) -> str:

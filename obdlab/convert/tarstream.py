@@ -104,23 +104,21 @@ class TarStream:
             if info.type != _IGNORED_TYPE:
                 yield self._member(info)
 
-    def data(self, member: Member) -> Iterator[memoryview]:
-        """Yield the current file's bytes in pieces of up to 1 MiB; each is only valid until the next.
+    def data(self, member: Member) -> Iterator[tuple[int, memoryview]]:
+        """Yield the current file's bytes: offset in the file, and a piece of up to 1 MiB, valid until the next.
 
-        Raises FormatError if the stream ends first.
+        A sparse file has holes where no piece comes. Raises FormatError if the stream ends first.
         """
         info = cast("tarfile.TarInfo", self._current)
-        if member.sparse:
-            yield from self._sparse_data(info, member)
-            return
-        left = member.size
         self._stream.seek(info.offset_data)
-        while left:
-            piece = self._stream.read_some(min(left, _CHUNK))
-            if not piece:
-                raise self._error("tar ends inside a file", got=member.size - left, wanted=member.size)
-            left -= len(piece)
-            yield piece
+        for offset, length in self._extents(info, member):
+            end = offset + length
+            while offset < end:
+                piece = self._stream.read_some(min(end - offset, _CHUNK))
+                if not piece:
+                    raise self._error("tar ends inside a file", got=offset, wanted=end)
+                yield offset, piece
+                offset += len(piece)
 
     def drain(self) -> None:
         """Read what follows the end of the archive, so that the writer of a pipe is not cut off."""
@@ -149,18 +147,15 @@ class TarStream:
             raise self._error(f"not a tar or a damaged one: {error}") from error
         return found
 
-    def _sparse_data(self, info: tarfile.TarInfo, member: Member) -> Iterator[memoryview]:
-        try:
-            file = cast("tarfile.TarFile", self._tar).extractfile(info)
-            left = member.size
-            while left:
-                piece = cast("IO[bytes]", file).read(min(left, _CHUNK))
-                if not piece:
-                    raise self._error("tar ends inside a sparse file", got=member.size - left, wanted=member.size)
-                left -= len(piece)
-                yield memoryview(piece)
-        except _PARSE_ERRORS as error:
-            raise self._error(f"damaged sparse file: {error}") from error
+    def _extents(self, info: tarfile.TarInfo, member: Member) -> list[tuple[int, int]]:
+        # Where the file's stored bytes belong. tarfile takes the map of a sparse file as it comes.
+        if not member.sparse:
+            return [(0, member.size)]
+        extents = cast("list[tuple[int, int]]", info.sparse)
+        for offset, length in extents:
+            if offset < 0 or length < 0 or offset + length > member.size:
+                raise self._error("sparse file has data outside", got=(offset, length), wanted=member.size)
+        return extents
 
     def _member(self, info: tarfile.TarInfo) -> Member:
         kind = _KINDS.get(info.type)
