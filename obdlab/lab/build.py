@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.formats import oci
 from obdlab.lab.base import make_busybox, make_debian
 from obdlab.lab.chroot import APT_DIRECTORY, Chroot
-from obdlab.lab.layertar import LayerFile, write_layer
+from obdlab.lab.layertar import LayerFile, settle_times, write_layer
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.recipe import Recipe, RecipeLayer
@@ -127,6 +127,7 @@ class _Build:
                 make_debian(made / "fs", self._recipe.suite)
             else:
                 make_busybox(made / "fs", self._directory / "busybox")
+            settle_times(made / "fs", self._started_s)
             file = write_layer(made / "fs", made / "layer.tar.gz", self._started_s)
             (made / "digests").write_text(f"{file.digest} {file.size} {file.diff_id}")
             made.rename(base)

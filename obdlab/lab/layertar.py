@@ -81,6 +81,16 @@ def write_tar(upper: Path, sink: BinaryIO, changed_after_s: float) -> None:
                 tar.addfile(_whiteout(f"{name}/", OPAQUE_WHITEOUT))
 
 
+def settle_times(tree: Path, changed_after_s: float) -> None:
+    """Give what was changed after ``changed_after_s`` the time it gets in a layer, in the tree itself.
+
+    Layers above copy files up with their time, maybe in a much later build.
+    """
+    for path, _ in _walk(tree):
+        if path.lstat().st_mtime > changed_after_s:
+            os.utime(path, (BUILD_EPOCH_S, BUILD_EPOCH_S), follow_symlinks=False)
+
+
 def _walk(upper: Path) -> Iterator[tuple[Path, str]]:
     # Sorted, parents first. The root itself is an entry: a layer may change its mode or owner.
     yield upper, "."

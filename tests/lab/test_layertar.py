@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.lab.layertar import BUILD_EPOCH_S, write_layer, write_tar
+from obdlab.lab.layertar import BUILD_EPOCH_S, settle_times, write_layer, write_tar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +72,18 @@ def test_sockets_are_left_out(tmp_path: Path) -> None:
 def test_what_the_build_made_is_dated_alike(tmp_path: Path) -> None:
     (tmp_path / "new").write_text("")
     assert entries(tmp_path)["new"].mtime == BUILD_EPOCH_S
+
+
+def test_a_tree_s_times_are_settled_in_place(tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/link").symlink_to("/etc/passwd")
+    (tmp_path / "old").write_text("")
+    os.utime(tmp_path / "old", (LATER - 5, LATER - 5))
+    before = os.stat("/etc/passwd").st_mtime
+    settle_times(tmp_path, LATER)
+    times = [(tmp_path / name).lstat().st_mtime for name in ("", "dir", "dir/link", "old")]
+    assert times == [BUILD_EPOCH_S, BUILD_EPOCH_S, BUILD_EPOCH_S, LATER - 5]
+    assert os.stat("/etc/passwd").st_mtime == before
 
 
 def test_digests_and_size_are_those_of_the_file(tmp_path: Path) -> None:
