@@ -93,6 +93,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     """
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.image.from_manifest import fetch_config
+    from obdlab.service.rundir import RunDir
 
     names = [name for argument in source for name in argument.split(",") if name]
     paths = [Path(name) for name in names]
@@ -116,8 +117,10 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
         raise DeviceError(f"several sources must be layer files (got {', '.join(names)})")
     text = json.dumps(config.to_json(), sort_keys=True)
     device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    directory = Path(args.run_dir).absolute() / _IMAGES / device_id
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    run = RunDir(args.run_dir)
+    run.create()
+    directory = run.path / _IMAGES / device_id
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.v1.json"
     config.save(path)
     return path, device_id

@@ -80,10 +80,9 @@ def run_umount(args: argparse.Namespace) -> int:
     return 0
 
 
+# A device that is mounted elsewhere too goes with the last umount.
 def _detach_if_unused(service: Any, device_id: str, run_dir: Path) -> bool:
-    try:
-        service.detach(device_id)
-    except DeviceError:  # mounted elsewhere too: the last umount takes it away
+    if not service.release(device_id):
         return False
     forget_config(run_dir, device_id)
     return True

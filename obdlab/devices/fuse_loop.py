@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _TRANSIENT_USE_S = 1.0
+_LABEL = "obdlab:"
 
 
 class FuseLoopDevice(Device):
@@ -94,6 +95,17 @@ def devices_of(directory: Path) -> list[Path]:
     return loop.labelled(_label(directory))
 
 
+def directories_below(parent: Path) -> set[Path]:
+    """Return the directories below ``parent`` that have devices, also those removed from under their devices."""
+    found = set()
+    for device in loop.labelled(_LABEL):
+        label = loop.label_of(device)
+        directory = parent / label.rpartition(":")[2]
+        if _label(directory) == label:
+            found.add(directory)
+    return found
+
+
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
     """Detach the loop devices of ``directory``, whereupon their servers end. None being there is fine.
 
@@ -110,10 +122,16 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
                 raise
 
 
+def take_down_when_unused(directory: Path) -> None:
+    """Have the devices of ``directory`` go by themselves, servers too, when their last users do."""
+    for device in devices_of(directory):
+        loop.detach_when_unused(device, label=_label(directory))
+
+
 # Loop devices keep 63 bytes; the hash tells apart run directories and ids that are longer.
 def _label(directory: Path) -> str:
     whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
-    return f"obdlab:{whole}:{directory.name}"[:63]
+    return f"{_LABEL}{whole}:{directory.name}"[:63]
 
 
 # A container being started copies all mounts for a moment and drops them; only longer use is use.

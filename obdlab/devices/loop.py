@@ -140,6 +140,16 @@ def detach(device: Path, *, label: str, timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def detach_when_unused(device: Path, *, label: str) -> None:
+    """Have the kernel take the device away when its last user closes it; at once if there is none."""
+    if label_of(device) == label:
+        try:
+            _clear(device)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                raise DeviceError(f"{device}: cannot detach: {error.strerror}") from error
+
+
 def _clear(device: Path) -> None:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from obdlab.devices import mount
-from obdlab.devices.fuse_loop import devices_of
+from obdlab.devices.fuse_loop import devices_of, directories_below
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     """
     report = Cleaned()
     run = service.run_dir
-    for directory in run.device_directories():
+    for directory in sorted({*run.device_directories(), *directories_below(run.devices.resolve())}):
         try:
+            directory.mkdir(parents=True, exist_ok=True)  # somebody may have removed it from under its device
             for entry in _mounts_on(directory):
                 _unmount(entry.mountpoint, report, force)
             if service.detach(directory.name, force=force):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices import mount
+from obdlab.devices import fuse_loop, mount
 from obdlab.errors import DeviceError
 from obdlab.service import wire
 from obdlab.service.host import SOCKET_NAME
@@ -118,6 +118,21 @@ class DeviceService:
             return False
         with held(directory, timeout_s):
             remove_device(directory, timeout_s=timeout_s, force=force)
+        return True
+
+    def release(self, device_id: str) -> bool:
+        """Detach a device that this mount namespace has unmounted; tell whether it is gone already.
+
+        One that is still mounted here stays. One that only others hold (a copy of the mount in another namespace, an
+        overlay) goes by itself when they let go of it, and :meth:`list` then sweeps its directory.
+        """
+        try:
+            self.detach(device_id)
+        except DeviceError:
+            directory = self._run.device(device_id)
+            if not any(mount.mounts_of(path) for path in fuse_loop.devices_of(directory)):
+                fuse_loop.take_down_when_unused(directory)
+            return False
         return True
 
     def list(self) -> list[AttachedDevice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     finally:
         clean_up(made.service, force=True)
         made.kill_host()
-    assert made.leftovers() == []
+    until(lambda: made.leftovers() == [], timeout_s=60)
     assert list(run_dir.iterdir()) == []
 
 
@@ -214,7 +215,33 @@ def test_detach_is_refused_while_mounted(bed: Bed, tmp_path: Path) -> None:
         os.sync()
     finally:
         mount.unmount(target)
-    assert bed.service.detach("rw")
+    until(lambda: bed.service.release("rw") or not bed.service.list(), timeout_s=60)
+
+
+def test_release_while_another_namespace_has_a_copy_of_the_mount(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("rw", writable=True, size=16 * MIB), "rw")
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True, capture_output=True)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    bed.service.mount(device, target)
+    assert not bed.service.release("rw")  # mounted here: stays
+    other = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        mount.unmount(target)
+        with pytest.raises(DeviceError, match=r"still in use \(by an overlay or another mount namespace"):
+            bed.service.detach("rw")
+        assert not bed.service.release("rw")
+        assert bed.service.list() == [device]
+    finally:
+        other.communicate(timeout=20)
+    until(lambda: bed.service.list() == [], timeout_s=60)
+    assert bed.leftovers() == []
 
 
 def test_sigterm_stops_an_unused_device(bed: Bed) -> None:
@@ -345,6 +372,14 @@ def test_cleanup_leaves_and_names_what_is_in_use(bed: Bed, tmp_path: Path) -> No
 def test_cleanup_of_a_directory_that_never_was(tmp_path: Path) -> None:
     report = clean_up(DeviceService(tmp_path / "none", Settings()))
     assert (report.removed, report.in_use) == ([], [])
+
+
+def test_cleanup_after_the_run_directory_was_removed(bed: Bed) -> None:
+    device = bed.service.attach(bed.config("a"), "a")
+    shutil.rmtree(bed.run_dir)
+    assert clean_up(bed.service).removed == ["device a"]
+    until(lambda: Process.of(device.pid) is None)
+    assert bed.leftovers() == []
 
 
 def test_shutdown(bed: Bed) -> None:
