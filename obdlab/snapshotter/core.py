@@ -93,12 +93,25 @@ class Snapshotter:
             return self._mounts(snapshot.kind, own_id, lower_ids)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str]) -> None:
-        """Turn the active snapshot ``key`` into the committed snapshot ``name``, with these labels."""
+        """Turn the active snapshot ``key`` into the committed snapshot ``name``, with these labels.
+
+        An overlaybd layer that a client downloaded, knowing no other way, becomes part of its image's device.
+        """
         with self._store.read() as reader:
-            snapshot = reader.get(key)
-        usage = self._layout.usage(snapshot.id)
+            own_id, *lower_ids = reader.chain(key)
+        usage = self._layout.usage(own_id)
         with self._store.write() as writer:
             writer.commit(key, name, labels, usage)
+            if not overlaybd.is_downloaded_layer(self._layout.fs(own_id)):
+                return
+            config = overlaybd.local_config(
+                self._config_below(lower_ids, f"layer {name!r}"), self._layout.directory(own_id)
+            )
+            self._layout.delete(self._layout.block(own_id))  # of a commit that was cut short
+            writer.on_rollback(partial(self._layout.delete, self._layout.block(own_id)))
+            config.save(self._layout.add_block(self._layout.directory(own_id)) / CONFIG_NAME)
+        for image_id in lower_ids[:1]:
+            self._release_unused(image_id)
 
     def remove(self, key: str) -> None:
         """Forget a snapshot without children and delete its files, unmounting its image first."""
@@ -106,7 +119,7 @@ class Snapshotter:
             snapshot_id = reader.get(key).id
         with self._locks.hold(snapshot_id):
             with self._store.read() as reader:
-                if reader.has_children(snapshot_id):
+                if reader.count_children(snapshot_id):
                     raise FailedPreconditionError(f"snapshot {key!r} has children")
             if self._layout.is_image(snapshot_id):
                 self._images.release(snapshot_id)
@@ -243,14 +256,8 @@ class Snapshotter:
         target = overlaybd.pull_target(labels)
 
         def fill(directory: Path, own_id: int, lower_ids: Sequence[int]) -> None:
-            below = None
-            if lower_ids:
-                if not self._layout.is_image(lower_ids[0]):
-                    raise FailedPreconditionError(
-                        f"overlaybd layer {layer.digest} on top of {parent!r}, which is no overlaybd layer"
-                    )
-                below = ImageConfig.load(self._layout.config(lower_ids[0]))
-            config = overlaybd.build_config(below, layer, self._layout.directory(own_id), self._options)
+            below = self._config_below(lower_ids, f"layer {layer.digest}")
+            config = overlaybd.remote_config(below, layer, self._layout.directory(own_id), self._options)
             config.save(self._layout.add_block(directory) / CONFIG_NAME)
 
         with self._store.write() as writer:
@@ -259,6 +266,25 @@ class Snapshotter:
             committed_labels = {**labels, overlaybd.LABEL_REMOTE: overlaybd.REMOTE_SNAPSHOT}
             self._add(writer, Kind.ACTIVE, key, parent, labels, fill)
             writer.commit(key, target, committed_labels, Usage())
+
+    def _config_below(self, lower_ids: Sequence[int], layer: str) -> ImageConfig | None:
+        if not lower_ids:
+            return None
+        if not self._layout.is_image(lower_ids[0]):
+            raise FailedPreconditionError(f"overlaybd {layer} lies on a layer that is none")
+        return ImageConfig.load(self._layout.config(lower_ids[0]))
+
+    # Unpacking a layer mounts the image below it, which nobody wants once the layer is there.
+    def _release_unused(self, image_id: int) -> None:
+        with self._locks.hold(image_id):
+            with self._store.read() as reader:
+                children = reader.count_children(image_id)
+            if children > 1:
+                return
+            try:
+                self._images.release(image_id)
+            except FailedPreconditionError as error:
+                logger.info("device of layer %d stays: %s", image_id, error)
 
 
 class _KeyedLocks:

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
+from obdlab.formats.lsmt import layout as lsmt_layout
 from obdlab.formats.oci import (
     ACCELERATION_LAYER,
     BLOB_DIGEST,
@@ -18,6 +22,7 @@ from obdlab.formats.oci import (
     TURBO_TARGET_DIGEST,
     is_digest,
 )
+from obdlab.formats.zfile import layout as zfile_layout
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
@@ -32,7 +37,11 @@ LABEL_CRI_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
 LABEL_REMOTE = "containerd.io/snapshot/remote"
 REMOTE_SNAPSHOT = "remote snapshot"
 
+COMMIT_FILE = "overlaybd.commit"
+
 _MAX_BLOB_SIZE = 1 << 62
+_MAGICS = (lsmt_layout.MAGIC, zfile_layout.MAGIC)
+_MAGIC_SIZE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +74,11 @@ def image_reference(labels: Mapping[str, str]) -> str:
 
 
 def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
-    """Return the overlaybd layer that the labels of a pull describe, or None for a plain layer.
+    """Return the overlaybd layer that the labels of a pull describe, or None for one that must be downloaded.
 
-    Raises InvalidArgumentError if the labels contradict themselves and FailedPreconditionError for layers of a kind
-    that cannot be served: unpacked like plain ones they would put rubbish into the container.
+    That is a plain layer, or one of which no label says what image, hence what registry, it is from. Raises
+    InvalidArgumentError if the labels contradict themselves and FailedPreconditionError for layers of a kind that
+    cannot be served: unpacked like plain ones they would put rubbish into the container.
     """
     digest, size = labels.get(BLOB_DIGEST), labels.get(BLOB_SIZE)
     if digest is None and size is None:
@@ -82,7 +92,8 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
             raise FailedPreconditionError(f"layer {digest} is {kind}, which this snapshotter cannot serve")
     if not is_digest(digest):
         raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")
-    return RemoteLayer(str(digest), _blob_size(size), _reference(labels, digest))
+    reference = _reference(labels)
+    return RemoteLayer(str(digest), _blob_size(size), reference) if reference else None
 
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions) -> str:
@@ -90,20 +101,45 @@ def fs_spec(labels: Mapping[str, str], options: ImageOptions) -> str:
     return labels.get(BLOB_FS_TYPE) or options.default_fs
 
 
-def build_config(
+def remote_config(
     below: ImageConfig | None, layer: RemoteLayer, directory: Path, options: ImageOptions
 ) -> ImageConfig:
-    """Return the device configuration of an image up to ``layer``.
+    """Return the device configuration of an image up to a layer that stays in its registry.
 
     ``below`` is that of the image without it, or None for the bottom layer; ``directory`` is where the layer's
     snapshot will lie.
     """
     lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
+    return _config(below, lower, directory, blobs_url(layer.reference, options))
+
+
+def local_config(below: ImageConfig | None, directory: Path) -> ImageConfig:
+    """Return the device configuration of an image up to a layer whose blob lies in ``directory``'s ``fs``."""
+    lower = LowerConfig(dir=str(directory / "fs"))
+    return _config(below, lower, directory, below.repo_blob_url if below else "")
+
+
+def _config(below: ImageConfig | None, lower: LowerConfig, directory: Path, repo_blob_url: str) -> ImageConfig:
     return ImageConfig(
-        repo_blob_url=blobs_url(layer.reference, options),
+        repo_blob_url=repo_blob_url,
         lowers=(*(below.lowers if below else ()), lower),
         result_file=str(directory / "block" / "init-debug.log"),
     )
+
+
+def is_downloaded_layer(fs: Path) -> bool:
+    """Tell whether a client unpacked an overlaybd layer here: the blob out of its tar, and nothing else."""
+    with os.scandir(fs) as entries:
+        if [entry.name for entry in islice(entries, 2)] != [COMMIT_FILE]:
+            return False
+    try:
+        # The layer may be anybody's: a link would be followed, a pipe waited for.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(fs / COMMIT_FILE, flags)
+    except OSError:
+        return False
+    with open(descriptor, "rb") as file:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MAGIC_SIZE) in _MAGICS
 
 
 def blobs_url(reference: Reference, options: ImageOptions) -> str:
@@ -119,14 +155,9 @@ def _blob_size(text: str | None) -> int:
     return int(text)
 
 
-def _reference(labels: Mapping[str, str], digest: str | None) -> Reference:
+def _reference(labels: Mapping[str, str]) -> Reference | None:
     text = labels.get(LABEL_IMAGE_REF) or labels.get(LABEL_CRI_IMAGE_REF, "")
-    if not text:
-        raise InvalidArgumentError(
-            f"overlaybd layer {digest}: no label says from which image"
-            f" (wanted {LABEL_IMAGE_REF} or {LABEL_CRI_IMAGE_REF})"
-        )
     try:
-        return Reference.parse(text)
+        return Reference.parse(text) if text else None
     except FormatError as error:
         raise InvalidArgumentError(f"label {LABEL_IMAGE_REF} or {LABEL_CRI_IMAGE_REF}: {error}") from error

@@ -121,10 +121,10 @@ class Reader:
             raise NotFoundError(f"snapshot {key!r} does not exist")
         return ids
 
-    def has_children(self, snapshot_id: int) -> bool:
-        """Return whether another snapshot builds on this one."""
-        query = "SELECT EXISTS (SELECT 1 FROM snapshot WHERE parent_id = ?)"
-        return bool(self._connection.execute(query, (snapshot_id,)).fetchone()[0])
+    def count_children(self, snapshot_id: int) -> int:
+        """Return how many snapshots build directly on this one."""
+        query = "SELECT count(*) FROM snapshot WHERE parent_id = ?"
+        return int(self._connection.execute(query, (snapshot_id,)).fetchone()[0])
 
     def all(self) -> list[Snapshot]:
         """Return all snapshots, oldest first."""
@@ -198,7 +198,7 @@ class Writer(Reader):
     def remove(self, key: str) -> Snapshot:
         """Forget a snapshot and return what it was. Raises NotFoundError or FailedPreconditionError (children)."""
         snapshot = self.get(key)
-        if self.has_children(snapshot.id):
+        if self.count_children(snapshot.id):
             raise FailedPreconditionError(f"snapshot {key!r} has children")
         self._connection.execute("DELETE FROM snapshot WHERE id = ?", (snapshot.id,))
         return snapshot

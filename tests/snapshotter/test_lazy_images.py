@@ -140,6 +140,18 @@ def test_removing_the_image_takes_its_device_away(host: ObdlabHost, image: str) 
     wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
 
 
+def test_a_client_that_downloads_is_served_too(
+    host: ObdlabHost, wire: WireSnapshotter, registry_server: RegistryServer, image: str, tmp_path: Path
+) -> None:
+    host.ctr("images", "pull", "--plain-http", "--snapshotter", NAME, image)
+    assert host.snapshotter.devices.list() == []
+    before = len(registry_server.requests())
+    assert run(host, image, "local", "echo ran") == "ran\n"
+    with mounted(wire.view("look", top(wire), {}), tmp_path / "mnt") as root:
+        assert_lists(root, EXPECTED / "expected.m2.json")
+    assert len(registry_server.requests()) == before
+
+
 def test_namespaces_share_an_image(host: ObdlabHost, image: str) -> None:
     host.rpull(image)
     host.rpull(image, namespace="other")
