@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +52,10 @@ def _build(args: argparse.Namespace) -> int:
     target = args.to or ""
     reference = Reference.parse(target) if target and not target.startswith(_LAYOUT_PREFIX) else None
     recipe = find_recipe(args.recipe, _directories(args))
-    layout = build_image(recipe, args.work_dir or DEFAULT_WORK_DIR, _say)
-    if reference is not None:
-        client = registry_from(args)
-        try:
-            digest = push_layout(layout, client, reference)
-        finally:
-            client.close()
+    with closing(registry_from(args)) as client:
+        layout = build_image(recipe, args.work_dir or DEFAULT_WORK_DIR, _say, client)
+        digest = push_layout(layout, client, reference) if reference is not None else ""
+    if digest:
         print(f"{reference} {digest}")
     elif target:
         copy_layout(layout, Path(target.removeprefix(_LAYOUT_PREFIX)))

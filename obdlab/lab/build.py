@@ -20,10 +20,12 @@ from obdlab.formats import oci
 from obdlab.lab.base import make_busybox, make_debian
 from obdlab.lab.chroot import APT_DIRECTORY, Chroot
 from obdlab.lab.layertar import LayerFile, settle_times, write_layer
-from obdlab.lab.ocilayout import OciLayout
-from obdlab.lab.process import LabError, run, wait_until
+from obdlab.lab.ocilayout import OciLayout, fetch_layout
+from obdlab.lab.process import run, wait_until
 from obdlab.lab.recipe import Recipe, RecipeLayer
 from obdlab.pull.platforms import host_platform
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,15 +50,17 @@ Dpkg::Options {{ "--force-unsafe-io"; }};
 
 
 def build_image(
-    recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR, progress: Callable[[str], None] = lambda line: None
+    recipe: Recipe,
+    work_dir: Path = DEFAULT_WORK_DIR,
+    progress: Callable[[str], None] = lambda line: None,
+    registry: RegistryClient | None = None,
 ) -> Path:
     """Return the OCI layout directory of the recipe's image, building it unless the work directory has it.
 
-    ``progress`` gets a line per step. Needs root. Raises LabError (RecipeError if the recipe names a registry's
-    image) and leaves nothing of a failed build behind.
+    An image that the recipe takes from a registry is fetched instead, once: by ``registry``, or a client without
+    credentials. ``progress`` gets a line per step. Building needs root. Raises LabError, FormatError or SourceError,
+    and leaves nothing of a failed build behind.
     """
-    if recipe.image:
-        raise LabError(f"{recipe.name}: names an image of a registry ({recipe.image}), there is nothing to build")
     layout = image_path(recipe, work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     with _locked(work_dir, progress):
@@ -67,10 +71,24 @@ def build_image(
             shutil.rmtree(leftover)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=work_dir))
         try:
-            _Build(recipe, work_dir, building, progress).run().rename(layout)
+            made = building / "layout"
+            if recipe.image:
+                _fetch(recipe, made, progress, registry)
+            else:
+                _Build(recipe, work_dir, building, progress).run()
+            made.rename(layout)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return layout
+
+
+def _fetch(recipe: Recipe, directory: Path, progress: Callable[[str], None], registry: RegistryClient | None) -> None:
+    client = registry or RegistryClient()
+    try:
+        fetch_layout(client, Reference.parse(recipe.image), directory, recipe.name, progress)
+    finally:
+        if registry is None:
+            client.close()
 
 
 def image_path(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> Path:
@@ -93,7 +111,7 @@ class _Build:
         self._started_s = time.time() - 2
         self._lists_fresh = False
 
-    def run(self) -> Path:
+    def run(self) -> None:
         (self._layout.directory / "blobs/sha256").mkdir(parents=True)
         base = self._base()
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="pack") as packers:
@@ -112,7 +130,6 @@ class _Build:
             f"{self._recipe.name}: {len(files)} layers, {total / 1e6:.1f} MB compressed, "
             f"{time.monotonic() - self._began:.0f} s"
         )
-        return self._layout.directory
 
     def _base(self) -> Path:
         # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 from obdlab.formats import oci
 from obdlab.lab.process import LabError
+from obdlab.pull.platforms import host_platform
+from obdlab.pull.resolve import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Reference, Repository
 
+_CHUNK = 1 << 20
 _REF_NAME = "org.opencontainers.image.ref.name"
 
 
@@ -53,7 +56,11 @@ class OciLayout:
         self, config: oci.Descriptor, layers: Iterable[oci.Descriptor], name: str, platform: oci.Platform
     ) -> None:
         """Write manifest and index over blobs that are there already."""
-        manifest = self.add_document(oci.OCI_MANIFEST, oci.Manifest(config, tuple(layers)).to_bytes())
+        manifest = oci.Manifest(config, tuple(layers))
+        self.name_manifest(self.add_document(oci.OCI_MANIFEST, manifest.to_bytes()), name, platform)
+
+    def name_manifest(self, manifest: oci.Descriptor, name: str, platform: oci.Platform) -> None:
+        """Make a stored manifest the layout's image: with its index the layout is whole."""
         named = oci.Descriptor(
             manifest.media_type, manifest.digest, manifest.size, annotations={_REF_NAME: name}, platform=platform
         )
@@ -69,6 +76,24 @@ def push_layout(directory: Path, client: RegistryClient, reference: Reference) -
     for descriptor in (manifest.config, *manifest.layers):
         _push_blob(client, repository, descriptor, layout)
     return client.put_manifest(reference, manifest.media_type, layout.manifest_data)
+
+
+def fetch_layout(
+    client: RegistryClient, reference: Reference, directory: Path, name: str, progress: Callable[[str], None]
+) -> None:
+    """Copy this platform's image from a registry into a new layout directory. Raises FormatError, SourceError."""
+    platform = host_platform()
+    image = resolve(client, reference, platform)
+    layout = OciLayout(directory)
+    layout.add_document(image.parsed_manifest.config.media_type, image.config)
+    for number, layer in enumerate(image.layers, 1):
+        progress(f"{name}: fetching layer {number}/{len(image.layers)} ({layer.size / 1e6:.1f} MB)")
+        with (
+            layout.blob_path(layer.digest).open("wb") as target,
+            client.stream_blob(image.repository, layer.digest, layer.size) as stream,
+        ):
+            shutil.copyfileobj(stream, target, _CHUNK)
+    layout.name_manifest(layout.add_document(image.manifest.media_type, image.manifest.data), name, platform)
 
 
 def copy_layout(source: Path, target: Path) -> None:

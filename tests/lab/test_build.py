@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.errors import SourceError
 from obdlab.formats import oci
 from obdlab.lab.base import _deb_lines, is_static_elf
 from obdlab.lab.build import build_image, image_path
+from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.ocilayout import OciLayout, copy_layout
 from obdlab.lab.process import LabError
 from obdlab.lab.recipe import Recipe, RecipeLayer, find_recipe
+from obdlab.lab.registry import RegistryHost
 from tests.lab.conftest import DATASETS
 
 
@@ -84,6 +87,7 @@ def test_a_stopped_build_leaves_no_process_and_no_mount(tmp_path: Path, number: 
 import sys; from pathlib import Path
 from dataclasses import replace
 from obdlab.lab.build import build_image
+from obdlab.lab.registry import RegistryHost
 from obdlab.lab.recipe import RecipeLayer, find_recipe
 recipe = find_recipe("tiny", [Path({str(DATASETS)!r})])
 build_image(replace(recipe, layers=(RecipeLayer("", (), (), ("echo $$ > /tmp/obdlab/pid; exec sleep 3333",)),)),
@@ -121,9 +125,22 @@ def sleepers(work_dir: Path) -> list[str]:
     return found
 
 
-def test_an_image_of_a_registry_is_not_built(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="nothing to build"):
-        build_image(replace(tiny_recipe, image="host.example/x:1"), tmp_path)
+@pytest.mark.kernel
+@pytest.mark.registry
+def test_an_image_of_a_registry_is_fetched_whole(
+    tiny_recipe: Recipe, tiny_layout: Path, tmp_path: Path, state_dir: Path
+) -> None:
+    with ExperimentNetwork(state_dir=state_dir) as network, RegistryHost(tmp_path / "registry", network) as registry:
+        reference = registry.push_layout(tiny_layout, "lab/tiny")
+        recipe = Recipe("named", "", tiny_recipe.probe, image=reference)
+        fetched = OciLayout(build_image(recipe, tmp_path / "work"))
+        assert fetched.manifest_data == OciLayout(tiny_layout).manifest_data
+        for descriptor in (fetched.manifest.config, *fetched.manifest.layers):
+            assert oci.digest_of(fetched.blob_path(descriptor.digest).read_bytes()) == descriptor.digest
+        with pytest.raises(SourceError, match="404"):
+            build_image(replace(recipe, image=registry.reference("lab/none")), tmp_path / "work")
+    assert build_image(recipe, tmp_path / "work") == fetched.directory
+    assert not list((tmp_path / "work").glob("building-*"))
 
 
 @pytest.mark.kernel
