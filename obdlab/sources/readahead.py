@@ -2,8 +2,10 @@
 
 A stream is a reader that asked for one unit after another; any number of them may be interleaved. The first unit of
 each piece fetched ahead carries a mark: the reader coming by there has the next pieces fetched, so that several are
-always under way and the link never idles. The window is as wide as the reader has come already, up to its maximum:
-a long reader gets there soon, a short one leaves no more unused than it has used, and a random one next to nothing.
+always under way and the link never idles. The window is half of what the reader has come already, up to its maximum:
+a long reader gets there soon, a short one leaves little unused, and a random one next to nothing. The kernel reads
+ahead on the device as well, so a few units in a row are no stream yet: importing pandas from a cold image asked for
+46 MB without read-ahead, 50 MB with this, and 57 MB with a window as wide as the way come.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from dataclasses import dataclass
 _STREAMS = 32
 # A reader may leave out this many units (compressed blocks it does not need) and still count as sequential.
 _MAX_GAP = 1
+# So many units make a stream.
+_MIN_WAY = 4
+_MIN_PIECE = 2
 
 
 @dataclass(slots=True)
@@ -60,9 +65,10 @@ class ReadAhead:
         return None
 
     def _advance(self, stream: _Stream, position: int) -> list[tuple[int, int]]:
-        window = min(position - stream.start, self._max_window)
+        way = position - stream.start
+        window = min(way // 2 if way >= _MIN_WAY else 0, self._max_window)
         end = min(position + window, self._units)
-        piece = min(max(1, window // 2), self._max_piece)  # two at least are to be under way
+        piece = min(max(_MIN_PIECE, window // 2), self._max_piece)  # two at least are to be under way
         pieces: list[tuple[int, int]] = []
         while stream.ahead < end:
             first = stream.ahead

@@ -463,8 +463,8 @@ def test_closing_waits_for_no_one_and_breaks_nothing(tmp_path: Path) -> None:
 
     origin = Origin(before=hold_background)
     blob = open_cached(tmp_path, origin, readahead_max=8 * UNIT)
-    blob.read_at(0, UNIT)
-    blob.read_at(UNIT, UNIT)
+    blob.read_at(0, 3 * UNIT)
+    blob.read_at(3 * UNIT, UNIT)
     wait_until(lambda: background != [])
     blob.close()
     blob.close()

@@ -8,46 +8,47 @@ from hypothesis import strategies as st
 from obdlab.sources.readahead import ReadAhead
 
 
-def test_window_is_as_wide_as_the_reader_has_come() -> None:
+def test_window_is_half_the_way_the_reader_has_come() -> None:
     readahead = ReadAhead(units=1000, max_window=16, max_piece=4)
-    assert readahead.missed(10, 11) == []  # who knows
-    assert readahead.missed(11, 12) == [(12, 13), (13, 14)]
-    assert readahead.is_mark(12)
+    assert [readahead.missed(unit, unit + 1) for unit in (10, 11, 12)] == [[], [], []]  # who knows
+    assert readahead.missed(13, 14) == [(14, 16)]
+    assert readahead.is_mark(14)
+    assert not readahead.is_mark(15)
+    assert readahead.passed(14) == []  # not a whole piece
     assert not readahead.is_mark(14)
-    assert readahead.passed(12) == [(14, 15), (15, 16)]
-    assert not readahead.is_mark(12)
-    assert readahead.passed(13) == [(16, 18)]
-    assert readahead.passed(14) == [(18, 20)]
-    assert readahead.passed(15) == []  # not a whole piece
-    assert readahead.passed(16) == [(20, 23)]
+    assert readahead.missed(16, 17) == [(17, 19)]
+    assert readahead.passed(17) == [(19, 21)]
+    assert readahead.passed(19) == [(21, 23), (23, 25)]
+
+
+def follow(readahead: ReadAhead, stop: int) -> list[tuple[int, int]]:
+    """Read unit after unit, and return all that is fetched, by the reader and ahead of him."""
+    fetched: list[tuple[int, int]] = []
+    for unit in range(stop):
+        if not any(first <= unit < end for first, end in fetched):
+            fetched.append((unit, unit + 1))
+            fetched += readahead.missed(unit, unit + 1)
+        elif readahead.is_mark(unit):
+            fetched += readahead.passed(unit)
+    return fetched
 
 
 def test_long_readers_get_whole_pieces() -> None:
     readahead = ReadAhead(units=1000, max_window=16, max_piece=4)
-    readahead.missed(0, 1)
-    fetched = readahead.missed(1, 2)
-    for unit in range(2, 500):
-        ahead = readahead.passed(unit)
-        assert all(end <= unit + 1 + 16 for _, end in ahead)
-        fetched += ahead
-    starts = [first for first, _ in fetched]
-    assert starts == [2, *[end for _, end in fetched[:-1]]]  # all of it, once
-    assert {end - first for first, end in fetched[10:]} == {4}
+    fetched = follow(readahead, 500)
+    assert [first for first, _ in fetched] == [0, *[end for _, end in fetched[:-1]]]  # all of it, once
+    assert {end - first for first, end in fetched[30:]} == {4}
 
 
 def test_the_end_of_the_blob_is_fetched_too() -> None:
     readahead = ReadAhead(units=101, max_window=16, max_piece=4)
-    readahead.missed(0, 1)
-    fetched = readahead.missed(1, 2)
-    for unit in range(2, 101):
-        fetched += readahead.passed(unit)
-    assert fetched[-1][1] == 101
+    assert follow(readahead, 101)[-1][1] == 101
 
 
 def test_a_reader_that_skips_a_little_is_sequential() -> None:
     readahead = ReadAhead(units=1000, max_window=16, max_piece=4)
-    readahead.missed(10, 12)
-    assert readahead.missed(13, 14) == [(14, 16), (16, 18)]
+    readahead.missed(10, 14)
+    assert readahead.missed(15, 16) == [(16, 18)]
     assert readahead.missed(20, 21) == []
 
 
