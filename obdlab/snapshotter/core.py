@@ -257,6 +257,10 @@ class Snapshotter:
 
         def fill(directory: Path, own_id: int, lower_ids: Sequence[int]) -> None:
             below = self._config_below(lower_ids, f"layer {layer.digest}")
+            if layer.acceleration:
+                if below is None:
+                    raise FailedPreconditionError(f"acceleration layer {layer.digest} has no image below it")
+                logger.warning("layer %s: its list of what to fetch ahead has no effect yet", layer.digest)
             config = overlaybd.remote_config(below, layer, self._layout.directory(own_id), self._options)
             config.save(self._layout.add_block(directory) / CONFIG_NAME)
 
@@ -272,7 +276,10 @@ class Snapshotter:
             return None
         if not self._layout.is_image(lower_ids[0]):
             raise FailedPreconditionError(f"overlaybd {layer} lies on a layer that is none")
-        return ImageConfig.load(self._layout.config(lower_ids[0]))
+        below = ImageConfig.load(self._layout.config(lower_ids[0]))
+        if below.acceleration_layer:
+            raise FailedPreconditionError(f"overlaybd {layer} lies on an acceleration layer, which must be the top")
+        return below
 
     # Unpacking a layer mounts the image below it, which nobody wants once the layer is there.
     def _release_unused(self, image_id: int) -> None:

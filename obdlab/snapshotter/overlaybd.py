@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -56,11 +56,15 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class RemoteLayer:
-    """An overlaybd layer that stays in its registry. ``size`` in bytes."""
+    """An overlaybd layer that stays in its registry. ``size`` in bytes.
+
+    An ``acceleration`` layer has no blocks: it tells what to fetch ahead, and an image works without it.
+    """
 
     digest: str
     size: int
     reference: Reference
+    acceleration: bool = False
 
 
 def pull_target(labels: Mapping[str, str]) -> str:
@@ -84,7 +88,6 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     if digest is None and size is None:
         return None
     for label, kind in (
-        (ACCELERATION_LAYER, "an acceleration layer"),
         (TURBO_TARGET_DIGEST, "a turboOCI layer"),
         (FASTOCI_TARGET_DIGEST, "a turboOCI layer"),
     ):
@@ -93,7 +96,9 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     if not is_digest(digest):
         raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")
     reference = _reference(labels)
-    return RemoteLayer(str(digest), _blob_size(size), reference) if reference else None
+    if reference is None:
+        return None
+    return RemoteLayer(str(digest), _blob_size(size), reference, labels.get(ACCELERATION_LAYER) == "yes")
 
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions) -> str:
@@ -110,7 +115,8 @@ def remote_config(
     snapshot will lie.
     """
     lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
-    return _config(below, lower, directory, blobs_url(layer.reference, options))
+    config = _config(below, lower, directory, blobs_url(layer.reference, options))
+    return replace(config, acceleration_layer=layer.acceleration)
 
 
 def local_config(below: ImageConfig | None, directory: Path) -> ImageConfig:

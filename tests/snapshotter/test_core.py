@@ -103,6 +103,16 @@ def test_the_configuration_is_the_originals(snapshotter: Snapshotter, tmp_path: 
     )
 
 
+def test_an_acceleration_layer_is_marked_and_the_top(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    pull(snapshotter)
+    pull(snapshotter, 1, "chain0", **{oci.ACCELERATION_LAYER: "yes"})
+    config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
+    assert config.acceleration_layer
+    assert [lower.digest for lower in config.lowers] == DIGESTS[:2]
+    with pytest.raises(FailedPreconditionError, match="must be the top"):
+        snapshotter.prepare("extract", "chain1", pull_labels(2))
+
+
 @pytest.mark.parametrize(
     ("image", "url"),
     [
@@ -143,7 +153,7 @@ def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path
         ({oci.BLOB_SIZE: "9" * 40}, InvalidArgumentError, "blob-size"),
         ({oci.BLOB_DIGEST: "sha256:../../etc"}, InvalidArgumentError, "blob-digest"),
         ({"containerd.io/snapshot/image-ref": "NOT a ref"}, InvalidArgumentError, "image-ref"),
-        ({oci.ACCELERATION_LAYER: "yes"}, FailedPreconditionError, "acceleration"),
+        ({oci.ACCELERATION_LAYER: "yes"}, FailedPreconditionError, "acceleration layer"),
         ({oci.TURBO_TARGET_DIGEST: DIGESTS[1]}, FailedPreconditionError, "turboOCI"),
     ],
 )

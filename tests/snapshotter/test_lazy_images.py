@@ -20,6 +20,7 @@ import pytest
 
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
+from obdlab.formats import oci
 from obdlab.service.cleanup import clean_up
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from tests import capabilities
@@ -287,12 +288,25 @@ def test_containers_started_together_share_the_device(host: ObdlabHost, image: s
     assert len(device_mounts(host)) == 1
 
 
+def test_an_accelerated_image_runs(host: ObdlabHost, registry_server: RegistryServer) -> None:
+    layers, annotations = imagefiles.golden_layers()
+    trace = (EXPECTED.parent / "image" / "acceleration-layer.tar").read_bytes()
+    layers.append(trace)
+    annotations.append(
+        {oci.BLOB_DIGEST: oci.digest_of(trace), oci.BLOB_SIZE: str(len(trace)), oci.ACCELERATION_LAYER: "yes"}
+    )
+    documents = imagefiles.image_documents(layers, annotations, compress=False)
+    image = imagefiles.push(registry_server.host, "snapshotter/accelerated", *documents)
+    assert host.rpull(image).layer_bytes == 0
+    assert run(host, image, "fast", "/busybox ls /trace 2>/dev/null; echo ran") == "ran\n"
+
+
 def test_a_bad_image_is_refused_at_the_pull(host: ObdlabHost, registry_server: RegistryServer) -> None:
     layers, annotations = imagefiles.golden_layers()
-    annotations[1]["containerd.io/snapshot/overlaybd/acceleration-layer"] = "yes"
+    annotations[1][oci.TURBO_TARGET_DIGEST] = annotations[0][oci.BLOB_DIGEST]
     documents = imagefiles.image_documents(layers, annotations, compress=False)
-    with pytest.raises(ObdlabError, match="acceleration layer"):
-        host.rpull(imagefiles.push(registry_server.host, "snapshotter/accelerated", *documents))
+    with pytest.raises(ObdlabError, match="turboOCI"):
+        host.rpull(imagefiles.push(registry_server.host, "snapshotter/turbo", *documents))
 
 
 class SlowRegistry(BaseHTTPRequestHandler):
