@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LOCK_PAUSE_S = 0.01
+_FLUSH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,13 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
     record = DeviceRecord.load(directory)
     fuse_loop.take_down(directory, timeout_s=timeout_s, force=force)
     if record is not None:
-        # By force the device may have vanished under its users, and then its server never sees the end of it.
-        record.process.end(min(timeout_s, 2.0) if force else timeout_s)
+        record.process.end(_patience_s(record, timeout_s, force))
     shutil.rmtree(directory, ignore_errors=True)
+
+
+# By force the device may have vanished under its users, and then its server never sees the end of it. Otherwise a
+# server that was written to may have much to bring to the disk before it ends.
+def _patience_s(record: DeviceRecord, timeout_s: float, force: bool) -> float:
+    if force:
+        return min(timeout_s, 2.0)
+    return timeout_s if record.read_only else max(timeout_s, _FLUSH_TIMEOUT_S)
