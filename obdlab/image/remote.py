@@ -33,7 +33,12 @@ class RemoteLayers:
             request_timeout_s=settings.request_timeout_s,
             deadline_s=settings.read_deadline_s,
         )
-        self._cache = BlockCache(settings.cache_dir, unit=settings.cache_unit, readahead_max=settings.readahead_max)
+        self._cache = BlockCache(
+            settings.cache_dir,
+            unit=settings.cache_unit,
+            readahead_max=settings.readahead_max,
+            deadline_s=settings.read_deadline_s,
+        )
         self._lock = threading.Lock()
         self._users = 1
 
