@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 SOCKET_NAME = "host.sock"
 #: A client sends its request at once; one that does not is dropped.
 _REQUEST_TIMEOUT_S = 10.0
+#: How often an idle host looks whether it is still of use.
+IDLE_CHECK_S = 30.0
 #: Imported before the first fork, so that no server has to.
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
 
@@ -63,6 +65,7 @@ class Host:
         self._opener = opener
         self._code = _code_on_disk()
         self._lock = -1
+        self._socket_inode = 0
         self._listener: socket.socket | None = None
 
     def bind(self, timeout_s: float = 10.0) -> bool:
@@ -89,20 +92,34 @@ class Host:
         me = Process.of(os.getpid())
         (self._run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))
         self._listener = wire.listen(path)
+        self._socket_inode = os.stat(path).st_ino
         return True
 
     def run(self) -> None:
-        """Serve requests until told to shut down."""
+        """Serve requests until told to end by SIGTERM, or until nobody can reach the socket any more."""
         assert self._listener is not None, "bind first"
         _settle_in()
         if self._opener is open_configured:
             _warm_up()
+        self._listener.settimeout(IDLE_CHECK_S)
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                if self._is_unreachable():
+                    return
+                continue
             pid = os.fork()
             if pid == 0:
                 self._become_child(connection)
             connection.close()
+
+    # The run directory was removed, or another host took its place.
+    def _is_unreachable(self) -> bool:
+        try:
+            return os.stat(self._run.path / SOCKET_NAME).st_ino != self._socket_inode
+        except OSError:
+            return True
 
     def _become_child(self, connection: socket.socket) -> NoReturn:
         status = 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import SourceError
+from obdlab.service import host as hosts
 from obdlab.service.host import Host
 from tests.devices.blobs import MemoryWritable, Troubled
 
@@ -45,6 +46,7 @@ def open_blob(config: Path, settings: str) -> Blob:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
+    hosts.IDLE_CHECK_S = 0.2
     host = Host(Path(sys.argv[1]), open_blob)
     print(host.bind(), flush=True)
     host.run()

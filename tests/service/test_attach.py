@@ -380,6 +380,13 @@ def test_cleanup_after_the_run_directory_was_removed(bed: Bed) -> None:
     assert clean_up(bed.service).removed == ["device a"]
     until(lambda: Process.of(device.pid) is None)
     assert bed.leftovers() == []
+    assert bed.host.wait(20) == 0  # nobody could reach it any more
+
+
+def test_an_idle_host_stays(bed: Bed) -> None:
+    time.sleep(0.5)
+    assert bed.host.poll() is None
+    assert bed.service.attach(bed.config("a")).alive
 
 
 def test_shutdown(bed: Bed) -> None:
