@@ -307,16 +307,20 @@ class RunningContainer:
         """Kill it and remove it with its snapshot. Raises LabError if it does not go away. Twice is allowed."""
         if self._removed:
             return
-        with suppress(LabError):
-            run([*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s)
-        try:
-            self._child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + timeout_s
+        while self._child.poll() is None and time.monotonic() < deadline:
+            # Again and again: a container still on its way has no task to kill yet.
+            with suppress(LabError):
+                run(
+                    [*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s
+                )
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(0.1)
+        if self._child.poll() is None:
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait(timeout_s)
-        finally:
-            if self._child.stdout is not None:
-                self._child.stdout.close()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
         if self.name in run([*self._host.ctr, "containers", "list", "-q"]).split():
             self._host.remove_container(self.name)
         self._removed = True

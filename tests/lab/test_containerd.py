@@ -95,6 +95,9 @@ def test_cold_and_warm_starts_of_a_whole_image(
         ]:
             with pytest.raises(error, match=words):
                 host.start(reference, "bad", "overlayfs", replace(tiny_recipe.probe, command=command, timeout_s=0.5))
+        # Given up before its task exists.
+        with pytest.raises(LabError, match="not ready"):
+            host.start(reference, "bad", "overlayfs", replace(tiny_recipe.probe, timeout_s=0.001))
         host.remove_image(reference)
         with closing(host.client()) as client:
             assert host.leftovers(client) == []
