@@ -23,8 +23,8 @@ class Settings:
     cache_dir: Path = Path("/var/lib/obdlab/cache")
     #: Granularity of the block cache, and the least that is asked of a registry.
     cache_unit: int = 64 * KIB
-    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of many
-    #: small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of a 100 Mbit/s link.
+    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of
+    #: many small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of 100 Mbit/s.
     readahead_max: int = 1024 * KIB
     #: A read ends with data or an error within this time, whatever the registry does.
     read_deadline_s: float = 120.0

@@ -6,12 +6,16 @@ would quietly measure something else.
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 #: A cell that takes longer than this is taken for hung (papermill itself waits for ever on a killed kernel).
@@ -31,15 +35,16 @@ def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) ->
     check_parameters(notebook, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(output),
-            parameters=dict(parameters),
-            cwd=str(notebook.parent),
-            progress_bar=False,
-            execution_timeout=CELL_TIMEOUT_S,
-            start_timeout=120,
-        )
+        with _standard_error_to(output.with_suffix(".log")):
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters=dict(parameters),
+                cwd=str(notebook.parent),
+                progress_bar=False,
+                execution_timeout=CELL_TIMEOUT_S,
+                start_timeout=120,
+            )
     except papermill.PapermillExecutionError as error:
         page = write_page(output)
         raise ReportError(f"{notebook}: a cell failed: {error.ename}: {error.evalue} (see {page})") from error
@@ -62,6 +67,7 @@ def write_page(executed: Path) -> Path:
     """Render an executed notebook as HTML without its code; return the page's path."""
     from nbconvert import HTMLExporter
 
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # it warns of figures without alternative texts
     exporter: Any = HTMLExporter  # untyped upstream
     body, _ = exporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(
         str(executed)
@@ -69,6 +75,20 @@ def write_page(executed: Path) -> Path:
     page = executed.with_suffix(".html")
     page.write_text(body, encoding="utf-8")
     return page
+
+
+# The kernel is a process of its own, and what it says of itself is no part of our command's output.
+@contextmanager
+def _standard_error_to(path: Path) -> Iterator[None]:
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with path.open("wb") as log:
+            os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _papermill() -> Any:
