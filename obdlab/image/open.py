@@ -16,7 +16,7 @@ from obdlab.layers import zfile
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
-from obdlab.layers.upper import SparseUpper
+from obdlab.layers.upper import open_upper
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.image.settings import Settings
     from obdlab.layers.lsmt import Layer, LsmtLayer
+    from obdlab.layers.writable import Upper
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Image(Stack):
 class WritableImage(WritableStack):
     """A writable image that can say what its block cache did."""
 
-    def __init__(self, lowers: Stack | None, upper: SparseUpper, count: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, lowers: Stack | None, upper: Upper, count: Callable[[], dict[str, int]]) -> None:
         super().__init__(lowers, upper)
         #: As in :class:`Image`.
         self.statistics = count
@@ -109,7 +110,7 @@ def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
         stack = Image(layers, count) if layers else None
         image: Image | WritableImage
         if config.upper.active:
-            upper = opened.enter_context(SparseUpper.open(config.upper.data))
+            upper = opened.enter_context(open_upper(config.upper.data, config.upper.index))
             image = WritableImage(stack, upper, count)
         elif stack is not None:
             image = stack

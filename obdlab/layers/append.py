@@ -1,106 +1,402 @@
-"""The original's append-mode writable layer, opened for reading."""
+"""The writable layer in two files: data in the order of writing, and a log of where it went (append mode)."""
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import uuid as uuid_module
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
-from obdlab.errors import FormatError
-from obdlab.formats.lsmt.index import SegmentIndex
+from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.lsmt.layout import (
     HEADER_SPACE,
-    MAX_WRITABLE_RECORDS,
+    MAX_SEGMENT_SECTORS,
     RECORD_SIZE,
     SECTOR,
-    STRUCT_SIZE,
     Flags,
     Header,
-    check_mapped,
-    decode_segments,
-    mapped_inside,
+    encode_record,
+    encode_user_tag,
 )
+from obdlab.formats.lsmt.replay import replay
 from obdlab.formats.lsmt.segmentmap import SegmentMap
+from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile
+from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
+from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Sequence
 
-    from obdlab.blob import Blob
+    from obdlab.blob import Buffer
+    from obdlab.formats.lsmt.index import Run, SegmentIndex
+    from obdlab.formats.lsmt.layout import Segments
+
+logger = logging.getLogger(__name__)
+
+# One record is written for each; the original's largest I/O.
+_PIECE = 4 << 20
+#: Longest that a collection waits for reads that began before it.
+READERS_DEADLINE_S = 60.0
 
 
-class AppendUpper:
-    """A writable layer of the original in append mode, a data file and an index file, opened for reading.
+class AppendUpper(Upper):
+    """A writable layer whose writes go to the end of a data file, each with a record in an index file.
 
-    The index file is a log of records in the order of writing. Records at its end that point past the data file (a
-    crash came between the two) are dropped, as is a torn last record; anywhere else they are an error.
+    Writes and discards must cover whole sectors. Nothing is ever overwritten, so that space comes back only when
+    :func:`obdlab.layers.gc.collect` is called, which may be at any time. :attr:`dropped` tells what opening the
+    layer after a crash had to leave out.
     """
 
-    def __init__(self, header: Header, data: Blob, index: SegmentIndex) -> None:
-        self.name = data.name
+    block_size = SECTOR
+    takes_partial_blocks = False
+    discard_hides = True
+
+    def __init__(self, file: LayerFile, log: IndexLog | None, header: Header, held: SegmentMap) -> None:
+        self.name = file.name
         self.header = header
-        self.data = data
-        self.index = index
+        self.dropped = Dropped()
+        self._file = file
+        self._log = log  # None: only to be read
+        self._map = held
+        self._end = file.size // SECTOR * SECTOR
+        # Taken in this order. _writing: files and log; _lock: the map, and the reads that rely on what it said.
+        self._syncing = threading.Lock()
+        self._writing = threading.Lock()
+        self._lock = threading.Lock()
+        self._readers_left = threading.Condition(self._lock)
+        self._readers = [0, 0]  # by the phase they began in
+        self._phase = 0
+        self._is_sealed = False
 
     @classmethod
-    def open(cls, data_path: str | os.PathLike[str], index_path: str | os.PathLike[str]) -> Self:
-        """Open both files. Raises SourceError if one cannot be had, FormatError if they are not such a layer."""
-        data = LayerFile(data_path, os.O_RDONLY)
+    def create(
+        cls,
+        data_path: str | os.PathLike[str],
+        index_path: str | os.PathLike[str],
+        virtual_size: int,
+        *,
+        uuid: str | None = None,
+        parent_uuid: str | None = None,
+        user_tag: str = "",
+    ) -> Self:
+        """Make the two files of an empty layer, with a random UUID if none is given. Neither may exist yet.
+
+        A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked. Raises
+        SourceError if a file cannot be made, ValueError if a UUID, the tag or the size (a multiple of 512) does not
+        fit.
+        """
+        check_virtual_size(virtual_size)
+        header = Header(
+            flags=Flags.HEADER | Flags.DATA,
+            virtual_size=virtual_size,
+            uuid=(uuid or str(uuid_module.uuid4())).upper(),
+            parent_uuid=parent_uuid or "",
+            user_tag=encode_user_tag(user_tag),
+        )
+        head = header.to_bytes()
+        log_header = replace(header, flags=Flags.HEADER, index_offset=HEADER_SPACE)
+        made: list[LayerFile] = []
         try:
-            with LayerFile(index_path, os.O_RDONLY) as log:
-                header = data.read_header(Flags.DATA)
-                return cls(header, data, _replay(log, data.size))
+            file = LayerFile(data_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            made.append(file)
+            log = LayerFile(index_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            made.append(log)
+            file.lock()
+            file.write_at(0, head)
+            log.write_at(0, log_header.to_bytes())
         except BaseException:
-            data.close()
+            for each in made:
+                each.close()
+                os.unlink(each.name)
             raise
+        header = Header.from_bytes(head)
+        return cls(file, IndexLog(log, log_header, HEADER_SPACE, 0), header, SegmentMap())
+
+    @classmethod
+    def open(
+        cls, data_path: str | os.PathLike[str], index_path: str | os.PathLike[str], *, read_only: bool = False
+    ) -> Self:
+        """Open both files, for writing unless ``read_only``.
+
+        Records at the end of the log whose data is missing or short, and odd bytes at the ends of the files, are
+        left by a crash: they are cut off, a warning is logged, and :attr:`dropped` tells of them. Raises SourceError
+        if a file cannot be had or another opener has it, FormatError if they are no such layer, the layer was sealed
+        since, or a record in the middle of the log is wrong.
+        """
+        mode = os.O_RDONLY if read_only else os.O_RDWR
+        file = LayerFile(data_path, mode)
+        try:
+            file.lock(shared=read_only)
+            header = file.read_header(Flags.DATA)
+            if header.virtual_size % SECTOR:
+                raise FormatError(
+                    "virtual size is no whole number of sectors", blob=file.name, offset=48, got=header.virtual_size
+                )
+            if not read_only:
+                recover_seal(file, header)
+            log_file = LayerFile(index_path, mode)
+            try:
+                content = read_log(log_file, file.size)
+                layer = cls(file, None, header, SegmentMap.of(replay(content.records.without_tags())))
+                layer._take_log(log_file, content, read_only=read_only)
+            except BaseException:
+                log_file.close()
+                raise
+        except BaseException:
+            file.close()
+            raise
+        return layer
+
+    def _take_log(self, log_file: LayerFile, content: LogContent, *, read_only: bool) -> None:
+        self.dropped = content.dropped
+        if self.dropped:
+            logger.warning(
+                "%s: left out what a crash left: %d records without their data, %d odd bytes in %s, %d here",
+                *(self.name, self.dropped.records, self.dropped.log_bytes, log_file.name, self.dropped.data_bytes),
+            )
+        if read_only:
+            log_file.close()
+            return
+        if self.dropped:
+            # Before anything is appended: the data that a dropped record points to would exist again.
+            log_file.resize(content.end)
+            log_file.sync()
+            self._file.resize(self._end)
+        self._log = IndexLog(log_file, content.header, content.end, (content.end - HEADER_SPACE) // RECORD_SIZE)
 
     @property
-    def virtual_size(self) -> int:
-        """Size of the disk in bytes; 0 leaves it to the layers below."""
-        return self.header.virtual_size
+    def data(self) -> LayerFile:
+        return self._file
 
     @property
-    def uuid(self) -> str:
-        """The layer's UUID."""
-        return self.header.uuid
+    def index(self) -> SegmentIndex:
+        with self._lock:
+            return self._map.to_index()
 
     @property
-    def parent_uuid(self) -> str:
-        """UUID of the layer this one was made on."""
-        return self.header.parent_uuid
+    def log_records(self) -> int:
+        """Records in the index file, those that are overridden and those that mean nothing included."""
+        return 0 if self._log is None else self._log.records
+
+    def set_group_commit(self, records: int) -> None:
+        """Write records in groups of ``records``, instead of each as it comes; 0 turns that off again.
+
+        A crash of this process loses a group that is not full, unless it was flushed.
+        """
+        with self._writing:
+            self._writable_log().set_group_records(records)
+
+    def lookup(self, begin: int, end: int) -> list[Run]:
+        with self._lock:
+            return self._map.lookup(begin, end)
+
+    def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
+        self._check_range(offset, length)
+        end = offset + length
+        with self._lock:
+            runs = self._map.lookup(offset // SECTOR, -(-end // SECTOR))
+            phase = self._phase
+            self._readers[phase] += 1
+        try:
+            return self._read_runs(runs, offset, end)
+        finally:
+            with self._lock:
+                self._readers[phase] -= 1
+                if phase != self._phase and not self._readers[phase]:
+                    self._readers_left.notify_all()
+
+    def _read_runs(self, runs: list[Run], offset: int, end: int) -> list[tuple[int, bytes | None]]:
+        pieces: list[tuple[int, bytes | None]] = []
+        i = 0
+        while i < len(runs):
+            begin, count, source, moffset = runs[i]
+            i += 1
+            while source >= 0 and i < len(runs) and runs[i][2] == source and runs[i][3] == moffset + count:
+                count += runs[i][1]  # written one after the other: one read
+                i += 1
+            start, stop = max(begin * SECTOR, offset), min((begin + count) * SECTOR, end)
+            if source >= 0:
+                data: bytes | None = self._file.read_at((moffset - begin) * SECTOR + start, stop - start)
+            elif source == ~0:
+                data = bytes(stop - start)
+            else:
+                data = None
+            pieces.append((stop - start, data))
+        return pieces
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        self._check_sectors(offset, len(view))
+        with self._writing:
+            self._writable_log()
+            if offset < 0 or offset + len(view) > self.virtual_size:
+                self._make_room(offset, len(view))
+            for at in range(0, len(view), _PIECE):
+                self._append(offset + at, view[at : at + _PIECE])
+
+    def _append(self, offset: int, view: memoryview) -> None:
+        # One record after the other in the order of their data: those that a crash leaves without are the last ones.
+        begin, count, moffset = offset // SECTOR, len(view) // SECTOR, self._end // SECTOR
+        self._file.write_at(self._end, view)
+        self._writable_log().append(encode_record(begin, count, moffset))
+        self._end += len(view)
+        with self._lock:
+            self._map.insert(begin, begin + count, moffset)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._check_sectors(offset, length)
+        self._check_range(offset, length)
+        with self._writing:
+            log = self._writable_log()
+            moffset = self._end // SECTOR
+            end = (offset + length) // SECTOR
+            for begin in range(offset // SECTOR, end, MAX_SEGMENT_SECTORS):
+                stop = min(begin + MAX_SEGMENT_SECTORS, end)
+                log.append(encode_record(begin, stop - begin, moffset, zeroed=True))
+                with self._lock:
+                    self._map.insert(begin, stop, moffset, zeroed=True)
+
+    def flush(self) -> None:
+        # Data first: a record on stable storage must not point at data that is not.
+        with self._syncing:
+            with self._writing:
+                if self._log is None or self._is_sealed:
+                    return
+                log = self._log
+                log.write_group()
+            self._file.sync()
+            log.sync()
+
+    def set_virtual_size(self, virtual_size: int) -> None:
+        with self._writing:
+            self._grow(virtual_size)
+
+    def _grow(self, virtual_size: int) -> None:
+        log = self._writable_log()
+        self._check_growth(virtual_size)
+        header = replace(self.header, virtual_size=virtual_size)
+        log.set_virtual_size(virtual_size)
+        self._file.write_at(0, header.to_bytes())
+        self.header = header
+
+    def _make_room(self, offset: int, length: int) -> None:
+        if offset < 0:
+            self._check_range(offset, length)
+        if length:
+            self._grow(offset + length)
+
+    def seal(self) -> LsmtLayer:
+        with self._syncing, self._writing:
+            log = self._writable_log()
+            log.write_group()
+            self._file.sync()
+            log.sync()
+            with self._lock:
+                segments = self._map.to_segments()
+            append_seal(self._file, self.header, segments, self._end)
+            self._is_sealed = True
+            try:
+                self._file.lock(shared=True)
+                return LsmtLayer(self._file)
+            except BaseException:
+                self._file.resize(self._end)
+                self._is_sealed = False
+                raise
+
+    def unseal(self) -> None:
+        with self._syncing, self._writing:
+            trailer = find_seal(self._file, self.header)
+            if trailer is not None:
+                self._file.lock()
+                undo_seal(self._file, trailer)
+            self._is_sealed = False
+
+    def retire(self) -> None:
+        with self._syncing, self._writing:
+            if self._log is not None:
+                self._log.close()
 
     def close(self) -> None:
-        """Close the data file."""
-        self.data.close()
+        try:
+            self.retire()
+        finally:
+            self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
+    # What a collection is made of; the rest of it is in obdlab.layers.gc.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def snapshot(self) -> tuple[Segments, int]:
+        """What the layer holds now, and the end of its data in sectors."""
+        with self._writing, self._lock:
+            return self._map.to_segments(), self._end // SECTOR
 
+    def relocate(self, begin: int, length: int, moffset: int) -> bool:
+        """Append the disk's sectors once more, and have the index point there; all three in sectors.
 
-def _replay(log: Blob, data_size: int) -> SegmentIndex:
-    header = Header.from_bytes(log.read_at(0, min(STRUCT_SIZE, log.size)), blob=log.name)
-    if header.flags & (Flags.DATA | Flags.SEALED) or header.index_offset != HEADER_SPACE:
-        raise FormatError(
-            "LSMT file is not the index of a writable layer",
-            blob=log.name,
-            got=f"flags {int(header.flags):#x}, index at {header.index_offset}",
-            wanted=f"neither data nor sealed, index at {HEADER_SPACE}",
-        )
-    count = max(0, log.size - HEADER_SPACE) // RECORD_SIZE
-    if count > MAX_WRITABLE_RECORDS:
-        raise FormatError("LSMT index has too many records", blob=log.name, got=count, wanted=MAX_WRITABLE_RECORDS)
-    segments = decode_segments(log.read_at(HEADER_SPACE, count * RECORD_SIZE) if count else b"")
-    end_sectors = data_size // SECTOR
-    good = np.flatnonzero(mapped_inside(segments, end_sectors))
-    segments = segments[: int(good[-1]) + 1 if len(good) else 0]
-    check_mapped(segments, end_sectors, blob=log.name, offset=HEADER_SPACE)
-    held = SegmentMap()
-    for begin, length, moffset, zeroed, _ in segments.rows():
-        held.insert(begin, begin + length, moffset, zeroed=zeroed)
-    return held.to_index()
+        False, with nothing done, unless they are still mapped to ``moffset`` as a whole.
+        """
+        with self._writing:
+            log = self._writable_log()
+            runs = self.lookup(begin, begin + length)
+            if any(source < 0 or at - start != moffset - begin for start, _, source, at in runs):
+                return False
+            at = self._end
+            for done in range(0, length, _PIECE // SECTOR):
+                count = min(length - done, _PIECE // SECTOR)
+                part = self._file.read_at((moffset + done) * SECTOR, count * SECTOR)
+                self._file.write_at(at + done * SECTOR, part)
+                log.append(encode_record(begin + done, count, at // SECTOR + done))
+                self._end += len(part)
+                with self._lock:
+                    self._map.insert(begin + done, begin + done + count, at // SECTOR + done)
+            return True
+
+    def wait_for_readers(self) -> None:
+        """Return once every read that began before this call has ended. Raises SourceError after a minute."""
+        with self._lock:
+            self._wait_for_phase(1 - self._phase)  # nobody is left there, unless an earlier call gave up
+            self._phase = 1 - self._phase
+            self._wait_for_phase(1 - self._phase)
+
+    def _wait_for_phase(self, phase: int) -> None:
+        if not self._readers_left.wait_for(lambda: not self._readers[phase], READERS_DEADLINE_S):
+            raise SourceError("reads did not end in time", blob=self.name)
+
+    def punch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Free these ranges of the data file, in sectors, that no record on stable storage makes visible."""
+        self._writable_log()
+        for begin, end in ranges:
+            self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
+
+    def compact_log(self) -> None:
+        """Replace the index file by one of the records that are still seen. Writes wait only at its end."""
+        with self._writing:
+            log = self._writable_log()
+            log.write_group()
+            with self._lock:
+                segments = self._map.to_segments()
+            since = log.end
+        file = log.begin_rewrite(segments)
+        with self._syncing, self._writing:
+            try:
+                self._writable_log()
+                self._file.sync()  # first here, too: a record on stable storage must not point at data that is not
+                log.go_on_in(file, since)
+            except BaseException:
+                discard_file(file)
+                raise
+            log.sync()
+
+    def _writable_log(self) -> IndexLog:
+        if self._is_sealed or self._log is None:
+            raise read_only_error(self.name)
+        return self._log
+
+    def _check_sectors(self, offset: int, length: int) -> None:
+        if offset % SECTOR or length % SECTOR:
+            raise OutOfRangeError(
+                f"{self.name}: no whole sectors (got [{offset}, {offset + length}), wanted multiples of {SECTOR})"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class LayerFile(Blob):
         """Open ``path`` with these flags of :func:`os.open`, creating it with mode 0644 if they say so."""
         self.name = os.fspath(path)
         self._descriptor = -1
+        self._name_is_stored = not flags & os.O_CREAT
         try:
             self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -68,11 +70,12 @@ class LayerFile(Blob):
         except OSError as error:
             raise self._failed("writing", offset, error) from error
 
-    def write_at(self, offset: int, data: bytes) -> None:
+    def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``."""
+        view = memoryview(data)
         written = 0
-        while written < len(data):
-            written += self.write_some(offset + written, data[written:])
+        while written < len(view):
+            written += self.write_some(offset + written, view[written:])
 
     def resize(self, size: int) -> None:
         """Cut the file, or extend it by a hole."""
@@ -91,11 +94,47 @@ class LayerFile(Blob):
                 raise self._failed("punching a hole", offset, error) from error
 
     def sync(self) -> None:
-        """Return once everything written is on stable storage."""
+        """Return once everything written is on stable storage, and so is the name of a file created here."""
         try:
             os.fdatasync(self._open_descriptor)
         except OSError as error:
             raise self._failed("flushing", None, error) from error
+        if not self._name_is_stored:
+            sync_directory(self.name)
+            self._name_is_stored = True
+
+    def rename(self, path: str) -> None:
+        """Take the place of the file ``path``; the next :meth:`sync` makes that last."""
+        try:
+            os.replace(self.name, path)
+        except OSError as error:
+            raise self._failed(f"renaming to {path}", None, error) from error
+        self.name = path
+        self._name_is_stored = False
+
+    def lock(self, *, shared: bool = False) -> None:
+        """Keep other openers out until this one closes, or only writing ones. Raises SourceError if one is in."""
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self._open_descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SourceError("layer is in use by another opener", blob=self.name, temporary=True) from error
+        except OSError as error:
+            raise self._failed("locking", None, error) from error
+
+    @property
+    def allocated_size(self) -> int:
+        """Bytes of storage the file occupies."""
+        return os.fstat(self._open_descriptor).st_blocks * 512
+
+    def take_after(self, other: LayerFile) -> None:
+        """Get the permissions and the owner of ``other``."""
+        status = os.fstat(other._open_descriptor)
+        try:
+            os.fchown(self._open_descriptor, status.st_uid, status.st_gid)
+            os.fchmod(self._open_descriptor, status.st_mode & 0o7777)
+        except OSError as error:
+            raise self._failed("setting its owner", None, error) from error
 
     def data_extents(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """The ranges inside ``[begin, end)`` that the file system holds data for, in its own block size."""
@@ -132,3 +171,16 @@ class LayerFile(Blob):
 
     def _failed(self, doing: str, offset: int | None, error: OSError) -> SourceError:
         return SourceError(f"{doing} failed: {error.strerror}", blob=self.name, offset=offset)
+
+
+def sync_directory(path: str) -> None:
+    """Return once the name ``path`` is on stable storage."""
+    folder = os.path.dirname(path) or "."
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SourceError(f"flushing the directory failed: {error.strerror}", blob=folder) from error

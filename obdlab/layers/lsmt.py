@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, Self
 
-import numpy as np
-
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
@@ -104,13 +102,7 @@ class LsmtLayer:
         segments = decode_segments(records)
         check_sealed_segments(segments, begin, blob=self.name)
         # A flattened layer keeps the numbers of the layers it was made of; they mean nothing here.
-        return Segments(
-            segments.offset_sectors,
-            segments.length_sectors,
-            segments.moffset_sectors,
-            segments.zeroed,
-            np.zeros_like(segments.tag),
-        )
+        return segments.without_tags()
 
     @property
     def virtual_size(self) -> int:

@@ -6,17 +6,18 @@ import threading
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, WritableBlob, check_range
-from obdlab.errors import FormatError
-from obdlab.formats.lsmt.index import HOLE, MAX_LAYERS, SegmentIndex, merge
+from obdlab.errors import FormatError, OutOfRangeError
+from obdlab.formats.lsmt.index import HOLE, MAX_LAYERS, SegmentIndex, add_on_top, merge
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.layers.seal import SwitchMark
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from obdlab.blob import Buffer
     from obdlab.formats.lsmt.index import Run
-    from obdlab.layers.lsmt import Layer
-    from obdlab.layers.upper import SparseUpper
+    from obdlab.layers.lsmt import Layer, LsmtLayer
+    from obdlab.layers.writable import Upper
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
@@ -41,14 +42,15 @@ class Stack(Blob):
     holds read as zeros. The layers belong to the stack and are closed with it.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], *, index: SegmentIndex | None = None) -> None:
+        """Stack ``layers``; an ``index`` given is what merging theirs would give."""
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise FormatError("a stack cannot be made", got=f"{len(layers)} layers", wanted=f"1 to {MAX_LAYERS}")
         self.layers = tuple(layers)
         self.name = layers[-1].name if len(layers) == 1 else f"stack of {len(layers)} layers up to {layers[-1].name}"
         self._size = next((layer.virtual_size for layer in reversed(layers) if layer.virtual_size), 0)
         #: The merged index: tag 0 is the topmost layer, as in :attr:`blobs`.
-        self.index: SegmentIndex = merge([layer.index for layer in layers])
+        self.index: SegmentIndex = merge([layer.index for layer in layers]) if index is None else index
         self.blobs: tuple[Blob, ...] = tuple(layer.data for layer in reversed(layers))
         self._lookup = self.index.lookup
         self._reads = tuple(blob.read_at for blob in self.blobs)
@@ -130,20 +132,29 @@ class WritableStack(WritableBlob):
     Reads take what the upper layer holds and fill the gaps from the lowers. Its size is the upper layer's; an upper
     layer made with size 0 takes on the lowers' size here. Both belong to the stack and are closed with it.
 
-    The upper layer's file remembers what was written only as allocated blocks, so that the stack takes care of two
-    things a reopening would get wrong: a write that fills a block partly, over data of a lower layer, stores the
-    whole block; and a discard over data of a lower layer stores zeros instead of a hole.
+    A sparse upper layer's file remembers what was written only as allocated blocks, so that the stack takes care of
+    two things a reopening would get wrong: a write that fills a block partly, over data of a lower layer, stores the
+    whole block; and a discard over data of a lower layer stores zeros instead of a hole. For an append-mode upper
+    layer, which knows nothing smaller than a sector, it fills up sectors.
     """
 
-    def __init__(self, lowers: Stack | None, upper: SparseUpper) -> None:
-        self.lowers = lowers
-        self.upper = upper
+    def __init__(self, lowers: Stack | None, upper: Upper) -> None:
         if not upper.virtual_size and lowers is not None:
             upper.set_virtual_size(lowers.size)
         self.name = upper.name
         self._size = upper.virtual_size
-        self._lowers_size = min(lowers.size, self._size) if lowers is not None else 0
+        self._view = (upper, lowers)  # what a read works on, changed as one
         self._change = threading.Lock()
+
+    @property
+    def upper(self) -> Upper:
+        """The layer that is written."""
+        return self._view[0]
+
+    @property
+    def lowers(self) -> Stack | None:
+        """The layers below it."""
+        return self._view[1]
 
     @property
     def size(self) -> int:
@@ -153,24 +164,16 @@ class WritableStack(WritableBlob):
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             check_range(self, offset, length)
-        runs = self.upper.lookup(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
-        if len(runs) == 1:
-            return self._read_run(runs[0][2], offset, length)
+        upper, lowers = self._view
+        pieces = upper.read_held(offset, length)
+        if len(pieces) == 1:
+            data = pieces[0][1]
+            return _read_below(lowers, offset, length) if data is None else data
         parts = []
-        for begin, count, source, _ in runs:
-            start = max(begin << _SHIFT, offset)
-            parts.append(self._read_run(source, start, min((begin + count) << _SHIFT, end) - start))
+        for size, data in pieces:
+            parts.append(_read_below(lowers, offset, size) if data is None else data)
+            offset += size
         return b"".join(parts)
-
-    def _read_run(self, source: int, offset: int, length: int) -> bytes:
-        if source >= 0:
-            return self.upper.read_at(offset, length)
-        if self.lowers is None or source != HOLE:
-            return zeros(length)
-        below = min(length, max(0, self._lowers_size - offset))
-        if below == length:
-            return self.lowers.read_at(offset, length)
-        return (self.lowers.read_at(offset, below) if below else b"") + zeros(length - below)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -180,22 +183,25 @@ class WritableStack(WritableBlob):
                 self._write(offset, view)
 
     def _write(self, offset: int, view: memoryview) -> None:
-        block = self.upper.block_size
+        upper, lowers = self._view
+        block = upper.block_size
         end = offset + len(view)
-        if self.lowers is not None and (offset % block or end % block):
+        if (offset % block or end % block) and (lowers is not None or not upper.takes_partial_blocks):
             begin_block, end_block = offset - offset % block, min(self._size, -(-end // block) * block)
             head = self._kept(begin_block, offset)
             tail = self._kept(end, end_block)
             if head or tail:
-                self.upper.write_at(offset - len(head), b"".join((head, view, tail)))
+                upper.write_at(offset - len(head), b"".join((head, view, tail)))
                 return
-        self.upper.write_at(offset, view)
+        upper.write_at(offset, view)
 
     def _kept(self, begin: int, end: int) -> bytes:
         # What must be stored along with a write beside it, to fill up a block: the bytes [begin, end) if a lower
-        # layer shows through there, else none.
+        # layer shows through there or the upper takes nothing less, else none.
         if begin >= end:
             return b""
+        if not self.upper.takes_partial_blocks:
+            return self.read_at(begin, end - begin)
         for run_begin, count, source, _ in self.upper.lookup(begin >> _SHIFT, (end + _MASK) >> _SHIFT):
             if source == HOLE and next(self._lower_data(run_begin << _SHIFT, (run_begin + count) << _SHIFT), None):
                 return self.read_at(begin, end - begin)
@@ -203,12 +209,13 @@ class WritableStack(WritableBlob):
 
     def _lower_data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         # The byte ranges in [begin, end) where a lower layer holds data, at sector granularity.
-        if self.lowers is None:
+        lowers = self.lowers
+        if lowers is None:
             return
-        end = min(end, self._lowers_size)
+        end = min(end, lowers.size)
         if begin >= end:
             return
-        for run_begin, count, source, _ in self.lowers.index.lookup(begin >> _SHIFT, (end + _MASK) >> _SHIFT):
+        for run_begin, count, source, _ in lowers.index.lookup(begin >> _SHIFT, (end + _MASK) >> _SHIFT):
             if source >= 0:
                 yield max(begin, run_begin << _SHIFT), min(end, (run_begin + count) << _SHIFT)
 
@@ -216,27 +223,109 @@ class WritableStack(WritableBlob):
         check_range(self, offset, length)
         end = offset + length
         with self._change:
+            if self.upper.discard_hides:
+                self._discard_blocks(offset, end)
+                return
             for begin, stop in self._lower_data(offset, end):
-                for at in range(begin, stop, len(_ZERO_VIEW)):
-                    self._write(at, _ZERO_VIEW[: min(stop - at, len(_ZERO_VIEW))])
+                self._write_zeros(begin, stop)
                 if offset < begin:
-                    self._punch(offset, begin)
+                    self.upper.discard(offset, begin - offset)
                 offset = stop
             if offset < end:
-                self._punch(offset, end)
+                self.upper.discard(offset, end - offset)
 
-    def _punch(self, begin: int, end: int) -> None:
-        self.upper.discard(begin, end - begin)
+    def _discard_blocks(self, offset: int, end: int) -> None:
+        # Whole blocks are discarded, what is beside them is overwritten with zeros.
+        block = self.upper.block_size
+        begin, stop = -(-offset // block) * block, end // block * block
+        if begin >= stop:
+            self._write_zeros(offset, end)
+            return
+        self._write_zeros(offset, begin)
+        self.upper.discard(begin, stop - begin)
+        self._write_zeros(stop, end)
+
+    def _write_zeros(self, begin: int, end: int) -> None:
+        for at in range(begin, end, len(_ZERO_VIEW)):
+            self._write(at, _ZERO_VIEW[: min(end - at, len(_ZERO_VIEW))])
 
     def flush(self) -> None:
         self.upper.flush()
 
+    def set_virtual_size(self, virtual_size: int) -> None:
+        """Grow the disk: what is new reads as zeros. Raises OutOfRangeError if it would shrink."""
+        with self._change:
+            if self.lowers is not None and self.lowers.size > self._size:
+                raise OutOfRangeError(f"{self.name}: a disk smaller than its lowers ({self.lowers.size}) cannot grow")
+            self.upper.set_virtual_size(virtual_size)
+            self._size = virtual_size
+
+    def restack(self, upper: Upper, switch: Callable[[], None] | None = None) -> LsmtLayer:
+        """Live snapshot: seal the writable layer in place, make it the topmost lower one, and go on in ``upper``.
+
+        ``upper`` must be empty; made with size 0, it takes on this disk's. Reads go on meanwhile, writes wait for the
+        seal. ``switch`` is called when the seal is on stable storage and nothing has been written to ``upper`` yet:
+        there the configuration that names the new layers must take the place of the old one. If it raises, and after
+        a crash before it is done, the old layer is the writable one, as before: opening it undoes the seal.
+
+        Returns the sealed layer, which belongs to the stack. Raises FormatError if there are 255 lowers already or
+        the layer cannot be sealed; then nothing has changed, and ``upper`` is the caller's still.
+        """
+        old = self.upper
+        if upper.virtual_size not in (0, self._size) or len(upper.index):
+            raise FormatError("layer to go on in is not an empty one of the disk's size", blob=upper.name)
+        if not upper.virtual_size:
+            upper.set_virtual_size(self._size)
+        upper.flush()
+        old.flush()  # so that there is little left to flush while writes wait
+        mark = SwitchMark(old.data.name)
+        with self._change:
+            layers = () if self.lowers is None else self.lowers.layers
+            if len(layers) >= MAX_LAYERS:
+                raise FormatError("a stack is full", blob=self.name, got=f"{len(layers)} lowers", wanted="one less")
+            mark.put()
+            try:
+                sealed = old.seal()
+                index = sealed.index
+                if self.lowers is not None:
+                    index = add_on_top(self.lowers.index, index)
+                lowers = Stack([*layers, sealed], index=index)
+                if switch is not None:
+                    switch()
+            except BaseException:
+                old.unseal()
+                mark.remove()
+                raise
+            self._view = (upper, lowers)
+        mark.remove()
+        old.retire()
+        return sealed
+
+    def as_layers(self) -> Stack:
+        """The same disk as a read-only stack of all layers, which stay this stack's.
+
+        It shows the upper layer as it is now: good until that is changed or collected.
+        """
+        layers: list[Layer] = [] if self.lowers is None else list(self.lowers.layers)
+        return Stack([*layers, self.upper])
+
     def evict(self, offset: int, length: int) -> None:
         check_range(self, offset, length)
-        if self.lowers is not None and offset < self._lowers_size:
-            self.lowers.evict(offset, min(length, self._lowers_size - offset))
+        lowers = self.lowers
+        if lowers is not None and offset < lowers.size:
+            lowers.evict(offset, min(length, lowers.size - offset))
 
     def close(self) -> None:
         self.upper.close()
         if self.lowers is not None:
             self.lowers.close()
+
+
+def _read_below(lowers: Stack | None, offset: int, length: int) -> bytes:
+    # What shows through from the lowers, which may be smaller than the disk.
+    below = 0 if lowers is None else min(length, max(0, lowers.size - offset))
+    if lowers is None or not below:
+        return zeros(length)
+    if below == length:
+        return lowers.read_at(offset, length)
+    return lowers.read_at(offset, below) + zeros(length - below)

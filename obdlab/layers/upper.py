@@ -1,4 +1,4 @@
-"""The writable layer: one sparse file."""
+"""The writable layer in one sparse file, and the choice between it and the append-mode layer."""
 
 from __future__ import annotations
 
@@ -8,40 +8,56 @@ import uuid as uuid_module
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from obdlab.errors import FormatError, OutOfRangeError, SourceError
+from obdlab.errors import FormatError, SourceError
 from obdlab.formats.lsmt.layout import (
     HEADER_SPACE,
-    MAGIC,
-    MAX_VIRTUAL_SIZE,
     SECTOR,
+    STRUCT_SIZE,
     Flags,
     Header,
     encode_user_tag,
 )
 from obdlab.formats.lsmt.segmentmap import SegmentMap
+from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
+from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
+from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from obdlab.blob import Blob, Buffer
+    from obdlab.blob import Buffer
     from obdlab.formats.lsmt.index import Run, SegmentIndex
 
 _HEADER_SECTORS = HEADER_SPACE // SECTOR
 _BLOCK = 4096
 
 
-class SparseUpper:
+def open_upper(
+    data_path: str | os.PathLike[str], index_path: str | os.PathLike[str], *, read_only: bool = False
+) -> Upper:
+    """Open a writable layer of either kind, for writing unless ``read_only``; its header says which it is.
+
+    Raises SourceError if a file cannot be had or is in use, FormatError if they are no writable layer. The index
+    file of a sparse layer is not looked at.
+    """
+    with LayerFile(data_path, os.O_RDONLY) as file:
+        header = Header.from_bytes(file.read_at(0, min(STRUCT_SIZE, file.size)), blob=file.name)
+    if header.flags & Flags.SPARSE:
+        return SparseUpper.open(data_path, read_only=read_only)
+    return AppendUpper.open(data_path, index_path, read_only=read_only)
+
+
+class SparseUpper(Upper):
     """A writable layer in one sparse file: the disk's byte X lies at file byte 4096 + X (overlaybd's sparse mode).
 
     What is allocated in the file is what the layer holds, so there is no index to write: opening asks the file
     system which ranges are data. It answers in blocks of 4 KiB, so that a layer over others must be written through
-    a :class:`~obdlab.layers.stack.WritableStack`, which fills up blocks. All methods may be called from several
-    threads; overlapping writes must be ordered by the caller. I/O errors of the file are raised as SourceError.
+    a :class:`~obdlab.layers.stack.WritableStack`, which fills up blocks.
     """
 
-    #: A write should fill blocks of this size, counted from the disk's start.
     block_size = _BLOCK
+    takes_partial_blocks = True
+    discard_hides = False
 
     def __init__(self, file: LayerFile, header: Header, held: SegmentMap) -> None:
         self.name = file.name
@@ -49,6 +65,7 @@ class SparseUpper:
         self._file = file
         self._map = held
         self._lock = threading.Lock()
+        self._is_read_only = False  # opened so, or sealed
 
     @classmethod
     def create(
@@ -56,17 +73,19 @@ class SparseUpper:
         path: str | os.PathLike[str],
         virtual_size: int,
         *,
+        index_path: str | os.PathLike[str] | None = None,
         uuid: str | None = None,
         parent_uuid: str | None = None,
         user_tag: str = "",
     ) -> Self:
         """Make an empty layer file, with a random UUID if none is given. The file must not exist yet.
 
-        A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked.
+        A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked. An
+        ``index_path`` gets an empty file, which configurations must name although nothing is in it.
         Raises SourceError if the file cannot be made, ValueError if a UUID, the tag or the size does not fit; the
         size must be a multiple of 512. A file system that cannot tell 4 KiB holes from data is refused (SourceError).
         """
-        _check_virtual_size(virtual_size)
+        check_virtual_size(virtual_size)
         head = Header(
             flags=Flags.HEADER | Flags.DATA | Flags.SPARSE,
             virtual_size=virtual_size,
@@ -76,9 +95,12 @@ class SparseUpper:
         ).to_bytes()
         file = LayerFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
+            file.lock()
             file.write_at(0, head)
             file.resize(HEADER_SPACE + virtual_size)
             _check_holes(file, virtual_size)
+            if index_path is not None:
+                LayerFile(index_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
         except BaseException:
             file.close()
             os.unlink(path)
@@ -86,64 +108,61 @@ class SparseUpper:
         return cls(file, Header.from_bytes(head), SegmentMap(join=True))
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open a layer file for reading and writing.
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Self:
+        """Open a layer file, for writing unless ``read_only``.
 
-        Raises SourceError if the file cannot be had, FormatError if it is no sparse writable layer, is cut short, or
-        was sealed in place since.
+        Raises SourceError if the file cannot be had or another opener has it, FormatError if it is no sparse
+        writable layer, is cut short, or was sealed in place since.
         """
-        file = LayerFile(path, os.O_RDWR)
+        file = LayerFile(path, os.O_RDONLY if read_only else os.O_RDWR)
         try:
+            file.lock(shared=read_only)
             header = file.read_header(Flags.DATA | Flags.SPARSE)
-            _check_size(file, header)
+            _check_size(file, header, read_only=read_only)
             held = SegmentMap(join=True)
             for begin, end in file.data_extents(HEADER_SPACE, HEADER_SPACE + header.virtual_size):
                 held.insert(begin // SECTOR - _HEADER_SECTORS, -(-end // SECTOR) - _HEADER_SECTORS, begin // SECTOR)
         except BaseException:
             file.close()
             raise
-        return cls(file, header, held)
+        layer = cls(file, header, held)
+        layer._is_read_only = read_only
+        return layer
 
     @property
-    def data(self) -> Blob:
-        """The layer's file."""
+    def data(self) -> LayerFile:
         return self._file
 
     @property
-    def virtual_size(self) -> int:
-        """Size of the disk in bytes."""
-        return self.header.virtual_size
-
-    @property
-    def uuid(self) -> str:
-        """The layer's UUID."""
-        return self.header.uuid
-
-    @property
-    def parent_uuid(self) -> str:
-        """UUID of the layer this one was made on."""
-        return self.header.parent_uuid
-
-    @property
     def index(self) -> SegmentIndex:
-        """A frozen copy of what the layer holds now."""
         with self._lock:
             return self._map.to_index()
 
     def lookup(self, begin: int, end: int) -> list[Run]:
-        """Which of the disk's sectors ``[begin, end)`` the layer holds, as :meth:`SegmentIndex.lookup` tells it."""
         with self._lock:
             return self._map.lookup(begin, end)
 
+    def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
+        self._check_range(offset, length)
+        end = offset + length
+        runs = self.lookup(offset // SECTOR, -(-end // SECTOR))
+        if len(runs) == 1:
+            return [(length, self._file.read_at(HEADER_SPACE + offset, length) if runs[0][2] >= 0 else None)]
+        pieces: list[tuple[int, bytes | None]] = []
+        for begin, count, source, _ in runs:
+            start, stop = max(begin * SECTOR, offset), min((begin + count) * SECTOR, end)
+            size = stop - start
+            pieces.append((size, self._file.read_at(HEADER_SPACE + start, size) if source >= 0 else None))
+        return pieces
+
     def read_at(self, offset: int, length: int) -> bytes:
-        """The disk's bytes as this layer has them: zeros where it holds nothing."""
         self._check_range(offset, length)
         return self._file.read_at(HEADER_SPACE + offset, length)
 
     def write_at(self, offset: int, data: Buffer) -> None:
-        """Store all of ``data``; the sectors it touches belong to this layer from then on."""
         view = memoryview(data).cast("B")
-        self._check_range(offset, len(view))
+        self._check_writable()
+        self._make_room(offset, len(view))
         written = 0
         try:
             while written < len(view):
@@ -157,6 +176,7 @@ class SparseUpper:
 
     def discard(self, offset: int, length: int) -> None:
         """Make the range read as zeros and free its space; whole sectors of it are no longer held."""
+        self._check_writable()
         self._check_range(offset, length)
         if not length:
             return
@@ -165,14 +185,12 @@ class SparseUpper:
             self._map.remove(-(-offset // SECTOR), (offset + length) // SECTOR)
 
     def flush(self) -> None:
-        """Return once everything written before is on stable storage."""
         self._file.sync()
 
     def set_virtual_size(self, virtual_size: int) -> None:
-        """Grow the disk. The file is extended first, so that a crash in between leaves a layer that opens."""
-        _check_virtual_size(virtual_size)
-        if virtual_size < self.virtual_size:
-            raise OutOfRangeError(f"{self.name}: a layer cannot shrink (got {virtual_size}, has {self.virtual_size})")
+        # The file is extended first, so that a crash in between leaves a layer that opens.
+        self._check_writable()
+        self._check_growth(virtual_size)
         self._file.resize(HEADER_SPACE + virtual_size)
         if not self.virtual_size:
             _check_holes(self._file, virtual_size)
@@ -180,46 +198,48 @@ class SparseUpper:
         self._file.write_at(0, header.to_bytes())
         self.header = header
 
+    def seal(self) -> LsmtLayer:
+        self._check_writable()
+        self._is_read_only = True
+        try:
+            self._file.sync()
+            append_seal(self._file, self.header, self.index.segments(), HEADER_SPACE + self.virtual_size)
+            self._file.lock(shared=True)
+            return LsmtLayer(self._file)
+        except BaseException:
+            self._is_read_only = False
+            raise
+
+    def unseal(self) -> None:
+        trailer = find_seal(self._file, self.header)
+        if trailer is not None:
+            self._file.lock()
+            undo_seal(self._file, trailer)
+        self._is_read_only = False
+
+    def retire(self) -> None:
+        """There is nothing but the data file."""
+
     def close(self) -> None:
-        """Close the file. What was not flushed is the kernel's to write, and survives this process."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.header.virtual_size:
-            raise OutOfRangeError(
-                f"{self.name}: range outside the disk (got [{offset}, {offset + length}), "
-                f"wanted inside [0, {self.header.virtual_size}))"
-            )
+    def _check_writable(self) -> None:
+        if self._is_read_only:
+            raise read_only_error(self.name)
 
 
-def _check_virtual_size(virtual_size: int) -> None:
-    if virtual_size % SECTOR or not 0 <= virtual_size <= MAX_VIRTUAL_SIZE:
-        raise OutOfRangeError(
-            f"a sparse layer cannot have this virtual size (got {virtual_size}, "
-            f"wanted a multiple of {SECTOR} up to {MAX_VIRTUAL_SIZE})"
-        )
-
-
-def _check_size(file: LayerFile, header: Header) -> None:
+def _check_size(file: LayerFile, header: Header, *, read_only: bool) -> None:
     if header.virtual_size % SECTOR:
         raise FormatError(
             "virtual size is no whole number of sectors", blob=file.name, offset=48, got=header.virtual_size
         )
-    size, wanted = file.size, HEADER_SPACE + header.virtual_size
-    if size < wanted:
-        raise FormatError("sparse layer is cut short", blob=file.name, got=f"{size} bytes", wanted=wanted)
-    # Longer is a resize that was interrupted; unless a trailer ends the file, which sealing in place appends.
-    end = size - HEADER_SPACE
-    if size > wanted and file.read_at(end, len(MAGIC)) == MAGIC:
-        raise FormatError("sparse layer was sealed, it can only be read", blob=file.name, offset=end)
+    wanted = HEADER_SPACE + header.virtual_size
+    if file.size > wanted and not read_only:
+        recover_seal(file, header)
+        # What is left is a resize or a seal that was interrupted; a later growth must not find it.
+        file.resize(wanted)
+    if file.size < wanted:
+        raise FormatError("sparse layer is cut short", blob=file.name, got=f"{file.size} bytes", wanted=wanted)
 
 
 def _check_holes(file: LayerFile, virtual_size: int) -> None:

@@ -280,8 +280,10 @@ class WritableStackMachine(RuleBasedStateMachine):
     @rule()
     def seen_as_the_original_sees_it(self) -> None:
         # A plain merge of the file's data extents over the lowers, as the original stacks an opened sparse layer.
+        self.stack.upper.close()
         with SparseUpper.open(self.path) as upper:
             assert Stack([*self.lowers, upper]).read_at(0, DISK) == self.model
+        self._stack_on(SparseUpper.open(self.path))
 
     @rule(begin=st.integers(0, DISK), length=st.integers(0, DISK))
     def read(self, begin: int, length: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,6 +115,21 @@ def merge(indexes: Sequence[SegmentIndex]) -> SegmentIndex:
     if not 1 <= len(indexes) <= MAX_LAYERS:
         raise ValueError(f"a stack has 1 to {MAX_LAYERS} layers (got {len(indexes)})")
     return SegmentIndex(merge_segments([index.segments() for index in indexes]))
+
+
+def add_on_top(merged: SegmentIndex, top: SegmentIndex) -> SegmentIndex:
+    """The index that :func:`merge` gives with one more layer, from the index that it gave without.
+
+    Tags of ``merged`` are raised by one, those of ``top`` are ignored.
+    """
+    lower = merged.segments()
+    both = merge_segments([lower, top.segments()])
+    # merge_segments numbers the two 1 and 0; what the lower one's number was is found by where a piece begins.
+    owner = np.searchsorted(lower.offset_sectors, both.offset_sectors, side="right") - 1
+    tag = np.zeros(len(both), np.uint8)
+    below = both.tag == 1
+    tag[below] = lower.tag[owner[below]] + 1
+    return SegmentIndex(replace(both, tag=tag))
 
 
 def merge_segments(layers: Sequence[Segments]) -> Segments:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -18,6 +18,8 @@ import numpy as np
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 SECTOR = 512
@@ -46,7 +48,8 @@ _MOFFSET_BITS, _ZEROED_SHIFT, _TAG_SHIFT = (1 << 55) - 1, 55, 56
 FILLER_OFFSET = _OFFSET_BITS
 #: The largest disk whose sectors a record can name, in bytes.
 MAX_VIRTUAL_SIZE = FILLER_OFFSET * SECTOR
-_FILLER = struct.pack("<QQ", FILLER_OFFSET, 0)
+_RECORD = struct.Struct("<QQ")
+_FILLER = _RECORD.pack(FILLER_OFFSET, 0)
 
 
 class Flags(IntFlag):
@@ -225,6 +228,18 @@ class Segments:
         """Sectors each segment occupies in its layer file: none if zeroed."""
         return np.where(self.zeroed, 0, self.length_sectors)
 
+    def without_tags(self) -> Segments:
+        """The same with tag 0: numbers stored in a plain layer mean nothing."""
+        return replace(self, tag=np.zeros_like(self.tag))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Segments]) -> Segments:
+        """The records of all parts, one after the other."""
+        if not parts:
+            return cls.from_rows([])
+        columns = ("offset_sectors", "length_sectors", "moffset_sectors", "zeroed", "tag")
+        return cls(*(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
+
     @classmethod
     def from_rows(cls, rows: list[tuple[int, int, int, bool, int]]) -> Segments:
         """Columns from ``(offset, length, moffset, zeroed, tag)`` tuples, in sectors."""
@@ -247,7 +262,7 @@ def decode_segments(data: bytes | memoryview) -> Segments:
     """Records from their bytes (a multiple of 16), without those that mean nothing: fillers and lengths of 0."""
     words = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
     logical, mapped = words[:, 0], words[:, 1]
-    meant = ((logical & np.uint64(_OFFSET_BITS)) != FILLER_OFFSET) & (logical >> np.uint64(_LENGTH_SHIFT) != 0)
+    meant = _meant(logical)
     if not meant.all():
         logical, mapped = logical[meant], mapped[meant]
     return Segments(
@@ -257,6 +272,17 @@ def decode_segments(data: bytes | memoryview) -> Segments:
         zeroed=(mapped >> np.uint64(_ZEROED_SHIFT)) & np.uint64(1) != 0,
         tag=(mapped >> np.uint64(_TAG_SHIFT)).astype(np.uint8),
     )
+
+
+def meant_records(data: bytes | memoryview) -> NDArray[np.int64]:
+    """Numbers, from 0, of the records that :func:`decode_segments` gives."""
+    return np.flatnonzero(_meant(np.frombuffer(data, dtype="<u8")[::2]))
+
+
+def _meant(logical: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    is_filler = (logical & np.uint64(_OFFSET_BITS)) == FILLER_OFFSET
+    meant: NDArray[np.bool_] = ~is_filler & (logical >> np.uint64(_LENGTH_SHIFT) != 0)
+    return meant
 
 
 def encode_segments(segments: Segments) -> bytes:
@@ -275,6 +301,11 @@ def encode_segments(segments: Segments) -> bytes:
     high = (segments.tag.astype(np.uint64) << np.uint64(1)) | segments.zeroed.astype(np.uint64)
     words[:, 1] = segments.moffset_sectors.astype(np.uint64) | (high << np.uint64(_ZEROED_SHIFT))
     return words.tobytes()
+
+
+def encode_record(begin: int, length: int, moffset: int, *, zeroed: bool = False) -> bytes:
+    """One record with tag 0, of numbers that fit: what a writable layer logs for each change."""
+    return _RECORD.pack(begin | length << _LENGTH_SHIFT, moffset | zeroed << _ZEROED_SHIFT)
 
 
 def filler_records(count: int) -> bytes:

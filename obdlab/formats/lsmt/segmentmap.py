@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -33,6 +34,18 @@ class SegmentMap:
         self._join = join
         self._chunks: list[list[_Segment]] = [[]]
         self._first: list[int] = [0]  # chunk k holds the segments that begin in [first[k], first[k + 1])
+
+    @classmethod
+    def of(cls, segments: Segments, *, join: bool = False) -> Self:
+        """A map that holds ``segments``, which ascend and do not overlap."""
+        made = cls(join=join)
+        sources = np.where(segments.zeroed, ~segments.tag.astype(np.int64), segments.tag)
+        columns = (segments.offset_sectors, segments.end_sectors, segments.moffset_sectors, sources)
+        all_: list[_Segment] = list(zip(*(column.tolist() for column in columns), strict=True))
+        if all_:
+            made._chunks = [all_[k : k + _CHUNK] for k in range(0, len(all_), _CHUNK)]
+            made._first = [0, *(chunk[0][0] for chunk in made._chunks[1:])]
+        return made
 
     def __len__(self) -> int:
         return sum(map(len, self._chunks))
@@ -82,10 +95,11 @@ class SegmentMap:
             i += 1
         return runs
 
-    def to_index(self) -> SegmentIndex:
-        """A frozen copy, with segments longer than 16383 sectors cut as the original cuts them."""
-        table = np.array([segment for chunk in self._chunks for segment in chunk], dtype=np.int64).reshape(-1, 4).T
-        begin, end, moffset, source = table
+    def to_segments(self) -> Segments:
+        """The segments as columns, those longer than 16383 sectors cut as the original cuts them."""
+        count = 4 * len(self)
+        flat = np.fromiter(chain.from_iterable(chain.from_iterable(self._chunks)), dtype=np.int64, count=count)
+        begin, end, moffset, source = np.ascontiguousarray(flat.reshape(-1, 4).T)
         zeroed = source < 0
         segments = Segments(
             offset_sectors=begin,
@@ -94,7 +108,11 @@ class SegmentMap:
             zeroed=zeroed,
             tag=np.where(zeroed, ~source, source).astype(np.uint8),
         )
-        return SegmentIndex(split(segments, MAX_SEGMENT_SECTORS))
+        return split(segments, MAX_SEGMENT_SECTORS)
+
+    def to_index(self) -> SegmentIndex:
+        """A frozen copy: :meth:`to_segments`, indexed."""
+        return SegmentIndex(self.to_segments())
 
     def _find(self, sector: int) -> tuple[int, int]:
         # Chunk and place of the first segment that ends after `sector`; the place may be just past a chunk's last.

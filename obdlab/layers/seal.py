@@ -1,0 +1,147 @@
+"""Sealing in place: index and trailer appended to a writable layer's data file (overlaybd LSMT layout)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError, SourceError
+from obdlab.formats.lsmt.index import coalesce
+from obdlab.formats.lsmt.layout import (
+    HEADER_SPACE,
+    MAX_SEALED_RECORDS,
+    RECORD_SIZE,
+    SECTOR,
+    STRUCT_SIZE,
+    Flags,
+    Header,
+    Segments,
+    Trailer,
+    encode_segments,
+)
+from obdlab.layers.layerfile import sync_directory
+
+if TYPE_CHECKING:
+    from obdlab.layers.layerfile import LayerFile
+
+logger = logging.getLogger(__name__)
+
+
+def append_seal(file: LayerFile, header: Header, segments: Segments, index_offset: int) -> None:
+    """Write index and trailer at ``index_offset``, the end of the data, and sync. The header stays as it is.
+
+    The records are those of the original: not joined, unless there are too many of them otherwise. The trailer is
+    written after the index is on stable storage, so that a crash leaves either a sealed layer or none. Raises
+    FormatError before anything is written if there are more than 1,000,000.
+    """
+    if len(segments) > MAX_SEALED_RECORDS:
+        segments = coalesce(segments)
+    if len(segments) > MAX_SEALED_RECORDS:
+        raise FormatError(
+            "layer has too many segments to be sealed",
+            blob=file.name,
+            got=len(segments),
+            wanted=f"at most {MAX_SEALED_RECORDS}",
+        )
+    records = encode_segments(segments)
+    trailer = Trailer(
+        flags=(header.flags & Flags.SPARSE) | Flags.DATA | Flags.SEALED,
+        index_offset=index_offset,
+        index_size=len(segments),
+        virtual_size=header.virtual_size,
+        uuid=header.uuid,
+        parent_uuid=header.parent_uuid,
+        user_tag=header.user_tag,
+    ).to_bytes()
+    padded_size = _padded(len(records))
+    try:
+        file.resize(index_offset)  # what a failed write left behind the data
+        if records:
+            file.write_at(index_offset, records.ljust(padded_size, b"\0"))
+        file.sync()
+        file.write_at(index_offset + padded_size, trailer)
+        file.sync()
+    except BaseException:
+        with suppress(SourceError):
+            file.resize(index_offset)
+        raise
+
+
+def find_seal(file: LayerFile, header: Header) -> Trailer | None:
+    """The trailer that sealing this writable layer's file has appended, None if it was not sealed.
+
+    What a guest wrote to an append-mode layer may look like a trailer, so that it must fit this layer and this file.
+    """
+    at = file.size - HEADER_SPACE
+    if at < HEADER_SPACE:
+        return None
+    try:
+        trailer = Trailer.from_bytes(file.read_at(at, STRUCT_SIZE))
+    except FormatError:
+        return None
+    fits = (
+        trailer.flags & (Flags.DATA | Flags.SEALED) == Flags.DATA | Flags.SEALED
+        and trailer.index_offset >= HEADER_SPACE
+        and trailer.index_offset + _padded(trailer.index_size * RECORD_SIZE) == at
+        and (trailer.uuid == header.uuid or bool(header.flags & Flags.SPARSE))
+    )
+    return trailer if fits else None
+
+
+def undo_seal(file: LayerFile, trailer: Trailer) -> None:
+    """Cut off the index and the trailer."""
+    file.resize(trailer.index_offset)
+    file.sync()
+
+
+class SwitchMark:
+    """A file beside the data file that says: being sealed to become a lower layer, but not used as one yet.
+
+    A crash in that time leaves a sealed layer that its configuration still names as the writable one; with the mark
+    there, opening it undoes the seal.
+    """
+
+    def __init__(self, data_path: str) -> None:
+        self._path = data_path + ".restacking"
+
+    def exists(self) -> bool:
+        """Whether the mark is there."""
+        return os.path.exists(self._path)
+
+    def put(self) -> None:
+        """Make the mark, on stable storage. Raises SourceError."""
+        try:
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise SourceError(f"making the mark failed: {error.strerror}", blob=self._path) from error
+        sync_directory(self._path)
+
+    def remove(self) -> None:
+        """Take the mark away, if it is there. Raises SourceError."""
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise SourceError(f"removing the mark failed: {error.strerror}", blob=self._path) from error
+        sync_directory(self._path)
+
+
+def recover_seal(file: LayerFile, header: Header) -> None:
+    """When opening for writing: undo the seal of a restack that was interrupted; FormatError for any other seal."""
+    trailer = find_seal(file, header)
+    mark = SwitchMark(file.name)
+    if trailer is not None:
+        if not mark.exists():
+            raise FormatError(
+                "layer was sealed, it can only be read", blob=file.name, offset=file.size - HEADER_SPACE
+            )
+        logger.warning("%s: undoing the seal of a restack that was interrupted", file.name)
+        undo_seal(file, trailer)
+    mark.remove()
+
+
+def _padded(size: int) -> int:
+    return -(-size // SECTOR) * SECTOR

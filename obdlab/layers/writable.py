@@ -1,0 +1,161 @@
+"""What a writable layer must do, whichever way it keeps its data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from obdlab.errors import OutOfRangeError, SourceError
+from obdlab.formats.lsmt.layout import MAX_VIRTUAL_SIZE, SECTOR
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.blob import Buffer
+    from obdlab.formats.lsmt.index import Run, SegmentIndex
+    from obdlab.formats.lsmt.layout import Header
+    from obdlab.layers.layerfile import LayerFile
+    from obdlab.layers.lsmt import LsmtLayer
+
+
+class Upper(ABC):
+    """A layer that can be written: the top of a :class:`~obdlab.layers.stack.WritableStack`.
+
+    All methods may be called from several threads; overlapping writes must be ordered by the caller. I/O errors of
+    the files are raised as SourceError. What was written before the last :meth:`flush` is there again after any
+    crash. An open writable layer keeps every other opener of this package out (SourceError there).
+    """
+
+    #: What the layer holds is remembered in blocks of this many bytes, counted from the disk's start.
+    block_size: ClassVar[int]
+    #: Whether a write may cover a block partly; if it may, a reopened layer holds the whole block.
+    takes_partial_blocks: ClassVar[bool]
+    #: Whether a discarded range still hides the layers below; if not, it is as if it had never been written.
+    discard_hides: ClassVar[bool]
+
+    name: str
+    header: Header
+
+    @property
+    @abstractmethod
+    def data(self) -> LayerFile:
+        """The file that the index points into."""
+
+    @property
+    @abstractmethod
+    def index(self) -> SegmentIndex:
+        """A frozen copy of what the layer holds now, good until it changes."""
+
+    @abstractmethod
+    def lookup(self, begin: int, end: int) -> list[Run]:
+        """Which of the disk's sectors ``[begin, end)`` the layer holds, as :meth:`SegmentIndex.lookup` tells it."""
+
+    @abstractmethod
+    def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
+        """The disk's bytes in order, as pieces ``(length, data)``; data is None where the layer holds nothing."""
+
+    @abstractmethod
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Store all of ``data``; the sectors it touches belong to this layer from then on.
+
+        A write past the end makes the disk larger. OutOfRangeError if the layer wants whole blocks and this is none.
+        """
+
+    @abstractmethod
+    def discard(self, offset: int, length: int) -> None:
+        """Make the range read as zeros; see :attr:`discard_hides`. Raises as writing does."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return once everything written before is on stable storage."""
+
+    @abstractmethod
+    def set_virtual_size(self, virtual_size: int) -> None:
+        """Grow the disk. Raises OutOfRangeError if that would shrink it, or is no size a layer can have."""
+
+    @abstractmethod
+    def seal(self) -> LsmtLayer:
+        """Append index and trailer to the data file, which is a sealed layer then (overlaybd LSMT, sealed in place).
+
+        Everything is on stable storage when this returns. The layer returned reads through the same open file;
+        closing either closes it. Reading goes on here, writing is refused. Raises FormatError, with nothing changed,
+        if the layer has more segments than a sealed one may.
+        """
+
+    @abstractmethod
+    def unseal(self) -> None:
+        """Take back a :meth:`seal`: cut off what it appended, and allow writing again."""
+
+    @abstractmethod
+    def retire(self) -> None:
+        """After a :meth:`seal`: close all but the data file, which is the sealed layer's to close from now on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files. What was not flushed is the kernel's to write, and survives this process."""
+
+    @property
+    def virtual_size(self) -> int:
+        """Size of the disk in bytes; 0 leaves it to the layers below."""
+        return self.header.virtual_size
+
+    @property
+    def uuid(self) -> str:
+        """The layer's UUID."""
+        return self.header.uuid
+
+    @property
+    def parent_uuid(self) -> str:
+        """UUID of the layer this one was made on."""
+        return self.header.parent_uuid
+
+    @property
+    def user_tag(self) -> str:
+        """The message in the header."""
+        return self.header.user_tag.decode(errors="replace")
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The disk's bytes as this layer has them: zeros where it holds nothing."""
+        pieces = self.read_held(offset, length)
+        return b"".join(bytes(size) if data is None else data for size, data in pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.header.virtual_size:
+            raise OutOfRangeError(
+                f"{self.name}: range outside the disk (got [{offset}, {offset + length}), "
+                f"wanted inside [0, {self.header.virtual_size}))"
+            )
+
+    def _check_growth(self, virtual_size: int) -> None:
+        check_virtual_size(virtual_size, self.name)
+        if virtual_size < self.virtual_size:
+            raise OutOfRangeError(f"{self.name}: a layer cannot shrink (got {virtual_size}, has {self.virtual_size})")
+
+    def _make_room(self, offset: int, length: int) -> None:
+        # Before a write: it may end past the disk's end.
+        if offset < 0:
+            self._check_range(offset, length)
+        if length and offset + length > self.virtual_size:
+            self.set_virtual_size(-(-(offset + length) // SECTOR) * SECTOR)
+
+
+def check_virtual_size(virtual_size: int, name: str = "writable layer") -> None:
+    """Raise OutOfRangeError unless a writable layer can have this virtual size."""
+    if virtual_size % SECTOR or not 0 <= virtual_size <= MAX_VIRTUAL_SIZE:
+        raise OutOfRangeError(
+            f"{name}: no virtual size for a writable layer (got {virtual_size}, "
+            f"wanted a multiple of {SECTOR} up to {MAX_VIRTUAL_SIZE})"
+        )
+
+
+def read_only_error(name: str) -> SourceError:
+    """What writing raises after sealing, or after opening for reading."""
+    return SourceError("layer was sealed or opened for reading only, it cannot be written", blob=name)
