@@ -22,6 +22,7 @@ from obdlab.errors import ObdlabError
 from obdlab.lab import coldness, environment
 from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
 from obdlab.lab.containerd import OwnContainerd
+from obdlab.lab.leftovers import cleanup_leftovers
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.recipe import Recipe, find_recipe
 from obdlab.lab.registry import RegistryHost
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from obdlab.lab.netns import LinkCounters
+    from obdlab.lab.leftovers import cleanup_leftovers
+from obdlab.lab.netns import LinkCounters
     from obdlab.lab.registry import Traffic
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
@@ -92,6 +94,7 @@ class Bench:
         self._images: dict[str, BenchImage] = {}
 
     def __enter__(self) -> Self:
+        cleanup_leftovers()  # of experiments that were killed
         recipes = [find_recipe(name, self._paths.datasets) for name in self._spec.images]
         layouts = [build_image(recipe, self._paths.images, self._say) for recipe in recipes]
         with ExitStack() as stack:
