@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from obdlab.lab.leftovers import cleanup_leftovers
-from obdlab.lab.netns import LinkCounters
+    from obdlab.lab.netns import LinkCounters
     from obdlab.lab.registry import Traffic
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
