@@ -38,14 +38,18 @@ _FINISH_TIMEOUT_S = 900.0
 _PIPE_SIZE = 1 << 20
 
 
-def make_filesystem(device: Path) -> None:
-    """Make an empty ext4 on a device that reads as zeros. Raises DeviceError with what mkfs said."""
+def make_filesystem(device: Path, *, offset: int = 0, size: int | None = None) -> None:
+    """Make an empty ext4 on a device, or on ``size`` bytes from ``offset`` of a file, that read as zeros.
+
+    Raises DeviceError with what mkfs said.
+    """
+    place = f",offset={offset}" if offset else ""
     command = [
         "mkfs.ext4", "-q", "-F",
         "-b", "4096", "-I", "256", "-i", "16384", "-m", "0",
         "-O", _FEATURES, "-G", str(_FLEX_GROUPS), "-U", _UUID,
-        "-E", f"packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,nodiscard,hash_seed={_UUID},root_owner=0:0",
-        str(device),
+        "-E", f"packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,nodiscard,hash_seed={_UUID},root_owner=0:0{place}",
+        str(device), *([] if size is None else [f"{size // 1024}k"]),
     ]  # fmt: skip
     try:
         # Without its own configuration file, for the same result everywhere; times are fixed by the variable.

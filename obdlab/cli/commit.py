@@ -1,0 +1,90 @@
+"""``obdlab commit``: a writable or sealed layer as one compact layer file."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.packing import (
+    add_output_options,
+    add_packing_options,
+    end_politely_on_sigterm,
+    message_argument,
+    packing_from,
+    progress_bar,
+    say,
+    size_text,
+    uuid_argument,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.layers.commit import Committed
+
+_DESCRIPTION = """\
+Writes the layer's data in disk order, without what was overwritten, and seals it. The layer itself is left as it is.
+LAYER is the data file of a writable layer (in append mode with --index), or a sealed layer of any kind, which is
+compacted or packed anew. Its bytes are those of the original's commit."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "commit", help="write a layer as a compact, sealed layer file", description=_DESCRIPTION
+    )
+    parser.add_argument("layer", metavar="LAYER", help="data file of a writable layer, or a sealed layer")
+    parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
+    parser.add_argument("--index", metavar="FILE", default="", help="index file of a layer in append mode")
+    add_identity_options(parser)
+    add_packing_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_identity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the UUIDs and the message of a layer that is written."""
+    group = parser.add_argument_group("what it is called")
+    group.add_argument(
+        "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the new layer (default: all zeros)"
+    )
+    group.add_argument(
+        "--parent-uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer below (default: kept)"
+    )
+    group.add_argument("-m", "--message", type=message_argument, default="", help="up to 256 bytes kept in the layer")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Commit."""
+    from obdlab.image.disks import open_any_layer
+    from obdlab.image.writing import commit_size, write_layer
+
+    end_politely_on_sigterm()
+    with (
+        closing(open_any_layer(args.layer, args.index)) as layer,
+        progress_bar(args.output, commit_size(layer), quiet=args.quiet) as progress,
+    ):
+        committed = write_layer(
+            layer,
+            args.output,
+            packing_from(args),
+            uuid=args.uuid,
+            parent_uuid=args.parent_uuid,
+            user_tag=args.message,
+            force=args.force,
+            progress=progress,
+        )
+    say_what_was_written(args, committed)
+    return 0
+
+
+def say_what_was_written(args: argparse.Namespace, committed: Committed) -> None:
+    """Print sizes of a layer file that was made."""
+    from pathlib import Path
+
+    stored = Path(args.output).stat().st_size
+    say(
+        f"{args.output}: {size_text(committed.data_sectors * 512)} of data in {committed.records} segments, "
+        f"stored in {size_text(stored)}",
+        quiet=args.quiet,
+    )

@@ -1,0 +1,82 @@
+"""``obdlab create``: an empty writable layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from obdlab.cli.packing import say, size_text, uuid_argument
+from obdlab.errors import ObdlabError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class LayerArgumentsError(ObdlabError):
+    """Arguments that contradict each other."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "create",
+        help="make an empty writable layer",
+        description=(
+            "Makes the files of an empty writable layer: a data file and an index file in append mode, or with "
+            "--sparse one sparse data file. They must not exist. The size of a layer over others may be 0: it "
+            "then gets that of the layers below when it is stacked."
+        ),
+    )
+    parser.add_argument("data", metavar="DATA", help="data file to make")
+    parser.add_argument("index", metavar="INDEX", nargs="?", help="index file to make (append mode)")
+    parser.add_argument(
+        "--vsize", type=_size, required=True, metavar="SIZE", help="size of the disk in bytes, or as 512M, 64G, 1T"
+    )
+    parser.add_argument("--sparse", action="store_true", help="one sparse file, without index")
+    parser.add_argument(
+        "--uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer (default: a random one)"
+    )
+    parser.add_argument(
+        "--parent-uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer below (default: none)"
+    )
+    parser.add_argument("--mkfs", action="store_true", help="make an empty ext4 in it (with --sparse)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the files."""
+    from obdlab.layers.append import AppendUpper
+    from obdlab.layers.upper import SparseUpper
+
+    if args.sparse == (args.index is not None):
+        raise LayerArgumentsError("a layer either has an index file or is sparse: give INDEX or --sparse")
+    if args.mkfs and not args.sparse:
+        raise LayerArgumentsError("--mkfs writes into the data file, which only a layer made with --sparse allows")
+    names = {"uuid": args.uuid, "parent_uuid": args.parent_uuid}
+    if args.sparse:
+        SparseUpper.create(args.data, args.vsize, **names).close()
+        if args.mkfs:
+            _make_filesystem(args.data, args.vsize)
+    else:
+        AppendUpper.create(args.data, args.index, args.vsize, **names).close()
+    say(f"{args.data}: empty writable layer of a disk of {size_text(args.vsize)}", quiet=args.quiet)
+    return 0
+
+
+def _make_filesystem(data: str, virtual_size: int) -> None:
+    from obdlab.convert.filesystem import make_filesystem
+    from obdlab.formats.lsmt.layout import HEADER_SPACE
+
+    try:
+        make_filesystem(Path(data), offset=HEADER_SPACE, size=virtual_size)
+    except BaseException:
+        Path(data).unlink()
+        raise
+
+
+def _size(text: str) -> int:
+    digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not (digits.isascii() and digits.isdecimal()) or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"not a size (got {text!r}, wanted bytes, or a number with K, M, G or T)")
+    return int(digits) * _UNITS[unit]

@@ -1,0 +1,59 @@
+"""``obdlab merge``: a stack of layers as one layer file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.commit import add_identity_options, say_what_was_written
+from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.packing import (
+    add_output_options,
+    add_packing_options,
+    end_politely_on_sigterm,
+    packing_from,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+_DESCRIPTION = """\
+Flattens a stack: what its layers show together is written as one sealed layer, without what is hidden.
+Layers are given bottom first. A single config.v1.json names a whole image instead; its lowers may lie in a registry,
+and its writable layer is flattened too."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser("merge", help="write a stack of layers as one layer", description=_DESCRIPTION)
+    parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or a config.v1.json")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the layer file to make")
+    add_identity_options(parser)
+    add_packing_options(parser)
+    add_output_options(parser)
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge."""
+    from obdlab.image.disks import open_disk
+    from obdlab.image.writing import commit_size, write_layer
+
+    end_politely_on_sigterm()
+    with (
+        open_disk(args.layers, settings_from(args)) as disk,
+        progress_bar(args.output, commit_size(disk), quiet=args.quiet) as progress,
+    ):
+        committed = write_layer(
+            disk,
+            args.output,
+            packing_from(args),
+            uuid=args.uuid,
+            parent_uuid=args.parent_uuid,
+            user_tag=args.message,
+            force=args.force,
+            progress=progress,
+        )
+    say_what_was_written(args, committed)
+    return 0

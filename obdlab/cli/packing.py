@@ -1,0 +1,113 @@
+"""Options and bars that the commands which write layer files share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.image.writing import Packing, Progress
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add whether an existing output may be replaced, and whether anything is said."""
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def add_packing_options(parser: argparse.ArgumentParser, *, plain: bool = True) -> None:
+    """Add how the output is stored; ``plain`` lets it be uncompressed."""
+    group = parser.add_argument_group("how it is stored")
+    kinds = ("lz4", "zstd", "none") if plain else ("lz4", "zstd")
+    group.add_argument("--algorithm", choices=kinds, default="lz4", help="compression (default: %(default)s)")
+    group.add_argument(
+        "--block-size-kib", type=int, choices=(4, 8, 16, 32, 64), default=4, help="blocks (default: %(default)s)"
+    )
+    group.add_argument("--tar", action="store_true", help="put it into a tar, as registries want layers")
+    group.add_argument(
+        "--workers",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        default=min(4, os.cpu_count() or 1),
+        help="threads that compress; the output is the same for any number (default: %(default)s)",
+    )
+
+
+def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
+    """Return the packing these arguments ask for."""
+    from obdlab.image.writing import Packing
+
+    algorithm = "" if args.algorithm == "none" else args.algorithm
+    return Packing(algorithm, args.block_size_kib << 10, args.tar, args.workers, **more)
+
+
+def end_politely_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does, so that half-made files are removed."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, quiet: bool) -> Iterator[Progress]:
+    """Show bytes done, on standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    # disable=None: no bar where nobody looks.
+    with tqdm(
+        total=total,
+        desc=title,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        disable=True if quiet else None,
+        file=sys.stderr,
+    ) as bar:
+        yield bar.update
+
+
+def say(text: str, *, quiet: bool) -> None:
+    """Print one line of summary on standard error."""
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+def size_text(size: int) -> str:
+    """Return a size for people: ``3.2 MiB``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def uuid_argument(text: str) -> str:
+    """Check a UUID given on the command line; any version, either case."""
+    from obdlab.formats.lsmt.layout import normalise_uuid
+
+    try:
+        return normalise_uuid(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def message_argument(text: str) -> str:
+    """Check a message given on the command line."""
+    from obdlab.formats.lsmt.layout import encode_user_tag
+
+    try:
+        encode_user_tag(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

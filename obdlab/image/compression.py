@@ -1,0 +1,45 @@
+"""Whole files into ZFiles, and out of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, BinaryIO
+
+from obdlab.image.writing import CountingSink
+
+if TYPE_CHECKING:
+    from obdlab.blob import Blob
+    from obdlab.image.writing import Packing, Progress
+    from obdlab.layers.sink import Sink
+
+_STEP = 1 << 20
+
+
+def compress_stream(source: BinaryIO, sink: Sink, packing: Packing, progress: Progress | None = None) -> int:
+    """Compress ``source`` to its end into ``sink``; return its length. ``progress`` hears of uncompressed bytes.
+
+    Raises ZFileWriteError for content that has no ZFile with these options, PackingError for a tar into a sink that
+    cannot seek.
+    """
+    length = 0
+    with packing.around(sink) as packed:
+        target = packed if progress is None else CountingSink(packed, progress)
+        # A pipe gives what it has, so that this streams.
+        while data := source.read(_STEP):
+            target.write(data)
+            length += len(data)
+    return length
+
+
+def extract(content: Blob, file: BinaryIO, *, sparse: bool, progress: Progress | None = None) -> None:
+    """Write all of ``content`` to ``file``; ``sparse`` leaves holes where 1 MiB is zeros, in a file that can seek."""
+    for offset in range(0, content.size, _STEP):
+        data = content.read_at(offset, min(_STEP, content.size - offset))
+        if sparse and not any(data):
+            file.seek(len(data), os.SEEK_CUR)
+        else:
+            file.write(data)
+        if progress is not None:
+            progress(len(data))
+    if sparse:
+        file.truncate(content.size)

@@ -1,0 +1,159 @@
+"""Importing disk images of virtual machines, raw or qcow2, as layers.
+
+A qcow2 file is decoded by ``qemu-img``. Its header is looked at first: an image that names other files (a backing
+file, an external data file) could make qemu-img read any file of this host, and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import tempfile
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.image.output import check_absent
+from obdlab.image.rawdisk import RawDisk
+from obdlab.image.writing import write_layer
+from obdlab.sources.localfile import LocalFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.image.writing import Packing, Progress
+    from obdlab.layers.commit import Committed
+
+KINDS = ("raw", "qcow2")
+_QCOW2_MAGIC = b"QFI\xfb"
+# magic, version, backing file offset and size, cluster bits, size of the disk (docs/interop/qcow2 of QEMU)
+_QCOW2 = struct.Struct(">4sIQIIQ")
+_FEATURES_OFFSET = 72
+# Incompatible features that change nothing for a reader that takes the file as it is: dirty, corrupt, compression
+# type, extended L2 entries. Bit 2 is the external data file.
+_HARMLESS_FEATURES = 0b11011
+#: qemu-img is given up when it has written nothing for this long.
+STALL_TIMEOUT_S = 600.0
+_LOOK_EVERY_S = 0.1
+
+
+class ImportDiskError(ObdlabError):
+    """A disk image cannot be imported: qemu-img is missing, or failed."""
+
+
+def disk_kind(path: str | os.PathLike[str]) -> str:
+    """Return "qcow2" if the file starts as one, else "raw". Raises SourceError if it cannot be read."""
+    with LocalFile(path) as file:
+        return "qcow2" if file.read_at(0, min(4, file.size)) == _QCOW2_MAGIC else "raw"
+
+
+def disk_size(path: str | os.PathLike[str], kind: str) -> int:
+    """Return the bytes of the disk in an image. Raises FormatError for a qcow2 file that is not taken."""
+    with LocalFile(path) as file:
+        return file.size if kind == "raw" else _check_qcow2(file)
+
+
+def import_disk(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    packing: Packing,
+    *,
+    kind: str,
+    uuid: str = "",
+    user_tag: str = "",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Committed:
+    """Write a whole disk as a new base layer; blocks of 4 KiB that are all zeros are left out.
+
+    A qcow2 image is unpacked beside ``path`` first, as a sparse file that is gone afterwards. ``progress`` hears of
+    the disk's bytes, while they are looked at. Raises ImportDiskError, FormatError, SourceError, OutputError.
+    """
+    check_absent(path, force=force)
+    with _as_raw(Path(source), Path(path), kind) as raw, closing(RawDisk(raw, progress)) as disk:
+        return write_layer(disk, path, packing, uuid=uuid, user_tag=user_tag, force=force)
+
+
+@contextmanager
+def _as_raw(source: Path, target: Path, kind: str) -> Iterator[Path]:
+    if kind == "raw":
+        yield source
+        return
+    with LocalFile(source) as file:
+        _check_qcow2(file)
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise SourceError(f"cannot be made ({error.strerror})", blob=str(target)) from error
+    with directory as name:
+        raw = Path(name) / "disk.raw"
+        _run_qemu_img(source.absolute(), raw)
+        yield raw
+
+
+def _run_qemu_img(source: Path, raw: Path) -> None:
+    # --image-opts takes the name of the file literally but for commas; a plain argument could be a URL of qemu's.
+    name = str(source).replace(",", ",,")
+    command = [
+        "qemu-img", "convert", "-S", "4k", "-O", "raw",
+        "--image-opts", f"driver=qcow2,file.driver=file,file.filename={name}", str(raw),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        except FileNotFoundError as error:
+            raise ImportDiskError(
+                "qcow2 images are read by qemu-img, which is not installed (Debian and Ubuntu: apt install "
+                "qemu-utils; Fedora: dnf install qemu-img)"
+            ) from error
+        try:
+            status = _wait(process, raw)
+        finally:
+            process.kill()
+            process.wait()
+        if status:
+            said.seek(0)
+            text = said.read(4096).decode(errors="replace").strip() or f"exit status {status}"
+            raise ImportDiskError(f"{source}: qemu-img failed: {text}")
+
+
+def _wait(process: subprocess.Popen[bytes], raw: Path) -> int:
+    seen, since = -1, time.monotonic()
+    while True:
+        try:
+            return process.wait(_LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            pass
+        written = raw.stat().st_blocks if raw.exists() else 0
+        if written != seen:
+            seen, since = written, time.monotonic()
+        elif time.monotonic() - since > STALL_TIMEOUT_S:
+            raise ImportDiskError(f"{raw}: qemu-img wrote nothing for {STALL_TIMEOUT_S:g} s")
+
+
+def _check_qcow2(file: LocalFile) -> int:
+    start = file.read_at(0, min(_FEATURES_OFFSET + 8, file.size))
+    if len(start) < _FEATURES_OFFSET or not start.startswith(_QCOW2_MAGIC):
+        raise FormatError("no qcow2 image", blob=file.name, offset=0, got=start[:4].hex(), wanted=_QCOW2_MAGIC.hex())
+    _, version, backing_offset, _, _, size = _QCOW2.unpack_from(start)
+    if version not in (2, 3):
+        raise FormatError("unknown qcow2 version", blob=file.name, offset=4, got=version, wanted="2 or 3")
+    if backing_offset:
+        raise FormatError(
+            "qcow2 image has a backing file; make it whole first (qemu-img rebase, or convert)",
+            blob=file.name,
+            offset=8,
+        )
+    features = int.from_bytes(start[_FEATURES_OFFSET:], "big") if version == 3 else 0
+    if features & ~_HARMLESS_FEATURES:
+        raise FormatError(
+            "qcow2 image has features that are not taken (bit 2: external data file)",
+            blob=file.name,
+            offset=_FEATURES_OFFSET,
+            got=f"{features:#x}",
+            wanted=f"none but {_HARMLESS_FEATURES:#x}",
+        )
+    return int(size)

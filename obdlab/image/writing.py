@@ -1,0 +1,122 @@
+"""Writing layers to files: what is committed, how it is packed, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR
+from obdlab.image.output import new_file
+from obdlab.layers.commit import commit
+from obdlab.layers.sink import can_seek
+from obdlab.layers.tarwrap import TarWrapWriter
+from obdlab.layers.zfile import ZFileWriter
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from obdlab.layers.commit import Committed
+    from obdlab.layers.lsmt import Layer
+    from obdlab.layers.sink import SeekableSink, Sink
+    from obdlab.layers.stack import Stack
+
+#: Told how many bytes more are done.
+Progress = Callable[[int], object]
+
+
+class PackingError(ObdlabError):
+    """A way of packing that cannot be: a tar around a plain layer is not what the original makes or reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How content is stored: compressed by ``algorithm`` ("lz4", "zstd", or "" for not at all), perhaps in a tar.
+
+    ``workers`` threads compress. Without ``rewrite_header`` a ZFile keeps the header that was written first, as one
+    that is streamed does, so that its readers need the trailer. ``block_crcs=False`` leaves out the checksums.
+    """
+
+    algorithm: str = "lz4"
+    block_size: int = 4096
+    tar: bool = False
+    workers: int = 1
+    rewrite_header: bool = True
+    block_crcs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tar and not self.algorithm:
+            raise PackingError("only compressed content is put into a tar (got tar without compression)")
+
+    @contextmanager
+    def around(self, sink: Sink) -> Iterator[Sink]:
+        """Give a sink whose content arrives in ``sink`` packed; finished when the block ends well."""
+        if not self.algorithm:
+            yield sink
+            return
+        if not self.tar:
+            with self._compressed(sink) as compressed:
+                yield compressed
+            return
+        with TarWrapWriter(_seekable(sink)) as wrapped, self._compressed(wrapped) as compressed:
+            yield compressed
+
+    def _compressed(self, sink: Sink) -> ZFileWriter:
+        return ZFileWriter(
+            sink,
+            self.block_size,
+            self.algorithm,
+            self.rewrite_header,
+            verify=self.block_crcs,
+            workers=self.workers,
+        )
+
+
+def write_layer(
+    source: Layer | Stack,
+    path: str | os.PathLike[str],
+    packing: Packing,
+    *,
+    uuid: str = "",
+    parent_uuid: str | None = None,
+    user_tag: str = "",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Committed:
+    """Commit a layer, or flatten a stack, into a new file. ``progress`` hears of bytes of the uncompressed layer.
+
+    Raises OutputError if the file exists (unless ``force``), ValueError for a UUID or message that does not fit, and
+    what the source raises; then nothing is left of the file.
+    """
+    with new_file(path, force=force) as file, packing.around(file) as sink:
+        target = sink if progress is None else CountingSink(sink, progress)
+        return commit(source, target, uuid=uuid, parent_uuid=parent_uuid, user_tag=user_tag)
+
+
+def commit_size(source: Layer | Stack) -> int:
+    """Return about how many uncompressed bytes committing ``source`` writes."""
+    segments = source.index.segments()
+    return 2 * HEADER_SPACE + int(segments.mapped_sectors.sum()) * SECTOR + len(segments) * RECORD_SIZE
+
+
+class CountingSink:
+    """Passes everything on, and tells how much it was."""
+
+    def __init__(self, sink: Sink, progress: Progress) -> None:
+        self._sink = sink
+        self._progress = progress
+
+    def write(self, data: bytes) -> int:
+        """Append ``data``; returns its length."""
+        self._sink.write(data)
+        self._progress(len(data))
+        return len(data)
+
+
+def _seekable(sink: Sink) -> SeekableSink:
+    if not can_seek(sink):
+        raise PackingError("a tar's first block tells its size, so that it can only go where one can seek back")
+    return sink
