@@ -29,6 +29,7 @@ MOUNT_OPTIONS = "noinit_itable,nobarrier,nodiscard,errors=remount-ro"
 _UUID = "6f62646c-6162-4d69-8d61-6765732d6f31"
 _FEATURES = "none,dir_index,dir_nlink,extent,64bit,ext_attr,extra_isize,filetype,flex_bg,huge_file,large_file,\
 metadata_csum,sparse_super,sparse_super2"
+_EXTENDED = f"packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,nodiscard,hash_seed={_UUID},root_owner=0:0"
 # More groups than any image has: one flex group.
 _FLEX_GROUPS = 1 << 20
 _MKFS_TIMEOUT_S = 120.0
@@ -48,7 +49,7 @@ def make_filesystem(device: Path, *, offset: int = 0, size: int | None = None) -
         "mkfs.ext4", "-q", "-F",
         "-b", "4096", "-I", "256", "-i", "16384", "-m", "0",
         "-O", _FEATURES, "-G", str(_FLEX_GROUPS), "-U", _UUID,
-        "-E", f"packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,nodiscard,hash_seed={_UUID},root_owner=0:0{place}",
+        "-E", f"{_EXTENDED}{place}",
         str(device), *([] if size is None else [f"{size // 1024}k"]),
     ]  # fmt: skip
     try:

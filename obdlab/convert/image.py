@@ -21,6 +21,7 @@ from obdlab.convert.progress import Progress, Silent
 from obdlab.convert.source import host_platform
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats import oci
+from obdlab.formats.lsmt.index import MAX_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -98,8 +99,13 @@ def convert_image(
     begin = time.monotonic()
     manifest = source.manifest(options.platform or host_platform())
     config = source.config(manifest)
-    if not manifest.layers:
-        raise FormatError("image has no layers", blob=source.name)
+    if not 1 <= len(manifest.layers) <= MAX_LAYERS:
+        raise FormatError(
+            "image has a number of layers that no device can stack",
+            blob=source.name,
+            got=len(manifest.layers),
+            wanted=f"1 to {MAX_LAYERS}",
+        )
     with _work_directory(options.work_dir) as work_dir:
         conversion = _Conversion(source, destination, devices, options, progress or Silent(), work_dir)
         layers = conversion.run(manifest, config)
@@ -124,6 +130,7 @@ class _Conversion:
         self._options = options
         self._progress = progress
         self._work_dir = work_dir
+        self._devices = devices
         self._builder = LayerBuilder(work_dir, devices, options.layer)
         self._fetches: list[Future[VerifiedFile]] = []
         self._stopped = threading.Event()
@@ -150,6 +157,8 @@ class _Conversion:
     ) -> list[bool]:
         uuids = [layer_uuid(chain) for chain in oci.chain_ids(config.diff_ids)]
         pushes: list[Future[bool]] = []
+        # Its start takes as long as the first download; should it fail, the first attach says so.
+        fetchers.submit(self._devices.start_host)
         for number, layer in enumerate(manifest.layers):
             # One ahead: more would only fill the disk.
             for ahead in range(len(self._fetches), min(number + 2, len(manifest.layers))):

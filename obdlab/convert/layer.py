@@ -2,7 +2,8 @@
 
 The disk is a writable device of obdlab's own over the layers built so far. What the layer's files and the file
 system's own blocks changed is in the writable layer; committed and compressed it is the layer blob:
-LSMT in a ZFile in a tar.
+LSMT in a ZFile in a tar. Every layer states the disk's size; the original writes 0 into all but the lowest, and reads
+either.
 """
 
 from __future__ import annotations
