@@ -84,20 +84,21 @@ class ImageDevices:
     def release(self, snapshot_id: int) -> None:
         """Unmount the image and take its device away.
 
-        Raises FailedPreconditionError, with the mount back in its place, while something else still uses it.
+        A device that only other mount namespaces hold goes when they let go of it. Raises FailedPreconditionError,
+        having changed nothing, while something in this one still uses the image.
         """
         target = self._layout.mountpoint(snapshot_id)
-        entries = mount.mounts_at(target)
+        users = _users(target)
+        if users:
+            raise FailedPreconditionError(f"image snapshot is in use: mounted on {', '.join(users)}")
         try:
             while mount.unmount(target):
                 pass
-            # Refused while overlays hold the file system, which they do without its mount, in any mount namespace.
-            for device in self._devices_of(snapshot_id):
-                self._devices.detach(device.device_id)
         except DeviceError as error:
-            if entries and not mount.is_mounted(target):
-                mount.mount(Path(entries[-1].source), target, read_only=True)
             raise FailedPreconditionError(f"image snapshot is in use: {error}") from error
+        for device in self._devices_of(snapshot_id):
+            if not self._devices.release(device.device_id):
+                logger.info("device %s stays until its last user is gone", device.device_id)
         self._forget(snapshot_id)
         self._failures.pop(snapshot_id, None)
 
@@ -179,6 +180,23 @@ class ImageDevices:
             live = self._live.pop(snapshot_id, None)
         if live is not None:
             os.close(live.pidfd)
+
+
+# Overlays keep a lower file system without needing its mount: unmounting would succeed and only hide the use.
+def _users(target: Path) -> list[str]:
+    entries = mount.mounts()
+    devices = {entry.device for entry in entries if entry.mountpoint == target}
+    return [
+        str(entry.mountpoint)
+        for entry in entries
+        if (entry.device in devices and entry.mountpoint != target)
+        or (entry.fs_type == "overlay" and str(target) in _lowers(entry.super_options))
+    ]
+
+
+def _lowers(super_options: str) -> list[str]:
+    lowers = [option.partition("=")[2] for option in super_options.split(",") if option.startswith("lowerdir")]
+    return [directory for lower in lowers for directory in lower.split(":")]
 
 
 def _unmount_all(target: Path) -> None:

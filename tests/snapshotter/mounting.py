@@ -38,6 +38,9 @@ def mounted(mounts: Sequence[Mount], target: Path) -> Iterator[Path]:
 def _overlay(mount: Mount, target: Path) -> None:
     # All options must fit a page; lowers relative to the working directory are containerd's way to make many fit.
     lowers = next(option for option in mount.options if option.startswith("lowerdir=")).partition("=")[2].split(":")
+    if len(lowers) == 1:
+        abi.mount("overlay", target, "overlay", 0, ",".join(mount.options))
+        return
     common = os.path.commonpath(lowers)
     relative = ":".join(os.path.relpath(lower, common) for lower in lowers)
     options = [option for option in mount.options if not option.startswith("lowerdir=")]

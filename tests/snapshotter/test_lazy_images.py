@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -247,6 +248,22 @@ def test_an_image_in_use_is_not_removed(host: ObdlabHost, wire: WireSnapshotter,
     assert host.snapshotter.devices.list() == []
 
 
+def test_a_copied_mount_does_not_keep_an_image(host: ObdlabHost, wire: WireSnapshotter, image: str) -> None:
+    host.rpull(image)
+    wire.prepare("container", top(wire), {})
+    # Any program may have copied all mounts into a namespace of its own.
+    with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "1000"]) as other:
+        try:
+            wait_for(lambda: str(device_mounts(host)[0]) in Path(f"/proc/{other.pid}/mounts").read_text())
+            wait_for(lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+            wire.remove("container")
+            host.ctr("images", "rm", "--sync", image)
+            wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+        finally:
+            other.kill()
+    wait_for(lambda: host.snapshotter.devices.list() == [])
+
+
 def test_a_plain_layer_lies_on_an_overlaybd_image(host: ObdlabHost, registry_server: RegistryServer) -> None:
     layer = imagefiles.LayerTar()
     layer.add("busybox", imagefiles.busybox_bytes(), mode=0o755)
@@ -404,7 +421,17 @@ def test_the_command_ends_while_a_registry_does_not_answer(host: ObdlabHost, wir
     host.snapshotter.start()
     assert [snapshot.key for snapshot in host_snapshots(host)] == ["chain0"]
     # The attach itself would go on to its deadline, in the device host.
-    os.killpg(json.loads((host.snapshotter.run_dir / "host.pid").read_text())["pid"], signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*"):
+        if str(host.snapshotter.run_dir) in _command_line(process):
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def _command_line(process: Path) -> str:
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    return " ".join(words) if "obdlab.cli.device_host" in words else ""
 
 
 def host_snapshots(host: ObdlabHost) -> list[Snapshot]:
