@@ -1,0 +1,217 @@
+"""Every parser of bytes that somebody else wrote, with sound files to start from."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from obdlab.blob import Blob, MemoryBlob
+from obdlab.convert.tarstream import Kind, TarStream
+from obdlab.errors import ObdlabError
+from obdlab.formats import oci
+from obdlab.image.config import ImageConfig
+from obdlab.image.diskimport import disk_size
+from obdlab.layers.append import AppendUpper
+from obdlab.layers.lsmt import open_layer
+from obdlab.layers.stack import Stack
+from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.layers.zfile import open_zfile
+from obdlab.registry.auth import Credentials, parse_challenges
+from obdlab.registry.reference import Reference
+from tests.layers.golden import GOLDEN
+from tests.layers.zfile_samples import compress
+
+_MOST_READ = 4 << 20
+_STEP = 256 << 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser, and files that it takes."""
+
+    parse: Callable[[bytes], object]
+    seeds: Callable[[], list[bytes]]
+    #: Whether it refuses anything: some take what they understand.
+    strict: bool = True
+
+
+def read_all(blob: Blob) -> None:
+    # As a reader would, but an honest 8 EiB of zeros is not read to its end.
+    size = blob.size
+    for offset in range(0, min(size, _MOST_READ), _STEP):
+        length = min(_STEP, size - offset)
+        assert len(blob.read_at(offset, length)) == length
+    if size > _MOST_READ:
+        assert len(blob.read_at(size - 4096, 4096)) == 4096
+
+
+def _zfile(data: bytes) -> None:
+    read_all(open_zfile(MemoryBlob(data)))
+
+
+def _tar(data: bytes) -> None:
+    read_all(open_tarwrap(MemoryBlob(data)))
+
+
+def _layer(data: bytes) -> None:
+    read_all(Stack([open_layer(MemoryBlob(data))]))
+
+
+def _stack(data: bytes) -> None:
+    bottom = open_layer(MemoryBlob(_golden("lsmt/l1.plain.lsmt")))
+    read_all(Stack([bottom, open_layer(MemoryBlob(data))]))
+
+
+def _append_log(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        index = Path(name) / "index"
+        index.write_bytes(data)
+        content = Path(name) / "data"
+        content.write_bytes(_golden("lsmt/l1.data"))
+        with AppendUpper.open(content, index) as upper:
+            read_all(Stack([upper]))
+
+
+def _qcow2(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        disk_size(file.name, "qcow2")
+
+
+def _config(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        config = ImageConfig.load(file.name)
+    assert ImageConfig.from_json(config.to_json()) == config
+
+
+def _manifest(data: bytes) -> None:
+    document = oci.parse_manifest(data)
+    assert oci.parse_manifest(document.to_bytes()) == document
+
+
+def _image_config(data: bytes) -> None:
+    oci.chain_ids(oci.Config.parse(data).diff_ids)
+
+
+def _credentials(data: bytes) -> None:
+    Credentials.parse(data)
+
+
+def _challenges(data: bytes) -> None:
+    parse_challenges(data.decode("latin-1"))
+
+
+def _reference(data: bytes) -> None:
+    reference = Reference.parse(data.decode("utf-8", "surrogateescape"))
+    assert Reference.parse(str(reference)) == reference
+
+
+def _layer_tar(data: bytes) -> None:
+    stream = TarStream(io.BytesIO(data), "layer")
+    for member in stream:
+        if member.kind is Kind.FILE:
+            assert sum(len(piece) for _, piece in stream.data(member)) <= member.size
+    stream.drain()
+
+
+@cache
+def _golden(name: str) -> bytes:
+    return (GOLDEN / name).read_bytes()
+
+
+def _goldens(*names: str) -> Callable[[], list[bytes]]:
+    return lambda: [_golden(name) for name in names]
+
+
+def _zfile_seeds() -> list[bytes]:
+    text = _golden("zfile/text.bin")[:20_000]
+    made = [
+        compress(text, 4096 << n, kind, verify=crc)
+        for n in (0, 4)
+        for kind in ("lz4", "zstd")
+        for crc in (True, False)
+    ]
+    return [*made, compress(text, overwrite_header=False), _golden("zfile/empty.lz4.4.zfile")]
+
+
+def _layer_seeds() -> list[bytes]:
+    names = ("l2.plain.lsmt", "l1.lz4tar.lsmt", "l2.lz4.lsmt", "l1.sealed.lsmt", "c1.empty.lsmt", "l1.zstd16.lsmt")
+    return [_golden(f"lsmt/{name}") for name in names]
+
+
+def _config_seeds() -> list[bytes]:
+    lowers = [{"file": "/a", "digest": "sha256:" + "1" * 64, "size": 5, "dir": "/d"}, {"dir": "/e"}]
+    full = {
+        "repoBlobUrl": "https://host/v2/a/blobs",
+        "lowers": lowers,
+        "upper": {"index": "/i", "data": "/d", "vsize": 64},
+        "resultFile": "/r",
+        "download": {"enable": True, "delay": 3},
+        "accelerationLayer": True,
+        "recordTracePath": "/t",
+    }
+    return [json.dumps(full).encode(), b'{"lowers":null}', b"{}"]
+
+
+def _credential_seeds() -> list[bytes]:
+    entries = {"a.example": {"auth": "dXNlcjpwYXNz"}, "https://b.example/v1/": {"username": "u", "password": "p"}}
+    return [json.dumps({"auths": entries}).encode()]
+
+
+def _challenge_seeds() -> list[bytes]:
+    return [
+        b'Bearer realm="https://a.example/token",service="s",scope="repository:a/b:pull", Basic realm="x"',
+        b"Basic",
+    ]
+
+
+def _reference_seeds() -> list[bytes]:
+    return [b"registry.example:5000/a/b:tag@sha256:" + b"1" * 64, b"[::1]:5000/name", b"host.example/name:tag"]
+
+
+def _tar_seeds() -> list[bytes]:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, kind, pax in (
+            ("etc", tarfile.DIRTYPE, {}),
+            ("etc/passwd", tarfile.REGTYPE, {"SCHILY.xattr.user.a": "b", "mtime": "1.5"}),
+            ("etc/link" * 30, tarfile.SYMTYPE, {}),
+            ("etc/hard", tarfile.LNKTYPE, {}),
+            ("etc/.wh.gone", tarfile.REGTYPE, {}),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.pax_headers, info.linkname = kind, pax, "etc/passwd"
+            info.size = 1000 if name == "etc/passwd" else 0
+            tar.addfile(info, io.BytesIO(b"x" * 1000))
+    return [out.getvalue(), _golden("ext4/layer2.tar")]
+
+
+TARGETS = {
+    "zfile": Target(_zfile, _zfile_seeds),
+    "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
+    "layer": Target(_layer, _layer_seeds),
+    "stack": Target(_stack, _layer_seeds),
+    "append-log": Target(_append_log, _goldens("lsmt/l1.index", "lsmt/l2.index", "lsmt/c1.index")),
+    "qcow2": Target(
+        _qcow2, lambda: [b"QFI\xfb" + bytes((0, 0, 0, 3)) + bytes(16) + (1 << 30).to_bytes(8, "big") + bytes(80)]
+    ),
+    "config": Target(_config, _config_seeds),
+    "manifest": Target(_manifest, _goldens("image/manifest.json", "image/manifest.with-trace.json")),
+    "image-config": Target(_image_config, _goldens("image/config.json", "image/config.with-trace.json")),
+    "credentials": Target(_credentials, _credential_seeds),
+    "challenges": Target(_challenges, _challenge_seeds, strict=False),
+    "reference": Target(_reference, _reference_seeds),
+    "layer-tar": Target(_layer_tar, _tar_seeds),
+}
+
+#: What a parser may raise.
+ALLOWED = (ObdlabError,)
