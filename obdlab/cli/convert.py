@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     client = registry_from(args)
     # A polite end at SIGTERM too: devices and mounts are taken down on the way out.
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         image = convert_image(
             open_source(args.source, client),
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             progress=None if args.quiet else _Bars(),
         )
     finally:
+        signal.signal(signal.SIGTERM, before)
         client.close()
     if not args.quiet:
         print_table(image)

@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 from obdlab.convert.apply import ApplyError, ApplyStatistics
@@ -36,6 +37,7 @@ _MKFS_TIMEOUT_S = 120.0
 #: The worker takes no data for this long: it hangs. Long, as a slow disk writes out what was cached meanwhile.
 _STALL_TIMEOUT_S = 300.0
 _FINISH_TIMEOUT_S = 900.0
+_KILL_TIMEOUT_S = 10.0
 _PIPE_SIZE = 1 << 20
 
 
@@ -104,9 +106,10 @@ def _run_worker(job: Job, tar: Iterable[bytes], log: IO[bytes]) -> ApplyStatisti
         except BaseException:
             # The tar is wrong or incomplete, or the user gave up: nothing of this layer will be used.
             worker.kill()
+            # It may hang in the device; that ends when the device is taken away, which is the caller's next step.
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(_KILL_TIMEOUT_S)
             raise
-        finally:
-            worker.wait()
     if not result:
         log.seek(0)
         said = log.read(4096).decode(errors="replace").strip() or f"exit status {worker.returncode}"
