@@ -148,7 +148,7 @@ class ImageDevices:
     def _undo(self, device_id: str, target: Path) -> None:
         try:
             _unmount_all(target)
-            self._devices.detach(device_id)
+            self._devices.release(device_id)
         except ObdlabError:
             logger.exception("device %s stays after a failed mount", device_id)
 
