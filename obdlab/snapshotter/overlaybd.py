@@ -12,7 +12,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
-from obdlab.formats.lsmt import layout as lsmt_layout
 from obdlab.formats.oci import (
     ACCELERATION_LAYER,
     BLOB_DIGEST,
@@ -22,7 +21,6 @@ from obdlab.formats.oci import (
     TURBO_TARGET_DIGEST,
     is_digest,
 )
-from obdlab.formats.zfile import layout as zfile_layout
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
@@ -40,7 +38,6 @@ REMOTE_SNAPSHOT = "remote snapshot"
 COMMIT_FILE = "overlaybd.commit"
 
 _MAX_BLOB_SIZE = 1 << 62
-_MAGICS = (lsmt_layout.MAGIC, zfile_layout.MAGIC)
 _MAGIC_SIZE = 24
 
 
@@ -144,8 +141,12 @@ def is_downloaded_layer(fs: Path) -> bool:
         descriptor = os.open(fs / COMMIT_FILE, flags)
     except OSError:
         return False
+    # Late, because they bring numpy: 14 MiB that a service for plain images has no use for.
+    from obdlab.formats.lsmt.layout import MAGIC as LSMT
+    from obdlab.formats.zfile.layout import MAGIC as ZFILE
+
     with open(descriptor, "rb") as file:
-        return stat.S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MAGIC_SIZE) in _MAGICS
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MAGIC_SIZE) in (LSMT, ZFILE)
 
 
 def blobs_url(reference: Reference, options: ImageOptions) -> str:
