@@ -1,4 +1,7 @@
-"""Where the time of a conversion goes: ``python -m tests.benchmarks.convert LAYOUT`` (an OCI layout directory; root)."""
+"""Where the time of a conversion goes, layer by layer.
+
+Run: python -m tests.benchmarks.convert LAYOUT (an OCI layout directory; needs root)
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def convert(source: str, destination: str, devices: DeviceService, options: ConvertOptions) -> ConvertedImage:
-    with closing(RegistryClient()) as client:
+    with closing(RegistryClient(request_timeout_s=2.0, deadline_s=3.0)) as client:
         return convert_image(
             open_source(source, client), open_destination(destination, client), devices, options=options
         )

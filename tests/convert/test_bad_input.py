@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
 from obdlab.convert.layout import ImageLayout
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
+from obdlab.registry.failures import RegistryError
 from tests.convert.converting import convert
 from tests.convert.layouts import (
     CONFIG,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from obdlab.service.client import DeviceService
+    from tests.registry.server import RegistryServer
 
 pytestmark = pytest.mark.kernel
 
@@ -215,6 +218,23 @@ def test_disk_below_is_full(devices: DeviceService, tmp_path: Path) -> None:
         assert list(disk.iterdir()) == []
     assert devices.list() == []
     assert "No space left on device" in str(error)
+
+
+@pytest.mark.registry
+def test_registry_without_the_image(
+    devices: DeviceService, work_dir: Path, registry_server: RegistryServer, tmp_path: Path
+) -> None:
+    source = f"{registry_server.host}/convert/absent:v1"
+    with pytest.raises(RegistryError, match="convert/absent:v1"):
+        convert(source, f"oci:{tmp_path / 'out'}", devices, ConvertOptions(work_dir=work_dir))
+
+
+def test_destination_that_does_not_answer(devices: DeviceService, work_dir: Path, tmp_path: Path) -> None:
+    make_layout(tmp_path / "source", [[member(name, b"x" * 1000)] for name in "abc"])
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        destination = f"127.0.0.1:{silent.getsockname()[1]}/x:v1"
+        with pytest.raises(RegistryError, match="x@sha256:"):
+            convert(str(tmp_path / "source"), destination, devices, ConvertOptions(work_dir=work_dir))
 
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
