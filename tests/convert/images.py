@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Linux capability set v2 with CAP_NET_BIND_SERVICE; holds NULs.
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
+# user::rwx, user:7:r-x, group::r-x, mask::r-x, other::r-x
+ACL = bytes.fromhex("02000000 01000700ffffffff 0200050007000000 04000500ffffffff 10000500ffffffff 20000500ffffffff")
 
 
 def base() -> list[Member]:
@@ -34,6 +36,9 @@ def base() -> list[Member]:
         hardlink("usr/bin/tool3", "/usr/bin/tool2"),
         hardlink("bin-again", "bin"),
         member("bin/via-link", b"through this layer's own link"),
+        symlink("link-attributes", "x", xattrs={"user.x": b"1", "security.foo": b"1"}),
+        member("fifo-attributes", kind=tarfile.FIFOTYPE, xattrs={"user.x": b"1"}),
+        member("acl", xattrs={"system.posix_acl_access": ACL, "security.selinux": b"a:b:c\0", "nonsense": b"1"}),
         directory("dev/"),
         member("dev/null", kind=tarfile.CHRTYPE, mode=0o666, rdev=(1, 3)),
         member("dev/disk", kind=tarfile.BLKTYPE, mode=0o660, gid=6, rdev=(259, 1048575)),
