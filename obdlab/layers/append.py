@@ -59,6 +59,8 @@ class AppendUpper(Upper):
         self.name = file.name
         self.header = header
         self.dropped = Dropped()
+        #: Held by a collection, so that there is one at a time.
+        self.collecting = threading.Lock()
         self._file = file
         self._log = log  # None: only to be read
         self._map = held
@@ -67,6 +69,7 @@ class AppendUpper(Upper):
         self._syncing = threading.Lock()
         self._writing = threading.Lock()
         self._lock = threading.Lock()
+        self._punched: frozenset[tuple[int, int]] = frozenset()
         self._readers_left = threading.Condition(self._lock)
         self._readers = [0, 0]  # by the phase they began in
         self._phase = 0
@@ -333,26 +336,21 @@ class AppendUpper(Upper):
         with self._writing, self._lock:
             return self._map.to_segments(), self._end // SECTOR
 
-    def relocate(self, begin: int, length: int, moffset: int) -> bool:
-        """Append the disk's sectors once more, and have the index point there; all three in sectors.
+    def relocate(self, parts: Sequence[tuple[int, int, int]]) -> int:
+        """Append data once more, and have the index point there: ``(begin, length, moffset)`` in sectors.
 
-        False, with nothing done, unless they are still mapped to ``moffset`` as a whole.
+        Parts that are not mapped to their ``moffset`` any more are left out. Returns the number of sectors moved.
         """
         with self._writing:
-            log = self._writable_log()
-            runs = self.lookup(begin, begin + length)
-            if any(source < 0 or at - start != moffset - begin for start, _, source, at in runs):
-                return False
-            at = self._end
-            for done in range(0, length, _PIECE // SECTOR):
-                count = min(length - done, _PIECE // SECTOR)
-                part = self._file.read_at((moffset + done) * SECTOR, count * SECTOR)
-                self._file.write_at(at + done * SECTOR, part)
-                log.append(encode_record(begin + done, count, at // SECTOR + done))
-                self._end += len(part)
-                with self._lock:
-                    self._map.insert(begin + done, begin + done + count, at // SECTOR + done)
-            return True
+            self._writable_log()
+            return sum(self._relocate(*part) for part in parts)
+
+    def _relocate(self, begin: int, length: int, moffset: int) -> int:
+        runs = self.lookup(begin, begin + length)
+        if any(source < 0 or at - start != moffset - begin for start, _, source, at in runs):
+            return 0
+        self._append(begin * SECTOR, memoryview(self._file.read_at(moffset * SECTOR, length * SECTOR)))
+        return length
 
     def wait_for_readers(self) -> None:
         """Return once every read that began before this call has ended. Raises SourceError after a minute."""
@@ -366,10 +364,12 @@ class AppendUpper(Upper):
             raise SourceError("reads did not end in time", blob=self.name)
 
     def punch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Free these ranges of the data file, in sectors, that no record on stable storage makes visible."""
+        """Free these ranges of the data file, in sectors: all that no record on stable storage makes visible."""
         self._writable_log()
         for begin, end in ranges:
-            self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
+            if (begin, end) not in self._punched:
+                self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
+        self._punched = frozenset(ranges)
 
     def compact_log(self) -> None:
         """Replace the index file by one of the records that are still seen. Writes wait only at its end."""

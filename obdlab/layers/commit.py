@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from obdlab.formats.lsmt.index import coalesce, split
+from obdlab.errors import FormatError
+from obdlab.formats.lsmt.index import coalesce, overlay, split
 from obdlab.formats.lsmt.layout import (
     HEADER_SPACE,
     INDEX_PADDING_RECORDS,
+    MAX_SEALED_RECORDS,
+    MAX_SEGMENT_SECTORS,
     SECTOR,
     Flags,
     Header,
@@ -20,7 +24,7 @@ from obdlab.formats.lsmt.layout import (
     encode_user_tag,
     filler_records,
 )
-from obdlab.layers.stack import Stack
+from obdlab.layers.stack import Stack, WritableStack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 # where those end depends on it.
 _COPY_SECTORS = 32 * 1024 // SECTOR
 _READ_SECTORS = 1024 * 1024 // SECTOR
+_BATCH_PIECES = 1 << 18
+_BLOCK_SECTORS = 4096 // SECTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +50,40 @@ class Committed:
     data_sectors: int
 
 
+class ZeroBlocks(Enum):
+    """What a commit makes of whole 4 KiB blocks of data that are all zero."""
+
+    #: Store them, as the original does.
+    KEEP = "keep"
+    #: Records that say zeros: takes no space, and still hides the layers below.
+    MARK = "mark"
+    #: Nothing at all: reads as zeros only in a layer that nothing lies below.
+    DROP = "drop"
+
+
 def commit(
-    source: Layer | Stack,
+    source: Layer | Stack | WritableStack,
     sink: Sink,
     *,
     uuid: str | None = None,
     parent_uuid: str | None = None,
     user_tag: str = "",
     virtual_size: int | None = None,
+    zero_blocks: ZeroBlocks = ZeroBlocks.KEEP,
 ) -> Committed:
     """Write ``source`` to ``sink`` as a sealed LSMT layer: header, packed data, index, trailer, strictly in order.
 
-    A single layer keeps what it hides of layers below; a stack is flattened. ``uuid`` defaults to all zeros,
+    A single layer keeps what it hides of layers below; a stack is flattened, with its writable layer if it has one.
+    ``uuid`` defaults to all zeros,
     ``parent_uuid`` to that of the layer, or of the stack's bottom layer, ``virtual_size`` to the source's. The
     bytes are those of the original's commit of the same segments (overlaybd LSMT layout, commit procedure).
 
-    Raises ValueError, before anything is written, if a UUID, the tag or the size does not fit; and what the source
-    or the sink raises. The source must not change meanwhile. Nothing is synced.
+    Raises, before anything is written, ValueError if a UUID, the tag or the size does not fit, and FormatError if
+    there are more records than a sealed layer may have; and what the source or the sink raises. The source must not
+    change meanwhile. Nothing is synced. Memory does not depend on the size of the data.
     """
+    if isinstance(source, WritableStack):
+        source = source.as_layers()
     info = {
         "virtual_size": _virtual_size(source) if virtual_size is None else virtual_size,
         "uuid": uuid or "",
@@ -69,16 +91,26 @@ def commit(
         "user_tag": encode_user_tag(user_tag),
     }
     header = Header(flags=Flags.HEADER | Flags.DATA | Flags.SEALED, **info)  # type: ignore[arg-type]
-    sink.write(header.to_bytes())
-
+    blobs = source.blobs if isinstance(source, Stack) else (source.data,)
     segments = source.index.segments()
-    for piece in _copied_data(segments, source.blobs if isinstance(source, Stack) else (source.data,)):
-        sink.write(piece)
+    if zero_blocks is not ZeroBlocks.KEEP:
+        segments = _without_zero_blocks(segments, blobs, mark=zero_blocks is ZeroBlocks.MARK)
     packed = _packed(segments)
+    padding = -len(packed) % INDEX_PADDING_RECORDS
+    if len(packed) + padding > MAX_SEALED_RECORDS:
+        raise FormatError(
+            "too many segments for one layer",
+            blob=source.name,
+            got=len(packed),
+            wanted=f"at most {MAX_SEALED_RECORDS}",
+        )
+
+    sink.write(header.to_bytes())
+    for piece in _copied_data(segments, blobs):
+        sink.write(piece)
     data_sectors = int(packed.mapped_sectors.sum())
 
     records = encode_segments(packed)
-    padding = -len(packed) % INDEX_PADDING_RECORDS
     index = records + filler_records(padding)
     if index:
         sink.write(index)
@@ -100,17 +132,56 @@ def _virtual_size(source: Layer | Stack) -> int:
 
 def _packed(segments: Segments) -> Segments:
     # The index of the output: data follows the header without gaps, zeroed segments point at where they come.
-    pieces = split(segments, _COPY_SECTORS, split_zeroed=False)
-    mapped = pieces.mapped_sectors
-    return coalesce(
-        Segments(
-            offset_sectors=pieces.offset_sectors,
-            length_sectors=pieces.length_sectors,
-            moffset_sectors=HEADER_SPACE // SECTOR + np.cumsum(mapped) - mapped,
-            zeroed=pieces.zeroed,
-            tag=pieces.tag,
+    # In batches, since there is a piece for every 32 KiB of data: what may still grow is carried into the next.
+    parts: list[Segments] = []
+    carried = Segments.from_rows([])
+    position = HEADER_SPACE // SECTOR
+    pieces_before = np.cumsum(-(-segments.length_sectors // _COPY_SECTORS))
+    begin = 0
+    while begin < len(segments):
+        limit = _BATCH_PIECES + (int(pieces_before[begin - 1]) if begin else 0)
+        end = max(begin + 1, int(np.searchsorted(pieces_before, limit, side="right")))
+        pieces = split(segments[begin:end], _COPY_SECTORS, split_zeroed=False)
+        after = position + np.cumsum(pieces.mapped_sectors)
+        moved = replace(pieces, moffset_sectors=after - pieces.mapped_sectors)
+        joined = coalesce(Segments.concatenate([carried, moved]))
+        parts.append(joined[:-1])
+        carried = joined[-1:]
+        position = int(after[-1])
+        begin = end
+    return Segments.concatenate([*parts, carried])
+
+
+def _without_zero_blocks(segments: Segments, blobs: Sequence[Blob], *, mark: bool) -> Segments:
+    # Reads all data once more, before it is copied: so the index is known before the first byte is written.
+    ranges: list[tuple[int, int]] = []
+    data = segments[~segments.zeroed]
+    for offset, length, moffset, _, tag in data.rows():
+        begin, end = (
+            -(-offset // _BLOCK_SECTORS) * _BLOCK_SECTORS,
+            (offset + length) // _BLOCK_SECTORS * _BLOCK_SECTORS,
         )
+        for at in range(begin, end, _READ_SECTORS):
+            stop = min(end, at + _READ_SECTORS)
+            content = blobs[tag].read_at((moffset + at - offset) * SECTOR, (stop - at) * SECTOR)
+            ranges += ((at + first, at + last) for first, last in _zero_blocks_in(content))
+    if not ranges:
+        return segments
+    zeros = split(
+        Segments.from_rows([(begin, end - begin, 0, True, 0) for begin, end in ranges]), MAX_SEGMENT_SECTORS
     )
+    zeros = replace(zeros, moffset_sectors=np.full(len(zeros), -1))
+    both = overlay(segments, zeros)
+    return both if mark else both[both.moffset_sectors >= 0]
+
+
+def _zero_blocks_in(content: bytes) -> list[tuple[int, int]]:
+    # Ranges of sectors, whole blocks each.
+    if not content:
+        return []
+    is_zero = ~np.frombuffer(content, np.uint64).reshape(-1, _BLOCK_SECTORS * SECTOR // 8).any(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], is_zero, [False])).astype(np.int8)))
+    return [(first, last) for first, last in (edges.reshape(-1, 2) * _BLOCK_SECTORS).tolist()]
 
 
 def _copied_data(segments: Segments, blobs: Sequence[Blob]) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from bisect import bisect_right
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -113,6 +114,15 @@ class ZFileReader(Blob):
         base = bounds[0]
         begin = 0
         position = block * block_size - offset
+        if self._codec.batches and position >= 0:
+            whole = min(len(bounds) - 1, (limit - position) // block_size)
+            if whole > 1 and self._decode_batch(
+                view[position : position + whole * block_size], run, bounds[: whole + 1]
+            ):
+                begin = bounds[whole] - base
+                position += whole * block_size
+                block += whole
+                bounds = bounds[whole:]
         for boundary in bounds[1:]:
             end = boundary - base
             data = run[begin : end - crc_size]
@@ -134,6 +144,23 @@ class ZFileReader(Blob):
             begin = end
             position = to
             block += 1
+
+    def _decode_batch(self, out: memoryview, run: memoryview, bounds: list[int]) -> bool:
+        # Whole blocks in one call of the codec. False if any of them is damaged, which the slow way will find.
+        base = bounds[0]
+        crc_size = self._crc_size
+        blocks: list[Buffer] = []
+        for begin, boundary in pairwise(bounds):
+            end = boundary - base
+            data = run[begin - base : end - crc_size]
+            if crc_size and crc32c.crc32c(data, _SEED) ^ _ALL_ONES != _CRC.unpack_from(run, end - CRC_SIZE)[0]:
+                return False
+            blocks.append(data)
+        try:
+            self._codec.decompress_all(blocks, out)
+        except CorruptBlobError:
+            return False
+        return True
 
     def _copy_part(self, view: memoryview, position: int, block: bytes) -> None:
         # What of a block, placed at `position` (perhaps before the view, or reaching past it), lies in the view.

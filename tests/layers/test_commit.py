@@ -25,7 +25,7 @@ L2 = "22222222-2222-4222-8222-222222222222"
 
 
 def append_upper(name: str) -> AppendUpper:
-    return AppendUpper.open(LSMT / f"{name}.data", LSMT / f"{name}.index")
+    return AppendUpper.open(LSMT / f"{name}.data", LSMT / f"{name}.index", read_only=True)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 Run = tuple[int, int, int, int]
 HOLE = -(1 << 15)
 MAX_LAYERS = 255
+
+_NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class RunTable:
+    """Runs as columns of equal length; what they mean is told at :data:`Run`."""
+
+    offset_sectors: NDArray[np.int64]
+    length_sectors: NDArray[np.int64]
+    source: NDArray[np.int16]
+    moffset_sectors: NDArray[np.int64]
 
 
 class SegmentIndex:
@@ -91,6 +103,46 @@ class SegmentIndex:
             i += 1
         return runs
 
+    def lookup_batch(self, begin: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[NDArray[np.int64], RunTable]:
+        """:meth:`lookup` of many ranges ``[begin, end)`` at once, without the parts that no segment covers.
+
+        Gives how many runs each range has, and the runs of all ranges, in order, as columns.
+        """
+        starts, ends = np.frombuffer(self._starts, np.int64), np.frombuffer(self._ends, np.int64)
+        if not len(starts):
+            none = np.zeros(0, np.int64)
+            return np.zeros(len(begin), np.int64), RunTable(none, none, none.astype(np.int16), none)
+        first = self._first_ending_after(begin, ends)
+        # Nearly all ranges end in the segment they begin in or before the next; the rest is searched for.
+        count = (np.append(starts, _NEVER)[first] < end).astype(np.int64)
+        longer = np.flatnonzero(np.append(starts[1:], (_NEVER, _NEVER))[first] < end)
+        if len(longer):
+            count[longer] = np.searchsorted(starts, end[longer], side="left") - first[longer]
+        count[begin >= end] = 0
+        number, end_of = first, end
+        if not (count == 1).all():
+            of = np.repeat(np.arange(len(begin)), count)
+            number = first[of] + (np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count))
+            begin, end_of = begin[of], end[of]
+        run_begin = np.maximum(starts[number], begin)
+        return count, RunTable(
+            offset_sectors=run_begin,
+            length_sectors=np.minimum(ends[number], end_of) - run_begin,
+            source=np.frombuffer(self._sources, np.int16)[number],
+            moffset_sectors=run_begin + np.frombuffer(self._shifts, np.int64)[number],
+        )
+
+    def _first_ending_after(self, sector: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        # The bucket table gives where to begin; most are right there or one further.
+        bucket = np.minimum(sector, self._limit) >> self._bucket_bits
+        first: NDArray[np.int64] = np.frombuffer(self._bucket, np.int32)[bucket].astype(np.int64)
+        ends = np.append(ends, _NEVER)
+        first += ends[first] <= sector
+        left = np.flatnonzero(ends[first] <= sector)
+        if len(left):
+            first[left] = np.searchsorted(ends, sector[left], side="right")
+        return first
+
     def segments(self) -> Segments:
         """The segments as columns (copies)."""
         starts = np.array(self._starts, dtype=np.int64)
@@ -122,21 +174,23 @@ def add_on_top(merged: SegmentIndex, top: SegmentIndex) -> SegmentIndex:
 
     Tags of ``merged`` are raised by one, those of ``top`` are ignored.
     """
-    lower = merged.segments()
-    both = merge_segments([lower, top.segments()])
-    # merge_segments numbers the two 1 and 0; what the lower one's number was is found by where a piece begins.
-    owner = np.searchsorted(lower.offset_sectors, both.offset_sectors, side="right") - 1
-    tag = np.zeros(len(both), np.uint8)
-    below = both.tag == 1
-    tag[below] = lower.tag[owner[below]] + 1
-    return SegmentIndex(replace(both, tag=tag))
+    below = merged.segments()
+    return SegmentIndex(overlay(replace(below, tag=below.tag + np.uint8(1)), top.segments().without_tags()))
 
 
 def merge_segments(layers: Sequence[Segments]) -> Segments:
     """:func:`merge` on bare columns, each of which must ascend without overlap."""
-    sizes = [len(layer) for layer in layers]
-    base = np.concatenate(([0], np.cumsum(sizes)))
-    starts = np.concatenate([layer.offset_sectors for layer in layers])
+    top = len(layers) - 1
+    return _merged([replace(layer, tag=np.full_like(layer.tag, top - i)) for i, layer in enumerate(layers)])
+
+
+def overlay(lower: Segments, upper: Segments) -> Segments:
+    """``lower`` where ``upper`` does not hide it, and all of ``upper``; tags as they are."""
+    return _merged([lower, upper])
+
+
+def _merged(layers: Sequence[Segments]) -> Segments:
+    base = np.concatenate(([0], np.cumsum([len(layer) for layer in layers])))
     # While merging, a piece is (start, end, number of the segment it is part of); the rest is looked up at the end.
     level = [
         (layer.offset_sectors, layer.end_sectors, np.arange(base[i], base[i + 1], dtype=np.int32))
@@ -146,16 +200,14 @@ def merge_segments(layers: Sequence[Segments]) -> Segments:
         pairs = [_overlay(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
         level = pairs + level[len(pairs) * 2 :]
     begin, end, number = level[0]
-    moffset = np.concatenate([layer.moffset_sectors for layer in layers])[number]
-    zeroed = np.concatenate([layer.zeroed for layer in layers])[number]
-    tags = np.repeat(np.arange(len(layers) - 1, -1, -1, dtype=np.uint8), sizes)
-    return Segments(
+    pieces = Segments.concatenate(layers)[number]
+    # Cutting the front of a zeroed segment does not move its mapped offset: it occupies nothing there.
+    moved = np.where(pieces.zeroed, 0, begin - pieces.offset_sectors)
+    return replace(
+        pieces,
         offset_sectors=begin,
         length_sectors=end - begin,
-        # Cutting the front of a zeroed segment does not move its mapped offset: it occupies nothing there.
-        moffset_sectors=np.where(zeroed, moffset, moffset + (begin - starts[number])),
-        zeroed=zeroed,
-        tag=tags[number],
+        moffset_sectors=pieces.moffset_sectors + moved,
     )
 
 
