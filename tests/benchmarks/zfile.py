@@ -1,40 +1,93 @@
-"""ZFile read and write, MB/s of content in one process, LZ4 and zstd by block size.
+"""ZFile write and read beside a bare loop over the codec library, by algorithm and block size.
 
 Run: python -m tests.benchmarks.zfile [MiB of content]
 
-Reads are of 1 MiB in order, and of 4 KiB at random. ``memcpy`` is the same 1 MiB reads of the uncompressed content:
-the figures of one run may be compared with each other, those of two machines may not. Best of five rounds, the
-layouts taking turns.
+Every figure is MB/s of content, best of nine rounds, with all contenders taking turns, so that those of one run may
+be compared with each other. ``bare`` is the codec library alone on the same blocks: cramjam block by block into one
+buffer, zstandard's own batch calls with one thread. Reads are of 1 MiB in order and of 4 KiB at random; memcpy is the
+same 1 MiB reads of the uncompressed content. ``2 workers`` writes with two threads that compress.
 """
 
 from __future__ import annotations
 
 import io
 import random
+import struct
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
+
+import cramjam
+import zstandard
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.layers.zfile import ZFileReader, ZFileWriter, open_zfile
 from tests.layers.zfile_samples import golden
 
-ROUNDS = 5
+ROUNDS = 9
 STEP = 1 << 20
+RANDOM_READS = 2000
 LAYOUTS = [(algorithm, kib << 10) for algorithm in ("lz4", "zstd") for kib in (4, 16, 64)]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+class Null:
+    """A sink that keeps nothing."""
+
+    def write(self, data: bytes) -> None:
+        pass
 
 
-def compress(data: bytes, algorithm: str, block_size: int) -> bytes:
-    out = io.BytesIO()
-    with ZFileWriter(out, block_size, algorithm) as writer:
-        writer.write(data)
-    return out.getvalue()
+class Contest:
+    """Contenders that take turns; the best time of each."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._calls: dict[str, Callable[[], object]] = {}
+        self.best_s: dict[str, float] = {}
+
+    def add(self, name: str, call: Callable[[], object]) -> None:
+        self._calls[name] = call
+
+    def run(self) -> None:
+        for _ in range(self._rounds):
+            for name, call in self._calls.items():
+                begin = time.perf_counter()
+                call()
+                elapsed = time.perf_counter() - begin
+                self.best_s[name] = min(self.best_s.get(name, elapsed), elapsed)
+
+
+def write(data: bytes, layout: tuple[str, int], sink: Null | io.BytesIO, workers: int = 1) -> None:
+    algorithm, block_size = layout
+    with ZFileWriter(sink, block_size, algorithm, workers=workers) as writer:
+        for begin in range(0, len(data), STEP):
+            writer.write(data[begin : begin + STEP])
+
+
+def bare_encode(data: bytes, layout: tuple[str, int]) -> None:
+    algorithm, block_size = layout
+    blocks = [memoryview(data)[begin : begin + block_size] for begin in range(0, len(data), block_size)]
+    if algorithm == "zstd":
+        zstandard.ZstdCompressor(level=3).multi_compress_to_buffer(blocks, threads=1)
+        return
+    out = bytearray(block_size + 512)
+    for block in blocks:
+        cramjam.lz4.compress_block_into(block, out, store_size=False)
+
+
+def bare_decode(blocks: list[bytes], layout: tuple[str, int]) -> None:
+    algorithm, block_size = layout
+    if algorithm == "zstd":
+        decompressor = zstandard.ZstdDecompressor()
+        sizes = struct.pack("<Q", block_size)
+        for begin in range(0, len(blocks), STEP // block_size):
+            part = blocks[begin : begin + STEP // block_size]
+            decompressor.multi_decompress_to_buffer(part, decompressed_sizes=sizes * len(part), threads=1)
+        return
+    out = memoryview(bytearray(block_size))
+    for block in blocks:
+        cramjam.lz4.decompress_block_into(block, out, output_len=block_size)
 
 
 def read_in_order(blob: Blob) -> None:
@@ -42,39 +95,49 @@ def read_in_order(blob: Blob) -> None:
         blob.read_at(offset, min(STEP, blob.size - offset))
 
 
-def read_at_random(blob: Blob, count: int) -> None:
+def read_at_random(blob: Blob) -> None:
     blocks = blob.size // 4096
-    for block in random.Random(1).choices(range(blocks), k=count):
+    for block in random.Random(1).choices(range(blocks), k=RANDOM_READS):
         blob.read_at(block * 4096, 4096)
 
 
+def stored_blocks(data: bytes, reader: ZFileReader) -> list[bytes]:
+    bounds = reader._table.boundaries(0, reader.header.index_size)
+    return [data[begin : end - 4] for begin, end in pairwise(bounds)]
+
+
+def compete(data: bytes, layout: tuple[str, int]) -> dict[str, float]:
+    out = io.BytesIO()
+    write(data, layout, out)
+    reader = open_zfile(MemoryBlob(out.getvalue()))
+    blocks = stored_blocks(out.getvalue(), reader)
+    contest = Contest(ROUNDS)
+    contest.add("memcpy", lambda: read_in_order(MemoryBlob(data)))
+    contest.add("bare encode", lambda: bare_encode(data, layout))
+    contest.add("write", lambda: write(data, layout, Null()))
+    contest.add("2 workers", lambda: write(data, layout, Null(), 2))
+    contest.add("bare decode", lambda: bare_decode(blocks, layout))
+    contest.add("read", lambda: read_in_order(reader))
+    contest.add("random", lambda: read_at_random(reader))
+    contest.run()
+    return contest.best_s
+
+
 def main() -> None:
-    size = int(sys.argv[1] if len(sys.argv) > 1 else 32) << 20
+    size = int(sys.argv[1] if len(sys.argv) > 1 else 16) << 20
     part = golden("text.bin")  # compresses to about half, as system files do
     data = (part * (size // len(part) + 1))[:size]
-    written: dict[tuple[str, int], float] = {}
-    readers: dict[tuple[str, int], ZFileReader] = {}
+    print(
+        "                 write   bare  of bare  2 workers |   read   bare  of bare  of memcpy | 4 KiB at random us"
+    )
     for layout in LAYOUTS:
-        elapsed = seconds(lambda: compress(data[: size // 4], *layout))  # noqa: B023 - called at once
-        written[layout] = size / 4 / elapsed
-        readers[layout] = open_zfile(MemoryBlob(compress(data, *layout)))
-    plain = MemoryBlob(data)
-    in_order = dict.fromkeys(LAYOUTS, 1e9)
-    at_random = dict.fromkeys(LAYOUTS, 1e9)
-    copy = 1e9
-    for _ in range(ROUNDS):
-        copy = min(copy, seconds(lambda: read_in_order(plain)))
-        for layout, reader in readers.items():
-            in_order[layout] = min(in_order[layout], seconds(lambda: read_in_order(reader)))  # noqa: B023
-            at_random[layout] = min(at_random[layout], seconds(lambda: read_at_random(reader, 2000)))  # noqa: B023
-    print(f"memcpy {size / copy / 1e6:.0f} MB/s")
-    print("algorithm  block  write MB/s  read 1 MiB MB/s  of memcpy  4 KiB at random us")
-    for layout in LAYOUTS:
-        algorithm, block_size = layout
-        read = size / in_order[layout]
+        best = compete(data, layout)
+        speed = {name: size / seconds / 1e6 for name, seconds in best.items()}
         print(
-            f"{algorithm:9}  {block_size >> 10:2} KiB  {written[layout] / 1e6:9.0f}  {read / 1e6:15.0f}"
-            f"  {read * copy / size:9.2f}  {at_random[layout] / 2000 * 1e6:18.2f}"
+            f"{layout[0]:5} {layout[1] >> 10:3} KiB  {speed['write']:8.0f} {speed['bare encode']:6.0f}"
+            f" {speed['write'] / speed['bare encode']:8.2f} {speed['2 workers']:10.0f} |"
+            f" {speed['read']:6.0f} {speed['bare decode']:6.0f} {speed['read'] / speed['bare decode']:8.2f}"
+            f" {speed['read'] / speed['memcpy']:10.2f} | {best['random'] / RANDOM_READS * 1e6:8.2f}"
         )
 
 

@@ -7,19 +7,26 @@ the compressed bytes claim.
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import cramjam
+import crc32c
+import numpy as np
 import zstandard
 
 from obdlab.errors import CorruptBlobError, FormatError
-from obdlab.formats.zfile.layout import MAX_GROWTH, Algorithm
+from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, CRC_SIZE, MAX_GROWTH, Algorithm
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
 
 ZSTD_LEVEL = 3
+# Block CRCs are raw (uninverted at both ends), the library's are not.
+_SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
+_ALL_ONES = 0xFFFFFFFF
+_CRC = struct.Struct("<I")
 ALGORITHM_NAMES = {"lz4": Algorithm.LZ4, "zstd": Algorithm.ZSTD}
 
 
@@ -27,16 +34,19 @@ class Codec(ABC):
     """One algorithm. Objects may be used by several threads."""
 
     algorithm: Algorithm
+    #: Whether :meth:`decompress_all` is there.
+    batches = False
 
     @abstractmethod
     def compress(self, block: Buffer) -> Buffer:
         """Return ``block`` compressed."""
 
     @abstractmethod
-    def compress_all(self, data: memoryview, block_size: int) -> list[Buffer]:
-        """Return every ``block_size`` bytes of ``data`` compressed, as :meth:`compress` would one by one, but faster.
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+        """Compress every ``block_size`` bytes of ``data`` (the last block may be shorter) as a ZFile stores them.
 
-        The last block may be shorter.
+        Each is as :meth:`compress` gives it, followed by its CRC if ``crcs``. Returns all of them together, and the
+        length of each with its CRC. Much faster than block by block.
         """
 
     @abstractmethod
@@ -46,6 +56,10 @@ class Codec(ABC):
     @abstractmethod
     def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         """Fill ``out`` with the block in ``data``. Raises CorruptBlobError unless it is valid and fits exactly."""
+
+    def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
+        """Fill ``out`` with the blocks, all of one length. Raises CorruptBlobError if any is damaged."""
+        raise NotImplementedError
 
 
 class Lz4(Codec):
@@ -58,19 +72,22 @@ class Lz4(Codec):
         length = cramjam.lz4.compress_block_into(block, out, store_size=False)
         return memoryview(out)[:length]
 
-    def compress_all(self, data: memoryview, block_size: int) -> list[Buffer]:
-        # One buffer for all: a new one for each block of 4 KiB costs a quarter of the compression.
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+        # Into one buffer that is not zeroed first: with a new one for each block, 4 KiB blocks take a third longer.
         blocks = -(-len(data) // block_size)
-        out = memoryview(bytearray(len(data) + blocks * MAX_GROWTH))
+        out = np.empty(len(data) + blocks * (MAX_GROWTH + CRC_SIZE), np.uint8).data
         compress_into = cramjam.lz4.compress_block_into
-        compressed: list[Buffer] = []
+        lengths = []
         at = 0
         for begin in range(0, len(data), block_size):
             block = data[begin : begin + block_size]
             end = at + compress_into(block, out[at : at + len(block) + MAX_GROWTH], store_size=False)
-            compressed.append(out[at:end])
+            if crcs:
+                _CRC.pack_into(out, end, crc32c.crc32c(out[at:end], _SEED) ^ _ALL_ONES)
+                end += CRC_SIZE
+            lengths.append(end - at)
             at = end
-        return compressed
+        return bytes(out[:at]), lengths
 
     def decompress(self, data: Buffer, length: int) -> bytes:
         # Not cramjam's decompress_block: it pads a block that is too short, and does not tell.
@@ -92,6 +109,7 @@ class Zstd(Codec):
     """One zstd frame per block. A ``dictionary`` is for reading only: nobody writes blocks that need one."""
 
     algorithm = Algorithm.ZSTD
+    batches = "multi_decompress_to_buffer" in zstandard.backend_features
 
     def __init__(self, dictionary: bytes = b"") -> None:
         self._dictionary = zstandard.ZstdCompressionDict(dictionary) if dictionary else None
@@ -106,10 +124,21 @@ class Zstd(Codec):
         self._compressors.append(compressor)
         return data
 
-    def compress_all(self, data: memoryview, block_size: int) -> list[Buffer]:
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+        parts: list[Buffer] = []
+        for frame in self._compress_all(data, block_size):
+            parts.append(frame)
+            if crcs:
+                parts.append(_CRC.pack(crc32c.crc32c(frame, _SEED) ^ _ALL_ONES))
+        lengths = [len(part) for part in parts]
+        if crcs:
+            lengths = [length + CRC_SIZE for length in lengths[::2]]
+        return b"".join(parts), lengths
+
+    def _compress_all(self, data: memoryview, block_size: int) -> list[bytes]:
         blocks: list[Buffer] = [data[begin : begin + block_size] for begin in range(0, len(data), block_size)]
         if not blocks or "multi_compress_to_buffer" not in zstandard.backend_features:
-            return [self.compress(block) for block in blocks]
+            return [bytes(self.compress(block)) for block in blocks]
         compressor = self._take_compressor()
         # One thread: who wants more calls this from several.
         frames = compressor.multi_compress_to_buffer(blocks, threads=1)
@@ -123,11 +152,7 @@ class Zstd(Codec):
             return zstandard.ZstdCompressor(level=ZSTD_LEVEL)
 
     def decompress(self, data: Buffer, length: int) -> bytes:
-        pool = self._decompressors
-        try:
-            decompressor = pool.pop()
-        except IndexError:
-            decompressor = zstandard.ZstdDecompressor(dict_data=self._dictionary)
+        decompressor = self._take_decompressor()
         try:
             # The frame's own claim decides how much is allocated, so it is read first (-1: no claim).
             claimed = zstandard.frame_content_size(data)
@@ -137,13 +162,33 @@ class Zstd(Codec):
         except zstandard.ZstdError as error:
             raise _damaged("zstd") from error
         finally:
-            pool.append(decompressor)
+            self._decompressors.append(decompressor)
         if len(block) != length:
             raise _wrong_length("zstd", len(block), length)
         return block
 
     def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         out[:] = self.decompress(data, len(out))
+
+    def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
+        length = len(out) // len(blocks)
+        decompressor = self._take_decompressor()
+        try:
+            # Told the sizes, it allocates these whatever the frames claim, and checks them.
+            sizes = struct.pack("<Q", length) * len(blocks)
+            content = decompressor.multi_decompress_to_buffer(blocks, decompressed_sizes=sizes, threads=1)
+        except zstandard.ZstdError as error:
+            raise _damaged("zstd") from error
+        finally:
+            self._decompressors.append(decompressor)
+        for number in range(len(blocks)):
+            out[number * length : (number + 1) * length] = cast("Buffer", content[number])
+
+    def _take_decompressor(self) -> zstandard.ZstdDecompressor:
+        try:
+            return self._decompressors.pop()
+        except IndexError:
+            return zstandard.ZstdDecompressor(dict_data=self._dictionary)
 
 
 def codec_for(algorithm: int | str, *, dictionary: bytes = b"", blob: str = "") -> Codec:

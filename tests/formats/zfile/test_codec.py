@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError
+from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.zfile.codec import Codec, Lz4, Zstd, codec_for
 
 codecs = pytest.mark.parametrize("codec", [Lz4(), Zstd()], ids=["lz4", "zstd"])
@@ -100,10 +101,14 @@ def test_codecs_by_name_and_number() -> None:
     repeats=st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.integers(1, 60)), max_size=12),
     block_size=st.sampled_from([512, 4096, 65536]),
 )
-def test_many_blocks_are_compressed_as_each_alone(
+def test_many_blocks_are_stored_as_each_alone(
     codec: Codec, repeats: list[tuple[bytes, int]], block_size: int
 ) -> None:
     data = b"".join(part * count for part, count in repeats)
-    together = codec.compress_all(memoryview(data), block_size)
-    alone = [codec.compress(data[begin : begin + block_size]) for begin in range(0, len(data), block_size)]
-    assert list(map(bytes, together)) == list(map(bytes, alone))
+    alone = [bytes(codec.compress(data[begin : begin + block_size])) for begin in range(0, len(data), block_size)]
+    assert codec.store(memoryview(data), block_size, crcs=False) == (b"".join(alone), [len(block) for block in alone])
+    checked = [block + raw_crc32c(block, 100007).to_bytes(4, "little") for block in alone]
+    assert codec.store(memoryview(data), block_size, crcs=True) == (
+        b"".join(checked),
+        [len(block) for block in checked],
+    )
