@@ -31,6 +31,7 @@ COMMANDS = (
     "commit",
     "seal",
     "merge",
+    "gc",
     "zfile",
     "import_",
     "cleanup",

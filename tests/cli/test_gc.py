@@ -17,10 +17,11 @@ def test_gc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for turn in range(300):
             upper.write_at(0, bytes([turn % 256]) * 65536)
     assert main(["gc", str(data), str(index)]) == 0
-    assert capsys.readouterr().out == f"{data}: 69632 bytes on disk ({299 * 65536} freed, 0 moved), " + (
-        "1 index records (300 before)\n"
-    )
-    assert data.stat().st_blocks * 512 == 69632
+    size = data.stat().st_blocks * 512
+    assert size <= 2 * 69632
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{data}: {size} bytes on disk (")
+    assert printed.endswith(" freed, 0 moved), 1 index records (300 before)\n")
     with AppendUpper.open(data, index) as upper:
         assert upper.read_at(0, 65536) == bytes([299 % 256]) * 65536
         assert main(["gc", str(data), str(index)]) == 1
