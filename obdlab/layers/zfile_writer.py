@@ -53,8 +53,8 @@ class ZFileWriter:
     ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
     the trailer; a sink that cannot seek keeps the first header, as uploads of the original do. ``verify=False``
     leaves out the block CRCs. With more than one of ``workers`` that many threads compress while the caller goes on
-    reading and writing; the bytes are the same. Only one of them works on LZ4 blocks of less than 16 KiB, which take so
-    little time that several would mostly wait for each other.
+    reading and writing; the bytes are the same. Only one of them works on LZ4 blocks of less than 16 KiB, which take
+    so little time that several would mostly wait for each other.
 
     Nothing but :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it.
     The sink stays open, at the end of the file.
