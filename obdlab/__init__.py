@@ -1,7 +1,8 @@
 """Lazily started container images (DADI / overlaybd) in Python.
 
-``open_zfile(path)`` and ``open_stack([bottom, ..., top])`` give read-only objects with ``.size`` and
-``.read_at(offset, length)``; every error is an :class:`ObdlabError`.
+``open_zfile(path)`` and ``open_stack([bottom, ..., top])`` give read-only objects that are measured and sliced like
+bytes (``len(disk)``, ``disk[a:b]``); a disk also tells which of its ``layers`` holds what (``owners()``,
+``index_frame()``, ``layer_frame()``). Every error is an :class:`ObdlabError`.
 """
 
 from __future__ import annotations

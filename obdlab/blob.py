@@ -6,8 +6,9 @@ recorder or a fault injector is just one more wrapper.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 from obdlab.errors import OutOfRangeError
 
@@ -44,6 +45,36 @@ class Blob(ABC):
 
     def close(self) -> None:  # noqa: B027 - most wrappers own nothing but the blob below
         """Release what the blob holds, and the blobs below it. Closing twice is allowed."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bool__(self) -> bool:
+        return True  # an empty blob is still one
+
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        """Bytes as of a bytes object: ``blob[a:b]`` is clipped to the blob, ``blob[a]`` a number."""
+        if isinstance(key, slice):
+            begin, end, step = key.indices(self.size)
+            if step == 1:
+                return self.read_at(begin, end - begin) if begin < end else b""
+            at = range(begin, end, step)
+            if not at:
+                return b""
+            low = min(at[0], at[-1])
+            return self.read_at(low, abs(at[-1] - at[0]) + 1)[::step]
+        offset = operator.index(key)
+        if offset < 0:
+            offset += self.size
+        if not 0 <= offset < self.size:
+            raise IndexError(f"{self.name}: no byte {key} (size {self.size})")
+        return self.read_at(offset, 1)[0]
 
     def __enter__(self) -> Self:
         return self

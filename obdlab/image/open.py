@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.remote import RemoteLayers
+from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack, WritableStack
@@ -53,7 +54,7 @@ def open_zfile(path: str | os.PathLike[str]) -> Blob:
         raise
 
 
-def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Blob:
+def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
     """Open local layers, bottom first, as the block device they make together.
 
     Each of the 1 to 255 may be a plain LSMT file, a ZFile or tar-wrapped. Raises SourceError or FormatError naming
@@ -63,12 +64,12 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Blob:
         raise TypeError(f"open_stack wants a sequence of paths, bottom first (got one: {os.fspath(paths)!r})")
     with ExitStack() as opened:
         layers = [opened.enter_context(_open_local(path)) for path in paths]
-        stack = Stack(layers)
+        disk = Disk(layers)
         opened.pop_all()
-        return stack
+        return disk
 
 
-class Image(Stack):
+class Image(Disk):
     """A read-only image that can say what its block cache did."""
 
     def __init__(self, layers: Sequence[Layer], count: Callable[[], dict[str, int]]) -> None:

@@ -3,9 +3,9 @@
 Run: python -m tests.benchmarks.zfile [MiB of content]
 
 Every figure is MB/s of content a core (of processor time, which a busy machine disturbs less than what the clock
-says), best of nine rounds, with all contenders taking turns, so that those of one run may be compared with each other.
-``bare`` is the codec library alone on the same blocks: cramjam block by block into one buffer, zstandard's own batch
-calls with one thread. Reads are of 1 MiB in order and of 4 KiB at random; memcpy is the same 1 MiB reads of the
+says), best of nine rounds, with all contenders taking turns, so that those of one run can be compared with each
+other. ``bare`` is the codec library alone on the same blocks: cramjam block by block into one buffer, zstandard's own
+batch calls with one thread. Reads are of 1 MiB in order and of 4 KiB at random; memcpy is the same 1 MiB reads of the
 uncompressed content. ``2 workers`` writes with two threads that compress, by the clock, and stands beside the plain
 write by the clock.
 """
@@ -131,16 +131,14 @@ def main() -> None:
     size = int(sys.argv[1] if len(sys.argv) > 1 else 16) << 20
     part = golden("text.bin")  # compresses to about half, as system files do
     data = (part * (size // len(part) + 1))[:size]
-    print(
-        "                write   bare of bare | by the clock: 1  2 workers |  read   bare of bare of memcpy | 4 KiB us"
-    )
+    print("                write   bare of bare | clock: 1  2 workers |  read   bare of bare of memcpy | 4 KiB us")
     for layout in LAYOUTS:
         contest = compete(data, layout)
         speed = {name: size / seconds / 1e6 for name, seconds in contest.best_cpu_s.items()}
         clock = {name: size / seconds / 1e6 for name, seconds in contest.best_s.items()}
         print(
             f"{layout[0]:5} {layout[1] >> 10:3} KiB {speed['write']:8.0f} {speed['bare encode']:6.0f}"
-            f" {speed['write'] / speed['bare encode']:7.2f} | {clock['write']:15.0f} {clock['2 workers']:10.0f} |"
+            f" {speed['write'] / speed['bare encode']:7.2f} | {clock['write']:8.0f} {clock['2 workers']:10.0f} |"
             f" {speed['read']:5.0f} {speed['bare decode']:6.0f} {speed['read'] / speed['bare decode']:7.2f}"
             f" {speed['read'] / speed['memcpy']:9.2f} | {contest.best_cpu_s['random'] / RANDOM_READS * 1e6:8.2f}"
         )

@@ -1,0 +1,123 @@
+"""A disk to look into: which layer holds what, as tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from obdlab.blob import check_range
+from obdlab.errors import ObdlabError
+from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.layers.stack import Stack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from obdlab.formats.lsmt.layout import Segments
+
+
+class LabExtraError(ObdlabError):
+    """Something that needs pandas or matplotlib, which are not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """The bytes ``[begin, end)`` of a disk, and the number of the layer they come from, 0 being the bottom.
+
+    ``layer`` is None where no layer holds anything. Of a ``zeroed`` range the layer holds only that it is zeros.
+    """
+
+    begin: int
+    end: int
+    layer: int | None
+    zeroed: bool = False
+
+
+class Disk(Stack):
+    """A stack of layers for a person to look into, in a notebook perhaps.
+
+    ``len(disk)`` and ``disk[a:b]`` are those of bytes, ``disk.layers`` the layers from the bottom up.
+    """
+
+    def owners(self, begin: int = 0, end: int | None = None) -> list[Owned]:
+        """Say where the bytes ``[begin, end)`` come from, in order and without gaps; all of the disk by default.
+
+        Raises OutOfRangeError if the range is not inside the disk.
+        """
+        end = self.size if end is None else end
+        check_range(self, begin, end - begin)
+        segments, top = self.index.segments(), len(self.layers) - 1
+        inside = (segments.offset_sectors * SECTOR < end) & (segments.end_sectors * SECTOR > begin)
+        owned: list[Owned] = []
+        at = begin
+        for first, length, _, zeroed, tag in segments[inside].rows():
+            start, stop = max(begin, first * SECTOR), min(end, (first + length) * SECTOR)
+            if at < start:
+                owned.append(Owned(at, start, None))
+            owned.append(Owned(start, stop, top - tag, bool(zeroed)))
+            at = stop
+        if at < end:
+            owned.append(Owned(at, end, None))
+        return owned
+
+    def index_frame(self) -> pd.DataFrame:
+        """Return the merged index as a table: one row a segment, what no layer holds is left out.
+
+        Columns: ``begin``, ``end``, ``size`` (bytes of the disk), ``layer`` (0 is the bottom), ``name``, ``zeroed``,
+        ``file_offset`` (bytes in the layer's uncompressed file; -1 if zeroed). Needs the lab extra (LabExtraError).
+        """
+        segments = self.index.segments()
+        frame = segment_frame(segments)
+        layer = len(self.layers) - 1 - segments.tag.astype(np.int64)
+        names = np.array([layer.name for layer in self.layers], dtype=object)
+        frame.insert(3, "layer", layer)
+        frame.insert(4, "name", names[layer])
+        return frame
+
+    def layer_frame(self) -> pd.DataFrame:
+        """Return the layers as a table, bottom first. Needs the lab extra (LabExtraError).
+
+        Columns: ``name``, ``segments``, ``held`` (bytes of data in the layer), ``zeroed`` (bytes it holds as zeros),
+        ``visible`` (bytes of its data that no layer above hides).
+        """
+        pandas = _pandas()
+        merged, top = self.index.segments(), len(self.layers) - 1
+        rows = []
+        for number, layer in enumerate(self.layers):
+            own = layer.index.segments()
+            visible = merged.length_sectors[(merged.tag == top - number) & ~merged.zeroed]
+            rows.append(
+                {
+                    "name": layer.name,
+                    "segments": len(own),
+                    "held": int(own.length_sectors[~own.zeroed].sum()) * SECTOR,
+                    "zeroed": int(own.length_sectors[own.zeroed].sum()) * SECTOR,
+                    "visible": int(visible.sum()) * SECTOR,
+                }
+            )
+        return cast("pd.DataFrame", pandas.DataFrame(rows))
+
+
+def segment_frame(segments: Segments) -> pd.DataFrame:
+    """Return the index of one layer as a table, with the columns of :meth:`Disk.index_frame` that one layer has."""
+    begin, length = segments.offset_sectors * SECTOR, segments.length_sectors * SECTOR
+    frame: pd.DataFrame = _pandas().DataFrame(
+        {
+            "begin": begin,
+            "end": begin + length,
+            "size": length,
+            "zeroed": segments.zeroed,
+            "file_offset": np.where(segments.zeroed, -1, segments.moffset_sectors * SECTOR),
+        }
+    )
+    return frame
+
+
+def _pandas() -> Any:
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise LabExtraError("tables need the lab extra: pip install 'obdlab[lab]'") from error
+    return pd
