@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2fsprogs erofs-utils fio iproute2 \
-  ethtool kmod attr python3-venv ca-certificates
+  ethtool kmod attr qemu-utils python3-venv ca-certificates
 
 .PHONY: help setup packages demo test test-long lint unit protos benchmarks clean
 

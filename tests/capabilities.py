@@ -43,10 +43,16 @@ def missing_for_registry() -> str:
     return "" if shutil.which("docker-registry") else "docker-registry is not installed"
 
 
+def missing_for_qemu() -> str:
+    """Why qcow2 images cannot be made and read here, or ''."""
+    return "" if shutil.which("qemu-img") else "qemu-img is not installed"
+
+
 _PROBES = {
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
     "registry": missing_for_registry,
+    "qemu": missing_for_qemu,
 }
 
 
