@@ -64,7 +64,7 @@ class AppendUpper(Upper):
         self._file = file
         self._log = log  # None: only to be read
         self._map = held
-        self._end = file.size // SECTOR * SECTOR
+        self._end = max(HEADER_SPACE, file.size // SECTOR * SECTOR)
         # Taken in this order. _writing: files and log; _lock: the map, and the reads that rely on what it said.
         self._syncing = threading.Lock()
         self._writing = threading.Lock()

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
 
-# Read from the end in one go: the trailer, and the whole index of most layers with it.
-_TAIL_SIZE = 64 * 1024
+# Read from the end in one go: the trailer, and with it the index of a layer with up to 256 segments. No sealed file
+# is smaller.
+_TAIL_SIZE = 2 * HEADER_SPACE
 
 
 class Layer(Protocol):
@@ -61,8 +62,8 @@ class Layer(Protocol):
 class LsmtLayer:
     """A sealed layer, committed or sealed in place, over the blob of its plain LSMT file.
 
-    Opening reads the header and the tail, and the index in a third read if it does not lie within the last 64 KiB;
-    a small file is read at once. Raises FormatError (blob, offset, got, wanted) if the file is cut short, is no
+    Opening reads the header and the tail, and the index in a third read if it does not lie within the last
+    8 KiB. Raises FormatError (blob, offset, got, wanted) if the file is cut short, is no
     sealed LSMT file, or has an index that is unordered or points outside of the layer's data.
     """
 
@@ -70,17 +71,13 @@ class LsmtLayer:
         self.name = blob.name
         self.data = blob
         size = blob.size
-        if size < 2 * HEADER_SPACE:
+        if size < _TAIL_SIZE:
             raise FormatError(
-                "sealed LSMT layer is cut short",
-                blob=blob.name,
-                got=f"{size} bytes",
-                wanted=f"at least {2 * HEADER_SPACE}",
+                "sealed LSMT layer is cut short", blob=blob.name, got=f"{size} bytes", wanted=f"at least {_TAIL_SIZE}"
             )
-        tail_offset = max(0, size - _TAIL_SIZE)
-        tail = memoryview(blob.read_at(tail_offset, size - tail_offset))
-        header_bytes = bytes(tail[:HEADER_SPACE]) if tail_offset == 0 else blob.read_at(0, HEADER_SPACE)
-        header = Header.from_bytes(header_bytes, blob=blob.name)
+        tail_offset = size - _TAIL_SIZE
+        tail = memoryview(blob.read_at(tail_offset, _TAIL_SIZE))
+        header = Header.from_bytes(blob.read_at(0, HEADER_SPACE), blob=blob.name)
         if not header.flags & Flags.DATA:
             raise FormatError(
                 "LSMT file is not a data file", blob=blob.name, offset=28, got=f"flags {int(header.flags):#x}"

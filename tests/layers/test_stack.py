@@ -1,20 +1,16 @@
-"""Stacks: what they read, how often they read, and that a writable one remembers all after a reopening."""
+"""Stacks: what they read, how often they read, and what a writable one over a sparse layer takes care of."""
 
 from __future__ import annotations
 
-import io
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from obdlab.blob import MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
-from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack, zeros
 from obdlab.layers.upper import SparseUpper
@@ -207,110 +203,6 @@ def test_writers_of_one_block_do_not_undo_each_other(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(60)
         assert stack.read_at(0, DISK) == b"".join(bytes([sector]) * 512 for sector in range(DISK_SECTORS))
-
-
-class WritableStackMachine(RuleBasedStateMachine):
-    """Writes, discards, reopenings and commits on layers over layers, against a bytearray."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.count = 0
-        self.lowers: list[LsmtLayer] = []
-        self.model = bytearray(DISK)
-
-    @initialize(parts=st.lists(extents(), max_size=3))
-    def start(self, parts: list[list[Extent]]) -> None:
-        self.lowers = [layer(part, DISK, seed) for seed, part in enumerate(parts)]
-        self.model = disk_of(self.lowers)
-        self._new_upper()
-
-    def _new_upper(self) -> None:
-        self.count += 1
-        self.path = Path(self.folder.name) / f"upper{self.count}"
-        self._stack_on(SparseUpper.create(self.path, 0 if self.lowers else DISK))
-
-    def _stack_on(self, upper: SparseUpper) -> None:
-        self.stack = WritableStack(Stack(self.lowers) if self.lowers else None, upper)
-
-    @rule(offset=st.integers(0, DISK), data=st.binary(min_size=1, max_size=20), times=st.integers(1, 800))
-    def write(self, offset: int, data: bytes, times: int) -> None:
-        data = (data * times)[: DISK - offset]
-        self.stack.write_at(offset, data)
-        self.model[offset : offset + len(data)] = data
-
-    @rule(sector=st.integers(0, DISK_SECTORS - 1), count=st.integers(1, 20), fill=st.integers(1, 255))
-    def write_sectors(self, sector: int, count: int, fill: int) -> None:
-        self.write(sector * 512, bytes([fill]), count * 512)
-
-    @rule(offset=st.integers(0, DISK), length=st.integers(0, DISK))
-    def discard(self, offset: int, length: int) -> None:
-        length = min(length, DISK - offset)
-        self.stack.discard(offset, length)
-        self.model[offset : offset + length] = bytes(length)
-
-    @rule(sector=st.integers(0, DISK_SECTORS - 1), count=st.integers(1, 20))
-    def discard_sectors(self, sector: int, count: int) -> None:
-        self.discard(sector * 512, count * 512)
-
-    @rule(flush=st.booleans())
-    def reopen(self, flush: bool) -> None:
-        if flush:
-            self.stack.flush()
-        self.stack.upper.close()
-        self._stack_on(SparseUpper.open(self.path))
-
-    @rule()
-    def commit_and_go_on(self) -> None:
-        out = io.BytesIO()
-        commit(self.stack.upper, out)
-        self.stack.upper.close()
-        self.lowers = [*self.lowers, LsmtLayer(MemoryBlob(out.getvalue(), "committed"))]
-        assert Stack(self.lowers).read_at(0, DISK) == self.model
-        self._new_upper()
-
-    @rule()
-    def flatten(self) -> None:
-        if self.lowers:
-            out = io.BytesIO()
-            commit(Stack(self.lowers), out)
-            self.lowers = [LsmtLayer(MemoryBlob(out.getvalue(), "flat"))]
-            self._stack_on(self.stack.upper)
-
-    @rule()
-    def seen_as_the_original_sees_it(self) -> None:
-        # A plain merge of the file's data extents over the lowers, as the original stacks an opened sparse layer.
-        self.stack.upper.close()
-        with SparseUpper.open(self.path) as upper:
-            assert Stack([*self.lowers, upper]).read_at(0, DISK) == self.model
-        self._stack_on(SparseUpper.open(self.path))
-
-    @rule(begin=st.integers(0, DISK), length=st.integers(0, DISK))
-    def read(self, begin: int, length: int) -> None:
-        length = min(length, DISK - begin)
-        assert self.stack.read_at(begin, length) == self.model[begin : begin + length]
-
-    @invariant()
-    def same(self) -> None:
-        if self.count:
-            assert self.stack.read_at(0, DISK) == self.model
-
-    def teardown(self) -> None:
-        if self.count:
-            self.stack.upper.close()
-        self.folder.cleanup()
-
-
-TestWritableStack = WritableStackMachine.TestCase
-TestWritableStack.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
-
-
-class LongWritableStackMachine(WritableStackMachine):
-    """The same, with many more steps."""
-
-
-TestWritableStackLong = pytest.mark.slow(LongWritableStackMachine.TestCase)
-TestWritableStackLong.settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
 
 
 def test_sealed_sample_is_refused_if_inconsistent() -> None:
