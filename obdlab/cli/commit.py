@@ -37,9 +37,21 @@ def add(subcommands: Any) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
     parser.add_argument("--index", metavar="FILE", default="", help="index file of a layer in append mode")
     add_identity_options(parser)
+    add_zero_blocks_option(parser)
     add_packing_options(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
+
+
+def add_zero_blocks_option(parser: argparse.ArgumentParser) -> None:
+    """Add what becomes of blocks that are all zeros."""
+    parser.add_argument(
+        "--zero-blocks",
+        choices=("keep", "mark", "drop"),
+        default="keep",
+        help="4 KiB blocks of zeros: stored (default, as the original does), marked as zeros, which takes no space, "
+        "or left out, which is right only if no layer will lie below",
+    )
 
 
 def add_identity_options(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Commit."""
     from obdlab.image.disks import open_any_layer
     from obdlab.image.writing import commit_size, write_layer
+    from obdlab.layers.commit import ZeroBlocks
 
     end_politely_on_sigterm()
     with (
@@ -71,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             uuid=args.uuid,
             parent_uuid=args.parent_uuid,
             user_tag=args.message,
+            zero_blocks=ZeroBlocks(args.zero_blocks),
             force=args.force,
             progress=progress,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.commit import add_identity_options, say_what_was_written
+from obdlab.cli.commit import add_identity_options, add_zero_blocks_option, say_what_was_written
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.packing import (
     add_output_options,
@@ -29,6 +29,7 @@ def add(subcommands: Any) -> None:
     parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or a config.v1.json")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the layer file to make")
     add_identity_options(parser)
+    add_zero_blocks_option(parser)
     add_packing_options(parser)
     add_output_options(parser)
     add_runtime_options(parser)
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge."""
     from obdlab.image.disks import open_disk
     from obdlab.image.writing import commit_size, write_layer
+    from obdlab.layers.commit import ZeroBlocks
 
     end_politely_on_sigterm()
     with (
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             uuid=args.uuid,
             parent_uuid=args.parent_uuid,
             user_tag=args.message,
+            zero_blocks=ZeroBlocks(args.zero_blocks),
             force=args.force,
             progress=progress,
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def open_any_layer(path: str | os.PathLike[str], index_path: str | os.PathLike[str] = "") -> Layer:
-    """Open a layer file: sealed (plain, compressed, in a tar) or writable.
+    """Open a layer file to read it: sealed (plain, compressed, in a tar) or writable.
 
     A writable layer in append mode needs its ``index_path``; FormatError says so. Raises as opening either does.
     """
@@ -42,7 +42,7 @@ def open_any_layer(path: str | os.PathLike[str], index_path: str | os.PathLike[s
         raise FormatError(
             "a writable layer in append mode is two files, and its index file is missing", blob=file.name
         )
-    return open_upper(path, index_path)
+    return open_upper(path, index_path, read_only=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR
 from obdlab.image.output import new_file
-from obdlab.layers.commit import commit
+from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.sink import can_seek
 from obdlab.layers.tarwrap import TarWrapWriter
 from obdlab.layers.zfile import ZFileWriter
@@ -83,6 +83,7 @@ def write_layer(
     uuid: str = "",
     parent_uuid: str | None = None,
     user_tag: str = "",
+    zero_blocks: ZeroBlocks = ZeroBlocks.KEEP,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Committed:
@@ -93,7 +94,7 @@ def write_layer(
     """
     with new_file(path, force=force) as file, packing.around(file) as sink:
         target = sink if progress is None else CountingSink(sink, progress)
-        return commit(source, target, uuid=uuid, parent_uuid=parent_uuid, user_tag=user_tag)
+        return commit(source, target, uuid=uuid, parent_uuid=parent_uuid, user_tag=user_tag, zero_blocks=zero_blocks)
 
 
 def commit_size(source: Layer | Stack) -> int:

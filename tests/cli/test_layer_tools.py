@@ -18,6 +18,7 @@ import pytest
 
 import obdlab
 from obdlab.cli.main import main
+from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
 
 EMPTY_UUID = "abcdef01-2345-6789-abcd-ef0123456789"
@@ -180,6 +181,21 @@ def test_merge_of_an_image_with_a_writable_layer(tmp_path: Path, capsys: pytest.
     assert run("verify", config, "--json") == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert [layer["names_parent"] for layer in layers] == [True, True]
+
+
+def test_zero_blocks(tmp_path: Path) -> None:
+    with SparseUpper.create(tmp_path / "data", 1 << 20) as upper:
+        upper.write_at(0, bytes(65536) + b"x" * 4096)
+    sizes = {}
+    for what in ("keep", "mark", "drop"):
+        out = tmp_path / what
+        assert run("commit", tmp_path / "data", out, "--algorithm", "none", "--zero-blocks", what, "-q") == 0
+        sizes[what] = out.stat().st_size
+        assert run("diff", "--old", tmp_path / "keep", "--new", out, "-q") == 0
+        assert run("merge", out, "-o", tmp_path / "flat", "--zero-blocks", "mark", "--force", "-q") == 0
+        assert run("diff", "--old", tmp_path / "keep", "--new", tmp_path / "flat", "-q") == 0
+    assert sizes["keep"] - sizes["mark"] == 65536
+    assert sizes["drop"] <= sizes["mark"]
 
 
 def test_seal_in_place(tmp_path: Path) -> None:
