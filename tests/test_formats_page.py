@@ -1,0 +1,58 @@
+"""The programs on the page of formats decode what the original wrote: a reader with only that page can."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layers.golden import GOLDEN, LSMT, manifest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+ZFILES = [e for e in manifest("zfile")["entries"] if ".lz4." in e["file"]]
+
+
+@pytest.fixture(scope="module")
+def program() -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(text, "docs/formats.md", "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.mark.parametrize("entry", [e for e in ZFILES if e["decoded_size"] < 400_000], ids=lambda entry: entry["file"])
+def test_zfiles(program: dict[str, Any], entry: dict[str, Any]) -> None:
+    content = program["open_content"]((GOLDEN / "zfile" / entry["file"]).read_bytes())
+    assert hashlib.sha256(content).hexdigest() == entry["decoded_sha256"]
+
+
+@pytest.mark.parametrize("name", ["l1.lz4.lsmt", "l1.lz4tar.lsmt", "l1.plain.lsmt"])
+def test_layers_are_unpacked(program: dict[str, Any], name: str) -> None:
+    open_content: Callable[[bytes], bytes] = program["open_content"]
+    plain = (LSMT / "l1.plain.lsmt").read_bytes()
+    content = open_content((LSMT / name).read_bytes())
+    # Their messages and UUIDs differ; the data does not.
+    assert content[4096:-4096] == plain[4096:-4096]
+
+
+def test_numbers_of_the_page(program: dict[str, Any]) -> None:
+    assert program["crc"](b"123456789") == 0x58E3FA20
+    assert program["crc"](b"123456789", 100007) == 0x3C9BD4E0
+
+
+def test_the_example_is_the_file() -> None:
+    data = (GOLDEN / "zfile" / "one.lz4.4.zfile").read_bytes()
+    lines = re.findall(
+        r"^([0-9a-f]{4})  ((?:[0-9a-f]{4} ?)+)", PAGE.split("### Example: a ZFile")[1].split("```")[1], re.MULTILINE
+    )
+    shown = set()
+    for offset, hexadecimal in lines:
+        piece = bytes.fromhex(hexadecimal)
+        assert data[int(offset, 16) :].startswith(piece)
+        shown.update(range(int(offset, 16), int(offset, 16) + len(piece)))
+    header = {at for at in range(0x206) if data[at]}
+    assert header <= shown, "lines of zeros only are left out"
