@@ -76,17 +76,12 @@ def apply_to_device(tar: Iterable[bytes], device: Path, *, blob: str, work_dir: 
     """Apply an uncompressed layer tar, given in pieces, to the file system of a writable device.
 
     The file system is mounted in a process of its own and gone from the kernel when this returns or raises.
-    ``work_dir`` gets a directory for that while it runs; ``fresh`` tells that :func:`make_filesystem` just ran.
+    ``work_dir`` gets the log of that process; ``fresh`` tells that :func:`make_filesystem` just ran.
     Raises FormatError for a malformed or escaping tar, ApplyError if it cannot be written, and what ``tar`` raises.
     """
-    target = work_dir / "root"
-    target.mkdir()
-    job = Job(str(device), str(target), MOUNT_OPTIONS, blob, fresh)
-    try:
-        with (work_dir / "worker.log").open("w+b") as log:
-            return _run_worker(job, tar, log)
-    finally:
-        target.rmdir()
+    job = Job(str(device), MOUNT_OPTIONS, blob, fresh)
+    with (work_dir / "worker.log").open("w+b") as log:
+        return _run_worker(job, tar, log)
 
 
 def _run_worker(job: Job, tar: Iterable[bytes], log: IO[bytes]) -> ApplyStatistics:

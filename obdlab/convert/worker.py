@@ -1,7 +1,9 @@
-"""The process that applies one layer: in a mount namespace of its own, with the file system as its root directory.
+"""The process that applies one layer, with the file system as its root directory.
 
-The file system is mounted nowhere else, so that the end of this process, whatever its cause, is also the end of the
-mount. Absolute symbolic links of the layer stay inside, as the root directory is that of the image.
+The file system is mounted nowhere in the tree, so that the end of this process, whatever its cause, is also the end
+of the mount. (A mount namespace of its own would do that too, but would hold copies of everybody's mounts meanwhile,
+and their devices could not be detached.) Absolute symbolic links of the layer stay inside, as the root directory is
+that of the image.
 
 Wire: standard input brings one :func:`pack_job` and then the uncompressed tar to its end; standard output gets one
 JSON object, the statistics or the error. Everything that is needed is imported before the root changes.
@@ -15,16 +17,13 @@ import os
 import struct
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO
 
 from obdlab.convert.apply import ApplyError, ApplyStatistics, apply_layer
 from obdlab.devices import abi
 from obdlab.errors import FormatError
 
-_CLONE_NEWNS = 0x00020000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
-_MS_REC, _MS_PRIVATE = 16384, 1 << 18
+_ATTRIBUTES = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOEXEC | abi.MOUNT_ATTR_NOATIME
 _LENGTH = struct.Struct("<I")
 _MAX_JOB_SIZE = 1 << 16
 
@@ -33,10 +32,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do: mount ``device`` on the empty directory ``target``, apply the layer that errors call ``blob``."""
+    """What to do: mount ``device``, apply the layer that errors call ``blob``."""
 
     device: str
-    target: str
+    #: As of mount(8), comma-separated.
     mount_options: str
     blob: str
     #: The file system was just made: it is emptied, its root gets fixed times.
@@ -81,31 +80,29 @@ def main() -> int:
 
 def run(job: Job, tar: IO[bytes]) -> ApplyStatistics:
     """Mount, apply, write everything out and unmount. Raises FormatError, ApplyError or OSError."""
-    _check(_libc.unshare(_CLONE_NEWNS))
-    abi.mount("none", Path("/"), "", _MS_REC | _MS_PRIVATE, "")
-    target = Path(job.target)
-    abi.mount(job.device, target, "ext4", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME, job.mount_options)
+    options = {name: value or None for name, _, value in (o.partition("=") for o in job.mount_options.split(","))}
+    root = abi.mount_detached("ext4", {"source": job.device, **options}, _ATTRIBUTES)
     outside = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    os.chroot(target)
-    os.chdir("/")
+    os.fchdir(root)
+    os.chroot(".")
     if job.fresh:
         os.rmdir("/lost+found")
         os.utime("/", ns=(0, 0))
     statistics = apply_layer(tar, job.blob)
     _sync_file_system(job.blob)
+    # Letting go of it here unmounts it here, while errors can still be told.
     os.fchdir(outside)
     os.chroot(".")
     os.close(outside)
-    abi.umount2(target)
+    os.close(root)
     return statistics
 
 
 def _sync_file_system(blob: str) -> None:
-    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY)  # a mount's own descriptor is for paths only
     try:
-        _check(_libc.syncfs(root))
-    except OSError as error:
-        raise ApplyError(f"{blob}: the layer could not be written out: {error.strerror}") from error
+        if _libc.syncfs(root) != 0:
+            raise ApplyError(f"{blob}: the layer could not be written out: {os.strerror(ctypes.get_errno())}")
     finally:
         os.close(root)
 
@@ -125,12 +122,6 @@ def _read_exactly(stdin: IO[bytes], length: int) -> bytes:
             raise EOFError("standard input ends inside the job")
         data += piece
     return data
-
-
-def _check(answer: int) -> None:
-    if answer != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 if __name__ == "__main__":
