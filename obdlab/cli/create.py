@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.packing import say, size_text, uuid_argument
+from obdlab.cli.packing import say, size_argument, size_text, uuid_argument
 from obdlab.errors import ObdlabError
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+if TYPE_CHECKING:
+    import argparse
 
 
 class LayerArgumentsError(ObdlabError):
@@ -30,7 +30,11 @@ def add(subcommands: Any) -> None:
     parser.add_argument("data", metavar="DATA", help="data file to make")
     parser.add_argument("index", metavar="INDEX", nargs="?", help="index file to make (append mode)")
     parser.add_argument(
-        "--vsize", type=_size, required=True, metavar="SIZE", help="size of the disk in bytes, or as 512M, 64G, 1T"
+        "--vsize",
+        type=size_argument,
+        required=True,
+        metavar="SIZE",
+        help="size of the disk in bytes, or as 512M, 64G, 1T",
     )
     parser.add_argument("--sparse", action="store_true", help="one sparse file, without index")
     parser.add_argument(
@@ -73,10 +77,3 @@ def _make_filesystem(data: str, virtual_size: int) -> None:
     except BaseException:
         Path(data).unlink()
         raise
-
-
-def _size(text: str) -> int:
-    digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
-    if not (digits.isascii() and digits.isdecimal()) or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"not a size (got {text!r}, wanted bytes, or a number with K, M, G or T)")
-    return int(digits) * _UNITS[unit]

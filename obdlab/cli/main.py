@@ -34,6 +34,7 @@ COMMANDS = (
     "gc",
     "zfile",
     "import_",
+    "resize",
     "cleanup",
     "experiment",
     "image",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from obdlab.image.writing import Packing, Progress
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add whether an existing output may be replaced, and whether anything is said."""
@@ -86,6 +88,14 @@ def size_text(size: int) -> str:
             break
         value /= 1024
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def size_argument(text: str) -> int:
+    """Read a size given on the command line: bytes, or a number with K, M, G or T."""
+    digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if not (digits.isascii() and digits.isdecimal()) or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"not a size (got {text!r}, wanted bytes, or a number with K, M, G or T)")
+    return int(digits) * _UNITS[unit]
 
 
 def uuid_argument(text: str) -> str:

@@ -316,8 +316,34 @@ def test_create_with_a_file_system(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.kernel
+def test_resize_with_its_file_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    assert run("create", data, "--sparse", "--vsize", "64M", "--mkfs", "-q") == 0
+    assert run("resize", data, "--vsize", "32M") == 1
+    assert "cannot shrink" in capsys.readouterr().err
+    assert run("resize", data, "--vsize", "128M", "-q") == 0
+    # As on the attached device, which begins at the file's offset 4096.
+    for command in (["e2fsck", "-fy"], ["resize2fs"], ["e2fsck", "-fn"]):
+        done = subprocess.run([*command, f"{data}?offset=4096"], capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+    assert run("commit", data, tmp_path / "layer", "-q") == 0
+    with obdlab.open_stack([tmp_path / "layer"]) as disk:
+        assert len(disk) == 128 << 20
+        blocks = int.from_bytes(disk[1024 + 4 : 1024 + 8], "little")
+        assert blocks * 4096 == 128 << 20, "by the superblock"
+
+
+def test_resize_of_an_append_layer(tmp_path: Path) -> None:
+    data, flag, index = upper("l1", tmp_path)
+    assert run("resize", data, flag, index, "--vsize", "2M", "-q") == 0
+    assert run("commit", data, tmp_path / "out", flag, index, "-q") == 0
+    with obdlab.open_stack([tmp_path / "out"]) as disk, obdlab.open_stack([LSMT / "l1.plain.lsmt"]) as before:
+        assert disk[:] == before[:] + bytes(1 << 20)
+
+
 def test_help_of_every_tool(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("create", "commit", "seal", "merge", "zfile", "verify", "diff", "import"):
+    for command in ("create", "commit", "seal", "merge", "zfile", "verify", "diff", "import", "resize"):
         with pytest.raises(SystemExit) as done:
             run(command, "--help")
         assert done.value.code == 0
