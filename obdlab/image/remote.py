@@ -35,6 +35,9 @@ class RemoteLayers:
         )
         self._cache = BlockCache(
             settings.cache_dir,
+            registry=cache_name(self._repository),
+            quota=settings.cache_quota,
+            min_free=settings.cache_min_free,
             unit=settings.cache_unit,
             readahead_max=settings.readahead_max,
             deadline_s=settings.read_deadline_s,
@@ -71,6 +74,11 @@ class RemoteLayers:
             last = self._users == 0
         if last:
             self._client.close()
+
+
+def cache_name(repository: Repository) -> str:
+    """Return whose word the cache takes for the repository's blobs: its registry, over TLS or not."""
+    return repository.api_host.lower() + ("+http" if repository.plain_http else "")
 
 
 class _Origin(RemoteBlob):

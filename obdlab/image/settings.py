@@ -10,6 +10,7 @@ from typing import Self
 from obdlab.errors import ObdlabError
 
 KIB = 1 << 10
+GIB = 1 << 30
 
 
 class SettingsError(ObdlabError):
@@ -23,6 +24,10 @@ class Settings:
     cache_dir: Path = Path("/var/lib/obdlab/cache")
     #: Granularity of the block cache, and the least that is asked of a registry.
     cache_unit: int = 64 * KIB
+    #: The cache directory holds at most this much on disk, whoever stores in it; 0: no limit.
+    cache_quota: int = 4 * GIB
+    #: The cache gives back what it holds rather than leave less free on its file system (or less than a 16th of it).
+    cache_min_free: int = 1 * GIB
     #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of
     #: many small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of 100 Mbit/s.
     readahead_max: int = 1024 * KIB
@@ -37,6 +42,8 @@ class Settings:
         unit = self.cache_unit
         if unit < 4096 or unit & (unit - 1):
             raise SettingsError(f"cache_unit: not a power of two of at least 4096 (got {unit})")
+        if self.cache_quota < 0 or self.cache_min_free < 0:
+            raise SettingsError("cache_quota and cache_min_free must not be negative")
         if self.read_deadline_s <= 0 or self.request_timeout_s <= 0:
             raise SettingsError("read_deadline_s and request_timeout_s must be positive")
 

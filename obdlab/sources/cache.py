@@ -1,14 +1,16 @@
 """Block cache on local disk between a blob and where it comes from; shared by all devices and processes.
 
-Layout: ``<directory>/blobs/<digest>/{data, sums}`` (see :mod:`obdlab.sources.cachefiles`). Each process checks a
-unit's checksum when it first uses the unit, and notes that in a table of one byte per unit, so that a hit is a search
-in that table and one ``pread``. A unit that fails is dropped and fetched again.
+Layout: ``<directory>/blobs/<registry>/<digest>/{data, sums}`` (see :mod:`obdlab.sources.cachefiles`). Each process
+checks a unit's checksum when it first uses the unit, and notes that in a table of one byte per unit, so that a hit is
+a search in that table and one ``pread``. A unit that fails is dropped and fetched again. How the directory is kept
+within its limits: :mod:`obdlab.sources.cachespace`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from obdlab.errors import ObdlabError, SourceError
 from obdlab.formats.oci import check_digest
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.sources.cachefiles import CacheFiles, unit_sum
+from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.fetchpool import FetchPool
 from obdlab.sources.readahead import ReadAhead
 from obdlab.waiting import waiting
@@ -38,6 +41,9 @@ _BACKGROUND_SHARE = 0.25
 # States of a unit in the table; a read is a hit if no unit of it is _UNKNOWN.
 _UNKNOWN, _CHECKED, _MARKED = 0, 1, 2
 
+# One component of a path, and none that begins with a dot.
+_REGISTRY = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9.:+\[\]-]{0,254}", re.ASCII)
+
 _pool = FetchPool(threads=8, queued=64)
 
 
@@ -53,12 +59,15 @@ class Statistics:
     failed_requests: int = 0
     corrupt_units: int = 0  # dropped because the checksum did not match
     evicted_units: int = 0  # dropped because a reader above asked for it
-    uncached_bytes: int = 0  # fetched but not kept: disk full
+    uncached_bytes: int = 0  # fetched but not kept: cache or disk full
 
 
 class BlockCache:
     """Cached blobs below one directory. ``unit`` is the least that is asked of an origin, a power of two >= 4096.
 
+    ``registry`` names whose word is taken for what belongs to a digest: a part of a blob cannot be checked against
+    it, so blobs are shared only between those who name the same. For ``quota`` and ``min_free``, which hold for the
+    whole directory, see :class:`CacheSpace`.
     Sequential readers have up to ``readahead_max`` bytes fetched ahead of them (0: none). A read ends within
     ``deadline_s``. Making one touches nothing; no thread runs before the first read.
     """
@@ -67,13 +76,19 @@ class BlockCache:
         self,
         directory: Path | str,
         *,
+        registry: str = "local",
+        quota: int = 0,
+        min_free: int = 0,
         unit: int = 64 << 10,
         readahead_max: int = 1 << 20,
         deadline_s: float = 120.0,
     ) -> None:
         if unit < 4096 or unit & (unit - 1):
             raise ValueError(f"cache unit: not a power of two of at least 4096 (got {unit})")
-        self._blobs = Path(directory) / "blobs"
+        if _REGISTRY.fullmatch(registry) is None:
+            raise ValueError(f"cache: not a registry's name (got {registry!r})")
+        self._space = CacheSpace(directory, quota=quota, min_free=min_free)
+        self._blobs = self._space.blobs / registry
         self._unit = unit
         self._readahead_max = readahead_max
         self._deadline_s = deadline_s
@@ -90,21 +105,19 @@ class BlockCache:
         if origin.size == 0:
             return MemoryBlob(b"", origin.name)
         try:
-            files = CacheFiles(self._blobs / digest, origin.size, self._unit)
+            files = CacheFiles.open(self._space, self._blobs / digest, origin.size, self._unit)
         except OSError as error:
             logger.warning("%s: not cached: %s", origin.name, error)
             return origin
-        blob = CachedBlob(
-            origin, files, unit=self._unit, readahead_max=self._readahead_max, deadline_s=self._deadline_s
-        )
+        blob = CachedBlob(origin, files, self._space, readahead_max=self._readahead_max, deadline_s=self._deadline_s)
         with self._lock:
             self._statistics.append(blob.counters)
         return blob
 
     def statistics(self) -> dict[str, int]:
-        """Return the sums over all blobs opened so far (fields of :class:`Statistics`)."""
+        """Return the sums over all blobs opened so far (fields of :class:`Statistics`), and the bytes given back."""
         with self._lock:
-            return total_of(self._statistics)
+            return total_of(self._statistics) | {"evicted_bytes": self._space.evicted_bytes}
 
 
 def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
@@ -133,14 +146,18 @@ class _Flight:
 class CachedBlob(Blob):
     """One blob in the cache. Made by :meth:`BlockCache.open`."""
 
-    def __init__(self, origin: Blob, files: CacheFiles, *, unit: int, readahead_max: int, deadline_s: float) -> None:
+    def __init__(
+        self, origin: Blob, files: CacheFiles, space: CacheSpace, *, readahead_max: int, deadline_s: float
+    ) -> None:
         self.name = origin.name
         self.counters = Statistics()
         self._origin = origin
         self._files = files
+        self._space = space
         self._fd = files.fd
+        self._used = files.used
         self._size = origin.size
-        self._unit = unit
+        unit = files.unit
         self._shift = unit.bit_length() - 1
         self._deadline_s = deadline_s
         self._states = bytearray(files.units)
@@ -174,6 +191,11 @@ class CachedBlob(Blob):
             # After the read: units whose sums were taken away before it are noticed here.
             if len(data) == length and self._files.generation == self._generation:
                 self.counters.hits += 1
+                self._files.stamp()
+                if not self._used[
+                    first
+                ]:  # looking is cheaper than writing, and the next unit is the next read's first
+                    self._files.touch(first, stop)
                 if states.find(_MARKED, first, stop) >= 0:
                     self._pass_marks(first, stop)
                 return data
@@ -202,7 +224,7 @@ class CachedBlob(Blob):
 
     def _gather(self, offset: int, length: int) -> bytes:
         deadline = time.monotonic() + self._deadline_s
-        stop = (offset + length - 1 >> self._shift) + 1
+        first, stop = offset >> self._shift, (offset + length - 1 >> self._shift) + 1
         end = offset + length
         pieces = []
         fetched = False
@@ -214,6 +236,8 @@ class CachedBlob(Blob):
             piece = memoryview(data)[offset - start : end - start]
             pieces.append(piece)
             offset += len(piece)
+        self._files.touch(first, stop)
+        self._files.stamp()
         if fetched:
             self.counters.misses += 1
         else:
@@ -326,7 +350,7 @@ class CachedBlob(Blob):
     def _store(self, flight: _Flight, data: bytes) -> None:
         generation = self._files.generation
         try:
-            self._files.store(flight.first, data)
+            self._files.store(self._space, flight.first, data)
         except OSError as error:
             # Once is enough: a full disk fails every time.
             level = logging.DEBUG if self.counters.uncached_bytes else logging.WARNING

@@ -34,7 +34,7 @@ def main() -> None:
         blob = BlockCache(directory).open(MemoryBlob(data), digest_of(data))
         assert isinstance(blob, CachedBlob)
         blob.read_at(0, SIZE)
-        fd = os.open(f"{directory}/blobs/{digest_of(data)}/data", os.O_RDONLY)
+        fd = os.open(f"{directory}/blobs/local/{digest_of(data)}/data", os.O_RDONLY)
         for length in (4 << 10, 128 << 10):
             offsets = [random.randrange(0, SIZE - length) for _ in range(2000)]
             cached, bare = [], []

@@ -284,7 +284,7 @@ def damage_remove_sums(files: Path, generator: random.Random) -> None:
 def test_damaged_files_heal(tmp_path: Path, damage: Callable[[Path, random.Random], None], seed: int) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))
-    damage(tmp_path / "blobs" / DIGEST, random.Random(seed))
+    damage(tmp_path / "blobs" / "local" / DIGEST, random.Random(seed))
     with open_cached(tmp_path, Origin()) as blob:
         assert blob.read_at(0, len(DATA)) == DATA
     with open_cached(tmp_path, Origin()) as blob:
@@ -296,7 +296,7 @@ def test_damaged_files_heal(tmp_path: Path, damage: Callable[[Path, random.Rando
 def test_a_flipped_bit_is_counted_logged_and_costs_one_unit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))
-    damage_flip(tmp_path / "blobs" / DIGEST, random.Random(3))
+    damage_flip(tmp_path / "blobs" / "local" / DIGEST, random.Random(3))
     origin = Origin()
     with open_cached(tmp_path, origin) as blob:
         assert blob.read_at(0, len(DATA)) == DATA
@@ -308,7 +308,7 @@ def test_a_flipped_bit_is_counted_logged_and_costs_one_unit(tmp_path: Path, capl
 def test_data_cut_while_open_is_fetched_again(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))
-        os.truncate(tmp_path / "blobs" / DIGEST / "data", 5 * UNIT)
+        os.truncate(tmp_path / "blobs" / "local" / DIGEST / "data", 5 * UNIT)
         assert blob.read_at(0, len(DATA)) == DATA
 
 
@@ -337,7 +337,7 @@ def test_units_another_process_took_away_are_not_used(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob, open_cached(tmp_path, Origin()) as other:
         blob.read_at(0, 4 * UNIT)
         other.evict(UNIT, UNIT)
-        with (tmp_path / "blobs" / DIGEST / "data").open("r+b") as file:  # and its space is given back
+        with (tmp_path / "blobs" / "local" / DIGEST / "data").open("r+b") as file:  # and its space is given back
             file.seek(UNIT)
             file.write(bytes(UNIT))
         assert blob.read_at(0, 4 * UNIT) == DATA[: 4 * UNIT]
@@ -534,7 +534,7 @@ def test_processes_share_one_cache(tmp_path: Path) -> None:
     for worker in workers:
         _, errors = worker.communicate(timeout=60)
         assert worker.returncode == 0, errors
-    assert len(list((tmp_path / "blobs").iterdir())) == 1
+    assert len(list((tmp_path / "blobs").glob("*/*"))) == 1
 
 
 @pytest.mark.parametrize("rounds", [4, pytest.param(200, marks=pytest.mark.slow)])
@@ -556,7 +556,7 @@ def test_a_sum_without_its_data_is_not_believed(tmp_path: Path) -> None:
     # What a crash could leave at worst, if it happened between the two writes in the other order.
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))
-    with (tmp_path / "blobs" / DIGEST / "data").open("r+b") as file:
+    with (tmp_path / "blobs" / "local" / DIGEST / "data").open("r+b") as file:
         file.seek(7 * UNIT + 2000)
         file.write(bytes(UNIT - 2000))
     with open_cached(tmp_path, Origin()) as blob:
