@@ -69,10 +69,16 @@ class Transport:
             raise from_exception(error, doing) from error
 
     def close(self) -> None:
-        """Close idle connections."""
-        self._plain.clear()
-        if self._tls is not None:
-            self._tls.clear()
+        """Close idle connections; those in use are closed when they are given back."""
+        for manager in (self._plain, self._tls):
+            if manager is None:
+                continue
+            pools = [manager.pools.get(key) for key in manager.pools.keys()]  # noqa: SIM118 - no Mapping to iterate
+            manager.clear()
+            # Left to itself a pool closes them when it is collected, and an error kept somewhere keeps the pool.
+            for pool in pools:
+                if pool is not None:
+                    pool.close()
 
     def _timeout(self, doing: str) -> urllib3.Timeout:
         deadline = thread_deadline()

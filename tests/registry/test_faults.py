@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import threading
 import time
@@ -496,3 +497,22 @@ def _assert_located(error: RegistryError, registry: FaultyRegistry) -> None:
     assert f"{registry.host}/some/image@{faulty.digest_of(DATA)}" in text
     assert f"at offset {OFFSET}" in text
     assert error.offset == OFFSET
+
+
+def test_closing_closes_connections_though_an_error_is_kept() -> None:
+    with faulty_registry(blobs={faulty.digest_of(DATA): DATA}) as registry:
+        before = len(os.listdir("/proc/self/fd"))
+        client = RegistryClient()
+        read(client, registry)
+        registry.next(faulty.status(404))
+        with pytest.raises(RegistryError) as kept:
+            read(client, registry)
+        assert len(os.listdir("/proc/self/fd")) > before
+        client.close()
+        deadline = time.monotonic() + 10  # the registry, in this process too, has its end still to close
+        while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert kept.value.status == 404
+        assert read(client, registry) == WANTED  # it can be used again
+        client.close()
