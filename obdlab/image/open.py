@@ -22,6 +22,7 @@ from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
 
     from obdlab.blob import Blob
     from obdlab.image.config import ImageConfig, LowerConfig
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Opening a remote layer is a handful of round trips, so that many are under way at once.
+#: Opening remote layers is waiting for round trips, so that as many are under way at once.
 OPEN_THREADS = 32
+# What opening reads from a layer's end: 4 bytes for each compressed block of 4 KiB, which come to a 450th to a 750th
+# of the blob, and the LSMT index, compressed. A wrong guess costs another round trip or a few KiB.
+_END_SHARE = 448
+_END_LEAST = 4096
 # What a layer kept in a directory may be called, by containerd's unpacking, a commit, or a seal.
 _NAMES_IN_DIR = ("overlaybd.commit", ".commit", "overlaybd.sealed")
 
@@ -136,11 +141,11 @@ def _open_lowers(
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
     files = [_local_file(lower) for lower in lowers]
 
-    def open_one(number: int, remote: RemoteLayers | None = None) -> LsmtLayer:
+    def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
         lower, file = lowers[number], files[number]
         try:
             _check_kind(lower)
-            layer = _open_local(file) if file else _open_remote(lower, remote)
+            layer = _open_local(file) if file else _open_remote(lower, remote, ends)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -151,8 +156,9 @@ def _open_lowers(
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
+        ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-end") as ends,
     ):
-        return list(threads.map(lambda number: open_one(number, remote), range(len(lowers)))), remote
+        return list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers)))), remote
 
 
 def _check_kind(lower: LowerConfig) -> None:
@@ -177,12 +183,16 @@ def _open_local(path: str | os.PathLike[str]) -> LsmtLayer:
         raise
 
 
-def _open_remote(lower: LowerConfig, remote: RemoteLayers | None) -> LsmtLayer:
-    if remote is None or not lower.digest:
+def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor | None) -> LsmtLayer:
+    if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob = remote.open(lower.digest, lower.size)
     try:
+        end = blob.size // _END_SHARE + _END_LEAST
+        if end < blob.size:
+            # Into the cache, beside the beginning that opening starts with; an error comes up there as well.
+            ends.submit(blob.read_at, blob.size - end, end)
         return open_layer(blob)
     except BaseException:
         blob.close()

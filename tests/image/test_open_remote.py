@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from obdlab.layers.upper import SparseUpper
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
+from tests.registry.faulty import Answer, faulty_registry
 from tests.registry.server import RegistryServer, running_registry
 
 pytestmark = pytest.mark.registry
@@ -81,6 +83,24 @@ def test_an_image_from_the_registry_and_again_from_the_cache(
     with open_image(config, settings) as image:
         assert sha256_of(image) == EXT4_SHA256
         assert image.statistics()["requests"] == 0
+
+
+def test_a_layer_is_opened_by_two_requests_at_once(settings: Settings) -> None:
+    data = EXT4[0].read_bytes()
+    together = threading.Barrier(2)
+
+    def meet(answer: Answer) -> None:
+        together.wait(10)
+        answer.send()
+
+    with faulty_registry() as registry:
+        lower = LowerConfig(digest=registry.add_blob(data), size=len(data))
+        registry.next(meet, meet)
+        config = ImageConfig(repo_blob_url=registry.repository().blobs_url, lowers=(lower,))
+        with open_image(config, settings) as image:
+            assert image.statistics()["requests"] == 2
+            assert image.statistics()["demand_bytes"] <= 3 * settings.cache_unit < len(data)
+        assert not together.broken
 
 
 def test_lowers_here_and_there(registry_server: RegistryServer, settings: Settings) -> None:
