@@ -104,11 +104,11 @@ def _is_header(header: bytes) -> bool:
     # The checksum field counts as blanks in its own sum. Old tars summed signed bytes.
     rest = header[: _CHECKSUM.start] + header[_CHECKSUM.stop :]
     unsigned = sum(rest) + 8 * 0x20
-    signed = unsigned - 256 * sum(byte >> 7 for byte in rest)
     try:
-        return _number(header[_CHECKSUM], "checksum", 148, "") in (unsigned, signed)
+        stored = _number(header[_CHECKSUM], "checksum", 148, "")
     except FormatError:
         return False
+    return stored == unsigned or stored == unsigned - 256 * sum(byte >> 7 for byte in rest)
 
 
 def _number(field: bytes, what: str, offset: int, blob: str) -> int:
