@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from obdlab.containerd.client import Containerd
 from obdlab.devices import mount
 from obdlab.image.settings import Settings
-from obdlab.pull.platforms import host_platform
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
 from tests.containerd.host import ContainerdHost, running_containerd

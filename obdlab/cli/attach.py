@@ -105,7 +105,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
                 raise DeviceError(f"{path}: no such layer file")
         config = ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
     elif len(names) == 1:
-        from obdlab.pull.platforms import host_platform
+        from obdlab.registry.platforms import host_platform
         from obdlab.registry.reference import Reference
 
         client = registry_from(args)

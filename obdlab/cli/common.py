@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from obdlab.formats.oci import Platform
     from obdlab.image.settings import Settings
     from obdlab.registry.client import RegistryClient
     from obdlab.service.client import DeviceService
@@ -81,3 +82,13 @@ def device_service_from(args: argparse.Namespace) -> DeviceService:
     from obdlab.service.client import DeviceService
 
     return DeviceService(args.run_dir, settings_from(args))
+
+
+def platform(text: str) -> Platform:
+    """Read the argument of a --platform option."""
+    from obdlab.registry.platforms import PlatformError, parse_platform
+
+    try:
+        return parse_platform(text)
+    except PlatformError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

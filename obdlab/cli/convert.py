@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from, registry_from
+from obdlab.cli.common import (
+    add_registry_options,
+    add_runtime_options,
+    device_service_from,
+    platform,
+    registry_from,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +52,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--vsize-gib", type=_gib, default=64, metavar="N", help="size of the disk that holds the image (default: 64)"
     )
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=_platform, help="default: this machine's")
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("--docker", action="store_true", help="write docker's media types (default: OCI's)")
     parser.add_argument(
         "--work-dir", type=Path, default=Path("/var/tmp"), help="where layers are built (default: %(default)s)"
@@ -139,15 +145,6 @@ def _gib(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 16 << 10:
         raise argparse.ArgumentTypeError(f"not a size in GiB between 1 and 16384: {text!r}")
     return int(text)
-
-
-def _platform(text: str) -> object:
-    from obdlab.formats.oci import Platform
-
-    parts = text.split("/")
-    if not 2 <= len(parts) <= 3 or not all(parts):
-        raise argparse.ArgumentTypeError(f"not a platform: {text!r}")
-    return Platform(*parts)
 
 
 def _mb(size: int) -> str:

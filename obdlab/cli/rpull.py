@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, registry_from
+from obdlab.cli.common import add_registry_options, platform, registry_from
 
 if TYPE_CHECKING:
     import argparse
@@ -27,7 +27,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("reference", metavar="REF", help="image, such as registry.example/name:tag")
     parser.add_argument("--snapshotter", default=os.environ.get("CONTAINERD_SNAPSHOTTER", "obdlab"))
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
     group = parser.add_argument_group("containerd")
     group.add_argument(
@@ -47,14 +47,13 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _run(args: argparse.Namespace) -> int:
     from obdlab.containerd.client import Containerd
-    from obdlab.pull.platforms import host_platform, parse_platform
     from obdlab.pull.rpull import rpull
+    from obdlab.registry.platforms import host_platform
     from obdlab.registry.reference import Reference
 
     # Ended by a service manager or timeout(1), it must tidy up as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
-    platform = parse_platform(args.platform) if args.platform else host_platform()
     reference = Reference.parse(args.reference)
     bar = _Bar(quiet=args.quiet)
     with (
@@ -67,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
                 registry,
                 reference,
                 snapshotter=args.snapshotter,
-                platform=platform,
+                platform=args.platform or host_platform(),
                 progress=bar,
             )
         finally:

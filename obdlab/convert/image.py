@@ -18,10 +18,10 @@ from obdlab.convert.filesystem import FS_TYPE
 from obdlab.convert.layer import BuiltLayer, LayerBuilder, LayerOptions, layer_uuid
 from obdlab.convert.layout import VerifiedFile
 from obdlab.convert.progress import Progress, Silent
-from obdlab.convert.source import host_platform
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.index import MAX_LAYERS
+from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform as host
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
@@ -39,19 +38,8 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
 
 LAYER_TYPES = (OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, DOCKER_LAYER, DOCKER_LAYER_GZIP, DOCKER_LAYER_ZSTD)
-# Go's names of what uname calls the machine.
-_ARCHITECTURES = {
-    "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "ppc64le",
-    "s390x": "s390x", "riscv64": "riscv64", "loongarch64": "loong64", "i686": "386",
-}  # fmt: skip
 _MAX_NESTED_INDEXES = 4
 _COPY = 1 << 20
-
-
-def host_platform() -> Platform:
-    """Return the platform of this machine."""
-    machine = host.machine()
-    return Platform("linux", _ARCHITECTURES.get(machine, machine))
 
 
 class ImageSource(ABC):

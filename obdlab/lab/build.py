@@ -23,8 +23,8 @@ from obdlab.lab.layertar import LayerFile, settle_times, write_layer
 from obdlab.lab.ocilayout import OciLayout, fetch_layout
 from obdlab.lab.process import run, wait_until
 from obdlab.lab.recipe import Recipe, RecipeLayer
-from obdlab.pull.platforms import host_platform
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from obdlab.lab.events import EventMonitor
 from obdlab.lab.probe import wait_for_line
 from obdlab.lab.process import Daemon, LabError, run, wait_until
 from obdlab.lab.records import DEFAULT_STATE_DIR, Record, orphans
-from obdlab.pull.platforms import host_platform
 from obdlab.pull.rpull import rpull
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
 

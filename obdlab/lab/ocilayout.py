@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.formats import oci
 from obdlab.lab.process import LabError
-from obdlab.pull.platforms import host_platform
 from obdlab.pull.resolve import resolve
+from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

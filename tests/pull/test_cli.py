@@ -80,7 +80,6 @@ def test_environment_names_containerd(
     [
         ("127.0.0.1:1/UPPER", (), "malformed image reference"),
         ("127.0.0.1:1/no/registry", (), "127.0.0.1:1"),
-        ("127.0.0.1:1/no/registry", ("--platform", "linux"), "malformed platform"),
         ("127.0.0.1:1/no/registry", ("--snapshotter", "absent"), "no snapshotter 'absent'"),
         ("127.0.0.1:1/no/registry", ("--address", "/nonexistent.sock"), "/nonexistent.sock"),
     ],
@@ -192,3 +191,10 @@ def stalling_registry() -> Iterator[tuple[str, threading.Event, threading.Event]
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def test_a_malformed_platform_is_a_wrong_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["rpull", "127.0.0.1:1/no/registry", "--platform", "linux"])
+    assert ended.value.code == 2
+    assert "malformed platform" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
 from obdlab.errors import SourceError
 from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
-from obdlab.pull.platforms import host_platform
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.pull.unpack import Outcome
+from obdlab.registry.platforms import host_platform
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, lose_blob, push_image, shell_layer

@@ -7,8 +7,7 @@ import platform
 import pytest
 
 from obdlab.formats.oci import Platform
-from obdlab.pull.errors import PullError
-from obdlab.pull.platforms import host_platform, parse_platform
+from obdlab.registry.platforms import PlatformError, host_platform, parse_platform
 
 
 @pytest.mark.parametrize(
@@ -32,5 +31,5 @@ def test_parse() -> None:
 
 @pytest.mark.parametrize("text", ["", "linux", "linux/", "/amd64", "linux//v7", "a/b/c/d"])
 def test_malformed(text: str) -> None:
-    with pytest.raises(PullError, match="wanted os/architecture"):
+    with pytest.raises(PlatformError, match="wanted os/architecture"):
         parse_platform(text)

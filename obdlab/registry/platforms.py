@@ -1,11 +1,11 @@
-"""Which platform an image is pulled for, in the names of Go's GOOS and GOARCH (as image indexes use them)."""
+"""Which platform an image is for, in the names of Go's GOOS and GOARCH (as image indexes use them)."""
 
 from __future__ import annotations
 
 import platform
 
+from obdlab.errors import ObdlabError
 from obdlab.formats.oci import Platform
-from obdlab.pull.errors import PullError
 
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
@@ -13,7 +13,12 @@ _ARCHITECTURES = {
     "armv7l": ("arm", "v7"),
     "armv6l": ("arm", "v6"),
     "i686": ("386", ""),
+    "loongarch64": ("loong64", ""),
 }
+
+
+class PlatformError(ObdlabError):
+    """A text names no platform."""
 
 
 def host_platform() -> Platform:
@@ -24,8 +29,8 @@ def host_platform() -> Platform:
 
 
 def parse_platform(text: str) -> Platform:
-    """Read ``os/architecture[/variant]``. Raises PullError."""
+    """Read ``os/architecture[/variant]``. Raises PlatformError."""
     parts = text.split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise PullError(f"malformed platform (got {text!r}, wanted os/architecture[/variant])")
+        raise PlatformError(f"malformed platform (got {text!r}, wanted os/architecture[/variant])")
     return Platform(*parts)
