@@ -139,11 +139,11 @@ class AppendUpper(Upper):
                 raise FormatError(
                     "virtual size is no whole number of sectors", blob=file.name, offset=48, got=header.virtual_size
                 )
-            if not read_only:
-                recover_seal(file, header)
             log_file = LayerFile(index_path, mode)
             try:
                 content = read_log(log_file, file.size)
+                if not read_only:
+                    recover_seal(file, header, content.data_end)
                 layer = cls(file, None, header, SegmentMap.of(replay(content.records.without_tags())))
                 layer._take_log(log_file, content, read_only=read_only)
             except BaseException:

@@ -57,6 +57,12 @@ class LogContent:
     end: int
     dropped: Dropped
 
+    @property
+    def data_end(self) -> int:
+        """End of the data that the records map, in bytes of the data file."""
+        ends = self.records.moffset_sectors + self.records.mapped_sectors
+        return int(ends.max(initial=0)) * SECTOR
+
 
 def read_log(log: Blob, data_size: int) -> LogContent:
     """Read an index file whose data file has ``data_size`` bytes.

@@ -69,10 +69,11 @@ def append_seal(file: LayerFile, header: Header, segments: Segments, index_offse
         raise
 
 
-def find_seal(file: LayerFile, header: Header) -> Trailer | None:
+def find_seal(file: LayerFile, header: Header, data_end: int = 0) -> Trailer | None:
     """The trailer that sealing this writable layer's file has appended, None if it was not sealed.
 
-    What a guest wrote to an append-mode layer may look like a trailer, so that it must fit this layer and this file.
+    What a guest wrote to an append-mode layer may look like a trailer, so that it must fit this layer and this file,
+    and come after ``data_end``, the end of all data that the log knows of.
     """
     at = file.size - HEADER_SPACE
     if at < HEADER_SPACE:
@@ -83,7 +84,7 @@ def find_seal(file: LayerFile, header: Header) -> Trailer | None:
         return None
     fits = (
         trailer.flags & (Flags.DATA | Flags.SEALED) == Flags.DATA | Flags.SEALED
-        and trailer.index_offset >= HEADER_SPACE
+        and trailer.index_offset >= max(HEADER_SPACE, data_end)
         and trailer.index_offset + _padded(trailer.index_size * RECORD_SIZE) == at
         and (trailer.uuid == header.uuid or bool(header.flags & Flags.SPARSE))
     )
@@ -129,9 +130,9 @@ class SwitchMark:
         sync_directory(self._path)
 
 
-def recover_seal(file: LayerFile, header: Header) -> None:
+def recover_seal(file: LayerFile, header: Header, data_end: int = 0) -> None:
     """When opening for writing: undo the seal of a restack that was interrupted; FormatError for any other seal."""
-    trailer = find_seal(file, header)
+    trailer = find_seal(file, header, data_end)
     mark = SwitchMark(file.name)
     if trailer is not None:
         if not mark.exists():

@@ -203,7 +203,9 @@ class SparseUpper(Upper):
         self._is_read_only = True
         try:
             self._file.sync()
-            append_seal(self._file, self.header, self.index.segments(), HEADER_SPACE + self.virtual_size)
+            with self._lock:
+                segments = self._map.to_segments()
+            append_seal(self._file, self.header, segments, HEADER_SPACE + self.virtual_size)
             self._file.lock(shared=True)
             return LsmtLayer(self._file)
         except BaseException:

@@ -19,6 +19,7 @@ from obdlab.formats.tar import wrap_header, wrap_tail
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import ImageOpenError, open_image, open_stack, open_zfile
 from obdlab.image.settings import Settings
+from obdlab.layers.append import AppendUpper
 from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
 
@@ -163,6 +164,23 @@ def test_writable_image(settings: Settings, tmp_path: Path) -> None:
         image.write_at(5 * 4096, b"new" * 4096)
         image.flush()
     before[5 * 4096 : 8 * 4096] = b"new" * 4096
+    with open_image(config, settings) as image:
+        assert image.read_at(0, image.size) == before
+
+
+def test_writable_image_in_append_mode(settings: Settings, tmp_path: Path) -> None:
+    data, index = tmp_path / "data", tmp_path / "index"
+    AppendUpper.create(data, index, 0).close()
+    config = ImageConfig(lowers=lowers_of(*PLAIN), upper=UpperConfig(index=str(index), data=str(data)))
+    with open_image(config, settings) as image:
+        before = bytearray(image.read_at(0, image.size))
+        image.write_at(5000, b"new" * 4096)
+        image.discard(65536, 8192)
+        image.flush()
+        with pytest.raises(ObdlabError, match="in use by another opener"):
+            open_image(config, settings)
+    before[5000 : 5000 + 12288] = b"new" * 4096
+    before[65536 : 65536 + 8192] = bytes(8192)
     with open_image(config, settings) as image:
         assert image.read_at(0, image.size) == before
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from obdlab.blob import Buffer
 from obdlab.errors import FormatError, ObdlabError, OutOfRangeError, SourceError
-from obdlab.formats.lsmt.layout import Header, Segments, Trailer, encode_segments, filler_records
+from obdlab.formats.lsmt.layout import Flags, Header, Segments, Trailer, encode_segments, filler_records
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.indexlog import Dropped
 from obdlab.layers.layerfile import LayerFile
@@ -253,9 +253,10 @@ def test_many_records_claimed_by_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_a_guest_cannot_make_the_layer_look_sealed(tmp_path: Path) -> None:
-    # It stores a sealed layer of its own, whose trailer comes to lie at the end of the data file.
+    # It stores a trailer that fits the layer in everything, and comes to lie at the end of the data file.
     with AppendUpper.create(tmp_path / "d", tmp_path / "i", 1 << 20) as upper:
-        upper.write_at(0, (LSMT / "c1.empty.lsmt").read_bytes())
+        trailer = Trailer(flags=Flags.DATA | Flags.SEALED, virtual_size=0, index_offset=4096, uuid=upper.uuid)
+        upper.write_at(0, trailer.to_bytes())
     with AppendUpper.open(tmp_path / "d", tmp_path / "i") as upper:
         upper.write_at(8192, b"x" * 512)
 

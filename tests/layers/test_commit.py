@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.errors import SourceError
+from obdlab.errors import FormatError, SourceError
 from obdlab.formats.lsmt.layout import decode_segments
+from obdlab.layers import commit as commit_module
 from obdlab.layers.append import AppendUpper
-from obdlab.layers.commit import commit
+from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
-from obdlab.layers.stack import Stack
+from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.zfile import ZFileWriter
 from tests.layers.golden import LSMT, blob, entry, sha256_of
@@ -162,3 +163,78 @@ def test_sparse_upper_commits(tmp_path: Path) -> None:
         committed = open_layer(MemoryBlob(out.getvalue()))
         assert committed.parent_uuid == L1
         assert Stack([committed]).read_at(0, 1 << 20) == upper.read_at(0, 1 << 20)
+
+
+def test_batches_of_the_index_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Long segments and many short ones that continue each other, cut into batches anywhere.
+    extents = [(at, 63, False) for at in range(0, 630, 63)] + [(1000, 16383, False), (17383, 16383, True)]
+    extents += [(33766, 9000, False), (42766, 100, False), (42866, 64, True), (42930, 3, False)]
+    source = layer(extents, 50000 * 512)
+    wanted = io.BytesIO()
+    commit(source, wanted)
+    for pieces in (1, 2, 3, 64, 257):
+        monkeypatch.setattr(commit_module, "_BATCH_PIECES", pieces)
+        out = io.BytesIO()
+        commit(source, out)
+        assert out.getvalue() == wanted.getvalue()
+
+
+def test_zero_blocks() -> None:
+    # Sectors 3 to 100 of data, of which 10 to 60 are zero: the whole blocks in there are 16 to 56.
+    content = bytearray(b"d" * 512 * 97)
+    content[7 * 512 : 57 * 512] = bytes(50 * 512)
+    source = LsmtLayer(MemoryBlob(sealed_bytes([(3, 97, 8, False, 0)], bytes(content), 65536)))
+    below = layer([(0, 128, False)], 65536, 5)
+    disk = Stack([source]).read_at(0, 65536)
+    for zero_blocks, sectors, records in (
+        (ZeroBlocks.KEEP, 97, [(3, 97, 8, False, 0)]),
+        (ZeroBlocks.MARK, 57, [(3, 13, 8, False, 0), (16, 40, 21, True, 0), (56, 44, 21, False, 0)]),
+        (ZeroBlocks.DROP, 57, [(3, 13, 8, False, 0), (56, 44, 21, False, 0)]),
+    ):
+        out = io.BytesIO()
+        result = commit(source, out, zero_blocks=zero_blocks)
+        committed = LsmtLayer(MemoryBlob(out.getvalue()))
+        assert result.data_sectors == sectors
+        assert committed.index.segments().rows() == records
+        assert Stack([committed]).read_at(0, 65536) == disk
+        hides = Stack([below, committed]).read_at(16 * 512, 40 * 512) == bytes(40 * 512)
+        assert hides == (zero_blocks is not ZeroBlocks.DROP)
+
+
+def test_zero_blocks_of_a_flattened_stack() -> None:
+    bottom = LsmtLayer(MemoryBlob(sealed_bytes([(0, 128, 8, False, 0)], b"b" * 65536, 65536)))
+    top = LsmtLayer(MemoryBlob(sealed_bytes([(8, 64, 8, False, 0), (80, 8, 72, True, 0)], bytes(32768), 65536)))
+    stack = Stack([bottom, top])
+    for zero_blocks in ZeroBlocks:
+        out = io.BytesIO()
+        commit(stack, out, zero_blocks=zero_blocks)
+        flat = LsmtLayer(MemoryBlob(out.getvalue()))
+        assert Stack([flat]).read_at(0, 65536) == stack.read_at(0, 65536)
+        tags = decode_segments(out.getvalue()[flat.trailer.index_offset : -4096]).tag.tolist()
+        assert tags[0] == tags[-1] == 1  # the bottom layer's number, whatever was taken out between
+
+
+def test_more_records_than_a_layer_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "MAX_SEALED_RECORDS", 256)
+    source = layer([(at * 2, 1, False) for at in range(257)], 1 << 20)
+    out = io.BytesIO()
+    with pytest.raises(FormatError, match="too many segments for one layer"):
+        commit(source, out)
+    assert out.getvalue() == b""
+
+
+def test_stack_with_an_upper(tmp_path: Path) -> None:
+    lower = layer([(0, 64, False)], 65536, 5)
+    stack = WritableStack(Stack([lower]), SparseUpper.create(tmp_path / "upper", 0, parent_uuid=L1))
+    stack.write_at(100, b"new")
+    stack.set_virtual_size(131072)
+    out = io.BytesIO()
+    commit(stack, out, uuid=L2)
+    flat = LsmtLayer(MemoryBlob(out.getvalue()))
+    assert (flat.virtual_size, flat.uuid, flat.parent_uuid) == (131072, L2, lower.parent_uuid)
+    assert Stack([flat]).read_at(0, 131072) == stack.read_at(0, 131072)
+    out = io.BytesIO()
+    commit(stack, out, virtual_size=65536, parent_uuid=L1)
+    flat = LsmtLayer(MemoryBlob(out.getvalue()))
+    assert (flat.virtual_size, flat.parent_uuid) == (65536, L1)
+    stack.close()

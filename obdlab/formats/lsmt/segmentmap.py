@@ -12,6 +12,8 @@ from obdlab.formats.lsmt.index import HOLE, SegmentIndex, split
 from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from obdlab.formats.lsmt.index import Run
 
 # (begin, end, moffset, source); source is the tag, or ~tag if zeroed.
@@ -28,12 +30,14 @@ class SegmentMap:
     Segments may be of any length; :meth:`to_index` cuts them to what a record can hold.
     """
 
-    __slots__ = ("_chunks", "_first", "_join")
+    __slots__ = ("_chunks", "_first", "_frozen", "_join")
 
     def __init__(self, *, join: bool = False) -> None:
         self._join = join
         self._chunks: list[list[_Segment]] = [[]]
         self._first: list[int] = [0]  # chunk k holds the segments that begin in [first[k], first[k + 1])
+        # Chunk k as rows of an array, None if it has changed since: a copy of the map costs what has changed.
+        self._frozen: list[NDArray[np.int64] | None] = [None]
 
     @classmethod
     def of(cls, segments: Segments, *, join: bool = False) -> Self:
@@ -45,6 +49,8 @@ class SegmentMap:
         if all_:
             made._chunks = [all_[k : k + _CHUNK] for k in range(0, len(all_), _CHUNK)]
             made._first = [0, *(chunk[0][0] for chunk in made._chunks[1:])]
+            table = np.column_stack(columns).astype(np.int64)
+            made._frozen = [table[k : k + _CHUNK] for k in range(0, len(table), _CHUNK)]
         return made
 
     def __len__(self) -> int:
@@ -97,9 +103,8 @@ class SegmentMap:
 
     def to_segments(self) -> Segments:
         """The segments as columns, those longer than 16383 sectors cut as the original cuts them."""
-        count = 4 * len(self)
-        flat = np.fromiter(chain.from_iterable(chain.from_iterable(self._chunks)), dtype=np.int64, count=count)
-        begin, end, moffset, source = np.ascontiguousarray(flat.reshape(-1, 4).T)
+        table = np.concatenate([self._frozen_chunk(k) for k in range(len(self._chunks))])
+        begin, end, moffset, source = np.ascontiguousarray(table.T)
         zeroed = source < 0
         segments = Segments(
             offset_sectors=begin,
@@ -113,6 +118,14 @@ class SegmentMap:
     def to_index(self) -> SegmentIndex:
         """A frozen copy: :meth:`to_segments`, indexed."""
         return SegmentIndex(self.to_segments())
+
+    def _frozen_chunk(self, k: int) -> NDArray[np.int64]:
+        frozen = self._frozen[k]
+        if frozen is None:
+            chunk = self._chunks[k]
+            numbers = np.fromiter(chain.from_iterable(chunk), dtype=np.int64, count=4 * len(chunk))
+            frozen = self._frozen[k] = numbers.reshape(-1, 4)
+        return frozen
 
     def _find(self, sector: int) -> tuple[int, int]:
         # Chunk and place of the first segment that ends after `sector`; the place may be just past a chunk's last.
@@ -174,15 +187,18 @@ class SegmentMap:
             chunk[i:] = new + last[j:]
             del self._chunks[first_chunk + 1 : last_chunk + 1]
             del self._first[first_chunk + 1 : last_chunk + 1]
+            del self._frozen[first_chunk + 1 : last_chunk + 1]
+        self._frozen[first_chunk] = None
         self._balance(first_chunk)
 
     def _balance(self, c: int) -> None:
         chunk = self._chunks[c]
         if not chunk:
             if len(self._chunks) > 1:
-                del self._chunks[c], self._first[c]
+                del self._chunks[c], self._first[c], self._frozen[c]
                 self._first[0] = 0
         elif len(chunk) > 2 * _CHUNK:
             parts = [chunk[k : k + _CHUNK] for k in range(0, len(chunk), _CHUNK)]
             self._chunks[c : c + 1] = parts
+            self._frozen[c : c + 1] = [None] * len(parts)
             self._first[c + 1 : c + 1] = [part[0][0] for part in parts[1:]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdlab.formats.lsmt.index import HOLE, Run, SegmentIndex, coalesce, merge, split
+from obdlab.formats.lsmt.index import HOLE, Run, SegmentIndex, add_on_top, coalesce, merge, split
 from obdlab.formats.lsmt.layout import Segments
 from tests.formats.lsmt.oracle import Row, coalesce_rows, merge_rows
 
@@ -65,6 +66,46 @@ def test_lookup_of_far_and_sparse_segments(stack: list[list[Row]], shift: int) -
     for offset, length, *_ in rows:
         for begin in (max(0, offset - 1), offset, offset + length - 1, offset + length):
             assert from_runs(index.lookup(begin, begin + 3), begin, begin + 3) == sectors(rows, begin, begin + 3)
+
+
+@given(
+    layers(max_layers=1, max_segments=30, tags=255),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60)), max_size=30),
+    st.sampled_from((0, 0, 30)),
+)
+def test_batched_lookup(stack: list[list[Row]], asked: list[tuple[int, int]], shift: int) -> None:
+    rows = [(offset << shift, length, moffset, zeroed, tag) for offset, length, moffset, zeroed, tag in stack[0]]
+    if shift:
+        rows = [row for i, row in enumerate(rows) if not i or row[0] >= rows[i - 1][0] + rows[i - 1][1]]
+    index = SegmentIndex(Segments.from_rows(rows))
+    begin = np.array([begin << shift for begin, _ in asked], dtype=np.int64)
+    end = begin + np.array([length for _, length in asked], dtype=np.int64)
+    count, runs = index.lookup_batch(begin, end)
+    found = list(
+        zip(
+            runs.offset_sectors.tolist(),
+            runs.length_sectors.tolist(),
+            runs.source.tolist(),
+            runs.moffset_sectors.tolist(),
+            strict=True,
+        )
+    )
+    for first, last, number in zip(begin.tolist(), end.tolist(), count.tolist(), strict=True):
+        # What a zeroed run maps to means nothing.
+        wanted = [run[:3] for run in index.lookup(first, last) if run[2] != HOLE]
+        assert [run[:3] for run in found[:number]] == wanted
+        assert [run for run in found[:number] if run[2] >= 0] == [r for r in index.lookup(first, last) if r[2] >= 0]
+        del found[:number]
+    assert found == []
+
+
+@given(layers(max_layers=5))
+def test_one_more_layer_on_top(stack: list[list[Row]]) -> None:
+    indexes = [SegmentIndex(Segments.from_rows(rows)) for rows in stack]
+    merged = merge(indexes[:1])
+    for i in range(1, len(indexes)):
+        merged = add_on_top(merged, indexes[i])
+    assert merged.segments().rows() == merge_rows(stack)
 
 
 def test_index_refuses_what_is_not_sorted() -> None:

@@ -45,6 +45,8 @@ def test_model(todo: list[tuple[str, int, int, int, int]], join: bool, chunk: in
             for i in range(length):
                 model[first + i] = {"remove": None, "zero": (~tag, 0)}.get(what, (tag, moffset + i))
             assert from_runs(held.lookup(begin, end), begin, end) == model[begin:end]
+            if first % 3 == 0:  # copies in between must not make later ones stale
+                assert from_runs(held.to_index().lookup(0, 200), 0, 200) == model
     index = held.to_index()
     assert from_runs(index.lookup(0, 200), 0, 200) == model
     assert len(index) == len(held)
