@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.cli.packing import size_argument
+
 if TYPE_CHECKING:
     from obdlab.formats.oci import Platform
     from obdlab.image.settings import Settings
@@ -31,6 +33,13 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path(os.environ.get("OBDLAB_CACHE_DIR", DEFAULT_CACHE_DIR)),
         help="block cache shared by all devices (default: $OBDLAB_CACHE_DIR or %(default)s)",
+    )
+    group.add_argument(
+        "--cache-quota",
+        type=size_argument,
+        default=os.environ.get("OBDLAB_CACHE_QUOTA", "4G"),
+        metavar="SIZE",
+        help="most that the block cache may hold, 0: no limit (default: $OBDLAB_CACHE_QUOTA or 4G)",
     )
 
 
@@ -65,7 +74,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
     credentials = getattr(args, "credentials", None) or _default_credentials()
     # The device host that gets them works in another directory.
     return Settings(
-        cache_dir=args.cache_dir.absolute(), credentials_path=credentials.absolute() if credentials else None
+        cache_dir=args.cache_dir.absolute(),
+        cache_quota=args.cache_quota,
+        credentials_path=credentials.absolute() if credentials else None,
     )
 
 

@@ -35,6 +35,7 @@ COMMANDS = (
     "zfile",
     "import_",
     "resize",
+    "cache",
     "cleanup",
     "experiment",
     "image",

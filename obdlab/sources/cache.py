@@ -183,13 +183,14 @@ class CachedBlob(Blob):
         first = offset >> self._shift
         stop = (offset + length - 1 >> self._shift) + 1
         states = self._states
+        generation = self._generation  # before the states: another thread may be about to bring both up to date
         if states.find(_UNKNOWN, first, stop) < 0:
             try:
                 data = os.pread(self._fd, length, offset)
             except OSError:
                 data = b""
             # After the read: units whose sums were taken away before it are noticed here.
-            if len(data) == length and self._files.generation == self._generation:
+            if len(data) == length and self._files.generation == generation:
                 self.counters.hits += 1
                 self._files.stamp()
                 if not self._used[
@@ -458,8 +459,10 @@ class CachedBlob(Blob):
 
     def _forget(self) -> None:
         with self._lock:
-            self._generation = self._files.generation
+            # In this order: who sees the new generation must not see the old states.
+            generation = self._files.generation
             self._states[:] = bytes(len(self._states))
+            self._generation = generation
 
     def _leave(self) -> None:
         with self._lock:

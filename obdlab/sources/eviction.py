@@ -33,6 +33,23 @@ def evict(blobs: Path, wanted: int) -> None:
             logger.warning("%s: cannot give back space: %s", directory, error)
 
 
+def discard(directory: Path) -> int:
+    """Give back all of one blob and return how many bytes that was; it is removed if nobody has it open.
+
+    Under the lock of the cache. Raises OSError.
+    """
+    files = CacheFiles.attach(directory)
+    if files is None:
+        return remove_blob(directory)
+    with closing(files):
+        if not files.in_use:
+            return remove_blob(directory)
+        before = files.disk_bytes()
+        files.drop(0, files.units)
+        files.punch(0, files.units)
+        return before - files.disk_bytes()
+
+
 def shrink(directory: Path, wanted: int) -> int:
     """Give back up to about ``wanted`` bytes of one blob; one that is empty then and not open is removed.
 

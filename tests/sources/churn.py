@@ -7,10 +7,11 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from obdlab.blob import MemoryBlob
+from obdlab.blob import Blob, MemoryBlob
 from obdlab.formats.oci import digest_of
 from obdlab.sources.cache import BlockCache
 
@@ -47,17 +48,24 @@ def churn(directory: Path, *, seed: int, quota: int, seconds: float) -> str:
             for number in chooser.sample(range(BLOBS), 4):
                 origin = MemoryBlob(contents[number], f"blob {number}")
                 blobs[number] = opened.enter_context(cache.open(origin, digest_of(contents[number])))
-            for _ in range(300):
-                number = chooser.choice(list(blobs))
-                offset = chooser.randrange(SIZE)
-                length = min(chooser.choice([1, 3000, 4 * UNIT, 20 * UNIT]), SIZE - offset)
-                assert blobs[number].read_at(offset, length) == contents[number][offset : offset + length], (
-                    f"wrong bytes of blob {number} at {offset}, {length}"
-                )
-                if chooser.random() < 0.01:
-                    blobs[number].evict(offset, length)
-                reads += 1
+            with ThreadPoolExecutor(2) as threads:
+                for done in [threads.submit(read, blobs, contents, chooser.random()) for _ in range(2)]:
+                    reads += done.result()
     return f"{reads} reads: {cache.statistics()}"
+
+
+def read(blobs: dict[int, Blob], contents: list[bytes], seed: float) -> int:
+    chooser = random.Random(seed)
+    for _ in range(150):
+        number = chooser.choice(list(blobs))
+        offset = chooser.randrange(SIZE)
+        length = min(chooser.choice([1, 3000, 4 * UNIT, 20 * UNIT]), SIZE - offset)
+        assert blobs[number].read_at(offset, length) == contents[number][offset : offset + length], (
+            f"wrong bytes of blob {number} at {offset}, {length}"
+        )
+        if chooser.random() < 0.01:
+            blobs[number].evict(offset, length)
+    return 150
 
 
 if __name__ == "__main__":

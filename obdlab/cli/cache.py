@@ -1,0 +1,147 @@
+"""``obdlab cache``: look after the block cache that all devices share; also while they run."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_runtime_options
+from obdlab.cli.packing import progress_bar, size_text
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from obdlab.sources.cacheadmin import CacheEntry, CheckedBlob
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "cache",
+        help="list, clear or check the block cache",
+        description="Lists, clears or checks the block cache. All of it may be done while devices are running.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    listing = verbs.add_parser("ls", help="list what is cached, the last used first")
+    clearing = verbs.add_parser(
+        "clear",
+        help="take away all that is cached, or some blobs",
+        description=(
+            "Takes away all that is cached, or the blobs named; devices that read them ask their registry again."
+        ),
+    )
+    checking = verbs.add_parser(
+        "verify",
+        help="read all that is cached and check it",
+        description=(
+            "Reads all that is cached, or the blobs named, and checks it against its checksums, and against its "
+            "digest where the whole blob is there. The exit status is 1 if damage was found and not repaired."
+        ),
+    )
+    for verb in (clearing, checking):
+        verb.add_argument("digests", nargs="*", metavar="DIGEST", help="blobs (default: all)")
+    checking.add_argument(
+        "--repair", action="store_true", help="take away what is damaged; it is fetched again when read"
+    )
+    for verb in (listing, clearing, checking):
+        verb.add_argument("--json", action="store_true", help="print JSON")
+        add_runtime_options(verb)
+    listing.set_defaults(run=_list)
+    clearing.set_defaults(run=_clear)
+    checking.set_defaults(run=_verify)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from obdlab.sources.cacheadmin import entries
+    from obdlab.sources.cachespace import CacheSpace
+
+    with _errors_told():
+        found = entries(CacheSpace(args.cache_dir))
+    if args.json:
+        print(json.dumps([asdict(entry) for entry in found], indent=2))
+        return 0
+    print(f"{'DIGEST':19}  {'SIZE':>10}  {'CACHED':>6}  {'ON DISK':>10}  {'LAST USE':16}  STATE     REGISTRY")
+    for entry in found:
+        print(_line(entry))
+    print(f"{len(found)} blobs, {size_text(sum(entry.disk_bytes for entry in found))} on disk in {args.cache_dir}")
+    return 0
+
+
+def _line(entry: CacheEntry) -> str:
+    share = f"{100 * entry.cached_bytes // entry.size}%" if entry.size else "-"
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_use)) if entry.last_use else "-"
+    state = "damaged" if not entry.size else "verified" if entry.verified else "in use" if entry.in_use else ""
+    return (
+        f"{entry.digest[:19]}  {size_text(entry.size):>10}  {share:>6}  {size_text(entry.disk_bytes):>10}  {used:16}"
+        f"  {state:8}  {entry.registry}"
+    )
+
+
+def _clear(args: argparse.Namespace) -> int:
+    from obdlab.sources.cacheadmin import clear
+    from obdlab.sources.cachespace import CacheSpace
+
+    _check_digests(args.digests)
+    with _errors_told():
+        freed = clear(CacheSpace(args.cache_dir), args.digests)
+    print(json.dumps({"freed_bytes": freed}) if args.json else f"freed {size_text(freed)}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from obdlab.sources.cacheadmin import blobs_of, check_blob, entries
+    from obdlab.sources.cachespace import CacheSpace
+
+    _check_digests(args.digests)
+    space = CacheSpace(args.cache_dir)
+    checked: list[CheckedBlob] = []
+    with _errors_told():
+        total = sum(e.cached_bytes for e in entries(space) if not args.digests or e.digest in args.digests)
+        with progress_bar("verifying", total, quiet=args.json) as progress:
+            for directory in blobs_of(space, args.digests):
+                blob = check_blob(space, directory, repair=args.repair, progress=progress)
+                checked += [blob] if blob is not None else []
+    damaged = [blob for blob in checked if not blob.sound]
+    if args.json:
+        print(json.dumps([asdict(blob) | {"sound": blob.sound} for blob in checked], indent=2))
+    else:
+        for blob in damaged:
+            print(_damage(blob, args.repair))
+        size = size_text(sum(blob.checked_bytes for blob in checked))
+        print(f"{len(checked)} blobs, {size} sound; {len(damaged)} blobs damaged")
+    return 1 if damaged and not args.repair else 0
+
+
+def _damage(blob: CheckedBlob, repaired: bool) -> str:
+    if blob.matches is False:
+        what = "all of it is there, and does not match its digest"
+    else:
+        places = ", ".join(map(str, blob.damaged[:8])) + (", ..." if len(blob.damaged) > 8 else "")
+        what = f"{len(blob.damaged)} damaged units (at {places})"
+    return f"{blob.registry}/{blob.digest}: {what}{'; taken away' if repaired else ''}"
+
+
+def _check_digests(digests: list[str]) -> None:
+    from obdlab.formats.oci import check_digest
+
+    for digest in digests:
+        check_digest(digest, "command line")
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    from obdlab.errors import SourceError
+
+    try:
+        yield
+    except PermissionError:
+        raise  # the command line has its own words for that
+    except OSError as error:
+        raise SourceError(f"{error.strerror} ({error.filename})" if error.filename else str(error)) from error

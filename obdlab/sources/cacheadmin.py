@@ -1,0 +1,161 @@
+"""Looking after the block cache while others use it: what is there, take it away, check it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.sources.cachefiles import CacheFiles, unit_sum
+from obdlab.sources.eviction import cached_blobs, discard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from pathlib import Path
+
+    from obdlab.sources.cachespace import CacheSpace
+
+logger = logging.getLogger(__name__)
+
+_READ_UNITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """One blob in the cache. Sizes in bytes; ``size`` is 0 if its files are damaged."""
+
+    registry: str
+    digest: str
+    size: int
+    cached_bytes: int
+    disk_bytes: int
+    last_use: float  # seconds since 1970
+    in_use: bool
+    verified: bool  # all of it was there and matched the digest
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedBlob:
+    """What :func:`check_blob` found. ``damaged`` are offsets of units that do not match their sums."""
+
+    registry: str
+    digest: str
+    checked_bytes: int
+    damaged: tuple[int, ...]
+    #: Whether the blob matches its digest; None if not all of it is there.
+    matches: bool | None
+
+    @property
+    def sound(self) -> bool:
+        return not self.damaged and self.matches is not False
+
+
+def blobs_of(space: CacheSpace, digests: Collection[str] = ()) -> list[Path]:
+    """Return the directories of all blobs, or of those with one of ``digests``."""
+    return [path for path in cached_blobs(space.blobs) if not digests or path.name in digests]
+
+
+def entries(space: CacheSpace) -> list[CacheEntry]:
+    """Return all blobs, the last used first. Raises OSError."""
+    if not space.blobs.is_dir():
+        return []
+    with space.changing():  # so that nobody is about to open what is asked whether it is open
+        found = [_entry(directory) for directory in cached_blobs(space.blobs)]
+    return sorted(found, key=lambda entry: entry.last_use, reverse=True)
+
+
+def _entry(directory: Path) -> CacheEntry:
+    files = CacheFiles.attach(directory)
+    if files is None:
+        return CacheEntry(directory.parent.name, directory.name, 0, 0, 0, 0.0, in_use=False, verified=False)
+    with closing(files):
+        return CacheEntry(
+            directory.parent.name,
+            directory.name,
+            files.size,
+            min(files.cached_units() * files.unit, files.size),
+            files.disk_bytes(),
+            files.last_use,
+            in_use=files.in_use,
+            verified=files.verified,
+        )
+
+
+def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
+    """Take away all blobs, or those with one of ``digests``, and return how many bytes that freed on disk.
+
+    Devices that read them go on, and ask their registry again. Raises OSError.
+    """
+    freed = 0
+    # The lock is taken for each, so that devices can store meanwhile.
+    for directory in blobs_of(space, digests):
+        with space.changing():
+            if directory.is_dir():
+                freed += discard(directory)
+    return freed
+
+
+def check_blob(
+    space: CacheSpace, directory: Path, *, repair: bool, progress: Callable[[int], object] = lambda _: None
+) -> CheckedBlob | None:
+    """Read all that is cached of a blob and check it; with ``repair`` take away what is wrong.
+
+    Returns None if the blob went meanwhile. ``progress`` is told the bytes read. Raises OSError.
+    """
+    with space.changing():
+        if not directory.is_dir():
+            return None
+        files = CacheFiles.attach(directory)
+        if files is None:
+            if repair:
+                discard(directory)
+            return CheckedBlob(directory.parent.name, directory.name, 0, (0,), None)
+    with closing(files):
+        return _check(space, files, repair, progress)
+
+
+def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callable[[int], object]) -> CheckedBlob:
+    generation = files.generation
+    whole = hashlib.sha256()
+    checked = 0
+    damaged: list[int] = []
+    for first in range(0, files.units, _READ_UNITS):
+        for unit in range(first, min(first + _READ_UNITS, files.units)):
+            if not files.sums[unit]:
+                continue
+            data = _sound_unit(space, files, unit, repair)
+            if data is None:
+                damaged.append(unit * files.unit)
+                continue
+            whole.update(data)
+            checked += len(data)
+            progress(len(data))
+    matches = None
+    if checked == files.size and not damaged:
+        matches = f"sha256:{whole.hexdigest()}" == files.directory.name
+        if matches:
+            files.mark_verified(generation)
+        elif repair:
+            with space.changing():
+                discard(files.directory)
+    return CheckedBlob(files.directory.parent.name, files.directory.name, checked, tuple(damaged), matches)
+
+
+def _sound_unit(space: CacheSpace, files: CacheFiles, unit: int, repair: bool) -> bytes | None:
+    # Returns the unit's content (nothing if it went meanwhile), or None if it is damaged.
+    data = files.load(unit, unit + 1)
+    if unit_sum(data) == files.sums[unit]:
+        return data
+    with space.changing():  # now nobody is storing it or giving it back
+        data = files.load(unit, unit + 1)
+        wanted = files.sums[unit]
+        if not wanted:
+            return b""
+        if unit_sum(data) == wanted:
+            return data
+        if repair:
+            files.drop(unit, unit + 1)
+            files.punch(unit, unit + 1)
+    return None
