@@ -56,3 +56,21 @@ def test_the_example_is_the_file() -> None:
         shown.update(range(int(offset, 16), int(offset, 16) + len(piece)))
     header = {at for at in range(0x206) if data[at]}
     assert header <= shown, "lines of zeros only are left out"
+
+
+FEATURES = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+REFERENCES = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", FEATURES)))
+
+
+@pytest.mark.parametrize(("path", "test"), REFERENCES)
+def test_the_tests_that_the_features_name_are_there(path: str, test: str) -> None:
+    source = Path(__file__).parents[1] / path
+    assert source.is_file()
+    assert not test or f"def {test}(" in source.read_text()
+
+
+def test_every_feature_has_a_test_or_a_reason() -> None:
+    rows = [line.split("|")[1:-1] for line in FEATURES.splitlines() if re.match(r"\| A\d", line)]
+    assert len(rows) > 15
+    for number, feature, here, tests in rows:
+        assert "tests/" in tests or here.strip().startswith("no"), f"{number}{feature}"
