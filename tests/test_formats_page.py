@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from obdlab.layers.append import AppendUpper
+from obdlab.layers.commit import commit
 from tests.layers.golden import GOLDEN, LSMT, manifest
+from tests.layers.golden import entry as entry_of_layer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 ZFILES = [e for e in manifest("zfile")["entries"] if ".lz4." in e["file"]]
@@ -37,6 +41,42 @@ def test_layers_are_unpacked(program: dict[str, Any], name: str) -> None:
     content = open_content((LSMT / name).read_bytes())
     # Their messages and UUIDs differ; the data does not.
     assert content[4096:-4096] == plain[4096:-4096]
+
+
+@pytest.mark.parametrize("name", ["l1.lz4tar.lsmt", "l1.sealed.lsmt", "l2.plain.lsmt", "l2.lz4.lsmt"])
+def test_layers_as_disks(program: dict[str, Any], name: str) -> None:
+    disk = program["read_disk"]([(LSMT / name).read_bytes()])
+    assert hashlib.sha256(disk).hexdigest() == entry_of_layer(name)["decoded_sha256"]
+
+
+def test_a_stack(program: dict[str, Any]) -> None:
+    names = ["l1.plain.lsmt", "l2.plain.lsmt"]
+    disk = program["read_disk"]([(LSMT / name).read_bytes() for name in names])
+    wanted = next(e for e in manifest("lsmt")["entries"] if e.get("stack") == names)["decoded_sha256"]
+    assert hashlib.sha256(disk).hexdigest() == wanted
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_a_writable_layer(program: dict[str, Any], name: str) -> None:
+    held = program["read_append_layer"]((LSMT / f"{name}.data").read_bytes(), (LSMT / f"{name}.index").read_bytes())
+    disk = b"".join(held.get(sector, bytes(512)) for sector in range((1 << 20) // 512))
+    assert hashlib.sha256(disk).hexdigest() == entry_of_layer(f"{name}.data")["decoded_sha256"]
+
+
+def test_the_example_of_a_layer_is_a_commit(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with AppendUpper.create(tmp_path / "data", tmp_path / "index", 16384) as upper:
+        upper.write_at(1024, b"A" * 512)
+        upper.discard(4096, 4096)
+        commit(upper, out)
+    data = out.getvalue()
+    assert len(data) == 4096 + 512 + 4096 + 4096
+    lines = re.findall(
+        r"^([0-9a-f]{4})  ((?:[0-9a-f]{4} ?)+)", PAGE.split("### Example: a sealed")[1].split("```")[1], re.MULTILINE
+    )
+    assert len(lines) == 11
+    for offset, hexadecimal in lines:
+        assert data[int(offset, 16) :].startswith(bytes.fromhex(hexadecimal))
 
 
 def test_numbers_of_the_page(program: dict[str, Any]) -> None:
