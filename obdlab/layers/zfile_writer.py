@@ -183,8 +183,10 @@ class ZFileWriter:
         if self._threads is None:
             self._store(self._compress(memoryview(data)))
             return
-        # A copy, since the caller may use its buffer again.
-        self._pending.append(self._threads.submit(self._compress, memoryview(bytes(data))))
+        view = memoryview(data)
+        if not isinstance(view.obj, bytes):
+            view = memoryview(bytes(view))  # the caller may use its buffer again
+        self._pending.append(self._threads.submit(self._compress, view))
         self._drain(self._most_pending)
 
     def _drain(self, most: int) -> None:
