@@ -114,7 +114,6 @@ LOOP_CONFIGURE = 0x4C0A
 LOOP_CTL_GET_FREE = 0x4C82
 
 LO_FLAGS_READ_ONLY = 1
-LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_DIRECT_IO = 16
 
 
@@ -152,10 +151,6 @@ class LoopConfig(ctypes.Structure):
 # --- calls that Python does not have ---
 
 MS_RDONLY = 1
-MS_NOSUID = 2
-MS_NODEV = 4
-MS_NOEXEC = 8
-MS_NOATIME = 1024
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 

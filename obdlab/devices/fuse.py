@@ -41,6 +41,8 @@ _UNANSWERED = frozenset(
 )
 #: A request was withdrawn while it was handed over or answered: nothing to do.
 _WITHDRAWN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
+#: The file system has ended; the second if it did while a request was being handed over.
+_GONE = (errno.ENODEV, errno.ECONNABORTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class FuseServer:
             except OSError as error:
                 if error.errno in _WITHDRAWN:
                     continue
-                if error.errno != errno.ENODEV:
+                if error.errno not in _GONE:
                     log.error("%s: reading /dev/fuse: %s", self.name, error)
                 return False
             _, opcode, unique, offset, size = unpack(buffer)
@@ -230,5 +232,5 @@ class FuseServer:
             self._unanswerable(error)
 
     def _unanswerable(self, error: OSError) -> None:
-        if error.errno not in (*_WITHDRAWN, errno.ENODEV):
+        if error.errno not in (*_WITHDRAWN, *_GONE):
             log.error("%s: answering the kernel: %s", self.name, error)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _TRANSIENT_USE_S = 1.0
+_END_S = 5.0
 _LABEL = "obdlab:"
 
 
@@ -49,8 +50,9 @@ class FuseLoopDevice(Device):
         self._directory = directory
         self._size = blob.size
         self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads)
-        with ExitStack() as opened:
+        with ExitStack() as failed, ExitStack() as opened:
             root = self._server.start()
+            failed.callback(self._server.wait, _END_S)  # it ends with the descriptors below
             opened.callback(os.close, root)
             disk = self._server.open_disk(root)
             opened.callback(os.close, disk)
@@ -61,6 +63,7 @@ class FuseLoopDevice(Device):
                 sector_size=sector_size,
                 readahead_kib=readahead_kib,
             )
+            failed.pop_all()
 
     @property
     def path(self) -> Path:

@@ -5,6 +5,7 @@ See the kernel's ``linux/loop.h`` and ``drivers/block/loop.c``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -67,7 +68,8 @@ def _free_device() -> Path:
         os.close(control)
     device = Path(f"/dev/loop{number}")
     if not device.exists():  # a /dev without devtmpfs, as in some containers
-        os.mknod(device, 0o60660, os.makedev(abi.LOOP_MAJOR, number))
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.mknod(device, 0o60660, os.makedev(abi.LOOP_MAJOR, number))
     return device
 
 
@@ -90,15 +92,19 @@ def label_of(device: Path) -> str:
     """Return the label the device was attached with, or '' if it is not attached."""
     if not (_SYS_BLOCK / device.name / "loop").exists():
         return ""
-    status = abi.LoopInfo64()
     try:
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.ioctl(fd, abi.LOOP_GET_STATUS64, status)
+            return _label(fd)
         finally:
             os.close(fd)
     except OSError:  # gone meanwhile, or a backing file that cannot be asked: none of ours, whose answer is cached
         return ""
+
+
+def _label(fd: int) -> str:
+    status = abi.LoopInfo64()
+    fcntl.ioctl(fd, abi.LOOP_GET_STATUS64, status)
     return os.fsdecode(status.lo_file_name)
 
 
@@ -127,7 +133,7 @@ def detach(device: Path, *, label: str, timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
     while label_of(device) == label:
         try:
-            _clear(device)
+            _clear(device, label)
         except OSError as error:
             if error.errno in (errno.ENXIO, errno.ENOENT):
                 return
@@ -144,15 +150,18 @@ def detach_when_unused(device: Path, *, label: str) -> None:
     """Have the kernel take the device away when its last user closes it; at once if there is none."""
     if label_of(device) == label:
         try:
-            _clear(device)
+            _clear(device, label)
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENOENT):
                 raise DeviceError(f"{device}: cannot detach: {error.strerror}") from error
 
 
-def _clear(device: Path) -> None:
+# While the device is open here nobody can take it away and attach another file to it, so that the label is still
+# right when it is cleared.
+def _clear(device: Path, label: str) -> None:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, abi.LOOP_CLR_FD)
+        if _label(fd) == label:
+            fcntl.ioctl(fd, abi.LOOP_CLR_FD)
     finally:
         os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from obdlab.devices import mount
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import FuseServer
 from obdlab.devices.fuse_loop import FuseLoopDevice, devices_of, take_down
+from obdlab.errors import DeviceError
 from tests.devices.blobs import MemoryWritable
 from tests.devices.contract import MIB, DeviceContract, read_direct
 
@@ -52,6 +54,13 @@ class TestFuseLoopDevice(DeviceContract):
         assert device.wait(10)
         assert self.leftovers(tmp_path) == []
         take_down(tmp_path)
+
+    def test_a_device_that_cannot_be_made_leaves_nothing_open(self, tmp_path: Path) -> None:
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(DeviceError, match="cannot attach"):
+            FuseLoopDevice(MemoryBlob(bytes(MIB)), tmp_path, sector_size=256)  # the kernel wants 512 at least
+        assert os.listdir("/proc/self/fd") == before
+        assert not [thread for thread in threading.enumerate() if thread.name == "fuse"]
 
     def test_readahead_is_set(self, tmp_path: Path) -> None:
         with self.device(MemoryBlob(bytes(MIB)), tmp_path, readahead_kib=384) as device:

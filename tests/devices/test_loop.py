@@ -61,6 +61,17 @@ def test_detach_leaves_another_owners_device_alone(file: Path) -> None:
         loop.detach(device, label=label_for(file))
 
 
+def test_a_device_given_to_another_since_it_was_looked_at(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = attach(file)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "label_of", lambda _: "another")
+            loop.detach_when_unused(device, label="another")
+        assert loop.labelled(label_for(file)) == [device]
+    finally:
+        loop.detach(device, label=label_for(file))
+
+
 def test_the_longest_label(file: Path) -> None:
     label = "l" * 63
     device = attach(file, label)
