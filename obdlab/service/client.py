@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +197,8 @@ class DeviceService:
             return False
         if not process.alive:
             return False
-        os.kill(process.pid, 15)
+        with suppress(ProcessLookupError):  # ended by itself just now
+            os.kill(process.pid, signal.SIGTERM)
         process.end(5.0)
         return True
 

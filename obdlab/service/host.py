@@ -109,10 +109,14 @@ class Host:
                 if self._is_unreachable():
                     return
                 continue
-            pid = os.fork()
-            if pid == 0:
-                self._become_child(connection)
-            connection.close()
+            with connection:
+                try:
+                    pid = os.fork()
+                except OSError as error:  # no memory, or too many processes: perhaps the next request has more luck
+                    _refuse(connection, f"cannot fork: {error.strerror}")
+                    continue
+                if pid == 0:
+                    self._become_child(connection)
 
     # The run directory was removed, or another host took its place.
     def _is_unreachable(self) -> bool:
@@ -182,6 +186,14 @@ class Host:
                 record = DeviceRecord(device_id=device_id, config=str(config), config_sha256=sha256, **ready)
                 record.save(directory)
             return json.loads((directory / "disk.json").read_text())  # type: ignore[no-any-return]
+
+
+def _refuse(connection: socket.socket, reason: str) -> None:
+    log.error("request refused: %s", reason)
+    try:
+        wire.send(connection, {"error": reason})
+    except OSError as error:
+        log.warning("client gone before its answer: %s", error.strerror)
 
 
 def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord | None:

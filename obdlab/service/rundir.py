@@ -61,10 +61,10 @@ class Process:
             return
         try:
             # Not "alive": the threads of a killed process may outlive its first one, which is a zombie then.
-            if not self._is_there() or select.select([pidfd], [], [], timeout_s)[0]:
+            if not self._is_there() or _ended(pidfd, timeout_s):
                 return
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            if not select.select([pidfd], [], [], 5.0)[0]:
+            if not _ended(pidfd, 5.0):
                 raise DeviceError(f"process {self.pid}: still there 5 s after SIGKILL")
         except ProcessLookupError:
             return
@@ -76,6 +76,13 @@ class Process:
             return _state_and_start(Path(f"/proc/{self.pid}/stat").read_bytes())[1] == self.start_time
         except OSError:
             return False
+
+
+# Not by select, which fails on descriptors from 1024 on: a snapshotter has one for each of its images.
+def _ended(pidfd: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
 
 
 # Of /proc/PID/stat. The process's name comes before and may hold anything, blanks and parentheses included.

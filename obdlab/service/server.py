@@ -127,6 +127,7 @@ def _wait_for_end(device: Device, device_id: str) -> None:
                 device.stop()
             except DeviceError as error:  # somebody has it open after all
                 log.warning("%s: not stopped: %s", device_id, error)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was written is flushed now, and the process ends anyway
     log.info("%s: device gone, server ends", device_id)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,31 @@ def content_of(what: dict[str, Any]) -> bytes:
     return random.Random(what.get("seed", 0)).randbytes(what.get("size", MIB))
 
 
+class SlowToFlush(MemoryWritable):
+    """Takes a second for the flush at the end, and keeps a file that says how far it is."""
+
+    def __init__(self, size: int, flushed: Path) -> None:
+        super().__init__(size)
+        self._flushed = flushed
+
+    def flush(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # others flush for the kernel
+            self._flushed.write_text("begun")
+            time.sleep(1.0)
+            self._flushed.write_text("done")
+
+
+def refuse_to_fork_once() -> None:
+    """Make the first fork fail as it does when there are too many processes."""
+    fork = os.fork
+
+    def refuse() -> int:
+        os.fork = fork
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    os.fork = refuse
+
+
 def open_blob(config: Path, settings: str) -> Blob:
     """Opens what the config asks for, or fails the way it asks for."""
     what = json.loads(config.read_text())
@@ -37,6 +64,8 @@ def open_blob(config: Path, settings: str) -> Blob:
         raise KeyError("a bug")
     if what.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if "flushed" in what:
+        return SlowToFlush(what["size"], Path(what["flushed"]))
     if what.get("writable"):
         return MemoryWritable(what.get("size", MIB))
     if "trouble_at" in what:
@@ -49,6 +78,8 @@ def main() -> None:
     hosts.IDLE_CHECK_S = 0.2
     host = Host(Path(sys.argv[1]), open_blob)
     print(host.bind(), flush=True)
+    if "--refuse-to-fork-once" in sys.argv:
+        refuse_to_fork_once()
     host.run()
 
 

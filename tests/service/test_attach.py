@@ -60,10 +60,10 @@ class Bed:
         return [str(path) for name in self.ids for path in devices_of(self.run_dir / "devices" / name)]
 
 
-def start_host(run_dir: Path) -> subprocess.Popen[str]:
+def start_host(run_dir: Path, *options: str) -> subprocess.Popen[str]:
     with (run_dir.parent / "host.stderr").open("a") as log:
         host = subprocess.Popen(
-            [sys.executable, "-m", "tests.service.hosting", str(run_dir)],
+            [sys.executable, "-m", "tests.service.hosting", str(run_dir), *options],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -251,6 +251,30 @@ def test_sigterm_stops_an_unused_device(bed: Bed) -> None:
     assert bed.leftovers() == []
     assert bed.service.list() == []
     assert bed.service.attach(bed.config("a"), "a").pid != device.pid
+
+
+def test_sigterm_does_not_cut_the_last_flush_short(bed: Bed, tmp_path: Path) -> None:
+    flushed = tmp_path / "flushed"
+    device = bed.service.attach(bed.config("a", size=MIB, flushed=str(flushed)), "a")
+    with ThreadPoolExecutor() as threads:
+        detached = threads.submit(bed.service.detach, "a")
+        until(flushed.exists)
+        os.kill(device.pid, signal.SIGTERM)
+        assert detached.result(20)
+    assert flushed.read_text() == "done"
+
+
+def test_a_host_that_cannot_fork_says_so_and_goes_on(tmp_path: Path) -> None:
+    run_dir = tmp_path.resolve() / "run"
+    bed = Bed(run_dir, DeviceService(run_dir, Settings()), start_host(run_dir, "--refuse-to-fork-once"))
+    try:
+        with pytest.raises(DeviceError, match="cannot fork: Resource temporarily unavailable"):
+            bed.service.attach(bed.config("a"), "a")
+        assert bed.service.attach(bed.config("a"), "a").size == MIB
+        assert bed.host.poll() is None
+    finally:
+        clean_up(bed.service, force=True)
+        bed.kill_host()
 
 
 def test_mount_failure_tells_the_servers_cause(bed: Bed, tmp_path: Path) -> None:
