@@ -19,7 +19,9 @@ import pytest
 import obdlab
 from obdlab.cli.main import main
 from obdlab.layers.upper import SparseUpper
+from tests.image.test_open_remote import push, stored_blob
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
+from tests.registry.server import RegistryServer
 
 EMPTY_UUID = "abcdef01-2345-6789-abcd-ef0123456789"
 ZFILES = manifest("zfile")["entries"]
@@ -181,6 +183,30 @@ def test_merge_of_an_image_with_a_writable_layer(tmp_path: Path, capsys: pytest.
     assert run("verify", config, "--json") == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert [layer["names_parent"] for layer in layers] == [True, True]
+
+
+@pytest.mark.registry
+def test_images_in_a_registry(
+    registry_server: RegistryServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = [LSMT / "l1.lz4tar.lsmt", LSMT / "l2.lz4.lsmt"]
+    config = tmp_path / "config.v1.json"
+    push(registry_server, "tools/image", local).save(config)
+    cache = ["--cache-dir", tmp_path / "cache", "--run-dir", tmp_path / "run"]
+    assert run("verify", config, "--json", *cache) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
+    assert run("diff", "--old", config, "--new", *local, "-q", *cache) == 0
+    assert run("merge", config, "-o", tmp_path / "flat", "-q", *cache) == 0
+    assert run("merge", *local, "-o", tmp_path / "flat of files", "-q", *cache) == 0
+    assert sha256(tmp_path / "flat") == sha256(tmp_path / "flat of files")
+    # Damage at the registry is noticed, where it is not in the cache.
+    blob = stored_blob(registry_server, json.loads(config.read_text())["lowers"][1]["digest"])
+    content = bytearray(blob.read_bytes())
+    content[50_000] ^= 1
+    blob.write_bytes(content)
+    assert run("verify", config, "-q", *cache) == 0
+    assert run("verify", config, "-q", "--cache-dir", tmp_path / "other", "--run-dir", tmp_path / "run") == 1
+    assert "CRC of ZFile block" in capsys.readouterr().err
 
 
 def test_zero_blocks(tmp_path: Path) -> None:

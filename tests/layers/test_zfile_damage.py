@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
+from obdlab.formats.zfile.layout import ZFileHeader
 from obdlab.layers.zfile import open_zfile
 from tests.layers.zfile_samples import compress, golden
 
@@ -166,3 +169,31 @@ def test_what_is_no_zfile() -> None:
     trailer_first = CHECKED["lz4"][-512:] + CHECKED["lz4"][512:]
     with pytest.raises(FormatError, match="layer: ZFile starts with a trailer"):
         open_zfile(MemoryBlob(trailer_first, "layer"))
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"index_size": 1_000_000_000},
+        {"index_size": 1_000_000_000, "original_size": 1_000_000_000 * 4096},
+        {"index_size": 1 << 63, "original_size": 1 << 63},
+        {"index_size": 1 << 60, "original_size": 1 << 60, "block_size": 1},
+        {"index_size": 1_000_000_001, "original_size": 1_000_000_001, "block_size": 1},
+        {"original_size": (1 << 64) - 1},
+        {"block_size": (1 << 32) - 1, "original_size": 1 << 40, "index_size": 257},
+        {"index_offset": (1 << 64) - 4},
+        {"dict_size": (1 << 32) - 1, "use_dict": 1},
+    ],
+    ids=str,
+)
+def test_claims_of_a_small_file_cost_nothing(claims: dict[str, int]) -> None:
+    data = CHECKED["lz4"]
+    header = ZFileHeader.from_bytes(data[:512])
+    claiming = replace(header, **claims).to_bytes() + data[512:]  # type: ignore[arg-type]
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="layer: ZFile "):
+            open_zfile(MemoryBlob(claiming, "layer"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
