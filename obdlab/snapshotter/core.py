@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import (
@@ -290,7 +291,7 @@ class Snapshotter:
                 return
             try:
                 self._images.release(image_id)
-            except FailedPreconditionError as error:
+            except ObdlabError as error:  # the commit stands
                 logger.info("device of layer %d stays: %s", image_id, error)
 
 

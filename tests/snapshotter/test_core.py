@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.errors import DeviceError
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
 from obdlab.image.settings import Settings
@@ -228,6 +229,31 @@ def test_a_downloaded_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter
         downloaded(snapshotter, tmp_path, "layer", "plain")
     assert snapshotter.stat("extract layer").kind is Kind.ACTIVE
     assert not (root(tmp_path) / "2" / "block").exists()
+
+
+class StuckImages:
+    """Mounts nothing, and has devices that cannot be taken away."""
+
+    def expect(self) -> None:
+        pass
+
+    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
+        pass
+
+    def release(self, snapshot_id: int) -> None:
+        raise DeviceError("another attach or detach of it is still going on")
+
+
+def test_a_commit_stands_although_the_device_below_stays(tmp_path: Path) -> None:
+    snapshotter = Snapshotter(Layout(tmp_path / "root"), StuckImages(), ImageOptions())
+    try:
+        downloaded(snapshotter, tmp_path, "one")
+        downloaded(snapshotter, tmp_path, "two", "one")
+        assert snapshotter.stat("two").kind is Kind.COMMITTED
+        with pytest.raises(DeviceError):  # whoever wants it away is told
+            snapshotter.remove("two")
+    finally:
+        snapshotter.close()
 
 
 def test_removed_files_are_gone_at_once(snapshotter: Snapshotter, tmp_path: Path) -> None:
