@@ -39,6 +39,8 @@ WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 # As many links as containerd follows in one path.
 _MAX_LINKS = 255
+# What the kernel takes. Names of the tar, and links, could make paths of half a million components.
+_MAX_PATH = 4095
 # A host's own, overlayfs' marks among them: containerd takes none from an image.
 _TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
@@ -173,6 +175,8 @@ class _Applier:
                 path = path.rpartition(b"/")[0]
                 continue
             inner = path + b"/" + part
+            if len(inner) > _MAX_PATH:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), inner[:100])
             if not ((below or inner in self._upper.others) and self._is_link(inner)):
                 path = inner
                 continue

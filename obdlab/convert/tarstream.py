@@ -24,7 +24,15 @@ _NS = 1_000_000_000
 _XATTR_PREFIX = "SCHILY.xattr."
 # What other readers of container layers allow for one pax or long name header.
 _MAX_HEADER_SIZE = 1 << 20
-_HEADER_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+# All of one member's headers together, maps of sparse files included.
+_MAX_HEADERS_SIZE = 8 << 20
+_HEADER_TYPES = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 # A type that nobody uses: tarfile skips the data of types it does not know.
 _IGNORED_TYPE = b"\x01"
 _CHUNK = 1 << 20
@@ -126,6 +134,7 @@ class TarStream:
             pass
 
     def _next(self) -> tarfile.TarInfo | None:
+        self._stream.allow_reading(_MAX_HEADERS_SIZE)
         try:
             if self._tar is None:
                 # tarfile reads the first member when it is opened.
@@ -234,6 +243,11 @@ class _ForwardReader:
         self._begin = 0
         self._end = 0
         self._position = 0
+        self._allowed = 0
+
+    def allow_reading(self, size: int) -> None:
+        # tarfile reads headers only, and takes what they say of their number and of a sparse file's map as it comes.
+        self._allowed = size
 
     def tell(self) -> int:
         return self._position
@@ -247,6 +261,9 @@ class _ForwardReader:
         return self._position
 
     def read(self, size: int) -> bytes:
+        self._allowed -= size
+        if self._allowed < 0:
+            raise tarfile.StreamError(f"headers of one member are longer than {_MAX_HEADERS_SIZE} bytes")
         parts = []
         while size > 0 and (piece := self.read_some(min(size, _CHUNK))):
             parts.append(bytes(piece))

@@ -179,3 +179,9 @@ def test_unknown_types_are_named(tmp_path: Path) -> None:
 def test_contiguous_files_are_files(tmp_path: Path) -> None:
     apply(tmp_path / "r", [member("f", b"x", kind=tarfile.CONTTYPE)])
     assert (tmp_path / "r" / "f").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("repeat", [3000, 500_000])
+def test_endless_paths(tmp_path: Path, repeat: int) -> None:
+    with pytest.raises(FormatError, match="name too long"):
+        apply(tmp_path / "r", [member("a/" * repeat + "b")])

@@ -144,7 +144,9 @@ def oversized(kind: bytes, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME]
+)
 def test_header_bombs(kind: bytes) -> None:
     with pytest.raises(FormatError, match="at most 1048576"):
         read(oversized(kind, 8 << 30) + bytes(1 << 16))
@@ -227,3 +229,11 @@ def test_sparse_maps_that_lie(extents: str) -> None:
     pax = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": "10000", "GNU.sparse.map": extents}
     with pytest.raises(FormatError):
         read(tar_bytes([member("x", b"abc", pax=pax), member("next", b"1")]))
+
+
+def test_endless_sparse_map() -> None:
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s", "GNU.sparse.realsize": "1"}
+    digits = b"9" * 60 + b"\n"
+    body = b"100000000\n" + digits * (9_000_000 // len(digits))
+    with pytest.raises(FormatError, match="headers of one member are longer"):
+        read(tar_bytes([member("s", body, pax=pax)]))
