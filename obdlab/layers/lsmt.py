@@ -140,6 +140,16 @@ def open_layer(blob: Blob) -> LsmtLayer:
     The blob belongs to the layer from then on, but stays the caller's if this raises: FormatError if it is none of
     these or malformed, CorruptBlobError if a checksum is wrong.
     """
+    try:
+        return _open_layer(blob)
+    except FormatError:
+        # Headers are all that tells a layer, so a wrong answer of its source that a cache below has kept would make
+        # every opening fail. Asked once more without the cache, the source may give the right one.
+        blob.evict(0, blob.size)
+    return _open_layer(blob)
+
+
+def _open_layer(blob: Blob) -> LsmtLayer:
     content = open_tarwrap(blob)
     start = content.read_at(0, min(512, content.size))
     if is_zfile(start, blob=blob.name):

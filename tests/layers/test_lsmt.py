@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdlab.blob import MemoryBlob
+from obdlab.blob import MemoryBlob, check_range
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import Flags, Trailer, encode_segments
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -139,6 +139,25 @@ def test_other_files_are_refused() -> None:
         open_layer(blob("l1.data"))
     with pytest.raises(FormatError, match=r"l1.index: LSMT file is not a data file at offset 28 \(got flags 0x1\)"):
         open_layer(MemoryBlob((LSMT / "l1.index").read_bytes() + bytes(4096), "l1.index"))
+
+
+class _WrongUntilEvicted(MemoryBlob):
+    # A cache that has kept a wrong answer.
+    wrong = True
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        data = super().read_at(offset, length)
+        return bytes(length) if self.wrong else data
+
+    def evict(self, offset: int, length: int) -> None:
+        check_range(self, offset, length)
+        self.wrong = False
+
+
+@pytest.mark.parametrize("name", ["l1.plain.lsmt", "l1.lz4tar.lsmt", "l1.lz4.lsmt"])
+def test_wrong_headers_in_a_cache_are_asked_for_again(name: str) -> None:
+    kept = _WrongUntilEvicted((LSMT / name).read_bytes())
+    assert len(open_layer(kept).index) == len(open_layer(blob(name)).index)
 
 
 @settings(max_examples=300, deadline=None)
