@@ -139,14 +139,17 @@ def mount(
     """Mount the device's file system on ``target``, which must exist; return the type of the file system.
 
     The type is detected unless given. A read-only ext4 whose journal was not replayed is mounted with ``noload``,
-    a read-only xfs with ``norecovery``. A device that is busy for a moment is tried ``tries`` times.
-    Raises DeviceError.
+    a read-only xfs with ``norecovery``. An ext4 that meets an error goes read-only, whatever it or ``options`` ask
+    for: an image must not be able to choose the kernel's panic. A device that is busy for a moment is tried ``tries``
+    times. Raises DeviceError.
     """
     detected, needs_recovery = detect_fs(device)
     fs_type = fs_type or detected
     extra = [options] if options else []
     if read_only and fs_type == "ext4" and needs_recovery:
         extra.append("noload")
+    if fs_type == "ext4":
+        extra.append("errors=remount-ro")  # the last one counts
     if read_only and fs_type == "xfs":
         extra.append("norecovery,nouuid")
     all_flags = flags | (abi.MS_RDONLY if read_only else 0)

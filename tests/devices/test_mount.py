@@ -179,3 +179,18 @@ def test_an_overlay_is_a_holder(ext4: Path, target: Path, tmp_path: Path) -> Non
     finally:
         mount.unmount(merged)
     assert mount.holders(target) == []
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("read_only", [True, False])
+def test_no_image_can_ask_for_a_panic(tmp_path: Path, target: Path, read_only: bool) -> None:
+    device = attach(image(tmp_path / "ext4", "mkfs.ext4", "-q", "-e", "panic"), read_only=read_only)
+    try:
+        mount.mount(device, target, read_only=read_only, options="errors=panic")
+        entry = mount.mount_at(target)
+        assert entry is not None
+        assert "errors=remount-ro" in entry.super_options.split(",")
+        assert "panic" not in entry.super_options
+        mount.unmount(target)
+    finally:
+        loop.detach(device, label=LABEL)
