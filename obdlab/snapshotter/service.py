@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 #: An attach waits for a registry; a few dozen of them must not keep Stat and Mounts of others from being answered.
 _WORKERS = 64
 _LIST_BATCH = 100
+_MAX_ERROR_SIZE = 2000
 _MAX_SOCKET_PATH = 107
 _PROBE_TIMEOUT_S = 2.0
 _THREADS_END_S = 1.0
@@ -192,10 +193,20 @@ def _answering(context: grpc.ServicerContext, what: str) -> Iterator[None]:
         code = next(code for kind, code in _CODES if isinstance(error, kind))
         expected = code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
         logger.log(logging.INFO if expected else logging.WARNING, "%s: %s (%s)", what, error, code.name)
-        context.abort(code, str(error))
+        context.abort(code, _shortened(str(error)))
     except OSError as error:
         logger.exception("%s failed", what)
         context.abort(grpc.StatusCode.INTERNAL, f"{what}: {error}")
+
+
+def _shortened(text: str) -> str:
+    # An error travels in a header. Clients take 8 KiB of those, where a byte may need three characters, and of a
+    # longer one see neither text nor code.
+    data = text.encode(errors="replace")
+    if len(data) <= _MAX_ERROR_SIZE:
+        return text
+    half = _MAX_ERROR_SIZE // 2
+    return f"{data[:half].decode(errors='ignore')} [...] {data[-half:].decode(errors='ignore')}"
 
 
 def _mounts(mounts: Sequence[Mount]) -> list[types_pb2.Mount]:

@@ -56,6 +56,17 @@ def test_a_dead_servers_socket_is_replaced(core: Snapshotter, tmp_path: Path) ->
     server.stop(1.0)
 
 
+@pytest.mark.parametrize("name", ["k" * 20_000, "\u65e5\u672c" * 3000])
+def test_errors_of_any_length_arrive(core: Snapshotter, tmp_path: Path, name: str) -> None:
+    server = SnapshotServer(core, tmp_path / "s.sock")
+    server.start()
+    client = WireSnapshotter(str(server.address))
+    with pytest.raises(NotFoundError, match=r"does not exist$"):
+        client.stat(name)
+    client.close()
+    server.stop(1.0)
+
+
 def test_what_is_no_socket_stays(core: Snapshotter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(SocketError, match="not a socket"):
