@@ -122,9 +122,9 @@ class Crew:
         try:
             while self._turn(member) and self._lead_again(member):
                 pass
-            if member.leading:
-                self._end()
         finally:
+            if member.leading:  # also if its turn failed: better no device than one that answers nobody
+                self._end()
             set_waiting_hook(None)
             self._leave(member)
 

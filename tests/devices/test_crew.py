@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from obdlab.devices.crew import Crew, Member
 from obdlab.waiting import waiting
 
@@ -132,6 +134,32 @@ def test_the_end_waits_for_requests_under_way() -> None:
     gate.set()
     assert line.crew.wait(20)
     assert line.crew.totals().reads == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_leader_that_fails_is_the_end_for_all() -> None:
+    line, gate, reached = Line(idle_s=60), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with waiting():
+            assert gate.wait(20)
+
+    def fail() -> None:
+        raise MemoryError
+
+    line.requests.put(slow)
+    line.requests.put(reached.set)
+    assert reached.wait(20)
+    gate.set()
+    deadline = time.monotonic() + 20
+    while line.crew.totals().reads < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert line.crew.size == 2  # one leads, one is idle
+    line.requests.put(fail)
+    assert line.crew.wait(20)
+    for thread in threading.enumerate():  # its exception belongs to this test
+        if thread.name == "crew":
+            thread.join(20)
 
 
 def test_a_storm_of_short_waits() -> None:
