@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from typing import IO
 
 _HOSTS_KEPT = 32
-_CONNECTIONS_PER_HOST = 32
+# As many as a device has threads that wait for a registry: one more would be opened anew for each request.
+_CONNECTIONS_PER_HOST = 64
 # 16 KiB, urllib3's default, costs a syscall and a TLS record set-up more often than needed.
 _SEND_BLOCK = 128 << 10
 

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -516,3 +517,20 @@ def test_closing_closes_connections_though_an_error_is_kept() -> None:
         assert kept.value.status == 404
         assert read(client, registry) == WANTED  # it can be used again
         client.close()
+
+
+def test_connections_are_kept_for_as_many_readers_as_a_device_has(caplog: pytest.LogCaptureFixture) -> None:
+    readers = 64
+    with faulty_registry(blobs={faulty.digest_of(DATA): DATA}) as registry:
+        client = RegistryClient()
+        together = threading.Barrier(readers)
+
+        def meet(answer: faulty.Answer) -> None:
+            together.wait(30)
+            answer.send()
+
+        registry.always(meet)
+        with ThreadPoolExecutor(readers) as threads:
+            assert set(threads.map(lambda _: read(client, registry), range(2 * readers))) == {WANTED}
+        client.close()
+    assert not [record for record in caplog.records if "discarding connection" in record.getMessage()]
