@@ -41,6 +41,11 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most that the block cache may hold, 0: no limit (default: $OBDLAB_CACHE_QUOTA or 4G)",
     )
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch images in use whole into the block cache, from 5 minutes after they are opened on",
+    )
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +81,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return Settings(
         cache_dir=args.cache_dir.absolute(),
         cache_quota=args.cache_quota,
+        download_enabled=args.download,
         credentials_path=credentials.absolute() if credentials else None,
     )
 

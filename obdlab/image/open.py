@@ -158,7 +158,9 @@ def _open_lowers(
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-end") as ends,
     ):
-        return list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers)))), remote
+        layers = list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers))))
+        remote.start_download()
+        return layers, remote
 
 
 def _check_kind(lower: LowerConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from obdlab.formats.oci import check_digest
 from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Repository
-from obdlab.sources.cache import BlockCache
+from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources.download import BackgroundDownload, DownloadOptions
 from obdlab.sources.remote import RemoteBlob
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.image.settings import Settings
+
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteLayers:
@@ -42,8 +47,10 @@ class RemoteLayers:
             readahead_max=settings.readahead_max,
             deadline_s=settings.read_deadline_s,
         )
+        self._settings = settings
         self._lock = threading.Lock()
         self._users = 1
+        self._blobs: list[CachedBlob] = []
 
     def open(self, digest: str, size: int) -> Blob:
         """Return a blob of ``size`` bytes; the registry is asked for the size if that is 0.
@@ -58,10 +65,38 @@ class RemoteLayers:
             self._users += 1
         origin = _Origin(self._client, self._repository, digest, size, self.close)
         try:
-            return self._cache.open(origin, digest)
+            blob = self._cache.open(origin, digest)
+            if isinstance(blob, CachedBlob):
+                self._blobs.append(blob)
+            return blob
         except BaseException:
             origin.close()
             raise
+
+    def start_download(self) -> None:
+        """Have the blobs opened so far fetched whole in the background, if the settings say so.
+
+        Not if they are more than the cache may hold.
+        """
+        settings = self._settings
+        total = sum(blob.size for blob in self._blobs)
+        if not settings.download_enabled or not self._blobs:
+            return
+        if settings.cache_quota and total > settings.cache_quota:
+            logger.warning(
+                "%s: not downloaded, larger than the cache (got %d bytes, wanted at most %d)",
+                self._repository,
+                total,
+                settings.cache_quota,
+            )
+            return
+        options = DownloadOptions(
+            settings.download_delay_s,
+            settings.download_delay_extra_s,
+            settings.download_bytes_per_s,
+            settings.download_tries,
+        )
+        BackgroundDownload(self._blobs, options).start()
 
     def statistics(self) -> dict[str, int]:
         """Return the sums of what the block cache did for these blobs."""

@@ -31,6 +31,15 @@ class Settings:
     #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of
     #: many small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of 100 Mbit/s.
     readahead_max: int = 1024 * KIB
+    #: Whether images in use are fetched whole into the cache, and verified, while nobody waits for anything else.
+    download_enabled: bool = False
+    #: That begins so long after an image was opened, and a random part of ``download_delay_extra_s`` later.
+    download_delay_s: float = 300.0
+    download_delay_extra_s: float = 30.0
+    #: Most that one image's download takes of the network; 0: no limit.
+    download_bytes_per_s: float = 100 * 1024 * KIB
+    #: How often a blob that fails is tried.
+    download_tries: int = 5
     #: A read ends with data or an error within this time, whatever the registry does.
     read_deadline_s: float = 120.0
     #: One HTTP request: time to connect, and longest silence while reading.
@@ -44,6 +53,10 @@ class Settings:
             raise SettingsError(f"cache_unit: not a power of two of at least 4096 (got {unit})")
         if self.cache_quota < 0 or self.cache_min_free < 0:
             raise SettingsError("cache_quota and cache_min_free must not be negative")
+        if min(self.download_delay_s, self.download_delay_extra_s, self.download_bytes_per_s) < 0:
+            raise SettingsError("download_delay_s, download_delay_extra_s and download_bytes_per_s: not below 0")
+        if self.download_tries < 1:
+            raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if self.read_deadline_s <= 0 or self.request_timeout_s <= 0:
             raise SettingsError("read_deadline_s and request_timeout_s must be positive")
 

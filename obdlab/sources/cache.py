@@ -8,12 +8,13 @@ within its limits: :mod:`obdlab.sources.cachespace`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from obdlab.registry.deadline import deadline_of_thread
 from obdlab.sources.cachefiles import CacheFiles, unit_sum
 from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.fetchpool import FetchPool
+from obdlab.sources.flights import Demand, Flight, Statistics, total_of
 from obdlab.sources.readahead import ReadAhead
 from obdlab.waiting import waiting
 
@@ -45,21 +47,6 @@ _UNKNOWN, _CHECKED, _MARKED = 0, 1, 2
 _REGISTRY = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9.:+\[\]-]{0,254}", re.ASCII)
 
 _pool = FetchPool(threads=8, queued=64)
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What a cached blob did since it was opened. Hits are not counted under a lock: a few may be lost."""
-
-    hits: int = 0  # reads served without waiting for the origin
-    misses: int = 0  # reads that were not
-    requests: int = 0  # reads of the origin
-    demand_bytes: int = 0  # fetched because a reader waited
-    readahead_bytes: int = 0  # fetched ahead
-    failed_requests: int = 0
-    corrupt_units: int = 0  # dropped because the checksum did not match
-    evicted_units: int = 0  # dropped because a reader above asked for it
-    uncached_bytes: int = 0  # fetched but not kept: cache or disk full
 
 
 class BlockCache:
@@ -94,6 +81,7 @@ class BlockCache:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._statistics: list[Statistics] = []
+        self._demand = Demand()
 
     def open(self, origin: Blob, digest: str) -> Blob:
         """Return ``origin`` seen through the cache; closing that closes the origin.
@@ -109,7 +97,14 @@ class BlockCache:
         except OSError as error:
             logger.warning("%s: not cached: %s", origin.name, error)
             return origin
-        blob = CachedBlob(origin, files, self._space, readahead_max=self._readahead_max, deadline_s=self._deadline_s)
+        blob = CachedBlob(
+            origin,
+            files,
+            self._space,
+            self._demand,
+            readahead_max=self._readahead_max,
+            deadline_s=self._deadline_s,
+        )
         with self._lock:
             self._statistics.append(blob.counters)
         return blob
@@ -120,40 +115,25 @@ class BlockCache:
             return total_of(self._statistics) | {"evicted_bytes": self._space.evicted_bytes}
 
 
-def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
-    """Return the field-wise sum."""
-    total = asdict(Statistics())
-    for one in statistics:
-        for name, value in asdict(one).items():
-            total[name] += value
-    return total
-
-
-class _Flight:
-    # Units being fetched, by whoever set ``started``; the others wait for ``done``.
-    __slots__ = ("ahead", "data", "done", "error", "first", "started", "stop")
-
-    def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
-        self.first = first
-        self.stop = stop
-        self.ahead = ahead
-        self.started = not ahead
-        self.done = threading.Event()
-        self.data: bytes | None = None
-        self.error: BaseException | None = None
-
-
 class CachedBlob(Blob):
     """One blob in the cache. Made by :meth:`BlockCache.open`."""
 
     def __init__(
-        self, origin: Blob, files: CacheFiles, space: CacheSpace, *, readahead_max: int, deadline_s: float
+        self,
+        origin: Blob,
+        files: CacheFiles,
+        space: CacheSpace,
+        demand: Demand,
+        *,
+        readahead_max: int,
+        deadline_s: float,
     ) -> None:
         self.name = origin.name
         self.counters = Statistics()
         self._origin = origin
         self._files = files
         self._space = space
+        self._demand = demand
         self._fd = files.fd
         self._used = files.used
         self._size = origin.size
@@ -164,7 +144,7 @@ class CachedBlob(Blob):
         self._generation = files.generation
         self._readahead = ReadAhead(files.units, readahead_max // unit, _PIECE // unit)
         self._lock = threading.Lock()
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._users = 1  # this object, and each fetch that may still write
         self._closed = False
 
@@ -221,6 +201,87 @@ class CachedBlob(Blob):
             self._closed = True
         self._leave()
 
+    # -- for the background download ---------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> Path:
+        """Where the blob's files are."""
+        return self._files.directory
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def verified(self) -> bool:
+        """Whether all of it is there and matches its digest."""
+        return self._files.verified
+
+    def hold(self) -> bool:
+        """Keep files and origin open beyond :meth:`close`, until :meth:`let_go`; False if closed already."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._users += 1
+            return True
+
+    def let_go(self) -> None:
+        """Give up what :meth:`hold` took."""
+        self._leave()
+
+    def quiet_s(self) -> float:
+        """Return how long no reader of the image has waited for an origin; 0 while one does."""
+        return self._demand.quiet_s()
+
+    def length_of(self, first: int, stop: int) -> int:
+        """Return how many bytes the units have."""
+        return self._files.length_of(first, stop)
+
+    def missing_piece(self, unit: int) -> tuple[int, int] | None:
+        """Return the next units from ``unit`` on that are not there, at most a piece; None if there are none."""
+        sums, units = self._files.sums, self._files.units
+        while unit < units and sums[unit]:
+            unit += 1
+        stop = unit
+        most = min(unit + max(1, _PIECE >> self._shift), units)
+        while stop < most and not sums[stop]:
+            stop += 1
+        return (unit, stop) if unit < stop else None
+
+    def fetch_in_background(self, first: int, stop: int) -> None:
+        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        unit = first
+        while unit < stop:
+            with self._lock:
+                if unit in self._flights or self._files.sums[unit]:
+                    unit += 1
+                    continue
+                flight = self._claim(unit, stop, ahead=True)
+                flight.started = flight.background = True
+            self._fetch(flight, time.monotonic() + self._deadline_s * _BACKGROUND_SHARE)
+            unit = flight.stop
+
+    def verify(self) -> bool:
+        """Check the whole blob against its digest and mark it as verified; take all of it away if it does not match.
+
+        Returns False also if some of it is missing or damaged on disk, or the blob was closed.
+        """
+        generation = self._files.generation
+        whole = hashlib.sha256()
+        step = max(1, _PIECE >> self._shift)
+        for first in range(0, self._files.units, step):
+            stop = min(first + step, self._files.units)
+            data = self._load(first, stop)
+            if self._closed or len(data) != self._files.length_of(first, stop):
+                return False
+            whole.update(data)
+        if f"sha256:{whole.hexdigest()}" == self.directory.name:
+            return self._files.mark_verified(generation)
+        logger.error("%s: does not match its digest (got sha256:%s), fetching it again", self.name, whole.hexdigest())
+        with self._lock:
+            self._drop(0, self._files.units)
+        return False
+
     # -- the slow way ------------------------------------------------------------------------------------------------
 
     def _gather(self, offset: int, length: int) -> bytes:
@@ -270,10 +331,11 @@ class CachedBlob(Blob):
                 continue
             # Before waiting, so that the next pieces are on their way meanwhile.
             self._pass_marks(unit, min(stop, flight.stop))
-            if mine:
-                self._fetch(flight, deadline)
-            else:
-                self._await(flight, deadline)
+            with self._demand:
+                if mine:
+                    self._fetch(flight, deadline)
+                else:
+                    self._await(flight, deadline)
             if flight.data is not None:
                 return memoryview(flight.data)[unit - flight.first << self._shift :], True
 
@@ -284,12 +346,12 @@ class CachedBlob(Blob):
             end += 1
         return end
 
-    def _claim(self, unit: int, stop: int, *, ahead: bool) -> _Flight:
+    def _claim(self, unit: int, stop: int, *, ahead: bool) -> Flight:
         sums, flights = self._files.sums, self._flights
         end = unit + 1
         while end < stop and not sums[end] and end not in flights:
             end += 1
-        flight = _Flight(unit, end, ahead=ahead)
+        flight = Flight(unit, end, ahead=ahead)
         for number in range(unit, end):
             flights[number] = flight
         self._users += 1
@@ -323,7 +385,7 @@ class CachedBlob(Blob):
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, flight: _Flight, deadline: float) -> None:
+    def _fetch(self, flight: Flight, deadline: float) -> None:
         # Fetches and stores; afterwards flight.data is there or the error is raised.
         try:
             length = self._files.length_of(flight.first, flight.stop)
@@ -342,13 +404,13 @@ class CachedBlob(Blob):
             raise
         finally:
             with self._lock:
-                self._count(flight)
+                self.counters.count(flight)
                 for unit in range(flight.first, flight.stop):
                     del self._flights[unit]
             flight.done.set()
             self._leave()
 
-    def _store(self, flight: _Flight, data: bytes) -> None:
+    def _store(self, flight: Flight, data: bytes) -> None:
         generation = self._files.generation
         try:
             self._files.store(self._space, flight.first, data)
@@ -360,16 +422,7 @@ class CachedBlob(Blob):
             return
         self._set_checked(flight.first, flight.stop, generation)
 
-    def _count(self, flight: _Flight) -> None:
-        self.counters.requests += 1
-        if flight.data is None:
-            self.counters.failed_requests += 1
-        elif flight.ahead:
-            self.counters.readahead_bytes += len(flight.data)
-        else:
-            self.counters.demand_bytes += len(flight.data)
-
-    def _await(self, flight: _Flight, deadline: float) -> None:
+    def _await(self, flight: Flight, deadline: float) -> None:
         # Returns when the other thread's fetch is over; raises its error, unless trying ourselves may help.
         with waiting():
             finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
@@ -399,7 +452,7 @@ class CachedBlob(Blob):
             if not _pool.submit(partial(self._run_ahead, flight)):
                 self._abandon(flight)
 
-    def _run_ahead(self, flight: _Flight) -> None:
+    def _run_ahead(self, flight: Flight) -> None:
         with self._lock:
             if flight.started:
                 return  # a reader could not wait
@@ -413,7 +466,7 @@ class CachedBlob(Blob):
         except ObdlabError as error:
             logger.info("fetching ahead failed: %s", error)
 
-    def _abandon(self, flight: _Flight) -> None:
+    def _abandon(self, flight: Flight) -> None:
         # Nobody will fetch it ahead; a reader that took it over meanwhile does.
         with self._lock:
             if flight.started:
@@ -421,7 +474,7 @@ class CachedBlob(Blob):
             flight.started = True
         self._finish_unfetched(flight)
 
-    def _finish_unfetched(self, flight: _Flight) -> None:
+    def _finish_unfetched(self, flight: Flight) -> None:
         with self._lock:
             for unit in range(flight.first, flight.stop):
                 del self._flights[unit]

@@ -1,0 +1,87 @@
+"""What is under way in the block cache, and what was: fetches, waiting readers, counters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What a cached blob did since it was opened. Hits are not counted under a lock: a few may be lost."""
+
+    hits: int = 0  # reads served without waiting for the origin
+    misses: int = 0  # reads that were not
+    requests: int = 0  # reads of the origin
+    demand_bytes: int = 0  # fetched because a reader waited
+    readahead_bytes: int = 0  # fetched ahead
+    background_bytes: int = 0  # fetched to have the blob whole
+    failed_requests: int = 0
+    corrupt_units: int = 0  # dropped because the checksum did not match
+    evicted_units: int = 0  # dropped because a reader above asked for it
+    uncached_bytes: int = 0  # fetched but not kept: cache or disk full
+
+    def count(self, flight: Flight) -> None:
+        """Count a fetch that is over."""
+        self.requests += 1
+        if flight.data is None:
+            self.failed_requests += 1
+        elif flight.background:
+            self.background_bytes += len(flight.data)
+        elif flight.ahead:
+            self.readahead_bytes += len(flight.data)
+        else:
+            self.demand_bytes += len(flight.data)
+
+
+def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
+    """Return the field-wise sum."""
+    total = asdict(Statistics())
+    for one in statistics:
+        for name, value in asdict(one).items():
+            total[name] += value
+    return total
+
+
+class Flight:
+    """Units being fetched, by whoever set ``started``; the others wait for ``done``."""
+
+    __slots__ = ("ahead", "background", "data", "done", "error", "first", "started", "stop")
+
+    def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
+        self.first = first
+        self.stop = stop
+        self.ahead = ahead  # nobody waited when it was asked for
+        self.background = False
+        self.started = not ahead
+        self.done = threading.Event()
+        self.data: bytes | None = None
+        self.error: BaseException | None = None
+
+
+class Demand:
+    """Whether readers of any blob of an image are waiting for an origin; entered while one is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._last = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._waiting += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._waiting -= 1
+            self._last = time.monotonic()
+
+    def quiet_s(self) -> float:
+        """Return how long nobody has waited; 0 while somebody does."""
+        with self._lock:
+            return 0.0 if self._waiting else time.monotonic() - self._last
