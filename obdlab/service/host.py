@@ -144,9 +144,7 @@ class Host:
         answer: dict[str, Any]
         try:
             request = wire.receive(connection, _REQUEST_TIMEOUT_S)
-            if request.get("op") == "ping":
-                answer = {"pid": os.getppid()}
-            elif request.get("op") == "attach" and self._code != _code_on_disk():
+            if request.get("op") == "attach" and self._code != _code_on_disk():
                 answer = {"stale": True}  # the client starts a new host, which runs what is installed now
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
