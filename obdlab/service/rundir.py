@@ -178,7 +178,10 @@ def held(directory: Path, timeout_s: float) -> Iterator[int]:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            os.mkdir(directory, 0o700)
+        except FileExistsError:  # exist_ok would look again, and fail if it has been removed in between
+            pass
         try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from obdlab.image.settings import Settings
 from obdlab.service import wire
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
-from obdlab.service.rundir import DeviceRecord, Process, device_id_of
+from obdlab.service.rundir import DeviceRecord, Process, device_id_of, held
 from tests.devices.contract import MIB, read_direct
 from tests.service.hosting import content_of
 
@@ -321,6 +322,26 @@ def test_a_client_killed_in_the_middle_of_an_attach(bed: Bed) -> None:
     client.kill()
     client.communicate(timeout=20)
     assert bed.service.attach(config, "x").size == MIB
+
+
+def test_a_directory_that_comes_and_goes_can_be_held(tmp_path: Path) -> None:
+    directory = tmp_path / "x"
+    failures = []
+
+    def hold_and_remove() -> None:
+        try:
+            for _ in range(300):
+                with held(directory, 20.0):
+                    directory.rmdir()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=hold_and_remove) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_a_killed_server_gives_eio_and_is_replaced(bed: Bed) -> None:
