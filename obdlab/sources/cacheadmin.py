@@ -139,7 +139,8 @@ def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callabl
             files.mark_verified(generation)
         elif repair:
             with space.changing():
-                discard(files.directory)
+                if files.directory.is_dir():
+                    discard(files.directory)
     return CheckedBlob(files.directory.parent.name, files.directory.name, checked, tuple(damaged), matches)
 
 

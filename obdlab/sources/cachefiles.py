@@ -187,6 +187,9 @@ class CacheFiles:
         with space.room(self.fd, len(view)):
             if self.verified:  # and complete: this came by another way, or too late
                 return
+            changed = [unit for unit, value in enumerate(sums, first) if self.sums[unit] not in (0, value)]
+            if changed:  # others may read these while they are overwritten
+                self._take_away(np.array(changed))
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
             for number, value in enumerate(sums, first):

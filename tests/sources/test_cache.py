@@ -333,6 +333,22 @@ def test_evict_replaces_bytes_that_came_wrong(tmp_path: Path) -> None:
         assert blob.read_at(0, UNIT) == DATA[:UNIT]  # it noticed
 
 
+def test_late_bytes_of_another_kind_are_noticed(tmp_path: Path) -> None:
+    release = threading.Event()
+    late = Origin(bytes(len(DATA)), before=lambda offset, length: release.wait(30) and None)
+    with open_cached(tmp_path, late) as slow, open_cached(tmp_path, Origin()) as other:
+        reader = threading.Thread(target=lambda: slow.read_at(0, UNIT))
+        reader.start()
+        wait_until(lambda: late.reads != [])
+        assert other.read_at(0, 2 * UNIT) == DATA[: 2 * UNIT]
+        generation = other._files.generation
+        release.set()
+        reader.join()
+        assert other._files.generation != generation  # so that nobody takes half of each for checked
+        assert other.read_at(0, 2 * UNIT) == bytes(UNIT) + DATA[UNIT : 2 * UNIT]
+        assert other.statistics()["corrupt_units"] == 0
+
+
 def test_units_another_process_took_away_are_not_used(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob, open_cached(tmp_path, Origin()) as other:
         blob.read_at(0, 4 * UNIT)

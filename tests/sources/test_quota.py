@@ -264,7 +264,8 @@ def test_others_that_hold_the_lock_cost_only_the_caching(tmp_path: Path, monkeyp
 # -- killed ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_while_evicting(tmp_path: Path, rounds: int) -> None:
     generator = random.Random(9)
     with ExitStack() as opened:
