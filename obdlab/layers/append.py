@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # One record is written for each; the original's largest I/O.
 _PIECE = 4 << 20
+# Parts that a collection copies while writes wait.
+_COPIES_AT_ONCE = 64
 #: Longest that a collection waits for reads that began before it.
 READERS_DEADLINE_S = 60.0
 
@@ -296,8 +298,6 @@ class AppendUpper(Upper):
         with self._syncing, self._writing:
             log = self._writable_log()
             log.write_group()
-            self._file.sync()
-            log.sync()
             with self._lock:
                 segments = self._map.to_segments()
             append_seal(self._file, self.header, segments, self._end)
@@ -337,20 +337,41 @@ class AppendUpper(Upper):
             return self._map.to_segments(), self._end // SECTOR
 
     def relocate(self, parts: Sequence[tuple[int, int, int]]) -> int:
-        """Append data once more, and have the index point there: ``(begin, length, moffset)`` in sectors.
+        """Store data once more and have the index point there: parts are ``(begin, length, moffset)`` in sectors.
 
-        Parts that are not mapped to their ``moffset`` any more are left out. Returns the number of sectors moved.
+        Those not mapped to their ``moffset`` any more are left out. Returns the number of sectors moved.
         """
+        copies = []
+        for at in range(0, len(parts), _COPIES_AT_ONCE):
+            with self._writing:
+                copies += [self._copy(*part) for part in parts[at : at + _COPIES_AT_ONCE]]
+        # Unlike with a write, the old data was promised: the copies must be stored before a record points at them,
+        # and so must all data that earlier records point at, as a crash may only leave the last records without.
+        self._file.sync()
         with self._writing:
-            self._writable_log()
-            return sum(self._relocate(*part) for part in parts)
+            self._file.sync()
+            return sum(self._point_to(*part, copy) for part, copy in zip(parts, copies, strict=True))
 
-    def _relocate(self, begin: int, length: int, moffset: int) -> int:
-        runs = self.lookup(begin, begin + length)
-        if any(source < 0 or at - start != moffset - begin for start, _, source, at in runs):
+    def _copy(self, begin: int, length: int, moffset: int) -> int:
+        self._writable_log()
+        if not self._maps(begin, length, moffset):
             return 0
-        self._append(begin * SECTOR, memoryview(self._file.read_at(moffset * SECTOR, length * SECTOR)))
+        at = self._end
+        self._file.write_at(at, self._file.read_at(moffset * SECTOR, length * SECTOR))
+        self._end += length * SECTOR
+        return at // SECTOR
+
+    def _point_to(self, begin: int, length: int, moffset: int, copy: int) -> int:
+        if not copy or not self._maps(begin, length, moffset):
+            return 0
+        self._writable_log().append(encode_record(begin, length, copy))
+        with self._lock:
+            self._map.insert(begin, begin + length, copy)
         return length
+
+    def _maps(self, begin: int, length: int, moffset: int) -> bool:
+        runs = self.lookup(begin, begin + length)
+        return all(source >= 0 and at - start == moffset - begin for start, _, source, at in runs)
 
     def wait_for_readers(self) -> None:
         """Return once every read that began before this call has ended. Raises SourceError after a minute."""

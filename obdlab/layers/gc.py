@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _BLOCK = 4096 // SECTOR
 # Data in blocks that are only partly in use is moved once these waste more than this part of all data.
 _TOLERATED_WASTE = 10
-# Parts moved while writes wait.
-_AT_ONCE = 64
+# Parts moved with one sync.
+_AT_ONCE = 4096
 # The log is rewritten once less than half of its records are seen, and there are more than these.
 _SHORT_LOG_RECORDS = 256
 

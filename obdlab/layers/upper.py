@@ -202,7 +202,6 @@ class SparseUpper(Upper):
         self._check_writable()
         self._is_read_only = True
         try:
-            self._file.sync()
             with self._lock:
                 segments = self._map.to_segments()
             append_seal(self._file, self.header, segments, HEADER_SPACE + self.virtual_size)

@@ -62,6 +62,11 @@ class ZFileReader(Blob):
     def size(self) -> int:
         return self._size
 
+    @property
+    def stored(self) -> Blob:
+        """The compressed file."""
+        return self._blob
+
     def read_at(self, offset: int, length: int) -> bytes:
         block_size = self._block_size
         end = offset + length

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.blob import Buffer
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.lsmt.index import HOLE
+from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import Layer, LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import open_upper
@@ -187,6 +189,41 @@ def test_a_seal_can_be_taken_back(files: Files) -> None:
         upper.write_at(4096, b"y" * 4096)
     with files.open() as upper:
         assert upper.read_at(0, 8192) == b"x" * 4096 + b"y" * 4096
+
+
+def test_what_an_interrupted_seal_left_is_no_data(files: Files) -> None:
+    with files.create(DISK) as upper:
+        upper.write_at(0, b"x" * 4096)
+    with files.data.open("ab") as file:
+        file.write(b"index without a trailer" * 100)
+    with files.open() as upper:
+        upper.set_virtual_size(2 * DISK)
+        assert upper.read_at(0, 2 * DISK) == b"x" * 4096 + bytes(2 * DISK - 4096)
+        upper.write_at(8192, b"y" * 4096)
+        wanted = upper.read_at(0, 2 * DISK)
+        with Stack([upper.seal()]) as stack:
+            assert stack.read_at(0, 2 * DISK) == wanted
+            upper.retire()
+
+
+def test_a_failed_write_does_not_spoil_the_seal(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.create(DISK) as upper:
+        upper.write_at(0, b"x" * 4096)
+        real = LayerFile.write_some
+
+        def broken(file: LayerFile, offset: int, data: Buffer) -> int:
+            if offset > 100_000:
+                raise SourceError("broken", blob=file.name)
+            return real(file, offset, memoryview(data)[:65536])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerFile, "write_some", broken)
+            with pytest.raises(SourceError, match="broken"):
+                upper.write_at(8192, b"y" * 262144)
+        wanted = upper.read_at(0, DISK)
+        with Stack([upper.seal()]) as stack:
+            assert stack.read_at(0, DISK) == wanted
+            upper.retire()
 
 
 def test_an_empty_layer_can_be_sealed(files: Files) -> None:
