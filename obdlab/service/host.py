@@ -157,7 +157,7 @@ class Host:
             answer = {"error": f"{type(error).__name__}: {error}"}
         try:
             wire.send(connection, answer)
-        except OSError as error:  # the client is gone; what it asked for stands, and a second attach finds it
+        except OSError as error:  # the client is gone
             log.warning("client gone before its answer (%s): %s", error.strerror, answer)
 
     def _attach(self, request: dict[str, Any], connection: socket.socket) -> dict[str, Any]:
@@ -183,6 +183,9 @@ class Host:
                 ready = _start_server(serve, directory, deadline, (connection, lock))
                 record = DeviceRecord(device_id=device_id, config=str(config), config_sha256=sha256, **ready)
                 record.save(directory)
+                if _has_hung_up(connection):  # nobody would know of the device: its client was killed or gave up
+                    remove_device(directory, force=True)
+                    raise DeviceError(f"device {device_id}: its client went away during the attach")
             return json.loads((directory / "disk.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -192,6 +195,12 @@ def _refuse(connection: socket.socket, reason: str) -> None:
         wire.send(connection, {"error": reason})
     except OSError as error:
         log.warning("client gone before its answer: %s", error.strerror)
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
 def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord | None:

@@ -324,6 +324,17 @@ def test_a_client_killed_in_the_middle_of_an_attach(bed: Bed) -> None:
     assert bed.service.attach(config, "x").size == MIB
 
 
+def test_nothing_stays_of_an_attach_whose_client_went_away(bed: Bed) -> None:
+    config = bed.config("a", sleep_s=1)
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, str(bed.run_dir), str(config)], stdout=subprocess.PIPE)
+    directory = bed.run_dir / "devices" / "x"
+    until(directory.exists)
+    client.kill()
+    client.communicate(timeout=20)
+    until(lambda: not directory.exists())
+    assert bed.leftovers() == []
+
+
 def test_a_directory_that_comes_and_goes_can_be_held(tmp_path: Path) -> None:
     directory = tmp_path / "x"
     failures = []
