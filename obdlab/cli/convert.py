@@ -69,8 +69,12 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.convert.source import open_destination, open_source
 
     client = registry_from(args)
-    # A polite end at SIGTERM too: devices and mounts are taken down on the way out.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # A polite end also when told to or when the terminal goes (unless nohup had that ignored): devices and mounts are
+    # taken down on the way out.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         image = convert_image(
             open_source(args.source, client),
@@ -80,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
             progress=None if args.quiet else _Bars(),
         )
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         client.close()
     if not args.quiet:
         print_table(image)

@@ -254,7 +254,7 @@ def command_line(pid: str) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_by_a_signal(number: int, devices: DeviceService, work_dir: Path, tmp_path: Path) -> None:
     layout = slow_layout(tmp_path)
     process = subprocess.Popen(
