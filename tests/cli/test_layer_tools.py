@@ -333,6 +333,33 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupted_import_ends_qemu_img_and_leaves_nothing(tmp_path: Path) -> None:
+    tool, image, out = tmp_path / "bin" / "qemu-img", tmp_path / "image", tmp_path / "out"
+    tool.parent.mkdir()
+    out.mkdir()
+    tool.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec /bin/sleep 100\n"
+    )
+    tool.chmod(0o755)
+    image.write_bytes(b"QFI\xfb" + (2).to_bytes(4, "big") + bytes(100))
+    command = [sys.executable, "-m", "obdlab", "import", str(image), str(out / "layer")]
+    environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert len(os.listdir(out)) == 1
+        process.terminate()
+        try:
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
+    assert os.listdir(out) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("create", tmp_path / "a", tmp_path / "b", "--sparse", "--vsize", "1G") == 1
     assert run("create", tmp_path / "a", "--vsize", "1G") == 1
