@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2fsprogs erofs-utils fio iproute2 \
-  ethtool kmod attr qemu-utils python3-venv ca-certificates
+  ethtool kmod attr python3-venv ca-certificates
 
-.PHONY: help setup packages demo test test-long lint unit protos benchmarks clean
+# What only tests need: qcow2 images to import.
+TEST_PACKAGES := qemu-utils
+
+.PHONY: help setup packages test-packages demo test test-long lint unit protos benchmarks clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
@@ -20,6 +23,9 @@ setup: packages $(VENV)/.installed
 packages:
 	@scripts/install-packages $(DEBIAN_PACKAGES)
 
+test-packages:
+	@scripts/install-packages $(TEST_PACKAGES)
+
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev]'
@@ -28,7 +34,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/obdlab experiment run experiments/quick.toml --report
 
-test: setup lint unit
+test: setup test-packages lint unit
 
 lint:
 	$(BIN)/ruff check .
@@ -40,7 +46,7 @@ lint:
 unit:
 	$(BIN)/python -m pytest
 
-test-long: setup lint
+test-long: setup test-packages lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
 
 benchmarks: setup
