@@ -45,7 +45,7 @@ class Bed:
         command, *rest = arguments
         places = ["--run-dir", str(self.run_dir), "--cache-dir", str(self.cache_dir)]
         done = subprocess.run(
-            [sys.executable, "-m", "obdlab", command, *places, *rest],
+            [sys.executable, "-m", "obdlab", *command.split(), *places, *rest],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -249,6 +249,30 @@ def test_an_image_of_a_registry_is_read_lazily(obdlab: Bed, pushed: str) -> None
     fetched = sum(path.stat().st_blocks * 512 for path in obdlab.cache_dir.rglob("data"))
     assert 0 < fetched < sum(Path(path).stat().st_size for path in LAYERS) * 3 // 4
     assert {entry["path"]: entry for entry in listing(obdlab.target)} == {e["path"]: e for e in expected(2)}
+    obdlab("umount", str(obdlab.target))
+
+
+def forget_files(root: Path) -> None:
+    """Drop the files below from the page cache."""
+    for directory, _, names in os.walk(root):
+        for path in (Path(directory, name) for name in names):
+            if stat.S_ISREG(path.lstat().st_mode):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.registry
+def test_read_from_a_cache_that_is_too_small_and_cleared_meanwhile(obdlab: Bed, pushed: str) -> None:
+    quota = 200 << 10
+    obdlab("mount", pushed, str(obdlab.target), "--cache-quota", "200K")
+    wanted = {entry["path"]: entry for entry in expected(2)}
+    for _ in range(3):
+        obdlab("cache clear")
+        forget_files(obdlab.target)
+        assert {entry["path"]: entry for entry in listing(obdlab.target)} == wanted
+        assert any(path.stat().st_blocks for path in obdlab.cache_dir.rglob("data"))  # fetched again
+        held = [obdlab.cache_dir, *obdlab.cache_dir.rglob("*")]
+        assert sum(path.lstat().st_blocks * 512 for path in held) <= quota
     obdlab("umount", str(obdlab.target))
 
 
