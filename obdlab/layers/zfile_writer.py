@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # What is compressed at once and handed to the sink as one piece: a multiple of every block size.
 _BATCH = 256 << 10
-# One LZ4 block of 4 KiB takes 7 microseconds: two threads that give up and take the interpreter's lock at that pace
-# are slower than one (0.6 to 0.95 times as fast; at 16 KiB it is 1.3 times, and 1.8 times for zstd).
+# One LZ4 block of 4 KiB takes 7 microseconds: threads that give up and take the interpreter's lock at that pace are
+# slower than one (0.6 to 0.95 times as fast with two; at 16 KiB it was up to 1.3 times, and 1.8 times for zstd).
 _LEAST_LZ4_BLOCK_FOR_THREADS = 16 << 10
 # Batches that may wait for each worker, which bounds memory.
 _AHEAD = 3
@@ -53,8 +53,8 @@ class ZFileWriter:
     ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
     the trailer; a sink that cannot seek keeps the first header, as uploads of the original do. ``verify=False``
     leaves out the block CRCs. With more than one of ``workers`` that many threads compress while the caller goes on
-    reading and writing; the bytes are the same. Only one of them works on LZ4 blocks of less than 16 KiB, which take
-    so little time that several would mostly wait for each other.
+    reading and writing; the bytes are the same. LZ4 blocks of less than 16 KiB take so little time that threads would
+    mostly wait for each other: the caller compresses them alone.
 
     Nothing but :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it.
     The sink stays open, at the end of the file.
@@ -81,11 +81,8 @@ class ZFileWriter:
         self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
         self._rest = bytearray()  # input short of a batch
-        if self._codec.algorithm == Algorithm.LZ4 and block_size < _LEAST_LZ4_BLOCK_FOR_THREADS:
-            threads = min(workers, 2) - 1
-        else:
-            threads = workers if workers > 1 else 0
-        self._threads = ThreadPoolExecutor(threads, "zfile-writer") if threads else None
+        gains = self._codec.algorithm != Algorithm.LZ4 or block_size >= _LEAST_LZ4_BLOCK_FOR_THREADS
+        self._threads = ThreadPoolExecutor(workers, "zfile-writer") if workers > 1 and gains else None
         self._pending: deque[Future[_Batch]] = deque()
         self._most_pending = _AHEAD * workers
         self._lengths = array("I")
