@@ -145,6 +145,7 @@ class WritableStack(WritableBlob):
         self._size = upper.virtual_size
         self._view = (upper, lowers)  # what a read works on, changed as one
         self._change = threading.Lock()
+        self._restacking = threading.Lock()
 
     @property
     def upper(self) -> Upper:
@@ -271,6 +272,10 @@ class WritableStack(WritableBlob):
         Returns the sealed layer, which belongs to the stack. Raises FormatError if there are 255 lowers already or
         the layer cannot be sealed; then nothing has changed, and ``upper`` is the caller's still.
         """
+        with self._restacking:
+            return self._restack(upper, switch)
+
+    def _restack(self, upper: Upper, switch: Callable[[], None] | None) -> LsmtLayer:
         old = self.upper
         if upper.virtual_size not in (0, self._size) or len(upper.index):
             raise FormatError("layer to go on in is not an empty one of the disk's size", blob=upper.name)

@@ -300,6 +300,50 @@ def test_restack(files: Files, tmp_path: Path) -> None:
     again.close()
 
 
+def test_restacks_under_load(files: Files, tmp_path: Path) -> None:
+    stack = WritableStack(Stack([layer([(0, 64, False)], DISK, 3)]), files.create(0))
+    before = stack.read_at(0, DISK)
+    blocks = DISK // 4096
+    last = [0] * blocks
+    stop = threading.Event()
+    failures: list[object] = []
+
+    def work(first: int) -> None:
+        try:
+            turn = 0
+            while not stop.is_set():
+                turn = turn % 250 + 1
+                for block in range(first, blocks, 3):
+                    stack.write_at(block * 4096, bytes([turn]) * 4096)
+                    last[block] = turn
+                    if stack.read_at(block * 4096, 4096) != bytes([turn]) * 4096:
+                        failures.append((block, turn))
+                stack.flush()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(6):
+            kind = KINDS[number % 2]
+            stack.restack(Files.named(tmp_path, kind, f"fresh{number}").create(0))
+            stop.wait(0.02)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not failures
+    assert stack.lowers is not None
+    assert len(stack.lowers.layers) == 7
+    wanted = b"".join(
+        bytes([value]) * 4096 if value else before[at * 4096 : at * 4096 + 4096] for at, value in enumerate(last)
+    )
+    assert stack.read_at(0, DISK) == wanted
+    stack.close()
+
+
 def test_a_restack_whose_switch_fails_changes_nothing(files: Files, tmp_path: Path) -> None:
     stack = WritableStack(None, files.create(DISK))
     stack.write_at(0, b"x" * 4096)
