@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from obdlab.lab.spec import Spec
 
 NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
 
@@ -25,7 +29,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "today's code and host, prints the table, and with --report renders the notebook.",
     )
     run_parser.add_argument("spec", type=Path, help="declaration, e.g. experiments/quick.toml")
-    run_parser.add_argument("--results", type=Path, default=Path("results"), help="(default: %(default)s)")
+    run_parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
     run_parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the declaration (TOML value)"
     )
@@ -34,40 +38,51 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     run_parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
     run_parser.set_defaults(run=run)
     list_parser = actions.add_parser("list", help="list results")
-    list_parser.add_argument("--results", type=Path, default=Path("results"), help="(default: %(default)s)")
+    list_parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
     list_parser.set_defaults(run=list_results)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and, if asked, render the report; 1 if a start failed."""
-    from obdlab.lab.experiment import Experiment
+    from obdlab.lab.experiment import Experiment, default_results
+    from obdlab.lab.report import check_parameters
     from obdlab.lab.spec import Spec
-    from obdlab.lab.summary import findings, summarise, text_table
+    from obdlab.lab.summary import caveats, findings, summarise, text_table
 
     spec = Spec.load(args.spec).with_values(**_changes(args.set))
-    directory = args.results.resolve() / spec.name
+    directory = (args.results or default_results()).resolve() / spec.name
+    if args.report:  # what is wrong there shall not be told after an hour of measuring
+        check_parameters(args.notebook, _parameters(spec, directory))
     experiment = Experiment(spec, directory)
-    measured = experiment.run(again=args.again)
+    try:
+        measured = experiment.run(again=args.again)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        raise
     if measured == 0:
         print("everything was measured already under this code and host (--again measures anew)")
     rows = experiment.rows()
     failed = [row for row in rows if row.get("error")]
-    for row in failed:
-        print(f"failed: {row['image']} {row['arm']} #{row['repeat'] + 1}: {row['error']}")
     if len(failed) < len(rows):
         summaries = summarise(rows, baseline=spec.snapshotters[0])
         print(text_table(summaries))
         print(*findings(summaries), sep="\n")
+    for sentence in caveats(rows):
+        print(sentence)
     print(f"raw rows: {directory / 'rows.csv'}")
     if args.report:
         print(f"report:   {_report(args.notebook, spec, directory)}")
     return int(bool(failed))
 
 
-def _report(notebook: Path, spec: Any, directory: Path) -> Path:
+def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
     from obdlab.lab.report import run_notebook
 
-    parameters = {
+    return run_notebook(notebook.resolve(), _parameters(spec, directory), directory / "report.ipynb")
+
+
+def _parameters(spec: Spec, directory: Path) -> dict[str, Any]:
+    return {
         "name": spec.name,
         "images": list(spec.images),
         "rates_mbit": list(spec.rates_mbit),
@@ -75,10 +90,12 @@ def _report(notebook: Path, spec: Any, directory: Path) -> Path:
         "repeats": spec.repeats,
         "warm_starts": spec.warm_starts,
         "snapshotters": list(spec.snapshotters),
+        "a_a": spec.a_a,
+        "algorithm": spec.algorithm,
+        "block_size": spec.block_size,
         "results": str(directory.parent),
         "measure": False,
     }
-    return run_notebook(notebook.resolve(), parameters, directory / "report.ipynb")
 
 
 def _changes(settings: list[str]) -> dict[str, Any]:
@@ -96,11 +113,13 @@ def _changes(settings: list[str]) -> dict[str, Any]:
 
 def list_results(args: argparse.Namespace) -> int:
     """Print one line per results directory."""
+    from obdlab.lab.experiment import default_results
     from obdlab.lab.rows import RowStore
 
-    found = sorted(path.parent for path in args.results.glob("*/rows.jsonl"))
+    results = args.results or default_results()
+    found = sorted(path.parent for path in results.glob("*/rows.jsonl"))
     if not found:
-        print(f"nothing measured yet below {args.results}")
+        print(f"nothing measured yet below {results}")
     for directory in found:
         rows = RowStore(directory).rows()
         failed = sum(1 for row in rows if row.get("error"))

@@ -22,6 +22,7 @@ from obdlab.errors import ObdlabError
 from obdlab.lab import coldness, environment
 from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
 from obdlab.lab.containerd import OwnContainerd
+from obdlab.lab.exclusive import only_experiment
 from obdlab.lab.leftovers import cleanup_leftovers
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.recipe import Recipe, find_recipe
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 
 #: Changes when a converted image would come out differently, so that kept ones are not used any more.
 CONVERTER_VERSION = 1
-_QUIET_TIMEOUT_S = 60.0
+#: How long all cold starts of one run together wait for a quiet host: a busy one does not get quieter for us.
+_QUIET_BUDGET_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,14 @@ class Bench:
         self._network = ExperimentNetwork(*network)
         self._stack = ExitStack()
         self._images: dict[str, BenchImage] = {}
+        self._quiet_budget_s = _QUIET_BUDGET_S
 
     def __enter__(self) -> Self:
-        cleanup_leftovers()  # of experiments that were killed
         recipes = [find_recipe(name, self._paths.datasets) for name in self._spec.images]
         layouts = [build_image(recipe, self._paths.images, self._say) for recipe in recipes]
         with ExitStack() as stack:
+            stack.enter_context(only_experiment())
+            cleanup_leftovers()  # of experiments that were killed
             self._say("starting network, registry and containerd")
             stack.enter_context(self._network)
             self._registry = stack.enter_context(RegistryHost(self._paths.work / "registry", self._network))
@@ -120,6 +124,7 @@ class Bench:
     def measure(self, cell: Cell) -> list[Row]:
         """Measure one cold start and the warm ones after it; a failure becomes a row with ``error``."""
         rows: list[Row] = []
+        attempt = time.time_ns()
         try:
             rows.append(self._cold(cell))
             rows += [self._warm(cell, number) for number in range(self._spec.warm_starts)]
@@ -128,11 +133,12 @@ class Bench:
             rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
         finally:
             self._containerd.remove_image(self._images[cell.image].reference(cell.snapshotter))
-        return rows
+        return [{**row, "attempt": attempt} for row in rows]
 
     def _cold(self, cell: Cell) -> Row:
         reference = self._images[cell.image].reference(cell.snapshotter)
-        quiet = environment.wait_for_quiet(self._spec.load_limit, _QUIET_TIMEOUT_S)
+        quiet = environment.wait_for_quiet(self._spec.load_limit, self._quiet_budget_s, say=self._say)
+        self._quiet_budget_s -= quiet["waited_s"]
         evidence = coldness.make_cold(self._containerd, self._registry)
         began = self._begin()
         pull_began_s = time.monotonic()

@@ -8,10 +8,13 @@ import shutil
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import obdlab
 from obdlab.lab.process import LabError, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PACKAGES = ("numpy", "grpcio", "urllib3", "zstandard", "cramjam", "crc32c", "pandas", "matplotlib", "papermill")
 _QUIET_LOAD = 1.5
@@ -45,14 +48,20 @@ def capture(directory: Path = Path("/var/lib")) -> dict[str, Any]:
     }
 
 
-def wait_for_quiet(limit: float = _QUIET_LOAD, timeout_s: float = 120.0, poll_s: float = 1.0) -> dict[str, Any]:
+def wait_for_quiet(
+    limit: float = _QUIET_LOAD,
+    timeout_s: float = 120.0,
+    poll_s: float = 1.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Wait until the load of the last minute is below ``limit``, at most ``timeout_s``; tell what came of it.
 
-    Not being quiet is recorded, not an error: rows say under which load they were made.
+    Not being quiet is recorded, not an error: rows say under which load they were made. ``say`` hears of the wait.
     """
     began = time.monotonic()
-    while os.getloadavg()[0] >= limit and time.monotonic() - began < timeout_s:
-        time.sleep(poll_s)
+    while (load := os.getloadavg()[0]) >= limit and (left_s := began + timeout_s - time.monotonic()) > 0:
+        say(f"waiting for a load below {limit:g} (now {load:.1f}, at most {left_s:.0f} s more)")
+        time.sleep(min(poll_s, left_s))
     load = os.getloadavg()[0]
     return {"load_1m": load, "load_limit": limit, "quiet": load < limit, "waited_s": time.monotonic() - began}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -35,34 +36,42 @@ class Experiment:
     def run(self, *, again: bool = False) -> int:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
-        ``again`` measures everything anew and keeps the old rows. Needs root. A start that fails leaves a row with
-        ``error`` and the run goes on; a stop (Ctrl-C) leaves every finished cell's rows and nothing running.
+        ``again`` measures everything anew and keeps the old rows. Needs root, and the host for itself (LabError). A
+        start that fails leaves a row with ``error`` and the run goes on; a stop (Ctrl-C) leaves every finished cell's
+        rows and nothing running.
         """
         surroundings = {**environment.capture(), "code": code_digest()}
-        context = context_of(surroundings, str(time.time_ns()) if again else "")
+        context = context_of(surroundings, self.spec, str(time.time_ns()) if again else "")
         done = self.store.done_keys()
         pending = {
             network: [cell for cell in self.spec.cells(*network) if cell.key(context) not in done]
             for network in self.spec.networks()
         }
         count = sum(map(len, pending.values()))
-        if count == 0:
-            return 0
-        (self.store.directory / "spec.json").write_text(json.dumps(asdict(self.spec), indent=1) + "\n")
-        with tqdm(total=count, unit="start", desc=self.spec.name) as bar:
-            for network, cells in pending.items():
-                if cells:
-                    self._run_network(network, cells, surroundings, context, bar)
+        if count:
+            # On a terminal a bar, elsewhere a line per step.
+            with tqdm(total=count, unit="start", desc=self.spec.name, disable=None) as bar:
+                for network, cells in pending.items():
+                    if cells:
+                        self._run_network(network, cells, surroundings, context, bar)
+        latest = {**asdict(self.spec), "context": context}
+        (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
         self.store.write_csv()
         return count
 
     def _run_network(
         self, network: tuple[float, float], cells: list[Cell], surroundings: dict[str, Any], context: str, bar: Any
     ) -> None:
-        with Bench(self.spec, network, self._paths, bar.set_description_str) as bench:
+        def say(text: str) -> None:
+            if bar.disable:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                bar.set_description_str(text)
+
+        with Bench(self.spec, network, self._paths, say) as bench:
             environment_id = self.store.add_environment({**surroundings, **bench.environment()})
             for position, cell in enumerate(cells):
-                bar.set_description_str(f"{cell.image} {cell.arm} #{cell.repeat + 1}")
+                say(f"start {position + 1} of {len(cells)}: {cell.image} {cell.arm} #{cell.repeat + 1}")
                 common = {
                     **asdict(cell),
                     "cell": cell.key(context),
@@ -76,34 +85,40 @@ class Experiment:
                 bar.update()
 
     def rows(self) -> list[Row]:
-        """Return the rows of this spec's cells that were measured last under one code and host."""
-        rows = self.store.rows()
-        wanted = {
-            (cell.image, cell.arm, cell.rate_mbit, cell.rtt_ms, cell.algorithm, cell.block_size, cell.repeat)
-            for network in self.spec.networks()
-            for cell in self.spec.cells(*network)
-        }
-        mine = [
-            row
-            for row in rows
-            if (
-                row["image"],
-                row["arm"],
-                row["rate_mbit"],
-                row["rtt_ms"],
-                row["algorithm"],
-                row["block_size"],
-                row["repeat"],
-            )
-            in wanted
-        ]
-        latest = mine[-1]["context"] if mine else None
-        return [row for row in mine if row["context"] == latest]
+        """Return the rows of the last run's cells: of each cell the last good attempt, or the last failed one."""
+        context = self._last_context()
+        keys = {cell.key(context) for network in self.spec.networks() for cell in self.spec.cells(*network)}
+        attempts: dict[str, list[Row]] = {}
+        for row in self.store.rows():
+            if row["cell"] not in keys:
+                continue
+            kept = attempts.get(row["cell"], [])
+            if kept and kept[0]["attempt"] == row["attempt"]:
+                kept.append(row)
+            elif not kept or _failed(kept):
+                attempts[row["cell"]] = [row]
+        return [row for rows in attempts.values() for row in rows]
+
+    def _last_context(self) -> str:
+        try:
+            return str(json.loads((self.store.directory / "spec.json").read_text())["context"])
+        except FileNotFoundError:
+            return ""
 
     def environments(self) -> list[dict[str, Any]]:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+def default_results() -> Path:
+    """Return where results are kept if nobody says: ``results`` in the checkout, or here for an installed package."""
+    checkout = Path(obdlab.__file__).resolve().parents[1]
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
+
+
+def _failed(rows: list[Row]) -> bool:
+    return any(row.get("error") for row in rows)
 
 
 def code_digest() -> str:
@@ -115,7 +130,8 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def context_of(surroundings: dict[str, Any], nonce: str = "") -> str:
-    """Return the identity of code and host under which rows can be compared."""
+def context_of(surroundings: dict[str, Any], spec: Spec, nonce: str = "") -> str:
+    """Return the identity of code, host and way of measuring under which rows can be compared."""
     stable = {key: surroundings.get(key) for key in CONTEXT_KEYS}
+    stable |= {"warm_starts": spec.warm_starts, "ready_timeout_s": spec.ready_timeout_s}
     return hashlib.sha256((json.dumps(stable, sort_keys=True) + nonce).encode()).hexdigest()[:12]

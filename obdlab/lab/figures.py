@@ -43,9 +43,10 @@ def startup_figure(summaries: Sequence[Summary]) -> Figure:
     figure.suptitle(
         f"Container start over {rate_mbit:g} Mbit/s, {rtt_ms:g} ms round trip", fontsize=13, x=0.01, ha="left"
     )
-    floor = noise_floor([s for s in summaries if s.start == "cold"])
-    if floor is not None:
-        text = f"Two identical overlayfs arms (A/A) differ by {floor:.1%} when cold: smaller differences are noise."
+    floors = {start: noise_floor(s for s in summaries if s.start == start) for start in ("cold", "warm")}
+    told = [f"{floor:.1%} when {start}" for start, floor in floors.items() if floor is not None]
+    if told:
+        text = f"Two identical arms (A/A) differ by {' and '.join(told)}: smaller differences are noise."
         figure.supxlabel(text, fontsize=9, x=0.01, ha="left", color="#555555")
     return figure
 
@@ -61,8 +62,10 @@ def _measured(axes: Axes, summaries: list[Summary], title: str) -> None:
         labels = [f"{s.image}\n{label}" for s, label in zip(summaries, labels, strict=True)]
     positions = range(len(summaries))
     bottoms = [0.0] * len(summaries)
+    # Medians of phases need not add up to the median of the total: each phase gets its share of that.
+    scales = [summary.total_s.median / (sum(summary.phases_s) or 1.0) for summary in summaries]
     for index, phase in enumerate(PHASES):
-        heights = [summary.phases_s[index] for summary in summaries]
+        heights = [summary.phases_s[index] * scale for summary, scale in zip(summaries, scales, strict=True)]
         if max(heights) > 0:
             axes.bar(positions, heights, 0.62, bottoms, color=PHASE_COLOURS[phase], label=PHASE_LABELS[phase])
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
@@ -73,7 +76,6 @@ def _measured(axes: Axes, summaries: list[Summary], title: str) -> None:
 
 
 def _whiskers(axes: Axes, summaries: list[Summary]) -> None:
-    # Whiskers show the interval of the total; the stack is of phase medians, which need not add up to its median.
     highest = max(s.total_s.high for s in summaries)
     for position, summary in enumerate(summaries):
         total = summary.total_s

@@ -43,8 +43,12 @@ class RowStore:
         return _read_lines(self.path)
 
     def done_keys(self) -> set[str]:
-        """Keys of cells that were measured without error."""
-        return {row["cell"] for row in self.rows() if not row.get("error")}
+        """Keys of cells that have an attempt without error."""
+        failed: dict[tuple[str, int], bool] = {}
+        for row in self.rows():
+            attempt = (row["cell"], row["attempt"])
+            failed[attempt] = failed.get(attempt, False) or bool(row.get("error"))
+        return {cell for (cell, _), error in failed.items() if not error}
 
     def add_environment(self, environment: dict[str, Any]) -> str:
         """Keep an environment; return its id, the same for equal environments."""

@@ -90,7 +90,9 @@ class Spec:
         """Read a declaration. Raises SpecError naming file and key."""
         try:
             values = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
+            raise SpecError(f"{path}: {error.strerror}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise SpecError(f"{path}: {error}") from error
         try:
             return cls.from_values({"name": path.stem, **values})

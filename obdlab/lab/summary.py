@@ -31,6 +31,9 @@ HEADER = (
     "requests",
 )
 
+#: With fewer starts than this an interval says nothing.
+LEAST_STARTS = 3
+
 GroupKey = tuple[str, float, float, str, str]
 
 
@@ -73,6 +76,24 @@ def noise_floor(summaries: Iterable[Summary]) -> float | None:
     return max((abs(ratio.median - 1) for ratio in ratios), default=None)
 
 
+def caveats(rows: Sequence[Row]) -> list[str]:
+    """Say what a reader must know about the rows: starts that failed, starts on a busy host."""
+    sentences = [
+        f"Left out: {row['image']} {row['arm']} #{row['repeat'] + 1} failed when {row['start']}: {row['error']}"
+        for row in rows
+        if row.get("error")
+    ]
+    cold = [row for row in rows if row["start"] == "cold" and "quiet" in row]
+    busy = [row for row in cold if not row["quiet"]]
+    if busy:
+        worst = max(row["load_1m"] for row in busy)
+        sentences.append(
+            f"{len(busy)} of {len(cold)} cold starts began on a busy host (load up to {worst:.1f}, limit "
+            f"{busy[0]['load_limit']:g}): trust ratios more than seconds."
+        )
+    return sentences
+
+
 def findings(summaries: Sequence[Summary]) -> list[str]:
     """Say for every arm that is not a baseline who was faster, and why, in one sentence each."""
     baselines = {(s.image, s.rate_mbit, s.rtt_ms, s.start): s for s in summaries if s.ratio is None}
@@ -80,18 +101,23 @@ def findings(summaries: Sequence[Summary]) -> list[str]:
     for summary in summaries:
         if summary.ratio is None or summary.arm.endswith(AA_SUFFIX):
             continue
-        base = baselines[summary.image, summary.rate_mbit, summary.rtt_ms, summary.start]
-        sentences.append(_finding(summary, summary.ratio, base))
+        place = (summary.image, summary.rate_mbit, summary.rtt_ms, summary.start)
+        floor = noise_floor(s for s in summaries if (s.image, s.rate_mbit, s.rtt_ms, s.start) == place)
+        sentences.append(_finding(summary, summary.ratio, baselines[place], floor or 0.0))
     return sentences
 
 
-def _finding(summary: Summary, ratio: Estimate, base: Summary) -> str:
-    if ratio.high < 1:
-        verdict = "faster than"
-    elif ratio.low > 1:
-        verdict = "slower than"
-    else:
-        verdict = "no different from"
+# A difference is told only if the interval leaves no doubt and two identical arms differ by less.
+def _verdict(ratio: Estimate, floor: float) -> str:
+    if ratio.count < LEAST_STARTS:
+        return "not to be told apart (too few starts) from"
+    if ratio.low <= 1 <= ratio.high or abs(ratio.median - 1) <= floor:
+        return "no different (within the noise) from"
+    return "faster than" if ratio.high < 1 else "slower than"
+
+
+def _finding(summary: Summary, ratio: Estimate, base: Summary, floor: float) -> str:
+    verdict = _verdict(ratio, floor)
     sentence = (
         f"{summary.image}, {summary.start}, {summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms: {summary.arm} is "
         f"{verdict} {base.arm}: ready after {summary.total_s.median:.2f} s against {base.total_s.median:.2f} s "

@@ -11,20 +11,20 @@ from obdlab.lab.rows import RowsError, RowStore
 
 def test_rows_come_back_in_order(tmp_path: Path) -> None:
     store = RowStore(tmp_path / "results")
-    store.append([{"cell": "a", "total_s": 1.5}, {"cell": "a", "total_s": 0.5}])
-    store.append([{"cell": "b", "total_s": 2.0, "error": "no answer"}])
-    assert [row["cell"] for row in RowStore(tmp_path / "results").rows()] == ["a", "a", "b"]
+    store.append([{"cell": "a", "attempt": 1, "total_s": 1.5}, {"cell": "a", "attempt": 1, "total_s": 0.5}])
+    store.append([{"cell": "b", "attempt": 2, "total_s": 2.0}, {"cell": "b", "attempt": 2, "error": "no answer"}])
+    assert [row["cell"] for row in RowStore(tmp_path / "results").rows()] == ["a", "a", "b", "b"]
     assert store.done_keys() == {"a"}
 
 
 def test_a_torn_line_is_dropped_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
-    store.append([{"cell": "a"}])
+    store.append([{"cell": "a", "attempt": 1}])
     whole = store.path.read_bytes()
     for cut in range(1, len(json.dumps({"cell": "b"}))):
         store.path.write_bytes(whole + json.dumps({"cell": "b"}).encode()[:cut])
         assert store.done_keys() == {"a"}
-        store.append([{"cell": "c"}])
+        store.append([{"cell": "c", "attempt": 2}])
         assert store.done_keys() == {"a", "c"}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from obdlab.lab.statistics import median_interval, ratio_interval
-from obdlab.lab.summary import noise_floor, summarise, text_table
+from obdlab.lab.summary import caveats, findings, noise_floor, summarise, text_table
 
 
 def test_a_constant_has_no_width() -> None:
@@ -59,3 +59,28 @@ def test_summary_compares_each_arm_with_the_baseline_and_leaves_failures_out() -
 def test_nothing_to_summarise_is_said() -> None:
     with pytest.raises(ValueError, match="no good row"):
         summarise([_row("obdlab", "cold", 1.0, error="x")])
+
+
+def test_a_difference_within_the_noise_is_none() -> None:
+    rows = [_row("overlayfs", "cold", t) for t in (1.0, 1.01, 0.99, 1.0)]
+    rows += [_row("overlayfs (A/A)", "cold", t) for t in (0.8, 0.81, 0.79, 0.8)]
+    rows += [_row("obdlab", "cold", t) for t in (0.9, 0.91, 0.89, 0.9)]
+    (sentence,) = findings(summarise(rows))
+    assert "no different (within the noise)" in sentence
+    (sentence,) = findings(summarise([row for row in rows if "A/A" not in row["arm"]]))
+    assert "faster than overlayfs" in sentence
+
+
+def test_one_start_tells_nothing() -> None:
+    (sentence,) = findings(summarise([_row("overlayfs", "cold", 4.0), _row("obdlab", "cold", 1.0)]))
+    assert "too few starts" in sentence
+
+
+def test_busy_hosts_and_failures_are_told() -> None:
+    rows = [
+        _row("obdlab", "cold", 1.0, quiet=quiet, load_1m=6.3, load_limit=1.5, repeat=0) for quiet in (True, False)
+    ]
+    rows.append(_row("obdlab", "cold", 1.0, error="no answer", repeat=3))
+    failed, busy = caveats(rows)
+    assert "#4 failed when cold: no answer" in failed
+    assert "1 of 2 cold starts began on a busy host (load up to 6.3" in busy
