@@ -40,7 +40,7 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
     assert plain["bytes_received"] > 4_000_000
     assert 0 < lazy["bytes_received"] < plain["bytes_received"]
     assert plain["requests"] >= 7
-    # The link's counter adds headers, and ends when the container is ready; the registry's includes what was under way.
+    # The link's counter adds headers and ends when it is ready; the registry's includes what was under way.
     assert plain["link_bytes"] > plain["bytes_received"]
     assert lazy["link_bytes"] > 0
     for arm in SPEC.arms:
