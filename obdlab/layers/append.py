@@ -50,7 +50,8 @@ class AppendUpper(Upper):
 
     Writes and discards must cover whole sectors. Nothing is ever overwritten, so that space comes back only when
     :func:`obdlab.layers.gc.collect` is called, which may be at any time. :attr:`dropped` tells what opening the
-    layer after a crash had to leave out.
+    layer after a crash had to leave out. If the power fails, sectors written since the last flush may read as neither
+    the old nor the new: the two files reach storage in any order until then (overlaybd LSMT layout).
     """
 
     block_size = SECTOR
@@ -200,10 +201,11 @@ class AppendUpper(Upper):
             return self._map.lookup(begin, end)
 
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
-        self._check_range(offset, length)
         end = offset + length
+        if offset < 0 or length < 0 or end > self.header.virtual_size:
+            self._check_range(offset, length)
         with self._lock:
-            runs = self._map.lookup(offset // SECTOR, -(-end // SECTOR))
+            runs = self._map.lookup(offset // SECTOR, (end + SECTOR - 1) // SECTOR)
             phase = self._phase
             self._readers[phase] += 1
         try:

@@ -330,9 +330,10 @@ class WritableStack(WritableBlob):
 
 def _read_below(lowers: Stack | None, offset: int, length: int) -> bytes:
     # What shows through from the lowers, which may be smaller than the disk.
-    below = 0 if lowers is None else min(length, max(0, lowers.size - offset))
-    if lowers is None or not below:
+    if lowers is None:
         return zeros(length)
-    if below == length:
+    size = lowers.size
+    if offset + length <= size:
         return lowers.read_at(offset, length)
-    return lowers.read_at(offset, below) + zeros(length - below)
+    below = max(0, size - offset)
+    return (lowers.read_at(offset, below) if below else b"") + zeros(length - below)

@@ -143,9 +143,11 @@ class SparseUpper(Upper):
             return self._map.lookup(begin, end)
 
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
-        self._check_range(offset, length)
         end = offset + length
-        runs = self.lookup(offset // SECTOR, -(-end // SECTOR))
+        if offset < 0 or length < 0 or end > self.header.virtual_size:
+            self._check_range(offset, length)
+        with self._lock:
+            runs = self._map.lookup(offset // SECTOR, (end + SECTOR - 1) // SECTOR)
         if len(runs) == 1:
             return [(length, self._file.read_at(HEADER_SPACE + offset, length) if runs[0][2] >= 0 else None)]
         pieces: list[tuple[int, bytes | None]] = []
