@@ -360,17 +360,18 @@ class CachedBlob(Blob):
     def _load(self, first: int, stop: int) -> bytes:
         # Returns the checked content of the units up to the first that fails, which is dropped.
         generation = self._files.generation
+        sums = self._files.sums[first:stop].tolist()  # before the data, which may go and come back meanwhile
         data = self._files.load(first, stop)
         view = memoryview(data)
         for unit in range(first, stop):
             start = unit - first << self._shift
             length = self._files.length_of(unit, unit + 1)
             content = view[start : start + length]
-            wanted = self._files.sums[unit]
+            wanted = sums[unit - first]
             if len(content) == length and wanted and unit_sum(content) == wanted:
                 self._set_checked(unit, unit + 1, generation)
                 continue
-            if wanted:  # else another process took it away just now
+            if wanted and self._files.generation == generation:  # else somebody took it away just now
                 self._heal(unit)
             return data[:start]
         return data
