@@ -69,6 +69,7 @@ def test_sealed_layers(seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_sealed_layers_long() -> None:
     for seed in range(60_000):
         fuzz_sealed(seed)
@@ -112,6 +113,7 @@ def test_writable_layers(tmp_path: Path, kind: str, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_writable_layers_long(tmp_path: Path, kind: str) -> None:
     for seed in range(10_000):

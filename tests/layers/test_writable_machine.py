@@ -221,5 +221,5 @@ class LongWritableMachine(WritableMachine):
     """The same, with many more steps."""
 
 
-TestWritableLong = pytest.mark.slow(LongWritableMachine.TestCase)
-TestWritableLong.settings = settings(max_examples=3000, stateful_step_count=60, deadline=None)
+TestWritableLong = pytest.mark.timeout(1800)(pytest.mark.slow(LongWritableMachine.TestCase))
+TestWritableLong.settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
