@@ -20,7 +20,8 @@ def add(subcommands: Any) -> None:
         description=(
             "Unmounts the file systems on obdlab's devices, detaches the devices, stops their servers and the device "
             "host, and empties the run directory; also after any of them was killed. What is still in use is named "
-            "and left (exit status 1). Also takes down what a killed experiment left. Doing it twice is fine."
+            "and left (exit status 1), and so is a snapshotter that still runs. Also takes down what a killed "
+            "experiment left. Doing it twice is fine."
         ),
     )
     parser.add_argument("--force", action="store_true", help="also what is in use: its users get I/O errors")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import stat
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from obdlab.devices import mount
 from obdlab.devices.fuse_loop import devices_of, directories_below
 from obdlab.errors import DeviceError
+from obdlab.service.host import SOCKET_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.service.client import DeviceService
+
+#: What obdlab itself makes in a run directory.
+_FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log")
+_DIRECTORIES = ("devices", "images")
+_PROBE_TIMEOUT_S = 2.0
+# struct ucred: pid, uid, gid
+_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(slots=True)
@@ -29,6 +40,7 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
 
     Works whether host and servers run, hang, or were killed; a second run finds nothing to do. What is in use is
     left as it is and reported, unless ``force``: then mounts are detached lazily and their users get I/O errors.
+    A snapshotter that listens in the run directory is always left; of files that are not obdlab's nothing is touched.
     """
     report = Cleaned()
     run = service.run_dir
@@ -43,6 +55,7 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
             report.in_use.append(str(error))
     if service.stop_host():
         report.removed.append("device host")
+    report.in_use += _live_sockets(run.path)
     if not report.in_use:
         _empty(run.path)
     return report
@@ -63,11 +76,34 @@ def _unmount(target: Path, report: Cleaned, force: bool) -> None:
         report.removed.append(f"mount {target}")
 
 
-def _empty(run_path: Path) -> None:
+# The host's aside, whoever listens in the run directory is a service that was told to: a snapshotter.
+def _live_sockets(run_path: Path) -> list[str]:
+    listeners = {path: _listener(path) for path in _sockets(run_path) if path.name != SOCKET_NAME}
+    return [f"a snapshotter is still running on {path} ({who})" for path, who in listeners.items() if who]
+
+
+def _listener(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return ""
+        except OSError as error:  # perhaps too busy to answer: not known to be dead
+            return f"pid unknown: {error}"
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return f"pid {_CREDENTIALS.unpack(credentials)[0]}"
+
+
+def _sockets(run_path: Path) -> list[Path]:
     if not run_path.is_dir():
-        return
-    for entry in run_path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        return []
+    return [entry for entry in sorted(run_path.iterdir()) if stat.S_ISSOCK(entry.lstat().st_mode)]
+
+
+# Only what is known to be obdlab's: people put other things beside it. No socket is alive here any more.
+def _empty(run_path: Path) -> None:
+    for path in [run_path / name for name in _FILES] + _sockets(run_path):
+        path.unlink(missing_ok=True)
+    for name in _DIRECTORIES:
+        shutil.rmtree(run_path / name, ignore_errors=True)
