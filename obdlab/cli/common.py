@@ -63,13 +63,15 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=_default_credentials(),
         metavar="FILE",
-        help="docker config.json with credentials (default: $DOCKER_CONFIG or ~/.docker, if there)",
+        help="docker config.json with credentials (default: that of $DOCKER_CONFIG or ~/.docker, if it can be read)",
     )
 
 
 def _default_credentials() -> Path | None:
-    path = Path(os.environ.get("DOCKER_CONFIG", Path.home() / ".docker")) / "config.json"
-    return path if path.exists() else None
+    # Where nobody has a home, or it may not be looked into (sudo -u, a service's user), there is no default.
+    directory = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    path = Path(directory) / "config.json"
+    return path if os.access(path, os.R_OK) else None
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
