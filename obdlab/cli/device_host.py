@@ -20,7 +20,10 @@ _LOG_LIMIT = 16 << 20
 
 def add(subcommands: Any) -> None:
     """Declare the command (hidden: clients start it themselves)."""
-    parser = subcommands.add_parser("device-host", description=__doc__)
+    parser = subcommands.add_parser(
+        "device-host",
+        description="The process that forks device servers. Other commands start it on demand; rarely by hand.",
+    )
     _add_options(parser)
     parser.set_defaults(run=run)
 

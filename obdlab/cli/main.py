@@ -8,8 +8,10 @@ shell completion stay fast.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -40,26 +42,27 @@ COMMANDS = (
     "experiment",
     "image",
     "doctor",
-    "device_host",
 )
+# Started by other commands; no choice to offer.
+_HIDDEN_COMMANDS = ("device_host",)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def build_parser(*, hidden: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, on demand with the commands that are not for people."""
     parser = argparse.ArgumentParser(
         prog="obdlab", description="Lazily started container images, and the workbench that measures them."
     )
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subcommands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name in COMMANDS:
+    for name in COMMANDS + (_HIDDEN_COMMANDS if hidden else ()):
         importlib.import_module(f"obdlab.cli.{name}").add(subcommands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status (0 done, 1 failed, 2 bad arguments, 130 interrupted)."""
-    parser = build_parser()
+    parser = build_parser(hidden="device-host" in (sys.argv[1:] if argv is None else argv))
     args = parser.parse_args(argv)
     if args.version:
         from importlib.metadata import version
@@ -74,15 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except ObdlabError as error:
-        print(f"obdlab {args.command}: {error}", file=sys.stderr)
+        print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"obdlab {args.command}: interrupted", file=sys.stderr)
         return 130
     except PermissionError as error:
-        print(f"obdlab {args.command}: {error} (most commands need root)", file=sys.stderr)
+        print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
         return 1
     return status
+
+
+def _root_hint(message: str) -> str:
+    refused = any(os.strerror(number) in message for number in (errno.EACCES, errno.EPERM))
+    return " (most commands need root)" if refused and os.geteuid() != 0 else ""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""The command as a whole: what it offers, and how it says what went wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from obdlab.cli.main import build_parser, main
+from tests.convert.layouts import make_layout, member
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
+NOBODY = 65534
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["unknown"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "doctor" in error
+    assert "device-host" not in error
+
+
+def test_the_hidden_command_is_there_and_its_help_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["device-host", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "forks device servers" in printed
+    assert "`" not in printed
+    assert "device-host" not in build_parser().format_help()
+
+
+@pytest.fixture
+def roots_place() -> Iterator[Path]:
+    """A directory that everybody may look into and only root may write to (pytest's own are closed)."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming nobody needs root")
+    with tempfile.TemporaryDirectory(prefix="obdlab-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def as_nobody(*arguments: str | Path) -> tuple[int, str]:
+    """Run the command as nobody, who may not see the checkout: so that all is imported before."""
+    script = (
+        "import os, sys; import obdlab.convert.image, obdlab.convert.source, obdlab.image.open, tqdm\n"
+        "import obdlab.registry.client, obdlab.service.cleanup, obdlab.service.client, obdlab.image.from_manifest\n"
+        "from obdlab.cli import main; main.build_parser(); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stderr
+
+
+def test_without_root_mount_and_convert_say_that_they_need_it(roots_place: Path) -> None:
+    places = ("--run-dir", roots_place / "run", "--cache-dir", roots_place / "cache")
+    layout = make_layout(roots_place / "layout", [[member("a")]])
+    work_dir = roots_place / "work"
+    work_dir.mkdir(mode=0o777)
+    work_dir.chmod(0o777)
+    for arguments in (
+        ("mount", GOLDEN / "layer1.obd", work_dir / "mnt", *places),
+        ("mount", GOLDEN / "layer1.obd", roots_place / "mnt", "--run-dir", work_dir / "run"),
+        ("convert", "-q", f"oci:{layout.root}", f"oci:{work_dir / 'out'}", "--work-dir", work_dir, *places),
+    ):
+        status, error = as_nobody(*arguments)
+        assert (status, len(error.splitlines())) == (1, 1), error
+        (line,) = error.splitlines()
+        assert line.startswith(f"obdlab {arguments[0]}: ")
+        assert line.endswith("Permission denied (most commands need root)")
