@@ -13,11 +13,13 @@ from obdlab.cli.common import (
     device_service_from,
     registry_from,
 )
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+
+    from obdlab.image.config import ImageConfig
 
 SOURCE_HELP = (
     "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
@@ -92,7 +94,6 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     Raises DeviceError, ConfigError or what the registry has to say.
     """
     from obdlab.image.config import ImageConfig, LowerConfig
-    from obdlab.image.from_manifest import fetch_config
     from obdlab.service.rundir import RunDir
 
     names = [name for argument in source for name in argument.split(",") if name]
@@ -105,16 +106,10 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
                 raise DeviceError(f"{path}: no such layer file")
         config = ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
     elif len(names) == 1:
-        from obdlab.registry.platforms import host_platform
-        from obdlab.registry.reference import Reference
-
-        client = registry_from(args)
-        try:
-            config = fetch_config(client, Reference.parse(names[0]), host_platform())
-        finally:
-            client.close()
+        config = _config_from_registry(names[0], args)
     else:
-        raise DeviceError(f"several sources must be layer files (got {', '.join(names)})")
+        missing = ", ".join(str(path) for path in paths if not path.is_file())
+        raise DeviceError(f"several sources must be layer files (no such file: {missing})")
     text = json.dumps(config.to_json(), sort_keys=True)
     device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     run = RunDir(args.run_dir)
@@ -124,6 +119,29 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     path = directory / "config.v1.json"
     config.save(path)
     return path, device_id
+
+
+def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
+    from obdlab.image.from_manifest import fetch_config
+    from obdlab.registry.platforms import host_platform
+    from obdlab.registry.reference import Reference
+
+    client = registry_from(args)
+    try:
+        return fetch_config(client, Reference.parse(name), host_platform())
+    except ObdlabError as error:
+        if _may_be_a_path(name):
+            raise DeviceError(f"{name}: no such file, and as the reference of an image: {error}") from error
+        raise
+    finally:
+        client.close()
+
+
+# What people call layer files, or a name without a registry's (which stands for one of Docker Hub's).
+def _may_be_a_path(name: str) -> bool:
+    first, slash, _ = name.partition("/")
+    names_registry = bool(slash) and (first == "localhost" or any(character in first for character in ".:["))
+    return not names_registry or "./" in name or name.endswith((".obd", ".json", ".lsmt", ".zfile", ".tar"))
 
 
 def forget_config(run_dir: Path, device_id: str) -> None:

@@ -39,12 +39,14 @@ def run_mount(args: argparse.Namespace) -> int:
 
     if is_mounted(args.target):
         raise DeviceError(f"{args.target}: something is mounted there already")
+    made = not args.target.exists()
+    if not made and not args.target.is_dir():
+        raise DeviceError(f"{args.target}: not a directory, so nothing can be mounted there")
     config, device_id = config_of(args.source, args)
     service = device_service_from(args)
-    made = not args.target.exists()
-    args.target.mkdir(parents=True, exist_ok=True)
     device = None
     try:
+        _make_directory(args.target)
         device = service.attach(config, device_id, timeout_s=args.timeout)
         service.mount(device, args.target.resolve())
     except BaseException:
@@ -52,11 +54,18 @@ def run_mount(args: argparse.Namespace) -> int:
             _detach_if_unused(service, device.device_id, args.run_dir)
         elif device_id is not None:
             forget_config(args.run_dir, device_id)
-        if made:
+        if made and args.target.is_dir():
             args.target.rmdir()
         raise
     print(f"{args.target}: {device.path}, read-only")
     return 0
+
+
+def _make_directory(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeviceError(f"{target}: cannot make the directory: {error.strerror}") from error
 
 
 def run_umount(args: argparse.Namespace) -> int:
