@@ -13,13 +13,15 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 #: What a check is needed for; the order is that of the printed groups.
 PURPOSES = ("devices", "containers", "conversion", "experiments", "other device kinds")
+_AS_ROOT = "run as root (sudo)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def run_checks() -> list[Check]:
 def _device_checks() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Check("devices", "Python", sys.version_info >= (3, 11), version, "install Python 3.11 or later")
-    yield Check("devices", "root", os.geteuid() == 0, f"uid {os.geteuid()}", "run as root (sudo)")
+    yield Check("devices", "root", os.geteuid() == 0, f"uid {os.geteuid()}", _AS_ROOT)
     yield _node("devices", "/dev/fuse", "modprobe fuse")
     yield _node("devices", "/dev/loop-control", "modprobe loop")
     yield _filesystem("devices", "ext4", "modprobe ext4")
@@ -68,15 +70,19 @@ def _experiment_checks() -> Iterator[Check]:
         ("tc", "iproute2"),
         ("ethtool", "ethtool"),
         ("nsenter", "util-linux"),
+        ("unshare", "util-linux"),
     ):
         yield _tool("experiments", tool, package)
-    yield _command("experiments", "network namespaces", ["unshare", "--net", "true"], "a kernel with CONFIG_NET_NS")
+    unshare = {"unshare": "util-linux"}
+    yield _command(
+        "experiments", "network namespaces", ["unshare", "--net", "true"], "a kernel with CONFIG_NET_NS", unshare
+    )
     yield _command(
         "experiments",
         "rate shaping (TBF)",
         ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1gbit", "burst", "64k",
          "latency", "50ms"],
-        "modprobe sch_tbf",
+        "modprobe sch_tbf", unshare | {"tc": "iproute2"},
     )  # fmt: skip
     for package in ("papermill", "matplotlib", "pandas", "nbconvert"):
         missing = find_spec(package) is None
@@ -101,7 +107,7 @@ def _node(purpose: str, path: str, fix: str) -> Check:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except PermissionError:
-        return Check(purpose, path, ok=False, detail="permission denied", fix="run as root (sudo)")
+        return Check(purpose, path, ok=False, detail="permission denied", fix=_AS_ROOT)
     except OSError as error:
         return Check(purpose, path, ok=False, detail=os.strerror(error.errno or 0), fix=fix)
     return Check(purpose, path, ok=True, detail="opens", fix=fix)
@@ -121,10 +127,18 @@ def _tool(purpose: str, tool: str, package: str) -> Check:
     return Check(purpose, tool, path is not None, path or "not found", f"apt-get install {package}")
 
 
-def _command(purpose: str, name: str, command: list[str], fix: str) -> Check:
+# `packages` are those of the tools that the command runs: one that is missing says nothing of the kernel.
+def _command(
+    purpose: str, name: str, command: list[str], fix: str, packages: Mapping[str, str] = MappingProxyType({})
+) -> Check:
+    for tool, package in packages.items():
+        if shutil.which(tool) is None:
+            return Check(purpose, name, ok=False, detail=f"{tool} not found", fix=f"apt-get install {package}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Check(purpose, name, ok=False, detail=str(error), fix=fix)
-    reason = done.stderr.strip().splitlines()[-1:] or ["works"]
-    return Check(purpose, name, done.returncode == 0, "works" if done.returncode == 0 else reason[0], fix)
+    if done.returncode == 0:
+        return Check(purpose, name, ok=True, detail="works", fix=fix)
+    detail = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return Check(purpose, name, ok=False, detail=detail, fix=fix if os.geteuid() == 0 else _AS_ROOT)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,24 @@ def test_a_missing_tool_and_a_missing_node_are_found_missing() -> None:
     assert not capabilities._node("devices", "/dev/no-such-node", "modprobe it").ok
     broken = capabilities._command("devices", "false", ["sh", "-c", "echo reason >&2; exit 3"], "mend it")
     assert (broken.ok, broken.detail) == (False, "reason")
+
+
+def test_a_check_that_could_not_be_made_blames_no_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {check.name: check for check in capabilities._experiment_checks()}
+    for name in ("unshare", "network namespaces", "rate shaping (TBF)"):
+        assert (found[name].ok, found[name].fix) == (False, "apt-get install util-linux"), name
+    # Enough to get past the missing tools, and to fail as it does for a user.
+    for tool in ("unshare", "tc"):
+        (tmp_path / tool).write_text("#!/bin/sh\necho Operation not permitted >&2; exit 1\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    found = {check.name: check for check in capabilities._experiment_checks()}
+    for name in ("network namespaces", "rate shaping (TBF)"):
+        assert (found[name].detail, found[name].fix) == ("Operation not permitted", "run as root (sudo)")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = {check.name: check for check in capabilities._experiment_checks()}
+    assert found["rate shaping (TBF)"].fix == "modprobe sch_tbf"
 
 
 def test_doctor_prints_findings_and_fails_on_a_needed_one(
