@@ -66,8 +66,9 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(args: argparse.Namespace) -> int:
     """Convert; print a table and the digest of the new manifest."""
     from obdlab.convert.image import convert_image
-    from obdlab.convert.source import open_destination, open_source
+    from obdlab.convert.source import check_apart, open_destination, open_source
 
+    check_apart(args.source, args.destination)
     client = registry_from(args)
     # A polite end also when told to or when the terminal goes (unless nohup had that ignored): devices and mounts are
     # taken down on the way out.

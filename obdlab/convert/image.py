@@ -99,6 +99,7 @@ def convert_image(
     begin = time.monotonic()
     manifest = source.manifest(options.platform or host_platform())
     config = source.config(manifest)
+    _check_platform(source.name, config.platform, options.platform)
     if not 1 <= len(manifest.layers) <= MAX_LAYERS:
         raise FormatError(
             "image has a number of layers that no device can stack",
@@ -111,6 +112,18 @@ def convert_image(
         layers = conversion.run(manifest, config)
     converted, digest = _store_documents(destination, manifest, config, [layer.built for layer in layers], options)
     return ConvertedImage(destination.name, digest, converted, layers, time.monotonic() - begin)
+
+
+# An index was asked for the platform; a manifest without one has it in its config only.
+def _check_platform(name: str, got: oci.Platform, wanted: oci.Platform | None) -> None:
+    if wanted is None or (got.os, got.architecture) == (wanted.os, wanted.architecture):
+        return
+    raise FormatError(
+        "image is not for this platform",
+        blob=name,
+        got=f"{got.os or '?'}/{got.architecture or '?'}",
+        wanted=f"{wanted.os}/{wanted.architecture}",
+    )
 
 
 class _Conversion:

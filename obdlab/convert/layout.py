@@ -74,6 +74,11 @@ class ImageLayout:
             raise self._unclear("has no such tag", names, tag)
         return chosen
 
+    def only_tag(self) -> str | None:
+        """Return the tag of the layout's only image, or None. Raises as index() does."""
+        names = {entry.annotations.get(REF_NAME, "") for entry in self.index().manifests}
+        return names.pop() or None if len(names) == 1 else None
+
     def blob_path(self, digest: str) -> Path:
         """Return where the blob lies. Raises FormatError if ``digest`` is none."""
         return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")

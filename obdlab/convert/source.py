@@ -242,6 +242,27 @@ class _CountedFile(io.FileIO):
         return data
 
 
+def check_apart(source: str, destination: str) -> None:
+    """Raise FormatError if the converted image would take the name of the image it is made from.
+
+    That name would be lost, and with it, sooner or later, the image.
+    """
+    if _name_of(source, None) == _name_of(destination, "latest"):
+        raise FormatError(
+            "the converted image would replace its source", blob=destination, wanted="another tag or name"
+        )
+
+
+# What is overwritten when something is stored under the name. A layout's only image needs no tag.
+def _name_of(text: str, default_tag: str | None) -> tuple[object, str | None]:
+    layout = layout_of(text)
+    if layout:
+        root, tag = layout
+        return root.resolve(), tag or default_tag or ImageLayout(root).only_tag()
+    reference = Reference.parse(text)
+    return (reference.host, reference.repository), reference.tag or reference.digest
+
+
 def open_source(text: str, client: RegistryClient) -> ImageSource:
     """Return the image that ``text`` names: ``oci:DIR[:TAG]``, an OCI layout directory, or a registry reference.
 

@@ -6,6 +6,7 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.convert.layout import ImageLayout
+from obdlab.convert.source import check_apart
 from tests.convert.layouts import make_layout, member
 
 if TYPE_CHECKING:
@@ -37,6 +38,40 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("obdlab convert: ")
     assert line.endswith("OCI layout has no such tag (got latest, wanted other)")
+
+
+def failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["convert", *arguments, *places]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_the_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = make_layout(tmp_path / "layout", [[member("a")]])
+    before = (layout.root / "index.json").read_bytes()
+    digest = "sha256:" + 64 * "0"
+    for source, destination in (
+        (str(layout.root), str(layout.root)),
+        (f"oci:{layout.root}", f"oci:{layout.root}:latest"),
+        (f"oci:{layout.root}:latest", f"oci:{layout.root}/../layout"),
+        ("127.0.0.1:1/a", "127.0.0.1:1/a:latest"),
+        (f"127.0.0.1:1/a:1@{digest}", "127.0.0.1:1/a:1"),
+        (f"127.0.0.1:1/a@{digest}", f"127.0.0.1:1/a@{digest}"),
+        ("redis", "docker.io/library/redis"),
+    ):
+        line = failure(tmp_path, capsys, source, destination)
+        assert line.startswith(f"obdlab convert: {destination}: the converted image would replace its source")
+    assert (layout.root / "index.json").read_bytes() == before
+    for source, destination in (("a.example/b:1", "a.example/b:2"), (f"oci:{layout.root}", f"oci:{layout.root}:obd")):
+        check_apart(source, destination)
+
+
+def test_an_image_for_another_platform_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = make_layout(tmp_path / "layout", [[member("a")]])
+    arguments = ("--platform", "linux/s390x", f"oci:{layout.root}", f"oci:{tmp_path / 'out'}")
+    line = failure(tmp_path, capsys, *arguments)
+    assert "image is not for this platform (got linux/amd64, wanted linux/s390x)" in line
 
 
 @pytest.mark.parametrize(
