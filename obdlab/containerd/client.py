@@ -58,6 +58,11 @@ class Containerd:
         """The namespace all calls are about."""
         return self._connection.namespace
 
+    @property
+    def address(self) -> str:
+        """The socket."""
+        return self._connection.address
+
     def snapshots(self, snapshotter: str) -> Snapshots:
         """Return the snapshot service of the snapshotter with this name."""
         return Snapshots(self._connection, snapshotter)

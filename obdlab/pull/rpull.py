@@ -6,9 +6,11 @@ download"), which is why plain images, and snapshotters that know nothing of thi
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
 from obdlab.pull.errors import PullError
 from obdlab.pull.fetch import LayerFetcher
@@ -16,6 +18,8 @@ from obdlab.pull.resolve import resolve
 from obdlab.pull.unpack import LayerResult, Outcome, Unpacker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from obdlab.containerd.client import Containerd, LeasedContainerd
     from obdlab.formats.oci import Platform
     from obdlab.pull.fetch import Progress
@@ -28,6 +32,8 @@ _LEASE_S = 24 * 3600.0
 _GC_CONTENT = "containerd.io/gc.ref.content"
 _GC_SNAPSHOT = "containerd.io/gc.ref.snapshot"
 _SOURCE = "containerd.io/distribution.source"
+# How the gRPC library of containerd begins what it says of a connection that it could not make or has lost.
+_NO_CONNECTION = 'desc = "transport: '
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +71,41 @@ def rpull(
     stays that was not there before: no snapshot, blob or lease.
     Raises PullError, FormatError (the image), SourceError (the registry), ContainerdError.
     """
-    if not containerd.snapshots(snapshotter).exists():  # said before anything is fetched
+    if not _exists(containerd, snapshotter):  # said before anything is fetched
         raise PullError(f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml?")
     image = resolve(registry, reference, platform)
     with containerd.lease(expire_s=_LEASE_S) as leased:
         source = {f"{_SOURCE}.{image.repository.host}": image.repository.name}
-        with LayerFetcher(leased, registry, image.repository, source, progress) as fetcher:
+        with (
+            LayerFetcher(leased, registry, image.repository, source, progress) as fetcher,
+            _naming_a_dead_snapshotter(snapshotter),
+        ):
             layers = Unpacker(leased, snapshotter, image, fetcher).run()
         _store_documents(leased, image, snapshotter, source)
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
     return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
+
+
+def _exists(containerd: Containerd, snapshotter: str) -> bool:
+    try:
+        return containerd.snapshots(snapshotter).exists()
+    except UnavailableError as error:
+        raise UnavailableError(f"is containerd running at {containerd.address}? ({error})") from error
+
+
+# containerd looks for a snapshot in its own records first, so that only making one shows who is not there.
+@contextmanager
+def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
+    try:
+        yield
+    except UnavailableError as error:
+        if _NO_CONNECTION not in str(error):  # the snapshotter's own word: a registry that cannot be reached
+            raise
+        raise UnavailableError(
+            f"snapshotter {snapshotter!r} does not answer: is `obdlab snapshotter` running on the socket that "
+            f"containerd's proxy plugin names? ({error})"
+        ) from error
 
 
 def _store_documents(

@@ -7,7 +7,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, NotFoundError
 from obdlab.containerd.snapshots import Kind
@@ -88,6 +88,8 @@ class Unpacker:
                     return LayerResult(layer.digest, layer.size, Outcome.LAZY)
                 # Somebody else made it and it went again; or the key was taken.
                 continue
+            if layer.is_overlaybd:
+                self._refuse(layer, key)
             # No layer above can be a snapshot yet, so all of them have to be fetched.
             self._fetcher.start(self._image.layers[number:])
             self._fill(layer, self._image.diff_ids[number], name, key, mounts, labels)
@@ -95,6 +97,15 @@ class Unpacker:
         raise PullError(
             f"{self._snapshotter}: says that snapshot {name} exists already, yet there is none "
             f"(layer {layer.digest}, {_PREPARE_TRIES} tries)"
+        )
+
+    # Unpacked it would be a file in an otherwise empty root file system: an image that pulls and cannot run.
+    def _refuse(self, layer: Descriptor, key: str) -> NoReturn:
+        with suppress(ContainerdError):
+            self._snapshots.remove(key)
+        raise PullError(
+            f"{self._image.reference}: layer {layer.digest} is an overlaybd layer, which snapshotter "
+            f"{self._snapshotter!r} does not mount (wanted one that does, such as obdlab's)"
         )
 
     def _fill(

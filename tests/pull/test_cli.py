@@ -81,7 +81,11 @@ def test_environment_names_containerd(
         ("127.0.0.1:1/UPPER", (), "malformed image reference"),
         ("127.0.0.1:1/no/registry", (), "127.0.0.1:1"),
         ("127.0.0.1:1/no/registry", ("--snapshotter", "absent"), "no snapshotter 'absent'"),
-        ("127.0.0.1:1/no/registry", ("--address", "/nonexistent.sock"), "/nonexistent.sock"),
+        (
+            "127.0.0.1:1/no/registry",
+            ("--address", "/nonexistent.sock"),
+            "is containerd running at /nonexistent.sock? (",
+        ),
     ],
 )
 def test_failures_are_told_in_one_line(

@@ -12,6 +12,7 @@ from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
 from obdlab.errors import SourceError
 from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
+from obdlab.pull.errors import PullError
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.pull.unpack import Outcome
 from obdlab.registry.platforms import host_platform
@@ -166,11 +167,23 @@ def test_another_namespace_shares_and_keeps(
     assert "alive" in run(host, reference, "shared", "/busybox echo alive", *SHELL)
 
 
-def test_overlaybd_image_in_overlayfs_is_fetched(
+def test_overlaybd_image_in_overlayfs_is_refused(
     host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
 ) -> None:
-    # Not useful, but no client may be surprised by it: layers are tars with one file each.
-    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/overlayfs", overlaybd_layers())
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/refused", overlaybd_layers())
+    message = rf"{reference}: layer {manifest.layers[0].digest} is an overlaybd layer, .* 'overlayfs' does not mount"
+    with pytest.raises(PullError, match=message):
+        rpull(containerd, registry, reference, snapshotter="overlayfs", platform=host_platform())
+    assert containerd.snapshots("overlayfs").list() == []
+    assert containerd.content.list() == []
+    assert containerd.images.list() == []
+
+
+def test_one_image_in_two_snapshotters(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    layers = [layer({"a": b"one"}), layer({"b": b"two"})]
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/overlayfs", layers)
     result = rpull(containerd, registry, reference, snapshotter="overlayfs", platform=host_platform())
     assert result.layer_bytes == sum(item.size for item in manifest.layers)
     pull(containerd, registry, reference)  # the same config now refers to snapshots in both
@@ -198,7 +211,9 @@ def test_snapshotter_that_is_gone(
     reference, _ = push_image(registry, f"{registry_server.host}/lazy/gone", overlaybd_layers())
     host.snapshotter.stop()
     try:
-        with pytest.raises(UnavailableError, match=NAME):
+        with pytest.raises(
+            UnavailableError, match=rf"'{NAME}' does not answer: is `obdlab snapshotter` running .* \("
+        ):
             pull(containerd, registry, reference)
     finally:
         host.snapshotter.start()
