@@ -46,12 +46,15 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _build(args: argparse.Namespace) -> int:
     from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
     from obdlab.lab.ocilayout import copy_layout, push_layout
-    from obdlab.lab.recipe import find_recipe
+    from obdlab.lab.recipe import RecipeError, find_recipe
     from obdlab.registry.reference import Reference
 
     target = args.to or ""
     reference = Reference.parse(target) if target and not target.startswith(_LAYOUT_PREFIX) else None
-    recipe = find_recipe(args.recipe, _directories(args))
+    directories = _directories(args)
+    if not args.recipe.endswith(".toml") and not any((place / args.recipe).is_dir() for place in directories):
+        raise RecipeError(f"no recipe named {args.recipe!r} in {_places(directories)}")
+    recipe = find_recipe(args.recipe, directories)
     with closing(registry_from(args)) as client:
         layout = build_image(recipe, args.work_dir or DEFAULT_WORK_DIR, _say, client)
         digest = push_layout(layout, client, reference) if reference is not None else ""
@@ -67,9 +70,13 @@ def _build(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from obdlab.lab.build import DEFAULT_WORK_DIR
-    from obdlab.lab.recipe import list_recipes
+    from obdlab.lab.recipe import RecipeError, list_recipes
 
-    for recipe in list_recipes(_directories(args)):
+    directories = _directories(args)
+    recipes = list_recipes(directories)
+    if not recipes:
+        raise RecipeError(f"no recipes in {_places(directories)}")
+    for recipe in recipes:
         print(f"{recipe.name:10} {_state(recipe, args.work_dir or DEFAULT_WORK_DIR):32} {recipe.description}")
     return 0
 
@@ -93,6 +100,10 @@ def _directories(args: argparse.Namespace) -> list[Path]:
         return list(args.datasets)
     places = (Path("datasets"), Path(__file__).parents[2] / "datasets")
     return list(dict.fromkeys(place.resolve() for place in places))
+
+
+def _places(directories: list[Path]) -> str:
+    return f"{' or '.join(map(str, directories))} (--datasets DIR names another place; they come with the checkout)"
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from obdlab.cli import image
 from obdlab.lab.ocilayout import OciLayout
+from obdlab.lab.recipe import RecipeError
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 
@@ -31,3 +32,10 @@ def test_build_writes_a_layout_and_list_knows_it(tmp_path: Path, capsys: pytest.
     assert run("list", *places) == 0
     after = capsys.readouterr().out
     assert "6 layers, built" in next(line for line in after.splitlines() if line.startswith("tiny"))
+
+
+def test_where_no_recipe_is_the_places_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"no recipes in {tmp_path} \(--datasets DIR names another place"):
+        run("list", "--datasets", str(tmp_path))
+    with pytest.raises(RecipeError, match=rf"no recipe named 'tiny' in {tmp_path} or /none \(--datasets DIR"):
+        run("build", "tiny", "--datasets", str(tmp_path), "--datasets", "/none")
