@@ -8,6 +8,7 @@ from obdlab.errors import FormatError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
     HEADER_SPACE,
+    MAGIC,
     RECORD_SIZE,
     Flags,
     Header,
@@ -72,6 +73,8 @@ class LsmtLayer:
         self.data = blob
         size = blob.size
         if size < _TAIL_SIZE:
+            if size >= HEADER_SPACE:
+                _refuse_writable(Header.from_bytes(blob.read_at(0, HEADER_SPACE), blob=blob.name), blob)
             raise FormatError(
                 "sealed LSMT layer is cut short", blob=blob.name, got=f"{size} bytes", wanted=f"at least {_TAIL_SIZE}"
             )
@@ -83,6 +86,8 @@ class LsmtLayer:
                 "LSMT file is not a data file", blob=blob.name, offset=28, got=f"flags {int(header.flags):#x}"
             )
         at = size - HEADER_SPACE
+        if tail[at - tail_offset :][: len(MAGIC)] != MAGIC:
+            _refuse_writable(header, blob)
         self.trailer = Trailer.from_bytes(bytes(tail[at - tail_offset :]), blob=blob.name, offset=at)
         check_sealed_trailer(self.trailer, size, blob=blob.name)
         #: Whether the layer was sealed by appending to a writable one; a committed layer's header says "sealed".
@@ -132,6 +137,12 @@ class LsmtLayer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# One that ends in no trailer, with a header that does not say "sealed".
+def _refuse_writable(header: Header, blob: Blob) -> None:
+    if not header.flags & Flags.SEALED:
+        raise FormatError("writable layer (not sealed): commit or seal it first", blob=blob.name)
 
 
 def open_layer(blob: Blob) -> LsmtLayer:

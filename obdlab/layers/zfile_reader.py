@@ -204,7 +204,7 @@ class ZFileReader(Blob):
                 if retries:
                     continue
                 raise CorruptBlobError(
-                    f"{error.what} (block {block}, {end - begin} stored bytes, asked for {BLOCK_RETRIES + 1} times)",
+                    f"{error.what} (block {block}, {end - begin} stored bytes, read {BLOCK_RETRIES + 1} times)",
                     blob=self.name,
                     offset=begin,
                     got=error.got,

@@ -135,10 +135,18 @@ def test_other_files_are_refused() -> None:
         open_layer(MemoryBlob(b"nothing of the kind" * 1000, "x"))
     with pytest.raises(FormatError, match="got nothing"):
         open_layer(MemoryBlob(b"", "x"))
+    wrong = GOOD[:-4096] + bytes(4096)
     with pytest.raises(FormatError, match="trailer has a wrong magic"):
-        open_layer(blob("l1.data"))
+        open_layer(MemoryBlob(wrong))
     with pytest.raises(FormatError, match=r"l1.index: LSMT file is not a data file at offset 28 \(got flags 0x1\)"):
         open_layer(MemoryBlob((LSMT / "l1.index").read_bytes() + bytes(4096), "l1.index"))
+
+
+@pytest.mark.parametrize("size", [4096, 8191, 8192, None])
+def test_a_writable_layer_is_told_from_a_damaged_one(size: int | None) -> None:
+    content = (LSMT / "l1.data").read_bytes()[:size]
+    with pytest.raises(FormatError, match=r"^l1.data: writable layer \(not sealed\): commit or seal it first$"):
+        open_layer(MemoryBlob(content, "l1.data"))
 
 
 class _WrongUntilEvicted(MemoryBlob):

@@ -143,7 +143,7 @@ def test_a_blob_that_stays_damaged_is_given_up() -> None:
     begin, _ = open_zfile(MemoryBlob(data))._table.boundaries(1, 2)
     blob = CachingBlob(flip(data, 8 * begin), data, lives=99)
     reader = open_zfile(blob)
-    wanted = rf"cached blob: CRC of ZFile block does not match \(block 1, .* asked for 4 times\) at offset {begin}"
+    wanted = rf"cached blob: CRC of ZFile block does not match \(block 1, .* read 4 times\) at offset {begin}"
     with pytest.raises(CorruptBlobError, match=wanted):
         reader.read_at(16384, 100)
     assert len(blob.evictions) == 3
