@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     import argparse
@@ -39,28 +42,32 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe the files, and verify them if asked."""
+    """Describe the files, and verify them if asked: those that are sound, then what is wrong with the others."""
     from obdlab.image.description import describe, describe_stack
 
-    files = [describe(path) for path in args.paths]
-    if args.verify:
-        for path in args.paths:
-            _verify(path)
+    files: list[FileFacts] = []
+    errors: list[str] = []
+    for path in args.paths:
+        try:
+            facts = describe(path)
+            if args.verify:
+                _verify(path)
+        except ObdlabError as error:
+            errors.append(str(error))
+        else:
+            files.append(facts)
     sealed = all(file.layer is not None and file.layer.segments is not None for file in files)
-    stack = describe_stack(args.paths) if sealed and len(files) > 1 else None
+    stack = describe_stack(args.paths) if sealed and not errors and len(files) > 1 else None
     if args.json:
-        document: dict[str, Any] = {"files": [asdict(file) for file in files]}
-        if args.verify:
-            document["verified"] = True
+        _print_json(files, stack, errors, verified=args.verify)
+    else:
+        for file in files:
+            _print_file(file, verified=args.verify)
         if stack is not None:
-            document["stack"] = asdict(stack)
-        print(json.dumps(document, indent=2))
-        return 0
-    for file in files:
-        _print_file(file, verified=args.verify)
-    if stack is not None:
-        _print_stack(stack, files)
-    return 0
+            _print_stack(stack, files)
+    for message in errors:
+        print(f"obdlab inspect: {message}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _verify(path: str) -> None:
@@ -73,6 +80,17 @@ def _verify(path: str) -> None:
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         for length in verify(path):
             bar.update(length)
+
+
+def _print_json(files: list[FileFacts], stack: StackFacts | None, errors: list[str], *, verified: bool) -> None:
+    document: dict[str, Any] = {"files": [asdict(file) for file in files]}
+    if verified and not errors:
+        document["verified"] = True
+    if stack is not None:
+        document["stack"] = asdict(stack)
+    if errors:
+        document["errors"] = errors
+    print(json.dumps(document, indent=2))
 
 
 def _print_file(file: FileFacts, *, verified: bool) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from obdlab.cli import inspect
-from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
 from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, manifest
 
@@ -117,33 +116,51 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"stack of 2 layers: 1073741824 B .*\n    1 +\S+ B .* visible .*layer2\.obd\n    0 ", out)
 
 
-def test_verify_finds_damage(tmp_path: Path) -> None:
+def test_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bytearray((GOLDEN / "ext4" / "layer1.obd").read_bytes())
     data[700_000] ^= 0x10
     path = tmp_path / "layer"
     path.write_bytes(data)
     assert run(path) == 0
-    with pytest.raises(CorruptBlobError, match=rf"{path}: CRC of ZFile block"):
-        run("--verify", path)
+    assert run("--verify", path) == 1
+    assert re.search(rf"^obdlab inspect: {path}: CRC of ZFile block", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_verify_compares_header_and_trailer(tmp_path: Path) -> None:
+def test_verify_compares_header_and_trailer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The trailer of another file: sound in itself, but not this one's.
     data = bytearray((LSMT / "l1.lz4.lsmt").read_bytes())
     data[-512:] = (LSMT / "l2.lz4.lsmt").read_bytes()[-512:]
     path = tmp_path / "layer"
     path.write_bytes(data)
     assert run(path) == 0, "readers do not need it"
-    with pytest.raises(CorruptBlobError, match="trailer of the ZFile contradicts its header in index_offset"):
-        run("--verify", path)
+    assert run("--verify", path) == 1
+    assert "trailer of the ZFile contradicts its header in index_offset" in capsys.readouterr().err
 
 
-def test_other_files(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"input\.bin: neither a ZFile nor an LSMT file"):
-        run(GOLDEN / "zfile" / "input.bin")
-    with pytest.raises(FormatError, match="neither"):
-        run(GOLDEN / "zfile" / "empty.bin")
-    with pytest.raises(ObdlabError, match="nowhere: cannot open"):
-        run(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="first entry is not a file"):
-        run(GOLDEN / "ext4" / "layer1.tar")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (GOLDEN / "zfile" / "input.bin", "input.bin: neither a ZFile nor an LSMT file"),
+        (GOLDEN / "zfile" / "empty.bin", "empty.bin: neither a ZFile nor an LSMT file"),
+        (GOLDEN / "nowhere", "nowhere: cannot open"),
+        (GOLDEN / "ext4" / "layer1.tar", "first entry is not a file"),
+    ],
+)
+def test_other_files_are_named_after_the_good_ones(
+    path: Path, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [GOLDEN / "ext4" / "layer1.obd", GOLDEN / "ext4" / "layer2.obd"]
+    assert run(good[0], path, good[1]) == 1
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if "layer" in line and line[0] != " "] == [
+        f"{good[0]}: 1327104 B (1.3 MiB)",
+        f"{good[1]}: 190464 B (186.0 KiB)",
+    ], "and no stack, of which one layer is missing"
+    (error,) = printed.err.splitlines()
+    assert error.startswith("obdlab inspect: ")
+    assert message in error
+    assert run("--json", "--verify", good[0], path) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [file["path"] for file in document["files"]] == [str(good[0])]
+    assert message in document["errors"][0]
+    assert "verified" not in document
