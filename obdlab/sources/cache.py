@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Pieces of this size keep 1 Gbit/s at 5 ms round trip busy with four requests under way, at a tenth of one core.
 _PIECE = 256 << 10
+# What a manifest says of a blob's size is believed only so far: the table of its units takes disk and memory.
+_LARGEST = 256 << 30
 # Fetching ahead gives up sooner than a reader, who then still has time to try for himself.
 _BACKGROUND_SHARE = 0.25
 
@@ -92,6 +94,9 @@ class BlockCache:
         check_digest(digest, origin.name)
         if origin.size == 0:
             return MemoryBlob(b"", origin.name)
+        if origin.size > _LARGEST:
+            logger.warning("%s: not cached: blob of %d bytes (at most %d are)", origin.name, origin.size, _LARGEST)
+            return origin
         try:
             files = CacheFiles.open(self._space, self._blobs / digest, origin.size, self._unit)
         except OSError as error:
@@ -180,6 +185,8 @@ class CachedBlob(Blob):
                 if states.find(_MARKED, first, stop) >= 0:
                     self._pass_marks(first, stop)
                 return data
+            if self._closed:
+                raise SourceError("read after close", blob=self.name, offset=offset)
             self._forget()
         return self._gather(offset, length)
 
@@ -398,18 +405,24 @@ class CachedBlob(Blob):
                     blob=self.name,
                     offset=flight.first << self._shift,
                 )
-            self._store(flight, data)
             flight.data = data
+            self._settle(flight)  # nobody else waits for the disk, and the units stay claimed until they are stored
+            self._store(flight, data)
         except BaseException as error:
-            flight.error = error
+            if flight.data is None:
+                flight.error = error
+                self._settle(flight)
             raise
         finally:
             with self._lock:
-                self.counters.count(flight)
                 for unit in range(flight.first, flight.stop):
                     del self._flights[unit]
-            flight.done.set()
             self._leave()
+
+    def _settle(self, flight: Flight) -> None:
+        with self._lock:
+            self.counters.count(flight)
+        flight.done.set()
 
     def _store(self, flight: Flight, data: bytes) -> None:
         generation = self._files.generation

@@ -96,21 +96,42 @@ class CacheFiles:
 
         Raises OSError if they cannot be made, the cache is full, or it stays locked by others.
         """
-        with space.growing(directory, _sums_size(-(-size // unit)) + (32 << 10)):
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            pair = _open_pair(directory, _HEADER.pack(_MAGIC, _VERSION, unit, size))
-            if pair is None:
-                pair = _new_pair(directory, size, unit)
-            try:
-                fcntl.flock(pair[1], fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if os.fstat(pair[0]).st_size < size:  # was cut
-                    os.ftruncate(pair[0], size)
-                files = cls(directory, *pair)
-            except BaseException:
-                _close_both(pair)
-                raise
+        files = cls._open_existing(directory, size, unit)
+        if files is None:
+            with space.growing(directory, _sums_size(-(-size // unit)) + (32 << 10)):
+                files = cls._open_existing(directory, size, unit)
+                if files is None:
+                    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    files = cls._use(directory, _new_pair(directory, size, unit), size)
         files.stamp()
         return files
+
+    @classmethod
+    def _open_existing(cls, directory: Path, size: int, unit: int) -> Self | None:
+        # None: there is no such pair, or it is just being removed. Needs no lock but the one on sums.
+        pair = _open_pair(directory, _HEADER.pack(_MAGIC, _VERSION, unit, size))
+        if pair is None:
+            return None
+        try:
+            files = cls._use(directory, pair, size)
+        except BlockingIOError:
+            return None
+        if not files.is_deleted:
+            return files
+        files.close()
+        return None
+
+    @classmethod
+    def _use(cls, directory: Path, pair: tuple[int, int], size: int) -> Self:
+        # Takes over both descriptors, also if it raises.
+        try:
+            fcntl.flock(pair[1], fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(pair[0]).st_size < size:  # was cut
+                os.ftruncate(pair[0], size)
+            return cls(directory, *pair)
+        except BaseException:
+            _close_both(pair)
+            raise
 
     @classmethod
     def attach(cls, directory: Path) -> Self | None:
@@ -135,6 +156,11 @@ class CacheFiles:
         return bool(self._words[_VERIFIED] == _VERIFIED_MARK)
 
     @property
+    def is_deleted(self) -> bool:
+        """Whether one of the files has no name any more."""
+        return not all(os.fstat(fd).st_nlink for fd in (self.fd, self._sums_fd))
+
+    @property
     def last_use(self) -> float:
         """Seconds since 1970; 0 if damaged."""
         value = self._times[_LAST_USE]
@@ -142,12 +168,14 @@ class CacheFiles:
 
     @property
     def in_use(self) -> bool:
-        """Whether any process has the blob open; for pairs that were attached, under the lock of the cache."""
+        """Whether any process has the blob open; for pairs that were attached, under the lock of the cache.
+
+        If not, nobody can begin to use it until this object is closed.
+        """
         try:
             fcntl.flock(self._sums_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        fcntl.flock(self._sums_fd, fcntl.LOCK_UN)
         return False
 
     def length_of(self, first: int, stop: int) -> int:

@@ -27,15 +27,23 @@ class FetchPool:
         os.register_at_fork(after_in_child=self._reset)
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Have ``job`` run soon; False if too much is queued already. Jobs must not raise."""
+        """Have ``job`` run soon; False if too much is queued, or no thread can be had. Jobs must not raise."""
         with self._lock:
             if self._jobs.qsize() >= self._max_queued:
                 return False
+            if self._idle <= self._jobs.qsize() and self._threads < self._max_threads:
+                self._add_thread()
+            if self._threads == 0:
+                return False
             self._jobs.put(job)
-            if self._idle < self._jobs.qsize() and self._threads < self._max_threads:
-                self._threads += 1
-                threading.Thread(target=self._work, name="obdlab-fetch", daemon=True).start()
         return True
+
+    def _add_thread(self) -> None:
+        try:
+            threading.Thread(target=self._work, name="obdlab-fetch", daemon=True).start()
+        except RuntimeError:  # the system has no more; those that run will do
+            return
+        self._threads += 1
 
     def _reset(self) -> None:
         self._lock = threading.Lock()

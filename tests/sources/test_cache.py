@@ -578,3 +578,24 @@ def test_a_sum_without_its_data_is_not_believed(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         assert blob.read_at(0, len(DATA)) == DATA
         assert blob.statistics()["corrupt_units"] == 1
+
+
+def test_a_size_beyond_belief_is_not_cached(tmp_path: Path) -> None:
+    class Huge(Blob):
+        name = "huge"
+        size = 1 << 44
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            return b"x" * length
+
+    with BlockCache(tmp_path).open(Huge(), digest_of(b"huge")) as blob:
+        assert blob.read_at(1 << 43, 3) == b"xxx"
+    assert not list(tmp_path.rglob("sums"))
+
+
+def test_a_read_after_close_is_an_error(tmp_path: Path) -> None:
+    blob = BlockCache(tmp_path).open(MemoryBlob(DATA), digest_of(DATA))
+    blob.read_at(0, 100)
+    blob.close()
+    with pytest.raises(SourceError, match="read after close"):
+        blob.read_at(0, 100)
