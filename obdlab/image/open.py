@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
+from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -140,12 +142,14 @@ def _open_lowers(
 ) -> tuple[list[LsmtLayer], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
     files = [_local_file(lower) for lower in lowers]
+    deadline = time.monotonic() + settings.open_deadline_s
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
         lower, file = lowers[number], files[number]
         try:
             _check_kind(lower)
-            layer = _open_local(file) if file else _open_remote(lower, remote, ends)
+            with deadline_of_thread(deadline):
+                layer = _open_local(file) if file else _open_remote(lower, remote, ends)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -185,6 +189,11 @@ def _open_local(path: str | os.PathLike[str]) -> LsmtLayer:
         raise
 
 
+def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) -> None:
+    with deadline_of_thread(deadline) if deadline is not None else nullcontext():
+        blob.read_at(offset, length)
+
+
 def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor | None) -> LsmtLayer:
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
@@ -194,7 +203,7 @@ def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor
         end = blob.size // _END_SHARE + _END_LEAST
         if end < blob.size:
             # Into the cache, beside the beginning that opening starts with; an error comes up there as well.
-            ends.submit(blob.read_at, blob.size - end, end)
+            ends.submit(_read_until, thread_deadline(), blob, blob.size - end, end)
         return open_layer(blob)
     except BaseException:
         blob.close()

@@ -42,6 +42,8 @@ class Settings:
     download_tries: int = 5
     #: A read ends with data or an error within this time, whatever the registry does.
     read_deadline_s: float = 120.0
+    #: Opening an image ends within this time: whoever starts a container shall hear sooner that a registry is down.
+    open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
     #: docker config.json with registry credentials.
@@ -57,8 +59,8 @@ class Settings:
             raise SettingsError("download_delay_s, download_delay_extra_s and download_bytes_per_s: not below 0")
         if self.download_tries < 1:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
-        if self.read_deadline_s <= 0 or self.request_timeout_s <= 0:
-            raise SettingsError("read_deadline_s and request_timeout_s must be positive")
+        if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
+            raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, for another process."""

@@ -200,3 +200,17 @@ def test_a_registry_that_goes_away(settings: Settings, tmp_path: Path) -> None:
         image = open_image(config, settings)
     with image, pytest.raises(ObdlabError, match=config.lowers[0].digest):
         sha256_of(image)
+
+
+def test_a_registry_that_is_down_is_told_within_the_open_deadline(tmp_path: Path) -> None:
+    with socket.socket() as listener:  # bound, never accepting: connections are refused
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/x/blobs"
+        lower = LowerConfig(digest="sha256:" + "0" * 64, size=1 << 20)
+        began = time.monotonic()
+        with pytest.raises(ImageOpenError, match="cannot open lower 0 of 1"):
+            open_image(
+                ImageConfig(repo_blob_url=url, lowers=(lower,)),
+                Settings(cache_dir=tmp_path / "cache", read_deadline_s=600, open_deadline_s=0.5),
+            )
+        assert time.monotonic() - began < 300  # far from the read deadline
