@@ -10,6 +10,7 @@ Sources: POSIX.1-2024 pax; GNU tar manual, "Basic Tar Format"; OCI image layer s
 from __future__ import annotations
 
 import re
+import sys
 import tarfile
 from dataclasses import dataclass
 from enum import Enum
@@ -18,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Self, cast
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _NS = 1_000_000_000
 _XATTR_PREFIX = "SCHILY.xattr."
@@ -154,6 +155,8 @@ class TarStream:
             raise self._error(f"not a tar or a damaged one: {error}") from error
         except _PARSE_ERRORS as error:
             raise self._error(f"not a tar or a damaged one: {error}") from error
+        if found is not None and not cast("_CheckedInfo", found).is_checked:
+            raise self._error(f"tar headers cannot be checked with this Python ({sys.version.split()[0]})")
         return found
 
     def _extents(self, info: tarfile.TarInfo, member: Member) -> list[tuple[int, int]]:
@@ -216,10 +219,31 @@ class _CheckedInfo(tarfile.TarInfo):
     # tarfile takes an invalid header that is not the first for the end of the archive. Errors of another class than
     # HeaderError pass through it.
 
+    #: Set by the check: tells that this Python's tarfile came by here.
+    is_checked = False
+
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        return cls._checked(lambda: super(_CheckedInfo, cls).frombuf(buf, encoding, errors))
+
+    # Where releases of 2026 parse headers (3.13.5 of Debian 13 among them); others have no such method.
+    @classmethod
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Self:
+        parse = super()._frombuf  # type: ignore[misc]
+        return cls._checked(lambda: parse(buf, encoding, errors, **options))
+
+    # A pax record may bring the wrong value, a negative size above all.
+    def _proc_member(self, tar: tarfile.TarFile) -> Self:
         try:
-            info = super().frombuf(buf, encoding, errors)
+            found: Self = super()._proc_member(tar)  # type: ignore[misc]
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.StreamError(str(error)) from error
+        return found
+
+    @classmethod
+    def _checked(cls, parse: Callable[[], Self]) -> Self:
+        try:
+            info = parse()
         except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
@@ -230,6 +254,7 @@ class _CheckedInfo(tarfile.TarInfo):
             raise tarfile.StreamError(f"extended header of {info.size} bytes, at most {_MAX_HEADER_SIZE} are allowed")
         if info.type == tarfile.XGLTYPE:
             info.type = _IGNORED_TYPE
+        info.is_checked = True
         return info
 
 
