@@ -8,6 +8,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,6 +24,8 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Reference, Repository
 from obdlab.sources.cache import BlockCache
+from obdlab.sources.cacheadmin import entries
+from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.remote import RemoteBlob
 from tests.registry.server import PASSWORD, USER, RegistryServer, running_registry
 
@@ -170,6 +173,11 @@ def test_remote_blob_through_the_cache(client: RegistryClient, pushed: Repositor
     with BlockCache(tmp_path).open(remote(), DIGEST) as blob:
         pieces = [blob.read_at(start, min(9000, len(DATA) - start)) for start in range(0, len(DATA), 9000)]
         assert b"".join(pieces) == DATA
+    # What was fetched ahead is handed over before it is stored.
+    deadline = time.monotonic() + 30
+    while [entry.cached_bytes for entry in entries(CacheSpace(tmp_path))] != [len(DATA)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     unreachable = Repository("127.0.0.1:1", "nobody", plain_http=True)
     with BlockCache(tmp_path).open(RemoteBlob(client, unreachable, DIGEST, len(DATA)), DIGEST) as blob:
         assert blob.read_at(0, len(DATA)) == DATA
