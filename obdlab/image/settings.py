@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self, get_type_hints
 
 from obdlab.errors import ObdlabError
+from obdlab.image.plainvalues import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 KIB = 1 << 10
 GIB = 1 << 30
@@ -64,19 +68,31 @@ class Settings:
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, for another process."""
-        values = asdict(self)
-        for key in ("cache_dir", "credentials_path"):
-            values[key] = None if values[key] is None else str(values[key])
-        return json.dumps(values)
+        return json.dumps({field.name: to_plain(getattr(self, field.name)) for field in fields(self)})
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote. Raises SettingsError on unknown keys or wrong values."""
-        values = json.loads(text)
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not set(values) <= known:
-            raise SettingsError(f"unknown settings (got {text!r}, wanted keys among {sorted(known)})")
-        for key in ("cache_dir", "credentials_path"):
-            if values.get(key) is not None:
-                values[key] = Path(values[key])
-        return cls(**values)
+    def from_json(cls, text: str | bytes, *, name: str = "settings") -> Self:
+        """Read what :meth:`to_json` wrote, or part of it. Raises SettingsError naming ``name`` and the wrong key."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"{name}: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise SettingsError(f"{name}: not a JSON object (got {type(values).__name__})")
+        return cls().with_values(values, name=name)
+
+    def with_values(self, values: Mapping[str, object], *, name: str) -> Self:
+        """Return a copy changed by parsed JSON. Raises SettingsError naming ``name`` and the wrong key."""
+        hints = get_type_hints(type(self))
+        changes = {}
+        for key, value in values.items():
+            if key not in hints:
+                raise SettingsError(f"{name}: no such setting (got {key!r}, wanted one of {', '.join(hints)})")
+            try:
+                changes[key] = from_plain(value, hints[key])
+            except TypeError as error:
+                raise SettingsError(f"{name}: {key}: wrong value ({error})") from error
+        try:
+            return replace(self, **changes)
+        except SettingsError as error:
+            raise SettingsError(f"{name}: {error}") from error
