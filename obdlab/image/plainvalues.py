@@ -38,7 +38,10 @@ def from_plain(value: object, hint: Any) -> Any:
         if value is None and types.NoneType in arguments:
             return None
         (inner,) = (each for each in arguments if each is not types.NoneType)
-        return from_plain(value, inner)
+        try:
+            return from_plain(value, inner)
+        except TypeError:
+            raise TypeError(_refusal(value, hint)) from None
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(_refusal(value, hint))
