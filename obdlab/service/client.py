@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.devices import fuse_loop, mount
 from obdlab.errors import DeviceError
-from obdlab.service import wire
+from obdlab.service import control, wire
 from obdlab.service.host import SOCKET_NAME
 from obdlab.service.rundir import DeviceRecord, Process, RunDir, device_id_of, held, remove_device
-from obdlab.service.server import CONTROL_NAME
 
 if TYPE_CHECKING:
     from obdlab.image.settings import Settings
@@ -154,12 +153,7 @@ class DeviceService:
 
         Raises DeviceError if there is no such device or its server does not answer.
         """
-        directory = self._run.device(device_id)
-        try:
-            with wire.connect(directory / CONTROL_NAME, 5.0) as connection:
-                return wire.receive(connection, 5.0)
-        except (OSError, DeviceError) as error:
-            raise DeviceError(f"device {device_id}: its server does not answer: {error}") from error
+        return control.ask(self._run.device(device_id), "statistics")
 
     def last_error(self, device_id: str) -> str:
         """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.

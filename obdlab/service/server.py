@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from obdlab.blob import WritableBlob
 from obdlab.devices import abi
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.errors import DeviceError, ObdlabError
-from obdlab.service import wire
+from obdlab.service import control
 from obdlab.service.rundir import Process
 
 if TYPE_CHECKING:
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Asks a server for its statistics: connect, read one message.
-CONTROL_NAME = "control.sock"
 #: The kernel shall take containers before the disk under them.
 _OOM_SCORE_ADJUST = "-999"
 
@@ -68,7 +64,7 @@ def serve(
         report({"error": f"{type(error).__name__}: {error}"})
         return
     try:
-        _answer_statistics(device, blob, directory)
+        control.serve(device, blob, directory)
         report({"ready": _description(device)})
         _wait_for_end(device, device_id)
     finally:
@@ -129,29 +125,3 @@ def _wait_for_end(device: Device, device_id: str) -> None:
                 log.warning("%s: not stopped: %s", device_id, error)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was written is flushed now, and the process ends anyway
     log.info("%s: device gone, server ends", device_id)
-
-
-# Every connection is answered with one message, so that nothing has to be understood here.
-def _answer_statistics(device: Device, blob: Blob, directory: Path) -> None:
-    listener = wire.listen(directory / CONTROL_NAME)
-
-    def answer() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.settimeout(5.0)
-                    wire.send(connection, asdict(device.statistics()) | _blob_statistics(blob))
-                except OSError as error:  # the asker went away
-                    log.info("%s: statistics: %s", directory.name, error)
-
-    threading.Thread(target=answer, name="control", daemon=True).start()
-
-
-# A blob that counts (a cache, a registry blob) says so by a method ``statistics() -> dict``.
-def _blob_statistics(blob: Blob) -> dict[str, Any]:
-    counters = getattr(blob, "statistics", None)
-    return {"source": counters()} if callable(counters) else {}

@@ -1,4 +1,4 @@
-"""How host and clients talk: one JSON object per line over a unix socket, one request and one answer a connection."""
+"""How host, servers and clients talk: a JSON object per line over a unix socket, one request a connection."""
 
 from __future__ import annotations
 
@@ -63,30 +63,50 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
-    """Receive one message within ``timeout_s``. Raises DeviceError if it does not come or is none."""
-    deadline = time.monotonic() + timeout_s
-    data = bytearray()
-    while not data.endswith(b"\n"):
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise DeviceError(f"no answer within {timeout_s:g} s")
-        connection.settimeout(remaining)
+class Messages:
+    """The messages that come in on a connection, one by one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._data = bytearray()
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        """Return the next message. Raises DeviceError if none comes within ``timeout_s``, or it is none."""
+        deadline = time.monotonic() + timeout_s
+        while (end := self._data.find(b"\n")) < 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise DeviceError(f"no answer within {timeout_s:g} s")
+            self._receive_some(remaining)
+        line = bytes(self._data[:end])
+        del self._data[: end + 1]
+        return _parsed(line)
+
+    def _receive_some(self, timeout_s: float) -> None:
+        self._connection.settimeout(timeout_s)
         try:
-            part = connection.recv(1 << 16)
+            part = self._connection.recv(1 << 16)
         except TimeoutError:
-            continue
+            return
         except OSError as error:
             raise ConnectionLostError(f"connection lost: {error.strerror}") from error
         if not part:
-            raise ConnectionLostError(f"connection ended in the middle of a message (got {len(data)} bytes)")
-        if len(data) + len(part) > _LIMIT:
+            raise ConnectionLostError(f"connection ended in the middle of a message (got {len(self._data)} bytes)")
+        if len(self._data) + len(part) > _LIMIT:
             raise DeviceError(f"a message longer than {_LIMIT} bytes")
-        data += part
+        self._data += part
+
+
+def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
+    """Receive the only message within ``timeout_s``. Raises DeviceError if it does not come or is none."""
+    return Messages(connection).receive(timeout_s)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        message = json.loads(data)
-    except ValueError as error:
-        raise DeviceError(f"a message that is no JSON (got {bytes(data[:80])!r})") from error
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DeviceError(f"a message that is no JSON (got {line[:80]!r})") from error
     if not isinstance(message, dict):
-        raise DeviceError(f"a message that is no JSON object (got {bytes(data[:80])!r})")
+        raise DeviceError(f"a message that is no JSON object (got {line[:80]!r})")
     return message

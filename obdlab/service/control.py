@@ -1,0 +1,131 @@
+"""A device server's control socket, in the device's directory: what a running device can be asked for.
+
+A connection carries one request, ``{"op": name, ...}``, and what is answered: any number of ``{"progress": {...}}``,
+then ``{"result": {...}}`` or ``{"error": text}``. Whoever hangs up before the end calls a collection off; nothing
+else stops midway.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.service import wire
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from obdlab.blob import Blob
+    from obdlab.devices.device import Device
+
+    Answer = dict[str, Any]
+    Tell = Callable[[dict[str, Any]], None]
+
+log = logging.getLogger(__name__)
+
+CONTROL_NAME = "control.sock"
+#: An asker sends its request at once and takes what it is told; one that does not is dropped.
+_PEER_TIMEOUT_S = 5.0
+#: Requests under way at a time; more than this is no honest use.
+_MAX_REQUESTS = 16
+
+
+def ask(
+    directory: Path,
+    op: str,
+    arguments: dict[str, Any] | None = None,
+    *,
+    silence_s: float = 5.0,
+    progress: Tell | None = None,
+) -> Answer:
+    """Ask the server of the device at ``directory``; return the result.
+
+    Raises DeviceError if there is no server, it says nothing for ``silence_s``, or it refuses (with its reason).
+    """
+    who = f"device {directory.name}"
+    try:
+        with wire.connect(directory / CONTROL_NAME, _PEER_TIMEOUT_S) as connection:
+            wire.send(connection, {"op": op} | (arguments or {}))
+            messages = wire.Messages(connection)
+            while "progress" in (answer := messages.receive(silence_s)):
+                if progress is not None:
+                    progress(answer["progress"])
+    except (OSError, DeviceError) as error:
+        raise DeviceError(f"{who}: its server does not answer: {error}") from error
+    if "result" in answer:
+        return answer["result"]  # type: ignore[no-any-return]
+    raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")
+
+
+def serve(device: Device, blob: Blob, directory: Path) -> None:
+    """Listen in the device's directory, and answer until the process ends."""
+    listener = wire.listen(directory / CONTROL_NAME)
+    Control(device, blob, directory).start(listener)
+
+
+class Control:
+    """Answers requests for one device. One thread accepts; each request gets a short-lived one of its own."""
+
+    def __init__(self, device: Device, blob: Blob, directory: Path) -> None:
+        self._device = device
+        self._blob = blob
+        self._directory = directory
+        self._free = threading.Semaphore(_MAX_REQUESTS)
+        self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
+            "statistics": self._statistics,
+        }
+
+    def start(self, listener: socket.socket) -> None:
+        """Answer those who connect to ``listener``, in the background."""
+        threading.Thread(target=self._accept, args=(listener,), name="control", daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            self._free.acquire()
+            try:
+                threading.Thread(
+                    target=self._converse, args=(connection,), name="control-request", daemon=True
+                ).start()
+            except RuntimeError:  # no more threads to be had
+                connection.close()
+                self._free.release()
+
+    def _converse(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                request = wire.receive(connection, _PEER_TIMEOUT_S)
+                connection.settimeout(_PEER_TIMEOUT_S)
+                wire.send(connection, self._answer(request, connection))
+        except (OSError, DeviceError) as error:  # the asker went away, or never asked
+            log.info("%s: control: %s", self._directory.name, error)
+        finally:
+            self._free.release()
+
+    def _answer(self, request: dict[str, Any], connection: socket.socket) -> Answer:
+        op = request.get("op")
+        action = self._actions.get(op) if isinstance(op, str) else None
+        if action is None:
+            return {"error": f"unknown request (got {op!r})"}
+        try:
+            return {"result": action(request, lambda state: wire.send(connection, {"progress": state}))}
+        except ObdlabError as error:
+            return {"error": str(error)}
+        except OSError:  # the asker is gone
+            raise
+        except Exception as error:
+            log.exception("%s: %s failed", self._directory.name, op)
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    # A blob that counts (a cache, a registry blob) says so by a method ``statistics() -> dict``.
+    def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
+        counters = getattr(self._blob, "statistics", None)
+        return asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})
