@@ -40,7 +40,7 @@ class Request:
 class Answer:
     """The good answer about to be given; a fault changes it or writes one of its own."""
 
-    handler: Handler
+    handler: Answering
     status: int
     headers: dict[str, str]
     body: bytes
@@ -114,7 +114,7 @@ class FaultyRegistry:
 def faulty_registry(**options: object) -> Iterator[FaultyRegistry]:
     """Run one on a free loopback port."""
     registry = FaultyRegistry(**options)  # type: ignore[arg-type]
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.registry = registry
     registry.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -129,7 +129,9 @@ def faulty_registry(**options: object) -> Iterator[FaultyRegistry]:
         server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """A server whose connections can be cut, and whose threads are waited for."""
+
     daemon_threads = False
     request_queue_size = 128
     registry: FaultyRegistry
@@ -155,14 +157,16 @@ class _Server(ThreadingHTTPServer):
         pass  # clients break off: that is what is tested
 
 
-class Handler(BaseHTTPRequestHandler):
+class Answering(BaseHTTPRequestHandler):
+    """What a fault needs of the connection that it spoils."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server
 
     @property
-    def registry(self) -> FaultyRegistry:
-        return self.server.registry
+    def closing(self) -> threading.Event:
+        """Set when the server ends: whoever is silent on purpose stops then."""
+        raise NotImplementedError
 
     def log_message(self, *args: object) -> None:
         pass
@@ -177,6 +181,18 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+class Handler(Answering):
+    server: Server
+
+    @property
+    def registry(self) -> FaultyRegistry:
+        return self.server.registry
+
+    @property
+    def closing(self) -> threading.Event:
+        return self.registry.closing
 
     def do_GET(self) -> None:
         self._handle()
@@ -325,6 +341,19 @@ def wrong_bytes(answer: Answer) -> None:
     answer.send()
 
 
+def flipped_bits(every: int) -> Fault:
+    """Send the right length with one bit wrong in each stretch of ``every`` bytes."""
+
+    def fault(answer: Answer) -> None:
+        body = bytearray(answer.body)
+        for position in range(min(every, len(body)) // 2, len(body), every):
+            body[position] ^= 0x10
+        answer.body = bytes(body)
+        answer.send()
+
+    return fault
+
+
 def longer_body(answer: Answer) -> None:
     """Send more than the range asked for, under its Content-Range."""
     answer.body += b"more than asked for"
@@ -367,7 +396,7 @@ def chunked_longer(answer: Answer) -> None:
 
 def silence(answer: Answer) -> None:
     """Never answer."""
-    answer.handler.registry.closing.wait()
+    answer.handler.closing.wait()
     answer.handler.close_connection = True
 
 
@@ -382,22 +411,29 @@ def garbage(answer: Answer) -> None:
     answer.handler.close_connection = True
 
 
-def drip(answer: Answer) -> None:
-    """Send the body a byte at a time, ten a second: never silent for long, never done."""
-    answer.handler.start(answer.status, {**answer.headers, "Content-Length": str(len(answer.body))})
-    _drip(answer, answer.body)
+def dripping(interval_s: float) -> Fault:
+    """Send the body a byte at a time: never silent for long, never done."""
+
+    def fault(answer: Answer) -> None:
+        answer.handler.start(answer.status, {**answer.headers, "Content-Length": str(len(answer.body))})
+        _drip(answer, answer.body, interval_s)
+
+    return fault
+
+
+drip = dripping(0.1)
 
 
 def drip_headers(answer: Answer) -> None:
     """Send the very headers a byte at a time."""
-    _drip(answer, b"HTTP/1.1 200 OK\r\n" + b"X-Slow: slow\r\n" * 1000)
+    _drip(answer, b"HTTP/1.1 200 OK\r\n" + b"X-Slow: slow\r\n" * 1000, 0.1)
 
 
-def _drip(answer: Answer, data: bytes) -> None:
+def _drip(answer: Answer, data: bytes, interval_s: float) -> None:
     answer.handler.close_connection = True
     for byte in data:
         answer.handler.wfile.write(bytes([byte]))
-        if answer.handler.registry.closing.wait(0.1):
+        if answer.handler.closing.wait(interval_s):
             return
 
 

@@ -68,15 +68,21 @@ class RegistryServer:
 
 @contextmanager
 def running_registry(
-    directory: Path, *, address: str = "127.0.0.1", htpasswd: bool = False
+    directory: Path,
+    *,
+    address: str = "127.0.0.1",
+    port: int = 0,
+    htpasswd: bool = False,
+    auth: dict[str, object] | None = None,
 ) -> Iterator[RegistryServer]:
     """Run docker-registry with its storage and log under ``directory``, and stop it at the end.
 
-    With ``htpasswd`` it asks for basic authentication (``USER``, ``PASSWORD``).
+    With ``htpasswd`` it asks for basic authentication (``USER``, ``PASSWORD``); ``auth`` is its section on that, if
+    another is wanted. ``port`` 0 is a free one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for _ in range(_STARTS):  # a free port may be taken between finding and using it
-        process, server = _start(directory, address, htpasswd)
+        process, server = _start(directory, f"{address}:{port or _free_port(address)}", htpasswd, auth)
         if _answers(process, server):
             break
         _stop(process)
@@ -96,8 +102,9 @@ def registry_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Regist
         yield server
 
 
-def _start(directory: Path, address: str, htpasswd: bool) -> tuple[subprocess.Popen[bytes], RegistryServer]:
-    host = f"{address}:{_free_port(address)}"
+def _start(
+    directory: Path, host: str, htpasswd: bool, auth: dict[str, object] | None
+) -> tuple[subprocess.Popen[bytes], RegistryServer]:
     storage, log = directory / "storage", directory / "registry.log"
     config: dict[str, object] = {
         "version": "0.1",
@@ -108,6 +115,8 @@ def _start(directory: Path, address: str, htpasswd: bool) -> tuple[subprocess.Po
     if htpasswd:
         (directory / "htpasswd").write_text(_HTPASSWD)
         config["auth"] = {"htpasswd": {"realm": "tests", "path": str(directory / "htpasswd")}}
+    if auth is not None:
+        config["auth"] = auth
     # The registry reads YAML, of which JSON is a subset.
     (directory / "config.yml").write_text(json.dumps(config))
     with log.open("ab") as output:
