@@ -76,6 +76,10 @@ FUSE_TRANSFER_IN = Struct("=QQIIQII")
 FUSE_WRITE_DATA = FUSE_IN_HEADER.size + FUSE_TRANSFER_IN.size
 #: struct fuse_out_header: len, error, unique
 FUSE_OUT_HEADER = Struct("=IiQ")
+#: struct fuse_notify_inval_inode_out: ino, off (negative: attributes only), len
+FUSE_NOTIFY_INVAL_INODE_OUT = Struct("=Qqq")
+#: Notifications have the code in fuse_out_header's error, and unique 0.
+FUSE_NOTIFY_INVAL_INODE = 2
 #: struct fuse_init_in: major, minor, max_readahead, flags (before 7.36 it ends here)
 FUSE_INIT_IN = Struct("=IIII")
 #: struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write,
@@ -110,6 +114,7 @@ FALLOC_FL_ZERO_RANGE = 0x10
 LOOP_MAJOR = 7
 LOOP_CLR_FD = 0x4C01
 LOOP_GET_STATUS64 = 0x4C05
+LOOP_SET_CAPACITY = 0x4C07
 LOOP_CONFIGURE = 0x4C0A
 LOOP_CTL_GET_FREE = 0x4C82
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from obdlab.errors import DeviceError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -41,6 +43,10 @@ class Device(ABC):
     @abstractmethod
     def in_use(self) -> bool:
         """Whether a file system, or another user that claims the whole device, holds it: stopping would break it."""
+
+    def take_on_size(self) -> None:
+        """Be as large as the blob, which has grown. Raises DeviceError, also where the kind cannot."""
+        raise DeviceError(f"{self.path}: a {self.kind} device cannot grow while it is attached")
 
     @abstractmethod
     def statistics(self) -> DeviceStatistics:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi
 from obdlab.devices.crew import Crew, Member
-from obdlab.devices.fuse_ops import DISK_NAME, FuseFile, errno_of
+from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, FuseFile, errno_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -114,6 +114,15 @@ class FuseServer:
             return os.open(DISK_NAME, flags | os.O_CLOEXEC, dir_fd=directory)
         except OSError as error:
             raise DeviceError(f"{self.name}: cannot open the served file: {error.strerror}") from error
+
+    def forget_size(self) -> None:
+        """Have the kernel ask for the file's size when it next wants to know it. Raises DeviceError."""
+        header, body = abi.FUSE_OUT_HEADER, abi.FUSE_NOTIFY_INVAL_INODE_OUT
+        notice = header.pack(header.size + body.size, abi.FUSE_NOTIFY_INVAL_INODE, 0) + body.pack(DISK_ID, -1, 0)
+        try:
+            os.write(self._fd, notice)
+        except OSError as error:
+            raise DeviceError(f"{self.name}: cannot tell the kernel of a new size: {error.strerror}") from error
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nobody holds the file and every request is answered; tell whether that is so."""

@@ -48,7 +48,7 @@ class FuseLoopDevice(Device):
                 f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
             )
         self._directory = directory
-        self._size = blob.size
+        self._blob = blob
         self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads)
         with ExitStack() as failed, ExitStack() as opened:
             root = self._server.start()
@@ -71,7 +71,7 @@ class FuseLoopDevice(Device):
 
     @property
     def size(self) -> int:
-        return self._size
+        return self._blob.size
 
     @property
     def read_only(self) -> bool:
@@ -80,6 +80,10 @@ class FuseLoopDevice(Device):
     @property
     def in_use(self) -> bool:
         return loop.in_use(self._path)
+
+    def take_on_size(self) -> None:
+        self._server.forget_size()
+        loop.update_size(self._path)
 
     def statistics(self) -> DeviceStatistics:
         return self._server.statistics()

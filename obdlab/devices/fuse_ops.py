@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 #: The served file's name in its mount.
 DISK_NAME = "disk"
+#: Its inode number.
+DISK_ID = 2
 
 MIB = 1 << 20
-_DISK_ID = 2
 _FOREVER_S = 1 << 30
 _PAGE = 4096
 #: Requests the kernel sends without waiting for earlier ones (its default, 12, would starve slow sources).
@@ -121,8 +122,8 @@ class FuseFile:
     def _lookup(self, node_id: int, body: memoryview) -> bytes | int:
         if node_id != abi.FUSE_ROOT_ID or bytes(body).rstrip(b"\0") != DISK_NAME.encode():
             return errno.ENOENT
-        entry = abi.FUSE_ENTRY_OUT.pack(_DISK_ID, 0, _FOREVER_S, _FOREVER_S, 0, 0)
-        return entry + self._attr(_DISK_ID)
+        entry = abi.FUSE_ENTRY_OUT.pack(DISK_ID, 0, _FOREVER_S, _FOREVER_S, 0, 0)
+        return entry + self._attr(DISK_ID)
 
     def _getattr(self, node_id: int, _: memoryview) -> bytes | int:
         return abi.FUSE_ATTR_OUT.pack(_FOREVER_S, 0, 0) + self._attr(node_id)
@@ -164,7 +165,7 @@ class FuseFile:
     def _readdir(self, _: int, body: memoryview) -> bytes | int:
         __, offset, size, *___ = abi.FUSE_TRANSFER_IN.unpack_from(body)
         listing = b""
-        names = ((b".", 1, stat.S_IFDIR), (b"..", 1, stat.S_IFDIR), (DISK_NAME.encode(), _DISK_ID, stat.S_IFREG))
+        names = ((b".", 1, stat.S_IFDIR), (b"..", 1, stat.S_IFDIR), (DISK_NAME.encode(), DISK_ID, stat.S_IFREG))
         for position, (name, ino, kind) in enumerate(names[offset:], offset + 1):
             entry = abi.FUSE_DIRENT.pack(ino, position, len(name), kind >> 12) + name
             entry += bytes(-len(entry) % 8)

@@ -55,6 +55,21 @@ def attach(
     return device
 
 
+def update_size(device: Path) -> None:
+    """Have the device take on its backing file's present size. Raises DeviceError."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _label(
+                fd
+            )  # asks for the file's attributes; setting the capacity alone trusts those known, on older kernels
+            fcntl.ioctl(fd, abi.LOOP_SET_CAPACITY)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise DeviceError(f"{device}: cannot take on the new size: {error.strerror}") from error
+
+
 def _free_device() -> Path:
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)

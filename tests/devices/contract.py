@@ -73,6 +73,9 @@ def stop_patiently(device: Device) -> None:
 
 @pytest.mark.kernel
 class DeviceContract(ABC):
+    #: Whether a device of the kind takes on the size of a blob that has grown.
+    grows = True
+
     @abstractmethod
     def make(self, blob: Blob, directory: Path, **options: object) -> Device:
         """Make a device of the kind under test."""
@@ -174,6 +177,28 @@ class DeviceContract(ABC):
                 os.close(fd)
             assert read_direct(device.path, MIB, 2 * MIB) == bytes(2 * MIB)
         assert blob.data == b"x" * MIB + bytes(2 * MIB) + b"x" * MIB
+
+    def test_growing_while_in_use(self, tmp_path: Path) -> None:
+        blob = MemoryWritable(4 * MIB)
+        with self.device(blob, tmp_path) as device:
+            fd = os.open(device.path, os.O_RDWR)
+            try:
+                os.pwrite(fd, b"before", 4 * MIB - 6)
+                blob.data.extend(bytes(5 * MIB))
+                if not self.grows:
+                    with pytest.raises(DeviceError, match="cannot grow"):
+                        device.take_on_size()
+                    return
+                device.take_on_size()
+                assert device.size == 9 * MIB
+                (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+                assert size == 9 * MIB
+                os.pwrite(fd, b"after", 9 * MIB - 5)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            assert read_direct(device.path, 4 * MIB - 4096, 8192) == bytes(4090) + b"before" + bytes(4096)
+        assert blob.data[-5:] == b"after"
 
     def test_concurrent_readers(self, tmp_path: Path) -> None:
         data = random.Random(4).randbytes(8 * MIB)
