@@ -11,16 +11,21 @@ import ssl
 import threading
 import time
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import NewConnectionError, SSLError
 
 from obdlab.registry.deadline import thread_deadline
+from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
+from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from typing import IO
 
 _HOSTS_KEPT = 32
@@ -28,17 +33,48 @@ _HOSTS_KEPT = 32
 _CONNECTIONS_PER_HOST = 64
 # 16 KiB, urllib3's default, costs a syscall and a TLS record set-up more often than needed.
 _SEND_BLOCK = 128 << 10
+# What a server says that dislikes our certificate, or does not speak TLS (as we want it): trying again won't help.
+_FINAL_TLS_REASONS = (
+    "WRONG_VERSION_NUMBER",
+    "HTTP_REQUEST",
+    "UNSUPPORTED_PROTOCOL",
+    "PROTOCOL_VERSION",
+    "HANDSHAKE_FAILURE",
+    "CERTIFICATE_REQUIRED",
+    "BAD_CERTIFICATE",
+    "UNKNOWN_CA",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_UNKNOWN",
+    "UNSUPPORTED_CERTIFICATE",
+    "ACCESS_DENIED",
+)
+_MOST_HOSTS = 256
 
 
 class Transport:
-    """Sends requests over pools of connections. Thread-safe. Redirects are the caller's business."""
+    """Sends requests over pools of connections. Thread-safe. Redirects are the caller's business.
 
-    def __init__(self, *, silence_s: float, user_agent: str) -> None:
+    ``silence_s`` bounds a connect and each silence. With ``unix_socket`` every plain HTTP request goes there.
+    """
+
+    def __init__(
+        self,
+        *,
+        silence_s: float,
+        user_agent: str,
+        tls: TLSOptions | None = None,
+        unix_socket: Path | None = None,
+    ) -> None:
         self._silence_s = silence_s
         self._user_agent = user_agent
+        self._tls_options = tls or TLSOptions()
         self._lock = threading.Lock()
-        self._plain = _pool_manager()
-        self._tls: urllib3.PoolManager | None = None
+        self._dialer = Dialer()
+        self._plain = self._pool_manager(None, unix_socket)
+        # By what holds for a host, since contexts are costly: tens of ms and some MiB with the system's CAs.
+        self._tls: dict[HostTLS, urllib3.PoolManager] = {}
+        self._tls_by_host: dict[str, urllib3.PoolManager] = {}
 
     def send(
         self,
@@ -48,17 +84,23 @@ class Transport:
         *,
         doing: str,
         body: bytes | IO[bytes] | None = None,
+        http_proxy: str = "",
     ) -> urllib3.BaseHTTPResponse:
         """Return the response with its body unread; ``failures.discard`` it if the body is not read to its end.
 
-        Raises RegistryError, temporary unless the URL or the server's certificate is wrong.
+        ``http_proxy``, "http://host:port", is asked for the URL in its host's place.
+        Raises RegistryError, temporary unless the URL or a certificate is wrong.
         """
         timeout = self._timeout(doing)
         try:
-            return self._pools(url).urlopen(
+            manager = self._pools(http_proxy or url)
+            # A pool, unlike their manager, sends a URL as it is: with scheme and host, which a proxy needs.
+            pool = manager.connection_from_url(http_proxy) if http_proxy else manager
+            return pool.urlopen(
                 method,
                 url,
                 redirect=False,
+                assert_same_host=False,
                 retries=False,
                 body=body,
                 headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity", **headers},
@@ -67,46 +109,96 @@ class Transport:
                 decode_content=False,
             )
         except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a header or URL http.client refuses
-            raise from_exception(error, doing) from error
+            refusal = _tls_refusal(error)
+            if refusal is None:
+                raise from_exception(error, doing) from error
+            self._look_again(url)
+            raise RegistryError(f"{doing}: {_host(url)}: {refusal}") from error
 
     def close(self) -> None:
         """Close idle connections; those in use are closed when they are given back."""
-        for manager in (self._plain, self._tls):
-            if manager is None:
-                continue
-            pools = [manager.pools.get(key) for key in manager.pools.keys()]  # noqa: SIM118 - no Mapping to iterate
-            manager.clear()
-            # Left to itself a pool closes them when it is collected, and an error kept somewhere keeps the pool.
-            for pool in pools:
-                if pool is not None:
-                    pool.close()
+        with self._lock:
+            managers = [self._plain, *self._tls.values()]
+        for manager in managers:
+            _close(manager)
 
     def _timeout(self, doing: str) -> urllib3.Timeout:
         deadline = thread_deadline()
         left = self._silence_s if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise RegistryError(f"{doing}: deadline passed", temporary=True)
-        # A name often has two addresses, and each is given the connect time.
+        # The TLS handshake is given the connect time once more.
         return urllib3.Timeout(connect=min(self._silence_s, left / 2), read=self._silence_s)
 
     def _pools(self, url: str) -> urllib3.PoolManager:
         if not url.startswith("https:"):
             return self._plain
+        host = _host(url)
         with self._lock:
-            if self._tls is None:
-                # Loading the CA certificates takes tens of ms and some MiB: only once, and only if wanted.
-                context = ssl.create_default_context()
-                context.sslsocket_class = _DeadlineTLSSocket
-                self._tls = _pool_manager(ssl_context=context)
-            return self._tls
+            manager = self._tls_by_host.get(host)
+            if manager is None:
+                tls = tls_of_host(self._tls_options, host)
+                manager = self._tls.get(tls)
+                if manager is None:
+                    manager = self._tls[tls] = self._pool_manager(make_context(tls))
+                if len(self._tls_by_host) >= _MOST_HOSTS:
+                    self._tls_by_host.clear()
+                self._tls_by_host[host] = manager
+            return manager
+
+    # After a refused certificate the files are read again: they may have been renewed since.
+    def _look_again(self, url: str) -> None:
+        with self._lock:
+            manager = self._tls_by_host.pop(_host(url), None)
+            for key in [key for key, other in self._tls.items() if other is manager]:
+                del self._tls[key]
+        if manager is not None:
+            _close(manager)
+
+    def _pool_manager(self, context: ssl.SSLContext | None, unix_socket: Path | None = None) -> urllib3.PoolManager:
+        options: dict[str, Any] = {}
+        if context is not None:
+            context.sslsocket_class = _DeadlineTLSSocket
+            options["ssl_context"] = context
+        pools = urllib3.PoolManager(
+            num_pools=_HOSTS_KEPT, maxsize=_CONNECTIONS_PER_HOST, block=False, blocksize=_SEND_BLOCK, **options
+        )
+        # How to connect is known to the class of the connections: urllib3 hands nothing else down to them.
+        ways = {"dialer": self._dialer, "unix_socket": unix_socket}
+        plain = type("_PlainConnection", (_PlainConnection,), ways)
+        tls = type("_TLSConnection", (_TLSConnection,), ways)
+        pools.pool_classes_by_scheme = {
+            "http": type("_PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+            "https": type("_TLSPool", (_TLSPool,), {"ConnectionCls": tls}),
+        }
+        return pools
 
 
-def _pool_manager(**options: Any) -> urllib3.PoolManager:
-    pools = urllib3.PoolManager(
-        num_pools=_HOSTS_KEPT, maxsize=_CONNECTIONS_PER_HOST, block=False, blocksize=_SEND_BLOCK, **options
-    )
-    pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TLSPool}
-    return pools
+def _close(manager: urllib3.PoolManager) -> None:
+    pools = [manager.pools.get(key) for key in manager.pools.keys()]  # noqa: SIM118 - no Mapping to iterate
+    manager.clear()
+    # Left to itself a pool closes them when it is collected, and an error kept somewhere keeps the pool.
+    for pool in pools:
+        if pool is not None:
+            pool.close()
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2].lower()
+
+
+def _tls_refusal(error: Exception) -> str | None:
+    # What a TLS failure that will not go away means; None for any other failure.
+    cause: object = error.args[0] if isinstance(error, SSLError) and error.args else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"TLS certificate refused: {cause.verify_message.rstrip('.')}"
+    if not isinstance(cause, ssl.SSLError) or not cause.reason:
+        return None
+    if cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return "does not speak TLS (plain HTTP is spoken only where asked for)"
+    if cause.reason.endswith(_FINAL_TLS_REASONS):
+        return f"TLS refused: {cause.reason.lower().replace('_', ' ')}"
+    return None
 
 
 class _DeadlineMixin:
@@ -143,18 +235,60 @@ class _DeadlineTLSSocket(_DeadlineMixin, ssl.SSLSocket):
     pass
 
 
-class _PlainConnection(HTTPConnection):
+class _DialingMixin:
+    # Connects by name and deadline, or to the unix socket.
+    dialer: Dialer
+    unix_socket: Path | None
+
+    def _new_conn(self) -> socket.socket:
+        this = cast("HTTPConnection", self)
+        seconds = cast("float", this.timeout)
+        try:
+            connection = self._dial(time.monotonic() + seconds)
+        except (socket.gaierror, UnicodeError) as error:
+            raise NewConnectionError(this, f"cannot resolve {this.host} ({_words(error)})") from error
+        except TimeoutError as error:
+            raise NewConnectionError(this, f"cannot connect to {this.host}:{this.port} ({error})") from error
+        except OSError as error:
+            where = self.unix_socket or f"{this.host}:{this.port}"
+            raise NewConnectionError(this, f"cannot connect to {where} ({_words(error)})") from error
+        connection.settimeout(seconds)
+        return connection
+
+    def _dial(self, deadline: float) -> socket.socket:
+        this = cast("HTTPConnection", self)
+        if self.unix_socket is None:
+            outer = thread_deadline()
+            deadline = deadline if outer is None else min(deadline, outer)
+            return self.dialer.dial(this.host, this.port, deadline, this.socket_options or ())
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(max(0.0, deadline - time.monotonic()))
+            connection.connect(str(self.unix_socket))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class _PlainConnection(_DialingMixin, HTTPConnection):
     def _new_conn(self) -> socket.socket:
         plain = super()._new_conn()
-        timeout = plain.gettimeout()
         ours = _DeadlineSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
-        ours.settimeout(timeout)
+        ours.settimeout(cast("float", self.timeout))
         return ours
 
 
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
+class _TLSConnection(_DialingMixin, HTTPSConnection):
+    pass
 
 
 class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = HTTPSConnection
+    def _validate_conn(self, conn: Any) -> None:
+        # urllib3 would also warn, at each connection, that a certificate is not verified; our log says so once.
+        if conn.is_closed:
+            conn.connect()
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -1,0 +1,179 @@
+"""Connecting to a host by name, in time: the resolver may be silent, and an address a black hole.
+
+getaddrinfo knows no time-out, so it runs in a thread of its own. Several addresses are tried in turns, the next one
+when an attempt fails or has been silent for 250 ms, and the first to answer wins (RFC 8305, "Happy Eyeballs").
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Address = tuple[socket.AddressFamily, Any]
+SocketOption = tuple[int, int, int | bytes]
+
+#: "Connection Attempt Delay" of RFC 8305.
+ATTEMPT_DELAY_S = 0.25
+# How long a resolver is waited for when it has told the name's addresses before.
+_PATIENCE_S = 2.0
+_MOST_ADDRESSES = 16
+_MOST_NAMES = 1024
+_FINAL_ERRORS = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+
+
+@dataclass(slots=True)
+class _Query:
+    done: threading.Event = field(default_factory=threading.Event)
+    addresses: list[Address] = field(default_factory=list)
+    error: OSError | UnicodeError | None = None
+
+
+class Dialer:
+    """Opens TCP connections. Thread-safe; remembers what names resolved to, for when the resolver is down."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queries: dict[tuple[str, int], _Query] = {}
+        self._known: dict[tuple[str, int], list[Address]] = {}
+
+    def dial(self, host: str, port: int, deadline: float, options: Iterable[SocketOption] = ()) -> socket.socket:
+        """Return a connected socket without time-out, by ``deadline`` (time.monotonic).
+
+        ``options`` are set on it before it connects (level, name, value). Raises socket.gaierror if the name has no
+        address, TimeoutError at the deadline, OSError naming each address that refused.
+        """
+        addresses = self.resolve(host, port, deadline)
+        connection, address = _connect(addresses, deadline, tuple(options))
+        if address != addresses[0]:  # the others had their chance: first come, first asked
+            with self._lock:
+                self._known[host, port] = [address, *(each for each in addresses if each != address)]
+        return connection
+
+    def resolve(self, host: str, port: int, deadline: float) -> list[Address]:
+        """Return the addresses of a name, those first that should be tried first."""
+        try:
+            return _lookup(host, port, socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            pass  # a name
+        key = (host, port)
+        with self._lock:
+            known = self._known.get(key)
+            query = self._queries.get(key)
+            if query is None:
+                query = self._queries[key] = _Query()
+                threading.Thread(target=self._ask, args=(key, query), name="obdlab-dns", daemon=True).start()
+        left_s = max(0.0, deadline - time.monotonic())
+        answered = query.done.wait(left_s if known is None else min(left_s, _PATIENCE_S))
+        if query.addresses:
+            return _favour(query.addresses, known)
+        final = isinstance(query.error, UnicodeError) or getattr(query.error, "errno", None) in _FINAL_ERRORS
+        if known is not None and not final:
+            return known
+        if not answered:
+            raise TimeoutError(f"no answer from the resolver in time for {host}")
+        if isinstance(query.error, UnicodeError):
+            raise socket.gaierror(socket.EAI_NONAME, "not a host name")
+        raise query.error or socket.gaierror(socket.EAI_NONAME, "no address")
+
+    def _ask(self, key: tuple[str, int], query: _Query) -> None:
+        try:
+            query.addresses = _lookup(*key)
+        except (OSError, UnicodeError) as error:
+            query.error = error
+        finally:
+            with self._lock:
+                self._queries.pop(key, None)
+                if query.addresses:
+                    if len(self._known) >= _MOST_NAMES:
+                        self._known.clear()
+                    self._known[key] = _favour(query.addresses, self._known.get(key))
+            query.done.set()
+
+
+def _lookup(host: str, port: int, flags: int = 0) -> list[Address]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return _interleaved([(family, address) for family, _, _, _, address in found])[:_MOST_ADDRESSES]
+
+
+# Families take turns, beginning with that of the first address: one may be without a route.
+def _interleaved(addresses: Sequence[Address]) -> list[Address]:
+    first = [each for each in addresses if each[0] == addresses[0][0]]
+    other = [each for each in addresses if each[0] != addresses[0][0]]
+    result: list[Address] = []
+    for number in range(max(len(first), len(other))):
+        result += first[number : number + 1] + other[number : number + 1]
+    return result
+
+
+# The address that worked last is asked first, if it is still one.
+def _favour(addresses: list[Address], known: list[Address] | None) -> list[Address]:
+    if not known or known[0] not in addresses:
+        return addresses
+    return [known[0], *(each for each in addresses if each != known[0])]
+
+
+def _connect(
+    addresses: Sequence[Address], deadline: float, options: Sequence[SocketOption]
+) -> tuple[socket.socket, Address]:
+    waiting = deque(addresses)
+    failures: list[str] = []
+    with ExitStack() as attempts, selectors.PollSelector() as selector:
+        next_start = 0.0
+        while waiting or selector.get_map():
+            now = time.monotonic()
+            if now >= deadline:
+                tried = ", ".join(str(key.data[1][0]) for key in selector.get_map().values())
+                raise TimeoutError("; ".join([*failures, f"no answer in time from {tried or 'any address'}"]))
+            if waiting and (now >= next_start or not selector.get_map()):
+                next_start = now + ATTEMPT_DELAY_S
+                address = waiting.popleft()
+                failure = _start(address, options, attempts, selector)
+                if failure:
+                    failures.append(failure)
+                continue
+            until = min(deadline, next_start) if waiting else deadline
+            for key, _ in selector.select(until - now):
+                connection: socket.socket = key.fileobj  # type: ignore[assignment]
+                code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                selector.unregister(connection)
+                if code == 0:
+                    # The other attempts are closed on the way out.
+                    winner = socket.socket(fileno=connection.detach())
+                    winner.setblocking(True)
+                    return winner, key.data
+                failures.append(f"{key.data[1][0]}: {os.strerror(code)}")
+                next_start = now
+    raise ConnectionError("; ".join(failures))
+
+
+def _start(
+    address: Address,
+    options: Sequence[SocketOption],
+    attempts: ExitStack,
+    selector: selectors.BaseSelector,
+) -> str | None:
+    # Returns why the attempt could not even begin.
+    family, place = address
+    try:
+        connection = attempts.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        connection.setblocking(False)
+        for option in options:
+            connection.setsockopt(*option)
+        code = connection.connect_ex(place)
+    except OSError as error:
+        return f"{place[0]}: {error.strerror or error}"
+    if code not in (0, errno.EINPROGRESS):
+        return f"{place[0]}: {os.strerror(code)}"
+    selector.register(connection, selectors.EVENT_WRITE, address)
+    return None
