@@ -1,0 +1,7 @@
+"""ext4 in user space: reading any file system that images hold, and writing those that obdlab makes.
+
+Written from the kernel's documentation, "ext4 Data Structures and Algorithms". No mount, no privileges, and the same
+bytes for the same input on every host.
+"""
+
+from __future__ import annotations

@@ -1,0 +1,155 @@
+"""An empty ext4, the same bytes for the same size everywhere.
+
+Its layout serves reading over a network: no journal, all metadata packed at the front (one flex group, no backups of
+superblock and descriptors in between), inode tables left unwritten, since they read as zeros. UUID and hash seed are
+fixed: converted images are not to be told apart by them.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from obdlab.errors import FormatError
+from obdlab.ext4 import directory
+from obdlab.ext4.layout import (
+    COMPAT,
+    EXTRA_ISIZE,
+    FIRST_INO,
+    INCOMPAT,
+    MAGIC,
+    RO_COMPAT,
+    ROOT_INO,
+    SUPER_OFFSET,
+    SUPER_SIZE,
+    Extent,
+    Group,
+    Inode,
+    InodeFlag,
+    extent_node,
+)
+
+if TYPE_CHECKING:
+    from obdlab.blob import WritableBlob
+
+BLOCK = 4096
+#: One inode for so many bytes of the disk.
+INODE_RATIO = 16384
+#: The least size: below it metadata would not leave room.
+MIN_SIZE = 1 << 20
+MAX_SIZE = 16 << 40
+_PER_GROUP = 8 * BLOCK
+_INODE_SIZE = 256
+_UUID = uuid.UUID("6f62646c-6162-4d69-8d61-6765732d6f31")
+# More groups than any image has: one flex group.
+_LOG_FLEX = 20
+_SIGNED_HASH = 1
+_ACL_AND_USER_XATTR = 0xC
+
+
+def make_filesystem(disk: WritableBlob, size: int | None = None, *, inode_ratio: int = INODE_RATIO) -> None:
+    """Write an empty file system of ``size`` bytes, default all, to a disk that reads as zeros.
+
+    The root directory belongs to root, mode 0755, and is empty: not even lost+found is in it. Raises FormatError for
+    a size that does not do.
+    """
+    blocks = (disk.size if size is None else size) // BLOCK
+    if not MIN_SIZE <= blocks * BLOCK <= min(MAX_SIZE, disk.size):
+        raise FormatError("no size for ext4", blob=disk.name, got=blocks * BLOCK, wanted=f"{MIN_SIZE} to {MAX_SIZE}")
+    shape = _Shape(blocks, inode_ratio)
+    if shape.metadata_end + 1 >= blocks:
+        raise FormatError("metadata leaves no room", blob=disk.name, got=blocks, wanted=shape.metadata_end + 2)
+    root = shape.metadata_end
+    head = _superblock(shape) + shape.descriptors()
+    disk.write_at(SUPER_OFFSET, head[:SUPER_SIZE].ljust(BLOCK - SUPER_OFFSET, b"\0") + head[SUPER_SIZE:])
+    disk.write_at(shape.block_bitmaps * BLOCK, shape.block_bitmap_bytes())
+    disk.write_at(shape.inode_bitmaps * BLOCK, shape.inode_bitmap_bytes())
+    inode = bytearray(BLOCK)
+    Inode(
+        mode=0o40755,
+        links=2,
+        size=BLOCK,
+        sectors=BLOCK // 512,
+        flags=InodeFlag.EXTENTS,
+        block=extent_node([Extent(0, 1, root)], 60),
+    ).write_to(inode, (ROOT_INO - 1) * _INODE_SIZE)
+    disk.write_at(shape.inode_tables * BLOCK, inode)
+    dots = [(b".", ROOT_INO, directory.DIRECTORY), (b"..", ROOT_INO, directory.DIRECTORY)]
+    disk.write_at(root * BLOCK, directory.pack_block(dots, BLOCK))
+
+
+class _Shape:
+    # Where everything is, in blocks.
+    def __init__(self, blocks: int, inode_ratio: int) -> None:
+        groups = -(-blocks // _PER_GROUP)
+        per_block = BLOCK // _INODE_SIZE
+        wanted = max(blocks * BLOCK // inode_ratio // groups, per_block)
+        # Whole blocks of the table, and whole bytes of the bitmap.
+        self.inodes_per_group = min(-(-wanted // per_block) * per_block, _PER_GROUP)
+        self.blocks, self.groups = blocks, groups
+        self.table_blocks = self.inodes_per_group // per_block
+        self.block_bitmaps = 1 + -(-groups * 64 // BLOCK)
+        self.inode_bitmaps = self.block_bitmaps + groups
+        self.inode_tables = self.inode_bitmaps + groups
+        self.metadata_end = self.inode_tables + groups * self.table_blocks
+
+    @property
+    def used_blocks(self) -> int:
+        return self.metadata_end + 1  # and the root directory's
+
+    @property
+    def inodes(self) -> int:
+        return self.groups * self.inodes_per_group
+
+    def descriptors(self) -> bytes:
+        packed = b""
+        for number in range(self.groups):
+            first = number * _PER_GROUP
+            size = min(_PER_GROUP, self.blocks - first)
+            used = max(0, min(size, self.used_blocks - first))
+            packed += Group(
+                block_bitmap=self.block_bitmaps + number,
+                inode_bitmap=self.inode_bitmaps + number,
+                inode_table=self.inode_tables + number * self.table_blocks,
+                free_blocks=size - used,
+                free_inodes=self.inodes_per_group - (FIRST_INO - 1 if number == 0 else 0),
+                directories=int(number == 0),
+            ).to_bytes()
+        return packed
+
+    def block_bitmap_bytes(self) -> bytes:
+        bits = np.zeros(self.groups * _PER_GROUP, np.uint8)
+        bits[: self.used_blocks] = 1
+        bits[self.blocks :] = 1  # past the end counts as used
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def inode_bitmap_bytes(self) -> bytes:
+        bits = np.ones((self.groups, _PER_GROUP), np.uint8)
+        bits[:, : self.inodes_per_group] = 0
+        bits[0, : FIRST_INO - 1] = 1
+        return np.packbits(bits, axis=1, bitorder="little").tobytes()
+
+
+def _superblock(shape: _Shape) -> bytes:
+    raw = bytearray(SUPER_SIZE)
+    free = shape.blocks - shape.used_blocks
+    pack = struct.pack_into
+    pack(
+        "<6I", raw, 0, shape.inodes, shape.blocks & 0xFFFFFFFF, 0, free & 0xFFFFFFFF, shape.inodes - FIRST_INO + 1, 0
+    )
+    pack("<5I", raw, 24, 2, 2, _PER_GROUP, _PER_GROUP, shape.inodes_per_group)
+    # Never mounted, no check by count; clean; errors are gone on from.
+    pack("<HHHHH", raw, 52, 0, 0xFFFF, MAGIC, 1, 1)
+    pack("<I", raw, 76, 1)
+    pack("<IH", raw, 84, FIRST_INO, _INODE_SIZE)
+    pack("<3I", raw, 92, COMPAT, INCOMPAT, RO_COMPAT)
+    raw[104:120] = _UUID.bytes
+    raw[236:252] = _UUID.bytes
+    pack("<BBHI", raw, 252, directory.HALF_MD4, 0, 64, _ACL_AND_USER_XATTR)
+    pack("<3I", raw, 336, shape.blocks >> 32, 0, free >> 32)
+    pack("<HHI", raw, 348, EXTRA_ISIZE, EXTRA_ISIZE, _SIGNED_HASH)
+    raw[372] = _LOG_FLEX
+    return bytes(raw)

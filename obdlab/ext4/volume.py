@@ -1,0 +1,274 @@
+"""Reading an ext4 file system from a blob, without a mount."""
+
+from __future__ import annotations
+
+import stat
+import struct
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError
+from obdlab.ext4 import directory, xattr
+from obdlab.ext4.layout import (
+    ROOT_INO,
+    SUPER_OFFSET,
+    SUPER_SIZE,
+    Extent,
+    Group,
+    Incompat,
+    Inode,
+    InodeFlag,
+    RoCompat,
+    Superblock,
+    parse_node,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.blob import Blob
+
+_READ = 1 << 20
+# Blocks of metadata that are kept: inodes of one block are mostly asked for one after another.
+_RECENT = 1024
+# What a hostile file system may make us hold: entries of one directory, and blocks of its tree of extents.
+_MAX_DIRECTORY = 1 << 30
+_MAX_EXTENT_NODES = 1 << 16
+
+
+class Volume:
+    """An ext4 file system that can be read. Inodes are known by number; names are bytes.
+
+    Raises FormatError, here and in every method, for what is damaged or not known here, and what the blob raises.
+    """
+
+    def __init__(self, disk: Blob) -> None:
+        if disk.size < SUPER_OFFSET + SUPER_SIZE:
+            raise FormatError("too small for ext4", blob=disk.name, got=disk.size)
+        self.name = disk.name
+        self._disk = disk
+        self._recent: dict[int, bytes] = {}
+        raw = disk.read_at(SUPER_OFFSET, SUPER_SIZE)
+        self.superblock = Superblock.parse(raw, disk.size, disk.name)
+        self.block_size = self.superblock.block_size
+        self._groups = self._read_groups()
+
+    def inode(self, number: int) -> Inode:
+        """Return an inode; one that is not in use has mode 0."""
+        block, offset = self._place(number)
+        return Inode.parse(self._metadata(block), offset, self.superblock.inode_size)
+
+    def entries(self, number: int) -> dict[bytes, tuple[int, int]]:
+        """Return a directory's names, with inode number and type, without "." and ".."."""
+        found = {}
+        for block in self._directory_blocks(number):
+            for name, inode, kind in directory.parse_block(block, self.name):
+                if name not in (b".", b".."):
+                    found[name] = (inode, kind)
+        return found
+
+    def lookup(self, path: bytes) -> int | None:
+        """Return the inode number of a path from the root, following no links; None if it is not there."""
+        number = ROOT_INO
+        for part in path.split(b"/"):
+            if part in (b"", b"."):
+                continue
+            if not self.inode(number).is_directory:
+                return None
+            found = self.entries(number).get(part)
+            if found is None:
+                return None
+            number = found[0]
+        return number
+
+    def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
+        """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
+        pending = [(b"", ROOT_INO)]
+        seen = set()
+        while pending:
+            path, number = pending.pop()
+            inode = self.inode(number)
+            yield path, number, inode
+            if not inode.is_directory:
+                continue
+            if number in seen:
+                raise FormatError(f"directory {path!r} is in the tree twice", blob=self.name)
+            seen.add(number)
+            pending += [(path + b"/" + name, child) for name, (child, _) in self.entries(number).items()][::-1]
+
+    def readlink(self, inode: Inode) -> bytes:
+        """Return a symbolic link's text."""
+        if not stat.S_ISLNK(inode.mode) or inode.size > self.block_size:
+            raise FormatError("no symbolic link", blob=self.name, got=oct(inode.mode))
+        if inode.size < len(inode.block) and not inode.flags & InodeFlag.EXTENTS:
+            return inode.block[: inode.size]
+        return self.read(inode, 0, inode.size)
+
+    def xattrs(self, inode: Inode) -> list[xattr.Pair]:
+        """Return the extended attributes."""
+        found = xattr.parse_inline(inode.tail, self.name)
+        if inode.acl_block:
+            self._check_block(inode.acl_block)
+            found += xattr.parse_block(self._metadata(inode.acl_block), self.name)
+        return found
+
+    def extents(self, inode: Inode) -> list[Extent]:
+        """Return where a file's or directory's blocks are, in order; what is between them is a hole."""
+        if inode.flags & InodeFlag.INLINE_DATA:
+            raise FormatError("inline data is not known here", blob=self.name)
+        if not inode.flags & InodeFlag.EXTENTS:
+            return self._mapped_blocks(inode)
+        found: list[Extent] = []
+        nodes = 0
+        pending: list[tuple[bytes | bytearray, int | None]] = [(inode.block, None)]
+        while pending:
+            raw, expected_depth = pending.pop()
+            depth, extents, children = parse_node(raw, self.name)
+            if expected_depth not in (None, depth):
+                raise FormatError("damaged extent tree", blob=self.name, got=depth, wanted=expected_depth)
+            found += extents
+            nodes += len(children)
+            if nodes > _MAX_EXTENT_NODES:
+                raise FormatError("extent tree is too large", blob=self.name, got=nodes, wanted=_MAX_EXTENT_NODES)
+            for _, block in reversed(children):
+                self._check_block(block)
+                pending.append((self._metadata(block), depth - 1))
+        end = 0
+        for extent in found:
+            self._check_block(extent.physical, extent.length)
+            if extent.logical < end or not extent.length:
+                raise FormatError("extents overlap", blob=self.name, got=extent)
+            end = extent.logical + extent.length
+        return found
+
+    def read(self, inode: Inode, offset: int, length: int) -> bytes:
+        """Return a file's bytes, clipped to its size."""
+        length = max(0, min(length, inode.size - offset))
+        return b"".join(self._pieces(inode, offset, length))
+
+    def content(self, inode: Inode) -> Iterator[bytes]:
+        """Yield all of a file's bytes in pieces of at most 1 MiB, holes as zeros."""
+        yield from self._pieces(inode, 0, inode.size)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, inode: Inode, offset: int, length: int) -> Iterator[bytes]:
+        size = self.block_size
+        at, end = offset, offset + length
+        for extent in self.extents(inode):
+            first, last = extent.logical * size, (extent.logical + extent.length) * size
+            if last <= at or extent.unwritten:
+                continue
+            yield from _zeros(min(first, end) - at)
+            at = max(at, min(first, end))
+            while at < min(last, end):
+                count = min(min(last, end) - at, _READ)
+                yield self._disk.read_at(extent.physical * size + at - first, count)
+                at += count
+        yield from _zeros(end - at)
+
+    def _mapped_blocks(self, inode: Inode) -> list[Extent]:
+        # The way of ext2: twelve blocks, then blocks of block numbers, one to three deep.
+        size = self.block_size
+        wanted = min(-(-inode.size // size), 1 << 32)
+        numbers = struct.unpack("<15I", inode.block)
+        found: list[Extent] = []
+        logical = 0
+        for place, number in enumerate(numbers):
+            if logical >= wanted:
+                break
+            logical = self._descend(number, max(0, place - 11), logical, wanted, found)
+        return found
+
+    def _descend(self, number: int, depth: int, logical: int, wanted: int, found: list[Extent]) -> int:
+        span: int = (self.block_size // 4) ** depth
+        if number == 0:
+            return logical + span
+        self._check_block(number)
+        if depth == 0:
+            last = found[-1] if found else None
+            if last and last.logical + last.length == logical and last.physical + last.length == number:
+                found[-1] = Extent(last.logical, last.length + 1, last.physical)
+            else:
+                found.append(Extent(logical, 1, number))
+            return logical + 1
+        raw = self._metadata(number)
+        for at in range(0, len(raw), 4):
+            if logical >= wanted:
+                break
+            child = int.from_bytes(raw[at : at + 4], "little")
+            logical = self._descend(child, depth - 1, logical, wanted, found)
+        return logical
+
+    def _directory_blocks(self, number: int) -> list[bytes | bytearray]:
+        inode = self.inode(number)
+        if not inode.is_directory:
+            raise FormatError(f"inode {number} is no directory", blob=self.name, got=oct(inode.mode))
+        if inode.size > _MAX_DIRECTORY or inode.size % self.block_size:
+            raise FormatError(f"directory {number} has an impossible size", blob=self.name, got=inode.size)
+        return [self._metadata(block) for block in self._block_numbers(inode)]
+
+    def _block_numbers(self, inode: Inode) -> list[int]:
+        wanted = inode.size // self.block_size
+        found = [block for e in self.extents(inode) for block in range(e.physical, e.physical + e.length)]
+        if len(found) < wanted:
+            raise FormatError("directory with a hole", blob=self.name, got=len(found), wanted=wanted)
+        return found[:wanted]
+
+    def _metadata(self, block: int) -> bytes | bytearray:
+        found = self._recent.get(block)
+        if found is None:
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            found = self._recent[block] = self._disk.read_at(block * self.block_size, self.block_size)
+        return found
+
+    def _place(self, number: int) -> tuple[int, int]:
+        # Block, and offset in it, of an inode.
+        if not 0 < number <= self.superblock.inodes:
+            raise FormatError("no such inode", blob=self.name, got=number, wanted=f"1 to {self.superblock.inodes}")
+        group, index = divmod(number - 1, self.superblock.inodes_per_group)
+        block, offset = divmod(index * self.superblock.inode_size, self.block_size)
+        return self._groups[group].inode_table + block, offset
+
+    def _check_block(self, block: int, length: int = 1) -> None:
+        if not 0 < block <= block + length <= self.superblock.blocks:
+            raise FormatError("block outside the file system", blob=self.name, got=(block, length))
+
+    def _read_groups(self) -> list[Group]:
+        superblock = self.superblock
+        per_block = self.block_size // superblock.desc_size
+        wide = superblock.desc_size >= 64
+        found: list[Group] = []
+        blocks = -(-superblock.groups // per_block)
+        for number in range(blocks):
+            raw = self._disk.read_at(self._descriptor_block(number, per_block) * self.block_size, self.block_size)
+            here = min(per_block, superblock.groups - number * per_block)
+            found += [Group.parse(raw, index * superblock.desc_size, wide=wide) for index in range(here)]
+        table = -(-superblock.inodes_per_group * superblock.inode_size // self.block_size)
+        for group in found:
+            self._check_block(group.inode_table, table)
+        return found
+
+    def _descriptor_block(self, number: int, per_block: int) -> int:
+        superblock = self.superblock
+        if not superblock.incompat & Incompat.META_BG or number < superblock.first_meta_bg:
+            return superblock.first_data_block + 1 + number
+        first = number * per_block
+        has_super = first == 0 or not superblock.ro_compat & RoCompat.SPARSE_SUPER or _is_sparse_backup(first)
+        return superblock.first_data_block + first * superblock.blocks_per_group + int(has_super)
+
+
+def _is_sparse_backup(group: int) -> bool:
+    for base in (3, 5, 7):
+        power = base
+        while power < group:
+            power *= base
+        if power == group:
+            return True
+    return group <= 1
+
+
+def _zeros(length: int) -> Iterator[bytes]:
+    while length > 0:
+        yield bytes(min(length, _READ))
+        length -= _READ
