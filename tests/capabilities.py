@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import machine, plugin
+
 REQUIRED = frozenset(filter(None, os.environ.get("OBDLAB_REQUIRE", "").split(",")))
 LONG = os.environ.get("OBDLAB_LONG") == "1"
 
@@ -48,11 +50,23 @@ def missing_for_qemu() -> str:
     return "" if shutil.which("qemu-img") else "qemu-img is not installed"
 
 
+def missing_for_prometheus() -> str:
+    """Why a real Prometheus cannot be run here, or ''."""
+    return "" if shutil.which("prometheus") else "prometheus is not installed"
+
+
+def missing_for_vm() -> str:
+    """Why the virtual machine cannot be run here, or '' (also inside of it)."""
+    return "" if plugin.in_guest() else machine.missing()
+
+
 _PROBES = {
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
     "registry": missing_for_registry,
     "qemu": missing_for_qemu,
+    "vm": missing_for_vm,
+    "prometheus": missing_for_prometheus,
 }
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 KIB = 1 << 10
 GIB = 1 << 30
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class SettingsError(ObdlabError):
@@ -52,6 +54,21 @@ class Settings:
     request_timeout_s: float = 30.0
     #: docker config.json with registry credentials.
     credentials_path: Path | None = None
+    #: Device servers write their operations there (:mod:`obdlab.observe.audit`); None: nowhere.
+    audit_path: Path | None = None
+    #: Bytes of one audit log, and how many are kept, the current one included.
+    audit_size: int = 10 * 1024 * KIB
+    audit_count: int = 3
+    #: How device host and servers log: "text" or "json", into that file (None: host.log in the run directory).
+    log_format: str = "text"
+    log_path: Path | None = None
+    log_size: int = 10 * 1024 * KIB
+    log_count: int = 3
+    #: "debug", "info", "warning" or "error".
+    log_level: str = "info"
+    #: ADDRESS:PORT at which the snapshotter has metrics served, and below which path; "": not.
+    exporter_listen: str = ""
+    exporter_path: str = "/metrics"
 
     def __post_init__(self) -> None:
         unit = self.cache_unit
@@ -65,6 +82,12 @@ class Settings:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
             raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
+        if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
+            raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
+        if self.log_format not in LOG_FORMATS:
+            raise SettingsError(f"log_format: wanted one of {', '.join(LOG_FORMATS)} (got {self.log_format!r})")
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(f"log_level: wanted one of {', '.join(LOG_LEVELS)} (got {self.log_level!r})")
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, for another process."""

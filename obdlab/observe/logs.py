@@ -1,0 +1,119 @@
+"""Logs for machines and for people, in files that do not grow without end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from obdlab.observe.rotation import RotatingFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+TEXT_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+#: What is told of an error among a message's values.
+_ERROR_FIELDS = ("blob", "offset", "tries", "status")
+
+
+class LogFormatError(ValueError):
+    """A log format that there is not."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, pid, process, message; of errors blob, offset, tries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "process": process_name,
+            "message": record.getMessage(),
+        }
+        for error in _errors_of(record):
+            for name in _ERROR_FIELDS:
+                value = getattr(error, name, None)
+                if value not in (None, ""):
+                    entry[name] = value
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+#: Stands in JSON lines; a device server's is its device.
+process_name = "obdlab"
+
+
+def set_process_name(name: str) -> None:
+    """Say whose lines these are from now on."""
+    global process_name
+    process_name = name
+
+
+class RotatingHandler(logging.Handler):
+    """Sends records to a :class:`RotatingFile`."""
+
+    def __init__(self, file: RotatingFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._file.write(self.format(record).encode(errors="replace") + b"\n")
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """How a process logs. ``file`` None: to standard error. Of ``count`` files each has about ``size`` bytes."""
+
+    format: str = "text"
+    file: Path | None = None
+    size: int = 10 << 20
+    count: int = 3
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise LogFormatError(f"log format: wanted one of {', '.join(FORMATS)} (got {self.format!r})")
+        if self.size < 1 or self.count < 1:
+            raise ValueError(f"log rotation: size and count must be at least 1 (got {self.size} and {self.count})")
+
+
+FORMATS = ("text", "json")
+
+
+def set_up(options: LogOptions, level: int, *, follow: Sequence[int] = ()) -> None:
+    """Have all records of at least ``level`` written as ``options`` say, in place of what was set up before.
+
+    ``follow`` are descriptors that shall lead to the log file, too, through all its rotations. Raises OSError if the
+    file cannot be opened.
+    """
+    if options.file is None:
+        handler: logging.Handler = logging.StreamHandler()
+    else:
+        file = RotatingFile(options.file, size=options.size, count=options.count, follow=follow)
+        file.write(b"")
+        handler = RotatingHandler(file)
+    handler.setFormatter(JsonFormatter() if options.format == "json" else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+# An error is told by a message as its text; as "cause" where the text has been made before.
+def _errors_of(record: logging.LogRecord) -> list[BaseException]:
+    found = [argument for argument in record.args or () if isinstance(argument, BaseException)]
+    cause = getattr(record, "cause", None)
+    if isinstance(cause, BaseException):
+        found.append(cause)
+    if record.exc_info and record.exc_info[1] is not None:
+        found.append(record.exc_info[1])
+    return found
