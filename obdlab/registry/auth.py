@@ -1,94 +1,54 @@
-"""Who we are to a registry: credentials, WWW-Authenticate challenges and bearer tokens.
+"""Who we are to a registry: WWW-Authenticate challenges and bearer tokens.
 
-Sources: RFC 9110 section 11 (challenges), RFC 7617 (Basic), the docker registry token specification, docker's
-config.json. Passwords and tokens appear in no message, log or ``repr``.
+Sources: RFC 9110 section 11 (challenges), RFC 7617 (Basic), the docker registry token specification. Passwords and
+tokens appear in no message, log or ``repr``.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import logging
 import re
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
-from obdlab.errors import ObdlabError
+from obdlab.registry.credentials import Credentials as Credentials
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, from_response
-from obdlab.registry.reference import canonical_host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from urllib.parse import SplitResult
 
+    import urllib3
+
+    from obdlab.registry.credentials import CredentialSource, Pair
     from obdlab.registry.reference import Repository
     from obdlab.registry.transport import Transport
 
-_MAX_CONFIG = 1 << 20
+logger = logging.getLogger(__name__)
+
 _MAX_TOKEN_ANSWER = 256 << 10
 _MAX_CHALLENGE = 8192
-# What a token is worth if its server does not say (docker registry token specification).
+# What a token is worth if its server does not say (docker registry token specification). One said to be worth next to
+# nothing is used until it is refused, not asked for anew by each request.
 _DEFAULT_EXPIRY_S = 60.0
+_SHORTEST_EXPIRY_S = 0.1
 _LONGEST_EXPIRY_S = 86400.0
 # A token is renewed this part of its life before its end, so that none expires on its way.
 _EXPIRY_MARGIN = 0.1
-
-
-class CredentialsError(ObdlabError):
-    """A credentials file is not what docker's config.json is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """User names and passwords by registry host, or by host and the beginning of a repository name."""
-
-    _entries: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def load(cls, path: Path | str | None) -> Self:
-        """Read a docker config.json; ``None`` gives no credentials. Raises CredentialsError."""
-        if path is None:
-            return cls()
-        try:
-            with Path(path).open("rb") as file:
-                text = file.read(_MAX_CONFIG + 1)
-        except OSError as error:
-            raise CredentialsError(f"{path}: cannot read credentials: {error.strerror}") from error
-        if len(text) > _MAX_CONFIG:
-            raise CredentialsError(f"{path}: credentials file larger than {_MAX_CONFIG} bytes")
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, text: bytes, name: str = "credentials") -> Self:
-        """Read the content of a docker config.json. Raises CredentialsError."""
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
-            raise CredentialsError(f"{name}: not JSON") from None  # the parser's message may quote a password
-        auths = document.get("auths", {}) if isinstance(document, dict) else None
-        if not isinstance(auths, dict):
-            raise CredentialsError(f'{name}: wanted an object with "auths", an object too')
-        found = {}
-        for key, entry in auths.items():
-            pair = _pair(entry)
-            if pair is not None:
-                found[_auths_key(key)] = pair
-        return cls(found)
-
-    def find(self, host: str, repository: str) -> tuple[str, str] | None:
-        """Return (user, password) of the longest key that is ``host`` or ``host/beginning/of/repository``."""
-        parts = [canonical_host(host), *repository.split("/")]
-        for length in range(len(parts), 0, -1):
-            pair = self._entries.get("/".join(parts[:length]))
-            if pair is not None:
-                return pair
-        return None
+# How soon to try again to renew a token that still holds.
+_RENEW_AGAIN_S = 1.0
+# The first request of many is waited for so long; a slow one must not hold up the others for good.
+_FIRST_WAIT_S = 2.0
+_LONGEST_WAIT_S = 600.0
+# How token servers say that they do not like user or password.
+_REFUSALS = (400, 401, 403)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,66 +95,172 @@ def parse_challenges(header: str) -> list[Challenge]:
 
 @dataclass(slots=True)
 class _Grant:
-    # The Authorization header in use for one repository and set of actions.
+    # What is known of one repository and set of actions: the Authorization header in use, and where it came from.
     lock: threading.Lock = field(default_factory=threading.Lock)
+    first: threading.Lock = field(default_factory=threading.Lock)
+    #: Whether an answer of the registry has shown if it wants a header.
+    settled: bool = False
     header: str | None = field(default=None, repr=False)
+    pair: Pair | None = field(default=None, repr=False)
+    challenges: Sequence[str] = ()
+    renew: float = 0.0
     expires: float = 0.0
+    trouble: str = ""
 
 
 class Authenticator:
     """Answers challenges and remembers the answers, per registry, repository and actions ("pull", "pull,push")."""
 
-    def __init__(self, credentials: Credentials, transport: Transport) -> None:
+    def __init__(self, credentials: CredentialSource, transport: Transport) -> None:
         self._credentials = credentials
         self._transport = transport
         self._lock = threading.Lock()
         self._grants: dict[tuple[str, str, str], _Grant] = {}
 
-    def header(self, repository: Repository, actions: str) -> str | None:
-        """Return the Authorization header to send, or None if nothing is known (yet) or it has expired."""
-        grant = self._grant(repository, actions)
-        return grant.header if time.monotonic() < grant.expires else None
+    def exchange(
+        self,
+        repository: Repository,
+        actions: str,
+        url: str,
+        send: Callable[[str | None], urllib3.BaseHTTPResponse],
+        *,
+        doing: str,
+    ) -> urllib3.BaseHTTPResponse:
+        """Return the answer to a request of ``url``; any status but 401 is the caller's.
 
-    def answer(self, repository: Repository, actions: str, challenges: Sequence[str], refused: str | None) -> str:
-        """Return a new header after one (or none, None) was refused with 401 and these challenges.
-
-        Threads refused at the same time share one new token. Raises RegistryError, permanent unless the token
-        server failed for a while.
+        ``send`` sends it with the Authorization header it is given, a second time if the first was refused. Where
+        a challenge is likely, the first request of many goes ahead alone, and the others share the token it gets.
+        Raises RegistryError, permanent unless the token server failed for a while.
         """
         grant = self._grant(repository, actions)
-        with _within_deadline(grant.lock):
-            if grant.header is not None and grant.header != refused and time.monotonic() < grant.expires:
-                return grant.header  # another thread was faster
-            grant.header = None
-            header, life_s = self._negotiate(repository, actions, challenges)
-            if header == refused and life_s is None:
-                raise RegistryError("registry refuses the credentials", status=401)
-            life_s = float("inf") if life_s is None else life_s
-            grant.expires = time.monotonic() + life_s * (1 - _EXPIRY_MARGIN)
-            grant.header = header
-            return header
+        with self._first_contact(grant, repository):
+            header = self._header(grant, repository, actions, url)
+            response = send(header)
+            if response.status != 401:
+                grant.settled = True
+                return response
+            challenges = response.headers.getlist("WWW-Authenticate")
+            discard(response)
+            header = self._answer(grant, repository, actions, url, challenges, header)
+        response = send(header)
+        if response.status == 401:
+            raise _told(from_response(response, doing), grant.trouble)
+        return response
+
+    def header(self, repository: Repository, actions: str) -> str | None:
+        """Return the Authorization header in use, or None if there is none (yet) or it has expired."""
+        return self._header(self._grant(repository, actions), repository, actions, repository.blobs_url)
+
+    def answer(self, repository: Repository, actions: str, challenges: Sequence[str], refused: str | None) -> str:
+        """Return a new header after one (or none, None) was refused with 401 and these challenges."""
+        grant = self._grant(repository, actions)
+        return self._answer(grant, repository, actions, repository.blobs_url, challenges, refused)
 
     def _grant(self, repository: Repository, actions: str) -> _Grant:
         key = (repository.api_host, repository.name, actions)
         with self._lock:
             return self._grants.setdefault(key, _Grant())
 
-    def _negotiate(self, repository: Repository, actions: str, challenges: Sequence[str]) -> tuple[str, float | None]:
-        # Returns the header and how long it is good for (None: for ever).
-        pair = self._credentials.find(repository.host, repository.name)
+    @contextmanager
+    def _first_contact(self, grant: _Grant, repository: Repository) -> Iterator[None]:
+        # An open registry would only lose a round trip, so that those likely to be open are asked by all at once.
+        if grant.settled or (repository.plain_http and not self._credentials.likely(repository)):
+            yield
+            return
+        alone = grant.first.acquire(timeout=min(_FIRST_WAIT_S, _left_s()))
+        if alone and grant.settled:
+            grant.first.release()
+            alone = False
+        try:
+            yield
+        finally:
+            if alone:
+                grant.first.release()
+
+    def _header(self, grant: _Grant, repository: Repository, actions: str, url: str) -> str | None:
+        now = time.monotonic()
+        if grant.header is None or now < grant.renew:
+            return grant.header
+        # One renews in good time, while the others go on with what they have; once it has expired they wait.
+        expired = now >= grant.expires
+        if not grant.lock.acquire(timeout=_left_s() if expired else 0):
+            return None if expired else grant.header
+        try:
+            if time.monotonic() >= grant.renew:
+                self._renew(grant, repository, actions, url)
+            return grant.header
+        finally:
+            grant.lock.release()
+
+    def _renew(self, grant: _Grant, repository: Repository, actions: str, url: str) -> None:
+        try:
+            self._negotiate(grant, repository, actions, url, grant.challenges, None)
+        except RegistryError as error:
+            now = time.monotonic()
+            if now >= grant.expires:
+                grant.header = None  # the registry's challenge will tell what is wrong
+            else:
+                grant.renew = min(grant.expires, now + _RENEW_AGAIN_S)
+                logger.info("%s: token not renewed yet: %s", repository, error)
+
+    def _answer(
+        self,
+        grant: _Grant,
+        repository: Repository,
+        actions: str,
+        url: str,
+        challenges: Sequence[str],
+        refused: str | None,
+    ) -> str:
+        # Returns a new header after one (or none) was refused. Threads refused at the same time share it.
+        with _within_deadline(grant.lock):
+            if grant.header is not None and grant.header != refused and time.monotonic() < grant.expires:
+                return grant.header  # another thread was faster
+            refused_pair = grant.pair if refused is not None and refused.startswith("Basic ") else None
+            grant.header = None
+            header = self._negotiate(grant, repository, actions, url, challenges, refused_pair)
+            grant.settled = True
+            if header == refused and refused_pair is not None:
+                grant.header = None
+                raise _told(RegistryError("registry refuses the credentials", status=401), grant.trouble)
+            return header
+
+    def _negotiate(
+        self,
+        grant: _Grant,
+        repository: Repository,
+        actions: str,
+        url: str,
+        challenges: Sequence[str],
+        refused: Pair | None,
+    ) -> str:
+        found = self._credentials.look_up(repository, url, refused)
         offered = [challenge for text in challenges for challenge in parse_challenges(text)]
-        for challenge in offered:
-            if challenge.scheme == "bearer" and challenge.parameters.get("realm"):
-                return self._fetch_token(repository, actions, challenge.parameters, pair)
-        if any(challenge.scheme == "basic" for challenge in offered):
-            if pair is None:
-                raise RegistryError("registry wants a user and password, and none are configured", status=401)
-            return _basic(pair), None
-        schemes = sorted({challenge.scheme for challenge in offered}) or "no challenge"
-        raise RegistryError(f"registry answered 401 without a usable challenge (got {schemes})", status=401)
+        life_s = float("inf")
+        bearer = next((each for each in offered if each.scheme == "bearer" and each.parameters.get("realm")), None)
+        if bearer is not None:
+            try:
+                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair)
+            except RegistryError as error:
+                found, before = self._credentials.look_up(repository, url, found.pair or ("", "")), found
+                if error.status not in _REFUSALS or found.pair in (None, before.pair):
+                    raise _told(error, found.trouble) from error
+                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair)
+        elif any(challenge.scheme == "basic" for challenge in offered):
+            if found.pair is None:
+                what = "registry wants a user and password, and none are configured"
+                raise _told(RegistryError(what, status=401), found.trouble)
+            header = _basic(found.pair)
+        else:
+            schemes = sorted({challenge.scheme for challenge in offered}) or "no challenge"
+            raise RegistryError(f"registry answered 401 without a usable challenge (got {schemes})", status=401)
+        now = time.monotonic()
+        grant.renew, grant.expires = now + life_s * (1 - _EXPIRY_MARGIN), now + life_s
+        grant.header, grant.pair, grant.challenges, grant.trouble = header, found.pair, challenges, found.trouble
+        return header
 
     def _fetch_token(
-        self, repository: Repository, actions: str, parameters: Mapping[str, str], pair: tuple[str, str] | None
+        self, repository: Repository, actions: str, parameters: Mapping[str, str], pair: Pair | None
     ) -> tuple[str, float]:
         realm = parameters["realm"]
         parts = _split_realm(realm)
@@ -216,11 +282,22 @@ class Authenticator:
         return _read_token(text, doing)
 
 
+def _told(error: RegistryError, trouble: str) -> RegistryError:
+    # Why there are no (other) credentials is what the reader of a refusal needs to know.
+    if not trouble:
+        return error
+    return RegistryError(f"{error.what}; {trouble}", temporary=error.temporary, status=error.status)
+
+
+def _left_s() -> float:
+    deadline = thread_deadline()
+    return _LONGEST_WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
+
+
 @contextmanager
 def _within_deadline(lock: threading.Lock) -> Iterator[None]:
     # Another thread may be asking a token server that does not answer, and have more time than we.
-    deadline = thread_deadline()
-    if not lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+    if not lock.acquire(timeout=_left_s()):
         raise RegistryError("no token within the deadline", temporary=True)
     try:
         yield
@@ -237,7 +314,11 @@ def _read_token(text: bytes, doing: str) -> tuple[str, float]:
         token, life_s = None, None
     if not isinstance(token, str) or not token.isascii() or not token.isprintable() or not token:
         raise RegistryError(f"{doing}: answer holds no token", status=401)
-    if not isinstance(life_s, int | float) or isinstance(life_s, bool) or not 0 < life_s <= _LONGEST_EXPIRY_S:
+    if (
+        not isinstance(life_s, int | float)
+        or isinstance(life_s, bool)
+        or not (_SHORTEST_EXPIRY_S <= life_s <= _LONGEST_EXPIRY_S)
+    ):
         life_s = _DEFAULT_EXPIRY_S
     return f"Bearer {token}", float(life_s)
 
@@ -253,29 +334,5 @@ def _split_realm(realm: str) -> SplitResult:
     return parts
 
 
-def _basic(pair: tuple[str, str]) -> str:
+def _basic(pair: Pair) -> str:
     return "Basic " + base64.b64encode(f"{pair[0]}:{pair[1]}".encode()).decode("ascii")
-
-
-def _pair(entry: object) -> tuple[str, str] | None:
-    # "auth" wins over the two plain fields; an entry without a usable pair is skipped, as docker does.
-    if not isinstance(entry, dict):
-        return None
-    auth = entry.get("auth")
-    if isinstance(auth, str) and auth:
-        try:
-            user, colon, password = base64.b64decode(auth).decode().partition(":")
-        except (binascii.Error, ValueError):
-            return None
-        return (user, password.rstrip("\0")) if colon else None
-    name, secret = entry.get("username"), entry.get("password")
-    return (name, secret) if isinstance(name, str) and isinstance(secret, str) and name else None
-
-
-def _auths_key(key: str) -> str:
-    # Keys are "host", "host/path" or, older, URLs: "https://index.docker.io/v1/".
-    bare = re.sub(r"^https?://", "", key).rstrip("/")
-    host, slash, path = bare.partition("/")
-    if path in ("v1", "v2"):
-        slash, path = "", ""
-    return f"{canonical_host(host)}{slash}{path}"

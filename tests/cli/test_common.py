@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli import common
-from obdlab.registry.auth import CredentialsError
+from obdlab.registry.credentials import CredentialsError
 
 
 def credentials() -> Path | None:

@@ -22,7 +22,8 @@ from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
-from obdlab.registry.auth import Credentials, parse_challenges
+from obdlab.registry.auth import parse_challenges
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.reference import Reference
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdlab.registry.auth import Challenge, Credentials, CredentialsError, parse_challenges
+from obdlab.registry.auth import Challenge, parse_challenges
+from obdlab.registry.credentials import Credentials, CredentialsError
 
 
 def config(**auths: object) -> bytes:

@@ -265,7 +265,8 @@ def test_expired_token_is_not_sent() -> None:
         time.sleep(0.25)
         assert read(client, registry) == WANTED
         assert registry.tokens_issued == 2
-        assert registry.blob_requests()[-2].authorization is None
+        sent = [request.authorization for request in registry.blob_requests()]
+        assert sent == [None, "Bearer token-1", "Bearer token-2"]
         client.close()
 
 

@@ -1,0 +1,371 @@
+"""Users and passwords for registries: docker's config.json, its helper programs, and services that are asked.
+
+Sources: docker's config.json ("auths", "credHelpers", "credsStore"), its credential helper protocol, and overlaybd's
+credentialConfig (``GET <address>?remote_url=<URL>``). Passwords appear in no message, log or ``repr``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+from obdlab.errors import ObdlabError
+from obdlab.registry.deadline import deadline_of_thread, thread_deadline
+from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard
+from obdlab.registry.reference import canonical_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from obdlab.registry.reference import Repository
+    from obdlab.registry.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
+
+_MAX_CONFIG = 1 << 20
+_MAX_ANSWER = 256 << 10
+#: A file is looked at again at most so often, unless its credentials were just refused.
+_LOOK_S = 1.0
+# How long a service's or helper's answer is good: they hand out short-lived passwords.
+_ANSWER_LIFE_S = 30.0
+# A source that failed is not asked again by every request.
+_FAILURE_LIFE_S = 1.0
+_MOST_ANSWERS = 1024
+_HELPER_TIMEOUT_S = 10.0
+_HELPER_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+# What helpers say instead of failing when they have nothing (docker credential helper protocol).
+_NOT_FOUND = "credentials not found in native keychain"
+# Docker Hub's key in "credHelpers" and for helpers.
+_HUB_SERVER = "https://index.docker.io/v1/"
+
+
+class CredentialsError(ObdlabError):
+    """Credentials cannot be read, or are not what they should be."""
+
+
+class Found(NamedTuple):
+    """What a source has: user and password, or none; and what is wrong with the source, if something is."""
+
+    pair: Pair | None
+    trouble: str = ""
+
+    def __repr__(self) -> str:
+        return f"Found({'a pair' if self.pair else 'none'}, trouble={self.trouble!r})"
+
+
+_NOTHING = Found(None)
+
+
+class CredentialSource(Protocol):
+    """Where credentials come from. Thread-safe."""
+
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+        """Return credentials for a request of ``url``. ``refused`` were just not accepted: look anew.
+
+        Raises nothing: without credentials a registry may still let us in, and if not, ``trouble`` says why not.
+        """
+
+    def likely(self, repository: Repository) -> bool:
+        """Tell, without asking anybody, whether there may be credentials for the repository."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """User names and passwords by registry host, or by host and the beginning of a repository name."""
+
+    _entries: Mapping[str, Pair] = field(default_factory=dict, repr=False)
+    #: Helper programs ("ecr-login" for docker-credential-ecr-login) by host; under "" that for all others.
+    helpers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path | str | None) -> Self:
+        """Read a docker config.json; ``None`` gives no credentials. Raises CredentialsError."""
+        if path is None:
+            return cls()
+        try:
+            with Path(path).open("rb") as file:
+                text = file.read(_MAX_CONFIG + 1)
+        except OSError as error:
+            raise CredentialsError(f"{path}: cannot read credentials: {error.strerror}") from error
+        if len(text) > _MAX_CONFIG:
+            raise CredentialsError(f"{path}: credentials file larger than {_MAX_CONFIG} bytes")
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, name: str = "credentials") -> Self:
+        """Read the content of a docker config.json. Raises CredentialsError."""
+        document = _object(text, name)
+        auths = document.get("auths", {})
+        if not isinstance(auths, dict):
+            raise CredentialsError(f'{name}: wanted an object with "auths", an object too')
+        found = {}
+        for key, entry in auths.items():
+            pair = _pair(entry)
+            if pair is not None:
+                found[_auths_key(key)] = pair
+        return cls(found, _helpers(document))
+
+    def find(self, host: str, repository: str) -> Pair | None:
+        """Return (user, password) of the longest key that is ``host`` or ``host/beginning/of/repository``."""
+        parts = [canonical_host(host), *repository.split("/")]
+        for length in range(len(parts), 0, -1):
+            pair = self._entries.get("/".join(parts[:length]))
+            if pair is not None:
+                return pair
+        return None
+
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+        """Return what :meth:`find` has for the repository."""
+        return Found(self.find(repository.host, repository.name))
+
+    def likely(self, repository: Repository) -> bool:
+        """Tell whether there is an entry, or a helper program to ask."""
+        return self.find(repository.host, repository.name) is not None or bool(_helper_of(self, repository.host))
+
+
+class CredentialsFile:
+    """A docker config.json that is read again when it has changed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises nothing: a file that is not there (yet) matters when a registry asks for credentials."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen: tuple[int, ...] | None = None
+        self._looked = float("-inf")
+        self._credentials = Credentials()
+        self._trouble = ""
+        self._helpers = _Remembered(_ask_helper)
+
+    def __repr__(self) -> str:
+        return f"CredentialsFile({str(self._path)!r})"
+
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+        """Return the file's entry for the repository, or what the helper program that it names says."""
+        credentials, trouble = self._current(anew=refused is not None)
+        pair = credentials.find(repository.host, repository.name)
+        if pair is None and (helper := _helper_of(credentials, repository.host)):
+            return self._helpers.get((helper, repository.host), refused)
+        return Found(pair, trouble)
+
+    def likely(self, repository: Repository) -> bool:
+        """Tell whether the file has an entry for the repository, or names a helper program."""
+        return self._current(anew=False)[0].likely(repository)
+
+    def _current(self, *, anew: bool) -> tuple[Credentials, str]:
+        with self._lock:
+            now = time.monotonic()
+            if anew or now - self._looked >= _LOOK_S:
+                self._looked = now
+                self._read_if_changed(anew=anew)
+            return self._credentials, self._trouble
+
+    def _read_if_changed(self, *, anew: bool) -> None:
+        try:
+            state = os.stat(self._path)
+            seen = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        except OSError:
+            seen = None  # reading it will tell why
+        if seen is not None and seen == self._seen and not anew:
+            return
+        try:
+            self._credentials, self._seen, self._trouble = Credentials.load(self._path), seen, ""
+        except CredentialsError as error:
+            # Those read before stay good: a file may be caught half written, or gone for a moment.
+            if str(error) != self._trouble:
+                logger.warning("%s; going on with what was known before, if anything", error)
+            self._seen, self._trouble = None, str(error)
+
+
+class CredentialsService:
+    """A service that is asked for credentials by HTTP, TLS or over a unix socket, as overlaybd does."""
+
+    def __init__(self, address: str, transport: Transport, *, timeout_s: float) -> None:
+        """``address`` is a URL; the transport knows which certificates or socket go with it."""
+        self._address = address
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._answers = _Remembered(self._ask)
+
+    def __repr__(self) -> str:
+        return f"CredentialsService({self._address!r})"
+
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+        """Ask the service, unless it answered for this repository in the last 30 s and was right."""
+        return self._answers.get((repository.host, repository.name), refused, url)
+
+    def likely(self, repository: Repository) -> bool:
+        """Whoever runs such a service has registries that want credentials."""
+        return True
+
+    def _ask(self, key: tuple[str, ...], url: str) -> Found:
+        host, name = key
+        doing = f"asking {self._address} for credentials"
+        # Not URL-encoded, as the services that exist expect it; what could end the query is.
+        asked = url.replace("&", "%26").replace("#", "%23")
+        separator = "&" if "?" in self._address else "?"
+        try:
+            with deadline_of_thread(time.monotonic() + self._timeout_s):
+                text = self._fetch(f"{self._address}{separator}remote_url={asked}", doing)
+            return Found(_service_credentials(text, doing).find(host, name))
+        except ObdlabError as error:
+            logger.warning("%s; going on without", error)
+            return Found(None, str(error))
+
+    def _fetch(self, url: str, doing: str) -> bytes:
+        response = self._transport.send("GET", url, {"Accept": "application/json"}, doing=doing)
+        try:
+            if response.status != 200:
+                # What it says may well quote what it must not.
+                raise RegistryError(f"{doing}: answered {response.status}", status=response.status)
+            return response.read(_MAX_ANSWER + 1)
+        except TRANSPORT_ERRORS as error:
+            raise CredentialsError(f"{doing}: no whole answer ({type(error).__name__})") from error
+        finally:
+            discard(response)
+
+
+@dataclass(slots=True)
+class _Answer:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    found: Found = _NOTHING
+    ends: float = float("-inf")
+
+
+class _Remembered:
+    # Answers of a slow source by key: asked for once at a time, good for a while, and not after a refusal.
+    def __init__(self, ask: Callable[..., Found]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._answers: dict[tuple[str, ...], _Answer] = {}
+
+    def get(self, key: tuple[str, ...], refused: Pair | None, *rest: str) -> Found:
+        with self._lock:
+            if len(self._answers) >= _MOST_ANSWERS:
+                self._answers.clear()
+            answer = self._answers.setdefault(key, _Answer())
+        deadline = thread_deadline()
+        if not answer.lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            return Found(None, "no credentials within the deadline")
+        try:
+            good = time.monotonic() < answer.ends and (refused is None or answer.found.pair != refused)
+            if not good:
+                answer.found = self._ask(key, *rest)
+                life_s = _FAILURE_LIFE_S if answer.found.trouble else _ANSWER_LIFE_S
+                answer.ends = time.monotonic() + life_s
+            return answer.found
+        finally:
+            answer.lock.release()
+
+
+def _service_credentials(text: bytes, doing: str) -> Credentials:
+    # {"traceId": ..., "success": true, "data": {"auths": {...}}}
+    if len(text) > _MAX_ANSWER:
+        raise CredentialsError(f"{doing}: answer larger than {_MAX_ANSWER} bytes")
+    document = _object(text, doing)
+    if document.get("success") is not True:
+        raise CredentialsError(f"{doing}: the answer says no success")
+    return Credentials.parse(json.dumps(document.get("data")).encode(), doing)
+
+
+def _ask_helper(key: tuple[str, ...]) -> Found:
+    helper, host = key
+    program = shutil.which(f"docker-credential-{helper}")
+    name = f"docker-credential-{helper}"
+    if program is None:
+        return Found(None, f"{name}: no such program, though the credentials file names it")
+    deadline = thread_deadline()
+    timeout_s = _HELPER_TIMEOUT_S if deadline is None else min(_HELPER_TIMEOUT_S, deadline - time.monotonic())
+    server = _HUB_SERVER if host == "docker.io" else host
+    try:
+        done = subprocess.run(
+            [program, "get"], input=server.encode(), capture_output=True, timeout=max(0.1, timeout_s), check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Found(None, f"{name}: {'no answer in time' if not isinstance(error, OSError) else error.strerror}")
+    if done.returncode != 0:
+        nothing = _NOT_FOUND in (done.stdout + done.stderr).decode(errors="replace")
+        return Found(None, "" if nothing else f"{name}: failed with status {done.returncode}")
+    return _helper_answer(done.stdout, name)
+
+
+def _helper_answer(text: bytes, name: str) -> Found:
+    try:
+        document = _object(text, name)
+    except CredentialsError as error:
+        return Found(None, str(error))
+    pair = _as_pair(document.get("Username"), document.get("Secret"))
+    if pair is None:
+        return Found(None, f"{name}: answer without Username and Secret")
+    if pair[0] == "<token>":
+        return Found(None, f"{name}: gives an identity token, which is not supported")
+    return Found(pair)
+
+
+def _helper_of(credentials: Credentials, host: str) -> str:
+    return credentials.helpers.get(host) or credentials.helpers.get("", "")
+
+
+def _helpers(document: Mapping[str, object]) -> dict[str, str]:
+    table = document.get("credHelpers")
+    named = {**(table if isinstance(table, dict) else {}), "": document.get("credsStore")}
+    return {
+        _auths_key(host) if host else "": helper
+        for host, helper in named.items()
+        if isinstance(helper, str) and _HELPER_NAME.fullmatch(helper)
+    }
+
+
+def _object(text: bytes, name: str) -> dict[str, object]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CredentialsError(f"{name}: not JSON") from None  # the parser's message may quote a password
+    if not isinstance(document, dict):
+        raise CredentialsError(f"{name}: not a JSON object")
+    return document
+
+
+def _pair(entry: object) -> Pair | None:
+    # "auth" wins over the two plain fields; an entry without a usable pair is skipped, as docker does.
+    if not isinstance(entry, dict):
+        return None
+    auth = entry.get("auth")
+    if isinstance(auth, str) and auth:
+        try:
+            user, colon, password = base64.b64decode(auth).decode().partition(":")
+        except (binascii.Error, ValueError):
+            return None
+        return (user, password.rstrip("\0")) if colon else None
+    return _as_pair(entry.get("username"), entry.get("password"))
+
+
+def _as_pair(user: object, password: object) -> Pair | None:
+    if not isinstance(user, str) or not isinstance(password, str) or not user:
+        return None
+    try:
+        f"{user}{password}".encode()
+    except UnicodeError:  # JSON can spell halves of characters
+        return None
+    return user, password
+
+
+def _auths_key(key: str) -> str:
+    # Keys are "host", "host/path" or, older, URLs: "https://index.docker.io/v1/".
+    bare = re.sub(r"^https?://", "", key).rstrip("/")
+    host, slash, path = bare.partition("/")
+    if path in ("v1", "v2"):
+        slash, path = "", ""
+    return f"{canonical_host(host)}{slash}{path}"
