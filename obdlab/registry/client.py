@@ -10,7 +10,7 @@ from urllib.parse import quote
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
 from obdlab.registry import body
-from obdlab.registry.auth import Credentials
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import PUSH, Session, redirected
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     import urllib3
+
+    from obdlab.registry.credentials import CredentialSource
+    from obdlab.registry.mirrors import Mirrors
+    from obdlab.registry.p2p import P2PProxy
+    from obdlab.registry.tls import TLSOptions
 
 MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 
@@ -42,18 +47,22 @@ class RegistryClient:
 
     ``plain_http_hosts`` are hosts ("host" or "host:port") without TLS, beside loopback ones. ``request_timeout_s``
     bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time
-    by their size, streams for each MiB). Operations raise RegistryError (a SourceError), which names registry,
+    by their size, streams for each MiB). ``mirrors`` are asked before their registry for all that is read, the
+    ``p2p`` proxy for ranges of blobs. Operations raise RegistryError (a SourceError), which names registry,
     repository, digest and offset, and CorruptBlobError for content that does not match its digest.
     """
 
     def __init__(
         self,
-        credentials: Credentials | None = None,
+        credentials: CredentialSource | None = None,
         *,
         plain_http_hosts: Collection[str] = frozenset(),
         request_timeout_s: float = 30.0,
         deadline_s: float = 120.0,
         user_agent: str = "obdlab",
+        tls: TLSOptions | None = None,
+        mirrors: Mirrors | None = None,
+        p2p: P2PProxy | None = None,
     ) -> None:
         self._plain_http_hosts = frozenset(plain_http_hosts)
         self._session = Session(
@@ -61,6 +70,9 @@ class RegistryClient:
             request_timeout_s=request_timeout_s,
             deadline_s=deadline_s,
             user_agent=user_agent,
+            tls=tls,
+            mirrors=mirrors,
+            p2p=p2p,
         )
 
     def repository(self, ref: Reference) -> Repository:
@@ -69,15 +81,17 @@ class RegistryClient:
         listed = bool({repository.host, repository.host.rpartition(":")[0]} & self._plain_http_hosts)
         return Repository(repository.host, repository.name, plain_http=repository.plain_http or listed)
 
-    def get_manifest(self, ref: Reference, accept: Collection[str] = MANIFEST_ACCEPT) -> Fetched:
-        """Fetch the manifest or index ``ref`` names, at most 4 MiB, and check its digest."""
+    def get_manifest(
+        self, ref: Reference, accept: Collection[str] = MANIFEST_ACCEPT, *, helped: bool = True
+    ) -> Fetched:
+        """Fetch the manifest or index ``ref`` names, at most 4 MiB, and check its digest.
+
+        ``helped=False`` asks the registry itself, not its mirrors.
+        """
         repository = self.repository(ref)
         doing = "fetching manifest"
 
-        def attempt() -> Fetched:
-            response = self._session.get(
-                repository, f"manifests/{ref.target}", {"Accept": ", ".join(accept)}, doing=doing, wanted=(200,)
-            )
+        def read(response: urllib3.BaseHTTPResponse) -> Fetched:
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
             promised = response.headers.get("Docker-Content-Digest", "")
             data = body.read_small(response, MAX_MANIFEST_SIZE, doing)
@@ -86,6 +100,12 @@ class RegistryClient:
                 if wanted is not None and wanted != digest:
                     raise CorruptBlobError("wrong content", blob=str(ref), got=digest, wanted=wanted)
             return Fetched(media_type, digest, data)
+
+        def attempt() -> Fetched:
+            headers = {"Accept": ", ".join(accept)}
+            return self._session.get(
+                repository, f"manifests/{ref.target}", headers, read, doing=doing, wanted=(200,), helped=helped
+            )
 
         return self._session.persist(attempt, blob=str(ref), tries=_TRIES)
 
@@ -117,16 +137,16 @@ class RegistryClient:
         name = _name(repository, digest)
         doing = "asking for blob size"
 
-        def attempt() -> int:
-            response = self._get_blob(repository, digest, "bytes=0-0", (200, 206, 416), doing)
+        def read(response: urllib3.BaseHTTPResponse) -> int:
             return body.total_size(response, doing)
 
-        return self._session.persist(attempt, blob=name, tries=_TRIES)
+        def attempt() -> int:
+            headers = {"Range": "bytes=0-0"}
+            return self._session.get(
+                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206, 416)
+            )
 
-    def blob_exists(self, repository: Repository, digest: str) -> bool:
-        """Tell whether the repository has the blob."""
-        name = _name(repository, digest)
-        return self._session.persist(lambda: self._head_blob(repository, digest), blob=name, tries=_TRIES)
+        return self._session.persist(attempt, blob=name, tries=_TRIES)
 
     def read_range(
         self, repository: Repository, digest: str, offset: int, length: int, deadline: float | None = None
@@ -136,17 +156,21 @@ class RegistryClient:
         if length == 0:
             return b""
         doing = "reading blob"
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+
+        def read(response: urllib3.BaseHTTPResponse) -> bytes:
+            return body.read_range(response, offset, length, doing)
 
         def attempt() -> bytes:
-            byte_range = f"bytes={offset}-{offset + length - 1}"
-            response = self._get_blob(repository, digest, byte_range, (200, 206), doing)
-            try:
-                return body.read_range(response, offset, length, doing)
-            except RegistryError:
-                self._session.forget_location(repository, f"blobs/{digest}")
-                raise
+            return self._session.get(
+                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
+            )
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
+
+    def distrust(self, repository: Repository, digest: str) -> None:
+        """Read this blob from the registry itself for a while: what came from elsewhere failed its checksum."""
+        self._session.distrust(repository, f"blobs/{digest}")
 
     def read_blob(self, repository: Repository, digest: str, size: int, max_size: int) -> bytes:
         """Return a whole small blob (an image config) of a known size, its digest checked."""
@@ -160,9 +184,20 @@ class RegistryClient:
         """Return a file-like stream of the blob, for a ``with`` block; size and digest are checked at its end."""
         doing = "reading blob"
 
+        opened = False
+
         def open_at(position: int) -> urllib3.BaseHTTPResponse:
-            byte_range = f"bytes={position}-{size - 1}" if position else None
-            return self._get_blob(repository, digest, byte_range, (200, 206) if position else (200,), doing)
+            nonlocal opened
+            first, opened = not opened, True
+            return self._session.get(
+                repository,
+                f"blobs/{digest}",
+                {"Range": f"bytes={position}-{size - 1}"} if position else {},
+                lambda response: response,
+                doing=doing,
+                wanted=(200, 206) if position else (200,),
+                helped=first,  # a mirror that breaks off in the middle is not asked for the rest
+            )
 
         return body.BlobStream(
             open_at,
@@ -208,17 +243,6 @@ class RegistryClient:
     def close(self) -> None:
         """Close idle connections. The client stays usable."""
         self._session.close()
-
-    def _get_blob(
-        self,
-        repository: Repository,
-        digest: str,
-        byte_range: str | None,
-        wanted: tuple[int, ...],
-        doing: str,
-    ) -> urllib3.BaseHTTPResponse:
-        headers = {} if byte_range is None else {"Range": byte_range}
-        return self._session.get(repository, f"blobs/{digest}", headers, doing=doing, wanted=wanted)
 
     def _head_blob(self, repository: Repository, digest: str) -> bool:
         doing = "looking for blob"

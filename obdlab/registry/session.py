@@ -1,25 +1,40 @@
-"""Requests to a registry with authentication and redirects; what the client's operations are made of."""
+"""Requests to a registry with authentication and redirects; what the client's operations are made of.
+
+What is read is asked of the registry's mirrors first, and blobs through a P2P proxy, as far as there are any and they
+work; whatever they do wrong, the registry itself is asked within the same deadline.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from obdlab.registry.auth import Authenticator, Credentials
-from obdlab.registry.deadline import deadline_of_thread
+from obdlab.errors import CorruptBlobError
+from obdlab.formats.oci import is_digest
+from obdlab.registry.auth import Authenticator
+from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.failures import RegistryError, discard, from_response, persist
+from obdlab.registry.mirrors import Mirrors
 from obdlab.registry.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import urllib3
 
+    from obdlab.registry.credentials import CredentialSource
+    from obdlab.registry.mirrors import Mirror
+    from obdlab.registry.p2p import P2PProxy
     from obdlab.registry.reference import Repository
+    from obdlab.registry.tls import TLSOptions
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 PULL = "pull"
 PUSH = "pull,push"
@@ -29,16 +44,29 @@ _MAX_REDIRECTS = 5
 # Signed storage URLs live for minutes (those of Docker Hub for at least five).
 _LOCATION_LIFE_S = 240.0
 _MAX_LOCATIONS = 4096
+# A mirror or proxy gets at most this of a read's time, and a quarter of what is left: the registry needs some too.
+_HELPER_S = 15.0
+_HELPER_SHARE = 0.25
 
 
 class Session:
     """Authenticated requests. Thread-safe."""
 
     def __init__(
-        self, credentials: Credentials, *, request_timeout_s: float, deadline_s: float, user_agent: str
+        self,
+        credentials: CredentialSource,
+        *,
+        request_timeout_s: float,
+        deadline_s: float,
+        user_agent: str,
+        tls: TLSOptions | None = None,
+        mirrors: Mirrors | None = None,
+        p2p: P2PProxy | None = None,
     ) -> None:
         self.deadline_s = deadline_s
-        self._transport = Transport(silence_s=request_timeout_s, user_agent=user_agent)
+        self._mirrors = mirrors or Mirrors()
+        self._p2p = p2p
+        self._transport = Transport(silence_s=request_timeout_s, user_agent=user_agent, tls=tls)
         self._auth = Authenticator(credentials, self._transport)
         self._lock = threading.Lock()
         # Where a registry has sent us for a blob: (URL, end of validity).
@@ -76,28 +104,140 @@ class Session:
         """
         if _origin(url) != _origin(repository.api_url):
             return self._send(method, url, headers, None, body, doing)
-        authorization = self._auth.header(repository, actions)
-        response = self._send(method, url, headers, authorization, body, doing)
-        if response.status != 401:
-            return response
-        challenges = response.headers.getlist("WWW-Authenticate")
-        discard(response)
-        authorization = self._auth.answer(repository, actions, challenges, refused=authorization)
-        response = self._send(method, url, headers, authorization, body, doing)
-        if response.status == 401:
-            raise from_response(response, doing)
-        return response
+        return self._auth.exchange(
+            repository,
+            actions,
+            url,
+            lambda authorization: self._send(method, url, headers, authorization, body, doing),
+            doing=doing,
+        )
 
     def get(
-        self, repository: Repository, path: str, headers: Mapping[str, str], *, doing: str, wanted: tuple[int, ...]
-    ) -> urllib3.BaseHTTPResponse:
-        """GET ``<repository>/<path>`` through redirects. Raises RegistryError unless the status is a wanted one.
+        self,
+        repository: Repository,
+        path: str,
+        headers: Mapping[str, str],
+        read: Callable[[urllib3.BaseHTTPResponse], T],
+        *,
+        doing: str,
+        wanted: tuple[int, ...],
+        helped: bool = True,
+        bulk: bool = False,
+    ) -> T:
+        """GET ``<repository>/<path>`` and return what ``read`` makes of the answer, which has a wanted status.
 
-        Where a redirect to another host led is remembered for a while, and asked directly.
+        With ``helped`` mirrors are asked first, with ``bulk`` the P2P proxy. Where a redirect to another host led is
+        remembered for a while, and asked directly. Raises RegistryError, and what ``read`` raises.
         """
-        url = f"{repository.api_url}/{path}"
+        for mirror in self._mirrors.of(repository) if helped else ():
+            url = mirror.url(repository, path)
+            if not self._mirrors.usable(mirror, url) or not (mirror.resolves or _is_pinned(path)):
+                continue
+            try:
+                with _helpers_share():
+                    answer = self._get(
+                        mirror.repository(repository), url, {**headers, **mirror.headers}, read, doing, wanted, bulk
+                    )
+            except (RegistryError, CorruptBlobError) as error:
+                self._note_failure(mirror, url, error)
+                continue
+            self._mirrors.worked(mirror)
+            return answer
+        return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, bulk)
+
+    def distrust(self, repository: Repository, path: str) -> None:
+        """Ask the registry itself next time: what a mirror or a redirect gave was wrong."""
+        for mirror in self._mirrors.of(repository):
+            self._mirrors.lacks(mirror.url(repository, path))
+        self._forget(f"{repository.api_url}/{path}")
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._transport.close()
+
+    def _note_failure(self, mirror: Mirror, url: str, error: RegistryError | CorruptBlobError) -> None:
+        # An answer that concerns this one blob (404, wrong content) says nothing about the mirror's health.
+        if isinstance(error, RegistryError) and (error.temporary or error.status in (None, 401)):
+            self._mirrors.failed(mirror, error)
+            return
+        level = logging.INFO if isinstance(error, RegistryError) and error.status == 404 else logging.WARNING
+        logger.log(level, "mirror %s: not asked for this again for a while: %s", mirror.base, error)
+        self._mirrors.lacks(url)
+
+    def _get(
+        self,
+        repository: Repository,
+        url: str,
+        headers: Mapping[str, str],
+        read: Callable[[urllib3.BaseHTTPResponse], T],
+        doing: str,
+        wanted: tuple[int, ...],
+        bulk: bool,
+    ) -> T:
+        proxy = self._p2p
+        if bulk and proxy is not None and proxy.usable():
+            target, authorization = self._resolve(repository, url, doing)
+            try:
+                return self._through(proxy, target, authorization, headers, read, doing, wanted)
+            except RegistryError as error:
+                # The target's own refusals (a signature or token that expired) are no fault of the proxy.
+                if error.temporary or error.status is None:
+                    proxy.failed(error)
+                self._forget(url)
+        try:
+            return read(self._open(repository, url, headers, doing, wanted))
+        except RegistryError:
+            self._forget(url)
+            raise
+
+    def _through(
+        self,
+        proxy: P2PProxy,
+        target: str,
+        authorization: str | None,
+        headers: Mapping[str, str],
+        read: Callable[[urllib3.BaseHTTPResponse], T],
+        doing: str,
+        wanted: tuple[int, ...],
+    ) -> T:
+        doing = f"{doing} through {proxy.name}"
+        if authorization is not None:
+            headers = {**headers, "Authorization": authorization}
+        with _helpers_share():
+            response = self._transport.send(
+                "GET", proxy.url(target), headers, doing=doing, http_proxy=proxy.http_proxy
+            )
+            if response.status not in wanted:
+                raise from_response(response, doing)
+            answer = read(response)
+        proxy.worked()
+        return answer
+
+    def _resolve(self, repository: Repository, url: str, doing: str) -> tuple[str, str | None]:
+        # Returns the URL that has the content, and the header it wants: none if the registry sent us elsewhere.
+        # A proxy must be asked for the very content: what it would do with a challenge or redirect is its own affair.
+        target = self._location(url)
+        if target is None:
+            # The first byte, as a proxy's cache would keep an answer to HEAD for one to GET.
+            discard(self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416)))
+            target = self._location(url)
+            if target is None:
+                self._remember(url, url)
+                target = url
+        if _origin(target) == _origin(url):
+            return target, self._auth.header(repository, PULL)
+        return target, None
+
+    def _open(
+        self,
+        repository: Repository,
+        url: str,
+        headers: Mapping[str, str],
+        doing: str,
+        wanted: tuple[int, ...],
+    ) -> urllib3.BaseHTTPResponse:
         known = self._location(url)
-        if known is not None:
+        if known is not None and known != url:
             try:
                 response = self._send("GET", known, headers, None, None, doing)
             except RegistryError:
@@ -116,14 +256,6 @@ class Session:
             self._forget(url)
             raise from_response(response, doing)
         return response
-
-    def forget_location(self, repository: Repository, path: str) -> None:
-        """Ask the registry itself next time: what its redirect led to did not work out."""
-        self._forget(f"{repository.api_url}/{path}")
-
-    def close(self) -> None:
-        """Close idle connections."""
-        self._transport.close()
 
     def _follow(
         self,
@@ -182,6 +314,21 @@ class Session:
     def _forget(self, url: str) -> None:
         with self._lock:
             self._locations.pop(url, None)
+
+
+@contextmanager
+def _helpers_share() -> Iterator[None]:
+    # What goes wrong at a mirror or proxy, silence included, leaves most of the time to the registry.
+    now = time.monotonic()
+    deadline = thread_deadline()
+    share = _HELPER_S if deadline is None else min(_HELPER_S, (deadline - now) * _HELPER_SHARE)
+    with deadline_of_thread(now + share):
+        yield
+
+
+def _is_pinned(path: str) -> bool:
+    # A tag may mean another image at a mirror; a digest may not.
+    return path.startswith("blobs/") or is_digest(path.rpartition("/")[2])
 
 
 def redirected(url: str, location: str, doing: str) -> str:

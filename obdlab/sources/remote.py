@@ -48,3 +48,7 @@ class RemoteBlob(Blob):
         deadline = None if self._deadline_s is None else time.monotonic() + self._deadline_s
         with waiting():
             return self._client.read_range(self._repository, self._digest, offset, length, deadline)
+
+    def evict(self, offset: int, length: int) -> None:
+        """Nothing is kept here, but who calls this was given wrong bytes: a mirror or proxy may be to blame."""
+        self._client.distrust(self._repository, self._digest)

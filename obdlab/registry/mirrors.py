@@ -1,0 +1,187 @@
+"""Other places that hold what a registry holds, asked before it. Read from containerd's hosts.toml files.
+
+Source: containerd's "Registry Configuration" (``certs.d/<host>/hosts.toml``). A mirror is asked with the credentials
+that are configured for its own host, never with those of the registry it stands for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote, urlsplit
+
+from obdlab.errors import ObdlabError
+from obdlab.registry.reference import Repository
+from obdlab.registry.standing import Standing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+_MAX_FILE = 1 << 20
+# A blob that a mirror does not have, or has wrong, is not asked of it again for this long.
+_ABSENT_S = 60.0
+_MAX_ABSENT = 4096
+# The last three are read by obdlab.registry.tls.
+_KNOWN_KEYS = {"capabilities", "header", "override_path", "ca", "client", "skip_verify"}
+_KNOWN_CAPABILITIES = {"pull", "resolve", "push"}
+
+
+class HostsError(ObdlabError):
+    """A hosts.toml file or a mirror's URL is not what containerd takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """One mirror. ``base`` is its API's URL up to and with "/v2"; ``resolves``: also asked which digest a tag has."""
+
+    base: str
+    resolves: bool = True
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, url: str, *, resolves: bool = True, headers: Mapping[str, str] | None = None) -> Self:
+        """Read ``http(s)://host[:port][/path]``; "/v2" is put behind it. Raises HostsError."""
+        return cls(f"{_checked(url)}/v2", resolves, headers or {})
+
+    @property
+    def host(self) -> str:
+        """Host and port: what its credentials are looked up by."""
+        return urlsplit(self.base).netloc
+
+    def repository(self, repository: Repository) -> Repository:
+        """Return the repository as the mirror's, for authentication."""
+        return Repository(self.host, repository.name, plain_http=self.base.startswith("http:"))
+
+    def url(self, repository: Repository, path: str) -> str:
+        """Return the URL of ``<repository>/<path>``; ``ns`` tells a mirror of many registries which one is meant."""
+        return f"{self.base}/{repository.name}/{path}?ns={quote(repository.host, safe='')}"
+
+
+class Mirrors:
+    """The mirrors of each registry, in the order they are asked. Thread-safe.
+
+    ``table`` holds them by registry host (as in references); for other hosts ``hosts_dir`` is looked into, if given,
+    when the host is first used: ``<host>/hosts.toml``, ``<host>_<port>_/hosts.toml``, else ``_default/hosts.toml``.
+    """
+
+    def __init__(self, table: Mapping[str, Sequence[Mirror]] | None = None, hosts_dir: Path | None = None) -> None:
+        self._table = {host: tuple(mirrors) for host, mirrors in (table or {}).items()}
+        self._hosts_dir = hosts_dir
+        self._lock = threading.Lock()
+        self._standings: dict[str, Standing] = {}
+        self._absent: dict[str, float] = {}
+
+    def of(self, repository: Repository) -> tuple[Mirror, ...]:
+        """Return the mirrors of the repository's registry. Raises HostsError if its hosts.toml is damaged."""
+        host = repository.host
+        with self._lock:
+            if host not in self._table:
+                self._table[host] = _read_hosts(self._hosts_dir, host) if self._hosts_dir is not None else ()
+            return self._table[host]
+
+    def usable(self, mirror: Mirror, url: str) -> bool:
+        """Tell whether ``mirror`` is to be asked for ``url`` just now."""
+        return self._standing(mirror).usable() and time.monotonic() >= self._absent.get(url, 0.0)
+
+    def worked(self, mirror: Mirror) -> None:
+        """Note that ``mirror`` answered."""
+        self._standing(mirror).worked()
+
+    def failed(self, mirror: Mirror, cause: object) -> None:
+        """Pass ``mirror`` over for a while."""
+        self._standing(mirror).failed(cause)
+
+    def lacks(self, url: str) -> None:
+        """Do not ask for ``url``, one of a mirror's, for a while."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._absent) >= _MAX_ABSENT:
+                self._absent = {key: end for key, end in self._absent.items() if end > now}
+            if len(self._absent) < _MAX_ABSENT:
+                self._absent[url] = now + _ABSENT_S
+
+    def _standing(self, mirror: Mirror) -> Standing:
+        with self._lock:
+            return self._standings.setdefault(mirror.base, Standing(f"mirror {mirror.base}"))
+
+
+def parse_hosts(text: str, name: str) -> tuple[Mirror, ...]:
+    """Read a hosts.toml file. Raises HostsError naming ``name``."""
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise HostsError(f"{name}: not TOML: {error}") from error
+    hosts = document.get("host", {})
+    if not isinstance(hosts, dict):
+        raise HostsError(f'{name}: wanted [host."https://..."] tables')
+    mirrors = [_mirror(url, entry, name) for url, entry in hosts.items()]
+    return tuple(mirror for mirror in mirrors if mirror is not None)
+
+
+def _mirror(url: str, entry: Any, name: str) -> Mirror | None:
+    where = f"{name}: host {url[:200]!r}"
+    if not isinstance(entry, dict):
+        raise HostsError(f"{where}: wanted a table")
+    capabilities = entry.get("capabilities", ["pull", "resolve"])
+    if not isinstance(capabilities, list) or not all(isinstance(item, str) for item in capabilities):
+        raise HostsError(f"{where}: capabilities: wanted a list of {sorted(_KNOWN_CAPABILITIES)}")
+    unused = sorted(set(entry) - _KNOWN_KEYS)
+    if unused:
+        logger.warning("%s: not used: %s", where, ", ".join(unused))
+    if "pull" not in capabilities:
+        return None
+    if "://" not in url:
+        url = f"https://{url}"
+    base = _checked(url, where) + ("" if entry.get("override_path") is True else "/v2")
+    return Mirror(base, "resolve" in capabilities, _headers(entry.get("header", {}), where))
+
+
+def _headers(table: Any, where: str) -> dict[str, str]:
+    if not isinstance(table, dict):
+        raise HostsError(f"{where}: header: wanted a table")
+    headers = {}
+    for key, value in table.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) and item.isprintable() for item in values) or not key.isprintable():
+            raise HostsError(f"{where}: header {key[:80]!r}: wanted a text or a list of texts")
+        headers[key] = ", ".join(values)
+    return headers
+
+
+def _checked(url: str, where: str = "mirror") -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or "@" in parts.netloc or not url.isprintable() or " " in url:
+        raise HostsError(f"{where}: wanted http(s)://host[:port][/path] (got {url[:200]!r})")
+    return url.rstrip("/")
+
+
+def _read_hosts(directory: Path, host: str) -> tuple[Mirror, ...]:
+    name, colon, port = host.rpartition(":")
+    candidates = [host, f"{name}_{port}_" if colon else "", "_default"]
+    for candidate in filter(None, candidates):
+        path = directory / candidate / "hosts.toml"
+        try:
+            with path.open("rb") as file:
+                text = file.read(_MAX_FILE + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise HostsError(f"{path}: cannot be read: {error.strerror}") from error
+        if len(text) > _MAX_FILE:
+            raise HostsError(f"{path}: larger than {_MAX_FILE} bytes")
+        try:
+            return parse_hosts(text.decode(), str(path))
+        except UnicodeDecodeError:
+            raise HostsError(f"{path}: not UTF-8") from None
+    return ()

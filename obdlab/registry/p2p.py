@@ -1,0 +1,122 @@
+"""A proxy of a peer-to-peer network, through which blobs are read while it is healthy.
+
+Three kinds are in use. One takes the wanted URL behind a prefix of its own (``http://localhost:9731/accelerator``
+of dadi-p2proxy), one is an ordinary HTTP proxy (Dragonfly's dfdaemon: write ``http-proxy://127.0.0.1:4001``), and
+one is a mirror that is told the registry in a header (dfdaemon's registry mirror), which a hosts.toml file
+describes (:mod:`obdlab.registry.mirrors`).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from urllib.parse import urlsplit
+
+from obdlab.errors import ObdlabError
+from obdlab.registry.reference import is_loopback
+from obdlab.registry.standing import Standing
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_S = 0.5
+_CHECK_EVERY_S = 5.0
+_CHECK_FAILING_EVERY_S = 1.0
+_PROXY_SCHEME = "http-proxy"
+
+
+class P2PAddressError(ObdlabError):
+    """A P2P proxy's address is none."""
+
+
+class P2PProxy:
+    """Where blobs are read through, and whether that works. Thread-safe; opens nothing before the first use."""
+
+    def __init__(self, address: str) -> None:
+        """Take ``http(s)://host[:port][/prefix]`` or ``http-proxy://host:port``. Raises P2PAddressError."""
+        scheme, netloc, self._endpoint = _parse(address)
+        self.name = f"P2P proxy {address}"
+        self._prefix = "" if scheme == _PROXY_SCHEME else address.rstrip("/")
+        #: "http://host:port" if it is an ordinary HTTP proxy, else "".
+        self.http_proxy = f"http://{netloc}" if scheme == _PROXY_SCHEME else ""
+        self._standing = Standing(self.name, first_pause_s=1.0)
+        self._lock = threading.Lock()
+        self._alive: bool | None = None
+        self._checked = 0.0
+        self._checking = False
+        if scheme != "https" and not is_loopback(netloc):
+            logger.warning("%s: gets tokens of registries over the network without TLS", self.name)
+
+    def url(self, target: str) -> str:
+        """Return what to ask for in place of ``target``."""
+        return f"{self._prefix}/{target}" if self._prefix else target
+
+    def usable(self) -> bool:
+        """Tell whether to read through it. Waits half a second at most, and only at the first call."""
+        now = time.monotonic()
+        with self._lock:
+            due = now - self._checked >= (_CHECK_EVERY_S if self._alive else _CHECK_FAILING_EVERY_S)
+            begin = due and not self._checking
+            self._checking |= begin
+            first = begin and self._alive is None
+        if first:
+            self._check()
+        elif begin:
+            self._check_in_background()
+        return bool(self._alive) and self._standing.usable()
+
+    def worked(self) -> None:
+        """Note that a read through it succeeded."""
+        self._standing.worked()
+
+    def failed(self, cause: object) -> None:
+        """Read past it for a while."""
+        self._standing.failed(cause)
+
+    def _check_in_background(self) -> None:
+        try:
+            threading.Thread(target=self._check, name="obdlab-p2p-check", daemon=True).start()
+        except RuntimeError:  # no thread to be had: the next read tries again
+            with self._lock:
+                self._checking = False
+
+    def _check(self) -> None:
+        try:
+            socket.create_connection(self._endpoint, timeout=_CONNECT_S).close()
+            alive, cause = True, ""
+        except OSError as error:
+            alive, cause = False, str(error)
+        with self._lock:
+            before, self._alive = self._alive, alive
+            self._checked = time.monotonic()
+            self._checking = False
+        if alive != (before is not False):
+            logger.log(
+                logging.INFO if alive else logging.WARNING,
+                "%s: %s",
+                self.name,
+                "can be reached again" if alive else f"cannot be reached, blobs are read without it: {cause}",
+            )
+
+
+def _parse(address: str) -> tuple[str, str, tuple[str, int]]:
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port = "", None
+        parts = urlsplit("")
+    good = (
+        bool(host)
+        and port != 0
+        and address.isprintable()
+        and " " not in address
+        and not (parts.query or parts.fragment or "@" in parts.netloc)
+        and (parts.scheme in ("http", "https") or (parts.scheme == _PROXY_SCHEME and parts.path in ("", "/")))
+    )
+    if not good:
+        raise P2PAddressError(
+            f"P2P address: wanted http(s)://host[:port][/prefix] or http-proxy://host[:port] (got {address[:200]!r})"
+        )
+    return parts.scheme, parts.netloc, (host, port or (443 if parts.scheme == "https" else 80))

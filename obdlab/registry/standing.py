@@ -1,0 +1,50 @@
+"""Whether a helper between us and a registry (a mirror, a proxy) is asked just now, or passed over for a while."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 120.0
+
+
+class Standing:
+    """Passes over what failed: for 5 s at first, then twice as long each time, up to 2 minutes. Thread-safe."""
+
+    def __init__(self, name: str, *, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+        self._name = name
+        self._first_pause_s = first_pause_s
+        self._lock = threading.Lock()
+        self._pause_s = first_pause_s
+        self._until = 0.0
+        self._failing = False
+
+    def usable(self) -> bool:
+        """Tell whether it may be asked."""
+        return time.monotonic() >= self._until
+
+    def failed(self, cause: object) -> None:
+        """Pass it over for a while; said in the log once for all requests that fail at the same time."""
+        with self._lock:
+            if not self.usable():
+                return
+            pause = self._pause_s
+            self._until = time.monotonic() + pause
+            self._pause_s = min(2 * pause, _LONGEST_PAUSE_S)
+            self._failing = True
+        logger.warning("%s: passed over for %.3g s: %s", self._name, pause, cause)
+
+    def worked(self) -> None:
+        """Forget earlier failures."""
+        if not self._failing:
+            return
+        with self._lock:
+            was_failing, self._failing = self._failing, False
+            self._pause_s = self._first_pause_s
+            self._until = 0.0
+        if was_failing:
+            logger.info("%s: works again", self._name)
