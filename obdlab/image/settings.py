@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, get_type_hints
 
 from obdlab.errors import ObdlabError
 from obdlab.image.plainvalues import from_plain, to_plain
+from obdlab.registry.p2p import P2PAddressError, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +53,10 @@ class Settings:
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
+    #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
+    hosts_dir: Path | None = None
+    #: P2P proxy through which blobs are read while it is healthy, as in :mod:`obdlab.registry.p2p`; "": none.
+    p2p_address: str = ""
     #: docker config.json with registry credentials.
     credentials_path: Path | None = None
     #: Device servers write their operations there (:mod:`obdlab.observe.audit`); None: nowhere.
@@ -82,6 +87,11 @@ class Settings:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
             raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
+        if self.p2p_address:
+            try:
+                parse_address(self.p2p_address)
+            except P2PAddressError as error:
+                raise SettingsError(f"p2p_address: {error}") from error
         if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
             raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
         if self.log_format not in LOG_FORMATS:

@@ -35,7 +35,7 @@ class P2PProxy:
 
     def __init__(self, address: str) -> None:
         """Take ``http(s)://host[:port][/prefix]`` or ``http-proxy://host:port``. Raises P2PAddressError."""
-        scheme, netloc, self._endpoint = _parse(address)
+        scheme, netloc, self._endpoint = parse_address(address)
         self.name = f"P2P proxy {address}"
         self._prefix = "" if scheme == _PROXY_SCHEME else address.rstrip("/")
         #: "http://host:port" if it is an ordinary HTTP proxy, else "".
@@ -100,7 +100,8 @@ class P2PProxy:
             )
 
 
-def _parse(address: str) -> tuple[str, str, tuple[str, int]]:
+def parse_address(address: str) -> tuple[str, str, tuple[str, int]]:
+    """Return scheme, network location, and where to connect to. Raises P2PAddressError."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port
