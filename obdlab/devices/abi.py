@@ -59,6 +59,8 @@ class FuseInit(IntFlag):
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22
     INIT_EXT = 1 << 30
+    #: Requests that were handed out and not answered can be asked for again (Linux 6.9).
+    HAS_RESEND = 1 << 39
 
 
 FOPEN_DIRECT_IO = 1 << 0
@@ -80,8 +82,11 @@ FUSE_OUT_HEADER = Struct("=IiQ")
 FUSE_NOTIFY_INVAL_INODE_OUT = Struct("=Qqq")
 #: Notifications have the code in fuse_out_header's error, and unique 0.
 FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_NOTIFY_RESEND = 7
 #: struct fuse_init_in: major, minor, max_readahead, flags (before 7.36 it ends here)
 FUSE_INIT_IN = Struct("=IIII")
+#: struct fuse_init_in: flags2, what follows since 7.36
+FUSE_INIT_FLAGS2_IN = Struct("=I")
 #: struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write,
 #: time_gran, max_pages, map_alignment, flags2, reserved
 FUSE_INIT_OUT = Struct("=IIIIHHIIHHI28x")
@@ -174,10 +179,11 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_IO_FLUSHER = 57
 
-# Added to all architectures at once, in Linux 5.2, so the numbers are the same everywhere.
+# Added to all architectures at once, in Linux 5.2 and later, so the numbers are the same everywhere.
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_PIDFD_GETFD = 438
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_ulong, ctypes.c_char_p)
@@ -213,6 +219,11 @@ def mount_detached(fs_type: str, options: Mapping[str, str | None], attributes: 
         return _syscall(_SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """Return a duplicate of another process's file descriptor (pidfd_getfd(2), Linux 5.6). Raises OSError."""
+    return _syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
 
 
 # Variadic: every number is passed as wide as a register.

@@ -7,14 +7,21 @@ or a new thread, so that the device goes on answering others meanwhile.
 
 from __future__ import annotations
 
+import operator
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from obdlab.observe.counters import TIME_SLOTS
 from obdlab.waiting import set_waiting_hook
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def _no_times() -> list[int]:
+    return [0] * TIME_SLOTS
 
 
 @dataclass(slots=True, eq=False)
@@ -23,13 +30,22 @@ class Member:
 
     leading: bool = False
     wake: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    #: For requests; goes with the lead, unless the member still needs what is in it.
     buffer: bytearray = field(default_factory=bytearray)
+    needs_buffer: bool = False
     reads: int = 0
     read_bytes: int = 0
     writes: int = 0
     written_bytes: int = 0
     errors: int = 0
     slowest_ns: int = 0
+    #: How long reads and writes took: their sum, and how many of them by the bit length of their nanoseconds.
+    read_ns: int = 0
+    write_ns: int = 0
+    read_times: list[int] = field(default_factory=_no_times)
+    write_times: list[int] = field(default_factory=_no_times)
+    #: When the request under way was taken (time.monotonic_ns); 0: there is none.
+    since_ns: int = 0
 
     def add(self, other: Member) -> None:
         """Add another thread's counters to these."""
@@ -39,6 +55,10 @@ class Member:
         self.written_bytes += other.written_bytes
         self.errors += other.errors
         self.slowest_ns = max(self.slowest_ns, other.slowest_ns)
+        self.read_ns += other.read_ns
+        self.write_ns += other.write_ns
+        self.read_times[:] = map(operator.add, self.read_times, other.read_times)
+        self.write_times[:] = map(operator.add, self.write_times, other.write_times)
 
 
 class Crew:
@@ -49,7 +69,7 @@ class Crew:
     """
 
     def __init__(
-        self, turn: Callable[[Member], bool], *, limit: int = 64, idle_s: float = 10.0, name: str = "crew"
+        self, turn: Callable[[Member], bool], *, limit: int = 256, idle_s: float = 10.0, name: str = "crew"
     ) -> None:
         self._turn = turn
         self._limit = limit
@@ -86,14 +106,30 @@ class Crew:
                 total.add(member)
         return total
 
-    def _add_leader(self) -> None:
+    def under_way_s(self) -> tuple[float, ...]:
+        """Return how long each request that is under way has been so, the longest first."""
+        now = time.monotonic_ns()
+        with self._lock:
+            begun = [since for member in self._members if (since := member.since_ns)]
+        return tuple(sorted(((now - since) / 1e9 for since in begun), reverse=True))
+
+    # Hundreds of threads may wait at a time; only those that lead or hold data to write need a large buffer.
+    def _hand_buffer(self, member: Member, successor: Member) -> None:
+        if not member.needs_buffer:
+            successor.buffer, member.buffer = member.buffer, bytearray()
+
+    def _add_leader(self, predecessor: Member | None = None) -> None:
         member = Member(leading=True)
         thread = threading.Thread(target=self._run, args=(member,), name=self._name, daemon=True)
         self._members.add(member)
+        if predecessor is not None:
+            self._hand_buffer(predecessor, member)
         try:
             thread.start()
         except RuntimeError:
             self._members.discard(member)
+            if predecessor is not None and member.buffer:
+                predecessor.buffer = member.buffer
             raise
 
     def _give_lead_away(self, member: Member) -> None:
@@ -102,11 +138,12 @@ class Crew:
                 return
             if self._idle:
                 successor = self._idle.pop()
+                self._hand_buffer(member, successor)
                 successor.leading = True
                 successor.wake.release()
             elif len(self._members) < self._limit:
                 try:
-                    self._add_leader()
+                    self._add_leader(member)
                 except RuntimeError:  # no more threads to be had: this one keeps the lead
                     return
             else:

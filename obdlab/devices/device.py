@@ -8,6 +8,7 @@ kind left there, whether or not its server is alive.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError
@@ -15,7 +16,24 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from obdlab.devices.fuse import DeviceStatistics
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """What a device has done since its server started. Bytes, and the longest time one request took."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    errors: int
+    slowest_ms: float
+    threads: int
+    last_error: str
+    #: Histograms of what reads and writes took, as :func:`obdlab.observe.counters.times_table` has them.
+    read_times: dict[str, float] = field(default_factory=dict)
+    write_times: dict[str, float] = field(default_factory=dict)
+    #: How long each request under way has been so.
+    under_way_s: tuple[float, ...] = ()
 
 
 class Device(ABC):

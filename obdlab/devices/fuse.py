@@ -16,24 +16,31 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import stat
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi
 from obdlab.devices.crew import Crew, Member
-from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, FuseFile, errno_of
+from obdlab.devices.device import DeviceStatistics
+from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, MAX_BACKGROUND, FuseFile, errno_of
+from obdlab.devices.load import LOOK_EVERY, Load
 from obdlab.errors import DeviceError
+from obdlab.observe.counters import times_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from obdlab.blob import Blob
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DISK_NAME", "DeviceStatistics", "FuseServer"]
+__all__ = ["DISK_NAME", "DeviceStatistics", "FuseServer", "has_ended", "open_connection", "send_again"]
 
+#: As many as the kernel hands out at a time: requests that wait for a source never keep others from being answered.
+MAX_THREADS = MAX_BACKGROUND
 _READ = int(abi.FuseOpcode.READ)
 _WRITE = int(abi.FuseOpcode.WRITE)
 _UNANSWERED = frozenset(
@@ -45,28 +52,52 @@ _WITHDRAWN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceStatistics:
-    """What a device has done since it started. Bytes, and the longest time one request took."""
+def open_connection() -> int:
+    """Open /dev/fuse: the descriptor of a connection to come. Raises DeviceError."""
+    try:
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise DeviceError(f"cannot open /dev/fuse: {error.strerror}") from error
 
-    reads: int
-    read_bytes: int
-    writes: int
-    written_bytes: int
-    errors: int
-    slowest_ms: float
-    threads: int
-    last_error: str
+
+def has_ended(connection: int) -> bool:
+    """Tell whether the file system of a mounted connection is gone."""
+    poller = select.poll()
+    poller.register(connection, 0)
+    return bool(poller.poll(0))
+
+
+def send_again(connection: int) -> None:
+    """Have the kernel hand out once more all requests that were taken and not answered (FUSE_NOTIFY_RESEND).
+
+    Those who took them must be dead, or their requests such as may be answered twice: the first answer counts.
+    Raises DeviceError if the kernel is older than 6.9; nothing happens once the file system is gone.
+    """
+    header = abi.FUSE_OUT_HEADER
+    try:
+        os.write(connection, header.pack(header.size, abi.FUSE_NOTIFY_RESEND, 0))
+    except OSError as error:
+        if error.errno not in (*_GONE, errno.EPERM):  # the latter: never mounted, or gone
+            raise DeviceError(f"the kernel does not hand out requests again: {error.strerror}") from error
 
 
 class FuseServer:
     """Serves ``blob`` as a file. Writable if the blob is, unless ``read_only``.
 
     Reads that fail are answered with EIO and logged with their cause; nothing else is ever answered in place of
-    the blob's bytes. At most ``max_threads`` requests wait for slow sources at a time.
+    the blob's bytes. At most ``max_threads`` requests wait for slow sources at a time. ``on_busy`` is called, now and
+    then, while serving takes most of one processor: another process that serves the same connection would help.
     """
 
-    def __init__(self, blob: Blob, *, name: str = "", read_only: bool = False, max_threads: int = 64) -> None:
+    def __init__(
+        self,
+        blob: Blob,
+        *,
+        name: str = "",
+        read_only: bool = False,
+        max_threads: int = MAX_THREADS,
+        on_busy: Callable[[], None] | None = None,
+    ) -> None:
         self.name = name or blob.name
         self.read_only = read_only or not isinstance(blob, WritableBlob)
         self.last_error = ""
@@ -74,17 +105,17 @@ class FuseServer:
         self._file = FuseFile(blob, read_only=self.read_only)
         self._crew = Crew(self._turn, limit=max_threads, name="fuse")
         self._fd = -1
+        self._on_busy = on_busy
+        self._load = Load()
 
-    def start(self) -> int:
+    def start(self, connection: int | None = None) -> int:
         """Begin to serve; return a descriptor of the directory that holds the file.
 
-        Serving ends once that descriptor and every file opened through it are closed. Raises DeviceError if the
-        kernel refuses.
+        ``connection`` is an :func:`open_connection` of the caller's, if others shall go on with it after this
+        process; it is closed by :meth:`wait`. Serving ends once that directory and every file opened through it are
+        closed. Raises DeviceError if the kernel refuses.
         """
-        try:
-            self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise DeviceError(f"cannot open /dev/fuse: {error.strerror}") from error
+        self._fd = open_connection() if connection is None else connection
         options: dict[str, str | None] = {
             "source": "obdlab",
             "subtype": "obdlab",
@@ -106,6 +137,16 @@ class FuseServer:
             raise DeviceError(f"cannot mount FUSE: {error.strerror}") from error
         self._crew.start()
         return directory
+
+    def join(self, connection: int) -> None:
+        """Serve a connection that another process has started, after it or beside it."""
+        self._fd = connection
+        self._crew.start()
+
+    @property
+    def can_send_again(self) -> bool:
+        """Whether the kernel hands out unanswered requests once more; known when the file has been opened."""
+        return self._file.can_send_again
 
     def open_disk(self, directory: int) -> int:
         """Open the served file, given what :meth:`start` returned. Raises DeviceError."""
@@ -145,6 +186,9 @@ class FuseServer:
             slowest_ms=total.slowest_ns / 1e6,
             threads=self._crew.size,
             last_error=self.last_error,
+            read_times=times_table(total.read_times, total.read_ns),
+            write_times=times_table(total.write_times, total.write_ns),
+            under_way_s=self._crew.under_way_s(),
         )
 
     # Takes requests while this thread leads; False when the file system is gone. Names are looked up once: this loop
@@ -156,7 +200,12 @@ class FuseServer:
         buffers = [buffer]
         readv, unpack, clock = os.readv, abi.FUSE_TRANSFER.unpack_from, time.monotonic_ns
         read = self._read
+        left = LOOK_EVERY
         while True:
+            left -= 1
+            if not left:
+                left = LOOK_EVERY
+                self._look_at_load()
             try:
                 length = readv(fd, buffers)
             except OSError as error:
@@ -166,18 +215,29 @@ class FuseServer:
                     log.error("%s: reading /dev/fuse: %s", self.name, error)
                 return False
             _, opcode, unique, offset, size = unpack(buffer)
-            started = clock()
+            member.since_ns = started = clock()
             if opcode == _READ:
                 read(member, unique, offset, size)
+                taken = clock() - started
+                member.read_ns += taken
+                member.read_times[taken.bit_length()] += 1
             elif opcode == _WRITE:
                 self._write(member, unique, offset, size)
+                taken = clock() - started
+                member.write_ns += taken
+                member.write_times[taken.bit_length()] += 1
             else:
                 self._other(member, opcode, unique, length)
-            taken = clock() - started
+                taken = clock() - started
+            member.since_ns = 0
             if taken > member.slowest_ns:
                 member.slowest_ns = taken
             if not member.leading:
                 return True
+
+    def _look_at_load(self) -> None:
+        if self._on_busy is not None and self._load.is_high():
+            self._on_busy()
 
     def _read(self, member: Member, unique: int, offset: int, size: int) -> None:
         blob = self._blob
@@ -223,7 +283,7 @@ class FuseServer:
         member.errors += 1
         cause = str(error) if expected else f"{type(error).__name__}: {error}"
         self.last_error = f"{what}: {cause}"
-        log.error("%s: %s", self.name, self.last_error, exc_info=None if expected else error)
+        log.error("%s: %s", self.name, self.last_error, exc_info=None if expected else error, extra={"cause": error})
         self._reply_error(unique, code)
 
     def _reply(self, unique: int, data: bytes) -> None:

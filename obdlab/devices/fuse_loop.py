@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from obdlab.devices import abi, loop
 from obdlab.devices.device import Device
-from obdlab.devices.fuse import DeviceStatistics, FuseServer
+from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
 from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from obdlab.blob import Blob
@@ -27,6 +28,8 @@ _LABEL = "obdlab:"
 class FuseLoopDevice(Device):
     """Serves ``blob`` as a loop device. ``directory`` is the device's own: others find the device by it.
 
+    With a ``connection`` (``fuse.open_connection``) that other processes hold too, the device outlives this process:
+    given its ``path`` and the connection, another one goes on serving it. ``on_busy``: see FuseServer.
     Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
     """
 
@@ -41,7 +44,10 @@ class FuseLoopDevice(Device):
         read_only: bool = False,
         sector_size: int = abi.SECTOR,
         readahead_kib: int = 128,
-        max_threads: int = 64,
+        max_threads: int = MAX_THREADS,
+        connection: int | None = None,
+        path: Path | None = None,
+        on_busy: Callable[[], None] | None = None,
     ) -> None:
         if blob.size == 0 or blob.size % sector_size:
             raise DeviceError(
@@ -49,9 +55,15 @@ class FuseLoopDevice(Device):
             )
         self._directory = directory
         self._blob = blob
-        self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads)
+        self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads, on_busy=on_busy)
+        if path is not None:
+            assert connection is not None
+            loop.check_size(path, blob.size, blob.name)
+            self._path = path
+            self._server.join(connection)
+            return
         with ExitStack() as failed, ExitStack() as opened:
-            root = self._server.start()
+            root = self._server.start(connection)
             failed.callback(self._server.wait, _END_S)  # it ends with the descriptors below
             opened.callback(os.close, root)
             disk = self._server.open_disk(root)
@@ -80,6 +92,11 @@ class FuseLoopDevice(Device):
     @property
     def in_use(self) -> bool:
         return loop.in_use(self._path)
+
+    @property
+    def can_change_servers(self) -> bool:
+        """Whether another process can go on with what this one leaves unanswered (Linux 6.9)."""
+        return self._server.can_send_again
 
     def take_on_size(self) -> None:
         self._server.forget_size()

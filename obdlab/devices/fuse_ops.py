@@ -27,7 +27,7 @@ MIB = 1 << 20
 _FOREVER_S = 1 << 30
 _PAGE = 4096
 #: Requests the kernel sends without waiting for earlier ones (its default, 12, would starve slow sources).
-_MAX_BACKGROUND = 256
+MAX_BACKGROUND = 256
 _HEADER = abi.FUSE_IN_HEADER.size
 
 
@@ -50,6 +50,8 @@ class FuseFile:
         # A device nobody writes to takes no data in, so its threads need no large buffers.
         self._max_write = _PAGE if self._writable is None else MIB
         self.buffer_size = max(abi.FUSE_MIN_READ_BUFFER, abi.FUSE_WRITE_DATA + self._max_write)
+        #: Whether the kernel knows FUSE_NOTIFY_RESEND; set by INIT.
+        self.can_send_again = False
         self._handlers = {
             FuseOpcode.INIT: self._init,
             FuseOpcode.LOOKUP: self._lookup,
@@ -95,19 +97,24 @@ class FuseFile:
             | FuseInit.PARALLEL_DIROPS
             | FuseInit.MAX_PAGES
             | FuseInit.INIT_EXT
+            | FuseInit.HAS_RESEND
         )
+        if flags & FuseInit.INIT_EXT and minor >= 36:
+            flags |= abi.FUSE_INIT_FLAGS2_IN.unpack_from(body, abi.FUSE_INIT_IN.size)[0] << 32
+        agreed = wanted & flags
+        self.can_send_again = bool(agreed & FuseInit.HAS_RESEND)
         return abi.FUSE_INIT_OUT.pack(
             abi.FUSE_MAJOR,
             min(minor, abi.FUSE_MINOR),
             readahead,
-            wanted & flags,
-            _MAX_BACKGROUND,
-            _MAX_BACKGROUND * 3 // 4,
+            agreed & 0xFFFFFFFF,
+            MAX_BACKGROUND,
+            MAX_BACKGROUND * 3 // 4,
             self._max_write,
             1,
             MIB // _PAGE,
             0,
-            0,
+            agreed >> 32,
         )
 
     def _attr(self, node_id: int) -> bytes:

@@ -70,6 +70,16 @@ def update_size(device: Path) -> None:
         raise DeviceError(f"{device}: cannot take on the new size: {error.strerror}") from error
 
 
+def check_size(device: Path, size: int, name: str) -> None:
+    """Raise DeviceError if the device is larger than the ``size`` of the blob ``name`` that is to be behind it."""
+    try:
+        present = int((_SYS_BLOCK / device.name / "size").read_text()) * abi.SECTOR
+    except OSError as error:
+        raise DeviceError(f"{device}: no such device: {error.strerror}") from error
+    if present > size:
+        raise DeviceError(f"{name}: smaller than its device {device} (got {size} bytes, wanted {present})")
+
+
 def _free_device() -> Path:
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
