@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, get_type_hints
+from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError
 from obdlab.image.plainvalues import from_plain, to_plain
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 KIB = 1 << 10
 GIB = 1 << 30
+
+#: Where credentials may come from (overlaybd's credentialConfig.mode).
+CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -53,12 +57,34 @@ class Settings:
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
+    #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
+    server_processes: int = 0
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
     hosts_dir: Path | None = None
     #: P2P proxy through which blobs are read while it is healthy, as in :mod:`obdlab.registry.p2p`; "": none.
     p2p_address: str = ""
-    #: docker config.json with registry credentials.
+    #: docker config.json with registry credentials, read again when it changes.
     credentials_path: Path | None = None
+    #: "file": ``credentials_path``. Or who is asked: "http" and "https" at the URL ``credentials_address``, "uds" at
+    #: the unix socket of that path; "https" with the client certificate and trusting the CA below, if given.
+    credentials_mode: str = "file"
+    credentials_address: str = ""
+    credentials_timeout_s: float = 1.0
+    credentials_client_cert: Path | None = None
+    credentials_client_key: Path | None = None
+    credentials_server_ca: Path | None = None
+    #: CA bundle (PEM) to trust registries by, besides the system's CAs or, with ``tls_ca_only``, in their place.
+    tls_ca_path: Path | None = None
+    tls_ca_only: bool = False
+    #: Client certificate and key (PEM) for registries that have none of their own in ``tls_certs_dirs``.
+    tls_client_cert: Path | None = None
+    tls_client_key: Path | None = None
+    #: docker's and containerd's directories of certificates per host (:mod:`obdlab.registry.tls`).
+    tls_certs_dirs: tuple[Path, ...] = (Path("/etc/docker/certs.d"), Path("/etc/containerd/certs.d"))
+    #: "host" or "host:port" whose certificates are not looked at. Whoever sits in between reads and changes all.
+    tls_insecure_hosts: tuple[str, ...] = ()
+    #: What registries are told who asks.
+    user_agent: str = "obdlab"
     #: Device servers write their operations there (:mod:`obdlab.observe.audit`); None: nowhere.
     audit_path: Path | None = None
     #: Bytes of one audit log, and how many are kept, the current one included.
@@ -87,17 +113,38 @@ class Settings:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
             raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
+        if not 0 <= self.server_processes <= 64:
+            raise SettingsError(f"server_processes: 0 to 64 (got {self.server_processes})")
         if self.p2p_address:
             try:
                 parse_address(self.p2p_address)
             except P2PAddressError as error:
                 raise SettingsError(f"p2p_address: {error}") from error
+        self._check_access()
         if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
             raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
         if self.log_format not in LOG_FORMATS:
             raise SettingsError(f"log_format: wanted one of {', '.join(LOG_FORMATS)} (got {self.log_format!r})")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level: wanted one of {', '.join(LOG_LEVELS)} (got {self.log_level!r})")
+
+    def _check_access(self) -> None:
+        mode, address = self.credentials_mode, self.credentials_address
+        if mode not in CREDENTIALS_MODES:
+            raise SettingsError(f"credentials_mode: wanted one of {', '.join(CREDENTIALS_MODES)} (got {mode!r})")
+        if mode in ("http", "https") and not _is_url(address, mode):
+            raise SettingsError(f"credentials_address: wanted {mode}://host[:port]/path, without user and password")
+        if mode == "uds" and not address.startswith("/"):
+            raise SettingsError(f"credentials_address: wanted the absolute path of a socket (got {address!r})")
+        if self.credentials_timeout_s <= 0:
+            raise SettingsError("credentials_timeout_s must be positive")
+        for name in ("tls_client", "credentials_client"):
+            if getattr(self, f"{name}_key") is not None and getattr(self, f"{name}_cert") is None:
+                raise SettingsError(f"{name}_key: a key without {name}_cert")
+        if self.tls_ca_only and self.tls_ca_path is None:
+            raise SettingsError("tls_ca_only: wanted a tls_ca_path, since nobody would be trusted")
+        if not self.user_agent or not self.user_agent.isascii() or not self.user_agent.isprintable():
+            raise SettingsError(f"user_agent: wanted printable ASCII (got {self.user_agent!r})")
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, for another process."""
@@ -129,3 +176,12 @@ class Settings:
             return replace(self, **changes)
         except SettingsError as error:
             raise SettingsError(f"{name}: {error}") from error
+
+
+def _is_url(text: str, scheme: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme == scheme and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return good and "@" not in parts.netloc and not parts.fragment and text.isascii() and text.isprintable()
