@@ -8,7 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from obdlab.sources.cachefiles import CacheFiles, unit_sum
+from obdlab.sources.cachefiles import CacheFiles
+from obdlab.sources.cachelayout import unit_sums
 from obdlab.sources.eviction import cached_blobs, discard
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_READ_UNITS = 16
+_READ_UNITS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,11 @@ def blobs_of(space: CacheSpace, digests: Collection[str] = ()) -> list[Path]:
 
 def entries(space: CacheSpace) -> list[CacheEntry]:
     """Return all blobs, the last used first. Raises OSError."""
-    if not space.blobs.is_dir():
-        return []
-    with space.changing():  # so that nobody is about to open what is asked whether it is open
-        found = [_entry(directory) for directory in cached_blobs(space.blobs)]
+    found = []
+    for directory in blobs_of(space):
+        with space.changing(directory, patient=True):  # nobody is about to open what is asked whether it is open
+            if directory.is_dir():
+                found.append(_entry(directory))
     return sorted(found, key=lambda entry: entry.last_use, reverse=True)
 
 
@@ -71,15 +73,16 @@ def _entry(directory: Path) -> CacheEntry:
     if files is None:
         return CacheEntry(directory.parent.name, directory.name, 0, 0, 0, 0.0, in_use=False, verified=False)
     with closing(files):
+        header = files.header
         return CacheEntry(
             directory.parent.name,
             directory.name,
             files.size,
             min(files.cached_units() * files.unit, files.size),
             files.disk_bytes(),
-            files.last_use,
+            header.last_use,
             in_use=files.in_use,
-            verified=files.verified,
+            verified=header.verified,
         )
 
 
@@ -91,7 +94,7 @@ def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
     freed = 0
     # The lock is taken for each, so that devices can store meanwhile.
     for directory in blobs_of(space, digests):
-        with space.changing():
+        with space.changing(directory, patient=True):
             if directory.is_dir():
                 freed += discard(directory)
     return freed
@@ -104,7 +107,7 @@ def check_blob(
 
     Returns None if the blob went meanwhile. ``progress`` is told the bytes read. Raises OSError.
     """
-    with space.changing():
+    with space.changing(directory, patient=True):
         if not directory.is_dir():
             return None
         files = CacheFiles.attach(directory)
@@ -117,14 +120,13 @@ def check_blob(
 
 
 def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callable[[int], object]) -> CheckedBlob:
-    generation = files.generation
+    generation = files.header.generation
     whole = hashlib.sha256()
     checked = 0
     damaged: list[int] = []
     for first in range(0, files.units, _READ_UNITS):
-        for unit in range(first, min(first + _READ_UNITS, files.units)):
-            if not files.sums[unit]:
-                continue
+        there = files.present(first, min(first + _READ_UNITS, files.units))
+        for unit in (first + number for number, present in enumerate(there) if present):
             data = _sound_unit(space, files, unit, repair)
             if data is None:
                 damaged.append(unit * files.unit)
@@ -138,7 +140,7 @@ def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callabl
         if matches:
             files.mark_verified(generation)
         elif repair:
-            with space.changing():
+            with space.changing(files.directory, patient=True):
                 if files.directory.is_dir():
                     discard(files.directory)
     return CheckedBlob(files.directory.parent.name, files.directory.name, checked, tuple(damaged), matches)
@@ -146,17 +148,21 @@ def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callabl
 
 def _sound_unit(space: CacheSpace, files: CacheFiles, unit: int, repair: bool) -> bytes | None:
     # Returns the unit's content (nothing if it went meanwhile), or None if it is damaged.
-    data = files.load(unit, unit + 1)
-    if unit_sum(data) == files.sums[unit]:
+    data = _matching(files, unit)
+    if data is not None:
         return data
-    with space.changing():  # now nobody is storing it or giving it back
-        data = files.load(unit, unit + 1)
-        wanted = files.sums[unit]
-        if not wanted:
-            return b""
-        if unit_sum(data) == wanted:
-            return data
-        if repair:
+    with space.changing(files.directory, patient=True):  # now nobody is storing it or giving it back
+        data = _matching(files, unit)
+        if data is None and repair:
             files.drop(unit, unit + 1)
             files.punch(unit, unit + 1)
-    return None
+        return data
+
+
+def _matching(files: CacheFiles, unit: int) -> bytes | None:
+    wanted = files.sums(unit, unit + 1)
+    if not wanted[-1]:
+        return b""
+    data = files.load(unit, unit + 1)
+    sound = len(data) == files.length_of(unit, unit + 1) and memoryview(unit_sums(data)) == wanted
+    return data if sound else None

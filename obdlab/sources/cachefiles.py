@@ -1,33 +1,46 @@
-"""The two files that hold what is cached of one blob, shared by every process that has them open.
+"""The open pair of files that holds what is cached of one blob, shared by every process that has them open.
 
-``data`` is sparse and at least as large as the blob: what is cached stands where it stands in the blob. ``sums`` says
-which units of it may be used: a header of 64 bytes, then a u32 per unit in this machine's byte order (0, or the
-unit's checksum, which is written after its data), then a byte per unit (1: read since the eviction last came by).
-So whatever was interrupted, a unit either has its data or does not match its sum and is fetched again. Nothing is
-synced: after a power failure, too, the sums tell.
+Their layout: :mod:`obdlab.sources.cachelayout`. Nothing is mapped: whoever truncates or removes a file under a
+running device costs it the caching, no more. Who stores, makes, gives back or removes holds the lock of the whole
+cache (:mod:`obdlab.sources.cachespace`); who has a blob open holds a shared lock on its ``sums``, so that its files
+are not removed under it; who fetches units holds a lock on their range of ``data``, which the kernel takes back from
+the dead, so that others wait for them instead of fetching the same.
 
-Every process maps ``sums``. The generation changes whenever sums were taken away, which tells the others to check
-again what they have checked before. Space is given back only after that, so that a reader who got zeros from a hole
-knows it. Who stores, makes or removes holds the lock of the whole cache (:mod:`obdlab.sources.cachespace`); who has a
-blob open holds a shared lock on its ``sums``, so that its files are not removed under it.
+The generation changes whenever sums were taken away. The eviction takes a unit's sums before its space, so that a
+reader who got zeros from a hole finds no sum for them when he looks again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
-import mmap
 import os
 import struct
-import tempfile
 import time
+from array import array
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from obdlab.formats.checksum import raw_crc32c
+from obdlab.sources.cachelayout import (
+    GENERATION_AT,
+    HAND_AT,
+    HEADER_SIZE,
+    LAST_USE_AT,
+    PAGE,
+    Header,
+    close_all,
+    generation_bytes,
+    new_pair,
+    open_pair,
+    pages_of,
+    sums_size,
+    unit_sums,
+    used_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,140 +48,139 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from obdlab.blob import Buffer
     from obdlab.sources.cachespace import CacheSpace
 
 logger = logging.getLogger(__name__)
 
-# Magic, version, unit size, blob size; then the generation (u32), the mark of a verified blob (u32), the time of the
-# last use (double, seconds since 1970), and where the eviction goes on (u32).
-_HEADER = struct.Struct("=8sIIQ")
-_MAGIC = b"OBDLCACH"
-_VERSION = 2
-_HEADER_SIZE = 64
-_GENERATION = 6  # index of the word
-_VERIFIED = 7
-_LAST_USE = 4  # index of the double
-_HAND = 10
-_VERIFIED_MARK = 0x56524659
-_FUTURE = float(1 << 33)  # a time of last use that is no time
-# A checksum of 0 would read as "absent"; this one stands in for it. Any seed but 0 sees zeros, too.
-_SEED = 100007
-_ZERO_SUM = 0xFFFFFFFF
+# struct flock (fcntl.h) with 64-bit offsets; l_pid is 0 for locks of an open file.
+_FLOCK = struct.Struct("=hh4xqqi4x")
 
 _PUNCH_HOLE_KEEP_SIZE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-def unit_sum(data: Buffer) -> int:
-    """Return what ``sums`` holds for a unit with this content; never 0."""
-    return raw_crc32c(data, _SEED) or _ZERO_SUM
-
-
 class CacheFiles:
-    """The open pair of files, made by :meth:`open` and :meth:`attach`.
+    """The open pair, made by :meth:`open`, :meth:`attach` or :meth:`absent`. Safe between threads and processes."""
 
-    ``sums[unit]`` and ``used[unit]`` may be read by anyone; methods are safe between processes.
-    """
-
-    def __init__(self, directory: Path, fd: int, sums_fd: int) -> None:
-        # Takes over both descriptors, unless it raises.
-        header = os.pread(sums_fd, _HEADER_SIZE, 0)
-        self.unit: int
-        self.size: int
-        _, _, self.unit, self.size = _HEADER.unpack_from(header)
+    def __init__(self, directory: Path, fd: int, sums_fd: int, header: Header) -> None:
         self.directory = directory
+        self.unit = header.unit
+        self.size = header.size
         self.units = -(-self.size // self.unit)
         self.fd = fd
+        #: Whether files are behind this that may be stored in.
+        self.attached = True
         self._sums_fd = sums_fd
-        self._map = mmap.mmap(sums_fd, _sums_size(self.units))
-        self._words = memoryview(self._map).cast("I")
-        self._times = memoryview(self._map).cast("d")
-        self._used_start = _HEADER_SIZE + 4 * self.units
-        self.sums = self._words[_HEADER_SIZE // 4 : self._used_start // 4]
-        # One byte more than there are units: an empty read at the end asks for it.
-        self.used = memoryview(self._map)[self._used_start :]
+        self._pages = pages_of(self.size)
+        self._unit_pages = self.unit // PAGE
+        self._used_at = used_at(self.size)
+
+    @classmethod
+    def absent(cls, directory: Path, size: int, unit: int) -> Self:
+        """Return a pair in which nothing is and nothing stays, until :meth:`replace`."""
+        fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        files = cls(directory, fd, os.dup(fd), Header.new(size, unit))
+        files.attached = False
+        return files
 
     @classmethod
     def open(cls, space: CacheSpace, directory: Path, size: int, unit: int) -> Self:
-        """Open the files of a blob of ``size`` bytes, made anew if need be.
+        """Open the files of a blob of ``size`` bytes, made anew if need be; those that exist keep their unit.
 
-        Raises OSError if they cannot be made, the cache is full, or it stays locked by others.
+        Raises OSError if they cannot be made, the cache is full, it stays locked by others, or others use the blob
+        with another size.
         """
-        files = cls._open_existing(directory, size, unit)
+        files = cls._open_existing(directory, size)
         if files is None:
-            with space.growing(directory, _sums_size(-(-size // unit)) + (32 << 10)):
-                files = cls._open_existing(directory, size, unit)
+            with space.changing(directory, sums_size(size, unit) + (32 << 10)):
+                files = cls._open_existing(directory, size)
                 if files is None:
                     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    files = cls._use(directory, _new_pair(directory, size, unit), size)
+                    files = cls._use(directory, new_pair(directory, size, unit))
         files.stamp()
         return files
 
     @classmethod
-    def _open_existing(cls, directory: Path, size: int, unit: int) -> Self | None:
+    def _open_existing(cls, directory: Path, size: int) -> Self | None:
         # None: there is no such pair, or it is just being removed. Needs no lock but the one on sums.
-        pair = _open_pair(directory, _HEADER.pack(_MAGIC, _VERSION, unit, size))
+        pair = open_pair(directory)
         if pair is None:
+            if (directory / "sums").exists():
+                logger.warning("%s: cannot be what is cached of a blob, starting anew", directory)
             return None
         try:
-            files = cls._use(directory, pair, size)
+            files = cls._use(directory, pair)
         except BlockingIOError:
             return None
-        if not files.is_deleted:
+        if files.size == size and not files.is_stale:
+            if os.fstat(files.fd).st_size < size:  # was cut
+                os.ftruncate(files.fd, size)
             return files
+        busy = files.size != size and files.in_use
         files.close()
+        if busy:
+            raise OSError(errno.EBUSY, f"blob is in use with another size (wanted {size})", str(directory))
         return None
 
     @classmethod
-    def _use(cls, directory: Path, pair: tuple[int, int], size: int) -> Self:
+    def _use(cls, directory: Path, pair: tuple[int, int]) -> Self:
         # Takes over both descriptors, also if it raises.
         try:
             fcntl.flock(pair[1], fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.fstat(pair[0]).st_size < size:  # was cut
-                os.ftruncate(pair[0], size)
-            return cls(directory, *pair)
+            return cls._made(directory, pair)
         except BaseException:
-            _close_both(pair)
+            close_all(pair)
             raise
+
+    @classmethod
+    def _made(cls, directory: Path, pair: tuple[int, int]) -> Self:
+        header = Header.from_bytes(os.pread(pair[1], HEADER_SIZE, 0))
+        if header is None:
+            raise OSError(errno.ESTALE, "cache file was changed by others", str(directory))
+        return cls(directory, *pair, header)
 
     @classmethod
     def attach(cls, directory: Path) -> Self | None:
         """Open an existing pair without using it; None if there is no sound one. Under the lock of the cache."""
-        pair = _open_pair(directory, None)
+        pair = open_pair(directory)
         if pair is None:
             return None
         try:
-            return cls(directory, *pair)
+            return cls._made(directory, pair)
         except BaseException:
-            _close_both(pair)
+            close_all(pair)
             raise
 
-    @property
-    def generation(self) -> int:
-        """Changes when any process took sums away."""
-        return self._words[_GENERATION]
+    def replace(self, other: CacheFiles) -> None:
+        """Take over what ``other`` has open, under the descriptors of this; of the same size and unit."""
+        self.attached = False
+        for mine, new in ((self.fd, other.fd), (self._sums_fd, other._sums_fd)):
+            os.dup2(new, mine, inheritable=False)
+        self.attached = other.attached
+        other.close()
+
+    # -- what is there -----------------------------------------------------------------------------------------------
 
     @property
-    def verified(self) -> bool:
-        """Whether the blob was complete and matched its digest, and nothing was taken away since."""
-        return bool(self._words[_VERIFIED] == _VERIFIED_MARK)
+    def header(self) -> Header:
+        """Read the header; an empty one if it is damaged."""
+        found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
+        return found if found is not None else Header.new(self.size, self.unit)
 
     @property
-    def is_deleted(self) -> bool:
-        """Whether one of the files has no name any more."""
-        return not all(os.fstat(fd).st_nlink for fd in (self.fd, self._sums_fd))
-
-    @property
-    def last_use(self) -> float:
-        """Seconds since 1970; 0 if damaged."""
-        value = self._times[_LAST_USE]
-        return value if 0 <= value < _FUTURE else 0.0
+    def is_stale(self) -> bool:
+        """Whether one of the files has no name any more, or the header is another's."""
+        found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
+        return (
+            found is None
+            or (found.size, found.unit) != (self.size, self.unit)
+            or not all(os.fstat(fd).st_nlink for fd in (self.fd, self._sums_fd))
+        )
 
     @property
     def in_use(self) -> bool:
-        """Whether any process has the blob open; for pairs that were attached, under the lock of the cache.
+        """Whether any other has the blob open. Under the lock of the cache.
 
         If not, nobody can begin to use it until this object is closed.
         """
@@ -182,124 +194,200 @@ class CacheFiles:
         """Return how many bytes the units ``[first, stop)`` have; the blob's last unit may be short."""
         return min(stop * self.unit, self.size) - first * self.unit
 
+    def sums(self, first: int, stop: int) -> memoryview:
+        """Return the values of the units' pages; 0 where there are none."""
+        begin, end = first * self._unit_pages, min(stop * self._unit_pages, self._pages)
+        length = 4 * (end - begin)
+        raw = self._pread(self._sums_fd, length, HEADER_SIZE + 4 * begin)
+        return memoryview(raw.ljust(length, b"\0")).cast("I")
+
+    def present(self, first: int, stop: int) -> list[bool]:
+        """Return which of the units are there."""
+        sums = self.sums(first, stop)
+        step = self._unit_pages
+        return [sums[min(at + step, len(sums)) - 1] != 0 for at in range(0, len(sums), step)]
+
     def cached_units(self) -> int:
         """Return how many units are there."""
-        return int(np.count_nonzero(np.frombuffer(self._map, np.uint32, self.units, _HEADER_SIZE)))
+        return int(np.count_nonzero(self._presence()))
 
     def disk_bytes(self) -> int:
         """Return what both files take on disk."""
         return 512 * (os.fstat(self.fd).st_blocks + os.fstat(self._sums_fd).st_blocks)
 
+    def load(self, first: int, stop: int) -> bytes:
+        """Return what the file holds for the units, unchecked; fewer bytes if it was cut short or cannot be read."""
+        return self._pread(self.fd, self.length_of(first, stop), first * self.unit)
+
+    def _pread(self, fd: int, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(fd, length, offset)
+        except OSError as error:
+            logger.warning("%s: cannot read what is cached: %s", self.directory, error.strerror)
+            return b""
+
+    # -- fetching, storing, taking away ------------------------------------------------------------------------------
+
+    def claim(self, first: int, stop: int) -> int | None:
+        """Say that this object's owner fetches the units. Returns None, or else the first unit that another does.
+
+        A claim that failed leaves nothing claimed.
+        """
+        if not self.attached:
+            return None
+        start, length = first * self.unit, (stop - first) * self.unit
+        for command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+            lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            try:
+                answer = fcntl.fcntl(self.fd, command, lock)
+            except BlockingIOError:
+                continue
+            except OSError as error:  # a file system without locks: everybody fetches for himself
+                logger.debug("%s: no lock: %s", self.directory, error.strerror)
+                return None
+            if command == fcntl.F_OFD_SETLK:
+                return None
+        kind, _, taken, _, _ = _FLOCK.unpack(answer)
+        return first if kind == fcntl.F_UNLCK else max(first, taken // self.unit)
+
+    def unclaim(self, first: int, stop: int) -> None:
+        """Take back what :meth:`claim` said."""
+        if self.attached:
+            lock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, first * self.unit, (stop - first) * self.unit, 0)
+            try:
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, lock)
+            except OSError as error:
+                logger.debug("%s: no lock: %s", self.directory, error.strerror)
+
+    def store(self, space: CacheSpace, first: int, data: bytes) -> array[int]:
+        """Write whole units, then their sums, which are returned.
+
+        Raises OSError (cache or disk full, files gone): some units may be stored then.
+        """
+        view = memoryview(data)
+        units = [unit_sums(view[start : start + self.unit]) for start in range(0, len(view), self.unit)]
+        sums = array("I", b"".join(units))
+        stop = first + len(units)
+        with space.room(self.fd, len(view)):
+            if self.is_stale:
+                raise OSError(errno.ESTALE, "cache file was changed by others", str(self.directory))
+            if self.header.verified:  # and complete: this came by another way, or too late
+                return sums
+            there = self.sums(first, stop)
+            if there != memoryview(sums):
+                self._drop_others(first, there, units)
+                _pwrite_all(self.fd, view, first * self.unit)
+                _pwrite_all(self._sums_fd, memoryview(sums).cast("B"), HEADER_SIZE + 4 * first * self._unit_pages)
+        return sums
+
+    def _drop_others(self, first: int, there: memoryview, units: list[array[int]]) -> None:
+        # What is there with other content may be read by others while it is overwritten.
+        step = self._unit_pages
+        changed = [
+            first + number
+            for number, mine in enumerate(units)
+            if (old := there[number * step : number * step + len(mine)])[-1] and old != memoryview(mine)
+        ]
+        if changed:
+            self._take_away([(unit, unit + 1) for unit in changed])
+
     def touch(self, first: int, stop: int) -> None:
         """Note that the units were read."""
-        self.used[first:stop] = b"\1" * (stop - first)
+        self._note(b"\1" * (stop - first), self._used_at + first)
 
     def stamp(self) -> None:
         """Note that the blob is being read."""
-        self._times[_LAST_USE] = time.time()
+        self._note(struct.pack("=d", time.time()), LAST_USE_AT)
 
-    def load(self, first: int, stop: int) -> bytes:
-        """Return what the file holds for the units, unchecked; fewer bytes if it was cut short or cannot be read."""
+    def _note(self, value: bytes, at: int) -> None:
         try:
-            return os.pread(self.fd, self.length_of(first, stop), first * self.unit)
-        except OSError as error:
-            logger.warning("%s: cannot read cached data: %s", self.directory, error.strerror)
-            return b""
-
-    def store(self, space: CacheSpace, first: int, data: bytes) -> None:
-        """Write whole units, then their sums. Raises OSError (cache or disk full): some units may be stored then."""
-        view = memoryview(data)
-        sums = [unit_sum(view[start : start + self.unit]) for start in range(0, len(view), self.unit)]
-        offset = first * self.unit
-        done = 0
-        with space.room(self.fd, len(view)):
-            if self.verified:  # and complete: this came by another way, or too late
-                return
-            changed = [unit for unit, value in enumerate(sums, first) if self.sums[unit] not in (0, value)]
-            if changed:  # others may read these while they are overwritten
-                self._take_away(np.array(changed))
-            while done < len(view):
-                done += os.pwrite(self.fd, view[done:], offset + done)
-            for number, value in enumerate(sums, first):
-                self.sums[number] = value
-        self.touch(first, first + len(sums))
-        self.stamp()
+            os.pwrite(self._sums_fd, value, at)
+        except OSError as error:  # a hint for the eviction, no more
+            logger.debug("%s: cannot note the use: %s", self.directory, error.strerror)
 
     def drop(self, first: int, stop: int) -> None:
-        """Take the units' sums away and tell all processes."""
-        self._take_away(np.arange(first, stop))
+        """Take the units' sums away."""
+        self._take_away([(first, stop)])
 
     def mark_verified(self, generation: int) -> bool:
         """Note that the blob matches its digest, unless sums were taken away since ``generation``."""
         with self._locked():
-            if self.generation != generation:
+            if self.header.generation != generation or self.is_stale:
                 return False
-            self._words[_VERIFIED] = _VERIFIED_MARK
+            os.pwrite(self._sums_fd, generation_bytes(generation, verified=True), GENERATION_AT)
             return True
 
-    def reclaim(self, wanted: int) -> int:
-        """Give back the space of units with ``wanted`` bytes together, or of all; return how much it was.
+    # -- giving back; all of it under the lock of the cache ----------------------------------------------------------
 
-        Those not read since the last time go first, round and round (the CLOCK algorithm). Under the lock of the
-        cache. Raises OSError.
+    def sweep(self, wanted: int, *, spare_used: bool = True) -> int:
+        """Give back up to about ``wanted`` bytes of units; return how many bytes of units it was.
+
+        Goes on where it last ended, once round at most. Units that were read since it last came by are left where
+        they are, and taken the next time unless they were read again. Raises OSError.
         """
-        before = self.disk_bytes()
-        enough = -(-wanted // self.unit)
-        for _ in range(2):
-            enough -= self._sweep(enough)
-            if enough <= 0:
-                break
-        return before - self.disk_bytes()
+        taken, found = self._choose(-(-wanted // self.unit), spare_used)
+        if len(taken):
+            runs = [
+                (int(run[0]), int(run[-1]) + 1) for run in np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1)
+            ]
+            # Also if none had a sum: those may be what a killed process left.
+            self._take_away(runs)
+            for run in runs:
+                self.punch(*run)
+        return found * self.unit
 
     def punch(self, first: int, stop: int) -> None:
-        """Give back the space of units that were dropped. Under the lock of the cache. Raises OSError."""
+        """Give back the space of units that were dropped. Raises OSError."""
         if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, first * self.unit, (stop - first) * self.unit):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(self.directory / "data"))
 
     def close(self) -> None:
-        """Unmap and close. Not while another thread uses the object."""
-        for view in (self.sums, self.used, self._times, self._words):
-            view.release()
-        self._map.close()
-        _close_both((self.fd, self._sums_fd))
+        """Close both. Not while another thread uses the object."""
+        self.attached = False
+        close_all((self.fd, self._sums_fd))
         self.fd = self._sums_fd = -1
 
-    def _sweep(self, enough: int) -> int:
-        # Gives back at most ``enough`` units that nobody read since the last sweep, and returns how many.
-        taken, found = self._choose(enough)
-        if len(taken):
-            # Also if none had a sum: whoever was killed between taking it away and saying so left others believing.
-            self._take_away(taken)
-            for run in np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1):
-                self.punch(int(run[0]), int(run[-1]) + 1)
-        return found
+    def _presence(self) -> npt.NDArray[np.bool_]:
+        sums = np.frombuffer(self.sums(0, self.units), np.uint32)
+        ends = np.minimum(np.arange(1, self.units + 1) * self._unit_pages, self._pages) - 1
+        present: npt.NDArray[np.bool_] = sums[ends] != 0
+        return present
 
-    def _choose(self, enough: int) -> tuple[npt.NDArray[np.int64], int]:
+    def _choose(self, enough: int, spare_used: bool) -> tuple[npt.NDArray[np.int64], int]:
         # Returns the units that the hand takes, sorted, and how many of them are cached. The others have no sum;
         # a killed process may have left their data.
-        sums = np.frombuffer(self._map, np.uint32, self.units, _HEADER_SIZE)
-        used = np.frombuffer(self._map, np.uint8, self.units, self._used_start)
-        hand = self._words[_HAND] % self.units
+        header = self.header
+        raw = self._pread(self._sums_fd, self.units, self._used_at).ljust(self.units, b"\0")
+        used = np.frombuffer(raw, np.uint8).copy()
+        hand = header.hand % self.units
         order = np.roll(np.arange(self.units), -hand)
-        present = sums[order] != 0
-        kept = present & (used[order] != 0)
+        present = self._presence()[order]
+        kept = present & (used[order] != 0) if spare_used else np.zeros(self.units, bool)
         found = np.cumsum(present & ~kept)
         stop = min(int(np.searchsorted(found, enough)) + 1, self.units)
         order, kept = order[:stop], kept[:stop]
         used[order] = 0
-        self._words[_HAND] = (hand + stop) % self.units
+        os.pwrite(self._sums_fd, used.tobytes(), self._used_at)
+        # Those who read look at the count, and say again what they read.
+        hand, sweeps = (hand + stop) % self.units, (header.sweeps + 1) & 0xFFFFFFFF
+        os.pwrite(self._sums_fd, struct.pack("=II", hand, sweeps), HAND_AT)
         return np.sort(order[~kept]), int(found[stop - 1])
 
-    def _take_away(self, numbers: npt.NDArray[np.int64]) -> None:
+    def _take_away(self, runs: list[tuple[int, int]]) -> None:
         with self._locked():
-            self._words[_VERIFIED] = 0
-            np.frombuffer(self._map, np.uint32, self.units, _HEADER_SIZE)[numbers] = 0
-            self._words[_GENERATION] = (self._words[_GENERATION] + 1) & 0xFFFFFFFF
+            generation = self.header.generation
+            os.pwrite(self._sums_fd, generation_bytes(generation + 1, verified=False), GENERATION_AT)
+            for first, stop in runs:
+                begin, end = first * self._unit_pages, min(stop * self._unit_pages, self._pages)
+                _pwrite_all(self._sums_fd, memoryview(bytes(4 * (end - begin))), HEADER_SIZE + 4 * begin)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # Between processes, and held for microseconds only.
+        if not self.attached:
+            yield
+            return
         fcntl.flock(self.fd, fcntl.LOCK_EX)
         try:
             yield
@@ -307,98 +395,7 @@ class CacheFiles:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
 
 
-def last_use(directory: Path) -> float:
-    """Return when the blob in ``directory`` was last read (seconds since 1970); 0 if that is not known."""
-    try:
-        with (directory / "sums").open("rb") as file:
-            (value,) = struct.unpack_from("=d", file.read(_HEADER_SIZE), 8 * _LAST_USE)
-    except (OSError, struct.error):
-        return 0.0
-    return float(value) if 0 <= value < _FUTURE else 0.0
-
-
-def remove_blob(directory: Path) -> int:
-    """Delete a blob's files and directory; return what they took on disk. Under the lock of the cache.
-
-    Who has them open goes on with the deleted files, in which nothing is stored any more.
-    """
-    freed = 0
-    names = sorted(os.listdir(directory), reverse=True)  # sums before data: no sums, no data
-    for name in names:
-        freed += 512 * (directory / name).lstat().st_blocks
-        (directory / name).unlink()
-    directory.rmdir()
-    try:
-        directory.parent.rmdir()
-    except OSError:
-        pass  # there are others
-    return freed
-
-
-def _sums_size(units: int) -> int:
-    size = _HEADER_SIZE + 4 * units + units + 1
-    return size + -size % 8
-
-
-def _open_pair(directory: Path, header: bytes | None) -> tuple[int, int] | None:
-    # ``header`` is what sums must begin with; None: with whatever is sound.
-    descriptors: list[int] = []
-    try:
-        for name in ("data", "sums"):
-            descriptors.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))  # noqa: PERF401 - kept on errors
-        found = os.pread(descriptors[1], _HEADER.size, 0)
-        if _is_sound(found, os.fstat(descriptors[1]).st_size) and header in (None, found):
-            return descriptors[0], descriptors[1]
-        if header is not None:
-            logger.warning("%s: sums are not for this size and unit, starting anew", directory)
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        _close_both(descriptors)
-        raise
-    _close_both(descriptors)
-    return None
-
-
-def _is_sound(header: bytes, size: int) -> bool:
-    if len(header) < _HEADER.size:
-        return False
-    magic, version, unit, blob_size = _HEADER.unpack(header)
-    return (
-        (magic, version) == (_MAGIC, _VERSION)
-        and unit >= 4096
-        and unit & (unit - 1) == 0
-        and blob_size > 0
-        and size == _sums_size(-(-blob_size // unit))
-    )
-
-
-def _new_pair(directory: Path, size: int, unit: int) -> tuple[int, int]:
-    # Others may have the old files open, so they are replaced, not changed. At every moment what has the name
-    # ``sums`` belongs to what has the name ``data``.
-    (directory / "sums").unlink(missing_ok=True)
-    descriptors: list[int] = []
-    try:
-        for name, length in (("data", 0), ("sums", _sums_size(-(-size // unit)))):
-            fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-            descriptors.append(fd)
-            try:
-                if length:
-                    # A hole in a mapped file on a full disk would be a SIGBUS at the first write.
-                    os.posix_fallocate(fd, 0, length)
-                    os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, unit, size), 0)
-                else:
-                    os.ftruncate(fd, size)
-                os.rename(temporary, directory / name)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-    except BaseException:
-        _close_both(descriptors)
-        raise
-    return descriptors[0], descriptors[1]
-
-
-def _close_both(descriptors: tuple[int, ...] | list[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)
+def _pwrite_all(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)

@@ -2,8 +2,12 @@
 
 ``<directory>/usage`` is the lock (flock) of everybody who makes, stores, gives back or removes, and holds the sum of
 all disk blocks below the directory. The sum is raised before a write and set right after it, so a killed process
-leaves it too large, never too small; it is counted anew from the files' block counts when that matters (before
-anything is evicted) and after a reboot.
+leaves it too large, never too small; it is counted anew from the files' block counts after a reboot, and when an
+eviction cannot bring it down.
+
+A store that finds no room stores nothing. Whoever finds the directory fuller than its high mark starts a thread that
+gives back until it is below the low mark; the lock is held for one blob's part of that at a time, and only one
+process does it.
 """
 
 from __future__ import annotations
@@ -29,15 +33,21 @@ logger = logging.getLogger(__name__)
 _LEDGER = struct.Struct("=8s40sq")  # magic, boot id, bytes
 _MAGIC = b"OBDLUSED"
 _BLOCK = 4096
-# Storing is worth no long wait: a reader may stand behind it.
-_WAIT_TO_STORE_S = 1.0
-_WAIT_TO_OPEN_S = 10.0
-# An eviction frees this much more than was asked for, so that it is not needed at every store.
-_SPARE_SHARE = 32
+# Storing is worth no long wait: a reader may stand behind it. Nor is opening: it is tried again later.
+_WAIT_TO_STORE_S = 0.25
+_WAIT_TO_OPEN_S = 1.0
+_WAIT_TO_EVICT_S = 10.0
+# The high mark lies so much below the limit, the low mark twice as much: room for what comes while others evict.
+_SPARE_SHARE = 16
+_FREE_SPARE_SHARE = 4
 # The free space kept on the file system is no more than this share of it.
 _FREE_SHARE = 16
-# After an eviction that did not help, the next is not tried at once.
+# An eviction that did not help is not tried again at once.
 _REST_S = 1.0
+
+
+class CacheFullError(OSError):
+    """There is no room within the cache's limits, until the eviction has come by."""
 
 
 class CacheSpace:
@@ -55,48 +65,113 @@ class CacheSpace:
         self._quota = quota
         self._min_free = min_free
         self._lock = threading.Lock()  # threads queue here, and do not poll for the file's lock
+        self._evicting = threading.Lock()
+        self._wanted = 0
         self._no_eviction_before = 0.0
 
     @contextmanager
     def room(self, fd: int, length: int) -> Iterator[None]:
         """Hold the lock with room for ``length`` more bytes in the file ``fd``.
 
-        Raises OSError if there is none (ENOSPC), the file was deleted (ESTALE) or others hold the lock too long.
+        Raises CacheFullError if there is none, OSError if the file was deleted (ESTALE), or is locked too long.
         """
-        length += -length % _BLOCK
         with self._locked(_WAIT_TO_STORE_S) as ledger:
-            self._make_room(ledger, length)
+            self._check_room(ledger, length)
             before = os.fstat(fd)
             if before.st_nlink == 0:
                 raise OSError(errno.ESTALE, "cache file was deleted", str(self.directory))
             used = ledger.used
-            ledger.set(used + length)
+            ledger.set(used + _rounded(length))
             try:
                 yield
             finally:
                 ledger.set(used + 512 * (os.fstat(fd).st_blocks - before.st_blocks))
+                full = self._excess(ledger.used, 1) > 0
+        if full:
+            self.start_eviction()
 
     @contextmanager
-    def growing(self, directory: Path, length: int) -> Iterator[None]:
-        """As :meth:`room`, for files below ``directory`` that are made or replaced."""
-        with self._locked(_WAIT_TO_OPEN_S) as ledger:
-            self._make_room(ledger, length)
+    def changing(self, directory: Path, length: int = 0, *, patient: bool = False) -> Iterator[None]:
+        """Hold the lock to make, replace or remove files of the blob in ``directory``, with room for ``length`` more.
+
+        Raises OSError as :meth:`room`; whoever is ``patient`` waits for the lock longer.
+        """
+        with self._locked(_WAIT_TO_EVICT_S if patient else _WAIT_TO_OPEN_S) as ledger:
+            if length:
+                self._check_room(ledger, length)
             before = self._usage_of(directory)
             used = ledger.used
-            ledger.set(used + length)
+            ledger.set(used + _rounded(length))
             try:
                 yield
             finally:
-                ledger.set(used + self._usage_of(directory) - before)
+                ledger.set(max(0, used + self._usage_of(directory) - before))
+
+    def count(self) -> int:
+        """Count anew what the directory holds on disk, and return it. Raises OSError."""
+        with self._locked(_WAIT_TO_EVICT_S) as ledger:
+            ledger.set(disk_usage(self.directory))
+            return ledger.used
+
+    def excess(self) -> int:
+        """Return how much more the directory holds than it should after an eviction; 0 or less if it is fine.
+
+        Raises OSError.
+        """
+        with self._locked(_WAIT_TO_EVICT_S) as ledger:
+            return self._excess(ledger.used + self._wanted, 2)
+
+    def start_eviction(self, wanted: int = 0) -> None:
+        """Have space given back by a thread, so that there is room for ``wanted`` bytes; returns at once.
+
+        Nothing happens if one does it already, or nothing came of it a moment ago.
+        """
+        if time.monotonic() < self._no_eviction_before or not self._evicting.acquire(blocking=False):
+            return
+        self._wanted = wanted
+        try:
+            threading.Thread(target=self._evict, name="obdlab-evict", daemon=True).start()
+        except RuntimeError:  # the system has no more threads: the next store tries again
+            self._evicting.release()
+
+    def wait_for_eviction(self, timeout_s: float) -> bool:
+        """Wait until this object's eviction is over, if there is one; tell whether it is."""
+        over = self._evicting.acquire(timeout=timeout_s)
+        if over:
+            self._evicting.release()
+        return over
+
+    def _evict(self) -> None:
+        try:
+            with self._sole_evictor() as mine:
+                if mine:
+                    freed = evict(self)
+                    self.evicted_bytes += freed
+                    logger.info("%s: gave back %d bytes", self.directory, freed)
+                if not mine or not freed:
+                    self._no_eviction_before = time.monotonic() + _REST_S
+        except OSError as error:
+            logger.warning("%s: eviction failed: %s", self.directory, error)
+            self._no_eviction_before = time.monotonic() + _REST_S
+        except Exception:
+            logger.exception("%s: eviction failed unexpectedly", self.directory)
+            self._no_eviction_before = time.monotonic() + _REST_S
+        finally:
+            self._evicting.release()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Hold the lock to give back or remove; what the directory holds is counted anew afterwards."""
-        with self._locked(_WAIT_TO_OPEN_S) as ledger:
+    def _sole_evictor(self) -> Iterator[bool]:
+        # Between processes: two would take twice as much as is needed. Tells whether it is us.
+        fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             try:
-                yield
-            finally:
-                ledger.set(disk_usage(self.directory))
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = True
+            except BlockingIOError:
+                mine = False
+            yield mine
+        finally:
+            os.close(fd)
 
     def _usage_of(self, directory: Path) -> int:
         # With the directories that lead to it, which may be new.
@@ -105,32 +180,21 @@ class CacheSpace:
             total += 512 * directory.lstat().st_blocks if directory.exists() else 0
         return total
 
-    def _make_room(self, ledger: _Ledger, length: int) -> None:
-        excess = self._excess(ledger.used, length)
-        if excess <= 0:
-            return
-        if time.monotonic() >= self._no_eviction_before:
-            used = disk_usage(self.directory)
-            excess = self._excess(used, length)
-            if excess > 0:
-                evict(self.blobs, excess + (self._quota or used) // _SPARE_SHARE)
-                left = disk_usage(self.directory)
-                logger.info("%s: gave back %d of %d bytes", self.directory, used - left, used)
-                self.evicted_bytes += used - left
-                used = left
-                excess = self._excess(used, length)
-            ledger.set(used)
-            if excess <= 0:
-                return
-            self._no_eviction_before = time.monotonic() + _REST_S
-        raise OSError(errno.ENOSPC, "cache is full", str(self.directory))
+    def _check_room(self, ledger: _Ledger, length: int) -> None:
+        wanted = _rounded(length)
+        if self._excess(ledger.used + wanted, 0) > 0:
+            if not self._quota or wanted < self._quota - 2 * self._quota // _SPARE_SHARE:  # else it never fits
+                self.start_eviction(wanted)
+            raise CacheFullError(errno.ENOSPC, "cache is full", str(self.directory))
 
-    def _excess(self, used: int, length: int) -> int:
-        excess = used + length - self._quota if self._quota else 0
+    def _excess(self, used: int, spares: int) -> int:
+        # By how much the limits, made stricter by so many spares, are exceeded.
+        excess = used - self._quota + spares * self._quota // _SPARE_SHARE if self._quota else 0
         if self._min_free:
             status = os.statvfs(self.directory)
             floor = min(self._min_free, status.f_blocks * status.f_frsize // _FREE_SHARE)
-            excess = max(excess, floor + length - status.f_bavail * status.f_frsize)
+            floor += spares * floor // _FREE_SPARE_SHARE
+            excess = max(excess, floor - status.f_bavail * status.f_frsize)
         return excess
 
     @contextmanager
@@ -182,6 +246,7 @@ class _Ledger:
     # The file's content, while it is locked.
     def __init__(self, fd: int, directory: Path) -> None:
         self._fd = fd
+        self.used: int
         content = os.pread(fd, _LEDGER.size, 0)
         if len(content) == _LEDGER.size:
             magic, boot, self.used = _LEDGER.unpack(content)
@@ -193,6 +258,11 @@ class _Ledger:
     def set(self, used: int) -> None:
         self.used = used
         os.pwrite(self._fd, _LEDGER.pack(_MAGIC, _boot_id(), used), 0)
+
+
+def _rounded(length: int) -> int:
+    # What so many bytes may take on disk: whole blocks, and one of the file's extents.
+    return length + -length % _BLOCK + _BLOCK if length else 0
 
 
 def disk_usage(directory: Path | str) -> int:

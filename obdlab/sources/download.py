@@ -23,7 +23,7 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from obdlab.sources.cache import CachedBlob
+    from obdlab.sources.cachedblob import CachedBlob
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(slots=True)
@@ -62,6 +62,38 @@ class Flight:
         self.done = threading.Event()
         self.data: bytes | None = None
         self.error: BaseException | None = None
+
+
+class Holders:
+    """Who still needs something that was closed: its owner, and those that hold it beyond that."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._lock = threading.Lock()
+        self._count = 1
+        self.closed = False
+
+    def hold(self) -> bool:
+        """Put off the release until :meth:`let_go`; False if it was closed already."""
+        with self._lock:
+            if not self.closed:
+                self._count += 1
+            return not self.closed
+
+    def let_go(self) -> None:
+        """Give up what :meth:`hold` took; the last one releases."""
+        with self._lock:
+            self._count -= 1
+            last = self._count == 0
+        if last:
+            self._release()
+
+    def close(self) -> None:
+        """The owner's part, once."""
+        with self._lock:
+            closed, self.closed = self.closed, True
+        if not closed:
+            self.let_go()
 
 
 class Demand:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from obdlab.blob import MemoryBlob
 from obdlab.formats.oci import digest_of
-from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources.cache import BlockCache
+from obdlab.sources.cachedblob import CachedBlob
 
 SIZE = 32 << 20
 

@@ -11,7 +11,8 @@ import pytest
 from obdlab.blob import MemoryBlob
 from obdlab.cli.main import main
 from obdlab.formats.oci import digest_of
-from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources.cache import BlockCache
+from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.cachefiles import CacheFiles
 from tests.sources.test_quota import CONTENTS, DIGESTS, SIZE, UNIT, blob_files, du, fill, open_blob, small_cache
 
@@ -99,7 +100,7 @@ def test_verify_finds_flipped_bytes_and_repairs(tmp_path: Path, capsys: pytest.C
     assert [(blob["checked_bytes"], blob["matches"]) for blob in json.loads(output)] == [(SIZE, True)] * 2
     files = CacheFiles.attach(blob_files(tmp_path, 0))
     assert files is not None
-    assert files.verified
+    assert files.header.verified
     files.close()
     for offset in (5 * UNIT + 9, SIZE - 1):
         flip(blob_files(tmp_path, 0) / "data", offset)
@@ -146,7 +147,7 @@ def test_a_lock_held_by_others_is_told(
     from tests.sources.test_quota import locked
 
     fill(small_cache(tmp_path), 0)
-    monkeypatch.setattr(cachespace, "_WAIT_TO_OPEN_S", 0.05)
+    monkeypatch.setattr(cachespace, "_WAIT_TO_EVICT_S", 0.05)
     with locked(tmp_path):
         assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 1
     assert "locked by another process" in capsys.readouterr().err

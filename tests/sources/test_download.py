@@ -16,8 +16,9 @@ import pytest
 from obdlab.blob import MemoryBlob
 from obdlab.errors import SourceError
 from obdlab.formats.oci import digest_of
-from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources.cache import BlockCache
 from obdlab.sources.cacheadmin import entries
+from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.download import BackgroundDownload, DownloadOptions
 from tests.sources.test_cache import Origin, wait_until

@@ -15,11 +15,13 @@ import pytest
 
 from obdlab.blob import MemoryBlob
 from obdlab.formats.oci import digest_of
-from obdlab.sources import cachespace
-from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources import cachespace, eviction
+from obdlab.sources.cache import BlockCache
+from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.cachefiles import CacheFiles
+from obdlab.sources.cachelayout import HEADER_SIZE, PAGE
 from obdlab.sources.cachespace import CacheSpace
-from obdlab.sources.eviction import cached_blobs, evict
+from obdlab.sources.eviction import cached_blobs, shrink
 from tests.sources import churn
 from tests.sources.churn import BLOBS, SIZE, UNIT
 
@@ -67,6 +69,21 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+def take_back(directory: Path, wanted: int = 1 << 40) -> None:
+    """Give back so much of each blob in turn, as an eviction does; twice, as units that were read are spared once."""
+    space = CacheSpace(directory)
+    for _ in range(2):
+        for blob in cached_blobs(space.blobs):
+            with space.changing(blob):
+                shrink(blob, wanted)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eviction, "SWEEP_PAUSE_S", 0.05)
+    monkeypatch.setattr(cachespace, "_REST_S", 0.05)
+
+
 def du(directory: Path) -> int:
     command = ["du", "-s", "--block-size=1", str(directory)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
@@ -88,21 +105,23 @@ def test_many_blobs_in_several_processes(tmp_path: Path, seconds: float) -> None
                 largest = max(largest, du(tmp_path))
                 samples += 1
         time.sleep(0.01)
+    outputs = []
     for worker in workers:
         output, errors = worker.communicate(timeout=60)
         assert worker.returncode == 0, errors
         assert errors == ""
-        assert "'evicted_bytes': 0" not in output  # it was tight
         assert "'corrupt_units': 0" in output
+        outputs.append(output)
+    assert any("'evicted_bytes': 0" not in output for output in outputs)  # it was tight
     assert samples > 20
     assert QUOTA // 2 < largest <= QUOTA
 
 
 def test_least_recently_used_blobs_go_first(tmp_path: Path) -> None:
     cache = small_cache(tmp_path)
-    for number in (0, 1):
+    for number in (0, 1, 0, 2):  # the third does not fit any more
         fill(cache, number)
-    fill(cache, 0)
+    assert cache.space.wait_for_eviction(20)
     fill(cache, 2)
     with open_blob(cache, 0) as blob:
         assert blob.read_at(0, SIZE) == CONTENTS[0]
@@ -119,13 +138,11 @@ def test_blobs_that_nobody_has_open_are_removed_and_open_ones_stay(tmp_path: Pat
     fill(cache, 0)
     with open_blob(cache, 1) as kept:
         kept.read_at(0, SIZE)
-        with CacheSpace(tmp_path).changing():
-            evict(tmp_path / "blobs", 1 << 40)
+        take_back(tmp_path)
         assert cached_blobs(tmp_path / "blobs") == [blob_files(tmp_path, 1)]
         assert (blob_files(tmp_path, 1) / "data").stat().st_blocks == 0
         assert kept.read_at(0, SIZE) == CONTENTS[1]
-    with CacheSpace(tmp_path).changing():
-        evict(tmp_path / "blobs", 1 << 40)
+    take_back(tmp_path)
     assert list((tmp_path / "blobs").iterdir()) == []
 
 
@@ -135,13 +152,35 @@ def test_units_not_read_lately_go_first(tmp_path: Path) -> None:
         files = CacheFiles.attach(blob_files(tmp_path, 0))
         assert files is not None
         with closing(files):
-            files.reclaim(3 * UNIT)  # all were read: the hand goes round once, then takes three
-            assert [bool(value) for value in files.sums[:5]] == [False] * 3 + [True] * 2
+            assert files.sweep(3 * UNIT) == 0  # all were read
+            assert files.sweep(3 * UNIT) == 3 * UNIT
+            assert files.present(0, 5) == [False] * 3 + [True] * 2
+            blob._units.tick_at = 0  # a second later
             blob.read_at(3 * UNIT, 2 * UNIT)
-            assert files.reclaim(2 * UNIT) == 2 * UNIT
-            assert [bool(value) for value in files.sums[:8]] == [False] * 3 + [True] * 2 + [False] * 2 + [True]
+            assert files.sweep(2 * UNIT) == 2 * UNIT
+            assert files.present(0, 8) == [False] * 3 + [True] * 2 + [False] * 2 + [True]
         assert blob.read_at(0, SIZE) == CONTENTS[0]
         assert blob.statistics()["corrupt_units"] == 0
+
+
+def test_what_is_being_read_stays_and_what_comes_is_not_stored(tmp_path: Path) -> None:
+    cache = small_cache(tmp_path)
+    with open_blob(cache, 0) as one, open_blob(cache, 1) as two, open_blob(cache, 2) as three:
+        for number, blob in enumerate((one, two)):
+            blob.read_at(0, SIZE)
+            assert blob.statistics()["requests"] == 1
+            assert blob.read_at(0, SIZE) == CONTENTS[number]
+        for _ in range(60):
+            offset = 20 * UNIT * (_ % 3)
+            three.read_at(offset, 20 * UNIT)
+            for number, blob in enumerate((one, two)):
+                blob._units.tick_at = 0  # a second later
+                assert blob.read_at(0, SIZE) == CONTENTS[number]
+            time.sleep(0.01)
+            assert du(tmp_path) <= QUOTA
+        assert cache.space.wait_for_eviction(20)
+        assert [blob.statistics()["requests"] for blob in (one, two)] == [1, 1]
+        assert three.statistics()["uncached_bytes"] > 0
 
 
 def test_readers_of_evicted_units_ask_again(tmp_path: Path) -> None:
@@ -151,8 +190,7 @@ def test_readers_of_evicted_units_ask_again(tmp_path: Path) -> None:
             offset = generator.randrange(SIZE)
             length = min(generator.randrange(10 * UNIT), SIZE - offset)
             assert blob.read_at(offset, length) == CONTENTS[0][offset : offset + length]
-            with CacheSpace(tmp_path).changing():
-                evict(tmp_path / "blobs", generator.randrange(20 * UNIT))
+            take_back(tmp_path, generator.randrange(1, 20 * UNIT))
         assert blob.statistics()["corrupt_units"] == 0
 
 
@@ -189,11 +227,13 @@ def test_free_space_is_kept(tmp_path: Path) -> None:
                 assert blob.read_at(0, SIZE) == CONTENTS[number]
                 blob.evict(0, UNIT)
                 blob.read_at(0, UNIT)
+                assert cache.space.wait_for_eviction(20)
                 status = os.statvfs(tmp_path)
                 assert status.f_bavail * status.f_frsize >= 256 << 10
             with suppress_full(tmp_path / "more"):  # nothing left for the cache: reads go on
                 for number, blob in enumerate(blobs):
                     assert blob.read_at(0, SIZE) == CONTENTS[number]
+            assert cache.space.wait_for_eviction(20)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -222,6 +262,7 @@ def test_what_is_held_is_known(tmp_path: Path) -> None:
     cache = small_cache(tmp_path)
     for number in range(5):
         fill(cache, number)
+        assert cache.space.wait_for_eviction(20)
         assert used(tmp_path) == du(tmp_path)
 
 
@@ -288,8 +329,7 @@ def test_killed_while_evicting(tmp_path: Path, rounds: int) -> None:
             assert du(tmp_path) <= QUOTA + 20 * UNIT
             for number, blob in enumerate(blobs):
                 assert blob.read_at(0, SIZE) == CONTENTS[number]
-    with CacheSpace(tmp_path).changing():  # and nothing is left that could not be given back
-        evict(tmp_path / "blobs", 1 << 40)
+    take_back(tmp_path)  # nothing is left that could not be given back
     assert list((tmp_path / "blobs").iterdir()) == []
 
 
@@ -299,9 +339,14 @@ def test_units_dropped_by_a_killed_process_are_not_used_once_their_space_is_gone
         files = CacheFiles.attach(blob_files(tmp_path, 0))
         assert files is not None
         with closing(files):
-            files.sums[3] = 0  # killed right here: the generation does not tell
+            with (blob_files(tmp_path, 0) / "sums").open("r+b") as sums:
+                sums.seek(HEADER_SIZE + 4 * 3 * (UNIT // PAGE))
+                sums.write(bytes(4))  # killed right here
             assert blob.read_at(0, SIZE) == CONTENTS[0]
-            files.reclaim(UNIT)
+            files.sweep(UNIT)
+            files.sweep(UNIT)
+            assert files.present(0, 5) == [False, True, True, False, True]
+            assert os.pread(files.fd, UNIT, 3 * UNIT) == bytes(UNIT)
             assert blob.read_at(0, SIZE) == CONTENTS[0]
 
 

@@ -1,0 +1,177 @@
+"""What is cached of one blob as one process knows it: checksums in memory, so that a hit is one pread and one CRC."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from obdlab.sources.cachefiles import CacheFiles
+from obdlab.sources.cachelayout import PAGE_SHIFT, pages_of, unit_sums
+from obdlab.sources.cachespace import CacheFullError
+
+if TYPE_CHECKING:
+    from array import array
+    from pathlib import Path
+
+    from obdlab.sources.cachespace import CacheSpace
+    from obdlab.sources.flights import Statistics
+
+logger = logging.getLogger(__name__)
+
+# How often the blob's use is noted, and its files are looked at.
+_TICK_S = 0.25
+# How long to do without files that could not be had.
+_RETRY_S = 2.0
+
+
+class CachedUnits:
+    """The units of one blob, in memory and in its files. Thread-safe.
+
+    ``sums`` holds for each page what the file ``sums`` does, or 0 if this process has not used its unit; ``attend``
+    is 1 for each unit whose next use must be told (:meth:`note_use`, read-ahead); ``tick_at`` is when the next use of
+    any must be.
+    """
+
+    def __init__(self, space: CacheSpace, directory: Path, size: int, unit: int, name: str, counters: Statistics):
+        self.name = name
+        self.counters = counters
+        self._space = space
+        self.files, error = _open(space, directory, size, unit)
+        if error is not None:
+            logger.log(_level(error), "%s: not cached for now: %s", name, error)
+        self.unit_shift = self.files.unit.bit_length() - 1
+        self.sums = memoryview(bytearray(4 * pages_of(size))).cast("I")
+        self.attend = bytearray(b"\1" * self.files.units)
+        self.tick_at = 0.0
+        self._sweeps = 0
+        self._reattaching = threading.Lock()
+        self._retry_at = time.monotonic() + _RETRY_S
+
+    def reattach(self) -> None:
+        """If the files could not be had, or went, try again from time to time."""
+        if self.files.attached or time.monotonic() < self._retry_at or not self._reattaching.acquire(blocking=False):
+            return
+        try:
+            files, error = _open(self._space, self.files.directory, self.files.size, self.files.unit)
+            if error is None and files.unit == self.files.unit:
+                self.files.replace(files)
+                logger.info("%s: cached again", self.name)
+                return
+            files.close()
+            logger.debug("%s: still not cached: %s", self.name, error or "others cache it with another unit")
+        finally:
+            self._retry_at = time.monotonic() + _RETRY_S
+            self._reattaching.release()
+
+    def load(self, first: int, stop: int) -> bytes:
+        """Return the checked content of the units up to the first that fails; a damaged ``first`` is dropped."""
+        files = self.files
+        step = 1 << self.unit_shift - PAGE_SHIFT
+        for _ in range(2):  # as others may take it away and bring it back, damage is what is found twice
+            sums = files.sums(first, stop)  # before the data
+            data = files.load(first, stop)
+            view = memoryview(data)
+            unit = first
+            while unit < stop:
+                content = view[unit - first << self.unit_shift : unit + 1 - first << self.unit_shift]
+                wanted = sums[(unit - first) * step : (unit + 1 - first) * step]
+                if not wanted[-1] or len(content) != files.length_of(unit, unit + 1):
+                    break
+                if memoryview(unit_sums(content)) != wanted:
+                    break
+                unit += 1
+            if unit > first:
+                self._adopt(first, sums[: (unit - first) * step])
+                return data[: unit - first << self.unit_shift]
+            if not files.present(first, first + 1)[0]:
+                return b""
+        self._heal(first)
+        return b""
+
+    def store(self, first: int, data: bytes) -> None:
+        """Keep what was fetched, if that is possible; why it is not is said in the log."""
+        if not self.files.attached:
+            self.counters.uncached_bytes += len(data)
+            return
+        try:
+            sums = self.files.store(self._space, first, data)
+        except OSError as error:
+            self._not_stored(error, len(data))
+        else:
+            self._adopt(first, sums)
+
+    def drop(self, first: int, stop: int) -> None:
+        """Take the units away, for all processes."""
+        self.forget(first, stop)
+        try:
+            self.files.drop(first, stop)
+        except OSError as error:
+            logger.warning("%s: not cached for now: %s", self.name, error)
+            self._detach()
+
+    def forget(self, first: int, stop: int) -> None:
+        """Have the units' next use look at the files."""
+        begin, end = first << self.unit_shift - PAGE_SHIFT, stop << self.unit_shift - PAGE_SHIFT
+        self.sums[begin:end] = memoryview(bytes(4 * len(self.sums[begin:end]))).cast("I")
+
+    def note_use(self, first: int, stop: int) -> None:
+        """The units are being read: tell the eviction, which spares them."""
+        now = time.monotonic()
+        if now >= self.tick_at:
+            self.tick_at = now + _TICK_S
+            self._tick()
+        self.files.touch(first, stop)
+
+    def _tick(self) -> None:
+        if not self.files.attached:
+            return
+        if self.files.is_stale:
+            self._went()
+            return
+        self.files.stamp()
+        sweeps = self.files.header.sweeps
+        if sweeps != self._sweeps:
+            self._sweeps = sweeps
+            self.attend[:] = b"\1" * len(self.attend)
+
+    def _adopt(self, first: int, sums: memoryview | array[int]) -> None:
+        begin = first << self.unit_shift - PAGE_SHIFT
+        self.sums[begin : begin + len(sums)] = memoryview(sums)
+
+    def _heal(self, unit: int) -> None:
+        logger.warning(
+            "%s: cached data failed its checksum at offset %d, fetching it again", self.name, unit << self.unit_shift
+        )
+        self.counters.corrupt_units += 1
+        self.drop(unit, unit + 1)
+
+    def _not_stored(self, error: OSError, length: int) -> None:
+        if error.errno == errno.ESTALE:
+            self._went()
+        else:
+            # Once is enough: a full disk fails every time.
+            level = logging.DEBUG if self.counters.uncached_bytes else _level(error)
+            logger.log(level, "%s: not cached: %s", self.name, error.strerror)
+        self.counters.uncached_bytes += length
+
+    def _went(self) -> None:
+        logger.info("%s: the cache's files were removed or changed by others", self.name)
+        self._detach()
+
+    def _detach(self) -> None:
+        self.files.replace(CacheFiles.absent(self.files.directory, self.files.size, self.files.unit))
+
+
+def _open(space: CacheSpace, directory: Path, size: int, unit: int) -> tuple[CacheFiles, OSError | None]:
+    try:
+        return CacheFiles.open(space, directory, size, unit), None
+    except OSError as error:
+        return CacheFiles.absent(directory, size, unit), error
+
+
+def _level(error: OSError) -> int:
+    # Full or busy is all in a day's work; a failing disk is not.
+    return logging.INFO if isinstance(error, CacheFullError | TimeoutError) else logging.WARNING

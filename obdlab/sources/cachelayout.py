@@ -1,0 +1,197 @@
+"""Layout of the two files that hold what is cached of one blob, and how they come and go.
+
+``data`` is sparse and at least as large as the blob: what is cached stands where it stands in the blob. ``sums`` says
+which units of it may be used: a header of 64 bytes, then a u32 for each 4 KiB page in this machine's byte order, then
+a byte per unit (1: read since the eviction last came by). The u32 of a page is the CRC-32C of its unit from the
+unit's beginning to the page's end, so that any run of pages within a unit is checked by one call: the CRC that starts
+with the value before the run must end with the one at its end. The value at a unit's end, never 0, says that the unit
+is there. It is written after its data: whatever was interrupted, a unit either has its data or does not match and is
+fetched again. Nothing is synced: after a power failure, too, the sums tell.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from array import array
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from crc32c import crc32c
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from obdlab.blob import Buffer
+
+PAGE_SHIFT = 12
+PAGE = 1 << PAGE_SHIFT
+HEADER_SIZE = 64
+# Any seed but 0 sees a unit's leading zeros, too.
+SEED = 100007
+# Stands in for the checksum 0 at a unit's end.
+_ZERO_SUM = 0xFFFFFFFF
+
+_MAGIC = b"OBDLCACH"
+_VERSION = 3
+# Magic, version, unit, blob size; the generation and the mark of a verified blob; the time of the last use (seconds
+# since 1970); where the eviction goes on, and how often it came by.
+_HEADER = struct.Struct("=8sIIQIIdII")
+_VERIFIED_MARK = 0x56524659
+_FUTURE = float(1 << 33)  # a time of last use that is no time
+GENERATION_AT = 24  # followed by the mark
+LAST_USE_AT = 32
+HAND_AT = 40  # followed by the count
+
+
+class Header(NamedTuple):
+    """What stands at the beginning of ``sums``."""
+
+    magic: bytes
+    version: int
+    unit: int
+    size: int
+    generation: int = 0
+    mark: int = 0
+    last_use_s: float = 0.0
+    hand: int = 0
+    sweeps: int = 0
+
+    @classmethod
+    def new(cls, size: int, unit: int) -> Self:
+        return cls(_MAGIC, _VERSION, unit, size)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self | None:
+        """Return the header; None unless it is one, of this version, and makes sense."""
+        if len(data) < _HEADER.size:
+            return None
+        header = cls(*_HEADER.unpack_from(data))
+        sound = (
+            (header.magic, header.version) == (_MAGIC, _VERSION)
+            and PAGE <= header.unit <= 1 << 30
+            and header.unit & (header.unit - 1) == 0
+            and header.size > 0
+        )
+        return header if sound else None
+
+    def to_bytes(self) -> bytes:
+        return _HEADER.pack(*self)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the blob was complete and matched its digest, and nothing was taken away since."""
+        return self.mark == _VERIFIED_MARK
+
+    @property
+    def last_use(self) -> float:
+        """Seconds since 1970; 0 if damaged."""
+        return self.last_use_s if 0 <= self.last_use_s < _FUTURE else 0.0
+
+
+def generation_bytes(generation: int, *, verified: bool) -> bytes:
+    """Return what stands at :data:`GENERATION_AT`."""
+    return struct.pack("=II", generation & 0xFFFFFFFF, _VERIFIED_MARK if verified else 0)
+
+
+def pages_of(size: int) -> int:
+    return -(-size // PAGE)
+
+
+def used_at(size: int) -> int:
+    """Return where in ``sums`` the bytes per unit begin."""
+    return HEADER_SIZE + 4 * pages_of(size)
+
+
+def sums_size(size: int, unit: int) -> int:
+    """Return how long ``sums`` is."""
+    return used_at(size) - -size // unit
+
+
+def unit_sums(content: Buffer) -> array[int]:
+    """Return the values of a unit's pages."""
+    view = memoryview(content)
+    state = SEED
+    sums = array("I")
+    for start in range(0, len(view), PAGE):
+        state = crc32c(view[start : start + PAGE], state)
+        sums.append(state)
+    sums[-1] = sums[-1] or _ZERO_SUM
+    return sums
+
+
+def last_use(directory: Path) -> float:
+    """Return when the blob in ``directory`` was last read (seconds since 1970); 0 if that is not known."""
+    try:
+        with (directory / "sums").open("rb") as file:
+            header = Header.from_bytes(file.read(HEADER_SIZE))
+    except OSError:
+        return 0.0
+    return header.last_use if header is not None else 0.0
+
+
+def open_pair(directory: Path) -> tuple[int, int] | None:
+    """Open both files; None if one is missing or they are unsound. Raises OSError."""
+    descriptors: list[int] = []
+    try:
+        for name in ("data", "sums"):
+            descriptors.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))  # noqa: PERF401 - kept on errors
+        header = Header.from_bytes(os.pread(descriptors[1], HEADER_SIZE, 0))
+        if header is not None and os.fstat(descriptors[1]).st_size == sums_size(header.size, header.unit):
+            return descriptors[0], descriptors[1]
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        close_all(descriptors)
+        raise
+    close_all(descriptors)
+    return None
+
+
+def new_pair(directory: Path, size: int, unit: int) -> tuple[int, int]:
+    """Make both files, in place of others. Under the lock of the cache. Raises OSError.
+
+    Others may have the old files open, so they are replaced, not changed. At every moment what has the name ``sums``
+    belongs to what has the name ``data``.
+    """
+    (directory / "sums").unlink(missing_ok=True)
+    descriptors: list[int] = []
+    try:
+        for name in ("data", "sums"):
+            fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+            descriptors.append(fd)
+            try:
+                if name == "data":
+                    os.ftruncate(fd, size)
+                else:
+                    # Its space is there from the beginning, so that storing a sum never grows it.
+                    os.posix_fallocate(fd, 0, sums_size(size, unit))
+                    os.pwrite(fd, Header.new(size, unit).to_bytes(), 0)
+                os.rename(temporary, directory / name)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+    except BaseException:
+        close_all(descriptors)
+        raise
+    return descriptors[0], descriptors[1]
+
+
+def remove_blob(directory: Path) -> None:
+    """Delete a blob's files and directory. Under the lock of the cache.
+
+    Who has them open goes on with the deleted files, in which nothing is stored any more.
+    """
+    for name in sorted(os.listdir(directory), reverse=True):  # sums before data: no sums, no data
+        (directory / name).unlink()
+    directory.rmdir()
+    try:
+        directory.parent.rmdir()
+    except OSError:
+        pass  # there are others
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)

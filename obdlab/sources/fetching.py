@@ -1,0 +1,285 @@
+"""What the block cache does when something is not there: one request for adjacent units, one fetch for all who wait.
+
+Between the threads of a process a table tells who fetches what; between processes a lock on the units' range in the
+shared file does. Another process' fetch is waited for only so long, in case that process hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError, SourceError
+from obdlab.registry.deadline import deadline_of_thread
+from obdlab.sources.fetchpool import FetchPool
+from obdlab.sources.flights import Flight
+from obdlab.waiting import waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.blob import Blob
+    from obdlab.sources.cachedunits import CachedUnits
+    from obdlab.sources.flights import Demand, Holders
+    from obdlab.sources.readahead import ReadAhead
+
+logger = logging.getLogger(__name__)
+
+# Fetching ahead gives up sooner than a reader, who then still has time to try for himself.
+_BACKGROUND_SHARE = 0.25
+# So long a reader waits for another process that fetches what he wants, looking at these intervals.
+_OTHERS_S = 5.0
+_LOOK_FIRST_S, _LOOK_MOST_S = 0.0005, 0.005
+
+_pool = FetchPool(threads=8, queued=64)
+
+
+class Fetches:
+    """The fetches of one blob, from its origin into its cached units."""
+
+    def __init__(
+        self,
+        origin: Blob,
+        units: CachedUnits,
+        holders: Holders,
+        demand: Demand,
+        readahead: ReadAhead,
+        deadline_s: float,
+    ) -> None:
+        self.name = origin.name
+        self._origin = origin
+        self._units = units
+        self._holders = holders
+        self._demand = demand
+        self._readahead = readahead
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._flights: dict[int, Flight] = {}
+
+    def obtain(self, unit: int, stop: int, deadline: float) -> tuple[bytes | memoryview, bool]:
+        """Return the content of one or more units from ``unit`` on, and whether it had to be waited for.
+
+        Raises what the origin raises.
+        """
+        waited = False
+        while True:
+            self._units.reattach()
+            ahead: list[tuple[int, int]] = []
+            mine = False
+            with self._lock:
+                flight = self._flights.get(unit)
+                if flight is None:
+                    there = self._units.files.present(unit, stop)
+                    if not there[0]:
+                        flight = self._claim(unit, there, ahead=False)
+                        ahead = self._readahead.missed(flight.first, flight.stop)
+                        mine = True
+                elif not flight.started:
+                    flight.started = mine = True
+            self._fetch_ahead(ahead)
+            if flight is None:
+                data = self._units.load(unit, unit + _run(there))
+                if data:
+                    return data, waited
+                self._check_deadline(unit, deadline)
+                continue
+            # Before waiting, so that the next pieces are on their way meanwhile.
+            self.pass_marks(unit, min(stop, flight.stop))
+            with self._demand:
+                if mine:
+                    self._fetch(flight, deadline, patient=True)
+                else:
+                    self._await(flight, deadline)
+            waited = True
+            if flight.data is not None and unit < flight.stop:
+                return memoryview(flight.data)[unit - flight.first << self._units.unit_shift :], True
+            self._check_deadline(unit, deadline)
+
+    def fetch_in_background(self, first: int, stop: int) -> None:
+        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        unit = first
+        while unit < stop:
+            with self._lock:
+                flight = self._claim_next(unit, stop)
+                if flight is None:
+                    return
+                flight.started = flight.background = True
+            self._fetch(flight, time.monotonic() + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+            unit = flight.stop
+
+    def pass_marks(self, first: int, stop: int) -> None:
+        """A reader came by these units: fetch ahead of him."""
+        ahead: list[tuple[int, int]] = []
+        with self._lock:
+            for unit in range(first, stop):
+                if self._readahead.is_mark(unit):
+                    ahead += self._readahead.passed(unit)
+        self._fetch_ahead(ahead)
+
+    # -- between threads ---------------------------------------------------------------------------------------------
+
+    def _claim_next(self, unit: int, stop: int) -> Flight | None:
+        # The next units that are neither there nor under way. Under the lock.
+        there = self._units.files.present(unit, stop)
+        for number in range(unit, stop):
+            if number not in self._flights and not there[number - unit]:
+                return self._claim(number, there[number - unit :], ahead=True)
+        return None
+
+    def _claim(self, unit: int, there: Sequence[bool], *, ahead: bool) -> Flight:
+        if not self._holders.hold():
+            raise SourceError("read after close", blob=self.name, offset=unit << self._units.unit_shift)
+        end = unit + 1
+        while end < unit + len(there) and not there[end - unit] and end not in self._flights:
+            end += 1
+        flight = Flight(unit, end, ahead=ahead)
+        for number in range(unit, end):
+            self._flights[number] = flight
+        return flight
+
+    def _end(self, flight: Flight) -> None:
+        with self._lock:
+            for unit in range(flight.first, flight.stop):
+                del self._flights[unit]
+        flight.done.set()
+        self._holders.let_go()
+
+    def _await(self, flight: Flight, deadline: float) -> None:
+        # Returns when the other thread's fetch is over; raises its error, unless trying ourselves may help.
+        with waiting():
+            finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
+        if not finished:
+            raise self._late(flight.first)
+        error = flight.error
+        if isinstance(error, ObdlabError) and not flight.ahead:
+            raise error
+
+    # -- fetching ----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, flight: Flight, deadline: float, *, patient: bool) -> None:
+        # Fetches and stores. Afterwards flight.data is there, or another process fetched it, or the error is raised.
+        claimed = False
+        try:
+            turn = self._take_turn(flight, deadline, patient)
+            if turn is None:
+                return
+            claimed = turn
+            flight.data = self._read_origin(flight, deadline)
+            self._settle(flight)  # nobody else waits for the disk, and the units stay claimed until they are stored
+            self._units.store(flight.first, flight.data)
+        except BaseException as error:
+            if flight.data is None:
+                flight.error = error
+                self._settle(flight)
+            raise
+        finally:
+            if claimed:
+                self._units.files.unclaim(flight.first, flight.stop)
+            self._end(flight)
+
+    def _read_origin(self, flight: Flight, deadline: float) -> bytes:
+        offset = flight.first << self._units.unit_shift
+        length = self._units.files.length_of(flight.first, flight.stop)
+        with waiting(), deadline_of_thread(deadline):
+            data = self._origin.read_at(offset, length)
+        if len(data) != length:
+            what = f"short read (got {len(data)} bytes, wanted {length})"
+            raise SourceError(what, blob=self.name, offset=offset)
+        return data
+
+    def _settle(self, flight: Flight) -> None:
+        with self._lock:
+            self._units.counters.count(flight)
+        flight.done.set()
+
+    def _take_turn(self, flight: Flight, deadline: float, patient: bool) -> bool | None:
+        # None: another process has fetched it, or does. Otherwise it is ours to fetch; True if others know that.
+        files = self._units.files
+        busy = files.claim(flight.first, flight.stop)
+        if busy is not None and busy > flight.first:  # what lies before is ours
+            self._shorten(flight, busy)
+            busy = files.claim(flight.first, flight.stop)
+        if busy is not None:
+            return self._wait_for_others(flight, deadline) if patient else None
+        if any(files.present(flight.first, flight.stop)):  # since we looked
+            files.unclaim(flight.first, flight.stop)
+            return None
+        return True
+
+    def _wait_for_others(self, flight: Flight, deadline: float) -> bool | None:
+        files = self._units.files
+        end = min(deadline, time.monotonic() + _OTHERS_S)
+        pause_s = _LOOK_FIRST_S
+        with waiting():
+            while time.monotonic() < end:
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, _LOOK_MOST_S)
+                if files.present(flight.first, flight.first + 1)[0]:
+                    return None
+                if files.claim(flight.first, flight.stop) is None:
+                    if not any(files.present(flight.first, flight.stop)):
+                        return True
+                    files.unclaim(flight.first, flight.stop)
+                    return None
+        return False
+
+    def _shorten(self, flight: Flight, stop: int) -> None:
+        with self._lock:
+            for unit in range(stop, flight.stop):
+                del self._flights[unit]
+            flight.stop = stop
+
+    # -- ahead of readers --------------------------------------------------------------------------------------------
+
+    def _fetch_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+        flights = []
+        with self._lock:
+            for first, stop in pieces:
+                self._units.attend[first] = 1  # the reader's arrival there matters
+                unit = first
+                while unit < stop and not self._holders.closed:
+                    flight = self._claim_next(unit, stop)
+                    if flight is None:
+                        break
+                    flights.append(flight)
+                    unit = flight.stop
+        for flight in flights:
+            if not _pool.submit(partial(self._run_ahead, flight)):
+                self._abandon(flight)
+
+    def _run_ahead(self, flight: Flight) -> None:
+        if self._holders.closed:
+            self._abandon(flight)
+            return
+        with self._lock:
+            if flight.started:
+                return  # a reader could not wait
+            flight.started = True
+        try:
+            self._fetch(flight, time.monotonic() + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+        except ObdlabError as error:
+            logger.info("fetching ahead failed: %s", error)
+
+    def _abandon(self, flight: Flight) -> None:
+        # Nobody will fetch it ahead; a reader that took it over meanwhile does.
+        with self._lock:
+            if flight.started:
+                return
+            flight.started = True
+        self._end(flight)
+
+    def _check_deadline(self, unit: int, deadline: float) -> None:
+        if time.monotonic() >= deadline:
+            raise self._late(unit)
+
+    def _late(self, unit: int) -> SourceError:
+        offset = unit << self._units.unit_shift
+        return SourceError("no data within the deadline", blob=self.name, offset=offset, temporary=True)
+
+
+def _run(there: Sequence[bool]) -> int:
+    # How many are there from the first on.
+    return there.index(False) if False in there else len(there)
