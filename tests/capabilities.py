@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import machine, plugin
+from tests.vm import machine
 
 REQUIRED = frozenset(filter(None, os.environ.get("OBDLAB_REQUIRE", "").split(",")))
 LONG = os.environ.get("OBDLAB_LONG") == "1"
@@ -57,7 +57,7 @@ def missing_for_prometheus() -> str:
 
 def missing_for_vm() -> str:
     """Why the virtual machine cannot be run here, or '' (also inside of it)."""
-    return "" if plugin.in_guest() else machine.missing()
+    return "" if machine.in_guest() else machine.missing()
 
 
 _PROBES = {

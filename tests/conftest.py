@@ -1,4 +1,4 @@
-"""Markers that probe the machine: ``kernel``, ``containerd`` and ``slow``."""
+"""Markers that probe the machine: ``kernel``, ``containerd``, ``registry``, ``vm`` and ``slow``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 
 from tests import capabilities
 
-#: The fixture ``registry_server``, for every room.
-pytest_plugins = ["tests.registry.server"]
+#: The fixture ``registry_server``, for every room; tests marked ``vm``.
+pytest_plugins = ["tests.registry.server", "tests.vm.plugin"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for capability in ("kernel", "containerd", "registry"):
+    for capability in ("kernel", "containerd", "registry", "vm"):
         if item.get_closest_marker(capability) is not None:
             capabilities.require(capability)
     if item.get_closest_marker("slow") is not None and not capabilities.LONG:
