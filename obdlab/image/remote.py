@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest
-from obdlab.registry.auth import Credentials
-from obdlab.registry.client import RegistryClient
+from obdlab.image.registryaccess import open_client
 from obdlab.registry.reference import Repository
 from obdlab.sources.cache import BlockCache, CachedBlob
 from obdlab.sources.download import BackgroundDownload, DownloadOptions
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.image.settings import Settings
+    from obdlab.registry.client import RegistryClient
 
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,7 @@ class RemoteLayers:
 
     def __init__(self, repo_blob_url: str, settings: Settings) -> None:
         self._repository = Repository.from_blob_url(repo_blob_url)
-        self._client = RegistryClient(
-            Credentials.load(settings.credentials_path),
-            request_timeout_s=settings.request_timeout_s,
-            deadline_s=settings.read_deadline_s,
-        )
+        self._client = open_client(settings)
         self._cache = BlockCache(
             settings.cache_dir,
             registry=cache_name(self._repository),
