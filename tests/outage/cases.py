@@ -58,7 +58,7 @@ def _refusal(name: str, code: int) -> Case:
     return Case(name, faulty.status(code), failure, failure)
 
 
-def _failing(name: str, fault: Fault, says: str) -> Case:
+def _failing(name: str, fault: Fault | None, says: str) -> Case:
     return Case(name, fault, Failure(says))
 
 
@@ -102,16 +102,39 @@ CASES = [
     ),
 ]
 
+#: Troubles beside the answers. Most begin while an image is being read; tests/outage/situations.py makes them.
+SITUATIONS = [
+    Case("a token that the registry takes no longer", None, None, note="with a new token"),
+    _failing("503 from the token server when a new token is needed", None, "for a token: registry answered 503"),
+    _failing("no answer from the token server when a new token is needed", None, "token"),
+    Case("the registry is restarted", None, None, note="over new connections"),
+    _failing("the registry is gone: connections refused", None, "refused"),
+    _failing("the registry hangs: connections accepted, no answer", None, "no answer in time"),
+    _failing("packets are dropped: no connection comes about", None, "in time"),
+    Case(
+        "TLS with a certificate for another name",
+        None,
+        Failure("certificate refused: IP address mismatch", at_once=True),
+        Failure("certificate refused: IP address mismatch", at_once=True),
+    ),
+    Case(
+        "TLS with a certificate of an unknown authority",
+        None,
+        Failure("certificate refused: self-signed certificate", at_once=True),
+        Failure("certificate refused: self-signed certificate", at_once=True),
+    ),
+]
+
 
 def case(name: str) -> Case:
     """Return a case by its name."""
-    return next(one for one in CASES if one.name == name)
+    return next(one for one in [*CASES, *SITUATIONS] if one.name == name)
 
 
 def table() -> str:
     """Return the table of docs/outages.md."""
     head = ["| fault | if it happens once, a reader gets | while it lasts, a reader gets |", "|---|---|---|"]
-    return "\n".join([*head, *(one.row for one in CASES)]) + "\n"
+    return "\n".join([*head, *(one.row for one in [*CASES, *SITUATIONS])]) + "\n"
 
 
 if __name__ == "__main__":

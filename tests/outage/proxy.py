@@ -36,7 +36,7 @@ class NamedFault(Protocol):
 class OutageProxy:
     """Spoils answers to GETs of blobs; all else passes. ``host`` is what references begin with."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         self.upstream = upstream
         self.port = 0
         self.storage_port = 0
@@ -44,7 +44,11 @@ class OutageProxy:
         self.injected: Counter[str] = Counter()
         #: GETs of blobs that came, spoiled or not.
         self.asked = 0
+        #: Who we are under TLS, for connections to come.
+        self.tls = tls
+        self.handshakes_failed = 0
         self.closing = threading.Event()
+        self.servers: list[Server] = []
         self._lock = threading.Lock()
         self._next: deque[NamedFault] = deque()
         self._always: NamedFault | None = None
@@ -73,6 +77,11 @@ class OutageProxy:
             self._next.clear()
         self._always = self._sometimes = None
 
+    def cut(self) -> None:
+        """Break all connections."""
+        for server in self.servers:
+            server.hang_up()
+
     def choose(self) -> NamedFault | None:
         """Count a request, and return the fault it is to have."""
         with self._lock:
@@ -90,8 +99,8 @@ class OutageProxy:
 @contextmanager
 def outage_proxy(upstream: str, *, tls: ssl.SSLContext | None = None) -> Iterator[OutageProxy]:
     """Run one on a free loopback port before ``upstream`` ("host:port"), with a second port as its blob storage."""
-    proxy = OutageProxy(upstream)
-    with _serving(proxy, None) as proxy.storage_port, _serving(proxy, tls) as proxy.port:
+    proxy = OutageProxy(upstream, tls)
+    with _serving(proxy) as proxy.storage_port, _serving(proxy) as proxy.port:
         try:
             yield proxy
         finally:
@@ -99,9 +108,10 @@ def outage_proxy(upstream: str, *, tls: ssl.SSLContext | None = None) -> Iterato
 
 
 @contextmanager
-def _serving(proxy: OutageProxy, tls: ssl.SSLContext | None) -> Iterator[int]:
+def _serving(proxy: OutageProxy) -> Iterator[int]:
     server = _ProxyServer(("127.0.0.1", 0), _ProxyHandler)
-    server.proxy, server.tls = proxy, tls
+    server.proxy = proxy
+    proxy.servers.append(server)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -116,16 +126,21 @@ def _serving(proxy: OutageProxy, tls: ssl.SSLContext | None) -> Iterator[int]:
 
 class _ProxyServer(Server):
     proxy: OutageProxy
-    tls: ssl.SSLContext | None
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # In the connection's own thread: a client that says nothing must not keep others out.
-        if self.tls is None:
+        tls = self.proxy.tls
+        if tls is None or self.server_address[1] == self.proxy.storage_port:
             super().finish_request(request, client_address)
             return
         request.settimeout(_UPSTREAM_TIMEOUT_S)
-        with self.tls.wrap_socket(request, server_side=True) as secured:
-            super().finish_request(secured, client_address)
+        try:
+            with tls.wrap_socket(request, server_side=True) as secured:
+                self.connections.add(secured)
+                super().finish_request(secured, client_address)
+            self.connections.discard(secured)
+        except ssl.SSLError:  # a client that refuses our certificate says so
+            self.proxy.handshakes_failed += 1
 
 
 class _ProxyHandler(Answering):

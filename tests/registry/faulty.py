@@ -137,19 +137,19 @@ class Server(ThreadingHTTPServer):
     registry: FaultyRegistry
 
     def __init__(self, *args: Any) -> None:
-        self._connections: set[socket.socket] = set()
+        self.connections: set[socket.socket] = set()
         super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.add(request)
+        self.connections.add(request)
         super().process_request(request, client_address)
 
     def close_request(self, request: Any) -> None:
-        self._connections.discard(request)
+        self.connections.discard(request)
         super().close_request(request)
 
     def hang_up(self) -> None:
-        for connection in tuple(self._connections):
+        for connection in tuple(self.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
