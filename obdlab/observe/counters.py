@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 #: ``{family: {label: number}}``.
 Table = dict[str, dict[str, float]]
 
-#: Length of a list of counts by bit length of nanoseconds, and one more place, for their sum.
-TIME_SLOTS = 66
+#: Length of a list of counts by the bit length of nanoseconds.
+TIME_SLOTS = 65
 _SUM = "sum"
 
 _lock = threading.Lock()
@@ -116,10 +116,10 @@ def add_to(total: Table, table: Table) -> None:
             sums[label] = sums.get(label, 0) + number
 
 
-def times_table(slots: Sequence[int]) -> dict[str, float]:
-    """Return a histogram's labels, given counts by bit length of nanoseconds and, as the last, their sum."""
-    labels: dict[str, float] = {str(bits): count for bits, count in enumerate(slots[:-1]) if count}
-    return labels | {_SUM: slots[-1] / 1e9} if labels else {}
+def times_table(counts: Sequence[int], sum_ns: int) -> dict[str, float]:
+    """Return a histogram's labels, given how many durations there were by the bit length of their nanoseconds."""
+    labels: dict[str, float] = {str(bits): count for bits, count in enumerate(counts) if count}
+    return labels | {_SUM: sum_ns / 1e9} if labels else {}
 
 
 def cumulated(labels: dict[str, float], bounds: Iterable[int]) -> tuple[list[float], float, float]:
