@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
-from obdlab.registry import body
+from obdlab.registry import body, hedge
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.reference import Reference, Repository
@@ -48,7 +48,8 @@ class RegistryClient:
     ``plain_http_hosts`` are hosts ("host" or "host:port") without TLS, beside loopback ones. ``request_timeout_s``
     bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time
     by their size, streams for each MiB). ``mirrors`` are asked before their registry for all that is read, the
-    ``p2p`` proxy for ranges of blobs. Operations raise RegistryError (a SourceError), which names registry,
+    ``p2p`` proxy for ranges of blobs. At most a part ``hedge_share`` of these is asked for twice, when the first
+    answer lags. Operations raise RegistryError (a SourceError), which names registry,
     repository, digest and offset, and CorruptBlobError for content that does not match its digest.
     """
 
@@ -63,6 +64,7 @@ class RegistryClient:
         tls: TLSOptions | None = None,
         mirrors: Mirrors | None = None,
         p2p: P2PProxy | None = None,
+        hedge_share: float = hedge.SHARE,
     ) -> None:
         self._plain_http_hosts = frozenset(plain_http_hosts)
         self._session = Session(
@@ -74,6 +76,7 @@ class RegistryClient:
             mirrors=mirrors,
             p2p=p2p,
         )
+        self._hedges = hedge.Hedges(hedge_share)
 
     def repository(self, ref: Reference) -> Repository:
         """Return where ``ref`` lives, with its scheme: plain HTTP for loopback and listed hosts, else HTTPS."""
@@ -161,10 +164,16 @@ class RegistryClient:
         def read(response: urllib3.BaseHTTPResponse) -> bytes:
             return body.read_range(response, offset, length, doing)
 
-        def attempt() -> bytes:
+        def request() -> bytes:
             return self._session.get(
                 repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
             )
+
+        def attempt() -> bytes:
+            if length > hedge.LARGEST:
+                return request()
+            # Ranges of about the same size take about as long.
+            return self._hedges.run((repository.api_host, length.bit_length()), request)
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
 

@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from obdlab.registry.interrupt import BrokenOffError, is_broken_off
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -28,6 +30,8 @@ ATTEMPT_DELAY_S = 0.25
 # How long a resolver is waited for when it has told the name's addresses before.
 _PATIENCE_S = 2.0
 _MOST_ADDRESSES = 16
+# How often an attempt looks whether it is still wanted.
+_LOOK_UP_S = 0.05
 _MOST_NAMES = 1024
 _FINAL_ERRORS = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
@@ -132,6 +136,8 @@ def _connect(
         next_start = 0.0
         while waiting or selector.get_map():
             now = time.monotonic()
+            if is_broken_off():
+                raise BrokenOffError("broken off")
             if now >= deadline:
                 tried = ", ".join(str(key.data[1][0]) for key in selector.get_map().values())
                 raise TimeoutError("; ".join([*failures, f"no answer in time from {tried or 'any address'}"]))
@@ -143,7 +149,7 @@ def _connect(
                     failures.append(failure)
                 continue
             until = min(deadline, next_start) if waiting else deadline
-            for key, _ in selector.select(until - now):
+            for key, _ in selector.select(min(until - now, _LOOK_UP_S)):
                 connection: socket.socket = key.fileobj  # type: ignore[assignment]
                 code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 selector.unregister(connection)

@@ -18,6 +18,7 @@ from obdlab.formats.oci import is_digest
 from obdlab.registry.auth import Authenticator
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.failures import RegistryError, discard, from_response, persist
+from obdlab.registry.interrupt import is_broken_off
 from obdlab.registry.mirrors import Mirrors
 from obdlab.registry.transport import Transport
 
@@ -139,6 +140,8 @@ class Session:
                         mirror.repository(repository), url, {**headers, **mirror.headers}, read, doing, wanted, bulk
                     )
             except (RegistryError, CorruptBlobError) as error:
+                if is_broken_off():
+                    raise
                 self._note_failure(mirror, url, error)
                 continue
             self._mirrors.worked(mirror)
@@ -180,6 +183,8 @@ class Session:
             try:
                 return self._through(proxy, target, authorization, headers, read, doing, wanted)
             except RegistryError as error:
+                if is_broken_off():
+                    raise
                 # The target's own refusals (a signature or token that expired) are no fault of the proxy.
                 if error.temporary or error.status is None:
                     proxy.failed(error)
@@ -187,7 +192,8 @@ class Session:
         try:
             return read(self._open(repository, url, headers, doing, wanted))
         except RegistryError:
-            self._forget(url)
+            if not is_broken_off():
+                self._forget(url)
             raise
 
     def _through(
@@ -241,7 +247,8 @@ class Session:
             try:
                 response = self._send("GET", known, headers, None, None, doing)
             except RegistryError:
-                self._forget(url)
+                if not is_broken_off():
+                    self._forget(url)
                 raise
             if response.status in wanted:
                 return response

@@ -21,6 +21,7 @@ from urllib3.exceptions import NewConnectionError, SSLError
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
+from obdlab.registry.interrupt import exchange_of_thread
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ class _DeadlineMixin:
         super().sendall(*args, **kwargs)  # type: ignore[misc]
 
     def _shorten_timeout(self) -> None:
+        exchange = exchange_of_thread()
+        if exchange is not None:
+            exchange.use(cast("socket.socket", self))
         deadline = thread_deadline()
         if deadline is None:
             return

@@ -523,7 +523,7 @@ def test_closing_closes_connections_though_an_error_is_kept() -> None:
 def test_connections_are_kept_for_as_many_readers_as_a_device_has(caplog: pytest.LogCaptureFixture) -> None:
     readers = 64
     with faulty_registry(blobs={faulty.digest_of(DATA): DATA}) as registry:
-        client = RegistryClient()
+        client = RegistryClient(hedge_share=0)
         together = threading.Barrier(readers)
 
         def meet(answer: faulty.Answer) -> None:

@@ -1,0 +1,247 @@
+"""A second request for a range when the first one lags; whichever answers first wins, the other is broken off.
+
+When a request lags is learnt from those before it (Dean and Barroso, "The Tail at Scale", 2013): if it takes longer
+than 95 of 100 like it. The first request stays in the thread of who reads, so that requests in time cost nothing but
+a note; one thread for all of the process looks after them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from obdlab.observe.counters import Counter
+from obdlab.registry.deadline import deadline_of_thread, thread_deadline
+from obdlab.registry.failures import RegistryError
+from obdlab.registry.interrupt import Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: Second requests, by what became of them: "sent" counts all, "won" those that answered first.
+HEDGES = Counter("registry_hedges")
+
+#: Larger ranges are not hedged: they are streams, and would cost as much again.
+LARGEST = 1 << 20
+#: At most this share of requests is sent twice, beside a few to begin with.
+SHARE = 0.05
+_BURST = 4.0
+# A shorter lag is not worth a request; without experience a whole second is waited.
+_LEAST_LAG_S = 0.02
+_FIRST_LAG_S = 1.0
+_QUANTILE = 0.95
+_SAMPLES = 64
+_LEAST_SAMPLES = 16
+_RENEW_EVERY = 8
+_MOST_KEYS = 256
+_TICK_S = 0.01
+_IDLE_S = 10.0
+
+
+class Hedges:
+    """Runs requests with a second one in reserve. ``share`` of them at most are sent twice; 0: none."""
+
+    def __init__(self, share: float = SHARE) -> None:
+        self._share = share
+        self._lock = threading.Lock()
+        self._tokens = _BURST if share else 0.0
+        self._lags: dict[Hashable, _Lag] = {}
+
+    def run(self, key: Hashable, request: Callable[[], T]) -> T:
+        """Return what ``request`` returns, which may be called twice at once; ``key`` is what alike requests share.
+
+        Raises the RegistryError of the first call if none succeeds.
+        """
+        if not self._share:
+            return request()
+        lag = self._lag_of(key)
+        race = _Race(request, self._take)
+        started = time.monotonic()
+        _watch.add(started + lag.seconds, race)
+        result = race.run()
+        lag.add(time.monotonic() - started)
+        with self._lock:
+            self._tokens = min(_BURST, self._tokens + self._share)
+        return result
+
+    def _lag_of(self, key: Hashable) -> _Lag:
+        lag = self._lags.get(key)
+        if lag is None:
+            with self._lock:
+                if len(self._lags) >= _MOST_KEYS:
+                    self._lags.clear()
+                lag = self._lags.setdefault(key, _Lag())
+        return lag
+
+    def _take(self) -> bool:
+        with self._lock:
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+class _Lag:
+    # How long the latest requests took, and from when on one lags.
+    __slots__ = ("_count", "_taken", "seconds")
+
+    def __init__(self) -> None:
+        self._taken: deque[float] = deque(maxlen=_SAMPLES)
+        self._count = 0
+        self.seconds = _FIRST_LAG_S
+
+    def add(self, seconds: float) -> None:
+        # Threads may add at the same time; a lost renewal comes again.
+        self._taken.append(seconds)
+        self._count += 1
+        if self._count % _RENEW_EVERY == 0 and len(self._taken) >= _LEAST_SAMPLES:
+            ordered = sorted(self._taken.copy())
+            self.seconds = max(_LEAST_LAG_S, ordered[int(len(ordered) * _QUANTILE)])
+
+
+class _Race(Generic[T]):
+    __slots__ = (
+        "_deadline",
+        "_error",
+        "_finished",
+        "_first",
+        "_lock",
+        "_request",
+        "_result",
+        "_second",
+        "_take",
+        "over",
+    )
+
+    def __init__(self, request: Callable[[], T], take: Callable[[], bool]) -> None:
+        self._request = request
+        self._take = take
+        self._deadline = thread_deadline()
+        self._lock = threading.Lock()
+        self._first = Exchange()
+        self._second: Exchange | None = None
+        self._finished: threading.Event | None = None
+        self._result: list[T] = []
+        #: Whether nobody waits any more.
+        self.over = False
+
+    def run(self) -> T:
+        try:
+            with self._first.of_thread():
+                return self._request()
+        except RegistryError as error:
+            return self._result_of_second(error)
+        finally:
+            with self._lock:
+                self.over = True
+                second = self._second
+            if second is not None and not self._result:
+                second.break_off()
+
+    def _result_of_second(self, error: RegistryError) -> T:
+        with self._lock:
+            finished = self._finished
+            self.over = finished is None
+        if finished is not None:
+            finished.wait(None if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
+        if self._result:
+            return self._result[0]
+        raise error
+
+    def lags(self) -> None:
+        # Called by the watch.
+        with self._lock:
+            if self.over or not self._take():
+                return
+            self._second = Exchange()
+            self._finished = threading.Event()
+        try:
+            threading.Thread(target=self._run_second, name="obdlab-hedge", daemon=True).start()
+        except RuntimeError:  # no thread to be had
+            self._finished.set()
+            return
+        HEDGES.add(label="sent")
+
+    def _run_second(self) -> None:
+        second, finished = self._second, self._finished
+        if second is None or finished is None:
+            raise RuntimeError("second request without a race")
+        try:
+            with second.of_thread(), deadline_of_thread(self._deadline or time.monotonic() + _IDLE_S):
+                result = self._request()
+            with self._lock:
+                won = not self.over
+                if won:
+                    self._result.append(result)
+            if won:
+                HEDGES.add(label="won")
+                self._first.break_off()
+        except RegistryError as error:
+            if not second.broken_off:
+                logger.debug("second request failed: %s", error)
+        finally:
+            finished.set()
+
+
+class _Watch:
+    # Tells races when they lag, to a hundredth of a second. Its thread ends when there was nothing for a while.
+    _thread: threading.Thread | None
+    _asleep: bool
+
+    def __init__(self) -> None:
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
+
+    def add(self, when: float, race: _Race[Any]) -> None:
+        with self._lock:
+            self._waiting.append((when, race))
+            if self._thread is None:
+                self._start()
+            elif self._asleep:
+                self._asleep = False
+                self._wake.set()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="obdlab-hedges", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread to be had: nothing is hedged
+            self._waiting.clear()
+            return
+        self._thread = thread
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._waiting: list[tuple[float, _Race[Any]]] = []
+        self._thread = None
+        self._asleep = False
+
+    def _run(self) -> None:
+        while True:
+            now = time.monotonic()
+            with self._lock:
+                due = [race for when, race in self._waiting if when <= now and not race.over]
+                self._waiting = [entry for entry in self._waiting if entry[0] > now and not entry[1].over]
+                self._asleep = not self._waiting
+                self._wake.clear()
+            for race in due:
+                race.lags()
+            if not self._asleep:
+                time.sleep(_TICK_S)
+            elif not self._wake.wait(_IDLE_S):
+                with self._lock:
+                    if self._asleep:  # else somebody has just come
+                        self._thread = None
+                        return
+
+
+_watch = _Watch()

@@ -1,0 +1,130 @@
+"""Requests that lag are sent once more, few of them, and whoever loses is broken off."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from contextlib import closing
+
+import pytest
+
+from obdlab.registry import hedge
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.failures import RegistryError
+from obdlab.registry.hedge import Hedges
+from obdlab.registry.interrupt import Exchange, is_broken_off
+from tests.registry import faulty
+from tests.registry.faulty import FaultyRegistry, faulty_registry
+
+DATA = random.Random(5).randbytes(3 << 20)
+DIGEST = faulty.digest_of(DATA)
+LONG_S = 60.0
+FIRST_LAG_S = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hedge, "_FIRST_LAG_S", FIRST_LAG_S)
+
+
+def read(client: RegistryClient, registry: FaultyRegistry, offset: int, length: int = 1000) -> None:
+    assert client.read_range(registry.repository(), DIGEST, offset, length) == DATA[offset : offset + length]
+
+
+@pytest.mark.parametrize("lagging", [faulty.silence, faulty.drip, faulty.drip_headers])
+def test_a_request_that_lags_is_overtaken(lagging: faulty.Fault) -> None:
+    with (
+        faulty_registry() as registry,
+        closing(RegistryClient(request_timeout_s=LONG_S, deadline_s=LONG_S)) as client,
+    ):
+        registry.add_blob(DATA)
+        registry.next(lagging)
+        started = time.monotonic()
+        read(client, registry, 0)
+        assert time.monotonic() - started < LONG_S / 2
+        assert len(registry.requests) == 2
+        # The loser's connection is not used again.
+        for offset in range(0, 50_000, 1000):
+            read(client, registry, offset)
+
+
+def test_only_a_share_is_sent_twice() -> None:
+    count = 12
+    with (
+        faulty_registry() as registry,
+        closing(RegistryClient(request_timeout_s=LONG_S, deadline_s=LONG_S)) as client,
+    ):
+        registry.add_blob(DATA)
+        registry.always(faulty.slowly(0.3))
+        for offset in range(0, count * 1000, 1000):
+            read(client, registry, offset)
+        # All of them lag, and after the few to begin with one in twenty is sent again.
+        assert 1 <= len(registry.requests) - count <= 4
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.0, 1000), (0.05, hedge.LARGEST + 1)])
+def test_not_sent_twice(share: float, length: int) -> None:
+    with faulty_registry() as registry, closing(RegistryClient(hedge_share=share)) as client:
+        registry.add_blob(DATA)
+        registry.always(faulty.slowly(10 * FIRST_LAG_S))
+        read(client, registry, 0, length)
+        assert len(registry.requests) == 1
+
+
+def test_the_first_failure_is_told_if_both_fail() -> None:
+    begun: list[str] = []
+    both = threading.Barrier(2)
+
+    def request() -> None:
+        name = threading.current_thread().name
+        begun.append(name)
+        both.wait(LONG_S)
+        raise RegistryError(f"failed in {name}", temporary=True)
+
+    with pytest.raises(RegistryError, match=threading.current_thread().name):
+        Hedges().run("key", request)
+    assert begun == [threading.current_thread().name, "obdlab-hedge"]
+
+
+def test_the_second_may_save_the_first() -> None:
+    second_is_there = threading.Event()
+
+    def request() -> str:
+        if threading.current_thread().name == "obdlab-hedge":
+            second_is_there.set()
+            time.sleep(0.05)
+            return "second"
+        assert second_is_there.wait(LONG_S)
+        raise RegistryError("the first fails meanwhile", temporary=True)
+
+    assert Hedges().run("key", request) == "second"
+
+
+def test_a_loser_hears_of_it() -> None:
+    heard = threading.Event()
+
+    def request() -> str:
+        if threading.current_thread().name != "obdlab-hedge":
+            return "first" if second.wait(LONG_S) else "late"
+        second.set()
+        end = time.monotonic() + LONG_S
+        while not is_broken_off() and time.monotonic() < end:
+            time.sleep(0.001)
+        if is_broken_off():
+            heard.set()
+        raise RegistryError("broken off", temporary=True)
+
+    second = threading.Event()
+    assert Hedges().run("key", request) == "first"
+    assert heard.wait(LONG_S)
+
+
+def test_exchanges_nest() -> None:
+    outer, inner = Exchange(), Exchange()
+    with outer.of_thread():
+        with inner.of_thread():
+            outer.break_off()
+            assert not is_broken_off()
+        assert is_broken_off()
+    assert not is_broken_off()
