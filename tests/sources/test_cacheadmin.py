@@ -144,7 +144,7 @@ def test_a_lock_held_by_others_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from obdlab.sources import cachespace
-    from tests.sources.test_quota import locked
+    from tests.sources.origin import locked
 
     fill(small_cache(tmp_path), 0)
     monkeypatch.setattr(cachespace, "_WAIT_TO_EVICT_S", 0.05)

@@ -21,7 +21,7 @@ from obdlab.sources.cacheadmin import entries
 from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.download import BackgroundDownload, DownloadOptions
-from tests.sources.test_cache import Origin, wait_until
+from tests.sources.origin import Origin, wait_until
 from tests.sources.test_cacheadmin import flip
 
 UNIT = 4096

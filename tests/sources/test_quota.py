@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import subprocess
@@ -24,6 +23,7 @@ from obdlab.sources.cachespace import CacheSpace
 from obdlab.sources.eviction import cached_blobs, shrink
 from tests.sources import churn
 from tests.sources.churn import BLOBS, SIZE, UNIT
+from tests.sources.origin import locked
 
 QUOTA = 700 << 10  # of 12 blobs with 244 KiB each
 CONTENTS = [churn.content(number) for number in range(BLOBS)]
@@ -59,14 +59,6 @@ def small_cache(directory: Path, quota: int = QUOTA) -> BlockCache:
 
 def blob_files(directory: Path, number: int) -> Path:
     return directory / "blobs" / "local" / DIGESTS[number]
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the cache's lock, as a process of its own would."""
-    with (directory / "usage").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def take_back(directory: Path, wanted: int = 1 << 40) -> None:
