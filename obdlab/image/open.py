@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.remote import RemoteLayers
+from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.seal import SwitchMark
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
@@ -102,7 +104,7 @@ def open_image(config: ImageConfig, settings: Settings) -> Image | WritableImage
     then. The configuration's result file, if it names one, gets "success" or "failed:<reason>".
     """
     try:
-        image = _open(config, settings)
+        image = _open(config, at_launch(settings, config.download))
     except BaseException as error:
         _report(config, f"failed:{error}")
         raise
@@ -120,12 +122,24 @@ def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
         if config.upper.active:
             upper = opened.enter_context(open_upper(config.upper.data, config.upper.index))
             image = WritableImage(stack, upper, count)
+            _forget_switch(lowers)
         elif stack is not None:
             image = stack
         else:
             raise ImageOpenError("image has neither lowers nor an upper")
         opened.pop_all()
         return image
+
+
+# A crash after the configuration of a snapshot was put in place leaves the mark that would have the seal undone.
+def _forget_switch(lowers: Sequence[LowerConfig]) -> None:
+    file = _local_file(lowers[-1]) if lowers else None
+    if file is None:
+        return
+    try:
+        SwitchMark(file).remove()
+    except ObdlabError as error:  # as on a read-only directory: it harms nobody who opens the stack
+        logger.warning("%s", error)
 
 
 def _stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:

@@ -24,7 +24,6 @@ from obdlab.formats.lsmt.replay import replay
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
 from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obdlab.blob import Buffer
-    from obdlab.formats.lsmt.index import Run, SegmentIndex
+    from obdlab.formats.lsmt.index import Run
     from obdlab.formats.lsmt.layout import Segments
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,8 @@ class AppendUpper(Upper):
         self._syncing = threading.Lock()
         self._writing = threading.Lock()
         self._lock = threading.Lock()
-        self._punched: frozenset[tuple[int, int]] = frozenset()
+        #: What :meth:`punch` need not free again: kept by a collection for the next one.
+        self.punched: frozenset[tuple[int, int]] = frozenset()
         self._readers_left = threading.Condition(self._lock)
         self._readers = [0, 0]  # by the phase they began in
         self._phase = 0
@@ -175,15 +175,6 @@ class AppendUpper(Upper):
         self._log = IndexLog(log_file, content.header, content.end, (content.end - HEADER_SPACE) // RECORD_SIZE)
 
     @property
-    def data(self) -> LayerFile:
-        return self._file
-
-    @property
-    def index(self) -> SegmentIndex:
-        with self._lock:
-            return self._map.to_index()
-
-    @property
     def log_records(self) -> int:
         """Records in the index file, those that are overridden and those that mean nothing included."""
         return 0 if self._log is None else self._log.records
@@ -195,10 +186,6 @@ class AppendUpper(Upper):
         """
         with self._writing:
             self._writable_log().set_group_records(records)
-
-    def lookup(self, begin: int, end: int) -> list[Run]:
-        with self._lock:
-            return self._map.lookup(begin, end)
 
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
         end = offset + length
@@ -296,7 +283,7 @@ class AppendUpper(Upper):
         if length:
             self._grow(offset + length)
 
-    def seal(self) -> LsmtLayer:
+    def seal_file(self) -> None:
         with self._syncing, self._writing:
             log = self._writable_log()
             log.write_group()
@@ -306,7 +293,6 @@ class AppendUpper(Upper):
             self._is_sealed = True
             try:
                 self._file.lock(shared=True)
-                return LsmtLayer(self._file)
             except BaseException:
                 self._file.resize(self._end)
                 self._is_sealed = False
@@ -390,9 +376,7 @@ class AppendUpper(Upper):
         """Free these ranges of the data file, in sectors: all that no record on stable storage makes visible."""
         self._writable_log()
         for begin, end in ranges:
-            if (begin, end) not in self._punched:
-                self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
-        self._punched = frozenset(ranges)
+            self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
 
     def compact_log(self) -> None:
         """Replace the index file by one of the records that are still seen. Writes wait only at its end."""

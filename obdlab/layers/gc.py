@@ -10,6 +10,8 @@ import numpy as np
 from obdlab.formats.lsmt.layout import HEADER_SPACE, SECTOR
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from obdlab.formats.lsmt.layout import Segments
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 _BLOCK = 4096 // SECTOR
 # Data in blocks that are only partly in use is moved once these waste more than this part of all data.
 _TOLERATED_WASTE = 10
-# Parts moved with one sync.
+# Parts moved with one sync, and holes punched between two reports of progress.
 _AT_ONCE = 4096
 # The log is rewritten once less than half of its records are seen, and there are more than these.
 _SHORT_LOG_RECORDS = 256
@@ -36,22 +38,32 @@ class Collected:
     records_after: int
 
 
-def collect(upper: AppendUpper) -> Collected:
+def _silent(step: str, done: int, total: int) -> None:
+    pass
+
+
+def collect(upper: AppendUpper, progress: Callable[[str, int, int], None] = _silent) -> Collected:
     """Free the storage of overwritten data and overridden records of a layer, which may be in use meanwhile.
 
     Holes are punched where no data is visible any more; if too many blocks of the file are only partly in use, their
     data is first appended once more; a log of mostly overridden records is replaced. Reads and writes go on, and at
     whatever point this is cut off by a crash, the layer holds what it held. The original can open the result.
-    Raises SourceError as writing does; the layer is whole then, too.
+    ``progress`` is called with the name of a step, how much of it is done, and of how much; what it raises ends the
+    collection. Raises SourceError as writing does, also when the layer is sealed meanwhile; the layer is whole then,
+    too.
     """
     with upper.collecting:
         allocated_before, records_before = upper.data.allocated_size, upper.log_records
-        segments = _punch_unused(upper)
+        segments = _punch_unused(upper, progress)
         parts = _worth_moving(segments)
-        moved_sectors = sum(upper.relocate(parts[at : at + _AT_ONCE]) for at in range(0, len(parts), _AT_ONCE))
+        moved_sectors = 0
+        for at in range(0, len(parts), _AT_ONCE):
+            progress("moving", at, len(parts))
+            moved_sectors += upper.relocate(parts[at : at + _AT_ONCE])
         if moved_sectors:
-            segments = _punch_unused(upper)
+            segments = _punch_unused(upper, progress)
         if upper.log_records > 2 * len(segments) + _SHORT_LOG_RECORDS:
+            progress("index", 0, 1)
             upper.compact_log()
         return Collected(
             allocated_before=allocated_before,
@@ -62,11 +74,17 @@ def collect(upper: AppendUpper) -> Collected:
         )
 
 
-def _punch_unused(upper: AppendUpper) -> Segments:
+def _punch_unused(upper: AppendUpper, progress: Callable[[str, int, int], None]) -> Segments:
+    progress("flushing", 0, 1)
     segments, end = upper.snapshot()
     upper.flush()  # a crash must not bring back records that were overridden, now that their data goes
     upper.wait_for_readers()  # who looked before the snapshot may be about to read what was overridden since
-    upper.punch(_unused(segments, end))
+    unused = _unused(segments, end)
+    todo = [gap for gap in unused if gap not in upper.punched]
+    for at in range(0, len(todo), _AT_ONCE):
+        progress("freeing", at, len(todo))
+        upper.punch(todo[at : at + _AT_ONCE])
+    upper.punched = frozenset(unused)
     return segments
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from obdlab.blob import Blob, WritableBlob, check_range
-from obdlab.errors import FormatError, OutOfRangeError
-from obdlab.formats.lsmt.index import HOLE, MAX_LAYERS, SegmentIndex, add_on_top, merge
+from obdlab.errors import FormatError, OutOfRangeError, SourceError
+from obdlab.formats.lsmt.index import HOLE, MAX_LAYERS, LayeredIndex, SegmentIndex, add_on_top, merge
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.seal import SwitchMark
 
 if TYPE_CHECKING:
@@ -16,14 +20,20 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Buffer
     from obdlab.formats.lsmt.index import Run
-    from obdlab.layers.lsmt import Layer, LsmtLayer
+    from obdlab.layers.lsmt import Layer
     from obdlab.layers.writable import Upper
+
+logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
 # Answers of the usual lengths cost nothing; untouched, they also take no memory.
 _ZEROS = {1 << bits: bytes(1 << bits) for bits in range(9, 21)}
 _ZERO_VIEW = memoryview(_ZEROS[1 << 20])
+
+# What is left to flush when writes begin to wait for a restack should take no longer than this; tried so often.
+_SHORT_FLUSH_S = 0.02
+_FLUSHES = 5
 
 # Number of the part of an answer that a piece of a larger read is, and its range in that read.
 _Piece = tuple[int, int, int]
@@ -126,6 +136,14 @@ class Stack(Blob):
             layer.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Restacked:
+    """The layer that a restack has sealed, which belongs to the stack, and how long writes had to wait."""
+
+    layer: LsmtLayer
+    paused_s: float
+
+
 class WritableStack(WritableBlob):
     """A writable layer over a read-only stack (or over nothing).
 
@@ -146,6 +164,7 @@ class WritableStack(WritableBlob):
         self._view = (upper, lowers)  # what a read works on, changed as one
         self._change = threading.Lock()
         self._restacking = threading.Lock()
+        self._unmerged: tuple[Upper, Stack | None] | None = None  # sealed by a restack, and the lowers before it
 
     @property
     def upper(self) -> Upper:
@@ -255,13 +274,13 @@ class WritableStack(WritableBlob):
 
     def set_virtual_size(self, virtual_size: int) -> None:
         """Grow the disk: what is new reads as zeros. Raises OutOfRangeError if it would shrink."""
-        with self._change:
+        with self._restacking, self._change:
             if self.lowers is not None and self.lowers.size > self._size:
                 raise OutOfRangeError(f"{self.name}: a disk smaller than its lowers ({self.lowers.size}) cannot grow")
             self.upper.set_virtual_size(virtual_size)
             self._size = virtual_size
 
-    def restack(self, upper: Upper, switch: Callable[[], None] | None = None) -> LsmtLayer:
+    def restack(self, upper: Upper, switch: Callable[[], None] | None = None) -> Restacked:
         """Live snapshot: seal the writable layer in place, make it the topmost lower one, and go on in ``upper``.
 
         ``upper`` must be empty; made with size 0, it takes on this disk's. Reads go on meanwhile, writes wait for the
@@ -269,43 +288,67 @@ class WritableStack(WritableBlob):
         there the configuration that names the new layers must take the place of the old one. If it raises, and after
         a crash before it is done, the old layer is the writable one, as before: opening it undoes the seal.
 
-        Returns the sealed layer, which belongs to the stack. Raises FormatError if there are 255 lowers already or
-        the layer cannot be sealed; then nothing has changed, and ``upper`` is the caller's still.
+        Raises FormatError if there are 255 lowers already or the layer cannot be sealed; then nothing has changed,
+        and ``upper`` is the caller's still, as after everything raised while :attr:`upper` is the old one.
         """
         with self._restacking:
-            return self._restack(upper, switch)
+            self._merge_sealed()
+            paused_s = self._go_on_in(upper, switch)
+            layer = self._merge_sealed()
+            assert layer is not None
+            return Restacked(layer, paused_s)
 
-    def _restack(self, upper: Upper, switch: Callable[[], None] | None) -> LsmtLayer:
-        old = self.upper
+    def _go_on_in(self, upper: Upper, switch: Callable[[], None] | None) -> float:
+        old, lowers = self._view
+        layers = () if lowers is None else lowers.layers
         if upper.virtual_size not in (0, self._size) or len(upper.index):
             raise FormatError("layer to go on in is not an empty one of the disk's size", blob=upper.name)
+        if len(layers) >= MAX_LAYERS:
+            raise FormatError("a stack is full", blob=self.name, got=f"{len(layers)} lowers", wanted="one less")
         if not upper.virtual_size:
             upper.set_virtual_size(self._size)
         upper.flush()
         # Most of the work now, while nobody waits: the second time costs only what has changed since.
-        old.flush()
-        _ = old.index
+        old.prepare_to_seal()
+        _flush_until_short(old)
         mark = SwitchMark(old.data.name)
+        mark.put()
         with self._change:
-            layers = () if self.lowers is None else self.lowers.layers
-            if len(layers) >= MAX_LAYERS:
-                raise FormatError("a stack is full", blob=self.name, got=f"{len(layers)} lowers", wanted="one less")
-            mark.put()
+            began = time.monotonic()
             try:
-                sealed = old.seal()
-                index = sealed.index
-                if self.lowers is not None:
-                    index = add_on_top(self.lowers.index, index)
-                lowers = Stack([*layers, sealed], index=index)
-                if switch is not None:
-                    switch()
+                old.seal_file()
+                try:
+                    if switch is not None:
+                        switch()
+                except BaseException:
+                    old.unseal()
+                    raise
             except BaseException:
-                old.unseal()
                 mark.remove()
                 raise
-            self._view = (upper, lowers)
-        mark.remove()
+            below = LayeredIndex(None if lowers is None else lowers.index, old.lookup)
+            # Only looked up, until the index is merged.
+            self._view = (upper, Stack([*layers, old], index=cast("SegmentIndex", below)))
+            self._unmerged = (old, lowers)
+            paused_s = time.monotonic() - began
+        try:
+            mark.remove()
+        except SourceError as error:  # the next to open the new stack removes it
+            logger.warning("%s", error)
         old.retire()
+        return paused_s
+
+    def _merge_sealed(self) -> LsmtLayer | None:
+        # What a restack has left for later: the sealed layer as such, and one index for all lowers.
+        if self._unmerged is None:
+            return None
+        old, lowers = self._unmerged
+        sealed = LsmtLayer(old.data)
+        index = sealed.index if lowers is None else add_on_top(lowers.index, sealed.index)
+        layers = () if lowers is None else lowers.layers
+        with self._change:
+            self._view = (self.upper, Stack([*layers, sealed], index=index))
+            self._unmerged = None
         return sealed
 
     def as_layers(self) -> Stack:
@@ -326,6 +369,14 @@ class WritableStack(WritableBlob):
         self.upper.close()
         if self.lowers is not None:
             self.lowers.close()
+
+
+def _flush_until_short(upper: Upper) -> None:
+    for _ in range(_FLUSHES):
+        began = time.monotonic()
+        upper.flush()
+        if time.monotonic() - began < _SHORT_FLUSH_S:
+            return
 
 
 def _read_below(lowers: Stack | None, offset: int, length: int) -> bytes:

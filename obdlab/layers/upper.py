@@ -20,13 +20,11 @@ from obdlab.formats.lsmt.layout import (
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
 from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
-    from obdlab.formats.lsmt.index import Run, SegmentIndex
 
 _HEADER_SECTORS = HEADER_SPACE // SECTOR
 _BLOCK = 4096
@@ -129,19 +127,6 @@ class SparseUpper(Upper):
         layer._is_read_only = read_only
         return layer
 
-    @property
-    def data(self) -> LayerFile:
-        return self._file
-
-    @property
-    def index(self) -> SegmentIndex:
-        with self._lock:
-            return self._map.to_index()
-
-    def lookup(self, begin: int, end: int) -> list[Run]:
-        with self._lock:
-            return self._map.lookup(begin, end)
-
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
         end = offset + length
         if offset < 0 or length < 0 or end > self.header.virtual_size:
@@ -200,7 +185,7 @@ class SparseUpper(Upper):
         self._file.write_at(0, header.to_bytes())
         self.header = header
 
-    def seal(self) -> LsmtLayer:
+    def seal_file(self) -> None:
         self._check_writable()
         self._is_read_only = True
         try:
@@ -208,7 +193,6 @@ class SparseUpper(Upper):
                 segments = self._map.to_segments()
             append_seal(self._file, self.header, segments, HEADER_SPACE + self.virtual_size)
             self._file.lock(shared=True)
-            return LsmtLayer(self._file)
         except BaseException:
             self._is_read_only = False
             raise

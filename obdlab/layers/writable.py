@@ -6,16 +6,22 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from obdlab.errors import OutOfRangeError, SourceError
+from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import MAX_VIRTUAL_SIZE, SECTOR
+from obdlab.layers.lsmt import LsmtLayer
 
 if TYPE_CHECKING:
+    import threading
     from types import TracebackType
 
     from obdlab.blob import Buffer
-    from obdlab.formats.lsmt.index import Run, SegmentIndex
+    from obdlab.formats.lsmt.index import Run
     from obdlab.formats.lsmt.layout import Header
+    from obdlab.formats.lsmt.segmentmap import SegmentMap
     from obdlab.layers.layerfile import LayerFile
-    from obdlab.layers.lsmt import LsmtLayer
+
+# Chunks of the map that are prepared for sealing while reads and writes wait: some milliseconds.
+_CHUNKS_AT_ONCE = 16
 
 
 class Upper(ABC):
@@ -35,20 +41,26 @@ class Upper(ABC):
 
     name: str
     header: Header
+    _file: LayerFile
+    _map: SegmentMap
+    _lock: threading.Lock  # of the map
 
     @property
-    @abstractmethod
     def data(self) -> LayerFile:
         """The file that the index points into."""
+        return self._file
 
     @property
-    @abstractmethod
     def index(self) -> SegmentIndex:
         """A frozen copy of what the layer holds now, good until it changes."""
+        with self._lock:
+            segments = self._map.to_segments()
+        return SegmentIndex(segments)
 
-    @abstractmethod
     def lookup(self, begin: int, end: int) -> list[Run]:
         """Which of the disk's sectors ``[begin, end)`` the layer holds, as :meth:`SegmentIndex.lookup` tells it."""
+        with self._lock:
+            return self._map.lookup(begin, end)
 
     @abstractmethod
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
@@ -73,14 +85,31 @@ class Upper(ABC):
     def set_virtual_size(self, virtual_size: int) -> None:
         """Grow the disk. Raises OutOfRangeError if that would shrink it, or is no size a layer can have."""
 
+    def prepare_to_seal(self) -> None:
+        """Do what sealing needs of the index ahead, in small steps, so that the rest is quick."""
+        at = 0
+        while True:
+            with self._lock:
+                at = self._map.freeze(at, _CHUNKS_AT_ONCE)
+            if not at:
+                return
+
     @abstractmethod
-    def seal(self) -> LsmtLayer:
+    def seal_file(self) -> None:
         """Append index and trailer to the data file, which is a sealed layer then (overlaybd LSMT, sealed in place).
 
-        Everything is on stable storage when this returns. The layer returned reads through the same open file;
-        closing either closes it. Reading goes on here, writing is refused. Raises FormatError, with nothing changed,
-        if the layer has more segments than a sealed one may.
+        Everything is on stable storage when this returns. Reading goes on here, writing is refused. Raises
+        FormatError, with nothing changed, if the layer has more segments than a sealed one may.
         """
+
+    def seal(self) -> LsmtLayer:
+        """:meth:`seal_file`, and the sealed layer: it reads through the same open file, closing either closes it."""
+        self.seal_file()
+        try:
+            return LsmtLayer(self._file)
+        except BaseException:
+            self.unseal()
+            raise
 
     @abstractmethod
     def unseal(self) -> None:

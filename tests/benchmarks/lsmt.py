@@ -108,13 +108,14 @@ def bench_restack(folder: Path) -> None:
     writer.start()
     fresh = AppendUpper.create(folder / "new", folder / "new.i", 0)
     begin = time.perf_counter()
-    stack.restack(fresh)
+    paused_s = stack.restack(fresh).paused_s
     taken = (time.perf_counter() - begin) * 1000
     stop.set()
     writer.join()
     stack.close()
     print(
-        f"restack of {_SEGMENTS} records: {taken:.0f} ms, the slowest write took {slowest[0] * 1000:.0f} ms; "
+        f"restack of {_SEGMENTS} records: {taken:.0f} ms, writes held for {paused_s * 1000:.0f} ms, "
+        f"the slowest write took {slowest[0] * 1000:.0f} ms; "
         f"bare write and sync of the index: {bare:.0f} ms"
     )
 

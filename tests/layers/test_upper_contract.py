@@ -278,7 +278,7 @@ def test_restack(files: Files, tmp_path: Path) -> None:
         sealed.close()
 
     before = stack.read_at(0, DISK)
-    sealed = stack.restack(fresh.create(0, parent_uuid=UUID), switch)
+    sealed = stack.restack(fresh.create(0, parent_uuid=UUID), switch).layer
     assert switched == [True]
     assert sealed.sealed_in_place
     assert stack.read_at(0, DISK) == before
@@ -379,3 +379,34 @@ def test_other_files_are_refused(files: Files) -> None:
             open_upper(LSMT / name, files.index)
     with pytest.raises(SourceError, match="No such file"):
         open_upper(files.data.with_name("none"), files.index)
+
+
+def test_a_restack_that_cannot_read_back_what_it_sealed_goes_on_and_heals(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = WritableStack(Stack([layer([(0, 64, False)], DISK, 3)]), files.create(0))
+    stack.write_at(4096, b"x" * 4096)
+    stack.discard(8192, 4096)
+    before = stack.read_at(0, DISK)
+
+    def refuse(blob: object) -> LsmtLayer:
+        raise SourceError("reading failed", blob="data")
+
+    fresh = [Files.named(tmp_path, files.kind, f"fresh{number}").create(0) for number in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr("obdlab.layers.stack.LsmtLayer", refuse)
+        with pytest.raises(SourceError, match="reading failed"):
+            stack.restack(fresh[0])
+    assert stack.upper is fresh[0]
+    assert stack.read_at(0, DISK) == before
+    stack.write_at(4100, b"y" * 10)  # fills up a block from what is not merged yet
+    stack.discard(0, 512)
+    wanted = bytearray(before)
+    wanted[4100:4110] = b"y" * 10
+    wanted[:512] = bytes(512)
+    assert stack.read_at(0, DISK) == wanted
+    stack.restack(fresh[1])
+    assert stack.lowers is not None
+    assert len(stack.lowers.layers) == 3
+    assert stack.lowers.read_at(0, DISK) == wanted
+    stack.close()

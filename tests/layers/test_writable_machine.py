@@ -163,7 +163,7 @@ class WritableMachine(RuleBasedStateMachine):
     def restack(self, kind: str, crash: bool) -> None:
         self.kind = kind
         fresh = self._next_files()
-        sealed = self.stack.restack(fresh.create(0))
+        sealed = self.stack.restack(fresh.create(0)).layer
         assert self.stack.lowers is not None
         self.lowers = [*self.lowers, sealed]
         self.files = fresh

@@ -16,7 +16,7 @@ import numpy as np
 from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -155,6 +155,32 @@ class SegmentIndex:
             zeroed=zeroed,
             tag=np.where(zeroed, ~sources, sources).astype(np.uint8),
         )
+
+
+class LayeredIndex:
+    """What :func:`add_on_top` would give, looked up without merging: made at once, but slower to look up."""
+
+    def __init__(self, merged: SegmentIndex | None, top: Callable[[int, int], list[Run]]) -> None:
+        """``top`` looks up the topmost layer, which may still change; its tags are 0."""
+        self._merged = merged
+        self._top = top
+
+    def lookup(self, begin: int, end: int) -> list[Run]:
+        """As :meth:`SegmentIndex.lookup`, but a run of zeros may follow another."""
+        if self._merged is None:
+            return self._top(begin, end)
+        runs: list[Run] = []
+        for run in self._top(begin, end):
+            if run[2] == HOLE:
+                runs += map(_one_lower, self._merged.lookup(run[0], run[0] + run[1]))
+            else:
+                runs.append(run)
+        return runs
+
+
+def _one_lower(run: Run) -> Run:
+    begin, count, source, moffset = run
+    return begin, count, source if source == HOLE else source + 1 if source >= 0 else source - 1, moffset
 
 
 def merge(indexes: Sequence[SegmentIndex]) -> SegmentIndex:

@@ -115,6 +115,16 @@ class SegmentMap:
         )
         return split(segments, MAX_SEGMENT_SECTORS)
 
+    def freeze(self, first: int, count: int) -> int:
+        """Do part of the work of the next :meth:`to_segments`: for ``count`` chunks from number ``first`` on.
+
+        Returns the number to go on with, 0 after the last.
+        """
+        end = min(first + count, len(self._chunks))
+        for k in range(first, end):
+            self._frozen_chunk(k)
+        return end if end < len(self._chunks) else 0
+
     def to_index(self) -> SegmentIndex:
         """A frozen copy: :meth:`to_segments`, indexed."""
         return SegmentIndex(self.to_segments())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdlab.formats.lsmt.index import HOLE, Run, SegmentIndex, add_on_top, coalesce, merge, split
+from obdlab.formats.lsmt.index import HOLE, LayeredIndex, Run, SegmentIndex, add_on_top, coalesce, merge, split
 from obdlab.formats.lsmt.layout import Segments
 from tests.formats.lsmt.oracle import Row, coalesce_rows, merge_rows
 
@@ -106,6 +106,15 @@ def test_one_more_layer_on_top(stack: list[list[Row]]) -> None:
     for i in range(1, len(indexes)):
         merged = add_on_top(merged, indexes[i])
     assert merged.segments().rows() == merge_rows(stack)
+
+
+@given(layers(max_layers=3), st.integers(0, 200), st.integers(0, 60))
+def test_one_more_layer_on_top_without_merging(stack: list[list[Row]], begin: int, length: int) -> None:
+    indexes = [SegmentIndex(Segments.from_rows(rows)).segments().without_tags() for rows in stack]
+    below = merge([SegmentIndex(segments) for segments in indexes[:-1]]) if len(indexes) > 1 else None
+    both = LayeredIndex(below, SegmentIndex(indexes[-1]).lookup)
+    wanted = sectors(merge_rows(stack), begin, begin + length)
+    assert from_runs(both.lookup(begin, begin + length), begin, begin + length) == wanted
 
 
 def test_index_refuses_what_is_not_sorted() -> None:
