@@ -1,0 +1,169 @@
+"""What device servers have counted: while they run they are asked, and at their end they leave it in a file.
+
+So totals only grow, however many devices come and go. What a killed server has counted is added by whoever asked it
+last; what it did after that is lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from obdlab.observe.counters import Table, add_to, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from obdlab.devices.device import DeviceStatistics
+
+log = logging.getLogger(__name__)
+
+TALLY_NAME = "counters.json"
+TALLY_LOCK_NAME = "counters.lock"
+
+_VERSION = 1
+_LOCK_WAIT_S = 2.0
+#: As many servers may end between two looks of an exporter before it counts one of them twice.
+_ENDED_KEPT = 1024
+#: Why bytes were fetched; the block cache counts each cause in a field of that name.
+CAUSES = ("demand", "readahead", "prefetch", "background")
+#: Counters of the block cache by their names here.
+_OF_CACHE = {
+    "cache_hits": "hits",
+    "cache_misses": "misses",
+    "fetches": "requests",
+    "fetch_failures": "failed_requests",
+    "uncached_bytes": "uncached_bytes",
+    "cache_evicted_bytes": "evicted_bytes",
+}
+
+
+def server_table(device: DeviceStatistics, source: Mapping[str, float]) -> Table:
+    """Return everything that this process has counted, given what its device and its block cache have."""
+    table: Table = {
+        "reads": {"": device.reads},
+        "read_bytes": {"": device.read_bytes},
+        "writes": {"": device.writes},
+        "written_bytes": {"": device.written_bytes},
+        "io_errors": {"": device.errors},
+        "read_seconds": device.read_times,
+        "write_seconds": device.write_times,
+    }
+    if source:
+        table |= {name: {"": source.get(field, 0)} for name, field in _OF_CACHE.items()}
+        table["fetched_bytes"] = {cause: source.get(f"{cause}_bytes", 0) for cause in CAUSES}
+        table["checksum_failures"] = {"cache": source.get("corrupt_units", 0)}
+    add_to(table, counted())
+    return table
+
+
+@dataclass(slots=True)
+class Tally:
+    """What ended servers have counted, by device; ``gone`` sums up devices that are not there any more."""
+
+    #: Servers ("pid:start time") that are counted here.
+    ended: list[str] = field(default_factory=list)
+    gone: Table = field(default_factory=dict)
+    devices: dict[str, Table] = field(default_factory=dict)
+
+    def add(self, device_id: str, server: str, table: Table) -> bool:
+        """Add a server's counters, unless they are there already; tell whether they were not."""
+        if server in self.ended:
+            return False
+        self.ended = [*self.ended, server][-_ENDED_KEPT:]
+        add_to(self.devices.setdefault(device_id, {}), table)
+        return True
+
+    def forget_devices(self, present: set[str]) -> bool:
+        """Count devices that are not ``present`` among those that are gone; tell whether there were any."""
+        absent = self.devices.keys() - present
+        for device_id in absent:
+            add_to(self.gone, self.devices.pop(device_id))
+        return bool(absent)
+
+
+@contextmanager
+def changing(run_dir: Path) -> Iterator[Tally]:
+    """Give the run directory's tally to change; it is kept if the block ends well and has set or added anything.
+
+    Raises OSError if it cannot be read or written, or stays locked.
+    """
+    lock = os.open(run_dir / TALLY_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(lock)
+        text = _read(run_dir)
+        tally = _parsed(text, run_dir)
+        yield tally
+        changed = json.dumps(
+            {"version": _VERSION, "ended": tally.ended, "gone": tally.gone, "devices": tally.devices}
+        )
+        if changed != text:
+            new = run_dir / f"{TALLY_NAME}.new"
+            new.write_text(changed)
+            new.replace(run_dir / TALLY_NAME)
+    finally:
+        os.close(lock)
+
+
+def leave(run_dir: Path, device_id: str, server: str, table: Table) -> None:
+    """Add what this server has counted, at its end. Never raises: a device's end must not depend on it."""
+    try:
+        with changing(run_dir) as tally:
+            tally.add(device_id, server, table)
+    except OSError as error:
+        log.warning("%s: counters of its last server are lost: %s", device_id, error)
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{TALLY_NAME}: locked by another process") from None
+            time.sleep(0.005)
+        else:
+            return
+
+
+def _read(run_dir: Path) -> str:
+    try:
+        return (run_dir / TALLY_NAME).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+# Counters are worth no failure: what cannot be understood is begun anew.
+def _parsed(text: str, run_dir: Path) -> Tally:
+    if not text:
+        return Tally()
+    try:
+        values = json.loads(text)
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']}")
+        ended = [str(server) for server in values["ended"]]
+        return Tally(ended, as_table(values["gone"]), {str(k): as_table(v) for k, v in values["devices"].items()})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log.warning("%s: counters begin anew: %r", run_dir / TALLY_NAME, error)
+        return Tally()
+
+
+def as_table(value: Any) -> Table:
+    """Return parsed JSON as a table. Raises ValueError or another error of wrong types if it is none."""
+    return {
+        str(name): {str(label): _number(number) for label, number in labels.items()} for name, labels in value.items()
+    }
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"not a number (got {value!r})")
+    return value  # type: ignore[no-any-return]
