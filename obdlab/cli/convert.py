@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.cli.common import (
     add_registry_options,
-    add_runtime_options,
-    device_service_from,
     platform,
     registry_from,
 )
@@ -28,7 +26,7 @@ Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, lay
 
 SRC and DST are registry references (host/name:tag) or OCI layout directories (oci:DIR[:TAG]).
 Of a multi-platform image one platform is converted, this machine's unless --platform names another.
-Needs root, FUSE and loop devices, and mkfs.ext4."""
+Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
 
 
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,7 +57,6 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no table, only the digest")
     add_registry_options(parser)
-    add_runtime_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -80,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         image = convert_image(
             open_source(args.source, client),
             open_destination(args.destination, client),
-            device_service_from(args),
             options=_options(args),
             progress=None if args.quiet else _Bars(),
         )

@@ -61,19 +61,21 @@ def run(args: argparse.Namespace) -> int:
     if args.sparse:
         SparseUpper.create(args.data, args.vsize, **names).close()
         if args.mkfs:
-            _make_filesystem(args.data, args.vsize)
+            _make_filesystem(args.data)
     else:
         AppendUpper.create(args.data, args.index, args.vsize, **names).close()
     say(f"{args.data}: empty writable layer of a disk of {size_text(args.vsize)}", quiet=args.quiet)
     return 0
 
 
-def _make_filesystem(data: str, virtual_size: int) -> None:
-    from obdlab.convert.filesystem import make_filesystem
-    from obdlab.formats.lsmt.layout import HEADER_SPACE
+def _make_filesystem(data: str) -> None:
+    from obdlab.ext4.mkfs import make_filesystem
+    from obdlab.layers.stack import WritableStack
+    from obdlab.layers.upper import SparseUpper
 
     try:
-        make_filesystem(Path(data), offset=HEADER_SPACE, size=virtual_size)
+        with WritableStack(None, SparseUpper.open(data)) as disk:
+            make_filesystem(disk)
     except BaseException:
         Path(data).unlink()
         raise

@@ -15,8 +15,8 @@ there (its *upper*) and does what the merge would do:
 Where containerd refuses a layer that makes sense (a hard link to a file from a layer below), it is done; where it
 bends a name into the tree (``..`` beyond the root), it is an error.
 
-Links are resolved inside the tree by this module, and once more by the kernel: the worker (``convert.worker``) makes
-the tree its root directory, so that even a mistake here could not lead out.
+Links are resolved inside the tree by this module. The tree is a file system in user space: even a mistake here
+could not lead out.
 Sources: OCI image layer specification, "Applying Changesets"; kernel documentation, "Overlay Filesystem".
 """
 
@@ -25,15 +25,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from obdlab.convert.tarstream import Kind, Member, TarStream
+from obdlab.convert.tree import Attributes
 from obdlab.errors import FormatError, ObdlabError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from io import RawIOBase
     from typing import IO
+
+    from obdlab.convert.tree import Seen, Tree
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
@@ -41,9 +45,11 @@ OPAQUE_MARK = b".wh..wh..opq"
 _MAX_LINKS = 255
 # What the kernel takes. Names of the tar, and links, could make paths of half a million components.
 _MAX_PATH = 4095
-# A host's own, overlayfs' marks among them: containerd takes none from an image.
 _TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
+_NODES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
+# What a parent looks like that no member describes.
+_IMPLICIT = Attributes(0o755, 0, 0, 0, 0)
 
 
 class ApplyError(ObdlabError):
@@ -88,24 +94,24 @@ class _Upper:
         self.opaque = {name for name in self.opaque if name != path and not name.startswith(below)}
 
 
-def apply_layer(tar: IO[bytes], blob: str, root: bytes = b"") -> ApplyStatistics:
-    """Apply the uncompressed layer tar read from ``tar`` to the tree at ``root``.
+def apply_layer(tar: IO[bytes] | RawIOBase, blob: str, tree: Tree) -> ApplyStatistics:
+    """Apply the uncompressed layer tar read from ``tar`` to ``tree``.
 
-    ``root`` is b"" in a process whose root directory is the tree, which is how layers from elsewhere are applied.
     ``blob`` is the layer's name for messages. Reads the stream to its very end.
     Raises FormatError for a malformed or escaping tar (with the offset in the uncompressed stream) and ApplyError if
     the tree cannot take it; the tree is half-changed then.
     """
-    return _Applier(TarStream(tar, blob), blob, root).run()
+    return _Applier(TarStream(tar, blob), blob, tree).run()
 
 
 class _Applier:
-    def __init__(self, stream: TarStream, blob: str, root: bytes) -> None:
+    def __init__(self, stream: TarStream, blob: str, tree: Tree) -> None:
         self._stream = stream
         self._blob = blob
-        self._root = root
-        status = os.lstat(root or b"/")
-        self._upper = _Upper({b"": _Times(status.st_atime_ns, status.st_mtime_ns)})
+        self._tree = tree
+        root = tree.look(b"")
+        assert root is not None
+        self._upper = _Upper({b"": _times(root.attributes)})
         self._whiteouts: dict[bytes, None] = {}
         self.statistics = ApplyStatistics()
 
@@ -183,18 +189,15 @@ class _Applier:
             links += 1
             if links > _MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), inner)
-            target = os.readlink(self._at(inner))
+            target = self._tree.readlink(inner)
             if target.startswith(b"/"):
                 path = b""
             pending.extend(reversed(target.split(b"/")))
         return path
 
     def _is_link(self, path: bytes) -> bool:
-        status = _lstat(self._at(path))
-        return status is not None and stat.S_ISLNK(status.st_mode)
-
-    def _at(self, path: bytes) -> bytes:
-        return self._root + path or b"/"
+        seen = self._tree.look(path)
+        return seen is not None and seen.is_link
 
     def _enter(self, path: bytes) -> None:
         # Have the directory and those above it in the upper, as they are below or new.
@@ -208,46 +211,35 @@ class _Applier:
     def _enter_one(self, path: bytes) -> None:
         if path in self._upper.others:
             raise NotADirectoryError(errno.ENOTDIR, "a parent is not a directory", path)
-        where = self._at(path)
         if path in self._whiteouts:
             del self._whiteouts[path]
             self._hide(path)
-        status = _lstat(where)
-        if status is None:
+        seen = self._tree.look(path)
+        if seen is None:
             self._make_directory(path)
-        elif stat.S_ISDIR(status.st_mode):
-            self._upper.directories[path] = _Times(status.st_atime_ns, status.st_mtime_ns)
+        elif seen.is_directory:
+            self._upper.directories[path] = _times(seen.attributes)
         else:
-            self._replace_by_directory(path, status)
+            self._replace_by_directory(path, seen)
 
-    def _make_directory(self, path: bytes) -> None:
-        os.mkdir(self._at(path), 0o755)
-        os.chmod(self._at(path), 0o755)
-        self._upper.directories[path] = _Times(0, 0)
+    def _make_directory(self, path: bytes, attributes: Attributes = _IMPLICIT) -> None:
+        self._tree.make_directory(path, attributes)
+        self._upper.directories[path] = _times(attributes)
 
-    def _replace_by_directory(self, path: bytes, status: os.stat_result) -> None:
-        where = self._at(path)
-        template = self._directory_behind(path) if stat.S_ISLNK(status.st_mode) else None
-        os.unlink(where)
-        self._make_directory(path)
-        if template is None:
-            return
-        seen, xattrs = template
-        os.chown(where, seen.st_uid, seen.st_gid)
-        for name, value in xattrs:
-            os.setxattr(where, name, value)
-        os.chmod(where, stat.S_IMODE(seen.st_mode))
-        self._upper.directories[path] = _Times(seen.st_atime_ns, seen.st_mtime_ns)
+    def _replace_by_directory(self, path: bytes, seen: Seen) -> None:
+        template = self._directory_behind(path) if seen.is_link else None
+        self._tree.remove(path)
+        self._make_directory(path, template or _IMPLICIT)
 
-    def _directory_behind(self, link: bytes) -> tuple[os.stat_result, list[tuple[str, bytes]]] | None:
+    def _directory_behind(self, link: bytes) -> Attributes | None:
         try:
-            where = self._at(self._resolve(link.split(b"/"), below=True))
+            where = self._resolve(link.split(b"/"), below=True)
         except OSError:  # links in a circle
             return None
-        status = _lstat(where)
-        if status is None or not stat.S_ISDIR(status.st_mode):
+        seen = self._tree.look(where)
+        if seen is None or not seen.is_directory:
             return None
-        return status, [(name, os.getxattr(where, name)) for name in _xattr_names(where)]
+        return replace(seen.attributes, xattrs=self._tree.xattrs(where))
 
     # Whiteouts
 
@@ -261,55 +253,47 @@ class _Applier:
         while pending:
             path = pending.pop()
             if path in self._upper.directories:
-                pending += [path + b"/" + name for name in os.listdir(self._at(path))]
-            elif path not in self._upper.others:
-                status = _lstat(self._at(path))
-                if status is not None:
-                    self.statistics.whiteouts += 1
-                    _remove(self._at(path), status)
+                pending += [path + b"/" + name for name in self._tree.names(path)]
+            elif path not in self._upper.others and self._tree.look(path) is not None:
+                self.statistics.whiteouts += 1
+                self._tree.remove(path)
 
     # Members
 
     def _directory(self, member: Member, path: bytes) -> None:
-        where = self._at(path)
         self._whiteouts.pop(path, None)
-        status = _lstat(where)
-        if status is not None and not stat.S_ISDIR(status.st_mode):
-            os.unlink(where)
+        attributes = _attributes(member)
+        seen = self._tree.look(path)
+        if seen is not None and not seen.is_directory:
+            self._tree.remove(path)
             self._upper.forget(path)
-            status = None
-        if status is None:
-            os.mkdir(where, 0o700)
-        elif path not in self._upper.directories:
-            for name in _xattr_names(where):
-                os.removexattr(where, name)
-        self._set_metadata(member, where)
-        self._upper.directories[path] = _Times(member.atime_ns, member.mtime_ns)
+            seen = None
+        if seen is None:
+            self._tree.make_directory(path, attributes)
+        else:
+            self._tree.set_attributes(path, attributes, keep_xattrs=path in self._upper.directories)
+        self._upper.directories[path] = _times(attributes)
 
     def _other(self, member: Member, path: bytes) -> None:
-        where = self._at(path)
         target = self._link_target(member, path) if member.kind is Kind.HARDLINK else b""
         self._whiteouts.pop(path, None)
-        status = _lstat(where)
-        if status is not None:
-            _remove(where, status)
+        if self._tree.look(path) is not None:
+            self._tree.remove(path)
             self._upper.forget(path)
+        attributes = _attributes(member)
         match member.kind:
             case Kind.FILE:
-                self._write_file(member, where)
+                pieces = self._stream.data(member)
+                self._tree.make_file(path, attributes, member.size, pieces, sparse=member.sparse)
+                self.statistics.file_bytes += member.size
             case Kind.SYMLINK:
-                os.symlink(member.link, where)
+                self._tree.make_link(path, attributes, member.link)
             case Kind.HARDLINK:
-                self._link(member, target, where)
-            case Kind.FIFO:
-                os.mkfifo(where, 0o600)
-            case Kind.CHARACTER:
-                os.mknod(where, 0o600 | stat.S_IFCHR, os.makedev(*member.rdev))
-            case Kind.BLOCK:
-                os.mknod(where, 0o600 | stat.S_IFBLK, os.makedev(*member.rdev))
+                self._link(member, target, path)
+                self._tree.set_attributes(path, attributes, keep_xattrs=True)
+            case kind:
+                self._tree.make_node(path, attributes, _NODES[kind], member.rdev)
         self._upper.others.add(path)
-        self._set_metadata(member, where)
-        os.utime(where, ns=(member.atime_ns, member.mtime_ns), follow_symlinks=False)
 
     def _link_target(self, member: Member, path: bytes) -> bytes:
         components = self._components(member, member.link, "hard link target")
@@ -323,39 +307,17 @@ class _Applier:
             raise self._malformed(member, "hard link to itself", got=_show(member.link))
         return target
 
-    def _link(self, member: Member, target: bytes, where: bytes) -> None:
-        status = _lstat(self._at(target))
-        if status is None or (target in self._whiteouts and target not in self._upper):
+    def _link(self, member: Member, target: bytes, path: bytes) -> None:
+        seen = self._tree.look(target)
+        if seen is None or (target in self._whiteouts and target not in self._upper):
             raise self._malformed(member, "hard link to a file that does not exist", got=_show(member.link))
-        if stat.S_ISDIR(status.st_mode):
+        if seen.is_directory:
             raise self._malformed(member, "hard link to a directory", got=_show(member.link))
-        os.link(self._at(target), where, follow_symlinks=False)
-
-    def _write_file(self, member: Member, where: bytes) -> None:
-        file = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            for offset, piece in self._stream.data(member):
-                _write_all(file, offset, piece)
-            if member.sparse:
-                os.ftruncate(file, member.size)
-        finally:
-            os.close(file)
-        self.statistics.file_bytes += member.size
-
-    def _set_metadata(self, member: Member, where: bytes) -> None:
-        # Owner first: chown clears setuid, setgid and security.capability.
-        os.chown(where, member.uid, member.gid, follow_symlinks=False)
-        for name, value in member.xattrs:
-            if not name.startswith(_TRUSTED_XATTR):
-                _set_xattr(where, name, value)
-        if member.kind is Kind.SYMLINK:
-            return
-        if member.kind is not Kind.HARDLINK or not stat.S_ISLNK(os.lstat(where).st_mode):
-            os.chmod(where, member.mode)
+        self._tree.make_hard_link(path, target)
 
     def _set_directory_times(self) -> None:
         for path, times in self._upper.directories.items():
-            os.utime(self._at(path), ns=(times.atime_ns, times.mtime_ns))
+            self._tree.set_times(path, times.atime_ns, times.mtime_ns)
 
     # Errors
 
@@ -366,65 +328,19 @@ class _Applier:
 
     def _refused(self, member: Member, error: OSError) -> ObdlabError:
         where = f"{member.kind.value} {_show(member.name)}"
-        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK):
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.E2BIG):
             return FormatError(f"cannot make {where}: {_reason(error)}", blob=self._blob, offset=member.offset)
         return ApplyError(f"{self._blob}: cannot make {where}: {_reason(error)}")
 
 
-def _lstat(path: bytes) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+def _attributes(member: Member) -> Attributes:
+    # A host's own attributes are no image's: overlayfs' marks are among them, and containerd takes none.
+    xattrs = tuple(pair for pair in member.xattrs if not pair[0].startswith(_TRUSTED_XATTR)) if member.xattrs else ()
+    return Attributes(member.mode, member.uid, member.gid, member.atime_ns, member.mtime_ns, xattrs)
 
 
-def _remove(path: bytes, status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        _remove_tree(path)
-    else:
-        os.unlink(path)
-
-
-def _remove_tree(path: bytes) -> None:
-    # shutil's recursion (before Python 3.13) ends where a hostile layer's nesting does not.
-    directories = [path]
-    for directory in directories:
-        with os.scandir(directory) as children:
-            for child in children:
-                if child.is_dir(follow_symlinks=False):
-                    directories.append(child.path)
-                else:
-                    os.unlink(child.path)
-    for directory in reversed(directories):
-        os.rmdir(directory)
-
-
-def _xattr_names(path: bytes) -> list[str]:
-    try:
-        return os.listxattr(path)
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            return []
-        raise
-
-
-def _set_xattr(path: bytes, name: bytes, value: bytes) -> None:
-    try:
-        os.setxattr(path, name, value, follow_symlinks=False)
-    except OSError as error:
-        # As containerd: what the file system does not know is left out, and so is user.* on what is no file.
-        if error.errno == errno.ENOTSUP or (error.errno == errno.EPERM and name.startswith(b"user.")):
-            return
-        # ext4 says ENOSPC of attributes beyond one block; that is no full file system.
-        reason = "too large" if error.errno == errno.ENOSPC else error.strerror
-        raise OSError(errno.EINVAL, f"extended attribute {_show(name)}: {reason}", path) from error
-
-
-def _write_all(file: int, offset: int, piece: memoryview) -> None:
-    while piece:
-        written = os.pwrite(file, piece, offset)
-        piece = piece[written:]
-        offset += written
+def _times(attributes: Attributes) -> _Times:
+    return _Times(attributes.atime_ns, attributes.mtime_ns)
 
 
 def _show(name: bytes) -> str:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.decompress import decompressed
-from obdlab.convert.filesystem import FS_TYPE
-from obdlab.convert.layer import BuiltLayer, LayerBuilder, LayerOptions, layer_uuid
+from obdlab.convert.layer import FS_TYPE, BuiltLayer, LayerBuilder, LayerOptions, layer_uuid
 from obdlab.convert.layout import VerifiedFile
 from obdlab.convert.progress import Progress, Silent
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from obdlab.convert.source import ImageDestination, ImageSource
-    from obdlab.service.client import DeviceService
 
 # Not /tmp, which may be memory.
 _DEFAULT_WORK_DIR = Path("/var/tmp")
@@ -82,7 +80,6 @@ class ConvertedImage:
 def convert_image(
     source: ImageSource,
     destination: ImageDestination,
-    devices: DeviceService,
     *,
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
@@ -92,8 +89,7 @@ def convert_image(
     Layers are built one on another; downloads of later and uploads of finished layers go on meanwhile. The manifest
     is stored last, so the destination never names an incomplete image. Of an index, one platform is converted.
     Raises ObdlabError of the kind that fits: SourceError and CorruptBlobError for source and destination,
-    FormatError for what is malformed (naming layer and offset), ApplyError, DeviceError. Nothing is left on this
-    machine then: no mount, no device, no file.
+    FormatError for what is malformed (naming layer and offset), ApplyError. No file is left on this machine then.
     """
     options = options or ConvertOptions()
     begin = time.monotonic()
@@ -108,7 +104,7 @@ def convert_image(
             wanted=f"1 to {MAX_LAYERS}",
         )
     with _work_directory(options.work_dir) as work_dir:
-        conversion = _Conversion(source, destination, devices, options, progress or Silent(), work_dir)
+        conversion = _Conversion(source, destination, options, progress or Silent(), work_dir)
         layers = conversion.run(manifest, config)
     converted, digest = _store_documents(destination, manifest, config, [layer.built for layer in layers], options)
     return ConvertedImage(destination.name, digest, converted, layers, time.monotonic() - begin)
@@ -133,7 +129,6 @@ class _Conversion:
         self,
         source: ImageSource,
         destination: ImageDestination,
-        devices: DeviceService,
         options: ConvertOptions,
         progress: Progress,
         work_dir: Path,
@@ -143,8 +138,7 @@ class _Conversion:
         self._options = options
         self._progress = progress
         self._work_dir = work_dir
-        self._devices = devices
-        self._builder = LayerBuilder(work_dir, devices, options.layer)
+        self._builder = LayerBuilder(work_dir, options.layer)
         self._fetches: list[Future[VerifiedFile]] = []
         self._stopped = threading.Event()
 
@@ -170,8 +164,6 @@ class _Conversion:
     ) -> list[bool]:
         uuids = [layer_uuid(chain) for chain in oci.chain_ids(config.diff_ids)]
         pushes: list[Future[bool]] = []
-        # Its start takes as long as the first download; should it fail, the first attach says so.
-        fetchers.submit(self._devices.start_host)
         for number, layer in enumerate(manifest.layers):
             # One ahead: more would only fill the disk.
             for ahead in range(len(self._fetches), min(number + 2, len(manifest.layers))):

@@ -1,26 +1,28 @@
 """One overlaybd layer: what an OCI layer changes on the disk of the layers below it.
 
-The disk is a writable device of obdlab's own over the layers built so far. What the layer's files and the file
-system's own blocks changed is in the writable layer; committed and compressed it is the layer blob:
-LSMT in a ZFile in a tar. Every layer states the disk's size; the original writes 0 into all but the lowest, and reads
-either.
+The disk is a writable layer over the layers built so far, and ext4 is written to it in user space: no mount, no
+device, no privileges. What the layer's files and the file system's own blocks changed is in the writable layer;
+committed and compressed it is the layer blob: LSMT in a ZFile in a tar. Every layer states the disk's size; the
+original writes 0 into all but the lowest, and reads either.
 """
 
 from __future__ import annotations
 
 import hashlib
-import secrets
+import io
 import shutil
 import time
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from obdlab.convert.apply import ApplyError, ApplyStatistics
-from obdlab.convert.filesystem import apply_to_device, make_filesystem
-from obdlab.errors import DeviceError, ObdlabError, SourceError
-from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.convert.apply import ApplyStatistics, apply_layer
+from obdlab.convert.tree import Ext4Tree
+from obdlab.errors import SourceError
+from obdlab.ext4.mkfs import make_filesystem
+from obdlab.image.open import open_stack
 from obdlab.layers.commit import Committed, commit
+from obdlab.layers.stack import WritableStack
 from obdlab.layers.tarwrap import TarWrapWriter
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.zfile import ZFileWriter
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from obdlab.service.client import DeviceService
+    from obdlab.blob import Buffer
 
+#: The file system that layers are written in.
+FS_TYPE = "ext4"
 GIB = 1 << 30
 
 
@@ -57,21 +61,20 @@ class BuiltLayer:
     segments: int
     data_size: int
     applied: ApplyStatistics
-    #: Seconds by phase: attach, mkfs, apply (with reading the source), detach, commit, digest.
+    #: Seconds by phase: apply (with reading the source), commit, digest.
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class LayerBuilder:
     """Builds the layers of one image, bottom first, in ``work_dir``; each is built on all before it.
 
-    ``work_dir`` must be on a file system with sparse files. Whatever happens, no mount and no device stays.
+    ``work_dir`` must be on a file system with sparse files. The same layers give the same bytes, whoever builds them
+    where and when.
     """
 
-    def __init__(self, work_dir: Path, devices: DeviceService, options: LayerOptions) -> None:
+    def __init__(self, work_dir: Path, options: LayerOptions) -> None:
         self._work_dir = work_dir
-        self._devices = devices
         self._options = options
-        self._token = secrets.token_hex(4)
         self._built: list[BuiltLayer] = []
 
     @property
@@ -83,7 +86,7 @@ class LayerBuilder:
         """Turn one OCI layer, given as pieces of its uncompressed tar, into a layer blob on those built before.
 
         ``blob`` names the layer in errors. Raises FormatError for a bad tar, ApplyError if it cannot be written,
-        DeviceError, SourceError if the work directory fails, and what ``tar`` raises.
+        SourceError if the work directory fails, and what ``tar`` raises.
         """
         number = len(self._built)
         directory = self._work_dir / f"layer-{number:03d}"
@@ -92,8 +95,8 @@ class LayerBuilder:
             directory.mkdir()
             upper = directory / "writable_data"
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
-            config = self._save_config(directory, upper)
-            applied = self._write(tar, config, blob, directory, clock)
+            applied = self._apply(tar, blob, upper)
+            clock.lap("apply")
             target = self._work_dir / f"{number:03d}.obd"
             committed = self._commit(upper, target)
             clock.lap("commit")
@@ -115,44 +118,16 @@ class LayerBuilder:
         self._built.append(layer)
         return layer
 
-    def _save_config(self, directory: Path, upper: Path) -> Path:
-        # The index file of a sparse layer is empty, but must be named for the layer to count as writable.
-        index = directory / "writable_index"
-        index.touch()
-        config = ImageConfig(
-            lowers=tuple(LowerConfig(file=str(layer.path)) for layer in self._built),
-            upper=UpperConfig(index=str(index), data=str(upper)),
-        )
-        path = directory / "config.v1.json"
-        config.save(path)
-        return path
-
-    def _write(
-        self, tar: Iterable[bytes], config: Path, blob: str, directory: Path, clock: _Clock
-    ) -> ApplyStatistics:
-        device_id = f"convert-{self._token}-{len(self._built)}"
-        try:
-            device = self._devices.attach(config, device_id)
-            clock.lap("attach")
-            fresh = not self._built
-            try:
-                if fresh:
-                    make_filesystem(device.path)
-                    clock.lap("mkfs")
-                applied = apply_to_device(tar, device.path, blob=blob, work_dir=directory, fresh=fresh)
-            except (ApplyError, DeviceError) as error:
-                cause = self._devices.last_error(device_id)
-                if not cause:
-                    raise
-                raise ApplyError(f"{error} (the device says: {cause})") from error
-            clock.lap("apply")
-        except BaseException:
-            # What went wrong above is what the caller must hear of.
-            with suppress(ObdlabError):
-                self._devices.detach(device_id, force=True)
-            raise
-        self._devices.detach(device_id)
-        clock.lap("detach")
+    def _apply(self, tar: Iterable[bytes], blob: str, upper: Path) -> ApplyStatistics:
+        lowers = open_stack([layer.path for layer in self._built]) if self._built else None
+        with closing(WritableStack(lowers, SparseUpper.open(upper))) as disk:
+            if lowers is None:
+                make_filesystem(disk)
+            tree = Ext4Tree(disk)
+            # One that has read() for parsers, over pieces of any size.
+            with _Pieces(tar) as raw:
+                applied = apply_layer(raw, blob, tree)
+            tree.finish()
         return applied
 
     def _commit(self, upper: Path, target: Path) -> Committed:
@@ -164,6 +139,27 @@ class LayerBuilder:
             compressed.close()
             wrapped.close()
         return committed
+
+
+class _Pieces(io.RawIOBase):
+    # A binary file over an iterator of bytes.
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:  # type: ignore[override]
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        count = min(len(buffer), len(self._rest))
+        memoryview(buffer)[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
 
 
 class _Clock:

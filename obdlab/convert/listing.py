@@ -17,6 +17,9 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
+    from obdlab.ext4.layout import Inode
+    from obdlab.ext4.volume import Volume
+
 # What file systems keep for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
 
@@ -61,6 +64,41 @@ def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str
         }
     except OSError as error:
         raise ObdlabError(f"{error.filename or top}: cannot list the tree ({error.strerror})") from error
+
+
+def list_volume(volume: Volume, *, content: bool = True) -> dict[str, TreeEntry]:
+    """List a file system as :func:`list_tree` lists its mount, without one. Raises FormatError if it is damaged."""
+    found = {os.fsdecode(path[1:]) or ".": (number, inode) for path, number, inode in volume.walk()}
+    groups: dict[int, list[str]] = {}
+    for path, (number, inode) in found.items():
+        if not inode.is_directory and inode.links > 1:
+            groups.setdefault(number, []).append(path)
+    first_of = {number: min(paths) for number, paths in groups.items() if len(paths) > 1}
+    return {
+        path: _volume_entry(volume, inode, first_of.get(number, ""), content)
+        for path, (number, inode) in sorted(found.items())
+    }
+
+
+def _volume_entry(volume: Volume, inode: Inode, linked_to: str, content: bool) -> TreeEntry:
+    regular = stat.S_ISREG(inode.mode)
+    digest = hashlib.sha256()
+    if regular and content:
+        for piece in volume.content(inode):
+            digest.update(piece)
+    xattrs = sorted((os.fsdecode(name), value) for name, value in volume.xattrs(inode))
+    return TreeEntry(
+        mode=inode.mode,
+        uid=inode.uid,
+        gid=inode.gid,
+        size=inode.size if regular else 0,
+        mtime_ns=inode.mtime_ns,
+        rdev=inode.rdev if stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode) else None,
+        target=os.fsdecode(volume.readlink(inode)) if stat.S_ISLNK(inode.mode) else "",
+        sha256=digest.hexdigest() if regular and content else "",
+        xattrs=tuple((name, value) for name, value in xattrs if not name.startswith(_HIDDEN_XATTRS)),
+        linked_to=linked_to,
+    )
 
 
 def differences(

@@ -20,6 +20,7 @@ from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from io import RawIOBase
 
 _NS = 1_000_000_000
 _XATTR_PREFIX = "SCHILY.xattr."
@@ -101,7 +102,7 @@ class TarStream:
     ``blob`` is what errors call it. Everything wrong with the stream is a FormatError with the offset.
     """
 
-    def __init__(self, file: IO[bytes], blob: str) -> None:
+    def __init__(self, file: IO[bytes] | RawIOBase, blob: str) -> None:
         self._stream = _ForwardReader(file)
         self._blob = blob
         self._tar: tarfile.TarFile | None = None
@@ -148,7 +149,7 @@ class TarStream:
                 )
             found = self._tar.next()
             # It also keeps every member it has met.
-            self._tar.members = []  # type: ignore[attr-defined]
+            self._tar.members = []  # type: ignore[union-attr]
         except tarfile.ReadError as error:
             if self._tar is None and self._stream.tell() == 0:
                 return None  # no bytes at all: a layer without members
@@ -236,7 +237,7 @@ class _CheckedInfo(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
         try:
             found: Self = super()._proc_member(tar)  # type: ignore[misc]
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+        except tarfile.InvalidHeaderError as error:  # type: ignore[union-attr]
             raise tarfile.StreamError(str(error)) from error
         return found
 
@@ -244,7 +245,7 @@ class _CheckedInfo(tarfile.TarInfo):
     def _checked(cls, parse: Callable[[], Self]) -> Self:
         try:
             info = parse()
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[union-attr]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.StreamError(str(error)) from error
@@ -262,7 +263,7 @@ class _ForwardReader:
     # The part of a file that tarfile needs, over a pipe: seek goes forwards only. Beyond what `r|` mode offers, it
     # hands out large pieces without copying them.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | RawIOBase) -> None:
         self._file = file
         self._buffer = memoryview(bytearray(_CHUNK))
         self._begin = 0
@@ -298,7 +299,7 @@ class _ForwardReader:
     def read_some(self, size: int) -> memoryview:
         if self._begin == self._end:
             self._begin = 0
-            self._end = self._file.readinto(self._buffer) or 0  # type: ignore[attr-defined]
+            self._end = self._file.readinto(self._buffer) or 0  # type: ignore[union-attr]
         piece = self._buffer[self._begin : min(self._begin + size, self._end)]
         self._begin += len(piece)
         self._position += len(piece)

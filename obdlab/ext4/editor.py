@@ -41,7 +41,7 @@ from obdlab.ext4.layout import (
 from obdlab.ext4.volume import Volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
 
@@ -294,6 +294,10 @@ class Editor(Volume):
         if self._gathered:
             self._target.write_at(self._gathered_at, self._gathered)
             self._gathered = bytearray()
+
+    def _pieces(self, inode: Inode, offset: int, length: int) -> Iterator[bytes]:
+        self._flush_gathered()
+        return super()._pieces(inode, offset, length)
 
     def _extent_tree(self, extents: Sequence[Extent]) -> tuple[bytes, int]:
         # The inode's 60 bytes, and how many blocks the tree takes.

@@ -50,7 +50,7 @@ def place(pairs: Sequence[Pair], *, inline_space: int, block_size: int) -> tuple
     """Return the bytes that go into the inode and into a block of its own, either may be empty.
 
     ``pairs`` are names that :func:`split_name` knows, with values in disk form, ordered as they should be placed.
-    Raises OSError (ENOSPC) if they do not fit.
+    Raises OSError (E2BIG) if they do not fit.
     """
     if not pairs:
         return b"", b""
@@ -68,7 +68,7 @@ def place(pairs: Sequence[Pair], *, inline_space: int, block_size: int) -> tuple
     if not outside:
         return inode, b""
     if sum(map(_need, outside)) + 4 + _HEADER.size > block_size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(errno.E2BIG, "extended attributes do not fit into one block")
     body, digest = _pack(outside, block_size - _HEADER.size, _HEADER.size, hashed=True)
     return inode, _HEADER.pack(_MAGIC, 1, 1, digest) + body
 

@@ -205,7 +205,6 @@ class Bench:
         convert_image(
             open_source(f"oci:{layout}", client),
             open_destination(reference, client),
-            self._containerd.devices,
             options=ConvertOptions(layer=layer),
         )
 

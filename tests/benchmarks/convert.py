@@ -1,6 +1,6 @@
 """Where the time of a conversion goes, layer by layer.
 
-Run: python -m tests.benchmarks.convert LAYOUT (an OCI layout directory; needs root)
+Run: python -m tests.benchmarks.convert LAYOUT (an OCI layout directory)
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ import time
 from pathlib import Path
 
 from obdlab.convert.image import ConvertOptions
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
 from tests.convert.converting import convert
 
-PHASES = ("attach", "mkfs", "apply", "detach", "commit", "digest")
+PHASES = ("apply", "commit", "digest")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         root = Path(directory)
-        devices = DeviceService(root / "run", Settings(cache_dir=root / "cache"))
         begin = time.monotonic()
-        try:
-            image = convert(sys.argv[1], f"oci:{root / 'out'}", devices, ConvertOptions(work_dir=root))
-        finally:
-            devices.shutdown(force=True)
+        image = convert(sys.argv[1], f"oci:{root / 'out'}", ConvertOptions(work_dir=root))
         total = time.monotonic() - begin
     print(f"{'files':>7}{'content':>10}{'blob':>10}" + "".join(f"{phase:>8}" for phase in PHASES) + "   (MB, s)")
     for layer in image.layers:

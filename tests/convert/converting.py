@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from obdlab.service.client import DeviceService
 
 
-def convert(source: str, destination: str, devices: DeviceService, options: ConvertOptions) -> ConvertedImage:
+def convert(source: str, destination: str, options: ConvertOptions) -> ConvertedImage:
     with closing(RegistryClient(request_timeout_s=2.0, deadline_s=3.0)) as client:
-        return convert_image(
-            open_source(source, client), open_destination(destination, client), devices, options=options
-        )
+        return convert_image(open_source(source, client), open_destination(destination, client), options=options)
 
 
 def lowers_of(image: ConvertedImage, layout: Path) -> list[LowerConfig]:

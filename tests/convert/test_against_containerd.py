@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import io
 from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.convert.listing import TreeEntry, differences, list_tree
+from obdlab.convert.apply import ApplyError, apply_layer
+from obdlab.convert.listing import TreeEntry, differences, list_volume
+from obdlab.convert.tree import Ext4Tree
+from obdlab.errors import FormatError
+from obdlab.ext4.mkfs import make_filesystem
+from obdlab.ext4.volume import Volume
 from tests.convert.images import RandomImage, whole_image
 from tests.convert.layouts import make_layout, tar_bytes
 from tests.convert.oracle import RefusedError, stable
+from tests.ext4.disk import FileDisk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,16 +27,18 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.containerd
 
 
-def applied(root: Path, layers: list[list[Member]]) -> dict[str, TreeEntry] | None:
+def applied(image: Path, layers: list[list[Member]]) -> dict[str, TreeEntry] | None:
     """What our applier makes of the layers, None if it refuses them."""
-    root.mkdir()
-    tars = [root.with_name(f"{root.name}.{number}.tar") for number in range(len(layers))]
-    for tar, members in zip(tars, layers, strict=True):
-        tar.write_bytes(tar_bytes(members))
-    command = [sys.executable, "-m", "tests.convert.chrooted", str(root), *map(str, tars)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert done.returncode in (0, 3), done.stderr
-    return list_tree(root) if done.returncode == 0 else None
+    with FileDisk(image, 1 << 30) as disk:
+        make_filesystem(disk)
+        for number, members in enumerate(layers):
+            tree = Ext4Tree(disk)
+            try:
+                apply_layer(io.BytesIO(tar_bytes(members)), f"layer {number}", tree)
+            except (FormatError, ApplyError):
+                return None
+            tree.finish()
+        return list_volume(Volume(disk))
 
 
 def test_everything_at_once(containerd: Containerd, tmp_path: Path) -> None:

@@ -12,17 +12,13 @@ from tests.convert.layouts import make_layout, member
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from obdlab.service.client import DeviceService
 
-
-@pytest.mark.kernel
-def test_prints_table_and_digest(
-    devices: DeviceService, work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_table_and_digest(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = make_layout(tmp_path / "source", [[member("a", b"1" * 100_000)], [member("b", b"2")]])
-    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), "--work-dir", str(work_dir)]
-    options = ["--algorithm", "zstd", "--block-size-kib", "16", "--vsize-gib", "1"]
-    assert main(["convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options, *places]) == 0
+    options = ["--algorithm", "zstd", "--block-size-kib", "16", "--vsize-gib", "1", "--work-dir", str(work_dir)]
+    assert (
+        main(["convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options]) == 0
+    )
     printed = capsys.readouterr()
     (entry,) = ImageLayout(tmp_path / "out").select("v1")
     assert printed.out == f"{entry.digest}\n"
@@ -33,16 +29,14 @@ def test_prints_table_and_digest(
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_layout(tmp_path / "source", [[member("a")]])
-    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    assert main(["convert", f"oci:{tmp_path / 'source'}:other", f"oci:{tmp_path / 'out'}", *places]) == 1
+    assert main(["convert", f"oci:{tmp_path / 'source'}:other", f"oci:{tmp_path / 'out'}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("obdlab convert: ")
     assert line.endswith("OCI layout has no such tag (got latest, wanted other)")
 
 
 def failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    assert main(["convert", *arguments, *places]) == 1
+    assert main(["convert", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

@@ -39,9 +39,7 @@ def test_every_depth_lists_as_overlayfs(
 ) -> None:
     layers = whole_image()
     make_layout(tmp_path / "source", layers, how=["gzip", "zstd", "plain", "gzip"])
-    image = convert(
-        str(tmp_path / "source"), f"oci:{tmp_path / 'out'}:v1", devices, ConvertOptions(work_dir=work_dir)
-    )
+    image = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}:v1", ConvertOptions(work_dir=work_dir))
     for depth, config in enumerate(stacks(lowers_of(image, tmp_path / "out"))):
         make_layout(tmp_path / f"source{depth}", layers[: depth + 1])
         wanted = containerd.listing(tmp_path / f"source{depth}", f"depth{depth}")
@@ -56,7 +54,7 @@ def test_golden_tars_list_as_the_original_converted_them(
 ) -> None:
     layout = Layout(tmp_path / "source")
     layout.write_index([layout.add_image([(GOLDEN / f"layer{n}.tar").read_bytes() for n in (1, 2)])])
-    image = convert(str(layout.root), f"oci:{tmp_path / 'out'}", devices, ConvertOptions(work_dir=work_dir))
+    image = convert(str(layout.root), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=work_dir))
     for depth, config in enumerate(stacks(lowers_of(image, tmp_path / "out"))):
         wanted = {entry["path"]: entry for entry in json.loads((GOLDEN / f"expected.m{depth + 1}.json").read_text())}
         del wanted["lost+found"]  # part of no layer; ours is removed
@@ -91,7 +89,7 @@ def test_from_registry_to_registry(
     _push_layout(tmp_path / "source", Reference.parse(plain))
     converted = f"{registry_server.host}/convert/obd:v1"
     options = ConvertOptions(layer=LayerOptions("zstd", 16384, 1 << 30), docker=True, work_dir=work_dir)
-    image = convert(plain, converted, devices, options)
+    image = convert(plain, converted, options)
 
     with closing(RegistryClient()) as client:
         fetched = client.get_manifest(Reference.parse(converted))
@@ -132,7 +130,7 @@ def _push_layout(root: Path, reference: Reference) -> None:
 def test_upper_layers_hold_only_what_they_changed(devices: DeviceService, work_dir: Path, tmp_path: Path) -> None:
     big = bytes(range(256)) * 20_000
     make_layout(tmp_path / "source", [[member("big", big)], [member("small", b"x")], []])
-    image = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", devices, ConvertOptions(work_dir=work_dir))
+    image = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=work_dir))
     first, second, third = (layer.built for layer in image.layers)
     assert first.data_size > len(big)
     assert second.data_size <= 64 << 10
@@ -149,7 +147,7 @@ def test_index_gives_the_platform_asked_for(devices: DeviceService, work_dir: Pa
     nested = layout.add_json(index, oci.OCI_INDEX)
     layout.write_index([nested], tag="example.org/name:v9")
     options = ConvertOptions(platform=oci.Platform("linux", "arm64"), work_dir=work_dir)
-    image = convert(f"oci:{layout.root}:v9", f"oci:{tmp_path / 'out'}:a", devices, options)
+    image = convert(f"oci:{layout.root}:v9", f"oci:{tmp_path / 'out'}:a", options)
     with mounted(stacks(lowers_of(image, tmp_path / "out"))[-1], devices, tmp_path / "look") as root:
         assert sorted(list_tree(root)) == [".", "arm64"]
     (entry,) = ImageLayout(tmp_path / "out").select("a")
@@ -160,9 +158,9 @@ def test_destination_layout_keeps_other_tags(devices: DeviceService, work_dir: P
     make_layout(tmp_path / "one", [[member("1", b"1")]])
     make_layout(tmp_path / "two", [[member("2", b"2")]])
     options = ConvertOptions(work_dir=work_dir)
-    first = convert(str(tmp_path / "one"), f"oci:{tmp_path / 'out'}:one", devices, options)
-    convert(str(tmp_path / "one"), f"oci:{tmp_path / 'out'}:two", devices, options)
-    second = convert(str(tmp_path / "two"), f"oci:{tmp_path / 'out'}:two", devices, options)
+    first = convert(str(tmp_path / "one"), f"oci:{tmp_path / 'out'}:one", options)
+    convert(str(tmp_path / "one"), f"oci:{tmp_path / 'out'}:two", options)
+    second = convert(str(tmp_path / "two"), f"oci:{tmp_path / 'out'}:two", options)
     layout = ImageLayout(tmp_path / "out")
     assert [entry.digest for entry in layout.select("one")] == [first.digest]
     assert [entry.digest for entry in layout.select("two")] == [second.digest]
