@@ -149,7 +149,7 @@ class TarStream:
                 )
             found = self._tar.next()
             # It also keeps every member it has met.
-            self._tar.members = []  # type: ignore[union-attr]
+            self._tar.members = []  # type: ignore[attr-defined]
         except tarfile.ReadError as error:
             if self._tar is None and self._stream.tell() == 0:
                 return None  # no bytes at all: a layer without members
@@ -237,7 +237,7 @@ class _CheckedInfo(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
         try:
             found: Self = super()._proc_member(tar)  # type: ignore[misc]
-        except tarfile.InvalidHeaderError as error:  # type: ignore[union-attr]
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.StreamError(str(error)) from error
         return found
 
@@ -245,7 +245,7 @@ class _CheckedInfo(tarfile.TarInfo):
     def _checked(cls, parse: Callable[[], Self]) -> Self:
         try:
             info = parse()
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[union-attr]
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.StreamError(str(error)) from error
