@@ -1,0 +1,93 @@
+"""``obdlab exporter``: metrics and health of all devices, for Prometheus."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from typing import Any
+
+from obdlab.cli.common import add_runtime_options
+
+DEFAULT_LISTEN = "127.0.0.1:9863"
+DEFAULT_PATH = "/metrics"
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "exporter",
+        help="serve metrics for Prometheus, and a health check",
+        description=(
+            "Serve the metrics of all devices of a run directory (docs/metrics.md) and, at /healthz, whether host, "
+            "devices, registries and cache are well (503 if not). Ends at SIGINT and SIGTERM."
+        ),
+    )
+    parser.add_argument(
+        "--listen",
+        type=_address,
+        default=DEFAULT_LISTEN,
+        metavar="ADDRESS:PORT",
+        help="where to answer (default: %(default)s; port 0: any that is free)",
+    )
+    parser.add_argument("--path", default=DEFAULT_PATH, help="path of the metrics (default: %(default)s)")
+    parser.add_argument(
+        "--hung-after",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="requests under way for longer count as hung (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=_seconds,
+        default=0.5,
+        metavar="S",
+        help="a device server that has not answered by then counts as hung (default: %(default)g)",
+    )
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    from obdlab.service.exporter import Collected, ObdlabCollector
+    from obdlab.service.health import health_of
+    from obdlab.service.metricsserver import MetricsServer
+
+    run_dir, cache_dir = args.run_dir.absolute(), args.cache_dir.absolute()
+    collected = Collected(run_dir, deadline_s=args.deadline)
+    collector = ObdlabCollector(collected, cache_dir, hung_after_s=args.hung_after)
+    server = MetricsServer(
+        args.listen, collector, lambda: health_of(run_dir, cache_dir, collected.look()), path=args.path
+    )
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=server.run, name="http", daemon=True).start()
+    host = args.listen[0]
+    print(
+        f"obdlab exporter: ready on http://{f'[{host}]' if ':' in host else host}:{server.port}{args.path}",
+        flush=True,
+    )
+    signal.sigwait(signals)
+    server.stop()
+    return 0
+
+
+def _address(text: str) -> tuple[str, int]:
+    from obdlab.service.metricsserver import parse_address
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(f"wanted a number of seconds (got {text!r})")
+    return value
