@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from obdlab.observe.counters import TIME_SLOTS
+from obdlab.devices.device import DeviceStatistics
+from obdlab.observe.counters import TIME_SLOTS, times_table
 from obdlab.waiting import set_waiting_hook
 
 if TYPE_CHECKING:
@@ -105,6 +106,23 @@ class Crew:
             for member in self._members:
                 total.add(member)
         return total
+
+    def statistics(self, last_error: str) -> DeviceStatistics:
+        """Return the counters of a device that this crew serves."""
+        total = self.totals()
+        return DeviceStatistics(
+            reads=total.reads,
+            read_bytes=total.read_bytes,
+            writes=total.writes,
+            written_bytes=total.written_bytes,
+            errors=total.errors,
+            slowest_ms=total.slowest_ns / 1e6,
+            threads=self.size,
+            last_error=last_error,
+            read_times=times_table(total.read_times, total.read_ns),
+            write_times=times_table(total.write_times, total.write_ns),
+            under_way_s=self.under_way_s(),
+        )
 
     def under_way_s(self) -> tuple[float, ...]:
         """Return how long each request that is under way has been so, the longest first."""

@@ -28,7 +28,6 @@ from obdlab.devices.device import DeviceStatistics
 from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, MAX_BACKGROUND, FuseFile, errno_of
 from obdlab.devices.load import LOOK_EVERY, Load
 from obdlab.errors import DeviceError
-from obdlab.observe.counters import times_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,20 +175,7 @@ class FuseServer:
 
     def statistics(self) -> DeviceStatistics:
         """Return the counters."""
-        total = self._crew.totals()
-        return DeviceStatistics(
-            reads=total.reads,
-            read_bytes=total.read_bytes,
-            writes=total.writes,
-            written_bytes=total.written_bytes,
-            errors=total.errors,
-            slowest_ms=total.slowest_ns / 1e6,
-            threads=self._crew.size,
-            last_error=self.last_error,
-            read_times=times_table(total.read_times, total.read_ns),
-            write_times=times_table(total.write_times, total.write_ns),
-            under_way_s=self._crew.under_way_s(),
-        )
+        return self._crew.statistics(self.last_error)
 
     # Takes requests while this thread leads; False when the file system is gone. Names are looked up once: this loop
     # sets the device's IOPS.
