@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_runtime_options
+from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.packing import progress_bar, size_text
 
 if TYPE_CHECKING:
@@ -60,15 +60,16 @@ def _list(args: argparse.Namespace) -> int:
     from obdlab.sources.cacheadmin import entries
     from obdlab.sources.cachespace import CacheSpace
 
+    directory = settings_from(args).cache_dir
     with _errors_told():
-        found = entries(CacheSpace(args.cache_dir))
+        found = entries(CacheSpace(directory))
     if args.json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
         return 0
     print(f"{'DIGEST':19}  {'SIZE':>10}  {'CACHED':>6}  {'ON DISK':>10}  {'LAST USE':16}  STATE     REGISTRY")
     for entry in found:
         print(_line(entry))
-    print(f"{len(found)} blobs, {size_text(sum(entry.disk_bytes for entry in found))} on disk in {args.cache_dir}")
+    print(f"{len(found)} blobs, {size_text(sum(entry.disk_bytes for entry in found))} on disk in {directory}")
     return 0
 
 
@@ -88,7 +89,7 @@ def _clear(args: argparse.Namespace) -> int:
 
     _check_digests(args.digests)
     with _errors_told():
-        freed = clear(CacheSpace(args.cache_dir), args.digests)
+        freed = clear(CacheSpace(settings_from(args).cache_dir), args.digests)
     print(json.dumps({"freed_bytes": freed}) if args.json else f"freed {size_text(freed)}")
     return 0
 
@@ -100,7 +101,7 @@ def _verify(args: argparse.Namespace) -> int:
     from obdlab.sources.cachespace import CacheSpace
 
     _check_digests(args.digests)
-    space = CacheSpace(args.cache_dir)
+    space = CacheSpace(settings_from(args).cache_dir)
     checked: list[CheckedBlob] = []
     with _errors_told():
         total = sum(e.cached_bytes for e in entries(space) if not args.digests or e.digest in args.digests)

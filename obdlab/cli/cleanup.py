@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.common import add_runtime_options, device_service_from, settings_from
 
 if TYPE_CHECKING:
     import argparse
@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"removed {line}")
     for line in report.in_use:
         print(f"still in use: {line}")
+    cache_dir = settings_from(args).cache_dir
     if args.cache and report.in_use:
-        print(f"cache kept, since devices still read it: {args.cache_dir}")
+        print(f"cache kept, since devices still read it: {cache_dir}")
     elif args.cache:
-        print(f"removed cache ({_empty(args.cache_dir) >> 20} MiB)")
+        print(f"removed cache ({_empty(cache_dir) >> 20} MiB)")
     if not leftovers and not report.removed and not report.in_use:
         print("nothing to clean up")
     return 1 if report.in_use else 0

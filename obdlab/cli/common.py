@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.packing import size_argument
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RUN_DIR = Path("/run/obdlab")
 DEFAULT_CACHE_DIR = Path("/var/lib/obdlab/cache")
+DEFAULT_SETTINGS = Path("/etc/obdlab/obdlab.json")
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +34,11 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-dir",
         type=Path,
-        default=Path(os.environ.get("OBDLAB_CACHE_DIR", DEFAULT_CACHE_DIR)),
-        help="block cache shared by all devices (default: $OBDLAB_CACHE_DIR or %(default)s)",
+        help=f"block cache shared by all devices (default: $OBDLAB_CACHE_DIR or {DEFAULT_CACHE_DIR})",
     )
     group.add_argument(
         "--cache-quota",
         type=size_argument,
-        default=os.environ.get("OBDLAB_CACHE_QUOTA", "4G"),
         metavar="SIZE",
         help="most that the block cache may hold, 0: no limit (default: $OBDLAB_CACHE_QUOTA or 4G)",
     )
@@ -46,6 +47,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fetch images in use whole into the block cache, from 5 minutes after they are opened on",
     )
+    _add_settings_option(parser)
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +63,29 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--credentials",
         type=Path,
-        default=_default_credentials(),
         metavar="FILE",
         help="docker config.json with credentials (default: that of $DOCKER_CONFIG or ~/.docker, if it can be read)",
     )
+    _add_settings_option(parser)
+
+
+# Both groups have it, and the snapshotter's --config is another file.
+def _add_settings_option(parser: argparse.ArgumentParser) -> None:
+    for names in (("--settings", "--config"), ("--settings",)):
+        try:
+            parser.add_argument(
+                *names,
+                type=Path,
+                dest="settings",
+                metavar="FILE",
+                help=(
+                    "JSON with obdlab's settings, or the original's overlaybd.json; options given here win over it "
+                    f"(default: $OBDLAB_SETTINGS, or {DEFAULT_SETTINGS} if it is there)"
+                ),
+            )
+        except argparse.ArgumentError:  # taken already
+            continue
+        return
 
 
 def _default_credentials() -> Path | None:
@@ -75,25 +96,63 @@ def _default_credentials() -> Path | None:
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """Return the image settings these arguments ask for."""
+    """Return the settings these arguments ask for: options win over the environment, that over the settings file.
+
+    Raises SettingsError.
+    """
+    from obdlab.image.serviceconfig import ServiceConfig, load
     from obdlab.image.settings import Settings
 
-    credentials = getattr(args, "credentials", None) or _default_credentials()
-    # The device host that gets them works in another directory.
-    return Settings(
-        cache_dir=args.cache_dir.absolute(),
-        cache_quota=args.cache_quota,
-        download_enabled=args.download,
-        credentials_path=credentials.absolute() if credentials else None,
-    )
+    path = getattr(args, "settings", None) or _default_settings()
+    loaded = ServiceConfig(Settings()) if path is None else load(path)
+    for note in loaded.notes:
+        logging.getLogger(__name__).warning("%s", note)
+    settings = loaded.settings
+    changes: dict[str, Any] = _cache_options(args)
+    if getattr(args, "download", False):
+        changes |= {"download_enabled": True, "settings_path": None}
+    credentials = getattr(args, "credentials", None)
+    if credentials is None and settings.credentials_mode == "file" and settings.credentials_path is None:
+        credentials = _default_credentials()
+    if credentials is not None:
+        changes |= {"credentials_path": credentials.absolute(), "credentials_mode": "file"}
+    return replace(settings, **changes)
+
+
+def _cache_options(args: argparse.Namespace) -> dict[str, Any]:
+    from obdlab.image.settings import SettingsError
+
+    changes: dict[str, Any] = {}
+    directory = getattr(args, "cache_dir", None) or os.environ.get("OBDLAB_CACHE_DIR")
+    if directory:
+        # The device host that gets it works in another directory.
+        changes["cache_dir"] = Path(directory).absolute()
+    quota, text = getattr(args, "cache_quota", None), os.environ.get("OBDLAB_CACHE_QUOTA")
+    if quota is None and text:
+        try:
+            quota = size_argument(text)
+        except argparse.ArgumentTypeError as error:
+            raise SettingsError(f"$OBDLAB_CACHE_QUOTA: {error}") from error
+    if quota is not None:
+        changes["cache_quota"] = quota
+    return changes
+
+
+def _default_settings() -> Path | None:
+    named = os.environ.get("OBDLAB_SETTINGS")
+    if named:
+        return Path(named)
+    return DEFAULT_SETTINGS if DEFAULT_SETTINGS.exists() else None
 
 
 def registry_from(args: argparse.Namespace) -> RegistryClient:
     """Return a registry client for these arguments."""
-    from obdlab.registry.auth import Credentials
-    from obdlab.registry.client import RegistryClient
+    from obdlab.image.registryaccess import open_client
+    from obdlab.registry.credentials import Credentials
 
-    return RegistryClient(Credentials.load(args.credentials), plain_http_hosts=frozenset(args.plain_http))
+    if args.credentials is not None:
+        Credentials.load(args.credentials)  # whoever names a file wants to know at once that it is no use
+    return open_client(settings_from(args), plain_http_hosts=frozenset(args.plain_http))
 
 
 def device_service_from(args: argparse.Namespace) -> DeviceService:

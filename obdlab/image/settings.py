@@ -83,6 +83,8 @@ class Settings:
     tls_certs_dirs: tuple[Path, ...] = (Path("/etc/docker/certs.d"), Path("/etc/containerd/certs.d"))
     #: "host" or "host:port" whose certificates are not looked at. Whoever sits in between reads and changes all.
     tls_insecure_hosts: tuple[str, ...] = ()
+    #: The file these came from. What it says of downloads is read anew whenever an image is opened.
+    settings_path: Path | None = None
     #: What registries are told who asks.
     user_agent: str = "obdlab"
     #: Device servers write their operations there (:mod:`obdlab.observe.audit`); None: nowhere.

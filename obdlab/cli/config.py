@@ -1,0 +1,54 @@
+"""``obdlab config``: what a settings file leads to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "config",
+        help="check a settings file and show what it leads to",
+        description="Settings files: obdlab's own keys, or the original's overlaybd.json (docs/configuration.md).",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    check = verbs.add_parser(
+        "check",
+        help="check a file and show the effective settings",
+        description=(
+            "Checks a settings file and shows all settings it leads to, those that differ from their default marked. "
+            "What has no effect is told on standard error; the exit status is 1 if the file cannot be used."
+        ),
+    )
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.add_argument("--json", action="store_true", help="print the settings as a file that --settings takes")
+    check.set_defaults(run=run_check)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print the settings; the notes go to standard error."""
+    import sys
+    from dataclasses import fields, replace
+
+    from obdlab.image.plainvalues import to_plain
+    from obdlab.image.serviceconfig import load
+    from obdlab.image.settings import Settings
+
+    loaded = load(args.file)
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
+    settings, default = replace(loaded.settings, settings_path=None), Settings()
+    if args.json:
+        print(json.dumps(json.loads(settings.to_json()), indent=2))
+        return 0
+    for field in fields(Settings):
+        value = getattr(settings, field.name)
+        mark = "*" if value != getattr(default, field.name) else " "
+        print(f"{mark} {field.name} = {json.dumps(to_plain(value))}")
+    return 0
