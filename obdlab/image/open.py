@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
+from obdlab.image.ends import fetch_rest_of_end, guessed_end
 from obdlab.image.remote import RemoteLayers
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
@@ -38,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 #: Opening remote layers is waiting for round trips, so that as many are under way at once.
 OPEN_THREADS = 32
-# What opening reads from a layer's end: 4 bytes for each compressed block of 4 KiB, which come to a 450th to a 750th
-# of the blob, and the LSMT index, compressed. A wrong guess costs another round trip or a few KiB.
-_END_SHARE = 448
-_END_LEAST = 4096
 # What a layer kept in a directory may be called, by containerd's unpacking, a commit, or a seal.
 _NAMES_IN_DIR = ("overlaybd.commit", ".commit", "overlaybd.sealed")
 
@@ -113,7 +110,7 @@ def open_image(config: ImageConfig, settings: Settings) -> Image | WritableImage
 
 
 def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
-    lowers = _stacked_lowers(config)
+    lowers = stacked_lowers(config)
     with ExitStack() as opened:
         layers, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened)
         count = remote.statistics if remote is not None else dict
@@ -133,7 +130,7 @@ def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
 
 # A crash after the configuration of a snapshot was put in place leaves the mark that would have the seal undone.
 def _forget_switch(lowers: Sequence[LowerConfig]) -> None:
-    file = _local_file(lowers[-1]) if lowers else None
+    file = local_file(lowers[-1]) if lowers else None
     if file is None:
         return
     try:
@@ -142,7 +139,8 @@ def _forget_switch(lowers: Sequence[LowerConfig]) -> None:
         logger.warning("%s", error)
 
 
-def _stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
+def stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
+    """Return the lowers that make the disk, bottom first. Raises ImageOpenError if there are too many."""
     lowers = config.lowers
     if config.acceleration_layer and lowers:
         lowers = lowers[:-1]  # holds a trace, no file system
@@ -155,7 +153,7 @@ def _open_lowers(
     lowers: Sequence[LowerConfig], repo_blob_url: str, settings: Settings, opened: ExitStack
 ) -> tuple[list[LsmtLayer], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
-    files = [_local_file(lower) for lower in lowers]
+    files = [local_file(lower) for lower in lowers]
     deadline = time.monotonic() + settings.open_deadline_s
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
@@ -186,7 +184,8 @@ def _check_kind(lower: LowerConfig) -> None:
         raise ImageOpenError("turboOCI layers are not supported")
 
 
-def _local_file(lower: LowerConfig) -> str | None:
+def local_file(lower: LowerConfig) -> str | None:
+    """Return the file on this machine that the layer is read from, None if it must be fetched."""
     # The first that exists counts, as in the original, even if it is damaged.
     candidates = [lower.file] if lower.file else []
     if lower.dir:
@@ -214,10 +213,11 @@ def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob = remote.open(lower.digest, lower.size)
     try:
-        end = blob.size // _END_SHARE + _END_LEAST
-        if end < blob.size:
-            # Into the cache, beside the beginning that opening starts with; an error comes up there as well.
-            ends.submit(_read_until, thread_deadline(), blob, blob.size - end, end)
+        # Into the cache, beside the beginning that opening starts with; an error comes up there as well.
+        start = max(blob.size - guessed_end(blob.size), remote.cache_unit)
+        if start < blob.size:
+            ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
+            fetch_rest_of_end(blob)
         return open_layer(blob)
     except BaseException:
         blob.close()

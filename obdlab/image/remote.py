@@ -10,7 +10,8 @@ from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest
 from obdlab.image.registryaccess import open_client
 from obdlab.registry.reference import Repository
-from obdlab.sources.cache import BlockCache, CachedBlob
+from obdlab.sources.cache import BlockCache
+from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.download import BackgroundDownload, DownloadOptions
 from obdlab.sources.remote import RemoteBlob
 
@@ -43,6 +44,8 @@ class RemoteLayers:
             readahead_max=settings.readahead_max,
             deadline_s=settings.read_deadline_s,
         )
+        #: A blob's beginning comes in one request with so much of it.
+        self.cache_unit = settings.cache_unit
         self._settings = settings
         self._lock = threading.Lock()
         self._users = 1

@@ -77,8 +77,11 @@ class Fetches:
                         flight = self._claim(unit, there, ahead=False)
                         ahead = self._readahead.missed(flight.first, flight.stop)
                         mine = True
-                elif not flight.started:
-                    flight.started = mine = True
+                else:
+                    if not flight.started:
+                        flight.started = mine = True
+                    if flight.stop < stop:  # the rest need not wait for it
+                        ahead = [(flight.stop, stop)]
             self._fetch_ahead(ahead)
             if flight is None:
                 data = self._units.load(unit, unit + _run(there))
