@@ -78,6 +78,11 @@ class RegistryClient:
         )
         self._hedges = hedge.Hedges(hedge_share)
 
+    @property
+    def deadline_s(self) -> float:
+        """How long an operation may take, retries included."""
+        return self._session.deadline_s
+
     def repository(self, ref: Reference) -> Repository:
         """Return where ``ref`` lives, with its scheme: plain HTTP for loopback and listed hosts, else HTTPS."""
         repository = ref.repo

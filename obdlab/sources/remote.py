@@ -1,4 +1,8 @@
-"""A blob in a registry, read by HTTP range requests."""
+"""A blob in a registry, read by HTTP range requests.
+
+The kernel asks again for what has failed, piece by piece, before it tells its user: a page that nobody could deliver
+within the deadline would take several of them. So what has just failed for want of time fails again at once.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,18 @@ from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
 from obdlab.formats.oci import check_digest
+from obdlab.registry.failures import RegistryError
 from obdlab.waiting import waiting
 
 if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
+
+# The kernel asks again within milliseconds; longer than this, and a registry that is back would be missed.
+_REMEMBERED_S = 2.0
+_MOST_REMEMBERED = 64
+# A read that had less than this of the deadline (one ahead of its reader) does not speak for those that have all.
+_FULL_SHARE = 0.5
 
 
 class RemoteBlob(Blob):
@@ -34,7 +45,9 @@ class RemoteBlob(Blob):
         self._repository = repository
         self._digest = digest
         self._size = size
-        self._deadline_s = deadline_s
+        self._deadline_s = client.deadline_s if deadline_s is None else deadline_s
+        # What could not be had in time: (when that ends to count, offset, stop, error).
+        self._failed: tuple[tuple[float, int, int, RegistryError], ...] = ()
 
     @property
     def size(self) -> int:
@@ -45,9 +58,27 @@ class RemoteBlob(Blob):
         check_range(self, offset, length)
         if length == 0:
             return b""
-        deadline = None if self._deadline_s is None else time.monotonic() + self._deadline_s
-        with waiting():
-            return self._client.read_range(self._repository, self._digest, offset, length, deadline)
+        started = time.monotonic()
+        if self._failed:
+            self._check_failed(offset, offset + length, started)
+        try:
+            with waiting():
+                data = self._client.read_range(
+                    self._repository, self._digest, offset, length, started + self._deadline_s
+                )
+        except RegistryError as error:
+            now = time.monotonic()
+            if error.temporary and now - started >= self._deadline_s * _FULL_SHARE:
+                known = self._failed[1 - _MOST_REMEMBERED :]
+                self._failed = (*known, (now + _REMEMBERED_S, offset, offset + length, error))
+            raise
+        self._failed = ()  # the registry is back
+        return data
+
+    def _check_failed(self, offset: int, stop: int, now: float) -> None:
+        for end, failed_offset, failed_stop, error in self._failed:
+            if now < end and offset < failed_stop and failed_offset < stop:
+                raise error.at(self.name, offset, 1)
 
     def evict(self, offset: int, length: int) -> None:
         """Nothing is kept here, but who calls this was given wrong bytes: a mirror or proxy may be to blame."""
