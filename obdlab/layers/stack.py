@@ -163,6 +163,8 @@ class WritableStack(WritableBlob):
         self._size = upper.virtual_size
         self._view = (upper, lowers)  # what a read works on, changed as one
         self._change = threading.Lock()
+        #: Held by whoever takes a snapshot, from looking at the layers until they have changed.
+        self.snapshotting = threading.Lock()
         self._restacking = threading.Lock()
         self._unmerged: tuple[Upper, Stack | None] | None = None  # sealed by a restack, and the lowers before it
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.service import wire
+from obdlab.service.changes import Changes
 
 if TYPE_CHECKING:
     import socket
@@ -78,6 +79,7 @@ class Control:
         self._free = threading.Semaphore(_MAX_REQUESTS)
         self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "statistics": self._statistics,
+            **Changes(device, blob, directory).actions,
         }
 
     def start(self, listener: socket.socket) -> None:

@@ -1,0 +1,78 @@
+"""Changing a writable device while it is in use, from any process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.image.config import ImageConfig
+from obdlab.image.snapshot import Snapshot
+from obdlab.layers.gc import Collected
+from obdlab.service import control
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.service.client import AttachedDevice, DeviceService
+
+#: Every change begins or ends with a flush, for which a busy disk may take long.
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDevice:
+    """An attached device, by its id. Every method raises DeviceError with what its server has to say."""
+
+    service: DeviceService
+    device_id: str
+
+    def flush(self) -> None:
+        """Bring what was written to stable storage."""
+        self._ask("flush")
+
+    def collect(self, progress: Callable[[dict[str, Any]], None] | None = None) -> Collected | None:
+        """Free what its append-mode writable layer has overwritten; None if the layer is sparse and needs none.
+
+        ``progress`` gets ``{"step": name, "done": n, "total": n}``. A caller that ends early ends the collection.
+        """
+        answer = self._ask("gc", progress=progress)
+        return Collected(**answer) if answer else None
+
+    def resize(self, size: int) -> int:
+        """Grow it to ``size`` bytes; returns its size before. The file system on it is as large as it was."""
+        return int(self._ask("resize", {"size": size})["before"])
+
+    def snapshot(self, new_config: Path) -> Snapshot:
+        """Go on in the layer that this configuration names: see :func:`obdlab.image.snapshot.snapshot`."""
+        return Snapshot(**self._ask("snapshot", {"config": str(new_config.absolute())}))
+
+    def _ask(
+        self,
+        op: str,
+        arguments: dict[str, Any] | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        directory = self.service.run_dir.device(self.device_id)
+        if not directory.is_dir():
+            raise DeviceError(f"device {self.device_id}: not attached")
+        return control.ask(directory, op, arguments, silence_s=_TIMEOUT_S, progress=progress)
+
+
+def find_device(service: DeviceService, name: str) -> AttachedDevice | None:
+    """Return the device that an id, or a node such as /dev/loop3, names."""
+    return next((device for device in service.list() if name in (device.device_id, str(device.path))), None)
+
+
+def find_by_upper(service: DeviceService, data: str | os.PathLike[str]) -> AttachedDevice | None:
+    """Return the device whose writable layer has this data file."""
+    for device in service.list():
+        try:
+            upper = ImageConfig.load(device.config).upper
+            if device.alive and upper.active and os.path.samefile(upper.data, data):
+                return device
+        except (ObdlabError, OSError):  # no configuration of an image any more, or a layer that is gone
+            continue
+    return None
