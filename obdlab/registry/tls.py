@@ -11,6 +11,7 @@ import logging
 import ssl
 import tomllib
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_FILE = 1 << 20
 _MAX_HOST = 255
+_MOST_FILES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,11 @@ def tls_of_host(options: TLSOptions, host: str) -> HostTLS:
         verify=not {host, host.rpartition(":")[0] or host} & options.insecure_hosts,
     )
     for directory in _directories(options, host):
-        file = directory / "hosts.toml"
-        found = _with_hosts_toml(found, file, host) if file.is_file() else _with_files(found, directory)
+        if not (directory / "hosts.toml").is_file():
+            found = _with_files(found, directory)
+    for path in _hosts_files(options):
+        own = path.parent.name in (host, canonical_host(host))
+        found = _with_hosts_toml(found, path, host, own=own)
     if not found.verify:
         logger.warning("%s: its certificate is not verified, since the settings say so", host)
     return found
@@ -120,17 +125,22 @@ def _with_files(found: HostTLS, directory: Path) -> HostTLS:
     return replace(found, ca_paths=found.ca_paths + authorities, client=client)
 
 
-def _with_hosts_toml(found: HostTLS, path: Path, host: str) -> HostTLS:
+# All there are, since a registry's file may also say what holds for its mirrors.
+def _hosts_files(options: TLSOptions) -> list[Path]:
+    files = (path for base in options.certs_dirs if base.is_dir() for path in sorted(base.glob("*/hosts.toml")))
+    return list(islice(files, _MOST_FILES))
+
+
+def _with_hosts_toml(found: HostTLS, path: Path, host: str, *, own: bool) -> HostTLS:
     try:
         with path.open("rb") as file:
             document = tomllib.loads(file.read(_MAX_FILE).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise RegistryError(f"{path}: cannot be read ({error})") from error
-    return _with_tables(found, document, path, host)
-
-
-def _with_tables(found: HostTLS, document: dict[str, Any], path: Path, host: str) -> HostTLS:
-    tables = [document]
+        if own:
+            raise RegistryError(f"{path}: cannot be read ({error})") from error
+        logger.warning("%s: cannot be read (%s)", path, error)
+        return found
+    tables = [document] if own else []
     hosts = document.get("host")
     for url, table in hosts.items() if isinstance(hosts, dict) else ():
         if isinstance(table, dict) and _netloc(url) == host:
