@@ -14,6 +14,7 @@ from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import PUSH, Session, redirected
+from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -29,8 +30,6 @@ MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 
 # Reads for a running container go on until their deadline; whoever waits at a terminal wants to know sooner.
 _TRIES = 5
-# The slowest upload that is waited for, beside the deadline.
-_SLOWEST_UPLOAD = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +250,12 @@ class RegistryClient:
             _expect(response, (201,), doing)
             return True
 
-        deadline = time.monotonic() + self._session.deadline_s + size / _SLOWEST_UPLOAD
+        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD
         return self._session.persist(attempt, blob=name, deadline=deadline, tries=_TRIES)
+
+    def push_stream(self, repository: Repository) -> BlobSink:
+        """Return a sink that uploads a blob in chunks while it is written, its digest and size being known last."""
+        return BlobSink(self._session, repository)
 
     def close(self) -> None:
         """Close idle connections. The client stays usable."""

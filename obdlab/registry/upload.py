@@ -1,0 +1,324 @@
+"""Blobs uploaded while they are being made: a sink that sends chunks as they fill.
+
+Source: OCI distribution specification 1.1, "Pushing a blob in chunks" (POST, PATCH with Content-Range, PUT). What was
+written is kept in an unnamed file too, so that a chunk that broke off is sent again from where the registry has got
+to, and a lost upload begins anew, although the stream cannot be rewound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from typing import IO, TYPE_CHECKING, Self, cast
+from urllib.parse import quote
+
+from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.session import PUSH, redirected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    import urllib3
+
+    from obdlab.registry.reference import Repository
+    from obdlab.registry.session import Session
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 16 << 20
+_LARGEST_CHUNK = 1 << 30
+# The slowest upload that is waited for, beside the deadline.
+SLOWEST_UPLOAD = 64 << 10
+# How often an upload is begun in all, and how often a chunk of it is tried.
+_UPLOADS = 3
+_TRIES = 5
+
+_RANGE = re.compile(r"(?:bytes=)?0-(\d{1,19})", re.ASCII)
+
+
+class BlobSink:
+    """Takes a blob's bytes and uploads them meanwhile, in a thread of its own. One writer; made by ``push_stream``.
+
+    ``close`` returns digest and size once the registry has it all, and leaving the ``with`` block without an error
+    does the same; leaving it with one, or ``abort``, gives the upload up. ``write`` and ``close`` raise what the
+    upload has failed with: RegistryError naming repository and offset; and OSError if the file cannot take it.
+    """
+
+    def __init__(self, session: Session, repository: Repository, *, chunk: int = CHUNK) -> None:
+        if not 1 <= chunk <= _LARGEST_CHUNK:
+            raise ValueError(f"upload chunk: wanted 1 to {_LARGEST_CHUNK} bytes (got {chunk})")
+        self._upload = _Upload(session, repository)
+        self._chunk = chunk
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._spool = tempfile.TemporaryFile(prefix="obdlab-upload-", buffering=0)  # noqa: SIM115 - closed with the sink
+        self._changed = threading.Condition()
+        self._ended = False
+        self._given_up = False
+        self._error: BaseException | None = None
+        self._done: tuple[str, int] | None = None
+        self._thread = threading.Thread(target=self._run, name="obdlab-upload", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Take all of ``data``; returns its length."""
+        self._check_open()
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        rest = view
+        while rest:
+            rest = rest[self._spool.write(rest) :]
+        with self._changed:
+            self._size += len(view)
+            self._changed.notify_all()
+        return len(view)
+
+    def close(self) -> tuple[str, int]:
+        """Upload what is left, and return the blob's digest and size. Closing again returns the same."""
+        if self._done is not None:
+            return self._done
+        self._check_open()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._spool.close()
+        if self._error is not None:
+            self._given_up = True
+            self._upload.cancel()
+            raise self._error
+        self._done = (self._digest(), self._size)
+        return self._done
+
+    def abort(self) -> None:
+        """Give the upload up; the registry is told, if it listens."""
+        if self._done is not None or self._given_up:
+            return
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._spool.close()
+        self._upload.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abort()
+            return
+        try:
+            self.close()
+        finally:
+            self.abort()
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._ended or self._given_up:
+            raise ValueError("write to a closed upload")
+
+    def _digest(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
+
+    # -- the uploading thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            for number in range(1, _UPLOADS + 1):
+                try:
+                    self._send_all()
+                    return
+                except RegistryError as error:
+                    if self._given_up or number == _UPLOADS or not _may_begin_anew(error):
+                        raise
+                    logger.warning("%s: upload begins anew: %s", self._upload.name, error)
+                    self._upload.cancel()
+        except BaseException as error:
+            self._error = error
+
+    def _send_all(self) -> None:
+        self._upload.begin()
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._given_up or self._ended or self._size - self._upload.sent >= self._least()
+                )
+                if self._given_up:
+                    return
+                stop, ended = self._size, self._ended
+            while stop - self._upload.sent >= self._least() or (ended and stop > self._upload.sent):
+                if self._given_up:
+                    return
+                self._upload.send_chunk(self._spool, min(stop, self._upload.sent + self._least()))
+            if ended:
+                self._upload.finish(self._digest(), stop)
+                return
+
+    def _least(self) -> int:
+        return max(self._chunk, self._upload.least_chunk)
+
+
+class _Upload:
+    # One upload at the registry, as far as it has got.
+    def __init__(self, session: Session, repository: Repository) -> None:
+        self.name = str(repository)
+        self.sent = 0
+        self.least_chunk = 0
+        self._session = session
+        self._repository = repository
+        self._location = ""
+
+    def begin(self) -> None:
+        doing = "starting upload"
+        url = f"{self._repository.blobs_url}/uploads/"
+
+        def attempt() -> None:
+            response = self._request("POST", url, {"Content-Length": "0"}, doing)
+            if response.status != 202:
+                raise from_response(response, doing)
+            self._follow(response, url, doing)
+            text = response.headers.get("OCI-Chunk-Min-Length", "")
+            if text.isascii() and text.isdecimal() and len(text) < 11:
+                self.least_chunk = min(int(text), _LARGEST_CHUNK)
+            discard(response)
+
+        self.sent = 0
+        self._session.persist(attempt, blob=self.name, tries=_TRIES)
+
+    def send_chunk(self, spool: IO[bytes], stop: int) -> None:
+        """Send what lies between what the registry has and ``stop``; after a break, from where it has got to."""
+        doing = "uploading"
+        broken = False
+
+        def attempt() -> None:
+            nonlocal broken
+            if broken:
+                self._ask_position(stop)
+            if self.sent >= stop:
+                return
+            headers = {
+                "Content-Type": "application/octet-stream",
+                "Content-Range": f"{self.sent}-{stop - 1}",
+                "Content-Length": str(stop - self.sent),
+            }
+            broken = True
+            begin = self.sent
+            response = self._request(
+                "PATCH", self._location, headers, doing, lambda: cast("IO[bytes]", _Section(spool, begin, stop))
+            )
+            if response.status not in (202, 201, 204):
+                raise from_response(response, doing)
+            self._follow(response, self._location, doing)
+            taken = _taken(response)
+            discard(response)
+            if taken is not None and not begin < taken <= stop:
+                raise RegistryError(f"{doing}: registry lost its place (got {taken}, wanted {stop})", status=416)
+            self.sent = stop if taken is None else taken
+            if self.sent < stop:
+                raise RegistryError(f"{doing}: registry took a part (got {taken}, wanted {stop})", temporary=True)
+
+        deadline = time.monotonic() + self._session.deadline_s + (stop - self.sent) / SLOWEST_UPLOAD
+        self._session.persist(attempt, blob=self.name, offset=self.sent, deadline=deadline, tries=_TRIES)
+
+    def finish(self, digest: str, size: int) -> None:
+        doing = "finishing upload"
+        done = False
+
+        def attempt() -> None:
+            nonlocal done
+            if done and self._holds(digest):
+                return  # the answer to the first try was lost, not the blob
+            url = f"{self._location}{'&' if '?' in self._location else '?'}digest={quote(digest, safe='')}"
+            done = True
+            response = self._request("PUT", url, {"Content-Length": "0"}, doing)
+            if response.status not in (201, 204):
+                raise from_response(response, doing)
+            discard(response)
+
+        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD  # it may read it all again
+        self._session.persist(attempt, blob=f"{self.name}@{digest}", deadline=deadline, tries=_TRIES)
+
+    def cancel(self) -> None:
+        """Tell the registry to forget the upload; one that does not listen forgets it by itself, later."""
+        location, self._location = self._location, ""
+        if not location:
+            return
+        try:
+            doing = "cancelling upload"
+            self._session.persist(
+                lambda: discard(self._request("DELETE", location, {}, doing)),
+                blob=self.name,
+                deadline=time.monotonic() + min(5.0, self._session.deadline_s),
+                tries=1,
+            )
+        except RegistryError as error:
+            logger.debug("%s", error)
+
+    def _ask_position(self, stop: int) -> None:
+        doing = "asking how far an upload is"
+        response = self._request("GET", self._location, {}, doing)
+        if response.status not in (204, 202):
+            raise from_response(response, doing)
+        self._follow(response, self._location, doing)
+        taken = _taken(response)
+        discard(response)
+        # "0-0" is also what a registry says that has nothing: the one byte is sent again then, or refused.
+        taken = 0 if taken is None or taken == 1 else taken
+        if not self.sent <= taken <= stop:
+            raise RegistryError(f"{doing}: registry lost its place (got {taken}, wanted {self.sent})", status=416)
+        self.sent = taken
+
+    def _holds(self, digest: str) -> bool:
+        response = self._request("HEAD", f"{self._repository.blobs_url}/{digest}", {}, "looking for blob")
+        discard(response)
+        return response.status < 400
+
+    def _follow(self, response: urllib3.BaseHTTPResponse, url: str, doing: str) -> None:
+        location = response.headers.get("Location", "")
+        self._location = redirected(url, location, doing) if location else url
+
+    def _request(
+        self, method: str, url: str, headers: dict[str, str], doing: str, body: Callable[[], IO[bytes]] | None = None
+    ) -> urllib3.BaseHTTPResponse:
+        return self._session.request(self._repository, method, url, headers, doing=doing, actions=PUSH, body=body)
+
+
+class _Section:
+    # The bytes [position, stop) of a file that another thread still writes to the end of.
+    def __init__(self, file: IO[bytes], position: int, stop: int) -> None:
+        self._fd = file.fileno()
+        self._position = position
+        self._stop = stop
+
+    def read(self, size: int = -1) -> bytes:
+        left = self._stop - self._position
+        data = os.pread(self._fd, left if size is None or size < 0 else min(size, left), self._position)
+        self._position += len(data)
+        return data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _may_begin_anew(error: RegistryError) -> bool:
+    # An upload that the registry has forgotten, or that has lost its place, is not the end of the blob.
+    return error.temporary or error.status in (400, 404, 409, 416, 499)
+
+
+def _taken(response: urllib3.BaseHTTPResponse) -> int | None:
+    # How many bytes the registry says that it has.
+    match = _RANGE.fullmatch(response.headers.get("Range", "").strip())
+    return int(match[1]) + 1 if match else None
