@@ -64,11 +64,8 @@ def run(args: argparse.Namespace) -> int:
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=server.run, name="http", daemon=True).start()
-    host = args.listen[0]
-    print(
-        f"obdlab exporter: ready on http://{f'[{host}]' if ':' in host else host}:{server.port}{args.path}",
-        flush=True,
-    )
+    host = f"[{args.listen[0]}]" if ":" in args.listen[0] else args.listen[0]
+    print(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}", flush=True)
     signal.sigwait(signals)
     server.stop()
     return 0

@@ -15,6 +15,7 @@ from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.zfile.codec import codec_for
 from obdlab.formats.zfile.jumptable import JumpTable, check_bounds
 from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, CRC_SIZE, HEADER_SIZE, Flags, ZFileHeader
+from obdlab.observe.counters import CHECKSUM_FAILURES, CORRUPTIONS_HEALED, DECOMPRESSION_FAILURES
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
@@ -136,12 +137,14 @@ class ZFileReader(Blob):
             try:
                 if crc_size and crc(data, _SEED) ^ _ALL_ONES != unpack_crc(run, end - CRC_SIZE)[0]:
                     sound = False
+                    CHECKSUM_FAILURES.add(label="zfile")
                 elif position >= 0 and to <= limit:
                     decompress_into(data, view[position:to])
                 else:
                     self._copy_part(view, position, self._codec.decompress(data, self._length_of(block)))
             except CorruptBlobError:
                 sound = False
+                DECOMPRESSION_FAILURES.add()
             # Not in the handler: an error raised there would keep this one, and by its frames a slice of the view,
             # for longer than the buffer may live.
             if not sound:
@@ -189,8 +192,13 @@ class ZFileReader(Blob):
             data = memoryview(stored)[:-CRC_SIZE]
             (wanted,) = _CRC.unpack_from(stored, len(stored) - CRC_SIZE)
             if crc32c.crc32c(data, _SEED) ^ _ALL_ONES != wanted:
+                CHECKSUM_FAILURES.add(label="zfile")
                 raise CorruptBlobError("CRC of ZFile block does not match", wanted=f"{wanted:#010x}")
-        return self._codec.decompress(data, self._length_of(block))
+        try:
+            return self._codec.decompress(data, self._length_of(block))
+        except CorruptBlobError:
+            DECOMPRESSION_FAILURES.add()
+            raise
 
     def _read_again(self, block: int) -> bytes:
         begin, end = self._table.boundaries(block, block + 1)
@@ -199,7 +207,9 @@ class ZFileReader(Blob):
             self._blob.evict(begin, end - begin)
             retries -= 1
             try:
-                return self._decode(self._blob.read_at(begin, end - begin), block)
+                data = self._decode(self._blob.read_at(begin, end - begin), block)
+                CORRUPTIONS_HEALED.add(label="zfile")
+                return data
             except CorruptBlobError as error:
                 if retries:
                     continue

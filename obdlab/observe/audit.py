@@ -7,6 +7,7 @@ A line is a time, the word AUDIT, who wrote it, and named values:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from obdlab.observe.rotation import RotatingFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,26 @@ def record(action: str, path: str, offset: int, size: int, started: float) -> No
         _write(
             _log, f"[action={action}][pathname={_plain(path)}][offset={offset}][size={size}][latency_us={latency_us}]"
         )
+
+
+def record_slow(action: str, path: str, offset: int, size: int, started: float, slow_s: float) -> None:
+    """As :func:`record`, if the operation took ``slow_s`` at least."""
+    if _log is not None and time.monotonic() - started >= slow_s:
+        record(action, path, offset, size, started)
+
+
+def pread_of(action: str, path: str, slow_s: float) -> Callable[[int, int, int], bytes]:
+    """Return ``os.pread``, or one that records slow calls if operations are written down: free of cost if not."""
+    if _log is None:
+        return os.pread
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        started = time.monotonic()
+        data = os.pread(fd, length, offset)
+        record_slow(action, path, offset, length, started, slow_s)
+        return data
+
+    return pread
 
 
 def record_values(action: str, **values: int) -> None:

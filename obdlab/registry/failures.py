@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import random
 import re
 import ssl
@@ -14,10 +15,13 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, NewConnectionError, SSLError
 
 from obdlab.errors import SourceError
+from obdlab.observe.counters import REGISTRY_RETRIES
 from obdlab.registry.deadline import thread_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,12 +51,16 @@ class RegistryError(SourceError):
         self.what = what
         self.status = status
         self.retry_after_s = retry_after_s
+        #: How often it was tried; 0: that is not known.
+        self.tries = 0
         super().__init__(what, blob=blob, offset=offset, temporary=temporary)
 
     def at(self, blob: str, offset: int | None, tries: int) -> RegistryError:
         """Return the same failure with the place it happened at."""
         what = self.what if tries < 2 else f"{self.what} (after {tries} tries)"
-        return RegistryError(what, blob=blob, offset=offset, temporary=self.temporary, status=self.status)
+        error = RegistryError(what, blob=blob, offset=offset, temporary=self.temporary, status=self.status)
+        error.tries = tries
+        return error
 
 
 def is_temporary_status(status: int) -> bool:
@@ -113,6 +121,8 @@ def persist(
             hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
             if hopeless:
                 raise error.at(blob, offset, tried) from error
+            log.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
+        REGISTRY_RETRIES.add()
         time.sleep(delay)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 

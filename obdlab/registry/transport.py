@@ -18,10 +18,11 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import NewConnectionError, SSLError
 
+from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY_REQUESTS
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
-from obdlab.registry.interrupt import exchange_of_thread
+from obdlab.registry.interrupt import exchange_of_thread, is_broken_off
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Transport:
             manager = self._pools(http_proxy or url)
             # A pool, unlike their manager, sends a URL as it is: with scheme and host, which a proxy needs.
             pool = manager.connection_from_url(http_proxy) if http_proxy else manager
-            return pool.urlopen(
+            response: urllib3.BaseHTTPResponse = pool.urlopen(
                 method,
                 url,
                 redirect=False,
@@ -109,7 +110,10 @@ class Transport:
                 preload_content=False,
                 decode_content=False,
             )
+            _count_answer(response.status)
+            return response
         except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a header or URL http.client refuses
+            _count_failure()
             refusal = _tls_refusal(error)
             if refusal is None:
                 raise from_exception(error, doing) from error
@@ -296,3 +300,16 @@ class _TLSPool(HTTPSConnectionPool):
 
 def _words(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _count_answer(status: int) -> None:
+    REGISTRY_REQUESTS.add(label=str(status))
+    (REGISTRY_FAILED if status >= 500 else REGISTRY_ANSWERED).now()
+
+
+def _count_failure() -> None:
+    if is_broken_off():  # another request was faster
+        REGISTRY_REQUESTS.add(label="broken_off")
+        return
+    REGISTRY_REQUESTS.add(label="failed")
+    REGISTRY_FAILED.now()

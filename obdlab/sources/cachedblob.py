@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import asdict
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from crc32c import crc32c
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import SourceError
+from obdlab.observe import audit
+from obdlab.observe.counters import CHECKSUM_FAILURES, MISS_TIMES
 from obdlab.sources.cachedunits import CachedUnits
 from obdlab.sources.cachelayout import PAGE_SHIFT, SEED
 from obdlab.sources.fetching import Fetches
@@ -63,6 +64,7 @@ class CachedBlob(Blob):
         self._fetches = Fetches(origin, units, self._holders, demand, readahead, deadline_s)
         # What a hit needs, at hand.
         self._fd = self._files.fd
+        self._pread = audit.pread_of("file:read", str(directory / "data"), audit.SLOW_READ_S)
         self._sums = units.sums
         self._attend = units.attend
         self._page_to_unit = units.unit_shift - PAGE_SHIFT
@@ -86,7 +88,7 @@ class CachedBlob(Blob):
         last = end - 1 >> PAGE_SHIFT
         start = first << PAGE_SHIFT
         try:
-            data = os.pread(self._fd, min(last + 1 << PAGE_SHIFT, self._size) - start, start)
+            data = self._pread(self._fd, min(last + 1 << PAGE_SHIFT, self._size) - start, start)
         except OSError:
             data = b""
         shift = self._page_to_unit
@@ -178,6 +180,7 @@ class CachedBlob(Blob):
         if f"sha256:{whole.hexdigest()}" == self.directory.name:
             return self._files.mark_verified(generation)
         logger.error("%s: does not match its digest (got sha256:%s), fetching it again", self.name, whole.hexdigest())
+        CHECKSUM_FAILURES.add(label="digest")
         self._units.drop(0, self._files.units)
         return False
 
@@ -213,7 +216,8 @@ class CachedBlob(Blob):
             self._holders.let_go()
 
     def _gather_held(self, offset: int, length: int) -> bytes:
-        deadline = monotonic() + self._deadline_s
+        started = monotonic()
+        deadline = started + self._deadline_s
         shift = self._units.unit_shift
         first, stop = offset >> shift, (offset + length - 1 >> shift) + 1
         end = offset + length
@@ -230,6 +234,7 @@ class CachedBlob(Blob):
         self._tell(first, stop)
         if waited:
             self.counters.misses += 1
+            MISS_TIMES.observe(monotonic() - started)
         else:
             self.counters.hits += 1
         return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from obdlab.observe import audit
+from obdlab.observe.counters import CORRUPTIONS_HEALED, STORE_FAILURES
 from obdlab.sources.cachefiles import CacheFiles
 from obdlab.sources.cachelayout import PAGE_SHIFT, pages_of, unit_sums
 from obdlab.sources.cachespace import CacheFullError
@@ -47,6 +49,8 @@ class CachedUnits:
         self.attend = bytearray(b"\1" * self.files.units)
         self.tick_at = 0.0
         self._sweeps = 0
+        # Units that were damaged on disk and are not there again.
+        self._damaged: set[int] = set()
         self._reattaching = threading.Lock()
         self._retry_at = time.monotonic() + _RETRY_S
 
@@ -72,7 +76,9 @@ class CachedUnits:
         step = 1 << self.unit_shift - PAGE_SHIFT
         for _ in range(2):  # as others may take it away and bring it back, damage is what is found twice
             sums = files.sums(first, stop)  # before the data
+            started = time.monotonic()
             data = files.load(first, stop)
+            self._audit("file:read", first, len(data), started, audit.SLOW_READ_S)
             view = memoryview(data)
             unit = first
             while unit < stop:
@@ -97,11 +103,17 @@ class CachedUnits:
             self.counters.uncached_bytes += len(data)
             return
         try:
+            started = time.monotonic()
             sums = self.files.store(self._space, first, data)
+            self._audit("file:write", first, len(data), started, audit.SLOW_WRITE_S)
         except OSError as error:
             self._not_stored(error, len(data))
         else:
             self._adopt(first, sums)
+            healed = {unit for unit in self._damaged if 0 <= unit - first << self.unit_shift < len(data)}
+            if healed:
+                self._damaged -= healed
+                CORRUPTIONS_HEALED.add(len(healed), "cache")
 
     def drop(self, first: int, stop: int) -> None:
         """Take the units away, for all processes."""
@@ -146,9 +158,11 @@ class CachedUnits:
             "%s: cached data failed its checksum at offset %d, fetching it again", self.name, unit << self.unit_shift
         )
         self.counters.corrupt_units += 1
+        self._damaged.add(unit)
         self.drop(unit, unit + 1)
 
     def _not_stored(self, error: OSError, length: int) -> None:
+        STORE_FAILURES.add()
         if error.errno == errno.ESTALE:
             self._went()
         else:
@@ -156,6 +170,10 @@ class CachedUnits:
             level = logging.DEBUG if self.counters.uncached_bytes else _level(error)
             logger.log(level, "%s: not cached: %s", self.name, error.strerror)
         self.counters.uncached_bytes += length
+
+    def _audit(self, action: str, unit: int, length: int, started: float, slow_s: float) -> None:
+        path = str(self.files.directory / "data")
+        audit.record_slow(action, path, unit << self.unit_shift, length, started, slow_s)
 
     def _went(self) -> None:
         logger.info("%s: the cache's files were removed or changed by others", self.name)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.observe import audit
 from obdlab.sources.eviction import evict
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class CacheSpace:
                     freed = evict(self)
                     self.evicted_bytes += freed
                     logger.info("%s: gave back %d bytes", self.directory, freed)
+                    if audit.enabled():
+                        audit.record_values("eviction", actualEvict=freed, totalUsed=self.count())
                 if not mine or not freed:
                     self._no_eviction_before = time.monotonic() + _REST_S
         except OSError as error:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError, SourceError
+from obdlab.observe import audit
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.sources.fetchpool import FetchPool
 from obdlab.sources.flights import Flight
@@ -110,7 +111,11 @@ class Fetches:
                 if flight is None:
                     return
                 flight.started = flight.background = True
-            self._fetch(flight, time.monotonic() + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+            started = time.monotonic()
+            self._fetch(flight, started + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+            if flight.data is not None:
+                offset = flight.first << self._units.unit_shift
+                audit.record("bk_download", self.name, offset, len(flight.data), started)
             unit = flight.stop
 
     def pass_marks(self, first: int, stop: int) -> None:

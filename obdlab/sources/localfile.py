@@ -8,6 +8,7 @@ import threading
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import SourceError
+from obdlab.observe import audit
 
 
 class LocalFile(Blob):
@@ -20,6 +21,7 @@ class LocalFile(Blob):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         self._lock = threading.Lock()
+        self._pread = audit.pread_of("file:pread", self.name, audit.SLOW_LAYER_READ_S)
         # Reads in flight. The descriptor goes back to the kernel only when none is left: its number might be
         # another file's by the time a late pread used it.
         self._readers = 0
@@ -58,7 +60,7 @@ class LocalFile(Blob):
                 raise SourceError("read after close", blob=self.name, offset=offset)
             self._readers += 1
         try:
-            data = os.pread(self._fd, length, offset)
+            data = self._pread(self._fd, length, offset)
             if len(data) == length:
                 return data
             return self._read_rest(data, offset, length)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
 from obdlab.formats.oci import check_digest
+from obdlab.observe import audit
+from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
 from obdlab.registry.failures import RegistryError
 from obdlab.waiting import waiting
 
@@ -44,6 +46,7 @@ class RemoteBlob(Blob):
         self._client = client
         self._repository = repository
         self._digest = digest
+        self._url = f"{repository.blobs_url}/{digest}"
         self._size = size
         self._deadline_s = client.deadline_s if deadline_s is None else deadline_s
         # What could not be had in time: (when that ends to count, offset, stop, error).
@@ -68,10 +71,14 @@ class RemoteBlob(Blob):
                 )
         except RegistryError as error:
             now = time.monotonic()
+            audit.record("download_failed", self._url, offset, length, started)
             if error.temporary and now - started >= self._deadline_s * _FULL_SHARE:
                 known = self._failed[1 - _MOST_REMEMBERED :]
                 self._failed = (*known, (now + _REMEMBERED_S, offset, offset + length, error))
             raise
+        DOWNLOAD_TIMES.observe(time.monotonic() - started)
+        DOWNLOAD_BYTES.add(length)
+        audit.record("download", self._url, offset, length, started)
         self._failed = ()  # the registry is back
         return data
 
