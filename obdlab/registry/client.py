@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
-from obdlab.registry import body, hedge
+from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.reference import Reference, Repository
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import urllib3
 
+    from obdlab.formats.oci import Descriptor
     from obdlab.registry.credentials import CredentialSource
     from obdlab.registry.mirrors import Mirrors
     from obdlab.registry.p2p import P2PProxy
@@ -117,14 +118,17 @@ class RegistryClient:
         return self._session.persist(attempt, blob=str(ref), tries=_TRIES)
 
     def put_manifest(self, ref: Reference, media_type: str, data: bytes) -> str:
-        """Store a manifest or index under the tag (or digest) of ``ref``, and return its digest."""
+        """Store a manifest or index under the tag (or digest) of ``ref``, and return its digest.
+
+        One that has a subject can be found by it afterwards (:meth:`referrers`), also at registries without that API.
+        """
         repository = self.repository(ref)
         digest = digest_of(data)
         if ref.digest not in (None, digest):
             raise CorruptBlobError("manifest to store is another", blob=str(ref), got=digest, wanted=ref.digest)
         doing = "storing manifest"
 
-        def attempt() -> None:
+        def attempt() -> bool:
             response = self._session.request(
                 repository,
                 "PUT",
@@ -134,10 +138,21 @@ class RegistryClient:
                 actions=PUSH,
                 body=data,
             )
+            entered = "OCI-Subject" in response.headers
             _expect(response, (201,), doing)
+            return entered
 
-        self._session.persist(attempt, blob=str(ref), tries=_TRIES)
+        entered = self._session.persist(attempt, blob=str(ref), tries=_TRIES)
+        subject = referrers.subject_of(data)
+        if subject is not None and not entered:
+            referrers.add_to_tag(self, repository, subject, media_type, data)
         return digest
+
+    def referrers(
+        self, repository: Repository, digest: str, artifact_type: str | None = None
+    ) -> tuple[Descriptor, ...]:
+        """Return the manifests whose subject is ``digest``, of one artifact type or all."""
+        return referrers.list_referrers(self._session, self, repository, digest, artifact_type)
 
     def blob_size(self, repository: Repository, digest: str) -> int:
         """Return a blob's size. Asked by a range request, which every registry and storage answers alike."""

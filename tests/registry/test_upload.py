@@ -301,7 +301,8 @@ def test_giving_up_tells_the_registry(registry: Registry, client: RegistryClient
             sink.write(DATA)
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     with pytest.raises(ValueError, match="closed upload"):
         sink.write(b"x")
     sink.abort()

@@ -1,0 +1,136 @@
+"""Which manifests refer to another one (signatures, converted images): the referrers API and the tags that stand in.
+
+Source: OCI distribution specification 1.1, "Listing Referrers" and "Referrers Tag Schema". A registry without the API
+has an index under the tag ``sha256-<hex>``, which whoever pushes a manifest with a subject brings up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from obdlab.errors import FormatError
+from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, digest_of, is_digest
+from obdlab.registry import body
+from obdlab.registry.failures import RegistryError
+from obdlab.registry.reference import Reference
+from obdlab.registry.session import redirected
+
+if TYPE_CHECKING:
+    import urllib3
+
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Repository
+    from obdlab.registry.session import Session
+
+_MOST_PAGES = 64
+_TRIES = 5
+_NEXT = re.compile(r'<([^<>]{1,4096})>\s*;\s*rel="?next"?', re.ASCII)
+_NO_API = (400, 404, 405, 501)
+
+
+def list_referrers(
+    session: Session, client: RegistryClient, repository: Repository, digest: str, artifact_type: str | None
+) -> tuple[Descriptor, ...]:
+    """Return the descriptors of the manifests whose subject is ``digest``. Raises RegistryError or FormatError."""
+    check_digest(digest, str(repository))
+    try:
+        found = _from_api(session, repository, digest, artifact_type)
+    except RegistryError as error:
+        if error.status not in _NO_API:
+            raise
+        found = _from_tag(client, repository, digest).manifests
+    # Registries may leave the filtering to us.
+    return tuple(each for each in found if artifact_type in (None, each.extra.get("artifactType")))
+
+
+def subject_of(data: bytes) -> str | None:
+    """Return the digest that a manifest or index refers to, if it does."""
+    try:
+        subject = json.loads(data).get("subject")
+        return subject["digest"] if subject is not None and is_digest(subject["digest"]) else None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def add_to_tag(client: RegistryClient, repository: Repository, subject: str, media_type: str, data: bytes) -> None:
+    """Enter a manifest into the index of those that refer to ``subject``, at a registry without the referrers API.
+
+    Two that do so at the same time may lose one entry: the registry offers nothing against it. Raises RegistryError.
+    """
+    entry = _descriptor(media_type, data)
+    index = _from_tag(client, repository, subject)
+    others = tuple(each for each in index.manifests if each.digest != entry.digest)
+    if len(others) != len(index.manifests):
+        return
+    changed = replace(index, manifests=(*others, entry))
+    client.put_manifest(_tagged(repository, subject), OCI_INDEX, changed.to_bytes())
+
+
+def _from_api(
+    session: Session, repository: Repository, digest: str, artifact_type: str | None
+) -> tuple[Descriptor, ...]:
+    doing = "listing referrers"
+    path = f"referrers/{digest}" + (f"?artifactType={quote(artifact_type, safe='')}" if artifact_type else "")
+    found: tuple[Descriptor, ...] = ()
+    for _ in range(_MOST_PAGES):
+
+        def read(response: urllib3.BaseHTTPResponse) -> tuple[bytes, str]:
+            kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+            if kind != OCI_INDEX:
+                # Some registries answer paths that they do not know with a page of their own.
+                raise RegistryError(f"{doing}: not an index (got {kind[:80]!r})", status=404)
+            return body.read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("Link", "")
+
+        def attempt(path: str = path) -> tuple[bytes, str]:
+            return session.get(
+                repository, path, {"Accept": OCI_INDEX}, read, doing=doing, wanted=(200,), helped=False
+            )
+
+        data, link = session.persist(attempt, blob=f"{repository}@{digest}", tries=_TRIES)
+        found += Index.parse(data, f"{repository}: referrers of {digest}").manifests
+        match = _NEXT.search(link)
+        if match is None:
+            return found
+        path = _next_path(repository, path, match[1], doing)
+    raise RegistryError(f"{doing}: more than {_MOST_PAGES} pages", blob=f"{repository}@{digest}")
+
+
+def _next_path(repository: Repository, path: str, link: str, doing: str) -> str:
+    target = redirected(f"{repository.api_url}/{path}", link, doing)
+    if not target.startswith(f"{repository.api_url}/referrers/"):
+        raise RegistryError(f"{doing}: next page elsewhere (got host {urlsplit(target).netloc[:80]!r})")
+    return target.removeprefix(f"{repository.api_url}/")
+
+
+def _from_tag(client: RegistryClient, repository: Repository, digest: str) -> Index:
+    try:
+        fetched = client.get_manifest(_tagged(repository, digest), (OCI_INDEX,), helped=False)
+    except RegistryError as error:
+        if error.status == 404:
+            return Index(())
+        raise
+    return Index.parse(fetched.data, f"{repository}:{_tag(digest)}")
+
+
+def _tagged(repository: Repository, digest: str) -> Reference:
+    return Reference(repository.host, repository.name, _tag(digest), None)
+
+
+def _tag(digest: str) -> str:
+    return digest.replace(":", "-")
+
+
+def _descriptor(media_type: str, data: bytes) -> Descriptor:
+    # The type of an image is that of its config.
+    document: dict[str, Any] = json.loads(data)
+    config = document.get("config")
+    kind = document.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
+    annotations = document.get("annotations") or {}
+    if not isinstance(annotations, dict):
+        raise FormatError("annotations of a manifest", got=type(annotations).__name__, wanted="an object")
+    extra = {"artifactType": kind} if isinstance(kind, str) and kind else {}
+    return Descriptor(media_type, digest_of(data), len(data), annotations, extra=extra)
