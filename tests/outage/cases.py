@@ -105,7 +105,7 @@ CASES = [
 #: Troubles beside the answers. Most begin while an image is being read; tests/outage/situations.py makes them.
 SITUATIONS = [
     Case("a token that the registry takes no longer", None, None, note="with a new token"),
-    _failing("503 from the token server when a new token is needed", None, "for a token: registry answered 503"),
+    _failing("503 from the token server when a new token is needed", None, "token"),
     _failing("no answer from the token server when a new token is needed", None, "token"),
     Case("the registry is restarted", None, None, note="over new connections"),
     _failing("the registry is gone: connections refused", None, "refused"),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -16,6 +17,7 @@ from obdlab.blob import Blob
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.open import Image, open_image
 from obdlab.image.settings import Settings
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
@@ -23,6 +25,8 @@ from tests.outage.cases import DEADLINE_S, IMPATIENT_SILENCE_S, PATIENCE_S, SILE
 from tests.outage.proxy import OutageProxy, outage_proxy
 from tests.outage.tokens import TokenServer, token_server
 from tests.registry.server import RegistryServer, running_registry
+
+T = TypeVar("T")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 LAYERS = [GOLDEN / "layer1.obd", GOLDEN / "layer2.obd"]
@@ -77,8 +81,9 @@ def patient(cache_dir: Path) -> Settings:
 
 
 def impatient(cache_dir: Path) -> Settings:
-    """Settings of a reader who soon has had enough."""
+    """Settings of a reader who soon has had enough, and for whom nothing is fetched before he asks."""
     return Settings(
+        readahead_max=0,
         cache_dir=cache_dir,
         request_timeout_s=IMPATIENT_SILENCE_S,
         read_deadline_s=DEADLINE_S,
@@ -111,10 +116,34 @@ def _mapped(disk: obdlab.Disk) -> Iterator[tuple[int, int]]:
     yield begin, end
 
 
+def opened(config: ImageConfig, settings: Settings) -> Image:
+    """Open an image; on a busy machine an impatient reader may need another try."""
+    image = insist(lambda: open_image(config, settings))
+    assert isinstance(image, Image)
+    return image
+
+
+def insist(attempt: Callable[[], T]) -> T:
+    """Return what ``attempt`` does, which may fail a few times; the last error is raised."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return attempt()
+        except ObdlabError:
+            if time.monotonic() >= deadline:
+                raise
+
+
 def assert_right(blob: Blob, wanted: Pieces) -> None:
     """Read all pieces, which must be as they should."""
     for offset, content in wanted:
         assert blob.read_at(offset, len(content)) == content, f"wrong bytes at {offset}"
+
+
+def assert_right_again(blob: Blob, wanted: Pieces) -> None:
+    """The same, by an impatient reader after a trouble that is over."""
+    for offset, content in wanted:
+        assert insist(partial(blob.read_at, offset, len(content))) == content, f"wrong bytes at {offset}"
 
 
 def read_until_failure(blob: Blob, wanted: Pieces) -> tuple[ObdlabError, float]:

@@ -34,7 +34,7 @@ def test_once(lab: Lab, tmp_path: Path, pieces: Pieces, case: Case) -> None:
 
 @each_case
 def test_as_long_as_it_lasts(lab: Lab, tmp_path: Path, pieces: Pieces, case: Case) -> None:
-    with open_image(lab.config, bench.impatient(tmp_path)) as image:
+    with bench.opened(lab.config, bench.impatient(tmp_path)) as image:
         before = lab.proxy.injected[case.name]
         lab.proxy.always(case)
         if case.lasts is None:
@@ -50,4 +50,4 @@ def test_as_long_as_it_lasts(lab: Lab, tmp_path: Path, pieces: Pieces, case: Cas
         # Nothing wrong was kept: neither in the cache nor in the image that saw it.
         with open_image(lab.config, bench.patient(tmp_path)) as again:
             bench.assert_right(again, pieces)
-        bench.assert_right(image, pieces)
+        bench.assert_right_again(image, pieces)
