@@ -47,6 +47,12 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fetch images in use whole into the block cache, from 5 minutes after they are opened on",
     )
+    group.add_argument(
+        "--audit-log",
+        type=Path,
+        metavar="FILE",
+        help="write down what devices read from registries, cache and disks, one line each (default: nowhere)",
+    )
     _add_settings_option(parser)
 
 
@@ -111,6 +117,12 @@ def settings_from(args: argparse.Namespace) -> Settings:
     changes: dict[str, Any] = _cache_options(args)
     if getattr(args, "download", False):
         changes |= {"download_enabled": True, "settings_path": None}
+    audit_log = getattr(args, "audit_log", None)
+    if audit_log is not None:
+        changes["audit_path"] = audit_log.absolute()
+    log_format = os.environ.get("OBDLAB_LOG_FORMAT")
+    if log_format:
+        changes["log_format"] = log_format
     credentials = getattr(args, "credentials", None)
     if credentials is None and settings.credentials_mode == "file" and settings.credentials_path is None:
         credentials = _default_credentials()

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.logoptions import set_up_logs
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     from obdlab.service.host import Host
-
-#: Start anew rather than append to a log that has grown past this.
-_LOG_LIMIT = 16 << 20
 
 
 def add(subcommands: Any) -> None:
@@ -30,9 +28,11 @@ def add(subcommands: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     from obdlab.cli.common import DEFAULT_RUN_DIR
+    from obdlab.cli.logoptions import add_log_options
 
     parser.add_argument("--run-dir", type=Path, default=Path(os.environ.get("OBDLAB_RUN_DIR", DEFAULT_RUN_DIR)))
     parser.add_argument("--detach", action="store_true", help="go to the background once it listens")
+    add_log_options(parser, default_file="host.log in the run directory if detached, else standard error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,21 +43,16 @@ def run(args: argparse.Namespace) -> int:
 
     host = Host(args.run_dir)
     if args.detach:
-        return _run_detached(host, args.run_dir.absolute() / "host.log")
+        return _run_detached(host, args)
     if host.bind():
-        _serve(host)
+        set_up_logs(args, logging.INFO)
+        host.run()
     return 0
 
 
-def _serve(host: Host) -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", force=True
-    )
-    host.run()
-
-
 # The parent returns when the daemon has said through a pipe how its start went.
-def _run_detached(host: Host, log_path: Path) -> int:
+def _run_detached(host: Host, args: argparse.Namespace) -> int:
+    log_path = args.log_file = (args.log_file or args.run_dir / "host.log").absolute()
     reader, writer = os.pipe()
     if os.fork() != 0:
         os.close(writer)
@@ -70,25 +65,19 @@ def _run_detached(host: Host, log_path: Path) -> int:
     os.close(reader)
     os.setsid()
     os.chdir("/")
-    _redirect(log_path)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     try:
+        # What is printed, by a crash above all, goes where the log goes.
+        set_up_logs(args, logging.INFO, follow=(1, 2))
         bound = host.bind()
-    except ObdlabError as error:
+    except (ObdlabError, OSError) as error:
         os.write(writer, str(error).encode())
         return 1
     os.write(writer, b"listening")
     os.close(writer)
     if bound:
-        _serve(host)
+        host.run()
     return 0
-
-
-def _redirect(log_path: Path) -> None:
-    fresh = os.O_TRUNC if log_path.exists() and log_path.stat().st_size > _LOG_LIMIT else 0
-    log_file = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | fresh, 0o600)
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for source, target in ((null, 0), (log_file, 1), (log_file, 2)):
-        os.dup2(source, target)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
-from obdlab.cli.common import add_runtime_options
+from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.logoptions import add_log_options, set_up_logs
 
 DEFAULT_LISTEN = "127.0.0.1:9863"
 DEFAULT_PATH = "/metrics"
@@ -45,7 +48,9 @@ def add(subcommands: Any) -> None:
         metavar="S",
         help="a device server that has not answered by then counts as hung (default: %(default)g)",
     )
+    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
     add_runtime_options(parser)
+    add_log_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,7 +60,13 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.service.health import health_of
     from obdlab.service.metricsserver import MetricsServer
 
-    run_dir, cache_dir = args.run_dir.absolute(), args.cache_dir.absolute()
+    if args.end_with_parent:
+        from obdlab.devices import abi
+
+        abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
+    settings = settings_from(args)
+    set_up_logs(args, logging.WARNING, settings=replace(settings, log_path=None))
+    run_dir, cache_dir = args.run_dir.absolute(), settings.cache_dir
     collected = Collected(run_dir, deadline_s=args.deadline)
     collector = ObdlabCollector(collected, cache_dir, hung_after_s=args.hung_after)
     server = MetricsServer(

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from
+from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from obdlab.image.settings import Settings
 
 _GRACE_S = 10.0
 
@@ -36,13 +42,20 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="FILE",
         help="JSON with the keys of overlaybd-snapshotter's config.json; options given here win over it",
     )
+    parser.add_argument(
+        "--exporter",
+        metavar="ADDRESS:PORT",
+        help="also run an exporter there: metrics for Prometheus, and a health check (see: obdlab exporter --help)",
+    )
     add_runtime_options(parser)
+    add_log_options(parser)
     add_registry_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    from obdlab.service.client import DeviceService
     from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.images import ImageDevices
@@ -53,17 +66,24 @@ def run(args: argparse.Namespace) -> int:
     root, address = args.root or config.root, args.address or config.address
     if root is None or address is None:
         raise ConfigError("both --root and --address are wanted, here or in the --config file")
-    if config.log_level is not None and not args.verbose:
+    settings = replace(settings_from(args), **log_settings(args))
+    set_up_logs(args, logging.getLogger().level, settings=settings)
+    if config.log_level is not None and not args.verbose and args.log_level is None:
         logging.getLogger().setLevel(config.log_level)
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
     wait_for_signal = _catch_signals()
     layout = Layout(root)
-    images = ImageDevices(layout, device_service_from(args), start_host_early=True)
+    images = ImageDevices(layout, DeviceService(args.run_dir, settings), start_host_early=True)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
+    exporter = _start_exporter(args, settings)
     print(f"obdlab snapshotter: ready on {server.address}", flush=True)
     wait_for_signal()
+    if exporter is not None:
+        exporter.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            exporter.wait(_GRACE_S)
     if not server.stop(_GRACE_S):
         # Leaving the usual way would wait for the attach of a registry that does not answer. It changes nothing of
         # ours any more, and the device host brings it to its end.
@@ -72,6 +92,19 @@ def run(args: argparse.Namespace) -> int:
         os._exit(0)
     snapshotter.close()
     return 0
+
+
+# A process of its own: metrics are there also while this one is busy, and a scrape takes none of its time. It ends
+# with this one, however that ends.
+def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
+    listen = args.exporter or settings.exporter_listen
+    if not listen:
+        return None
+    command = [sys.executable, "-m", "obdlab.cli.main", "exporter", "--listen", listen]
+    command += ["--path", settings.exporter_path, "--end-with-parent"]
+    command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
+    command += ["--log-format", settings.log_format]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
 # A pipe, because an Event deadlocks if the signal comes while the main thread is inside its wait(), and the device

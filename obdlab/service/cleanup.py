@@ -13,6 +13,7 @@ from obdlab.devices import mount
 from obdlab.devices.fuse_loop import devices_of, directories_below
 from obdlab.errors import DeviceError
 from obdlab.service.host import SOCKET_NAME
+from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from obdlab.service.client import DeviceService
 
 #: What obdlab itself makes in a run directory.
-_FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log")
+_FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log", TALLY_NAME, TALLY_LOCK_NAME)
 _DIRECTORIES = ("devices", "images")
 _PROBE_TIMEOUT_S = 2.0
 # struct ucred: pid, uid, gid
@@ -103,7 +104,8 @@ def _sockets(run_path: Path) -> list[Path]:
 
 # Only what is known to be obdlab's: people put other things beside it. No socket is alive here any more.
 def _empty(run_path: Path) -> None:
-    for path in [run_path / name for name in _FILES] + _sockets(run_path):
+    logs = list(run_path.glob("host.log.[0-9]*"))  # put aside
+    for path in [run_path / name for name in _FILES] + logs + _sockets(run_path):
         path.unlink(missing_ok=True)
     for name in _DIRECTORIES:
         shutil.rmtree(run_path / name, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""Options of those commands that run for long: how they log."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.packing import size_argument
+from obdlab.observe import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.image.settings import Settings
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def add_log_options(parser: argparse.ArgumentParser, *, default_file: str = "standard error") -> None:
+    """Add the options; what is not given is None."""
+    group = parser.add_argument_group("logs")
+    group.add_argument("--log-format", choices=logs.FORMATS, help="lines of text or of JSON (default: text)")
+    group.add_argument("--log-file", type=Path, metavar="FILE", help=f"where to (default: {default_file})")
+    group.add_argument(
+        "--log-size", type=size_argument, metavar="SIZE", help="a file this large is put aside (default: 10M)"
+    )
+    group.add_argument(
+        "--log-count", type=_count, metavar="N", help="so many files are kept, the current one included (default: 3)"
+    )
+    group.add_argument("--log-level", choices=_LEVELS, help="least level that is logged (default: info)")
+
+
+def log_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say as fields of the settings, for the device host that is started with them."""
+    given = {
+        "log_format": args.log_format,
+        "log_path": None if args.log_file is None else args.log_file.absolute(),
+        "log_size": args.log_size,
+        "log_count": args.log_count,
+        "log_level": args.log_level,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def set_up_logs(
+    args: argparse.Namespace, level: int, *, follow: Sequence[int] = (), settings: Settings | None = None
+) -> None:
+    """Log as the options say, then as the settings do. Raises OSError if the file cannot be opened."""
+    chosen = log_settings(args)
+    defaults = logs.LogOptions()
+    options = logs.LogOptions(
+        format=chosen.get("log_format") or (settings.log_format if settings else defaults.format),
+        file=chosen.get("log_path") or (settings.log_path if settings else None),
+        size=chosen.get("log_size") or (settings.log_size if settings else defaults.size),
+        count=chosen.get("log_count") or (settings.log_count if settings else defaults.count),
+    )
+    name = chosen.get("log_level")
+    logs.set_up(options, logging.getLevelNamesMapping()[name.upper()] if name else level, follow=follow)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 1000):
+        raise argparse.ArgumentTypeError(f"wanted a number from 1 to 999 (got {text!r})")
+    return int(text)
