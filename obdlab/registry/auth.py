@@ -47,6 +47,7 @@ _RENEW_AGAIN_S = 1.0
 # The first request of many is waited for so long; a slow one must not hold up the others for good.
 _FIRST_WAIT_S = 2.0
 _LONGEST_WAIT_S = 600.0
+_WRONG_PASSWORD = "registry refuses the credentials"
 # How token servers say that they do not like user or password.
 _REFUSALS = (400, 401, 403)
 
@@ -144,7 +145,10 @@ class Authenticator:
             header = self._answer(grant, repository, actions, url, challenges, header)
         response = send(header)
         if response.status == 401:
-            raise _told(from_response(response, doing), grant.trouble)
+            error = from_response(response, doing)
+            if header.startswith("Basic "):
+                error = RegistryError(_WRONG_PASSWORD, status=401)
+            raise _told(error, grant.trouble)
         return response
 
     def header(self, repository: Repository, actions: str) -> str | None:
@@ -222,7 +226,7 @@ class Authenticator:
             grant.settled = True
             if header == refused and refused_pair is not None:
                 grant.header = None
-                raise _told(RegistryError("registry refuses the credentials", status=401), grant.trouble)
+                raise _told(RegistryError(_WRONG_PASSWORD, status=401), grant.trouble)
             return header
 
     def _negotiate(

@@ -37,7 +37,7 @@ Pair = tuple[str, str]
 
 _MAX_CONFIG = 1 << 20
 _MAX_ANSWER = 256 << 10
-#: A file is looked at again at most so often, unless its credentials were just refused.
+#: A file is looked at whenever a registry asks for credentials, and otherwise at most so often.
 _LOOK_S = 1.0
 # How long a service's or helper's answer is good: they hand out short-lived passwords.
 _ANSWER_LIFE_S = 30.0
@@ -154,7 +154,7 @@ class CredentialsFile:
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
         """Return the file's entry for the repository, or what the helper program that it names says."""
-        credentials, trouble = self._current(anew=refused is not None)
+        credentials, trouble = self._current(look=True, anew=refused is not None)
         pair = credentials.find(repository.host, repository.name)
         if pair is None and (helper := _helper_of(credentials, repository.host)):
             return self._helpers.get((helper, repository.host), refused)
@@ -162,12 +162,12 @@ class CredentialsFile:
 
     def likely(self, repository: Repository) -> bool:
         """Tell whether the file has an entry for the repository, or names a helper program."""
-        return self._current(anew=False)[0].likely(repository)
+        return self._current()[0].likely(repository)
 
-    def _current(self, *, anew: bool) -> tuple[Credentials, str]:
+    def _current(self, *, look: bool = False, anew: bool = False) -> tuple[Credentials, str]:
         with self._lock:
             now = time.monotonic()
-            if anew or now - self._looked >= _LOOK_S:
+            if look or now - self._looked >= _LOOK_S:
                 self._looked = now
                 self._read_if_changed(anew=anew)
             return self._credentials, self._trouble
