@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ def soak(task: Task) -> Outcome:
             image = open_image(ImageConfig.load(Path(path)), settings)
             assert isinstance(image, Image)
             images[int(number)] = opened.enter_context(image)
+            _connect_all(image, task.threads)
         _read_all(task, images, outcome)
         statistics: Counter[str] = Counter()
         for image in images.values():
@@ -77,6 +79,15 @@ def soak(task: Task) -> Outcome:
     gc.collect()
     outcome.left_open = _open_files() - before
     return outcome
+
+
+def _connect_all(image: Image, threads: int) -> None:
+    # As many connections as there will ever be readers, so that more of them later are a leak.
+    def read(number: int) -> None:
+        image.read_at(number * (BLOCKS // threads) * BLOCK, 16 * BLOCK)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(threads)))
 
 
 def _read_all(task: Task, images: dict[int, Image], outcome: Outcome) -> None:
