@@ -19,8 +19,8 @@ from obdlab.containerd.client import Containerd
 from obdlab.devices import mount
 from obdlab.image.settings import Settings
 from obdlab.pull.rpull import PullResult, rpull
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService

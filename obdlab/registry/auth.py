@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
-from obdlab.registry.credentials import Credentials as Credentials
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, from_response
 
@@ -154,11 +153,6 @@ class Authenticator:
     def header(self, repository: Repository, actions: str) -> str | None:
         """Return the Authorization header in use, or None if there is none (yet) or it has expired."""
         return self._header(self._grant(repository, actions), repository, actions, repository.blobs_url)
-
-    def answer(self, repository: Repository, actions: str, challenges: Sequence[str], refused: str | None) -> str:
-        """Return a new header after one (or none, None) was refused with 401 and these challenges."""
-        grant = self._grant(repository, actions)
-        return self._answer(grant, repository, actions, repository.blobs_url, challenges, refused)
 
     def _grant(self, repository: Repository, actions: str) -> _Grant:
         key = (repository.api_host, repository.name, actions)

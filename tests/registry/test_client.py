@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
 from obdlab.formats.oci import DOCKER_MANIFEST, OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, digest_of
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Reference, Repository
 from obdlab.sources.cache import BlockCache

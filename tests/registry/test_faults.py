@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from obdlab.errors import CorruptBlobError
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Reference
 from tests.registry import faulty

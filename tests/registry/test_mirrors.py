@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.mirrors import HostsError, Mirror, Mirrors, parse_hosts
 from obdlab.registry.reference import Reference, Repository

@@ -10,8 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.mirrors import Mirror, Mirrors
 from obdlab.registry.p2p import P2PAddressError, P2PProxy
 from obdlab.registry.reference import Reference

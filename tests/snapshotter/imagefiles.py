@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.formats import oci
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.registry.reference import Reference
 from tests import capabilities
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.registry.auth import Credentials
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Credentials
 from obdlab.sources.cache import BlockCache
 from obdlab.sources.remote import RemoteBlob
 from tests.registry import faulty
