@@ -38,6 +38,7 @@ COMMANDS = (
     "zfile",
     "import_",
     "resize",
+    "snapshot",
     "cache",
     "config",
     "exporter",

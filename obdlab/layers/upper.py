@@ -20,7 +20,7 @@ from obdlab.formats.lsmt.layout import (
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
+from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, undo_seal
 from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
@@ -221,7 +221,9 @@ def _check_size(file: LayerFile, header: Header, *, read_only: bool) -> None:
             "virtual size is no whole number of sectors", blob=file.name, offset=48, got=header.virtual_size
         )
     wanted = HEADER_SPACE + header.virtual_size
-    if file.size > wanted and not read_only:
+    if not read_only and file.size == wanted:
+        SwitchMark(file.name).remove()  # of a restack that was interrupted before the seal
+    elif file.size > wanted and not read_only:
         recover_seal(file, header)
         # What is left is a resize or a seal that was interrupted; a later growth must not find it.
         file.resize(wanted)

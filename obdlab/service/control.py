@@ -57,7 +57,7 @@ def ask(
                 if progress is not None:
                     progress(answer["progress"])
     except (OSError, DeviceError) as error:
-        raise DeviceError(f"{who}: its server does not answer: {error}") from error
+        raise wire.NoAnswerError(f"{who}: its server does not answer: {error}") from error
     if "result" in answer:
         return answer["result"]  # type: ignore[no-any-return]
     raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")

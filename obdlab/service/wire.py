@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _LIMIT = 1 << 20
 
 
+class NoAnswerError(DeviceError):
+    """Whoever was asked did not answer: what was asked for may have been done or not."""
+
+
 class ConnectionLostError(DeviceError):
     """The other side went away before its message was complete."""
 

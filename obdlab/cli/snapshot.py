@@ -1,0 +1,115 @@
+"""``obdlab snapshot`` and ``obdlab snapshot-api``: live snapshots of writable devices."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.packing import say
+from obdlab.errors import DeviceError, ObdlabError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.image.snapshot import Snapshot
+    from obdlab.service.client import AttachedDevice, DeviceService
+
+_DESCRIPTION = """\
+Seals the writable layer of a device in use, and goes on in a fresh one above it: what the disk holds at this moment
+stays as it is, in a layer of its own. Writes wait some milliseconds. NEW_CONFIG is a config.v1.json with the device's
+lowers, its present writable layer's data file above them, and an upper of its own, made with "obdlab create"; it
+takes the place of the device's config. Instead, --data has layer and config made."""
+
+_API_DESCRIPTION = """\
+Listens for the original's requests, /snapshot?dev_id=ID&config=PATH, where ID is a device of the run directory, until
+SIGTERM or Ctrl-C. There is no authentication."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    parser = subcommands.add_parser(
+        "snapshot", help="take a live snapshot of a writable device", description=_DESCRIPTION
+    )
+    parser.add_argument("device", metavar="DEVICE", help="its id, or its node such as /dev/loop3")
+    parser.add_argument("new_config", nargs="?", type=Path, metavar="NEW_CONFIG", help="config with the fresh layer")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="make the fresh layer's data file")
+    parser.add_argument(
+        "--index", type=Path, metavar="FILE", help="with --data: its index file (without: a sparse layer)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+    api = subcommands.add_parser(
+        "snapshot-api", help="the original's HTTP interface for live snapshots", description=_API_DESCRIPTION
+    )
+    api.add_argument(
+        "--address", default="http://127.0.0.1:9862", metavar="URL", help="where to listen (default: %(default)s)"
+    )
+    add_runtime_options(api)
+    api.set_defaults(run=run_api)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take one snapshot."""
+    from obdlab.service.live import find_device
+
+    if (args.new_config is None) == (args.data is None) or (args.index and not args.data):
+        raise DeviceError("either NEW_CONFIG, or --data and perhaps --index")
+    service = device_service_from(args)
+    device = find_device(service, args.device)
+    if device is None:
+        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    done = (
+        _with_config(service, device, args.new_config) if args.new_config else _with_new_layer(service, device, args)
+    )
+    say(f"{device.device_id}: {done.sealed} is sealed, writes waited {done.paused_s * 1000:.0f} ms", quiet=args.quiet)
+    return 0
+
+
+def _with_config(service: DeviceService, device: AttachedDevice, config: Path) -> Snapshot:
+    from obdlab.service.live import LiveDevice
+
+    return LiveDevice(service, device.device_id).snapshot(config)
+
+
+# Of what was made for a snapshot that fails nothing stays.
+def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argparse.Namespace) -> Snapshot:
+    from obdlab.image.snapshot import make_next
+    from obdlab.service.wire import NoAnswerError
+
+    config = make_next(device.config, args.data, args.index)
+    path = args.data.with_name(f"{args.data.name}.config.v1.json")
+    try:
+        config.save(path)
+        return _with_config(service, device, path)
+    except NoAnswerError:  # it may still come about
+        raise
+    except ObdlabError:
+        for made in (path, Path(config.upper.data), Path(config.upper.index)):
+            made.unlink(missing_ok=True)
+        raise
+
+
+def run_api(args: argparse.Namespace) -> int:
+    """Serve until told to end."""
+    from obdlab.service.live import LiveDevice, find_device
+    from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
+
+    service = device_service_from(args)
+
+    def take(dev_id: str, config: str) -> None:
+        device = find_device(service, dev_id)
+        if device is None:
+            raise UnknownDeviceError(f"{dev_id}: no device of this run directory ({args.run_dir})")
+        LiveDevice(service, device.device_id).snapshot(Path(config))
+
+    with SnapshotApi(args.address, take) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+        print(f"listening on {server.url}", flush=True)
+        server.serve_forever()
+    return 0
