@@ -83,16 +83,18 @@ class Volume:
     def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
         pending = [(b"", ROOT_INO)]
-        seen = set()
+        seen: set[int] = set()
         while pending:
             path, number = pending.pop()
             inode = self.inode(number)
             yield path, number, inode
             if not inode.is_directory:
                 continue
-            if number in seen:
-                raise FormatError(f"directory {path!r} is in the tree twice", blob=self.name)
-            seen.add(number)
+            # Each has a block of its own at least, or this would never end.
+            blocks = self._block_numbers(inode)
+            if not seen.isdisjoint(blocks):
+                raise FormatError(f"directory {path[:200]!r} is in the tree twice", blob=self.name)
+            seen.update(blocks)
             pending += [(path + b"/" + name, child) for name, (child, _) in self.entries(number).items()][::-1]
 
     def readlink(self, inode: Inode) -> bytes:
@@ -118,26 +120,23 @@ class Volume:
         if not inode.flags & InodeFlag.EXTENTS:
             return self._mapped_blocks(inode)
         found: list[Extent] = []
-        nodes = 0
+        end = nodes = 0
         pending: list[tuple[bytes | bytearray, int | None]] = [(inode.block, None)]
         while pending:
             raw, expected_depth = pending.pop()
             depth, extents, children = parse_node(raw, self.name)
-            if expected_depth not in (None, depth):
-                raise FormatError("damaged extent tree", blob=self.name, got=depth, wanted=expected_depth)
-            found += extents
             nodes += len(children)
-            if nodes > _MAX_EXTENT_NODES:
-                raise FormatError("extent tree is too large", blob=self.name, got=nodes, wanted=_MAX_EXTENT_NODES)
+            if expected_depth not in (None, depth) or nodes > _MAX_EXTENT_NODES:
+                raise FormatError("damaged extent tree", blob=self.name, got=f"depth {depth}, {nodes} nodes")
+            for extent in extents:
+                self._check_block(extent.physical, extent.length)
+                if extent.logical < end or not extent.length:
+                    raise FormatError("extents overlap", blob=self.name, got=extent)
+                end = extent.logical + extent.length
+            found += extents
             for _, block in reversed(children):
                 self._check_block(block)
                 pending.append((self._metadata(block), depth - 1))
-        end = 0
-        for extent in found:
-            self._check_block(extent.physical, extent.length)
-            if extent.logical < end or not extent.length:
-                raise FormatError("extents overlap", blob=self.name, got=extent)
-            end = extent.logical + extent.length
         return found
 
     def read(self, inode: Inode, offset: int, length: int) -> bytes:
@@ -184,6 +183,8 @@ class Volume:
         if number == 0:
             return logical + span
         self._check_block(number)
+        if len(found) > self.superblock.blocks:
+            raise FormatError("file has more blocks than there are", blob=self.name)
         if depth == 0:
             last = found[-1] if found else None
             if last and last.logical + last.length == logical and last.physical + last.length == number:
@@ -209,10 +210,13 @@ class Volume:
 
     def _block_numbers(self, inode: Inode) -> list[int]:
         wanted = inode.size // self.block_size
-        found = [block for e in self.extents(inode) for block in range(e.physical, e.physical + e.length)]
-        if len(found) < wanted:
-            raise FormatError("directory with a hole", blob=self.name, got=len(found), wanted=wanted)
-        return found[:wanted]
+        extents = self.extents(inode)
+        if sum(extent.length for extent in extents) != wanted:
+            raise FormatError("directory with a hole, or with blocks past its end", blob=self.name, wanted=wanted)
+        found = [block for e in extents for block in range(e.physical, e.physical + e.length)]
+        if not wanted or len(set(found)) != len(found):
+            raise FormatError("directory without a block, or with one twice", blob=self.name, got=wanted)
+        return found
 
     def _metadata(self, block: int) -> bytes | bytearray:
         found = self._recent.get(block)

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 def test_prints_table_and_digest(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = make_layout(tmp_path / "source", [[member("a", b"1" * 100_000)], [member("b", b"2")]])
     options = ["--algorithm", "zstd", "--block-size-kib", "16", "--vsize-gib", "1", "--work-dir", str(work_dir)]
-    assert (
-        main(["convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options]) == 0
-    )
+    assert main(["convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options]) == 0
     printed = capsys.readouterr()
     (entry,) = ImageLayout(tmp_path / "out").select("v1")
     assert printed.out == f"{entry.digest}\n"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -125,6 +128,36 @@ def _push_layout(root: Path, reference: Reference) -> None:
         for blob in {b.digest: b for b in (manifest.config, *manifest.layers)}.values():
             client.push_blob(repository, blob.digest, blob.size, partial(layout.blob_path(blob.digest).open, "rb"))
         client.put_manifest(reference, entry.media_type, data)
+
+
+def test_same_image_same_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without root, in other places, at other times, in another time zone.
+    make_layout(tmp_path / "source", whole_image(), how=["gzip", "zstd", "plain", "gzip"])
+    digests = []
+    for number, zone in enumerate(("UTC", "Pacific/Auckland")):
+        monkeypatch.setenv("TZ", zone)
+        work = tmp_path / f"work{number}"
+        work.mkdir()
+        out = tmp_path / f"out{number}"
+        digests.append(convert(str(tmp_path / "source"), f"oci:{out}", ConvertOptions(work_dir=work)).digest)
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user runs all the other tests as one")
+def test_nobody_converts(tmp_path: Path) -> None:
+    make_layout(tmp_path / "source", whole_image())
+    wanted = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path)).digest
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        home = Path(name)
+        shutil.copytree(tmp_path / "source", home / "source")
+        for path in (home, *home.rglob("*")):
+            os.chown(path, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            got = convert(str(home / "source"), f"oci:{home / 'out'}", ConvertOptions(work_dir=home)).digest
+        finally:
+            os.seteuid(0)
+    assert got == wanted
 
 
 def test_upper_layers_hold_only_what_they_changed(devices: DeviceService, work_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.convert.tarstream import Kind, TarStream
 from obdlab.errors import ObdlabError
+from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
 from obdlab.image.diskimport import disk_size
@@ -25,6 +27,7 @@ from obdlab.layers.zfile import open_zfile
 from obdlab.registry.auth import parse_challenges
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.reference import Reference
+from tests.ext4.samples import large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
 
@@ -196,6 +199,24 @@ def _tar_seeds() -> list[bytes]:
     return [out.getvalue(), _golden("ext4/layer2.tar")]
 
 
+def _ext4(data: bytes) -> None:
+    volume = Volume(MemoryBlob(data))
+    for _, number, inode in volume.walk():
+        volume.xattrs(inode)
+        if inode.is_directory:
+            volume.entries(number)
+        elif stat.S_ISLNK(inode.mode):
+            volume.readlink(inode)
+        elif stat.S_ISREG(inode.mode):
+            volume.extents(inode)
+            volume.read(inode, 0, _STEP)
+
+
+@cache
+def _ext4_seeds() -> list[bytes]:
+    return [small_file_system(), large_directory()]
+
+
 TARGETS = {
     "zfile": Target(_zfile, _zfile_seeds),
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
@@ -212,6 +233,7 @@ TARGETS = {
     "challenges": Target(_challenges, _challenge_seeds, strict=False),
     "reference": Target(_reference, _reference_seeds),
     "layer-tar": Target(_layer_tar, _tar_seeds),
+    "ext4": Target(_ext4, _ext4_seeds),
 }
 
 #: What a parser may raise.
