@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from obdlab.errors import DeviceError
 from obdlab.observe.counters import Table, add_to
 from obdlab.service import control, tally
-from obdlab.service.families import gauge, hit_ratio, original_metrics, table_metrics
+from obdlab.service.families import Interval, gauge, hit_ratio, original_metrics, table_metrics
 from obdlab.service.rundir import DeviceRecord, Process, RunDir
 from obdlab.sources.cachespace import disk_usage
 
@@ -170,9 +170,8 @@ class ObdlabCollector(Collector):
         self._hung_after_s = hung_after_s
         self._node = socket.gethostname()
         self._lock = threading.Lock()
-        self._before: Table = {}
-        self._before_at = 0.0
-        self._original: list[Metric] = []
+        self._interval = Interval({}, {}, 0.0)
+        self._interval_end = 0.0
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: what there is, a scrape tells."""
@@ -240,12 +239,13 @@ class ObdlabCollector(Collector):
     def _original_metrics(self, snapshot: Snapshot) -> list[Metric]:
         with self._lock:
             now = time.monotonic()
-            passed_s = now - self._before_at if self._before_at else 0.0
-            if not self._original or passed_s >= _LEAST_INTERVAL_S:
-                before = self._before or snapshot.total
-                self._original = original_metrics(self._node, snapshot.total, before, passed_s)
-                self._before, self._before_at = snapshot.total, now
-            return self._original
+            passed_s = now - self._interval_end
+            if not self._interval_end:  # the first scrape: there is nothing to compare with
+                self._interval, self._interval_end = Interval(snapshot.total, snapshot.total, 0.0), now
+            elif passed_s >= _LEAST_INTERVAL_S:
+                self._interval = Interval(self._interval.after, snapshot.total, passed_s)
+                self._interval_end = now
+            return original_metrics(self._node, snapshot.total, self._interval)
 
 
 def registry_of(collector: ObdlabCollector) -> CollectorRegistry:

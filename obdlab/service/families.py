@@ -114,27 +114,37 @@ def hit_ratio(table: Table) -> float | None:
 _TYPES = {"pread": ("read_bytes", "read_seconds"), "download": ("download_bytes", "download_seconds")}
 
 
-def original_metrics(node: str, now: Table, before: Table, passed_s: float) -> list[Metric]:
-    """Return the families of overlaybd's exporter, spelt as there; rates and maxima are over ``passed_s``.
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What rates are over: two tables, and how long passed between them."""
+
+    before: Table
+    after: Table
+    passed_s: float
+
+
+def original_metrics(node: str, total: Table, interval: Interval) -> list[Metric]:
+    """Return the families of overlaybd's exporter, spelt as there; rates and maxima are over the interval.
 
     The node, the type and the mode are in the labels of those names, where the original has the type in ``node``.
     """
     labels = {kind: (node, kind, "read") for kind in _TYPES}
-    per_second = 1 / passed_s if passed_s > 0 else 0.0
-    throughput, rate, slowest, total = {}, {}, {}, {}
+    before, after = interval.before, interval.after
+    per_second = 1 / interval.passed_s if interval.passed_s > 0 else 0.0
+    throughput, rate, slowest, count = {}, {}, {}, {}
     for kind, (bytes_name, times_name) in _TYPES.items():
-        delta = _difference(now.get(times_name, {}), before.get(times_name, {}))
-        grown = value_of(now, bytes_name) - value_of(before, bytes_name)
+        delta = _difference(after.get(times_name, {}), before.get(times_name, {}))
+        grown = value_of(after, bytes_name) - value_of(before, bytes_name)
         throughput[labels[kind]] = max(0.0, grown) * per_second
         rate[labels[kind]] = sum(delta.values()) * per_second
         slowest[labels[kind]] = (1 << max(delta)) / 1e3 if delta else 0.0
-        total[node, kind] = value_of(now, bytes_name)
+        count[node, kind] = value_of(total, bytes_name)
     return [
         gauge("OverlayBD_Alive", "1: the exporter answers", {(node,): 1.0}, "node"),
         gauge("OverlayBD_Read_Throughtput", "Bytes / sec", throughput, "node", "type", "mode"),
         gauge("OverlayBD_QPS", "Reads / sec", rate, "node", "type", "mode"),
         gauge("OverlayBD_MaxLatency", "us, rounded up to a power of two of ns", slowest, "node", "type", "mode"),
-        gauge("OverlayBD_Count", "Bytes", total, "node", "type"),
+        gauge("OverlayBD_Count", "Bytes", count, "node", "type"),
     ]
 
 
