@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from obdlab.errors import ObdlabError
 from obdlab.registry.reference import Repository
-from obdlab.registry.standing import Standing
+from obdlab.registry.standing import Absences, Standing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_FILE = 1 << 20
-# A blob that a mirror does not have, or has wrong, is not asked of it again for this long.
-_ABSENT_S = 60.0
-_MAX_ABSENT = 4096
 # The last three are read by obdlab.registry.tls.
 _KNOWN_KEYS = {"capabilities", "header", "override_path", "ca", "client", "skip_verify"}
 _KNOWN_CAPABILITIES = {"pull", "resolve", "push"}
@@ -76,7 +72,7 @@ class Mirrors:
         self._hosts_dir = hosts_dir
         self._lock = threading.Lock()
         self._standings: dict[str, Standing] = {}
-        self._absent: dict[str, float] = {}
+        self._absent = Absences()
 
     def of(self, repository: Repository) -> tuple[Mirror, ...]:
         """Return the mirrors of the repository's registry. Raises HostsError if its hosts.toml is damaged."""
@@ -88,7 +84,7 @@ class Mirrors:
 
     def usable(self, mirror: Mirror, url: str) -> bool:
         """Tell whether ``mirror`` is to be asked for ``url`` just now."""
-        return self._standing(mirror).usable() and time.monotonic() >= self._absent.get(url, 0.0)
+        return self._standing(mirror).usable() and url not in self._absent
 
     def worked(self, mirror: Mirror) -> None:
         """Note that ``mirror`` answered."""
@@ -100,23 +96,18 @@ class Mirrors:
 
     def lacks(self, url: str) -> None:
         """Do not ask for ``url``, one of a mirror's, for a while."""
-        now = time.monotonic()
-        with self._lock:
-            if len(self._absent) >= _MAX_ABSENT:
-                self._absent = {key: end for key, end in self._absent.items() if end > now}
-            if len(self._absent) < _MAX_ABSENT:
-                self._absent[url] = now + _ABSENT_S
+        self._absent.add(url)
 
     def _standing(self, mirror: Mirror) -> Standing:
         with self._lock:
             return self._standings.setdefault(mirror.base, Standing(f"mirror {mirror.base}"))
 
 
-def parse_hosts(text: str, name: str) -> tuple[Mirror, ...]:
+def parse_hosts(text: bytes, name: str) -> tuple[Mirror, ...]:
     """Read a hosts.toml file. Raises HostsError naming ``name``."""
     try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        document = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise HostsError(f"{name}: not TOML: {error}") from error
     hosts = document.get("host", {})
     if not isinstance(hosts, dict):
@@ -180,8 +171,5 @@ def _read_hosts(directory: Path, host: str) -> tuple[Mirror, ...]:
             raise HostsError(f"{path}: cannot be read: {error.strerror}") from error
         if len(text) > _MAX_FILE:
             raise HostsError(f"{path}: larger than {_MAX_FILE} bytes")
-        try:
-            return parse_hosts(text.decode(), str(path))
-        except UnicodeDecodeError:
-            raise HostsError(f"{path}: not UTF-8") from None
+        return parse_hosts(text, str(path))
     return ()

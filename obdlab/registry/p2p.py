@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError
 from obdlab.registry.reference import is_loopback
-from obdlab.registry.standing import Standing
+from obdlab.registry.standing import Absences, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class P2PProxy:
         #: "http://host:port" if it is an ordinary HTTP proxy, else "".
         self.http_proxy = f"http://{netloc}" if scheme == _PROXY_SCHEME else ""
         self._standing = Standing(self.name, first_pause_s=1.0)
+        self._absent = Absences()
         self._lock = threading.Lock()
         self._alive: bool | None = None
         self._checked = 0.0
@@ -52,8 +53,8 @@ class P2PProxy:
         """Return what to ask for in place of ``target``."""
         return f"{self._prefix}/{target}" if self._prefix else target
 
-    def usable(self) -> bool:
-        """Tell whether to read through it. Waits half a second at most, and only at the first call."""
+    def usable(self, url: str) -> bool:
+        """Tell whether to read what is at ``url`` through it. Waits at the first call only, half a second at most."""
         now = time.monotonic()
         with self._lock:
             due = now - self._checked >= (_CHECK_EVERY_S if self._alive else _CHECK_FAILING_EVERY_S)
@@ -64,7 +65,7 @@ class P2PProxy:
             self._check()
         elif begin:
             self._check_in_background()
-        return bool(self._alive) and self._standing.usable()
+        return bool(self._alive) and self._standing.usable() and url not in self._absent
 
     def worked(self) -> None:
         """Note that a read through it succeeded."""
@@ -73,6 +74,10 @@ class P2PProxy:
     def failed(self, cause: object) -> None:
         """Read past it for a while."""
         self._standing.failed(cause)
+
+    def lacks(self, url: str) -> None:
+        """Do not read this blob through it for a while: what came was wrong."""
+        self._absent.add(url)
 
     def _check_in_background(self) -> None:
         try:

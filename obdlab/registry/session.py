@@ -149,10 +149,14 @@ class Session:
         return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, bulk)
 
     def distrust(self, repository: Repository, path: str) -> None:
-        """Ask the registry itself next time: what a mirror or a redirect gave was wrong."""
-        for mirror in self._mirrors.of(repository):
+        """Ask the registry itself for a while: what a mirror, a proxy or a redirect gave was wrong."""
+        mirrors = self._mirrors.of(repository)
+        for mirror in mirrors:
             self._mirrors.lacks(mirror.url(repository, path))
-        self._forget(f"{repository.api_url}/{path}")
+        url = f"{repository.api_url}/{path}"
+        self._forget(url)
+        if self._p2p is not None:
+            self._p2p.lacks(url)
 
     def close(self) -> None:
         """Close idle connections."""
@@ -178,7 +182,7 @@ class Session:
         bulk: bool,
     ) -> T:
         proxy = self._p2p
-        if bulk and proxy is not None and proxy.usable():
+        if bulk and proxy is not None and proxy.usable(url):
             target, authorization = self._resolve(repository, url, doing)
             try:
                 return self._through(proxy, target, authorization, headers, read, doing, wanted)

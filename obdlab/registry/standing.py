@@ -10,6 +10,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 120.0
+_ABSENT_S = 60.0
+_MOST_ABSENT = 4096
 
 
 class Standing:
@@ -48,3 +50,23 @@ class Standing:
             self._until = 0.0
         if was_failing:
             logger.info("%s: works again", self._name)
+
+
+class Absences:
+    """What a helper does not have, or has wrong: it is not asked for that for a minute. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def add(self, url: str) -> None:
+        """Note one."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._until) >= _MOST_ABSENT:
+                self._until = {key: end for key, end in self._until.items() if end > now}
+            if len(self._until) < _MOST_ABSENT:
+                self._until[url] = now + _ABSENT_S
+
+    def __contains__(self, url: str) -> bool:
+        return time.monotonic() < self._until.get(url, 0.0)

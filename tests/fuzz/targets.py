@@ -26,6 +26,7 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 from obdlab.registry.auth import parse_challenges
 from obdlab.registry.credentials import Credentials
+from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
 from tests.ext4.samples import large_directory, small_file_system
 from tests.layers.golden import GOLDEN
@@ -217,6 +218,17 @@ def _ext4_seeds() -> list[bytes]:
     return [small_file_system(), large_directory()]
 
 
+def _hosts(data: bytes) -> None:
+    parse_hosts(data, "hosts.toml")
+
+
+def _hosts_seeds() -> list[bytes]:
+    text = (
+        'server = "https://a"\n[host."https://b:5000/c"]\ncapabilities = ["pull", "resolve"]\noverride_path = true\n'
+    )
+    return [text.encode(), (text + '[host."https://b:5000/c".header]\nx-a = ["b", "c"]\n').encode()]
+
+
 TARGETS = {
     "zfile": Target(_zfile, _zfile_seeds),
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
@@ -231,6 +243,7 @@ TARGETS = {
     "image-config": Target(_image_config, _goldens("image/config.json", "image/config.with-trace.json")),
     "credentials": Target(_credentials, _credential_seeds),
     "challenges": Target(_challenges, _challenge_seeds, strict=False),
+    "hosts": Target(_hosts, _hosts_seeds),
     "reference": Target(_reference, _reference_seeds),
     "layer-tar": Target(_layer_tar, _tar_seeds),
     "ext4": Target(_ext4, _ext4_seeds),

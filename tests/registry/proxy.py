@@ -17,7 +17,7 @@ _PASSED_ON = ("Range", "Authorization", "Accept")
 
 @dataclass
 class Proxy:
-    """A running proxy: what it was asked for, and how it is to fail (a status, or "silence")."""
+    """A running proxy: what it was asked for, and how it is to fail (a status, "silence", or "lies")."""
 
     port: int = 0
     asked: list[tuple[str, str | None]] = field(default_factory=list)
@@ -53,8 +53,8 @@ def running_proxy(port: int = 0) -> Iterator[Proxy]:
                 proxy.closing.wait()
                 self.close_connection = True
                 return
-            if proxy.fails_with:
-                self.send_response(int(proxy.fails_with))
+            if isinstance(proxy.fails_with, int) and proxy.fails_with:
+                self.send_response(proxy.fails_with)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
@@ -66,7 +66,8 @@ def running_proxy(port: int = 0) -> Iterator[Proxy]:
                     self.send_header(key, answer.headers[key])
             self.send_header("Content-Length", str(len(answer.data)))
             self.end_headers()
-            self.wfile.write(answer.data)
+            lying = proxy.fails_with == "lies"
+            self.wfile.write(bytes(byte ^ 1 for byte in answer.data) if lying else answer.data)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = False

@@ -189,7 +189,7 @@ def test_what_hosts_files_say() -> None:
         [host."http://three.example/v2/hub"]
         override_path = true
     """
-    assert parse_hosts(text, "hosts.toml") == (
+    assert parse_hosts(text.encode(), "hosts.toml") == (
         Mirror("https://one.example/v2"),
         Mirror(
             "https://two.example:5000/v2",
@@ -218,7 +218,7 @@ def test_what_hosts_files_say() -> None:
 )
 def test_damaged_hosts_files(text: str) -> None:
     with pytest.raises(HostsError, match=r"hosts\.toml"):
-        parse_hosts(text, "hosts.toml")
+        parse_hosts(text.encode(), "hosts.toml")
 
 
 @settings(max_examples=200, deadline=None)
@@ -226,7 +226,7 @@ def test_damaged_hosts_files(text: str) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     for whole in (text, f'[host."{text}"]', f'[host."https://x"]\n{text}', f'[host."https://x".header]\n{text}'):
         try:
-            parse_hosts(whole, "hosts.toml")
+            parse_hosts(whole.encode(errors="surrogatepass"), "hosts.toml")
         except HostsError:
             continue
 

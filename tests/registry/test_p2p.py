@@ -7,17 +7,23 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from obdlab.image.open import open_image
+from obdlab.image.settings import Settings
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.mirrors import Mirror, Mirrors
 from obdlab.registry.p2p import P2PAddressError, P2PProxy
 from obdlab.registry.reference import Reference
+from obdlab.sources.remote import RemoteBlob
+from tests.image.test_open_remote import EXT4, EXT4_SHA256, push, sha256_of
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
 from tests.registry.proxy import Proxy, running_proxy
+from tests.registry.server import RegistryServer
 
 DATA = random.Random(3).randbytes(200_000)
 DIGEST = faulty.digest_of(DATA)
@@ -122,6 +128,31 @@ def test_a_proxy_that_is_down_costs_nothing_and_comes_back(registry: FaultyRegis
             assert proxy.asked
         for offset in range(0, 20_000, 1000):
             read(client, registry, offset)
+
+
+def test_a_proxy_that_lies_is_left_out_for_the_blob(registry: FaultyRegistry, proxy: Proxy) -> None:
+    proxy.fails_with = "lies"
+    with closing(client_of(registry, proxy.address)) as client:
+        blob = RemoteBlob(client, registry.repository(), DIGEST, len(DATA))
+        assert blob.read_at(0, 1000) != DATA[:1000]
+        blob.evict(0, 1000)  # as whoever checks does
+        assert blob.read_at(0, 1000) == DATA[:1000]
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("trouble", [0, "lies", 503])
+def test_an_image_through_the_proxy_and_the_cache(
+    trouble: int | str, proxy: Proxy, registry_server: RegistryServer, tmp_path: Path
+) -> None:
+    config = push(registry_server, "p2p/image", EXT4)
+    proxy.fails_with = trouble
+    settings = Settings(cache_dir=tmp_path, read_deadline_s=60, p2p_address=proxy.address)
+    with open_image(config, settings) as image:
+        assert sha256_of(image) == EXT4_SHA256
+        asked = len(proxy.asked)
+        assert asked > 0
+        assert sha256_of(image) == EXT4_SHA256
+        assert len(proxy.asked) == asked, "what is cached is not asked for again"
 
 
 def test_a_registry_that_is_down_is_not_the_proxys_fault(registry: FaultyRegistry, proxy: Proxy) -> None:
