@@ -21,7 +21,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from obdlab.blob import WritableBlob
+from obdlab.blob import MemoryBlob, WritableBlob
 from obdlab.devices import abi
 from obdlab.devices.crew import Crew, Member
 from obdlab.devices.device import DeviceStatistics
@@ -36,10 +36,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DISK_NAME", "DeviceStatistics", "FuseServer", "has_ended", "open_connection", "send_again"]
+__all__ = [
+    "DISK_NAME",
+    "DeviceStatistics",
+    "FuseServer",
+    "can_send_again",
+    "has_ended",
+    "open_connection",
+    "send_again",
+]
 
 #: As many as the kernel hands out at a time: requests that wait for a source never keep others from being answered.
 MAX_THREADS = MAX_BACKGROUND
+_PROBE_S = 5.0
 _READ = int(abi.FuseOpcode.READ)
 _WRITE = int(abi.FuseOpcode.WRITE)
 _UNANSWERED = frozenset(
@@ -78,6 +87,18 @@ def send_again(connection: int) -> None:
     except OSError as error:
         if error.errno not in (*_GONE, errno.EPERM):  # the latter: never mounted, or gone
             raise DeviceError(f"the kernel does not hand out requests again: {error.strerror}") from error
+
+
+def can_send_again() -> bool:
+    """Tell whether the kernel knows :func:`send_again`, by asking it. Raises DeviceError if it has no FUSE for us."""
+    probe = FuseServer(MemoryBlob(bytes(abi.SECTOR)), name="probe")
+    root = probe.start()
+    try:
+        os.close(probe.open_disk(root))
+    finally:
+        os.close(root)
+        probe.wait(_PROBE_S)
+    return probe.can_send_again
 
 
 class FuseServer:
@@ -140,6 +161,7 @@ class FuseServer:
     def join(self, connection: int) -> None:
         """Serve a connection that another process has started, after it or beside it."""
         self._fd = connection
+        self._file.can_send_again = True  # or there would be nothing to join
         self._crew.start()
 
     @property
@@ -186,12 +208,12 @@ class FuseServer:
         buffers = [buffer]
         readv, unpack, clock = os.readv, abi.FUSE_TRANSFER.unpack_from, time.monotonic_ns
         read = self._read
-        left = LOOK_EVERY
+        left, busy = LOOK_EVERY, 0
         while True:
             left -= 1
             if not left:
-                left = LOOK_EVERY
-                self._look_at_load()
+                self._look_at_load(busy)
+                left, busy = LOOK_EVERY, 0
             try:
                 length = readv(fd, buffers)
             except OSError as error:
@@ -216,13 +238,14 @@ class FuseServer:
                 self._other(member, opcode, unique, length)
                 taken = clock() - started
             member.since_ns = 0
+            busy += taken
             if taken > member.slowest_ns:
                 member.slowest_ns = taken
             if not member.leading:
                 return True
 
-    def _look_at_load(self) -> None:
-        if self._on_busy is not None and self._load.is_high():
+    def _look_at_load(self, busy_ns: int) -> None:
+        if self._on_busy is not None and self._load.is_high(busy_ns):
             self._on_busy()
 
     def _read(self, member: Member, unique: int, offset: int, size: int) -> None:

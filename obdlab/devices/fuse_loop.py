@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from obdlab.devices import abi, loop
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
-from obdlab.devices.mount import mounts_of
+from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
 
-_TRANSIENT_USE_S = 1.0
 _END_S = 5.0
 _LABEL = "obdlab:"
 
@@ -138,7 +136,7 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
     """
     for device in devices_of(directory):
         if not force:
-            _wait_unused(device)
+            wait_unused(device)
         try:
             loop.detach(device, label=_label(directory), timeout_s=min(timeout_s, 1.0) if force else timeout_s)
         except DeviceError:
@@ -156,17 +154,3 @@ def take_down_when_unused(directory: Path) -> None:
 def _label(directory: Path) -> str:
     whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
     return f"{_LABEL}{whole}:{directory.name}"[:63]
-
-
-# A container being started copies all mounts for a moment and drops them; only longer use is use.
-def _wait_unused(device: Path) -> None:
-    deadline = time.monotonic() + _TRANSIENT_USE_S
-    while loop.in_use(device):
-        if mounts_of(device) or time.monotonic() > deadline:
-            raise DeviceError(f"{device}: still in use ({_users(device)})")
-        time.sleep(0.02)
-
-
-def _users(device: Path) -> str:
-    found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)]
-    return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"

@@ -1,4 +1,4 @@
-"""Whether one process is not enough: how much of a processor serving takes."""
+"""Whether one process is not enough: how much of its time it is busy serving."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import time
 
 #: Requests between two looks: a clock is read for each, so a look must not come with every request.
 LOOK_EVERY = 256
-_HIGH = 0.7
-_SHORTEST_S = 0.05
+#: Of the time; the rest goes by between the answer to one request and the arrival of the next.
+_HIGH = 0.5
+_SHORTEST_NS = 50_000_000
 #: A longer time with so few requests is no load, and says nothing of the present.
-_LONGEST_S = 1.0
-_QUIET_S = 2.0
+_LONGEST_NS = 1_000_000_000
+_QUIET_NS = 2_000_000_000
 
 
 class Load:
-    """The processor time of this process over the last looks."""
+    """How busy this process was over the last looks."""
 
     def __init__(self) -> None:
-        self._begin_s = self._begin_cpu_s = 0.0
-        self._quiet_until_s = 0.0
+        self._begin_ns = 0
+        self._busy_ns = 0
+        self._quiet_until_ns = 0
 
-    def is_high(self) -> bool:
-        """Tell whether this process took most of one processor lately; True at most every two seconds."""
-        now, cpu = time.monotonic(), time.process_time()
-        taken, cpu_taken = now - self._begin_s, cpu - self._begin_cpu_s
-        if taken < _SHORTEST_S:
+    def is_high(self, busy_ns: int) -> bool:
+        """Tell, given the time spent serving since the last look, whether that was most of the time lately.
+
+        True at most every two seconds.
+        """
+        now = time.monotonic_ns()
+        self._busy_ns += busy_ns
+        taken, busy = now - self._begin_ns, self._busy_ns
+        if taken < _SHORTEST_NS:
             return False
-        self._begin_s, self._begin_cpu_s = now, cpu
-        if taken > _LONGEST_S or cpu_taken < _HIGH * taken or now < self._quiet_until_s:
+        self._begin_ns, self._busy_ns = now, 0
+        if taken > _LONGEST_NS or busy < _HIGH * taken or now < self._quiet_until_ns:
             return False
-        self._quiet_until_s = now + _QUIET_S
+        self._quiet_until_ns = now + _QUIET_NS
         return True

@@ -51,7 +51,7 @@ def attach(
             time.sleep(_RACE_PAUSE_S)
         else:
             break
-    _set_readahead(device, readahead_kib)
+    set_readahead(device, readahead_kib)
     return device
 
 
@@ -106,10 +106,11 @@ def _configure(device: Path, config: abi.LoopConfig, read_only: bool) -> None:
         os.close(fd)
 
 
-def _set_readahead(device: Path, readahead_kib: int) -> None:
+def set_readahead(device: Path, readahead_kib: int) -> None:
+    """Set how far the kernel reads ahead on any block device; where /sys is read-only its default works too."""
     try:
         (_SYS_BLOCK / device.name / "queue" / "read_ahead_kb").write_text(str(readahead_kib))
-    except OSError:  # a read-only /sys: the kernel's default works too
+    except OSError:
         pass
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from obdlab.devices.device import Device
 
 MIB = 1 << 20
+#: How kinds say that a device is read-only: to who opens it for writing, or to who writes.
+REFUSED = (errno.EPERM, errno.EACCES, errno.EROFS)
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
 BLKGETSIZE64 = 0x80081272
@@ -125,15 +127,17 @@ class DeviceContract(ABC):
     def test_read_only_refuses_writes(self, tmp_path: Path) -> None:
         with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
             assert device.read_only
-            with pytest.raises(PermissionError):
+            with pytest.raises(OSError) as caught:
                 write_direct(device.path, 0, bytes(4096))
+            assert caught.value.errno in REFUSED
 
     def test_writable_blob_can_be_served_read_only(self, tmp_path: Path) -> None:
         blob = MemoryWritable(MIB)
         with self.device(blob, tmp_path, read_only=True) as device:
             assert device.read_only
-            with pytest.raises(PermissionError):
+            with pytest.raises(OSError) as caught:
                 write_direct(device.path, 0, b"x" * 4096)
+            assert caught.value.errno in REFUSED
         assert blob.data == bytes(MIB)
 
     def test_writes_against_a_model(self, tmp_path: Path) -> None:

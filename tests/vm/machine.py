@@ -114,7 +114,7 @@ def _job(command: Sequence[str], directory: Path, environment: Mapping[str, str]
 
 def _command(kernel: Kernel, work: Path, job: Path, memory_mib: int, processors: int) -> list[str]:
     # With its parent the machine dies, too; it must not slow down who waits for it.
-    wrapper = ["nice", "-n", "5", "setpriv", "--pdeathsig", "KILL"]
+    wrapper = ["nice", "-n", "2", "setpriv", "--pdeathsig", "KILL"]
     return [
         *wrapper, QEMU, "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", str(processors),
         "-m", str(memory_mib), "-nodefaults", "-display", "none", "-no-reboot", "-nographic",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 #: Loaded before the tests. A test that needs another one loads it.
 MODULES = ("configfs", "target_core_user", "tcm_loop", "sd_mod", "ublk_drv", "fuse", "loop", "ext4", "xfs")
-_BOOT_S = 180.0
-_EACH_S = 60.0
+_BOOT_S = 300.0
+_EACH_S = 120.0
 _REPORTS = "reports.jsonl"
 #: Passed on to the machine.
 _VARIABLES = ("OBDLAB_LONG",)

@@ -1,0 +1,189 @@
+"""Making TCMU devices and taking them down: a backstore in configfs, and a SCSI disk over it through tcm_loop.
+
+Paths and values are those that overlaybd-snapshotter and overlaybd-attacher write, so that their devices and ours are
+the same to either side.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TARGET = Path("/sys/kernel/config/target")
+#: Stands for "no tenant" in the number of the host bus adapter.
+_NO_TENANT_HBA = 999999999
+#: About 24 days: it is the image that decides when to give up, not the kernel.
+TIMEOUT_S = 2147483
+_CONFIG_MOST = 255
+_ID_MOST = 13
+_BLOCKED_PAUSE_S = 0.05
+_BLOCKED_TRIES = 100
+_DEVICE_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one device lives in configfs: ``backstore``, and ``loop``, the SCSI host that exports it."""
+
+    device_id: str
+    backstore: Path
+    loop: Path
+
+    @classmethod
+    def of(cls, device_id: str, tenant: int = -1) -> Self:
+        """Return the places of a device of that id (a snapshot's, at most 13 characters). Raises DeviceError."""
+        if not device_id.isascii() or not device_id.isalnum() or len(device_id) > _ID_MOST:
+            raise DeviceError(f"device id: {_ID_MOST} letters or digits at most (got {device_id!r})")
+        hba = _NO_TENANT_HBA if tenant == -1 else tenant
+        prefix = 199 if tenant == -1 else tenant % 100 + 100
+        backstore = TARGET / "core" / f"user_{hba}" / f"dev_{device_id}"
+        return cls(device_id, backstore, TARGET / "loopback" / f"naa.{prefix:03}{device_id.zfill(_ID_MOST)}")
+
+    @property
+    def group(self) -> Path:
+        """The target portal group."""
+        return self.loop / "tpgt_1"
+
+    @property
+    def lun(self) -> Path:
+        """The logical unit."""
+        return self.group / "lun" / "lun_0"
+
+    @property
+    def link(self) -> Path:
+        """What joins the two."""
+        return self.lun / self.backstore.name
+
+
+def create(target: Target, dev_config: str, options: Sequence[str] = ("max_data_area_mb=4",)) -> None:
+    """Make the backstore and enable it, whereupon its handler is told. Raises DeviceError, leaving nothing.
+
+    ``options`` are further texts for its control file.
+    """
+    if len(dev_config) > _CONFIG_MOST or any(character in dev_config for character in ",\n"):
+        raise DeviceError(
+            f"{dev_config}: the kernel takes {_CONFIG_MOST} characters at most, and no comma or line break in it"
+        )
+    try:
+        os.makedirs(target.backstore.parent, 0o700, exist_ok=True)
+        os.mkdir(target.backstore, 0o700)
+    except FileExistsError as error:
+        raise DeviceError(f"{target.backstore}: there is such a device already") from error
+    except OSError as error:
+        raise DeviceError(
+            f"{target.backstore}: cannot make it ({error.strerror}): is target_core_user loaded?"
+        ) from error
+    try:
+        for text in (f"dev_config={dev_config}", *options):
+            _write(target.backstore / "control", text)
+        _enable(target.backstore)
+        _write(target.backstore / "attrib/cmd_time_out", str(TIMEOUT_S))
+    except BaseException:
+        os.rmdir(target.backstore)
+        raise
+
+
+# While a handler starts, its netlink is blocked and the kernel says EAGAIN.
+def _enable(backstore: Path) -> None:
+    for attempt in range(1, _BLOCKED_TRIES + 1):
+        try:
+            (backstore / "enable").write_text("1")
+        except OSError as error:
+            if error.errno != errno.EAGAIN or attempt == _BLOCKED_TRIES:
+                raise DeviceError(f"{backstore}: its handler refused it: {error.strerror}") from error
+            time.sleep(_BLOCKED_PAUSE_S)
+        else:
+            return
+
+
+def export(target: Target, *, timeout_s: float = 10.0) -> Path:
+    """Make the backstore a SCSI disk; return its node, such as ``/dev/sda``. Raises DeviceError, leaving nothing."""
+    try:
+        os.makedirs(target.loop, 0o700, exist_ok=True)
+        os.makedirs(target.lun, 0o700, exist_ok=True)
+        _write(target.group / "nexus", target.loop.name)
+        os.symlink(target.backstore, target.link)
+        address = (target.group / "address").read_text().strip()
+        return _disk_at(address, timeout_s)
+    except BaseException as error:
+        unexport(target)
+        if isinstance(error, OSError):
+            raise DeviceError(f"{target.loop}: cannot export ({error.strerror}): is tcm_loop loaded?") from error
+        raise
+
+
+# The disk is looked for in the background once the logical unit is there.
+def _disk_at(address: str, timeout_s: float) -> Path:
+    directory = Path(f"/sys/class/scsi_device/{address}:0/device")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with suppress(FileNotFoundError):
+            for name in os.listdir(directory / "block"):
+                (directory / "timeout").write_text(str(TIMEOUT_S))
+                if Path("/dev", name).exists():
+                    return Path("/dev", name)
+        if time.monotonic() > deadline:
+            raise DeviceError(f"SCSI device {address}:0: no disk came of it within {timeout_s:g} s")
+        time.sleep(_DEVICE_PAUSE_S)
+
+
+def disk_of(target: Target) -> Path | None:
+    """Return the node of the disk that the backstore is exported as, or None."""
+    try:
+        address = (target.group / "address").read_text().strip()
+        return Path("/dev", os.listdir(f"/sys/class/scsi_device/{address}:0/device/block")[0])
+    except (OSError, IndexError):
+        return None
+
+
+def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str = "") -> Path:
+    """Have the running overlaybd daemon, ours or the original, serve the image of a config.v1.json; return the disk.
+
+    ``live_id`` names it for live snapshots. Raises DeviceError.
+    """
+    target = Target.of(device_id, tenant)
+    dev_config = f"overlaybd/{config_path.absolute()}" + (f";{live_id}" if live_id else "")
+    create(target, dev_config)
+    try:
+        return export(target)
+    except BaseException:
+        os.rmdir(target.backstore)
+        raise
+
+
+def unexport(target: Target) -> None:
+    """Take the SCSI disk away, if there is one."""
+    for path in (target.link, target.lun, target.group, target.loop):
+        _remove(path)
+
+
+def remove(target: Target) -> None:
+    """Take all of a device away, if there is one. Raises DeviceError if the kernel refuses."""
+    unexport(target)
+    _remove(target.backstore)
+
+
+def _remove(path: Path) -> None:
+    try:
+        os.unlink(path) if path.is_symlink() else os.rmdir(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DeviceError(f"{path}: cannot remove: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise DeviceError(f"{path}: cannot write {text!r}: {error.strerror}") from error

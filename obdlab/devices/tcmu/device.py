@@ -1,0 +1,153 @@
+"""A blob as a SCSI disk of this host, served by this process: TCMU backstore and tcm_loop."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import loop
+from obdlab.devices.device import Device, DeviceStatistics
+from obdlab.devices.tcmu import configfs
+from obdlab.devices.tcmu.disk import ScsiDisk
+from obdlab.devices.tcmu.server import TcmuServer
+from obdlab.devices.tcmu.uio import UioDevice, number_of
+from obdlab.devices.usage import wait_unused
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from obdlab.blob import Blob
+
+#: Names the handler of these devices, so that no daemon takes them for its own.
+HANDLER = "obdlab"
+_DATA_AREA_MIB = 32
+_TIMEOUT_S = 10.0
+
+
+class TcmuDevice(Device):
+    """Serves ``blob`` as a SCSI disk. ``directory`` is the device's own: others find the device by it.
+
+    Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
+    """
+
+    kind = "tcmu"
+
+    def __init__(
+        self,
+        blob: Blob,
+        directory: Path,
+        *,
+        name: str = "",
+        read_only: bool = False,
+        sector_size: int = 512,
+        readahead_kib: int = 128,
+        max_threads: int = 256,
+    ) -> None:
+        if blob.size == 0 or blob.size % sector_size:
+            raise DeviceError(
+                f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
+            )
+        self._directory = directory
+        self._blob = blob
+        self._size = blob.size
+        self._closed = False
+        target = _target(directory)
+        disk = ScsiDisk(
+            blob,
+            serial=_hash(directory)[:32],
+            description=f"{HANDLER}/{directory.name}",
+            block_size=sector_size,
+            read_only=read_only,
+        )
+        self._read_only = disk.read_only
+        with ExitStack() as failed:
+            # No netlink: whoever makes the device serves it, and nobody else is to be waited for.
+            options = [f"max_data_area_mb={_DATA_AREA_MIB}", "nl_reply_supported=-1", f"hw_block_size={sector_size}"]
+            configfs.create(target, f"{HANDLER}/{_hash(directory)}", [*options, f"dev_size={blob.size}"])
+            failed.callback(configfs.remove, target)
+            self._uio = UioDevice.open(number_of(target.backstore))
+            failed.callback(self._close)
+            self._server = TcmuServer(
+                self._uio.memory, self._uio.descriptor, disk, name=name or blob.name, max_threads=max_threads
+            )
+            self._server.start()
+            failed.callback(self._server.wait, _TIMEOUT_S)
+            failed.callback(self._server.end)
+            self._path = configfs.export(target)
+            failed.callback(configfs.unexport, target)
+            loop.set_readahead(self._path, readahead_kib)
+            failed.pop_all()
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    @property
+    def in_use(self) -> bool:
+        return loop.in_use(self._path)
+
+    def take_on_size(self) -> None:
+        try:
+            Path("/sys/block", self._path.name, "device/rescan").write_text("1")
+        except OSError as error:
+            raise DeviceError(f"{self._path}: the kernel does not look for a new size: {error.strerror}") from error
+        self._size = self._blob.size
+
+    def statistics(self) -> DeviceStatistics:
+        return self._server.statistics()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        if not self._server.wait(timeout_s):
+            return False
+        self._close()
+        return True
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        take_down(self._directory, timeout_s=timeout_s)
+        if not self.wait(timeout_s):
+            raise DeviceError(f"{self._path}: requests are still being served {timeout_s:g} s after it was detached")
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._uio.close()
+
+
+def devices_of(directory: Path) -> list[Path]:
+    """Return the disk that belongs to a device's directory, if there is one."""
+    disk = configfs.disk_of(_target(directory))
+    return [disk] if disk is not None else []
+
+
+def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+    """Take the disk of ``directory`` away, whereupon its server ends. None being there is fine.
+
+    Raises DeviceError while a file system is mounted from it, unless ``force``: then its users get I/O errors.
+    """
+    for disk in devices_of(directory):
+        if not force:
+            wait_unused(disk)
+    configfs.remove(_target(directory))
+
+
+def _hash(directory: Path) -> str:
+    return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()
+
+
+# 13 of the digits are what a device's name has room for.
+def _target(directory: Path) -> configfs.Target:
+    return configfs.Target.of(_hash(directory)[:13], tenant=_TENANT)
+
+
+#: Keeps these devices apart from those of snapshots, whose ids are theirs.
+_TENANT = 88

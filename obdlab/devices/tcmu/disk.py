@@ -1,0 +1,137 @@
+"""A blob as a SCSI disk: commands and data in, data or an error out. Nothing here knows of rings or the kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.blob import WritableBlob
+from obdlab.devices.tcmu import scsi
+from obdlab.devices.tcmu.scsi import Op, ScsiError, Sense, Transfer, Unit
+from obdlab.waiting import waiting
+
+if TYPE_CHECKING:
+    from obdlab.blob import Blob
+
+_MIB = 1 << 20
+#: How a WRITE SAME is to be done (byte 1 of the command).
+_WRITE_SAME_UNMAP = 0x08
+_WRITE_SAME_ANCHOR = 0x10
+_WRITE_SAME_NO_DATA = 0x01
+
+
+class ScsiDisk:
+    """Answers SCSI commands from ``blob``; writable if the blob is, unless ``read_only``."""
+
+    def __init__(
+        self, blob: Blob, *, serial: str, description: str, block_size: int = 512, read_only: bool = False
+    ) -> None:
+        self.blob = blob
+        self._writable = blob if isinstance(blob, WritableBlob) and not read_only else None
+        self._serial = serial
+        self._description = description
+        self._block_size = block_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        return self._writable is None
+
+    @property
+    def unit(self) -> Unit:
+        """What the disk says of itself at the moment."""
+        return Unit(
+            self.blob.size // self._block_size,
+            self._block_size,
+            read_only=self.read_only,
+            serial=self._serial,
+            description=self._description,
+            write_cache=not self.read_only,
+        )
+
+    def read(self, lba: int, blocks: int, room: int) -> bytes:
+        """Answer a READ of which ``room`` bytes can be taken. Raises what the blob does, also past its end."""
+        offset, wanted = lba * self._block_size, blocks * self._block_size
+        length = wanted if wanted <= room else room  # noqa: FURB136 - five times faster than min()
+        data = self.blob.read_at(offset, length)
+        if len(data) != length:
+            raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
+        return data
+
+    def write(self, cdb: bytes, data: bytes | memoryview) -> None:
+        """Do a WRITE. Raises ScsiError, or what the blob does."""
+        blob, transfer = self._writable_or_refuse(), scsi.transfer_of(cdb)
+        scsi.check_inside(transfer, self.unit)
+        length = transfer.blocks * self._block_size
+        if len(data) < length:
+            raise ScsiError(Sense.INVALID_CDB, f"WRITE of {length} bytes, but {len(data)} came with it")
+        if length:
+            blob.write_at(transfer.lba * self._block_size, data if len(data) == length else data[:length])
+        if transfer.force_unit_access and len(cdb) > 6:
+            self._flush()
+
+    def execute(self, cdb: bytes, data: bytes) -> bytes:
+        """Do any command but READ and WRITE; return what it answers. Raises ScsiError, or what the blob does."""
+        op = cdb[0]
+        if op == Op.TEST_UNIT_READY:
+            return b""
+        if op == Op.INQUIRY:
+            return scsi.inquiry(cdb, self.unit)
+        if op == Op.READ_CAPACITY_10:
+            return scsi.read_capacity_10(self.unit)
+        if op == Op.SERVICE_ACTION_IN_16:
+            return scsi.read_capacity_16(cdb, self.unit)
+        if op in (Op.MODE_SENSE_6, Op.MODE_SENSE_10):
+            return scsi.mode_sense(cdb, self.unit)
+        if op in (Op.MODE_SELECT_6, Op.MODE_SELECT_10):
+            scsi.mode_select(cdb, data, self.unit)
+        elif op in (Op.SYNCHRONIZE_CACHE_10, Op.SYNCHRONIZE_CACHE_16):
+            self._flush()
+        elif op == Op.UNMAP:
+            self._unmap(cdb, data)
+        elif op in (Op.WRITE_SAME_10, Op.WRITE_SAME_16):
+            self._write_same(cdb, data)
+        else:
+            raise ScsiError(Sense.INVALID_COMMAND, f"no such command ({op:#04x})")
+        return b""
+
+    def _writable_or_refuse(self) -> WritableBlob:
+        if self._writable is None:
+            raise ScsiError(Sense.INCOMPATIBLE_FORMAT, "the device is read-only")
+        return self._writable
+
+    def _flush(self) -> None:
+        if self._writable is not None:
+            with waiting():
+                self._writable.flush()
+
+    # All ranges are looked at before any is changed.
+    def _unmap(self, cdb: bytes, data: bytes) -> None:
+        self._writable_or_refuse()
+        ranges = scsi.unmap_ranges(cdb, data)
+        for transfer in ranges:
+            scsi.check_inside(transfer, self.unit)
+        for transfer in ranges:
+            self._discard(transfer)
+
+    def _write_same(self, cdb: bytes, data: bytes) -> None:
+        blob, transfer, how = self._writable_or_refuse(), scsi.transfer_of(cdb), cdb[1]
+        no_data = bool(how & _WRITE_SAME_NO_DATA) and len(cdb) == 16
+        if transfer.blocks == 0 or how & _WRITE_SAME_ANCHOR:
+            raise ScsiError(Sense.INVALID_CDB, f"WRITE SAME of {transfer.blocks} blocks, flags {how:#x}")
+        scsi.check_inside(transfer, self.unit)
+        if not no_data and len(data) < self._block_size:
+            raise ScsiError(Sense.INVALID_CDB, f"WRITE SAME: a block of {len(data)} bytes came with it")
+        block = bytes(self._block_size) if no_data else data[: self._block_size]
+        # UNMAP is a wish that holds for blocks of zeros; others have to be written all the same.
+        if not any(block):
+            self._discard(transfer)
+            return
+        end = transfer.lba + transfer.blocks
+        step = _MIB // self._block_size
+        for lba in range(transfer.lba, end, step):
+            blob.write_at(lba * self._block_size, block * min(step, end - lba))
+
+    def _discard(self, transfer: Transfer) -> None:
+        if transfer.blocks:
+            offset, length = transfer.lba * self._block_size, transfer.blocks * self._block_size
+            self._writable_or_refuse().discard(offset, length)

@@ -1,0 +1,184 @@
+"""The command ring that the kernel shares with a TCMU handler: mailbox version 2, entries in, completions out.
+
+Layout of ``include/uapi/linux/target_core_user.h``; behaviour of ``Documentation/target/tcmu-design.rst``. All in the
+machine's byte order. Nothing here makes a system call: any writable buffer will do for memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+VERSION = 2
+FLAG_OUT_OF_ORDER = 1
+FLAG_READ_LENGTH = 2
+
+OP_PAD, OP_COMMAND, OP_TASK_MANAGEMENT = 0, 1, 2
+_OP_MASK = 7
+UFLAG_UNKNOWN_OP = 1
+UFLAG_READ_LENGTH = 2
+
+#: struct tcmu_mailbox, its head: version, flags, cmdr_off, cmdr_size, cmd_head
+MAILBOX = Struct("=HHIII")
+HEAD_AT = 12
+TAIL_AT = 64
+MAILBOX_SIZE = 128
+#: struct tcmu_cmd_entry up to its first iovec: len_op, cmd_id, kflags, uflags, iov_cnt, iov_bidi_cnt, iov_dif_cnt,
+#: cdb_off, (two reserved numbers), and that iovec: offset from the start of the mapping, length
+ENTRY = Struct("=IHBBIII4xQ16xQQ")
+IOVECS_AT = 48
+IOVEC = Struct("=QQ")
+#: Length of the smallest command entry: the response, with its 96 bytes of sense, overlays the request.
+ENTRY_LEAST = 112
+STATUS_AT = 8
+READ_LENGTH_AT = 12
+SENSE_AT = 16
+SENSE_SIZE = 96
+#: Group of the operation code (its upper three bits) to length of the command; those left out have no standard one.
+_CDB_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
+_VARIABLE_LENGTH = 0x7F
+_CDB_MOST = 16
+
+_U32 = Struct("=I")
+_U16 = Struct("=H")
+
+
+class RingError(DeviceError):
+    """The shared memory does not hold what the kernel puts there: nothing in it can be believed any more."""
+
+
+Iovecs = tuple[tuple[int, int], ...]
+#: One SCSI command: its number; its CDB, empty if that lies outside the mapping or its length is not to be known;
+#: (offset, length) in the mapping of its data, or None if some of it lies outside the data area. Bare, for speed.
+Command = tuple[int, bytes, Iovecs | None]
+
+
+class Ring:
+    """The ring in ``memory``. One thread at a time takes commands; completions may come from any, in any order.
+
+    Raises RingError if the mailbox is none, or if the kernel wants completions in order.
+    """
+
+    def __init__(self, memory: mmap | bytearray) -> None:
+        self.memory = memory
+        self._size = len(memory)
+        if self._size < MAILBOX_SIZE:
+            raise RingError(f"a mapping too small for a mailbox (got {self._size} bytes, wanted {MAILBOX_SIZE})")
+        version, flags, self._offset, self._length, _ = MAILBOX.unpack_from(memory)
+        if version != VERSION:
+            raise RingError(f"mailbox version (got {version}, wanted {VERSION})")
+        if not flags & FLAG_OUT_OF_ORDER:
+            raise RingError(f"the kernel wants completions in order (mailbox flags {flags:#x})")
+        self._data = self._offset + self._length
+        if self._offset < MAILBOX_SIZE or not self._length or self._length % 8 or self._data > self._size:
+            raise RingError(f"ring outside the mapping (got [{self._offset}, {self._data}), mapping {self._size})")
+        self._read_length = bool(flags & FLAG_READ_LENGTH)
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        #: Where the next command is taken from; the kernel's tail, in the mailbox, follows with the completions.
+        self._taken = self._position(TAIL_AT)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the kernel waits for nothing."""
+        return bool(_U32.unpack_from(self.memory, HEAD_AT) == _U32.unpack_from(self.memory, TAIL_AT))
+
+    def take(self) -> list[Command]:
+        """Return the commands that have come since the last call. Raises RingError."""
+        memory, position, unpack = self.memory, self._taken, ENTRY.unpack_from
+        head = self._position(HEAD_AT)
+        commands = []
+        while position != head:
+            at = self._offset + position
+            try:
+                length_op, cmd_id, _, uflags, iovecs, _, _, cdb, first, first_length = unpack(memory, at)
+            except Exception as error:
+                raise RingError(f"an entry at {position} that reaches out of the mapping") from error
+            length, op = length_op & ~_OP_MASK, length_op & _OP_MASK
+            if not 0 < length <= self._length - position:
+                raise RingError(f"an entry at {position} of {length} bytes, in a ring of {self._length}")
+            if op == OP_COMMAND:
+                if length < ENTRY_LEAST:
+                    raise RingError(f"a command at {position} of {length} bytes (wanted {ENTRY_LEAST} at least)")
+                if iovecs == 1 and self._data <= first and first + first_length <= self._size:
+                    places: Iovecs | None = ((first, first_length),)
+                else:
+                    places = self._iovecs(at, length, iovecs)
+                commands.append((cmd_id, self._cdb(cdb), places))
+            elif op not in (OP_PAD, OP_TASK_MANAGEMENT):
+                memory[at + 7] = uflags | UFLAG_UNKNOWN_OP
+            position = (position + length) % self._length
+        if position != self._taken:
+            with self._lock:  # the next entry that a completion may have to pass over
+                self._taken = position
+                self._outstanding += len(commands)
+                if not self._outstanding:
+                    _U32.pack_into(memory, TAIL_AT, position)
+        return commands
+
+    def complete(self, cmd_id: int, status: int, sense: bytes = b"", read_length: int = -1) -> None:
+        """Answer one command; the kernel looks when it is told to. ``read_length``: how much of the data is valid.
+
+        Whichever command's entry is next carries the answer: the kernel goes by the number. Raises RingError if no
+        command is outstanding.
+        """
+        memory = self.memory
+        with self._lock:
+            if not self._outstanding:
+                raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
+            at, length = self._next_command()
+            _U16.pack_into(memory, at + 4, cmd_id)
+            memory[at + STATUS_AT] = status
+            if sense:
+                memory[at + SENSE_AT : at + SENSE_AT + SENSE_SIZE] = sense.ljust(SENSE_SIZE, b"\0")
+            uflags = 0
+            if read_length >= 0 and self._read_length:
+                uflags = UFLAG_READ_LENGTH
+                _U32.pack_into(memory, at + READ_LENGTH_AT, read_length)
+            memory[at + 7] = uflags
+            self._outstanding -= 1
+            # With nothing outstanding what follows, padding or task management, needs no answer.
+            tail = (at - self._offset + length) % self._length if self._outstanding else self._taken
+            # Last: the kernel may look at any time. (x86 keeps the order of stores; Python knows no barrier.)
+            _U32.pack_into(memory, TAIL_AT, tail)
+
+    def _next_command(self) -> tuple[int, int]:
+        position = self._position(TAIL_AT)
+        while position != self._taken:
+            at = self._offset + position
+            (length_op,) = _U32.unpack_from(self.memory, at)
+            length = length_op & ~_OP_MASK
+            if not 0 < length <= self._length - position:
+                break
+            if length_op & _OP_MASK == OP_COMMAND:
+                return at, length
+            position = (position + length) % self._length
+        raise RingError(f"the kernel's tail is not among the commands taken (got {position})")
+
+    def _position(self, at: int) -> int:
+        position = int(_U32.unpack_from(self.memory, at)[0])
+        if position >= self._length or position % 8:
+            raise RingError(
+                f"a position outside the ring (got {position}, wanted a multiple of 8 below {self._length})"
+            )
+        return position
+
+    def _iovecs(self, at: int, length: int, count: int) -> Iovecs | None:
+        if count > (length - IOVECS_AT) // IOVEC.size:
+            return None
+        found = tuple(IOVEC.unpack_from(self.memory, at + IOVECS_AT + IOVEC.size * n) for n in range(count))
+        return found if all(self._data <= begin and begin + size <= self._size for begin, size in found) else None
+
+    def _cdb(self, at: int) -> bytes:
+        cdb = bytes(self.memory[at : at + _CDB_MOST])
+        if len(cdb) < _CDB_MOST:
+            return b""
+        if cdb[0] == _VARIABLE_LENGTH:
+            return bytes(self.memory[at : at + 8 + cdb[7]])
+        return cdb[: _CDB_LENGTHS.get(cdb[0] >> 5, 0)]

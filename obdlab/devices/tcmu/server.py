@@ -1,0 +1,257 @@
+"""Serving one TCMU device: commands from its ring, answered by a SCSI disk.
+
+The kernel hands over a batch of commands with one event (a UIO device's read and poll), and looks for answers when it
+is written to. One thread leads, takes a batch and answers it; before a command of it waits for a slow source
+(``obdlab.waiting``), another thread takes the lead and with it the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from obdlab.devices.crew import Crew, Member
+from obdlab.devices.tcmu import scsi
+from obdlab.devices.tcmu.ring import Command, Iovecs, Ring, RingError
+from obdlab.devices.tcmu.scsi import Op, ScsiError, Sense
+from obdlab.errors import ObdlabError, OutOfRangeError
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+    from obdlab.devices.device import DeviceStatistics
+    from obdlab.devices.tcmu.disk import ScsiDisk
+
+log = logging.getLogger(__name__)
+
+_READ_10 = int(Op.READ_10)
+_CDB_10 = scsi.CDB_10.unpack
+#: The kernel hears of finished commands after so many bytes of data at the latest: others wait for theirs.
+_NOTIFY_BYTES = 256 << 10
+_EVENT = bytes(4)
+_DRAIN_PAUSE_S = 0.01
+
+
+class TcmuServer:
+    """Serves ``disk`` over the ring in ``memory``; ``event`` is the descriptor of the UIO device (non-blocking).
+
+    A command that fails is answered with sense data and logged with its cause under ``name``; nothing else is ever
+    answered in place of the disk's bytes. At most ``max_threads`` commands wait for slow sources at a time. The
+    caller keeps both open until :meth:`wait` says so. Raises RingError if the memory holds no ring.
+    """
+
+    def __init__(
+        self, memory: mmap | bytearray, event: int, disk: ScsiDisk, *, name: str, max_threads: int = 256
+    ) -> None:
+        self.name = name
+        self.last_error = ""
+        self._disk = disk
+        self._memory = memory
+        self._ring = Ring(memory)
+        self._event = event
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(event, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+        self._taken: deque[Command] = deque()
+        self._unnotified = 0
+        self._ending = False
+        self._crew = Crew(self._turn, limit=max_threads, name="tcmu")
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._crew.start()
+
+    def end(self) -> None:
+        """Take no more commands; those taken are still answered."""
+        self._ending = True
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the device is gone, or :meth:`end` was called, and all is answered; tell whether that is so."""
+        if not self._crew.wait(timeout_s):
+            return False
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+        return True
+
+    def drained(self, timeout_s: float) -> bool:
+        """Wait until the kernel waits for no answer; tell whether that is so."""
+        deadline = time.monotonic() + timeout_s
+        while not self._ring.is_empty:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_DRAIN_PAUSE_S)
+        return True
+
+    def statistics(self) -> DeviceStatistics:
+        """Return the counters."""
+        return self._crew.statistics(self.last_error)
+
+    # Takes commands while this thread leads; False when there will be no more. This loop sets the device's IOPS.
+    def _turn(self, member: Member) -> bool:
+        taken, serve = self._taken, self._serve
+        try:
+            while True:
+                try:
+                    command = taken.popleft()
+                except IndexError:
+                    if not self._receive():
+                        return False
+                    continue
+                serve(member, command)
+                if not member.leading:
+                    self._notify()
+                    return True
+        except RingError as error:
+            self.last_error = str(error)
+            log.error("%s: %s", self.name, error)
+            return False
+
+    # One event may stand for many commands, and none for commands that are there already.
+    def _receive(self) -> bool:
+        if self._unnotified:
+            self._notify()
+        self._taken.extend(self._ring.take())
+        if self._taken:
+            return True
+        if self._ending:
+            return False
+        self._poll.poll()
+        try:
+            os.read(self._event, 4)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ENODEV):  # the device was removed
+                log.error("%s: waiting for commands: %s", self.name, error)
+            return False
+        return True
+
+    def _notify(self) -> None:
+        self._unnotified = 0
+        try:
+            os.write(self._event, _EVENT)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ENODEV):
+                log.error("%s: telling the kernel of answers: %s", self.name, error)
+
+    def _serve(self, member: Member, command: Command) -> None:
+        cmd_id, cdb, iovecs = command
+        member.since_ns = started = time.monotonic_ns()
+        status, sense, valid = scsi.GOOD, b"", -1
+        try:
+            if iovecs is None:
+                raise ScsiError(Sense.HARDWARE_ERROR, "data outside the shared memory")
+            if not cdb:
+                raise ScsiError(Sense.INVALID_COMMAND, "a command of unknown length")
+            if cdb[0] == _READ_10 and len(iovecs) == 1:  # nearly all there is
+                begin, room = iovecs[0]
+                lba, blocks = _CDB_10(cdb)
+                data = self._disk.read(lba, blocks, room)
+                length = len(data)
+                self._memory[begin : begin + length] = data
+                if length != room:
+                    valid = length
+                self._unnotified += length
+                self._count_read(member, started, length)
+            else:
+                valid = self._other(member, started, cdb, iovecs)
+        except Exception as error:
+            status, sense = scsi.CHECK_CONDITION, self._fail(member, cdb, error)
+        self._ring.complete(cmd_id, status, sense, valid)
+        member.since_ns = 0
+        self._unnotified += 1
+        if self._unnotified > _NOTIFY_BYTES:
+            self._notify()
+
+    # Returns how many bytes were answered if that is less than there was room for, or -1.
+    def _other(self, member: Member, started: int, cdb: bytes, iovecs: Iovecs) -> int:
+        op = cdb[0]
+        if op in scsi.READS:
+            transfer = scsi.transfer_of(cdb)
+            data = self._disk.read(transfer.lba, transfer.blocks, sum(length for _, length in iovecs))
+            self._count_read(member, started, len(data))
+        elif op in scsi.WRITES:
+            content = self._gather(iovecs)
+            self._disk.write(cdb, content)
+            taken = time.monotonic_ns() - started
+            member.writes += 1
+            member.written_bytes += len(content)
+            member.write_ns += taken
+            member.write_times[taken.bit_length()] += 1
+            member.slowest_ns = max(member.slowest_ns, taken)
+            self._unnotified += len(content)
+            return -1
+        else:
+            data = self._disk.execute(cdb, bytes(self._gather(iovecs)))
+        return self._scatter(data, iovecs)
+
+    @staticmethod
+    def _count_read(member: Member, started: int, length: int) -> None:
+        taken = time.monotonic_ns() - started
+        member.reads += 1
+        member.read_bytes += length
+        member.read_ns += taken
+        member.read_times[taken.bit_length()] += 1
+        if taken > member.slowest_ns:
+            member.slowest_ns = taken
+
+    def _gather(self, iovecs: Iovecs) -> memoryview | bytes:
+        whole = memoryview(self._memory)
+        if len(iovecs) == 1:
+            begin, length = iovecs[0]
+            return whole[begin : begin + length]
+        return b"".join(whole[begin : begin + length] for begin, length in iovecs)
+
+    # Room that is left is cleared: what another command left there is nobody's business.
+    def _scatter(self, data: bytes, iovecs: Iovecs) -> int:
+        done = 0
+        for begin, length in iovecs:
+            part = data[done : done + length]
+            self._memory[begin : begin + length] = part.ljust(length, b"\0")
+            done += length
+        return -1 if len(data) >= done else len(data)
+
+    def _fail(self, member: Member, cdb: bytes, error: Exception) -> bytes:
+        what = _description(cdb, self._disk)
+        sense, expected = _sense_of(error, cdb)
+        if isinstance(error, ScsiError) and cdb[:1] not in _TRANSFERS:
+            # Asking for a page or a command that is not there is how initiators find out.
+            log.info("%s: %s: %s", self.name, what, error)
+            return sense.to_bytes()
+        member.errors += 1
+        cause = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.last_error = f"{what}: {cause}"
+        log.error("%s: %s", self.name, self.last_error, exc_info=None if expected else error, extra={"cause": error})
+        return sense.to_bytes()
+
+
+_TRANSFERS = frozenset(bytes((op,)) for op in scsi.READS | scsi.WRITES)
+
+
+def _description(cdb: bytes, disk: ScsiDisk) -> str:
+    if cdb[:1] not in _TRANSFERS:
+        return f"SCSI command {cdb.hex(' ') or 'without a CDB'}"
+    transfer, size = scsi.transfer_of(cdb), disk.unit.block_size
+    what = "read" if cdb[0] in scsi.READS else "write"
+    return f"{what} of {transfer.blocks * size} bytes at offset {transfer.lba * size}"
+
+
+# What the initiator is told of an error, and whether it is of a kind that may happen (no bug of ours).
+def _sense_of(error: Exception, cdb: bytes) -> tuple[Sense, bool]:
+    if isinstance(error, ScsiError):
+        return error.sense, True
+    if isinstance(error, OutOfRangeError):
+        return Sense.OUT_OF_RANGE, True
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return Sense.INCOMPATIBLE_FORMAT, True
+    sense = Sense.READ_ERROR if cdb[0] in scsi.READS else Sense.WRITE_ERROR
+    return sense, isinstance(error, ObdlabError | OSError)
