@@ -175,7 +175,7 @@ def _open_lowers(
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-end") as ends,
     ):
         layers = list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers))))
-        remote.start_download()
+        remote.opened()
         return layers, remote
 
 

@@ -41,6 +41,7 @@ class RemoteLayers:
             quota=settings.cache_quota,
             min_free=settings.cache_min_free,
             unit=settings.cache_unit,
+            extent=settings.cache_extent,
             readahead_max=settings.readahead_max,
             deadline_s=settings.read_deadline_s,
         )
@@ -72,11 +73,13 @@ class RemoteLayers:
             origin.close()
             raise
 
-    def start_download(self) -> None:
-        """Have the blobs opened so far fetched whole in the background, if the settings say so.
+    def opened(self) -> None:
+        """The blobs opened so far are a device now: fetch what its readers miss in extents.
 
-        Not if they are more than the cache may hold.
+        If the settings say so, fetch them whole in the background, unless they are more than the cache may hold.
         """
+        for blob in self._blobs:
+            blob.fetch_extents()
         settings = self._settings
         total = sum(blob.size for blob in self._blobs)
         if not settings.download_enabled or not self._blobs:

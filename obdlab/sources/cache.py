@@ -34,7 +34,8 @@ class BlockCache:
     """Cached blobs below one directory.
 
     ``unit`` is the least that is asked of an origin, a power of two >= 4096; blobs that are in the cache already keep
-    the one they were begun with. ``registry`` names whose word is taken for what belongs to a digest: a part of a
+    the one they were begun with. After :meth:`CachedBlob.fetch_extents` a miss fetches what is missing of the aligned
+    ``extent`` around it. ``registry`` names whose word is taken for what belongs to a digest: a part of a
     blob cannot be checked against it, so blobs are shared only between those who name the same. For ``quota`` and
     ``min_free``, which hold for the whole directory, see :class:`CacheSpace`.
     Sequential readers have up to ``readahead_max`` bytes fetched ahead of them (0: none). A read ends within
@@ -49,6 +50,7 @@ class BlockCache:
         quota: int = 0,
         min_free: int = 0,
         unit: int = 64 << 10,
+        extent: int = 0,
         readahead_max: int = 1 << 20,
         deadline_s: float = 120.0,
     ) -> None:
@@ -59,6 +61,7 @@ class BlockCache:
         self.space = CacheSpace(directory, quota=quota, min_free=min_free)
         self._blobs = self.space.blobs / registry
         self._unit = unit
+        self._extent = extent
         self._readahead_max = readahead_max
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -82,6 +85,7 @@ class BlockCache:
             self.space,
             self._blobs / digest,
             self._unit,
+            self._extent,
             self._demand,
             readahead_max=self._readahead_max,
             deadline_s=self._deadline_s,

@@ -50,6 +50,8 @@ class Fetches:
         readahead: ReadAhead,
         deadline_s: float,
     ) -> None:
+        #: A reader's miss fetches what is missing of the aligned extent of so many units around it.
+        self.extent = 1
         self.name = origin.name
         self._origin = origin
         self._units = units
@@ -75,7 +77,7 @@ class Fetches:
                 if flight is None:
                     there = self._units.files.present(unit, stop)
                     if not there[0]:
-                        flight = self._claim(unit, there, ahead=False)
+                        flight = self._claim_extent(unit, stop)
                         ahead = self._readahead.missed(flight.first, flight.stop)
                         mine = True
                 else:
@@ -147,6 +149,16 @@ class Fetches:
         for number in range(unit, end):
             self._flights[number] = flight
         return flight
+
+    def _claim_extent(self, unit: int, stop: int) -> Flight:
+        extent = self.extent
+        begin = unit - unit % extent
+        stop = min(stop + -stop % extent, self._units.files.units)
+        there = self._units.files.present(begin, stop)
+        first = unit
+        while first > begin and not there[first - 1 - begin] and first - 1 not in self._flights:
+            first -= 1
+        return self._claim(first, there[first - begin :], ahead=False)
 
     def _end(self, flight: Flight) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 _STREAMS = 32
 # A reader may leave out this many units (compressed blocks it does not need) and still count as sequential.
 _MAX_GAP = 1
-# So many units make a stream.
+# So many pieces of what a miss fetches make a stream.
 _MIN_WAY = 4
 _MIN_PIECE = 2
 
@@ -29,8 +29,9 @@ class _Stream:
 class ReadAhead:
     """Streams of one blob. Ranges it returns are lists of (first unit, end), each piece to be one request."""
 
-    def __init__(self, units: int, max_window: int, max_piece: int) -> None:
+    def __init__(self, units: int, max_window: int, max_piece: int, *, min_way: int = _MIN_WAY) -> None:
         self._units = units
+        self._min_way = min_way
         self._max_window = max_window
         self._max_piece = max(1, max_piece)
         self._streams: dict[int, _Stream] = {}  # by .ahead, least recently used first
@@ -66,7 +67,7 @@ class ReadAhead:
 
     def _advance(self, stream: _Stream, position: int) -> list[tuple[int, int]]:
         way = position - stream.start
-        window = min(way // 2 if way >= _MIN_WAY else 0, self._max_window)
+        window = min(way // 2 if way >= self._min_way else 0, self._max_window)
         end = min(position + window, self._units)
         piece = min(max(_MIN_PIECE, window // 2), self._max_piece)  # two at least are to be under way
         pieces: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Which cache unit starts an image fastest: the reads of one real start, replayed over shaped links. Needs root.
+"""Which cache extent starts an image fastest: the reads of one real start, replayed over shaped links. Needs root.
 
     python -m tests.benchmarks.extents [--image pydata] [--rates 100 1000] [--units 64 128 256] [--ahead 0 1024]
 
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="default: the converted tag whose name sorts last")
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 1000], metavar="MBIT")
     parser.add_argument("--rtt", type=float, default=5.0, metavar="MS")
-    parser.add_argument("--units", type=int, nargs="+", default=[64, 128, 256], metavar="KIB")
+    parser.add_argument("--units", type=int, nargs="+", default=[64, 128, 256], metavar="KIB", help="extents")
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1024], metavar="KIB")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -225,14 +225,14 @@ def main() -> None:
             outcomes: dict[tuple[int, int], list[Outcome]] = {choice: [] for choice in choices}
             for _ in range(args.rounds):
                 for unit, ahead in choices:
-                    settings = Settings(cache_unit=unit << 10, readahead_max=ahead << 10)
+                    settings = Settings(cache_extent=unit << 10, readahead_max=ahead << 10)
                     outcomes[unit, ahead].append(start_once(config, reads, settings))
             for (unit, ahead), found in outcomes.items():
                 middle = statistics.median(outcome.total_s for outcome in found)
                 requests = statistics.median(outcome.requests for outcome in found)
                 fetched = statistics.median(outcome.fetched for outcome in found)
                 print(
-                    f"{rate:5g} Mbit/s {args.rtt:g} ms  unit {unit:4} KiB  ahead {ahead:4} KiB  {middle:6.2f} s  "
+                    f"{rate:5g} Mbit/s {args.rtt:g} ms  extent {unit:4} KiB  ahead {ahead:4} KiB  {middle:6.2f} s  "
                     f"{requests:5.0f} requests ({requests / extents:.2f})  "
                     f"{fetched / MiB:6.1f} MiB ({fetched / size:.2f})",
                     flush=True,

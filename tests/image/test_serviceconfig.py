@@ -38,7 +38,7 @@ def notes(document: object) -> list[str]:
         ({"registryCacheDir": "/old", "registryCacheSizeGB": 2}, {"cache_dir": Path("/old"), "cache_quota": 2 * GIB}),
         ({"registryCacheDir": "/old", "cacheConfig": {"cacheType": "file"}}, {}),
         ({"registryCacheDir": "/old", "cacheConfig": {"cacheDir": "/new"}}, {"cache_dir": Path("/old")}),
-        ({"cacheConfig": {"refillSize": 131072}}, {"cache_unit": 131072}),
+        ({"cacheConfig": {"refillSize": 131072}}, {"cache_extent": 131072}),
         ({"credentialFilePath": "/cred"}, {"credentials_path": Path("/cred")}),
         (
             {"credentialFilePath": "/a", "credentialConfig": {"mode": "file", "path": "/b"}},
@@ -150,7 +150,7 @@ def test_what_files_lead_to(document: dict[str, Any], changes: dict[str, Any]) -
             r"cacheConfig\.cacheType: wrong value \(got 'ram', wanted one of file",
         ),
         ({"cacheType": "ram"}, r"cacheType: wrong value \(got 'ram'"),
-        ({"cacheConfig": {"refillSize": 5000}}, r"cacheConfig\.refillSize: cache_unit: not a power of two"),
+        ({"cacheConfig": {"refillSize": 5000}}, r"cacheConfig\.refillSize: cache_extent: not a power of two"),
         ({"cacheConfig": {"cacheType": "file", "cacheSizeGB": 0}}, r"cacheConfig\.cacheSizeGB: wrong value \(got 0"),
         ({"credentialFilePath": "cred.json"}, r"credentialFilePath: .* \(got 'cred.json', wanted an absolute path\)"),
         ({"credentialConfig": {"mode": "ftp"}}, r"credentialConfig: credentials_mode: wanted one of file, http"),

@@ -49,6 +49,22 @@ def test_missing_units_are_asked_for_once_and_together(tmp_path: Path) -> None:
         assert blob.statistics()["demand_bytes"] == 8 * UNIT + 123
 
 
+def test_a_miss_fetches_what_is_missing_of_its_extent(tmp_path: Path) -> None:
+    origin = Origin()
+    with open_cached(tmp_path, origin, extent=8 * UNIT) as blob:
+        blob.read_at(20 * UNIT, UNIT)
+        assert origin.reads == [(20 * UNIT, UNIT)]  # while the image is being opened
+        blob.fetch_extents()
+        blob.read_at(3 * UNIT, 10)
+        blob.read_at(7 * UNIT, 2 * UNIT)
+        blob.read_at(22 * UNIT, 1)
+        blob.read_at(len(DATA) - 1, 1)
+        assert origin.reads[1:] == [(0, 8 * UNIT), (8 * UNIT, 8 * UNIT), (21 * UNIT, 3 * UNIT), (40 * UNIT, 123)]
+        assert blob.read_at(0, 16 * UNIT) == DATA[: 16 * UNIT]
+        assert blob.read_at(20 * UNIT, 4 * UNIT) == DATA[20 * UNIT : 24 * UNIT]
+        assert len(origin.reads) == 5
+
+
 def test_whole_blob_cached_needs_no_origin(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))

@@ -14,6 +14,7 @@ from obdlab.formats.oci import digest_of
 from obdlab.sources.cache import BlockCache
 from obdlab.sources.cachedblob import CachedBlob
 from obdlab.sources.cachefiles import CacheFiles
+from tests.sources import churn
 from tests.sources.test_quota import CONTENTS, DIGESTS, SIZE, UNIT, blob_files, du, fill, open_blob, small_cache
 
 
@@ -133,6 +134,33 @@ def test_verify_finds_a_blob_that_is_another(tmp_path: Path, capsys: pytest.Capt
         assert blob.read_at(0, SIZE) == CONTENTS[3]
     status, output = obdlab(capsys, "cache", "verify", "--json", "--cache-dir", tmp_path, digest_of(b"other"))
     assert (status, output) == (0, "[]\n")
+
+
+def test_all_of_it_while_several_processes_store_and_evict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers = [churn.start(tmp_path, seed, quota=700 << 10, seconds=4) for seed in range(2)]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+        rounds = 0
+        while any(worker.poll() is None for worker in workers):
+            rounds += 1
+            status, output = obdlab(capsys, "cache", "ls", "--json", "--cache-dir", tmp_path)
+            assert status == 0
+            assert all(0 <= entry["cached_bytes"] <= entry["size"] for entry in json.loads(output))
+            status, output = obdlab(capsys, "cache", "verify", "--json", "--cache-dir", tmp_path)
+            assert status == 0
+            assert all(blob["sound"] for blob in json.loads(output))
+            if rounds % 3 == 0:
+                assert obdlab(capsys, "cache", "clear", "--cache-dir", tmp_path)[0] == 0
+            assert du(tmp_path) <= 700 << 10
+    finally:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=60)
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert rounds > 0
 
 
 def test_what_is_no_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,15 @@ def test_closing_ends_it(tmp_path: Path) -> None:
         wait_until(lambda source=source: source.closed == 1)
 
 
+def test_the_start_is_put_off(tmp_path: Path) -> None:
+    asked: list[float] = []
+    with open_cached(tmp_path, origin(lambda offset, length: asked.append(time.monotonic()))) as blob:
+        begin = time.monotonic()
+        assert download(blob, options=DownloadOptions(0.3, 0.2, 0, 3)).wait(20)
+        assert min(asked) - begin >= 0.3
+        assert verified(tmp_path) == [True]
+
+
 def test_the_rate_is_kept(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin()) as blob:
         begin = time.monotonic()
