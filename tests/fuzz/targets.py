@@ -19,15 +19,18 @@ from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
 from obdlab.image.diskimport import disk_size
+from obdlab.image.serviceconfig import parse as parse_settings
+from obdlab.image.settings import Settings
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 from obdlab.registry.auth import parse_challenges
-from obdlab.registry.credentials import Credentials
+from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
+from obdlab.registry.tls import TLSOptions, tls_of_host
 from tests.ext4.samples import large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
@@ -111,6 +114,23 @@ def _credentials(data: bytes) -> None:
     Credentials.parse(data)
 
 
+def _credentials_answer(data: bytes) -> None:
+    _service_credentials(data, "asking").find("h", "x")
+
+
+def _service_config(data: bytes) -> None:
+    settings = parse_settings(data, "overlaybd.json", Settings()).settings
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+def _host_certificates(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "host"
+        directory.mkdir()
+        (directory / "hosts.toml").write_bytes(data)
+        tls_of_host(TLSOptions(certs_dirs=(Path(name),)), "host")
+
+
 def _challenges(data: bytes) -> None:
     parse_challenges(data.decode("latin-1"))
 
@@ -170,6 +190,26 @@ def _config_seeds() -> list[bytes]:
 def _credential_seeds() -> list[bytes]:
     entries = {"a.example": {"auth": "dXNlcjpwYXNz"}, "https://b.example/v1/": {"username": "u", "password": "p"}}
     return [json.dumps({"auths": entries}).encode()]
+
+
+def _answer_seeds() -> list[bytes]:
+    return [b'{"traceId":"1","success":true,"data":%b}' % seed for seed in _credential_seeds()]
+
+
+def _service_config_seeds() -> list[bytes]:
+    original = {
+        "logConfig": {"logLevel": 1, "logPath": "/l"},
+        "cacheConfig": {"cacheType": "file", "cacheDir": "/c", "cacheSizeGB": 4, "refillSize": 262144},
+        "credentialConfig": {"mode": "http", "path": "http://h/a", "timeout": 2},
+        "download": {"enable": True, "delay": 600, "delayExtra": 30, "maxMBps": 100},
+        "p2pConfig": {"enable": True, "address": "http://localhost:1/x"},
+        "certConfig": {"certFile": "/c", "keyFile": "/k"},
+    }
+    return [json.dumps(original).encode(), Settings().to_json().encode()]
+
+
+def _host_certificate_seeds() -> list[bytes]:
+    return [b'ca = "/a.crt"\nclient = [["/a.cert", "/a.key"]]\n[host."https://host"]\nskip_verify = true\n']
 
 
 def _challenge_seeds() -> list[bytes]:
@@ -242,6 +282,9 @@ TARGETS = {
     "manifest": Target(_manifest, _goldens("image/manifest.json", "image/manifest.with-trace.json")),
     "image-config": Target(_image_config, _goldens("image/config.json", "image/config.with-trace.json")),
     "credentials": Target(_credentials, _credential_seeds),
+    "credentials-answer": Target(_credentials_answer, _answer_seeds),
+    "service-config": Target(_service_config, _service_config_seeds),
+    "host-certificates": Target(_host_certificates, _host_certificate_seeds),
     "challenges": Target(_challenges, _challenge_seeds, strict=False),
     "hosts": Target(_hosts, _hosts_seeds),
     "reference": Target(_reference, _reference_seeds),
