@@ -166,6 +166,8 @@ class Authenticator:
             yield
             return
         alone = grant.first.acquire(timeout=min(_FIRST_WAIT_S, _left_s()))
+        if not alone and _left_s() <= 0:
+            raise RegistryError("no token within the deadline", temporary=True)
         if alone and grant.settled:
             grant.first.release()
             alone = False
