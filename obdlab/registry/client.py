@@ -11,6 +11,7 @@ from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
 from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
+from obdlab.registry.deadline import one_try
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import PUSH, Session, redirected
@@ -189,10 +190,11 @@ class RegistryClient:
             )
 
         def attempt() -> bytes:
-            if length > hedge.LARGEST:
-                return request()
-            # Ranges of about the same size take about as long.
-            return self._hedges.run((repository.api_host, length.bit_length()), request)
+            with one_try():  # a server that drips is never silent for long
+                if length > hedge.LARGEST:
+                    return request()
+                # Ranges of about the same size take about as long.
+                return self._hedges.run((repository.api_host, length.bit_length()), request)
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
 

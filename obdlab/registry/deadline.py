@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_LEAST_TRY_S = 1.0
 
 _local = threading.local()
 
@@ -24,6 +27,18 @@ def deadline_of_thread(deadline: float) -> Iterator[None]:
         yield
     finally:
         _local.deadline = outer
+
+
+@contextmanager
+def one_try() -> Iterator[None]:
+    """Leave half of the thread's time for another try; the last second is not halved."""
+    deadline = thread_deadline()
+    now = time.monotonic()
+    if deadline is None or deadline - now < 2 * _LEAST_TRY_S:
+        yield
+        return
+    with deadline_of_thread(now + (deadline - now) / 2):
+        yield
 
 
 def thread_deadline() -> float | None:

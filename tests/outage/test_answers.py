@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 @each_case
 def test_once(lab: Lab, tmp_path: Path, pieces: Pieces, case: Case) -> None:
-    with open_image(lab.config, bench.patient(tmp_path)) as image:
+    with open_image(lab.config, replace(bench.patient(tmp_path), read_deadline_s=case.patience_s)) as image:
         before = lab.proxy.injected[case.name]
         lab.proxy.next(case, case.times)
         if case.once is None:
