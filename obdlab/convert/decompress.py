@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 import zstandard
+from isal import isal_zlib
 
 from obdlab.errors import FormatError
 
@@ -16,8 +16,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Zstandard skippable frames (RFC 8878 section 3.1.2): the first byte's low four bits are free.
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
-_READ = 256 << 10
-_PIECE = 1 << 20
+_READ = 1 << 20
+_PIECE = 4 << 20
 
 
 class Readable(Protocol):
@@ -30,7 +30,7 @@ class Readable(Protocol):
 def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
     """Yield the uncompressed bytes of a gzip, zstd or plain layer read from ``file``, told apart by their magic.
 
-    Pieces are at most 1 MiB, however well the layer compresses. Raises FormatError, naming ``blob`` and the offset
+    Pieces are at most 4 MiB, however well the layer compresses. Raises FormatError, naming ``blob`` and the offset
     in it, for damaged or truncated compressed data.
     """
     head = _read_full(file, 4)
@@ -50,11 +50,11 @@ def _plain(file: Readable, head: bytes) -> Iterator[bytes]:
 def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
     # Any number of gzip members, then perhaps zeros (RFC 1952, as gzip reads it).
     consumed = 0
-    member = zlib.decompressobj(wbits=31)
+    member = isal_zlib.decompressobj(wbits=31)
     while True:
         try:
             piece = member.decompress(data, _PIECE)
-        except zlib.error as error:
+        except isal_zlib.IsalError as error:  # type: ignore[misc] # the stub has it as a value
             raise FormatError(f"damaged gzip data ({error})", blob=blob, offset=consumed) from error
         if piece:
             yield piece
@@ -66,7 +66,7 @@ def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
                     return
                 consumed += len(more)
                 data = more.lstrip(b"\0")
-            member = zlib.decompressobj(wbits=31)
+            member = isal_zlib.decompressobj(wbits=31)
             continue
         data = member.unconsumed_tail
         if not data and len(piece) < _PIECE:

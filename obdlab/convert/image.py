@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.decompress import decompressed
-from obdlab.convert.layer import FS_TYPE, BuiltLayer, LayerBuilder, LayerOptions, layer_uuid
+from obdlab.convert.layer import FS_TYPE, BuiltLayer, LayerBuilder, LayerOptions, PendingLayer, layer_uuid
 from obdlab.convert.layout import VerifiedFile
 from obdlab.convert.progress import Progress, Silent
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
@@ -46,7 +46,7 @@ class ConvertOptions:
     platform: oci.Platform | None = None
     #: Docker's media types instead of OCI's.
     docker: bool = False
-    #: Where layers are built; takes all new blobs, and the largest layer uncompressed and compressed once more.
+    #: Where layers are built; takes all of them, uncompressed and compressed.
     work_dir: Path = _DEFAULT_WORK_DIR
 
 
@@ -145,6 +145,7 @@ class _Conversion:
     def run(self, manifest: oci.Manifest, config: oci.Config) -> tuple[ConvertedLayer, ...]:
         with ExitStack() as ended:
             ended.callback(self._release_fetched)
+            ended.enter_context(self._builder)
             pushers = ended.enter_context(ThreadPoolExecutor(_PUSHERS, "convert-push"))
             fetchers = ended.enter_context(ThreadPoolExecutor(_FETCHERS, "convert-fetch"))
             try:
@@ -156,14 +157,14 @@ class _Conversion:
                 raise
         return tuple(
             ConvertedLayer(layer.digest, layer.size, built, new)
-            for layer, built, new in zip(manifest.layers, self._builder.built, stored, strict=True)
+            for layer, (built, new) in zip(manifest.layers, stored, strict=True)
         )
 
     def _run(
         self, manifest: oci.Manifest, config: oci.Config, fetchers: ThreadPoolExecutor, pushers: ThreadPoolExecutor
-    ) -> list[bool]:
+    ) -> list[tuple[BuiltLayer, bool]]:
         uuids = [layer_uuid(chain) for chain in oci.chain_ids(config.diff_ids)]
-        pushes: list[Future[bool]] = []
+        pushes: list[Future[tuple[BuiltLayer, bool]]] = []
         for number, layer in enumerate(manifest.layers):
             # One ahead: more would only fill the disk.
             for ahead in range(len(self._fetches), min(number + 2, len(manifest.layers))):
@@ -185,7 +186,7 @@ class _Conversion:
 
     def _build(
         self, number: int, layer: oci.Descriptor, file: VerifiedFile, diff_id: str, uuid: str, parent: str | None
-    ) -> BuiltLayer:
+    ) -> PendingLayer:
         blob = f"{self._source.name} layer {number} ({layer.digest})"
         with self._progress.task(f"layer {number}: build", layer.size) as task:
             tar = _uncompressed(file, blob, diff_id, task.advance)
@@ -193,10 +194,11 @@ class _Conversion:
         self._source.release(file)
         return built
 
-    def _push(self, number: int, layer: BuiltLayer) -> bool:
+    def _push(self, number: int, pending: PendingLayer) -> tuple[BuiltLayer, bool]:
+        layer = pending.result()
         with self._progress.task(f"layer {number}: push", layer.size) as task:
             descriptor = _layer_descriptor(layer, self._options)
-            return self._destination.put_file(descriptor, layer.path, self._unless_stopped(task.advance))
+            return layer, self._destination.put_file(descriptor, layer.path, self._unless_stopped(task.advance))
 
     def _release_fetched(self) -> None:
         for fetch in self._fetches:

@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
+import multiprocessing
+import signal
 import time
-from contextlib import closing
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from obdlab.convert.ahead import ahead
 from obdlab.convert.apply import ApplyStatistics, apply_layer
 from obdlab.convert.tree import Ext4Tree
 from obdlab.errors import SourceError
 from obdlab.ext4.mkfs import make_filesystem
-from obdlab.image.open import open_stack
-from obdlab.layers.commit import Committed, commit
-from obdlab.layers.stack import WritableStack
+from obdlab.layers.commit import commit
+from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import TarWrapWriter
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.zfile import ZFileWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from obdlab.blob import Buffer
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 #: The file system that layers are written in.
 FS_TYPE = "ext4"
 GIB = 1 << 30
+# Pieces of the tar that are decompressed and hashed while those before are applied.
+_TAR_AHEAD = 6
+_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,82 +73,130 @@ class BuiltLayer:
 class LayerBuilder:
     """Builds the layers of one image, bottom first, in ``work_dir``; each is built on all before it.
 
-    ``work_dir`` must be on a file system with sparse files. The same layers give the same bytes, whoever builds them
-    where and when.
+    A context manager. Layers are compressed in a process of its own, so that the next is applied meanwhile.
+    ``work_dir`` must be on a file system with sparse files; it takes all layers, uncompressed and compressed. The
+    same layers give the same bytes, whoever builds them where and when.
     """
 
     def __init__(self, work_dir: Path, options: LayerOptions) -> None:
         self._work_dir = work_dir
         self._options = options
-        self._built: list[BuiltLayer] = []
+        self._lowers: list[SparseUpper] = []
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._compressors = ProcessPoolExecutor(1, spawn, initializer=_ignore_interrupts)
 
-    @property
-    def built(self) -> Sequence[BuiltLayer]:
-        """The layers so far, bottom first."""
-        return self._built
+    def __enter__(self) -> Self:
+        self._compressors.submit(_ignore_interrupts)  # starts the process
+        return self
 
-    def build(self, tar: Iterable[bytes], *, blob: str, uuid: str, parent_uuid: str | None) -> BuiltLayer:
-        """Turn one OCI layer, given as pieces of its uncompressed tar, into a layer blob on those built before.
+    def __exit__(self, *_: object) -> None:
+        self._compressors.shutdown(cancel_futures=True)
+        for lower in self._lowers:
+            lower.close()
+
+    def build(self, tar: Iterable[Buffer], *, blob: str, uuid: str, parent_uuid: str | None) -> PendingLayer:
+        """Apply one OCI layer, given as pieces of its uncompressed tar, to those built before.
 
         ``blob`` names the layer in errors. Raises FormatError for a bad tar, ApplyError if it cannot be written,
-        SourceError if the work directory fails, and what ``tar`` raises.
+        SourceError if the work directory fails, and what ``tar`` raises. Compressing it goes on in the background.
         """
-        number = len(self._built)
-        directory = self._work_dir / f"layer-{number:03d}"
-        clock = _Clock()
+        number = len(self._lowers)
+        upper = self._work_dir / f"{number:03d}.writable"
+        target = self._work_dir / f"{number:03d}.obd"
+        begin = time.monotonic()
         try:
-            directory.mkdir()
-            upper = directory / "writable_data"
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
             applied = self._apply(tar, blob, upper)
-            clock.lap("apply")
-            target = self._work_dir / f"{number:03d}.obd"
-            committed = self._commit(upper, target)
-            clock.lap("commit")
-            digest = _digest(target)
-            clock.lap("digest")
+            self._lowers.append(SparseUpper.open(upper, read_only=True))
         except OSError as error:
-            raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(directory)) from error
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-        layer = BuiltLayer(
-            path=target,
-            digest=digest,
-            size=target.stat().st_size,
-            segments=committed.records,
-            data_size=committed.data_sectors * 512,
-            applied=applied,
-            seconds=clock.laps,
-        )
-        self._built.append(layer)
-        return layer
+            raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(upper)) from error
+        seconds = {"apply": time.monotonic() - begin}
+        try:
+            compressing = self._compressors.submit(_compress, upper, target, self._options)
+        except BrokenProcessPool as error:
+            raise _compressor_died(target) from error
+        return PendingLayer(target, applied, seconds, compressing)
 
-    def _apply(self, tar: Iterable[bytes], blob: str, upper: Path) -> ApplyStatistics:
-        lowers = open_stack([layer.path for layer in self._built]) if self._built else None
-        with closing(WritableStack(lowers, SparseUpper.open(upper))) as disk:
+    def _apply(self, tar: Iterable[Buffer], blob: str, upper: Path) -> ApplyStatistics:
+        lowers = Stack(self._lowers) if self._lowers else None
+        with SparseUpper.open(upper) as layer:
+            disk = WritableStack(lowers, layer)
             if lowers is None:
                 make_filesystem(disk)
             tree = Ext4Tree(disk)
-            # One that has read() for parsers, over pieces of any size.
-            with _Pieces(tar) as raw:
+            with ahead(tar, _TAR_AHEAD) as pieces, _Pieces(pieces) as raw:
                 applied = apply_layer(raw, blob, tree)
             tree.finish()
         return applied
 
-    def _commit(self, upper: Path, target: Path) -> Committed:
-        options = self._options
-        with SparseUpper.open(upper) as layer, target.open("xb") as file:
+
+@dataclass(frozen=True, slots=True)
+class PendingLayer:
+    """A layer that has been applied and is being compressed."""
+
+    path: Path
+    applied: ApplyStatistics
+    seconds: dict[str, float]
+    _compressing: Future[_Compressed]
+
+    def result(self) -> BuiltLayer:
+        """Wait for the finished layer. Raises SourceError if the work directory fails."""
+        try:
+            made = self._compressing.result()
+        except BrokenProcessPool as error:
+            raise _compressor_died(self.path) from error
+        return BuiltLayer(
+            path=self.path,
+            digest=made.digest,
+            size=made.size,
+            segments=made.records,
+            data_size=made.data_size,
+            applied=self.applied,
+            seconds={**self.seconds, **made.seconds},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Compressed:
+    size: int
+    records: int
+    data_size: int
+    digest: str
+    seconds: dict[str, float]
+
+
+def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
+    # Runs in the compressing process.
+    begin = time.monotonic()
+    try:
+        with SparseUpper.open(upper, read_only=True) as layer, target.open("xb", buffering=_BUFFER) as file:
             wrapped = TarWrapWriter(file)
             compressed = ZFileWriter(wrapped, options.block_size, options.algorithm)
             committed = commit(layer, compressed, uuid=layer.uuid)
             compressed.close()
             wrapped.close()
-        return committed
+        middle = time.monotonic()
+        # After the fact: the headers are rewritten at the end. The file is in the page cache still.
+        with target.open("rb", buffering=0) as file:
+            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        seconds = {"commit": middle - begin, "digest": time.monotonic() - middle}
+        return _Compressed(target.stat().st_size, committed.records, committed.data_sectors * 512, digest, seconds)
+    except OSError as error:
+        raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(target)) from error
+
+
+def _compressor_died(target: Path) -> SourceError:
+    return SourceError("the process that compresses layers was killed, or could not be started", blob=str(target))
+
+
+def _ignore_interrupts() -> None:
+    # An interrupt from the terminal is for the process that can end all of it in good order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Pieces(io.RawIOBase):
     # A binary file over an iterator of bytes.
-    def __init__(self, pieces: Iterable[bytes]) -> None:
+    def __init__(self, pieces: Iterable[Buffer]) -> None:
         self._pieces = iter(pieces)
         self._rest = memoryview(b"")
 
@@ -160,23 +213,6 @@ class _Pieces(io.RawIOBase):
         memoryview(buffer)[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         return count
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        now = time.monotonic()
-        self.laps[phase] = now - self._last
-        self._last = now
-
-
-def _digest(path: Path) -> str:
-    # After the fact: the headers are rewritten at the end. The file is in the page cache still.
-    with path.open("rb", buffering=0) as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def layer_uuid(chain_id: str) -> str:

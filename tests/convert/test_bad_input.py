@@ -255,7 +255,7 @@ def slow_layout(tmp_path: Path) -> Path:
 def wait_for_building(process: subprocess.Popen[bytes], work: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if list(work.glob("*/layer-*/writable_data")):
+        if list(work.glob("*/*.writable")):
             return
         time.sleep(0.01)
     raise AssertionError("no layer was begun")

@@ -29,7 +29,7 @@ def test_all_kinds(how: str, data: bytes) -> None:
     for file in (io.BytesIO(compress(data, how)), Dribble(compress(data, how))):
         pieces = list(decompressed(file, "blob"))
         assert b"".join(pieces) == data
-        assert all(len(piece) <= 1 << 20 for piece in pieces)
+        assert all(len(piece) <= 4 << 20 for piece in pieces)
 
 
 def test_gzip_members_and_padding() -> None:
@@ -51,8 +51,9 @@ def test_truncated_gzip(length: int) -> None:
 
 
 def test_rubbish_after_gzip() -> None:
-    with pytest.raises(FormatError, match="damaged gzip data"):
-        list(decompressed(io.BytesIO(gzip.compress(b"one") + b"rubbish"), "blob"))
+    for rubbish in (b"r", b"rubbish", b"rubbish" * 1000):
+        with pytest.raises(FormatError, match="gzip data"):
+            list(decompressed(io.BytesIO(gzip.compress(b"one") + rubbish), "blob"))
 
 
 SMALL = random.Random(4).randbytes(200) + bytes(5000)
