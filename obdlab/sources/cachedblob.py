@@ -93,7 +93,8 @@ class CachedBlob(Blob):
         last = end - 1 >> PAGE_SHIFT
         start = first << PAGE_SHIFT
         try:
-            data = self._pread(self._fd, min(last + 1 << PAGE_SHIFT, self._size) - start, start)
+            # The file ends where the blob does; should it not, the slower way clips what it reads.
+            data = self._pread(self._fd, last - first + 1 << PAGE_SHIFT, start)
         except OSError:
             data = b""
         shift = self._page_to_unit
