@@ -80,6 +80,7 @@ def run_list(args: argparse.Namespace) -> int:
         if args.json:
             known = {"id": device.device_id, "path": str(device.path), "size": device.size, "pid": device.pid}
             known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
+            known |= {"keeper_pid": device.keeper_pid, "restarts": device.restarts}
             print(json.dumps(known | (service.statistics(device.device_id) if device.alive else {})))
         else:
             mode = "ro" if device.read_only else "rw"

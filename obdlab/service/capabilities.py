@@ -16,6 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from obdlab.devices.fuse import can_send_again
+from obdlab.errors import DeviceError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -49,7 +52,19 @@ def _device_checks() -> Iterator[Check]:
     yield _node("devices", "/dev/fuse", "modprobe fuse")
     yield _node("devices", "/dev/loop-control", "modprobe loop")
     yield _filesystem("devices", "ext4", "modprobe ext4")
+    yield _survival()
     yield _filesystem("devices", "erofs", "modprobe erofs (only for EROFS images)", optional=True)
+
+
+# Optional: without it a device is as good as its server, whose death its users see.
+def _survival() -> Check:
+    name, fix = "devices outlive their servers", "Linux 6.9 or later (FUSE_NOTIFY_RESEND)"
+    try:
+        ok = can_send_again()
+    except DeviceError as error:
+        return Check("devices", name, ok=False, detail=str(error), fix=_AS_ROOT, optional=True)
+    detail = "requests are handed out again" if ok else "a device ends with its server"
+    return Check("devices", name, ok, detail, fix, optional=True)
 
 
 def _container_checks() -> Iterator[Check]:

@@ -36,7 +36,10 @@ _ANSWER_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class AttachedDevice:
-    """A device as its users see it. ``alive`` tells whether its server still runs; without it reads fail."""
+    """A device as its users see it. ``alive`` tells whether it is served; if not, reads fail.
+
+    The process ``keeper_pid`` replaces a server that dies; it is 0 if nobody does.
+    """
 
     device_id: str
     path: Path
@@ -46,6 +49,8 @@ class AttachedDevice:
     config: Path
     kind: str
     alive: bool = True
+    keeper_pid: int = 0
+    restarts: int = 0
 
 
 class DeviceService:
@@ -79,7 +84,6 @@ class DeviceService:
         device_id = device_id or device_id_of(config)
         self._run.create()
         self._run.device(device_id)
-        deadline = time.monotonic() + timeout_s
         request = {
             "op": "attach",
             "config": str(config),
@@ -88,15 +92,23 @@ class DeviceService:
             "settings": self._settings.to_json(),
             "readahead_kib": self._readahead_kib,
         }
-        answer = self._ask_host(request, deadline)
-        if "stale" in answer:  # the package was changed since the host started; devices do not mind its end
-            self.stop_host()
-            answer = self._ask_host(request, deadline)
-        if "stale" in answer:
-            raise DeviceError(f"cannot attach {config}: the installed package keeps changing")
+        answer = self._ask_fresh_host(request, timeout_s)
         if "error" in answer:
             raise DeviceError(f"cannot attach {config}: {answer['error']}")
         return _as_device(DeviceRecord(**answer["device"]))
+
+    def upgrade(self, device_id: str, *, force: bool = False, timeout_s: float = 150.0) -> bool:
+        """Have a device served by the code installed now, while it is in use; tell whether that was to be done.
+
+        A device whose keeper was killed gets one again; with ``force`` the server is replaced in any case, also one
+        that hangs. Its users see a pause at most. Raises DeviceError with the cause if the new server cannot be
+        started; the old one goes on then.
+        """
+        self._run.device(device_id)
+        answer = self._ask_fresh_host({"op": "upgrade", "device_id": device_id, "force": force}, timeout_s)
+        if "error" in answer:
+            raise DeviceError(f"cannot upgrade: {answer['error']}")
+        return bool(answer["upgraded"])
 
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount the device's file system on the directory ``target``.
@@ -143,7 +155,7 @@ class DeviceService:
             record = DeviceRecord.load(directory)
             if record is None:  # an attach in progress, or its leftovers: not a device (cleanup removes them)
                 continue
-            if not record.process.alive and self._remove_dead(directory):
+            if not record.alive and self._remove_dead(directory):
                 continue
             devices.append(_as_device(record))
         return devices
@@ -200,7 +212,7 @@ class DeviceService:
         try:
             with held(directory, 1.0):
                 record = DeviceRecord.load(directory)
-                if record is not None and record.process.alive:  # attached anew meanwhile
+                if record is not None and record.alive:  # attached anew meanwhile
                     return False
                 remove_device(directory)
         except DeviceError:
@@ -217,6 +229,16 @@ class DeviceService:
             return wire.connect(path, 5.0)
         except OSError as error:
             raise DeviceError(f"{path}: the device host does not answer: {error.strerror}") from error
+
+    def _ask_fresh_host(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        answer = self._ask_host(request, deadline)
+        if "stale" in answer:  # the package was changed since the host started; devices do not mind its end
+            self.stop_host()
+            answer = self._ask_host(request, deadline)
+        if "stale" in answer:
+            return {"error": f"device {request['device_id']}: the installed package keeps changing"}
+        return answer
 
     # A host that dies before it answers is replaced once: an attach can be asked for again.
     def _ask_host(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -241,6 +263,7 @@ class DeviceService:
     # The command returns once the host listens, detached from this process; two of them at a time are fine.
     def _start_host(self) -> None:
         command = [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(self._run.path), "--detach"]
+        command += _log_arguments(self._settings)
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HOST_START_TIMEOUT_S, check=False
@@ -252,6 +275,12 @@ class DeviceService:
             raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")
 
 
+def _log_arguments(settings: Settings) -> list[str]:
+    arguments = ["--log-format", settings.log_format, "--log-level", settings.log_level]
+    arguments += ["--log-size", str(settings.log_size), "--log-count", str(settings.log_count)]
+    return arguments + (["--log-file", str(settings.log_path)] if settings.log_path else [])
+
+
 def _as_device(record: DeviceRecord) -> AttachedDevice:
     return AttachedDevice(
         device_id=record.device_id,
@@ -261,5 +290,7 @@ def _as_device(record: DeviceRecord) -> AttachedDevice:
         pid=record.pid,
         config=Path(record.config),
         kind=record.kind,
-        alive=record.process.alive,
+        alive=record.alive,
+        keeper_pid=record.keeper_pid if record.is_kept else 0,
+        restarts=record.restarts,
     )

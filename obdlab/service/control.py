@@ -8,13 +8,17 @@ else stops midway.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import DeviceError, ObdlabError
-from obdlab.service import wire
+from obdlab.observe.counters import ages_s
+from obdlab.service import tally, wire
 from obdlab.service.changes import Changes
+from obdlab.service.rundir import Process
+from obdlab.service.tally import server_table
 
 if TYPE_CHECKING:
     import socket
@@ -43,14 +47,15 @@ def ask(
     *,
     silence_s: float = 5.0,
     progress: Tell | None = None,
+    socket_name: str = CONTROL_NAME,
 ) -> Answer:
-    """Ask the server of the device at ``directory``; return the result.
+    """Ask the server of the device at ``directory``, or a helper of its; return the result.
 
     Raises DeviceError if there is no server, it says nothing for ``silence_s``, or it refuses (with its reason).
     """
     who = f"device {directory.name}"
     try:
-        with wire.connect(directory / CONTROL_NAME, _PEER_TIMEOUT_S) as connection:
+        with wire.connect(directory / socket_name, min(silence_s, _PEER_TIMEOUT_S)) as connection:
             wire.send(connection, {"op": op} | (arguments or {}))
             messages = wire.Messages(connection)
             while "progress" in (answer := messages.receive(silence_s)):
@@ -63,22 +68,42 @@ def ask(
     raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")
 
 
-def serve(device: Device, blob: Blob, directory: Path) -> None:
-    """Listen in the device's directory, and answer until the process ends."""
-    listener = wire.listen(directory / CONTROL_NAME)
-    Control(device, blob, directory).start(listener)
+def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> None:
+    """Listen in the device's directory, and answer until the process ends. A ``helper`` counts for itself only."""
+    listener = wire.listen(directory / (f"helper-{helper}.sock" if helper else CONTROL_NAME))
+    Control(device, blob, directory, with_helpers=not helper).start(listener)
+
+
+def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
+    """Keep what this process has counted beyond its end. Before the blob is closed; never raises."""
+    tally.leave(
+        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), _source_of(blob))
+    )
+
+
+def server_name() -> str:
+    """Return what tells this process from all others since the machine started."""
+    me = Process.of(os.getpid())
+    return f"{os.getpid()}:{me.start_time if me else 0}"
+
+
+def _source_of(blob: Blob) -> dict[str, float]:
+    counters = getattr(blob, "statistics", None)
+    return counters() if callable(counters) else {}
 
 
 class Control:
     """Answers requests for one device. One thread accepts; each request gets a short-lived one of its own."""
 
-    def __init__(self, device: Device, blob: Blob, directory: Path) -> None:
+    def __init__(self, device: Device, blob: Blob, directory: Path, *, with_helpers: bool = True) -> None:
         self._device = device
+        self._with_helpers = with_helpers
         self._blob = blob
         self._directory = directory
         self._free = threading.Semaphore(_MAX_REQUESTS)
         self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "statistics": self._statistics,
+            "counters": self._counters,
             **Changes(device, blob, directory).actions,
         }
 
@@ -127,7 +152,39 @@ class Control:
             log.exception("%s: %s failed", self._directory.name, op)
             return {"error": f"{type(error).__name__}: {error}"}
 
+    # Of this very process; a helper is asked at its own socket.
+    def _counters(self, _: dict[str, Any], __: Tell) -> Answer:
+        statistics = self._device.statistics()
+        return {
+            "server": server_name(),
+            "table": server_table(statistics, _source_of(self._blob)),
+            "under_way_s": statistics.under_way_s,
+            "threads": statistics.threads,
+            "ages_s": ages_s(),
+        }
+
     # A blob that counts (a cache, a registry blob) says so by a method ``statistics() -> dict``.
     def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
         counters = getattr(self._blob, "statistics", None)
-        return asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})
+        mine = asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})
+        for path in self._directory.glob("helper-*.sock") if self._with_helpers else ():
+            try:
+                mine = _added(mine, ask(self._directory, "statistics", socket_name=path.name, silence_s=1.0))
+            except DeviceError:  # it has ended
+                path.unlink(missing_ok=True)
+        return mine
+
+
+def _added(one: Answer, other: Answer) -> Answer:
+    total = one | {key: value for key, value in other.items() if key not in one}
+    for key in one.keys() & other.keys():
+        mine, others = one[key], other[key]
+        if isinstance(mine, dict):
+            total[key] = _added(mine, others)
+        elif isinstance(mine, str):
+            total[key] = mine or others
+        elif isinstance(mine, tuple | list):
+            total[key] = sorted([*mine, *others], reverse=True)
+        else:
+            total[key] = max(mine, others) if key == "slowest_ms" else mine + others
+    return total

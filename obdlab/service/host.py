@@ -1,14 +1,16 @@
-"""The device host: a warmed process that forks a server per device.
+"""The device host: a warmed process that forks what a device needs.
 
 Python and its libraries take a third of a second to start and tens of megabytes; a fork of a process that has them
 takes milliseconds and shares the memory. The host has a single thread and holds no state: it accepts a connection
 and forks a child that does the rest, so a slow attach never holds up another one, and killing the host loses nothing.
+That child forks the device's keeper (``obdlab.service.keeper``), and the keeper the server.
 """
 
 from __future__ import annotations
 
 import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import logging
@@ -17,24 +19,28 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import time
-import traceback
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from obdlab.devices import abi, fuse_loop
+from obdlab.devices.fuse import can_send_again, open_connection
 from obdlab.errors import DeviceError, ObdlabError
-from obdlab.service import server, wire
-from obdlab.service.rundir import DeviceRecord, Process, RunDir, held, remove_device
+from obdlab.observe import audit, logs
+from obdlab.service import wire
+from obdlab.service.forking import fork_to, leave
+from obdlab.service.keeper import Keeper
+from obdlab.service.rundir import DeviceRecord, Plan, Process, RunDir, held, remove_device
+from obdlab.service.takeover import Former
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from obdlab.blob import Blob
-
-    Opener = Callable[[Path, str], Blob]
-    Report = Callable[[dict[str, Any]], None]
+    from obdlab.service.keeper import Opener
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ _REQUEST_TIMEOUT_S = 10.0
 #: How often an idle host looks whether it is still of use.
 IDLE_CHECK_S = 30.0
 #: Imported before the first fork, so that no server has to.
+_TROUBLE_PAUSE_S = 0.2
+_FAILED_KEEPER_S = 5.0
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
 
 
@@ -53,7 +61,9 @@ def open_configured(config_path: Path, settings_json: str) -> Blob:
     from obdlab.image.open import open_image
     from obdlab.image.settings import Settings
 
-    return open_image(ImageConfig.load(config_path), Settings.from_json(settings_json))
+    settings = Settings.from_json(settings_json)
+    audit.configure(settings.audit_path, size=settings.audit_size, count=settings.audit_count, who=logs.process_name)
+    return open_image(ImageConfig.load(config_path), settings)
 
 
 class Host:
@@ -109,14 +119,15 @@ class Host:
                 if self._is_unreachable():
                     return
                 continue
+            except OSError as error:  # no descriptors or no memory left, for now; or the client has hung up
+                log.error("cannot accept a request: %s", error.strerror)
+                time.sleep(_TROUBLE_PAUSE_S)
+                continue
             with connection:
                 try:
-                    pid = os.fork()
+                    fork_to(partial(self._answer, connection))
                 except OSError as error:  # no memory, or too many processes: perhaps the next request has more luck
                     _refuse(connection, f"cannot fork: {error.strerror}")
-                    continue
-                if pid == 0:
-                    self._become_child(connection)
 
     # The run directory was removed, or another host took its place.
     def _is_unreachable(self) -> bool:
@@ -125,29 +136,24 @@ class Host:
         except OSError:
             return True
 
-    def _become_child(self, connection: socket.socket) -> NoReturn:
-        status = 1
-        try:
-            # The lock and the listener belong to the host alone: a server that kept them would outlive it with them.
-            assert self._listener is not None
-            self._listener.close()
-            os.close(self._lock)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._handle(connection)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            _leave(status)
+    # In a child. The lock and the listener belong to the host alone: what kept them would outlive it with them.
+    def _answer(self, connection: socket.socket) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        os.close(self._lock)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._handle(connection)
 
     def _handle(self, connection: socket.socket) -> None:
         answer: dict[str, Any]
         try:
             request = wire.receive(connection, _REQUEST_TIMEOUT_S)
-            if request.get("op") == "attach" and self._code != _code_on_disk():
+            if request.get("op") in ("attach", "upgrade") and self._code != _code_on_disk():
                 answer = {"stale": True}  # the client starts a new host, which runs what is installed now
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
+            elif request.get("op") == "upgrade":
+                answer = {"upgraded": self._upgrade(request)}
             else:
                 answer = {"error": f"unknown request (got {request.get('op')!r})"}
         except ObdlabError as error:
@@ -170,27 +176,98 @@ class Host:
         deadline = time.monotonic() + timeout_s
         directory = self._run.device(device_id)
         with held(directory, timeout_s) as lock:
-            record = _still_attached(directory, config, sha256)
-            if record is None:
+            if _still_attached(directory, config, sha256) is None:
                 _clear_leftovers(directory, device_id)
-
-                def open_blob() -> Blob:
-                    return self._opener(config, settings)
-
-                def serve(report: Report) -> None:
-                    server.serve(open_blob, directory, report, readahead_kib=readahead_kib)
-
-                ready = _start_server(serve, directory, deadline, (connection, lock))
-                record = DeviceRecord(device_id=device_id, config=str(config), config_sha256=sha256, **ready)
-                record.save(directory)
+                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code)
+                with closed_at_end(open_connection()) as fuse:
+                    try:
+                        self._start_keeper(plan, directory, deadline, fuse, (connection.fileno(), lock))
+                    except BaseException:
+                        remove_device(directory, force=True)
+                        raise
                 if _has_hung_up(connection):  # nobody would know of the device: its client was killed or gave up
                     remove_device(directory, force=True)
                     raise DeviceError(f"device {device_id}: its client went away during the attach")
-            return json.loads((directory / "disk.json").read_text())  # type: ignore[no-any-return]
+            record = DeviceRecord.load(directory)
+            if record is None:
+                raise DeviceError(f"device {device_id}: gone again")
+            return asdict(record)
+
+    def _upgrade(self, request: dict[str, Any]) -> bool:
+        try:
+            device_id, timeout_s = str(request["device_id"]), float(request["timeout_s"])
+            force = bool(request["force"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(f"upgrade request: {error!r}") from error
+        deadline = time.monotonic() + timeout_s
+        directory = self._run.device(device_id)
+        with held(directory, timeout_s) as lock:
+            record = DeviceRecord.load(directory)
+            if record is None or not record.alive:
+                if record is None:
+                    shutil.rmtree(directory)  # made to be locked
+                raise DeviceError(f"device {device_id}: no such device is being served")
+            if record.code == self._code and record.is_kept and not force:
+                return False
+            if record.keeper is None and not can_send_again():
+                raise DeviceError(
+                    f"device {device_id}: the kernel lets no other server go on with it (Linux 6.9 does)"
+                )
+            former = Former(record)
+            plan = Plan(**{each.name: getattr(record, each.name) for each in fields(Plan)} | {"code": self._code})
+            with closed_at_end(former.connection()) as fuse:
+                self._start_keeper(plan, directory, deadline, fuse, (lock,), former)
+        return True
+
+    # Forks the keeper and follows it until the device is ready. A keeper that nobody follows any more ends, with all
+    # that is its.
+    def _start_keeper(
+        self,
+        plan: Plan,
+        directory: Path,
+        deadline: float,
+        fuse: int,
+        not_its: tuple[int, ...],
+        former: Former | None = None,
+    ) -> None:
+        reader, writer = os.pipe()
+
+        def keep() -> None:
+            for fd in (reader, *not_its):
+                os.close(fd)
+            Keeper(plan, directory, self._opener, fuse, writer, former).run()
+
+        pid = None
+        try:
+            try:
+                pid = fork_to(keep)
+            finally:
+                os.close(writer)
+            _follow(reader, deadline)
+        except BaseException:
+            os.close(reader)  # tells the keeper
+            keeper = None if pid is None else Process.of(pid)
+            if keeper is not None:
+                keeper.end(_FAILED_KEEPER_S)
+            raise
+        os.close(reader)
+
+
+@contextmanager
+def closed_at_end(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of a ``with``."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _refuse(connection: socket.socket, reason: str) -> None:
     log.error("request refused: %s", reason)
+    try:
+        wire.receive(connection, _TROUBLE_PAUSE_S)  # closed with it unread, the answer could be lost
+    except DeviceError:
+        pass
     try:
         wire.send(connection, {"error": reason})
     except OSError as error:
@@ -205,7 +282,7 @@ def _has_hung_up(connection: socket.socket) -> bool:
 
 def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord | None:
     record = DeviceRecord.load(directory)
-    if record is None or not record.process.alive:
+    if record is None or not record.alive:
         return None
     if Path(record.path) not in fuse_loop.devices_of(directory):
         return None  # somebody took the loop device away: worth no more than a dead server
@@ -223,55 +300,13 @@ def _clear_leftovers(directory: Path, device_id: str) -> None:
     except DeviceError as error:
         raise DeviceError(f"device {device_id}: its server is dead, but {error}") from error
     if record is not None:
-        record.process.end(2.0)
+        for process in record.servers():
+            process.end(2.0)
     for entry in directory.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-# Forks the server and follows it until it is ready. On failure nothing of it remains, its directory included.
-def _start_server(
-    serve: Callable[[Report], None], directory: Path, deadline: float, not_its: tuple[socket.socket, int]
-) -> dict[str, Any]:
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _become_server(serve, reader, writer, not_its)
-    os.close(writer)
-    try:
-        return _follow(reader, deadline)
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        remove_device(directory, force=True)
-        raise
-    finally:
-        os.close(reader)
-
-
-def _become_server(
-    serve: Callable[[Report], None], reader: int, writer: int, not_its: tuple[socket.socket, int]
-) -> NoReturn:
-    status = 1
-    try:
-        connection, lock = not_its
-        connection.close()
-        os.close(lock)
-        os.close(reader)
-
-        def report(message: dict[str, Any]) -> None:
-            os.write(writer, json.dumps(message).encode() + b"\n")
-            if "stage" not in message:
-                os.close(writer)
-
-        serve(report)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        _leave(status)
-
-
-def _follow(reader: int, deadline: float) -> dict[str, Any]:
+def _follow(reader: int, deadline: float) -> None:
     stage, buffered = "starting", b""
     poller = select.poll()
     poller.register(reader, select.POLLIN)
@@ -289,14 +324,14 @@ def _follow(reader: int, deadline: float) -> dict[str, Any]:
             if "error" in message:
                 raise DeviceError(message["error"])
             if "ready" in message:
-                return message["ready"]  # type: ignore[no-any-return]
+                return
             stage = message["stage"]
 
 
 def _settle_in() -> None:
     signal.signal(signal.SIGCHLD, _reap)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _leave(0))
+    signal.signal(signal.SIGTERM, lambda *_: leave(0))
     abi.set_process_name("obdlab-host")
     try:
         abi.prctl(abi.PR_SET_CHILD_SUBREAPER, 1)
@@ -305,7 +340,7 @@ def _settle_in() -> None:
 
 
 # Tells one installed state of the package from another, as make does it: by size and time of its files.
-def _code_on_disk() -> int:
+def _code_on_disk() -> str:
     package = Path(__file__).parents[1]
     found = []
     for directory, _, names in os.walk(package):
@@ -313,7 +348,7 @@ def _code_on_disk() -> int:
             if name.endswith(".py"):
                 status = os.stat(os.path.join(directory, name))
                 found.append((directory, name, status.st_size, status.st_mtime_ns))
-    return hash(tuple(sorted(found)))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
 
 
 def _warm_up() -> None:
@@ -341,11 +376,3 @@ def _answers(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-# A forked child must not run the exit handlers of what its parent imported.
-def _leave(status: int) -> NoReturn:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

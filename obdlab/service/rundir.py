@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LOCK_PAUSE_S = 0.01
 _FLUSH_TIMEOUT_S = 120.0
+#: A keeper ends last, unless it was killed.
+_KEEPERLESS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,22 @@ class Process:
     def alive(self) -> bool:
         """Whether this very process still runs."""
         return Process.of(self.pid) == self
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal to this very process; tell whether it was there."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if not self._is_there():
+                return False
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
 
     def end(self, timeout_s: float) -> None:
         """Wait for the process to end by itself; after ``timeout_s`` kill it. Raises DeviceError if it survives."""
@@ -92,23 +110,60 @@ def _state_and_start(text: bytes) -> tuple[bytes, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRecord:
-    """What an attached device is: written once by the attach, read by everyone."""
+class Plan:
+    """What a device is made from: enough to start a server for it at any time."""
 
     device_id: str
     config: str
     config_sha256: str
+    #: As ``Settings.to_json`` wrote them.
+    settings: str = "{}"
+    readahead_kib: int = 128
+    #: Which state of the package its servers run.
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecord(Plan):
+    """What an attached device is: written when its servers change, read by everyone."""
+
     kind: str
     path: str
     size: int
     read_only: bool
     pid: int
     start_time: int
+    #: The process that replaces servers; 0: none.
+    keeper_pid: int = 0
+    keeper_start_time: int = 0
+    helpers: list[int] = field(default_factory=list)
+    #: Servers that died.
+    restarts: int = 0
 
     @property
     def process(self) -> Process:
         """The device's server."""
         return Process(self.pid, self.start_time)
+
+    def servers(self) -> list[Process]:
+        """The device's server and its helpers, as far as they are alive."""
+        helpers = (Process.of(pid) for pid in self.helpers)
+        return [self.process, *(each for each in helpers if each is not None)]
+
+    @property
+    def keeper(self) -> Process | None:
+        """The process that replaces the server when it dies."""
+        return Process(self.keeper_pid, self.keeper_start_time) if self.keeper_pid else None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the server is replaced when it dies."""
+        return self.keeper is not None and self.keeper.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is served, or will be in a moment."""
+        return self.process.alive or self.is_kept
 
     def save(self, directory: Path) -> None:
         """Write the record into a device's directory, all or nothing."""
@@ -225,7 +280,13 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
     record = DeviceRecord.load(directory)
     fuse_loop.take_down(directory, timeout_s=timeout_s, force=force)
     if record is not None:
-        record.process.end(_patience_s(record, timeout_s, force))
+        patience_s = _patience_s(record, timeout_s, force)
+        if record.keeper is not None:
+            record.keeper.end(patience_s)  # after its servers
+            record = DeviceRecord.load(directory) or record  # the last of them
+            patience_s = min(patience_s, _KEEPERLESS_S)
+        for process in record.servers():
+            process.end(patience_s)
     shutil.rmtree(directory, ignore_errors=True)
 
 

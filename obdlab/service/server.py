@@ -7,20 +7,27 @@ after that. The way to stop a device is to detach it, whereupon the server ends 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi
+from obdlab.devices.fuse import has_ended, send_again
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.observe import logs
 from obdlab.service import control
-from obdlab.service.rundir import Process
+from obdlab.service.rundir import DeviceRecord, Process
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from obdlab.blob import Blob
@@ -30,47 +37,131 @@ log = logging.getLogger(__name__)
 
 #: The kernel shall take containers before the disk under them.
 _OOM_SCORE_ADJUST = "-999"
+#: How long a helper stays with nothing to do.
+HELPER_IDLE_S = 10.0
 
 
 class _Terminated(BaseException):
     """SIGTERM has come and nobody uses the device."""
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a server is to serve."""
+
+    #: An open /dev/fuse, held by the device's keeper too.
+    connection: int
+    #: The device, if it is there already and this server goes on with it.
+    path: Path | None = None
+    #: 0: the server of the device; others help it while it is busy.
+    number: int = 0
+    #: Servers that the device had before.
+    restarts: int = 0
+
+
+class Channel:
+    """Tells the keeper, one JSON object a line, and notices its end."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send one message. Raises OSError if the keeper is gone."""
+        with self._lock:
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def tell_busy(self) -> None:
+        """Say that a helper would be of use."""
+        with suppress(OSError):
+            self.tell({"busy": True})
+
+    def wait_for_end(self) -> None:
+        """Return when the keeper is gone."""
+        with suppress(OSError):
+            while self._channel.recv(1):
+                pass
+
+
 def serve(
     open_blob: Callable[[], Blob],
     directory: Path,
-    report: Callable[[dict[str, Any]], None],
+    channel: socket.socket,
     *,
     readahead_kib: int,
+    task: Task,
 ) -> None:
-    """Open the blob, make it a device at ``directory``, report, and serve until the device is taken away.
+    """Open the blob, make it a device at ``directory`` or go on with one, and serve until the device is taken away.
 
-    Reports are ``{"stage": text}``, then ``{"ready": {...}}`` or ``{"error": text}``.
+    The keeper at the other end of ``channel`` hears ``{"stage": text}``, then ``{"ready": {...}}`` or
+    ``{"error": text}``, and ``{"busy": true}`` now and then while more processes would help.
     """
-    device_id = directory.name
+    device_id, keeper = directory.name, Channel(channel)
     _settle_in(device_id)
     try:
-        report({"stage": "opening the image"})
+        keeper.tell({"stage": "opening the image"})
         blob = open_blob()
-        report({"stage": "making the device"})
+        keeper.tell({"stage": "making the device"})
         # From here on a SIGTERM waits until it can be answered in good order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        device = FuseLoopDevice(blob, directory, name=device_id, readahead_kib=readahead_kib)
+        device = FuseLoopDevice(
+            blob,
+            directory,
+            name=device_id,
+            readahead_kib=readahead_kib,
+            connection=task.connection,
+            path=task.path,
+            on_busy=None if task.number or isinstance(blob, WritableBlob) else keeper.tell_busy,
+        )
     except ObdlabError as error:
-        report({"error": str(error)})
+        keeper.tell({"error": str(error)})
         return
     except Exception as error:
-        log.exception("%s: attach failed", device_id)
-        report({"error": f"{type(error).__name__}: {error}"})
+        log.exception("%s: cannot serve", device_id)
+        keeper.tell({"error": f"{type(error).__name__}: {error}"})
+        return
+    if task.number:
+        _help(device, blob, directory, keeper, task)
         return
     try:
         control.serve(device, blob, directory)
-        report({"ready": _description(device)})
+        keeper.tell({"ready": _description(device)})
+        if device.can_change_servers or task.path is not None:
+            threading.Thread(target=_go_on_alone, args=(keeper, directory, task), name="keeper", daemon=True).start()
         _wait_for_end(device, device_id)
     finally:
         if isinstance(blob, WritableBlob):
             blob.flush()
+        control.leave_counters(device, blob, directory)
         blob.close()
+
+
+# A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have
+# taken at that moment.
+def _help(device: FuseLoopDevice, blob: Blob, directory: Path, keeper: Channel, task: Task) -> None:
+    control.serve(device, blob, directory, helper=task.number)
+    keeper.tell({"ready": {}})
+    before = -1
+    while not device.wait(HELPER_IDLE_S):
+        now = device.statistics()
+        if now.reads == before and not now.under_way_s:
+            break
+        before = now.reads
+    control.leave_counters(device, blob, directory)
+
+
+# Without its keeper a device lives as long as its server. A helper's requests would wait for ever after its death,
+# so it goes now, while somebody can have them handed out again.
+def _go_on_alone(keeper: Channel, directory: Path, task: Task) -> None:
+    keeper.wait_for_end()
+    record = DeviceRecord.load(directory)
+    if record is None or record.pid != os.getpid() or has_ended(task.connection):
+        return
+    log.error("%s: its keeper is gone: the next death of its server is the device's end", directory.name)
+    for helper in record.servers()[1:]:
+        helper.signal(signal.SIGKILL)
+        helper.end(5.0)
+    send_again(task.connection)
 
 
 def _settle_in(device_id: str) -> None:
@@ -80,9 +171,15 @@ def _settle_in(device_id: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"obdlab:{device_id}")
+    logs.set_process_name(device_id)
+    protect(device_id, _OOM_SCORE_ADJUST)
+
+
+def protect(device_id: str, oom_score_adjust: str) -> None:
+    """Have the kernel spare this process, which other processes' I/O depends on, as far as it lets us."""
     # Both need CAP_SYS_RESOURCE, which some containers withhold; a device works without.
     try:
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUST)
+        Path("/proc/self/oom_score_adj").write_text(oom_score_adjust)
     except OSError as error:
         log.debug("%s: oom_score_adj: %s", device_id, error)
     try:  # memory that this process asks for must never wait for writeback to its own device
@@ -91,7 +188,7 @@ def _settle_in(device_id: str) -> None:
         log.debug("%s: no I/O flusher: %s", device_id, error)
 
 
-def _description(device: Device) -> dict[str, Any]:
+def _description(device: FuseLoopDevice) -> dict[str, Any]:
     me = Process.of(os.getpid())
     assert me is not None
     return {
@@ -101,6 +198,7 @@ def _description(device: Device) -> dict[str, Any]:
         "read_only": device.read_only,
         "pid": me.pid,
         "start_time": me.start_time,
+        "can_change_servers": device.can_change_servers,
     }
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from obdlab.service.client import DeviceService
 from obdlab.service.rundir import DeviceRecord, Process, device_id_of, held
 from tests.devices.contract import MIB, read_direct
 from tests.service.hosting import content_of
+from tests.service.killing import kill_for_good, until
 
 pytestmark = pytest.mark.kernel
 
@@ -87,13 +88,6 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
         made.kill_host()
     until(lambda: made.leftovers() == [], timeout_s=60)
     assert list(run_dir.iterdir()) == []
-
-
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not come about in time"
-        time.sleep(0.01)
 
 
 def test_attach_read_detach(bed: Bed) -> None:
@@ -355,11 +349,10 @@ def test_a_directory_that_comes_and_goes_can_be_held(tmp_path: Path) -> None:
     assert failures == []
 
 
-def test_a_killed_server_gives_eio_and_is_replaced(bed: Bed) -> None:
+def test_a_device_with_neither_keeper_nor_server_gives_eio_and_is_replaced(bed: Bed) -> None:
     config = bed.config("a", seed=5)
     device = bed.service.attach(config, "a")
-    os.kill(device.pid, signal.SIGKILL)
-    until(lambda: Process.of(device.pid) is None)
+    kill_for_good(device)
     with pytest.raises(OSError) as caught:
         read_direct(device.path, 0, 4096)
     assert caught.value.errno == errno.EIO
@@ -368,10 +361,9 @@ def test_a_killed_server_gives_eio_and_is_replaced(bed: Bed) -> None:
     assert read_direct(again.path, 0, MIB) == content_of({"seed": 5})
 
 
-def test_a_killed_server_is_swept_by_list(bed: Bed) -> None:
+def test_what_killed_processes_left_is_swept_by_list(bed: Bed) -> None:
     device = bed.service.attach(bed.config("a"), "a")
-    os.kill(device.pid, signal.SIGKILL)
-    until(lambda: Process.of(device.pid) is None)
+    kill_for_good(device)
     assert bed.service.list() == []
     assert bed.leftovers() == []
 
@@ -393,8 +385,7 @@ def test_cleanup_after_everything_was_killed(bed: Bed, tmp_path: Path) -> None:
     target.mkdir()
     bed.service.mount(device, target)
     bed.kill_host()
-    os.kill(device.pid, signal.SIGKILL)
-    until(lambda: Process.of(device.pid) is None)
+    kill_for_good(device)
     (dead,) = [each for each in bed.service.list() if not each.alive]
     assert dead.device_id == "rw"
     report = clean_up(bed.service)
@@ -496,8 +487,7 @@ def test_a_second_host_leaves_the_first_alone(bed: Bed) -> None:
 
 def test_statistics_of_a_dead_server(bed: Bed) -> None:
     device = bed.service.attach(bed.config("a"), "a")
-    os.kill(device.pid, signal.SIGKILL)
-    until(lambda: Process.of(device.pid) is None)
+    kill_for_good(device)
     with pytest.raises(DeviceError, match="device a: its server does not answer"):
         bed.service.statistics("a")
     assert "does not answer" in bed.service.last_error("a")

@@ -27,6 +27,7 @@ from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionErro
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server, running_registry
+from tests.service.killing import kill_for_good
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_core import pull_labels
@@ -195,12 +196,11 @@ def test_containers_outlive_a_killed_snapshotter(host: ObdlabHost, image: str, t
     host.ctr("tasks", "kill", "-s", "KILL", "survivor")
 
 
-def test_a_dead_device_server_is_replaced(host: ObdlabHost, image: str) -> None:
+def test_a_dead_device_is_replaced(host: ObdlabHost, image: str) -> None:
     host.rpull(image)
     run(host, image, "loser", "/busybox sleep 1000", "-d")
     (device,) = host.snapshotter.devices.list()
-    os.kill(device.pid, signal.SIGKILL)
-    wait_for(lambda: not os.path.exists(f"/proc/{device.pid}"))
+    kill_for_good(device)
     output = run(host, image, "winner", "/busybox sha256sum /big && echo ran")
     assert output.endswith("ran\n")
     host.ctr("tasks", "rm", "-f", "loser")
