@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import argparse
 
     from obdlab.layers.commit import Committed
+    from obdlab.layers.lsmt import Layer
+    from obdlab.layers.stack import Stack
 
 _DESCRIPTION = """\
 Writes the layer's data in disk order, without what was overwritten, and seals it. The layer itself is left as it is.
@@ -69,16 +71,21 @@ def add_identity_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Commit."""
     from obdlab.image.disks import open_any_layer
+
+    end_politely_on_sigterm()
+    with closing(open_any_layer(args.layer, args.index)) as layer:
+        write_as_asked(layer, args)
+    return 0
+
+
+def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
+    """Write a layer or a stack to the output that the arguments name, with a bar and a summary."""
     from obdlab.image.writing import commit_size, write_layer
     from obdlab.layers.commit import ZeroBlocks
 
-    end_politely_on_sigterm()
-    with (
-        closing(open_any_layer(args.layer, args.index)) as layer,
-        progress_bar(args.output, commit_size(layer), quiet=args.quiet) as progress,
-    ):
+    with progress_bar(args.output, commit_size(source), quiet=args.quiet) as progress:
         committed = write_layer(
-            layer,
+            source,
             args.output,
             packing_from(args),
             uuid=args.uuid,
@@ -89,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     say_what_was_written(args, committed)
-    return 0
 
 
 def say_what_was_written(args: argparse.Namespace, committed: Committed) -> None:

@@ -28,7 +28,7 @@ def add(subcommands: Any) -> None:
         ),
     )
     parser.add_argument("data", metavar="DATA", help="data file to make")
-    parser.add_argument("index", metavar="INDEX", nargs="?", help="index file to make (append mode)")
+    parser.add_argument("index", metavar="INDEX", nargs="?", help="index file to make; empty with --sparse")
     parser.add_argument(
         "--vsize",
         type=size_argument,
@@ -36,7 +36,7 @@ def add(subcommands: Any) -> None:
         metavar="SIZE",
         help="size of the disk in bytes, or as 512M, 64G, 1T",
     )
-    parser.add_argument("--sparse", action="store_true", help="one sparse file, without index")
+    parser.add_argument("--sparse", action="store_true", help="one sparse file, in whose index file nothing is")
     parser.add_argument(
         "--uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer (default: a random one)"
     )
@@ -53,22 +53,22 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.layers.append import AppendUpper
     from obdlab.layers.upper import SparseUpper
 
-    if args.sparse == (args.index is not None):
-        raise LayerArgumentsError("a layer either has an index file or is sparse: give INDEX or --sparse")
+    if not args.sparse and args.index is None:
+        raise LayerArgumentsError("a layer that is not sparse has an index file: give INDEX or --sparse")
     if args.mkfs and not args.sparse:
         raise LayerArgumentsError("--mkfs writes into the data file, which only a layer made with --sparse allows")
     names = {"uuid": args.uuid, "parent_uuid": args.parent_uuid}
     if args.sparse:
-        SparseUpper.create(args.data, args.vsize, **names).close()
+        SparseUpper.create(args.data, args.vsize, index_path=args.index, **names).close()
         if args.mkfs:
-            _make_filesystem(args.data)
+            _make_filesystem(args.data, args.index)
     else:
         AppendUpper.create(args.data, args.index, args.vsize, **names).close()
     say(f"{args.data}: empty writable layer of a disk of {size_text(args.vsize)}", quiet=args.quiet)
     return 0
 
 
-def _make_filesystem(data: str) -> None:
+def _make_filesystem(data: str, index: str | None) -> None:
     from obdlab.ext4.mkfs import make_filesystem
     from obdlab.layers.stack import WritableStack
     from obdlab.layers.upper import SparseUpper
@@ -77,5 +77,6 @@ def _make_filesystem(data: str) -> None:
         with WritableStack(None, SparseUpper.open(data)) as disk:
             make_filesystem(disk)
     except BaseException:
-        Path(data).unlink()
+        for made in filter(None, (data, index)):
+            Path(made).unlink()
         raise

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.commit import add_identity_options, add_zero_blocks_option, say_what_was_written
+from obdlab.cli.commit import add_identity_options, add_zero_blocks_option, write_as_asked
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.packing import (
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
-    packing_from,
-    progress_bar,
 )
 
 if TYPE_CHECKING:
@@ -39,24 +37,8 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge."""
     from obdlab.image.disks import open_disk
-    from obdlab.image.writing import commit_size, write_layer
-    from obdlab.layers.commit import ZeroBlocks
 
     end_politely_on_sigterm()
-    with (
-        open_disk(args.layers, settings_from(args)) as disk,
-        progress_bar(args.output, commit_size(disk), quiet=args.quiet) as progress,
-    ):
-        committed = write_layer(
-            disk,
-            args.output,
-            packing_from(args),
-            uuid=args.uuid,
-            parent_uuid=args.parent_uuid,
-            user_tag=args.message,
-            zero_blocks=ZeroBlocks(args.zero_blocks),
-            force=args.force,
-            progress=progress,
-        )
-    say_what_was_written(args, committed)
+    with open_disk(args.layers, settings_from(args)) as disk:
+        write_as_asked(disk, args)
     return 0

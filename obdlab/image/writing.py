@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from obdlab.blob import Buffer
     from obdlab.layers.commit import Committed
     from obdlab.layers.lsmt import Layer
     from obdlab.layers.sink import SeekableSink, Sink
@@ -110,7 +111,7 @@ class CountingSink:
         self._sink = sink
         self._progress = progress
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Buffer) -> int:
         """Append ``data``; returns its length."""
         self._sink.write(data)
         self._progress(len(data))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # The original copies in chunks of this and makes a record of each. Joining them again gives longer segments, but
 # where those end depends on it.
 _COPY_SECTORS = 32 * 1024 // SECTOR
-_READ_SECTORS = 1024 * 1024 // SECTOR
+_READ_SECTORS = 512 * 1024 // SECTOR
 _BATCH_PIECES = 1 << 18
 _BLOCK_SECTORS = 4096 // SECTOR
 
@@ -185,8 +185,9 @@ def _zero_blocks_in(content: bytes) -> list[tuple[int, int]]:
 
 
 def _copied_data(segments: Segments, blobs: Sequence[Blob]) -> Iterator[bytes]:
-    # The data of all segments in disk order, in pieces of about 1 MiB. Segments that continue each other in their
-    # file are read at once.
+    # The data of all segments in disk order, in pieces that end at every 512 KiB of the output: there batches of a
+    # ZFile writer end too, which it then need not put together. Segments that continue each other in their file are
+    # read at once.
     data = segments[~segments.zeroed]
     if not len(data):
         return
@@ -195,16 +196,20 @@ def _copied_data(segments: Segments, blobs: Sequence[Blob]) -> Iterator[bytes]:
     heads = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), ~continues)))
     totals = np.add.reduceat(length, heads)
     pending: list[bytes] = []
-    pending_sectors = 0
+    pending_sectors, wanted_sectors = 0, _READ_SECTORS - HEADER_SPACE // SECTOR
     for tag, at, total in zip(data.tag[heads].tolist(), begin[heads].tolist(), totals.tolist(), strict=True):
         end = at + total
         while at < end:
-            count = min(end - at, _READ_SECTORS - pending_sectors)
+            count = min(end - at, wanted_sectors - pending_sectors)
             pending.append(blobs[tag].read_at(at * SECTOR, count * SECTOR))
             pending_sectors += count
             at += count
-            if pending_sectors == _READ_SECTORS:
-                yield b"".join(pending)
-                pending, pending_sectors = [], 0
+            if pending_sectors == wanted_sectors:
+                yield _joined(pending)
+                pending, pending_sectors, wanted_sectors = [], 0, _READ_SECTORS
     if pending:
-        yield b"".join(pending)
+        yield _joined(pending)
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
+
+if TYPE_CHECKING:
+    from obdlab.blob import Buffer
 
 
 class Sink(Protocol):
     """Something that takes bytes in order. ``write`` must take all it is given, or raise."""
 
-    def write(self, data: bytes, /) -> object:
+    def write(self, data: Buffer, /) -> object:
         """Append ``data`` at the current position."""
 
 

@@ -362,8 +362,14 @@ def test_an_interrupted_import_ends_qemu_img_and_leaves_nothing(tmp_path: Path) 
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_create_of_a_sparse_layer_makes_the_index_that_configurations_must_name(tmp_path: Path) -> None:
+    assert run("create", tmp_path / "a", tmp_path / "b", "--sparse", "--vsize", "1G", "-q") == 0
+    assert (tmp_path / "b").read_bytes() == b""
+    assert run("create", tmp_path / "c", tmp_path / "b", "--sparse", "--vsize", "1G", "-q") == 1
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("create", tmp_path / "a", tmp_path / "b", "--sparse", "--vsize", "1G") == 1
     assert run("create", tmp_path / "a", "--vsize", "1G") == 1
     assert run("create", tmp_path / "a", tmp_path / "b", "--vsize", "1G", "--mkfs") == 1
     assert run("create", tmp_path / "a", "--sparse", "--vsize", "1000") == 1

@@ -42,7 +42,7 @@ class Codec(ABC):
         """Return ``block`` compressed."""
 
     @abstractmethod
-    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[Buffer, list[int]]:
         """Compress every ``block_size`` bytes of ``data`` (the last block may be shorter) as a ZFile stores them.
 
         Each is as :meth:`compress` gives it, followed by its CRC if ``crcs``. Returns all of them together, and the
@@ -72,7 +72,7 @@ class Lz4(Codec):
         length = cramjam.lz4.compress_block_into(block, out, store_size=False)
         return memoryview(out)[:length]
 
-    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[Buffer, list[int]]:
         # Into one buffer that is not zeroed first: with a new one for each block, 4 KiB blocks take a third longer.
         blocks = -(-len(data) // block_size)
         out = np.empty(len(data) + blocks * (MAX_GROWTH + CRC_SIZE), np.uint8).data
@@ -87,7 +87,7 @@ class Lz4(Codec):
                 end += CRC_SIZE
             lengths.append(end - at)
             at = end
-        return bytes(out[:at]), lengths
+        return out[:at], lengths
 
     def decompress(self, data: Buffer, length: int) -> bytes:
         # Not cramjam's decompress_block: it pads a block that is too short, and does not tell.
@@ -124,7 +124,7 @@ class Zstd(Codec):
         self._compressors.append(compressor)
         return data
 
-    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[bytes, list[int]]:
+    def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[Buffer, list[int]]:
         parts: list[Buffer] = []
         for frame in self._compress_all(data, block_size):
             parts.append(frame)
