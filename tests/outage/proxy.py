@@ -47,6 +47,8 @@ class OutageProxy:
         #: Who we are under TLS, for connections to come.
         self.tls = tls
         self.handshakes_failed = 0
+        #: Storage URLs from before then are good no longer.
+        self.signed_since = 0.0
         self.closing = threading.Event()
         self.servers: list[Server] = []
         self._lock = threading.Lock()
@@ -72,10 +74,11 @@ class OutageProxy:
         self._sometimes = share, faults, random.Random(seed)
 
     def good(self) -> None:
-        """Spoil nothing more."""
+        """Spoil nothing more, and take no storage URL that was given out before."""
         with self._lock:
             self._next.clear()
         self._always = self._sometimes = None
+        self.signed_since = time.time()
 
     def cut(self) -> None:
         """Break all connections."""
@@ -178,7 +181,8 @@ class _ProxyHandler(Answering):
 
     def _from_storage(self, path: str, query: dict[str, list[str]]) -> None:
         # A signed URL: good until the time in it, and no token is asked for (nor may any come here).
-        if time.time() > float(query["expires"][0]) or self.headers.get("Authorization"):
+        issued, life_s = float(query["issued"][0]), float(query["life"][0])
+        if time.time() > issued + life_s or issued < self.proxy.signed_since or self.headers.get("Authorization"):
             self.answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
             return
         answer = self._fetch(path, b"", authorization=query["bearer"][0])
@@ -249,7 +253,7 @@ def redirect_to_storage(life_s: float) -> Fault:
         handler = answer.handler
         assert isinstance(handler, _ProxyHandler)
         bearer = handler.headers.get("Authorization", "")
-        query = f"expires={time.time() + life_s}&bearer={bearer.replace(' ', '%20')}"
+        query = f"issued={time.time()}&life={life_s}&bearer={bearer.replace(' ', '%20')}"
         path = urlsplit(handler.path).path
         handler.answer(307, {"Location": f"http://127.0.0.1:{handler.proxy.storage_port}{path}?{query}"}, b"")
 
