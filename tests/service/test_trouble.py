@@ -95,6 +95,7 @@ def test_a_registry_that_stops_answering(service: DeviceService, tmp_path: Path)
             assert digest[:20] in service.last_error("x")
         finally:
             os.kill(server.pid, signal.SIGCONT)
+        time.sleep(2.5)  # so long it is remembered that the registry could not deliver
         with (target / "big").open("rb") as file:
             assert len(file.read()) == 1200000
         mount.unmount(target)
