@@ -89,4 +89,5 @@ def _run_tool(*command: str, fine: tuple[int, ...] = (0,)) -> None:
         raise DeviceError(f"the disk has grown, its file system has not: {error}") from error
     if done.returncode not in fine:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
-        raise DeviceError(f"the disk has grown, its file system has not: {command[0]}: {said[-1]}")
+        hint = " (a mounted ext4 grows only with CAP_SYS_RESOURCE)" if "Permission denied" in said[-1] else ""
+        raise DeviceError(f"the disk has grown, its file system has not: {command[0]}: {said[-1]}{hint}")
