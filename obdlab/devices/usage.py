@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from obdlab.devices import loop
 from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _TRANSIENT_USE_S = 1.0
 
@@ -26,5 +24,24 @@ def wait_unused(device: Path) -> None:
 
 
 def _users(device: Path) -> str:
-    found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)]
+    found = [f"mounted on {entry.mountpoint}" for entry in mounts_of(device)] or _elsewhere(device)
     return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"
+
+
+# One process stands for its mount namespace; the kernel lists the mounts of none that has no process.
+def _elsewhere(device: Path) -> list[str]:
+    number = os.stat(device).st_rdev
+    wanted = f" {os.major(number)}:{os.minor(number)} ".encode()
+    seen, found = {os.readlink("/proc/self/ns/mnt")}, []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        try:
+            namespace = os.readlink(process / "ns" / "mnt")
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            if wanted in (process / "mountinfo").read_bytes():
+                name = (process / "comm").read_text().strip()
+                found.append(f"in another mount namespace, that of process {process.name} ({name})")
+        except OSError:  # ended meanwhile, or a kernel thread
+            continue
+    return found

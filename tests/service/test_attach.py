@@ -229,7 +229,7 @@ def test_release_while_another_namespace_has_a_copy_of_the_mount(bed: Bed, tmp_p
         assert other.stdout is not None
         other.stdout.readline()
         mount.unmount(target)
-        with pytest.raises(DeviceError, match=r"still in use \(by an overlay or another mount namespace"):
+        with pytest.raises(DeviceError, match=r"still in use \(in another mount namespace, that of process"):
             bed.service.detach("rw")
         assert not bed.service.release("rw")
         assert bed.service.list() == [device]
