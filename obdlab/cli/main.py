@@ -42,6 +42,7 @@ COMMANDS = (
     "cache",
     "config",
     "exporter",
+    "tcmu",
     "cleanup",
     "experiment",
     "image",

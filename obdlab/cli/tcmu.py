@@ -1,0 +1,99 @@
+"""``obdlab tcmu``: serve overlaybd TCMU devices, and attach them as overlaybd's tools do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.logoptions import add_log_options, set_up_logs
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    parser = subcommands.add_parser(
+        "tcmu",
+        help="serve overlaybd TCMU devices, in place of overlaybd-tcmu",
+        description=(
+            "Serves the images of overlaybd devices in the kernel's TCMU: those that overlaybd-snapshotter, "
+            "overlaybd-attacher or `obdlab tcmu-attach` make, and those that it finds. Needs the kernel module "
+            "target_core_user. Ends at SIGINT and SIGTERM; the devices stay, and wait for the next start."
+        ),
+    )
+    add_runtime_options(parser)
+    add_registry_options(parser)
+    add_log_options(parser, default_file="standard error")
+    parser.set_defaults(run=run)
+
+    attach = subcommands.add_parser(
+        "tcmu-attach",
+        help="attach an image as overlaybd-attacher does",
+        description="Makes a device that a running `obdlab tcmu` or overlaybd-tcmu serves; prints the disk's node.",
+    )
+    attach.add_argument("config", type=Path, help="the image's config.v1.json")
+    attach.add_argument("--id", required=True, help="the device's id: a snapshot's, 13 letters or digits at most")
+    attach.add_argument("--live-id", default="", metavar="ID", help="its id for live snapshots (with-devid)")
+    attach.set_defaults(run=run_attach)
+
+    detach = subcommands.add_parser("tcmu-detach", help="take such a device away again")
+    detach.add_argument("id", help="its id")
+    detach.set_defaults(run=run_detach)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads; a process that forks must have none
+    settings = settings_from(args)
+    set_up_logs(args, logging.INFO, settings=settings)
+    wake = _wake_at_signals()
+    from obdlab.image import open as warm  # noqa: F401 - what every server needs, loaded once
+    from obdlab.service.tcmu import TcmuDaemon
+
+    daemon = TcmuDaemon(settings)
+    print("obdlab tcmu: ready", flush=True)
+    daemon.run(wake)
+    return 0
+
+
+def run_attach(args: argparse.Namespace) -> int:
+    """Attach; print the node."""
+    from obdlab.devices.tcmu import configfs
+    from obdlab.service.tcmu import failure_of
+
+    if not args.config.is_file():
+        raise DeviceError(f"{args.config}: no such file")
+    try:
+        print(configfs.attach(args.id, args.config, live_id=args.live_id))
+    except DeviceError as error:
+        reason = failure_of(args.config.absolute())
+        raise DeviceError(f"{error} ({reason})" if reason else str(error)) from error
+    return 0
+
+
+def run_detach(args: argparse.Namespace) -> int:
+    """Detach; a device that is not there is fine."""
+    from obdlab.devices.tcmu import configfs
+    from obdlab.devices.usage import wait_unused
+
+    target = configfs.Target.of(args.id)
+    disk = configfs.disk_of(target)
+    if disk is not None:
+        wait_unused(disk)
+    configfs.remove(target)
+    return 0
+
+
+def _wake_at_signals() -> int:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    return reader

@@ -1,0 +1,298 @@
+"""The TCMU daemon: serves the images of overlaybd backstores that a snapshotter or an attacher makes in configfs.
+
+A drop-in for overlaybd-tcmu. One process with one thread listens to the kernel and forks a server per device. A server
+outlives the daemon, and is started anew when it dies. The kernel's dev_config names an image's config.v1.json, nothing
+else is kept anywhere, and a daemon that starts takes over what it finds.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices.tcmu import netlink, uio
+from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
+from obdlab.errors import ObdlabError
+from obdlab.image.config import ImageConfig
+from obdlab.service.forking import fork_to
+from obdlab.service.tcmu_server import Reporter, serve
+
+if TYPE_CHECKING:
+    from obdlab.devices.tcmu.uio import UioName
+    from obdlab.image.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: The handler's name in dev_config.
+HANDLER = "overlaybd"
+#: Where the reason of a failed add goes if the image's configuration names no result file.
+DEFAULT_RESULT = "init-debug.log"
+_RESTART_FIRST_S, _RESTART_MOST_S = 0.05, 30.0
+#: A server that has served so long did not die at once.
+_HEALTHY_S = 5.0
+#: An opening has its own deadline; a server that does not keep it is killed.
+_OPEN_GRACE_S = 10.0
+_END_S = 30.0
+
+
+def image_of(config: str) -> tuple[Path, str]:
+    """Take the handler's part of a dev_config apart: the image's configuration, and its id for live snapshots."""
+    path, _, live_id = config.partition(";")
+    return Path(path), live_id
+
+
+@dataclass(slots=True, eq=False)
+class _Server:
+    number: int
+    name: UioName
+    pidfd: int
+    pid: int
+    reader: int
+    deadline: float
+    event: Event | None
+    deaths: int
+    adopted: bool
+    ready_at: float | None = None
+    error: str = ""
+    busy: bool = False
+
+
+class TcmuDaemon:
+    """Serves all overlaybd TCMU devices of this host. Raises DeviceError if the kernel has no TCMU."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._servers: dict[int, _Server] = {}
+        self._watched: dict[int, int] = {}
+        self._waiting: dict[int, tuple[float, int]] = {}
+        self._poll = select.poll()
+        # While the kernel's netlink is blocked nothing can be added that would be seen twice, or not at all.
+        blocked = netlink.block()
+        try:
+            self._netlink = TcmuNetlink()
+            self._poll.register(self._netlink, select.POLLIN)
+            for number, name in uio.devices().items():
+                if name.handler == HANDLER:
+                    self._start(number, name, None)
+        finally:
+            if blocked:
+                netlink.unblock()
+
+    def run(self, wake: int) -> None:
+        """Serve until ``wake`` can be read; then bring what is under way to its end and leave the devices waiting.
+
+        They wait, without an error, for the daemon that takes them over.
+        """
+        self._poll.register(wake, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in self._poll.poll(self._pause_ms())}
+            if wake in ready:
+                break
+            if self._netlink.fileno() in ready:
+                for event in self._netlink.events():
+                    self._on_event(event)
+            for server in list(self._servers.values()):
+                if server.reader in ready:
+                    self._on_report(server)
+                if server.pidfd in ready:
+                    self._on_death(server)
+            for pidfd in ready & self._watched.keys():
+                self._on_stranger_gone(pidfd)
+            self._look_at_clock()
+        self._end()
+
+    # --- what happens ---
+
+    def _on_event(self, event: Event) -> None:
+        log.info("%s %s (uio%d)", event.what.name.lower(), event.name, event.number)
+        name = uio.UioName.parse(event.name)
+        if event.what == What.REMOVED:
+            self._netlink.reply(event, 0)
+        elif event.what == What.RECONFIGURED:
+            self._netlink.reply(event, -errno.EOPNOTSUPP)
+        elif name is not None and name.handler == HANDLER:
+            self._start(event.number, name, event)
+        elif name is None or name.handler != "obdlab":  # those are served by who made them, and wait for nobody
+            log.error("%s: no handler for it", event.name)
+            self._netlink.reply(event, -errno.ENOENT)
+
+    def _start(self, number: int, name: UioName, event: Event | None, deaths: int = 0) -> None:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = fork_to(lambda: self._become_server(number, name, event is None, writer))
+        except OSError as error:
+            os.close(reader)
+            log.error("%s: cannot fork: %s", name.device, error.strerror)
+            if event is not None:
+                self._netlink.reply(event, -errno.ENOENT)
+            else:
+                self._waiting[number] = (time.monotonic() + _RESTART_MOST_S, deaths)
+            return
+        finally:
+            os.close(writer)
+        deadline = time.monotonic() + self._settings.open_deadline_s + _OPEN_GRACE_S
+        pidfd = os.pidfd_open(pid)
+        self._servers[number] = _Server(number, name, pidfd, pid, reader, deadline, event, deaths, event is None)
+        self._poll.register(reader, select.POLLIN)
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _become_server(self, number: int, name: UioName, adopt: bool, writer: int) -> None:
+        self._netlink.close()  # another listener that never answers would only fill up
+        for server in self._servers.values():
+            os.close(server.reader)
+            os.close(server.pidfd)
+        path, _ = image_of(name.config)
+        serve(number, name, path, self._settings, Reporter(writer), adopt=adopt)
+
+    def _on_report(self, server: _Server) -> None:
+        data = os.read(server.reader, 1 << 16)
+        if not data:
+            self._poll.unregister(server.reader)
+            os.close(server.reader)
+            server.reader = -1
+            return
+        for line in data.splitlines():
+            message = json.loads(line)
+            if "error" in message:
+                server.error, server.busy = message["error"], bool(message.get("busy"))
+            else:
+                server.ready_at = time.monotonic()
+                self._answer(server, 0)
+
+    def _answer(self, server: _Server, status: int) -> None:
+        if server.event is not None:
+            self._netlink.reply(server.event, status)
+            server.event = None
+
+    def _on_death(self, server: _Server) -> None:
+        if server.reader >= 0:
+            self._on_report(server)
+        _, status = os.waitpid(server.pid, 0)
+        self._forget(server)
+        code = os.waitstatus_to_exitcode(status)
+        if server.event is not None:
+            reason = server.error or f"its server died (status {code})"
+            log.error("%s: not added: %s", server.name.device, reason)
+            report_failure(image_of(server.name.config)[0], reason)
+            self._answer(server, -errno.ENOENT)
+        elif server.busy:
+            self._watch_strangers(server)
+        elif server.number in uio.devices():
+            self._start_again(server, code)
+
+    # Either it was killed, or it ended without its device: both are no reason for the device to hang.
+    def _start_again(self, server: _Server, code: int) -> None:
+        healthy = server.ready_at is not None and time.monotonic() - server.ready_at > _HEALTHY_S
+        deaths = 1 if healthy else server.deaths + 1
+        pause_s = min(_RESTART_FIRST_S * 2 ** (deaths - 1), _RESTART_MOST_S)
+        log.error("%s: its server died (status %d), another one in %g s", server.name.device, code, pause_s)
+        self._waiting[server.number] = (time.monotonic() + pause_s, deaths)
+
+    # A server of an earlier daemon goes on serving; when it dies, the device is taken over.
+    def _watch_strangers(self, server: _Server) -> None:
+        for pid in _holders(server.number):
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                self._watched[pidfd] = server.number
+                self._poll.register(pidfd, select.POLLIN)
+                log.info("%s: served by process %d", server.name.device, pid)
+                return
+        self._waiting[server.number] = (time.monotonic() + _RESTART_FIRST_S, 0)
+
+    def _on_stranger_gone(self, pidfd: int) -> None:
+        number = self._watched.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        self._waiting[number] = (0.0, 0)
+
+    def _look_at_clock(self) -> None:
+        now = time.monotonic()
+        for number, (when, deaths) in list(self._waiting.items()):
+            if when <= now:
+                del self._waiting[number]
+                name = uio.devices().get(number)
+                if name is not None and name.handler == HANDLER:
+                    self._start(number, name, None, deaths)
+        for server in self._servers.values():
+            if server.ready_at is None and server.deadline <= now:
+                server.error = server.error or "opening the image took too long"
+                server.deadline = now + _OPEN_GRACE_S
+                os.kill(server.pid, signal.SIGKILL)
+
+    def _pause_ms(self) -> float | None:
+        times = [when for when, _ in self._waiting.values()]
+        times += [server.deadline for server in self._servers.values() if server.ready_at is None]
+        return max(0.0, (min(times) - time.monotonic()) * 1000) + 1 if times else None
+
+    def _forget(self, server: _Server) -> None:
+        del self._servers[server.number]
+        self._poll.unregister(server.pidfd)
+        os.close(server.pidfd)
+        if server.reader >= 0:
+            self._poll.unregister(server.reader)
+            os.close(server.reader)
+
+    def _end(self) -> None:
+        for server in self._servers.values():
+            os.kill(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _END_S
+        for server in list(self._servers.values()):
+            poller = select.poll()
+            poller.register(server.pidfd, select.POLLIN)
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                log.warning("%s: its server still waits for a source, and goes on", server.name.device)
+                continue
+            os.waitpid(server.pid, 0)
+            self._forget(server)
+        self._netlink.close()
+
+
+def result_file(config_path: Path) -> Path:
+    """Return where the outcome of opening an image is written: what its configuration names, or beside that."""
+    try:
+        named = ImageConfig.load(config_path).result_file
+    except ObdlabError:
+        named = ""
+    return config_path.parent / (named or DEFAULT_RESULT)
+
+
+def open_config(config_path: Path) -> ImageConfig:
+    """Read an image's configuration; its result file is beside it if it has no full path. Raises ConfigError."""
+    return replace(ImageConfig.load(config_path), result_file=str(result_file(config_path)))
+
+
+def report_failure(config_path: Path, reason: str) -> None:
+    """Write why an image was not added to its result file, for who waits for the device."""
+    try:
+        result_file(config_path).write_text(f"failed:{reason}")
+    except OSError as error:
+        log.warning("%s: cannot write the reason (%s)", result_file(config_path), error.strerror)
+
+
+def failure_of(config_path: Path) -> str:
+    """Return why an image was not added, or ''. For who waited for the device."""
+    try:
+        text = result_file(config_path).read_text(errors="replace")
+    except OSError:
+        return ""
+    return text.removeprefix("failed:") if text.startswith("failed:") else ""
+
+
+def _holders(number: int) -> list[int]:
+    node, found = f"/dev/uio{number}", []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == node:
+                found.append(int(link.parts[2]))
+        except OSError:  # closed meanwhile
+            continue
+    return found

@@ -1,0 +1,220 @@
+"""One TCMU device's server: a process of its own, forked from the daemon, that serves one image until it is removed.
+
+SIGTERM ends it in good order: the device stays, without a server, and its users wait for the next one. An image that
+cannot be opened again, after a crash, fails its users' requests with the reason and is tried again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from obdlab.blob import Blob, Buffer, WritableBlob
+from obdlab.devices import abi
+from obdlab.devices.tcmu.disk import ScsiDisk
+from obdlab.devices.tcmu.server import TcmuServer
+from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice
+from obdlab.errors import ObdlabError, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from obdlab.devices.tcmu.uio import UioName
+    from obdlab.image.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5.0
+_DRAIN_S = 20.0
+_WAIT_S = 3600.0
+#: What the kernel puts before a unit's serial number.
+_SERIAL_AT = 28
+
+
+class Reporter:
+    """Tells the daemon how the start went, once."""
+
+    def __init__(self, writer: int) -> None:
+        self._writer = writer
+
+    def ready(self) -> None:
+        """The device is served."""
+        self._tell({"ready": True})
+
+    def failed(self, reason: str, *, busy: bool = False) -> None:
+        """It is not; ``busy``: since another process serves it."""
+        self._tell({"error": reason, "busy": busy})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # a killed daemon: the device is served all the same
+            os.write(self._writer, json.dumps(message).encode() + b"\n")
+        os.close(self._writer)
+
+
+def serve(
+    number: int, name: UioName, config_path: Path, settings: Settings, report: Reporter, *, adopt: bool
+) -> None:
+    """Open UIO device ``number`` and its image, report, and serve until the device is removed or SIGTERM comes.
+
+    ``adopt``: the device had a server before.
+    """
+    from obdlab.service.server import protect
+
+    _settle_in(name.device)
+    protect(name.device, "-999")
+    try:
+        device = UioDevice.open(number)
+    except ObdlabError as error:
+        report.failed(str(error), busy=isinstance(error, DeviceBusyError))
+        return
+    if adopt:
+        _control(name, "block_dev", "1")
+        _control(name, "reset_ring", "1")  # what was under way is asked for again
+    try:
+        blob = _opened(name, config_path, settings, may_fail=adopt)
+        disk = ScsiDisk(blob, serial=_serial(name), description=f"{name.handler}/{name.config}")
+        server = TcmuServer(device.memory, device.descriptor, disk, name=name.device)
+        server.start()
+    except Exception as error:
+        expected = isinstance(error, ObdlabError)
+        log.error("%s: not served: %s", name.device, error, exc_info=None if expected else error)
+        report.failed(str(error) if expected else f"{type(error).__name__}: {error}")
+        return
+    finally:
+        if adopt:
+            _control(name, "block_dev", "0")
+    report.ready()
+    _serve_until_end(server, name)
+    if isinstance(blob, WritableBlob):
+        blob.flush()
+    blob.close()
+    device.close()
+
+
+def _settle_in(device: str) -> None:
+    os.setsid()
+    os.chdir("/")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    # Taken by sigtimedwait, so that no thread is interrupted by it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    abi.set_process_name(f"obdlab:{device}")
+
+
+def _serve_until_end(server: TcmuServer, name: UioName) -> None:
+    gone = threading.Event()
+
+    def wait() -> None:
+        server.wait()
+        gone.set()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end", daemon=True).start()
+    signal.sigwait({signal.SIGTERM})
+    if gone.is_set():
+        return
+    # What has come is answered; what comes from now on waits in the kernel for the next server.
+    _control(name, "block_dev", "1")
+    if not server.drained(_DRAIN_S):
+        log.warning("%s: ends with requests under way, which will be asked for again", name.device)
+    server.end()
+    server.wait(_DRAIN_S)
+    _control(name, "block_dev", "0")
+
+
+def _control(name: UioName, action: str, value: str) -> None:
+    try:
+        (name.backstore / "action" / action).write_text(value)
+    except FileNotFoundError:  # an older kernel, or the device is going
+        pass
+    except OSError as error:
+        log.warning("%s: %s: %s", name.device, action, error.strerror)
+
+
+def _serial(name: UioName) -> str:
+    try:
+        return (name.backstore / "wwn/vpd_unit_serial").read_text()[_SERIAL_AT:].strip()
+    except OSError:
+        return ""
+
+
+def _opened(name: UioName, config_path: Path, settings: Settings, *, may_fail: bool) -> Blob:
+    from obdlab.image.open import open_image
+    from obdlab.service.tcmu import open_config
+
+    def open_it() -> Blob:
+        return open_image(open_config(config_path), settings)
+
+    try:
+        return open_it()
+    except ObdlabError as error:
+        if not may_fail:
+            raise
+        log.error("%s: cannot open the image again, its requests fail: %s", name.device, error)
+        return LostImage(open_it, str(error), name.device)
+
+
+class LostImage(WritableBlob):
+    """Stands for an image that cannot be opened any more: every request fails, until it can be."""
+
+    def __init__(self, open_it: Callable[[], Blob], reason: str, name: str, retry_s: float = _RETRY_S) -> None:
+        self.name = name
+        self._open_it = open_it
+        self._reason = reason
+        self._image: Blob | None = None
+        self._closed = threading.Event()
+        self._retry_s = retry_s
+        threading.Thread(target=self._try_again, name="reopen", daemon=True).start()
+
+    def _try_again(self) -> None:
+        while not self._closed.wait(self._retry_s):
+            try:
+                self._image = self._open_it()
+            except ObdlabError as error:
+                self._reason = str(error)
+            except Exception as error:
+                log.exception("%s: opening the image again", self.name)
+                self._reason = f"{type(error).__name__}: {error}"
+            else:
+                log.warning("%s: the image could be opened again", self.name)
+                return
+
+    def _found(self) -> Blob:
+        if self._image is None:
+            raise SourceError(f"the image cannot be opened: {self._reason}", blob=self.name, temporary=True)
+        return self._image
+
+    def _writable(self) -> WritableBlob:
+        image = self._found()
+        if not isinstance(image, WritableBlob):
+            raise SourceError("the image is read-only", blob=self.name)
+        return image
+
+    @property
+    def size(self) -> int:
+        return self._found().size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._found().read_at(offset, length)
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        self._writable().write_at(offset, data)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._writable().discard(offset, length)
+
+    def flush(self) -> None:
+        if isinstance(self._image, WritableBlob):
+            self._image.flush()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._image is not None:
+            self._image.close()
