@@ -47,6 +47,12 @@ class Exporter:
         return health_of(self.run_dir, self.cache_dir, self.collected.look())
 
 
+def no_fetch_under_way(samples: Samples) -> bool:
+    """Whether what has been downloaded has also been counted by the cache."""
+    fetches = of(samples, "obdlab_fetches_total")
+    return fetches > 0 and fetches == of(samples, "obdlab_download_seconds_count")
+
+
 @pytest.mark.kernel
 @pytest.mark.registry
 def test_numbers_of_two_devices_and_after_their_end(devices: Devices) -> None:
@@ -59,6 +65,7 @@ def test_numbers_of_two_devices_and_after_their_end(devices: Devices) -> None:
             devices.read(device, offset, 64 * KIB)
     content = devices.read(local, MIB, 64 * KIB)
     assert content == devices.read(remote, MIB, 64 * KIB)
+    until(lambda: no_fetch_under_way(exporter.scrape()))  # ahead of the reads
     now = exporter.scrape()
     for name in ("local", "remote"):
         assert of(now, "obdlab_device_up", device=name) == 1
