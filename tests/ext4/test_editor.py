@@ -61,7 +61,8 @@ def change(draw: random.Random, editor: Editor, model: dict[bytes, str]) -> None
         return
     above = draw.choice(folders)
     parent = editor.lookup(above) or 0
-    for name in {b"n" * draw.randint(1, 255) + b"%d" % draw.randint(0, 99) for _ in range(draw.choice([1, 1, 1, 40]))}:
+    for _ in range(draw.choice([1, 1, 1, 40])):
+        name = b"n" * draw.randint(1, 255) + b"%d" % draw.randint(0, 99)
         if len(name) > 255 or name in editor.entries(parent):
             continue
         full = above + b"/" + name if above else name
