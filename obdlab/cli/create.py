@@ -43,7 +43,7 @@ def add(subcommands: Any) -> None:
     parser.add_argument(
         "--parent-uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer below (default: none)"
     )
-    parser.add_argument("--mkfs", action="store_true", help="make an empty ext4 in it (with --sparse)")
+    parser.add_argument("--mkfs", action="store_true", help="make an empty ext4 in it")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.set_defaults(run=run)
 
@@ -55,27 +55,32 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.sparse and args.index is None:
         raise LayerArgumentsError("a layer that is not sparse has an index file: give INDEX or --sparse")
-    if args.mkfs and not args.sparse:
-        raise LayerArgumentsError("--mkfs writes into the data file, which only a layer made with --sparse allows")
     names = {"uuid": args.uuid, "parent_uuid": args.parent_uuid}
     if args.sparse:
         SparseUpper.create(args.data, args.vsize, index_path=args.index, **names).close()
-        if args.mkfs:
-            _make_filesystem(args.data, args.index)
     else:
         AppendUpper.create(args.data, args.index, args.vsize, **names).close()
+    if args.mkfs:
+        _make_filesystem(args.data, args.index)
     say(f"{args.data}: empty writable layer of a disk of {size_text(args.vsize)}", quiet=args.quiet)
     return 0
 
 
 def _make_filesystem(data: str, index: str | None) -> None:
+    from obdlab.ext4.editor import Editor
+    from obdlab.ext4.layout import ROOT_INO, Inode
     from obdlab.ext4.mkfs import make_filesystem
     from obdlab.layers.stack import WritableStack
-    from obdlab.layers.upper import SparseUpper
+    from obdlab.layers.upper import open_upper
 
     try:
-        with WritableStack(None, SparseUpper.open(data)) as disk:
+        with WritableStack(None, open_upper(data, index or "")) as disk:
             make_filesystem(disk)
+            # Somebody will write here and check it one day; e2fsck wants this to be there.
+            editor = Editor(disk)
+            editor.add(ROOT_INO, b"lost+found", Inode(mode=0o40700, links=2))
+            editor.finish()
+            disk.flush()
     except BaseException:
         for made in filter(None, (data, index)):
             Path(made).unlink()

@@ -371,7 +371,6 @@ def test_create_of_a_sparse_layer_makes_the_index_that_configurations_must_name(
 
 def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("create", tmp_path / "a", "--vsize", "1G") == 1
-    assert run("create", tmp_path / "a", tmp_path / "b", "--vsize", "1G", "--mkfs") == 1
     assert run("create", tmp_path / "a", "--sparse", "--vsize", "1000") == 1
     for arguments in (["--vsize", "x"], ["--vsize", "-1"], ["--vsize", "1G", "--uuid", "1-2"]):
         with pytest.raises(SystemExit):
@@ -383,11 +382,13 @@ def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.kernel
-def test_create_with_a_file_system(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    assert run("create", data, "--sparse", "--vsize", "256M", "--mkfs", "-q") == 0
+@pytest.mark.parametrize("kind", ["sparse", "append"])
+def test_create_with_a_file_system(kind: str, tmp_path: Path) -> None:
+    data, index = tmp_path / "data", tmp_path / "index"
+    made, flags = (["--sparse"], []) if kind == "sparse" else ([index], ["--index", index])
+    assert run("create", data, *made, "--vsize", "256M", "--mkfs", "-q") == 0
     assert data.stat().st_blocks * 512 < 1 << 20
-    assert run("commit", data, tmp_path / "layer", "-q") == 0
+    assert run("commit", data, *flags, tmp_path / "layer", "-q") == 0
     with obdlab.open_stack([tmp_path / "layer"]) as disk, (tmp_path / "disk").open("wb") as file:
         file.write(disk.read_at(0, disk.size))
     checked = subprocess.run(["e2fsck", "-fn", tmp_path / "disk"], capture_output=True, timeout=60, check=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import build_parser, main
-from tests.convert.layouts import make_layout, member
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 NOBODY = 65534
@@ -61,16 +60,14 @@ def as_nobody(*arguments: str | Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_without_root_mount_and_convert_say_that_they_need_it(roots_place: Path) -> None:
+def test_without_root_mount_says_that_it_needs_it(roots_place: Path) -> None:
     places = ("--run-dir", roots_place / "run", "--cache-dir", roots_place / "cache")
-    layout = make_layout(roots_place / "layout", [[member("a")]])
     work_dir = roots_place / "work"
     work_dir.mkdir(mode=0o777)
     work_dir.chmod(0o777)
     for arguments in (
         ("mount", GOLDEN / "layer1.obd", work_dir / "mnt", *places),
         ("mount", GOLDEN / "layer1.obd", roots_place / "mnt", "--run-dir", work_dir / "run"),
-        ("convert", "-q", f"oci:{layout.root}", f"oci:{work_dir / 'out'}", "--work-dir", work_dir, *places),
     ):
         status, error = as_nobody(*arguments)
         assert (status, len(error.splitlines())) == (1, 1), error
