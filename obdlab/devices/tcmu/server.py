@@ -240,7 +240,7 @@ _TRANSFERS = frozenset(bytes((op,)) for op in scsi.READS | scsi.WRITES)
 def _description(cdb: bytes, disk: ScsiDisk) -> str:
     if cdb[:1] not in _TRANSFERS:
         return f"SCSI command {cdb.hex(' ') or 'without a CDB'}"
-    transfer, size = scsi.transfer_of(cdb), disk.unit.block_size
+    transfer, size = scsi.transfer_of(cdb), disk.block_size
     what = "read" if cdb[0] in scsi.READS else "write"
     return f"{what} of {transfer.blocks * size} bytes at offset {transfer.lba * size}"
 
