@@ -6,6 +6,7 @@ cannot be opened again, after a crash, fails its users' requests with the reason
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -138,11 +139,13 @@ def _control(name: UioName, action: str, value: str) -> None:
         log.warning("%s: %s: %s", name.device, action, error.strerror)
 
 
+# Two disks with one serial would be taken for two ways to one disk (multipath), so one without gets its name's.
 def _serial(name: UioName) -> str:
     try:
-        return (name.backstore / "wwn/vpd_unit_serial").read_text()[_SERIAL_AT:].strip()
+        serial = (name.backstore / "wwn/vpd_unit_serial").read_text()[_SERIAL_AT:].strip()
     except OSError:
-        return ""
+        serial = ""
+    return serial or hashlib.sha256(f"{name.hba}/{name.device}/{name.config}".encode()).hexdigest()[:32]
 
 
 def _opened(name: UioName, config_path: Path, settings: Settings, *, may_fail: bool) -> Blob:
