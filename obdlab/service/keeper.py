@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: A server that has served so long did not die "at once".
-HEALTHY_S = 1.0
+HEALTHY_S = 0.25
 #: So many deaths at once in a row, and the device is given up.
 MAX_DEATHS = 10
 _FIRST_PAUSE_S = 0.05

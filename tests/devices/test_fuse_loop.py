@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from obdlab.devices.device import Device
 from obdlab.devices.fuse import FuseServer
 from obdlab.devices.fuse_loop import FuseLoopDevice, devices_of, take_down
 from obdlab.errors import DeviceError
-from tests.devices.blobs import MemoryWritable
+from tests.devices.blobs import Gated, MemoryWritable
 from tests.devices.contract import MIB, DeviceContract, read_direct
 
 
@@ -33,6 +34,22 @@ class TestFuseLoopDevice(DeviceContract):
             for _ in range(20):
                 read_direct(device.path, 0, MIB)
             assert device.statistics().threads == 1
+
+    def test_a_hit_never_waits_behind_misses(self, tmp_path: Path) -> None:
+        # As many as a loop device has under way at a time, one of them left for the hit.
+        data = random.Random(9).randbytes(MIB)
+        blob, waits = Gated(data, at=MIB // 2), 127
+        with self.device(blob, tmp_path) as device, ThreadPoolExecutor(waits) as pool:
+            try:
+                slow = [pool.submit(read_direct, device.path, MIB // 2 + n * 4096, 4096) for n in range(waits)]
+                for _ in range(waits):
+                    assert blob.waiting.acquire(timeout=60)
+                assert read_direct(device.path, 0, 65536) == data[:65536]
+                assert not any(future.done() for future in slow)
+            finally:
+                blob.gate.set()
+            for n, future in enumerate(slow):
+                assert future.result(60) == data[MIB // 2 + n * 4096 :][:4096]
 
     def test_reads_past_the_page_cache_of_the_served_file(self, tmp_path: Path) -> None:
         # A changed blob is seen at once by direct reads: nothing between it and the loop device keeps a copy.

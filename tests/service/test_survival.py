@@ -109,8 +109,8 @@ class Killer:
 
     def _run(self) -> None:
         while not self.is_done:
-            time.sleep(self._random.uniform(0.3, 1.5))
             until(lambda: Process.of(pid_of(self._service)) is not None)
+            time.sleep(self._random.uniform(0.0, 1.5))
             helpers = helpers_of(self._service)
             if helpers and self._random.random() < 0.3:
                 try:
