@@ -21,6 +21,21 @@ _EXT4_INCOMPAT_AT = 1024 + 0x60
 _EXT4_NEEDS_RECOVERY = 0x4
 _EROFS_MAGIC_AT = 1024
 _EROFS_MAGIC = 0xE0F5E1E2
+# Options that mount(2) takes as flags, not as text for the file system.
+_FLAGS = {
+    "rw": 0,
+    "ro": abi.MS_RDONLY,
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+    "sync": 16,
+    "dirsync": 128,
+    "noatime": 1024,
+    "nodiratime": 2048,
+    "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+    "lazytime": 1 << 25,
+}
 _U16 = Struct("<H")
 _U32 = Struct("<I")
 
@@ -145,7 +160,10 @@ def mount(
     """
     detected, needs_recovery = detect_fs(device)
     fs_type = fs_type or detected
-    extra = [options] if options else []
+    words = options.split(",") if options else []
+    extra = [word for word in words if word not in _FLAGS]
+    for word in words:
+        flags |= _FLAGS.get(word, 0)
     if read_only and fs_type == "ext4" and needs_recovery:
         extra.append("noload")
     if fs_type == "ext4":

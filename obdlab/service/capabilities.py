@@ -107,14 +107,14 @@ def _experiment_checks() -> Iterator[Check]:
 
 
 def _other_kinds() -> Iterator[Check]:
-    # Not served yet: named so that nobody wonders why a host with TCMU still gets a FUSE device.
+    # What attach, mount and the snapshotter make is FUSE + loop: told, so that nobody wonders.
     kinds = (
-        ("TCMU", "/sys/module/target_core_user", "modprobe target_core_user"),
-        ("ublk", "/dev/ublk-control", "modprobe ublk_drv"),
+        ("TCMU", "/sys/module/target_core_user", "modprobe -a target_core_user tcm_loop", "`obdlab tcmu` serves it"),
+        ("ublk", "/dev/ublk-control", "modprobe ublk_drv", "only obdlab.devices.ublk uses it so far"),
     )
-    for name, path, fix in kinds:
+    for name, path, fix, use in kinds:
         there = Path(path).exists()
-        detail = f"{path} {'exists' if there else 'does not exist'}; obdlab serves FUSE + loop devices only so far"
+        detail = f"{path} {'exists' if there else 'does not exist'}; {use}"
         yield Check("other device kinds", name, there, detail, fix, optional=True)
 
 

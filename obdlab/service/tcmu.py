@@ -1,8 +1,8 @@
 """The TCMU daemon: serves the images of overlaybd backstores that a snapshotter or an attacher makes in configfs.
 
-A drop-in for overlaybd-tcmu. One process with one thread listens to the kernel and forks a server per device. A server
-outlives the daemon, and is started anew when it dies. The kernel's dev_config names an image's config.v1.json, nothing
-else is kept anywhere, and a daemon that starts takes over what it finds.
+A drop-in for overlaybd-tcmu. One process with one thread listens to the kernel and forks a server per device. A
+server outlives the daemon, and is started anew when it dies. The kernel's dev_config names an image's config.v1.json:
+nothing else is kept anywhere, and a daemon that starts takes over what it finds.
 """
 
 from __future__ import annotations

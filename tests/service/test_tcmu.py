@@ -162,6 +162,7 @@ def test_killed_servers_and_daemon_cost_no_byte(daemon: Daemon, tmp_path: Path) 
         fio = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for who in ("server", "daemon", "both", "server"):
             time.sleep(1.5)
+            assert fio.poll() is None, "done before it was disturbed"
             pid = server_of("fio")
             if who in ("daemon", "both"):
                 daemon.end(signal.SIGKILL)

@@ -1,0 +1,66 @@
+"""ublk devices of a real kernel: the contract of every device, and taking over from a server that died."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obdlab.blob import Blob, MemoryBlob
+from obdlab.devices.device import Device
+from obdlab.devices.ublk.device import UblkDevice, devices_of, take_down
+from obdlab.errors import DeviceError
+from tests.devices.contract import MIB, DeviceContract
+
+
+@pytest.mark.vm
+class TestUblkDevice(DeviceContract):
+    grows = False
+
+    def make(self, blob: Blob, directory: Path, **options: Any) -> Device:
+        return UblkDevice(blob, directory, **options)
+
+    def leftovers(self, directory: Path) -> list[str]:
+        return [str(path) for path in devices_of(directory)]
+
+    def test_a_directory_without_a_device(self, tmp_path: Path) -> None:
+        take_down(tmp_path)
+        with pytest.raises(DeviceError, match="no ublk device is known"):
+            UblkDevice(MemoryBlob(bytes(MIB)), tmp_path, recover=True)
+
+    @pytest.mark.timeout(300)
+    def test_killed_servers_cost_no_byte(self, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
+        with disk.open("wb") as file:
+            file.truncate(32 * MIB)
+
+        def serve(*how: str) -> tuple[subprocess.Popen[bytes], str]:
+            command = [sys.executable, "-m", "tests.devices.ublk.serving", str(disk), str(tmp_path), *how]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE)
+            assert process.stdout is not None
+            with process.stdout as stream:
+                return process, stream.readline().decode().strip()
+
+        server, node = serve()
+        job = [
+            "fio", "--name=verify", f"--filename={node}", "--rw=randwrite", "--bs=4k-64k", "--size=24m", "--direct=1",
+            "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--loops=4",
+        ]  # fmt: skip
+        with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+            for _ in range(3):
+                time.sleep(1.5)
+                assert fio.poll() is None, "done before it was disturbed"
+                server.kill()
+                server.wait()
+                server, again = serve("recover")
+                assert again == node
+            output, _ = fio.communicate(timeout=200)
+        assert fio.returncode == 0, output
+        assert "err= 0" in output
+        take_down(tmp_path)  # by another process than the one that serves
+        assert server.wait(30) == 0
+        assert self.leftovers(tmp_path) == []
