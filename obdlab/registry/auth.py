@@ -128,8 +128,9 @@ class Authenticator:
     ) -> urllib3.BaseHTTPResponse:
         """Return the answer to a request of ``url``; any status but 401 is the caller's.
 
-        ``send`` sends it with the Authorization header it is given, a second time if the first was refused. Where
-        a challenge is likely, the first request of many goes ahead alone, and the others share the token it gets.
+        ``send`` sends it with the Authorization header it is given, a second time if the first was refused, a third
+        time if the second was one that another thread had got: two threads that are refused at once count as one.
+        Where a challenge is likely, the first request of many goes ahead alone, and the others share its token.
         Raises RegistryError, permanent unless the token server failed for a while.
         """
         grant = self._grant(repository, actions)
@@ -139,10 +140,11 @@ class Authenticator:
             if response.status != 401:
                 grant.settled = True
                 return response
-            challenges = response.headers.getlist("WWW-Authenticate")
-            discard(response)
-            header = self._answer(grant, repository, actions, url, challenges, header)
+            header, shared = self._answer(grant, repository, actions, url, response, header)
         response = send(header)
+        if response.status == 401 and shared:
+            header, _ = self._answer(grant, repository, actions, url, response, header)
+            response = send(header)
         if response.status == 401:
             error = from_response(response, doing)
             if header.startswith("Basic "):
@@ -209,13 +211,16 @@ class Authenticator:
         repository: Repository,
         actions: str,
         url: str,
-        challenges: Sequence[str],
+        response: urllib3.BaseHTTPResponse,
         refused: str | None,
-    ) -> str:
-        # Returns a new header after one (or none) was refused. Threads refused at the same time share it.
+    ) -> tuple[str, bool]:
+        # Returns a new header after one (or none) was refused with this response. Threads refused at the same time
+        # share it: the second value says whether another one got it.
+        challenges = response.headers.getlist("WWW-Authenticate")
+        discard(response)
         with _within_deadline(grant.lock):
             if grant.header is not None and grant.header != refused and time.monotonic() < grant.expires:
-                return grant.header  # another thread was faster
+                return grant.header, True
             refused_pair = grant.pair if refused is not None and refused.startswith("Basic ") else None
             grant.header = None
             header = self._negotiate(grant, repository, actions, url, challenges, refused_pair)
@@ -223,7 +228,7 @@ class Authenticator:
             if header == refused and refused_pair is not None:
                 grant.header = None
                 raise _told(RegistryError(_WRONG_PASSWORD, status=401), grant.trouble)
-            return header
+            return header, False
 
     def _negotiate(
         self,

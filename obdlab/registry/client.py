@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.deadline import one_try
 from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.pace import least_pace
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import PUSH, Session, redirected
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
@@ -32,6 +34,8 @@ MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 
 # Reads for a running container go on until their deadline; whoever waits at a terminal wants to know sooner.
 _TRIES = 5
+# So many tries of a read are broken off if they are slow. After these the link is believed to be what is slow.
+_PACED_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +184,21 @@ class RegistryClient:
             return b""
         doing = "reading blob"
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        tried = 0
 
         def read(response: urllib3.BaseHTTPResponse) -> bytes:
             return body.read_range(response, offset, length, doing)
 
         def request() -> bytes:
-            return self._session.get(
-                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
-            )
+            with least_pace() if tried <= _PACED_TRIES else nullcontext():
+                return self._session.get(
+                    repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
+                )
 
         def attempt() -> bytes:
-            with one_try():  # a server that drips is never silent for long
+            nonlocal tried
+            tried += 1
+            with one_try():
                 if length > hedge.LARGEST:
                     return request()
                 # Ranges of about the same size take about as long.

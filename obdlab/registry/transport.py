@@ -23,6 +23,7 @@ from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
 from obdlab.registry.interrupt import exchange_of_thread, is_broken_off
+from obdlab.registry.pace import pace_of_thread
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -215,18 +216,29 @@ class _DeadlineMixin:
         super().settimeout(value)  # type: ignore[misc]
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self._shorten_timeout()
-        return cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
+        pace = pace_of_thread()
+        if pace is None:
+            self._shorten_timeout()
+            return cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
+        self._shorten_timeout(pace.end)
+        size = cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
+        pace.received(size)
+        return size
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:
+        pace = pace_of_thread()
+        if pace is not None:
+            pace.sent()
         self._shorten_timeout()
         super().sendall(*args, **kwargs)  # type: ignore[misc]
 
-    def _shorten_timeout(self) -> None:
+    def _shorten_timeout(self, end: float | None = None) -> None:
         exchange = exchange_of_thread()
         if exchange is not None:
             exchange.use(cast("socket.socket", self))
         deadline = thread_deadline()
+        if deadline is None or (end is not None and end < deadline):
+            deadline = end
         if deadline is None:
             return
         left = deadline - time.monotonic()

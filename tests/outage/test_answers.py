@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from obdlab.image.open import open_image
 from tests.outage import lab as bench
-from tests.outage.cases import CASES, DEADLINE_S, SLACK_S, Case
+from tests.outage.cases import CASES, DEADLINE_S, DRIP_S, SLACK_S, Case
 from tests.outage.lab import Lab, Pieces
 
 pytestmark = pytest.mark.registry
@@ -23,7 +24,9 @@ def test_once(lab: Lab, tmp_path: Path, pieces: Pieces, case: Case) -> None:
         before = lab.proxy.injected[case.name]
         lab.proxy.next(case, case.times)
         if case.once is None:
+            started = time.monotonic()
             bench.assert_right(image, pieces)
+            assert case.patience_s <= DRIP_S or time.monotonic() - started < DRIP_S
         else:
             error, _ = bench.read_until_failure(image, pieces)
             bench.assert_is(error, case.once)

@@ -217,7 +217,7 @@ class Handler(Answering):
         elif path.startswith("/storage/"):
             self._object("/storage/", registry.blobs.get(path.rpartition("/")[2]))
         elif not self._authorized():
-            self._challenge()
+            self.refuse()
         elif "/blobs/uploads/" in path:
             self._upload(body)
         elif "/blobs/" in path:
@@ -280,7 +280,8 @@ class Handler(Answering):
             return self.headers.get("Authorization", "").removeprefix("Bearer ") in self.registry.tokens
         return True
 
-    def _challenge(self) -> None:
+    def refuse(self) -> None:
+        """Answer 401, with the challenge."""
         if self.registry.auth == "basic":
             challenge = 'Basic realm="tests"'
         else:

@@ -287,6 +287,27 @@ def test_many_threads_share_one_new_token() -> None:
         client.close()
 
 
+def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = _with_password(registry)
+        read(client, registry)
+
+        def refuse_while_another_is_served(answer: faulty.Answer) -> None:
+            registry.revoke_tokens()
+            assert read(client, registry) == WANTED
+            registry.revoke_tokens()
+            answer.handler.refuse()
+
+        registry.next(refuse_while_another_is_served)
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 3
+        sent = [request.authorization for request in registry.blob_requests()]
+        # The second and third of these are the other thread's.
+        assert sent[2:] == ["Bearer token-1", "Bearer token-1", "Bearer token-2", "Bearer token-2", "Bearer token-3"]
+        client.close()
+
+
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
 def test_wrong_password_and_none(auth: str, client: RegistryClient) -> None:
     with faulty_registry(auth=auth) as registry:
