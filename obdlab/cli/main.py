@@ -45,7 +45,7 @@ COMMANDS = (
     "tcmu",
     "cleanup",
     "experiment",
-    "image",
+    "dataset",
     "doctor",
 )
 # Started by other commands; no choice to offer.

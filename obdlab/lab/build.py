@@ -13,6 +13,7 @@ import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from obdlab.formats import oci
 from obdlab.lab.base import make_busybox, make_debian
 from obdlab.lab.chroot import APT_DIRECTORY, Chroot
 from obdlab.lab.layertar import LayerFile, settle_times, write_layer
+from obdlab.lab.lock import LOCK_NAME, check_lock, installed_packages, read_lock, write_lock
 from obdlab.lab.ocilayout import OciLayout, fetch_layout
-from obdlab.lab.process import run, wait_until
+from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.recipe import Recipe, RecipeLayer
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platforms import host_platform
@@ -82,6 +84,23 @@ def build_image(
     return layout
 
 
+def update_lock(recipe: Recipe, lock: Path, work_dir: Path, progress: Callable[[str], None]) -> Path:
+    """Build the image of whatever the archive has today and pin the recipe to that in ``lock``; return the layout.
+
+    Raises what :func:`build_image` does, and LabError for an image of a registry (its name is its pin).
+    """
+    if recipe.image:
+        raise LabError(f"{recipe.name}: an image of a registry has no packages to pin (name it by digest)")
+    layout = build_image(replace(recipe, locked=()), work_dir, progress)
+    packages = read_lock(layout / LOCK_NAME)
+    write_lock(lock, packages)
+    pinned = image_path(replace(recipe, locked=packages), work_dir)
+    if pinned != layout:
+        shutil.rmtree(pinned, ignore_errors=True)
+        layout.rename(pinned)
+    return pinned
+
+
 def _fetch(recipe: Recipe, directory: Path, progress: Callable[[str], None], registry: RegistryClient | None) -> None:
     client = registry or RegistryClient()
     try:
@@ -123,7 +142,11 @@ class _Build:
                 self._apply(layer, number, lowers, upper)
                 packed.append(packers.submit(self._pack, upper))
                 lowers.append(upper)
+            packages = installed_packages(self._directory / lower for lower in reversed(lowers))
+            if self._recipe.locked:
+                check_lock(self._recipe.name, self._recipe.locked, packages)
             files = [self._base_file(base), *(future.result() for future in packed)]
+        write_lock(self._layout.directory / LOCK_NAME, packages)
         self._finish(files)
         total = sum(file.size for file in files)
         self._progress(

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.lab.layertar import BUILD_EPOCH_S
 from obdlab.lab.process import run
 
 if TYPE_CHECKING:
@@ -75,11 +76,18 @@ class Chroot:
             [*ISOLATED, "--", "sh", "-c", _ENTER, "sh", lower_option, upper, "work"],
             directory=self.directory,
             timeout_s=self.timeout_s,
-            environment={"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "PATH": _PATH},
+            environment=_ENVIRONMENT,
         )
 
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {
+    "LC_ALL": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+    "HOME": "/root",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    # The day a user was made is in /etc/shadow.
+    "SOURCE_DATE_EPOCH": str(BUILD_EPOCH_S),
+}
 
 
 def layer_script(layer: RecipeLayer, refresh_lists: bool) -> str:

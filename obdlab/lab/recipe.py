@@ -29,22 +29,24 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.lab.lock import LOCK_NAME, read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BASES = ("debian", "busybox")
 # Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
-_BUILDER_VERSION = 1
+_BUILDER_VERSION = 2
 
 _MOST_TIMEOUT_S = 24 * 3600.0
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+~:-]+)?")
+_LOCKED = re.compile(r"[a-z0-9][a-z0-9+.-]+:[a-z0-9-]+=[A-Za-z0-9.+~:-]+")
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -107,15 +109,21 @@ class Recipe:
     suite: str = "trixie"
     layers: tuple[RecipeLayer, ...] = ()
     config: ImageConfig = ImageConfig()
+    #: What the image's packages are pinned to (``obdlab.lab.lock``); empty: to nothing.
+    locked: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a recipe file; ``source`` of a file is taken from beside it. Raises RecipeError."""
+        """Read a recipe file; ``source`` of a file and the lock are taken from beside it. Raises RecipeError."""
         try:
             values = tomllib.loads(path.read_text())
+            locked = read_lock(path.with_name(LOCK_NAME))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: {error}") from error
-        return cls.from_values(values, path)
+        for line in locked:
+            if not _LOCKED.fullmatch(line):
+                raise RecipeError(f"{path.with_name(LOCK_NAME)}: wanted lines like name:amd64=1.0 (got {line!r})")
+        return replace(cls.from_values(values, path), locked=locked)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], path: Path) -> Self:
@@ -150,12 +158,17 @@ def find_recipe(name: str, directories: Iterable[Path]) -> Recipe:
 
     Raises RecipeError if there is none.
     """
+    return Recipe.load(recipe_path(name, directories))
+
+
+def recipe_path(name: str, directories: Iterable[Path]) -> Path:
+    """Return where the recipe ``name`` is, as :func:`find_recipe` looks for it. Raises RecipeError."""
     if name.endswith(".toml"):
-        return Recipe.load(Path(name))
+        return Path(name)
     tried = [directory / name / "recipe.toml" for directory in directories]
     for path in tried:
         if path.is_file():
-            return Recipe.load(path)
+            return path
     raise RecipeError(f"no recipe named {name!r} (looked for {', '.join(map(str, tried))})")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli import image
+from obdlab.cli import dataset
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.recipe import RecipeError
 
@@ -14,8 +14,8 @@ DATASETS = Path(__file__).parents[2] / "datasets"
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    image.add(parser.add_subparsers())
-    args = parser.parse_args(["image", *words])
+    dataset.add(parser.add_subparsers())
+    args = parser.parse_args(["dataset", *words])
     status: int = args.run(args)
     return status
 

@@ -1,4 +1,4 @@
-"""``obdlab image``: build the images of the datasets, list their recipes."""
+"""``obdlab dataset``: build the images of the datasets, list their recipes, push them to a registry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAYOUT_PREFIX = "oci:"
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subcommands.add_parser(
-        "image",
+        "dataset",
         help="build the images of the datasets",
         description="Builds real multi-layer images from Debian packages, by the recipes under datasets/.",
     )
@@ -32,21 +32,30 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="oci:DIR|REF",
         help="also write it to an OCI layout directory, or push it to a registry",
     )
+    build.add_argument(
+        "--update-lock", action="store_true", help="pin the recipe to the package versions that the archive has today"
+    )
+    push = verbs.add_parser("push", help="build a recipe's image and push it to a registry (needs root)")
+    push.add_argument("recipe", metavar="RECIPE", help="name of a dataset, or a path of a TOML file")
+    push.add_argument("to", metavar="REF", help="e.g. registry.example/redis:v1")
     listing = verbs.add_parser("list", help="list the recipes and what is built of them")
-    for verb in (build, listing):
+    for verb in (build, push, listing):
         verb.add_argument(
             "--datasets", type=Path, action="append", metavar="DIR", help="where recipes are (default: datasets)"
         )
         verb.add_argument("--work-dir", type=Path, metavar="DIR", help="where built images and caches are kept")
     add_registry_options(build)
+    add_registry_options(push)
     build.set_defaults(run=_build)
+    push.set_defaults(run=_build, update_lock=False)
     listing.set_defaults(run=_list)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
+    from obdlab.lab.build import DEFAULT_WORK_DIR, build_image, update_lock
+    from obdlab.lab.lock import LOCK_NAME
     from obdlab.lab.ocilayout import copy_layout, push_layout
-    from obdlab.lab.recipe import RecipeError, find_recipe
+    from obdlab.lab.recipe import Recipe, RecipeError, find_recipe, recipe_path
     from obdlab.registry.reference import Reference
 
     target = args.to or ""
@@ -54,9 +63,13 @@ def _build(args: argparse.Namespace) -> int:
     directories = _directories(args)
     if not args.recipe.endswith(".toml") and not any((place / args.recipe).is_dir() for place in directories):
         raise RecipeError(f"no recipe named {args.recipe!r} in {_places(directories)}")
-    recipe = find_recipe(args.recipe, directories)
+    work_dir = args.work_dir or DEFAULT_WORK_DIR
     with closing(registry_from(args)) as client:
-        layout = build_image(recipe, args.work_dir or DEFAULT_WORK_DIR, _say, client)
+        if args.update_lock:
+            path = recipe_path(args.recipe, directories)
+            layout = update_lock(Recipe.load(path), path.with_name(LOCK_NAME), work_dir, _say)
+        else:
+            layout = build_image(find_recipe(args.recipe, directories), work_dir, _say, client)
         digest = push_layout(layout, client, reference) if reference is not None else ""
     if digest:
         print(f"{reference} {digest}")
