@@ -7,6 +7,7 @@ machine's byte order. Nothing here makes a system call: any writable buffer will
 from __future__ import annotations
 
 import threading
+from collections import deque
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,6 @@ IOVECS_AT = 48
 IOVEC = Struct("=QQ")
 #: Length of the smallest command entry: the response, with its 96 bytes of sense, overlays the request.
 ENTRY_LEAST = 112
-STATUS_AT = 8
 READ_LENGTH_AT = 12
 SENSE_AT = 16
 SENSE_SIZE = 96
@@ -46,7 +46,8 @@ _VARIABLE_LENGTH = 0x7F
 _CDB_MOST = 16
 
 _U32 = Struct("=I")
-_U16 = Struct("=H")
+#: Of an entry, from its number on: cmd_id, kflags, uflags, scsi_status
+_ANSWER = Struct("=HBBB")
 
 
 class RingError(DeviceError):
@@ -80,7 +81,8 @@ class Ring:
             raise RingError(f"ring outside the mapping (got [{self._offset}, {self._data}), mapping {self._size})")
         self._read_length = bool(flags & FLAG_READ_LENGTH)
         self._lock = threading.Lock()
-        self._outstanding = 0
+        #: Where the entries of the commands are that were taken and not answered.
+        self._places: deque[int] = deque()
         #: Where the next command is taken from; the kernel's tail, in the mailbox, follows with the completions.
         self._taken = self._position(TAIL_AT)
 
@@ -93,7 +95,8 @@ class Ring:
         """Return the commands that have come since the last call. Raises RingError."""
         memory, position, unpack = self.memory, self._taken, ENTRY.unpack_from
         head = self._position(HEAD_AT)
-        commands = []
+        commands: list[Command] = []
+        places = []
         while position != head:
             at = self._offset + position
             try:
@@ -107,18 +110,19 @@ class Ring:
                 if length < ENTRY_LEAST:
                     raise RingError(f"a command at {position} of {length} bytes (wanted {ENTRY_LEAST} at least)")
                 if iovecs == 1 and self._data <= first and first + first_length <= self._size:
-                    places: Iovecs | None = ((first, first_length),)
+                    data: Iovecs | None = ((first, first_length),)
                 else:
-                    places = self._iovecs(at, length, iovecs)
-                commands.append((cmd_id, self._cdb(cdb), places))
+                    data = self._iovecs(at, length, iovecs)
+                commands.append((cmd_id, self._cdb(cdb), data))
+                places.append(position)
             elif op not in (OP_PAD, OP_TASK_MANAGEMENT):
                 memory[at + 7] = uflags | UFLAG_UNKNOWN_OP
             position = (position + length) % self._length
         if position != self._taken:
-            with self._lock:  # the next entry that a completion may have to pass over
+            with self._lock:
                 self._taken = position
-                self._outstanding += len(commands)
-                if not self._outstanding:
+                self._places.extend(places)
+                if not self._places:
                     _U32.pack_into(memory, TAIL_AT, position)
         return commands
 
@@ -128,38 +132,20 @@ class Ring:
         Whichever command's entry is next carries the answer: the kernel goes by the number. Raises RingError if no
         command is outstanding.
         """
-        memory = self.memory
+        memory, places = self.memory, self._places
+        uflags = UFLAG_READ_LENGTH if read_length >= 0 and self._read_length else 0
         with self._lock:
-            if not self._outstanding:
+            if not places:
                 raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
-            at, length = self._next_command()
-            _U16.pack_into(memory, at + 4, cmd_id)
-            memory[at + STATUS_AT] = status
+            at = self._offset + places.popleft()
+            _ANSWER.pack_into(memory, at + 4, cmd_id, 0, uflags, status)
             if sense:
                 memory[at + SENSE_AT : at + SENSE_AT + SENSE_SIZE] = sense.ljust(SENSE_SIZE, b"\0")
-            uflags = 0
-            if read_length >= 0 and self._read_length:
-                uflags = UFLAG_READ_LENGTH
+            if uflags:
                 _U32.pack_into(memory, at + READ_LENGTH_AT, read_length)
-            memory[at + 7] = uflags
-            self._outstanding -= 1
-            # With nothing outstanding what follows, padding or task management, needs no answer.
-            tail = (at - self._offset + length) % self._length if self._outstanding else self._taken
-            # Last: the kernel may look at any time. (x86 keeps the order of stores; Python knows no barrier.)
-            _U32.pack_into(memory, TAIL_AT, tail)
-
-    def _next_command(self) -> tuple[int, int]:
-        position = self._position(TAIL_AT)
-        while position != self._taken:
-            at = self._offset + position
-            (length_op,) = _U32.unpack_from(self.memory, at)
-            length = length_op & ~_OP_MASK
-            if not 0 < length <= self._length - position:
-                break
-            if length_op & _OP_MASK == OP_COMMAND:
-                return at, length
-            position = (position + length) % self._length
-        raise RingError(f"the kernel's tail is not among the commands taken (got {position})")
+            # Last: the kernel may look at any time. (x86 keeps the order of stores; Python knows no barrier.) What
+            # lies between two commands, padding or task management, needs no answer.
+            _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def _position(self, at: int) -> int:
         position = int(_U32.unpack_from(self.memory, at)[0])
