@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             open_source(args.source, client),
             open_destination(args.destination, client),
             options=_options(args),
-            progress=None if args.quiet else _Bars(),
+            progress=None if args.quiet else Bars(),
         )
     finally:
         for number, handler in before.items():
@@ -118,8 +118,8 @@ def _options(args: argparse.Namespace) -> ConvertOptions:
     )
 
 
-class _Bars:
-    # One bar for each task that is under way; the finished ones go.
+class Bars:
+    """Progress on a terminal: one bar for each task that is under way; the finished ones go."""
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Task]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     "convert",
+    "compare",
     "rpull",
     "snapshotter",
     "mount",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 import zstandard
 from isal import isal_zlib
 
-from obdlab.errors import FormatError
+from obdlab.errors import CorruptBlobError, FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from obdlab.convert.layout import VerifiedFile
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -39,6 +42,28 @@ def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
     if head == _ZSTD_MAGIC or (head[1:] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50):
         return _unzstd(file, head, blob)
     return _plain(file, head)
+
+
+def uncompressed(
+    file: VerifiedFile, blob: str, diff_id: str, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[bytes]:
+    """Yield a layer's uncompressed tar, which must be the one with the digest ``diff_id``.
+
+    ``advance`` is told how much of the file has been read. Raises as :func:`decompressed`, and CorruptBlobError at
+    the end for another layer.
+    """
+    digest = hashlib.sha256()
+    read = 0
+    for piece in decompressed(file, blob):
+        digest.update(piece)
+        advance(file.position - read)
+        read = file.position
+        yield piece
+    while file.read(_READ):  # what no decompressor asked for must match the blob's digest too
+        pass
+    got = f"sha256:{digest.hexdigest()}"
+    if got != diff_id:
+        raise CorruptBlobError("layer is not the one that the image config names", blob=blob, got=got, wanted=diff_id)
 
 
 def _plain(file: Readable, head: bytes) -> Iterator[bytes]:

@@ -124,7 +124,7 @@ class LayerBuilder:
             if lowers is None:
                 make_filesystem(disk)
             tree = Ext4Tree(disk)
-            with ahead(tar, _TAR_AHEAD) as pieces, _Pieces(pieces) as raw:
+            with ahead(tar, _TAR_AHEAD) as pieces, pieces_file(pieces) as raw:
                 applied = apply_layer(raw, blob, tree)
             tree.finish()
         return applied
@@ -194,8 +194,12 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def pieces_file(pieces: Iterable[Buffer]) -> io.RawIOBase:
+    """Return a binary file over an iterator of bytes, read once and forwards."""
+    return _Pieces(pieces)
+
+
 class _Pieces(io.RawIOBase):
-    # A binary file over an iterator of bytes.
     def __init__(self, pieces: Iterable[Buffer]) -> None:
         self._pieces = iter(pieces)
         self._rest = memoryview(b"")

@@ -48,15 +48,16 @@ class ImageSource(ABC):
     #: The image's name for messages.
     name: str
 
-    def manifest(self, platform: Platform) -> Manifest:
+    def manifest(self, platform: Platform, *, overlaybd: bool = False) -> Manifest:
         """Return the image manifest, of an index the one for ``platform``.
 
-        Raises SourceError if it cannot be had, FormatError if it is malformed or no container image.
+        An image that is an overlaybd one is refused, unless ``overlaybd``. Raises SourceError if it
+        cannot be had, FormatError if it is malformed or no container image.
         """
         document = self._root(platform)
         for _ in range(_MAX_NESTED_INDEXES):
             if isinstance(document, Manifest):
-                return self._checked(document)
+                return self._checked(document, overlaybd=overlaybd)
             document = self._document(document.select(platform))
         raise FormatError("indexes nested too deep", blob=self.name)
 
@@ -92,8 +93,8 @@ class ImageSource(ABC):
     def _document(self, descriptor: Descriptor) -> Manifest | Index:
         return parse_manifest(self._read(descriptor, MAX_MANIFEST_SIZE), f"{self.name}@{descriptor.digest}")
 
-    def _checked(self, manifest: Manifest) -> Manifest:
-        if manifest.is_overlaybd:
+    def _checked(self, manifest: Manifest, *, overlaybd: bool) -> Manifest:
+        if manifest.is_overlaybd and not overlaybd:
             raise FormatError("image is an overlaybd image already", blob=self.name)
         if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
             raise FormatError("not a container image", blob=self.name, got=manifest.config.media_type)

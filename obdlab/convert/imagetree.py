@@ -1,0 +1,83 @@
+"""What an image holds, path by path, whatever it is stored as: to compare a converted image with its original."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.convert.apply import apply_layer
+from obdlab.convert.decompress import uncompressed
+from obdlab.convert.layer import pieces_file
+from obdlab.convert.listing import list_volume
+from obdlab.convert.memorytree import MemoryTree
+from obdlab.ext4.volume import Volume
+from obdlab.image.open import open_stack
+from obdlab.registry.platforms import host_platform
+
+if TYPE_CHECKING:
+    from obdlab.convert.layout import VerifiedFile
+    from obdlab.convert.listing import TreeEntry
+    from obdlab.convert.progress import Progress
+    from obdlab.convert.source import ImageSource
+    from obdlab.formats.oci import Descriptor, Manifest, Platform
+
+_READ = 1 << 20
+
+Listing = dict[str, "TreeEntry"]
+
+
+def list_image(
+    source: ImageSource, platform: Platform | None, work_dir: Path, progress: Progress, *, content: bool = True
+) -> Listing:
+    """List an image as :func:`obdlab.convert.listing.list_tree` lists its mount.
+
+    An overlaybd image is read as the ext4 on its layers, any other by applying its layers in memory. Layers are
+    fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
+    CorruptBlobError, FormatError or ApplyError.
+    """
+    manifest = source.manifest(platform or host_platform(), overlaybd=True)
+    with tempfile.TemporaryDirectory(prefix="obdlab-compare-", dir=work_dir) as directory:
+        if manifest.is_overlaybd:
+            return _list_overlaybd(source, manifest, Path(directory), progress, content=content)
+        return _list_plain(source, manifest, Path(directory), progress, content=content)
+
+
+def _list_plain(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
+) -> Listing:
+    config = source.config(manifest)
+    tree = MemoryTree(content=content)
+    for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
+        name = f"{source.name} layer {number} ({layer.digest})"
+        with ExitStack() as ended:
+            file = _fetch(source, number, layer, work_dir, progress, ended)
+            with pieces_file(uncompressed(file, name, diff_id)) as tar:
+                apply_layer(tar, name, tree)
+    return tree.listing()
+
+
+def _list_overlaybd(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
+) -> Listing:
+    with ExitStack() as ended:
+        files = []
+        for number, layer in enumerate(manifest.layers):
+            file = _fetch(source, number, layer, work_dir, progress, ended)
+            while file.read(_READ):  # only this checks its digest
+                pass
+            files.append(file.path)
+        with open_stack(files) as disk:
+            return list_volume(Volume(disk), content=content)
+
+
+def _fetch(
+    source: ImageSource, number: int, layer: Descriptor, work_dir: Path, progress: Progress, ended: ExitStack
+) -> VerifiedFile:
+    directory = work_dir / f"{number:03d}"
+    directory.mkdir()
+    with progress.task(f"{source.name}: layer {number}", layer.size) as task:
+        file = source.fetch(layer, directory, task.advance)
+    ended.callback(source.release, file)
+    return file
