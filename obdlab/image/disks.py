@@ -59,7 +59,9 @@ def open_disk(paths: Sequence[str | os.PathLike[str]], settings: Settings) -> It
         layers: list[Layer] = []
         if config.lowers or not config.upper.active:
             # The result file is for who starts devices.
-            lowers = cast("Image", open_image(replace(config, upper=UpperConfig(), result_file=""), settings))
+            lowers = cast(
+                "Image", open_image(replace(config, upper=UpperConfig(), result_file=""), settings, traces=False)
+            )
             layers += lowers.layers
             opened.enter_context(lowers)
         if config.upper.active:

@@ -7,13 +7,17 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import fetch_rest_of_end, guessed_end
+from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.remote import RemoteLayers
+from obdlab.image.replay import load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.image.settings import Settings
     from obdlab.layers.lsmt import Layer, LsmtLayer
+    from obdlab.layers.recorder import Recorder
     from obdlab.layers.writable import Upper
 
 logger = logging.getLogger(__name__)
@@ -82,6 +87,13 @@ class Image(Disk):
         super().__init__(layers)
         #: Counters of the block cache since the image was opened; empty if all of it is local.
         self.statistics = count
+        #: Called when it is closed, the last one first, before the layers are.
+        self.before_close: list[Callable[[], None]] = []
+
+    def close(self) -> None:
+        while self.before_close:
+            self.before_close.pop()()
+        super().close()
 
 
 class WritableImage(WritableStack):
@@ -91,17 +103,25 @@ class WritableImage(WritableStack):
         super().__init__(lowers, upper)
         #: As in :class:`Image`.
         self.statistics = count
+        self.before_close: list[Callable[[], None]] = []
+
+    def close(self) -> None:
+        while self.before_close:
+            self.before_close.pop()()
+        super().close()
 
 
-def open_image(config: ImageConfig, settings: Settings) -> Image | WritableImage:
+def open_image(config: ImageConfig, settings: Settings, *, traces: bool = True) -> Image | WritableImage:
     """Open the image that ``config`` describes; closing what is returned closes all of it.
 
     Lowers that are not on this machine are read from their registry through the block cache. With an active upper
     the result is writable. Raises ImageOpenError naming the layer that could not be opened; nothing stays open
     then. The configuration's result file, if it names one, gets "success" or "failed:<reason>".
+
+    A trace of its reads is recorded or replayed as configuration and settings say, without ``traces`` neither.
     """
     try:
-        image = _open(config, at_launch(settings, config.download))
+        image = _open(config, at_launch(settings, config.download), traces=traces)
     except BaseException as error:
         _report(config, f"failed:{error}")
         raise
@@ -109,10 +129,14 @@ def open_image(config: ImageConfig, settings: Settings) -> Image | WritableImage
     return image
 
 
-def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
+def _open(config: ImageConfig, settings: Settings, *, traces: bool) -> Image | WritableImage:
     lowers = stacked_lowers(config)
     with ExitStack() as opened:
-        layers, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened)
+        recording = _begin_recording(config, opened) if traces else None
+        if recording is not None:
+            settings = replace(settings, download_enabled=False, readahead_max=0)
+        recorder = recording.recorder if recording is not None else None
+        layers, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, recorder)
         count = remote.statistics if remote is not None else dict
         stack = Image(layers, count) if layers else None
         image: Image | WritableImage
@@ -124,8 +148,78 @@ def _open(config: ImageConfig, settings: Settings) -> Image | WritableImage:
             image = stack
         else:
             raise ImageOpenError("image has neither lowers nor an upper")
+        if traces and stack is not None:
+            _use_traces(config, settings, stack, remote, recording, image)
         opened.pop_all()
         return image
+
+
+def _begin_recording(config: ImageConfig, opened: ExitStack) -> Recording | None:
+    path = config.record_trace_path
+    if path and config.acceleration_layer:
+        raise ImageOpenError(f"an image with an acceleration layer cannot be recorded (recordTracePath is {path})")
+    if not wants_recording(path):
+        return None
+    try:
+        recording = Recording(path)
+    except RecordingError as error:
+        logger.warning("%s", error)
+        return None
+    opened.callback(recording.abandon)
+    return recording
+
+
+def _use_traces(
+    config: ImageConfig,
+    settings: Settings,
+    stack: Stack,
+    remote: RemoteLayers | None,
+    recording: Recording | None,
+    image: Image | WritableImage,
+) -> None:
+    if recording is not None:
+        stack.watch(recording.recorder.around)
+        recording.watch_lock(partial(stack.watch, None))
+        image.before_close.append(recording.finish)
+        return
+    if remote is None:
+        return  # there is nothing to fetch
+    try:
+        found = _trace_of(config, settings, remote, image)
+    except ObdlabError as error:  # an image works without
+        logger.warning("trace not replayed: %s", error)
+        return
+    if found is not None:
+        name, load = found
+        prefetch = start_replay(name, load, stack)
+        if prefetch is not None:
+            image.before_close.append(prefetch.stop)
+
+
+# Where the trace to be replayed comes from: its name, and what reads it.
+def _trace_of(
+    config: ImageConfig, settings: Settings, remote: RemoteLayers, image: Image | WritableImage
+) -> tuple[str, Callable[[], bytes]] | None:
+    path = str(settings.trace_path or "") or config.record_trace_path
+    if path:
+        there = os.path.exists(path)
+        if not there:
+            logger.log(logging.WARNING if settings.trace_path else logging.INFO, "%s: no such trace", path)
+        return (path, partial(load_file, path)) if there else None
+    if not config.acceleration_layer or not config.lowers:
+        return None
+    lower = config.lowers[-1]
+    beside = trace_beside(lower.dir)
+    if beside is not None:
+        return beside, partial(load_file, beside)
+    file = local_file(lower)
+    if file is not None:
+        return file, lambda: load_layer(LocalFile(file))
+    if not lower.digest or not lower.size:
+        return None
+    blob = remote.open(lower.digest, lower.size)
+    image.before_close.append(blob.close)
+    return blob.name, partial(load_layer, blob)
 
 
 # A crash after the configuration of a snapshot was put in place leaves the mark that would have the seal undone.
@@ -150,7 +244,11 @@ def stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
 
 
 def _open_lowers(
-    lowers: Sequence[LowerConfig], repo_blob_url: str, settings: Settings, opened: ExitStack
+    lowers: Sequence[LowerConfig],
+    repo_blob_url: str,
+    settings: Settings,
+    opened: ExitStack,
+    recorder: Recorder | None = None,
 ) -> tuple[list[LsmtLayer], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
     files = [local_file(lower) for lower in lowers]
@@ -158,10 +256,11 @@ def _open_lowers(
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
         lower, file = lowers[number], files[number]
+        watched = partial(recorder.watched, number) if recorder is not None else None
         try:
             _check_kind(lower)
             with deadline_of_thread(deadline):
-                layer = _open_local(file) if file else _open_remote(lower, remote, ends)
+                layer = _open_local(file, watched) if file else _open_remote(lower, remote, ends, watched)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -193,10 +292,10 @@ def local_file(lower: LowerConfig) -> str | None:
     return next((path for path in candidates if os.path.exists(path)), None)
 
 
-def _open_local(path: str | os.PathLike[str]) -> LsmtLayer:
+def _open_local(path: str | os.PathLike[str], watched: Callable[[Blob], Blob] | None = None) -> LsmtLayer:
     file = LocalFile(path)
     try:
-        return open_layer(file)
+        return open_layer(file, watched)
     except BaseException:
         file.close()
         raise
@@ -207,7 +306,12 @@ def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) ->
         blob.read_at(offset, length)
 
 
-def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor | None) -> LsmtLayer:
+def _open_remote(
+    lower: LowerConfig,
+    remote: RemoteLayers | None,
+    ends: Executor | None,
+    watched: Callable[[Blob], Blob] | None,
+) -> LsmtLayer:
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
@@ -218,7 +322,7 @@ def _open_remote(lower: LowerConfig, remote: RemoteLayers | None, ends: Executor
         if start < blob.size:
             ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
             fetch_rest_of_end(blob)
-        return open_layer(blob)
+        return open_layer(blob, watched)
     except BaseException:
         blob.close()
         raise

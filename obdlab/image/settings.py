@@ -45,6 +45,8 @@ class Settings:
     #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of
     #: many small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of 100 Mbit/s.
     readahead_max: int = 1024 * KIB
+    #: Trace or priority list to be replayed whenever an image is opened, in place of the image's own.
+    trace_path: Path | None = None
     #: Whether images in use are fetched whole into the cache, and verified, while nobody waits for anything else.
     download_enabled: bool = False
     #: That begins so long after an image was opened, and a random part of ``download_delay_extra_s`` later.

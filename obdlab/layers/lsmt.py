@@ -24,6 +24,7 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from obdlab.blob import Blob
@@ -145,22 +146,24 @@ def _refuse_writable(header: Header, blob: Blob) -> None:
         raise FormatError("writable layer (not sealed): commit or seal it first", blob=blob.name)
 
 
-def open_layer(blob: Blob) -> LsmtLayer:
+def open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None = None) -> LsmtLayer:
     """Open a layer blob as it is stored: inside a tar or not, a ZFile or plain LSMT.
+
+    What opening reads of the plain LSMT file is read through ``watched(file)``.
 
     The blob belongs to the layer from then on, but stays the caller's if this raises: FormatError if it is none of
     these or malformed, CorruptBlobError if a checksum is wrong.
     """
     try:
-        return _open_layer(blob)
+        return _open_layer(blob, watched)
     except FormatError:
         # Headers are all that tells a layer, so a wrong answer of its source that a cache below has kept would make
         # every opening fail. Asked once more without the cache, the source may give the right one.
         blob.evict(0, blob.size)
-    return _open_layer(blob)
+    return _open_layer(blob, watched)
 
 
-def _open_layer(blob: Blob) -> LsmtLayer:
+def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
     content = open_tarwrap(blob)
     start = content.read_at(0, min(512, content.size))
     if is_zfile(start, blob=blob.name):
@@ -173,4 +176,8 @@ def _open_layer(blob: Blob) -> LsmtLayer:
             got=start[:24].hex() or "nothing",
             wanted="a ZFile or LSMT header",
         )
-    return LsmtLayer(content)
+    if watched is None:
+        return LsmtLayer(content)
+    layer = LsmtLayer(watched(content))
+    layer.data = content
+    return layer

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from obdlab.layers.lsmt import Layer
     from obdlab.layers.writable import Upper
 
+    ReadAt = Callable[[int, int], bytes]
+
 logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
@@ -63,7 +65,16 @@ class Stack(Blob):
         self.index: SegmentIndex = merge([layer.index for layer in layers]) if index is None else index
         self.blobs: tuple[Blob, ...] = tuple(layer.data for layer in reversed(layers))
         self._lookup = self.index.lookup
-        self._reads = tuple(blob.read_at for blob in self.blobs)
+        self._reads: tuple[ReadAt, ...] = tuple(blob.read_at for blob in self.blobs)
+
+    def watch(self, around: Callable[[int, ReadAt], ReadAt] | None) -> None:
+        """Have each layer read through ``around(its number, its read_at)``, 0 being the bottom; None ends that.
+
+        While nobody watches it costs nothing.
+        """
+        top = len(self.blobs) - 1
+        reads = [blob.read_at for blob in self.blobs]
+        self._reads = tuple(read if around is None else around(top - tag, read) for tag, read in enumerate(reads))
 
     @property
     def size(self) -> int:

@@ -61,6 +61,11 @@ class WrappedContent(Blob):
     def size(self) -> int:
         return self._size
 
+    @property
+    def stored(self) -> Blob:
+        """The tar."""
+        return self._blob
+
     def read_at(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)

@@ -68,6 +68,15 @@ class ZFileReader(Blob):
         """The compressed file."""
         return self._blob
 
+    def stored_range(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the bytes ``[begin, end)`` of the compressed file that a read would ask for."""
+        check_range(self, offset, length)
+        if not length:
+            return 0, 0
+        first, last = offset // self._block_size, (offset + length - 1) // self._block_size
+        bounds = self._table.boundaries(first, last + 1)
+        return bounds[0], bounds[-1]
+
     def read_at(self, offset: int, length: int) -> bytes:
         block_size = self._block_size
         end = offset + length
@@ -88,11 +97,9 @@ class ZFileReader(Blob):
         return out.getvalue()
 
     def evict(self, offset: int, length: int) -> None:
-        check_range(self, offset, length)
-        if length:
-            first, last = offset // self._block_size, (offset + length - 1) // self._block_size
-            bounds = self._table.boundaries(first, last + 1)
-            self._blob.evict(bounds[0], bounds[-1] - bounds[0])
+        begin, end = self.stored_range(offset, length)
+        if end > begin:
+            self._blob.evict(begin, end - begin)
 
     def close(self) -> None:
         self._blob.close()

@@ -120,9 +120,13 @@ class CachedBlob(Blob):
         self.counters.evicted_units += stop - first
         self._origin.evict(offset, length)
 
-    def fetch_extents(self) -> None:
-        """Have misses fetch whole extents from now on: those who open an image read little, and know where."""
+    def opened(self, deadline_s: float) -> None:
+        """Have misses fetch whole extents from now on, and reads end within ``deadline_s``.
+
+        Those who open an image read little, and know where; how long that may take is their affair.
+        """
         self._fetches.extent = self._extent
+        self._deadline_s = self._fetches.deadline_s = deadline_s
 
     def close(self) -> None:
         """Close cache and origin, once the last fetch under way is over."""
@@ -172,6 +176,28 @@ class CachedBlob(Blob):
         """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
         self._fetches.fetch_in_background(first, stop)
 
+    # -- for replaying traces ----------------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a unit."""
+        return self._unit
+
+    @property
+    def demand(self) -> Demand:
+        """Who waits for an origin, of the readers of the whole image."""
+        return self._demand
+
+    def expect(self, units: bytes) -> None:
+        """The units that have a 1 here will be prefetched soon; none, once that is over."""
+        self._fetches.expected = units
+
+    def prefetch(self, first: int, stop: int) -> None:
+        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        self._fetches.prefetch(first, stop)
+
+    # -- the end of a download ---------------------------------------------------------------------------------------
+
     def verify(self) -> bool:
         """Check the whole blob against its digest and mark it as verified; take all of it away if it does not match.
 
@@ -215,6 +241,7 @@ class CachedBlob(Blob):
     def _tell(self, first: int, stop: int) -> None:
         # Cleared first: a mark that comes meanwhile is not lost.
         self._attend[first:stop] = bytes(stop - first)
+        self._fetches.note_use(first, stop)
         self._fetches.pass_marks(first, stop)
         self._units.note_use(first, stop)
 

@@ -52,15 +52,20 @@ class Fetches:
     ) -> None:
         #: A reader's miss fetches what is missing of the aligned extent of so many units around it.
         self.extent = 1
+        #: Fetches ahead of readers have a part of it; readers come with their own.
+        self.deadline_s = deadline_s
         self.name = origin.name
         self._origin = origin
         self._units = units
         self._holders = holders
         self._demand = demand
         self._readahead = readahead
-        self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._flights: dict[int, Flight] = {}
+        #: 1 for each unit that will be fetched soon: a reader who comes sooner takes just what he needs of these.
+        self.expected = b""
+        # Prefetched, and not used since.
+        self._unused: set[int] = set()
 
     def obtain(self, unit: int, stop: int, deadline: float) -> tuple[bytes | memoryview, bool]:
         """Return the content of one or more units from ``unit`` on, and whether it had to be waited for.
@@ -78,7 +83,8 @@ class Fetches:
                     there = self._units.files.present(unit, stop)
                     if not there[0]:
                         flight = self._claim_extent(unit, stop)
-                        ahead = self._readahead.missed(flight.first, flight.stop)
+                        if not self._is_expected(unit):
+                            ahead = self._readahead.missed(flight.first, flight.stop)
                         mine = True
                 else:
                     if not flight.started:
@@ -96,7 +102,8 @@ class Fetches:
             self.pass_marks(unit, min(stop, flight.stop))
             with self._demand:
                 if mine:
-                    self._fetch(flight, deadline, patient=True)
+                    with self._demand.fetching:
+                        self._fetch(flight, deadline, patient=True)
                 else:
                     self._await(flight, deadline)
             waited = True
@@ -114,11 +121,41 @@ class Fetches:
                     return
                 flight.started = flight.background = True
             started = time.monotonic()
-            self._fetch(flight, started + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+            self._fetch(flight, started + self.deadline_s * _BACKGROUND_SHARE, patient=False)
             if flight.data is not None:
                 offset = flight.first << self._units.unit_shift
                 audit.record("bk_download", self.name, offset, len(flight.data), started)
             unit = flight.stop
+
+    def prefetch(self, first: int, stop: int) -> None:
+        """As :meth:`fetch_in_background`, because a reader is expected soon."""
+        unit = first
+        while unit < stop:
+            with self._lock:
+                flight = self._claim_next(unit, stop)
+                if flight is None:
+                    return
+                flight.started = flight.prefetch = True
+                self._unused.update(range(flight.first, flight.stop))
+            try:
+                self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
+            finally:
+                fetched = flight.first if flight.data is None else flight.stop  # others may fetch the rest
+                with self._lock:
+                    self._unused.difference_update(range(fetched, stop))
+            unit = flight.stop
+
+    def note_use(self, first: int, stop: int) -> None:
+        """The units were read: count what was prefetched of them."""
+        if not self._unused:
+            return
+        with self._lock:
+            used = self._unused.intersection(range(first, stop))
+            self._unused -= used
+            if used:
+                counters = self._units.counters
+                counters.prefetch_hits += 1
+                counters.prefetch_used_bytes += sum(self._units.files.length_of(unit, unit + 1) for unit in used)
 
     def pass_marks(self, first: int, stop: int) -> None:
         """A reader came by these units: fetch ahead of him."""
@@ -150,8 +187,11 @@ class Fetches:
             self._flights[number] = flight
         return flight
 
+    def _is_expected(self, unit: int) -> bool:
+        return unit < len(self.expected) and self.expected[unit] == 1
+
     def _claim_extent(self, unit: int, stop: int) -> Flight:
-        extent = self.extent
+        extent = 1 if self._is_expected(unit) else self.extent
         begin = unit - unit % extent
         stop = min(stop + -stop % extent, self._units.files.units)
         there = self._units.files.present(begin, stop)
@@ -279,7 +319,7 @@ class Fetches:
                 return  # a reader could not wait
             flight.started = True
         try:
-            self._fetch(flight, time.monotonic() + self._deadline_s * _BACKGROUND_SHARE, patient=False)
+            self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
         except ObdlabError as error:
             logger.info("fetching ahead failed: %s", error)
 

@@ -21,6 +21,9 @@ class Statistics:
     demand_bytes: int = 0  # fetched because a reader waited
     readahead_bytes: int = 0  # fetched ahead
     background_bytes: int = 0  # fetched to have the blob whole
+    prefetch_bytes: int = 0  # fetched because a trace says that they will be read
+    prefetch_used_bytes: int = 0  # of these, in units that were read since
+    prefetch_hits: int = 0  # reads that were the first to use something prefetched
     failed_requests: int = 0
     corrupt_units: int = 0  # dropped because the checksum did not match
     evicted_units: int = 0  # dropped because a reader above asked for it
@@ -31,6 +34,8 @@ class Statistics:
         self.requests += 1
         if flight.data is None:
             self.failed_requests += 1
+        elif flight.prefetch:
+            self.prefetch_bytes += len(flight.data)
         elif flight.background:
             self.background_bytes += len(flight.data)
         elif flight.ahead:
@@ -51,13 +56,14 @@ def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
 class Flight:
     """Units being fetched, by whoever set ``started``; the others wait for ``done``."""
 
-    __slots__ = ("ahead", "background", "data", "done", "error", "first", "started", "stop")
+    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "started", "stop")
 
     def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
         self.first = first
         self.stop = stop
         self.ahead = ahead  # nobody waited when it was asked for
         self.background = False
+        self.prefetch = False
         self.started = not ahead
         self.done = threading.Event()
         self.data: bytes | None = None
@@ -96,8 +102,8 @@ class Holders:
             self.let_go()
 
 
-class Demand:
-    """Whether readers of any blob of an image are waiting for an origin; entered while one is."""
+class Gauge:
+    """How many are inside, and since when nobody is."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -117,3 +123,17 @@ class Demand:
         """Return how long nobody has waited; 0 while somebody does."""
         with self._lock:
             return 0.0 if self._waiting else time.monotonic() - self._last
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is inside."""
+        return self._waiting > 0
+
+
+class Demand(Gauge):
+    """Whether readers of any blob of an image are waiting for an origin; entered while one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Those among them that ask the origin themselves, nobody having done so ahead of them.
+        self.fetching = Gauge()

@@ -14,9 +14,14 @@ from pathlib import Path
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.convert.tarstream import Kind, TarStream
+from obdlab.devices.nbd.connection import Connection, ConnectionLostError
+from obdlab.devices.nbd.export import NbdExport
+from obdlab.devices.nbd.server import Budget, Client
+from obdlab.devices.nbd.wire import ALLOCATION, FIXED_NEWSTYLE, Command, Option
 from obdlab.errors import ObdlabError
 from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
+from obdlab.formats.trace import PriorityList, Trace, content_of_layer
 from obdlab.image.config import ImageConfig
 from obdlab.image.diskimport import disk_size
 from obdlab.image.serviceconfig import parse as parse_settings
@@ -31,6 +36,8 @@ from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
+from tests.devices.blobs import MemoryWritable
+from tests.devices.nbd.speaking import go, meta, option, request
 from tests.ext4.samples import large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
@@ -269,7 +276,66 @@ def _hosts_seeds() -> list[bytes]:
     return [text.encode(), (text + '[host."https://b:5000/c".header]\nx-a = ["b", "c"]\n').encode()]
 
 
+class _Spoken(Connection):
+    """A client that has said all it will."""
+
+    def __init__(self, data: bytes) -> None:
+        self._said = io.BytesIO(data)
+
+    def receive(self, length: int, timeout_s: float, *, may_idle: bool = False) -> bytearray:
+        data = bytearray(self._said.read(length))
+        if len(data) < length:
+            raise ConnectionLostError("client is gone")
+        return data
+
+    def send(self, parts: list[bytes], timeout_s: float) -> None:
+        assert sum(map(len, parts)) <= _MOST_READ
+
+
+def _nbd(data: bytes) -> None:
+    disk = MemoryWritable(1 << 16)
+    export = NbdExport(disk, "disk", extents=lambda _, length: [(length, True)])
+    client = Client(_Spoken(data), export, Budget(1 << 26))
+    if client.negotiate():
+        while client.next_request():
+            pass
+    assert len(disk.data) == disk.size == 1 << 16
+
+
+def _nbd_seeds() -> list[bytes]:
+    hello, bye = FIXED_NEWSTYLE.to_bytes(4, "big"), request(Command.DISCONNECT)
+    changes = [
+        request(Command.WRITE, 512, 512, data=bytes(512), flags=1),
+        request(Command.TRIM, 0, 4096),
+        request(Command.WRITE_ZEROES, 100, 5000, flags=2),
+        request(Command.FLUSH),
+    ]
+    structured = (
+        option(Option.STRUCTURED_REPLY) + meta(ALLOCATION, number=Option.LIST_META_CONTEXT) + meta(ALLOCATION)
+    )
+    asks = [request(Command.READ, 0, 4096), request(Command.BLOCK_STATUS, 0, 1 << 16)]
+    return [
+        hello + go(b"disk", Option.INFO) + option(Option.LIST) + option(Option.ABORT),
+        hello + option(Option.EXPORT_NAME, b"disk") + b"".join(changes) + bye,
+        hello + structured + go() + b"".join(asks) + bye,
+    ]
+
+
+def _trace(data: bytes) -> None:
+    trace = Trace.from_bytes(data)
+    assert Trace.from_bytes(trace.to_bytes()).reads() == trace.reads()
+
+
+def _trace_seeds() -> list[bytes]:
+    return [content_of_layer(_golden("image/acceleration-layer.tar")), Trace.from_reads([(0, 0, 512)]).to_bytes()]
+
+
+def _priority_list(data: bytes) -> None:
+    PriorityList.from_bytes(data)
+
+
 TARGETS = {
+    "nbd": Target(_nbd, _nbd_seeds),
     "zfile": Target(_zfile, _zfile_seeds),
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
     "layer": Target(_layer, _layer_seeds),
@@ -290,6 +356,9 @@ TARGETS = {
     "reference": Target(_reference, _reference_seeds),
     "layer-tar": Target(_layer_tar, _tar_seeds),
     "ext4": Target(_ext4, _ext4_seeds),
+    "trace": Target(_trace, _trace_seeds),
+    "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
+    "priority-list": Target(_priority_list, lambda: [b"/bin/sh\n/usr/lib/\n/opt/x*\n"], strict=False),
 }
 
 #: What a parser may raise.

@@ -1,0 +1,180 @@
+"""Replaying a trace: from an image's reads to ranges of its blobs, fetched ahead of whoever reads the disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.ext4.volume import Volume
+from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
+from obdlab.layers.tarwrap import WrappedContent
+from obdlab.layers.zfile import ZFileReader
+from obdlab.observe.counters import Counter
+from obdlab.sources.cachedblob import CachedBlob
+from obdlab.sources.localfile import LocalFile
+from obdlab.sources.prefetch import Prefetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from obdlab.blob import Blob
+    from obdlab.layers.stack import Stack
+    from obdlab.sources.prefetch import Range
+
+    Read = tuple[int, int, int]
+
+logger = logging.getLogger(__name__)
+
+#: Traces that could not be used.
+TRACES_IGNORED = Counter("traces_ignored")
+
+
+def start_replay(name: str, load: Callable[[], bytes], disk: Stack) -> Prefetch | None:
+    """Begin to fetch what the trace or priority list that ``load`` returns names; None if nothing is remote.
+
+    ``load`` is called in the background. A trace that cannot be had or is not this image's is ignored with a warning.
+    """
+    blobs: list[CachedBlob] = []
+    places = [_stored(layer.data, blobs) for layer in disk.layers]
+    if not blobs:
+        return None
+
+    def find() -> Iterable[Range]:
+        try:
+            return list(_ranges(reads_in(load(), disk, name=name), disk, places))
+        except ObdlabError:
+            TRACES_IGNORED.add()
+            raise
+
+    prefetch = Prefetch(name, blobs, find)
+    prefetch.start()
+    return prefetch
+
+
+def reads_in(data: bytes, disk: Stack, *, name: str) -> list[Read]:
+    """Return (layer, offset, length) of what a trace or a priority list names, in order.
+
+    Raises FormatError for a trace that is damaged or of another image; what a list names in vain is left out.
+    """
+    if is_trace(data):
+        trace = Trace.from_bytes(data, name=name)
+        trace.check_fits([layer.data.size for layer in disk.layers], name=name)
+        return trace.reads()
+    listed, odd = PriorityList.from_bytes(data, name=name)
+    for reason in odd:
+        logger.warning("%s", reason)
+    return list(_listed_reads(listed, disk))
+
+
+def load_file(path: str) -> bytes:
+    """Read a trace or a priority list. Raises SourceError or FormatError naming it."""
+    with LocalFile(path) as file:
+        return _read_all(file)
+
+
+def load_layer(blob: Blob) -> bytes:
+    """Read the trace in an acceleration layer, and close the blob. Raises as reading does, and FormatError."""
+    with blob:
+        return content_of_layer(_read_all(blob), name=blob.name)
+
+
+def _read_all(blob: Blob) -> bytes:
+    if blob.size > MAX_SIZE + (64 << 10):
+        raise FormatError("trace is too large", blob=blob.name, got=blob.size, wanted=f"at most {MAX_SIZE}")
+    if blob.size == 0:
+        raise FormatError("trace is empty", blob=blob.name, wanted=f"at least {HEADER_SIZE} bytes")
+    return blob.read_at(0, blob.size)
+
+
+# -- from a layer's uncompressed file to its blob --------------------------------------------------------------------
+
+
+class _Place:
+    # Where a layer's bytes are stored: the number of a cached blob, and the way there.
+    def __init__(self, number: int, steps: Sequence[ZFileReader | WrappedContent]) -> None:
+        self._number = number
+        self._steps = steps
+
+    def range_of(self, offset: int, length: int) -> Range:
+        begin, end = offset, offset + length
+        for step in self._steps:
+            if isinstance(step, ZFileReader):
+                begin, end = step.stored_range(begin, end - begin)
+            else:
+                begin, end = begin + step.window.offset, end + step.window.offset
+        return self._number, begin, end
+
+
+def _stored(blob: Blob, blobs: list[CachedBlob]) -> _Place | None:
+    steps: list[ZFileReader | WrappedContent] = []
+    while isinstance(blob, ZFileReader | WrappedContent):
+        steps.append(blob)
+        blob = blob.stored
+    if not isinstance(blob, CachedBlob):
+        return None
+    if blob not in blobs:
+        blobs.append(blob)
+    return _Place(blobs.index(blob), steps)
+
+
+def _ranges(reads: Iterable[Read], disk: Stack, places: Sequence[_Place | None]) -> Iterator[Range]:
+    for layer, offset, length in reads:
+        place = places[layer]
+        if place is not None and length:
+            yield place.range_of(offset, length)
+
+
+# -- priority lists --------------------------------------------------------------------------------------------------
+
+
+def _listed_reads(listed: PriorityList, disk: Stack) -> Iterator[Read]:
+    volume = Volume(disk)
+    for path in _files(listed, volume):
+        try:
+            number = volume.lookup(path)
+            extents = [] if number is None else volume.extents(volume.inode(number))
+        except ObdlabError as error:
+            logger.warning("%s: %s", os.fsdecode(path), error)
+            continue
+        if number is None:
+            logger.info("%s: in the priority list, but not in the image", os.fsdecode(path))
+        for extent in extents:
+            if not extent.unwritten:
+                size = volume.block_size
+                yield from reads_of_disk(disk, extent.physical * size, extent.length * size)
+
+
+def _files(listed: PriorityList, volume: Volume) -> Iterator[bytes]:
+    for name in listed.files:
+        yield os.fsencode(name)
+    prefixes = tuple((b"/" + os.fsencode(name).strip(b"/")).rstrip(b"/") + b"/" for name in listed.directories)
+    if prefixes:
+        for path, _, inode in volume.walk():
+            if (path + b"/").startswith(prefixes) and not inode.is_directory:
+                yield path
+
+
+def reads_of_disk(disk: Stack, offset: int, length: int) -> Iterator[Read]:
+    """Yield which reads of its layers, of at most 1 MiB, a read of the disk is."""
+    top = len(disk.layers) - 1
+    end = min(offset + length, disk.size)
+    if offset >= end:
+        return
+    for _, count, tag, moffset in disk.index.lookup(offset // SECTOR, -(-end // SECTOR)):
+        if tag < 0:
+            continue
+        begin, stop = moffset * SECTOR, (moffset + count) * SECTOR
+        for at in range(begin, stop, MAX_LENGTH):
+            yield top - tag, at, min(MAX_LENGTH, stop - at)
+
+
+def trace_beside(directory: str) -> str | None:
+    """Return the path of the trace that containerd has unpacked into an acceleration layer's directory, if any."""
+    path = os.path.join(directory, "trace") if directory else ""
+    try:
+        return path if path and os.path.getsize(path) > 0 else None
+    except OSError:
+        return None

@@ -1,0 +1,190 @@
+"""Fetching into the block cache what a trace says will be read, ahead of the readers, in few large requests.
+
+The order is that of first use, but not to the letter: what comes within the next few hundred KiB to MiB is sorted,
+and what lies side by side becomes one request. Those batches begin small, since the first reader comes at once, and
+grow. Readers who miss something else have the network nearly for themselves: meanwhile one request at most is under
+way here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from obdlab.sources.cachedblob import CachedBlob
+
+logger = logging.getLogger(__name__)
+
+#: (blob's number, first byte, end) in the order of use.
+Range = tuple[int, int, int]
+
+_REQUESTS = 4
+# A reader who needs the last of a request waits for all of it.
+_LARGEST = 1 << 20
+_FIRST_BATCH, _LARGEST_BATCH = 512 << 10, 8 << 20
+# Units between two pieces are fetched too, and save a request, as long as they are not more of a batch than this.
+_GAP_SHARE = 0.05
+_MOST_GAP_UNITS = 2
+_LOOK_S = 0.002
+_FAILURES = 3
+# After so much, a trace of which readers used less than this share while they missed half as much is of no use.
+_TRIAL = 8 << 20
+_LEAST_USED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Units ``[first, stop)`` of a blob, to be one request."""
+
+    blob: int
+    first: int
+    stop: int
+
+
+def plan(ranges: Iterable[Range], units: Sequence[int]) -> Iterator[Piece]:
+    """Turn ranges into pieces; ``units`` has the bytes of a unit of each blob."""
+    seen: list[set[int]] = [set() for _ in units]
+    batch: list[tuple[int, int]] = []
+    size, limit = 0, _FIRST_BATCH
+    for blob, begin, end in ranges:
+        unit_size = units[blob]
+        for unit in range(begin // unit_size, -(-end // unit_size)):
+            if unit in seen[blob]:
+                continue
+            seen[blob].add(unit)
+            batch.append((blob, unit))
+            size += unit_size
+            if size >= limit:
+                yield from _pieces(batch, units, seen)
+                batch, size, limit = [], 0, min(2 * limit, _LARGEST_BATCH)
+    yield from _pieces(batch, units, seen)
+
+
+def _pieces(batch: list[tuple[int, int]], units: Sequence[int], seen: list[set[int]]) -> list[Piece]:
+    first_use = {place: number for number, place in enumerate(batch)}
+    runs: list[list[int]] = []  # blob, first, stop, number of first use
+    gap_units = int(len(batch) * _GAP_SHARE)
+    for blob, unit in sorted(batch):
+        number = first_use[blob, unit]
+        last = runs[-1] if runs else None
+        if last is not None and last[0] == blob and unit < last[1] + max(1, _LARGEST // units[blob]):
+            gap = unit - last[2]
+            if gap <= min(_MOST_GAP_UNITS, gap_units):
+                gap_units -= gap
+                seen[blob].update(range(last[2], unit))
+                last[2], last[3] = unit + 1, min(last[3], number)
+                continue
+        runs.append([blob, unit, unit + 1, number])
+    runs.sort(key=lambda run: run[3])
+    return [Piece(blob, first, stop) for blob, first, stop, _ in runs]
+
+
+class Prefetch:
+    """Fetches the ranges that ``find`` returns, in threads of its own that end when all is there.
+
+    ``find`` is called in one of them. Ends early when a blob is closed, when several requests in a row failed, or
+    when readers turn out to read something else; the image works on without. ``done`` is called at the end.
+    """
+
+    def __init__(self, name: str, blobs: Sequence[CachedBlob], find: Callable[[], Iterable[Range]]) -> None:
+        self.name = name
+        self._blobs = blobs
+        self._find = find
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._pieces: Iterator[Piece] = iter(())
+        self._failures = 0
+        self._missed_before = self._total("demand_bytes")
+        self._leader = threading.Thread(target=self._run, name="obdlab-prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._leader.start()
+
+    def stop(self) -> None:
+        """Ask for nothing more; what is under way is not waited for."""
+        self._stopped.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; tell whether it has come."""
+        self._leader.join(timeout_s)
+        return not self._leader.is_alive()
+
+    def _run(self) -> None:
+        held = [blob for blob in self._blobs if blob.hold()]
+        try:
+            if len(held) == len(self._blobs):
+                self._fetch_all()
+        except ObdlabError as error:
+            logger.warning("%s: not replayed: %s", self.name, error)
+        except Exception:
+            logger.exception("%s: replay failed unexpectedly", self.name)
+        finally:
+            for blob in held:
+                blob.expect(b"")
+                blob.let_go()
+
+    def _fetch_all(self) -> None:
+        began = time.monotonic()
+        pieces = list(plan(self._find(), [blob.unit for blob in self._blobs]))
+        self._expect(pieces)
+        self._pieces = iter(pieces)
+        helpers = [
+            threading.Thread(target=self._work, args=(number,), name="obdlab-prefetch", daemon=True)
+            for number in range(1, min(_REQUESTS, len(pieces)))
+        ]
+        for thread in helpers:
+            thread.start()
+        self._work(0)
+        for thread in helpers:
+            thread.join()
+        total = self._total("prefetch_bytes")
+        logger.info("%s: %d bytes prefetched in %.3f s", self.name, total, time.monotonic() - began)
+
+    def _expect(self, pieces: Sequence[Piece]) -> None:
+        expected = [bytearray(-(-blob.size // blob.unit)) for blob in self._blobs]
+        for piece in pieces:
+            expected[piece.blob][piece.first : piece.stop] = b"\1" * (piece.stop - piece.first)
+        for blob, units in zip(self._blobs, expected, strict=True):
+            blob.expect(bytes(units))
+
+    def _work(self, number: int) -> None:
+        while (piece := self._next(number)) is not None:
+            try:
+                self._blobs[piece.blob].prefetch(piece.first, piece.stop)
+                self._failures = 0
+            except ObdlabError as error:
+                self._failures += 1
+                level = logging.WARNING if self._failures == _FAILURES else logging.INFO
+                logger.log(level, "%s: prefetching failed: %s", self.name, error)
+
+    def _next(self, number: int) -> Piece | None:
+        # One thread goes on while a reader fetches for himself: what he needs next may well be expected.
+        while number and self._blobs[0].demand.fetching.busy and not self._ends():
+            time.sleep(_LOOK_S)
+        with self._lock:
+            return None if self._ends() else next(self._pieces, None)
+
+    def _ends(self) -> bool:
+        if self._stopped.is_set() or self._failures >= _FAILURES or any(blob.closed for blob in self._blobs):
+            return True
+        fetched = self._total("prefetch_bytes")
+        if fetched < _TRIAL:
+            return False
+        used, missed = self._total("prefetch_used_bytes"), self._total("demand_bytes") - self._missed_before
+        if used < min(_LEAST_USED * fetched, missed) and missed > _TRIAL // 2:
+            logger.warning("%s: readers read something else (%d of %d bytes used)", self.name, used, fetched)
+            self.stop()
+            return True
+        return False
+
+    def _total(self, counter: str) -> int:
+        return sum(getattr(blob.counters, counter) for blob in self._blobs)
