@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import (
     add_registry_options,
     add_runtime_options,
+    add_trace_option,
     device_service_from,
     registry_from,
 )
@@ -39,6 +40,7 @@ def add(subcommands: Any) -> None:
     attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
     add_runtime_options(attach)
     add_registry_options(attach)
+    add_trace_option(attach)
     attach.set_defaults(run=run_attach)
 
     detach = subcommands.add_parser("detach", help="take a device away again")
@@ -94,23 +96,12 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
 
     Raises DeviceError, ConfigError or what the registry has to say.
     """
-    from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.service.rundir import RunDir
 
-    names = [name for argument in source for name in argument.split(",") if name]
-    paths = [Path(name) for name in names]
-    if len(paths) == 1 and paths[0].is_file() and _is_json(paths[0]):
-        return paths[0], None
-    if any(name.startswith(("/", "./", "../")) for name in names) or all(path.is_file() for path in paths):
-        for path in paths:
-            if not path.is_file():
-                raise DeviceError(f"{path}: no such layer file")
-        config = ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
-    elif len(names) == 1:
-        config = _config_from_registry(names[0], args)
-    else:
-        missing = ", ".join(str(path) for path in paths if not path.is_file())
-        raise DeviceError(f"several sources must be layer files (no such file: {missing})")
+    names = _names(source)
+    if _is_config(names):
+        return Path(names[0]), None
+    config = _made_config(names, args)
     text = json.dumps(config.to_json(), sort_keys=True)
     device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     run = RunDir(args.run_dir)
@@ -120,6 +111,37 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     path = directory / "config.v1.json"
     config.save(path)
     return path, device_id
+
+
+def image_config_of(source: Sequence[str], args: argparse.Namespace) -> ImageConfig:
+    """Return the image configuration that ``source`` names, which leaves no file. Raises as :func:`config_of`."""
+    from obdlab.image.config import ImageConfig
+
+    names = _names(source)
+    return ImageConfig.load(names[0]) if _is_config(names) else _made_config(names, args)
+
+
+def _names(source: Sequence[str]) -> list[str]:
+    return [name for argument in source for name in argument.split(",") if name]
+
+
+def _is_config(names: Sequence[str]) -> bool:
+    return len(names) == 1 and Path(names[0]).is_file() and _is_json(Path(names[0]))
+
+
+def _made_config(names: Sequence[str], args: argparse.Namespace) -> ImageConfig:
+    from obdlab.image.config import ImageConfig, LowerConfig
+
+    paths = [Path(name) for name in names]
+    if any(name.startswith(("/", "./", "../")) for name in names) or all(path.is_file() for path in paths):
+        for path in paths:
+            if not path.is_file():
+                raise DeviceError(f"{path}: no such layer file")
+        return ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
+    if len(names) == 1:
+        return _config_from_registry(names[0], args)
+    missing = ", ".join(str(path) for path in paths if not path.is_file())
+    raise DeviceError(f"several sources must be layer files (no such file: {missing})")
 
 
 def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:

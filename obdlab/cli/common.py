@@ -75,6 +75,19 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
     _add_settings_option(parser)
 
 
+def add_trace_option(parser: argparse.ArgumentParser) -> None:
+    """Add which trace is replayed."""
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "fetch ahead what this trace (obdlab trace record) or priority list names, in place of what the image's "
+            "acceleration layer does"
+        ),
+    )
+
+
 # Both groups have it, and the snapshotter's --config is another file.
 def _add_settings_option(parser: argparse.ArgumentParser) -> None:
     for names in (("--settings", "--config"), ("--settings",)):
@@ -120,6 +133,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
     audit_log = getattr(args, "audit_log", None)
     if audit_log is not None:
         changes["audit_path"] = audit_log.absolute()
+    trace = getattr(args, "trace", None)
+    if isinstance(trace, Path):
+        changes["trace_path"] = _existing(trace)
     log_format = os.environ.get("OBDLAB_LOG_FORMAT")
     if log_format:
         changes["log_format"] = log_format
@@ -129,6 +145,14 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if credentials is not None:
         changes |= {"credentials_path": credentials.absolute(), "credentials_mode": "file"}
     return replace(settings, **changes)
+
+
+def _existing(path: Path) -> Path:
+    from obdlab.image.settings import SettingsError
+
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such trace")
+    return path.absolute()
 
 
 def _cache_options(args: argparse.Namespace) -> dict[str, Any]:

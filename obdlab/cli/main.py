@@ -40,6 +40,7 @@ COMMANDS = (
     "import_",
     "resize",
     "snapshot",
+    "trace",
     "cache",
     "config",
     "exporter",

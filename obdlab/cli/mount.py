@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.attach import SOURCE_HELP, config_of, forget_config
-from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from
+from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add(subcommands: Any) -> None:
     mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
     add_runtime_options(mount)
     add_registry_options(mount)
+    add_trace_option(mount)
     mount.set_defaults(run=run_mount)
 
     umount = subcommands.add_parser("umount", help="undo a mount, and take its device away if it was the last one")

@@ -82,7 +82,7 @@ class Disk(Stack):
         Columns: ``name``, ``segments``, ``held`` (bytes of data in the layer), ``zeroed`` (bytes it holds as zeros),
         ``visible`` (bytes of its data that no layer above hides).
         """
-        pandas = _pandas()
+        pandas = pandas_or_error()
         merged, top = self.index.segments(), len(self.layers) - 1
         rows = []
         for number, layer in enumerate(self.layers):
@@ -103,7 +103,7 @@ class Disk(Stack):
 def segment_frame(segments: Segments) -> pd.DataFrame:
     """Return the index of one layer as a table, with the columns of :meth:`Disk.index_frame` that one layer has."""
     begin, length = segments.offset_sectors * SECTOR, segments.length_sectors * SECTOR
-    frame: pd.DataFrame = _pandas().DataFrame(
+    frame: pd.DataFrame = pandas_or_error().DataFrame(
         {
             "begin": begin,
             "end": begin + length,
@@ -115,7 +115,8 @@ def segment_frame(segments: Segments) -> pd.DataFrame:
     return frame
 
 
-def _pandas() -> Any:
+def pandas_or_error() -> Any:
+    """Return pandas. Raises LabExtraError if it is not installed."""
     try:
         import pandas as pd
     except ImportError as error:

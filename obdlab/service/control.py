@@ -19,6 +19,7 @@ from obdlab.service import tally, wire
 from obdlab.service.changes import Changes
 from obdlab.service.rundir import Process
 from obdlab.service.tally import server_table
+from obdlab.service.tracing import Tracing
 
 if TYPE_CHECKING:
     import socket
@@ -68,10 +69,12 @@ def ask(
     raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")
 
 
-def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> None:
+def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Control:
     """Listen in the device's directory, and answer until the process ends. A ``helper`` counts for itself only."""
     listener = wire.listen(directory / (f"helper-{helper}.sock" if helper else CONTROL_NAME))
-    Control(device, blob, directory, with_helpers=not helper).start(listener)
+    control = Control(device, blob, directory, with_helpers=not helper)
+    control.start(listener)
+    return control
 
 
 def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
@@ -101,9 +104,11 @@ class Control:
         self._blob = blob
         self._directory = directory
         self._free = threading.Semaphore(_MAX_REQUESTS)
+        self.tracing = Tracing(blob, directory, self._ask_helpers, helper=not with_helpers)
         self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "statistics": self._statistics,
             "counters": self._counters,
+            **self.tracing.actions,
             **Changes(device, blob, directory).actions,
         }
 
@@ -167,12 +172,20 @@ class Control:
     def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
         counters = getattr(self._blob, "statistics", None)
         mine = asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})
-        for path in self._directory.glob("helper-*.sock") if self._with_helpers else ():
-            try:
-                mine = _added(mine, ask(self._directory, "statistics", socket_name=path.name, silence_s=1.0))
-            except DeviceError:  # it has ended
-                path.unlink(missing_ok=True)
+        for theirs in self._ask_helpers("statistics", lambda _: {}):
+            mine = _added(mine, theirs)
         return mine
+
+    def _ask_helpers(self, op: str, arguments: Callable[[int], dict[str, Any]]) -> list[Answer]:
+        answers = []
+        for number, path in enumerate(self._directory.glob("helper-*.sock") if self._with_helpers else ()):
+            try:
+                answers.append(ask(self._directory, op, arguments(number), socket_name=path.name, silence_s=1.0))
+            except wire.NoAnswerError:  # it has ended
+                path.unlink(missing_ok=True)
+            except DeviceError as error:
+                log.warning("%s: %s: %s", self._directory.name, path.name, error)
+        return answers
 
 
 def _added(one: Answer, other: Answer) -> Answer:

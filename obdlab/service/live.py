@@ -23,6 +23,15 @@ _TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedTrace:
+    """What is in a trace: how many reads, of how many bytes; ``left_out`` reads came after it was full."""
+
+    reads: int
+    size: int
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
 class LiveDevice:
     """An attached device, by its id. Every method raises DeviceError with what its server has to say."""
 
@@ -44,6 +53,14 @@ class LiveDevice:
     def resize(self, size: int) -> int:
         """Grow it to ``size`` bytes; returns its size before. The file system on it is as large as it was."""
         return int(self._ask("resize", {"size": size})["before"])
+
+    def start_recording(self) -> None:
+        """Record what is read of its layers from now on, without a pause in serving them."""
+        self._ask("trace-start")
+
+    def stop_recording(self, path: Path) -> RecordedTrace:
+        """End that, and have the trace written to ``path``."""
+        return RecordedTrace(**self._ask("trace-stop", {"path": str(path.absolute())}))
 
     def snapshot(self, new_config: Path) -> Snapshot:
         """Go on in the layer that this configuration names: see :func:`obdlab.image.snapshot.snapshot`."""

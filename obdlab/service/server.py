@@ -139,12 +139,12 @@ def serve(
 # A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have
 # taken at that moment.
 def _help(device: FuseLoopDevice, blob: Blob, directory: Path, keeper: Channel, task: Task) -> None:
-    control.serve(device, blob, directory, helper=task.number)
+    tracing = control.serve(device, blob, directory, helper=task.number).tracing
     keeper.tell({"ready": {}})
     before = -1
     while not device.wait(HELPER_IDLE_S):
         now = device.statistics()
-        if now.reads == before and not now.under_way_s:
+        if now.reads == before and not now.under_way_s and not tracing.active:
             break
         before = now.reads
     control.leave_counters(device, blob, directory)

@@ -1,0 +1,212 @@
+"""``obdlab trace``: record what a device's users read, and look at, combine and change traces."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from, settings_from
+from obdlab.errors import DeviceError, ObdlabError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.formats.trace import Trace
+
+
+class TraceCommandError(ObdlabError):
+    """Traces cannot be read, written or combined."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    parser = subcommands.add_parser(
+        "trace",
+        help="record what is read of an image's layers, to have it fetched ahead the next time",
+        description=(
+            "A trace lists the reads of an image's layers in order, in the original's file format. What it lists is "
+            "fetched ahead of readers if the image is attached with --trace, has the trace in an acceleration layer, "
+            "or names it as recordTracePath in its config.v1.json."
+        ),
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    record = actions.add_parser(
+        "record",
+        help="record a device in use",
+        description=(
+            "Records what is read of the device from now on; the device is not disturbed. What the kernel has cached "
+            "already is not read again: for all that a start reads, begin before the device is mounted."
+        ),
+    )
+    record.add_argument("device", metavar="DEVICE", help="its id, or its node such as /dev/loop3")
+    record.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
+    until = record.add_mutually_exclusive_group()
+    until.add_argument("--seconds", type=_seconds, default=60.0, metavar="N", help="for so long (default: 60)")
+    until.add_argument("--until-signal", action="store_true", help="until SIGINT (Ctrl-C), SIGTERM or SIGUSR1")
+    record.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_runtime_options(record)
+    record.set_defaults(run=run_record)
+
+    show = actions.add_parser("show", help="what is in a trace")
+    show.add_argument("file", type=Path, metavar="TRACE")
+    show.add_argument("--reads", action="store_true", help="one line a read: number, layer, offset, length")
+    show.add_argument("--json", action="store_true", help="one JSON object")
+    show.set_defaults(run=run_show)
+
+    merge = actions.add_parser("merge", help="one trace of several runs, in the order of first use")
+    merge.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
+    merge.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    merge.add_argument(
+        "--least", type=int, default=1, metavar="N", help="only what at least N of them read (default: 1, all)"
+    )
+    merge.set_defaults(run=run_merge)
+
+    diff = actions.add_parser("diff", help="what one trace reads and another does not; status 1 if they differ")
+    diff.add_argument("one", type=Path, metavar="TRACE")
+    diff.add_argument("other", type=Path, metavar="OTHER")
+    diff.set_defaults(run=run_diff)
+
+    chosen = actions.add_parser("filter", help="part of a trace")
+    chosen.add_argument("file", type=Path, metavar="TRACE")
+    chosen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    chosen.add_argument("--layer", type=int, action="append", metavar="N", help="only of this layer; repeatable")
+    chosen.add_argument("--first", type=int, metavar="N", help="only the first N reads")
+    chosen.add_argument("--unique", action="store_true", help="every byte only once, where it is read first")
+    chosen.add_argument(
+        "--fits", nargs="+", metavar="SOURCE", help="only what lies in these layers, or this config.v1.json"
+    )
+    add_registry_options(chosen)
+    chosen.set_defaults(run=run_filter)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError(text)
+    return value
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """Record one device."""
+    from obdlab.service.live import LiveDevice, find_device
+
+    service = device_service_from(args)
+    device = find_device(service, args.device)
+    if device is None:
+        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    if not args.output.absolute().parent.is_dir():
+        raise TraceCommandError(f"{args.output}: no directory to write it to")
+    ended = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: ended.set())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    live = LiveDevice(service, device.device_id)
+    try:
+        live.start_recording()
+        _wait(ended, None if args.until_signal else args.seconds, args.quiet)
+        done = live.stop_recording(args.output)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not args.quiet:
+        print(f"{args.output}: {done.reads} reads, {done.size} bytes")
+    if done.left_out:
+        print(f"obdlab trace: {done.left_out} reads came after the trace was full", file=sys.stderr)
+    return 0
+
+
+def _wait(ended: threading.Event, seconds: float | None, quiet: bool) -> None:
+    from tqdm import tqdm
+
+    deadline = None if seconds is None else time.monotonic() + seconds
+    with tqdm(
+        total=seconds, desc="recording", unit="s", leave=False, disable=True if quiet else None, file=sys.stderr
+    ) as bar:
+        began = time.monotonic()
+        while not ended.is_set():
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return
+            ended.wait(0.5 if deadline is None else min(0.5, deadline - now))
+            bar.n = round(time.monotonic() - began, 1)
+            bar.refresh()
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Say what a trace holds."""
+    from obdlab.image.traces import summary
+
+    trace = _load(args.file)
+    facts = summary(trace)
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    print(f"{args.file}: {facts['reads']} reads, {facts['size']} bytes ({facts['unique_size']} different ones)")
+    for layer in facts["layers"]:
+        print(
+            f"  layer {layer['layer']}: {layer['reads']} reads, {layer['unique_size']} different bytes, "
+            f"up to offset {layer['end']}"
+        )
+    if args.reads:
+        for number, (layer_number, offset, length) in enumerate(trace.reads()):
+            print(f"{number}\t{layer_number}\t{offset}\t{length}")
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Combine traces."""
+    from obdlab.image.traces import merge
+
+    if not 1 <= args.least <= len(args.traces):
+        raise TraceCommandError(f"--least: wanted 1 to {len(args.traces)} (got {args.least})")
+    _save(args.output, merge([_load(path) for path in args.traces], least=args.least))
+    return 0
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """Compare two traces; the order of reads does not matter."""
+    from obdlab.image.traces import difference
+
+    one, other = _load(args.one), _load(args.other)
+    differ = False
+    for mark, ranges in (("-", difference(one, other)), ("+", difference(other, one))):
+        for layer, begin, end in ranges:
+            differ = True
+            print(f"{mark} layer {layer} [{begin}, {end})")
+    return int(differ)
+
+
+def run_filter(args: argparse.Namespace) -> int:
+    """Keep part of a trace."""
+    from obdlab.image.disks import open_disk
+    from obdlab.image.traces import select, unique
+
+    trace = _load(args.file)
+    sizes = None
+    if args.fits:
+        with open_disk(args.fits, settings_from(args)) as disk:
+            sizes = [layer.data.size for layer in disk.layers]
+    trace = select(trace, layers=args.layer, sizes=sizes, first=args.first)
+    _save(args.output, unique(trace) if args.unique else trace)
+    return 0
+
+
+def _load(path: Path) -> Trace:
+    from obdlab.formats.trace import Trace
+    from obdlab.image.replay import load_file
+
+    return Trace.from_bytes(load_file(str(path)), name=str(path))
+
+
+def _save(path: Path, trace: Trace) -> None:
+    from obdlab.image.output import new_file
+
+    with new_file(path, force=True) as file:
+        file.write(trace.to_bytes())
+    print(f"{path}: {len(trace)} reads, {trace.size} bytes")
