@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
@@ -34,7 +35,8 @@ class RemoteLayers:
 
     def __init__(self, repo_blob_url: str, settings: Settings) -> None:
         self._repository = Repository.from_blob_url(repo_blob_url)
-        self._client = open_client(settings)
+        # Reads bring their own deadline: while the image is opened that of opening, then that of a read.
+        self._client = open_client(replace(settings, read_deadline_s=settings.open_deadline_s))
         self._cache = BlockCache(
             settings.cache_dir,
             registry=cache_name(self._repository),
@@ -43,7 +45,7 @@ class RemoteLayers:
             unit=settings.cache_unit,
             extent=settings.cache_extent,
             readahead_max=settings.readahead_max,
-            deadline_s=settings.read_deadline_s,
+            deadline_s=settings.open_deadline_s,
         )
         #: A blob's beginning comes in one request with so much of it.
         self.cache_unit = settings.cache_unit
@@ -51,6 +53,7 @@ class RemoteLayers:
         self._lock = threading.Lock()
         self._users = 1
         self._blobs: list[CachedBlob] = []
+        self._origins: list[_Origin] = []
 
     def open(self, digest: str, size: int) -> Blob:
         """Return a blob of ``size`` bytes; the registry is asked for the size if that is 0.
@@ -66,6 +69,7 @@ class RemoteLayers:
         origin = _Origin(self._client, self._repository, digest, size, self.close)
         try:
             blob = self._cache.open(origin, digest)
+            self._origins.append(origin)
             if isinstance(blob, CachedBlob):
                 self._blobs.append(blob)
             return blob
@@ -74,13 +78,15 @@ class RemoteLayers:
             raise
 
     def opened(self) -> None:
-        """The blobs opened so far are a device now: fetch what its readers miss in extents.
+        """The blobs opened so far are a device now: fetch what its readers miss in extents, by the reads' deadline.
 
         If the settings say so, fetch them whole in the background, unless they are more than the cache may hold.
         """
-        for blob in self._blobs:
-            blob.fetch_extents()
         settings = self._settings
+        for origin in self._origins:
+            origin.deadline_s = settings.read_deadline_s
+        for blob in self._blobs:
+            blob.opened(settings.read_deadline_s)
         total = sum(blob.size for blob in self._blobs)
         if not settings.download_enabled or not self._blobs:
             return

@@ -34,7 +34,7 @@ class BlockCache:
     """Cached blobs below one directory.
 
     ``unit`` is the least that is asked of an origin, a power of two >= 4096; blobs that are in the cache already keep
-    the one they were begun with. After :meth:`CachedBlob.fetch_extents` a miss fetches what is missing of the aligned
+    the one they were begun with. After :meth:`CachedBlob.opened` a miss fetches what is missing of the aligned
     ``extent`` around it. ``registry`` names whose word is taken for what belongs to a digest: a part of a
     blob cannot be checked against it, so blobs are shared only between those who name the same. For ``quota`` and
     ``min_free``, which hold for the whole directory, see :class:`CacheSpace`.

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.25
 # How long to do without files that could not be had.
 _RETRY_S = 2.0
+# What opening for writing says where reading may do.
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CachedUnits:
@@ -43,7 +45,8 @@ class CachedUnits:
         self._space = space
         self.files, error = _open(space, directory, size, unit)
         if error is not None:
-            logger.log(_level(error), "%s: not cached for now: %s", name, error)
+            hits = ", but for what is there" if self.files.read_only else ""
+            logger.log(_level(error), "%s: not cached for now%s: %s", name, hits, error)
         self.unit_shift = self.files.unit.bit_length() - 1
         self.sums = memoryview(bytearray(4 * pages_of(size))).cast("I")
         self.attend = bytearray(b"\1" * self.files.units)
@@ -187,7 +190,8 @@ def _open(space: CacheSpace, directory: Path, size: int, unit: int) -> tuple[Cac
     try:
         return CacheFiles.open(space, directory, size, unit), None
     except OSError as error:
-        return CacheFiles.absent(directory, size, unit), error
+        files = CacheFiles.open_read_only(directory, size) if error.errno in _NOT_OURS else None
+        return files or CacheFiles.absent(directory, size, unit), error
 
 
 def _level(error: OSError) -> int:

@@ -71,6 +71,8 @@ class CacheFiles:
         self.fd = fd
         #: Whether files are behind this that may be stored in.
         self.attached = True
+        #: Whether files are behind this that can only be read: on a read-only file system, or another user's.
+        self.read_only = False
         self._sums_fd = sums_fd
         self._pages = pages_of(self.size)
         self._unit_pages = self.unit // PAGE
@@ -100,6 +102,22 @@ class CacheFiles:
                     files = cls._use(directory, new_pair(directory, size, unit))
         files.stamp()
         return files
+
+    @classmethod
+    def open_read_only(cls, directory: Path, size: int) -> Self | None:
+        """Open the files of a blob for reading alone; None if there are none, or they cannot be had."""
+        try:
+            pair = open_pair(directory, os.O_RDONLY)
+            files = None if pair is None else cls._use(directory, pair)
+        except OSError:
+            return None
+        if files is None:
+            return None
+        files.attached, files.read_only = False, True
+        if files.size == size and not files.is_stale:
+            return files
+        files.close()
+        return None
 
     @classmethod
     def _open_existing(cls, directory: Path, size: int) -> Self | None:
@@ -157,7 +175,7 @@ class CacheFiles:
         self.attached = False
         for mine, new in ((self.fd, other.fd), (self._sums_fd, other._sums_fd)):
             os.dup2(new, mine, inheritable=False)
-        self.attached = other.attached
+        self.attached, self.read_only = other.attached, other.read_only
         other.close()
 
     # -- what is there -----------------------------------------------------------------------------------------------
@@ -300,6 +318,8 @@ class CacheFiles:
         self._note(struct.pack("=d", time.time()), LAST_USE_AT)
 
     def _note(self, value: bytes, at: int) -> None:
+        if self.read_only:
+            return
         try:
             os.pwrite(self._sums_fd, value, at)
         except OSError as error:  # a hint for the eviction, no more
@@ -312,7 +332,7 @@ class CacheFiles:
     def mark_verified(self, generation: int) -> bool:
         """Note that the blob matches its digest, unless sums were taken away since ``generation``."""
         with self._locked():
-            if self.header.generation != generation or self.is_stale:
+            if self.read_only or self.header.generation != generation or self.is_stale:
                 return False
             os.pwrite(self._sums_fd, generation_bytes(generation, verified=True), GENERATION_AT)
             return True

@@ -131,12 +131,12 @@ def last_use(directory: Path) -> float:
     return header.last_use if header is not None else 0.0
 
 
-def open_pair(directory: Path) -> tuple[int, int] | None:
+def open_pair(directory: Path, mode: int = os.O_RDWR) -> tuple[int, int] | None:
     """Open both files; None if one is missing or they are unsound. Raises OSError."""
     descriptors: list[int] = []
     try:
         for name in ("data", "sums"):
-            descriptors.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))  # noqa: PERF401 - kept on errors
+            descriptors.append(os.open(directory / name, mode | os.O_CLOEXEC))  # noqa: PERF401 - kept on errors
         header = Header.from_bytes(os.pread(descriptors[1], HEADER_SIZE, 0))
         if header is not None and os.fstat(descriptors[1]).st_size == sums_size(header.size, header.unit):
             return descriptors[0], descriptors[1]

@@ -48,7 +48,8 @@ class RemoteBlob(Blob):
         self._digest = digest
         self._url = f"{repository.blobs_url}/{digest}"
         self._size = size
-        self._deadline_s = client.deadline_s if deadline_s is None else deadline_s
+        #: How long a read may take.
+        self.deadline_s = client.deadline_s if deadline_s is None else deadline_s
         # What could not be had in time: (when that ends to count, offset, stop, error).
         self._failed: tuple[tuple[float, int, int, RegistryError], ...] = ()
 
@@ -67,12 +68,12 @@ class RemoteBlob(Blob):
         try:
             with waiting():
                 data = self._client.read_range(
-                    self._repository, self._digest, offset, length, started + self._deadline_s
+                    self._repository, self._digest, offset, length, started + self.deadline_s
                 )
         except RegistryError as error:
             now = time.monotonic()
             audit.record("download_failed", self._url, offset, length, started)
-            if error.temporary and now - started >= self._deadline_s * _FULL_SHARE:
+            if error.temporary and now - started >= self.deadline_s * _FULL_SHARE:
                 known = self._failed[1 - _MOST_REMEMBERED :]
                 self._failed = (*known, (now + _REMEMBERED_S, offset, offset + length, error))
             raise

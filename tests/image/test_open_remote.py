@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.errors import CorruptBlobError, ObdlabError
+from obdlab.errors import CorruptBlobError, ObdlabError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import ImageOpenError, WritableImage, open_image
@@ -21,7 +21,7 @@ from obdlab.layers.upper import SparseUpper
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
-from tests.registry.faulty import Answer, faulty_registry
+from tests.registry.faulty import Answer, faulty_registry, slowly
 from tests.registry.server import RegistryServer, running_registry
 
 pytestmark = pytest.mark.registry
@@ -143,8 +143,22 @@ def test_a_registry_that_is_not_there(settings: Settings) -> None:
     config = ImageConfig(repo_blob_url=f"http://127.0.0.1:{port}/v2/x/blobs", lowers=(lower,) * 3)
     begin = time.monotonic()
     with pytest.raises(ImageOpenError, match=r"lower 0 of 3 .*0000.*127\.0\.0\.1"):
-        open_image(config, replace(settings, read_deadline_s=1.5))
+        open_image(config, replace(settings, open_deadline_s=1.5))
     assert time.monotonic() - begin < 60
+
+
+def test_opening_has_a_deadline_of_its_own(settings: Settings) -> None:
+    data = LAYERS[0].read_bytes()
+    hasty = replace(settings, read_deadline_s=0.1, cache_unit=4096, readahead_max=0)
+    with faulty_registry() as registry:
+        lower = LowerConfig(digest=registry.add_blob(data), size=len(data))
+        url = registry.repository().blobs_url
+        registry.always(slowly(0.4))
+        with (
+            open_image(ImageConfig(repo_blob_url=url, lowers=(lower,)), hasty) as image,
+            pytest.raises(SourceError, match=r"deadline|in time"),
+        ):
+            sha256_of(image)
 
 
 @pytest.mark.parametrize("digest", ["sha256:../../../../etc/passwd", "sha256:00", "md5:" + "0" * 32, "x"])
@@ -160,7 +174,7 @@ def test_a_wrong_size_is_an_error(registry_server: RegistryServer, settings: Set
     for change in (-4096, 4096):
         lower = replace(config.lowers[0], size=config.lowers[0].size + change)
         with pytest.raises(ImageOpenError, match="lower 0 of 1"):
-            open_image(replace(config, lowers=(lower,)), replace(settings, read_deadline_s=1.5))
+            open_image(replace(config, lowers=(lower,)), replace(settings, open_deadline_s=1.5))
 
 
 def test_a_blob_damaged_in_the_registry(settings: Settings, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_miss_fetches_what_is_missing_of_its_extent(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin, extent=8 * UNIT) as blob:
         blob.read_at(20 * UNIT, UNIT)
         assert origin.reads == [(20 * UNIT, UNIT)]  # while the image is being opened
-        blob.fetch_extents()
+        blob.opened(60.0)
         blob.read_at(3 * UNIT, 10)
         blob.read_at(7 * UNIT, 2 * UNIT)
         blob.read_at(22 * UNIT, 1)

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -290,6 +290,15 @@ def test_a_sum_without_its_data_is_not_believed(tmp_path: Path) -> None:
         assert blob.statistics()["corrupt_units"] == 1
 
 
+@contextmanager
+def writable_again(target: Path) -> Iterator[None]:
+    subprocess.run(["mount", "-o", "remount,rw", target], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,ro", target], check=True)
+
+
 @pytest.mark.kernel
 def test_a_read_only_file_system(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "cache-test", tmp_path], check=True)
@@ -298,9 +307,24 @@ def test_a_read_only_file_system(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             kept.read_at(0, 10 * UNIT)
         subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
         with open_cached(tmp_path, Origin()) as blob:
+            assert blob.read_at(UNIT + 5, 8 * UNIT) == DATA[UNIT + 5 : 9 * UNIT + 5]
+            assert blob.statistics()["uncached_bytes"] == 0
             assert blob.read_at(0, len(DATA)) == DATA
-            assert blob.statistics()["uncached_bytes"] == len(DATA)
-        assert "not cached for now" in caplog.text
+            assert blob.statistics()["uncached_bytes"] == len(DATA) - 10 * UNIT
+            assert not blob.verify()
+            # What fails its checksum above cannot be taken away: nothing there is read any more.
+            blob.evict(0, UNIT)
+            assert blob.read_at(0, 2 * UNIT) == DATA[: 2 * UNIT]
+            assert blob.statistics()["uncached_bytes"] == len(DATA) - 8 * UNIT
+        assert "not cached for now, but for what is there" in caplog.text
+        with (
+            writable_again(tmp_path),
+            (tmp_path / "blobs" / "local" / DIGEST / "data").open("r+b") as file,
+        ):
+            file.write(b"\xff" * 100)
+        with open_cached(tmp_path, Origin()) as blob:
+            assert blob.read_at(0, 2 * UNIT) == DATA[: 2 * UNIT]
+            assert blob.statistics()["corrupt_units"] == 1
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
