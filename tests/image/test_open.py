@@ -41,7 +41,7 @@ def open_descriptors() -> int:
 def nothing_leaks() -> object:
     before = open_descriptors()
     yield
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # threads of tests before may still close theirs
 
 
 @pytest.mark.parametrize("name", ["text.lz4.4.zfile", "text.lz4.4.tar.zfile", "input.zstd.16.zfile"])

@@ -30,7 +30,7 @@ def test_processes_lose_no_line(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     lines = [line for entry in tmp_path.iterdir() for line in entry.read_text().splitlines()]
     assert sorted(lines) == sorted(f"{who} {number} {'x' * 40}" for who in range(4) for number in range(LINES))
-    assert len(list(tmp_path.iterdir())) > 10
+    assert len(list(tmp_path.iterdir())) > 3
     # While one puts the file aside, the others go on writing to it.
     assert all(entry.stat().st_size <= 3 * 4096 for entry in tmp_path.iterdir())
 

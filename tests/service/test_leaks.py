@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -155,16 +156,20 @@ def test_a_busy_device_names_its_users(service: DeviceService, config: Path, tmp
     until(lambda: detached(service, "x"))
 
 
+def host_pid(service: DeviceService) -> int:
+    pid: int = json.loads((service.run_dir.path / "host.pid").read_text())["pid"]
+    return pid
+
+
 def test_a_host_out_of_descriptors_refuses_and_goes_on(service: DeviceService, config: Path) -> None:
     service.start_host()
-    (host,) = processes_of(service)
-    pid = int(host.split()[0])
+    pid = host_pid(service)
     subprocess.run(["prlimit", f"--pid={pid}", "--nofile=3:4096"], check=True)
     with pytest.raises(DeviceError), ThreadPoolExecutor(1) as pool:
         pool.submit(service.attach, config, "x", timeout_s=1.0).result()
     subprocess.run(["prlimit", f"--pid={pid}", "--nofile=4096:4096"], check=True)
     assert service.attach(config, "x").alive
-    assert processes_of(service)[0].split()[0] == str(pid)
+    assert host_pid(service) == pid
 
 
 def test_the_record_tells_who_serves(service: DeviceService, config: Path) -> None:

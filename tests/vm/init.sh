@@ -22,7 +22,6 @@ mount -t devtmpfs none /root/dev
 mkdir -p /root/dev/pts /root/dev/shm
 mount -t devpts none /root/dev/pts
 mount -t tmpfs none /root/dev/shm
-mount -t tmpfs none /root/tmp
 mount -t cgroup2 none /root/sys/fs/cgroup
 mount -t debugfs none /root/sys/kernel/debug
 # The kernel's own requests for a module (mount -t xfs, say) find its tree as well.
