@@ -15,11 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from obdlab.convert.image import ConvertOptions, convert_image
-from obdlab.convert.layer import LayerOptions
-from obdlab.convert.source import open_destination, open_source
 from obdlab.errors import ObdlabError
 from obdlab.lab import coldness, environment
+from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.baselines.adapter import Source, check_programs, is_published
 from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
 from obdlab.lab.containerd import OwnContainerd
 from obdlab.lab.exclusive import only_experiment
@@ -28,7 +27,6 @@ from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.recipe import Recipe, find_recipe
 from obdlab.lab.registry import RegistryHost
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
-#: Changes when a converted image would come out differently, so that kept ones are not used any more.
-CONVERTER_VERSION = 1
 #: How long all cold starts of one run together wait for a quiet host: a busy one does not get quieter for us.
 _QUIET_BUDGET_S = 120.0
 
@@ -58,15 +54,10 @@ class LabPaths:
 
 @dataclass(frozen=True, slots=True)
 class BenchImage:
-    """One image on the registry: as OCI layers and converted."""
+    """One image on the registry; ``references`` has what each adapter pulls."""
 
     recipe: Recipe
-    plain: str
-    lazy: str
-
-    def reference(self, snapshotter: str) -> str:
-        """Return what that snapshotter pulls."""
-        return self.plain if snapshotter == "overlayfs" else self.lazy
+    references: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +87,8 @@ class Bench:
         self._quiet_budget_s = _QUIET_BUDGET_S
 
     def __enter__(self) -> Self:
+        for name in self._spec.snapshotters:
+            check_programs(ADAPTERS[name])
         recipes = [find_recipe(name, self._paths.datasets) for name in self._spec.images]
         layouts = [build_image(recipe, self._paths.images, self._say) for recipe in recipes]
         with ExitStack() as stack:
@@ -118,8 +111,14 @@ class Bench:
 
     def environment(self) -> dict[str, Any]:
         """Return what rows measured here must note about network, containerd and images."""
-        images = {name: {"plain": image.plain, "lazy": image.lazy} for name, image in self._images.items()}
-        return {"network": self._network.facts(), "containerd_setup": self._containerd.facts(), "images": images}
+        images = {name: image.references for name, image in self._images.items()}
+        compared = {name: ADAPTERS[name].versions() for name in self._spec.snapshotters}
+        return {
+            "compared": compared,
+            "network": self._network.facts(),
+            "containerd_setup": self._containerd.facts(),
+            "images": images,
+        }
 
     def measure(self, cell: Cell) -> list[Row]:
         """Measure one cold start and the warm ones after it; a failure becomes a row with ``error``."""
@@ -132,28 +131,27 @@ class Bench:
             start = "warm" if rows else "cold"
             rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
         finally:
-            self._containerd.remove_image(self._images[cell.image].reference(cell.snapshotter))
+            ADAPTERS[cell.snapshotter].remove(self._containerd, self._reference(cell))
         return [{**row, "attempt": attempt} for row in rows]
 
     def _cold(self, cell: Cell) -> Row:
-        reference = self._images[cell.image].reference(cell.snapshotter)
         quiet = environment.wait_for_quiet(self._spec.load_limit, self._quiet_budget_s, say=self._say)
         self._quiet_budget_s -= quiet["waited_s"]
         evidence = coldness.make_cold(self._containerd, self._registry)
         began = self._begin()
         pull_began_s = time.monotonic()
-        if cell.snapshotter == "overlayfs":
-            self._containerd.pull(reference)
-        else:
-            self._containerd.lazy_pull(reference)
+        ADAPTERS[cell.snapshotter].pull(self._containerd, self._reference(cell))
         pull_s = time.monotonic() - pull_began_s
         times, _ = self._start(cell, began)
         return {"start": "cold", "warm": -1, "evidence": evidence, **quiet, **_timed(times, pull_s)}
 
     def _warm(self, cell: Cell, number: int) -> Row:
         times, traffic = self._start(cell, self._begin())
-        evidence = coldness.prove_warm(self._containerd, cell.snapshotter, traffic)
+        evidence = coldness.prove_warm(ADAPTERS[cell.snapshotter].layers(self._containerd), traffic)
         return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
+
+    def _reference(self, cell: Cell) -> str:
+        return self._images[cell.image].references[cell.snapshotter]
 
     def _begin(self) -> _Begin:
         return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0])
@@ -163,13 +161,11 @@ class Bench:
         image = self._images[cell.image]
         probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)
         name = f"bench-{time.monotonic_ns()}"
-        container = self._containerd.start(image.reference(cell.snapshotter), name, cell.snapshotter, probe)
-        try:
+        adapter = ADAPTERS[cell.snapshotter]
+        with adapter.running(self._containerd, self._reference(cell), name, probe) as container:
             link = self._network.counters().since(began.link)
             phases = container.times.phases_s()
             traffic = self._registry.traffic(began.mark, self._registry.mark())
-        finally:
-            container.remove()
         row = {
             "started": began.time.isoformat(timespec="milliseconds"),
             "create_s": phases["create"],
@@ -183,38 +179,19 @@ class Bench:
         }
         return row, traffic
 
-    # Store an image plain and converted, unless the registry kept them from an earlier run.
+    # Store an image in every form that is compared, unless the registry kept it from an earlier run.
     def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
-        tag = recipe.fingerprint()
-        lazy_tag = f"{tag}-obd{CONVERTER_VERSION}-{self._spec.algorithm}-{self._spec.block_size}"
-        image = BenchImage(
-            recipe, self._registry.reference(recipe.name, tag), self._registry.reference(recipe.name, lazy_tag)
-        )
+        source = Source(recipe, layout, self._spec.algorithm, self._spec.block_size)
+        references = {}
         with closing(RegistryClient()) as client:
-            if not _exists(client, image.plain):
-                self._say(f"{recipe.name}: pushing")
-                self._registry.push_layout(layout, recipe.name, tag)
-            if not _exists(client, image.lazy):
-                self._say(f"{recipe.name}: converting")
-                with self._network.unshaped():
-                    self._convert(layout, image.lazy, client)
-        return image
-
-    def _convert(self, layout: Path, reference: str, client: RegistryClient) -> None:
-        layer = LayerOptions(algorithm=self._spec.algorithm, block_size=self._spec.block_size)
-        convert_image(
-            open_source(f"oci:{layout}", client),
-            open_destination(reference, client),
-            options=ConvertOptions(layer=layer),
-        )
-
-
-def _exists(client: RegistryClient, reference: str) -> bool:
-    try:
-        client.get_manifest(Reference.parse(reference))
-    except ObdlabError:
-        return False
-    return True
+            for name in self._spec.snapshotters:
+                adapter = ADAPTERS[name]
+                references[name] = self._registry.reference(recipe.name, adapter.tag(source))
+                if not is_published(client, references[name]):
+                    self._say(f"{recipe.name}: publishing for {name}")
+                    with self._network.unshaped():
+                        adapter.publish(source, client, references[name])
+        return BenchImage(recipe, references)
 
 
 def _timed(row: Row, pull_s: float) -> Row:

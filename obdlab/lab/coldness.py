@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
+from obdlab.lab.containerd import unmount_below
 from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.residency import resident_below
 
@@ -47,7 +48,9 @@ def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
             host.devices.detach(device.device_id)
     with suppress(LabError):
         wait_until(lambda: not host.devices.list(), "end of device servers", 10.0, 0.02)
-    empty_directory(host.cache_dir)
+    unmount_below([host.files_dir])
+    for directory in (host.cache_dir, host.files_dir):
+        empty_directory(directory)
     drop_page_cache()
     registry.preload()
     preload_programs()
@@ -60,7 +63,7 @@ def prove_cold(host: OwnContainerd) -> dict[str, Any]:
         content = len(client.content.list())
         images = len(client.images.list())
         snapshots = {name: len(client.snapshots(name).list()) for name in host.snapshotters}
-    resident, stored = resident_below([*host.layer_directories.values()])
+    resident, stored = resident_below([*host.layer_directories.values(), host.files_dir])
     evidence = {
         "images": images,
         "content_blobs": content,
@@ -76,17 +79,18 @@ def prove_cold(host: OwnContainerd) -> dict[str, Any]:
     return evidence
 
 
-def prove_warm(host: OwnContainerd, snapshotter: str, traffic: Traffic) -> dict[str, Any]:
+def prove_warm(layers: Path, traffic: Traffic) -> dict[str, Any]:
     """Return the evidence that a start was warm: no request to the registry, layers in the page cache.
 
-    ``traffic`` is what the registry served during the start. Raises NotWarmError.
+    ``layers`` holds the data of pulled images, ``traffic`` is what the registry served during the start. Raises
+    NotWarmError.
     """
-    resident, stored = resident_below([host.layer_directories[snapshotter]])
+    resident, stored = resident_below([layers])
     evidence = {"requests": traffic.requests, "stored_bytes": stored, "resident_bytes": resident}
     if traffic.requests:
         raise NotWarmError(f"not warm: the registry was asked {traffic.requests} times (wanted none)")
     if not resident:
-        raise NotWarmError(f"not warm: nothing of {host.layer_directories[snapshotter]} is in the page cache")
+        raise NotWarmError(f"not warm: nothing of {layers} is in the page cache")
     return evidence
 
 

@@ -34,6 +34,7 @@ from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from obdlab.lab.recipe import Probe
@@ -80,6 +81,7 @@ class OwnContainerd:
     def __init__(self, directory: Path, state_dir: Path = DEFAULT_STATE_DIR) -> None:
         self.directory = directory
         self.cache_dir = directory / "cache"
+        self.files_dir = directory / "files"
         self.root = directory / "containerd"
         self.snapshotter_root = directory / "snapshotter"
         self.logs = directory / "logs"
@@ -89,7 +91,7 @@ class OwnContainerd:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for path in (self._state_dir, self.logs, self.cache_dir):
+            for path in (self._state_dir, self.logs, self.cache_dir, self.files_dir):
                 path.mkdir(parents=True, exist_ok=True)
             self.state = self._state_dir / f"ctd-{secrets.token_hex(4)}"
             self.state.mkdir()
@@ -98,7 +100,7 @@ class OwnContainerd:
                 "containerd",
                 self.state.name,
                 state=str(self.state),
-                roots=[str(self.root), str(self.snapshotter_root)],
+                roots=[str(self.root), str(self.snapshotter_root), str(self.files_dir)],
             )
             stack.callback(record.remove)
             stack.callback(self._remove_directories)
@@ -171,9 +173,15 @@ class OwnContainerd:
         Raises LabError with its last output if it is not ready in time, ends before, or cannot be started; then
         nothing of it is left.
         """
-        requested_s = time.time()
+        words = ["--snapshotter", snapshotter, reference, name]
+        return self.start_with(words, probe.command, name, probe, f"{reference} on {snapshotter}", time.time())
+
+    def start_with(
+        self, words: Sequence[str], command: Sequence[str], name: str, probe: Probe, what: str, requested_s: float
+    ) -> RunningContainer:
+        """Run ``ctr run WORDS COMMAND``; ``requested_s`` is when the start began, ``what`` names it in errors."""
         child = subprocess.Popen(
-            [*self.ctr, "run", "--snapshotter", snapshotter, reference, name, *probe.command],
+            [*self.ctr, "run", *words, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -183,7 +191,7 @@ class OwnContainerd:
         self._running.append(container)
         try:
             assert child.stdout is not None
-            ready_s = wait_for_line(child.stdout.fileno(), probe, f"{reference} on {snapshotter}")
+            ready_s = wait_for_line(child.stdout.fileno(), probe, what)
             stamps = [self._events.wait_for(topic, key, name).time_s for topic, key in _STAGES]
         except BaseException:
             container.remove()
@@ -283,9 +291,9 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
         run([*self.ctr, "containers", "delete", name])
 
     def _remove_directories(self) -> None:
-        unmount_below([self.state, self.root, self.snapshotter_root])
+        unmount_below([self.state, self.root, self.snapshotter_root, self.files_dir])
         _remove_runtime_state(self.namespace)
-        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir):
+        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir, self.files_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -11,12 +11,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.lab.baselines import ADAPTERS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Snapshotters an arm can be; the first is the baseline of every ratio.
-SNAPSHOTTERS = ("overlayfs", "obdlab")
 #: The label of the second, identical baseline arm that shows the noise floor.
 AA_SUFFIX = " (A/A)"
 
@@ -54,7 +53,8 @@ class Spec:
 
     name: str
     images: tuple[str, ...] = ("redis",)
-    snapshotters: tuple[str, ...] = SNAPSHOTTERS
+    #: Names of adapters (``obdlab.lab.baselines``); the first is the baseline of every ratio.
+    snapshotters: tuple[str, ...] = ("overlayfs", "obdlab")
     rates_mbit: tuple[float, ...] = (100.0,)
     rtts_ms: tuple[float, ...] = (5.0,)
     repeats: int = 5
@@ -75,8 +75,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in self.snapshotters:
-            if name not in SNAPSHOTTERS:
-                raise SpecError(f"snapshotters: unknown name (got {name!r}, wanted among {', '.join(SNAPSHOTTERS)})")
+            if name not in ADAPTERS:
+                raise SpecError(f"snapshotters: unknown name (got {name!r}, wanted among {', '.join(ADAPTERS)})")
         for key in ("images", "snapshotters", "rates_mbit", "rtts_ms"):
             values = getattr(self, key)
             if not values or len(set(values)) != len(values):

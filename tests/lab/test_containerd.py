@@ -83,10 +83,10 @@ def test_cold_and_warm_starts_of_a_whole_image(
         assert min(phases.values()) >= 0
         assert sum(phases.values()) == pytest.approx(container.times.ready_s - container.times.requested_s)
         container.remove()
-        evidence = prove_warm(host, "overlayfs", registry.traffic(pulled, registry.mark()))
+        evidence = prove_warm(host.layer_directories["overlayfs"], registry.traffic(pulled, registry.mark()))
         assert evidence["resident_bytes"] > 0
         with pytest.raises(NotWarmError, match="asked"):
-            prove_warm(host, "overlayfs", registry.traffic(begin, pulled))
+            prove_warm(host.layer_directories["overlayfs"], registry.traffic(begin, pulled))
 
         for command, error, words in [
             (("sh", "-c", "echo no luck; exit 3"), ContainerEndedError, "no luck"),

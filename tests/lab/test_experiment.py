@@ -60,6 +60,20 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
 
 
 @pytest.mark.containerd
+def test_images_as_one_file_start_like_the_others(tmp_path: Path, paths: LabPaths) -> None:
+    spec = SPEC.with_values(snapshotters=["erofs", "loop"], a_a=False)
+    experiment = Experiment(spec, tmp_path / "results", paths)
+    experiment.run()
+    rows = experiment.rows()
+    assert [row.get("error") for row in rows] == [None] * 4
+    for row in rows:
+        assert (row["bytes_received"] > 500_000) == (row["start"] == "cold")
+        assert row["evidence"]["resident_bytes"] > 0 if row["start"] == "warm" else not any(row["evidence"].values())
+    assert "mkfs.erofs" in experiment.environments()[0]["compared"]["erofs"]
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.containerd
 def test_a_start_that_is_never_ready_is_a_row_with_its_error(tmp_path: Path, paths: LabPaths) -> None:
     spec = SPEC.with_values(ready_timeout_s=0.001, snapshotters=["obdlab"], a_a=False)
     experiment = Experiment(spec, tmp_path / "results", paths)

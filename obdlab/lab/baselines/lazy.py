@@ -1,0 +1,47 @@
+"""obdlab: layers converted to overlaybd, metadata pulled, blocks read when they are needed."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, ClassVar
+
+from obdlab.convert.image import ConvertOptions, convert_image
+from obdlab.convert.layer import LayerOptions
+from obdlab.convert.source import open_destination, open_source
+from obdlab.lab.baselines.overlayfs import Overlayfs
+from obdlab.lab.containerd import LAZY_SNAPSHOTTER
+
+if TYPE_CHECKING:
+    from obdlab.lab.baselines.adapter import Source
+    from obdlab.lab.containerd import OwnContainerd
+    from obdlab.registry.client import RegistryClient
+
+#: Changes when a converted image would come out differently, so that kept ones are not used any more.
+CONVERTER_VERSION = 1
+
+
+class Lazy(Overlayfs):
+    """obdlab's snapshotter, cold: no trace, no prefetch."""
+
+    name: ClassVar[str] = LAZY_SNAPSHOTTER
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the converted image."""
+        return f"{source.recipe.fingerprint()}-obd{CONVERTER_VERSION}-{source.algorithm}-{source.block_size}"
+
+    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
+        """Convert the image into the registry."""
+        layer = LayerOptions(algorithm=source.algorithm, block_size=source.block_size)
+        convert_image(
+            open_source(f"oci:{source.layout}", client),
+            open_destination(reference, client),
+            options=ConvertOptions(layer=layer),
+        )
+
+    def pull(self, host: OwnContainerd, reference: str) -> None:
+        """Pull metadata only."""
+        host.lazy_pull(reference)
+
+    def versions(self) -> dict[str, str]:
+        """Return obdlab's version."""
+        return {"obdlab": version("obdlab")}

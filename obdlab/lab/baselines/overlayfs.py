@@ -1,0 +1,59 @@
+"""The baseline of all: pull everything, unpack it, let the kernel's overlayfs join the layers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from obdlab.lab.baselines.adapter import first_line
+from obdlab.lab.ocilayout import push_layout
+from obdlab.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from obdlab.lab.baselines.adapter import Source
+    from obdlab.lab.containerd import OwnContainerd, RunningContainer
+    from obdlab.lab.recipe import Probe
+    from obdlab.registry.client import RegistryClient
+
+
+class Overlayfs:
+    """containerd's own overlayfs snapshotter."""
+
+    name: ClassVar[str] = "overlayfs"
+    programs: ClassVar[dict[str, str]] = {"containerd": "containerd", "ctr": "containerd", "runc": "runc"}
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the image as it was built."""
+        return source.recipe.fingerprint()
+
+    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
+        """Push the layers as they are."""
+        push_layout(source.layout, client, Reference.parse(reference))
+
+    def pull(self, host: OwnContainerd, reference: str) -> None:
+        """Pull and unpack everything."""
+        host.pull(reference)
+
+    @contextmanager
+    def running(self, host: OwnContainerd, reference: str, name: str, probe: Probe) -> Iterator[RunningContainer]:
+        """Run a container on a new snapshot."""
+        container = host.start(reference, name, self.name, probe)
+        try:
+            yield container
+        finally:
+            container.remove()
+
+    def remove(self, host: OwnContainerd, reference: str) -> None:
+        """Remove image, content and snapshots."""
+        host.remove_image(reference)
+
+    def layers(self, host: OwnContainerd) -> Path:
+        """Return the snapshots' directory."""
+        return host.layer_directories[self.name]
+
+    def versions(self) -> dict[str, str]:
+        """Return containerd's version."""
+        return {"containerd": first_line("containerd", "--version")}
