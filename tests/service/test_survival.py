@@ -126,7 +126,7 @@ def fio(device: Path, killer: Killer, *options: str) -> None:
     """Run fio jobs until the killing is over; each checks what it reads."""
     while True:
         command = ["fio", "--name=job", f"--filename={device}", "--direct=1", "--ioengine=libaio", "--iodepth=16"]
-        command += ["--verify=crc32c", "--verify_fatal=1", "--output-format=json", *options]
+        command += ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--output-format=json", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr + done.stdout
         (job,) = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
