@@ -1,4 +1,4 @@
-"""``obdlab experiment run|list``."""
+"""``obdlab experiment run|resume|status|list|export``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subcommands.add_parser(
-        "experiment", help="measure a declared experiment, or list what has been measured"
+        "experiment",
+        help="measure declared experiments, see how far they are, list and export what has been measured",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run_parser = actions.add_parser(
@@ -28,29 +29,63 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Measures the cells of an experiment (see experiments/README.md) that have no rows yet under "
         "today's code and host, prints the table, and with --report renders the notebook.",
     )
-    run_parser.add_argument("spec", type=Path, help="declaration, e.g. experiments/quick.toml")
-    run_parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
-    run_parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the declaration (TOML value)"
-    )
+    _add_spec(run_parser)
     run_parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
     run_parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
     run_parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
     run_parser.set_defaults(run=run)
+    resume_parser = actions.add_parser(
+        "resume",
+        help="go on with a run that was stopped",
+        description="Goes on with a stopped experiment as it was declared when it began, changes by --set included.",
+    )
+    resume_parser.add_argument("name", help="name of its results directory")
+    resume_parser.set_defaults(run=resume, again=False, report=False)
+    status_parser = actions.add_parser("status", help="tell how many of an experiment's cells are measured")
+    _add_spec(status_parser)
+    status_parser.set_defaults(run=status)
     list_parser = actions.add_parser("list", help="list results")
-    list_parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
     list_parser.set_defaults(run=list_results)
+    export_parser = actions.add_parser("export", help="write raw rows as CSV, JSON lines or Parquet")
+    export_parser.add_argument("name", help="name of its results directory")
+    export_parser.add_argument("file", type=Path, metavar="FILE.csv|FILE.jsonl|FILE.parquet")
+    export_parser.set_defaults(run=export)
+    for action in (resume_parser, list_parser, export_parser):
+        _add_results(action)
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", type=Path, help="declaration, e.g. experiments/quick.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the declaration (TOML value)"
+    )
+    _add_results(parser)
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and, if asked, render the report; 1 if a start failed."""
-    from obdlab.lab.experiment import Experiment, default_results
-    from obdlab.lab.report import check_parameters
     from obdlab.lab.spec import Spec
+
+    return _measure(Spec.load(args.spec).with_values(**_changes(args.set)), args)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Measure what the last run of a results directory left; print the table as ``run`` does."""
+    from obdlab.lab.experiment import last_spec
+
+    return _measure(last_spec(_directory(args, args.name)), args)
+
+
+def _measure(spec: Spec, args: argparse.Namespace) -> int:
+    from obdlab.lab.experiment import Experiment
+    from obdlab.lab.report import check_parameters
     from obdlab.lab.summary import caveats, findings, summarise, text_table
 
-    spec = Spec.load(args.spec).with_values(**_changes(args.set))
-    directory = (args.results or default_results()).resolve() / spec.name
+    directory = _directory(args, spec.name)
     if args.report:  # what is wrong there shall not be told after an hour of measuring
         check_parameters(args.notebook, _parameters(spec, directory))
     experiment = Experiment(spec, directory)
@@ -109,6 +144,38 @@ def _changes(settings: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             changes[key] = text
     return changes
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print how many cells of each network are measured under today's code and host; 1 if any is not."""
+    from obdlab.lab.experiment import Experiment
+    from obdlab.lab.spec import Spec
+
+    spec = Spec.load(args.spec).with_values(**_changes(args.set))
+    missing = 0
+    for (rate_mbit, rtt_ms), (done, count) in Experiment(spec, _directory(args, spec.name)).progress().items():
+        print(f"{rate_mbit:g} Mbit/s, {rtt_ms:g} ms: {done} of {count} cells measured")
+        missing += count - done
+    return int(missing > 0)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the raw rows of a results directory to a file of the format that its name says."""
+    from obdlab.lab.rows import RowStore, write_rows
+
+    directory = _directory(args, args.name)
+    if not (directory / "rows.jsonl").is_file():
+        raise ObdlabError(f"{directory}: holds no rows (see: obdlab experiment list)")
+    count = write_rows(RowStore(directory).rows(), args.file)
+    print(f"{args.file}: {count} rows")
+    return 0
+
+
+def _directory(args: argparse.Namespace, name: str) -> Path:
+    from obdlab.lab.experiment import default_results
+
+    results: Path = args.results or default_results()
+    return results.resolve() / name
 
 
 def list_results(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ import obdlab
 from obdlab.lab import environment
 from obdlab.lab.bench import Bench, LabPaths
 from obdlab.lab.rows import Row, RowStore
-from obdlab.lab.spec import Cell, Spec
+from obdlab.lab.spec import Cell, Spec, SpecError
 
 #: What of the environment makes older rows incomparable. Load, free memory and the like may differ.
 CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
@@ -42,11 +42,9 @@ class Experiment:
         """
         surroundings = {**environment.capture(), "code": code_digest()}
         context = context_of(surroundings, self.spec, str(time.time_ns()) if again else "")
-        done = self.store.done_keys()
-        pending = {
-            network: [cell for cell in self.spec.cells(*network) if cell.key(context) not in done]
-            for network in self.spec.networks()
-        }
+        pending = self._pending(context)
+        # Kept before anything is measured: what "resume" goes on with.
+        self._write_spec(context)
         count = sum(map(len, pending.values()))
         if count:
             # On a terminal a bar, elsewhere a line per step.
@@ -54,10 +52,25 @@ class Experiment:
                 for network, cells in pending.items():
                     if cells:
                         self._run_network(network, cells, surroundings, context, bar)
-        latest = {**asdict(self.spec), "context": context}
-        (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
         self.store.write_csv()
         return count
+
+    def progress(self) -> dict[tuple[float, float], tuple[int, int]]:
+        """Return (cells measured, cells in all) of each network, under today's code and host."""
+        pending = self._pending(context_of({**environment.capture(), "code": code_digest()}, self.spec))
+        counts = {network: len(self.spec.cells(*network)) for network in self.spec.networks()}
+        return {network: (count - len(pending[network]), count) for network, count in counts.items()}
+
+    def _pending(self, context: str) -> dict[tuple[float, float], list[Cell]]:
+        done = self.store.done_keys()
+        return {
+            network: [cell for cell in self.spec.cells(*network) if cell.key(context) not in done]
+            for network in self.spec.networks()
+        }
+
+    def _write_spec(self, context: str) -> None:
+        latest = {**asdict(self.spec), "context": context}
+        (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
 
     def _run_network(
         self, network: tuple[float, float], cells: list[Cell], surroundings: dict[str, Any], context: str, bar: Any
@@ -109,6 +122,17 @@ class Experiment:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+def last_spec(directory: Path) -> Spec:
+    """Return the spec of the last run in a results directory. Raises SpecError."""
+    path = directory / "spec.json"
+    try:
+        values = json.loads(path.read_text())
+        values.pop("context")
+        return Spec.from_values(values)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SpecError(f"{path}: not the spec of a run: {error}") from error
 
 
 def default_results() -> Path:

@@ -64,14 +64,37 @@ class RowStore:
 
     def write_csv(self) -> Path:
         """Write all rows beside the JSON Lines as ``rows.csv`` (nested values as ``a.b`` columns)."""
-        flat = [flatten(row) for row in self.rows()]
-        columns = sorted({key for row in flat for key in row})
         path = self.directory / "rows.csv"
+        write_rows(self.rows(), path)
+        return path
+
+
+def write_rows(rows: list[Row], path: Path) -> int:
+    """Write rows as ``.csv``, ``.jsonl`` or ``.parquet``; return their number.
+
+    Nested values become ``outer.inner`` columns, but in JSON lines. Raises RowsError for another suffix, and without
+    what Parquet needs.
+    """
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        return len(rows)
+    flat = [flatten(row) for row in rows]
+    if path.suffix == ".csv":
+        columns = sorted({key for row in flat for key in row})
         with path.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(flat)
-        return path
+    elif path.suffix == ".parquet":
+        try:
+            import pandas as pd
+
+            pd.DataFrame(flat).to_parquet(path)
+        except ImportError as error:
+            raise RowsError(f"{path}: Parquet needs pandas and pyarrow: pip install pandas pyarrow") from error
+    else:
+        raise RowsError(f"{path}: unknown kind of file (wanted .csv, .jsonl or .parquet)")
+    return len(flat)
 
 
 def flatten(row: Row, prefix: str = "") -> Row:

@@ -12,9 +12,10 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.exclusive import only_experiment
-from obdlab.lab.experiment import Experiment
+from obdlab.lab.experiment import Experiment, last_spec
 from obdlab.lab.process import LabError
-from obdlab.lab.spec import Cell, Spec
+from obdlab.lab.rows import RowStore
+from obdlab.lab.spec import Cell, Spec, SpecError
 from obdlab.lab.summary import caveats, findings, summarise
 
 SPEC = Spec("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
@@ -138,3 +139,28 @@ def test_a_misspelt_key_on_the_command_line_is_an_error(capsys: pytest.CaptureFi
 def test_nothing_measured_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["experiment", "list", "--results", str(tmp_path)]) == 0
     assert "nothing measured yet" in capsys.readouterr().out
+
+
+def test_how_far_a_run_is_and_what_it_goes_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.toml").write_text("repeats = 2\na_a = false\n")
+    spec = ["status", str(tmp_path / "x.toml"), "--results", str(tmp_path)]
+    assert main(["experiment", *spec]) == 1
+    assert "100 Mbit/s, 5 ms: 0 of 4 cells measured" in capsys.readouterr().out
+    with pytest.raises(SpecError, match=r"spec\.json"):
+        last_spec(tmp_path / "x")
+    (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(SPEC), "context": "here"}))
+    assert last_spec(tmp_path / "x") == SPEC
+    assert main(["experiment", "resume", "absent", "--results", str(tmp_path)]) == 1
+    assert "not the spec of a run" in capsys.readouterr().err
+
+
+def test_rows_are_exported_in_the_format_of_the_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = RowStore(tmp_path / "x")
+    store.append([{"cell": "a", "evidence": {"images": 0}}, {"cell": "b"}])
+    for name in ("rows.csv", "rows.jsonl"):
+        assert main(["experiment", "export", "x", str(tmp_path / name), "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "rows.csv").read_text().splitlines() == ["cell,evidence.images", "a,0", "b,"]
+    assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["evidence"] == {"images": 0}
+    assert main(["experiment", "export", "x", str(tmp_path / "rows.txt"), "--results", str(tmp_path)]) == 1
+    assert main(["experiment", "export", "y", str(tmp_path / "rows.csv"), "--results", str(tmp_path)]) == 1
+    assert "holds no rows" in capsys.readouterr().err
