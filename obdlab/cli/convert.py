@@ -14,18 +14,24 @@ from obdlab.cli.common import (
     platform,
     registry_from,
 )
+from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from obdlab.convert.image import ConvertedImage, ConvertOptions
+    from obdlab.convert.platforms import ConvertedIndex
     from obdlab.convert.progress import Task
+    from obdlab.formats.oci import Platform
+    from obdlab.registry.client import RegistryClient
 
+_ALL = "all"
 _DESCRIPTION = """\
 Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, layer by layer, and store it.
 
 SRC and DST are registry references (host/name:tag) or OCI layout directories (oci:DIR[:TAG]).
-Of a multi-platform image one platform is converted, this machine's unless --platform names another.
+Of a multi-platform image one platform is converted, this machine's unless --platform names another; "all" converts
+every image of it and stores an index of them.
 Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
 
 
@@ -50,7 +56,14 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--vsize-gib", type=_gib, default=64, metavar="N", help="size of the disk that holds the image (default: 64)"
     )
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
+    parser.add_argument(
+        "--platforms-at-once", type=int, choices=range(1, 17), default=2, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--referrer", action="store_true", help="have the new manifest refer to the source (OCI 1.1 subject)"
+    )
+    parser.add_argument("--dump-manifest", type=Path, metavar="FILE", help="also write the new manifest to FILE")
     parser.add_argument("--docker", action="store_true", help="write docker's media types (default: OCI's)")
     parser.add_argument(
         "--work-dir", type=Path, default=Path("/var/tmp"), help="where layers are built (default: %(default)s)"
@@ -62,8 +75,10 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print a table and the digest of the new manifest."""
-    from obdlab.convert.image import convert_image
-    from obdlab.convert.source import check_apart, open_destination, open_source
+    if args.docker and args.referrer:
+        print("obdlab convert: --referrer needs OCI's media types: not with --docker", file=sys.stderr)
+        return 2
+    from obdlab.convert.source import check_apart
 
     check_apart(args.source, args.destination)
     client = registry_from(args)
@@ -74,20 +89,40 @@ def run(args: argparse.Namespace) -> int:
         if handler is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
-        image = convert_image(
-            open_source(args.source, client),
-            open_destination(args.destination, client),
-            options=_options(args),
-            progress=None if args.quiet else Bars(),
-        )
+        converted = _convert(args, client)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         client.close()
     if not args.quiet:
-        print_table(image)
-    print(image.digest)
+        for image in converted.images:
+            print_table(image)
+    if args.dump_manifest is not None:
+        _dump(args.dump_manifest, converted.document)
+    print(converted.digest)
     return 0
+
+
+def _convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
+    from obdlab.convert.image import convert_image
+    from obdlab.convert.platforms import ConvertedIndex, convert_platforms
+    from obdlab.convert.source import open_destination, open_source
+
+    source, destination = open_source(args.source, client), open_destination(args.destination, client)
+    options, progress = _options(args), None if args.quiet else Bars()
+    if args.platform == _ALL:
+        return convert_platforms(
+            source, destination, options=options, progress=progress, at_once=args.platforms_at_once
+        )
+    image = convert_image(source, destination, options=options, progress=progress)
+    return ConvertedIndex(image.name, image.digest, image.document, (image,))
+
+
+def _dump(path: Path, document: bytes) -> None:
+    try:
+        path.write_bytes(document)
+    except OSError as error:
+        raise SourceError(f"cannot write the manifest: {error.strerror}", blob=str(path)) from error
 
 
 def print_table(image: ConvertedImage) -> None:
@@ -112,7 +147,8 @@ def _options(args: argparse.Namespace) -> ConvertOptions:
 
     return ConvertOptions(
         layer=LayerOptions(args.algorithm, args.block_size_kib << 10, args.vsize_gib * GIB),
-        platform=args.platform,
+        platform=None if args.platform == _ALL else args.platform,
+        referrer=args.referrer,
         docker=args.docker,
         work_dir=args.work_dir,
     )
@@ -141,6 +177,10 @@ class _Bar:
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _platform(text: str) -> Platform | str:
+    return _ALL if text == _ALL else platform(text)
 
 
 def _gib(text: str) -> int:

@@ -45,6 +45,8 @@ class ConvertOptions:
     platform: oci.Platform | None = None
     #: Docker's media types instead of OCI's.
     docker: bool = False
+    #: Name the source as the new manifest's subject, so that a registry lists the new one as referring to it.
+    referrer: bool = False
     #: Where layers are built; takes all of them, uncompressed and compressed.
     work_dir: Path = _DEFAULT_WORK_DIR
 
@@ -62,11 +64,13 @@ class ConvertedLayer:
 
 @dataclass(frozen=True, slots=True)
 class ConvertedImage:
-    """The finished image; ``digest`` is that of its manifest."""
+    """The finished image; ``digest`` is that of its manifest, ``document`` the manifest as stored."""
 
     name: str
     digest: str
+    document: bytes
     manifest: oci.Manifest
+    platform: oci.Platform
     layers: tuple[ConvertedLayer, ...]
     seconds: float
 
@@ -91,8 +95,27 @@ def convert_image(
     FormatError for what is malformed (naming layer and offset), ApplyError. No file is left on this machine then.
     """
     options = options or ConvertOptions()
+    descriptor, manifest = source.find(options.platform or host_platform())
+    return convert_manifest(source, descriptor, manifest, destination, options, progress or Silent())
+
+
+def convert_manifest(
+    source: ImageSource,
+    descriptor: oci.Descriptor,
+    manifest: oci.Manifest,
+    destination: ImageDestination,
+    options: ConvertOptions,
+    progress: Progress,
+    *,
+    tagged: bool = True,
+) -> ConvertedImage:
+    """Convert one manifest of ``source``, which ``descriptor`` names; as :func:`convert_image` otherwise.
+
+    Without ``tagged`` it is stored by its digest only.
+    """
+    if options.docker and options.referrer:
+        raise FormatError("docker's manifests cannot refer to another", blob=destination.name)
     begin = time.monotonic()
-    manifest = source.manifest(options.platform or host_platform())
     config = source.config(manifest)
     _check_platform(source.name, config.platform, options.platform)
     if not 1 <= len(manifest.layers) <= MAX_LAYERS:
@@ -103,10 +126,15 @@ def convert_image(
             wanted=f"1 to {MAX_LAYERS}",
         )
     with _work_directory(options.work_dir) as work_dir:
-        conversion = _Conversion(source, destination, options, progress or Silent(), work_dir)
+        conversion = _Conversion(source, destination, options, progress, work_dir)
         layers = conversion.run(manifest, config)
-    converted, digest = _store_documents(destination, manifest, config, [layer.built for layer in layers], options)
-    return ConvertedImage(destination.name, digest, converted, layers, time.monotonic() - begin)
+    subject = oci.Descriptor(descriptor.media_type, descriptor.digest, descriptor.size) if options.referrer else None
+    converted = _store_config(destination, manifest, config, [layer.built for layer in layers], options, subject)
+    data = converted.to_bytes()
+    stored = oci.Descriptor(converted.media_type, oci.digest_of(data), len(data), platform=config.platform)
+    destination.put_manifest(stored, data, tagged=tagged)
+    seconds = time.monotonic() - begin
+    return ConvertedImage(destination.name, stored.digest, data, converted, config.platform, layers, seconds)
 
 
 # An index was asked for the platform; a manifest without one has it in its config only.
@@ -213,13 +241,14 @@ class _Conversion:
         return checked
 
 
-def _store_documents(
+def _store_config(
     destination: ImageDestination,
     source: oci.Manifest,
     config: oci.Config,
     layers: Sequence[BuiltLayer],
     options: ConvertOptions,
-) -> tuple[oci.Manifest, str]:
+    subject: oci.Descriptor | None,
+) -> oci.Manifest:
     config_bytes = config.with_diff_ids([layer.digest for layer in layers]).to_bytes()
     config_type = oci.DOCKER_CONFIG if options.docker else oci.OCI_CONFIG
     config_descriptor = oci.Descriptor(config_type, oci.digest_of(config_bytes), len(config_bytes))
@@ -229,12 +258,11 @@ def _store_documents(
         media_type=oci.DOCKER_MANIFEST if options.docker else oci.OCI_MANIFEST,
         # Docker's type has no annotations.
         annotations={} if options.docker else source.annotations,
+        artifact_type="" if subject is None else oci.NATIVE_ARTIFACT,
+        subject=subject,
     )
-    data = manifest.to_bytes()
     destination.put_bytes(config_descriptor, config_bytes)
-    descriptor = oci.Descriptor(manifest.media_type, oci.digest_of(data), len(data), platform=config.platform)
-    destination.put_manifest(descriptor, data)
-    return manifest, descriptor.digest
+    return manifest
 
 
 def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descriptor:

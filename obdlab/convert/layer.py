@@ -41,6 +41,8 @@ GIB = 1 << 30
 # Pieces of the tar that are decompressed and hashed while those before are applied.
 _TAR_AHEAD = 6
 _BUFFER = 1 << 20
+# Longest wait for a process that is being started.
+_FORK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class LayerBuilder:
         try:
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
             applied = self._apply(tar, blob, upper)
-            self._lowers.append(SparseUpper.open(upper, read_only=True))
+            self._lowers.append(_open_own(upper, read_only=True))
         except OSError as error:
             raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(upper)) from error
         seconds = {"apply": time.monotonic() - begin}
@@ -119,7 +121,7 @@ class LayerBuilder:
 
     def _apply(self, tar: Iterable[Buffer], blob: str, upper: Path) -> ApplyStatistics:
         lowers = Stack(self._lowers) if self._lowers else None
-        with SparseUpper.open(upper) as layer:
+        with _open_own(upper) as layer:
             disk = WritableStack(lowers, layer)
             if lowers is None:
                 make_filesystem(disk)
@@ -128,6 +130,19 @@ class LayerBuilder:
                 applied = apply_layer(raw, blob, tree)
             tree.finish()
         return applied
+
+
+# Nobody else has these files. But a process that another thread starts holds copies of their descriptors, and so
+# their locks, from its fork to its exec.
+def _open_own(path: Path, *, read_only: bool = False) -> SparseUpper:
+    deadline = time.monotonic() + _FORK_S
+    while True:
+        try:
+            return SparseUpper.open(path, read_only=read_only)
+        except SourceError as error:
+            if not error.temporary or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +184,7 @@ def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
     # Runs in the compressing process.
     begin = time.monotonic()
     try:
-        with SparseUpper.open(upper, read_only=True) as layer, target.open("xb", buffering=_BUFFER) as file:
+        with _open_own(upper, read_only=True) as layer, target.open("xb", buffering=_BUFFER) as file:
             wrapped = TarWrapWriter(file)
             compressed = ZFileWriter(wrapped, options.block_size, options.algorithm)
             committed = commit(layer, compressed, uuid=layer.uuid)

@@ -49,17 +49,30 @@ class ImageSource(ABC):
     name: str
 
     def manifest(self, platform: Platform, *, overlaybd: bool = False) -> Manifest:
-        """Return the image manifest, of an index the one for ``platform``.
+        """Return the image manifest, of an index the one for ``platform``. Raises as find()."""
+        return self.find(platform, overlaybd=overlaybd)[1]
+
+    def find(self, platform: Platform, *, overlaybd: bool = False) -> tuple[Descriptor, Manifest]:
+        """Return the image manifest and its descriptor, of an index those for ``platform``.
 
         An image that is an overlaybd one is refused, unless ``overlaybd``. Raises SourceError if it
         cannot be had, FormatError if it is malformed or no container image.
         """
-        document = self._root(platform)
+        descriptor, document = self.root()
         for _ in range(_MAX_NESTED_INDEXES):
             if isinstance(document, Manifest):
-                return self._checked(document, overlaybd=overlaybd)
-            document = self._document(document.select(platform))
+                assert descriptor is not None
+                return descriptor, self._checked(document, overlaybd=overlaybd)
+            descriptor = document.select(platform)
+            document = self._document(descriptor)
         raise FormatError("indexes nested too deep", blob=self.name)
+
+    def child(self, descriptor: Descriptor) -> Manifest:
+        """Return an image manifest that an index names. Raises as find()."""
+        document = self._document(descriptor)
+        if isinstance(document, Manifest):
+            return self._checked(document, overlaybd=False)
+        raise FormatError("index names an index", blob=f"{self.name}@{descriptor.digest}", wanted="an image manifest")
 
     def config(self, manifest: Manifest) -> Config:
         """Return the image config, which must describe as many layers as the manifest has. Raises as manifest()."""
@@ -85,7 +98,11 @@ class ImageSource(ABC):
         layer.close()
 
     @abstractmethod
-    def _root(self, platform: Platform) -> Manifest | Index: ...
+    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
+        """Return what the image's name names. The descriptor is None for an index made of a layout's entries.
+
+        Raises SourceError or FormatError.
+        """
 
     @abstractmethod
     def _read(self, descriptor: Descriptor, max_size: int) -> bytes: ...
@@ -137,9 +154,10 @@ class RegistrySource(ImageSource):
         with suppress(FileNotFoundError):
             os.unlink(layer.path)
 
-    def _root(self, platform: Platform) -> Manifest | Index:
+    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         fetched = self._client.get_manifest(self._reference)
-        return parse_manifest(fetched.data, self.name)
+        document = parse_manifest(fetched.data, self.name)
+        return Descriptor(document.media_type, fetched.digest, len(fetched.data)), document
 
     def _read(self, descriptor: Descriptor, max_size: int) -> bytes:
         if descriptor.media_type in INDEX_TYPES or max_size == MAX_MANIFEST_SIZE:
@@ -160,9 +178,9 @@ class LayoutSource(ImageSource):
         advance(layer.size)
         return file
 
-    def _root(self, platform: Platform) -> Manifest | Index:
+    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         entries = self._layout.select(self._tag)
-        return self._document(entries[0] if len(entries) == 1 else Index(entries).select(platform))
+        return (entries[0], self._document(entries[0])) if len(entries) == 1 else (None, Index(entries))
 
     def _read(self, descriptor: Descriptor, max_size: int) -> bytes:
         return self._layout.read_blob(descriptor, max_size)
@@ -185,8 +203,11 @@ class ImageDestination(ABC):
         """Store a small blob. Raises SourceError."""
 
     @abstractmethod
-    def put_manifest(self, descriptor: Descriptor, data: bytes) -> None:
-        """Store the manifest, which must come last, under the destination's tag. Raises SourceError."""
+    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
+        """Store a manifest or index, after what it names, under the destination's tag or only by its digest.
+
+        Raises SourceError.
+        """
 
 
 class RegistryDestination(ImageDestination):
@@ -206,8 +227,9 @@ class RegistryDestination(ImageDestination):
     def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
         self._client.push_blob(self._repository, descriptor.digest, descriptor.size, lambda: io.BytesIO(data))
 
-    def put_manifest(self, descriptor: Descriptor, data: bytes) -> None:
-        self._client.put_manifest(self._reference, descriptor.media_type, data)
+    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
+        reference = self._reference if tagged else self._reference.with_digest(descriptor.digest)
+        self._client.put_manifest(reference, descriptor.media_type, data)
 
 
 class LayoutDestination(ImageDestination):
@@ -226,9 +248,10 @@ class LayoutDestination(ImageDestination):
     def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
         self._layout.add_bytes(descriptor.digest, data)
 
-    def put_manifest(self, descriptor: Descriptor, data: bytes) -> None:
+    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
         self._layout.add_bytes(descriptor.digest, data)
-        self._layout.set_tag(self._tag, descriptor)
+        if tagged:
+            self._layout.set_tag(self._tag, descriptor)
 
 
 class _CountedFile(io.FileIO):

@@ -47,6 +47,11 @@ TURBO_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/turbo-oci/target-med
 FASTOCI_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/fastoci/target-digest"
 FASTOCI_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/fastoci/target-media-type"
 VERSION_NATIVE = "0.1.0"
+#: What an overlaybd image says it is that refers to the image it was made from.
+NATIVE_ARTIFACT = "application/vnd.containerd.overlaybd.native.v1+json"
+#: What marks BuildKit's attestations among an index's manifests, and its value.
+REFERENCE_TYPE = "vnd.docker.reference.type"
+ATTESTATION = "attestation-manifest"
 
 #: Registries refuse manifests above 4 MiB; image configs have no limit of their own, this one is ours.
 MAX_MANIFEST_SIZE = 4 << 20
@@ -174,14 +179,13 @@ class Manifest:
         """Read a manifest of either style. Raises FormatError, also for an index or a schema 1 manifest."""
         document = _parse(data, blob, MAX_MANIFEST_SIZE)
         _check_kind(document, blob, "layers", MANIFEST_TYPES, "manifests")
-        subject = document.get("subject")
         return cls(
             config=Descriptor.from_json(document.get("config"), f"{blob}.config"),
             layers=_descriptors(document["layers"], f"{blob}.layers"),
             media_type=_text(document, "mediaType", blob, default=OCI_MANIFEST),
             annotations=_annotations(document, blob),
             artifact_type=_text(document, "artifactType", blob, default=""),
-            subject=None if subject is None else Descriptor.from_json(subject, f"{blob}.subject"),
+            subject=_subject(document, blob),
         )
 
     def to_bytes(self) -> bytes:
@@ -210,6 +214,8 @@ class Index:
     manifests: tuple[Descriptor, ...]
     media_type: str = OCI_INDEX
     annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    subject: Descriptor | None = None
 
     @classmethod
     def parse(cls, data: bytes, blob: str = "index") -> Self:
@@ -220,12 +226,18 @@ class Index:
             manifests=_descriptors(document["manifests"], f"{blob}.manifests"),
             media_type=_text(document, "mediaType", blob, default=OCI_INDEX),
             annotations=_annotations(document, blob),
+            artifact_type=_text(document, "artifactType", blob, default=""),
+            subject=_subject(document, blob),
         )
 
     def to_bytes(self) -> bytes:
         """Return the compact JSON that Go's encoder would write for it."""
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
+        if self.artifact_type:
+            document["artifactType"] = self.artifact_type
         document["manifests"] = [manifest.to_json() for manifest in self.manifests]
+        if self.subject is not None:
+            document["subject"] = self.subject.to_json()
         if self.annotations:
             document["annotations"] = dict(sorted(self.annotations.items()))
         return to_json(document)
@@ -328,6 +340,11 @@ def _check_kind(
     media_type = document.get("mediaType", media_types[0])
     if media_type not in media_types:
         raise FormatError("wrong mediaType", blob=blob, got=_short(media_type), wanted=" or ".join(media_types))
+
+
+def _subject(document: Mapping[str, Any], blob: str) -> Descriptor | None:
+    subject = document.get("subject")
+    return None if subject is None else Descriptor.from_json(subject, f"{blob}.subject")
 
 
 def _descriptors(value: object, blob: str) -> tuple[Descriptor, ...]:
