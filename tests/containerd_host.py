@@ -115,13 +115,20 @@ class ObdlabHost:
         """Run stock ctr in the namespace "test" and return what it printed."""
         return self.containerd.ctr("--namespace", "test", *arguments, timeout_s=timeout_s, check=check)
 
-    def rpull(self, reference: str, namespace: str = "test") -> PullResult:
-        """Pull lazily."""
+    def rpull(self, reference: str, namespace: str = "test", *, download: bool = False) -> PullResult:
+        """Pull lazily, or with the blobs."""
         with (
             Containerd(self.containerd.address, namespace) as client,
             closing(RegistryClient(Credentials.load(None))) as registry,
         ):
-            return rpull(client, registry, Reference.parse(reference), snapshotter=NAME, platform=host_platform())
+            return rpull(
+                client,
+                registry,
+                Reference.parse(reference),
+                snapshotter=NAME,
+                platform=host_platform(),
+                download=download,
+            )
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("reference", metavar="REF", help="image, such as registry.example/name:tag")
     parser.add_argument("--snapshotter", default=os.environ.get("CONTAINERD_SNAPSHOTTER", "obdlab"))
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    parser.add_argument(
+        "--download-blobs",
+        action="store_true",
+        help="fetch the blobs of overlaybd layers too: the image then runs without its registry",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
     group = parser.add_argument_group("containerd")
     group.add_argument(
@@ -68,6 +73,7 @@ def _run(args: argparse.Namespace) -> int:
                 snapshotter=args.snapshotter,
                 platform=args.platform or host_platform(),
                 progress=bar,
+                download=args.download_blobs,
             )
         finally:
             bar.close()

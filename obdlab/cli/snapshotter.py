@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
+    if config.exporter_listen and not args.exporter:
+        settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
     print(f"obdlab snapshotter: ready on {server.address}", flush=True)
     wait_for_signal()

@@ -64,8 +64,11 @@ def rpull(
     snapshotter: str,
     platform: Platform,
     progress: Progress | None = None,
+    download: bool = False,
 ) -> PullResult:
     """Make the image runnable in ``snapshotter``, fetching no layer that it provides lazily.
+
+    With ``download`` the blobs of overlaybd layers are fetched too: the image then runs without its registry.
 
     A second call finds everything there and fetches the documents only. On failure, or KeyboardInterrupt, nothing
     stays that was not there before: no snapshot, blob or lease.
@@ -80,7 +83,7 @@ def rpull(
             LayerFetcher(leased, registry, image.repository, source, progress) as fetcher,
             _naming_a_dead_snapshotter(snapshotter),
         ):
-            layers = Unpacker(leased, snapshotter, image, fetcher).run()
+            layers = Unpacker(leased, snapshotter, image, fetcher, download=download).run()
         _store_documents(leased, image, snapshotter, source)
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SNAPSHOT_PREFIX = "containerd.io/snapshot/"
 TARGET_LABEL = "containerd.io/snapshot.ref"
 IMAGE_LABEL = "containerd.io/snapshot/image-ref"
+DOWNLOAD_LABEL = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
 _PREPARE_TRIES = 3
 
@@ -49,13 +50,21 @@ class Unpacker:
     """Makes the snapshots of one image in one snapshotter, under a lease."""
 
     def __init__(
-        self, containerd: LeasedContainerd, snapshotter: str, image: ResolvedImage, fetcher: LayerFetcher
+        self,
+        containerd: LeasedContainerd,
+        snapshotter: str,
+        image: ResolvedImage,
+        fetcher: LayerFetcher,
+        *,
+        download: bool = False,
     ) -> None:
+        """Prepare to fetch what the snapshotter does not provide, with ``download`` the blobs of all layers."""
         self._containerd = containerd
         self._snapshots = containerd.snapshots(snapshotter)
         self._snapshotter = snapshotter
         self._image = image
         self._fetcher = fetcher
+        self._download = download
 
     def run(self) -> tuple[LayerResult, ...]:
         """Have a committed snapshot for every layer, bottom first.
@@ -79,6 +88,8 @@ class Unpacker:
         layer, name = self._image.layers[number], self._image.chain_ids[number]
         parent = self._image.chain_ids[number - 1] if number else ""
         labels = snapshot_labels(layer, name, str(self._image.reference))
+        if self._download:
+            labels[DOWNLOAD_LABEL] = "download"
         for _ in range(_PREPARE_TRIES):
             key = f"extract-{time.time_ns() % 10**9}-{secrets.token_hex(3)} {name}"
             try:
@@ -88,7 +99,7 @@ class Unpacker:
                     return LayerResult(layer.digest, layer.size, Outcome.LAZY)
                 # Somebody else made it and it went again; or the key was taken.
                 continue
-            if layer.is_overlaybd:
+            if layer.is_overlaybd and not self._download:
                 self._refuse(layer, key)
             # No layer above can be a snapshot yet, so all of them have to be fetched.
             self._fetcher.start(self._image.layers[number:])

@@ -1,4 +1,4 @@
-"""The snapshotter's configuration file: the keys of the original's config.json that mean something here."""
+"""The snapshotter's configuration file: the original's config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.snapshotter.errors import InvalidArgumentError
 from obdlab.snapshotter.overlaybd import ImageOptions
+from obdlab.snapshotter.writable import FsSpec, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +26,30 @@ _LEVELS = {
     "debug": logging.DEBUG,
     "trace": logging.DEBUG,
 }
-#: Values besides the default that are refused, not ignored: containers would run differently than asked for.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "rwMode": ("overlayfs",),
-    "autoRemoveDev": (False,),
-    "asyncRemove": (False,),
-    "runtimeType": ("containerd",),
-    "rootfsQuota": ("",),
-    "tenant": (-1,),
+_EXPORTER_PORT = 9863
+_MAX_TENANT = (1 << 31) - 1
+#: Keys that are read and change nothing here, and why.
+_NO_EFFECT = {
+    "logReportCaller": "log lines name their part of the program anyway",
+    "tenant": "devices are named after the root directory, so that snapshotters do not meet",
+    "turboFsType": "turboOCI layers cannot be served yet",
 }
-_KNOWN = {"root", "address", "verbose", "logLevel", "mirrorRegistry", "defaultFsType", *_ONLY}
+_KNOWN = {
+    "root",
+    "address",
+    "verbose",
+    "logLevel",
+    "rwMode",
+    "asyncRemove",
+    "autoRemoveDev",
+    "writableLayerType",
+    "mirrorRegistry",
+    "defaultFsType",
+    "rootfsQuota",
+    "runtimeType",
+    "exporterConfig",
+    *_NO_EFFECT,
+}
 
 
 class ConfigError(ObdlabError):
@@ -48,6 +64,9 @@ class SnapshotterConfig:
     address: Path | None = None
     log_level: int | None = None
     images: ImageOptions = field(default_factory=ImageOptions)
+    #: "address:port", or '' for none.
+    exporter_listen: str = ""
+    exporter_path: str = "/metrics"
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -60,17 +79,34 @@ class SnapshotterConfig:
             raise ConfigError(f"{path}: not a JSON object (got {type(values).__name__})")
         for key in sorted(values.keys() - _KNOWN):
             logger.warning("%s: key %r is not known and has no effect", path, key)
-        for key, allowed in _ONLY.items():
-            if key in values and values[key] not in allowed:
-                raise ConfigError(f"{path}: {key} is not supported (got {values[key]!r}, wanted {allowed[0]!r})")
+        for key in sorted(values.keys() & _NO_EFFECT.keys()):
+            logger.info("%s: %s has no effect: %s", path, key, _NO_EFFECT[key])
+        _int(path, values, "tenant", -1, most=_MAX_TENANT)
+        # Containers would run differently than asked for.
+        _word(path, values, "runtimeType", ("containerd",))
+        if _text(path, values, "rootfsQuota"):
+            raise ConfigError(f"{path}: rootfsQuota is not supported (got {values['rootfsQuota']!r}, wanted '')")
+        exporter = _object(path, values, "exporterConfig")
+        port = _int(path, exporter, "port", _EXPORTER_PORT, most=65535, least=1)
+        default_fs = _text(path, values, "defaultFsType") or ImageOptions().default_fs
+        try:
+            FsSpec.parse(default_fs)
+        except InvalidArgumentError as error:
+            raise ConfigError(f"{path}: defaultFsType: {error}") from error
         return cls(
             root=_path(path, values, "root"),
             address=_path(path, values, "address"),
             log_level=_log_level(path, values),
             images=ImageOptions(
                 plain_http_hosts=_plain_http_hosts(path, values),
-                default_fs=_text(path, values, "defaultFsType") or ImageOptions().default_fs,
+                default_fs=default_fs,
+                mode=Mode(_word(path, values, "rwMode", tuple(mode.value for mode in Mode))),
+                sparse=_word(path, values, "writableLayerType", ("append", "sparse")) == "sparse",
+                auto_remove_devices=_flag(path, values, "autoRemoveDev"),
+                async_remove=_flag(path, values, "asyncRemove"),
             ),
+            exporter_listen=f"0.0.0.0:{port}" if _flag(path, exporter, "enable") else "",
+            exporter_path=_text(path, exporter, "uriPrefix") or "/metrics",
         )
 
 
@@ -79,6 +115,36 @@ def _text(path: Path, values: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{path}: {key}: not a string (got {value!r})")
     return value.strip()
+
+
+def _word(path: Path, values: dict[str, Any], key: str, words: tuple[str, ...]) -> str:
+    value = _text(path, values, key) or words[0]
+    if value not in words:
+        raise ConfigError(f"{path}: {key} is not supported (got {value!r}, wanted {' or '.join(map(repr, words))})")
+    return value
+
+
+def _flag(path: Path, values: dict[str, Any], key: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{path}: {key}: wanted true or false (got {value!r})")
+    return value
+
+
+def _int(path: Path, values: dict[str, Any], key: str, default: int, *, most: int, least: int = -1) -> int:
+    value = values.get(key, default)
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{path}: {key}: wanted a number from {least} to {most} (got {value!r})")
+    return value
+
+
+def _object(path: Path, values: dict[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key}: not an object (got {value!r})")
+    for name in sorted(value.keys() - {"enable", "uriPrefix", "port"}):
+        logger.warning("%s: key %r is not known and has no effect", path, f"{key}.{name}")
+    return value
 
 
 def _path(path: Path, values: dict[str, Any], key: str) -> Path | None:

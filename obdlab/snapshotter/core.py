@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import ObdlabError
-from obdlab.image.config import ImageConfig
-from obdlab.snapshotter import overlaybd
+from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.snapshotter import overlaybd, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -23,15 +25,16 @@ from obdlab.snapshotter.errors import (
     NotFoundError,
 )
 from obdlab.snapshotter.filters import compile_filters
-from obdlab.snapshotter.layout import CONFIG_NAME
-from obdlab.snapshotter.mounts import Mount, kernel_overlay_options, snapshot_mounts
+from obdlab.snapshotter.layout import CONFIG_NAME, WRITABLE_NAME
+from obdlab.snapshotter.mounts import Mount, device_mounts, kernel_overlay_options, snapshot_mounts
 from obdlab.snapshotter.store import Kind, Reader, Snapshot, Store, Usage, Writer
+from obdlab.snapshotter.writable import Mode, WritableDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from obdlab.snapshotter.layout import Layout
+    from obdlab.snapshotter.writable import FsSpec
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,13 @@ class ImageMounts(Protocol):
     def expect(self) -> None:
         """Get ready to mount: an image has been pulled."""
 
-    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
-        """Have the image's device attached and mounted at the snapshot's mount point, as asked for at ``asked_s``."""
+    def mount(
+        self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
+    ) -> Path:
+        """Have the snapshot's device attached and mounted as ``mode`` wants it, as asked for at ``asked_s``."""
 
-    def release(self, snapshot_id: int) -> None:
-        """Unmount and detach, or raise FailedPreconditionError while something uses the mount."""
+    def release(self, snapshot_id: int) -> bool:
+        """Unmount and detach, telling whether the device is gone, or raise FailedPreconditionError if it is used."""
 
 
 class Snapshotter:
@@ -62,6 +67,7 @@ class Snapshotter:
         self._store = Store(layout.metadata)
         self._locks = _KeyedLocks()
         self._overlay_options = kernel_overlay_options()
+        self._recover()
         self.cleanup()
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -72,10 +78,15 @@ class Snapshotter:
         """
         if overlaybd.pull_target(labels):
             layer = overlaybd.remote_layer(labels)
-            if layer is not None:
+            if layer is not None and (layer.acceleration or not overlaybd.wants_download(labels)):
                 self._commit_remote(key, parent, labels, layer)
                 self._images.expect()
                 raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
+        mode = self._mode(parent, labels)
+        if mode is not Mode.OVERLAYFS:
+            return self._create_writable(mode, key, parent, labels)
+        if writable.LABEL_WRITABLE in labels:  # it does not become one
+            labels = {label: value for label, value in labels.items() if label != writable.LABEL_WRITABLE}
         return self._create(Kind.ACTIVE, key, parent, labels)
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -90,6 +101,8 @@ class Snapshotter:
                 raise FailedPreconditionError(f"snapshot {key!r} is neither active nor a view")
             own_id, *lower_ids = reader.chain(key)
             image = self._image_below(reader, lower_ids)
+        if self._layout.has_device(own_id):
+            return self._mount_writable(snapshot, image)
         with self._mounted(image):
             return self._mounts(snapshot.kind, own_id, lower_ids)
 
@@ -100,6 +113,9 @@ class Snapshotter:
         """
         with self._store.read() as reader:
             own_id, *lower_ids = reader.chain(key)
+        if self._layout.has_device(own_id):
+            self._commit_writable(name, key, labels, own_id)
+            return
         usage = self._layout.usage(own_id)
         with self._store.write() as writer:
             writer.commit(key, name, labels, usage)
@@ -117,17 +133,25 @@ class Snapshotter:
     def remove(self, key: str) -> None:
         """Forget a snapshot without children and delete its files, unmounting its image first."""
         with self._store.read() as reader:
-            snapshot_id = reader.get(key).id
+            snapshot = reader.get(key)
+            snapshot_id = snapshot.id
+            image = self._image_below(reader, reader.chain(key)[1:])
         with self._locks.hold(snapshot_id):
             with self._store.read() as reader:
                 if reader.count_children(snapshot_id):
                     raise FailedPreconditionError(f"snapshot {key!r} has children")
+            device = WritableDevice.load(self._layout.writable(snapshot_id))
             if self._layout.is_image(snapshot_id):
                 self._images.release(snapshot_id)
             with self._store.write() as writer:
                 if writer.remove(key).id != snapshot_id:
                     raise NotFoundError(f"snapshot {key!r} was removed and made anew meanwhile")
-            self._layout.delete(self._layout.directory(snapshot_id))
+            if device is not None:
+                writable.drop(device.upper)  # it may lie elsewhere
+            if not self._options.async_remove:
+                self._layout.delete(self._layout.directory(snapshot_id))
+        if self._options.auto_remove_devices and image is not None and snapshot.kind is not Kind.COMMITTED:
+            self._release_idle(image.id)
 
     def stat(self, key: str) -> Snapshot:
         """Return what is known of a snapshot."""
@@ -212,6 +236,127 @@ class Snapshotter:
             self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
             yield
 
+    def _mode(self, parent: str, labels: Mapping[str, str]) -> Mode:
+        if overlaybd.pull_target(labels) or labels.get(writable.LABEL_TYPE) == "image":
+            return Mode.OVERLAYFS
+        mode = writable.mode_asked(labels, self._options.mode)
+        if mode is Mode.OVERLAYFS or not parent:
+            return mode
+        with self._store.read() as reader:
+            below = reader.find(parent)
+        is_image = below is not None and self._layout.is_image(below.id)
+        return mode if is_image else Mode.OVERLAYFS
+
+    def _create_writable(self, mode: Mode, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        spec = overlaybd.fs_spec(labels, self._options)
+        if not parent and spec.fs_type == "erofs":
+            raise InvalidArgumentError(f"snapshot {key!r}: erofs cannot be written to")
+        with self._store.write() as writer:
+            snapshot, lower_ids = self._add(
+                writer,
+                Kind.ACTIVE,
+                key,
+                parent,
+                labels,
+                lambda *made: self._fill_writable(mode, labels, writer, spec, *made),
+            )
+            image = self._image_below(writer, lower_ids)
+        try:
+            return self._mount_writable(snapshot, image, make=not parent and not spec.made_here)
+        except BaseException:
+            with suppress(ObdlabError):  # what went wrong before matters more
+                self.remove(key)
+            raise
+
+    def _fill_writable(
+        self,
+        mode: Mode,
+        labels: Mapping[str, str],
+        writer: Writer,
+        spec: FsSpec,
+        directory: Path,
+        own_id: int,
+        lower_ids: Sequence[int],
+    ) -> None:
+        home = self._layout.directory(own_id)
+        below = ImageConfig.load(self._layout.config(lower_ids[0])) if lower_ids else None
+        upper = writable.upper_for(labels, home / "block", has_parent=below is not None)
+        block = self._layout.add_block(directory)
+        # In its own place until the directory gets its name.
+        data, index = (
+            block / path.name if path.parent == home / "block" else path
+            for path in (Path(upper.data), Path(upper.index))
+        )
+        if writable.make_upper(
+            data,
+            index,
+            upper.vsize_gb,
+            sparse=self._options.sparse,
+            make_ext4=below is None and spec.made_here,
+        ):
+            writer.on_rollback(partial(data.unlink, missing_ok=True))
+            writer.on_rollback(partial(index.unlink, missing_ok=True))
+        WritableDevice(mode, upper).save(block / WRITABLE_NAME)
+        overlaybd.writable_config(below, upper, home).save(block / CONFIG_NAME)
+
+    def _mount_writable(self, snapshot: Snapshot, image: Snapshot | None, *, make: bool = False) -> list[Mount]:
+        asked_s = time.monotonic()
+        spec = overlaybd.fs_spec(snapshot.labels, self._options, image.labels if image else None)
+        with self._locks.hold(snapshot.id):
+            device = WritableDevice.load(self._layout.writable(snapshot.id))
+            if device is None:
+                raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")
+            path = self._images.mount(snapshot.id, spec, asked_s, device.mode, make=make)
+            return device_mounts(device.mode, self._layout.mountpoint(snapshot.id), path, spec.fs_type)
+
+    def _commit_writable(self, name: str, key: str, labels: Mapping[str, str], own_id: int) -> None:
+        with self._locks.hold(own_id):
+            device = WritableDevice.load(self._layout.writable(own_id))
+            with self._store.read() as reader:
+                if device is None or reader.get(key).id != own_id:
+                    raise NotFoundError(f"snapshot {key!r} was removed or committed meanwhile")
+                if reader.find(name) is not None:  # before the device is taken away for nothing
+                    raise AlreadyExistsError(f"snapshot {name!r} already exists")
+            if not self._images.release(own_id):
+                raise FailedPreconditionError(f"snapshot {key!r}: its device is still in use")
+            sealed = self._layout.fs(own_id) / writable.SEALED_FILE
+            sealed.unlink(missing_ok=True)
+            writable.seal(device.upper, sealed)
+            active = ImageConfig.load(self._layout.config(own_id))
+            lowers = active.lowers[:-1] if active.acceleration_layer else active.lowers
+            below = replace(active, lowers=lowers, upper=UpperConfig(), acceleration_layer=False) if lowers else None
+            committed = overlaybd.local_config(below, self._layout.directory(own_id))
+            kept = {label: value for label, value in labels.items() if label != writable.LABEL_WRITABLE}
+            kept[writable.LABEL_COMMIT_PATH] = str(sealed)
+            with self._store.write() as writer:
+                writer.on_rollback(partial(sealed.unlink, missing_ok=True))
+                writer.on_rollback(partial(active.save, self._layout.config(own_id)))
+                committed.save(self._layout.config(own_id))
+                writer.commit(key, name, kept, self._layout.usage(own_id))
+            self._drop_upper(own_id, device)
+
+    def _drop_upper(self, own_id: int, device: WritableDevice) -> None:
+        writable.drop(device.upper)
+        self._layout.writable(own_id).unlink()  # last: until then the next start does all of it again
+
+    # What a crash left of commits: those in the store are finished, others undone. Opening its layer undoes the seal.
+    def _recover(self) -> None:
+        with self._store.read() as reader:
+            snapshots = [snapshot for snapshot in reader.all() if self._layout.has_device(snapshot.id)]
+        for snapshot in snapshots:
+            device = WritableDevice.load(self._layout.writable(snapshot.id))
+            sealed = self._layout.fs(snapshot.id) / writable.SEALED_FILE
+            if device is None:
+                continue
+            if snapshot.kind is Kind.COMMITTED:
+                self._drop_upper(snapshot.id, device)
+            elif sealed.exists():
+                config = ImageConfig.load(self._layout.config(snapshot.id))
+                if not config.upper.active:
+                    lowers = config.lowers[:-1]
+                    replace(config, lowers=lowers, upper=device.upper).save(self._layout.config(snapshot.id))
+                sealed.unlink()
+
     def _mounts(self, kind: Kind, own_id: int, lower_ids: Sequence[int]) -> list[Mount]:
         fs, work = self._layout.fs(own_id), self._layout.work(own_id)
         return snapshot_mounts(kind, fs, work, self._lowers(lower_ids), self._overlay_options)
@@ -281,6 +426,17 @@ class Snapshotter:
         if below.acceleration_layer:
             raise FailedPreconditionError(f"overlaybd {layer} lies on an acceleration layer, which must be the top")
         return below
+
+    # Of an image that no container is on any more.
+    def _release_idle(self, image_id: int) -> None:
+        with self._locks.hold(image_id):
+            with self._store.read() as reader:
+                if reader.has_containers(image_id):
+                    return
+            try:
+                self._images.release(image_id)
+            except ObdlabError as error:
+                logger.info("device of layer %d stays: %s", image_id, error)
 
     # Unpacking a layer mounts the image below it, which nobody wants once the layer is there.
     def _release_unused(self, image_id: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import select
+import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -15,12 +16,18 @@ from typing import TYPE_CHECKING
 from obdlab.devices import mount
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.snapshotter.errors import FailedPreconditionError
+from obdlab.snapshotter.writable import MkfsError, Mode
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from obdlab.service.client import AttachedDevice, DeviceService
     from obdlab.snapshotter.layout import Layout
+    from obdlab.snapshotter.writable import FsSpec
 
 logger = logging.getLogger(__name__)
+
+_MKFS_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,35 +67,42 @@ class ImageDevices:
                 self._host_start = threading.Thread(target=self._start_host, name="start-host")
                 self._host_start.start()
 
-    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
-        """Have the image's device attached and its file system mounted, read-only.
+    def mount(
+        self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
+    ) -> Path:
+        """Have the snapshot's device attached and its file system mounted; return the device.
 
-        Does nothing if that is so; brings the mount back after a reboot or the death of the device's server. If it
-        fails, nothing of the attempt stays. Raises ObdlabError with the cause, also to callers who ``asked_s``
-        (monotonic) before an attempt failed: each trying anew, they would wait for the same registry in a row.
+        An image's is mounted read-only. One that a container writes to is mounted for that or, in mode ``dev``, not
+        at all; ``make`` has its file system made before. Does nothing if all that is so; brings the mount back after
+        a reboot or the death of the device's server. If it fails, nothing of the attempt stays. Raises ObdlabError
+        with the cause, also to callers who ``asked_s`` (monotonic) before an attempt failed: each trying anew, they
+        would wait for the same registry in a row.
         """
         target = self._layout.mountpoint(snapshot_id)
-        if self._is_live(snapshot_id, target):
-            return
+        live = self._live_device(snapshot_id, None if mode is Mode.DEV else target)
+        if live is not None:
+            return live
         failure = self._failures.get(snapshot_id)
         if failure is not None and asked_s <= failure.ended_s:
             raise DeviceError(failure.cause)
         try:
             device = self._attach(snapshot_id, target)
-            self._mount_device(device, snapshot_id, target, fs_spec)
+            self._mount_device(device, snapshot_id, spec, mode, make=make)
         except ObdlabError as error:
             self._failures[snapshot_id] = _Failure(str(error), time.monotonic())
             raise
         self._failures.pop(snapshot_id, None)
+        return device.path
 
-    def release(self, snapshot_id: int) -> None:
-        """Unmount the image and take its device away.
+    def release(self, snapshot_id: int) -> bool:
+        """Unmount the image and take its device away; tell whether that is gone.
 
         A device that only other mount namespaces hold goes when they let go of it. Raises FailedPreconditionError,
         having changed nothing, while something in this one still uses the image.
         """
         target = self._layout.mountpoint(snapshot_id)
-        users = _users(target)
+        devices = self._devices_of(snapshot_id)
+        users = _users(target, [device.path for device in devices])
         if users:
             raise FailedPreconditionError(f"image snapshot is in use: mounted on {', '.join(users)}")
         try:
@@ -96,11 +110,14 @@ class ImageDevices:
                 pass
         except DeviceError as error:
             raise FailedPreconditionError(f"image snapshot is in use: {error}") from error
-        for device in self._devices_of(snapshot_id):
+        gone = True
+        for device in devices:
             if not self._devices.release(device.device_id):
                 logger.info("device %s stays until its last user is gone", device.device_id)
+                gone = False
         self._forget(snapshot_id)
         self._failures.pop(snapshot_id, None)
+        return gone
 
     def _start_host(self) -> None:
         try:
@@ -127,23 +144,33 @@ class ImageDevices:
         config = self._layout.config(snapshot_id)
         return [device for device in self._devices.list() if device.config == config]
 
-    def _mount_device(self, device: AttachedDevice, snapshot_id: int, target: Path, fs_spec: str) -> None:
+    def _mount_device(
+        self, device: AttachedDevice, snapshot_id: int, spec: FsSpec, mode: Mode, *, make: bool
+    ) -> None:
+        target = self._layout.mountpoint(snapshot_id)
         try:
-            self._mount(device, target, fs_spec)
+            if mode is not Mode.OVERLAYFS:
+                if device.read_only:
+                    raise DeviceError(f"{device.path}: came up read-only, a container was to write to it")
+                self._layout.backstore_mark(snapshot_id).write_text(str(device.path))
+            if make:
+                _make_file_system(spec, device.path)
+            if mode is not Mode.DEV:
+                options = spec.writable_options() if mode is Mode.DIR else spec.mount_options or ""
+                self._mount(device, target, options, read_only=mode is Mode.OVERLAYFS)
             self._remember(snapshot_id, device)
         except ObdlabError:
             self._undo(device.device_id, target)
             raise
 
-    def _mount(self, device: AttachedDevice, target: Path, fs_spec: str) -> None:
+    def _mount(self, device: AttachedDevice, target: Path, options: str, *, read_only: bool) -> None:
         entries = mount.mounts_at(target)
         if entries and entries[-1].source == str(device.path):
             return
         if entries:
             logger.warning("%s: was mounted from %s, which is gone; mounting again", target, entries[-1].source)
             _unmount_all(target)
-        _type, _, rest = fs_spec.partition(";")
-        self._devices.mount(device, target, options=rest.partition(";")[0])
+        self._devices.mount(device, target, options=options, read_only=read_only)
 
     def _undo(self, device_id: str, target: Path) -> None:
         try:
@@ -152,19 +179,20 @@ class ImageDevices:
         except ObdlabError:
             logger.exception("device %s stays after a failed mount", device_id)
 
-    def _is_live(self, snapshot_id: int, target: Path) -> bool:
+    def _live_device(self, snapshot_id: int, target: Path | None) -> Path | None:
         with self._guard:
             live = self._live.get(snapshot_id)
         if live is None:
-            return False
+            return None
         # The server comes first: a mount without one would not answer.
         if not _alive(live.pidfd):
             self._forget(snapshot_id)
-            return False
+            return None
         try:
-            return target.stat().st_dev == live.path.stat().st_rdev
+            number = live.path.stat().st_rdev
+            return live.path if target is None or target.stat().st_dev == number else None
         except OSError:
-            return False
+            return None
 
     def _remember(self, snapshot_id: int, device: AttachedDevice) -> None:
         try:
@@ -182,14 +210,28 @@ class ImageDevices:
             os.close(live.pidfd)
 
 
+def _make_file_system(spec: FsSpec, device: Path) -> None:
+    command = spec.mkfs_command(device)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MKFS_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MkfsError(f"{' '.join(command)}: {error}") from error
+    if done.returncode != 0:
+        text = (done.stderr or done.stdout).decode(errors="replace").strip()
+        raise MkfsError(f"{' '.join(command)}: exit status {done.returncode}: {text}")
+
+
 # Overlays keep a lower file system without needing its mount: unmounting would succeed and only hide the use.
-def _users(target: Path) -> list[str]:
+def _users(target: Path, paths: Sequence[Path]) -> list[str]:
     entries = mount.mounts()
     devices = {entry.device for entry in entries if entry.mountpoint == target}
+    sources = {str(path) for path in paths}  # of a device handed over as such
     return [
         str(entry.mountpoint)
         for entry in entries
-        if (entry.device in devices and entry.mountpoint != target)
+        if ((entry.device in devices or entry.source in sources) and entry.mountpoint != target)
         or (entry.fs_type == "overlay" and str(target) in _lowers(entry.super_options))
     ]
 

@@ -8,6 +8,8 @@
     <root>/snapshots/<id>/work                   overlayfs work directory (active only)
     <root>/snapshots/<id>/block/config.v1.json   an overlaybd image up to this layer
     <root>/snapshots/<id>/block/mountpoint       where its device is mounted
+    <root>/snapshots/<id>/block/writable.json    a container's own device: its mode, and where its layer lies
+    <root>/snapshots/<id>/block/writable_{data,index}   that layer
     <root>/snapshots/<id>/image_ref              the image it came from, if known
     <root>/snapshots/new-*                       being made
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CONFIG_NAME = "config.v1.json"
+WRITABLE_NAME = "writable.json"
 _NEW = "new-"
 
 
@@ -82,6 +85,18 @@ class Layout:
     def mountpoint(self, snapshot_id: int) -> Path:
         """Where the device is mounted."""
         return Path(f"{self._prefix}{snapshot_id}/block/mountpoint")
+
+    def writable(self, snapshot_id: int) -> Path:
+        """What is known of a writable device; it exists if the snapshot has one of its own."""
+        return Path(f"{self._prefix}{snapshot_id}/block/{WRITABLE_NAME}")
+
+    def backstore_mark(self, snapshot_id: int) -> Path:
+        """Holds the path of a writable device, for tools of the original."""
+        return Path(f"{self._prefix}{snapshot_id}/block/backstore_mark")
+
+    def has_device(self, snapshot_id: int) -> bool:
+        """Return whether the snapshot is a container's that writes to a device of its own."""
+        return os.path.exists(f"{self._prefix}{snapshot_id}/block/{WRITABLE_NAME}")
 
     def is_image(self, snapshot_id: int) -> bool:
         """Return whether the snapshot is a layer of an overlaybd image."""

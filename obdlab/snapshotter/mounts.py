@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.snapshotter.store import Kind
+from obdlab.snapshotter.writable import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,13 @@ def snapshot_mounts(
         options += (f"workdir={work}", f"upperdir={fs}")
     options += (f"lowerdir={':'.join(map(str, lowers))}",)
     return [Mount("overlay", "overlay", options)]
+
+
+def device_mounts(mode: Mode, mountpoint: Path, device: Path, fs_type: str) -> list[Mount]:
+    """Return how to mount a snapshot that writes to a device of its own."""
+    if mode is Mode.DEV:
+        return [Mount(fs_type, str(device), ("rw", "discard"))]
+    return [_bind(mountpoint, "rw")]
 
 
 def _bind(source: Path, access: str) -> Mount:

@@ -21,9 +21,10 @@ from obdlab.formats.oci import (
     TURBO_TARGET_DIGEST,
     is_digest,
 )
-from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.writable import FsSpec, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +35,7 @@ LABEL_IMAGE_REF = "containerd.io/snapshot/image-ref"
 LABEL_CRI_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
 LABEL_REMOTE = "containerd.io/snapshot/remote"
 REMOTE_SNAPSHOT = "remote snapshot"
+LABEL_DOWNLOAD = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
 COMMIT_FILE = "overlaybd.commit"
 
@@ -49,6 +51,14 @@ class ImageOptions:
     plain_http_hosts: frozenset[str] = frozenset()
     #: ``type[;mount options[;mkfs options]]``
     default_fs: str = "ext4"
+    #: What containers write to where their labels do not say.
+    mode: Mode = Mode.OVERLAYFS
+    #: Writable layers are single sparse files instead of a log and its index.
+    sparse: bool = False
+    #: A device goes with the last container on it.
+    auto_remove_devices: bool = False
+    #: Files of removed snapshots wait for Cleanup.
+    async_remove: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,11 @@ class RemoteLayer:
 def pull_target(labels: Mapping[str, str]) -> str:
     """Return the name a pull wants the layer committed under, or '' if this is no pull."""
     return labels.get(LABEL_TARGET, "")
+
+
+def wants_download(labels: Mapping[str, str]) -> bool:
+    """Tell whether the client of a pull wants to bring the layer's blob itself."""
+    return labels.get(LABEL_DOWNLOAD) == "download"
 
 
 def image_reference(labels: Mapping[str, str]) -> str:
@@ -98,9 +113,9 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     return RemoteLayer(str(digest), _blob_size(size), reference, labels.get(ACCELERATION_LAYER) == "yes")
 
 
-def fs_spec(labels: Mapping[str, str], options: ImageOptions) -> str:
-    """Return the file system of an image: ``type[;mount options[;mkfs options]]``."""
-    return labels.get(BLOB_FS_TYPE) or options.default_fs
+def fs_spec(labels: Mapping[str, str], options: ImageOptions, image: Mapping[str, str] | None = None) -> FsSpec:
+    """Return the file system of a snapshot's device, or of the ``image`` below it, by their labels."""
+    return FsSpec.parse(labels.get(BLOB_FS_TYPE) or (image or {}).get(BLOB_FS_TYPE) or options.default_fs)
 
 
 def remote_config(
@@ -114,6 +129,12 @@ def remote_config(
     lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
     config = _config(below, lower, directory, blobs_url(layer.reference, options))
     return replace(config, acceleration_layer=layer.acceleration)
+
+
+def writable_config(below: ImageConfig | None, upper: UpperConfig, directory: Path) -> ImageConfig:
+    """Return the device configuration of a container that writes to ``upper``; ``directory`` is its snapshot's."""
+    result_file = str(directory / "block" / "init-debug.log")
+    return replace(below or ImageConfig(), upper=upper, result_file=result_file)
 
 
 def local_config(below: ImageConfig | None, directory: Path) -> ImageConfig:

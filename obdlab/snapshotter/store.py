@@ -53,6 +53,13 @@ WITH RECURSIVE chain (id, parent_id, depth) AS (
     SELECT s.id, s.parent_id, depth + 1 FROM snapshot s JOIN chain c ON s.id = c.parent_id
 ) SELECT id FROM chain ORDER BY depth
 """
+_CONTAINERS = """
+WITH RECURSIVE above (id, kind) AS (
+    SELECT id, kind FROM snapshot WHERE parent_id = ?
+    UNION ALL
+    SELECT s.id, s.kind FROM snapshot s JOIN above a ON s.parent_id = a.id
+) SELECT 1 FROM above WHERE kind <> 3 LIMIT 1
+"""
 
 
 class Kind(IntEnum):
@@ -125,6 +132,10 @@ class Reader:
         """Return how many snapshots build directly on this one."""
         query = "SELECT count(*) FROM snapshot WHERE parent_id = ?"
         return int(self._connection.execute(query, (snapshot_id,)).fetchone()[0])
+
+    def has_containers(self, snapshot_id: int) -> bool:
+        """Tell whether an active snapshot or a view lies on this one, directly or on layers between."""
+        return self._connection.execute(_CONTAINERS, (snapshot_id,)).fetchone() is not None
 
     def all(self) -> list[Snapshot]:
         """Return all snapshots, oldest first."""

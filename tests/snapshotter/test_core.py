@@ -237,7 +237,9 @@ class StuckImages:
     def expect(self) -> None:
         pass
 
-    def mount(self, snapshot_id: int, fs_spec: str, asked_s: float) -> None:
+    def mount(
+        self, snapshot_id: int, spec: object, asked_s: float, mode: object = None, *, make: bool = False
+    ) -> Path:
         pass
 
     def release(self, snapshot_id: int) -> None:

@@ -456,3 +456,45 @@ def test_many_rounds_leave_nothing(host: ObdlabHost, wire: WireSnapshotter, imag
         wait_for(lambda: host.snapshotter.devices.list() == [])
         wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
     assert len(mount.mounts()) == before
+
+
+def test_downloaded_blobs_need_no_registry(host: ObdlabHost, registry_server: RegistryServer, tmp_path: Path) -> None:
+    layers, annotations = imagefiles.golden_layers()
+    with running_registry(tmp_path / "registry") as server:
+        documents = imagefiles.image_documents(layers, annotations, compress=False)
+        image = imagefiles.push(server.host, "snapshotter/downloaded", *documents)
+        result = host.rpull(image, download=True)
+        assert result.fetched_bytes >= sum(map(len, layers))
+    assert "new" in run(host, image, "offline", "echo new > /written; /busybox cat /written")
+
+
+def test_containers_write_to_a_device_of_their_own(tmp_path: Path, image: str) -> None:
+    capabilities.require("containerd")
+    imagefiles.require_busybox()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"rwMode": "dir", "writableLayerType": "sparse", "autoRemoveDev": True}))
+    with containerd_with_obdlab(tmp_path / "host", "--config", str(config)) as host:
+        host.rpull(image)
+        command = "echo new > /written; /busybox cat /written; /busybox grep ' / ' /proc/mounts"
+        printed = run(host, image, "first", command).split()
+        assert printed[0] == "new"
+        assert printed[1].startswith("/dev/")
+        assert printed[3] == "ext4"
+        # Gone with its container (containerd collects its garbage in a moment), the next one sees nothing of it.
+        wait_for(lambda: host.snapshotter.devices.list() == [])
+        assert "No such file" in run(host, image, "second", "/busybox ls /written 2>&1 || true")
+
+
+def test_a_device_goes_with_its_last_container(tmp_path: Path, image: str) -> None:
+    capabilities.require("containerd")
+    imagefiles.require_busybox()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"autoRemoveDev": True}))
+    with containerd_with_obdlab(tmp_path / "host", "--config", str(config)) as host:
+        host.rpull(image)
+        run(host, image, "stays", "true", "--null-io")
+        run(host, image, "goes", "true")
+        assert len(host.snapshotter.devices.list()) == 1
+        host.ctr("containers", "rm", "stays")
+        wait_for(lambda: host.snapshotter.devices.list() == [])
+        assert run(host, image, "again", "echo back").split() == ["back"]

@@ -16,6 +16,7 @@ import pytest
 from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
 from obdlab.snapshotter.errors import NotFoundError
 from obdlab.snapshotter.service import SnapshotServer, SocketError
+from obdlab.snapshotter.writable import Mode
 from tests.containerd_host import SnapshotterProcess
 from tests.snapshotter.test_core import open_snapshotter
 from tests.snapshotter.wire import WireSnapshotter
@@ -142,11 +143,17 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
             "root": "/var/lib/x ",
             "address": "/run/x.sock",
             "verbose": "debug",
-            "rwMode": "overlayfs",
-            "autoRemoveDev": False,
+            "rwMode": "dir",
+            "autoRemoveDev": True,
+            "asyncRemove": True,
+            "writableLayerType": "sparse",
+            "tenant": 3,
+            "logReportCaller": True,
+            "turboFsType": ["erofs", "ext4"],
             "mirrorRegistry": [{"host": "a:5000", "insecure": True}, {"host": "b", "insecure": False}],
             "defaultFsType": "erofs",
-            "exporterConfig": {"enable": False},
+            "exporterConfig": {"enable": True, "uriPrefix": "/m", "port": 9000},
+            "unheardOf": 1,
         },
     )
     config = SnapshotterConfig.load(path)
@@ -154,14 +161,30 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
     assert config.log_level == logging.DEBUG
     assert config.images.plain_http_hosts == {"a:5000"}
     assert config.images.default_fs == "erofs"
-    assert "exporterConfig" in caplog.text
+    images = config.images
+    assert (images.mode, images.sparse, images.auto_remove_devices, images.async_remove) == (
+        Mode.DIR,
+        True,
+        True,
+        True,
+    )
+    assert (config.exporter_listen, config.exporter_path) == ("0.0.0.0:9000", "/m")
+    assert caplog.text.count("not known") == 1
+    assert "unheardOf" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"rwMode": "dir"}, "rwMode"),
-        ({"autoRemoveDev": True}, "autoRemoveDev"),
+        ({"rwMode": "block"}, "rwMode"),
+        ({"autoRemoveDev": "yes"}, "autoRemoveDev"),
+        ({"writableLayerType": "log"}, "writableLayerType"),
+        ({"runtimeType": "docker"}, "runtimeType"),
+        ({"rootfsQuota": "20g"}, "rootfsQuota"),
+        ({"tenant": "a"}, "tenant"),
+        ({"exporterConfig": {"enable": True, "port": 0}}, "port"),
+        ({"exporterConfig": 9863}, "exporterConfig"),
+        ({"defaultFsType": "-t"}, "defaultFsType"),
         ({"root": 7}, "root"),
         ({"mirrorRegistry": [{"insecure": True}]}, "mirrorRegistry"),
         ({"mirrorRegistry": "host"}, "mirrorRegistry"),

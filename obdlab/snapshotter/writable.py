@@ -1,0 +1,217 @@
+"""Containers that write to a block device of their own instead of an overlay: the layer they write, and its commit.
+
+The files lie in the snapshot's ``block`` directory, or where a label wants them, in the original's names. A commit
+seals the layer where it lies and gives it a second name, ``fs/overlaybd.sealed``; a mark beside it has the seal
+undone by the next opening, should the commit not come to its end.
+
+(overlaybd snapshotter, writable modes and commit; overlaybd LSMT layout, sealing.)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from obdlab.errors import ObdlabError
+from obdlab.image.config import UpperConfig
+from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LABEL_WRITABLE = "containerd.io/snapshot/overlaybd.writable"
+LABEL_ACTIVE_PATH = "containerd.io/snapshot/overlay.active.path"
+LABEL_VSIZE = "containerd.io/snapshot/overlaybd/vsize"
+LABEL_COMMIT_PATH = "containerd.io/snapshot/overlaybd.localcommitpath"
+LABEL_TYPE = "containerd.io/snapshot/type"
+
+SEALED_FILE = "overlaybd.sealed"
+_DATA, _INDEX = "writable_data", "writable_index"
+_DEFAULT_SIZE_GB = 64
+_MAX_SIZE_GB = 1 << 14
+_GB = 1 << 30
+
+
+class Mode(Enum):
+    """What a container writes to."""
+
+    #: An overlay over the image's device, which all its containers share.
+    OVERLAYFS = "overlayfs"
+    #: A writable device of its own, mounted by the snapshotter.
+    DIR = "dir"
+    #: A writable device of its own, handed over as such.
+    DEV = "dev"
+
+
+def mode_asked(labels: Mapping[str, str], default: Mode) -> Mode:
+    """Return the mode that a new snapshot's labels ask for; any other word than ``dir`` and ``dev`` is an overlay."""
+    text = labels.get(LABEL_WRITABLE)
+    if text is None:
+        return default
+    return Mode(text) if text in (Mode.DIR.value, Mode.DEV.value) else Mode.OVERLAYFS
+
+
+@dataclass(frozen=True, slots=True)
+class WritableDevice:
+    """A snapshot's own device: how it is handed over and where its layer lies. Kept as a file in ``block``."""
+
+    mode: Mode
+    upper: UpperConfig
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Read the file; None if there is none. Raises FailedPreconditionError if it is damaged."""
+        try:
+            values = json.loads(path.read_bytes())
+            upper = UpperConfig(str(values["index"]), str(values["data"]), int(values["vsize"]))
+            return cls(Mode(values["mode"]), upper)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FailedPreconditionError(f"{path}: damaged ({error!r})") from error
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        upper = self.upper
+        values = {"mode": self.mode.value, "data": upper.data, "index": upper.index, "vsize": upper.vsize_gb}
+        path.write_text(json.dumps(values))
+
+
+def upper_for(labels: Mapping[str, str], block: Path, *, has_parent: bool) -> UpperConfig:
+    """Return where the layer of a new snapshot goes, and the size of its disk, 0 meaning that of the layers below.
+
+    Raises InvalidArgumentError for a path that is not absolute.
+    """
+    place = labels.get(LABEL_ACTIVE_PATH, "")
+    if place and not os.path.isabs(place):
+        raise InvalidArgumentError(f"label {LABEL_ACTIVE_PATH}: not an absolute path (got {place!r})")
+    directory = Path(place) if place else block
+    size_gb = 0 if has_parent else _size_gb(labels.get(LABEL_VSIZE, ""))
+    return UpperConfig(str(directory / _INDEX), str(directory / _DATA), size_gb)
+
+
+def _size_gb(text: str) -> int:
+    # The original takes its default for what is no number.
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        return _DEFAULT_SIZE_GB
+    if int(text) > _MAX_SIZE_GB:
+        raise InvalidArgumentError(f"label {LABEL_VSIZE}: too large (got {text}, wanted at most {_MAX_SIZE_GB})")
+    return int(text)
+
+
+def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4: bool) -> bool:
+    """Make the files of an empty layer, with an empty ext4 in it if wanted; return False if they are there already.
+
+    On failure nothing is left.
+    """
+    if data.exists():
+        return False
+    from obdlab.layers.append import AppendUpper
+    from obdlab.layers.upper import SparseUpper
+
+    data.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    index.unlink(missing_ok=True)  # of a layer whose data is gone
+    try:
+        if sparse:
+            SparseUpper.create(data, size_gb * _GB, index_path=index).close()
+        else:
+            AppendUpper.create(data, index, size_gb * _GB).close()
+        if make_ext4:
+            _make_ext4(data, index)
+    except BaseException:
+        data.unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _make_ext4(data: Path, index: Path) -> None:
+    from obdlab.ext4.mkfs import make_filesystem
+    from obdlab.layers.stack import WritableStack
+    from obdlab.layers.upper import open_upper
+
+    with WritableStack(None, open_upper(data, index)) as disk:
+        make_filesystem(disk)
+        disk.flush()
+
+
+def seal(upper: UpperConfig, sealed: Path) -> None:
+    """Seal a layer that nobody has open and give it the name ``sealed`` too. Until :func:`drop`, it can be undone."""
+    from obdlab.layers.layerfile import sync_directory
+    from obdlab.layers.seal import SwitchMark
+    from obdlab.layers.upper import open_upper
+
+    with open_upper(upper.data, upper.index) as layer:
+        SwitchMark(upper.data).put()
+        layer.seal()
+    try:
+        os.link(upper.data, sealed)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy(upper.data, sealed)
+    sync_directory(str(sealed))
+
+
+def _copy(source: str, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def drop(upper: UpperConfig) -> None:
+    """Delete the files of a layer that was committed, or is not wanted."""
+    from obdlab.layers.seal import SwitchMark
+
+    for path in (upper.data, upper.index):
+        Path(path).unlink(missing_ok=True)
+    SwitchMark(upper.data).remove()
+
+
+@dataclass(frozen=True, slots=True)
+class FsSpec:
+    """``type[;mount options[;mkfs options]]``, taken apart. None where it says nothing."""
+
+    fs_type: str
+    mount_options: str | None = None
+    mkfs_options: tuple[str, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises InvalidArgumentError for a type that is no plain word."""
+        fs_type, *rest = (part.strip() for part in text.split(";", 2))
+        if not fs_type.isalnum():
+            raise InvalidArgumentError(f"not a file system type (got {fs_type!r} in {text!r})")
+        return cls(fs_type, rest[0] if rest else None, tuple(rest[1].split()) if len(rest) > 1 else None)
+
+    @property
+    def made_here(self) -> bool:
+        """Whether its mkfs needs neither a device nor a program."""
+        return self.fs_type == "ext4" and self.mkfs_options is None
+
+    def writable_options(self) -> str:
+        """Return the options to mount it with for writing."""
+        if self.mount_options is not None:
+            return self.mount_options
+        return {"ext4": "discard", "xfs": "nouuid,discard"}.get(self.fs_type, "")
+
+    def mkfs_command(self, device: Path) -> list[str]:
+        """Return the command that makes it on a device."""
+        options = self.mkfs_options
+        if options is None:
+            options = {"xfs": ("-f",), "f2fs": ("-S", "-w", "4096"), "ntfs": ("-F", "-f")}.get(self.fs_type, ())
+        return ["mkfs", "-t", self.fs_type, *options, str(device)]
+
+
+class MkfsError(ObdlabError):
+    """No file system could be made on a new device."""
