@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ class Fetches:
             self.pass_marks(unit, min(stop, flight.stop))
             with self._demand:
                 if mine:
-                    with self._demand.fetching:
+                    with nullcontext() if self._is_expected(unit) else self._demand.surprised:
                         self._fetch(flight, deadline, patient=True)
                 else:
                     self._await(flight, deadline)

@@ -108,11 +108,13 @@ class Gauge:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting = 0
+        self.entered = 0
         self._last = 0.0
 
     def __enter__(self) -> None:
         with self._lock:
             self._waiting += 1
+            self.entered += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -135,5 +137,5 @@ class Demand(Gauge):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Those among them that ask the origin themselves, nobody having done so ahead of them.
-        self.fetching = Gauge()
+        #: Those among them that fetch what nobody expected them to read.
+        self.surprised = Gauge()

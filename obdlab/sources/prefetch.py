@@ -2,8 +2,7 @@
 
 The order is that of first use, but not to the letter: what comes within the next few hundred KiB to MiB is sorted,
 and what lies side by side becomes one request. Those batches begin small, since the first reader comes at once, and
-grow. Readers who miss something else have the network nearly for themselves: meanwhile one request at most is under
-way here.
+grow. Readers who miss what is in no trace have the network for themselves, as soon as what is under way here is over.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ logger = logging.getLogger(__name__)
 #: (blob's number, first byte, end) in the order of use.
 Range = tuple[int, int, int]
 
-_REQUESTS = 4
+_REQUESTS = 8
+# Bytes under way at a time: what memory that takes, and what a reader who is not expected may have to wait for.
+_UNDER_WAY = 2 << 20
 # A reader who needs the last of a request waits for all of it.
 _LARGEST = 1 << 20
 _FIRST_BATCH, _LARGEST_BATCH = 512 << 10, 8 << 20
@@ -35,9 +36,8 @@ _GAP_SHARE = 0.05
 _MOST_GAP_UNITS = 2
 _LOOK_S = 0.002
 _FAILURES = 3
-# After so much, a trace of which readers used less than this share while they missed half as much is of no use.
-_TRIAL = 8 << 20
-_LEAST_USED = 0.1
+# So many reads that the trace does not have, and more than it has, and it is another program's.
+_MOST_SURPRISES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,9 @@ class Prefetch:
         self._lock = threading.Lock()
         self._pieces: Iterator[Piece] = iter(())
         self._failures = 0
-        self._missed_before = self._total("demand_bytes")
+        self._under_way = 0
+        self._given_up = False
+        self._surprises_before = blobs[0].demand.surprised.entered
         self._leader = threading.Thread(target=self._run, name="obdlab-prefetch", daemon=True)
 
     def start(self) -> None:
@@ -138,12 +140,12 @@ class Prefetch:
         self._expect(pieces)
         self._pieces = iter(pieces)
         helpers = [
-            threading.Thread(target=self._work, args=(number,), name="obdlab-prefetch", daemon=True)
-            for number in range(1, min(_REQUESTS, len(pieces)))
+            threading.Thread(target=self._work, name="obdlab-prefetch", daemon=True)
+            for _ in range(1, min(_REQUESTS, len(pieces)))
         ]
         for thread in helpers:
             thread.start()
-        self._work(0)
+        self._work()
         for thread in helpers:
             thread.join()
         total = self._total("prefetch_bytes")
@@ -156,8 +158,8 @@ class Prefetch:
         for blob, units in zip(self._blobs, expected, strict=True):
             blob.expect(bytes(units))
 
-    def _work(self, number: int) -> None:
-        while (piece := self._next(number)) is not None:
+    def _work(self) -> None:
+        while (piece := self._next()) is not None:
             try:
                 self._blobs[piece.blob].prefetch(piece.first, piece.stop)
                 self._failures = 0
@@ -165,26 +167,36 @@ class Prefetch:
                 self._failures += 1
                 level = logging.WARNING if self._failures == _FAILURES else logging.INFO
                 logger.log(level, "%s: prefetching failed: %s", self.name, error)
+            finally:
+                with self._lock:
+                    self._under_way -= self._size_of(piece)
 
-    def _next(self, number: int) -> Piece | None:
-        # One thread goes on while a reader fetches for himself: what he needs next may well be expected.
-        while number and self._blobs[0].demand.fetching.busy and not self._ends():
+    def _next(self) -> Piece | None:
+        while not self._ends():
+            with self._lock:
+                if self._under_way < _UNDER_WAY and not self._blobs[0].demand.surprised.busy:
+                    piece = next(self._pieces, None)
+                    if piece is not None:
+                        self._under_way += self._size_of(piece)
+                    return piece
             time.sleep(_LOOK_S)
-        with self._lock:
-            return None if self._ends() else next(self._pieces, None)
+        return None
+
+    def _size_of(self, piece: Piece) -> int:
+        return (piece.stop - piece.first) * self._blobs[piece.blob].unit
 
     def _ends(self) -> bool:
         if self._stopped.is_set() or self._failures >= _FAILURES or any(blob.closed for blob in self._blobs):
             return True
-        fetched = self._total("prefetch_bytes")
-        if fetched < _TRIAL:
+        surprises = self._blobs[0].demand.surprised.entered - self._surprises_before
+        if surprises < _MOST_SURPRISES or surprises <= self._total("prefetch_hits"):
             return False
-        used, missed = self._total("prefetch_used_bytes"), self._total("demand_bytes") - self._missed_before
-        if used < min(_LEAST_USED * fetched, missed) and missed > _TRIAL // 2:
-            logger.warning("%s: readers read something else (%d of %d bytes used)", self.name, used, fetched)
-            self.stop()
-            return True
-        return False
+        with self._lock:
+            told, self._given_up = self._given_up, True
+        if not told:
+            logger.warning("%s: given up, readers read something else", self.name)
+        self.stop()
+        return True
 
     def _total(self, counter: str) -> int:
         return sum(getattr(blob.counters, counter) for blob in self._blobs)
