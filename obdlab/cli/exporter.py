@@ -28,7 +28,7 @@ def add(subcommands: Any) -> None:
     )
     parser.add_argument(
         "--listen",
-        type=_address,
+        type=address,
         default=DEFAULT_LISTEN,
         metavar="ADDRESS:PORT",
         help="where to answer (default: %(default)s; port 0: any that is free)",
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _address(text: str) -> tuple[str, int]:
+def address(text: str) -> tuple[str, int]:
+    """Read the argument of an option that takes ADDRESS:PORT."""
     from obdlab.service.metricsserver import parse_address
 
     try:

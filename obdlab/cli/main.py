@@ -27,6 +27,7 @@ COMMANDS = (
     "snapshotter",
     "mount",
     "attach",
+    "nbd",
     "upgrade",
     "inspect",
     "verify",
