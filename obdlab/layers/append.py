@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # One record is written for each; the original's largest I/O.
 _PIECE = 4 << 20
+# Freed at once: writes to the file wait for it, half a second for 1.5 GiB.
+_PUNCH_SECTORS = (32 << 20) // SECTOR
 # Parts that a collection copies while writes wait.
 _COPIES_AT_ONCE = 64
 #: Longest that a collection waits for reads that began before it.
@@ -335,6 +337,7 @@ class AppendUpper(Upper):
                 copies += [self._copy(*part) for part in parts[at : at + _COPIES_AT_ONCE]]
         # Unlike with a write, the old data was promised: the copies must be stored before a record points at them,
         # and so must all data that earlier records point at, as a crash may only leave the last records without.
+        self._file.write_out()
         self._file.sync()
         with self._writing:
             self._file.sync()
@@ -376,7 +379,8 @@ class AppendUpper(Upper):
         """Free these ranges of the data file, in sectors: all that no record on stable storage makes visible."""
         self._writable_log()
         for begin, end in ranges:
-            self._file.punch_hole(begin * SECTOR, (end - begin) * SECTOR)
+            for at in range(begin, end, _PUNCH_SECTORS):
+                self._file.punch_hole(at * SECTOR, (min(end, at + _PUNCH_SECTORS) - at) * SECTOR)
 
     def compact_log(self) -> None:
         """Replace the index file by one of the records that are still seen. Writes wait only at its end."""

@@ -76,6 +76,7 @@ def collect(upper: AppendUpper, progress: Callable[[str, int, int], None] = _sil
 
 def _punch_unused(upper: AppendUpper, progress: Callable[[str, int, int], None]) -> Segments:
     progress("flushing", 0, 1)
+    upper.data.write_out()
     segments, end = upper.snapshot()
     upper.flush()  # a crash must not bring back records that were overridden, now that their data goes
     upper.wait_for_readers()  # who looked before the snapshot may be about to read what was overridden since
