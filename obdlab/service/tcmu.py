@@ -60,9 +60,9 @@ class _Server:
     deadline: float
     event: Event | None
     deaths: int
-    adopted: bool
     ready_at: float | None = None
     error: str = ""
+    removal: Event | None = None
     busy: bool = False
 
 
@@ -81,7 +81,7 @@ class TcmuDaemon:
             self._netlink = TcmuNetlink()
             self._poll.register(self._netlink, select.POLLIN)
             for number, name in uio.devices().items():
-                if name.handler == HANDLER:
+                if name.handler == HANDLER and name.is_configured:
                     self._start(number, name, None)
         finally:
             if blocked:
@@ -116,7 +116,7 @@ class TcmuDaemon:
         log.info("%s %s (uio%d)", event.what.name.lower(), event.name, event.number)
         name = uio.UioName.parse(event.name)
         if event.what == What.REMOVED:
-            self._netlink.reply(event, 0)
+            self._remove(event)
         elif event.what == What.RECONFIGURED:
             self._netlink.reply(event, -errno.EOPNOTSUPP)
         elif name is not None and name.handler == HANDLER:
@@ -124,6 +124,16 @@ class TcmuDaemon:
         elif name is None or name.handler != "obdlab":  # those are served by who made them, and wait for nobody
             log.error("%s: no handler for it", event.name)
             self._netlink.reply(event, -errno.ENOENT)
+
+    # Answered when the server has closed the image, so that who removed the device may use it again at once. (Nothing
+    # in configfs is touched meanwhile: the kernel holds its directory until the answer.)
+    def _remove(self, event: Event) -> None:
+        for server in self._servers.values():
+            if server.number == event.number and server.ready_at is not None:
+                server.removal, server.deadline = event, time.monotonic() + _END_S
+                os.kill(server.pid, signal.SIGUSR1)
+                return
+        self._netlink.reply(event, 0)
 
     def _start(self, number: int, name: UioName, event: Event | None, deaths: int = 0) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -141,7 +151,7 @@ class TcmuDaemon:
             os.close(writer)
         deadline = time.monotonic() + self._settings.open_deadline_s + _OPEN_GRACE_S
         pidfd = os.pidfd_open(pid)
-        self._servers[number] = _Server(number, name, pidfd, pid, reader, deadline, event, deaths, event is None)
+        self._servers[pid] = _Server(number, name, pidfd, pid, reader, deadline, event, deaths)
         self._poll.register(reader, select.POLLIN)
         self._poll.register(pidfd, select.POLLIN)
 
@@ -179,15 +189,24 @@ class TcmuDaemon:
         _, status = os.waitpid(server.pid, 0)
         self._forget(server)
         code = os.waitstatus_to_exitcode(status)
-        if server.event is not None:
+        if server.removal is not None:
+            self._netlink.reply(server.removal, 0)
+        elif server.event is not None:
             reason = server.error or f"its server died (status {code})"
             log.error("%s: not added: %s", server.name.device, reason)
             report_failure(image_of(server.name.config)[0], reason)
             self._answer(server, -errno.ENOENT)
         elif server.busy:
             self._watch_strangers(server)
-        elif server.number in uio.devices():
+        elif code != 0 and self._is_unserved(server.number, server.name):
             self._start_again(server, code)
+
+    # Numbers are used again: one may be that of a new device by now, which comes, or came, as an event of its own.
+    def _is_unserved(self, number: int, name: UioName | None = None) -> bool:
+        now = uio.devices().get(number)
+        if now is None or now.handler != HANDLER or (name is not None and now != name) or not now.is_configured:
+            return False
+        return all(server.number != number for server in self._servers.values())
 
     # Either it was killed, or it ended without its device: both are no reason for the device to hang.
     def _start_again(self, server: _Server, code: int) -> None:
@@ -219,22 +238,23 @@ class TcmuDaemon:
         for number, (when, deaths) in list(self._waiting.items()):
             if when <= now:
                 del self._waiting[number]
-                name = uio.devices().get(number)
-                if name is not None and name.handler == HANDLER:
-                    self._start(number, name, None, deaths)
+                if self._is_unserved(number):
+                    self._start(number, uio.devices()[number], None, deaths)
         for server in self._servers.values():
-            if server.ready_at is None and server.deadline <= now:
+            if (server.ready_at is None or server.removal is not None) and server.deadline <= now:
                 server.error = server.error or "opening the image took too long"
                 server.deadline = now + _OPEN_GRACE_S
                 os.kill(server.pid, signal.SIGKILL)
 
     def _pause_ms(self) -> float | None:
         times = [when for when, _ in self._waiting.values()]
-        times += [server.deadline for server in self._servers.values() if server.ready_at is None]
+        times += [
+            each.deadline for each in self._servers.values() if each.ready_at is None or each.removal is not None
+        ]
         return max(0.0, (min(times) - time.monotonic()) * 1000) + 1 if times else None
 
     def _forget(self, server: _Server) -> None:
-        del self._servers[server.number]
+        del self._servers[server.pid]
         self._poll.unregister(server.pidfd)
         os.close(server.pidfd)
         if server.reader >= 0:

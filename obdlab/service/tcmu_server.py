@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import Blob, Buffer, WritableBlob
 from obdlab.devices import abi
+from obdlab.devices.tcmu import uio
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
 from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice
-from obdlab.errors import ObdlabError, SourceError
+from obdlab.errors import DeviceError, ObdlabError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,7 @@ def serve(
         if adopt:
             _control(name, "block_dev", "0")
     report.ready()
-    _serve_until_end(server, name)
+    _serve_until_end(server, number, name)
     if isinstance(blob, WritableBlob):
         blob.flush()
     blob.close()
@@ -105,11 +106,12 @@ def _settle_in(device: str) -> None:
     signal.set_wakeup_fd(-1)
     # Taken by sigtimedwait, so that no thread is interrupted by it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     abi.set_process_name(f"obdlab:{device}")
 
 
-def _serve_until_end(server: TcmuServer, name: UioName) -> None:
+def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
     gone = threading.Event()
 
     def wait() -> None:
@@ -118,8 +120,14 @@ def _serve_until_end(server: TcmuServer, name: UioName) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     threading.Thread(target=wait, name="end", daemon=True).start()
-    signal.sigwait({signal.SIGTERM})
+    number_of_signal = signal.sigwait({signal.SIGTERM, signal.SIGUSR1})
+    if number_of_signal == signal.SIGUSR1:  # the device is being removed, and the kernel waits for us
+        server.end()
+        server.wait(_DRAIN_S)
+        return
     if gone.is_set():
+        if uio.devices().get(number) == name and name.is_configured:
+            raise DeviceError(f"{name.device}: serving it ended, but it is still there: {server.last_error}")
         return
     # What has come is answered; what comes from now on waits in the kernel for the next server.
     _control(name, "block_dev", "1")

@@ -317,3 +317,15 @@ class DeviceContract(ABC):
 
         with ThreadPoolExecutor(6) as pool:
             assert all(pool.map(one, range(18)))
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3000)
+    def test_a_thousand_rounds(self, tmp_path: Path) -> None:
+        threads = threading.active_count()
+        files = len(os.listdir("/proc/self/fd"))
+        for number in range(1000):
+            data = number.to_bytes(4, "big") * 1024
+            with self.device(MemoryBlob(data), tmp_path) as device:
+                assert read_direct(device.path, 0, 4096) == data
+        assert threading.active_count() <= threads + 1
+        assert len(os.listdir("/proc/self/fd")) <= files + 1

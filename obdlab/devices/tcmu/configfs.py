@@ -130,11 +130,22 @@ def _disk_at(address: str, timeout_s: float) -> Path:
         with suppress(FileNotFoundError):
             for name in os.listdir(directory / "block"):
                 (directory / "timeout").write_text(str(TIMEOUT_S))
-                if Path("/dev", name).exists():
+                if _opens(Path("/dev", name)):
                     return Path("/dev", name)
         if time.monotonic() > deadline:
             raise DeviceError(f"SCSI device {address}:0: no disk came of it within {timeout_s:g} s")
         time.sleep(_DEVICE_PAUSE_S)
+
+
+# The node is there before the disk behind it can be opened.
+def _opens(node: Path) -> bool:
+    try:
+        os.close(os.open(node, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            return False
+        raise
+    return True
 
 
 def disk_of(target: Target) -> Path | None:

@@ -44,6 +44,14 @@ class UioName:
         """The device's directory in configfs."""
         return Path("/sys/kernel/config/target/core") / f"user_{self.hba}" / self.device
 
+    @property
+    def is_configured(self) -> bool:
+        """Whether whoever made the device has been answered; before, it is to come as an event."""
+        try:
+            return (self.backstore / "enable").read_text().strip() == "1"
+        except OSError:  # gone
+            return False
+
 
 def devices() -> dict[int, UioName]:
     """Return the TCMU devices by their UIO number."""
