@@ -48,11 +48,11 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import."""
-    from obdlab.image.diskimport import disk_kind, disk_size, import_disk
+    from obdlab.image.diskimport import disk_kind, import_disk, work_size
 
     end_politely_on_sigterm()
     kind = args.format or disk_kind(args.disk)
-    with progress_bar(args.output, disk_size(args.disk, kind), quiet=args.quiet) as progress:
+    with progress_bar(args.output, work_size(args.disk, kind), quiet=args.quiet) as progress:
         committed = import_disk(
             args.disk,
             args.output,

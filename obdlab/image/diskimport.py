@@ -7,11 +7,13 @@ file, an external data file) could make qemu-img read any file of this host, and
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import tempfile
 import time
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from obdlab.image.writing import write_layer
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from obdlab.image.writing import Packing, Progress
     from obdlab.layers.commit import Committed
@@ -38,6 +40,8 @@ _HARMLESS_FEATURES = 0b11011
 #: qemu-img is given up when it has written nothing for this long.
 STALL_TIMEOUT_S = 600.0
 _LOOK_EVERY_S = 0.1
+# qemu-img convert -p: "    (12.34/100%)" and a carriage return, again and again.
+_PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
 
 class ImportDiskError(ObdlabError):
@@ -56,6 +60,11 @@ def disk_size(path: str | os.PathLike[str], kind: str) -> int:
         return file.size if kind == "raw" else _check_qcow2(file)
 
 
+def work_size(path: str | os.PathLike[str], kind: str) -> int:
+    """Return the bytes that ``progress`` hears of: those of the disk, twice if it is unpacked first."""
+    return disk_size(path, kind) * (1 if kind == "raw" else 2)
+
+
 def import_disk(
     source: str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -70,47 +79,48 @@ def import_disk(
     """Write a whole disk as a new base layer; blocks of 4 KiB that are all zeros are left out.
 
     A qcow2 image is unpacked beside ``path`` first, as a sparse file that is gone afterwards. ``progress`` hears of
-    the disk's bytes, while they are looked at. Raises ImportDiskError, FormatError, SourceError, OutputError.
+    :func:`work_size` bytes, while the disk is unpacked and looked at. Raises ImportDiskError, FormatError,
+    SourceError, OutputError.
     """
     check_absent(path, force=force)
-    with _as_raw(Path(source), Path(path), kind) as raw, closing(RawDisk(raw, progress)) as disk:
+    with _as_raw(Path(source), Path(path), kind, progress) as raw, closing(RawDisk(raw, progress)) as disk:
         return write_layer(disk, path, packing, uuid=uuid, user_tag=user_tag, force=force)
 
 
 @contextmanager
-def _as_raw(source: Path, target: Path, kind: str) -> Iterator[Path]:
+def _as_raw(source: Path, target: Path, kind: str, progress: Progress | None) -> Iterator[Path]:
     if kind == "raw":
         yield source
         return
     with LocalFile(source) as file:
-        _check_qcow2(file)
+        size = _check_qcow2(file)
     try:
         directory = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise SourceError(f"cannot be made ({error.strerror})", blob=str(target)) from error
     with directory as name:
         raw = Path(name) / "disk.raw"
-        _run_qemu_img(source.absolute(), raw)
+        _run_qemu_img(source.absolute(), raw, partial(_report, progress, size))
         yield raw
 
 
-def _run_qemu_img(source: Path, raw: Path) -> None:
+def _run_qemu_img(source: Path, raw: Path, report: Callable[[int, int], int]) -> None:
     # --image-opts takes the name of the file literally but for commas; a plain argument could be a URL of qemu's.
     name = str(source).replace(",", ",,")
     command = [
-        "qemu-img", "convert", "-S", "4k", "-O", "raw",
+        "qemu-img", "convert", "-p", "-S", "4k", "-O", "raw",
         "--image-opts", f"driver=qcow2,file.driver=file,file.filename={name}", str(raw),
     ]  # fmt: skip
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as percents:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=percents, stderr=said)
         except FileNotFoundError as error:
             raise ImportDiskError(
                 "qcow2 images are read by qemu-img, which is not installed (Debian and Ubuntu: apt install "
                 "qemu-utils; Fedora: dnf install qemu-img)"
             ) from error
         try:
-            status = _wait(process, raw)
+            status = _wait(process, raw, partial(report, percents.fileno()))
         finally:
             process.kill()
             process.wait()
@@ -120,13 +130,26 @@ def _run_qemu_img(source: Path, raw: Path) -> None:
             raise ImportDiskError(f"{source}: qemu-img failed: {text}")
 
 
-def _wait(process: subprocess.Popen[bytes], raw: Path) -> int:
+def _report(progress: Progress | None, size: int, descriptor: int, done: int) -> int:
+    # Tells what has come since `done` bytes of `size`, by the last percentage in the file; returns what is done now.
+    end = os.fstat(descriptor).st_size
+    found = _PERCENT.findall(os.pread(descriptor, 64, max(0, end - 64)))
+    now = max(done, min(size, int(size * float(found[-1]) / 100))) if found else done
+    if progress is not None and now > done:
+        progress(now - done)
+    return now
+
+
+def _wait(process: subprocess.Popen[bytes], raw: Path, report: Callable[[int], int]) -> int:
     seen, since = -1, time.monotonic()
+    done = 0
     while True:
         try:
-            return process.wait(_LOOK_EVERY_S)
+            status = process.wait(_LOOK_EVERY_S)
+            report(done)
+            return status
         except subprocess.TimeoutExpired:
-            pass
+            done = report(done)
         written = raw.stat().st_blocks if raw.exists() else 0
         if written != seen:
             seen, since = written, time.monotonic()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import obdlab
 from obdlab.errors import FormatError
 from obdlab.image import diskimport
-from obdlab.image.diskimport import ImportDiskError, disk_kind, disk_size, import_disk
+from obdlab.image.diskimport import ImportDiskError, disk_kind, disk_size, import_disk, work_size
 from obdlab.image.output import OutputError
 from obdlab.image.rawdisk import RawDisk
 from obdlab.image.writing import Packing
@@ -97,6 +97,18 @@ def test_a_qcow2_disk_reads_as_qemu_reads_it(options: list[str], tmp_path: Path)
     assert disk_size(image, "qcow2") == 32 << 20
     assert imported(image, tmp_path, "qcow2") == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a,b=c.qcow2", "layer", "raw"]
+
+
+def test_progress_is_heard_of_while_unpacking(tmp_path: Path) -> None:
+    capabilities.require("qemu")
+    raw, image = tmp_path / "raw", tmp_path / "image.qcow2"
+    write_disk(raw, [(512, os.urandom(2_000_000))], 32 << 20)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    heard: list[int] = []
+    import_disk(image, tmp_path / "layer", Packing(), kind="qcow2", progress=heard.append)
+    assert heard[0] > 0
+    assert min(heard) >= 0
+    assert sum(heard) == work_size(image, "qcow2") == 64 << 20
 
 
 def test_qcow2_that_names_other_files_is_refused(tmp_path: Path) -> None:
