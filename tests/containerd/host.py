@@ -46,20 +46,34 @@ class ContainerdHost:
 
 
 @contextmanager
-def running_containerd(directory: Path, snapshotters: Mapping[str, str] | None = None) -> Iterator[ContainerdHost]:
-    """Run containerd below ``directory`` with proxy snapshotters (name: socket), and stop it at the end."""
+def running_containerd(
+    directory: Path, snapshotters: Mapping[str, str] | None = None, *, cri: str = ""
+) -> Iterator[ContainerdHost]:
+    """Run containerd below ``directory`` with proxy snapshotters (name: socket), and stop it at the end.
+
+    With ``cri`` its CRI plugin runs too, on the snapshotter of that name.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     address = directory / "c.sock"
     proxies = "".join(
         f'[proxy_plugins.{json.dumps(name)}]\ntype = "snapshot"\naddress = {json.dumps(socket)}\n'
         for name, socket in (snapshotters or {}).items()
     )
+    disabled = ["io.containerd.internal.v1.opt"]
+    plugin = ""
+    if cri:
+        plugin = (
+            '[plugins."io.containerd.grpc.v1.cri".containerd]\n'
+            f"snapshotter = {json.dumps(cri)}\ndisable_snapshot_annotations = false\n"
+        )
+    else:
+        disabled.append("io.containerd.grpc.v1.cri")
     configuration = directory / "config.toml"
     configuration.write_text(
         f"""version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+disabled_plugins = {json.dumps(disabled)}
 [grpc]
 address = "{address}"
 [debug]
@@ -67,7 +81,7 @@ level = "debug"
 [plugins."io.containerd.gc.v1.scheduler"]
 startup_delay = "1ms"
 mutation_threshold = 1
-{proxies}"""
+{plugin}{proxies}"""
     )
     log = directory / "containerd.log"
     with log.open("ab") as output:
