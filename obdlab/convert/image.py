@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +14,14 @@ from obdlab.convert.decompress import uncompressed
 from obdlab.convert.layer import FS_TYPE, BuiltLayer, LayerBuilder, LayerOptions, PendingLayer, layer_uuid
 from obdlab.convert.layout import VerifiedFile
 from obdlab.convert.progress import Progress, Silent
-from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.convert.workdir import work_directory
+from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from obdlab.convert.source import ImageDestination, ImageSource
 
@@ -125,7 +124,7 @@ def convert_manifest(
             got=len(manifest.layers),
             wanted=f"1 to {MAX_LAYERS}",
         )
-    with _work_directory(options.work_dir) as work_dir:
+    with work_directory(options.work_dir) as work_dir:
         conversion = _Conversion(source, destination, options, progress, work_dir)
         layers = conversion.run(manifest, config)
     subject = oci.Descriptor(descriptor.media_type, descriptor.digest, descriptor.size) if options.referrer else None
@@ -277,15 +276,3 @@ def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descrip
             oci.BLOB_FS_TYPE: FS_TYPE,
         },
     )
-
-
-@contextmanager
-def _work_directory(parent: Path) -> Iterator[Path]:
-    try:
-        directory = Path(tempfile.mkdtemp(prefix="obdlab-convert-", dir=parent))
-    except OSError as error:
-        raise SourceError(f"cannot make a work directory: {error.strerror}", blob=str(parent)) from error
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
