@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+from obdlab.cli import notify
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
 
@@ -74,10 +75,15 @@ def run(args: argparse.Namespace) -> int:
     )
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=server.run, name="http", daemon=True).start()
+    serving = threading.Thread(target=server.run, name="http", daemon=True)
+    serving.start()
     host = f"[{args.listen[0]}]" if ":" in args.listen[0] else args.listen[0]
     print(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}", flush=True)
+    if not args.end_with_parent:  # the parent speaks for itself
+        notify.ready(serving.is_alive)
     signal.sigwait(signals)
+    if not args.end_with_parent:
+        notify.stopping()
     server.stop()
     return 0
 

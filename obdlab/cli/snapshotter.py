@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.cli import notify
 from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
     print(f"obdlab snapshotter: ready on {server.address}", flush=True)
+    notify.ready()
     wait_for_signal()
+    notify.stopping()
     if exporter is not None:
         exporter.terminate()
         with suppress(subprocess.TimeoutExpired):
