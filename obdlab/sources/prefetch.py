@@ -30,10 +30,10 @@ _REQUESTS = 8
 _UNDER_WAY = 2 << 20
 # A reader who needs the last of a request waits for all of it.
 _LARGEST = 1 << 20
-_FIRST_BATCH, _LARGEST_BATCH = 512 << 10, 8 << 20
+_FIRST_BATCH, _LARGEST_BATCH = 1 << 20, 8 << 20
 # Units between two pieces are fetched too, and save a request, as long as they are not more of a batch than this.
-_GAP_SHARE = 0.05
-_MOST_GAP_UNITS = 2
+_GAP_SHARE = 0.08
+_MOST_GAP_UNITS = 8
 _LOOK_S = 0.002
 _FAILURES = 3
 # So many reads that the trace does not have, and more than it has, and it is another program's.
