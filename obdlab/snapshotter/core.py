@@ -344,7 +344,11 @@ class Snapshotter:
         with self._store.read() as reader:
             snapshots = [snapshot for snapshot in reader.all() if self._layout.has_device(snapshot.id)]
         for snapshot in snapshots:
-            device = WritableDevice.load(self._layout.writable(snapshot.id))
+            try:
+                device = WritableDevice.load(self._layout.writable(snapshot.id))
+            except FailedPreconditionError as error:  # its own calls fail with this; the others' must not
+                logger.error("snapshot %r: %s", snapshot.key, error)
+                continue
             sealed = self._layout.fs(snapshot.id) / writable.SEALED_FILE
             if device is None:
                 continue

@@ -77,10 +77,13 @@ class WritableDevice:
             raise FailedPreconditionError(f"{path}: damaged ({error!r})") from error
 
     def save(self, path: Path) -> None:
-        """Write the file."""
+        """Write the file, to stable storage: the snapshot's row is there after a power cut."""
         upper = self.upper
         values = {"mode": self.mode.value, "data": upper.data, "index": upper.index, "vsize": upper.vsize_gb}
-        path.write_text(json.dumps(values))
+        with path.open("w") as file:
+            file.write(json.dumps(values))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def upper_for(labels: Mapping[str, str], block: Path, *, has_parent: bool) -> UpperConfig:
