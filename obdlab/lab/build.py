@@ -24,7 +24,7 @@ from obdlab.lab.layertar import LayerFile, settle_times, write_layer
 from obdlab.lab.lock import LOCK_NAME, check_lock, installed_packages, read_lock, write_lock
 from obdlab.lab.ocilayout import OciLayout, fetch_layout
 from obdlab.lab.process import LabError, run, wait_until
-from obdlab.lab.recipe import Recipe, RecipeLayer
+from obdlab.lab.recipe import BUILDER_VERSION, Recipe, RecipeLayer
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
@@ -157,7 +157,7 @@ class _Build:
     def _base(self) -> Path:
         # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.
         name = f"base-{self._recipe.base}" + (f"-{self._recipe.suite}" if self._recipe.base == "debian" else "")
-        base = self._work_dir / name
+        base = self._work_dir / f"{name}-{BUILDER_VERSION}"
         if not base.is_dir():
             began = time.time()
             self._progress(f"{name}: making the base file system")

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BASES = ("debian", "busybox")
-# Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
-_BUILDER_VERSION = 2
+#: Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
+BUILDER_VERSION = 2
 
 _MOST_TIMEOUT_S = 24 * 3600.0
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
@@ -148,7 +148,7 @@ class Recipe:
         values = asdict(self)
         for key in ("name", "description", "probe"):
             del values[key]
-        values["builder"] = _BUILDER_VERSION
+        values["builder"] = BUILDER_VERSION
         text = json.dumps(values, sort_keys=True, default=lambda content: content.hex())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

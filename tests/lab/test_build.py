@@ -18,7 +18,7 @@ from obdlab.lab.build import build_image, image_path
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.ocilayout import OciLayout, copy_layout
 from obdlab.lab.process import LabError
-from obdlab.lab.recipe import Recipe, RecipeLayer, find_recipe
+from obdlab.lab.recipe import BUILDER_VERSION, Recipe, RecipeLayer, find_recipe
 from obdlab.lab.registry import RegistryHost
 from tests.lab.conftest import DATASETS
 
@@ -77,7 +77,7 @@ def with_step(recipe: Recipe, command: str) -> Recipe:
 def test_a_failing_step_is_told_and_leaves_nothing(tiny_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="the cause is here"):
         build_image(with_step(tiny_recipe, "echo the cause is here; exit 3"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-busybox", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"base-busybox-{BUILDER_VERSION}", "lock"]
 
 
 @pytest.mark.kernel
