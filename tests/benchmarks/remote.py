@@ -34,6 +34,8 @@ from obdlab.sources.remote import RemoteBlob
 MIB = 1 << 20
 PIECE = 256 << 10
 Ranges = Sequence[tuple[int, int]]
+# randbytes() makes a number first, which has fewer than 2**31 bits.
+_PART = 64 << 20
 
 
 def bare(url: str, ranges: Ranges, threads: int) -> float:
@@ -114,7 +116,8 @@ def main() -> None:
     parser.add_argument("--rtt", type=float, default=5.0, metavar="MS")
     args = parser.parse_args()
     size = args.size * 1_000_000
-    data = random.Random(1).randbytes(size)
+    source = random.Random(1)
+    data = b"".join(source.randbytes(min(_PART, size - at)) for at in range(0, size, _PART))
     digest = digest_of(data)
     with (
         tempfile.TemporaryDirectory(dir=".") as directory,
