@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 _MAX_SIZE = (1 << 64) - 1
 _Value = TypeVar("_Value")
+
+
+# A configuration of 255 lowers has some 100 KiB.
+_MAX_CONFIG = 4 << 20
 
 
 class ConfigError(ObdlabError):
@@ -126,9 +131,7 @@ class ImageConfig:
         """Read a configuration file. Raises ConfigError naming the file, and the key if one is wrong."""
         name = os.fspath(path)
         try:
-            values = json.loads(Path(name).read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{name}: cannot read the image configuration ({error.strerror})") from error
+            values = json.loads(read_config(name))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name}: image configuration is not JSON ({error})") from error
         return cls.from_json(values, name=name)
@@ -141,6 +144,25 @@ class ImageConfig:
             _replace(target, text.encode())
         except OSError as error:
             raise ConfigError(f"{target}: cannot write the image configuration ({error.strerror})") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a configuration file. Raises ConfigError if it cannot be had, is no file or too large.
+
+    Its path may come from anybody: a pipe must not be waited for, nor an endless device read.
+    """
+    name = os.fspath(path)
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{name}: cannot read the image configuration (not a regular file)")
+            data = file.read(_MAX_CONFIG + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name}: cannot read the image configuration ({reason})") from error
+    if len(data) > _MAX_CONFIG:
+        raise ConfigError(f"{name}: image configuration is larger than {_MAX_CONFIG} bytes")
+    return data
 
 
 class _Table:

@@ -6,6 +6,7 @@ file, an external data file) could make qemu-img read any file of this host, and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -40,6 +41,11 @@ _HARMLESS_FEATURES = 0b11011
 #: qemu-img is given up when it has written nothing for this long.
 STALL_TIMEOUT_S = 600.0
 _LOOK_EVERY_S = 0.1
+_CHECKED = ("corruptions", "image-end-offset", "compressed-clusters")
+_NO_QEMU_IMG = (
+    "qcow2 images are read by qemu-img, which is not installed (Debian and Ubuntu: apt install qemu-utils; "
+    "Fedora: dnf install qemu-img)"
+)
 # qemu-img convert -p: "    (12.34/100%)" and a carriage return, again and again.
 _PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
@@ -94,6 +100,7 @@ def _as_raw(source: Path, target: Path, kind: str, progress: Progress | None) ->
         return
     with LocalFile(source) as file:
         size = _check_qcow2(file)
+        _check_whole(source.absolute(), file.size)
     try:
         directory = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
@@ -104,21 +111,46 @@ def _as_raw(source: Path, target: Path, kind: str, progress: Progress | None) ->
         yield raw
 
 
-def _run_qemu_img(source: Path, raw: Path, report: Callable[[int, int], int]) -> None:
+def _image_options(source: Path) -> str:
     # --image-opts takes the name of the file literally but for commas; a plain argument could be a URL of qemu's.
     name = str(source).replace(",", ",,")
+    return f"driver=qcow2,file.driver=file,file.filename={name}"
+
+
+def _check_whole(source: Path, size: int) -> None:
+    # qemu-img reads zeros past the end of a file that was cut off.
+    command = ["qemu-img", "check", "--output=json", "--image-opts", _image_options(source)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=STALL_TIMEOUT_S, check=False
+        )
+        told = json.loads(done.stdout)
+        wrong, end, compressed = (int(told.get(key, 0)) for key in _CHECKED)
+    except FileNotFoundError as error:
+        raise ImportDiskError(_NO_QEMU_IMG) from error
+    except subprocess.TimeoutExpired as error:
+        raise ImportDiskError(f"{source}: qemu-img did not end within {STALL_TIMEOUT_S:g} s") from error
+    except (ValueError, TypeError, AttributeError):
+        return  # what is wrong the unpacking says
+    # Compressed clusters may end before the space that is counted for them.
+    if wrong or (end > size and not compressed):
+        raise FormatError(
+            "qcow2 image is cut off or damaged, as qemu-img check says",
+            blob=str(source),
+            got=f"{size} bytes, {wrong} errors",
+            wanted=f"{end} bytes",
+        )
+
+
+def _run_qemu_img(source: Path, raw: Path, report: Callable[[int, int], int]) -> None:
     command = [
-        "qemu-img", "convert", "-p", "-S", "4k", "-O", "raw",
-        "--image-opts", f"driver=qcow2,file.driver=file,file.filename={name}", str(raw),
+        "qemu-img", "convert", "-p", "-S", "4k", "-O", "raw", "--image-opts", _image_options(source), str(raw),
     ]  # fmt: skip
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as percents:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=percents, stderr=said)
         except FileNotFoundError as error:
-            raise ImportDiskError(
-                "qcow2 images are read by qemu-img, which is not installed (Debian and Ubuntu: apt install "
-                "qemu-utils; Fedora: dnf install qemu-img)"
-            ) from error
+            raise ImportDiskError(_NO_QEMU_IMG) from error
         try:
             status = _wait(process, raw, partial(report, percents.fileno()))
         finally:

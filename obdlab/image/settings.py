@@ -42,9 +42,10 @@ class Settings:
     cache_quota: int = 4 * GIB
     #: The cache gives back what it holds rather than leave less free on its file system (or less than a 16th of it).
     cache_min_free: int = 1 * GIB
-    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. Importing pandas, a start of
-    #: many small reads, fetches 46 MB without, 53 MB with 1 MiB; a sequential reader gets 96 % of 100 Mbit/s.
-    readahead_max: int = 1024 * KIB
+    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. A start of many small reads
+    #: (importing pandas) fetches the same with 1 and 4 MiB; a long sequential one gets 1.3 times the rate with 4 MiB
+    #: at 1 Gbit/s and 5 ms (``tests/benchmarks/extents.py``, ``remote.py``).
+    readahead_max: int = 4096 * KIB
     #: Trace or priority list to be replayed whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
     #: Whether images in use are fetched whole into the cache, and verified, while nobody waits for anything else.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
-from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig, read_config
 from obdlab.image.open import local_file, stacked_lowers
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import sync_directory
@@ -147,7 +147,7 @@ def _copy(source: Path, target: Path, like: os.stat_result) -> None:
     target.unlink(missing_ok=True)  # of a snapshot that was killed
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(source.read_bytes())
+        file.write(read_config(source))
         file.flush()
         os.fchown(descriptor, like.st_uid, like.st_gid)
         os.fchmod(descriptor, like.st_mode & 0o7777)

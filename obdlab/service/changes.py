@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import DeviceError
+from obdlab.image.config import read_config
 from obdlab.image.snapshot import snapshot
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gc import collect
@@ -66,7 +67,7 @@ class Changes:
         for path in (config, new_config):
             self._refuse_own_disk(path)
         done = snapshot(self._stack, config, new_config)
-        self._change_record(config_sha256=hashlib.sha256(config.read_bytes()).hexdigest())
+        self._change_record(config_sha256=hashlib.sha256(read_config(config)).hexdigest())
         return asdict(done)
 
     @property

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.devices import fuse_loop, mount
 from obdlab.errors import DeviceError
+from obdlab.image.config import read_config
 from obdlab.service import control, wire
 from obdlab.service.host import SOCKET_NAME
 from obdlab.service.rundir import DeviceRecord, Process, RunDir, device_id_of, held, remove_device
@@ -77,10 +78,7 @@ class DeviceService:
         left behind.
         """
         config = config_path.absolute()
-        try:
-            digest = hashlib.sha256(config.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DeviceError(f"{config}: cannot read the image's config: {error.strerror}") from error
+        digest = hashlib.sha256(read_config(config)).hexdigest()
         device_id = device_id or device_id_of(config)
         self._run.create()
         self._run.device(device_id)

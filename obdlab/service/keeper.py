@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.devices import abi
 from obdlab.devices.fuse import has_ended, send_again
 from obdlab.errors import DeviceError
+from obdlab.image.config import read_config
 from obdlab.image.settings import Settings
 from obdlab.service import server
 from obdlab.service.forking import become
@@ -173,10 +174,7 @@ class Keeper:
         config = Path(self._plan.config)
         record = DeviceRecord.load(self._directory) if self._path is not None else None
         if record is not None and record.read_only:
-            try:
-                present = hashlib.sha256(config.read_bytes()).hexdigest()
-            except OSError as error:
-                raise DeviceError(f"{config}: cannot read the image's config: {error.strerror}") from error
+            present = hashlib.sha256(read_config(config)).hexdigest()
             if present != record.config_sha256:
                 raise DeviceError(f"{config} has changed since the device was attached")
         return self._opener(config, settings)

@@ -51,7 +51,7 @@ class BlockCache:
         min_free: int = 0,
         unit: int = 64 << 10,
         extent: int = 0,
-        readahead_max: int = 1 << 20,
+        readahead_max: int = 4 << 20,
         deadline_s: float = 120.0,
     ) -> None:
         if unit < 4096 or unit & (unit - 1):

@@ -154,3 +154,17 @@ def test_any_json_is_read_or_refused(document: object) -> None:
     except ConfigError:
         return
     assert ImageConfig.from_json(config.to_json()) == config
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.truncate(os.open(tmp_path / "huge", os.O_CREAT | os.O_RDWR), 1 << 40)
+    for path, reason in [
+        ("/dev/zero", "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "huge", "larger than"),
+        (tmp_path, "Is a directory"),
+        ("a\0b", "null byte"),
+    ]:
+        with pytest.raises(ConfigError, match=reason):
+            ImageConfig.load(path)

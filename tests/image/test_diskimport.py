@@ -141,6 +141,18 @@ def test_damaged_qcow2(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["image"]
 
 
+def test_a_qcow2_image_that_was_cut_off(tmp_path: Path) -> None:
+    capabilities.require("qemu")
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    write_disk(raw, [(0, os.urandom(2_000_000))], 4 << 20)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    for size in (image.stat().st_size - 512, 1 << 20):
+        os.truncate(image, size)
+        with pytest.raises(FormatError, match="cut off"):
+            import_disk(image, tmp_path / "layer", Packing(), kind="qcow2")
+    assert sorted(os.listdir(tmp_path)) == ["image", "raw"]
+
+
 def test_without_qemu_img_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"QFI\xfb" + struct.pack(">IQIIQ", 2, 0, 0, 16, 1 << 20) + bytes(100))
@@ -150,15 +162,20 @@ def test_without_qemu_img_the_package_is_named(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path) == ["image"]
 
 
-def test_a_qemu_img_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("when", "message"), [("check", r"did not end within 0\.3 s"), ("convert", r"wrote nothing for 0\.3 s")]
+)
+def test_a_qemu_img_that_hangs_is_given_up(
+    when: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"QFI\xfb" + struct.pack(">IQIIQ", 2, 0, 0, 16, 1 << 20) + bytes(100))
     tool = tmp_path / "bin" / "qemu-img"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\nexec /bin/sleep 100\n")
+    tool.write_text(f"#!/bin/sh\n[ $1 = {when} ] && exec /bin/sleep 100\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent))
     monkeypatch.setattr(diskimport, "STALL_TIMEOUT_S", 0.3)
-    with pytest.raises(ImportDiskError, match=r"wrote nothing for 0\.3 s"):
+    with pytest.raises(ImportDiskError, match=message):
         import_disk(image, tmp_path / "layer", Packing(), kind="qcow2")
     assert sorted(os.listdir(tmp_path)) == ["bin", "image"]
