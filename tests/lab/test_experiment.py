@@ -61,6 +61,7 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
 
 
 @pytest.mark.containerd
+@pytest.mark.slow
 def test_images_as_one_file_start_like_the_others(tmp_path: Path, paths: LabPaths) -> None:
     spec = SPEC.with_values(snapshotters=["erofs", "loop"], a_a=False)
     experiment = Experiment(spec, tmp_path / "results", paths)

@@ -151,7 +151,7 @@ def test_reads_of_a_read_only_device_survive_its_servers(service: DeviceService,
 
 
 @needs_fio
-@pytest.mark.parametrize("kind", ["append", "sparse"])
+@pytest.mark.parametrize("kind", ["append", pytest.param("sparse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kills", FEW_AND_MANY)
 def test_writes_survive_the_servers(service: DeviceService, tmp_path: Path, kind: str, kills: int) -> None:
     device = service.attach(writable_config(tmp_path, kind, 64 * MIB), "x")
@@ -160,7 +160,7 @@ def test_writes_survive_the_servers(service: DeviceService, tmp_path: Path, kind
         fio(device.path, killer, *options)
 
 
-@pytest.mark.parametrize("kind", ["append", "sparse"])
+@pytest.mark.parametrize("kind", ["append", pytest.param("sparse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kills", FEW_AND_MANY)
 def test_random_changes_against_a_model(service: DeviceService, tmp_path: Path, kind: str, kills: int) -> None:
     """Acknowledged writes and discards are there whenever the server was killed, without any fsync."""
@@ -187,7 +187,7 @@ def test_random_changes_against_a_model(service: DeviceService, tmp_path: Path, 
     assert read_direct(again.path, 0, again.size) == model
 
 
-@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+@pytest.mark.parametrize("fs", ["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kills", FEW_AND_MANY)
 def test_file_systems_stay_sound(service: DeviceService, tmp_path: Path, fs: str, kills: int) -> None:
     if shutil.which(f"mkfs.{fs}") is None:
