@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_in_mid_reading(
 def test_at_opening(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     if case.lasts is None:
         pytest.skip("nothing fails")
-    settings = bench.impatient(tmp_path / "cache")
+    settings = replace(bench.impatient(tmp_path / "cache"), open_deadline_s=DEADLINE_S)
     with MAKING[case.name](lab, tmp_path, monkeypatch) as situation:
         situation.begin()
         started = time.monotonic()
