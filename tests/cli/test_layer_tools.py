@@ -339,9 +339,14 @@ def test_an_interrupted_import_ends_qemu_img_and_leaves_nothing(tmp_path: Path) 
     tool, image, out = tmp_path / "bin" / "qemu-img", tmp_path / "image", tmp_path / "out"
     tool.parent.mkdir()
     out.mkdir()
-    tool.write_text(
-        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec /bin/sleep 100\n"
-    )
+    pid = tmp_path / "pid"
+    script = [
+        "#!/bin/sh",
+        "[ $1 = check ] && exit 1",
+        f"echo $$ > {pid}.new; mv {pid}.new {pid}",
+        "exec /bin/sleep 100",
+    ]
+    tool.write_text("\n".join([*script, ""]))
     tool.chmod(0o755)
     image.write_bytes(b"QFI\xfb" + (2).to_bytes(4, "big") + bytes(100))
     command = [sys.executable, "-m", "obdlab", "import", str(image), str(out / "layer")]

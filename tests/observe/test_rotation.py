@@ -32,7 +32,8 @@ def test_processes_lose_no_line(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(f"{who} {number} {'x' * 40}" for who in range(4) for number in range(LINES))
     assert len(list(tmp_path.iterdir())) > 3
     # While one puts the file aside, the others go on writing to it.
-    assert all(entry.stat().st_size <= 3 * 4096 for entry in tmp_path.iterdir())
+    # Who waits for a processor writes on into a file that another one has put aside.
+    assert all(entry.stat().st_size <= 16 * 4096 for entry in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

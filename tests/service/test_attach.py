@@ -22,6 +22,7 @@ import pytest
 from obdlab.devices import loop, mount
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
+from obdlab.image.config import ConfigError
 from obdlab.image.settings import Settings
 from obdlab.service import wire
 from obdlab.service.cleanup import clean_up
@@ -190,7 +191,7 @@ def test_device_ids_are_plain_names(bed: Bed, device_id: str) -> None:
 
 
 def test_config_that_is_not_there(bed: Bed) -> None:
-    with pytest.raises(DeviceError, match=r"nowhere\.json: cannot read the image's config: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.json: cannot read the image configuration \(No such file"):
         bed.service.attach(bed.run_dir / "nowhere.json")
 
 

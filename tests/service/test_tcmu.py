@@ -151,6 +151,7 @@ def test_a_writable_image_is_trimmed_and_read_again(daemon: Daemon, tmp_path: Pa
         assert not (target / "gone").exists()
 
 
+@pytest.mark.slow  # on a quiet machine fio may be done before it is disturbed
 @pytest.mark.timeout(300)
 def test_killed_servers_and_daemon_cost_no_byte(daemon: Daemon, tmp_path: Path) -> None:
     config = writable_config(tmp_path, 64 * MIB)

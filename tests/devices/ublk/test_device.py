@@ -32,6 +32,7 @@ class TestUblkDevice(DeviceContract):
         with pytest.raises(DeviceError, match="no ublk device is known"):
             UblkDevice(MemoryBlob(bytes(MIB)), tmp_path, recover=True)
 
+    @pytest.mark.slow  # on a quiet machine fio may be done before it is disturbed
     @pytest.mark.timeout(300)
     def test_killed_servers_cost_no_byte(self, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
