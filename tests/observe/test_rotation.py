@@ -31,8 +31,7 @@ def test_processes_lose_no_line(tmp_path: Path) -> None:
     lines = [line for entry in tmp_path.iterdir() for line in entry.read_text().splitlines()]
     assert sorted(lines) == sorted(f"{who} {number} {'x' * 40}" for who in range(4) for number in range(LINES))
     assert len(list(tmp_path.iterdir())) > 3
-    # While one puts the file aside, the others go on writing to it.
-    # Who waits for a processor writes on into a file that another one has put aside.
+    # While one puts the file aside, for as long as a processor lets it take, the others go on writing to it.
     assert all(entry.stat().st_size <= 16 * 4096 for entry in tmp_path.iterdir())
 
 
