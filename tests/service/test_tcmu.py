@@ -151,14 +151,14 @@ def test_a_writable_image_is_trimmed_and_read_again(daemon: Daemon, tmp_path: Pa
         assert not (target / "gone").exists()
 
 
-@pytest.mark.slow  # on a quiet machine fio may be done before it is disturbed
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_servers_and_daemon_cost_no_byte(daemon: Daemon, tmp_path: Path) -> None:
     config = writable_config(tmp_path, 64 * MIB)
     with attached("fio", config) as disk:
         job = [
             "fio", "--name=verify", f"--filename={disk}", "--rw=randwrite", "--bs=4k-64k", "--size=24m", "--direct=1",
-            "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--loops=3",
+            "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--loops=16",
         ]  # fmt: skip
         fio = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for who in ("server", "daemon", "both", "server"):

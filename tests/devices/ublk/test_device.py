@@ -32,7 +32,7 @@ class TestUblkDevice(DeviceContract):
         with pytest.raises(DeviceError, match="no ublk device is known"):
             UblkDevice(MemoryBlob(bytes(MIB)), tmp_path, recover=True)
 
-    @pytest.mark.slow  # on a quiet machine fio may be done before it is disturbed
+    @pytest.mark.slow
     @pytest.mark.timeout(300)
     def test_killed_servers_cost_no_byte(self, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
@@ -49,7 +49,7 @@ class TestUblkDevice(DeviceContract):
         server, node = serve()
         job = [
             "fio", "--name=verify", f"--filename={node}", "--rw=randwrite", "--bs=4k-64k", "--size=24m", "--direct=1",
-            "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--loops=4",
+            "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--loops=16",
         ]  # fmt: skip
         with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
             for _ in range(3):
