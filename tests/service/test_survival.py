@@ -56,7 +56,13 @@ def service(tmp_path: Path) -> Iterator[DeviceService]:
 
 
 def pid_of(service: DeviceService, device_id: str = "x") -> int:
-    record = DeviceRecord.load(service.run_dir.device(device_id))
+    """The server at work: one just started may serve before its keeper has written it down."""
+
+    def recorded() -> DeviceRecord | None:
+        return DeviceRecord.load(service.run_dir.device(device_id))
+
+    until(lambda: (record := recorded()) is not None and record.process.alive)
+    record = recorded()
     assert record is not None
     return record.pid
 
