@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from obdlab.containerd.connection import Connection
 
 CHUNK = 1 << 20
+#: Larger than any document of an image may be.
+MAX_DOCUMENT = 8 << 20
 # A blob of some GB over a slow line takes this long at most; silence on the line is the source's business.
 TRANSFER_TIMEOUT_S = 3600.0
 _LOCK_POLL_S = 0.1
@@ -71,18 +73,52 @@ class ContentStore:
             )
             return [_info(info) for answer in answers for info in answer.info]
 
-    def read(self, digest: str) -> bytes:
-        """Return a whole blob (configurations and manifests, not layers), its digest checked."""
+    def read(self, digest: str, max_size: int = MAX_DOCUMENT) -> bytes:
+        """Return a whole blob (configurations and manifests, not layers), its digest checked.
+
+        Raises NotFoundError, or ContainerdError if it is larger than ``max_size`` or not what its digest says.
+        """
+        return b"".join(self._checked(digest, None, max_size, self._connection.timeout_s))
+
+    def stream(self, digest: str, size: int) -> Iterator[bytes]:
+        """Give out a blob of any size in pieces, in order; the last one only if size and digest are right.
+
+        Raises NotFoundError, or ContainerdError if the store holds something else than ``size`` bytes of that digest.
+        Closing the iterator early ends the transfer.
+        """
+        return self._checked(digest, size, size, TRANSFER_TIMEOUT_S)
+
+    def _checked(self, digest: str, size: int | None, max_size: int, timeout_s: float) -> Iterator[bytes]:
+        # One piece stays back until the next one or the digest has shown that it may go.
+        held, got_size, sha256 = b"", 0, hashlib.sha256()
+        for piece in self._pieces(digest, timeout_s):
+            got_size += len(piece)
+            if got_size > max_size:
+                raise ContainerdError(f"content {digest}: larger than expected (wanted at most {max_size} bytes)")
+            sha256.update(piece)
+            if held:
+                yield held
+            held = piece
+        if size is not None and got_size != size:
+            raise ContainerdError(f"content {digest}: of another size (got {got_size}, wanted {size} bytes)")
+        got = f"sha256:{sha256.hexdigest()}"
+        if digest.startswith("sha256:") and got != digest:
+            raise ContainerdError(f"content {digest}: the store holds other bytes (got {got})")
+        if held:
+            yield held
+
+    def _pieces(self, digest: str, timeout_s: float) -> Iterator[bytes]:
         connection = self._connection
         with connection.errors(f"reading content {digest}"):
             answers = self._stub.Read(
-                pb.ReadContentRequest(digest=digest), timeout=connection.timeout_s, metadata=connection.metadata
+                pb.ReadContentRequest(digest=digest), timeout=timeout_s, metadata=connection.metadata
             )
-            data = b"".join(answer.data for answer in answers)
-        got = "sha256:" + hashlib.sha256(data).hexdigest()
-        if digest.startswith("sha256:") and got != digest:
-            raise ContainerdError(f"content {digest}: the store holds other bytes (got {got})")
-        return data
+            try:
+                for answer in answers:
+                    if answer.data:
+                        yield answer.data
+            finally:
+                answers.cancel()  # type: ignore[no-untyped-call]  # nothing to do after the last piece
 
     def label(self, digest: str, labels: Mapping[str, str]) -> None:
         """Set these labels of a blob and leave its others alone. Raises NotFoundError."""

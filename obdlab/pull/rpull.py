@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
 from obdlab.pull.errors import PullError
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 # A killed pull holds what it made for so long; containerd's own clients take the same.
 _LEASE_S = 24 * 3600.0
-_GC_CONTENT = "containerd.io/gc.ref.content"
-_GC_SNAPSHOT = "containerd.io/gc.ref.snapshot"
-_SOURCE = "containerd.io/distribution.source"
 # How the gRPC library of containerd begins what it says of a connection that it could not make or has lost.
 _NO_CONNECTION = 'desc = "transport: '
 
@@ -78,7 +76,7 @@ def rpull(
         raise PullError(f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml?")
     image = resolve(registry, reference, platform)
     with containerd.lease(expire_s=_LEASE_S) as leased:
-        source = {f"{_SOURCE}.{image.repository.host}": image.repository.name}
+        source = gclabels.of_source(image.repository.host, image.repository.name)
         with (
             LayerFetcher(leased, registry, image.repository, source, progress) as fetcher,
             _naming_a_dead_snapshotter(snapshotter),
@@ -114,16 +112,13 @@ def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
 def _store_documents(
     containerd: LeasedContainerd, image: ResolvedImage, snapshotter: str, source: dict[str, str]
 ) -> None:
-    # The labels are what containerd's garbage collector follows: image -> index -> manifest -> config -> snapshot.
-    # References to layers that were never downloaded are allowed, and hold them if another pull brings them.
+    # The garbage collector goes image -> index -> manifest -> config -> snapshot; layers that were never downloaded
+    # are held if another pull brings them.
     content, manifest = containerd.content, image.parsed_manifest
-    content.write(
-        manifest.config.digest, image.config, source | {f"{_GC_SNAPSHOT}.{snapshotter}": image.chain_ids[-1]}
-    )
-    children = {f"{_GC_CONTENT}.config": manifest.config.digest}
-    children |= {f"{_GC_CONTENT}.l.{number}": layer.digest for number, layer in enumerate(manifest.layers)}
+    top_snapshot = gclabels.of_config(snapshotter, image.chain_ids[-1])
+    content.write(manifest.config.digest, image.config, source | top_snapshot)
+    children = gclabels.of_manifest(manifest.config.digest, (layer.digest for layer in manifest.layers))
     content.write(image.manifest.digest, image.manifest.data, source | children)
     if image.index and image.parsed_index:
-        entries = enumerate(image.parsed_index.manifests)
-        children = {f"{_GC_CONTENT}.m.{number}": entry.digest for number, entry in entries}
+        children = gclabels.of_index(entry.digest for entry in image.parsed_index.manifests)
         content.write(image.index.digest, image.index.data, source | children)

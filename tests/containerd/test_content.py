@@ -165,3 +165,42 @@ def test_damaged_blob_is_not_returned(containerd: Containerd, containerd_host: C
 
 def assert_no_ingest(containerd: Containerd, host: ContainerdHost) -> None:
     assert "obdlab-" not in host.ctr("-n", containerd.namespace, "content", "active")
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, 5 * CHUNK + 1])
+def test_a_large_blob_is_streamed(containerd: Containerd, size: int) -> None:
+    data = os.urandom(size)
+    digest = digest_of(data)
+    containerd.content.write(digest, data, KEEP)
+    assert b"".join(containerd.content.stream(digest, size)) == data
+
+
+def test_a_stream_of_another_size_or_digest_never_ends_well(
+    containerd: Containerd, containerd_host: ContainerdHost
+) -> None:
+    data = os.urandom(2 * CHUNK)
+    digest = digest_of(data)
+    containerd.content.write(digest, data, KEEP)
+    for size in (len(data) - 1, len(data) + 1):
+        with pytest.raises(ContainerdError, match=f"{digest}.*wanted .*{size} bytes"):
+            list(containerd.content.stream(digest, size))
+    stored = containerd_host.root / "io.containerd.content.v1.content/blobs" / digest.replace(":", "/")
+    stored.chmod(0o644)
+    stored.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    got: list[bytes] = []
+    with pytest.raises(ContainerdError, match="other bytes"):
+        got.extend(containerd.content.stream(digest, len(data)))
+    assert sum(map(len, got)) < len(data)
+    stored.unlink()
+    with pytest.raises(NotFoundError):
+        list(containerd.content.stream(digest_of(b"absent"), 6))
+
+
+def test_a_document_too_large_is_not_read(containerd: Containerd) -> None:
+    data = bytes(2 * CHUNK)
+    containerd.content.write(digest_of(data), data, KEEP)
+    with pytest.raises(ContainerdError, match=f"larger than expected .wanted at most {CHUNK} bytes"):
+        containerd.content.read(digest_of(data), CHUNK)
+    stream = containerd.content.stream(digest_of(data), len(data))
+    next(stream)
+    stream.close()

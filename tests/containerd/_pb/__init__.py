@@ -1,0 +1,3 @@
+"""Generated from ``protos/`` by ``make protos``. Do not edit."""
+
+from __future__ import annotations
