@@ -28,7 +28,8 @@ import stat
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from obdlab.convert.tarstream import Kind, Member, TarStream
+from obdlab.convert.tarmember import Kind, Member
+from obdlab.convert.tarstream import TarStream
 from obdlab.convert.tree import Attributes
 from obdlab.errors import FormatError, ObdlabError
 

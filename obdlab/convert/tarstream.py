@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 import sys
 import tarfile
-from dataclasses import dataclass
-from enum import Enum
 from typing import IO, TYPE_CHECKING, Self, cast
 
+from obdlab.convert.forward import MAX_HEADERS_SIZE, PIECE, ForwardReader
+from obdlab.convert.tarmember import BLOCK, MAX_TIME_NS, Kind, Member, plain_member
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ _NS = 1_000_000_000
 _XATTR_PREFIX = "SCHILY.xattr."
 # What other readers of container layers allow for one pax or long name header.
 _MAX_HEADER_SIZE = 1 << 20
-# All of one member's headers together, maps of sparse files included.
-_MAX_HEADERS_SIZE = 8 << 20
 _HEADER_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -35,29 +33,14 @@ _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+_END = bytes(BLOCK)
 # A type that nobody uses: tarfile skips the data of types it does not know.
 _IGNORED_TYPE = b"\x01"
-_CHUNK = 1 << 20
 _TIME = re.compile(r"(-?)(\d{1,18})(?:\.(\d*))?", re.ASCII)
-# Bounds of signed 64-bit nanoseconds; times outside become 0, as containerd has it.
-_MAX_TIME_NS = (1 << 63) - 1
 # chown(2) takes the highest number to mean "leave as it is".
 _MAX_ID = (1 << 32) - 2
 
 _PARSE_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, EOFError, MemoryError)
-
-
-class Kind(Enum):
-    """What a member makes."""
-
-    FILE = "file"
-    DIRECTORY = "directory"
-    SYMLINK = "symbolic link"
-    HARDLINK = "hard link"
-    CHARACTER = "character device"
-    BLOCK = "block device"
-    FIFO = "fifo"
-
 
 _KINDS = {
     tarfile.REGTYPE: Kind.FILE,
@@ -73,29 +56,6 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One member. Names are bytes as written, not yet checked for where they lead."""
-
-    name: bytes
-    kind: Kind
-    #: Permission bits with setuid, setgid and sticky.
-    mode: int
-    uid: int
-    gid: int
-    #: Bytes of a file.
-    size: int
-    mtime_ns: int
-    atime_ns: int
-    link: bytes
-    #: (major, minor)
-    rdev: tuple[int, int]
-    xattrs: tuple[tuple[bytes, bytes], ...]
-    #: Where the member's header stands in the uncompressed stream.
-    offset: int
-    sparse: bool
-
-
 class TarStream:
     """Iterates over the members of a tar that comes from ``file`` (unseekable, binary).
 
@@ -103,28 +63,52 @@ class TarStream:
     """
 
     def __init__(self, file: IO[bytes] | RawIOBase, blob: str) -> None:
-        self._stream = _ForwardReader(file)
+        self._stream = ForwardReader(file)
         self._blob = blob
         self._tar: tarfile.TarFile | None = None
-        self._current: tarfile.TarInfo | None = None
+        #: Where the next header is.
+        self._next = 0
+        # The current member's stored bytes: where they begin, and where in the file they belong.
+        self._data_at = 0
+        self._extents: list[tuple[int, int]] = []
 
     def __iter__(self) -> Iterator[Member]:
-        while (info := self._next()) is not None:
-            self._current = info
+        stream = self._stream
+        while True:
+            try:
+                stream.seek(self._next)
+            except (EOFError, tarfile.TarError) as error:
+                raise self._error(f"not a tar or a damaged one: {error}") from error
+            header = stream.peek(BLOCK)
+            if not header or header == _END:
+                return
+            member = plain_member(header, self._next) if len(header) == BLOCK else None
+            if member is not None:
+                self._data_at = self._next + BLOCK
+                self._next = self._data_at + (member.size + BLOCK - 1) // BLOCK * BLOCK
+                self._extents = [(0, member.size)]
+                yield member
+                continue
+            info = self._parse()
+            if info is None:
+                return
             if info.type != _IGNORED_TYPE:
-                yield self._member(info)
+                member = self._member(info)
+                self._data_at = info.offset_data
+                self._extents = self._checked_extents(info, member)
+                yield member
 
     def data(self, member: Member) -> Iterator[tuple[int, memoryview]]:
         """Yield the current file's bytes: offset in the file, and a piece of up to 1 MiB, valid until the next.
 
         A sparse file has holes where no piece comes. Raises FormatError if the stream ends first.
         """
-        info = cast("tarfile.TarInfo", self._current)
-        self._stream.seek(info.offset_data)
-        for offset, length in self._extents(info, member):
+        stream = self._stream
+        stream.seek(self._data_at)
+        for offset, length in self._extents:
             end = offset + length
             while offset < end:
-                piece = self._stream.read_some(min(end - offset, _CHUNK))
+                piece = stream.read_some(min(end - offset, PIECE))
                 if not piece:
                     raise self._error("tar ends inside a file", got=offset, wanted=end)
                 yield offset, piece
@@ -132,14 +116,15 @@ class TarStream:
 
     def drain(self) -> None:
         """Read what follows the end of the archive, so that the writer of a pipe is not cut off."""
-        while self._stream.read_some(_CHUNK):
+        while self._stream.read_some(PIECE):
             pass
 
-    def _next(self) -> tarfile.TarInfo | None:
-        self._stream.allow_reading(_MAX_HEADERS_SIZE)
+    def _parse(self) -> tarfile.TarInfo | None:
+        # The member at the current position, headers before it included.
+        self._stream.allow_reading(MAX_HEADERS_SIZE)
         try:
             if self._tar is None:
-                # tarfile reads the first member when it is opened.
+                # tarfile reads a member when it is opened.
                 self._tar = tarfile.TarFile(
                     fileobj=cast("IO[bytes]", self._stream),
                     mode="r",
@@ -147,20 +132,21 @@ class TarStream:
                     encoding="utf-8",
                     errors="surrogateescape",
                 )
-            found = self._tar.next()
+                found = cast("tarfile.TarInfo | None", self._tar.firstmember)  # type: ignore[attr-defined]
+                self._tar.firstmember = None  # type: ignore[attr-defined]
+            else:
+                self._tar.offset = self._next
+                found = self._tar.next()
+            self._next = self._tar.offset
             # It also keeps every member it has met.
             self._tar.members = []  # type: ignore[attr-defined]
-        except tarfile.ReadError as error:
-            if self._tar is None and self._stream.tell() == 0:
-                return None  # no bytes at all: a layer without members
-            raise self._error(f"not a tar or a damaged one: {error}") from error
         except _PARSE_ERRORS as error:
             raise self._error(f"not a tar or a damaged one: {error}") from error
         if found is not None and not cast("_CheckedInfo", found).is_checked:
             raise self._error(f"tar headers cannot be checked with this Python ({sys.version.split()[0]})")
         return found
 
-    def _extents(self, info: tarfile.TarInfo, member: Member) -> list[tuple[int, int]]:
+    def _checked_extents(self, info: tarfile.TarInfo, member: Member) -> list[tuple[int, int]]:
         # Where the file's stored bytes belong. tarfile takes the map of a sparse file as it comes.
         if not member.sparse:
             return [(0, member.size)]
@@ -225,13 +211,13 @@ class _CheckedInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        return cls._checked(lambda: super(_CheckedInfo, cls).frombuf(buf, encoding, errors))
+        return cls._checked(buf, lambda: super(_CheckedInfo, cls).frombuf(buf, encoding, errors))
 
     # Where releases of 2026 parse headers (3.13.5 of Debian 13 among them); others have no such method.
     @classmethod
     def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Self:
         parse = super()._frombuf  # type: ignore[misc]
-        return cls._checked(lambda: parse(buf, encoding, errors, **options))
+        return cls._checked(buf, lambda: parse(buf, encoding, errors, **options))
 
     # A pax record may bring the wrong value, a negative size above all.
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
@@ -242,7 +228,7 @@ class _CheckedInfo(tarfile.TarInfo):
         return found
 
     @classmethod
-    def _checked(cls, parse: Callable[[], Self]) -> Self:
+    def _checked(cls, buf: bytes | bytearray, parse: Callable[[], Self]) -> Self:
         try:
             info = parse()
         except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
@@ -255,55 +241,12 @@ class _CheckedInfo(tarfile.TarInfo):
             raise tarfile.StreamError(f"extended header of {info.size} bytes, at most {_MAX_HEADER_SIZE} are allowed")
         if info.type == tarfile.XGLTYPE:
             info.type = _IGNORED_TYPE
+        if buf[257:265] == tarfile.GNU_MAGIC and info.type not in tarfile.GNU_TYPES:
+            # GNU tar keeps times where ustar has the front of a long name; tarfile takes them for one.
+            name = tarfile.nts(buf[:100], "utf-8", "surrogateescape")  # type: ignore[attr-defined]
+            info.name = name.rstrip("/") if info.isdir() else name
         info.is_checked = True
         return info
-
-
-class _ForwardReader:
-    # The part of a file that tarfile needs, over a pipe: seek goes forwards only. Beyond what `r|` mode offers, it
-    # hands out large pieces without copying them.
-
-    def __init__(self, file: IO[bytes] | RawIOBase) -> None:
-        self._file = file
-        self._buffer = memoryview(bytearray(_CHUNK))
-        self._begin = 0
-        self._end = 0
-        self._position = 0
-        self._allowed = 0
-
-    def allow_reading(self, size: int) -> None:
-        # tarfile reads headers only, and takes what they say of their number and of a sparse file's map as it comes.
-        self._allowed = size
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> int:
-        if position < self._position:
-            raise tarfile.StreamError(f"an offset points backwards (to {position} from {self._position})")
-        while self._position < position:
-            if not self.read_some(min(position - self._position, _CHUNK)):
-                raise EOFError(f"the stream ends at {self._position}, before {position}")
-        return self._position
-
-    def read(self, size: int) -> bytes:
-        self._allowed -= size
-        if self._allowed < 0:
-            raise tarfile.StreamError(f"headers of one member are longer than {_MAX_HEADERS_SIZE} bytes")
-        parts = []
-        while size > 0 and (piece := self.read_some(min(size, _CHUNK))):
-            parts.append(bytes(piece))
-            size -= len(piece)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def read_some(self, size: int) -> memoryview:
-        if self._begin == self._end:
-            self._begin = 0
-            self._end = self._file.readinto(self._buffer) or 0  # type: ignore[union-attr]
-        piece = self._buffer[self._begin : min(self._begin + size, self._end)]
-        self._begin += len(piece)
-        self._position += len(piece)
-        return piece
 
 
 def _raw(text: str) -> bytes:
@@ -318,4 +261,4 @@ def _time_ns(text: str | None, seconds: float) -> int:
     else:
         whole, fraction, negative = int(match[2]), match[3] or "", bool(match[1])
     value = whole * _NS + int(fraction[:9].ljust(9, "0"))
-    return value if not negative and 0 <= value <= _MAX_TIME_NS else 0
+    return value if not negative and 0 <= value <= MAX_TIME_NS else 0

@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdlab.convert.tarstream import Kind, TarStream
+from obdlab.convert.tarmember import Kind
+from obdlab.convert.tarstream import TarStream
 from obdlab.errors import FormatError
 from tests.convert.images import base
 from tests.convert.layouts import Member, directory, member, tar_bytes
 
 if TYPE_CHECKING:
-    from obdlab.convert import tarstream
+    from obdlab.convert.tarmember import Member as Found
 
 
-def read(data: bytes) -> list[tuple[tarstream.Member, bytes]]:
+def read(data: bytes) -> list[tuple[Found, bytes]]:
     stream = TarStream(io.BytesIO(data), "layer")
     found = []
     for one in stream:

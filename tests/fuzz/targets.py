@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.convert.tarstream import Kind, TarStream
+from obdlab.convert.tarmember import Kind
+from obdlab.convert.tarstream import TarStream
 from obdlab.devices.nbd.connection import Connection, ConnectionLostError
 from obdlab.devices.nbd.export import NbdExport
 from obdlab.devices.nbd.server import Budget, Client
