@@ -80,6 +80,20 @@ class ContentStore:
         """
         return b"".join(self._checked(digest, None, max_size, self._connection.timeout_s))
 
+    def read_range(self, digest: str, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes (at least 1) of a blob from ``offset``, unchecked. Raises NotFoundError.
+
+        Fewer come only where the blob ends.
+        """
+        connection = self._connection
+        with connection.errors(f"reading content {digest}"):
+            answers = self._stub.Read(
+                pb.ReadContentRequest(digest=digest, offset=offset, size=length),
+                timeout=connection.timeout_s,
+                metadata=connection.metadata,
+            )
+            return b"".join(answer.data for answer in answers)
+
     def stream(self, digest: str, size: int) -> Iterator[bytes]:
         """Give out a blob of any size in pieces, in order; the last one only if size and digest are right.
 

@@ -30,6 +30,11 @@ class Readable(Protocol):
         """Return up to ``size`` bytes, b"" at the end."""
 
 
+def is_compressed(head: bytes) -> bool:
+    """Tell from the first four bytes whether :func:`decompressed` would have something to decompress."""
+    return head.startswith(_GZIP_MAGIC) or _is_zstd(head)
+
+
 def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
     """Yield the uncompressed bytes of a gzip, zstd or plain layer read from ``file``, told apart by their magic.
 
@@ -39,7 +44,7 @@ def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
     head = _read_full(file, 4)
     if head.startswith(_GZIP_MAGIC):
         return _gunzip(file, head, blob)
-    if head == _ZSTD_MAGIC or (head[1:] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50):
+    if _is_zstd(head):
         return _unzstd(file, head, blob)
     return _plain(file, head)
 
@@ -64,6 +69,10 @@ def uncompressed(
     got = f"sha256:{digest.hexdigest()}"
     if got != diff_id:
         raise CorruptBlobError("layer is not the one that the image config names", blob=blob, got=got, wanted=diff_id)
+
+
+def _is_zstd(head: bytes) -> bool:
+    return head[:4] == _ZSTD_MAGIC or (head[1:4] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50)
 
 
 def _plain(file: Readable, head: bytes) -> Iterator[bytes]:

@@ -13,7 +13,8 @@ from obdlab.convert.layer import pieces_file
 from obdlab.convert.listing import list_volume
 from obdlab.convert.memorytree import MemoryTree
 from obdlab.ext4.volume import Volume
-from obdlab.image.open import open_stack
+from obdlab.layers.lsmt import LsmtLayer, open_layer
+from obdlab.layers.stack import Stack
 from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ def _list_overlaybd(
     source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
 ) -> Listing:
     with ExitStack() as ended:
-        files = []
+        layers: list[LsmtLayer] = []
         for number, layer in enumerate(manifest.layers):
             file = _fetch(source, number, layer, work_dir, progress, ended)
             while file.read(_READ):  # only this checks its digest
                 pass
-            files.append(file.path)
-        with open_stack(files) as disk:
-            return list_volume(Volume(disk), content=content)
+            layers.append(open_layer(file.as_blob()))
+            ended.callback(layers[-1].close)
+        return list_volume(Volume(Stack(layers)), content=content)
 
 
 def _fetch(

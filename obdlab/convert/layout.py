@@ -14,12 +14,16 @@ from typing import IO, TYPE_CHECKING, Self
 
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
+from obdlab.formats.tar import TarWindow
+from obdlab.layers.tarwrap import WrappedContent
+from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from obdlab.blob import Blob
+
 REF_NAME = "org.opencontainers.image.ref.name"
-_PREFIX = "oci:"
 _MARK = "oci-layout"
 _VERSION = {"imageLayoutVersion": "1.0.0"}
 _TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
@@ -55,9 +59,13 @@ class ImageLayout:
     def index(self) -> Index:
         """Return index.json. Raises SourceError if it cannot be read, FormatError if it is malformed."""
         path = self.root / "index.json"
+        return Index.parse(self._index_bytes(), str(path))
+
+    def _index_bytes(self) -> bytes:
+        path = self.root / "index.json"
         try:
             with path.open("rb") as file:
-                return Index.parse(file.read(MAX_MANIFEST_SIZE + 1), str(path))
+                return file.read(MAX_MANIFEST_SIZE + 1)
         except OSError as error:
             raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
 
@@ -89,11 +97,23 @@ class ImageLayout:
 
     def read_blob(self, descriptor: Descriptor, max_size: int) -> bytes:
         """Return a whole blob of at most ``max_size`` bytes, checked."""
-        path = self.blob_path(descriptor.digest)
         if descriptor.size > max_size:
+            path = self.blob_path(descriptor.digest)
             raise FormatError("blob too large", blob=str(path), got=descriptor.size, wanted=f"at most {max_size}")
         with self.open_blob(descriptor) as file:
             return file.read()
+
+    def close(self) -> None:
+        """Give back what is held; nothing, for a directory."""
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        """Tell whether the layout has a file of the blob's size under its digest."""
+        try:
+            return self.blob_path(descriptor.digest).stat().st_size == descriptor.size
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise SourceError(f"cannot look for it: {error.strerror}", blob=str(self.root)) from error
 
     def add_file(self, digest: str, source: Path) -> bool:
         """Copy a file in as the blob ``digest``, which it is trusted to be; False if the layout had it already."""
@@ -153,23 +173,29 @@ class ImageLayout:
 class VerifiedFile:
     """A blob file read from start to end. Its last byte is only given out once size and digest are right.
 
-    Raises CorruptBlobError when they are not. ``position`` is how much has been read.
+    The blob is the whole file, or lies in it at the byte ``start``. Raises CorruptBlobError when it is not what its
+    descriptor says. ``position`` is how much has been read.
     """
 
-    def __init__(self, path: Path, descriptor: Descriptor) -> None:
+    def __init__(self, path: Path, descriptor: Descriptor, start: int | None = None, *, name: str = "") -> None:
         self.path = path
+        self._name = name or str(path)
         self.position = 0
+        self._start = start or 0
         self._left = descriptor.size
         self._descriptor = descriptor
         self._hash = hashlib.sha256()
         try:
             self._file: IO[bytes] = path.open("rb", buffering=0)
         except OSError as error:
-            raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
+            raise SourceError(f"cannot read it: {error.strerror}", blob=self._name) from error
         size = os.fstat(self._file.fileno()).st_size
+        if start is not None:
+            self._file.seek(start)
+            size = min(size - start, descriptor.size)
         if size != descriptor.size:
             self._file.close()
-            raise CorruptBlobError("blob has a wrong size", blob=str(path), got=size, wanted=descriptor.size)
+            raise CorruptBlobError("blob has a wrong size", blob=self._name, got=size, wanted=descriptor.size)
 
     def read(self, size: int = -1) -> bytes:
         """Return up to ``size`` bytes, b"" at the end."""
@@ -181,9 +207,9 @@ class VerifiedFile:
         try:
             data = self._file.read(min(size, self._left))
         except OSError as error:
-            raise SourceError(f"cannot read it: {error.strerror}", blob=str(self.path)) from error
+            raise SourceError(f"cannot read it: {error.strerror}", blob=self._name) from error
         if not data and self._left and size:
-            raise CorruptBlobError("blob became shorter", blob=str(self.path), wanted=self._descriptor.size)
+            raise CorruptBlobError("blob became shorter", blob=self._name, wanted=self._descriptor.size)
         self._hash.update(data)
         self.position += len(data)
         self._left -= len(data)
@@ -191,10 +217,14 @@ class VerifiedFile:
             self._check()
         return data
 
+    def as_blob(self) -> Blob:
+        """Return the same bytes to be read by position, as they are: only reading all of the file checks them."""
+        return WrappedContent(LocalFile(self.path), TarWindow(self._start, self._descriptor.size))
+
     def _check(self) -> None:
         digest = f"sha256:{self._hash.hexdigest()}"
         if digest != self._descriptor.digest:
-            raise CorruptBlobError("wrong content", blob=str(self.path), got=digest, wanted=self._descriptor.digest)
+            raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._descriptor.digest)
 
     def close(self) -> None:
         """Close the file; what was not read is not checked."""
@@ -209,15 +239,17 @@ class VerifiedFile:
         self.close()
 
 
-def layout_of(text: str) -> tuple[Path, str | None] | None:
-    """Return the directory and tag if ``text`` names an OCI layout: ``oci:DIR[:TAG]``, or a directory that is one."""
-    if not text.startswith(_PREFIX):
-        return (Path(text), None) if (Path(text) / _MARK).is_file() else None
-    rest = text.removeprefix(_PREFIX)
-    directory, colon, tag = rest.rpartition(":")
+def split_tag(text: str) -> tuple[Path, str | None]:
+    """Read ``PATH[:TAG]``."""
+    directory, colon, tag = text.rpartition(":")
     if colon and _TAG.fullmatch(tag):
         return Path(directory), tag
-    return Path(rest), None
+    return Path(text), None
+
+
+def is_layout(path: Path) -> bool:
+    """Tell whether a directory is an OCI layout."""
+    return (path / _MARK).is_file()
 
 
 def _is_named(name: str, tag: str) -> bool:

@@ -1,269 +1,99 @@
-"""Where images come from and go to: registries and OCI layout directories behind one face each."""
+"""What image names mean: the transports that sources and destinations have.
+
+``docker://HOST/NAME:TAG`` (a registry; the prefix may be left out), ``oci:DIR[:TAG]`` (an OCI layout directory, which
+needs no prefix if it is one), ``oci-archive:FILE[:TAG]`` (one in a tar), ``docker-archive:FILE[:NAME:TAG]`` (what
+``docker save`` writes) and ``containerd:NAMESPACE:NAME`` (containerd's stores). The names are those of skopeo
+(containers-transports(5)), but for containerd's.
+"""
 
 from __future__ import annotations
 
-import io
-import os
-from abc import ABC, abstractmethod
-from contextlib import suppress
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.convert.layout import ImageLayout, VerifiedFile, layout_of
-from obdlab.errors import FormatError, SourceError
-from obdlab.formats.oci import (
-    DOCKER_CONFIG,
-    DOCKER_LAYER,
-    DOCKER_LAYER_GZIP,
-    DOCKER_LAYER_ZSTD,
-    INDEX_TYPES,
-    MAX_CONFIG_SIZE,
-    MAX_MANIFEST_SIZE,
-    OCI_CONFIG,
-    OCI_LAYER,
-    OCI_LAYER_GZIP,
-    OCI_LAYER_ZSTD,
-    Config,
-    Descriptor,
-    Index,
-    Manifest,
-    Platform,
-    parse_manifest,
-)
+from obdlab.containerd.client import DEFAULT_ADDRESS
+from obdlab.convert.endpoints import ImageDestination, ImageSource
+from obdlab.convert.layout import ImageLayout, is_layout, split_tag
+from obdlab.convert.layoutimages import LayoutDestination, LayoutSource
+from obdlab.convert.registryimages import RegistryDestination, RegistrySource
+from obdlab.errors import FormatError
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from obdlab.registry.client import RegistryClient
 
-LAYER_TYPES = (OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, DOCKER_LAYER, DOCKER_LAYER_GZIP, DOCKER_LAYER_ZSTD)
-_MAX_NESTED_INDEXES = 4
-_COPY = 1 << 20
+__all__ = ["ImageDestination", "ImageSource", "check_apart", "names_image", "open_destination", "open_source"]
+
+_REGISTRY = "docker"
+_LAYOUT = "oci"
+_ARCHIVE = "oci-archive"
+_DOCKER_ARCHIVE = "docker-archive"
+_CONTAINERD = "containerd"
+_TRANSPORTS = (_REGISTRY, _LAYOUT, _ARCHIVE, _DOCKER_ARCHIVE, _CONTAINERD)
+# skopeo's others, so that their names are not taken for those of registries.
+_NOT_HERE = ("dir", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
+# containerd, pkg/identifiers
+_NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 
 
-class ImageSource(ABC):
-    """An image to read. Content is checked against size and digest before its last byte is given out."""
+def open_source(text: str, client: RegistryClient, *, containerd: str = DEFAULT_ADDRESS) -> ImageSource:
+    """Return the image that ``text`` names; close it after use. ``containerd`` is that one's socket.
 
-    #: The image's name for messages.
-    name: str
+    Raises FormatError if ``text`` is no name of an image, and what opening an archive or containerd raises.
+    """
+    transport, rest = _split(text)
+    if transport == _LAYOUT:
+        root, tag = split_tag(rest)
+        return LayoutSource(ImageLayout(root), tag)
+    if transport in (_ARCHIVE, _DOCKER_ARCHIVE):
+        from obdlab.convert.archive import ArchivedLayout, DockerArchiveSource
 
-    def manifest(self, platform: Platform, *, overlaybd: bool = False) -> Manifest:
-        """Return the image manifest, of an index the one for ``platform``. Raises as find()."""
-        return self.find(platform, overlaybd=overlaybd)[1]
+        if transport == _DOCKER_ARCHIVE:
+            return DockerArchiveSource(*_split_file(rest))
+        path, tag = split_tag(rest)
+        return LayoutSource(ArchivedLayout(path), tag, _ARCHIVE)
+    if transport == _CONTAINERD:
+        from obdlab.convert.containerdimages import ContainerdSource
 
-    def find(self, platform: Platform, *, overlaybd: bool = False) -> tuple[Descriptor, Manifest]:
-        """Return the image manifest and its descriptor, of an index those for ``platform``.
-
-        An image that is an overlaybd one is refused, unless ``overlaybd``. Raises SourceError if it
-        cannot be had, FormatError if it is malformed or no container image.
-        """
-        descriptor, document = self.root()
-        for _ in range(_MAX_NESTED_INDEXES):
-            if isinstance(document, Manifest):
-                assert descriptor is not None
-                return descriptor, self._checked(document, overlaybd=overlaybd)
-            descriptor = document.select(platform)
-            document = self._document(descriptor)
-        raise FormatError("indexes nested too deep", blob=self.name)
-
-    def child(self, descriptor: Descriptor) -> Manifest:
-        """Return an image manifest that an index names. Raises as find()."""
-        document = self._document(descriptor)
-        if isinstance(document, Manifest):
-            return self._checked(document, overlaybd=False)
-        raise FormatError("index names an index", blob=f"{self.name}@{descriptor.digest}", wanted="an image manifest")
-
-    def config(self, manifest: Manifest) -> Config:
-        """Return the image config, which must describe as many layers as the manifest has. Raises as manifest()."""
-        config = Config.parse(self._read(manifest.config, MAX_CONFIG_SIZE), f"{self.name} config")
-        if len(config.diff_ids) != len(manifest.layers):
-            raise FormatError(
-                "config and manifest disagree about the number of layers",
-                blob=self.name,
-                got=f"{len(config.diff_ids)} diff_ids",
-                wanted=f"{len(manifest.layers)} layers",
-            )
-        return config
-
-    @abstractmethod
-    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        """Return the layer blob as a local file, downloaded to ``directory`` if need be.
-
-        ``advance`` is told how many bytes have come. Raises SourceError or CorruptBlobError.
-        """
-
-    def release(self, layer: VerifiedFile) -> None:
-        """Close what fetch() returned, and remove it if it was downloaded."""
-        layer.close()
-
-    @abstractmethod
-    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
-        """Return what the image's name names. The descriptor is None for an index made of a layout's entries.
-
-        Raises SourceError or FormatError.
-        """
-
-    @abstractmethod
-    def _read(self, descriptor: Descriptor, max_size: int) -> bytes: ...
-
-    def _document(self, descriptor: Descriptor) -> Manifest | Index:
-        return parse_manifest(self._read(descriptor, MAX_MANIFEST_SIZE), f"{self.name}@{descriptor.digest}")
-
-    def _checked(self, manifest: Manifest, *, overlaybd: bool) -> Manifest:
-        if manifest.is_overlaybd and not overlaybd:
-            raise FormatError("image is an overlaybd image already", blob=self.name)
-        if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
-            raise FormatError("not a container image", blob=self.name, got=manifest.config.media_type)
-        for layer in manifest.layers:
-            if layer.media_type not in LAYER_TYPES:
-                raise FormatError(
-                    f"layer {layer.digest} is of no known type",
-                    blob=self.name,
-                    got=layer.media_type,
-                    wanted="tar, tar+gzip or tar+zstd",
-                )
-        return manifest
+        return ContainerdSource(containerd, *_split_namespace(text, rest))
+    return RegistrySource(Reference.parse(rest), client)
 
 
-class RegistrySource(ImageSource):
-    """An image in a registry."""
+def open_destination(text: str, client: RegistryClient, *, containerd: str = DEFAULT_ADDRESS) -> ImageDestination:
+    """Return the place that ``text`` names; close it after use. The tag of a layout is "latest" if there is none.
 
-    def __init__(self, reference: Reference, client: RegistryClient) -> None:
-        self.name = str(reference)
-        self._reference = reference
-        self._client = client
-        self._repository = client.repository(reference)
+    Raises FormatError if ``text`` names no place that can be written, SourceError if the directory cannot be used,
+    and what containerd raises.
+    """
+    transport, rest = _split(text)
+    if transport == _LAYOUT:
+        root, tag = split_tag(rest)
+        return LayoutDestination(root, tag or "latest")
+    if transport == _ARCHIVE:
+        from obdlab.convert.archive import ArchiveDestination
 
-    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        path = directory / f"source-{layer.digest.removeprefix('sha256:')}"
-        try:
-            with (
-                path.open("wb", buffering=0) as file,
-                self._client.stream_blob(self._repository, layer.digest, layer.size) as stream,
-            ):
-                while piece := stream.read(_COPY):
-                    file.write(piece)
-                    advance(len(piece))
-        except OSError as error:
-            raise SourceError(f"cannot download the layer: {error.strerror or error}", blob=str(path)) from error
-        return VerifiedFile(path, layer)
+        path, tag = split_tag(rest)
+        return ArchiveDestination(path, tag or "latest")
+    if transport == _CONTAINERD:
+        from obdlab.convert.containerdimages import ContainerdDestination
 
-    def release(self, layer: VerifiedFile) -> None:
-        layer.close()
-        with suppress(FileNotFoundError):
-            os.unlink(layer.path)
-
-    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
-        fetched = self._client.get_manifest(self._reference)
-        document = parse_manifest(fetched.data, self.name)
-        return Descriptor(document.media_type, fetched.digest, len(fetched.data)), document
-
-    def _read(self, descriptor: Descriptor, max_size: int) -> bytes:
-        if descriptor.media_type in INDEX_TYPES or max_size == MAX_MANIFEST_SIZE:
-            return self._client.get_manifest(self._reference.with_digest(descriptor.digest)).data
-        return self._client.read_blob(self._repository, descriptor.digest, descriptor.size, max_size)
-
-
-class LayoutSource(ImageSource):
-    """An image in an OCI layout directory."""
-
-    def __init__(self, root: Path, tag: str | None) -> None:
-        self.name = f"oci:{root}" + (f":{tag}" if tag else "")
-        self._layout = ImageLayout(root)
-        self._tag = tag
-
-    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        file = self._layout.open_blob(layer)
-        advance(layer.size)
-        return file
-
-    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
-        entries = self._layout.select(self._tag)
-        return (entries[0], self._document(entries[0])) if len(entries) == 1 else (None, Index(entries))
-
-    def _read(self, descriptor: Descriptor, max_size: int) -> bytes:
-        return self._layout.read_blob(descriptor, max_size)
-
-
-class ImageDestination(ABC):
-    """Where a converted image goes. May be used from several threads."""
-
-    name: str
-
-    @abstractmethod
-    def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
-        """Store a blob that is in a file; False if it was there already. Raises SourceError.
-
-        ``advance`` is told how many bytes have gone.
-        """
-
-    @abstractmethod
-    def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
-        """Store a small blob. Raises SourceError."""
-
-    @abstractmethod
-    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
-        """Store a manifest or index, after what it names, under the destination's tag or only by its digest.
-
-        Raises SourceError.
-        """
-
-
-class RegistryDestination(ImageDestination):
-    """A tag (or only a digest) in a registry."""
-
-    def __init__(self, reference: Reference, client: RegistryClient) -> None:
-        self.name = str(reference)
-        self._reference = reference
-        self._client = client
-        self._repository = client.repository(reference)
-
-    def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
-        return self._client.push_blob(
-            self._repository, descriptor.digest, descriptor.size, lambda: _CountedFile(path, advance)
+        return ContainerdDestination(containerd, *_split_namespace(text, rest))
+    if transport == _DOCKER_ARCHIVE:
+        raise FormatError(
+            "docker's archives cannot hold overlaybd layers' annotations", blob=text, wanted=f"{_ARCHIVE}:FILE:TAG"
         )
-
-    def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
-        self._client.push_blob(self._repository, descriptor.digest, descriptor.size, lambda: io.BytesIO(data))
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
-        reference = self._reference if tagged else self._reference.with_digest(descriptor.digest)
-        self._client.put_manifest(reference, descriptor.media_type, data)
+    return RegistryDestination(Reference.parse(rest), client)
 
 
-class LayoutDestination(ImageDestination):
-    """A tag in an OCI layout directory, which is made if it does not exist."""
-
-    def __init__(self, root: Path, tag: str) -> None:
-        self.name = f"oci:{root}:{tag}"
-        self._layout = ImageLayout.create(root)
-        self._tag = tag
-
-    def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
-        stored = self._layout.add_file(descriptor.digest, path)
-        advance(descriptor.size)
-        return stored
-
-    def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
-        self._layout.add_bytes(descriptor.digest, data)
-
-    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
-        self._layout.add_bytes(descriptor.digest, data)
-        if tagged:
-            self._layout.set_tag(self._tag, descriptor)
-
-
-class _CountedFile(io.FileIO):
-    # A file to upload that tells how much of it has gone.
-    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        super().__init__(path)
-        self._advance = advance
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(-1 if size is None else size)
-        self._advance(len(data))
-        return data
+def names_image(text: str) -> bool:
+    """Tell whether ``text`` can only mean an image: it has a transport, a tag or a host, and is no file."""
+    if Path(text).is_file():
+        return False
+    first, slash, _ = text.partition("/")
+    if text.partition(":")[0] in _TRANSPORTS or is_layout(Path(text)):
+        return True
+    return ":" in text if not slash else first == "localhost" or (first[:1] != "." and any(c in first for c in ".:"))
 
 
 def check_apart(source: str, destination: str) -> None:
@@ -277,31 +107,50 @@ def check_apart(source: str, destination: str) -> None:
         )
 
 
-# What is overwritten when something is stored under the name. A layout's only image needs no tag.
+# What is overwritten when something is stored under the name. A layout's only image needs no tag; an archive is
+# replaced as a whole.
 def _name_of(text: str, default_tag: str | None) -> tuple[object, str | None]:
-    layout = layout_of(text)
-    if layout:
-        root, tag = layout
+    transport, rest = _split(text)
+    if transport == _LAYOUT:
+        root, tag = split_tag(rest)
         return root.resolve(), tag or default_tag or ImageLayout(root).only_tag()
-    reference = Reference.parse(text)
+    if transport in (_ARCHIVE, _DOCKER_ARCHIVE):
+        path = split_tag(rest)[0] if transport == _ARCHIVE else _split_file(rest)[0]
+        return path.resolve(), None
+    if transport == _CONTAINERD:
+        return _split_namespace(text, rest)
+    reference = Reference.parse(rest)
     return (reference.host, reference.repository), reference.tag or reference.digest
 
 
-def open_source(text: str, client: RegistryClient) -> ImageSource:
-    """Return the image that ``text`` names: ``oci:DIR[:TAG]``, an OCI layout directory, or a registry reference.
+def _split(text: str) -> tuple[str, str]:
+    transport, colon, rest = text.partition(":")
+    if transport == _REGISTRY and rest.startswith("//"):
+        return transport, rest.removeprefix("//")
+    if colon and transport in _TRANSPORTS[1:]:
+        if not rest:
+            raise FormatError("image name ends after its transport", got=repr(text), wanted=f"{transport}:...")
+        return transport, rest
+    if colon and transport in _NOT_HERE:
+        known = ", ".join(["docker://", *(f"{name}:" for name in _TRANSPORTS[1:])])
+        raise FormatError("transport is not known here", got=f"{transport}:", wanted=f"one of {known}")
+    return (_LAYOUT, text) if is_layout(Path(text)) else (_REGISTRY, text)
 
-    Raises FormatError if it is none of these.
-    """
-    layout = layout_of(text)
-    return LayoutSource(*layout) if layout else RegistrySource(Reference.parse(text), client)
+
+def _split_file(rest: str) -> tuple[Path, str | None]:
+    # Both may hold colons: the file is what is there.
+    at = rest.find(":")
+    while at >= 0 and not Path(rest).is_file():
+        if Path(rest[:at]).is_file():
+            return Path(rest[:at]), rest[at + 1 :] or None
+        at = rest.find(":", at + 1)
+    return Path(rest), None
 
 
-def open_destination(text: str, client: RegistryClient) -> ImageDestination:
-    """Return the place that ``text`` names: ``oci:DIR[:TAG]``, an OCI layout directory, or a registry reference.
-
-    The tag is "latest" if there is none. Raises FormatError, or SourceError if the directory cannot be used.
-    """
-    layout = layout_of(text)
-    if layout:
-        return LayoutDestination(layout[0], layout[1] or "latest")
-    return RegistryDestination(Reference.parse(text), client)
+def _split_namespace(text: str, rest: str) -> tuple[str, str]:
+    namespace, colon, name = rest.partition(":")
+    if not colon or not name or _NAMESPACE.fullmatch(namespace) is None:
+        raise FormatError(
+            "malformed image name", got=repr(text), wanted="containerd:NAMESPACE:NAME, NAME as containerd lists it"
+        )
+    return namespace, name

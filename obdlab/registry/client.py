@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
@@ -277,6 +277,38 @@ class RegistryClient:
 
         deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD
         return self._session.persist(attempt, blob=name, deadline=deadline, tries=_TRIES)
+
+    def has_blob(self, repository: Repository, digest: str) -> bool:
+        """Ask the registry itself whether the repository holds a blob now."""
+        name = _name(repository, digest)
+        return self._session.persist(lambda: self._head_blob(repository, digest), blob=name, tries=_TRIES)
+
+    def mount_blob(self, repository: Repository, digest: str, other: str) -> bool:
+        """Have the repository share a blob that ``other``, a repository of the same registry, holds.
+
+        False if the registry does not do it: that one has no such blob, or we may not read there.
+        """
+        name = _name(repository, digest)
+        doing = "mounting blob"
+        source = Repository(repository.host, other, plain_http=repository.plain_http)
+
+        def attempt() -> bool:
+            if self._head_blob(repository, digest):
+                return True
+            try:
+                location = self._start_upload(repository, digest, source, doing)
+            except RegistryError as error:
+                if error.status in (401, 403, 404, 405):
+                    return False
+                raise
+            if location is None:
+                return True
+            # An upload was begun instead. A registry that does not listen forgets it by itself.
+            with suppress(RegistryError):
+                discard(self._session.request(repository, "DELETE", location, {}, doing=doing, actions=PUSH))
+            return False
+
+        return self._session.persist(attempt, blob=name, tries=_TRIES)
 
     def push_stream(self, repository: Repository) -> BlobSink:
         """Return a sink that uploads a blob in chunks while it is written, its digest and size being known last."""

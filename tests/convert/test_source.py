@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from obdlab.convert.layer import layer_uuid
-from obdlab.convert.layout import ImageLayout, layout_of
-from obdlab.convert.source import (
-    LayoutDestination,
-    LayoutSource,
-    RegistryDestination,
-    RegistrySource,
-    open_destination,
-    open_source,
-)
+from obdlab.convert.layout import ImageLayout, split_tag
+from obdlab.convert.layoutimages import LayoutDestination, LayoutSource
+from obdlab.convert.registryimages import RegistryDestination, RegistrySource
+from obdlab.convert.source import names_image, open_destination, open_source
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
@@ -29,15 +24,48 @@ AMD64 = oci.Platform("linux", "amd64")
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("oci:some/dir", (Path("some/dir"), None)),
-        ("oci:/abs/dir:v1.2", (Path("/abs/dir"), "v1.2")),
-        ("oci:/a:b/dir", (Path("/a:b/dir"), None)),
-        ("localhost:5000/name:tag", None),
-        ("redis", None),
+        ("some/dir", (Path("some/dir"), None)),
+        ("/abs/dir:v1.2", (Path("/abs/dir"), "v1.2")),
+        ("/a:b/dir", (Path("/a:b/dir"), None)),
     ],
 )
-def test_names_of_layouts(text: str, wanted: tuple[Path, str | None] | None) -> None:
-    assert layout_of(text) == wanted
+def test_names_of_layouts(text: str, wanted: tuple[Path, str | None]) -> None:
+    assert split_tag(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("docker://redis", True),
+        ("redis:7", True),
+        ("localhost/x", True),
+        ("registry.example/x/y", True),
+        ("containerd:default:x", True),
+        ("oci:dir", True),
+        ("layer.obd", False),
+        ("a/b/layer.obd", False),
+        ("./a:b/layer.obd", False),
+        ("../x.obd", False),
+        ("/abs/layer.obd", False),
+    ],
+)
+def test_what_can_only_be_an_image(text: str, *, wanted: bool) -> None:
+    assert names_image(text) is wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("containerd:docker.io/library/redis:7", "containerd:NAMESPACE:NAME"),
+        ("containerd:default:", "containerd:NAMESPACE:NAME"),
+        ("docker-daemon:x", "transport is not known here"),
+        ("oci:", "ends after its transport"),
+        ("docker://UPPER", "malformed image reference"),
+    ],
+)
+def test_malformed_names(text: str, message: str) -> None:
+    with closing(RegistryClient()) as client, pytest.raises(FormatError, match=message):
+        open_source(text, client)
 
 
 def test_a_directory_that_is_a_layout_needs_no_prefix(tmp_path: Path) -> None:
@@ -57,7 +85,7 @@ def image(tmp_path: Path, **changes: object) -> LayoutSource:
     descriptor = layout.add_image([tar_bytes([member("a")])])
     manifest = json.loads(layout.blob_path(str(descriptor["digest"])).read_bytes())
     layout.write_index([layout.add_json({**manifest, **changes}, MANIFEST)])
-    return LayoutSource(layout.root, None)
+    return LayoutSource(ImageLayout(layout.root), None)
 
 
 def layer(media_type: str = LAYER, **more: object) -> dict[str, object]:
@@ -94,7 +122,7 @@ def test_platforms(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "x")
     entries = [layout.add_image([tar_bytes([member(a)])], architecture=a) for a in ("arm64", "amd64")]
     layout.write_index(entries)
-    source = LayoutSource(layout.root, "latest")
+    source = LayoutSource(ImageLayout(layout.root), "latest")
     assert source.config(source.manifest(AMD64)).platform == AMD64
     with pytest.raises(FormatError, match=r"linux/amd64.*wanted linux/s390x"):
         source.manifest(oci.Platform("linux", "s390x"))
@@ -111,7 +139,7 @@ def test_indexes_without_end(tmp_path: Path) -> None:
         )
     layout.write_index([entry])
     with pytest.raises(FormatError, match="nested too deep"):
-        LayoutSource(layout.root, None).manifest(AMD64)
+        LayoutSource(ImageLayout(layout.root), None).manifest(AMD64)
 
 
 def test_tags(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Images in OCI layout directories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.convert.endpoints import ImageDestination, ImageSource
+from obdlab.convert.layout import ImageLayout, VerifiedFile
+from obdlab.errors import CorruptBlobError
+from obdlab.formats.oci import MAX_MANIFEST_SIZE, Descriptor, Index, Manifest, digest_of
+from obdlab.sources.localfile import LocalFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from obdlab.blob import Blob
+
+
+class LayoutSource(ImageSource):
+    """An image in an OCI layout directory."""
+
+    def __init__(self, layout: ImageLayout, tag: str | None, transport: str = "oci") -> None:
+        self.name = f"{transport}:{layout.root}" + (f":{tag}" if tag else "")
+        self._layout = layout
+        self._tag = tag
+
+    def close(self) -> None:
+        self._layout.close()
+
+    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
+        file = self._layout.open_blob(layer)
+        advance(layer.size)
+        return file
+
+    def root(self) -> tuple[Descriptor | None, Manifest | Index]:
+        entries = self._layout.select(self._tag)
+        return (entries[0], self._document(entries[0])) if len(entries) == 1 else (None, Index(entries))
+
+    def _read(self, descriptor: Descriptor, max_size: int) -> bytes:
+        return self._layout.read_blob(descriptor, max_size)
+
+
+class LayoutDestination(ImageDestination):
+    """A tag in an OCI layout directory, which is made if it does not exist."""
+
+    def __init__(self, root: Path, tag: str) -> None:
+        self.name = f"oci:{root}:{tag}"
+        self._layout = ImageLayout.create(root)
+        self._tag = tag
+
+    @property
+    def place(self) -> tuple[str, str] | None:
+        return "oci", str(self._layout.root.resolve())
+
+    def has(self, descriptor: Descriptor) -> bool:
+        return self._layout.has_blob(descriptor)
+
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        return LocalFile(self._layout.blob_path(descriptor.digest))
+
+    def manifest(self, digest: str) -> bytes | None:
+        path = self._layout.blob_path(digest)
+        if not path.is_file():
+            return None
+        with LocalFile(path) as file:
+            data = file.read_at(0, min(file.size, MAX_MANIFEST_SIZE + 1))
+        if digest_of(data) != digest:
+            raise CorruptBlobError("wrong content", blob=str(path), got=digest_of(data), wanted=digest)
+        return data
+
+    def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
+        stored = self._layout.add_file(descriptor.digest, path)
+        advance(descriptor.size)
+        return stored
+
+    def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
+        self._layout.add_bytes(descriptor.digest, data)
+
+    def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
+        self._layout.add_bytes(descriptor.digest, data)
+        if tagged:
+            self._layout.set_tag(self._tag, descriptor)
