@@ -132,13 +132,19 @@ class ObdlabHost:
 
 
 @contextmanager
-def containerd_with_obdlab(directory: Path, *arguments: str) -> Iterator[ObdlabHost]:
-    """Run both below ``directory`` and leave nothing of them behind. ``arguments`` are the snapshotter's."""
+def containerd_with_obdlab(directory: Path, *arguments: str, sandbox_image: str = "") -> Iterator[ObdlabHost]:
+    """Run both below ``directory`` and leave nothing of them behind. ``arguments`` are the snapshotter's.
+
+    With ``sandbox_image`` containerd also serves kubelets, with pods on that image.
+    """
     snapshotter = SnapshotterProcess(directory / "snapshotter", *arguments)
     with ExitStack() as stack:
         stack.callback(snapshotter.take_down)
         snapshotter.start()
-        host = stack.enter_context(running_containerd(directory / "containerd", {NAME: str(snapshotter.address)}))
+        proxies, cri = {NAME: str(snapshotter.address)}, NAME if sandbox_image else ""
+        host = stack.enter_context(
+            running_containerd(directory / "containerd", proxies, cri=cri, sandbox_image=sandbox_image)
+        )
         running = ObdlabHost(host, snapshotter)
         stack.callback(_remove_containers, running)
         yield running

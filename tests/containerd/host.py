@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.containerd.client import Containerd
@@ -17,18 +17,53 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
+# What no test uses: the optional directory of binaries, and by default the CRI plugin, which takes a second to start.
+_NO_OPT, _NO_CRI = "io.containerd.internal.v1.opt", "io.containerd.grpc.v1.cri"
 
 
-@dataclass(frozen=True)
 class ContainerdHost:
-    """A running containerd."""
+    """A containerd with root, state, socket, configuration and log below one directory. May be started again."""
 
-    address: str
-    root: Path
-    log: Path
-    pid: int
+    def __init__(self, directory: Path, configuration: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.address = str(directory / "c.sock")
+        self.root = directory / "root"
+        self.log = directory / "containerd.log"
+        self._configuration = directory / "config.toml"
+        self._configuration.write_text(configuration)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                ["containerd", "--config", str(self._configuration)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "CONTAINERD_DISABLE_PIGZ": "1"},
+            )
+        _wait_until_it_answers(self._process, self.address, self.log)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Send it a signal and wait for its end. Containers go on."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.send_signal(number)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_STOP_TIMEOUT_S)
 
     def ctr(self, *arguments: str, timeout_s: float = 60.0, check: bool = True) -> str:
         """Run stock ctr against it and return what it printed."""
@@ -47,62 +82,43 @@ class ContainerdHost:
 
 @contextmanager
 def running_containerd(
-    directory: Path, snapshotters: Mapping[str, str] | None = None, *, cri: str = ""
+    directory: Path, snapshotters: Mapping[str, str] | None = None, *, cri: str = "", sandbox_image: str = ""
 ) -> Iterator[ContainerdHost]:
     """Run containerd below ``directory`` with proxy snapshotters (name: socket), and stop it at the end.
 
-    With ``cri`` its CRI plugin runs too, on the snapshotter of that name.
+    With ``cri`` its CRI plugin runs too, on the snapshotter of that name and with pods on ``sandbox_image``.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    address = directory / "c.sock"
     proxies = "".join(
         f'[proxy_plugins.{json.dumps(name)}]\ntype = "snapshot"\naddress = {json.dumps(socket)}\n'
         for name, socket in (snapshotters or {}).items()
     )
-    disabled = ["io.containerd.internal.v1.opt"]
     plugin = ""
-    if cri:
-        plugin = (
-            '[plugins."io.containerd.grpc.v1.cri".containerd]\n'
-            f"snapshotter = {json.dumps(cri)}\ndisable_snapshot_annotations = false\n"
-        )
-    else:
-        disabled.append("io.containerd.grpc.v1.cri")
-    configuration = directory / "config.toml"
-    configuration.write_text(
-        f"""version = 2
+    if cri:  # pods' scores are below 0, which a root without CAP_SYS_RESOURCE may not give
+        plugin = f"""[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = {json.dumps(sandbox_image)}
+restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = {json.dumps(cri)}
+disable_snapshot_annotations = false
+"""
+    configuration = f"""version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = {json.dumps(disabled)}
+disabled_plugins = {json.dumps([_NO_OPT] if cri else [_NO_OPT, _NO_CRI])}
 [grpc]
-address = "{address}"
+address = "{directory}/c.sock"
 [debug]
 level = "debug"
 [plugins."io.containerd.gc.v1.scheduler"]
 startup_delay = "1ms"
 mutation_threshold = 1
 {plugin}{proxies}"""
-    )
-    log = directory / "containerd.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            ["containerd", "--config", str(configuration)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env={**os.environ, "CONTAINERD_DISABLE_PIGZ": "1"},
-        )
+    host = ContainerdHost(directory, configuration)
     try:
-        _wait_until_it_answers(process, str(address), log)
-        yield ContainerdHost(str(address), directory / "root", log, process.pid)
+        host.start()
+        yield host
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(_STOP_TIMEOUT_S)
+        host.stop()
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

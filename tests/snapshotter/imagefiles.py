@@ -115,7 +115,11 @@ def busybox_layers() -> list[bytes]:
 
 
 def image_documents(
-    layers: Sequence[bytes], annotations: Sequence[dict[str, str]] | None = None, *, compress: bool = True
+    layers: Sequence[bytes],
+    annotations: Sequence[dict[str, str]] | None = None,
+    *,
+    compress: bool = True,
+    command: Sequence[str] = ("/bin/sh",),
 ) -> tuple[dict[str, bytes], str]:
     """Return all blobs of an image by digest, and the digest of its manifest."""
     blobs: dict[str, bytes] = {}
@@ -128,7 +132,7 @@ def image_documents(
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
+        "config": {"Env": ["PATH=/bin"], "Cmd": list(command)},
         "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]},
     }
     descriptors = []

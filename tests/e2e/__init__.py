@@ -1,0 +1,1 @@
+"""Whole ways through real programs: registry, containerd, its clients, runc, the kernel."""

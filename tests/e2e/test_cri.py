@@ -1,0 +1,68 @@
+"""containerd's CRI plugin, asked over its gRPC API as a kubelet does: images and pods, lazily."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from obdlab.snapshotter.store import Kind
+from tests import capabilities
+from tests.containerd.kubelet import Kubelet
+from tests.containerd_host import ObdlabHost, containerd_with_obdlab
+from tests.e2e.conftest import BIG, file_text, wait_for
+from tests.e2e.images import push_pause
+from tests.snapshotter import imagefiles
+from tests.snapshotter.wire import WireSnapshotter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.registry.server import RegistryServer
+
+pytestmark = [pytest.mark.containerd, pytest.mark.registry]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory, registry_server: RegistryServer) -> Iterator[ObdlabHost]:
+    capabilities.require("containerd")
+    imagefiles.require_busybox()
+    pause = push_pause(registry_server.host)
+    with containerd_with_obdlab(tmp_path_factory.mktemp("cri"), sandbox_image=pause) as running:
+        yield running
+
+
+@pytest.fixture
+def kubelet(host: ObdlabHost) -> Iterator[Kubelet]:
+    with closing(Kubelet(host.containerd.address)) as client:
+        yield client
+
+
+def test_a_pod_runs_lazily(
+    host: ObdlabHost, kubelet: Kubelet, registry_server: RegistryServer, image: str, tmp_path: Path
+) -> None:
+    before = len(registry_server.requests())
+    assert kubelet.pull(image).startswith("sha256:")
+    with closing(WireSnapshotter(str(host.snapshotter.address))) as wire:
+        snapshots = [snapshot for snapshot in wire.walk() if "containerd.io/snapshot/remote" in snapshot.labels]
+    assert len(snapshots) == 2
+    for snapshot in snapshots:
+        assert snapshot.kind is Kind.COMMITTED
+        assert snapshot.labels["containerd.io/snapshot/cri.image-ref"] == image
+    asked = [entry["uri"] for entry in registry_server.requests()[before:] if "/blobs/" in entry["uri"]]
+    assert len(asked) == 1  # the config
+    with kubelet.pod("lazy", tmp_path) as pod:
+        container = kubelet.start(pod, image, "main", ["/bin/sh", "-c", "cat /etc/issue; exec sleep 1000"])
+        wait_for(lambda: file_text(tmp_path / "main.log").endswith("stdout F on top\n"))
+        assert len(host.snapshotter.devices.list()) == 1
+        assert kubelet.execute(container, "/bin/busybox", "wc", "-c", "/big").split() == [str(len(BIG)), "/big"]
+        assert kubelet.execute(container, "/bin/sh", "-c", "echo new > /etc/issue; cat /etc/issue") == "new\n"
+        # Another container of the pod shares the device, and not what the first one wrote.
+        other = kubelet.start(pod, image, "side", ["/bin/busybox", "sleep", "1000"])
+        assert kubelet.execute(other, "/bin/busybox", "cat", "/etc/issue") == "on top\n"
+        assert len(host.snapshotter.devices.list()) == 1
+        kubelet.stop(container)
+    kubelet.remove_image(image)
+    wait_for(lambda: host.snapshotter.devices.list() == [])
