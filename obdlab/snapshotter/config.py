@@ -11,6 +11,7 @@ from typing import Any, Self
 from obdlab.errors import ObdlabError
 from obdlab.snapshotter.errors import InvalidArgumentError
 from obdlab.snapshotter.overlaybd import ImageOptions
+from obdlab.snapshotter.quota import parse_size
 from obdlab.snapshotter.writable import FsSpec, Mode
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,6 @@ class SnapshotterConfig:
         _int(path, values, "tenant", -1, most=_MAX_TENANT)
         # Containers would run differently than asked for.
         _word(path, values, "runtimeType", ("containerd",))
-        if _text(path, values, "rootfsQuota"):
-            raise ConfigError(f"{path}: rootfsQuota is not supported (got {values['rootfsQuota']!r}, wanted '')")
         exporter = _object(path, values, "exporterConfig")
         port = _int(path, exporter, "port", _EXPORTER_PORT, most=65535, least=1)
         default_fs = _text(path, values, "defaultFsType") or ImageOptions().default_fs
@@ -104,6 +103,7 @@ class SnapshotterConfig:
                 sparse=_word(path, values, "writableLayerType", ("append", "sparse")) == "sparse",
                 auto_remove_devices=_flag(path, values, "autoRemoveDev"),
                 async_remove=_flag(path, values, "asyncRemove"),
+                quota_bytes=_size(path, values, "rootfsQuota"),
             ),
             exporter_listen=f"0.0.0.0:{port}" if _flag(path, exporter, "enable") else "",
             exporter_path=_text(path, exporter, "uriPrefix") or "/metrics",
@@ -122,6 +122,14 @@ def _word(path: Path, values: dict[str, Any], key: str, words: tuple[str, ...]) 
     if value not in words:
         raise ConfigError(f"{path}: {key} is not supported (got {value!r}, wanted {' or '.join(map(repr, words))})")
     return value
+
+
+def _size(path: Path, values: dict[str, Any], key: str) -> int:
+    text = _text(path, values, key)
+    try:
+        return parse_size(text) if text else 0
+    except InvalidArgumentError as error:
+        raise ConfigError(f"{path}: {key}: {error}") from error
 
 
 def _flag(path: Path, values: dict[str, Any], key: str) -> bool:

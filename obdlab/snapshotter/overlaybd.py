@@ -59,6 +59,8 @@ class ImageOptions:
     auto_remove_devices: bool = False
     #: Files of removed snapshots wait for Cleanup.
     async_remove: bool = False
+    #: What a container may write to its overlay, 0 for no limit.
+    quota_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class WritableDevice:
             os.fsync(file.fileno())
 
 
-def upper_for(labels: Mapping[str, str], block: Path, *, has_parent: bool) -> UpperConfig:
+def upper_for(labels: Mapping[str, str], block: Path, size_gb: int) -> UpperConfig:
     """Return where the layer of a new snapshot goes, and the size of its disk, 0 meaning that of the layers below.
 
     Raises InvalidArgumentError for a path that is not absolute.
@@ -95,12 +95,15 @@ def upper_for(labels: Mapping[str, str], block: Path, *, has_parent: bool) -> Up
     if place and not os.path.isabs(place):
         raise InvalidArgumentError(f"label {LABEL_ACTIVE_PATH}: not an absolute path (got {place!r})")
     directory = Path(place) if place else block
-    size_gb = 0 if has_parent else _size_gb(labels.get(LABEL_VSIZE, ""))
     return UpperConfig(str(directory / _INDEX), str(directory / _DATA), size_gb)
 
 
-def _size_gb(text: str) -> int:
-    # The original takes its default for what is no number.
+def size_gb(labels: Mapping[str, str]) -> int:
+    """Return the size of a new disk on no layers, in GB.
+
+    As in the original, what is no number means its default. Raises InvalidArgumentError for one that is too large.
+    """
+    text = labels.get(LABEL_VSIZE, "")
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         return _DEFAULT_SIZE_GB
     if int(text) > _MAX_SIZE_GB:

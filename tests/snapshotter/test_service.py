@@ -180,7 +180,7 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
         ({"autoRemoveDev": "yes"}, "autoRemoveDev"),
         ({"writableLayerType": "log"}, "writableLayerType"),
         ({"runtimeType": "docker"}, "runtimeType"),
-        ({"rootfsQuota": "20g"}, "rootfsQuota"),
+        ({"rootfsQuota": "much"}, "rootfsQuota"),
         ({"tenant": "a"}, "tenant"),
         ({"exporterConfig": {"enable": True, "port": 0}}, "port"),
         ({"exporterConfig": 9863}, "exporterConfig"),

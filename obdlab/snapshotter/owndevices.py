@@ -1,0 +1,210 @@
+"""Snapshots that write to a device of their own: made, mounted, committed to a layer, and recovered after a crash.
+
+(overlaybd snapshotter, writable modes and commit. The files: :mod:`obdlab.snapshotter.writable`.)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.snapshotter import overlaybd, tracing, writable
+from obdlab.snapshotter.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from obdlab.snapshotter.layout import CONFIG_NAME, WRITABLE_NAME
+from obdlab.snapshotter.mounts import Mount, device_mounts
+from obdlab.snapshotter.quota import quota_asked
+from obdlab.snapshotter.store import Kind
+from obdlab.snapshotter.writable import Mode, WritableDevice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from obdlab.snapshotter.snapshots import Snapshots
+    from obdlab.snapshotter.store import Snapshot, Writer
+    from obdlab.snapshotter.writable import FsSpec
+
+logger = logging.getLogger(__name__)
+
+_GB = 1 << 30
+
+
+class OwnDevices:
+    """The containers of a root that have a device each."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+        self._layout = snapshots.layout
+        self._store = snapshots.store
+        self._images = snapshots.images
+        self._locks = snapshots.locks
+        self._options = snapshots.options
+
+    def mode(self, parent: str, labels: Mapping[str, str]) -> Mode:
+        """Return what a new snapshot will write to: on anything but an image, an overlay."""
+        if overlaybd.pull_target(labels) or labels.get(writable.LABEL_TYPE) == "image":
+            return Mode.OVERLAYFS
+        mode = writable.mode_asked(labels, self._options.mode)
+        if mode is Mode.OVERLAYFS or not parent:
+            return mode
+        with self._store.read() as reader:
+            below = reader.find(parent)
+        is_image = below is not None and self._layout.is_image(below.id)
+        return mode if is_image else Mode.OVERLAYFS
+
+    def create(
+        self, mode: Mode, key: str, parent: str, labels: Mapping[str, str], remove: Callable[[str], None]
+    ) -> list[Mount]:
+        """Make such a snapshot; if its device cannot be had, ``remove`` takes the snapshot away again."""
+        spec = overlaybd.fs_spec(labels, self._options)
+        if not parent and spec.fs_type == "erofs":
+            raise InvalidArgumentError(f"snapshot {key!r}: erofs cannot be written to")
+        with self._store.write() as writer:
+            snapshot, lower_ids = self._snapshots.add(
+                writer,
+                Kind.ACTIVE,
+                key,
+                parent,
+                labels,
+                lambda *made: self._fill(mode, labels, writer, spec, *made),
+            )
+            image = self._snapshots.image_below(writer, lower_ids)
+        try:
+            return self.mount(snapshot, image, make=not parent and not spec.made_here)
+        except BaseException:
+            with suppress(ObdlabError):  # what went wrong before matters more
+                remove(key)
+            raise
+
+    def mount(self, snapshot: Snapshot, image: Snapshot | None, *, make: bool = False) -> list[Mount]:
+        """Have the device there and return how to mount it."""
+        asked_s = time.monotonic()
+        spec = overlaybd.fs_spec(snapshot.labels, self._options, image.labels if image else None)
+        with self._locks.hold(snapshot.id):
+            device = WritableDevice.load(self._layout.writable(snapshot.id))
+            if device is None:
+                raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")
+            path = self._images.mount(snapshot.id, spec, asked_s, device.mode, make=make)
+            return device_mounts(device.mode, self._layout.mountpoint(snapshot.id), path, spec.fs_type)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], own_id: int) -> None:
+        """Take the device away and make its layer the top of a new image."""
+        with self._locks.hold(own_id):
+            device = WritableDevice.load(self._layout.writable(own_id))
+            with self._store.read() as reader:
+                if device is None or reader.get(key).id != own_id:
+                    raise NotFoundError(f"snapshot {key!r} was removed or committed meanwhile")
+                if reader.find(name) is not None:  # before the device is taken away for nothing
+                    raise AlreadyExistsError(f"snapshot {name!r} already exists")
+            if not self._images.release(own_id):
+                raise FailedPreconditionError(f"snapshot {key!r}: its device is still in use")
+            sealed = self._layout.fs(own_id) / writable.SEALED_FILE
+            sealed.unlink(missing_ok=True)
+            writable.seal(device.upper, sealed)
+            active = ImageConfig.load(self._layout.config(own_id))
+            lowers = active.lowers[:-1] if active.acceleration_layer else active.lowers
+            below = (
+                replace(active, lowers=lowers, upper=UpperConfig(), acceleration_layer=False, record_trace_path="")
+                if lowers
+                else None
+            )
+            committed = overlaybd.local_config(below, self._layout.directory(own_id))
+            kept = {label: value for label, value in labels.items() if label != writable.LABEL_WRITABLE}
+            kept[writable.LABEL_COMMIT_PATH] = str(sealed)
+            with self._store.write() as writer:
+                writer.on_rollback(partial(sealed.unlink, missing_ok=True))
+                writer.on_rollback(partial(active.save, self._layout.config(own_id)))
+                committed.save(self._layout.config(own_id))
+                writer.commit(key, name, kept, self._layout.usage(own_id))
+            self._drop_upper(own_id, device)
+
+    def recover(self) -> None:
+        """Finish commits that a crash cut short, if they are in the store, and undo the others.
+
+        Opening its layer undoes the seal.
+        """
+        with self._store.read() as reader:
+            snapshots = [snapshot for snapshot in reader.all() if self._layout.has_device(snapshot.id)]
+        for snapshot in snapshots:
+            try:
+                device = WritableDevice.load(self._layout.writable(snapshot.id))
+            except FailedPreconditionError as error:  # its own calls fail with this; the others' must not
+                logger.error("snapshot %r: %s", snapshot.key, error)
+                continue
+            sealed = self._layout.fs(snapshot.id) / writable.SEALED_FILE
+            if device is None:
+                continue
+            if snapshot.kind is Kind.COMMITTED:
+                self._drop_upper(snapshot.id, device)
+            elif sealed.exists():
+                config = ImageConfig.load(self._layout.config(snapshot.id))
+                if not config.upper.active:
+                    lowers = config.lowers[:-1]
+                    replace(config, lowers=lowers, upper=device.upper).save(self._layout.config(snapshot.id))
+                sealed.unlink()
+
+    def _fill(
+        self,
+        mode: Mode,
+        labels: Mapping[str, str],
+        writer: Writer,
+        spec: FsSpec,
+        directory: Path,
+        own_id: int,
+        lower_ids: Sequence[int],
+    ) -> None:
+        home = self._layout.directory(own_id)
+        below = ImageConfig.load(self._layout.config(lower_ids[0])) if lower_ids else None
+        if below is not None:
+            below = replace(below, record_trace_path=tracing.trace_path(labels))
+        size_gb = self._size_gb(labels, has_parent=below is not None)
+        upper = writable.upper_for(labels, home / "block", size_gb)
+        block = self._layout.add_block(directory)
+        # In its own place until the directory gets its name.
+        data, index = (
+            block / path.name if path.parent == home / "block" else path
+            for path in (Path(upper.data), Path(upper.index))
+        )
+        if writable.make_upper(
+            data,
+            index,
+            upper.vsize_gb,
+            sparse=self._options.sparse,
+            make_ext4=below is None and spec.made_here,
+        ):
+            writer.on_rollback(partial(data.unlink, missing_ok=True))
+            writer.on_rollback(partial(index.unlink, missing_ok=True))
+        WritableDevice(mode, upper).save(block / WRITABLE_NAME)
+        overlaybd.writable_config(below, upper, home).save(block / CONFIG_NAME)
+
+    # A device of its own is limited by its size. One that lies on an image has the image's.
+    def _size_gb(self, labels: Mapping[str, str], *, has_parent: bool) -> int:
+        quota = quota_asked(labels, 0)
+        if has_parent:
+            if quota:
+                raise FailedPreconditionError(
+                    "disk quota: a writable device has the size of its image, which a quota cannot change "
+                    "(wanted no quota, or a container that writes to an overlay)"
+                )
+            return 0
+        size_gb = writable.size_gb(labels)
+        if not quota:
+            return size_gb
+        if quota < _GB:
+            raise InvalidArgumentError(f"disk quota: too small for a writable device (got {quota} bytes, wanted 1g)")
+        return min(size_gb, quota // _GB)
+
+    def _drop_upper(self, own_id: int, device: WritableDevice) -> None:
+        writable.drop(device.upper)
+        self._layout.writable(own_id).unlink()  # last: until then the next start does all of it again

@@ -1,0 +1,80 @@
+"""Recording what a container reads of its image, or fetching ahead what a trace names, by the labels of a snapshot.
+
+The path goes into the image's configuration before its device is attached; the device's server then does as
+``obdlab.image.recording`` says: an empty file is recorded into (``<path>.lock`` while that goes on, ``<path>.ok`` once
+it is written), any other is replayed.
+
+(overlaybd snapshotter, labels ``record-trace`` and ``record-trace-path``.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from obdlab.image.config import ImageConfig
+from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from obdlab.snapshotter.snapshots import Snapshots
+    from obdlab.snapshotter.store import Snapshot
+
+logger = logging.getLogger(__name__)
+
+LABEL_RECORD = "containerd.io/snapshot/overlaybd/record-trace"
+LABEL_RECORD_PATH = "containerd.io/snapshot/overlaybd/record-trace-path"
+
+
+def trace_path(labels: Mapping[str, str]) -> str:
+    """Return the trace that a container's labels name, or ''. Raises InvalidArgumentError for one that is not there."""
+    if labels.get(LABEL_RECORD) != "yes":
+        return ""
+    path = labels.get(LABEL_RECORD_PATH, "")
+    if path and not (os.path.isabs(path) and os.path.isfile(path)):
+        raise InvalidArgumentError(
+            f"label {LABEL_RECORD_PATH}: no such file (got {path!r}, wanted the absolute path of an empty one)"
+        )
+    return path
+
+
+def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
+    """Have the image's device, which no container is on yet, record or replay the trace that ``labels`` name.
+
+    Without such labels, what an earlier container asked for is over. The caller holds the image's lock. Raises
+    FailedPreconditionError if the reads of the container could not all be recorded.
+    """
+    path = trace_path(labels)
+    config_path = snapshots.layout.config(image.id)
+    config = ImageConfig.load(config_path)
+    if config.record_trace_path == path:
+        if not path or not _is_empty(path):
+            return
+    elif config.acceleration_layer:
+        logger.warning("image %r: has an acceleration layer, which goes before the trace %s", image.key, path)
+        return
+    with snapshots.store.read() as reader:
+        busy = reader.has_containers(image.id)
+    try:
+        idle = not busy and snapshots.images.release(image.id)
+    except FailedPreconditionError:
+        idle = False
+    if idle:
+        replace(config, record_trace_path=path).save(config_path)
+    elif path and _is_empty(path):
+        raise FailedPreconditionError(
+            f"image {image.key!r} is in use: a recording into {path} would miss what is cached already "
+            "(wanted no other container on it)"
+        )
+    elif path:
+        logger.warning("image %r is in use: the trace %s is not replayed", image.key, path)
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return os.stat(path).st_size == 0
+    except OSError:
+        return False
