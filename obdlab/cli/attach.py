@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obdlab.image.config import ImageConfig
+    from obdlab.service.client import AttachedDevice, DeviceService
 
 SOURCE_HELP = (
     "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
@@ -28,6 +29,9 @@ SOURCE_HELP = (
 )
 #: Below the run directory: configurations made for images that came without one.
 _IMAGES = "images"
+_CONFIG = "config.v1.json"
+#: From this on a listing tells of a request under way.
+_LONG_WAIT_S = 5.0
 
 
 def add(subcommands: Any) -> None:
@@ -56,8 +60,15 @@ def add(subcommands: Any) -> None:
 
 def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node."""
+    if args.id == "":
+        raise DeviceError("--id: empty (wanted a name; without the option one is made from the image)")
     config, device_id = config_of(args.source, args)
-    device = device_service_from(args).attach(config, args.id or device_id, timeout_s=args.timeout)
+    service = device_service_from(args)
+    try:
+        device = service.attach(config, args.id or device_id, timeout_s=args.timeout)
+    except BaseException:
+        forget_config(service, config)
+        raise
     print(device.path)
     return 0
 
@@ -65,12 +76,13 @@ def run_attach(args: argparse.Namespace) -> int:
 def run_detach(args: argparse.Namespace) -> int:
     """Detach; a device that is not there is fine."""
     service = device_service_from(args)
-    by_node = {str(device.path): device.device_id for device in service.list()}
-    device_id = by_node.get(args.device, args.device)
-    if args.device.startswith("/") and args.device not in by_node:
+    named = next((each for each in service.list() if args.device in (each.device_id, str(each.path))), None)
+    if args.device.startswith("/") and named is None:
         raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    device_id = args.device if named is None else named.device_id
     gone = service.detach(device_id)
-    forget_config(args.run_dir, device_id)
+    made = args.run_dir.absolute() / _IMAGES / device_id / _CONFIG
+    forget_config(service, made if named is None else named.config)
     print(f"{device_id}: {'detached' if gone else 'not attached'}")
     return 0
 
@@ -79,16 +91,32 @@ def run_list(args: argparse.Namespace) -> int:
     """List the devices, one a line."""
     service = device_service_from(args)
     for device in service.list():
+        counters = _counters_of(service, device) if device.alive else {}
         if args.json:
             known = {"id": device.device_id, "path": str(device.path), "size": device.size, "pid": device.pid}
             known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
             known |= {"keeper_pid": device.keeper_pid, "restarts": device.restarts}
-            print(json.dumps(known | (service.statistics(device.device_id) if device.alive else {})))
+            print(json.dumps(known | counters))
         else:
             mode = "ro" if device.read_only else "rw"
-            state = f"pid {device.pid}" if device.alive else "server dead"
+            state = f"pid {device.pid}{_trouble(counters)}" if device.alive else "server dead"
             print(f"{device.device_id}  {device.path}  {device.size >> 20} MiB  {mode}  {state}  {device.config}")
     return 0
+
+
+# One that hangs, or is being replaced, must not keep the others from being listed.
+def _counters_of(service: DeviceService, device: AttachedDevice) -> dict[str, Any]:
+    try:
+        return service.statistics(device.device_id)
+    except DeviceError as error:
+        return {"unanswered": str(error)}
+
+
+def _trouble(counters: dict[str, Any]) -> str:
+    if "unanswered" in counters:
+        return " (does not answer)"
+    longest_s = max(counters.get("under_way_s", ()), default=0.0)
+    return f" (a request has waited {longest_s:.0f} s)" if longest_s >= _LONG_WAIT_S else ""
 
 
 def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, str | None]:
@@ -108,7 +136,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     run.create()
     directory = run.path / _IMAGES / device_id
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.v1.json"
+    path = directory / _CONFIG
     config.save(path)
     return path, device_id
 
@@ -167,10 +195,16 @@ def _may_be_a_path(name: str) -> bool:
     return not names_registry or "./" in name or name.endswith((".obd", ".json", ".lsmt", ".zfile", ".tar"))
 
 
-def forget_config(run_dir: Path, device_id: str) -> None:
-    """Remove the configuration that :func:`config_of` made for a device, if it did."""
-    directory = run_dir / _IMAGES / device_id
-    (directory / "config.v1.json").unlink(missing_ok=True)
+def forget_config(service: DeviceService, config: Path) -> None:
+    """Remove a configuration that :func:`config_of` made, unless a device of the run directory is made from it."""
+    directory = config.absolute().parent
+    if directory.parent.resolve() != (service.run_dir.path / _IMAGES).resolve():
+        return
+    devices = service.list()
+    attaching = len(service.run_dir.device_directories()) > len(devices)
+    if attaching or any(each.config == config.absolute() for each in devices):
+        return
+    config.unlink(missing_ok=True)
     try:
         directory.rmdir()
     except OSError:  # not there, or not only ours

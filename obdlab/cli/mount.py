@@ -12,6 +12,8 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     import argparse
 
+    from obdlab.service.client import AttachedDevice, DeviceService
+
 
 def add(subcommands: Any) -> None:
     """Declare the commands."""
@@ -52,9 +54,9 @@ def run_mount(args: argparse.Namespace) -> int:
         service.mount(device, args.target.resolve())
     except BaseException:
         if device is not None:
-            _detach_if_unused(service, device.device_id, args.run_dir)
-        elif device_id is not None:
-            forget_config(args.run_dir, device_id)
+            _detach_if_unused(service, device)
+        else:
+            forget_config(service, config)
         if made and args.target.is_dir():
             args.target.rmdir()
         raise
@@ -85,14 +87,14 @@ def run_umount(args: argparse.Namespace) -> int:
             f"{args.run_dir})"
         )
     unmount(args.target)
-    detached = _detach_if_unused(service, device.device_id, args.run_dir)
+    detached = _detach_if_unused(service, device)
     print(f"{args.target}: unmounted, {device.path} {'detached' if detached else 'still in use elsewhere'}")
     return 0
 
 
 # A device that is mounted elsewhere too goes with the last umount.
-def _detach_if_unused(service: Any, device_id: str, run_dir: Path) -> bool:
-    if not service.release(device_id):
+def _detach_if_unused(service: DeviceService, device: AttachedDevice) -> bool:
+    if not service.release(device.device_id):
         return False
-    forget_config(run_dir, device_id)
+    forget_config(service, device.config)
     return True

@@ -2,9 +2,10 @@
 
 A process per device that does nothing but wait: forked from the warmed host, it shares its memory. When a server
 dies, whatever killed it, the keeper has the kernel hand out again what was not answered (Linux 6.9) and forks the
-next one, which opens the image anew; users of the device see a pause. It also forks helpers for a server that is
-short of processor time. A device whose servers die again and again at once, or cannot open the image for the read
-deadline, is given up: the connection is let go, and its users get I/O errors instead of waiting for ever.
+next one, which opens the image anew; users of the device see a pause. A server that hangs is killed
+(``obdlab.service.watchdog``). It also forks helpers for a server that is short of processor time. A device whose
+servers die again and again at once, or hang, or cannot open the image for the read deadline, is given up: the
+connection is let go, and its users get I/O errors instead of waiting for ever.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from obdlab.image.settings import Settings
 from obdlab.service import server
 from obdlab.service.forking import become
 from obdlab.service.rundir import DeviceRecord, Plan, Process
+from obdlab.service.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 HEALTHY_S = 0.25
 #: So many deaths at once in a row, and the device is given up.
 MAX_DEATHS = 10
+#: So many in a row that hung and answered nothing at all: likewise.
+MAX_HANGS = 3
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _OOM_SCORE_ADJUST = "-1000"
@@ -91,6 +95,7 @@ class Keeper:
         self._deaths = 0
         self._restarts = 0 if former is None else former.record.restarts
         self._description: dict[str, Any] = {}
+        self._watchdog = Watchdog(directory, settings)
         self._over = False
 
     def run(self) -> None:
@@ -108,6 +113,8 @@ class Keeper:
         pause_ms = None
         if self._next_start is not None:
             pause_ms = max(0.0, self._next_start - time.monotonic()) * 1000
+        elif self._is_ready:
+            pause_ms = self._watchdog.pause_s() * 1000
         for fd, _ in self._poller.poll(pause_ms):
             if fd == self._tell:
                 self._fail("nobody waits for the device any more")
@@ -117,6 +124,7 @@ class Keeper:
                     self._listen(one)
                 elif fd == one.pidfd:
                     self._bury(one)
+        self._end_hung()
         if not self._over and self._next_start is not None and time.monotonic() >= self._next_start:
             self._next_start = None
             if not has_ended(self._connection):
@@ -125,6 +133,16 @@ class Keeper:
     @property
     def _is_ready(self) -> bool:
         return self._tell is None
+
+    def _end_hung(self) -> None:
+        if self._over or not self._is_ready or self._path is None:
+            return
+        servers = {number: one.pid for number, one in self._servers.items()}
+        for number, why in self._watchdog.hung(self._path, servers).items():
+            log.error("%s: server %d %s: killed, to be replaced", self._directory.name, number, why)
+            self._kill(self._servers[number])
+        if self._watchdog.hangs >= MAX_HANGS:
+            self._give_up(f"{MAX_HANGS} servers that hung")
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
@@ -303,15 +321,15 @@ class Keeper:
             self._failing_since = now
         self._failures += 1
         if self._deaths >= MAX_DEATHS or now - self._failing_since > self._give_up_after_s:
-            log.error(
-                "%s: given up after %d servers in %.1f s (the last: %s); its users get I/O errors",
-                *(self._directory.name, self._failures, now - self._failing_since, why),
-            )
-            self._kill_servers()
-            self._over = True
+            self._give_up(f"{self._failures} servers in {now - self._failing_since:.1f} s (the last: {why})")
             return
         pause = 0.0 if self._failures == 1 else min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures, 8))
         self._next_start = now + pause
+
+    def _give_up(self, after: str) -> None:
+        log.error("%s: given up after %s; its users get I/O errors", self._directory.name, after)
+        self._kill_servers()
+        self._over = True
 
     # Nothing came of the first server, or of taking over.
     def _fail(self, why: str) -> None:
@@ -324,8 +342,11 @@ class Keeper:
 
     def _kill_servers(self) -> None:
         for one in self._servers.values():
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+            self._kill(one)
+
+    def _kill(self, one: _Server) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
 
 
 def _how(status: int) -> str:
