@@ -48,6 +48,7 @@ _MAX_LINKS = 255
 _MAX_PATH = 4095
 _TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
+_NO_NAMES = (b"", b".", b"..")
 _NODES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
 # What a parent looks like that no member describes.
 _IMPLICIT = Attributes(0o755, 0, 0, 0, 0)
@@ -114,6 +115,9 @@ class _Applier:
         assert root is not None
         self._upper = _Upper({b"": _times(root.attributes)})
         self._whiteouts: dict[bytes, None] = {}
+        # The last member's directory as written, and where it is: members of one mostly come together.
+        self._last_above: bytes | None = None
+        self._last_parent = b""
         self.statistics = ApplyStatistics()
 
     def run(self) -> ApplyStatistics:
@@ -134,18 +138,19 @@ class _Applier:
         return self.statistics
 
     def _apply(self, member: Member) -> None:
-        components = self._components(member, member.name, "name")
-        if not components:
-            return
-        base = components.pop()
-        parent = self._resolve(components)
+        above, _, base = member.name.rpartition(b"/")
+        if above != self._last_above or base in _NO_NAMES:
+            components = self._components(member, member.name, "name")
+            if not components:
+                return
+            self._last_above = None if base in _NO_NAMES else above
+            base = components.pop()
+            self._last_parent = self._resolve(components)
+            self._enter(self._last_parent)
+        parent = self._last_parent
         path = parent + b"/" + base
-        self._check_whiteout_name(member, base)
-        self._enter(parent)
-        if base == OPAQUE_MARK:
-            self._upper.opaque.add(parent)
-        elif base.startswith(WHITEOUT_PREFIX):
-            self._whiteouts[parent + b"/" + base.removeprefix(WHITEOUT_PREFIX)] = None
+        if base.startswith(WHITEOUT_PREFIX):
+            self._whiteout(member, parent, base)
         elif member.kind is Kind.CHARACTER and member.rdev == _WHITEOUT_RDEV:
             self._whiteouts[path] = None  # overlayfs' own form
         elif member.kind is Kind.DIRECTORY:
@@ -244,9 +249,14 @@ class _Applier:
 
     # Whiteouts
 
-    def _check_whiteout_name(self, member: Member, base: bytes) -> None:
-        if base.startswith(WHITEOUT_PREFIX) and base.removeprefix(WHITEOUT_PREFIX) in (b"", b".", b".."):
+    def _whiteout(self, member: Member, parent: bytes, base: bytes) -> None:
+        hidden = base.removeprefix(WHITEOUT_PREFIX)
+        if base == OPAQUE_MARK:
+            self._upper.opaque.add(parent)
+        elif hidden in _NO_NAMES:
             raise self._malformed(member, "malformed whiteout", got=_show(member.name))
+        else:
+            self._whiteouts[parent + b"/" + hidden] = None
 
     def _hide(self, path: bytes) -> None:
         # Remove what layers below have at the path.
@@ -267,7 +277,7 @@ class _Applier:
         seen = self._tree.look(path)
         if seen is not None and not seen.is_directory:
             self._tree.remove(path)
-            self._upper.forget(path)
+            self._forget(path)
             seen = None
         if seen is None:
             self._tree.make_directory(path, attributes)
@@ -280,7 +290,7 @@ class _Applier:
         self._whiteouts.pop(path, None)
         if self._tree.look(path) is not None:
             self._tree.remove(path)
-            self._upper.forget(path)
+            self._forget(path)
         attributes = _attributes(member)
         match member.kind:
             case Kind.FILE:
@@ -295,6 +305,10 @@ class _Applier:
             case kind:
                 self._tree.make_node(path, attributes, _NODES[kind], member.rdev)
         self._upper.others.add(path)
+
+    def _forget(self, path: bytes) -> None:
+        self._upper.forget(path)
+        self._last_above = None
 
     def _link_target(self, member: Member, path: bytes) -> bytes:
         components = self._components(member, member.link, "hard link target")

@@ -12,7 +12,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from obdlab.ext4.editor import Editor
+from obdlab.ext4.editor import EXTENTS, Editor
 from obdlab.ext4.layout import ROOT_INO, Inode, device_block
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Xattr = tuple[bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: making frozen ones takes four times as long, and there is one for every file.
+@dataclass(slots=True)
 class Attributes:
     """What a member says of a file beside its content. Times in nanoseconds."""
 
@@ -143,7 +144,12 @@ class Ext4Tree:
     def make_file(
         self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
     ) -> None:
-        inode = self._editor.with_content(_inode(stat.S_IFREG, attributes), size, pieces, sparse=sparse)
+        block, sectors = self._editor.write_content(size, pieces, sparse=sparse)
+        mtime_ns = attributes.mtime_ns
+        inode = Inode(
+            stat.S_IFREG | attributes.mode, attributes.uid, attributes.gid, size, attributes.atime_ns, mtime_ns,
+            mtime_ns, 1, sectors, EXTENTS, block,
+        )  # fmt: skip
         self._add(path, inode, attributes)
 
     def make_link(self, path: bytes, attributes: Attributes, target: bytes) -> None:

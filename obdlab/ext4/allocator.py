@@ -22,7 +22,7 @@ class Allocator:
     """Hands out numbers from 0 to ``total``, in ascending order from the highest in use, then from the start.
 
     So what one layer adds lies together, wherever the layers before left holes. ``load(group)`` gives a group's
-    bitmap; ``free`` how many are free in each group, which is kept up to date.
+    bitmap; ``free`` how many are free in each group, which :meth:`changed` brings up to date.
     """
 
     def __init__(self, total: int, per_group: int, free: list[int], load: Callable[[int], bytes], name: str) -> None:
@@ -34,7 +34,10 @@ class Allocator:
         self._bits: dict[int, NDArray[np.uint8]] = {}
         self._changed: set[int] = set()
         self._left = sum(free)
-        self._run = (0, 0)  # what is free from the cursor on
+        # What is free from the cursor on, and what was taken before it and is not yet in the bitmaps: most is taken
+        # in small pieces, one after another.
+        self._at = self._end = 0
+        self._taken_from = 0
         self._next = self._first_after_used()
 
     def take(self, count: int) -> list[Run]:
@@ -42,15 +45,18 @@ class Allocator:
         if count > self._left:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._left -= count
+        at = self._at
+        if 0 < count <= self._end - at:
+            self._at = at + count
+            return [(at, count)]
         found: list[Run] = []
         while count:
-            first, end = self._run
-            if first == end:
-                self._run = self._next_run()
-                continue
-            length = min(count, end - first)
-            self._mark(first, length, 1)
-            self._run = (first + length, end)
+            if self._at == self._end:
+                self._mark_taken()
+                self._at, self._end = self._next_run()
+                self._taken_from = self._at
+            first, length = self._at, min(count, self._end - self._at)
+            self._at += length
             if found and sum(found[-1]) == first:
                 found[-1] = (found[-1][0], found[-1][1] + length)
             else:
@@ -58,13 +64,19 @@ class Allocator:
             count -= length
         return found
 
+    def take_one(self) -> int:
+        """Return one number. Raises OSError (ENOSPC) if none is free."""
+        return self.take(1)[0][0]
+
     def give_back(self, first: int, length: int) -> None:
         """Free numbers. Raises FormatError if one is free already."""
+        self._mark_taken()
         self._mark(first, length, 0)
         self._left += length
 
     def changed(self) -> Iterator[tuple[int, bytes]]:
         """Yield each changed group with its bitmap, bits beyond the group's numbers being set."""
+        self._mark_taken()
         for group in sorted(self._changed):
             yield group, np.packbits(self._bits[group], bitorder="little").tobytes()
 
@@ -84,6 +96,10 @@ class Allocator:
                 raise FormatError("free count of a group is wrong", blob=self._name, got=self.free[group])
             self._bits[group] = bits
         return bits
+
+    def _mark_taken(self) -> None:
+        self._mark(self._taken_from, self._at - self._taken_from, 1)
+        self._taken_from = self._at
 
     def _mark(self, first: int, length: int, value: int) -> None:
         while length:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Self
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from obdlab.blob import Buffer
 
 #: Where the superblock is, and how long.
@@ -252,12 +254,18 @@ class Group:
 # crtime_x version_hi projid
 _INODE = struct.Struct("<HHIIIIIHHIII60sIIIIHHHHHH")
 _INODE_EXTRA = struct.Struct("<HHIIIIIII")
+# All 256 bytes: what follows the fixed fields is filled up with zeros.
+_WHOLE_INODE = struct.Struct(_INODE.format + _INODE_EXTRA.format[1:] + f"{256 - GOOD_INODE - EXTRA_ISIZE}s")
 _NS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, here and below: making frozen ones takes four times as long, and there is one for every file.
+@dataclass(slots=True)
 class Inode:
-    """One inode. Times in nanoseconds since 1970; ``block`` is the 60 bytes of extents or a short link's text."""
+    """One inode, not to be changed in place. Times in nanoseconds since 1970.
+
+    ``block`` is the 60 bytes of extents or a short link's text.
+    """
 
     mode: int
     uid: int = 0
@@ -317,18 +325,16 @@ class Inode:
 
     def write_to(self, raw: bytearray | memoryview, offset: int) -> None:
         """Write the 256 bytes at ``offset``. Times out of range are clipped."""
-        atime, atime_x = _time_fields(self.atime_ns)
-        ctime, ctime_x = _time_fields(self.ctime_ns)
         mtime, mtime_x = _time_fields(self.mtime_ns)
-        _INODE.pack_into(
+        atime, atime_x = (mtime, mtime_x) if self.atime_ns == self.mtime_ns else _time_fields(self.atime_ns)
+        ctime, ctime_x = (mtime, mtime_x) if self.ctime_ns == self.mtime_ns else _time_fields(self.ctime_ns)
+        _WHOLE_INODE.pack_into(
             raw, offset,
             self.mode, self.uid & 0xFFFF, self.size & 0xFFFFFFFF, atime, ctime, mtime, 0, self.gid & 0xFFFF,
             self.links, self.sectors & 0xFFFFFFFF, self.flags, 0, self.block, 0, self.acl_block & 0xFFFFFFFF,
             self.size >> 32, 0, self.sectors >> 32, self.acl_block >> 32, self.uid >> 16, self.gid >> 16, 0, 0,
+            EXTRA_ISIZE, 0, ctime_x, mtime_x, atime_x, 0, 0, 0, 0, self.tail,
         )  # fmt: skip
-        _INODE_EXTRA.pack_into(raw, offset + GOOD_INODE, EXTRA_ISIZE, 0, ctime_x, mtime_x, atime_x, 0, 0, 0, 0)
-        tail = self.tail.ljust(256 - GOOD_INODE - EXTRA_ISIZE, b"\0")
-        raw[offset + GOOD_INODE + EXTRA_ISIZE : offset + 256] = tail
 
     def changed(self, **fields: object) -> Inode:
         """Return a copy with other fields."""
@@ -358,7 +364,7 @@ def device_block(major: int, minor: int) -> bytes:
     return struct.pack("<II", *fields).ljust(60, b"\0")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Extent:
     """``length`` blocks of a file from ``logical`` on, at ``physical`` on the disk. ``unwritten`` reads as zeros."""
 
@@ -397,7 +403,7 @@ def parse_node(raw: Buffer, name: str = "") -> tuple[int, list[Extent], list[tup
     return 0, found, []
 
 
-def extent_node(extents: list[Extent], size: int) -> bytes:
+def extent_node(extents: Sequence[Extent], size: int) -> bytes:
     """Return a leaf of ``size`` bytes (60 in an inode)."""
     body = b"".join(_EXTENT.pack(e.logical, e.length, e.physical >> 32, e.physical & 0xFFFFFFFF) for e in extents)
     return (_NODE.pack(EXTENT_MAGIC, len(extents), (size - 12) // 12, 0, 0) + body).ljust(size, b"\0")

@@ -11,8 +11,6 @@ import struct
 import uuid
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from obdlab.errors import FormatError
 from obdlab.ext4 import directory
 from obdlab.ext4.layout import (
@@ -33,6 +31,8 @@ from obdlab.ext4.layout import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from obdlab.blob import WritableBlob
 
 BLOCK = 4096
@@ -121,16 +121,25 @@ class _Shape:
         return packed
 
     def block_bitmap_bytes(self) -> bytes:
-        bits = np.zeros(self.groups * _PER_GROUP, np.uint8)
-        bits[: self.used_blocks] = 1
-        bits[self.blocks :] = 1  # past the end counts as used
-        return np.packbits(bits, bitorder="little").tobytes()
+        # Past the end counts as used.
+        return _bits(self.groups * _PER_GROUP, [(0, self.used_blocks), (self.blocks, self.groups * _PER_GROUP)])
 
     def inode_bitmap_bytes(self) -> bytes:
-        bits = np.ones((self.groups, _PER_GROUP), np.uint8)
-        bits[:, : self.inodes_per_group] = 0
-        bits[0, : FIRST_INO - 1] = 1
-        return np.packbits(bits, axis=1, bitorder="little").tobytes()
+        beyond = (self.inodes_per_group, _PER_GROUP)
+        first, others = _bits(_PER_GROUP, [(0, FIRST_INO - 1), beyond]), _bits(_PER_GROUP, [beyond])
+        return first + others * (self.groups - 1)
+
+
+def _bits(count: int, ones: Sequence[tuple[int, int]]) -> bytes:
+    # A bitmap with these ranges set.
+    found = bytearray(count // 8)
+    for begin, end in ones:
+        first, last = min(-(-begin // 8) * 8, end), max(begin, end // 8 * 8)
+        for bit in {*range(begin, first), *range(max(last, first), end)}:
+            found[bit // 8] |= 1 << bit % 8
+        if first < last:
+            found[first // 8 : last // 8] = b"\xff" * ((last - first) // 8)
+    return bytes(found)
 
 
 def _superblock(shape: _Shape) -> bytes:

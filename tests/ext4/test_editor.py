@@ -162,8 +162,8 @@ def test_what_a_file_system_cannot_do() -> None:
     editor.set_inode(number, editor.inode(number).changed(links=65000))
     with pytest.raises(OSError, match="Too many links"):
         editor.link(ROOT_INO, b"one more", number)
-    while editor._inodes.left:
-        editor.add(ROOT_INO, b"inode %d" % editor._inodes.left, FILE)
+    while editor.inodes.left:
+        editor.add(ROOT_INO, b"inode %d" % editor.inodes.left, FILE)
     with pytest.raises(OSError, match="No space left"):
         editor.add(ROOT_INO, b"one more", FILE)
 

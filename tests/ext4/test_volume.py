@@ -90,7 +90,7 @@ def test_a_loop_of_directories_ends() -> None:
     disk.data[:] = small_file_system()
     editor = Editor(disk)
     folder = editor.lookup(b"folder") or 0
-    home = editor._directory(folder)
+    home = editor._folder(folder)
     home.entries[b"loop"] = (folder, 2)
     home.changed.add(b"loop")
     editor.finish()

@@ -1,0 +1,248 @@
+"""Blocks of an ext4 file system being changed: which are taken and freed, metadata held in memory, content written.
+
+Everything here is about blocks; names and inodes are :mod:`obdlab.ext4.editor`'s.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError
+from obdlab.ext4 import directory
+from obdlab.ext4.allocator import Allocator
+from obdlab.ext4.gather import Gathered
+from obdlab.ext4.layout import (
+    COMPAT,
+    EXTENTS_INLINE,
+    INCOMPAT,
+    MAX_EXTENT,
+    RO_COMPAT,
+    SUPER_OFFSET,
+    Extent,
+    Inode,
+    extent_node,
+    index_node,
+    parse_node,
+)
+from obdlab.ext4.volume import Volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from obdlab.blob import Buffer, WritableBlob
+
+INODE_SIZE = 256
+_LAST_ORPHAN = 232
+
+
+class Changes(Volume):
+    """An ext4 file system whose changed metadata is in memory until :meth:`write_out`; content is written at once.
+
+    Raises FormatError for a file system that was not made by :func:`~obdlab.ext4.mkfs.make_filesystem`, or is
+    damaged, and OSError (ENOSPC) if it is full.
+    """
+
+    def __init__(self, disk: WritableBlob) -> None:
+        super().__init__(disk)
+        self._target = disk
+        superblock = self.superblock
+        self._check_writable()
+        self.blocks = Allocator(
+            superblock.blocks, superblock.blocks_per_group, [group.free_blocks for group in self._groups],
+            lambda group: self._disk.read_at(self._groups[group].block_bitmap * self.block_size, self.block_size),
+            self.name,
+        )  # fmt: skip
+        self.inodes = Allocator(
+            superblock.inodes, superblock.inodes_per_group, [group.free_inodes for group in self._groups],
+            lambda group: self._disk.read_at(self._groups[group].inode_bitmap * self.block_size, self.block_size),
+            self.name,
+        )  # fmt: skip
+        self._cache: dict[int, bytearray] = {}
+        self._dirty: set[int] = set()
+        self._gathered = Gathered(disk)
+
+    # -- content -----------------------------------------------------------------------------------------------------
+
+    def write_pieces(self, runs: Sequence[tuple[int, int]], pieces: Iterable[tuple[int, Buffer]]) -> None:
+        """Write bytes that follow each other into runs of blocks (first, length), the last block filled up."""
+        size = self.block_size
+        write = self._gathered.write
+        places = iter(runs)
+        at = end = 0
+        for _, piece in pieces:
+            if len(piece) <= end - at:
+                write(at, piece)
+                at += len(piece)
+                continue
+            view = memoryview(piece)
+            while view:
+                if at == end:
+                    first, length = next(places)
+                    at, end = first * size, (first + length) * size
+                part = view[: end - at]
+                write(at, part)
+                at += len(part)
+                view = view[len(part) :]
+        if at % size:
+            write(at, bytes(-at % size))
+
+    def write_sparse(self, pieces: Iterable[tuple[int, Buffer]]) -> list[Extent]:
+        """Write (offset, bytes), ascending, into blocks taken where there are any. Returns the extents."""
+        size = self.block_size
+        extents: list[Extent] = []
+        block, content = -1, bytearray()
+
+        def store() -> None:
+            if block >= 0:
+                physical = self.blocks.take(1)[0][0]
+                self._gathered.write(physical * size, content)
+                append_extent(extents, Extent(block, 1, physical))
+
+        for offset, piece in pieces:
+            view = memoryview(piece)
+            while view:
+                number, start = divmod(offset, size)
+                if number != block:
+                    store()
+                    block, content = number, bytearray(size)
+                part = view[: size - start]
+                content[start : start + len(part)] = part
+                offset += len(part)
+                view = view[len(part) :]
+        store()
+        return extents
+
+    def _pieces(self, inode: Inode, offset: int, length: int) -> Iterator[bytes]:
+        self._gathered.flush()
+        return super()._pieces(inode, offset, length)
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def extent_tree(self, extents: Sequence[Extent]) -> tuple[bytes, int]:
+        """Return the inode's 60 bytes, and how many blocks the tree takes beside them."""
+        if len(extents) <= EXTENTS_INLINE:
+            return extent_node(extents, 60), 0
+        per_node = (self.block_size - 12) // 12
+        level = []
+        nodes = 0
+        for at in range(0, len(extents), per_node):
+            group = extents[at : at + per_node]
+            level.append((group[0].logical, self.new_block(extent_node(group, self.block_size))))
+        depth = 1
+        nodes += len(level)
+        while len(level) > EXTENTS_INLINE:
+            parts = [level[at : at + per_node] for at in range(0, len(level), per_node)]
+            level = [(part[0][0], self.new_block(index_node(part, depth, self.block_size))) for part in parts]
+            depth += 1
+            nodes += len(level)
+        return index_node(level, depth, 60), nodes
+
+    def new_block(self, content: bytes) -> int:
+        """Take a block for metadata."""
+        block = self.blocks.take(1)[0][0]
+        self.replace(block, content)
+        return block
+
+    def free_block(self, block: int) -> None:
+        """Give a block of metadata back."""
+        self.blocks.give_back(block, 1)
+        self._cache.pop(block, None)
+        self._dirty.discard(block)
+
+    def free_tree(self, inode: Inode) -> None:
+        """Give back the blocks of a tree of extents, not those it leads to."""
+        pending: list[Buffer] = [inode.block]
+        while pending:
+            _, _, children = parse_node(pending.pop(), self.name)
+            for _, block in children:
+                pending.append(bytes(self._metadata(block)))
+                self.free_block(block)
+
+    def free_xattr_block(self, block: int) -> None:
+        """Give back a block of extended attributes, once nobody else uses it."""
+        # The kernel shares them; obdlab does not.
+        self._check_block(block)
+        users = struct.unpack_from("<I", self._metadata(block), 4)[0]
+        if users > 1:
+            struct.pack_into("<I", self.writable(block), 4, users - 1)
+        else:
+            self.free_block(block)
+
+    # -- metadata ----------------------------------------------------------------------------------------------------
+
+    def block(self, number: int) -> bytes | bytearray:
+        """Return a block of metadata as it is now."""
+        return self._metadata(number)
+
+    def writable(self, block: int) -> bytearray:
+        """Return a block to be changed."""
+        found = self._cache.get(block)
+        if found is None:
+            found = self._cache[block] = bytearray(self._disk.read_at(block * self.block_size, self.block_size))
+        self._dirty.add(block)
+        return found
+
+    def replace(self, block: int, content: bytes) -> None:
+        """Give a block other content, filled up with zeros."""
+        self._cache[block] = bytearray(content.ljust(self.block_size, b"\0"))
+        self._dirty.add(block)
+
+    def write_out(self) -> None:
+        """Write everything that is held, metadata in the order of the disk, the superblock last."""
+        self._gathered.flush()
+        for group, bits in self.blocks.changed():
+            self.replace(self._groups[group].block_bitmap, bits)
+        for group, bits in self.inodes.changed():
+            self.replace(self._groups[group].inode_bitmap, bits)
+        self._write_groups()
+        size = self.block_size
+        for block in sorted(self._dirty):
+            self._gathered.write(block * size, self._cache[block])
+        self._gathered.flush()
+        self._target.write_at(SUPER_OFFSET, self.superblock.with_free(self.blocks.left, self.inodes.left))
+
+    def _metadata(self, block: int) -> bytes | bytearray:
+        return self._cache.get(block) or super()._metadata(block)
+
+    def _write_groups(self) -> None:
+        per_block = self.block_size // self.superblock.desc_size
+        for number, group in enumerate(self._groups):
+            group.free_blocks, group.free_inodes = self.blocks.free[number], self.inodes.free[number]
+            block, index = divmod(number, per_block)
+            where = self.superblock.first_data_block + 1 + block
+            offset, content = index * self.superblock.desc_size, group.to_bytes()
+            if self._metadata(where)[offset : offset + 64] != content:
+                self.writable(where)[offset : offset + 64] = content
+
+    def _check_writable(self) -> None:
+        found = self.superblock
+        unknown = (found.compat & ~COMPAT, found.incompat & ~INCOMPAT, found.ro_compat & ~RO_COMPAT)
+        usual = found.block_size == 4096 and found.inode_size == INODE_SIZE and found.desc_size == 64
+        if any(unknown) or not usual or found.hash_version != directory.HALF_MD4:
+            raise FormatError("ext4 that was not made here cannot be changed here", blob=self.name, got=unknown)
+        if struct.unpack_from("<I", found.raw, _LAST_ORPHAN)[0]:
+            raise FormatError("ext4 with orphaned inodes (mount it once)", blob=self.name)
+
+
+def extents_of(runs: Sequence[tuple[int, int]]) -> list[Extent]:
+    """Return the extents of a file without holes that lies in these runs (first, length)."""
+    extents = []
+    logical = 0
+    for first, length in runs:
+        while length:
+            count = min(length, MAX_EXTENT)
+            extents.append(Extent(logical, count, first))
+            logical, first, length = logical + count, first + count, length - count
+    return extents
+
+
+def append_extent(extents: list[Extent], new: Extent) -> None:
+    """Add an extent at the end, to the last one if it goes on there."""
+    if extents:
+        last = extents[-1]
+        follows = last.logical + last.length == new.logical and last.physical + last.length == new.physical
+        if follows and last.length + new.length <= MAX_EXTENT:
+            extents[-1] = Extent(last.logical, last.length + new.length, last.physical)
+            return
+    extents.append(new)
