@@ -24,6 +24,7 @@ from obdlab.formats.lsmt.layout import (
     encode_user_tag,
     filler_records,
 )
+from obdlab.layers.ordering import all_data_first, data_first, in_disk_order
 from obdlab.layers.stack import Stack, WritableStack
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.layers.lsmt import Layer
+    from obdlab.layers.ordering import SectorRange
     from obdlab.layers.sink import Sink
 
 # The original copies in chunks of this and makes a record of each. Joining them again gives longer segments, but
@@ -70,6 +72,8 @@ def commit(
     user_tag: str = "",
     virtual_size: int | None = None,
     zero_blocks: ZeroBlocks = ZeroBlocks.KEEP,
+    first: Sequence[SectorRange] = (),
+    only_first: bool = False,
 ) -> Committed:
     """Write ``source`` to ``sink`` as a sealed LSMT layer: header, packed data, index, trailer, strictly in order.
 
@@ -77,6 +81,9 @@ def commit(
     ``uuid`` defaults to all zeros,
     ``parent_uuid`` to that of the layer, or of the stack's bottom layer, ``virtual_size`` to the source's. The
     bytes are those of the original's commit of the same segments (overlaybd LSMT layout, commit procedure).
+
+    The data of the disk's sectors ``first`` comes first in the file, in that order, then the rest in disk order. With
+    ``only_first`` there is no rest, nor what reads as zeros: laid over the source, the layer changes nothing.
 
     Raises, before anything is written, ValueError if a UUID, the tag or the size does not fit, and FormatError if
     there are more records than a sealed layer may have; and what the source or the sink raises. The source must not
@@ -95,7 +102,13 @@ def commit(
     segments = source.index.segments()
     if zero_blocks is not ZeroBlocks.KEEP:
         segments = _without_zero_blocks(segments, blobs, mark=zero_blocks is ZeroBlocks.MARK)
+    if only_first:
+        segments = data_first(segments, first)
+    elif first:
+        segments = all_data_first(segments, first)
     packed = _packed(segments)
+    if first:
+        packed = in_disk_order(packed)
     padding = -len(packed) % INDEX_PADDING_RECORDS
     if len(packed) + padding > MAX_SEALED_RECORDS:
         raise FormatError(
@@ -185,7 +198,7 @@ def _zero_blocks_in(content: bytes) -> list[tuple[int, int]]:
 
 
 def _copied_data(segments: Segments, blobs: Sequence[Blob]) -> Iterator[bytes]:
-    # The data of all segments in disk order, in pieces that end at every 512 KiB of the output: there batches of a
+    # The data of all segments in their order, in pieces that end at every 512 KiB of the output: there batches of a
     # ZFile writer end too, which it then need not put together. Segments that continue each other in their file are
     # read at once.
     data = segments[~segments.zeroed]
