@@ -1,31 +1,44 @@
-"""File systems mounted read-write on a writable device, whose users are killed in the middle of their writes."""
+"""File systems mounted read-write on a writable device, whose server or whose user is killed again and again."""
 
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from obdlab.devices import mount
+from obdlab.devices import loop, mount
 from obdlab.errors import DeviceError
 from obdlab.image.settings import Settings
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
 from obdlab.service.live import LiveDevice
+from obdlab.service.rundir import DeviceRecord
 from tests.devices.contract import MIB
-from tests.layers.uppers import KINDS
+from tests.service.killing import until
 from tests.service.test_live import new_config
+from tests.service.workload import Expected
 
 pytestmark = pytest.mark.kernel
 
+ROOT = Path(__file__).parents[2]
 SIZE = 320 * MIB  # the least that mkfs.xfs makes is 300 MiB
 MAKE = {"ext4": ["mkfs.ext4", "-q"], "xfs": ["mkfs.xfs", "-q"]}
 CHECK = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}
+#: So many kills, then the file system is unmounted and checked.
+KILLS_A_CHECK = 10
+FEW = [("append", "ext4", "server"), ("sparse", "xfs", "guest")]
+ALL = [(kind, fs, victim) for kind in ("append", "sparse") for fs in MAKE for victim in ("server", "guest")]
+CASES = [pytest.param(*case, 3, marks=[] if case in FEW else pytest.mark.slow) for case in ALL]
+CASES += [pytest.param(*case, 100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]) for case in ALL]
 
 
 @pytest.fixture
@@ -35,59 +48,98 @@ def service(tmp_path: Path) -> Iterator[DeviceService]:
     clean_up(made, force=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("filesystem", MAKE)
-def test_a_killed_user_leaves_a_clean_file_system(
-    service: DeviceService, tmp_path: Path, kind: str, filesystem: str
+@pytest.mark.parametrize(("kind", "filesystem", "victim", "kills"), CASES)
+def test_it_is_clean_and_complete_whoever_is_killed(
+    service: DeviceService, tmp_path: Path, kind: str, filesystem: str, victim: str, kills: int
 ) -> None:
-    if filesystem not in Path("/proc/filesystems").read_text().split():
-        pytest.skip(f"the kernel has no {filesystem}")
+    if filesystem not in Path("/proc/filesystems").read_text().split() or not shutil.which(MAKE[filesystem][0]):
+        pytest.skip(f"there is no {filesystem} here")
     config = new_config(tmp_path, kind, size=SIZE)
     device = service.attach(config, "files")
     subprocess.run([*MAKE[filesystem], str(device.path)], check=True, capture_output=True)
-    target = tmp_path / "mnt"
+    target, expected, rng = tmp_path / "mnt", Expected(seed=kills), random.Random(kills)
     target.mkdir()
-    service.mount(device, target, read_only=False)
-    try:
-        use_and_be_killed(service, target)
-    finally:
-        unmount(target)
-    subprocess.run([*CHECK[filesystem], str(device.path)], check=True, capture_output=True)
+    left = kills
+    while left:
+        with mounted(service, target):
+            expected.check(target)
+            for _ in range(min(left, KILLS_A_CHECK)):
+                work_and_kill(service, target, expected, victim, rng)
+                left -= 1
+                expected.check(target)
+        check(filesystem, device.path)
+        collect(service)
+    restarts = service.list()[0].restarts
+    assert restarts >= kills if victim == "server" else restarts == 0
     # The same by another server, which opens what the first one left.
     service.detach("files")
     device = service.attach(config, "files")
-    subprocess.run([*CHECK[filesystem], str(device.path)], check=True, capture_output=True)
+    check(filesystem, device.path)
+    with mounted(service, target):
+        expected.check(target)
+    assert expected.done > kills
+
+
+def work_and_kill(service: DeviceService, target: Path, expected: Expected, victim: str, rng: random.Random) -> None:
+    """Have a guest work; kill it, or first the server under it, at any moment."""
+    command = [sys.executable, "-m", "tests.service.workload", str(target), str(expected.seed), str(expected.done)]
+    steps = Path(f"{target}.steps")
+    before = expected.done
+    with steps.open("wb") as out, subprocess.Popen(command, cwd=ROOT, stdout=out) as guest:
+        try:
+            until(lambda: last_step(steps) > before)
+            time.sleep(rng.uniform(0.0, 0.5))
+            if victim == "server":
+                os.kill(server_of(service), signal.SIGKILL)
+                seen = last_step(steps)
+                until(lambda: last_step(steps) > seen + 1)  # it goes on
+            assert guest.poll() is None
+        finally:
+            guest.kill()
+    expected.advance(last_step(steps))
+
+
+def check(filesystem: str, device: Path) -> None:
+    done = subprocess.run([*CHECK[filesystem], str(device)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def server_of(service: DeviceService) -> int:
+    def running() -> DeviceRecord | None:
+        record = DeviceRecord.load(service.run_dir.device("files"))
+        return record if record is not None and record.process.alive else None
+
+    until(running)
+    record = running()
+    assert record is not None
+    return record.pid
+
+
+def last_step(steps: Path) -> int:
+    lines = steps.read_bytes().split(b"\n")
+    return int(lines[-2]) if len(lines) > 1 else 0
+
+
+# Also while the server has just begun; a layer that is not collected has all its past.
+def collect(service: DeviceService) -> None:
+    with suppress(DeviceError):
+        LiveDevice(service, "files").collect()
+
+
+@contextmanager
+def mounted(service: DeviceService, target: Path) -> Iterator[None]:
+    (device,) = service.list()
     service.mount(device, target, read_only=False)
     try:
-        assert (target / "kept").read_bytes() == b"before " * 100_000
+        yield
     finally:
-        unmount(target)
+        until(lambda: is_unmounted(target), timeout_s=60)
+        until(lambda: not loop.in_use(device.path), timeout_s=60)  # others here copy mounts for a moment
 
 
-def use_and_be_killed(service: DeviceService, target: Path) -> None:
-    kept = target / "kept"
-    kept.write_bytes(b"before " * 100_000)
-    subprocess.run(["sync", "-f", str(kept)], check=True)
-    script = "i=0; while :; do i=$((i+1)); head -c 300000 /dev/zero | tr '\\0' x > f$((i%40)); rm -f f$((i%7)); done"
-    user = subprocess.Popen(["sh", "-c", script], cwd=target, start_new_session=True)
+# Those who were killed may still be about to end.
+def is_unmounted(target: Path) -> bool:
     try:
-        until = time.monotonic() + 60
-        while not (target / "f30").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        LiveDevice(service, "files").flush()
-    finally:
-        os.killpg(user.pid, signal.SIGKILL)
-        user.wait()
-    assert (target / "f30").exists()
-
-
-def unmount(target: Path) -> None:
-    until = time.monotonic() + 60
-    while True:
-        try:
-            assert mount.unmount(target)
-        except DeviceError:  # those who were killed are still about to end
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        else:
-            return
+        return mount.unmount(target)
+    except DeviceError:
+        return False

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 import obdlab
-from obdlab.devices import mount
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
@@ -191,49 +190,6 @@ def test_random_changes_against_a_model(service: DeviceService, tmp_path: Path, 
     kill_for_good(service.list()[0])
     again = service.attach(tmp_path / "writable.json", "x")
     assert read_direct(again.path, 0, again.size) == model
-
-
-@pytest.mark.parametrize("fs", ["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kills", FEW_AND_MANY)
-def test_file_systems_stay_sound(service: DeviceService, tmp_path: Path, fs: str, kills: int) -> None:
-    if shutil.which(f"mkfs.{fs}") is None:
-        pytest.skip(f"mkfs.{fs} is not installed")
-    device = service.attach(writable_config(tmp_path, "append", 512 * MIB), "x")
-    subprocess.run([f"mkfs.{fs}", "-q", device.path], check=True, capture_output=True)
-    target, rng, contents = tmp_path / "mnt", random.Random(4), {}
-    target.mkdir()
-    service.mount(device, target, read_only=False)
-    try:
-        with Killer(service, kills, seed=5) as killer:
-            number = 0
-            while not killer.is_done:
-                name = f"file{number % 40}"
-                contents[name] = rng.randbytes(rng.randrange(1, MIB))
-                (target / name).write_bytes(contents[name])
-                number += 1
-                if number % 10 == 0:
-                    os.sync()
-        fd = os.open(target, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    finally:
-        until(lambda: unmounted(target))
-    check = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}[fs]
-    subprocess.run([*check, device.path], check=True, capture_output=True)
-    service.mount(device, target, read_only=True)
-    try:
-        for name, content in contents.items():
-            assert (target / name).read_bytes() == content, name
-    finally:
-        until(lambda: unmounted(target))
-
-
-def unmounted(target: Path) -> bool:
-    try:
-        mount.unmount(target)
-    except DeviceError:
-        return False
-    return True
 
 
 @pytest.mark.registry

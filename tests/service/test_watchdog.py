@@ -15,7 +15,7 @@ import pytest
 import obdlab
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.settings import Settings
-from obdlab.service import watchdog
+from obdlab.service import control, watchdog
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
 from obdlab.service.rundir import Process
@@ -65,7 +65,7 @@ def test_servers_that_hang_one_after_another_are_given_up(service: DeviceService
     over = threading.Event()
 
     def stop_them_all() -> None:
-        stopped = set()
+        stopped: set[int] = set()
         while not over.wait(0.001):
             for pid in children_of(device.keeper_pid) - stopped:
                 os.kill(pid, signal.SIGSTOP)
@@ -104,7 +104,7 @@ class Looks:
         self.asked = 0
         self.watchdog = Watchdog(tmp_path, Settings(read_deadline_s=120.0))
         monkeypatch.setattr(Activity, "of", lambda _: self.activity)
-        monkeypatch.setattr(watchdog.control, "ask", self.ask)
+        monkeypatch.setattr(control, "ask", self.ask)
         monkeypatch.setattr(Watchdog, "pause_s", lambda _: 0.0)
 
     def ask(self, _: Path, op: str, *, socket_name: str, silence_s: float) -> object:
