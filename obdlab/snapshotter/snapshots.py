@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import FailedPreconditionError
+from obdlab.snapshotter.importing import take_over
 from obdlab.snapshotter.locks import KeyedLocks
 from obdlab.snapshotter.quota import Quotas
 from obdlab.snapshotter.store import Store
@@ -51,6 +52,7 @@ class Snapshots:
         self.quotas = Quotas(layout.snapshots)
         if options.quota_bytes:
             self.quotas.check(options.quota_bytes)
+        take_over(layout, options.mode)
         self.store = Store(layout.metadata)
         self.locks = KeyedLocks()
 

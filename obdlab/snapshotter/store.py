@@ -23,7 +23,7 @@ from obdlab.snapshotter.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 SCHEMA_VERSION = 1
@@ -213,6 +213,26 @@ class Writer(Reader):
             raise FailedPreconditionError(f"snapshot {key!r} has children")
         self._connection.execute("DELETE FROM snapshot WHERE id = ?", (snapshot.id,))
         return snapshot
+
+    def restore(self, snapshots: Sequence[Snapshot], last_id: int) -> None:
+        """Put snapshots of another store into this new one, parents first, as they were there.
+
+        Ids go on after ``last_id``.
+        """
+        ids: dict[str, int] = {}
+        for each in snapshots:
+            ids[each.key] = each.id
+            self._connection.execute(
+                "INSERT INTO snapshot (id, key, parent_id, kind, labels, created_ns, updated_ns, inodes, size)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(each.id, each.key, ids[each.parent] if each.parent else None, each.kind),
+                    *(_labels_text(each.labels), each.created_ns, each.updated_ns),
+                    *(each.usage.inodes, each.usage.size),
+                ),
+            )
+        self._connection.execute("DELETE FROM sqlite_sequence WHERE name = 'snapshot'")
+        self._connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshot', ?)", (last_id,))
 
     def set_labels(self, key: str, labels: Mapping[str, str]) -> Snapshot:
         """Replace the labels of a snapshot; a label without a value is dropped. Raises NotFoundError."""

@@ -1,8 +1,8 @@
 """Recording what a container reads of its image, or fetching ahead what a trace names, by the labels of a snapshot.
 
 The path goes into the image's configuration before its device is attached; the device's server then does as
-``obdlab.image.recording`` says: an empty file is recorded into (``<path>.lock`` while that goes on, ``<path>.ok`` once
-it is written), any other is replayed.
+``obdlab.image.recording`` says: an empty file is recorded into (``<path>.lock`` while that goes on, ``<path>.ok``
+once it is written), any other is replayed.
 
 (overlaybd snapshotter, labels ``record-trace`` and ``record-trace-path``.)
 """
@@ -30,7 +30,7 @@ LABEL_RECORD_PATH = "containerd.io/snapshot/overlaybd/record-trace-path"
 
 
 def trace_path(labels: Mapping[str, str]) -> str:
-    """Return the trace that a container's labels name, or ''. Raises InvalidArgumentError for one that is not there."""
+    """Return the trace that a container's labels name, or ''. Raises InvalidArgumentError if it is not there."""
     if labels.get(LABEL_RECORD) != "yes":
         return ""
     path = labels.get(LABEL_RECORD_PATH, "")
