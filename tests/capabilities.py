@@ -55,6 +55,14 @@ def missing_for_prometheus() -> str:
     return "" if shutil.which("prometheus") else "prometheus is not installed"
 
 
+def missing_for_docker() -> str:
+    """Why a Docker Engine cannot be run here, or ''."""
+    for tool in ("dockerd", "docker"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return missing_for_containerd()
+
+
 def missing_for_vm() -> str:
     """Why the virtual machine cannot be run here, or '' (also inside of it)."""
     return "" if machine.in_guest() else machine.missing()
@@ -65,6 +73,7 @@ _PROBES = {
     "containerd": missing_for_containerd,
     "registry": missing_for_registry,
     "qemu": missing_for_qemu,
+    "docker": missing_for_docker,
     "vm": missing_for_vm,
     "prometheus": missing_for_prometheus,
 }

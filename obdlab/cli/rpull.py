@@ -31,7 +31,8 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--download-blobs",
         action="store_true",
-        help="fetch the blobs of overlaybd layers too: the image then runs without its registry",
+        help="fetch the blobs of overlaybd layers too: the image then runs without its registry, and other programs "
+        "can copy, save and push it",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
     group = parser.add_argument_group("containerd")
@@ -79,6 +80,13 @@ def _run(args: argparse.Namespace) -> int:
             bar.close()
     if not args.quiet:
         print(_summary(result, time.monotonic() - began))
+    if result.still_lazy:
+        print(
+            f"obdlab rpull: {result.still_lazy} of {len(result.layers)} layers were pulled lazily before, and "
+            "containers go on reading them from the registry; to change that, remove the image and its containers, "
+            "and pull again",
+            file=sys.stderr,
+        )
     return 0
 
 

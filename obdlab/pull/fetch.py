@@ -13,7 +13,7 @@ from obdlab.containerd.content import CHUNK
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
+    from collections.abc import Generator, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from obdlab.containerd.client import LeasedContainerd
@@ -76,6 +76,12 @@ class LayerFetcher:
                 thread = threading.Thread(target=self._work, name="obdlab-fetch", daemon=True)
                 self._threads.append(thread)
                 thread.start()
+
+    def bring(self, layers: Sequence[Descriptor]) -> None:
+        """Have all these layers in the content store. Raises what made the first download fail."""
+        self.start(layers)
+        for layer in layers:
+            self.wait(layer)
 
     @property
     def fetched_bytes(self) -> int:

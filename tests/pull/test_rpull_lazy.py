@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli import main
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
@@ -22,6 +23,7 @@ from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, lose_blob, push_ima
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Reference
@@ -62,8 +64,10 @@ def overlaybd_layers() -> list[Layer]:
     return layers
 
 
-def pull(containerd: Containerd, registry: RegistryClient, reference: Reference) -> PullResult:
-    return rpull(containerd, registry, reference, snapshotter=NAME, platform=host_platform())
+def pull(
+    containerd: Containerd, registry: RegistryClient, reference: Reference, *, download: bool = False
+) -> PullResult:
+    return rpull(containerd, registry, reference, snapshotter=NAME, platform=host_platform(), download=download)
 
 
 def run(host: ObdlabHost, reference: Reference, name: str, command: str, *options: str) -> str:
@@ -117,6 +121,31 @@ def test_stock_ctr_runs_lists_checks_and_removes(
     host.ctr("images", "usage", "--snapshotter", NAME, str(reference))
     host.ctr("images", "rm", "--sync", str(reference))
     assert containerd.snapshots(NAME).list() == []
+
+
+def test_blobs_of_an_image_pulled_lazily_before(
+    host: ObdlabHost,
+    containerd: Containerd,
+    registry: RegistryClient,
+    registry_server: RegistryServer,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    reference, manifest = push_image(registry, f"{registry_server.host}/lazy/blobs", overlaybd_layers())
+    pull(containerd, registry, reference)
+    assert "not found" in host.ctr("images", "export", str(tmp_path / "lazy.tar"), str(reference), check=False)
+    where = ("--address", host.containerd.address, "--namespace", "test")
+    assert main.main(["rpull", *where, "--download-blobs", str(reference)]) == 0
+    printed = capsys.readouterr()
+    assert "2 present; fetched 1.5" in printed.out
+    assert "2 of 2 layers were pulled lazily before, and containers go on reading them" in printed.err
+    assert all(containerd.content.exists(layer.digest) for layer in manifest.layers)
+    host.ctr("images", "export", str(tmp_path / "whole.tar"), str(reference))
+    assert (tmp_path / "whole.tar").stat().st_size > sum(layer.size for layer in manifest.layers)
+
+    containerd.images.delete(str(reference), sync=True)
+    result = pull(containerd, registry, reference, download=True)
+    assert (result.count(Outcome.UNPACKED), result.still_lazy) == (2, 0)
 
 
 def test_garbage_collection_takes_nothing(
