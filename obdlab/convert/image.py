@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.convert.decompress import uncompressed
-from obdlab.convert.layer import FS_TYPE, BuiltLayer, LayerBuilder, LayerOptions, PendingLayer, layer_uuid
-from obdlab.convert.layout import VerifiedFile
+from obdlab.convert.database import opened, options_digest
+from obdlab.convert.layer import LayerOptions
+from obdlab.convert.pipeline import ConvertedLayer, ConvertStoppedError, Group, Pipeline, groups_of
 from obdlab.convert.progress import Progress, Silent
-from obdlab.convert.workdir import work_directory
-from obdlab.errors import FormatError, ObdlabError
+from obdlab.convert.reuse import Reuse, known_manifest, note_manifest
+from obdlab.convert.workdir import FinishedLayers, work_directory
+from obdlab.errors import FormatError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from obdlab.convert.source import ImageDestination, ImageSource
+    from obdlab.convert.database import Database
+    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.layer import BuiltLayer
+
+__all__ = ["ConvertOptions", "ConvertStoppedError", "ConvertedImage", "ConvertedLayer", "convert_image"]
 
 # Not /tmp, which may be memory.
 _DEFAULT_WORK_DIR = Path("/var/tmp")
-_FETCHERS = 2
-_PUSHERS = 2
-
-
-class ConvertStoppedError(ObdlabError):
-    """A part of a conversion ended because another part failed or the user gave up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +43,27 @@ class ConvertOptions:
     docker: bool = False
     #: Name the source as the new manifest's subject, so that a registry lists the new one as referring to it.
     referrer: bool = False
+    #: Most layers that the image may have: the lowest are kept as they are, all above become one. 0: as many as
+    #: the source has.
+    flatten: int = 0
+    #: Options that the image's file system is mounted with, comma separated.
+    mount_options: str = ""
+    #: What was converted before, as :func:`obdlab.convert.database.open_database` takes it; "" uses none.
+    database: str = ""
     #: Where layers are built; takes all of them, uncompressed and compressed.
     work_dir: Path = _DEFAULT_WORK_DIR
 
-
-@dataclass(frozen=True, slots=True)
-class ConvertedLayer:
-    """One layer: where it came from, and what came out. Sizes in bytes."""
-
-    source_digest: str
-    source_size: int
-    built: BuiltLayer
-    #: False if the destination had the blob already.
-    stored: bool
+    def digest(self) -> str:
+        """Return 64 hex digits that stand for all that decides a manifest's bytes beside its source."""
+        return options_digest(
+            {
+                "layer": self.layer.digest(),
+                "docker": self.docker,
+                "referrer": self.referrer,
+                "flatten": self.flatten,
+                "mount_options": self.mount_options,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +122,43 @@ def convert_manifest(
     begin = time.monotonic()
     config = source.config(manifest)
     _check_platform(source.name, config.platform, options.platform)
-    if not 1 <= len(manifest.layers) <= MAX_LAYERS:
+    groups = groups_of(manifest, config, options.flatten)
+    if not 1 <= len(groups) <= MAX_LAYERS:
         raise FormatError(
             "image has a number of layers that no device can stack",
             blob=source.name,
-            got=len(manifest.layers),
-            wanted=f"1 to {MAX_LAYERS}",
+            got=len(groups),
+            wanted=f"1 to {MAX_LAYERS} (--flatten makes fewer)",
         )
-    with work_directory(options.work_dir) as work_dir:
-        conversion = _Conversion(source, destination, options, progress, work_dir)
-        layers = conversion.run(manifest, config)
-    subject = oci.Descriptor(descriptor.media_type, descriptor.digest, descriptor.size) if options.referrer else None
-    converted = _store_config(destination, manifest, config, [layer.built for layer in layers], options, subject)
-    data = converted.to_bytes()
-    stored = oci.Descriptor(converted.media_type, oci.digest_of(data), len(data), platform=config.platform)
-    destination.put_manifest(stored, data, tagged=tagged)
+    with opened(options.database) as database:
+        known = known_manifest(destination, database, descriptor.digest, options.digest())
+        if known is not None:
+            layers = tuple(map(ConvertedLayer.known, groups, known.layers))
+            converted = known
+        else:
+            layers = _convert_layers(source, destination, database, groups, options, progress)
+            subject = _subject(descriptor) if options.referrer else None
+            converted = _store_config(destination, manifest, config, layers, options, subject)
+        data = converted.to_bytes()
+        stored = oci.Descriptor(converted.media_type, oci.digest_of(data), len(data), platform=config.platform)
+        destination.put_manifest(stored, data, tagged=tagged)
+        note_manifest(destination, database, descriptor.digest, options.digest(), stored.digest)
     seconds = time.monotonic() - begin
     return ConvertedImage(destination.name, stored.digest, data, converted, config.platform, layers, seconds)
+
+
+def _convert_layers(
+    source: ImageSource,
+    destination: ImageDestination,
+    database: Database | None,
+    groups: Sequence[Group],
+    options: ConvertOptions,
+    progress: Progress,
+) -> tuple[ConvertedLayer, ...]:
+    with work_directory(options.work_dir) as work_dir:
+        reuse = Reuse(destination, database, FinishedLayers(work_dir), options.layer)
+        describe = functools.partial(_layer_descriptor, options=options)
+        return Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir).run(groups)
 
 
 # An index was asked for the platform; a manifest without one has it in its config only.
@@ -148,112 +173,25 @@ def _check_platform(name: str, got: oci.Platform, wanted: oci.Platform | None) -
     )
 
 
-class _Conversion:
-    # One run: its layers in order, with a thread or two that fetch ahead and push behind.
-
-    def __init__(
-        self,
-        source: ImageSource,
-        destination: ImageDestination,
-        options: ConvertOptions,
-        progress: Progress,
-        work_dir: Path,
-    ) -> None:
-        self._source = source
-        self._destination = destination
-        self._options = options
-        self._progress = progress
-        self._work_dir = work_dir
-        self._builder = LayerBuilder(work_dir, options.layer)
-        self._fetches: list[Future[VerifiedFile]] = []
-        self._stopped = threading.Event()
-
-    def run(self, manifest: oci.Manifest, config: oci.Config) -> tuple[ConvertedLayer, ...]:
-        with ExitStack() as ended:
-            ended.callback(self._release_fetched)
-            ended.enter_context(self._builder)
-            pushers = ended.enter_context(ThreadPoolExecutor(_PUSHERS, "convert-push"))
-            fetchers = ended.enter_context(ThreadPoolExecutor(_FETCHERS, "convert-fetch"))
-            try:
-                stored = self._run(manifest, config, fetchers, pushers)
-            except BaseException:
-                self._stopped.set()
-                for pool in (fetchers, pushers):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return tuple(
-            ConvertedLayer(layer.digest, layer.size, built, new)
-            for layer, (built, new) in zip(manifest.layers, stored, strict=True)
-        )
-
-    def _run(
-        self, manifest: oci.Manifest, config: oci.Config, fetchers: ThreadPoolExecutor, pushers: ThreadPoolExecutor
-    ) -> list[tuple[BuiltLayer, bool]]:
-        uuids = [layer_uuid(chain) for chain in oci.chain_ids(config.diff_ids)]
-        pushes: list[Future[tuple[BuiltLayer, bool]]] = []
-        for number, layer in enumerate(manifest.layers):
-            # One ahead: more would only fill the disk.
-            for ahead in range(len(self._fetches), min(number + 2, len(manifest.layers))):
-                self._fetches.append(fetchers.submit(self._fetch, ahead, manifest.layers[ahead]))
-            file = self._fetches[number].result()
-            parent_uuid = uuids[number - 1] if number else None
-            built = self._build(number, layer, file, config.diff_ids[number], uuids[number], parent_uuid)
-            pushes.append(pushers.submit(self._push, number, built))
-            for push in pushes:
-                if push.done():
-                    push.result()  # a failed upload ends all now
-        return [push.result() for push in pushes]
-
-    def _fetch(self, number: int, layer: oci.Descriptor) -> VerifiedFile:
-        directory = self._work_dir / f"fetch-{number:03d}"
-        directory.mkdir()
-        with self._progress.task(f"layer {number}: fetch", layer.size) as task:
-            return self._source.fetch(layer, directory, self._unless_stopped(task.advance))
-
-    def _build(
-        self, number: int, layer: oci.Descriptor, file: VerifiedFile, diff_id: str, uuid: str, parent: str | None
-    ) -> PendingLayer:
-        blob = f"{self._source.name} layer {number} ({layer.digest})"
-        with self._progress.task(f"layer {number}: build", layer.size) as task:
-            tar = uncompressed(file, blob, diff_id, task.advance)
-            built = self._builder.build(tar, blob=blob, uuid=uuid, parent_uuid=parent)
-        self._source.release(file)
-        return built
-
-    def _push(self, number: int, pending: PendingLayer) -> tuple[BuiltLayer, bool]:
-        layer = pending.result()
-        with self._progress.task(f"layer {number}: push", layer.size) as task:
-            descriptor = _layer_descriptor(layer, self._options)
-            return layer, self._destination.put_file(descriptor, layer.path, self._unless_stopped(task.advance))
-
-    def _release_fetched(self) -> None:
-        for fetch in self._fetches:
-            if fetch.done() and not fetch.cancelled() and fetch.exception() is None:
-                self._source.release(fetch.result())
-
-    def _unless_stopped(self, advance: Callable[[int], None]) -> Callable[[int], None]:
-        def checked(amount: int) -> None:
-            if self._stopped.is_set():
-                raise ConvertStoppedError("conversion was stopped")
-            advance(amount)
-
-        return checked
+def _subject(descriptor: oci.Descriptor) -> oci.Descriptor:
+    return oci.Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
 
 
 def _store_config(
     destination: ImageDestination,
     source: oci.Manifest,
     config: oci.Config,
-    layers: Sequence[BuiltLayer],
+    layers: Sequence[ConvertedLayer],
     options: ConvertOptions,
     subject: oci.Descriptor | None,
 ) -> oci.Manifest:
-    config_bytes = config.with_diff_ids([layer.digest for layer in layers]).to_bytes()
+    merged = [layer.merged for layer in layers]
+    config_bytes = _merge_history(config.with_diff_ids([layer.built.digest for layer in layers]), merged).to_bytes()
     config_type = oci.DOCKER_CONFIG if options.docker else oci.OCI_CONFIG
     config_descriptor = oci.Descriptor(config_type, oci.digest_of(config_bytes), len(config_bytes))
     manifest = oci.Manifest(
         config=config_descriptor,
-        layers=tuple(_layer_descriptor(layer, options) for layer in layers),
+        layers=tuple(_layer_descriptor(layer.built, options) for layer in layers),
         media_type=oci.DOCKER_MANIFEST if options.docker else oci.OCI_MANIFEST,
         # Docker's type has no annotations.
         annotations={} if options.docker else source.annotations,
@@ -273,6 +211,20 @@ def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descrip
             oci.OVERLAYBD_VERSION: oci.VERSION_NATIVE,
             oci.BLOB_DIGEST: layer.digest,
             oci.BLOB_SIZE: str(layer.size),
-            oci.BLOB_FS_TYPE: FS_TYPE,
+            oci.BLOB_FS_TYPE: ";".join(filter(None, (options.layer.filesystem, options.mount_options))),
         },
     )
+
+
+def _merge_history(config: oci.Config, merged: Sequence[int]) -> oci.Config:
+    # Of the steps whose layers have become one, the last is said to have made it, the others none.
+    history = config.document.get("history")
+    if all(count == 1 for count in merged) or not isinstance(history, list):
+        return config
+    keeps = [last for count in merged for last in (*[False] * (count - 1), True)]
+    steps = []
+    for step in history:
+        if isinstance(step, dict) and not step.get("empty_layer") and keeps and not keeps.pop(0):
+            step = {**step, "empty_layer": True}
+        steps.append(step)
+    return replace(config, document={**config.document, "history": steps})

@@ -18,10 +18,10 @@ from obdlab.layers.stack import Stack
 from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
+    from obdlab.convert.endpoints import ImageSource
     from obdlab.convert.layout import VerifiedFile
     from obdlab.convert.listing import TreeEntry
     from obdlab.convert.progress import Progress
-    from obdlab.convert.source import ImageSource
     from obdlab.formats.oci import Descriptor, Manifest, Platform
 
 _READ = 1 << 20

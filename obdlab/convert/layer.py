@@ -15,14 +15,16 @@ import signal
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from obdlab.convert.ahead import ahead
 from obdlab.convert.apply import ApplyStatistics, apply_layer
+from obdlab.convert.database import options_digest
 from obdlab.convert.tree import Ext4Tree
 from obdlab.errors import SourceError
-from obdlab.ext4.mkfs import make_filesystem
+from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
+from obdlab.ext4.volume import Volume
 from obdlab.layers.commit import commit
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import TarWrapWriter
@@ -33,10 +35,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from obdlab.blob import Buffer
+    from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.lsmt import Layer
 
-#: The file system that layers are written in.
-FS_TYPE = "ext4"
+#: The file systems that layers can be written in.
+FILE_SYSTEMS = ("ext4", "erofs")
+#: Counts the changes by which the same layer and options would give other bytes.
+OUTPUT_VERSION = 1
 GIB = 1 << 30
 # Pieces of the tar that are decompressed and hashed while those before are applied.
 _TAR_AHEAD = 6
@@ -55,13 +60,21 @@ class LayerOptions:
     block_size: int = 4096
     #: Size of the disk that containers see. Costs nothing where it is empty.
     virtual_size: int = 64 * GIB
+    #: One of FILE_SYSTEMS.
+    filesystem: str = "ext4"
+    #: ext4 gets one inode for so many bytes of the disk.
+    inode_ratio: int = INODE_RATIO
+
+    def digest(self, **more: object) -> str:
+        """Return 64 hex digits that stand for all that decides a layer's bytes beside its content."""
+        return options_digest({"version": OUTPUT_VERSION, **asdict(self), **more})
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltLayer:
-    """A finished layer blob, and what making it took."""
+    """A finished layer blob, and what making it took. ``path`` is None for one that its place has already."""
 
-    path: Path
+    path: Path | None
     digest: str
     size: int
     #: Index records, and bytes of disk blocks before compression.
@@ -83,7 +96,8 @@ class LayerBuilder:
     def __init__(self, work_dir: Path, options: LayerOptions) -> None:
         self._work_dir = work_dir
         self._options = options
-        self._lowers: list[SparseUpper] = []
+        self._lowers: list[Layer] = []
+        self._built = 0
         spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._compressors = ProcessPoolExecutor(1, spawn, initializer=_ignore_interrupts)
 
@@ -96,11 +110,17 @@ class LayerBuilder:
         for lower in self._lowers:
             lower.close()
 
-    def build(self, tar: Iterable[Buffer], *, blob: str, uuid: str, parent_uuid: str | None) -> PendingLayer:
-        """Apply one OCI layer, given as pieces of its uncompressed tar, to those built before.
+    def add_lower(self, layer: Layer) -> None:
+        """Take a finished layer as the topmost so far; it belongs to the builder from then on."""
+        self._lowers.append(layer)
 
-        ``blob`` names the layer in errors. Raises FormatError for a bad tar, ApplyError if it cannot be written,
-        SourceError if the work directory fails, and what ``tar`` raises. Compressing it goes on in the background.
+    def build(
+        self, tars: Iterable[tuple[str, Iterable[Buffer]]], *, uuid: str, parent_uuid: str | None
+    ) -> PendingLayer:
+        """Apply OCI layers, mostly one, to those built before: each a name for errors, and pieces of its tar.
+
+        Raises FormatError for a bad tar, ApplyError if it cannot be written, SourceError if the work directory fails,
+        and what ``tars`` raises. Compressing the layer goes on in the background.
         """
         number = len(self._lowers)
         upper = self._work_dir / f"{number:03d}.writable"
@@ -108,7 +128,7 @@ class LayerBuilder:
         begin = time.monotonic()
         try:
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
-            applied = self._apply(tar, blob, upper)
+            applied = self._apply(tars, upper)
             self._lowers.append(_open_own(upper, read_only=True))
         except OSError as error:
             raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(upper)) from error
@@ -119,17 +139,40 @@ class LayerBuilder:
             raise _compressor_died(target) from error
         return PendingLayer(target, applied, seconds, compressing)
 
-    def _apply(self, tar: Iterable[Buffer], blob: str, upper: Path) -> ApplyStatistics:
+    def _apply(self, tars: Iterable[tuple[str, Iterable[Buffer]]], upper: Path) -> ApplyStatistics:
         lowers = Stack(self._lowers) if self._lowers else None
+        total = ApplyStatistics()
+        count = 0
         with _open_own(upper) as layer:
             disk = WritableStack(lowers, layer)
-            if lowers is None:
-                make_filesystem(disk)
-            tree = Ext4Tree(disk)
-            with ahead(tar, _TAR_AHEAD) as pieces, pieces_file(pieces) as raw:
-                applied = apply_layer(raw, blob, tree)
+            tree = self._tree(disk, fresh=lowers is None)
+            for name, tar in tars:
+                with ahead(tar, _TAR_AHEAD) as pieces, pieces_file(pieces) as raw:
+                    applied = apply_layer(raw, name, tree)
+                count += 1
+                total.members += applied.members
+                total.file_bytes += applied.file_bytes
+                total.whiteouts += applied.whiteouts
             tree.finish()
-        return applied
+            if count > 1 and self._options.filesystem == "ext4":
+                _drop_free_blocks(disk)
+        return total
+
+    def _tree(self, disk: WritableBlob, *, fresh: bool) -> Ext4Tree:
+        if fresh:
+            make_filesystem(disk, inode_ratio=self._options.inode_ratio)
+        return Ext4Tree(disk)
+
+
+def _drop_free_blocks(disk: WritableStack) -> None:
+    # What one of several OCI layers wrote and a later one removed is no part of the layer.
+    upper = disk.upper
+    volume = Volume(disk)
+    for first, count in volume.free_blocks():
+        begin, end = first * volume.block_size, (first + count) * volume.block_size
+        for sector, length, source, _ in upper.lookup(begin // 512, end // 512):
+            if source >= 0:
+                upper.discard(sector * 512, length * 512)
 
 
 # Nobody else has these files. But a process that another thread starts holds copies of their descriptors, and so

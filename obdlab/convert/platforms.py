@@ -16,7 +16,7 @@ from obdlab.formats import oci
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from obdlab.convert.source import ImageDestination, ImageSource
+    from obdlab.convert.endpoints import ImageDestination, ImageSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from obdlab.convert.layout import VerifiedFile
 from obdlab.errors import SourceError
 from obdlab.formats.oci import INDEX_TYPES, MAX_MANIFEST_SIZE, Descriptor, Index, Manifest, parse_manifest
 from obdlab.registry.failures import RegistryError
+from obdlab.sources.cache import BlockCache
 from obdlab.sources.remote import RemoteBlob
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from obdlab.registry.reference import Reference
 
 _COPY = 1 << 20
+# Of a layer below, its metadata is read: here and there, much of it together.
+_LOWER_UNIT = 256 << 10
 
 
 class RegistrySource(ImageSource):
@@ -83,8 +86,9 @@ class RegistryDestination(ImageDestination):
     def share(self, descriptor: Descriptor, repository: str) -> bool:
         return self._client.mount_blob(self._repository, descriptor.digest, repository)
 
-    def open_blob(self, descriptor: Descriptor) -> Blob:
-        return RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size)
+    def open_blob(self, descriptor: Descriptor, directory: Path) -> Blob:
+        blob = RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size)
+        return BlockCache(directory, unit=_LOWER_UNIT).open(blob, descriptor.digest)
 
     def manifest(self, digest: str) -> bytes | None:
         try:

@@ -1,30 +1,45 @@
-"""Directories that a conversion works in: gone when it ends, or, if it was killed, when the next one begins."""
+"""Directories that a conversion works in: gone when it ends, or, if it was killed, when the next one begins.
+
+Layers that a killed conversion had finished are kept for a day, so that the next one of the same image need not make
+them again: in a directory beside the others, under names that say what they are (:class:`FinishedLayers`).
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.convert.database import LayerRecord
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PREFIX = "obdlab-convert-"
+_POOL = "obdlab-finished-"
+_BLOB = ".layer"
+_RECORD = ".json"
+_KEPT_S = 24 * 3600
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_RECORD = 4096
 
 
 @contextmanager
 def work_directory(parent: Path) -> Iterator[Path]:
     """Make a directory below ``parent`` that is this conversion's for the block, then remove it.
 
-    What this user's killed conversions left there is removed first; directories that are in use are locked.
-    Raises SourceError if ``parent`` cannot be used.
+    What this user's killed conversions left there is removed first, but for finished layers; directories that are in
+    use are locked. Raises SourceError if ``parent`` cannot be used.
     """
     try:
         _sweep(parent)
@@ -36,6 +51,61 @@ def work_directory(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):
+            _pool(parent).rmdir()  # if nothing is left in it
+
+
+class FinishedLayers:
+    """Finished layers of the conversion in ``directory``, and those that killed ones have left beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pool = _pool(directory.parent)
+
+    def add(self, name: str, path: Path, record: LayerRecord) -> None:
+        """Note that ``path``, in the directory, is the finished layer ``name``. Raises SourceError."""
+        try:
+            # The record comes last: there is none of a layer that is not whole.
+            os.link(path, self._directory / f"{name}{_BLOB}")
+            temporary = self._directory / f"{name}.new"
+            temporary.write_text(json.dumps(asdict(record)))
+            temporary.replace(self._directory / f"{name}{_RECORD}")
+        except FileExistsError:
+            pass  # the same layer twice in an image
+        except OSError as error:
+            raise SourceError(f"cannot note the finished layer: {error.strerror}", blob=str(path)) from error
+
+    def take(self, name: str) -> tuple[Path, LayerRecord] | None:
+        """Return the layer ``name`` of a killed conversion, now in the directory, if it is there and whole."""
+        blob, record = self._directory / f"{name}{_BLOB}", self._directory / f"{name}{_RECORD}"
+        try:
+            if not _is_own(self._pool):
+                return None
+            os.replace(self._pool / f"{name}{_RECORD}", record)
+            os.replace(self._pool / f"{name}{_BLOB}", blob)
+            found = LayerRecord(**json.loads(record.read_bytes()[:_MAX_RECORD]))
+            with blob.open("rb", buffering=0) as file:
+                digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            if (digest, blob.stat().st_size) == (found.digest, found.size):
+                return blob, found
+        except (OSError, ValueError, TypeError):  # gone, another's by now, or damaged: then it is made again
+            pass
+        for path in (blob, record):
+            path.unlink(missing_ok=True)
+        return None
+
+
+def _pool(parent: Path) -> Path:
+    return parent / f"{_POOL}{os.geteuid()}"
+
+
+def _is_own(directory: Path) -> bool:
+    # The parent may be writable for all.
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _make(parent: Path) -> tuple[Path, int]:
@@ -56,14 +126,38 @@ def _sweep(parent: Path) -> None:
     for name in names:
         # Others' directories, and what is none, are none of ours.
         with suppress(OSError):
-            _sweep_one(parent / name)
+            _sweep_one(parent, parent / name)
+    with suppress(OSError):
+        _expire(_pool(parent))
 
 
-def _sweep_one(directory: Path) -> None:
+def _sweep_one(parent: Path, directory: Path) -> None:
     lock = os.open(directory, _FLAGS)
     try:
         if os.fstat(lock).st_uid == os.geteuid():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _keep_finished(directory, _pool(parent))
             shutil.rmtree(directory, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _keep_finished(directory: Path, pool: Path) -> None:
+    for record in directory.glob(f"*{_RECORD}"):
+        with suppress(FileExistsError):
+            pool.mkdir(mode=0o700)
+        if not _is_own(pool):
+            return
+        with suppress(OSError):  # one that was being taken
+            os.replace(record.with_suffix(_BLOB), pool / record.with_suffix(_BLOB).name)
+            os.replace(record, pool / record.name)
+
+
+def _expire(pool: Path) -> None:
+    if not _is_own(pool):
+        return
+    for path in pool.iterdir():
+        if time.time() - path.stat().st_mtime > _KEPT_S:
+            path.unlink()
+    with suppress(OSError):
+        pool.rmdir()

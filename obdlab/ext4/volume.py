@@ -6,6 +6,8 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from obdlab.errors import FormatError
 from obdlab.ext4 import directory, xattr
 from obdlab.ext4.layout import (
@@ -147,6 +149,24 @@ class Volume:
     def content(self, inode: Inode) -> Iterator[bytes]:
         """Yield all of a file's bytes in pieces of at most 1 MiB, holes as zeros."""
         yield from self._pieces(inode, 0, inode.size)
+
+    def free_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the runs (first, count) of blocks that nothing uses, group by group."""
+        superblock = self.superblock
+        for number, group in enumerate(self._groups):
+            first = superblock.first_data_block + number * superblock.blocks_per_group
+            count = min(superblock.blocks_per_group, superblock.blocks - first)
+            if group.free_blocks == 0:
+                continue
+            if group.free_blocks == count:
+                yield first, count
+                continue
+            self._check_block(group.block_bitmap)
+            raw = np.frombuffer(self._disk.read_at(group.block_bitmap * self.block_size, self.block_size), np.uint8)
+            bits = np.unpackbits(raw, bitorder="little")[:count]
+            edges = np.flatnonzero(np.diff(bits, prepend=1, append=1)).tolist()
+            for begin, end in zip(edges[::2], edges[1::2], strict=True):
+                yield first + begin, end - begin
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,255 @@
+"""The layers of one image on their way: fetched, built one on another, compressed, pushed, all at the same time."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.convert.apply import ApplyStatistics
+from obdlab.convert.database import LayerRecord
+from obdlab.convert.decompress import uncompressed
+from obdlab.convert.layer import BuiltLayer, LayerBuilder, layer_uuid
+from obdlab.errors import ObdlabError
+from obdlab.formats import oci
+from obdlab.layers.lsmt import open_layer
+from obdlab.sources.localfile import LocalFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from obdlab.blob import Blob, Buffer
+    from obdlab.convert.database import LayerKey
+    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.layer import LayerOptions, PendingLayer
+    from obdlab.convert.layout import VerifiedFile
+    from obdlab.convert.progress import Progress
+    from obdlab.convert.reuse import Reuse, Reused
+
+_FETCHERS = 2
+_PUSHERS = 2
+
+
+class ConvertStoppedError(ObdlabError):
+    """A part of a conversion ended because another part failed or the user gave up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The OCI layers that become one layer, mostly a single one, bottom first."""
+
+    layers: tuple[oci.Descriptor, ...]
+    diff_ids: tuple[str, ...]
+    #: Chain ID of the topmost.
+    chain_id: str
+    #: Number of the lowest in the image.
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedLayer:
+    """One layer: where it came from, and what came out. Sizes in bytes."""
+
+    #: The topmost OCI layer's digest, how many there are, and their size.
+    source_digest: str
+    merged: int
+    source_size: int
+    built: BuiltLayer
+    #: False if the destination had the blob already.
+    stored: bool
+    #: Where a layer was found that needed no building; "" for one that was built.
+    reused: str = ""
+
+    @classmethod
+    def of(cls, group: Group, built: BuiltLayer, *, stored: bool, reused: str = "") -> ConvertedLayer:
+        """Return the layer made of ``group``."""
+        size = sum(layer.size for layer in group.layers)
+        return cls(group.layers[-1].digest, len(group.layers), size, built, stored, reused)
+
+    @classmethod
+    def known(cls, group: Group, layer: oci.Descriptor) -> ConvertedLayer:
+        """Return a layer of a manifest that the destination had, of which no more is known than its descriptor."""
+        built = BuiltLayer(None, layer.digest, layer.size, 0, 0, ApplyStatistics())
+        return cls.of(group, built, stored=False, reused="image was there")
+
+
+def groups_of(manifest: oci.Manifest, config: oci.Config, most: int) -> list[Group]:
+    """Return which OCI layers become one: each its own, but with ``most`` all from there on the last."""
+    chains = oci.chain_ids(config.diff_ids)
+    count = len(manifest.layers)
+    ends = list(range(1, count + 1))
+    if 0 < most < count:
+        ends = [*ends[: most - 1], count]
+    begins = [0, *ends[:-1]]
+    return [
+        Group(manifest.layers[begin:end], config.diff_ids[begin:end], chains[end - 1], begin)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+
+
+class Pipeline:
+    """One run: layers in order, with a thread or two that fetch ahead and push behind."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        destination: ImageDestination,
+        reuse: Reuse,
+        options: LayerOptions,
+        describe: Callable[[BuiltLayer], oci.Descriptor],
+        progress: Progress,
+        work_dir: Path,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._reuse = reuse
+        self._describe = describe
+        self._progress = progress
+        self._work_dir = work_dir
+        self._builder = LayerBuilder(work_dir, options)
+        self._fetches: dict[int, Future[VerifiedFile]] = {}
+        self._pushes: list[Future[ConvertedLayer]] = []
+        self._stopped = threading.Event()
+
+    def run(self, groups: Sequence[Group]) -> tuple[ConvertedLayer, ...]:
+        """Convert all layers and store them. Raises what fails first; what was built until then stays where it is."""
+        found = self._find(groups)
+        with ExitStack() as ended:
+            ended.callback(self._release_fetched)
+            if len(found) < len(groups):
+                ended.enter_context(self._builder)
+            pushers = ended.enter_context(ThreadPoolExecutor(_PUSHERS, "convert-push"))
+            fetchers = ended.enter_context(ThreadPoolExecutor(_FETCHERS, "convert-fetch"))
+            try:
+                return self._run(groups, found, fetchers, pushers)
+            except BaseException:
+                self._stopped.set()
+                for pool in (fetchers, pushers):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _find(self, groups: Sequence[Group]) -> list[tuple[LayerKey, Reused]]:
+        # From the bottom on: above a layer that has to be built, everything has.
+        found: list[tuple[LayerKey, Reused]] = []
+        for number in range(len(groups)):
+            key = self._key(groups, number, [reused.record.digest for _, reused in found])
+            reused = self._reuse.find(key)
+            if reused is None:
+                break
+            found.append((key, reused))
+        return found
+
+    def _key(self, groups: Sequence[Group], number: int, below: Sequence[str]) -> LayerKey:
+        parent = groups[number - 1].chain_id if number else ""
+        return self._reuse.key(groups[number].chain_id, parent, len(groups[number].layers), below)
+
+    def _run(
+        self,
+        groups: Sequence[Group],
+        found: Sequence[tuple[LayerKey, Reused]],
+        fetchers: ThreadPoolExecutor,
+        pushers: ThreadPoolExecutor,
+    ) -> tuple[ConvertedLayer, ...]:
+        for group, (key, reused) in zip(groups, found, strict=False):
+            self._pushes.append(pushers.submit(self._push_reused, group, key, reused))
+        if len(found) < len(groups):
+            for number, (_, reused) in enumerate(found):
+                self._builder.add_lower(open_layer(self._open(reused, number)))
+        wanted = [(g.first + n, layer) for g in groups[len(found) :] for n, layer in enumerate(g.layers)]
+        fetching = _Ahead(lambda number, layer: fetchers.submit(self._fetch, number, layer), wanted, self._fetches)
+        digests = [reused.record.digest for _, reused in found]
+        pending: list[PendingLayer] = []
+        for number, group in enumerate(groups[len(found) :], len(found)):
+            pending.append(self._build(group, groups[number - 1].chain_id if number else None, fetching))
+            self._pushes.append(pushers.submit(self._push_built, groups, number, digests, tuple(pending)))
+            for push in self._pushes:
+                if push.done():
+                    push.result()  # a failed upload ends all now
+        return tuple(push.result() for push in self._pushes)
+
+    def _open(self, reused: Reused, number: int) -> Blob:
+        if reused.path is not None:
+            return LocalFile(reused.path)
+        descriptor = oci.Descriptor(oci.OCI_LAYER, reused.record.digest, reused.record.size)
+        return self._destination.open_blob(descriptor, self._work_dir / "cache")
+
+    def _fetch(self, number: int, layer: oci.Descriptor) -> VerifiedFile:
+        directory = self._work_dir / f"fetch-{number:03d}"
+        directory.mkdir()
+        with self._progress.task(f"layer {number}: fetch", layer.size) as task:
+            return self._source.fetch(layer, directory, self._unless_stopped(task.advance))
+
+    def _build(self, group: Group, parent: str | None, fetching: _Ahead) -> PendingLayer:
+        def tars() -> Iterator[tuple[str, Iterator[Buffer]]]:
+            for number, (layer, diff_id) in enumerate(zip(group.layers, group.diff_ids, strict=True), group.first):
+                blob = f"{self._source.name} layer {number} ({layer.digest})"
+                file = fetching.take(number)
+                with self._progress.task(f"layer {number}: build", layer.size) as task:
+                    yield blob, uncompressed(file, blob, diff_id, task.advance)
+                self._source.release(file)
+
+        parent_uuid = None if parent is None else layer_uuid(parent)
+        return self._builder.build(tars(), uuid=layer_uuid(group.chain_id), parent_uuid=parent_uuid)
+
+    def _push_built(
+        self, groups: Sequence[Group], number: int, digests: Sequence[str], pending: Sequence[PendingLayer]
+    ) -> ConvertedLayer:
+        # Layers are compressed in order: those below are finished when this one is.
+        *below, layer = [layer.result() for layer in pending]
+        assert layer.path is not None
+        key = self._key(groups, number, [*digests, *(lower.digest for lower in below)])
+        record = LayerRecord(layer.digest, layer.size, layer.segments, layer.data_size)
+        self._reuse.made(key, layer.path, record)
+        stored = self._push(number, layer, layer.path)
+        self._reuse.stored(key, record)
+        return ConvertedLayer.of(groups[number], layer, stored=stored)
+
+    def _push_reused(self, group: Group, key: LayerKey, reused: Reused) -> ConvertedLayer:
+        record = reused.record
+        layer = BuiltLayer(
+            reused.path, record.digest, record.size, record.segments, record.data_size, ApplyStatistics()
+        )
+        stored = False
+        if reused.path is not None:
+            stored = self._push(group.first, layer, reused.path)
+            self._reuse.stored(key, record)
+        return ConvertedLayer.of(group, layer, stored=stored, reused=reused.where)
+
+    def _push(self, number: int, layer: BuiltLayer, path: Path) -> bool:
+        with self._progress.task(f"layer {number}: push", layer.size) as task:
+            return self._destination.put_file(self._describe(layer), path, self._unless_stopped(task.advance))
+
+    def _release_fetched(self) -> None:
+        for fetch in self._fetches.values():
+            if fetch.done() and not fetch.cancelled() and fetch.exception() is None:
+                self._source.release(fetch.result())
+
+    def _unless_stopped(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        def checked(amount: int) -> None:
+            if self._stopped.is_set():
+                raise ConvertStoppedError("conversion was stopped")
+            advance(amount)
+
+        return checked
+
+
+class _Ahead:
+    # Layers in order, of which the next is fetched while one is built: more would only fill the disk.
+    def __init__(
+        self,
+        start: Callable[[int, oci.Descriptor], Future[VerifiedFile]],
+        wanted: Sequence[tuple[int, oci.Descriptor]],
+        started: dict[int, Future[VerifiedFile]],
+    ) -> None:
+        self._start = start
+        self._waiting = list(reversed(wanted))
+        self._started = started
+
+    def take(self, number: int) -> VerifiedFile:
+        while self._waiting and self._waiting[-1][0] <= number + 1:
+            ahead, layer = self._waiting.pop()
+            self._started[ahead] = self._start(ahead, layer)
+        return self._started[number].result()

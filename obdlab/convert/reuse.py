@@ -1,0 +1,142 @@
+"""Finding layers and manifests that need not be made again.
+
+They may be at the destination, in another repository of its host, or left in the work directory by a conversion that
+was killed. The database says what to look for; the destination, asked each time, says what is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.convert.database import DatabaseError, LayerKey, LayerRecord, stack_digest
+from obdlab.errors import FormatError
+from obdlab.formats import oci
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from obdlab.convert.database import Database
+    from obdlab.convert.endpoints import ImageDestination
+    from obdlab.convert.layer import LayerOptions
+    from obdlab.convert.workdir import FinishedLayers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """A finished layer: a file of the work directory that is yet to be stored, or one at the destination."""
+
+    record: LayerRecord
+    #: None for one at the destination.
+    path: Path | None
+    #: Where it was found, for people.
+    where: str
+
+
+class Reuse:
+    """Looks for the finished layers of one conversion, and notes those that it makes."""
+
+    def __init__(
+        self,
+        destination: ImageDestination,
+        database: Database | None,
+        finished: FinishedLayers,
+        options: LayerOptions,
+    ) -> None:
+        self._destination = destination
+        self._database = database
+        self._finished = finished
+        self._options = options
+
+    def key(self, chain_id: str, parent_chain_id: str, merged: int, below: Sequence[str]) -> LayerKey:
+        """Return what a layer is known by: ``merged`` OCI layers are in it, ``below`` are the digests below it."""
+        more = {"on": parent_chain_id} if merged > 1 else {}
+        return LayerKey(chain_id, self._options.digest(**more), stack_digest(below))
+
+    def find(self, key: LayerKey) -> Reused | None:
+        """Return the layer if it is anywhere. Raises what the destination raises when asked."""
+        return self._at_destination(key) or self._in_work_directory(key)
+
+    def made(self, key: LayerKey, path: Path, record: LayerRecord) -> None:
+        """Note a layer that is finished, before it is stored. Raises SourceError."""
+        self._finished.add(key.name, path, record)
+
+    def stored(self, key: LayerKey, record: LayerRecord) -> None:
+        """Note that the destination has the layer."""
+        place = self._destination.place
+        if self._database is not None and place is not None:
+            with _hints():
+                self._database.add_layer(place, key, record)
+
+    def _at_destination(self, key: LayerKey) -> Reused | None:
+        place = self._destination.place
+        if self._database is None or place is None:
+            return None
+        rows: list[tuple[str, LayerRecord]] = []
+        with _hints():
+            rows = self._database.find_layer(place, key)
+        for repository, record in rows:
+            descriptor = oci.Descriptor(oci.OCI_LAYER, record.digest, record.size)
+            if self._destination.has(descriptor):
+                return Reused(record, None, "was there")
+            if repository == place[1]:
+                with _hints():
+                    self._database.drop_layer(place, key)
+            elif self._destination.share(descriptor, repository):
+                self.stored(key, record)
+                return Reused(record, None, f"shared by {repository}")
+        return None
+
+    def _in_work_directory(self, key: LayerKey) -> Reused | None:
+        found = self._finished.take(key.name)
+        return None if found is None else Reused(found[1], found[0], "finished before")
+
+
+def known_manifest(
+    destination: ImageDestination, database: Database | None, source_digest: str, options: str
+) -> oci.Manifest | None:
+    """Return what the source was converted to before, if the destination has all that it names still."""
+    place = destination.place
+    if database is None or place is None:
+        return None
+    digest = None
+    with _hints():
+        digest = database.find_manifest(place, source_digest, options)
+    if digest is None:
+        return None
+    data = destination.manifest(digest)
+    if data is not None:
+        try:
+            manifest = oci.Manifest.parse(data, destination.name)
+        except FormatError as error:
+            logger.warning("%s: %s is no manifest of ours: %s", destination.name, digest, error)
+        else:
+            whole = manifest.to_bytes() == data
+            if whole and all(destination.has(blob) for blob in (manifest.config, *manifest.layers)):
+                return manifest
+    with _hints():
+        database.drop_manifest(place, source_digest, options)
+    return None
+
+
+def note_manifest(
+    destination: ImageDestination, database: Database | None, source_digest: str, options: str, digest: str
+) -> None:
+    """Note what the source was converted to."""
+    if database is not None and destination.place is not None:
+        with _hints():
+            database.add_manifest(destination.place, source_digest, options, digest)
+
+
+@contextmanager
+def _hints() -> Iterator[None]:
+    # The database was there when the conversion began; what it cannot tell or note now costs time, no more.
+    try:
+        yield
+    except DatabaseError as error:
+        logger.warning("%s", error)
