@@ -108,6 +108,13 @@ class _Place:
         return self._number, begin, end
 
 
+def cached_blob_of(blob: Blob) -> CachedBlob | None:
+    """Return the blob in a registry that a layer's data is unpacked from, None if it is on this machine."""
+    while isinstance(blob, ZFileReader | WrappedContent):
+        blob = blob.stored
+    return blob if isinstance(blob, CachedBlob) else None
+
+
 def _stored(blob: Blob, blobs: list[CachedBlob]) -> _Place | None:
     steps: list[ZFileReader | WrappedContent] = []
     while isinstance(blob, ZFileReader | WrappedContent):

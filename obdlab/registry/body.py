@@ -51,10 +51,7 @@ def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doi
     Raises RegistryError.
     """
     try:
-        if response.status == 206:
-            _check_content_range(response, offset, length, doing)
-        else:
-            _skip(response, offset, doing)
+        go_to_range(response, offset, length, doing)
         data = _read_exactly(response, length, doing)
         # Without a length (chunked, or until the connection closes) only its end tells that this was all.
         if response.status == 206 and response.length_remaining is None and response.read(1):
@@ -64,6 +61,14 @@ def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doi
     finally:
         discard(response)
     return data
+
+
+def go_to_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
+    """Have the answer to a range request give the byte at ``offset`` next. Raises as :func:`read_range` does."""
+    if response.status == 206:
+        _check_content_range(response, offset, length, doing)
+    else:
+        _skip(response, offset, doing)
 
 
 def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:

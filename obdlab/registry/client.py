@@ -15,6 +15,7 @@ from obdlab.registry.credentials import Credentials
 from obdlab.registry.deadline import one_try
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.pace import least_pace
+from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import PUSH, Session, redirected
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
@@ -205,6 +206,23 @@ class RegistryClient:
                 return self._hedges.run((repository.api_host, length.bit_length()), request)
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
+
+    def open_range(self, repository: Repository, digest: str, offset: int, length: int) -> RangeStream:
+        """Ask once for a byte range of a blob that is to be read as it comes. Nothing is tried again."""
+        name = _name(repository, digest)
+
+        def request() -> RangeStream:
+            return self._session.get(
+                repository,
+                f"blobs/{digest}",
+                {"Range": f"bytes={offset}-{offset + length - 1}"},
+                lambda response: RangeStream(response, name=name, offset=offset, length=length),
+                doing="streaming blob",
+                wanted=(200, 206),
+                bulk=True,
+            )
+
+        return self._session.persist(request, blob=name, offset=offset, tries=1)
 
     def distrust(self, repository: Repository, digest: str) -> None:
         """Read this blob from the registry itself for a while: what came from elsewhere failed its checksum."""

@@ -18,6 +18,7 @@ from obdlab.sources.cachedunits import CachedUnits
 from obdlab.sources.cachelayout import PAGE_SHIFT, SEED
 from obdlab.sources.fetching import Fetches
 from obdlab.sources.flights import Holders, Statistics
+from obdlab.sources.piecesahead import PiecesAhead
 from obdlab.sources.readahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -197,6 +198,10 @@ class CachedBlob(Blob):
     def prefetch(self, first: int, stop: int) -> None:
         """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
         self._fetches.prefetch(first, stop)
+
+    def pieces_ahead(self, first: int, stop: int) -> PiecesAhead:
+        """Return what fetches the missing ones of the units in order, by as few requests as possible."""
+        return PiecesAhead(self._origin, self._fetches, first, stop, max(1, _PIECE // self._unit))
 
     # -- the end of a download ---------------------------------------------------------------------------------------
 

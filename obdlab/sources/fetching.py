@@ -21,12 +21,15 @@ from obdlab.sources.flights import Flight
 from obdlab.waiting import waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from obdlab.blob import Blob
     from obdlab.sources.cachedunits import CachedUnits
     from obdlab.sources.flights import Demand, Holders
     from obdlab.sources.readahead import ReadAhead
+
+    #: Returns the bytes of a flight's units, by the deadline.
+    ReadUnits = Callable[[Flight, float], bytes]
 
 logger = logging.getLogger(__name__)
 
@@ -132,19 +135,48 @@ class Fetches:
         """As :meth:`fetch_in_background`, because a reader is expected soon."""
         unit = first
         while unit < stop:
-            with self._lock:
-                flight = self._claim_next(unit, stop)
-                if flight is None:
-                    return
+            flight = self.claim_ahead(unit, stop)
+            if flight is None:
+                return
+            self.fetch_claimed(flight, self._read_origin)
+            unit = flight.stop
+
+    def claim_ahead(self, unit: int, stop: int) -> Flight | None:
+        """Claim the next units that are neither there nor under way: whoever reads them waits for our caller.
+
+        He must call :meth:`fetch_claimed` or :meth:`give_back` with what is returned; None: nothing is to be fetched.
+        """
+        with self._lock:
+            flight = self._claim_next(unit, stop)
+            if flight is not None:
                 flight.started = flight.prefetch = True
                 self._unused.update(range(flight.first, flight.stop))
-            try:
-                self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
-            finally:
-                fetched = flight.first if flight.data is None else flight.stop  # others may fetch the rest
-                with self._lock:
-                    self._unused.difference_update(range(fetched, stop))
-            unit = flight.stop
+        return flight
+
+    def fetch_claimed(self, flight: Flight, read: ReadUnits) -> None:
+        """Fetch what was claimed, by ``read(flight, deadline)``, and store it. Raises what that raises."""
+        stop = flight.stop
+        try:
+            deadline = time.monotonic() + self.deadline_s * _BACKGROUND_SHARE
+            self._fetch(flight, deadline, patient=False, read=read)
+        finally:
+            fetched = flight.first if flight.data is None else flight.stop  # others may fetch the rest
+            with self._lock:
+                self._unused.difference_update(range(fetched, stop))
+
+    def give_back(self, flight: Flight) -> None:
+        """What was claimed is not fetched: those who wait for it do."""
+        with self._lock:
+            self._unused.difference_update(range(flight.first, flight.stop))
+        self._end(flight)
+
+    def range_of(self, flight: Flight) -> tuple[int, int]:
+        """Return a flight's offset and length in bytes."""
+        return flight.first << self._units.unit_shift, self._units.files.length_of(flight.first, flight.stop)
+
+    def end_of(self, stop: int) -> int:
+        """Return the first byte after the units before ``stop``."""
+        return self._units.files.length_of(0, stop)
 
     def note_use(self, first: int, stop: int) -> None:
         """The units were read: count what was prefetched of them."""
@@ -220,7 +252,7 @@ class Fetches:
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, flight: Flight, deadline: float, *, patient: bool) -> None:
+    def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
         # Fetches and stores. Afterwards flight.data is there, or another process fetched it, or the error is raised.
         claimed = False
         try:
@@ -228,7 +260,7 @@ class Fetches:
             if turn is None:
                 return
             claimed = turn
-            flight.data = self._read_origin(flight, deadline)
+            flight.data = (read or self._read_origin)(flight, deadline)
             self._settle(flight)  # nobody else waits for the disk, and the units stay claimed until they are stored
             self._units.store(flight.first, flight.data)
         except BaseException as error:
@@ -242,8 +274,7 @@ class Fetches:
             self._end(flight)
 
     def _read_origin(self, flight: Flight, deadline: float) -> bytes:
-        offset = flight.first << self._units.unit_shift
-        length = self._units.files.length_of(flight.first, flight.stop)
+        offset, length = self.range_of(flight)
         with waiting(), deadline_of_thread(deadline):
             data = self._origin.read_at(offset, length)
         if len(data) != length:

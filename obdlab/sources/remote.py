@@ -18,6 +18,7 @@ from obdlab.waiting import waiting
 
 if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
+    from obdlab.registry.rangestream import RangeStream
     from obdlab.registry.reference import Repository
 
 # The kernel asks again within milliseconds; longer than this, and a registry that is back would be missed.
@@ -82,6 +83,11 @@ class RemoteBlob(Blob):
         audit.record("download", self._url, offset, length, started)
         self._failed = ()  # the registry is back
         return data
+
+    def open_range(self, offset: int, length: int) -> RangeStream:
+        """Ask for a range that is read as it comes, for a ``with`` block. Raises RegistryError."""
+        check_range(self, offset, length)
+        return self._client.open_range(self._repository, self._digest, offset, length)
 
     def _check_failed(self, offset: int, stop: int, now: float) -> None:
         for end, failed_offset, failed_stop, error in self._failed:

@@ -1,0 +1,70 @@
+"""A byte range of a blob as it comes: one request, however long it takes to use it up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from obdlab.registry.body import go_to_range
+from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import urllib3
+
+_DOING = "streaming blob"
+
+
+class RangeStream:
+    """Reads ``[offset, offset + length)`` of a blob forwards from the answer to a range request.
+
+    Nothing is tried again here: whoever reads knows what has come, and asks for the rest. A context manager; leaving
+    it before the end gives the connection up. Raises RegistryError naming the blob.
+    """
+
+    def __init__(self, response: urllib3.BaseHTTPResponse, *, name: str, offset: int, length: int) -> None:
+        self._response = response
+        self._name = name
+        #: The next byte to come.
+        self.position = offset
+        #: Where it ends.
+        self.end = offset + length
+        try:
+            go_to_range(response, offset, length, _DOING)
+        except (*TRANSPORT_ERRORS, RegistryError) as error:
+            raise self._failed(error) from error
+
+    def read(self, length: int) -> bytes:
+        """Return exactly so many bytes. No deadline but the thread's."""
+        if length > self.end - self.position:
+            raise ValueError(f"read past the end (got {length}, wanted at most {self.end - self.position})")
+        pieces = []
+        missing = length
+        try:
+            while missing:
+                piece = self._response.read(missing)
+                if not piece:
+                    raise RegistryError(f"{_DOING}: answer broke off", temporary=True)
+                pieces.append(piece)
+                missing -= len(piece)
+        except (*TRANSPORT_ERRORS, RegistryError) as error:
+            raise self._failed(error) from error
+        self.position += length
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """Give up what has not been read."""
+        discard(self._response)
+
+    def _failed(self, error: Exception) -> RegistryError:
+        self.close()
+        told = error if isinstance(error, RegistryError) else from_exception(error, _DOING)
+        return told.at(self._name, self.position, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,159 @@
+"""Hot layers: the same disk, fetched by one request."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from obdlab.errors import FormatError
+from obdlab.formats.trace import Trace
+from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.hotlayer import NothingHotError, is_hot, write_hot_layer
+from obdlab.image.open import Image, open_image, open_stack
+from obdlab.image.settings import Settings
+from obdlab.image.tracemap import sectors_of_reads
+from obdlab.image.writing import Packing
+from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.recorder import Recorder, reads_of
+from obdlab.layers.stack import Stack
+from tests.layers.golden import GOLDEN, manifest, sha256_of
+from tests.registry.faulty import FaultyRegistry, faulty_registry
+
+EXT4 = [GOLDEN / "ext4" / "layer1.obd", GOLDEN / "ext4" / "layer2.obd"]
+EXT4_SHA256 = manifest("ext4")["merged"]["layers1-2"]["raw_sha256"]
+
+
+def _some_reads() -> list[tuple[int, int]]:
+    # Half of what the disk holds, here and there, and some of it twice.
+    rng = random.Random(5)
+    with open_stack(EXT4) as disk:
+        reads = [
+            (at * 512, min(512 * (end - at), 70_000))
+            for begin, end in zip(*disk_ranges(disk), strict=True)
+            for at in range(begin, end, 137)
+            if rng.random() < 0.5
+        ]
+    rng.shuffle(reads)
+    return [*reads, *reads[:20]]
+
+
+def disk_ranges(disk: Stack) -> tuple[list[int], list[int]]:
+    segments = disk.index.segments()
+    return segments.offset_sectors.tolist(), segments.end_sectors.tolist()
+
+
+READS = _some_reads()
+
+
+def trace_of(paths: list[Path], reads: list[tuple[int, int]]) -> bytes:
+    recorder = Recorder()
+    with open_stack(paths) as disk:
+        disk.watch(recorder.around)
+        for offset, length in reads:
+            disk.read_at(offset, length)
+        disk.watch(None)
+    return Trace.from_reads(reads_of(recorder.to_bytes())).to_bytes()
+
+
+def hot_layer(path: Path, trace: bytes, packing: Packing) -> Path:
+    with open_stack(EXT4) as disk, path.open("wb") as file, packing.around(file) as sink:
+        write_hot_layer(disk, trace, sink)
+    return path
+
+
+def served(registry: FaultyRegistry, paths: list[Path]) -> ImageConfig:
+    lowers = tuple(
+        LowerConfig(digest=registry.add_blob(path.read_bytes()), size=path.stat().st_size) for path in paths
+    )
+    return ImageConfig(repo_blob_url=registry.repository().blobs_url, lowers=lowers)
+
+
+@pytest.mark.parametrize("packing", [Packing(tar=True), Packing("zstd", 32768), Packing("")])
+def test_the_disk_is_the_same_and_what_was_read_comes_from_the_layer(tmp_path: Path, packing: Packing) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), packing)
+    with open_stack([*EXT4, hot]) as disk:
+        assert is_hot(disk.layers[-1])
+        assert not is_hot(disk.layers[0])
+        assert disk.layers[-1].parent_uuid == disk.layers[-2].uuid  # type: ignore[attr-defined]
+        assert sha256_of(disk) == EXT4_SHA256
+        recorder = Recorder()
+        disk.watch(recorder.around)
+        for offset, length in READS:
+            disk.read_at(offset, length)
+        touched = {layer for layer, _, _ in reads_of(recorder.to_bytes())}
+    assert touched == {2}
+
+
+def test_sectors_are_those_of_the_reads() -> None:
+    trace = Trace.from_bytes(trace_of(EXT4, READS))
+    with open_stack(EXT4) as disk:
+        wanted: set[int] = set()
+        for offset, length in READS:
+            for begin, count, source, _ in disk.index.lookup(offset // 512, -(-(offset + length) // 512)):
+                wanted |= set(range(begin, begin + count)) if source >= 0 else set()
+        sectors = sectors_of_reads(trace.reads(), disk)
+        assert {sector for begin, end in sectors for sector in range(begin, end)} == wanted
+        # Headers and indexes are nothing of the disk, and what another layer hides is not seen.
+        assert sectors_of_reads([(0, 0, 4096), (0, disk.layers[0].data.size - 4096, 4096)], disk) == []
+
+
+def test_an_image_with_one_reads_all_of_it_by_one_request(tmp_path: Path) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing(tar=True))
+    settings = Settings(cache_dir=tmp_path / "cache", cache_unit=4096, read_deadline_s=20)
+    with faulty_registry() as registry:
+        config = served(registry, [*EXT4, hot])
+        with open_image(config, settings) as image:
+            assert isinstance(image, Image)
+            _until_complete(registry, config, image)
+            opened = len(registry.requests)
+            for offset, length in READS:
+                assert len(image.read_at(offset, length)) == length
+            assert len(registry.requests) == opened
+            assert image.statistics()["demand_bytes"] < 8 * 64 * 1024
+            assert sha256_of(image) == EXT4_SHA256
+        asked = [r.range for r in registry.requests[:opened] if config.lowers[2].digest in r.path]
+        assert len(asked) <= 4  # both ends, perhaps the index, and the rest
+
+
+def test_one_that_cannot_be_fetched_leaves_the_image_as_it_was(tmp_path: Path) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing(tar=True))
+    with faulty_registry() as registry:
+        config = served(registry, [*EXT4, hot])
+        config = replace(config, lowers=(*config.lowers[:2], replace(config.lowers[2], digest="sha256:" + "0" * 64)))
+        settings = Settings(cache_dir=tmp_path / "cache", open_deadline_s=5)
+        with pytest.raises(Exception, match="lower 2 of 3"):
+            open_image(config, settings)
+
+
+def test_traces_that_name_nothing_or_another_image() -> None:
+    with open_stack(EXT4) as disk:
+        with pytest.raises(NothingHotError, match="names nothing"):
+            write_hot_layer(disk, Trace.from_reads([(0, 0, 512)]).to_bytes(), io.BytesIO(), name="t")
+        with pytest.raises(FormatError, match="not of this image"):
+            write_hot_layer(disk, Trace.from_reads([(7, 0, 512)]).to_bytes(), io.BytesIO(), name="t")
+
+
+def test_a_priority_list_makes_one(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with open_stack(EXT4) as disk:
+        write_hot_layer(disk, b"/bin/\n/etc/\n/usr/\n/lib/\n", out)
+        from obdlab.blob import MemoryBlob
+
+        layer = LsmtLayer(MemoryBlob(out.getvalue()))
+        assert sha256_of(Stack([*disk.layers, layer])) == EXT4_SHA256
+
+
+def _until_complete(registry: FaultyRegistry, config: ImageConfig, image: Image) -> None:
+    deadline = time.monotonic() + 20
+    size = config.lowers[2].size
+    while time.monotonic() < deadline:
+        counted = image.statistics()
+        if counted["prefetch_bytes"] and counted["prefetch_bytes"] + counted["demand_bytes"] >= size:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the hot layer was not fetched: {image.statistics()}, {registry.requests}")
