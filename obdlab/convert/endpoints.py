@@ -42,6 +42,11 @@ class ImageSource(ABC):
     #: The image's name for messages.
     name: str
 
+    @property
+    def place(self) -> tuple[str, str] | None:
+        """Host and repository that the image's blobs lie in; None where there is no such place."""
+        return None
+
     def manifest(self, platform: Platform, *, overlaybd: bool = False) -> Manifest:
         """Return the image manifest, of an index the one for ``platform``. Raises as find()."""
         return self.find(platform, overlaybd=overlaybd)[1]

@@ -37,6 +37,10 @@ class RegistrySource(ImageSource):
         self._client = client
         self._repository = client.repository(reference)
 
+    @property
+    def place(self) -> tuple[str, str] | None:
+        return self._repository.host, self._repository.name
+
     def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
         path = directory / f"source-{layer.digest.removeprefix('sha256:')}"
         try:
