@@ -1,0 +1,3 @@
+"""EROFS in user space over a blob: reading it."""
+
+from __future__ import annotations

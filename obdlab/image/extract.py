@@ -1,0 +1,106 @@
+"""Copying files out of an image into a directory, without mounting it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError, ObdlabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.image.filetree import FileInode, FileTree
+
+logger = logging.getLogger(__name__)
+
+_SAME_FOR_ALL = 0o777
+_MAX_DEPTH = 400
+# What file systems keep for themselves: overlayfs' own marks never belong to an image.
+_HIDDEN_XATTRS = b"trusted.overlay."
+
+
+class ExtractError(ObdlabError):
+    """A file cannot be written to where it was to go."""
+
+
+class Extractor:
+    """Copies files and trees. ``archive``: with owners, special files, all mode bits and attributes, as root may.
+
+    Without, they belong to the caller, and special files are left out with a warning. Modification times are kept in
+    any case, holes stay holes. ``advance`` is told of bytes as they are written.
+    """
+
+    def __init__(
+        self, tree: FileTree, *, archive: bool = False, advance: Callable[[int], None] | None = None
+    ) -> None:
+        self._tree = tree
+        self._archive = archive
+        self._advance = advance or (lambda _: None)
+        self._links: dict[int, bytes] = {}
+
+    def copy(self, number: int, target: bytes) -> None:
+        """Copy a file, or a directory with all that is in it, to ``target``; an existing directory is filled.
+
+        Nothing that exists is replaced. Raises ExtractError, FormatError, or what the image's source raises.
+        """
+        try:
+            self._copy(number, target, ())
+        except OSError as error:
+            where = os.fsdecode(error.filename or target)
+            raise ExtractError(f"{where}: cannot be written ({error.strerror})") from error
+
+    # Every path is made here and by nobody else, so that none leads through a link of the image.
+    def _copy(self, number: int, target: bytes, above: tuple[int, ...]) -> None:
+        inode = self._tree.inode(number)
+        kind = stat.S_IFMT(inode.mode)
+        first = self._links.get(number)
+        if first is not None:
+            os.link(first, target, follow_symlinks=False)
+            return
+        if kind == stat.S_IFDIR:
+            if number in above or len(above) > _MAX_DEPTH:
+                raise FormatError("directory that is in itself, or too deep", blob=self._tree.name, got=number)
+            if not (os.path.isdir(target) and not os.path.islink(target)):
+                os.mkdir(target, 0o700)
+            for name, child in self._tree.entries(number).items():
+                self._copy(child, os.path.join(target, name), (*above, number))
+        elif kind == stat.S_IFREG:
+            self._write(number, inode, target)
+        elif kind == stat.S_IFLNK:
+            os.symlink(self._tree.readlink(number), target)
+        elif not self._archive or kind not in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK):
+            logger.warning("%s: a special file, left out", os.fsdecode(target))
+            return
+        else:
+            os.mknod(target, kind | 0o600, os.makedev(*inode.rdev))
+        if inode.links > 1 and kind != stat.S_IFDIR:
+            self._links[number] = target
+        self._finish(number, inode, target)
+
+    def _write(self, number: int, inode: FileInode, target: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(target, flags, 0o600), "wb", buffering=0) as file:
+            for piece in self._tree.content(number):
+                if piece.count(0) == len(piece):
+                    file.seek(len(piece), os.SEEK_CUR)
+                else:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[file.write(view) :]
+                self._advance(len(piece))
+            file.truncate(inode.size)
+
+    def _finish(self, number: int, inode: FileInode, target: bytes) -> None:
+        link = stat.S_ISLNK(inode.mode)
+        if self._archive:
+            os.chown(target, inode.uid, inode.gid, follow_symlinks=False)
+        if not link:
+            os.chmod(target, stat.S_IMODE(inode.mode) if self._archive else inode.mode & _SAME_FOR_ALL)
+        if self._archive:
+            for name, value in self._tree.xattrs(number):
+                if not name.startswith(_HIDDEN_XATTRS):
+                    os.setxattr(target, name, value, follow_symlinks=False)
+        os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns), follow_symlinks=False)

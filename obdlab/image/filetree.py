@@ -1,0 +1,139 @@
+"""The files of an image, read in user space: whichever file system is on its disk, without mount or privileges."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Protocol
+
+from obdlab.erofs import volume as erofs
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.ext4 import volume as ext4
+from obdlab.ext4.layout import ROOT_INO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from obdlab.blob import Blob
+
+_MAX_LINKS = 40
+_MAX_TARGET = 4096
+_EXT4_MAGIC_AT, _EXT4_MAGIC = 1080, 0xEF53
+_NOT_NAMES = (b"", b".", b"..")
+
+
+class NoSuchFileError(ObdlabError):
+    """An image has no file of that name, or a part of the path is none that can be gone through."""
+
+
+class FileInode(Protocol):
+    """What is known of one file. Times in nanoseconds since 1970."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+    @property
+    def links(self) -> int: ...
+    @property
+    def rdev(self) -> tuple[int, int]: ...
+    @property
+    def is_directory(self) -> bool: ...
+
+
+class _Volume(Protocol):
+    def inode(self, number: int, /) -> FileInode: ...
+    def entries(self, number: int, /) -> dict[bytes, tuple[int, int]]: ...
+    def readlink(self, inode: FileInode, /) -> bytes: ...
+    def xattrs(self, inode: FileInode, /) -> Sequence[tuple[bytes, bytes]]: ...
+    def content(self, inode: FileInode, /) -> Iterator[bytes]: ...
+
+
+class FileTree:
+    """The files on a disk, by number; names and paths are bytes.
+
+    Raises FormatError, here and in every method, for a file system that is damaged or not known, and what the disk
+    raises.
+    """
+
+    def __init__(self, disk: Blob) -> None:
+        self.name = disk.name
+        head = disk.read_at(0, min(disk.size, 4096)).ljust(4096, b"\0")
+        self._volume: _Volume
+        if int.from_bytes(head[erofs.SUPER_OFFSET : erofs.SUPER_OFFSET + 4], "little") == erofs.MAGIC:
+            volume = erofs.Volume(disk)
+            self._volume, self.root, self.kind = volume, volume.root, "erofs"  # type: ignore[assignment]
+        elif int.from_bytes(head[_EXT4_MAGIC_AT : _EXT4_MAGIC_AT + 2], "little") == _EXT4_MAGIC:
+            self._volume, self.root, self.kind = ext4.Volume(disk), ROOT_INO, "ext4"  # type: ignore[assignment]
+        else:
+            raise FormatError("no file system that can be read here", blob=disk.name, wanted="ext4 or erofs")
+
+    def inode(self, number: int) -> FileInode:
+        """Return what is known of a file."""
+        return self._volume.inode(number)
+
+    def entries(self, number: int) -> dict[bytes, int]:
+        """Return a directory's files by name, in order of names."""
+        found = self._volume.entries(number)
+        for name in found:
+            if name in _NOT_NAMES or b"/" in name or b"\0" in name:
+                raise FormatError("directory with an impossible name", blob=self.name, got=name[:80])
+        return {name: found[name][0] for name in sorted(found)}
+
+    def find(self, path: bytes, *, follow: bool = True) -> int:
+        """Return the number of the file that ``path`` names from the root, links inside the image followed.
+
+        Without ``follow`` the last part may be a link. Raises NoSuchFileError.
+        """
+        line = [self.root]
+        pending = [part for part in path.split(b"/") if part not in (b"", b".")][::-1]
+        links = 0
+        while pending:
+            part = pending.pop()
+            if part == b"..":
+                line = line[:-1] or line
+                continue
+            number = self._child(line[-1], part, path)
+            inode = self.inode(number)
+            if not stat.S_ISLNK(inode.mode) or not (pending or follow):
+                line.append(number)
+                continue
+            links += 1
+            target = self.readlink(number)
+            if links > _MAX_LINKS or len(target) > _MAX_TARGET:
+                raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ELOOP)}")
+            if target.startswith(b"/"):
+                line = [self.root]
+            pending += [each for each in target.split(b"/") if each not in (b"", b".")][::-1]
+        return line[-1]
+
+    def readlink(self, number: int) -> bytes:
+        """Return a symbolic link's text."""
+        return self._volume.readlink(self._volume.inode(number))
+
+    def xattrs(self, number: int) -> Sequence[tuple[bytes, bytes]]:
+        """Return the extended attributes."""
+        return self._volume.xattrs(self._volume.inode(number))
+
+    def content(self, number: int) -> Iterator[bytes]:
+        """Yield all of a regular file's bytes in pieces of at most 1 MiB, holes as zeros."""
+        return self._volume.content(self._volume.inode(number))
+
+    def _child(self, directory: int, name: bytes, path: bytes) -> int:
+        if not self.inode(directory).is_directory:
+            raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ENOTDIR)} (in the image)")
+        found = self._volume.entries(directory).get(name)
+        if found is None:
+            raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ENOENT)} (in the image)")
+        return found[0]
+
+
+def _text(path: bytes) -> str:
+    return path.decode(errors="backslashreplace")
