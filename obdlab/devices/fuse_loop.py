@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _END_S = 5.0
 _LABEL = "obdlab:"
+#: Not found by the label above: such a device goes with the one on top.
+_BELOW = "obdlab-below:"
 
 
 class FuseLoopDevice(Device):
@@ -28,6 +30,8 @@ class FuseLoopDevice(Device):
 
     With a ``connection`` (``fuse.open_connection``) that other processes hold too, the device outlives this process:
     given its ``path`` and the connection, another one goes on serving it. ``on_busy``: see FuseServer.
+    With ``exchangeable`` the kernel may go on without this server while a file system is mounted, see
+    ``obdlab.devices.graduation``, for which a read-only device gets a second loop device below it.
     Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
     """
 
@@ -46,6 +50,7 @@ class FuseLoopDevice(Device):
         connection: int | None = None,
         path: Path | None = None,
         on_busy: Callable[[], None] | None = None,
+        exchangeable: bool = False,
     ) -> None:
         if blob.size == 0 or blob.size % sector_size:
             raise DeviceError(
@@ -66,6 +71,9 @@ class FuseLoopDevice(Device):
             opened.callback(os.close, root)
             disk = self._server.open_disk(root)
             opened.callback(os.close, disk)
+            if exchangeable and self._server.read_only:
+                _, disk = loop.attach_while_open(disk, label=label_below(directory), sector_size=sector_size)
+                opened.callback(os.close, disk)
             self._path = loop.attach(
                 disk,
                 label=_label(directory),
@@ -148,6 +156,11 @@ def take_down_when_unused(directory: Path) -> None:
     """Have the devices of ``directory`` go by themselves, servers too, when their last users do."""
     for device in devices_of(directory):
         loop.detach_when_unused(device, label=_label(directory))
+
+
+def label_below(directory: Path) -> str:
+    """Return the label of the loop device between the served file and the device, where there is one."""
+    return f"{_BELOW}{_label(directory).removeprefix(_LABEL)}"[:63]
 
 
 # Loop devices keep 63 bytes; the hash tells apart run directories and ids that are longer.

@@ -36,23 +36,55 @@ def attach(
     ``label`` (63 bytes at most) stays with the device, for :func:`labelled` and :func:`detach` to know it by. Any
     number of processes may attach at the same time: a device lost to another one is given up for the next.
     """
+    flags = (abi.LO_FLAGS_READ_ONLY if read_only else 0) | (abi.LO_FLAGS_DIRECT_IO if direct_io else 0)
+    device, opened = _attach(backing, label, flags, sector_size, timeout_s)
+    os.close(opened)
+    set_readahead(device, readahead_kib)
+    return device
+
+
+def attach_while_open(
+    backing: int, *, label: str, sector_size: int = abi.SECTOR, timeout_s: float = 10.0
+) -> tuple[Path, int]:
+    """Make an open file a read-only loop device that goes by itself with its last user, so that it cannot be left.
+
+    Returns its node, and a descriptor of it that is a user. Raises DeviceError as :func:`attach`.
+    """
+    flags = abi.LO_FLAGS_READ_ONLY | abi.LO_FLAGS_DIRECT_IO | abi.LO_FLAGS_AUTOCLEAR
+    return _attach(backing, label, flags, sector_size, timeout_s)
+
+
+def _attach(backing: int, label: str, flags: int, sector_size: int, timeout_s: float) -> tuple[Path, int]:
     deadline = time.monotonic() + timeout_s
     config = abi.LoopConfig(fd=backing, block_size=sector_size)
-    config.info.lo_flags = (abi.LO_FLAGS_READ_ONLY if read_only else 0) | (abi.LO_FLAGS_DIRECT_IO if direct_io else 0)
+    config.info.lo_flags = flags
     config.info.lo_file_name = os.fsencode(label)
     while True:
         device = _free_device()
         try:
-            _configure(device, config, read_only)
+            return device, _configure(device, config, flags)
         except OSError as error:
             lost_race = error.errno in (errno.EBUSY, errno.ENXIO, errno.ENOENT, errno.EAGAIN)
             if not lost_race or time.monotonic() > deadline:
                 raise DeviceError(f"{device}: cannot attach {label}: {error.strerror}") from error
             time.sleep(_RACE_PAUSE_S)
-        else:
-            break
-    set_readahead(device, readahead_kib)
-    return device
+
+
+def change_backing(device: int, backing: int) -> None:
+    """Have an open read-only loop device go on with another file of the same size. Raises OSError.
+
+    What is under way comes from the old file, the rest waits for that. The kernel takes it for a change of media: a
+    mounted ext4 or xfs is shut down by it, EROFS goes on, and so does a loop device on top.
+    """
+    fcntl.ioctl(device, abi.LOOP_CHANGE_FD, backing)
+
+
+def backing_of(device: Path) -> str:
+    """Return the path of the file behind a loop device, as the kernel shows it; '' if it is not attached."""
+    try:
+        return (_SYS_BLOCK / device.name / "loop" / "backing_file").read_text().removesuffix("\n")
+    except OSError:
+        return ""
 
 
 def update_size(device: Path) -> None:
@@ -98,12 +130,15 @@ def _free_device() -> Path:
     return device
 
 
-def _configure(device: Path, config: abi.LoopConfig, read_only: bool) -> None:
-    fd = os.open(device, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+def _configure(device: Path, config: abi.LoopConfig, flags: int) -> int:
+    mode = os.O_RDONLY if flags & abi.LO_FLAGS_READ_ONLY else os.O_RDWR
+    fd = os.open(device, mode | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, abi.LOOP_CONFIGURE, config)
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def set_readahead(device: Path, readahead_kib: int) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import fetch_rest_of_end, guessed_end
+from obdlab.image.hotlayer import is_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.remote import RemoteLayers
 from obdlab.image.replay import load_file, load_layer, start_replay, trace_beside
@@ -74,7 +75,7 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"open_stack wants a sequence of paths, bottom first (got one: {os.fspath(paths)!r})")
     with ExitStack() as opened:
-        layers = [opened.enter_context(_open_local(path)) for path in paths]
+        layers = [opened.enter_context(_open_local(path)[0]) for path in paths]
         disk = Disk(layers)
         opened.pop_all()
         return disk
@@ -89,6 +90,12 @@ class Image(Disk):
         self.statistics = count
         #: Called when it is closed, the last one first, before the layers are.
         self.before_close: list[Callable[[], None]] = []
+        #: What the content of each layer is known by, bottom first: its digest, or the very file on this machine.
+        self.identity: tuple[str, ...] = ()
+        #: How many layers are not on this machine whole and checked against their digests, as far as they have one.
+        self.unverified: Callable[[], int] = int
+        #: Whether its device shall step aside when all layers are.
+        self.graduates = False
 
     def close(self) -> None:
         while self.before_close:
@@ -136,9 +143,13 @@ def _open(config: ImageConfig, settings: Settings, *, traces: bool) -> Image | W
         if recording is not None:
             settings = replace(settings, download_enabled=False, readahead_max=0)
         recorder = recording.recorder if recording is not None else None
-        layers, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, recorder)
+        layers, identity, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, recorder)
         count = remote.statistics if remote is not None else dict
         stack = Image(layers, count) if layers else None
+        if stack is not None:
+            stack.identity = identity
+            stack.unverified = remote.unverified if remote is not None else int
+            stack.graduates = settings.graduation
         image: Image | WritableImage
         if config.upper.active:
             upper = opened.enter_context(open_upper(config.upper.data, config.upper.index))
@@ -184,6 +195,8 @@ def _use_traces(
         return
     if remote is None:
         return  # there is nothing to fetch
+    if is_hot(stack.layers[-1]) and not settings.trace_path:
+        return  # it is what a trace would have fetched
     try:
         found = _trace_of(config, settings, remote, image)
     except ObdlabError as error:  # an image works without
@@ -249,10 +262,15 @@ def _open_lowers(
     settings: Settings,
     opened: ExitStack,
     recorder: Recorder | None = None,
-) -> tuple[list[LsmtLayer], RemoteLayers | None]:
+) -> tuple[list[LsmtLayer], tuple[str, ...], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
     files = [local_file(lower) for lower in lowers]
+    identity = [lower.digest for lower in lowers]
     deadline = time.monotonic() + settings.open_deadline_s
+
+    def open_local(number: int, path: str, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
+        layer, identity[number] = _open_local(path, watched)
+        return layer
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
         lower, file = lowers[number], files[number]
@@ -260,14 +278,17 @@ def _open_lowers(
         try:
             _check_kind(lower)
             with deadline_of_thread(deadline):
-                layer = _open_local(file, watched) if file else _open_remote(lower, remote, ends, watched)
+                layer = open_local(number, file, watched) if file else _open_remote(lower, remote, ends, watched)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
+        stream = stream_if_hot(layer) if file is None and recorder is None else None
+        if stream is not None:
+            opened.callback(stream.stop)
         return opened.enter_context(layer)
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
-        return [open_one(number) for number in range(len(lowers))], None
+        return [open_one(number) for number in range(len(lowers))], tuple(identity), None
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
@@ -275,7 +296,7 @@ def _open_lowers(
     ):
         layers = list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers))))
         remote.opened()
-        return layers, remote
+        return layers, tuple(identity), remote
 
 
 def _check_kind(lower: LowerConfig) -> None:
@@ -292,10 +313,11 @@ def local_file(lower: LowerConfig) -> str | None:
     return next((path for path in candidates if os.path.exists(path)), None)
 
 
-def _open_local(path: str | os.PathLike[str], watched: Callable[[Blob], Blob] | None = None) -> LsmtLayer:
+# The layer, and what tells its file from all others, also from what is in its place later.
+def _open_local(path: str | os.PathLike[str], watched: Callable[[Blob], Blob] | None = None) -> tuple[LsmtLayer, str]:
     file = LocalFile(path)
     try:
-        return open_layer(file, watched)
+        return open_layer(file, watched), file.identity()
     except BaseException:
         file.close()
         raise

@@ -106,6 +106,10 @@ class RemoteLayers:
         )
         BackgroundDownload(self._blobs, options).start()
 
+    def unverified(self) -> int:
+        """Return how many blobs are not, or not known to be, in the cache whole and as their digests say."""
+        return len(self._origins) - sum(blob.verified for blob in self._blobs)
+
     def statistics(self) -> dict[str, int]:
         """Return the sums of what the block cache did for these blobs."""
         return self._cache.statistics()

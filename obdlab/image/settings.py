@@ -21,6 +21,8 @@ GIB = 1 << 30
 #: Where credentials may come from (overlaybd's credentialConfig.mode).
 CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
+#: "auto": the best that the host has.
+DEVICE_KINDS = ("auto", "fuse+loop", "ublk", "tcmu")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -57,12 +59,18 @@ class Settings:
     download_bytes_per_s: float = 100 * 1024 * KIB
     #: How often a blob that fails is tried.
     download_tries: int = 5
+    #: Whether read-only devices step aside once all of their image is local and checked: it is unpacked to a plain
+    #: file in the cache directory, within ``cache_quota``, and the kernel goes on with that. It costs as much disk as
+    #: the image has data unpacked, and devices a second loop device from the beginning (docs/graduation.md).
+    graduation: bool = False
     #: A read ends with data or an error within this time, whatever the registry does.
     read_deadline_s: float = 120.0
     #: Opening an image ends within this time: whoever starts a container shall hear sooner that a registry is down.
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
+    #: What images are made: one of DEVICE_KINDS.
+    device_kind: str = "auto"
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
     server_processes: int = 0
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
@@ -134,6 +142,8 @@ class Settings:
         self._check_access()
         if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
             raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
+        if self.device_kind not in DEVICE_KINDS:
+            raise SettingsError(f"device_kind: wanted one of {', '.join(DEVICE_KINDS)} (got {self.device_kind!r})")
         if self.log_format not in LOG_FORMATS:
             raise SettingsError(f"log_format: wanted one of {', '.join(LOG_FORMATS)} (got {self.log_format!r})")
         if self.log_level not in LOG_LEVELS:

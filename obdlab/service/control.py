@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.service import tally, wire
 from obdlab.service.changes import Changes
+from obdlab.service.graduation import Graduation
 from obdlab.service.rundir import Process
 from obdlab.service.tally import server_table
 from obdlab.service.tracing import Tracing
@@ -39,6 +41,7 @@ CONTROL_NAME = "control.sock"
 _PEER_TIMEOUT_S = 5.0
 #: Requests under way at a time; more than this is no honest use.
 _MAX_REQUESTS = 16
+_FINISH_PAUSE_S = 0.005
 
 
 def ask(
@@ -111,6 +114,17 @@ class Control:
             **self.tracing.actions,
             **Changes(device, blob, directory).actions,
         }
+        self._answering: set[socket.socket] = set()
+        if with_helpers:
+            graduation = Graduation(device, blob, directory, lambda: self.tracing.active)
+            self._actions |= graduation.actions
+            graduation.start_by_itself()
+
+    def finish(self, timeout_s: float) -> None:
+        """Let the answers under way come through, before the process ends."""
+        deadline = time.monotonic() + timeout_s
+        while self._answering and time.monotonic() < deadline:
+            time.sleep(_FINISH_PAUSE_S)
 
     def start(self, listener: socket.socket) -> None:
         """Answer those who connect to ``listener``, in the background."""
@@ -134,12 +148,14 @@ class Control:
     def _converse(self, connection: socket.socket) -> None:
         try:
             with connection:
+                self._answering.add(connection)
                 request = wire.receive(connection, _PEER_TIMEOUT_S)
                 connection.settimeout(_PEER_TIMEOUT_S)
                 wire.send(connection, self._answer(request, connection))
         except (OSError, DeviceError) as error:  # the asker went away, or never asked
             log.info("%s: control: %s", self._directory.name, error)
         finally:
+            self._answering.discard(connection)
             self._free.release()
 
     def _answer(self, request: dict[str, Any], connection: socket.socket) -> Answer:

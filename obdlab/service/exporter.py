@@ -101,7 +101,11 @@ class Collected:
                     continue
                 snapshot.records[directory.name] = record
                 snapshot.states[directory.name] = (
-                    ALIVE if directory.name in answered else HUNG if record.alive else DEAD
+                    ALIVE
+                    if directory.name in answered or record.is_graduated
+                    else HUNG
+                    if record.alive
+                    else DEAD
                 )
             self._count(snapshot)
             snapshot.taken_s = time.monotonic() - begun

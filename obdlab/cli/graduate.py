@@ -1,0 +1,55 @@
+"""``obdlab graduate``: a read-only device that needs its server no more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(subcommands: Any) -> None:
+    """Declare the command."""
+    parser = subcommands.add_parser(
+        "graduate",
+        help="have the kernel serve a device alone, from an unpacked copy of its image",
+        description=(
+            "Unpacks the image of a read-only device to a plain file in the cache directory, checking every byte, "
+            "and puts that in the place of the device's server, without a pause for its users. All layers must be "
+            "local files or in the cache whole (--download does that). Costs as much disk as the image has data unpacked, "
+            "once for all devices of the image. A device that has an ext4 or xfs mounted must have been attached "
+            'with "graduation" on (docs/configuration.md), which also does all of this in the background.'
+        ),
+    )
+    parser.add_argument("device", metavar="DEVICE", help="id, or node such as /dev/loop3")
+    parser.add_argument("--low-priority", action="store_true", help="take only processor time that nobody else wants")
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unpack and switch; say what came of it."""
+    from obdlab.service.live import find_device
+    from obdlab.service.unpacking import graduate
+
+    service = device_service_from(args)
+    device = find_device(service, args.device)
+    if device is None:
+        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    if args.low_priority:
+        with suppress(OSError):
+            os.nice(19)
+    done = graduate(service.run_dir, device.device_id, _report if sys.stderr.isatty() else lambda _, __: None)
+    print(f"{device.device_id}: {device.path} goes on with {done.path} ({done.disk_bytes >> 20} MiB on disk)")
+    return 0
+
+
+def _report(done: int, size: int) -> None:
+    end = "\n" if done >= size else ""
+    print(f"\runpacked {done >> 20} of {size >> 20} MiB", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""Putting a local file in a served device's place, while it is used, so that the kernel goes on alone.
+
+The loop device is told to go on with another file (LOOP_CHANGE_FD). The kernel takes that for a change of media, that
+EROFS and readers of the bare device do not mind, but which shuts a mounted ext4 or xfs down. A device that was made
+``exchangeable`` has a second loop device below it: that one is told, and what is above does not notice.
+(FUSE_PASSTHROUGH would need no loop device to be told, but the kernel reads it only when a file is opened, and the
+loop device has the served file open from the beginning.)
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import loop
+from obdlab.devices.fuse_loop import devices_of, label_below
+from obdlab.devices.mount import detect_fs
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NODES = "/dev/loop"
+_MOST_NESTED = 8
+
+
+def go_on_with(directory: Path, file: int) -> None:
+    """Have the read-only device at ``directory`` go on with an open file of the same size and content.
+
+    The served file is closed then, which ends its server. Raises DeviceError, having changed nothing, if the device
+    is not there, or used in a way that the change would break, or the kernel refuses.
+    """
+    devices = devices_of(directory)
+    if len(devices) != 1:
+        raise DeviceError(f"device {directory.name}: no loop device of its own (got {len(devices)}, wanted one)")
+    with _told(directory, devices[0]) as opened:
+        try:
+            loop.change_backing(opened, file)
+        except OSError as error:
+            raise DeviceError(f"{devices[0]}: the kernel keeps the file behind it: {error.strerror}") from error
+
+
+def is_behind(file: str, device: Path) -> bool:
+    """Tell whether a loop device, or the one below it, is backed by the file of this path (also once deleted)."""
+    for _ in range(_MOST_NESTED):
+        found = loop.backing_of(device)
+        if not found.startswith(_NODES):
+            return bool(file) and found in (file, f"{file} (deleted)")
+        device = Path(found)
+    return False
+
+
+# The loop device to be told, opened so that nobody can begin to use it in a way that would not survive.
+@contextmanager
+def _told(directory: Path, device: Path) -> Iterator[int]:
+    below = Path(loop.backing_of(device))
+    if str(below).startswith(_NODES) and loop.label_of(below) == label_below(directory):
+        opened = _open(below)
+    else:
+        opened = _claimed(device)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+# While it is open exclusively nothing can be mounted from it.
+def _claimed(device: Path) -> int:
+    if not loop.in_use(device):
+        return _open(device, os.O_EXCL)
+    kind = detect_fs(device)[0]
+    if kind != "erofs":
+        raise DeviceError(
+            f"{device}: in use, and a mounted {kind} would not survive the change (it does on a device that was "
+            "attached with graduation on)"
+        )
+    return _open(device)
+
+
+def _open(device: Path, flags: int = 0) -> int:
+    try:
+        return os.open(device, os.O_RDONLY | os.O_CLOEXEC | flags)
+    except OSError as error:
+        raise DeviceError(f"{device}: cannot open: {error.strerror}") from error

@@ -1,0 +1,84 @@
+"""A read-only image unpacked to a plain file, which many devices of the same image share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from obdlab.errors import CorruptBlobError, ObdlabError
+from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.sources.cachespace import CacheSpace
+from obdlab.sources.flatfiles import FlatFileError, FlatFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.image.open import Image
+    from obdlab.image.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class FlattenError(ObdlabError):
+    """An image cannot be unpacked as it is now."""
+
+
+def flat_files(settings: Settings) -> FlatFiles:
+    """Return the place of unpacked images that the settings name."""
+    return FlatFiles(CacheSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free))
+
+
+def flat_name(image: Image) -> str:
+    """Return the name of the image when unpacked: the same for images of the same layers.
+
+    Raises FlattenError if a layer is known by nothing that tells it from others.
+    """
+    if not image.identity or not all(image.identity):
+        raise FlattenError(f"{image.name}: a layer has neither a digest nor a file of its own")
+    return hashlib.sha256(json.dumps([image.size, *image.identity]).encode()).hexdigest()
+
+
+def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], object] = lambda _, __: None) -> int:
+    """Unpack the image, or find it unpacked and check it; return a descriptor that keeps the file from being removed.
+
+    Every byte is read through the image, so that what has a checksum is checked. ``progress`` gets bytes of the disk
+    done and to do. Raises FlattenError if layers are not local whole, FlatFileError if there is no room, and what
+    reading raises; then nothing is left.
+    """
+    missing = image.unverified()
+    if missing:
+        raise FlattenError(
+            f"{image.name}: {missing} of {len(image.layers)} layers are not in the cache whole and checked yet"
+        )
+    name = flat_name(image)
+    fd = files.open(name)
+    if fd is not None:
+        try:
+            files.check(name, fd)
+        except CorruptBlobError as error:
+            logger.error("%s: made anew", error)
+            files.remove(name)
+        else:
+            return fd
+
+    def read(offset: int, length: int) -> bytes | None:
+        progress(offset, image.size)
+        runs = image.index.lookup(offset // SECTOR, -(-(offset + length) // SECTOR))
+        if all(source < 0 for _, _, source, _ in runs):
+            return None
+        return image.read_at(offset, length)
+
+    files.store(name, image.size, data_size(image), read)
+    progress(image.size, image.size)
+    fd = files.open(name)
+    if fd is None:
+        raise FlatFileError(f"{files.path(name)}: was removed at once")
+    return fd
+
+
+def data_size(image: Image) -> int:
+    """Return how many bytes of the disk its layers hold, other than by saying that they are zeros."""
+    runs = image.index.lookup(0, -(-image.size // SECTOR))
+    return SECTOR * sum(count for _, count, source, _ in runs if source >= 0)
