@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli import trace_publish
 from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from, settings_from
 from obdlab.errors import DeviceError, ObdlabError
 
@@ -82,6 +83,7 @@ def add(subcommands: Any) -> None:
     )
     add_registry_options(chosen)
     chosen.set_defaults(run=run_filter)
+    trace_publish.add(actions)
 
 
 def _seconds(text: str) -> float:

@@ -63,14 +63,22 @@ def _list_overlaybd(
     source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
 ) -> Listing:
     with ExitStack() as ended:
-        layers: list[LsmtLayer] = []
-        for number, layer in enumerate(manifest.layers):
-            file = _fetch(source, number, layer, work_dir, progress, ended)
-            while file.read(_READ):  # only this checks its digest
-                pass
-            layers.append(open_layer(file.as_blob()))
-            ended.callback(layers[-1].close)
+        layers = fetched_layers(source, manifest, work_dir, progress, ended)
         return list_volume(Volume(Stack(layers)), content=content)
+
+
+def fetched_layers(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, ended: ExitStack
+) -> list[LsmtLayer]:
+    """Fetch the layers of an overlaybd image whole, checked, into ``work_dir``, and open them until ``ended`` is."""
+    layers: list[LsmtLayer] = []
+    for number, layer in enumerate(manifest.layers):
+        file = _fetch(source, number, layer, work_dir, progress, ended)
+        while file.read(_READ):  # only this checks its digest
+            pass
+        layers.append(open_layer(file.as_blob()))
+        ended.callback(layers[-1].close)
+    return layers
 
 
 def _fetch(

@@ -25,6 +25,7 @@ WRAP_SIZE = 3 * BLOCK
 # name, mode, uid, gid, size, mtime, checksum, typeflag, linkname, magic, version, uname, gname, ...
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s183x")
 _CHECKSUM = slice(148, 156)
+_DEVICE = slice(329, 345)
 _PAX = b"x"
 _FILE_TYPES = (b"0", b"\0", b"7")
 
@@ -83,6 +84,15 @@ def wrap_header(size: int) -> bytes:
         owner_name=b"root",
     )
     return pax + record.ljust(BLOCK, b"\0") + _with_checksum(file)
+
+
+def file_header(name: bytes, size: int) -> bytes:
+    """Return the 512 bytes before a read-only file of root's without a time, in the form of the original's traces."""
+    header = bytearray(
+        _pack(name=name, mode=b"0000444", owner=b"0000000", size=b"%011o" % size, mtime=b"%011o" % 0, kind=b"0")
+    )
+    header[_DEVICE] = b"0000000\0" * 2
+    return bytes(header[: _CHECKSUM.start] + b"%06o\0 " % (sum(header) + 8 * 0x20) + header[_CHECKSUM.stop :])
 
 
 def placeholder_header() -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.checksum import raw_crc32c
-from obdlab.formats.tar import parse_wrap
+from obdlab.formats.tar import file_header, parse_wrap, wrap_tail
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -138,6 +138,11 @@ def content_of_layer(data: bytes, *, name: str = "acceleration layer") -> bytes:
     if window is None or window.offset + window.size > len(data):
         raise FormatError("not a tar with a trace", blob=name, got=f"{len(data)} bytes")
     return data[window.offset : window.offset + window.size]
+
+
+def layer_of_content(content: bytes) -> bytes:
+    """Return the acceleration layer that holds a trace or a priority list, byte for byte as the original makes it."""
+    return file_header(b"trace", len(content)) + content + wrap_tail(len(content))
 
 
 @dataclass(frozen=True, slots=True)

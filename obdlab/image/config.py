@@ -88,6 +88,8 @@ class ImageConfig:
     download: Mapping[str, Any] | None = None
     acceleration_layer: bool = False
     record_trace_path: str = ""
+    #: A blob of the image's repository with a trace to be replayed. Not the original's, which ignores it.
+    trace: LowerConfig = field(default_factory=LowerConfig)
 
     def to_json(self) -> dict[str, Any]:
         """Return it with the original's keys, in its order and with its rule of what is left out when empty."""
@@ -103,6 +105,8 @@ class ImageConfig:
             values["accelerationLayer"] = True
         if self.record_trace_path:
             values["recordTracePath"] = self.record_trace_path
+        if self.trace.digest:
+            values["trace"] = self.trace.to_json()
         return values
 
     @classmethod
@@ -124,6 +128,7 @@ class ImageConfig:
             download=top.get("download", dict, None),
             acceleration_layer=top.get("accelerationLayer", bool, False),
             record_trace_path=top.get("recordTracePath", str, ""),
+            trace=_lower(_Table(top.get("trace", dict, {}), name, "trace.")),
         )
 
     @classmethod

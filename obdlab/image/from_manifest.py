@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError, ObdlabError
@@ -13,20 +15,58 @@ if TYPE_CHECKING:
     from obdlab.registry.reference import Reference, Repository
 
 
+#: What the artifact is that has an image as its subject and a trace of its start as its only layer.
+TRACE_ARTIFACT = "application/vnd.obdlab.trace.v1"
+#: By this annotation the newest of several is known.
+CREATED = "org.opencontainers.image.created"
+
+
+logger = logging.getLogger(__name__)
+
+
 class NotOverlaybdError(ObdlabError):
     """The image's layers are ordinary tars, or of a kind that this package cannot serve."""
 
 
-def fetch_config(client: RegistryClient, reference: Reference, platform: oci.Platform) -> ImageConfig:
+def fetch_config(
+    client: RegistryClient, reference: Reference, platform: oci.Platform, *, traces: bool = False
+) -> ImageConfig:
     """Fetch an image's manifest (an index: the one for ``platform``) and return what to attach.
 
-    Raises NotOverlaybdError if the image was not converted, RegistryError or FormatError if it cannot be had.
+    With ``traces`` the registry is asked for a trace that refers to the image, too. Raises NotOverlaybdError if the
+    image was not converted, RegistryError or FormatError if it cannot be had.
     """
-    document = oci.parse_manifest(client.get_manifest(reference).data, str(reference))
+    fetched = client.get_manifest(reference)
+    document = oci.parse_manifest(fetched.data, str(reference))
     if isinstance(document, oci.Index):
         reference = reference.with_digest(document.select(platform).digest)
-        document = oci.Manifest.parse(client.get_manifest(reference).data, str(reference))
-    return config_from_manifest(document, client.repository(reference), name=str(reference))
+        fetched = client.get_manifest(reference)
+        document = oci.Manifest.parse(fetched.data, str(reference))
+    config = config_from_manifest(document, client.repository(reference), name=str(reference))
+    if not traces or config.acceleration_layer:
+        return config
+    return replace(config, trace=find_trace(client, reference, fetched.digest))
+
+
+def find_trace(client: RegistryClient, reference: Reference, digest: str) -> LowerConfig:
+    """Return the blob of the newest trace that refers to the manifest ``digest``; an empty one if there is none.
+
+    That the registry cannot tell is said in the log: an image starts without.
+    """
+    try:
+        found = client.referrers(client.repository(reference), digest, TRACE_ARTIFACT)
+        if not found:
+            return LowerConfig()
+        newest = max(found, key=lambda artifact: artifact.annotations.get(CREATED, ""))
+        artifact = oci.Manifest.parse(client.get_manifest(reference.with_digest(newest.digest)).data)
+        layer = artifact.layers[0] if artifact.layers else None
+    except ObdlabError as error:
+        logger.warning("%s: cannot ask for traces of it: %s", reference, error)
+        return LowerConfig()
+    if layer is None or layer.media_type != TRACE_ARTIFACT:
+        logger.warning("%s: artifact %s has no trace", reference, newest.digest)
+        return LowerConfig()
+    return LowerConfig(digest=layer.digest, size=layer.size)
 
 
 def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name: str = "image") -> ImageConfig:

@@ -75,6 +75,12 @@ def load_file(path: str) -> bytes:
         return _read_all(file)
 
 
+def load_blob(blob: Blob) -> bytes:
+    """Read a blob that is a trace, and close it. Raises as reading does, and FormatError."""
+    with blob:
+        return _read_all(blob)
+
+
 def load_layer(blob: Blob) -> bytes:
     """Read the trace in an acceleration layer, and close the blob. Raises as reading does, and FormatError."""
     with blob:

@@ -1,0 +1,95 @@
+"""``obdlab trace publish``: give an image in a registry what a trace of it is good for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    import argparse
+
+_HOT, _ACCELERATION, _REFERRER = "hot-layer", "acceleration-layer", "referrer"
+
+
+class PublishError(ObdlabError):
+    """What is asked for does not fit together."""
+
+
+def add(actions: Any) -> None:
+    """Declare the command."""
+    parser = actions.add_parser(
+        "publish",
+        help="have everyone who starts an image profit from its trace",
+        description=(
+            "hot-layer: NEW is the image with one more small layer, what the trace names, in the order of use, so "
+            "that a start is one request. acceleration-layer: NEW is the image with the trace itself as a layer, as "
+            "the original makes it. referrer: the image stays as it is, and the registry knows the trace as an artifact "
+            "that refers to it; obdlab attach, mount and rpull ask for it. The file may be a priority list as well."
+        ),
+    )
+    parser.add_argument("image", metavar="IMAGE", help="an overlaybd image; for referrer in a registry")
+    parser.add_argument("new", metavar="NEW", nargs="?", help="where the new image goes (not for referrer)")
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a trace, or a priority list")
+    parser.add_argument(
+        "--as", dest="form", choices=(_HOT, _ACCELERATION, _REFERRER), default=_HOT, help="default: %(default)s"
+    )
+    parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="zstd", help="of a hot layer (default: zstd)")
+    parser.add_argument(
+        "--block-size-kib", type=int, choices=(4, 8, 16, 32), default=32, help="of a hot layer (default: 32)"
+    )
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp"), help="default: %(default)s")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, only the digest")
+    add_runtime_options(parser)
+    add_registry_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Publish; print the digest of the new manifest."""
+    from obdlab.image.replay import load_file
+
+    if (args.new is None) != (args.form == _REFERRER):
+        wanted = "IMAGE alone" if args.form == _REFERRER else "IMAGE and NEW"
+        raise PublishError(f"--as {args.form} wants {wanted}")
+    trace = load_file(str(args.trace))
+    client = registry_from(args)
+    try:
+        print(_attach(args, client, trace) if args.form == _REFERRER else _extend(args, client, trace))
+    finally:
+        client.close()
+    return 0
+
+
+def _attach(args: argparse.Namespace, client: Any, trace: bytes) -> str:
+    from obdlab.convert.traces import attach_trace
+    from obdlab.registry.reference import Reference
+
+    reference = Reference.parse(args.image)
+    return attach_trace(client, reference, trace, settings_from(args), platform=args.platform)
+
+
+def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
+    from contextlib import closing
+
+    from obdlab.cli.convert import Bars
+    from obdlab.convert.source import check_apart, open_destination, open_source
+    from obdlab.convert.traces import add_acceleration_layer, add_hot_layer
+    from obdlab.image.writing import Packing
+
+    check_apart(args.image, args.new)
+    common = {"client": client, "platform": args.platform, "work_dir": args.work_dir}
+    common["progress"] = None if args.quiet else Bars()
+    settings = settings_from(args)
+    with closing(open_source(args.image, client)) as source, closing(open_destination(args.new, client)) as target:
+        if args.form == _ACCELERATION:
+            return add_acceleration_layer(source, target, trace, settings, **common).digest
+        packing = Packing(args.algorithm, args.block_size_kib << 10, tar=True)
+        descriptor, size = add_hot_layer(source, target, trace, settings, packing=packing, **common)
+        if not args.quiet:
+            print(f"hot layer of {size / 1e6:.1f} MB, stored as {target.name}", file=sys.stderr)
+        return descriptor.digest

@@ -1,0 +1,159 @@
+"""Traces of an image's starts, published: as a hot layer, an acceleration layer, or an artifact that refers to it.
+
+The first two make another image, with one more layer; the third leaves the image and its digest as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.convert.extend import TopLayer, add_layer, manifest_of
+from obdlab.convert.imagetree import fetched_layers
+from obdlab.convert.progress import Silent
+from obdlab.errors import FormatError, SourceError
+from obdlab.formats import oci
+from obdlab.formats.trace import layer_of_content
+from obdlab.image.from_manifest import CREATED, TRACE_ARTIFACT, config_from_manifest
+from obdlab.image.hotlayer import write_hot_layer
+from obdlab.image.open import open_image
+from obdlab.image.replay import reads_in
+from obdlab.image.writing import Packing
+from obdlab.layers.stack import Stack, WritableStack
+from obdlab.registry.platforms import host_platform
+from obdlab.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.progress import Progress
+    from obdlab.image.settings import Settings
+    from obdlab.registry.client import RegistryClient
+
+# The bytes of a start are what it waits for: smaller counts for more than sooner decompressed, and larger blocks
+# compress better. (Blocks of 64 KiB that do not compress have no room in the original's reader.)
+HOT_PACKING = Packing("zstd", 32 << 10, tar=True)
+# An image in a registry is not copied.
+_NOWHERE = Path("/nonexistent")
+_EMPTY_CONFIG = b"{}"
+_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+
+
+def add_hot_layer(
+    source: ImageSource,
+    destination: ImageDestination,
+    trace: bytes,
+    settings: Settings,
+    *,
+    client: RegistryClient | None = None,
+    packing: Packing = HOT_PACKING,
+    platform: oci.Platform | None = None,
+    work_dir: Path = Path("/var/tmp"),
+    progress: Progress | None = None,
+) -> tuple[oci.Descriptor, int]:
+    """Store ``source`` with a hot layer of what ``trace`` (or a priority list) names at ``destination``.
+
+    Returns the manifest's descriptor, and the size of the hot layer's blob. Of an image in a registry, read with
+    ``client``, only what is named is fetched. Raises FormatError and CorruptBlobError as the trace or image deserves.
+    """
+    manifest = manifest_of(source, platform)
+    with tempfile.TemporaryDirectory(prefix="obdlab-hot-", dir=work_dir) as directory:
+        path = Path(directory) / "hot.obd"
+        with (
+            opened(source, manifest, settings, client, Path(directory), progress) as disk,
+            path.open("xb") as file,
+            packing.around(file) as sink,
+        ):
+            write_hot_layer(disk, trace, sink)
+        layer = _top_layer(path, "obdlab: hot layer", {})
+        return add_layer(source, manifest, layer, destination, work_dir, progress), layer.size
+
+
+def add_acceleration_layer(
+    source: ImageSource,
+    destination: ImageDestination,
+    trace: bytes,
+    settings: Settings,
+    *,
+    client: RegistryClient | None = None,
+    platform: oci.Platform | None = None,
+    work_dir: Path = Path("/var/tmp"),
+    progress: Progress | None = None,
+) -> oci.Descriptor:
+    """Store ``source`` with the trace (or priority list) as the original's acceleration layer at ``destination``."""
+    manifest = manifest_of(source, platform)
+    with tempfile.TemporaryDirectory(prefix="obdlab-trace-", dir=work_dir) as directory:
+        with opened(source, manifest, settings, client, Path(directory), progress) as disk:
+            reads_in(trace, disk, name=source.name)
+        path = Path(directory) / "trace.tar"
+        path.write_bytes(layer_of_content(trace))
+        layer = _top_layer(path, "Acceleration Layer", {oci.ACCELERATION_LAYER: "yes"})
+        return add_layer(source, manifest, layer, destination, work_dir, progress)
+
+
+def attach_trace(
+    client: RegistryClient, reference: Reference, trace: bytes, settings: Settings, *, platform: oci.Platform | None
+) -> str:
+    """Have the registry know ``trace`` as an artifact that refers to the image; return the artifact's digest.
+
+    The newest one of an image counts. Raises as :func:`add_acceleration_layer` does.
+    """
+    from obdlab.convert.registryimages import RegistrySource
+
+    source = RegistrySource(reference, client)
+    subject, manifest = source.find(platform or host_platform(), overlaybd=True)
+    with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
+        reads_in(trace, disk, name=str(reference))
+    repository = client.repository(reference)
+    descriptors = []
+    for media_type, data in ((_EMPTY_TYPE, _EMPTY_CONFIG), (TRACE_ARTIFACT, trace)):
+        descriptor = oci.Descriptor(media_type, oci.digest_of(data), len(data))
+        client.push_blob(repository, descriptor.digest, len(data), lambda data=data: io.BytesIO(data))  # type: ignore[misc]
+        descriptors.append(descriptor)
+    artifact = oci.Manifest(
+        config=descriptors[0],
+        layers=(descriptors[1],),
+        media_type=oci.OCI_MANIFEST,
+        annotations={CREATED: datetime.now(UTC).isoformat(timespec="microseconds")},
+        artifact_type=TRACE_ARTIFACT,
+        subject=oci.Descriptor(subject.media_type, subject.digest, subject.size),
+    )
+    data = artifact.to_bytes()
+    return client.put_manifest(reference.with_digest(oci.digest_of(data)), oci.OCI_MANIFEST, data)
+
+
+@contextmanager
+def opened(
+    source: ImageSource,
+    manifest: oci.Manifest,
+    settings: Settings,
+    client: RegistryClient | None,
+    work_dir: Path,
+    progress: Progress | None,
+) -> Iterator[Stack]:
+    """Open the disk of an overlaybd image: from a registry on demand, else after fetching its layers."""
+    if client is None or source.place is None:
+        with ExitStack() as ended:
+            yield Stack(fetched_layers(source, manifest, work_dir, progress or Silent(), ended))
+        return
+    repository = client.repository(Reference.parse(source.name))
+    image = open_image(config_from_manifest(manifest, repository, name=source.name), settings, traces=False)
+    with image:
+        if isinstance(image, WritableStack):
+            raise FormatError("image is writable", blob=source.name)
+        yield image
+
+
+def _top_layer(path: Path, created_by: str, annotations: dict[str, str]) -> TopLayer:
+    try:
+        with path.open("rb", buffering=0) as file:
+            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return TopLayer(path, digest, path.stat().st_size, created_by, annotations)
+    except OSError as error:
+        raise SourceError(f"cannot read the layer: {error.strerror}", blob=str(path)) from error
