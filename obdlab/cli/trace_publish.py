@@ -27,8 +27,8 @@ def add(actions: Any) -> None:
         description=(
             "hot-layer: NEW is the image with one more small layer, what the trace names, in the order of use, so "
             "that a start is one request. acceleration-layer: NEW is the image with the trace itself as a layer, as "
-            "the original makes it. referrer: the image stays as it is, and the registry knows the trace as an artifact "
-            "that refers to it; obdlab attach, mount and rpull ask for it. The file may be a priority list as well."
+            "the original makes it. referrer: the image stays as it is, and the registry knows the trace as an "
+            "artifact that refers to it, for which obdlab attach and mount ask. FILE may be a priority list as well."
         ),
     )
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image; for referrer in a registry")

@@ -18,7 +18,7 @@ from obdlab.image.ends import fetch_rest_of_end, guessed_end
 from obdlab.image.hotlayer import is_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.remote import RemoteLayers
-from obdlab.image.replay import load_file, load_layer, start_replay, trace_beside
+from obdlab.image.replay import load_blob, load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
@@ -219,6 +219,10 @@ def _trace_of(
         if not there:
             logger.log(logging.WARNING if settings.trace_path else logging.INFO, "%s: no such trace", path)
         return (path, partial(load_file, path)) if there else None
+    if config.trace.digest and config.trace.size:
+        blob = remote.open(config.trace.digest, config.trace.size)
+        image.before_close.append(blob.close)
+        return blob.name, partial(load_blob, blob)
     if not config.acceleration_layer or not config.lowers:
         return None
     lower = config.lowers[-1]
