@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices import fuse_loop, mount
+from obdlab.devices import kinds, mount
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
 from obdlab.service import control, wire
 from obdlab.service.host import SOCKET_NAME
+from obdlab.service.keeper import TAKE_DOWN_SIGNAL
 from obdlab.service.rundir import DeviceRecord, Process, RunDir, device_id_of, held, remove_device
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ _ANSWER_GRACE_S = 10.0
 class AttachedDevice:
     """A device as its users see it. ``alive`` tells whether it is served; if not, reads fail.
 
-    The process ``keeper_pid`` replaces a server that dies; it is 0 if nobody does.
+    The process ``keeper_pid`` replaces a server that dies; it is 0 if nobody does. A device that has ``graduated`` is
+    served by the kernel alone, from a local file, and has no processes any more.
     """
 
     device_id: str
@@ -52,6 +54,7 @@ class AttachedDevice:
     alive: bool = True
     keeper_pid: int = 0
     restarts: int = 0
+    graduated: bool = False
 
 
 class DeviceService:
@@ -64,6 +67,11 @@ class DeviceService:
         self._run = RunDir(run_dir)
         self._settings = settings
         self._readahead_kib = readahead_kib
+
+    @property
+    def settings(self) -> Settings:
+        """What images are opened with."""
+        return self._settings
 
     @property
     def run_dir(self) -> RunDir:
@@ -140,11 +148,17 @@ class DeviceService:
         try:
             self.detach(device_id)
         except DeviceError:
-            directory = self._run.device(device_id)
-            if not any(mount.mounts_of(path) for path in fuse_loop.devices_of(directory)):
-                fuse_loop.take_down_when_unused(directory)
+            self._leave_to_others(self._run.device(device_id))
             return False
         return True
+
+    def _leave_to_others(self, directory: Path) -> None:
+        if any(mount.mounts_of(path) for path in kinds.devices_of(directory)):
+            return
+        record = DeviceRecord.load(directory)
+        kind = kinds.find(record.kind if record is not None else kinds.FuseLoop.name)
+        if not kind.take_down_when_unused(directory) and record is not None and record.keeper is not None:
+            record.keeper.signal(TAKE_DOWN_SIGNAL)
 
     def list(self) -> list[AttachedDevice]:
         """Return the devices by id. What dead servers left behind is removed, or listed if it is still in use."""
@@ -161,7 +175,7 @@ class DeviceService:
     def statistics(self, device_id: str) -> dict[str, Any]:
         """Ask a device's server for its counters (``DeviceStatistics``, and under "source" those of the image).
 
-        Raises DeviceError if there is no such device or its server does not answer.
+        Raises DeviceError if there is no such device or its server does not answer; one that has graduated has none.
         """
         return control.ask(self._run.device(device_id), "statistics")
 
@@ -170,6 +184,9 @@ class DeviceService:
 
         For whoever got EIO from the kernel, which knows no causes.
         """
+        record = DeviceRecord.load(self._run.device(device_id))
+        if record is not None and record.is_graduated:
+            return f"the kernel reads {record.graduated} itself"
         try:
             return str(self.statistics(device_id).get("last_error", ""))
         except DeviceError as error:
@@ -291,4 +308,5 @@ def _as_device(record: DeviceRecord) -> AttachedDevice:
         alive=record.alive,
         keeper_pid=record.keeper_pid if record.is_kept else 0,
         restarts=record.restarts,
+        graduated=record.is_graduated,
     )

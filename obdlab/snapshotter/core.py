@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
-from obdlab.snapshotter import overlaybd, writable
+from obdlab.observe.counters import Counter
+from obdlab.snapshotter import fallback, overlaybd, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Images and layers that are not read lazily, by why.
+FALLBACKS = Counter("snapshotter_fallbacks")
+
 _LABEL_PATH = "labels."
 # What clients that know no target snapshots call one they unpack a layer into.
 _UNPACK_PREFIX = "extract-"
@@ -56,6 +60,7 @@ class Snapshotter:
         self._store = self._snapshots.store
         self._locks = self._snapshots.locks
         self._overlay_options = kernel_overlay_options()
+        images.on_fallback = self._note_fallback
         self._own_devices.recover()
         self.cleanup()
 
@@ -71,6 +76,8 @@ class Snapshotter:
                 self._commit_remote(key, parent, labels, layer)
                 self._images.expect()
                 raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
+            if layer is None:
+                labels = self._pulled_whole(parent, labels)
         mode = self._own_devices.mode(parent, labels)
         if mode is not Mode.OVERLAYFS:
             return self._own_devices.create(mode, key, parent, labels, self.remove)
@@ -107,8 +114,12 @@ class Snapshotter:
             return
         usage = self._layout.usage(own_id)
         with self._store.write() as writer:
+            is_plain = not overlaybd.is_downloaded_layer(self._layout.fs(own_id))
+            reason = writer.get(key).labels.get(fallback.LABEL_FALLBACK)
+            if reason and is_plain:
+                labels = {**labels, fallback.LABEL_FALLBACK: reason}
             writer.commit(key, name, labels, usage)
-            if not overlaybd.is_downloaded_layer(self._layout.fs(own_id)):
+            if is_plain:
                 return
             config = overlaybd.local_config(
                 self._snapshots.config_below(lower_ids, f"layer {name!r}"), self._layout.directory(own_id)
@@ -196,9 +207,24 @@ class Snapshotter:
         # The lock keeps Remove from taking the image down before the new snapshot has become its child.
         with self._mounted(image, labels), self._store.write() as writer:
             snapshot, lower_ids = self._snapshots.add(writer, kind, key, parent, labels, quota_bytes=quota)
-            if self._snapshots.image_below(writer, lower_ids) != image:
+            below = self._snapshots.image_below(writer, lower_ids)
+            if (below and below.id) != (image and image.id):
                 raise FailedPreconditionError(f"parent snapshot {parent!r} of {key!r} changed meanwhile, try again")
             return self._mounts(kind, snapshot.id, lower_ids)
+
+    @staticmethod
+    def _pulled_whole(parent: str, labels: Mapping[str, str]) -> dict[str, str]:
+        image = overlaybd.image_reference(labels) or "of a client that does not name it"
+        level = logging.INFO if parent else logging.WARNING  # once for an image
+        logger.log(level, "image %s: its layers are no overlaybd layers, they are pulled whole", image)
+        FALLBACKS.add(label=fallback.NOT_OVERLAYBD)
+        return {**labels, fallback.LABEL_FALLBACK: fallback.NOT_OVERLAYBD}
+
+    def _note_fallback(self, image_id: int, reason: str) -> None:
+        FALLBACKS.add(label=reason)
+        with self._store.write() as writer:
+            snapshot = writer.by_id(image_id)
+            writer.set_labels(snapshot.key, {**snapshot.labels, fallback.LABEL_FALLBACK: reason})
 
     # Containers are limited, layers that are being unpacked are not.
     def _quota(self, kind: Kind, key: str, labels: Mapping[str, str]) -> int:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import mount
+from obdlab.devices import abi, mount
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.writable import MkfsError, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from obdlab.service.client import AttachedDevice, DeviceService
     from obdlab.snapshotter.layout import Layout
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MKFS_TIMEOUT_S = 120.0
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class ImageDevices:
         self._start_host_early = start_host_early
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
+        #: Told of an image (by its snapshot's id) that is not read lazily, and why.
+        self.on_fallback: Callable[[int, str], None] = lambda _, __: None
 
     def expect(self) -> None:
         """Have everything running that a first mount needs; called when an image has been pulled. Returns at once."""
@@ -86,13 +90,46 @@ class ImageDevices:
         if failure is not None and asked_s <= failure.ended_s:
             raise DeviceError(failure.cause)
         try:
-            device = self._attach(snapshot_id, target)
-            self._mount_device(device, snapshot_id, spec, mode, make=make)
+            path = self._mount_anew(snapshot_id, target, spec, mode, make=make)
         except ObdlabError as error:
             self._failures[snapshot_id] = _Failure(str(error), time.monotonic())
             raise
         self._failures.pop(snapshot_id, None)
+        return path
+
+    def _mount_anew(self, snapshot_id: int, target: Path, spec: FsSpec, mode: Mode, *, make: bool) -> Path:
+        if mode is Mode.OVERLAYFS:
+            cause = fallback.missing_devices()
+            if cause or self._layout.unpacked(snapshot_id).exists():
+                return self._mount_unpacked(snapshot_id, target, cause)
+        try:
+            device = self._attach(snapshot_id, target)
+        except DeviceError as error:
+            if not fallback.is_without_ranges(error):
+                raise
+            config = self._layout.config(snapshot_id)
+            logger.warning("%s: not read lazily, its blobs are fetched whole: %s", config, error)
+            fallback.fetch_blobs(config, self._devices.settings)
+            self.on_fallback(snapshot_id, fallback.NO_RANGES)
+            device = self._attach(snapshot_id, target)
+        self._mount_device(device, snapshot_id, spec, mode, make=make)
         return device.path
+
+    def _mount_unpacked(self, snapshot_id: int, target: Path, cause: str) -> Path:
+        unpacked = self._layout.unpacked(snapshot_id)
+        if not unpacked.exists():
+            config = self._layout.config(snapshot_id)
+            logger.warning("%s: not read lazily, its files are unpacked: no block devices here (%s)", config, cause)
+            fallback.unpack(config, unpacked, self._devices.settings)
+            self.on_fallback(snapshot_id, fallback.NO_DEVICES)
+        if _identity(target) != _identity(unpacked):
+            try:
+                abi.mount(str(unpacked), target, "", _MS_BIND, "")
+                abi.mount(str(unpacked), target, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY, "")
+            except OSError as error:
+                _unmount_all(target)
+                raise DeviceError(f"{target}: cannot be mounted from {unpacked} ({error.strerror})") from error
+        return unpacked
 
     def release(self, snapshot_id: int) -> bool:
         """Unmount the image and take its device away; tell whether that is gone.
@@ -102,7 +139,11 @@ class ImageDevices:
         """
         target = self._layout.mountpoint(snapshot_id)
         devices = self._devices_of(snapshot_id)
-        users = _users(target, [device.path for device in devices])
+        unpacked = self._layout.unpacked(snapshot_id)
+        if unpacked.exists():
+            users = _overlay_users(target) + _bind_users(target, unpacked)
+        else:
+            users = _users(target, [device.path for device in devices])
         if users:
             raise FailedPreconditionError(f"image snapshot is in use: mounted on {', '.join(users)}")
         try:
@@ -234,6 +275,31 @@ def _users(target: Path, paths: Sequence[Path]) -> list[str]:
         if ((entry.device in devices or entry.source in sources) and entry.mountpoint != target)
         or (entry.fs_type == "overlay" and str(target) in _lowers(entry.super_options))
     ]
+
+
+def _overlay_users(target: Path) -> list[str]:
+    return [
+        str(entry.mountpoint)
+        for entry in mount.mounts()
+        if entry.fs_type == "overlay" and str(target) in _lowers(entry.super_options)
+    ]
+
+
+# A directory has no device that would tell its mounts from others of the same file system.
+def _bind_users(target: Path, directory: Path) -> list[str]:
+    wanted = _identity(directory)
+    number = directory.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    points = [entry.mountpoint for entry in mount.mounts() if entry.device == device and entry.mountpoint != target]
+    return [str(point) for point in points if _identity(point) == wanted]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _lowers(super_options: str) -> list[str]:

@@ -8,6 +8,7 @@
     <root>/snapshots/<id>/work                   overlayfs work directory (active only)
     <root>/snapshots/<id>/block/config.v1.json   an overlaybd image up to this layer
     <root>/snapshots/<id>/block/mountpoint       where its device is mounted
+    <root>/snapshots/<id>/block/unpacked         the image's files, where there can be no device
     <root>/snapshots/<id>/block/writable.json    a container's own device: its mode, and where its layer lies
     <root>/snapshots/<id>/block/writable_{data,index}   that layer
     <root>/snapshots/<id>/image_ref              the image it came from, if known
@@ -85,6 +86,10 @@ class Layout:
     def mountpoint(self, snapshot_id: int) -> Path:
         """Where the device is mounted."""
         return Path(f"{self._prefix}{snapshot_id}/block/mountpoint")
+
+    def unpacked(self, snapshot_id: int) -> Path:
+        """The image's files, where they had to be unpacked for want of a device."""
+        return Path(f"{self._prefix}{snapshot_id}/block/unpacked")
 
     def writable(self, snapshot_id: int) -> Path:
         """What is known of a writable device; it exists if the snapshot has one of its own."""

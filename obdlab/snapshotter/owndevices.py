@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig, UpperConfig
-from obdlab.snapshotter import overlaybd, tracing, writable
+from obdlab.snapshotter import fallback, overlaybd, tracing, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -60,8 +60,13 @@ class OwnDevices:
             return mode
         with self._store.read() as reader:
             below = reader.find(parent)
-        is_image = below is not None and self._layout.is_image(below.id)
-        return mode if is_image else Mode.OVERLAYFS
+        if below is None or not self._layout.is_image(below.id):
+            return Mode.OVERLAYFS
+        missing = fallback.missing_devices()
+        if missing:
+            logger.warning("container on %r: no block device for it here (%s), it gets an overlay", parent, missing)
+            return Mode.OVERLAYFS
+        return mode
 
     def create(
         self, mode: Mode, key: str, parent: str, labels: Mapping[str, str], remove: Callable[[str], None]

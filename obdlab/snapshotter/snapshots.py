@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class ImageMounts(Protocol):
     """What mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
 
+    #: Told of an image (by its snapshot's id) that is not read lazily, and why.
+    on_fallback: Callable[[int, str], None]
+
     def expect(self) -> None:
         """Get ready to mount: an image has been pulled."""
 

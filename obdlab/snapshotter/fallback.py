@@ -1,0 +1,168 @@
+"""Images that cannot be read lazily here run all the same, as if they had been pulled the ordinary way.
+
+* No block devices (no /dev/fuse or no loop devices): the image's files are unpacked in user space into a directory,
+  which is mounted in the device's place.
+* A registry that does not serve parts of blobs: the blobs are fetched whole, and checked, to beside the layers'
+  snapshots; the device then needs no registry.
+
+Both cost what lazy loading spares, so each says so in the log, and in a label on the image's snapshot. They run in a
+process of their own: it may need much memory, and this one's stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.settings import Settings
+    from obdlab.registry.client import RegistryClient
+    from obdlab.registry.reference import Repository
+
+logger = logging.getLogger(__name__)
+
+#: Why an image, or a layer, is not read lazily; on its snapshot.
+LABEL_FALLBACK = "containerd.io/snapshot/obdlab.fallback"
+#: Reasons, as the label and the metric name them.
+NO_DEVICES, NO_RANGES, NOT_OVERLAYBD = "no-block-devices", "registry-without-ranges", "not-overlaybd"
+
+DEVICE_NODES = ("/dev/fuse", "/dev/loop-control")
+#: A pull of the whole image may take its time; a client that gives up before finds it done the next time.
+_TIMEOUT_S = 3600.0
+_WITHOUT_RANGES = "registry ignores ranges"
+_CHUNK = 1 << 20
+
+
+class FallbackError(ObdlabError):
+    """The image could be had neither lazily nor whole."""
+
+
+def missing_devices() -> str:
+    """Return why block devices cannot be made here, or ''."""
+    for node in DEVICE_NODES:
+        try:
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            return f"{node}: {error.strerror}"
+    return ""
+
+
+def is_without_ranges(error: ObdlabError) -> bool:
+    """Tell whether an attach failed because the registry serves blobs only whole."""
+    return _WITHOUT_RANGES in str(error)
+
+
+def unpack(config: Path, target: Path, settings: Settings) -> None:
+    """Have the files of the image that ``config`` describes in the directory ``target``; all of them, or none.
+
+    Raises FallbackError.
+    """
+    _run({"unpack": str(target)}, config, settings)
+
+
+def fetch_blobs(config: Path, settings: Settings) -> None:
+    """Have the remote blobs of an image in their layers' directories, checked. Raises FallbackError."""
+    _run({"fetch": True}, config, settings)
+
+
+def _run(what: dict[str, object], config: Path, settings: Settings) -> None:
+    request = what | {"config": str(config), "settings": settings.to_json()}
+    command = [sys.executable, "-m", "obdlab.snapshotter.fallback"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FallbackError(f"{config}: pulling the image whole: {error}") from error
+    if done.returncode != 0:
+        cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise FallbackError(f"{config}: pulling the image whole: {cause}")
+
+
+# -- in the process of its own ---------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Do what standard input asks for; an error is the last line of standard error."""
+    from obdlab.image.config import ImageConfig
+    from obdlab.image.settings import Settings
+
+    request = json.load(sys.stdin)
+    try:
+        config, settings = ImageConfig.load(request["config"]), Settings.from_json(request["settings"])
+        if "unpack" in request:
+            _unpack(config, Path(request["unpack"]), settings)
+        else:
+            _fetch(config, settings)
+    except (ObdlabError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
+    import shutil
+
+    from obdlab.image.extract import Extractor
+    from obdlab.image.filetree import FileTree
+    from obdlab.image.open import open_image
+
+    unfinished = target.with_name(f"{target.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with open_image(replace(config, record_trace_path=""), settings, traces=False) as disk:
+            tree = FileTree(disk)
+            Extractor(tree, archive=True).copy(tree.root, os.fsencode(unfinished))
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _fetch(config: ImageConfig, settings: Settings) -> None:
+    from contextlib import closing
+
+    from obdlab.image.open import local_file, stacked_lowers
+    from obdlab.image.registryaccess import open_client
+    from obdlab.registry.reference import Repository
+
+    repository = Repository.from_blob_url(config.repo_blob_url)
+    with closing(open_client(settings)) as client:
+        for lower in stacked_lowers(config):
+            if local_file(lower) is None:
+                _fetch_one(client, repository, lower)
+
+
+def _fetch_one(client: RegistryClient, repository: Repository, lower: LowerConfig) -> None:
+    from obdlab.snapshotter.overlaybd import COMMIT_FILE
+
+    if not lower.digest or not lower.dir:
+        raise FallbackError(f"layer {lower.digest or lower.dir or 'unnamed'}: nowhere to be fetched from or to")
+    target = Path(lower.dir) / COMMIT_FILE
+    unfinished = target.with_name(f".{COMMIT_FILE}.new")
+    try:
+        with (
+            client.stream_blob(repository, lower.digest, lower.size) as stream,
+            open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file,
+        ):
+            while chunk := stream.read(_CHUNK):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(target)  # its digest was checked at the end of the stream
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

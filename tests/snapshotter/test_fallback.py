@@ -1,0 +1,178 @@
+"""Images that cannot be read lazily run all the same, and say so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from obdlab.cli.main import main
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.formats import oci
+from obdlab.observe.counters import counted
+from obdlab.snapshotter import fallback
+from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
+from obdlab.snapshotter.fallback import LABEL_FALLBACK
+from obdlab.snapshotter.writable import LABEL_WRITABLE
+from tests.registry.faulty import Answer, faulty_registry
+from tests.snapshotter.mounting import mounted
+from tests.snapshotter.test_writable import Root, golden, root
+
+__all__ = ["root"]
+
+pytestmark = pytest.mark.kernel
+
+EXPECTED = json.loads((Path(__file__).parents[1] / "golden/ext4/expected.m1.json").read_text())
+
+
+def fallbacks(reason: str) -> float:
+    return counted().get("snapshotter_fallbacks", {}).get(reason, 0)
+
+
+@pytest.fixture
+def no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "DEVICE_NODES", ("/nonexistent/fuse",))
+
+
+@pytest.mark.usefixtures("no_devices")
+def test_without_devices_the_files_are_unpacked(root: Root, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = fallbacks(fallback.NO_DEVICES)
+    with root.opened() as snapshotter:
+        image = golden(snapshotter, root)
+        mounts = snapshotter.prepare("one", image, {LABEL_WRITABLE: "dir"})
+        assert mounts[0].type == "overlay"
+        with mounted(mounts, tmp_path / "rootfs") as rootfs:
+            for entry in EXPECTED:
+                status = (rootfs / entry["path"].lstrip("/")).lstat()
+                assert (oct(status.st_mode), status.st_uid) == (entry["mode"], entry["uid"])
+            (rootfs / "new").write_text("x")
+        assert snapshotter.stat(image).labels[LABEL_FALLBACK] == fallback.NO_DEVICES
+        assert "no block devices here (/nonexistent/fuse: No such file or directory)" in caplog.text
+        assert fallbacks(fallback.NO_DEVICES) == before + 1
+        assert root.devices.list() == []
+        assert snapshotter.usage(image).size > 1 << 20
+        # It serves a view too, read-only, is not removed under it, and comes back after a reboot.
+        with mounted(snapshotter.view("look", image, {}), tmp_path / "look") as look:
+            assert (look / "abs").exists()
+            with pytest.raises(OSError, match="Read-only"):
+                (look / "new").touch()
+            for key in ("one", "look"):
+                snapshotter.remove(key)
+            with pytest.raises(FailedPreconditionError, match="in use"):
+                snapshotter.remove(image)
+        snapshotter.prepare("two", image, {})
+    root.lose_mounts()
+    with root.opened() as snapshotter:
+        with mounted(snapshotter.mounts("two"), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "abs").exists()
+        assert fallbacks(fallback.NO_DEVICES) == before + 1
+        snapshotter.remove("two")
+        snapshotter.remove(image)
+        assert list((tmp_path / "root/snapshots").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_devices")
+def test_an_unpacking_that_fails_leaves_nothing(root: Root) -> None:
+    with root.opened() as snapshotter:
+        image = golden(snapshotter, root)
+        (root.home(1) / "fs/overlaybd.commit").write_bytes(b"damaged" * 1000)
+        with pytest.raises(ObdlabError, match=r"pulling the image whole: .*overlaybd\.commit"):
+            snapshotter.prepare("one", image, {})
+        assert sorted(os.listdir(root.home(1) / "block")) == ["config.v1.json", "init-debug.log", "mountpoint"]
+        assert LABEL_FALLBACK not in snapshotter.stat(image).labels
+        assert [snapshot.key for snapshot in snapshotter.walk()] == [image]
+
+
+def large_layer(directory: Path) -> bytes:
+    """More than what is read through for want of ranges."""
+    top = directory / "top"
+    top.mkdir()
+    (top / "noise").write_bytes(random.Random(5).randbytes(6 << 20))
+    command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(directory / "disk"), "16M"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert main(["import", str(directory / "disk"), str(directory / "layer")]) == 0
+    return (directory / "layer").read_bytes()
+
+
+def whole(answer: Answer) -> None:
+    """As a registry that has not heard of ranges."""
+    answer.handler.answer(200, {"Content-Length": str(len(answer.whole))}, answer.whole)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
+    root: Root, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = large_layer(tmp_path)
+    before = fallbacks(fallback.NO_RANGES)
+    with faulty_registry() as registry, root.opened() as snapshotter:
+        registry.always(whole)
+        digest = registry.add_blob(layer)
+        labels = {
+            "containerd.io/snapshot.ref": "chain",
+            "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
+            oci.BLOB_DIGEST: digest,
+            oci.BLOB_SIZE: str(len(layer)),
+        }
+        with pytest.raises(AlreadyExistsError):
+            snapshotter.prepare("extract", "", labels)
+        with mounted(snapshotter.prepare("one", "chain", {}), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "noise").read_bytes() == (tmp_path / "top/noise").read_bytes()
+        assert (root.home(1) / "fs/overlaybd.commit").read_bytes() == layer
+        assert snapshotter.stat("chain").labels[LABEL_FALLBACK] == fallback.NO_RANGES
+        assert fallbacks(fallback.NO_RANGES) == before + 1
+        assert "its blobs are fetched whole" in caplog.text
+        asked = len(registry.blob_requests())
+    root.lose_mounts()
+    with root.opened() as snapshotter:  # the registry is gone
+        with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "noise").read_bytes() == (tmp_path / "top/noise").read_bytes()
+        assert len(registry.blob_requests()) == asked
+
+
+def test_wrong_bytes_are_not_kept(root: Root, tmp_path: Path) -> None:
+    layer = large_layer(tmp_path)
+
+    def wrong(answer: Answer) -> None:
+        changed = bytearray(answer.whole)
+        changed[-700_000] ^= 1
+        answer.whole = bytes(changed)
+        whole(answer)
+
+    with faulty_registry() as registry, root.opened() as snapshotter:
+        registry.always(wrong)
+        labels = {
+            "containerd.io/snapshot.ref": "chain",
+            "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
+            oci.BLOB_DIGEST: registry.add_blob(layer),
+            oci.BLOB_SIZE: str(len(layer)),
+        }
+        with pytest.raises(AlreadyExistsError):
+            snapshotter.prepare("extract", "", labels)
+        with pytest.raises(ObdlabError, match="wrong content"):
+            snapshotter.prepare("one", "chain", {})
+        assert os.listdir(root.home(1) / "fs") == []
+
+
+def test_a_plain_layer_says_what_it_is(root: Root, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = fallbacks(fallback.NOT_OVERLAYBD)
+    with root.opened() as snapshotter:
+        labels = {"containerd.io/snapshot.ref": "chain", "containerd.io/snapshot/image-ref": "registry.test/plain:1"}
+        snapshotter.prepare("extract", "", labels)
+        snapshotter.commit("chain", "extract", labels)
+        assert snapshotter.stat("chain").labels[LABEL_FALLBACK] == fallback.NOT_OVERLAYBD
+        snapshotter.prepare("extract", "chain", labels | {"containerd.io/snapshot.ref": "next"})
+    assert [record.levelname for record in caplog.records if "pulled whole" in record.message] == ["WARNING", "INFO"]
+    assert "registry.test/plain:1" in caplog.text
+    assert fallbacks(fallback.NOT_OVERLAYBD) == before + 2
+
+
+def test_other_failures_are_no_reason_to_fall_back(root: Root) -> None:
+    assert fallback.missing_devices() == ""
+    assert not fallback.is_without_ranges(DeviceError("cannot attach: HTTP 404"))
