@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_registry_options, platform, registry_from
+from obdlab.cli.common import platform
 from obdlab.cli.convert import Bars
+from obdlab.cli.convertoptions import ALL
+from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
 
 if TYPE_CHECKING:
-    import argparse
-
     from obdlab.convert.imagetree import Listing
+    from obdlab.formats.oci import Platform
     from obdlab.registry.client import RegistryClient
 
 _DIRECTORY = "dir:"
-_DESCRIPTION = """\
-Compare two images path by path, without mounting either: types, modes, owners, times, sizes, content, links,
-device numbers and extended attributes.
+COMPARES = """\
+types, modes, owners, times, sizes, content, links, device numbers and extended attributes, path by path, without
+mounting either. An overlaybd image is read as the file system (ext4 or EROFS) on its layers, any other by applying
+its layers in memory, with the rules that obdlab convert applies them by. Layers are fetched whole and checked against
+their digests. The exit status is 0 for equal trees, 1 otherwise."""
+_DESCRIPTION = f"""\
+Compare two images:
+{COMPARES}
 
-SRC and DST are registry references (host/name:tag), OCI layout directories (oci:DIR[:TAG]) or directory trees
-(dir:DIR), as of a mounted image. An overlaybd image is read as the file system on its layers, any other by applying
-its layers in memory, with the rules that obdlab convert applies them by: compare with the mount of another tool to
-check the rules themselves. Layers are fetched whole and checked against their digests."""
+{NAMES}
+  dir:DIR                        a directory tree, as of an image that another tool has mounted"""
 
 
 def add(subcommands: Any) -> None:
     """Declare the command."""
-    from argparse import RawDescriptionHelpFormatter
-
     parser = subcommands.add_parser(
         "compare",
         help="compare an image with its converted image, or with a directory",
         description=_DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="image or directory that is right")
     parser.add_argument("destination", metavar="DST", help="image or directory to compare with it")
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    add_comparison_options(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
+    add_image_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is compared, and how much of it is printed."""
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
     parser.add_argument("--no-content", action="store_true", help="do not read files, compare all else")
     parser.add_argument(
         "--ignore", action="append", default=[], choices=("uid", "gid", "mtime_ns", "xattrs"), help="repeatable"
@@ -48,21 +59,29 @@ def add(subcommands: Any) -> None:
     parser.add_argument(
         "--work-dir", type=Path, default=Path("/var/tmp"), help="where layers are fetched to (default: %(default)s)"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
-    add_registry_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 if the trees are equal, 1 if not."""
+    return compare_images(args.source, args.destination, args)
+
+
+def compare_images(source: str, destination: str, args: argparse.Namespace) -> int:
+    """Print how ``destination`` differs from ``source``; 0 if the trees are equal, 1 if not."""
+    status = 0
+    with image_client(args) as client:
+        for platform_ in _platforms(source, client, args):
+            if args.platform == ALL and not args.quiet and platform_ is not None:
+                print(f"{platform_.os}/{platform_.architecture}:", file=sys.stderr)
+            wanted = _listing(source, platform_, client, args)
+            got = _listing(destination, platform_, client, args)
+            status |= _report(got, wanted, args)
+    return status
+
+
+def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
     from obdlab.convert.listing import differences
 
-    client = registry_from(args)
-    try:
-        wanted = _listing(args.source, client, args)
-        got = _listing(args.destination, client, args)
-    finally:
-        client.close()
     lines = differences(got, wanted, ignore=args.ignore)
     if not args.quiet:
         for line in lines[: args.limit]:
@@ -73,14 +92,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
-def _listing(text: str, client: RegistryClient, args: argparse.Namespace) -> Listing:
+def _platforms(text: str, client: RegistryClient, args: argparse.Namespace) -> list[Platform | None]:
+    if args.platform != ALL:
+        return [args.platform]
+    from obdlab.convert.platforms import images_of
+
+    with opened_source(text, client, args) as source:
+        return [entry.platform for entry in images_of(source)] or [None]
+
+
+def _listing(text: str, platform_: Platform | None, client: RegistryClient, args: argparse.Namespace) -> Listing:
     from obdlab.convert.imagetree import list_image
     from obdlab.convert.listing import list_tree
     from obdlab.convert.progress import Silent
-    from obdlab.convert.source import open_source
 
     content = not args.no_content
     if text.startswith(_DIRECTORY):
         return list_tree(os.path.abspath(text.removeprefix(_DIRECTORY)), content=content)
     progress = Silent() if args.quiet else Bars()
-    return list_image(open_source(text, client), args.platform, args.work_dir, progress, content=content)
+    with opened_source(text, client, args) as source:
+        return list_image(source, platform_, args.work_dir, progress, content=content)
+
+
+def _platform(text: str) -> Platform | str:
+    return ALL if text == ALL else platform(text)

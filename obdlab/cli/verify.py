@@ -1,39 +1,55 @@
-"""``obdlab verify``: read all of a disk's layers, checking whatever can be checked."""
+"""``obdlab verify``: read all of a disk's layers, checking whatever can be checked; or compare two images."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.compare import COMPARES, add_comparison_options, compare_images
+from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.packing import progress_bar
 
 if TYPE_CHECKING:
-    import argparse
-
     from obdlab.image.verification import VerifiedLayer
+
+_DESCRIPTION = f"""\
+obdlab verify LAYER...
+Reads every byte of every layer: CRCs of ZFile headers, indexes and blocks, LSMT headers, trailers and indexes, and
+whether each layer names the one below as its parent. Layers are given bottom first. A single config.v1.json names an
+image instead, whose lowers may lie in a registry.
+
+obdlab verify SRC DST
+Checks a converted image, DST, against its original:
+{COMPARES}
+
+{NAMES}"""
 
 
 def add(subcommands: Any) -> None:
     """Declare the command."""
     parser = subcommands.add_parser(
         "verify",
-        help="read layers whole, checking every checksum and their structure",
-        description=(
-            "Reads every byte of every layer: CRCs of ZFile headers, indexes and blocks, LSMT headers, trailers and "
-            "indexes, and whether each layer names the one below as its parent. Layers are given bottom first. A "
-            "single config.v1.json names an image instead, whose lowers may lie in a registry."
-        ),
+        help="read layers whole, checking every checksum and their structure; or check a converted image",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or a config.v1.json")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "layers", nargs="+", metavar="LAYER", help="layer files, bottom first; a config.v1.json; or SRC and DST"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (of layers)")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
+    add_comparison_options(parser)
     add_runtime_options(parser)
+    add_image_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify; the first damage ends it."""
+    """Verify; the first damage ends it. Two images are compared: 1 if they differ."""
+    if _are_images(args.layers):
+        return compare_images(args.layers[0], args.layers[1], args)
     from dataclasses import asdict
 
     from obdlab.image.disks import open_disk
@@ -52,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         for number, layer in enumerate(verified):
             print(f"{number:3}  {_line(layer)}")
     return 0
+
+
+def _are_images(names: list[str]) -> bool:
+    from obdlab.convert.source import names_image
+
+    return len(names) == 2 and all(map(names_image, names))
 
 
 def _line(layer: VerifiedLayer) -> str:

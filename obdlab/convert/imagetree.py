@@ -12,15 +12,17 @@ from obdlab.convert.decompress import uncompressed
 from obdlab.convert.layer import pieces_file
 from obdlab.convert.listing import list_volume
 from obdlab.convert.memorytree import MemoryTree
-from obdlab.ext4.volume import Volume
+from obdlab.erofs import volume as erofs
+from obdlab.ext4 import volume as ext4
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
+    from obdlab.blob import Blob
     from obdlab.convert.endpoints import ImageSource
     from obdlab.convert.layout import VerifiedFile
-    from obdlab.convert.listing import TreeEntry
+    from obdlab.convert.listing import ReadableVolume, TreeEntry
     from obdlab.convert.progress import Progress
     from obdlab.formats.oci import Descriptor, Manifest, Platform
 
@@ -34,8 +36,8 @@ def list_image(
 ) -> Listing:
     """List an image as :func:`obdlab.convert.listing.list_tree` lists its mount.
 
-    An overlaybd image is read as the ext4 on its layers, any other by applying its layers in memory. Layers are
-    fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
+    An overlaybd image is read as the file system on its layers, any other by applying its layers in memory. Layers
+    are fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
     CorruptBlobError, FormatError or ApplyError.
     """
     manifest = source.manifest(platform or host_platform(), overlaybd=True)
@@ -64,7 +66,12 @@ def _list_overlaybd(
 ) -> Listing:
     with ExitStack() as ended:
         layers = fetched_layers(source, manifest, work_dir, progress, ended)
-        return list_volume(Volume(Stack(layers)), content=content)
+        return list_volume(_volume(Stack(layers)), content=content)
+
+
+def _volume(disk: Blob) -> ReadableVolume:
+    magic = disk.read_at(erofs.SUPER_OFFSET, 4) if disk.size >= erofs.SUPER_OFFSET + 4 else b""
+    return erofs.Volume(disk) if int.from_bytes(magic, "little") == erofs.MAGIC else ext4.Volume(disk)
 
 
 def fetched_layers(

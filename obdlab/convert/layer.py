@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 from obdlab.convert.ahead import ahead
 from obdlab.convert.apply import ApplyStatistics, apply_layer
 from obdlab.convert.database import options_digest
+from obdlab.convert.erofstree import ErofsTree
 from obdlab.convert.tree import Ext4Tree
 from obdlab.errors import SourceError
 from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
@@ -158,7 +159,9 @@ class LayerBuilder:
                 _drop_free_blocks(disk)
         return total
 
-    def _tree(self, disk: WritableBlob, *, fresh: bool) -> Ext4Tree:
+    def _tree(self, disk: WritableBlob, *, fresh: bool) -> Ext4Tree | ErofsTree:
+        if self._options.filesystem == "erofs":
+            return ErofsTree(disk, fresh=fresh)
         if fresh:
             make_filesystem(disk, inode_ratio=self._options.inode_ratio)
         return Ext4Tree(disk)

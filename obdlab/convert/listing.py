@@ -10,15 +10,12 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
-
-    from obdlab.ext4.layout import Inode
-    from obdlab.ext4.volume import Volume
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # What file systems keep for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
@@ -47,6 +44,22 @@ class TreeEntry:
     linked_to: str
 
 
+class ReadableVolume(Protocol):
+    """A file system read without a mount: ext4's and EROFS' volumes. Inodes are each one's own."""
+
+    def walk(self) -> Iterator[tuple[bytes, int, Any]]:
+        """Yield (path, inode number, inode) of everything."""
+
+    def content(self, inode: Any) -> Iterator[bytes]:
+        """Yield a file's bytes."""
+
+    def readlink(self, inode: Any) -> bytes:
+        """Return a symbolic link's text."""
+
+    def xattrs(self, inode: Any) -> Sequence[tuple[bytes, bytes]]:
+        """Return the extended attributes."""
+
+
 def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str, TreeEntry]:
     """List every path below ``root``, which itself is ``"."``; stays on its file system. Needs no privileges but
     those of reading.
@@ -66,7 +79,7 @@ def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str
         raise ObdlabError(f"{error.filename or top}: cannot list the tree ({error.strerror})") from error
 
 
-def list_volume(volume: Volume, *, content: bool = True) -> dict[str, TreeEntry]:
+def list_volume(volume: ReadableVolume, *, content: bool = True) -> dict[str, TreeEntry]:
     """List a file system as :func:`list_tree` lists its mount, without one. Raises FormatError if it is damaged."""
     found = {os.fsdecode(path[1:]) or ".": (number, inode) for path, number, inode in volume.walk()}
     groups: dict[int, list[str]] = {}
@@ -80,7 +93,7 @@ def list_volume(volume: Volume, *, content: bool = True) -> dict[str, TreeEntry]
     }
 
 
-def _volume_entry(volume: Volume, inode: Inode, linked_to: str, content: bool) -> TreeEntry:
+def _volume_entry(volume: ReadableVolume, inode: Any, linked_to: str, content: bool) -> TreeEntry:
     regular = stat.S_ISREG(inode.mode)
     digest = hashlib.sha256()
     if regular and content:

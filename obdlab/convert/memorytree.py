@@ -117,7 +117,7 @@ class MemoryTree:
         node = self._node(path)
         kept = dict(node.attributes.xattrs) if keep_xattrs else {}
         kept.update(attributes.xattrs)
-        node.attributes = replace(attributes, xattrs=_kept(node.format, attributes.mode, list(kept.items())))
+        node.attributes = replace(attributes, xattrs=kept_xattrs(node.format, attributes.mode, list(kept.items())))
 
     def set_times(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
         node = self._node(path)
@@ -126,7 +126,7 @@ class MemoryTree:
     def _add(self, path: bytes, node: _Node) -> None:
         attributes = node.attributes
         if attributes.xattrs:
-            node.attributes = replace(attributes, xattrs=_kept(node.format, attributes.mode, attributes.xattrs))
+            node.attributes = replace(attributes, xattrs=kept_xattrs(node.format, attributes.mode, attributes.xattrs))
         parent, _, name = path.rpartition(b"/")
         self._children(parent)[name] = node
 
@@ -167,8 +167,12 @@ def _entry(node: _Node, linked_to: str) -> TreeEntry:
     )
 
 
-# What a file system on Linux keeps of the attributes, as programs see it then.
-def _kept(kind: int, mode: int, pairs: Sequence[Xattr]) -> tuple[Xattr, ...]:
+def kept_xattrs(kind: int, mode: int, pairs: Sequence[Xattr]) -> tuple[Xattr, ...]:
+    """Return what file systems on Linux keep of the attributes, as programs see it then.
+
+    Names of other namespaces go, and user attributes of what is neither file nor directory; the mode's bits win over
+    those of an ACL. Raises OSError (EINVAL) for a malformed ACL.
+    """
     kept = []
     for name, value in pairs:
         prefix = (xattr.split_name(name) or (0, b""))[0]

@@ -50,7 +50,7 @@ def convert_platforms(
         assert root is not None
         image = convert_manifest(source, root, source.child(root), destination, options, progress)
         return ConvertedIndex(destination.name, image.digest, image.document, (image,))
-    entries = [entry for entry in document.manifests if entry.annotations.get(oci.REFERENCE_TYPE) != oci.ATTESTATION]
+    entries = _images(document)
     if not entries:
         raise FormatError("index has no images", blob=source.name)
     images = _convert_all(source, entries, destination, options, progress, at_once)
@@ -65,6 +65,16 @@ def convert_platforms(
     stored = oci.Descriptor(index.media_type, oci.digest_of(data), len(data))
     destination.put_manifest(stored, data)
     return ConvertedIndex(destination.name, stored.digest, data, images)
+
+
+def images_of(source: ImageSource) -> list[oci.Descriptor]:
+    """Return the images of an index, attestations left out; none for a source that is no index. Raises as root()."""
+    _, document = source.root()
+    return _images(document) if isinstance(document, oci.Index) else []
+
+
+def _images(index: oci.Index) -> list[oci.Descriptor]:
+    return [entry for entry in index.manifests if entry.annotations.get(oci.REFERENCE_TYPE) != oci.ATTESTATION]
 
 
 def _convert_all(

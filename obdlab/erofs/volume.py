@@ -22,14 +22,15 @@ Pair = tuple[bytes, bytes]
 SUPER_OFFSET, MAGIC = 1024, 0xE0F5E1E2
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ")
 _COMPACT = struct.Struct("<HHHHIIIIHHI")
-_EXTENDED = struct.Struct("<HHHHQIIIIQII16x")
+_EXTENDED = struct.Struct("<HHHHQIIIIqII16x")  # the time is signed
 _DIRENT = struct.Struct("<QHBB")
 _XATTRS = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
 _CHUNK = struct.Struct("<HHI")
 _SLOT = 32
 # What may be set although it changes nothing for files that are not compressed: padding, chunks.
-_KNOWN_FEATURES = 0x1 | 0x4
+_CHUNKED_FILES = 0x4
+_KNOWN_FEATURES = 0x1 | _CHUNKED_FILES
 _FEATURES = {
     0x2: "large compressed clusters",
     0x8: "several devices or compression heads",
@@ -103,6 +104,8 @@ class Volume:
             what = ", ".join(unknown) or f"features {features:#x}, block size 2^{bits}, directories 2^{fields[18]}"
             raise FormatError(f"EROFS with what is not known here: {what}", blob=disk.name)
         self.block_size = 1 << bits
+        #: Blocks and inodes that the superblock counts, and whether files may be stored in chunks.
+        self.blocks, self.inodes, self.has_chunks = int(fields[9]), int(fields[6]), bool(features & _CHUNKED_FILES)
         self._meta, self._shared = fields[10] * self.block_size, fields[11] * self.block_size
 
     @property

@@ -26,6 +26,12 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No test finds what another has converted, or leaves anything in the user's cache directory.
+    monkeypatch.setenv("OBDLAB_CONVERT_DATABASE", "none")
+
+
 @pytest.fixture
 def devices(tmp_path: Path) -> Iterator[DeviceService]:
     service = DeviceService(tmp_path / "run", Settings(cache_dir=tmp_path / "cache"))

@@ -1,0 +1,143 @@
+"""How images are converted, as options of a command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.cli.common import platform
+
+if TYPE_CHECKING:
+    from obdlab.convert.image import ConvertOptions
+    from obdlab.formats.oci import Platform
+
+ALL = "all"
+_NONE = "none"
+_DATABASE = "OBDLAB_CONVERT_DATABASE"
+
+
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    """Add how images are converted."""
+    parser.add_argument(
+        "--fs", choices=("ext4", "erofs"), default="ext4", help="file system of the image (default: %(default)s)"
+    )
+    parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="lz4", help="default: %(default)s")
+    parser.add_argument(
+        "--block-size-kib",
+        type=int,
+        choices=(4, 8, 16, 32, 64),
+        default=4,
+        help="ZFile blocks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vsize-gib", type=_gib, default=64, metavar="N", help="size of the disk that holds the image (default: 64)"
+    )
+    parser.add_argument(
+        "--bytes-per-inode",
+        type=_bytes_per_inode,
+        default=16384,
+        metavar="N",
+        help="ext4: one inode for so many bytes of the disk, as mkfs.ext4 -i (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mount-options",
+        default="",
+        metavar="LIST",
+        help="options that snapshotters mount the image's file system with (noatime,...)",
+    )
+    parser.add_argument(
+        "--flatten",
+        type=_layers,
+        default=0,
+        metavar="N",
+        help="at most N layers: the lowest N-1 are kept as they are, all above become one (default: keep all)",
+    )
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
+    parser.add_argument(
+        "--platforms-at-once", type=int, choices=range(1, 17), default=2, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--referrer", action="store_true", help="have the new manifest refer to the source (OCI 1.1 subject)"
+    )
+    parser.add_argument("--docker", action="store_true", help="write docker's media types (default: OCI's)")
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help=(
+            "what was converted before, so that it is not converted again: a file (SQLite), postgresql://... or "
+            f"mysql://..., or {_NONE} (default: ${_DATABASE}, or obdlab/converted.sqlite in ~/.cache)"
+        ),
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("/var/tmp"), help="where layers are built (default: %(default)s)"
+    )
+
+
+def conversion_options(args: argparse.Namespace) -> ConvertOptions:
+    """Return what these arguments ask for."""
+    from obdlab.convert.image import ConvertOptions
+    from obdlab.convert.layer import GIB, LayerOptions
+
+    return ConvertOptions(
+        layer=LayerOptions(
+            args.algorithm, args.block_size_kib << 10, args.vsize_gib * GIB, args.fs, args.bytes_per_inode
+        ),
+        platform=None if args.platform == ALL else args.platform,
+        referrer=args.referrer,
+        docker=args.docker,
+        flatten=args.flatten,
+        mount_options=args.mount_options,
+        database=_database(args.database),
+        work_dir=args.work_dir,
+    )
+
+
+def check_conversion_options(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with the arguments together, if anything."""
+    if args.docker and args.referrer:
+        return "--referrer needs OCI's media types: not with --docker"
+    if ";" in args.mount_options:
+        return "--mount-options are separated by commas: no ';' in them"
+    return None
+
+
+def _database(named: str | None) -> str:
+    from obdlab.convert.database import DatabaseError, open_database
+
+    named = named or os.environ.get(_DATABASE)
+    if named:
+        return "" if named == _NONE else named
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(cache, "obdlab", "converted.sqlite")
+    try:
+        open_database(path).close()
+    except DatabaseError as error:
+        # Nobody has asked for it, and it may be that nobody has a home.
+        logging.getLogger(__name__).info("without a database of what was converted: %s", error)
+        return ""
+    return path
+
+
+def _platform(text: str) -> Platform | str:
+    return ALL if text == ALL else platform(text)
+
+
+def _gib(text: str) -> int:
+    return _number(text, 1, 16 << 10, "size in GiB")
+
+
+def _layers(text: str) -> int:
+    return _number(text, 1, 255, "number of layers")
+
+
+def _bytes_per_inode(text: str) -> int:
+    return _number(text, 1 << 10, 64 << 20, "number of bytes")
+
+
+def _number(text: str, least: int, most: int, what: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 12 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"not a {what} between {least} and {most}: {text!r}")
+    return int(text)

@@ -1,0 +1,518 @@
+"""Changing an EROFS in place, as layers need it: what is new is appended, what is there changes as little as it can.
+
+The kernel only reads EROFS; here it grows. Files are written once, at the end of the disk. A directory that was there
+keeps its inode, so that nothing which names it changes, and gets its new entries in new blocks. So a layer holds its
+own files, the entries of directories it changed, and a few blocks of inodes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from obdlab.erofs import pack
+from obdlab.erofs.pack import BLOCK, INODE_SIZE, SLOT
+from obdlab.erofs.space import Space
+from obdlab.erofs.volume import Volume
+from obdlab.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from obdlab.blob import Buffer, WritableBlob
+    from obdlab.erofs.volume import Inode
+
+Pair = tuple[bytes, bytes]
+
+# The root has a block of its own: its number must fit into 16 bits, so that it cannot move.
+_ROOT = BLOCK // SLOT
+_FIRST_FREE = 2
+# Last parts of files that are kept with their inodes: longer ones would keep inodes apart.
+_LARGEST_TAIL = 2048
+# Sparse files from this size on are stored in chunks, of which there are so many at most.
+_CHUNKED_FROM = 1 << 20
+_MOST_CHUNKS = 1 << 14
+_LEAST_CHUNK = 64 << 10
+_KINDS = {
+    stat.S_IFREG: pack.REGULAR,
+    stat.S_IFDIR: pack.DIRECTORY,
+    stat.S_IFCHR: pack.CHARACTER,
+    stat.S_IFBLK: pack.BLOCK_DEVICE,
+    stat.S_IFIFO: pack.FIFO,
+    stat.S_IFSOCK: pack.SOCKET,
+    stat.S_IFLNK: pack.LINK,
+}
+_MAX_NAME = 255
+_MAX_LINK = BLOCK - 1
+
+
+@dataclass(slots=True)
+class File:
+    """What a name that is no directory stands for: an inode's number, and its type in a directory entry."""
+
+    number: int
+    kind: int
+
+
+@dataclass(slots=True, eq=False)
+class Directory:
+    """A directory in memory. What it says counts; the disk is told at the end."""
+
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    parent: Directory | None
+    #: Its inode's number; None while it has no place.
+    number: int | None = None
+    #: None until they are read, as of the next.
+    xattrs: list[Pair] | None = None
+    entries: dict[bytes, File | Directory] | None = None
+    #: Entries, attributes or extended attributes are others than on the disk.
+    listed: bool = False
+    touched: bool = False
+    retagged: bool = False
+
+
+@dataclass(slots=True)
+class _Written:
+    layout: int
+    start: int
+    tail: bytes = b""
+    chunks: list[int] = field(default_factory=list)
+
+
+class Editor:
+    """An EROFS on ``disk`` that is changed: a new one, or one that an editor has made. :meth:`finish` ends it.
+
+    Raises OSError with the kernel's numbers for what cannot be done, FormatError for what is damaged.
+    """
+
+    def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
+        self._disk = disk
+        self._chunks = False
+        if fresh:
+            self._space = Space(disk, _FIRST_FREE)
+            self._inodes = 1
+            self._first_new = 0
+            self.root = Directory(stat.S_IFDIR | 0o755, 0, 0, 0, None, _ROOT, [], {}, listed=True)
+            self._write_superblock()
+        volume = Volume(disk)
+        if not fresh:
+            if volume.root != _ROOT or volume.block_size != BLOCK:
+                raise FormatError("EROFS was not made here: it cannot be changed", blob=disk.name, got=volume.root)
+            self._space = Space(disk, volume.blocks)
+            self._inodes = volume.inodes
+            self._chunks = volume.has_chunks
+            self._first_new = volume.blocks * (BLOCK // SLOT)
+            self.root = self._from_disk(_ROOT, None)
+        # Sees what is not on the disk yet.
+        self._volume = Volume(self._space)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def entries(self, directory: Directory) -> dict[bytes, File | Directory]:
+        """Return what is in a directory, to be looked at only."""
+        found = directory.entries
+        if found is None:
+            assert directory.number is not None
+            found = directory.entries = {
+                name: self._from_disk(number, directory) if kind == pack.DIRECTORY else File(number, kind)
+                for name, (number, kind) in self._volume.entries(directory.number).items()
+            }
+        return found
+
+    def inode(self, file: File) -> Inode:
+        """Return a file's inode."""
+        return self._volume.inode(file.number)
+
+    def readlink(self, file: File) -> bytes:
+        """Return a symbolic link's text."""
+        return self._volume.readlink(self.inode(file))
+
+    def xattrs(self, node: File | Directory) -> list[Pair]:
+        """Return extended attributes."""
+        if isinstance(node, File):
+            return self._volume.xattrs(self.inode(node))
+        if node.xattrs is None:
+            assert node.number is not None
+            node.xattrs = self._volume.xattrs(self._volume.inode(node.number))
+        return node.xattrs
+
+    # -- adding and removing -----------------------------------------------------------------------------------------
+
+    def add_directory(
+        self, parent: Directory, name: bytes, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
+    ) -> Directory:
+        """Make an empty directory."""
+        pack.xattrs(xattrs)  # whatever is wrong with them is wrong now
+        made = Directory(mode, uid, gid, mtime_ns, parent, None, list(xattrs), {}, listed=True)
+        self._enter(parent, name, made)
+        self._inodes += 1
+        return made
+
+    def add_file(
+        self,
+        parent: Directory,
+        name: bytes,
+        *,
+        mode: int,
+        uid: int,
+        gid: int,
+        mtime_ns: int,
+        xattrs: Sequence[Pair],
+        size: int = 0,
+        pieces: Iterable[tuple[int, Buffer]] = (),
+        sparse: bool = False,
+        rdev: tuple[int, int] = (0, 0),
+        target: bytes = b"",
+    ) -> File:
+        """Make anything that is no directory: ``size`` and ``pieces`` are a file's, ``target`` is a link's text."""
+        body = pack.xattrs(xattrs)
+        kind = stat.S_IFMT(mode)
+        if kind == stat.S_IFREG:
+            room = min(_LARGEST_TAIL, BLOCK - INODE_SIZE - len(body))
+            written = self._write_file(size, pieces, room, sparse=sparse)
+        elif kind == stat.S_IFLNK:
+            if not 0 < len(target) <= _MAX_LINK:
+                raise OSError(errno.ENAMETOOLONG if target else errno.EINVAL, os.strerror(errno.EINVAL))
+            size, written = len(target), _Written(pack.INLINE, 0, target)
+        else:
+            written = _Written(pack.PLAIN, pack.device(*rdev) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0)
+        number = self._write_inode(written, body, mode=mode, uid=uid, gid=gid, size=size, mtime_ns=mtime_ns, links=1)
+        made = File(number, _KINDS[kind])
+        self._enter(parent, name, made)
+        self._inodes += 1
+        return made
+
+    def link(self, parent: Directory, name: bytes, file: File) -> None:
+        """Give a file one more name."""
+        self._enter(parent, name, file)
+        self._patch(file.number, links=self.inode(file).links + 1)
+
+    def remove(self, parent: Directory, name: bytes) -> None:
+        """Take a name away, with everything below it."""
+        pending = [self.entries(parent).pop(name)]
+        parent.listed = True
+        while pending:
+            node = pending.pop()
+            if isinstance(node, Directory):
+                pending += self.entries(node).values()
+                self._inodes -= 1
+                continue
+            inode = self.inode(node)
+            if inode.links > 1:
+                self._patch(node.number, links=inode.links - 1)
+                continue
+            self._inodes -= 1
+            if node.number >= self._first_new:
+                self._forget(inode)
+
+    def _enter(self, parent: Directory, name: bytes, node: File | Directory) -> None:
+        if len(name) > _MAX_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        entries = self.entries(parent)
+        if name in entries:
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        entries[name] = node
+        parent.listed = True
+
+    # -- changing ----------------------------------------------------------------------------------------------------
+
+    def set_directory(
+        self, directory: Directory, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
+    ) -> None:
+        """Change a directory's attributes, all of them."""
+        wanted = (mode, uid, gid, mtime_ns)
+        if (directory.mode, directory.uid, directory.gid, directory.mtime_ns) != wanted:
+            directory.mode, directory.uid, directory.gid, directory.mtime_ns = wanted
+            directory.touched = True
+        if sorted(self.xattrs(directory)) != sorted(xattrs):
+            pack.xattrs(xattrs)
+            directory.xattrs = list(xattrs)
+            directory.retagged = True
+
+    def set_file(
+        self, parent: Directory, file: File, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
+    ) -> None:
+        """Change the attributes of a file, which is in ``parent``, all of them."""
+        body = pack.xattrs(xattrs)
+        if body == pack.xattrs(self.xattrs(file)):
+            self._patch(file.number, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
+            return
+        inode = self.inode(file)
+        written = _Written(inode.layout, inode.start)
+        if inode.layout == pack.INLINE:
+            written.tail = self._volume.read(inode, inode.size // BLOCK * BLOCK, BLOCK)
+        elif inode.layout == pack.CHUNKED:
+            table = self._space.read_at(-(-inode.body // 4) * 4, 4 * _chunk_count(inode))
+            written.chunks = [int.from_bytes(table[at : at + 4], "little") for at in range(0, len(table), 4)]
+        number = self._write_inode(
+            written, body, mode=mode, uid=uid, gid=gid, size=inode.size, mtime_ns=mtime_ns, links=inode.links
+        )
+        self._rename(parent, file, number, links=inode.links)
+
+    def _rename(self, parent: Directory, file: File, number: int, links: int) -> None:
+        # Its inode has moved: whatever names it must say so. With several names they may be anywhere.
+        old, found, pending = file.number, 0, [self.root, parent]
+        seen: set[int] = set()
+        while found < links and pending:
+            directory = pending.pop()
+            if id(directory) in seen:
+                continue
+            seen.add(id(directory))
+            for node in self.entries(directory).values():
+                if isinstance(node, Directory):
+                    pending.append(node)
+                elif node is file or node.number == old:
+                    node.number = number
+                    directory.listed = True
+                    found += 1
+
+    def _patch(self, number: int, **changes: int) -> None:
+        inode = self._volume.inode(number)
+        values = {
+            "mode": inode.mode,
+            "uid": inode.uid,
+            "gid": inode.gid,
+            "size": inode.size,
+            "mtime_ns": inode.mtime_ns,
+            "links": inode.links,
+            "layout": inode.layout,
+            "start": inode.start,
+            "xattrs_size": inode.xattrs_size,
+        }
+        if not changes.items() <= values.items():
+            self._space.change(number * SLOT, pack.inode(number, **{**values, **changes}))
+
+    # -- writing files -----------------------------------------------------------------------------------------------
+
+    def _write_file(self, size: int, pieces: Iterable[tuple[int, Buffer]], room: int, *, sparse: bool) -> _Written:
+        if sparse and size >= _CHUNKED_FROM:
+            return self._write_chunks(size, pieces)
+        tail_size = size % BLOCK
+        if tail_size > room:
+            tail_size = 0
+        plain = size - tail_size
+        start = self._space.data_blocks(-(-plain // BLOCK)) if plain else 0
+        tail = bytearray(tail_size)
+        end = 0
+        for offset, piece in pieces:
+            end = offset + len(piece)
+            if offset < plain:
+                self._space.write(start * BLOCK + offset, memoryview(piece)[: plain - offset])
+            if end > plain:
+                begin = max(offset, plain)
+                tail[begin - plain : end - plain] = memoryview(piece)[begin - offset :]
+        if plain % BLOCK and end >= plain:  # so that the next file's data continue these
+            self._space.write(start * BLOCK + plain, bytes(-plain % BLOCK))
+        return _Written(pack.INLINE if tail_size else pack.PLAIN, start, bytes(tail))
+
+    def _write_chunks(self, size: int, pieces: Iterable[tuple[int, Buffer]]) -> _Written:
+        bits = 0
+        while BLOCK << bits < _LEAST_CHUNK or -(-size // (BLOCK << bits)) > _MOST_CHUNKS:
+            bits += 1
+        chunk = BLOCK << bits
+        if bits > 31:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        chunks = [pack.HOLE] * -(-size // chunk)
+        for offset, piece in pieces:
+            view = memoryview(piece)
+            while view:
+                index, at = divmod(offset, chunk)
+                if chunks[index] == pack.HOLE:
+                    chunks[index] = self._space.data_blocks(min(chunk, size - index * chunk + BLOCK - 1) // BLOCK)
+                count = min(len(view), chunk - at)
+                self._space.write(chunks[index] * BLOCK + at, view[:count])
+                offset += count
+                view = view[count:]
+        self._chunks = True
+        return _Written(pack.CHUNKED, bits, chunks=chunks)
+
+    def _write_inode(
+        self, written: _Written, body: bytes, *, mode: int, uid: int, gid: int, size: int, mtime_ns: int, links: int
+    ) -> int:
+        head = INODE_SIZE + len(body)
+        if written.layout == pack.INLINE and head + len(written.tail) > BLOCK:
+            self._spill(written, size)
+        behind = written.tail + b"".join(block.to_bytes(4, "little") for block in written.chunks)
+        at = self._space.place(head + len(behind))
+        number = at // SLOT
+        raw = pack.inode(
+            number,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            size=size,
+            mtime_ns=mtime_ns,
+            links=links,
+            layout=written.layout,
+            start=written.start,
+            xattrs_size=len(body),
+        )
+        self._space.change(at, raw + body + behind)
+        return number
+
+    def _spill(self, written: _Written, size: int) -> None:
+        # No room for the tail beside the inode's attributes: all of the data in blocks, which are copied if need be.
+        whole = size // BLOCK
+        first = self._space.metadata_blocks(whole + 1)
+        for block in range(whole):
+            data = self._space.read_at((written.start + block) * BLOCK, BLOCK)
+            self._space.change((first + block) * BLOCK, data)
+        self._space.change((first + whole) * BLOCK, written.tail.ljust(BLOCK, b"\0"))
+        written.layout, written.start, written.tail = pack.PLAIN, first, b""
+
+    def _forget(self, inode: Inode) -> None:
+        # Only what lies in blocks of data; what metadata takes is little.
+        if not stat.S_ISREG(inode.mode):
+            return
+        if inode.layout == pack.CHUNKED:
+            chunk = BLOCK << (inode.start & 31)
+            table = self._space.read_at(-(-inode.body // 4) * 4, 4 * _chunk_count(inode))
+            for index in range(len(table) // 4):
+                first = int.from_bytes(table[4 * index : 4 * index + 4], "little")
+                if first != pack.HOLE:
+                    self._space.discard(first, -(-min(chunk, inode.size - index * chunk) // BLOCK))
+            return
+        blocks = inode.size // BLOCK if inode.layout == pack.INLINE else -(-inode.size // BLOCK)
+        self._space.discard(inode.start, blocks)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write everything to the disk; the editor cannot be used after that."""
+        loaded = self._loaded()
+        for directory in loaded:
+            if directory.retagged and directory.number is not None:
+                self._make_room(directory)
+        # A directory that moved has children that name it.
+        loaded = self._loaded()
+        placed = {id(directory): self._give_place(directory) for directory in loaded if directory.number is None}
+        for directory in loaded:
+            if id(directory) in placed:
+                self._write_new(directory, *placed[id(directory)])
+            elif directory.listed or directory.retagged:
+                self._write_again(directory)
+            elif directory.touched:
+                assert directory.number is not None
+                self._patch(directory.number, **_attributes(directory))
+        self._write_superblock()
+        self._space.flush()
+
+    def _loaded(self) -> list[Directory]:
+        # Those in memory, each before its children.
+        found, pending = [], [self.root]
+        while pending:
+            directory = pending.pop()
+            found.append(directory)
+            children = (directory.entries or {}).values()
+            pending += [node for node in children if isinstance(node, Directory)]
+        return found
+
+    def _make_room(self, directory: Directory) -> None:
+        # Extended attributes that do not fit where the inode is move it, and all that names it changes.
+        assert directory.number is not None
+        inode = self._volume.inode(directory.number)
+        tail = inode.size % BLOCK if inode.layout == pack.INLINE else 0
+        body = pack.xattrs(self.xattrs(directory))
+        if len(body) <= inode.xattrs_size + tail:
+            return
+        if directory.parent is None:
+            raise OSError(errno.ENOSPC, "the root directory's attributes take too much room")
+        for node in self.entries(directory).values():
+            if isinstance(node, Directory):
+                node.listed = True
+        directory.number = None
+        directory.parent.listed = True
+
+    def _give_place(self, directory: Directory) -> tuple[bytes, int, bool]:
+        # The size of a directory is known before the numbers in it are.
+        body = pack.xattrs(self.xattrs(directory))
+        size = pack.directory_size(self._sorted_names(directory))
+        head, tail = INODE_SIZE + len(body), size % BLOCK
+        inline = tail > 0 and head + tail <= BLOCK
+        directory.number = self._space.place(head + (tail if inline else 0)) // SLOT
+        return body, size, inline
+
+    def _write_new(self, directory: Directory, body: bytes, size: int, inline: bool) -> None:
+        content = self._content(directory)
+        assert len(content) == size
+        whole = size // BLOCK * BLOCK if inline else size
+        start = self._write_blocks(content[:whole])
+        self._write_directory(
+            directory,
+            body,
+            size=size,
+            layout=pack.INLINE if inline else pack.PLAIN,
+            start=start,
+            tail=content[whole:],
+        )
+
+    def _write_again(self, directory: Directory) -> None:
+        content = self._content(directory)
+        self._write_directory(
+            directory,
+            pack.xattrs(self.xattrs(directory)),
+            size=len(content),
+            layout=pack.PLAIN,
+            start=self._write_blocks(content),
+            tail=b"",
+        )
+
+    def _write_directory(
+        self, directory: Directory, body: bytes, *, size: int, layout: int, start: int, tail: bytes
+    ) -> None:
+        assert directory.number is not None
+        raw = pack.inode(
+            directory.number,
+            size=size,
+            layout=layout,
+            start=start,
+            xattrs_size=len(body),
+            **_attributes(directory),
+            links=2 + sum(isinstance(node, Directory) for node in self.entries(directory).values()),
+        )
+        self._space.change(directory.number * SLOT, raw + body + tail)
+
+    def _write_blocks(self, content: bytes) -> int:
+        if not content:
+            return 0
+        first = self._space.metadata_blocks(-(-len(content) // BLOCK))
+        self._space.change(first * BLOCK, content + bytes(-len(content) % BLOCK))
+        return first
+
+    def _sorted_names(self, directory: Directory) -> list[bytes]:
+        return sorted([b".", b"..", *self.entries(directory)])
+
+    def _content(self, directory: Directory) -> bytes:
+        above = directory.parent or directory
+        dots = {b".": directory, b"..": above}
+        entries = {**self.entries(directory), **dots}
+        return pack.directory([(name, *_reference(entries[name])) for name in sorted(entries)])
+
+    def _write_superblock(self) -> None:
+        raw = pack.superblock(root=_ROOT, inodes=self._inodes, blocks=self._space.end, chunks=self._chunks)
+        self._disk.write_at(pack.SUPER_OFFSET, raw)
+
+    def _from_disk(self, number: int, parent: Directory | None) -> Directory:
+        inode = Volume(self._disk).inode(number) if parent is None else self._volume.inode(number)
+        return Directory(inode.mode, inode.uid, inode.gid, inode.mtime_ns, parent, number)
+
+
+def _attributes(directory: Directory) -> dict[str, int]:
+    return {"mode": directory.mode, "uid": directory.uid, "gid": directory.gid, "mtime_ns": directory.mtime_ns}
+
+
+def _reference(node: File | Directory) -> tuple[int, int]:
+    if isinstance(node, File):
+        return node.number, node.kind
+    assert node.number is not None
+    return node.number, pack.DIRECTORY
+
+
+def _chunk_count(inode: Inode) -> int:
+    return -(-inode.size // (BLOCK << (inode.start & 31)))
