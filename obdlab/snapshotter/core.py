@@ -214,9 +214,9 @@ class Snapshotter:
 
     @staticmethod
     def _pulled_whole(parent: str, labels: Mapping[str, str]) -> dict[str, str]:
-        image = overlaybd.image_reference(labels) or "of a client that does not name it"
+        image = overlaybd.image_reference(labels) or "that the client does not name"
         level = logging.INFO if parent else logging.WARNING  # once for an image
-        logger.log(level, "image %s: its layers are no overlaybd layers, they are pulled whole", image)
+        logger.log(level, "image %s: not labelled as an overlaybd image, its layers are pulled whole", image)
         FALLBACKS.add(label=fallback.NOT_OVERLAYBD)
         return {**labels, fallback.LABEL_FALLBACK: fallback.NOT_OVERLAYBD}
 
