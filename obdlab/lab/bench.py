@@ -1,8 +1,11 @@
 """The bench a cell is measured on: network, registry with the images, containerd, and one start at a time.
 
-A cold start is timed from before the pull until the readiness probe answered; a warm one from before ``ctr run``.
-Bytes and requests are the registry's own count of what it sent until then (what was under way included), the link's
-counters are kept beside.
+A cold start is timed from before the pull until the readiness probe answered; warm ones, and those with no page
+cache, from before ``ctr run``. Bytes and requests are the registry's own count of what it sent until then (what was
+under way included), the link's counters are kept beside. Processor time is that of containerd, snapshotter, device
+servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by proportional
+set sizes. "Completion" is when the registry had sent all that it was asked for: of what fetches in the background,
+once it has been still for a second.
 """
 
 from __future__ import annotations
@@ -20,25 +23,33 @@ from obdlab.lab import coldness, environment
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import Source, check_programs, is_published
 from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
+from obdlab.lab.cgroups import DISKS
 from obdlab.lab.containerd import OwnContainerd
 from obdlab.lab.exclusive import only_experiment
 from obdlab.lab.leftovers import cleanup_leftovers
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.recipe import Recipe, find_recipe
-from obdlab.lab.registry import RegistryHost
+from obdlab.lab.registry import RegistryHost, Traffic
+from obdlab.lab.spec import WORKLOAD_LINE, WORKLOADS
+from obdlab.lab.watchdog import time_limit
 from obdlab.registry.client import RegistryClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from obdlab.lab.containerd import RunningContainer
     from obdlab.lab.netns import LinkCounters
-    from obdlab.lab.registry import Traffic
+    from obdlab.lab.recipe import Probe
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
 #: How long all cold starts of one run together wait for a quiet host: a busy one does not get quieter for us.
 _QUIET_BUDGET_S = 120.0
+# What fetches in the background has finished when the registry has been still for so long.
+_STILL_S = 1.0
+_MOST_BACKGROUND_S = 120.0
+_CLEAN_UP_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +77,7 @@ class _Begin:
     link: LinkCounters
     time: datetime
     load_1m: float
+    cpu_s: float
 
 
 class Bench:
@@ -96,8 +108,14 @@ class Bench:
             cleanup_leftovers()  # of experiments that were killed
             self._say("starting network, registry and containerd")
             stack.enter_context(self._network)
-            self._registry = stack.enter_context(RegistryHost(self._paths.work / "registry", self._network))
-            self._containerd = stack.enter_context(OwnContainerd(self._paths.work / "host"))
+            adapters = [ADAPTERS[name] for name in self._spec.snapshotters]
+            self._registry = stack.enter_context(
+                RegistryHost(
+                    self._paths.work / "registry", self._network, tls=any(adapter.secure for adapter in adapters)
+                )
+            )
+            proxies = [adapter.name for adapter in adapters if adapter.proxy]
+            self._containerd = stack.enter_context(OwnContainerd(self._paths.work / "host", proxies=proxies))
             for name, recipe, layout in zip(self._spec.images, recipes, layouts, strict=True):
                 self._images[name] = self._publish(recipe, layout)
             self._registry.preload()
@@ -121,17 +139,30 @@ class Bench:
         }
 
     def measure(self, cell: Cell) -> list[Row]:
-        """Measure one cold start and the warm ones after it; a failure becomes a row with ``error``."""
+        """Measure one cold start and the others after it; a failure becomes a row with ``error``.
+
+        Raises LabError if what is left of the cell cannot be taken away: then the bench is of no more use.
+        """
         rows: list[Row] = []
         attempt = time.time_ns()
+        adapter = ADAPTERS[cell.snapshotter]
+        spec = self._spec
+        what = f"{cell.image} {cell.arm}"
         try:
-            rows.append(self._cold(cell))
-            rows += [self._warm(cell, number) for number in range(self._spec.warm_starts)]
+            self._containerd.groups.set_disk(DISKS[cell.disk], self._containerd.directory)
+            with time_limit(spec.cell_timeout_s, what), adapter.serving(self._containerd, self._registry):
+                try:
+                    rows.append(self._cold(cell))
+                    rows += [self._warm(cell, number) for number in range(spec.warm_starts)]
+                    rows += [self._dropped(cell, number) for number in range(spec.dropped_starts)]
+                finally:
+                    adapter.remove(self._containerd, self._reference(cell))
         except ObdlabError as error:
-            start = "warm" if rows else "cold"
+            starts = ["cold", *["warm"] * spec.warm_starts, *["dropped"] * spec.dropped_starts]
+            start = starts[min(len(rows), len(starts) - 1)]
             rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
-        finally:
-            ADAPTERS[cell.snapshotter].remove(self._containerd, self._reference(cell))
+            with time_limit(_CLEAN_UP_S, f"{what}: taking away what is left"):
+                self._containerd.remove_everything()
         return [{**row, "attempt": attempt} for row in rows]
 
     def _cold(self, cell: Cell) -> Row:
@@ -140,9 +171,12 @@ class Bench:
         evidence = coldness.make_cold(self._containerd, self._registry)
         began = self._begin()
         pull_began_s = time.monotonic()
+        clients_s = _clients_cpu_s()
         ADAPTERS[cell.snapshotter].pull(self._containerd, self._reference(cell))
         pull_s = time.monotonic() - pull_began_s
+        clients_s = _clients_cpu_s() - clients_s
         times, _ = self._start(cell, began)
+        times["cpu_s"] += clients_s
         return {"start": "cold", "warm": -1, "evidence": evidence, **quiet, **_timed(times, pull_s)}
 
     def _warm(self, cell: Cell, number: int) -> Row:
@@ -150,22 +184,32 @@ class Bench:
         evidence = coldness.prove_warm(ADAPTERS[cell.snapshotter].layers(self._containerd), traffic)
         return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
+    def _dropped(self, cell: Cell, number: int) -> Row:
+        evidence = coldness.make_dropped(self._containerd, ADAPTERS[cell.snapshotter].layers(self._containerd))
+        times, traffic = self._start(cell, self._begin())
+        evidence["requests"] = traffic.requests  # told among the caveats: a lazy start may read what others did not
+        return {"start": "dropped", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
+
     def _reference(self, cell: Cell) -> str:
         return self._images[cell.image].references[cell.snapshotter]
 
     def _begin(self) -> _Begin:
-        return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0])
+        cpu_s = self._containerd.groups.cpu_s()
+        return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0], cpu_s)
 
     # Start a container, wait until it is ready, remove it.
     def _start(self, cell: Cell, began: _Begin) -> tuple[Row, Traffic]:
         image = self._images[cell.image]
-        probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)
         name = f"bench-{time.monotonic_ns()}"
         adapter = ADAPTERS[cell.snapshotter]
-        with adapter.running(self._containerd, self._reference(cell), name, probe) as container:
+        with adapter.running(self._containerd, self._reference(cell), name, self._probe(image, cell)) as container:
             link = self._network.counters().since(began.link)
             phases = container.times.phases_s()
+            costs = self._costs(container, began)
             traffic = self._registry.traffic(began.mark, self._registry.mark())
+            if adapter.background:
+                costs["background_ended"] = self._registry.wait_for_silence(_STILL_S, _MOST_BACKGROUND_S)
+            costs |= self._completion(began)
         row = {
             "started": began.time.isoformat(timespec="milliseconds"),
             "create_s": phases["create"],
@@ -175,9 +219,30 @@ class Bench:
             "requests": traffic.requests,
             "registry_errors": traffic.errors,
             "link_bytes": link.received,
+            "round_trip_waits": traffic.round_trip_waits,
+            "network_s": traffic.busy_s,
             "load_1m": began.load_1m,
+            **costs,
         }
         return row, traffic
+
+    def _probe(self, image: BenchImage, cell: Cell) -> Probe:
+        probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)
+        command = WORKLOADS[cell.workload]
+        return replace(probe, ready_line=WORKLOAD_LINE, command=command) if command else probe
+
+    def _costs(self, container: RunningContainer, began: _Begin) -> Row:
+        groups = self._containerd.groups
+        cpu_s = groups.cpu_s() - began.cpu_s + process_cpu_s(container.client_pid)
+        daemons, containers = groups.pss_bytes()
+        return {"cpu_s": cpu_s, "pss_bytes": daemons, "container_pss_bytes": containers}
+
+    # When the last byte had come, after the start began; 0 if there was none.
+    def _completion(self, began: _Begin) -> Row:
+        requests = self._registry.requests(began.mark, self._registry.mark())
+        last_s = max((request.ended_s for request in requests), default=began.time.timestamp())
+        written = Traffic.of(requests).written
+        return {"completion_s": max(0.0, last_s - began.time.timestamp()), "completion_bytes": written}
 
     # Store an image in every form that is compared, unless the registry kept it from an earlier run.
     def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
@@ -190,8 +255,25 @@ class Bench:
                 if not is_published(client, references[name]):
                     self._say(f"{recipe.name}: publishing for {name}")
                     with self._network.unshaped():
-                        adapter.publish(source, client, references[name])
+                        adapter.publish(self._containerd, source, client, references[name])
+                if adapter.secure:
+                    references[name] = self._registry.reference(recipe.name, adapter.tag(source), secure=True)
         return BenchImage(recipe, references)
+
+
+def process_cpu_s(pid: int) -> float:
+    """Return the processor time of a process and of its children that have ended, in seconds; 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+# A pull is done by this process or by one that it waits for.
+def _clients_cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _timed(row: Row, pull_s: float) -> Row:

@@ -64,10 +64,11 @@ def build_image(
     and leaves nothing of a failed build behind.
     """
     layout = image_path(recipe, work_dir)
+    if _is_built(recipe, layout, progress):  # appears whole: another recipe's build is not waited for
+        return layout
     work_dir.mkdir(parents=True, exist_ok=True)
     with _locked(work_dir, progress):
-        if (layout / "index.json").is_file():
-            progress(f"{recipe.name}: built before ({layout})")
+        if _is_built(recipe, layout, progress):
             return layout
         for leftover in work_dir.glob("building-*"):  # of a build that was killed: we hold the lock
             shutil.rmtree(leftover)
@@ -82,6 +83,13 @@ def build_image(
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return layout
+
+
+def _is_built(recipe: Recipe, layout: Path, progress: Callable[[str], None]) -> bool:
+    if not (layout / "index.json").is_file():
+        return False
+    progress(f"{recipe.name}: built before ({layout})")
+    return True
 
 
 def update_lock(recipe: Recipe, lock: Path, work_dir: Path, progress: Callable[[str], None]) -> Path:

@@ -2,8 +2,10 @@
 
 Cold: no image, snapshot, content, device or cached block of the experiment is on this host, and the page cache was
 dropped. What is *not* meant to be measured is then read back into the page cache: the registry's blobs (its disk
-stands for a remote one) and the programs that start containers (the host is no newly booted one).
+stands for a remote one), the programs that start containers and what snapshotters that run have mapped (the host is
+no newly booted one).
 Warm: the image has been run on this host, and its files or blocks are in the page cache.
+Dropped: the image has been run on this host, and nothing of it is in the page cache: what the disk costs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from obdlab.lab.containerd import OwnContainerd
     from obdlab.lab.registry import RegistryHost, Traffic
 
-_PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc")
+_PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc", "ctr-remote", "soci")
+# Pages that are mapped (a device server's, another container's) stay.
+_MOST_RESIDENT = 0.02
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -33,6 +37,10 @@ class NotColdError(LabError):
 
 class NotWarmError(LabError):
     """A start that was to be warm needed the registry, or found nothing in memory."""
+
+
+class NotDroppedError(LabError):
+    """The page cache still holds layers after it was dropped, or a start that was to need only the disk did not."""
 
 
 def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
@@ -53,7 +61,7 @@ def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
         empty_directory(directory)
     drop_page_cache()
     registry.preload()
-    preload_programs()
+    preload_programs(host)
     return prove_cold(host)
 
 
@@ -94,6 +102,19 @@ def prove_warm(layers: Path, traffic: Traffic) -> dict[str, Any]:
     return evidence
 
 
+def make_dropped(host: OwnContainerd, layers: Path) -> dict[str, Any]:
+    """Drop the page cache of the whole machine; return the evidence. Raises NotDroppedError.
+
+    The programs that start containers are read back, as before a cold start.
+    """
+    drop_page_cache()
+    preload_programs(host)
+    resident, stored = resident_below([layers])
+    if resident > stored * _MOST_RESIDENT:
+        raise NotDroppedError(f"not dropped: {resident} of {stored} bytes of {layers} are in the page cache")
+    return {"stored_bytes": stored, "resident_bytes": resident}
+
+
 def drop_page_cache() -> None:
     """Write dirty pages back, then drop page cache, dentries and inodes of the whole machine. Raises LabError."""
     os.sync()
@@ -103,12 +124,12 @@ def drop_page_cache() -> None:
         raise LabError(f"{_DROP_CACHES}: {error} (wanted to drop the page cache)") from error
 
 
-def preload_programs() -> None:
-    """Read the programs that start containers into the page cache."""
-    for name in _PROGRAMS:
-        path = shutil.which(name)
-        if path is not None:
-            Path(path).read_bytes()
+def preload_programs(host: OwnContainerd) -> None:
+    """Read the programs that start containers, and what the daemons that run have mapped, into the page cache."""
+    found = {Path(path) for path in map(shutil.which, _PROGRAMS) if path is not None}
+    for path in found | host.groups.mapped_files():
+        with suppress(OSError):  # replaced since
+            path.read_bytes()
 
 
 def empty_directory(directory: Path) -> None:

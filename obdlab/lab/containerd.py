@@ -1,5 +1,7 @@
 """A containerd of the experiment's own, with our snapshotter as proxy plugin: started, used, and taken away.
 
+Other proxy snapshotters are declared to it from the start and run only inside :meth:`OwnContainerd.serving`: an idle
+one would take its part of link, processor and memory.
 It shares nothing with other containerds but ``/run/containerd/{s,fifo,runc}``, where shims keep sockets and state by
 namespace and container name: so each has a namespace of its own.
 """
@@ -14,15 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.containerd.client import Containerd
+from obdlab.containerd.errors import UnavailableError
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.image.settings import Settings
+from obdlab.lab.cgroups import ControlGroups
 from obdlab.lab.events import EventMonitor
 from obdlab.lab.probe import wait_for_line
 from obdlab.lab.process import Daemon, LabError, run, wait_until
@@ -34,7 +38,7 @@ from obdlab.registry.reference import Reference
 from obdlab.service.client import DeviceService
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from obdlab.lab.recipe import Probe
@@ -75,10 +79,10 @@ class OwnContainerd:
     """containerd and our snapshotter below ``directory``; a context manager that leaves only logs behind.
 
     ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
-    below ``state_dir``.
+    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` is to run.
     """
 
-    def __init__(self, directory: Path, state_dir: Path = DEFAULT_STATE_DIR) -> None:
+    def __init__(self, directory: Path, state_dir: Path = DEFAULT_STATE_DIR, proxies: Sequence[str] = ()) -> None:
         self.directory = directory
         self.cache_dir = directory / "cache"
         self.files_dir = directory / "files"
@@ -86,6 +90,8 @@ class OwnContainerd:
         self.snapshotter_root = directory / "snapshotter"
         self.logs = directory / "logs"
         self._state_dir = state_dir
+        self._proxies = tuple(proxies)
+        self._served: dict[str, Path] = {}
         self._stack = ExitStack()
         self._running: list[RunningContainer] = []
 
@@ -100,15 +106,18 @@ class OwnContainerd:
                 "containerd",
                 self.state.name,
                 state=str(self.state),
-                roots=[str(self.root), str(self.snapshotter_root), str(self.files_dir)],
+                roots=[str(path) for path in self._roots],
             )
             stack.callback(record.remove)
             stack.callback(self._remove_directories)
+            self.groups = ControlGroups(self.namespace)
+            stack.callback(self.groups.remove)
+            self.groups.create()
             self.devices = DeviceService(self.state / "run", Settings(cache_dir=self.cache_dir))
             stack.callback(self.devices.shutdown, force=True)
             self._start_snapshotter(stack)
             self._start_containerd(stack)
-            stack.callback(self._remove_everything)
+            stack.callback(self.remove_everything)
             self._stack = stack.pop_all()
         return self
 
@@ -133,14 +142,63 @@ class OwnContainerd:
 
     @property
     def snapshotters(self) -> tuple[str, ...]:
-        """Names of the snapshotters that experiments use."""
+        """Names of the snapshotters that can be used now."""
         return tuple(self.layer_directories)
 
     @property
     def layer_directories(self) -> dict[str, Path]:
-        """Where each snapshotter keeps the data of layers on disk."""
+        """Where each snapshotter that can be used now keeps the data of layers on disk."""
         snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
-        return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir}
+        return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir, **self._served}
+
+    @property
+    def _roots(self) -> list[Path]:
+        return [self.root, self.snapshotter_root, self.files_dir, *(self.proxy_root(name) for name in self._proxies)]
+
+    def proxy_socket(self, name: str) -> Path:
+        """Return where containerd looks for the snapshotter ``name``."""
+        return self.state / f"{name}.sock"
+
+    def proxy_root(self, name: str) -> Path:
+        """Return the directory for all that the snapshotter ``name`` keeps."""
+        return self.directory / name
+
+    @contextmanager
+    def serving(
+        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Have the daemon of the snapshotter ``name`` at its socket, and nothing of it afterwards.
+
+        Raises LabError with its last words if it ends or does not serve in time.
+        """
+        socket, root = self.proxy_socket(name), self.proxy_root(name)
+        root.mkdir(parents=True, exist_ok=True)
+        daemon = Daemon(name, command, self.logs / f"{name}.log", environment)
+        try:
+            self.groups.add(daemon.pid)
+            daemon.wait_for(socket.exists, "socket")
+            daemon.wait_for(lambda: self._reaches(name), "connection from containerd")
+            self._served[name] = root
+            yield
+        finally:
+            self._served.pop(name, None)
+            daemon.stop()
+            socket.unlink(missing_ok=True)
+            unmount_below([root])
+            shutil.rmtree(root, ignore_errors=True)
+
+    # containerd tries to connect again after some seconds only; what its database answers by itself tells nothing.
+    def _reaches(self, name: str) -> bool:
+        key = f"reach-{secrets.token_hex(4)}"
+        with self.client() as client:
+            snapshots = client.snapshots(name)
+            try:
+                snapshots.prepare(key, "")
+            except UnavailableError:
+                time.sleep(0.1)
+                return False
+            snapshots.remove(key)
+        return True
 
     @property
     def ctr(self) -> tuple[str, ...]:
@@ -180,6 +238,7 @@ class OwnContainerd:
         self, words: Sequence[str], command: Sequence[str], name: str, probe: Probe, what: str, requested_s: float
     ) -> RunningContainer:
         """Run ``ctr run WORDS COMMAND``; ``requested_s`` is when the start began, ``what`` names it in errors."""
+        self.groups.prepare_container(name)
         child = subprocess.Popen(
             [*self.ctr, "run", *words, *command],
             stdin=subprocess.DEVNULL,
@@ -226,15 +285,17 @@ class OwnContainerd:
         }
 
     def _start_snapshotter(self, stack: ExitStack) -> None:
-        socket = self.state / "snapshotter.sock"
+        socket = self.proxy_socket(LAZY_SNAPSHOTTER)
         arguments = ["--root", str(self.snapshotter_root), "--address", str(socket)]
         arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
         command = [sys.executable, "-m", "obdlab", "-v", "snapshotter", *arguments]
         snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
         stack.callback(snapshotter.stop)
+        self.groups.add(snapshotter.pid)
         snapshotter.wait_for(socket.exists, "socket")
         # On a host in use it runs already: its start (a Python with all imports) is no part of a container's.
         self.devices.start_host()
+        self.groups.add(json.loads((self.devices.run_dir.path / "host.pid").read_text())["pid"])
 
     def _start_containerd(self, stack: ExitStack) -> None:
         config = self.state / "config.toml"
@@ -243,12 +304,21 @@ class OwnContainerd:
             "containerd", ["containerd", "--config", config], self.logs / "containerd.log", environment=_ENVIRONMENT
         )
         stack.callback(daemon.stop)
+        self.groups.add(daemon.pid)
         daemon.wait_for(self._answers, "answer on its socket")
         self._events = EventMonitor(self.ctr)
         stack.callback(self._events.close)
 
     def _configuration(self) -> str:
         # JSON strings are TOML strings.
+        proxies = "".join(
+            f"""\
+[proxy_plugins.{name}]
+type = "snapshot"
+address = {json.dumps(str(self.proxy_socket(name)))}
+"""
+            for name in (LAZY_SNAPSHOTTER, *self._proxies)
+        )
         return f"""\
 version = 2
 root = {json.dumps(str(self.root))}
@@ -258,10 +328,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 address = {json.dumps(str(self.address))}
 [debug]
 level = "info"
-[proxy_plugins.{LAZY_SNAPSHOTTER}]
-type = "snapshot"
-address = {json.dumps(str(self.state / "snapshotter.sock"))}
-"""
+{proxies}"""
 
     def _answers(self) -> bool:
         if not self.address.exists():
@@ -273,8 +340,8 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
             return False
         return True
 
-    def _remove_everything(self) -> None:
-        # At the end: also what a failed cell left.
+    def remove_everything(self) -> None:
+        """Remove all containers and images, also those of a start that failed. Raises LabError."""
         for container in self._running:
             container.remove()
         for name in run([*self.ctr, "containers", "list", "-q"]).split():
@@ -291,9 +358,9 @@ address = {json.dumps(str(self.state / "snapshotter.sock"))}
         run([*self.ctr, "containers", "delete", name])
 
     def _remove_directories(self) -> None:
-        unmount_below([self.state, self.root, self.snapshotter_root, self.files_dir])
+        unmount_below([self.state, *self._roots])
         _remove_runtime_state(self.namespace)
-        for path in (self.state, self.root, self.snapshotter_root, self.cache_dir, self.files_dir):
+        for path in (self.state, *self._roots, self.cache_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -304,6 +371,11 @@ class RunningContainer:
     """A container that ``ctr run`` keeps attached to."""
 
     times: StartTimes
+
+    @property
+    def client_pid(self) -> int:
+        """The process ID of ``ctr run``."""
+        return self._child.pid
 
     def __init__(self, host: OwnContainerd, name: str, child: subprocess.Popen[bytes]) -> None:
         self.name = name

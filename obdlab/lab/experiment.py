@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import sys
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 import obdlab
 from obdlab.lab import environment
 from obdlab.lab.bench import Bench, LabPaths
+from obdlab.lab.process import LabError
 from obdlab.lab.rows import Row, RowStore
 from obdlab.lab.spec import Cell, Spec, SpecError
 
@@ -81,21 +84,21 @@ class Experiment:
             else:
                 bar.set_description_str(text)
 
-        with Bench(self.spec, network, self._paths, say) as bench:
-            environment_id = self.store.add_environment({**surroundings, **bench.environment()})
-            for position, cell in enumerate(cells):
-                say(f"start {position + 1} of {len(cells)}: {cell.image} {cell.arm} #{cell.repeat + 1}")
-                common = {
-                    **asdict(cell),
-                    "cell": cell.key(context),
-                    "context": context,
-                    "environment": environment_id,
-                    "position": position,
-                    "seed": self.spec.seed,
-                    "label": "measured",
-                }
-                self.store.append([{**common, **row} for row in bench.measure(cell)])
-                bar.update()
+        common = {"context": context, "seed": self.spec.seed, "label": "measured", "host": platform.node()}
+        todo = list(enumerate(cells))
+        while todo:
+            # A bench that a failed cell has spoilt is made anew for the others.
+            with Bench(self.spec, network, self._paths, say) as bench:
+                common["environment"] = self.store.add_environment({**surroundings, **bench.environment()})
+                while todo:
+                    position, cell = todo.pop(0)
+                    say(f"start {position + 1} of {len(cells)}: {cell.image} {cell.arm} #{cell.repeat + 1}")
+                    rows, spoilt = _measure(bench, cell)
+                    about = {**asdict(cell), "cell": cell.key(context), "position": position}
+                    self.store.append([{**common, **about, **row} for row in rows])
+                    bar.update()
+                    if spoilt:
+                        break
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: of each cell the last good attempt, or the last failed one."""
@@ -122,6 +125,14 @@ class Experiment:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+def _measure(bench: Bench, cell: Cell) -> tuple[list[Row], bool]:
+    try:
+        return bench.measure(cell), False
+    except LabError as error:
+        row: Row = {"start": "cold", "error": str(error), "attempt": time.time_ns()}
+        return [{**row, "started": datetime.now(UTC).isoformat()}], True
 
 
 def last_spec(directory: Path) -> Spec:

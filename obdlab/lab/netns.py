@@ -6,7 +6,8 @@
     host  obdlab-Nh ═══ obdlab-Nx  namespace obdlab-Nd (delay bridge)  obdlab-Ny ═══ obdlab-Nr   with a round trip
 
 The registry's address is inside 127.0.0.0/8 (sysctl route_localnet), where containerd and others speak plain HTTP
-without being told. Each network has a /24 of its own, so several can be up at once.
+without being told. Each network has a /24 of its own, so several can be up at once. It has a second address inside
+198.18.0.0/15, which RFC 2544 sets apart for benchmarks, for clients that insist on TLS and on a real address.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ class ExperimentNetwork:
         return _address(self._number, 2)
 
     @property
+    def benchmark_address(self) -> str:
+        """The same host's second address, for clients that take 127.0.0.0/8 for themselves."""
+        return _benchmark_address(self._number, 2)
+
+    @property
     def enter(self) -> tuple[str, ...]:
         """Words before a command that is to run in the namespace (of its network alone: mounts stay the host's)."""
         # ip netns exec would remount /sys and take the mounts apart.
@@ -176,6 +182,8 @@ class ExperimentNetwork:
         # The table "local" already sends all of 127.0.0.0/8 to lo; only a narrower route in that table wins.
         route = ("ip", "route", "add", f"{self.address}/32", "dev", outer, "src", _address(self._number, 1))
         run([*route, "table", "local"])
+        run([*self.enter, "ip", "addr", "add", f"{self.benchmark_address}/30", "dev", inner])
+        run(["ip", "addr", "add", f"{_benchmark_address(self._number, 1)}/30", "dev", outer])
 
     def _start_bridge(self, middle: str, near: str, far: str, stack: ExitStack) -> None:
         log = self._state_dir / f"{middle}.log"
@@ -219,6 +227,11 @@ def _claim_number() -> int:
 
 def _address(number: int, host: int) -> str:
     return f"127.{64 + number // 256}.{number % 256}.{host}"
+
+
+def _benchmark_address(number: int, host: int) -> str:
+    place = 4 * number + host
+    return f"198.18.{place // 256}.{place % 256}"
 
 
 def _add_link(outer: str, inner: str, namespace: str, stack: ExitStack) -> None:

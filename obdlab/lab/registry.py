@@ -49,6 +49,11 @@ class Request:
     user_agent: str
 
     @property
+    def began_s(self) -> float:
+        """When it arrived, in Unix time."""
+        return self.ended_s - self.duration_s
+
+    @property
     def blob(self) -> str:
         """Digest of the blob that was asked for, or ''."""
         match = _BLOB_URI.fullmatch(self.uri)
@@ -71,13 +76,20 @@ class BlobTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a registry served in a stretch of time: GET requests, body bytes, per blob."""
+    """What a registry served in a stretch of time: GET requests, body bytes, per blob.
+
+    ``round_trip_waits`` is the length of the longest row of requests each of which came after the one before had been
+    answered: so many round trips followed one another, however many requests went side by side. ``busy_s`` is how
+    long at least one request was being answered.
+    """
 
     requests: int
     written: int
     manifest_requests: int
     errors: int
     blobs: dict[str, BlobTraffic]
+    round_trip_waits: int = 0
+    busy_s: float = 0.0
 
     @property
     def blob_requests(self) -> int:
@@ -108,33 +120,69 @@ class Traffic:
                 )
                 for digest, found in by_blob.items()
             },
+            round_trip_waits=_longest_row(fetches),
+            busy_s=_covered_s(fetches),
         )
 
 
-class RegistryHost:
-    """docker-registry in a network namespace; a context manager. Images are kept in ``directory`` between runs."""
+def _longest_row(requests: list[Request]) -> int:
+    # Taking what ends first and then what begins after it is best (interval scheduling).
+    count, free_s = 0, float("-inf")
+    for request in sorted(requests, key=lambda request: request.ended_s):
+        if request.began_s >= free_s:
+            count, free_s = count + 1, request.ended_s
+    return count
 
-    def __init__(self, directory: Path, network: ExperimentNetwork, port: int = 5000) -> None:
+
+def _covered_s(requests: list[Request]) -> float:
+    total_s, until_s = 0.0, float("-inf")
+    for request in sorted(requests, key=lambda request: request.began_s):
+        total_s += max(0.0, request.ended_s - max(until_s, request.began_s))
+        until_s = max(until_s, request.ended_s)
+    return total_s
+
+
+class RegistryHost:
+    """docker-registry in a network namespace; a context manager. Images are kept in ``directory`` between runs.
+
+    With ``tls`` a second one serves the same images by HTTPS at ``secure_host``; both write the same log.
+    """
+
+    def __init__(self, directory: Path, network: ExperimentNetwork, port: int = 5000, *, tls: bool = False) -> None:
         self.directory = directory
         self.network = network
         self.port = port
+        self.tls = tls
         self.log_path = directory / "registry.log"
-        self._daemon: Daemon | None = None
+        self._daemons: list[Daemon] = []
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log_path.unlink(missing_ok=True)
-        config = self.directory / "config.yml"
-        # YAML is a superset of JSON.
-        config.write_text(json.dumps(self._configuration(), indent=1))
-        command = [*self.network.enter, "docker-registry", "serve", str(config)]
-        self._daemon = Daemon("docker-registry", command, self.log_path)
         try:
-            self._daemon.wait_for(self._answers, f"answer on {self.host}")
+            self._serve("plain", self.host, {})
+            if self.tls:
+                make_certificate(self.certificate, self._key, self.network.benchmark_address)
+                files = {"certificate": str(self.certificate), "key": str(self._key)}
+                self._serve("tls", self.secure_host, {"tls": files})
         except BaseException:
             self.close()
             raise
         return self
+
+    def _serve(self, name: str, host: str, http: dict[str, Any]) -> None:
+        config = self.directory / f"{name}.yml"
+        # YAML is a superset of JSON.
+        config.write_text(json.dumps(self._configuration(host, http), indent=1))
+        command = [*self.network.enter, "docker-registry", "serve", str(config)]
+        # Another registry may have the address: its answer must not be taken for ours.
+        begun = self._listening()
+        daemon = Daemon("docker-registry", command, self.log_path)
+        self._daemons.append(daemon)
+        daemon.wait_for(lambda: self._listening() > begun and _accepts(host), f"answer on {host}")
+
+    def _listening(self) -> int:
+        return self.log_path.read_text(errors="replace").count('"listening on') if self.log_path.exists() else 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -143,17 +191,31 @@ class RegistryHost:
 
     def close(self) -> None:
         """Stop the registry; what it holds stays on disk. Closing twice is allowed."""
-        if self._daemon is not None:
-            self._daemon.stop()
+        for daemon in self._daemons:
+            daemon.stop()
 
     @property
     def host(self) -> str:
         """ "address:port", the first part of references to its images."""
         return f"{self.network.address}:{self.port}"
 
-    def reference(self, name: str, tag: str = "latest") -> str:
-        """Return the reference of an image in this registry."""
-        return f"{self.host}/{name}:{tag}"
+    @property
+    def secure_host(self) -> str:
+        """ "address:port" of the one that speaks TLS."""
+        return f"{self.network.benchmark_address}:{self.port}"
+
+    @property
+    def certificate(self) -> Path:
+        """What clients of the secure one must trust."""
+        return self.directory / "tls.crt"
+
+    @property
+    def _key(self) -> Path:
+        return self.directory / "tls.key"
+
+    def reference(self, name: str, tag: str = "latest", *, secure: bool = False) -> str:
+        """Return the reference of an image in this registry, ``secure``: by the host that speaks TLS."""
+        return f"{self.secure_host if secure else self.host}/{name}:{tag}"
 
     def push_layout(self, layout: Path, name: str, tag: str = "latest") -> str:
         """Store the first image of an OCI layout directory; return its reference. The rate limit is lifted for it.
@@ -196,6 +258,18 @@ class RegistryHost:
             time.sleep(0.005)
         return size
 
+    def wait_for_silence(self, still_s: float, timeout_s: float) -> bool:
+        """Wait until nothing was served for ``still_s``, at most ``timeout_s``; tell whether it came to that."""
+        deadline = time.monotonic() + timeout_s
+        size, still_since = self.log_path.stat().st_size, time.monotonic()
+        while (now_s := time.monotonic()) < deadline:
+            time.sleep(0.05)
+            if (now := self.log_path.stat().st_size) != size:
+                size, still_since = now, time.monotonic()
+            elif now_s - still_since >= still_s:
+                return True
+        return False
+
     def requests(self, begin: int, end: int) -> list[Request]:
         """Return the requests that finished between two marks."""
         with self.log_path.open("rb") as stream:
@@ -206,7 +280,7 @@ class RegistryHost:
         """Return what was served between two marks."""
         return Traffic.of(self.requests(begin, end))
 
-    def _configuration(self) -> dict[str, Any]:
+    def _configuration(self, host: str, http: dict[str, Any]) -> dict[str, Any]:
         return {
             "version": "0.1",
             "log": {"level": "info", "formatter": "json", "accesslog": {"disabled": True}},
@@ -215,19 +289,25 @@ class RegistryHost:
                 "delete": {"enabled": True},
                 "maintenance": {"uploadpurging": {"enabled": False}},
             },
-            "http": {"addr": self.host, "secret": secrets.token_hex(16)},
+            "http": {"addr": host, "secret": secrets.token_hex(16), **http},
             "health": {"storagedriver": {"enabled": False}},
         }
 
-    def _answers(self) -> bool:
-        # Another registry may have the address: its answer must not be taken for ours.
-        if '"listening on' not in self.log_path.read_text(errors="replace"):
-            return False
-        try:
-            socket.create_connection((self.network.address, self.port), timeout=5.0).close()
-        except OSError:
-            return False
-        return True
+
+def _accepts(host: str) -> bool:
+    address, _, port = host.rpartition(":")
+    try:
+        socket.create_connection((address, int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def make_certificate(certificate: Path, key: Path, address: str) -> None:
+    """Write a server certificate for an IP address, signed by itself, and its key. Raises LabError."""
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30", "-keyout")
+    names = ("-subj", "/CN=obdlab experiment", "-addext", f"subjectAltName=IP:{address}")
+    run(["openssl", "req", "-x509", *new_key, key, "-out", certificate, *names])
 
 
 def parse_log(text: str) -> list[Request]:

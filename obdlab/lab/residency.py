@@ -41,19 +41,29 @@ def resident_bytes(path: Path) -> int:
 def resident_below(directories: Iterable[Path]) -> tuple[int, int]:
     """Return (bytes in the page cache, bytes in all) of the regular files below directories.
 
-    Files that vanish meanwhile count as nothing.
+    Other file systems mounted there are left alone (looking would warm up what they serve), and so are databases
+    (``*.db``), which snapshotters have from the start. Files that vanish meanwhile count as nothing.
     """
     resident = total = 0
     for directory in directories:
-        for parent, _, names in os.walk(directory):
+        device = directory.stat().st_dev if directory.exists() else -1
+        for parent, below, names in os.walk(directory):
+            below[:] = [name for name in below if _device(Path(parent, name)) == device]
             for name in names:
                 path = Path(parent, name)
                 with suppress(FileNotFoundError):
                     status = path.lstat()
-                    if stat.S_ISREG(status.st_mode) and status.st_size:
+                    if stat.S_ISREG(status.st_mode) and status.st_size and path.suffix != ".db":
                         total += status.st_size
                         resident += resident_bytes(path)
     return resident, total
+
+
+def _device(path: Path) -> int:
+    try:
+        return path.lstat().st_dev
+    except OSError:
+        return -1
 
 
 def _resident(descriptor: int, offset: int, length: int, path: Path) -> int:

@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
 from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.cgroups import DISKS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+#: What a container does before it is ready, instead of what its recipe says: read metadata, read everything (the
+#: paper's figures 23 and 24). tar is piped, as it skips reading what goes to /dev/null.
+WORKLOADS: dict[str, tuple[str, ...]] = {
+    "start": (),
+    "du": ("sh", "-c", "du -sx / > /dev/null; echo OBDLAB-READY"),
+    "tar": ("sh", "-c", "tar -cf - --one-file-system -C / . 2> /dev/null | cat > /dev/null; echo OBDLAB-READY"),
+}
+WORKLOAD_LINE = "OBDLAB-READY"
 
 #: The label of the second, identical baseline arm that shows the noise floor.
 AA_SUFFIX = " (A/A)"
@@ -35,6 +45,8 @@ class Cell:
     algorithm: str
     block_size: int
     repeat: int
+    disk: str = "native"
+    workload: str = "start"
 
     @property
     def snapshotter(self) -> str:
@@ -60,10 +72,17 @@ class Spec:
     repeats: int = 5
     #: Warm starts measured after each cold one.
     warm_starts: int = 2
+    #: Starts of a pulled image with the page cache dropped, after the warm ones.
+    dropped_starts: int = 0
+    #: Names of disks (``obdlab.lab.cgroups.DISKS``) that everything is on.
+    disks: tuple[str, ...] = ("native",)
+    workload: str = "start"
     #: Measure the first snapshotter a second time under another label, to show the noise floor.
     a_a: bool = True
     seed: int = 20200715
     ready_timeout_s: float = 120.0
+    #: A cell (its cold start and the starts after it) that takes longer is ended and counts as failed.
+    cell_timeout_s: float = 900.0
     #: A cold start waits (at most a minute) until the host's load of the last minute is below this.
     load_limit: float = 1.5
     #: ZFile options of the converted images. On a slow link bytes count more than processor time: of pydata this is
@@ -77,12 +96,19 @@ class Spec:
         for name in self.snapshotters:
             if name not in ADAPTERS:
                 raise SpecError(f"snapshotters: unknown name (got {name!r}, wanted among {', '.join(ADAPTERS)})")
-        for key in ("images", "snapshotters", "rates_mbit", "rtts_ms"):
+        for name in self.disks:
+            if name not in DISKS:
+                raise SpecError(f"disks: unknown name (got {name!r}, wanted among {', '.join(DISKS)})")
+        if self.workload not in WORKLOADS:
+            raise SpecError(f"workload: unknown (got {self.workload!r}, wanted one of {', '.join(WORKLOADS)})")
+        for key in ("images", "snapshotters", "rates_mbit", "rtts_ms", "disks"):
             values = getattr(self, key)
             if not values or len(set(values)) != len(values):
                 raise SpecError(f"{key}: must name at least one value, each once (got {list(values)})")
-        if self.repeats < 1 or self.warm_starts < 0 or self.ready_timeout_s <= 0:
-            raise SpecError("repeats must be at least 1, warm_starts at least 0, ready_timeout_s positive")
+        if self.repeats < 1 or min(self.warm_starts, self.dropped_starts) < 0:
+            raise SpecError("repeats must be at least 1, warm_starts and dropped_starts at least 0")
+        if min(self.ready_timeout_s, self.cell_timeout_s) <= 0:
+            raise SpecError("ready_timeout_s and cell_timeout_s must be positive")
         if min(self.rates_mbit) <= 0 or min(self.rtts_ms) < 0:
             raise SpecError("rates_mbit must be positive and rtts_ms not negative")
 
@@ -129,15 +155,21 @@ class Spec:
         cells: list[Cell] = []
         for repeat in range(self.repeats):
             block = [
-                Cell(image, arm, rate_mbit, rtt_ms, self.algorithm, self.block_size, repeat)
-                for image, arm in product(self.images, self.arms)
+                Cell(image, arm, rate_mbit, rtt_ms, self.algorithm, self.block_size, repeat, disk, self.workload)
+                for image, arm, disk in product(self.images, self.arms, self.disks)
             ]
             order.shuffle(block)
             cells += block
         return cells
 
 
-_TUPLES: dict[str, type] = {"images": str, "snapshotters": str, "rates_mbit": float, "rtts_ms": float}
+_TUPLES: dict[str, type] = {
+    "images": str,
+    "snapshotters": str,
+    "rates_mbit": float,
+    "rtts_ms": float,
+    "disks": str,
+}
 
 
 def _checked(key: str, value: Any) -> Any:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.lab.spec import AA_SUFFIX
-from obdlab.lab.statistics import Estimate, median_interval, ratio_interval
+from obdlab.lab.statistics import (
+    Estimate,
+    cliffs_delta,
+    median_interval,
+    outliers,
+    ratio_interval,
+    shift_interval,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,12 +36,17 @@ HEADER = (
     "ready",
     "MB",
     "requests",
+    "waits",
+    "CPU s",
+    "PSS MB",
+    "δ",
 )
 
 #: With fewer starts than this an interval says nothing.
 LEAST_STARTS = 3
 
-GroupKey = tuple[str, float, float, str, str]
+#: image, rate, round trip, disk, start: what is equal for everything that is compared.
+Place = tuple[str, float, float, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ class Summary:
     image: str
     rate_mbit: float
     rtt_ms: float
+    disk: str
     start: str
     arm: str
     total_s: Estimate
@@ -53,20 +66,33 @@ class Summary:
     phases_s: tuple[float, ...]
     bytes_received: float
     requests: float
+    #: How many round trips followed one another (``obdlab.lab.registry.Traffic``).
+    round_trip_waits: float = 0.0
+    cpu_s: float = 0.0
+    #: Memory of containerd, snapshotter and device servers.
+    pss_bytes: float = 0.0
+    #: By how many seconds it lies above the baseline (Hodges-Lehmann), and Cliff's delta; None for the baseline.
+    shift_s: Estimate | None = None
+    delta: float | None = None
+
+    @property
+    def place(self) -> Place:
+        """What this summary shares with those it is compared with."""
+        return (self.image, self.rate_mbit, self.rtt_ms, self.disk, self.start)
 
 
 def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]:
-    """Group good rows by image, network, start and arm. Raises ValueError when there are none."""
-    groups: dict[GroupKey, list[Row]] = defaultdict(list)
+    """Group good rows by image, network, disk, start and arm. Raises ValueError when there are none."""
+    groups: dict[tuple[Place, str], list[Row]] = defaultdict(list)
     for row in rows:
         if not row.get("error"):
-            key = (row["image"], row["rate_mbit"], row["rtt_ms"], row["start"], row["arm"])
-            groups[key].append(row)
+            place = (row["image"], row["rate_mbit"], row["rtt_ms"], row.get("disk", "native"), row["start"])
+            groups[place, row["arm"]].append(row)
     if not groups:
         raise ValueError("no good row to summarise")
     return [
-        _summary(key, groups[key], groups.get((*key[:4], baseline)) if key[4] != baseline else None)
-        for key in sorted(groups, key=lambda key: (key[:4], key[4] != baseline, key[4]))
+        _summary(place, arm, groups[place, arm], groups.get((place, baseline)) if arm != baseline else None)
+        for place, arm in sorted(groups, key=lambda key: (key[0], key[1] != baseline, key[1]))
     ]
 
 
@@ -91,19 +117,38 @@ def caveats(rows: Sequence[Row]) -> list[str]:
             f"{len(busy)} of {len(cold)} cold starts began on a busy host (load up to {worst:.1f}, limit "
             f"{busy[0]['load_limit']:g}): trust ratios more than seconds."
         )
-    return sentences
+    asked = [row for row in rows if row["start"] == "dropped" and row.get("requests")]
+    if asked:
+        most = max(row["bytes_received"] for row in asked)
+        sentences.append(
+            f"{len(asked)} starts with the page cache dropped asked the registry (for up to {most / 1e6:.1f} MB)."
+        )
+    return sentences + _wild(rows)
+
+
+def _wild(rows: Sequence[Row]) -> list[str]:
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if not row.get("error"):
+            keys = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
+            groups[tuple(str(row.get(key)) for key in keys)].append(row)
+    found = sum(len(outliers([row["total_s"] for row in group])) for group in groups.values())
+    if not found:
+        return []
+    return [
+        f"{found} of {sum(map(len, groups.values()))} starts are far out (three interquartile ranges); none left out."
+    ]
 
 
 def findings(summaries: Sequence[Summary]) -> list[str]:
     """Say for every arm that is not a baseline who was faster, and why, in one sentence each."""
-    baselines = {(s.image, s.rate_mbit, s.rtt_ms, s.start): s for s in summaries if s.ratio is None}
+    baselines = {s.place: s for s in summaries if s.ratio is None}
     sentences = []
     for summary in summaries:
         if summary.ratio is None or summary.arm.endswith(AA_SUFFIX):
             continue
-        place = (summary.image, summary.rate_mbit, summary.rtt_ms, summary.start)
-        floor = noise_floor(s for s in summaries if (s.image, s.rate_mbit, s.rtt_ms, s.start) == place)
-        sentences.append(_finding(summary, summary.ratio, baselines[place], floor or 0.0))
+        floor = noise_floor(s for s in summaries if s.place == summary.place)
+        sentences.append(_finding(summary, summary.ratio, baselines[summary.place], floor or 0.0))
     return sentences
 
 
@@ -119,10 +164,13 @@ def _verdict(ratio: Estimate, floor: float) -> str:
 def _finding(summary: Summary, ratio: Estimate, base: Summary, floor: float) -> str:
     verdict = _verdict(ratio, floor)
     sentence = (
-        f"{summary.image}, {summary.start}, {summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms: {summary.arm} is "
+        f"{summary.image}, {summary.start}, {_conditions(summary)}: {summary.arm} is "
         f"{verdict} {base.arm}: ready after {summary.total_s.median:.2f} s against {base.total_s.median:.2f} s "
-        f"(×{_range(ratio)})."
+        f"(×{_range(ratio)}"
     )
+    if summary.shift_s is not None and summary.delta is not None and ratio.count >= LEAST_STARTS:
+        sentence += f"; by {summary.shift_s.median:+.2f} s, Cliff's δ {summary.delta:+.2f}"
+    sentence += ")."
     if summary.start == "cold":
         sentence += (
             f" Until then it had received {summary.bytes_received / 1e6:.1f} MB in {summary.requests:.0f} requests "
@@ -141,28 +189,35 @@ def text_table(summaries: Sequence[Summary]) -> str:
     return "\n".join(line.rstrip() for line in rendered)
 
 
-def _summary(key: GroupKey, rows: list[Row], baseline: list[Row] | None) -> Summary:
+def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None) -> Summary:
     totals = [row["total_s"] for row in rows]
-    ratio = ratio_interval(totals, [row["total_s"] for row in baseline]) if baseline else None
+    others = [row["total_s"] for row in baseline or ()]
     return Summary(
-        *key,
+        *place,
+        arm,
         total_s=median_interval(totals),
-        ratio=ratio,
+        ratio=ratio_interval(totals, others) if others else None,
+        shift_s=shift_interval(totals, others) if others else None,
+        delta=cliffs_delta(totals, others) if others else None,
         phases_s=tuple(_median(rows, phase) for phase in PHASES),
         bytes_received=_median(rows, "bytes_received"),
         requests=_median(rows, "requests"),
+        round_trip_waits=_median(rows, "round_trip_waits"),
+        cpu_s=_median(rows, "cpu_s"),
+        pss_bytes=_median(rows, "pss_bytes"),
     )
 
 
 def _median(rows: list[Row], key: str) -> float:
-    return median_interval([row[key] for row in rows]).median
+    # Rows of older results know less.
+    return median_interval([row.get(key, 0.0) for row in rows]).median
 
 
 def _cells(summary: Summary) -> tuple[str, ...]:
     total = summary.total_s
     return (
         summary.image,
-        f"{summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms",
+        _conditions(summary),
         summary.start,
         summary.arm,
         f"{_range(total)} n={total.count}",
@@ -172,7 +227,16 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         *(f"{phase:.2f}" for phase in summary.phases_s),
         f"{summary.bytes_received / 1e6:.1f}",
         f"{summary.requests:.0f}",
+        f"{summary.round_trip_waits:.0f}",
+        f"{summary.cpu_s:.2f}",
+        f"{summary.pss_bytes / 1e6:.0f}",
+        "" if summary.delta is None else f"{summary.delta:+.2f}",
     )
+
+
+def _conditions(summary: Summary) -> str:
+    disk = "" if summary.disk == "native" else f", {summary.disk} disk"
+    return f"{summary.rate_mbit:g} Mbit/s, {summary.rtt_ms:g} ms{disk}"
 
 
 def _range(estimate: Estimate) -> str:

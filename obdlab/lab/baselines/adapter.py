@@ -1,8 +1,12 @@
-"""What an adapter does: publish an image in its own form, pull it, start a container of it."""
+"""What an adapter does: publish an image in its own form, pull it, start a container of it.
+
+Adapters inherit from :class:`Adapter`, which has what most of them have in common.
+"""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
     from obdlab.lab.containerd import OwnContainerd, RunningContainer
     from obdlab.lab.recipe import Probe, Recipe
+    from obdlab.lab.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
 
 
@@ -34,14 +39,27 @@ class Adapter(Protocol):
 
     #: Its name in declarations and rows.
     name: ClassVar[str]
-    #: Programs it needs, with the Debian package that has each.
+    #: Programs it needs, with what installs each: a Debian package, or words that hold a space.
     programs: ClassVar[dict[str, str]]
+    #: Whether it is a snapshotter whose daemon :meth:`serving` starts.
+    proxy: ClassVar[bool] = False
+    #: Whether its references are to name the registry by the host that speaks TLS.
+    secure: ClassVar[bool] = False
+    #: Whether it goes on fetching by itself once a container is ready.
+    background: ClassVar[bool] = False
 
     def tag(self, source: Source) -> str:
         """Return the tag that this form of an image is kept under: it changes with anything that changes the form."""
 
-    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
-        """Put this form of the image into the experiment's registry, over a link that is not shaped."""
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
+        """Put this form of the image into the experiment's registry, over a link that is not shaped.
+
+        ``reference`` names the registry by the host that speaks plain HTTP.
+        """
+
+    def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
+        """Have running what cells of this adapter need and others must not meet; not timed."""
+        return nullcontext()
 
     def pull(self, host: OwnContainerd, reference: str) -> None:
         """Do what comes before a container can be started; timed as ``pull_s``."""
@@ -63,9 +81,14 @@ class Adapter(Protocol):
 
 def check_programs(adapter: Adapter) -> None:
     """Raise LabError naming the programs that an adapter needs and this host does not have."""
-    missing = [f"{name} (apt-get install {deb})" for name, deb in adapter.programs.items() if not shutil.which(name)]
+    missing = [f"{name} ({how_to_install(of)})" for name, of in adapter.programs.items() if not shutil.which(name)]
     if missing:
         raise LabError(f"{adapter.name}: not installed: {', '.join(missing)}")
+
+
+def how_to_install(origin: str) -> str:
+    """Return the command that brings a program, by what ``Adapter.programs`` says of it."""
+    return origin if " " in origin else f"apt-get install {origin}"
 
 
 def first_line(*command: str) -> str:

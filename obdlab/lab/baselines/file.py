@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from obdlab.devices import mount
 from obdlab.formats import oci
-from obdlab.lab.baselines.adapter import first_line
+from obdlab.lab.baselines.adapter import Adapter, first_line
 from obdlab.lab.ocilayout import OciLayout, push_layout
 from obdlab.lab.process import run
 from obdlab.lab.unpack import unpack_image
@@ -36,7 +36,7 @@ _MAKE_TIMEOUT_S = 1800.0
 _TYPE = "application/vnd.obdlab.image-file"
 
 
-class Erofs:
+class Erofs(Adapter):
     """A compressed EROFS image, mounted from its file without a loop device."""
 
     name: ClassVar[str] = "erofs"
@@ -46,7 +46,7 @@ class Erofs:
         """Return the tag of the image file."""
         return f"{source.recipe.fingerprint()}-{self.name}1"
 
-    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Make one file of all layers together and push it as an image with that one blob."""
         image = OciLayout(source.layout)
         with tempfile.TemporaryDirectory(dir=source.layout.parent, prefix="file-") as directory:
@@ -89,25 +89,9 @@ class Erofs:
     @contextmanager
     def running(self, host: OwnContainerd, reference: str, name: str, probe: Probe) -> Iterator[RunningContainer]:
         """Run a container on an overlay over the mounted file."""
-        requested_s = time.time()
         place = self._place(host, reference)
-        root = place / name
-        for part in ("root", "upper", "work"):
-            (root / part).mkdir(parents=True)
-        options = f"lowerdir={place}/lower,upperdir={root}/upper,workdir={root}/work"
-        run(["mount", "-t", "overlay", "overlay", "-o", options, root / "root"])
-        try:
-            config = oci.Config.parse((place / "config").read_bytes()).document["config"]
-            words = [*_options(config), "--rootfs", str(root / "root"), name]
-            command = probe.command or (*config.get("Entrypoint", ()), *config.get("Cmd", ()))
-            container = host.start_with(words, command, name, probe, f"{reference} as {self.name}", requested_s)
-            try:
-                yield container
-            finally:
-                container.remove()
-        finally:
-            mount.unmount(root / "root")
-            shutil.rmtree(root)
+        with running_on(host, place, (place / "config").read_bytes(), name, probe) as container:
+            yield container
 
     def remove(self, host: OwnContainerd, reference: str) -> None:
         """Unmount the file and delete it."""
@@ -148,6 +132,31 @@ class PlainLoop(Erofs):
     def versions(self) -> dict[str, str]:
         """Return the version of what makes the file."""
         return {"mkfs.ext4": first_line("mkfs.ext4", "-V")}
+
+
+@contextmanager
+def running_on(
+    host: OwnContainerd, place: Path, config_data: bytes, name: str, probe: Probe
+) -> Iterator[RunningContainer]:
+    """Run a container on an overlay over ``place/lower``, as the image configuration ``config_data`` says."""
+    requested_s = time.time()
+    root = place / name
+    for part in ("root", "upper", "work"):
+        (root / part).mkdir(parents=True)
+    options = f"lowerdir={place}/lower,upperdir={root}/upper,workdir={root}/work"
+    run(["mount", "-t", "overlay", "overlay", "-o", options, root / "root"])
+    try:
+        config = oci.Config.parse(config_data).document["config"]
+        words = [*_options(config), "--rootfs", str(root / "root"), name]
+        command = probe.command or (*config.get("Entrypoint", ()), *config.get("Cmd", ()))
+        container = host.start_with(words, command, name, probe, f"a container on {place}/lower", requested_s)
+        try:
+            yield container
+        finally:
+            container.remove()
+    finally:
+        mount.unmount(root / "root")
+        shutil.rmtree(root)
 
 
 def _options(config: dict[str, Any]) -> list[str]:

@@ -24,12 +24,13 @@ class Lazy(Overlayfs):
     """obdlab's snapshotter, cold: no trace, no prefetch."""
 
     name: ClassVar[str] = LAZY_SNAPSHOTTER
+    snapshotter: ClassVar[str] = LAZY_SNAPSHOTTER
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image."""
         return f"{source.recipe.fingerprint()}-obd{CONVERTER_VERSION}-{source.algorithm}-{source.block_size}"
 
-    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image into the registry."""
         layer = LayerOptions(algorithm=source.algorithm, block_size=source.block_size)
         convert_image(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from obdlab.lab.baselines.adapter import first_line
+from obdlab.lab.baselines.adapter import Adapter, first_line
 from obdlab.lab.ocilayout import push_layout
 from obdlab.registry.reference import Reference
 
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
 
 
-class Overlayfs:
+class Overlayfs(Adapter):
     """containerd's own overlayfs snapshotter."""
 
     name: ClassVar[str] = "overlayfs"
+    #: containerd's name of the snapshotter, if another than the adapter's.
+    snapshotter: ClassVar[str] = ""
     programs: ClassVar[dict[str, str]] = {"containerd": "containerd", "ctr": "containerd", "runc": "runc"}
 
     def tag(self, source: Source) -> str:
         """Return the tag of the image as it was built."""
         return source.recipe.fingerprint()
 
-    def publish(self, source: Source, client: RegistryClient, reference: str) -> None:
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Push the layers as they are."""
         push_layout(source.layout, client, Reference.parse(reference))
 
@@ -40,7 +42,7 @@ class Overlayfs:
     @contextmanager
     def running(self, host: OwnContainerd, reference: str, name: str, probe: Probe) -> Iterator[RunningContainer]:
         """Run a container on a new snapshot."""
-        container = host.start(reference, name, self.name, probe)
+        container = host.start(reference, name, self.snapshotter or self.name, probe)
         try:
             yield container
         finally:
@@ -52,7 +54,7 @@ class Overlayfs:
 
     def layers(self, host: OwnContainerd) -> Path:
         """Return the snapshots' directory."""
-        return host.layer_directories[self.name]
+        return host.layer_directories[self.snapshotter or self.name]
 
     def versions(self) -> dict[str, str]:
         """Return containerd's version."""

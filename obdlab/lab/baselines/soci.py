@@ -1,0 +1,98 @@
+"""soci-snapshotter: gzip layers as they are, an index of each beside them, files read by FUSE when they are needed.
+
+Debian's package soci-snapshotter has client and daemon. The daemon fetches indices by HTTPS whatever it is told, and
+takes 127.0.0.0/8 for a registry without TLS: over plain HTTP it tries again for ten seconds a layer and then pulls
+everything without a word. So it is given the registry's TLS host, and a start that fetched whole layers is an error.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, ClassVar
+
+from obdlab.lab.baselines.adapter import first_line
+from obdlab.lab.baselines.overlayfs import Overlayfs
+from obdlab.lab.baselines.stargz import fetched
+from obdlab.lab.ocilayout import OciLayout
+from obdlab.lab.process import LabError, run
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from obdlab.lab.baselines.adapter import Source
+    from obdlab.lab.containerd import OwnContainerd
+    from obdlab.lab.registry import RegistryHost
+    from obdlab.registry.client import RegistryClient
+
+_INDEX_TIMEOUT_S = 1800.0
+_PULL_TIMEOUT_S = 600.0
+# Its default. An image with no layer as large gets an index of its largest: without any it would be no SOCI image.
+_LEAST_INDEXED = 10 << 20
+# The client keeps its database in one place, whatever daemon it works for.
+_CLIENT_DIRECTORY = "/var/lib/soci-snapshotter-grpc"
+_IN_PRIVATE = f'mkdir -p {_CLIENT_DIRECTORY}; mount --bind "$1" {_CLIENT_DIRECTORY}; shift; exec "$@"'
+
+
+class Soci(Overlayfs):
+    """SOCI with its own choices: spans of 4 MiB, no index for layers below 10 MiB, background fetch after 30 s."""
+
+    name: ClassVar[str] = "soci"
+    programs: ClassVar[dict[str, str]] = {
+        **Overlayfs.programs,
+        "soci": "soci-snapshotter",
+        "soci-snapshotter-grpc": "soci-snapshotter",
+        "openssl": "openssl",
+    }
+    proxy: ClassVar[bool] = True
+    secure: ClassVar[bool] = True
+    background: ClassVar[bool] = True
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the image with an index."""
+        return f"{source.recipe.fingerprint()}-soci2"
+
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
+        """Make the index of the image as built, push both."""
+        with fetched(host, source, client, reference) as plain, tempfile.TemporaryDirectory() as directory:
+            run([*host.ctr, "images", "tag", plain, reference])
+            largest = max(layer.size for layer in OciLayout(source.layout).manifest.layers)
+            indexed = str(min(_LEAST_INDEXED, largest))
+            try:
+                for command in (("create", "--min-layer-size", indexed), ("push", "--plain-http", "--quiet")):
+                    words = ("soci", *host.ctr[1:], *command, reference)
+                    private = ("unshare", "--mount", "sh", "-euc", _IN_PRIVATE, "sh", directory)
+                    run([*private, *words], timeout_s=_INDEX_TIMEOUT_S)
+                # Last: an image that is there is taken for published.
+                run([*host.ctr, "images", "push", "--plain-http", reference], timeout_s=_INDEX_TIMEOUT_S)
+            finally:
+                run([*host.ctr, "images", "remove", "--sync", reference])
+
+    def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
+        """Run its daemon, which trusts the registry's certificate."""
+        config = host.state / f"{self.name}.toml"
+        config.write_text("")
+        (host.state / "registry.crt").write_bytes(registry.certificate.read_bytes())
+        command = ["soci-snapshotter-grpc", "--address", str(host.proxy_socket(self.name))]
+        command += ["--root", str(host.proxy_root(self.name)), "--config", str(config)]
+        return host.serving(self.name, command, _trust(host))
+
+    def pull(self, host: OwnContainerd, reference: str) -> None:
+        """Pull metadata; the daemon fetches the index, and whole layers that have none."""
+        options = ("--snapshotter", self.name)
+        words = ["soci", *host.ctr[1:], "image", "rpull", *options, reference]
+        run(words, timeout_s=_PULL_TIMEOUT_S, environment=_trust(host))
+        if not any(" fuse." in line for line in _mounts_below(host, self.name)):
+            raise LabError(f"{self.name}: pulled everything: no layer is mounted lazily (see {host.logs}/soci.log)")
+
+    def versions(self) -> dict[str, str]:
+        """Return the package's version."""
+        return {"soci": first_line("soci", "--version")}
+
+
+def _trust(host: OwnContainerd) -> dict[str, str]:
+    return {"SSL_CERT_FILE": str(host.state / "registry.crt")}
+
+
+def _mounts_below(host: OwnContainerd, name: str) -> list[str]:
+    with open("/proc/self/mounts") as mounts:
+        return [line for line in mounts if str(host.proxy_root(name)) in line]

@@ -1,0 +1,88 @@
+"""stargz-snapshotter: layers as eStargz, files read by FUSE when they are needed.
+
+Debian has its client (``ctr-remote``, package stargz-snapshotter) and its library; ``scripts/build-stargz`` makes the
+daemon of that library. A daemon of the project's own releases, put into the PATH, is used like it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from obdlab.lab.baselines.adapter import first_line
+from obdlab.lab.baselines.overlayfs import Overlayfs
+from obdlab.lab.ocilayout import push_layout
+from obdlab.lab.process import run
+from obdlab.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from obdlab.lab.baselines.adapter import Source
+    from obdlab.lab.containerd import OwnContainerd
+    from obdlab.lab.registry import RegistryHost
+    from obdlab.registry.client import RegistryClient
+
+_CONVERT_TIMEOUT_S = 1800.0
+_PULL_TIMEOUT_S = 600.0
+# Its defaults, but for the time after which it asks the registry again whether a blob is still there (60 s): a warm
+# start is to need no registry.
+_CONFIG = "[blob]\nvalid_interval = 86400\n"
+
+
+class Stargz(Overlayfs):
+    """eStargz as ``ctr-remote images convert`` makes it: nothing recorded, no prefetch; background fetch is on."""
+
+    name: ClassVar[str] = "stargz"
+    programs: ClassVar[dict[str, str]] = {
+        **Overlayfs.programs,
+        "ctr-remote": "stargz-snapshotter",
+        "containerd-stargz-grpc": "run scripts/build-stargz",
+    }
+    proxy: ClassVar[bool] = True
+    background: ClassVar[bool] = True
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the converted image."""
+        return f"{source.recipe.fingerprint()}-estargz1"
+
+    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
+        """Convert the layers one by one, in containerd's content store."""
+        with fetched(host, source, client, reference) as plain:
+            convert = ("images", "convert", "--estargz", "--oci", plain, reference)
+            run(["ctr-remote", *host.ctr[1:], *convert], timeout_s=_CONVERT_TIMEOUT_S)
+            run([*host.ctr, "images", "push", "--plain-http", reference], timeout_s=_CONVERT_TIMEOUT_S)
+            run([*host.ctr, "images", "remove", "--sync", reference])
+
+    def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
+        """Run its daemon."""
+        root = host.proxy_root(self.name)
+        config = host.state / f"{self.name}.toml"
+        config.write_text(_CONFIG)
+        options = ("--address", host.proxy_socket(self.name), "--root", root, "--config", config)
+        return host.serving(self.name, ["containerd-stargz-grpc", "--log-level", "info", *options])
+
+    def pull(self, host: OwnContainerd, reference: str) -> None:
+        """Pull metadata; the daemon fetches each layer's table of contents."""
+        options = ("--plain-http", "--use-containerd-labels", "--snapshotter", self.name)
+        run(["ctr-remote", *host.ctr[1:], "images", "rpull", *options, reference], timeout_s=_PULL_TIMEOUT_S)
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of client and daemon."""
+        return {
+            "ctr-remote": first_line("dpkg-query", "-W", "-f", "${Version}", "stargz-snapshotter"),
+            "containerd-stargz-grpc": first_line("containerd-stargz-grpc", "--version"),
+        }
+
+
+@contextmanager
+def fetched(host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> Iterator[str]:
+    """Have the image as built in containerd's content store, for tools that convert it; yield its reference."""
+    plain = reference.rpartition(":")[0] + ":" + source.recipe.fingerprint()
+    push_layout(source.layout, client, Reference.parse(plain))
+    run([*host.ctr, "content", "fetch", "--plain-http", plain], timeout_s=_PULL_TIMEOUT_S)
+    try:
+        yield plain
+    finally:
+        host.remove_image(plain)
