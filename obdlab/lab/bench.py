@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
-#: How long all cold starts of one run together wait for a quiet host: a busy one does not get quieter for us.
-_QUIET_BUDGET_S = 120.0
 # What fetches in the background has finished when the registry has been still for so long.
 _STILL_S = 1.0
 _MOST_BACKGROUND_S = 120.0
@@ -96,7 +94,7 @@ class Bench:
         self._network = ExperimentNetwork(*network)
         self._stack = ExitStack()
         self._images: dict[str, BenchImage] = {}
-        self._quiet_budget_s = _QUIET_BUDGET_S
+        self._quiet_budget_s = spec.quiet_wait_s
 
     def __enter__(self) -> Self:
         for name in self._spec.snapshotters:

@@ -83,8 +83,10 @@ class Spec:
     ready_timeout_s: float = 120.0
     #: A cell (its cold start and the starts after it) that takes longer is ended and counts as failed.
     cell_timeout_s: float = 900.0
-    #: A cold start waits (at most a minute) until the host's load of the last minute is below this.
+    #: A cold start waits until the host's load of the last minute is below this ...
     load_limit: float = 1.5
+    #: ... and all of one network together at most so long: a busy host does not get quieter for us.
+    quiet_wait_s: float = 120.0
     #: ZFile options of the converted images. On a slow link bytes count more than processor time: of pydata this is
     #: 96 MB, the original's lz4 with blocks of 4096 is 145 MB.
     algorithm: str = "zstd"
