@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import (
+    add_device_option,
     add_registry_options,
     add_runtime_options,
     add_trace_option,
@@ -41,6 +42,7 @@ def add(subcommands: Any) -> None:
     )
     attach.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     attach.add_argument("--id", help="name of the device (default: made from the image)")
+    add_device_option(attach)
     attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
     add_runtime_options(attach)
     add_registry_options(attach)
@@ -91,16 +93,19 @@ def run_list(args: argparse.Namespace) -> int:
     """List the devices, one a line."""
     service = device_service_from(args)
     for device in service.list():
-        counters = _counters_of(service, device) if device.alive else {}
+        counters = _counters_of(service, device) if device.alive and not device.graduated else {}
         if args.json:
             known = {"id": device.device_id, "path": str(device.path), "size": device.size, "pid": device.pid}
             known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
-            known |= {"keeper_pid": device.keeper_pid, "restarts": device.restarts}
+            known |= {"kind": device.kind, "keeper_pid": device.keeper_pid, "restarts": device.restarts}
+            known |= {"graduated": device.graduated}
             print(json.dumps(known | counters))
         else:
             mode = "ro" if device.read_only else "rw"
             state = f"pid {device.pid}{_trouble(counters)}" if device.alive else "server dead"
-            print(f"{device.device_id}  {device.path}  {device.size >> 20} MiB  {mode}  {state}  {device.config}")
+            state = "graduated" if device.graduated else state
+            what = f"{device.size >> 20} MiB  {mode}  {device.kind}"
+            print(f"{device.device_id}  {device.path}  {what}  {state}  {device.config}")
     return 0
 
 
@@ -179,7 +184,8 @@ def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
 
     client = registry_from(args)
     try:
-        return fetch_config(client, Reference.parse(name), host_platform())
+        wanted = getattr(args, "trace", None) is None
+        return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted)
     except ObdlabError as error:
         if _may_be_a_path(name):
             raise DeviceError(f"{name}: no such file, and as the reference of an image: {error}") from error

@@ -75,6 +75,18 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
     _add_settings_option(parser)
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add what images are made."""
+    from obdlab.image.settings import DEVICE_KINDS
+
+    parser.add_argument(
+        "--device",
+        choices=DEVICE_KINDS,
+        dest="device_kind",
+        help="kind of block device; auto: the best that this host has, which obdlab doctor names (default: auto)",
+    )
+
+
 def add_trace_option(parser: argparse.ArgumentParser) -> None:
     """Add which trace is replayed."""
     parser.add_argument(
@@ -133,6 +145,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     audit_log = getattr(args, "audit_log", None)
     if audit_log is not None:
         changes["audit_path"] = audit_log.absolute()
+    if getattr(args, "device_kind", None):
+        changes["device_kind"] = args.device_kind
     trace = getattr(args, "trace", None)
     if isinstance(trace, Path):
         changes["trace_path"] = _existing(trace)

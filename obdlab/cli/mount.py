@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.attach import SOURCE_HELP, config_of, forget_config
-from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
+from obdlab.cli.common import (
+    add_device_option,
+    add_registry_options,
+    add_runtime_options,
+    add_trace_option,
+    device_service_from,
+)
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ def add(subcommands: Any) -> None:
     )
     mount.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     mount.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
+    add_device_option(mount)
     mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
     add_runtime_options(mount)
     add_registry_options(mount)

@@ -11,6 +11,8 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     import argparse
 
+_NO_SERVER = "graduated, has no server to be replaced"
+
 
 def add(subcommands: Any) -> None:
     """Declare the command."""
@@ -21,7 +23,7 @@ def add(subcommands: Any) -> None:
             "Replaces the processes that serve the devices, all of them if none is named, by ones of the installed "
             "package, while file systems are mounted from them: their users see a short pause and no error. Also for "
             "a device whose keeper was killed, and with --force for one whose server hangs. If a new server cannot "
-            "be started the old one goes on (exit status 1). Needs Linux 6.9."
+            "be started the old one goes on (exit status 1). FUSE and loop devices need Linux 6.9 for it."
         ),
     )
     parser.add_argument("device", nargs="*", metavar="DEVICE", help="id, or node such as /dev/loop3")
@@ -33,7 +35,9 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Upgrade one after the other; say what was done."""
     service = device_service_from(args)
-    devices = {device.device_id: str(device.path) for device in service.list() if device.alive}
+    alive = [device for device in service.list() if device.alive]
+    devices = {device.device_id: str(device.path) for device in alive}
+    unchanged = {each.device_id: _NO_SERVER if each.graduated else "runs the installed code" for each in alive}
     by_node = {node: device_id for device_id, node in devices.items()}
     chosen = [by_node.get(name, name) for name in args.device] or list(devices)
     for name in chosen:
@@ -47,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"obdlab upgrade: {error}", file=sys.stderr)
             failed += 1
         else:
-            print(f"{device_id}: {'upgraded' if done else 'runs the installed code'}")
+            print(f"{device_id}: {'upgraded' if done else unchanged[device_id]}")
     return 1 if failed else 0

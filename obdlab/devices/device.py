@@ -62,6 +62,11 @@ class Device(ABC):
     def in_use(self) -> bool:
         """Whether a file system, or another user that claims the whole device, holds it: stopping would break it."""
 
+    @property
+    def can_change_servers(self) -> bool:
+        """Whether another process can go on with what this one leaves unanswered."""
+        return False
+
     def take_on_size(self) -> None:
         """Be as large as the blob, which has grown. Raises DeviceError, also where the kind cannot."""
         raise DeviceError(f"{self.path}: a {self.kind} device cannot grow while it is attached")

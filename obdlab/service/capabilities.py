@@ -16,14 +16,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from obdlab.devices.fuse import can_send_again
+from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 #: What a check is needed for; the order is that of the printed groups.
-PURPOSES = ("devices", "containers", "conversion", "experiments", "other device kinds")
+PURPOSES = ("devices", "device kinds", "containers", "conversion", "experiments")
 _AS_ROOT = "run as root (sudo)"
 
 
@@ -41,7 +41,7 @@ class Check:
 
 def run_checks() -> list[Check]:
     """Return every check's finding, grouped by purpose in the order of PURPOSES."""
-    found = [*_device_checks(), *_container_checks(), *_conversion_checks(), *_experiment_checks(), *_other_kinds()]
+    found = [*_device_checks(), *_container_checks(), *_conversion_checks(), *_experiment_checks(), *_kinds()]
     return sorted(found, key=lambda check: PURPOSES.index(check.purpose))
 
 
@@ -58,9 +58,9 @@ def _device_checks() -> Iterator[Check]:
 
 # Optional: without it a device is as good as its server, whose death its users see.
 def _survival() -> Check:
-    name, fix = "devices outlive their servers", "Linux 6.9 or later (FUSE_NOTIFY_RESEND)"
+    name, fix = "devices outlive their servers", "Linux 6.9 or later (FUSE_NOTIFY_RESEND), or the kind ublk or tcmu"
     try:
-        ok = can_send_again()
+        ok = kinds.best().can_change_servers()
     except DeviceError as error:
         return Check("devices", name, ok=False, detail=str(error), fix=_AS_ROOT, optional=True)
     detail = "requests are handed out again" if ok else "a device ends with its server"
@@ -106,16 +106,14 @@ def _experiment_checks() -> Iterator[Check]:
         yield Check("experiments", f"Python package {package}", not missing, detail, fix, optional=True)
 
 
-def _other_kinds() -> Iterator[Check]:
-    # What attach, mount and the snapshotter make is FUSE + loop: told, so that nobody wonders.
-    kinds = (
-        ("TCMU", "/sys/module/target_core_user", "modprobe -a target_core_user tcm_loop", "`obdlab tcmu` serves it"),
-        ("ublk", "/dev/ublk-control", "modprobe ublk_drv", "only obdlab.devices.ublk uses it so far"),
-    )
-    for name, path, fix, use in kinds:
-        there = Path(path).exists()
-        detail = f"{path} {'exists' if there else 'does not exist'}; {use}"
-        yield Check("other device kinds", name, there, detail, fix, optional=True)
+def _kinds() -> Iterator[Check]:
+    for kind in kinds.KINDS.values():
+        trouble = kind.missing()
+        yield Check("device kinds", kind.name, not trouble, trouble or "available", kind.fix, optional=True)
+    best = kinds.best()
+    trouble = best.missing()
+    detail = f"none of them ({trouble})" if trouble else f"{best.name} (attach --device forces another)"
+    yield Check("device kinds", "chosen by itself", not trouble, detail, best.fix)
 
 
 def _node(purpose: str, path: str, fix: str) -> Check:

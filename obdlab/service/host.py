@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices import abi, fuse_loop
-from obdlab.devices.fuse import can_send_again, open_connection
+from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.image.settings import Settings
 from obdlab.observe import audit, logs
 from obdlab.service import wire
 from obdlab.service.forking import fork_to, leave
@@ -53,13 +53,17 @@ IDLE_CHECK_S = 30.0
 _TROUBLE_PAUSE_S = 0.2
 _FAILED_KEEPER_S = 5.0
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
+_WARM_KINDS = {
+    "fuse+loop": "obdlab.devices.fuse_loop",
+    "ublk": "obdlab.devices.ublk.device",
+    "tcmu": "obdlab.devices.tcmu.device",
+}
 
 
 def open_configured(config_path: Path, settings_json: str) -> Blob:
     """Open the image that a config.v1.json describes; the settings are as ``Settings.to_json`` wrote them."""
     from obdlab.image.config import ImageConfig
     from obdlab.image.open import open_image
-    from obdlab.image.settings import Settings
 
     settings = Settings.from_json(settings_json)
     audit.configure(settings.audit_path, size=settings.audit_size, count=settings.audit_count, who=logs.process_name)
@@ -175,13 +179,14 @@ class Host:
             raise DeviceError(f"attach request: {error!r}") from error
         deadline = time.monotonic() + timeout_s
         directory = self._run.device(device_id)
+        kind = _kind_of(settings)
         with held(directory, timeout_s) as lock:
-            if _still_attached(directory, config, sha256) is None:
+            if _still_attached(directory, config, sha256, settings) is None:
                 _clear_leftovers(directory, device_id)
-                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code)
-                with closed_at_end(open_connection()) as fuse:
+                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code, kind.name)
+                with closed_at_end(kind.connect()) as handed_on:
                     try:
-                        self._start_keeper(plan, directory, deadline, fuse, (connection.fileno(), lock))
+                        self._start_keeper(plan, directory, deadline, handed_on, (connection.fileno(), lock))
                     except BaseException:
                         remove_device(directory, force=True)
                         raise
@@ -207,16 +212,17 @@ class Host:
                 if record is None:
                     shutil.rmtree(directory)  # made to be locked
                 raise DeviceError(f"device {device_id}: no such device is being served")
-            if record.code == self._code and record.is_kept and not force:
+            if record.is_graduated or (record.code == self._code and record.is_kept and not force):
                 return False
-            if record.keeper is None and not can_send_again():
+            kind = kinds.find(record.kind)
+            if record.keeper is None and not kind.can_change_servers():
                 raise DeviceError(
                     f"device {device_id}: the kernel lets no other server go on with it (Linux 6.9 does)"
                 )
             former = Former(record)
             plan = Plan(**{each.name: getattr(record, each.name) for each in fields(Plan)} | {"code": self._code})
-            with closed_at_end(former.connection()) as fuse:
-                self._start_keeper(plan, directory, deadline, fuse, (lock,), former)
+            with closed_at_end(former.connection() if kind.is_shared else kinds.NO_CONNECTION) as handed_on:
+                self._start_keeper(plan, directory, deadline, handed_on, (lock,), former)
         return True
 
     # Forks the keeper and follows it until the device is ready. A keeper that nobody follows any more ends, with all
@@ -226,7 +232,7 @@ class Host:
         plan: Plan,
         directory: Path,
         deadline: float,
-        fuse: int,
+        handed_on: int,
         not_its: tuple[int, ...],
         former: Former | None = None,
     ) -> None:
@@ -235,7 +241,7 @@ class Host:
         def keep() -> None:
             for fd in (reader, *not_its):
                 os.close(fd)
-            Keeper(plan, directory, self._opener, fuse, writer, former).run()
+            Keeper(plan, directory, self._opener, handed_on, writer, former).run()
 
         pid = None
         try:
@@ -255,11 +261,12 @@ class Host:
 
 @contextmanager
 def closed_at_end(fd: int) -> Iterator[int]:
-    """Close a descriptor at the end of a ``with``."""
+    """Close a descriptor, if it is one, at the end of a ``with``."""
     try:
         yield fd
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _refuse(connection: socket.socket, reason: str) -> None:
@@ -280,23 +287,33 @@ def _has_hung_up(connection: socket.socket) -> bool:
     return bool(poller.poll(0))
 
 
-def _still_attached(directory: Path, config: Path, sha256: str) -> DeviceRecord | None:
+# Raises DeviceError if this host has none of the kind that is asked for.
+def _kind_of(settings: str) -> kinds.Kind:
+    kind = kinds.find(Settings.from_json(settings).device_kind)
+    kinds.check(kind)
+    return kind
+
+
+def _still_attached(directory: Path, config: Path, sha256: str, settings: str) -> DeviceRecord | None:
     record = DeviceRecord.load(directory)
     if record is None or not record.alive:
         return None
-    if Path(record.path) not in fuse_loop.devices_of(directory):
-        return None  # somebody took the loop device away: worth no more than a dead server
+    if Path(record.path) not in kinds.devices_of(directory):
+        return None  # somebody took the device away: worth no more than a dead server
     if record.config != str(config):
         raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")
     if record.config_sha256 != sha256:
         raise DeviceError(f"device {record.device_id}: {config} has changed since it was attached; detach it first")
+    wanted = Settings.from_json(settings).device_kind
+    if wanted not in (kinds.AUTOMATIC, record.kind):
+        raise DeviceError(f"device {record.device_id}: attached as {record.kind} (wanted {wanted}); detach it first")
     return record
 
 
 def _clear_leftovers(directory: Path, device_id: str) -> None:
     record = DeviceRecord.load(directory)
     try:
-        fuse_loop.take_down(directory)
+        kinds.take_down(directory)
     except DeviceError as error:
         raise DeviceError(f"device {device_id}: its server is dead, but {error}") from error
     if record is not None:
@@ -352,7 +369,8 @@ def _code_on_disk() -> str:
 
 
 def _warm_up() -> None:
-    for name in _WARM:
+    present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
+    for name in (*_WARM, *present):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so unshare, what all servers share

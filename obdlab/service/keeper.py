@@ -23,8 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices import abi
-from obdlab.devices.fuse import has_ended, send_again
+from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
 from obdlab.image.settings import Settings
@@ -43,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Tells a keeper to take its device down once nobody uses it.
+TAKE_DOWN_SIGNAL = signal.SIGUSR1
+_LEAVE_PAUSE_S = 1.0
 #: A server that has served so long did not die "at once".
 HEALTHY_S = 0.25
 #: So many deaths at once in a row, and the device is given up.
@@ -80,6 +82,8 @@ class Keeper:
         self._directory = directory
         self._opener = opener
         self._connection = connection
+        self._kind = kinds.find(plan.kind)
+        self._leaving = False
         self._tell: int | None = tell
         self._former = former
         settings = Settings.from_json(plan.settings)
@@ -97,10 +101,14 @@ class Keeper:
         self._description: dict[str, Any] = {}
         self._watchdog = Watchdog(directory, settings)
         self._over = False
+        self._wake = -1
 
     def run(self) -> None:
         """Return when the device is gone, was given up, or needs no keeper."""
         _settle_in(self._directory.name)
+        self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer)
+        self._poller.register(self._wake, select.POLLIN)
         if self._tell is not None:
             self._poller.register(self._tell, 0)  # tells when nobody listens any more
         if self._former is not None:
@@ -115,7 +123,12 @@ class Keeper:
             pause_ms = max(0.0, self._next_start - time.monotonic()) * 1000
         elif self._is_ready:
             pause_ms = self._watchdog.pause_s() * 1000
+        if self._leaving:
+            pause_ms = _LEAVE_PAUSE_S * 1000 if pause_ms is None else min(pause_ms, _LEAVE_PAUSE_S * 1000)
         for fd, _ in self._poller.poll(pause_ms):
+            if fd == self._wake:
+                os.read(fd, 64)
+                self._leaving = True
             if fd == self._tell:
                 self._fail("nobody waits for the device any more")
                 return
@@ -127,8 +140,21 @@ class Keeper:
         self._end_hung()
         if not self._over and self._next_start is not None and time.monotonic() >= self._next_start:
             self._next_start = None
-            if not has_ended(self._connection):
+            if not self._has_ended():
                 self._start(0)
+        if self._leaving and not self._over:
+            self._take_down_if_unused()
+
+    def _has_ended(self) -> bool:
+        return self._kind.has_ended(self._directory, self._connection)
+
+    # Somebody let go of the device whose kernel side does not go by itself (see DeviceService.release).
+    def _take_down_if_unused(self) -> None:
+        if kinds.is_unused(self._directory):
+            try:
+                self._kind.take_down(self._directory)
+            except DeviceError as error:
+                log.info("%s: not taken down yet: %s", self._directory.name, error)
 
     @property
     def _is_ready(self) -> bool:
@@ -146,7 +172,7 @@ class Keeper:
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
-        task = server.Task(self._connection, self._path, number, self._restarts)
+        task = server.Task(self._connection, self._path, number, self._restarts, self._plan.kind)
         settings = self._helper_settings if number else self._plan.settings
         try:
             pid = os.fork()
@@ -174,6 +200,8 @@ class Keeper:
     # In the new process. What belongs to the keeper alone must not live on in it.
     def _serve(self, ours: socket.socket, theirs: socket.socket, task: server.Task, settings: str) -> None:
         ours.close()
+        signal.set_wakeup_fd(-1)
+        signal.signal(TAKE_DOWN_SIGNAL, signal.SIG_IGN)
         for other in self._servers.values():
             other.channel.close()
             os.close(other.pidfd)
@@ -242,10 +270,10 @@ class Keeper:
         self._description = description
         if self._former is not None:
             self._former.end()
-            send_again(self._connection)
+            self._kind.send_again(self._connection)
             self._former = None
         if not can_go_on:
-            log.warning("%s: the kernel (before 6.9) lets no other server go on with it", self._directory.name)
+            log.warning("%s: the kernel is too old to let another server go on with it", self._directory.name)
         self._save(kept=can_go_on)
         if not self._is_ready:
             self._say({"ready": True})
@@ -263,8 +291,7 @@ class Keeper:
         known = DeviceRecord.load(self._directory)
         plan = {key: getattr(known or self._plan, key) for key in asdict(self._plan)}  # a snapshot changes the config
         record = DeviceRecord(
-            **plan | {"code": self._plan.code},
-            **self._description,
+            **plan | {"code": self._plan.code} | self._description,
             keeper_pid=me.pid if me else 0,
             keeper_start_time=me.start_time if me else 0,
             helpers=[one.pid for one in self._servers.values() if one.number],
@@ -296,7 +323,7 @@ class Keeper:
         if not self._is_ready:
             self._fail(f"the server ended {_how(status)}")
             return
-        if has_ended(self._connection):
+        if self._has_ended():
             if one.number == 0:
                 self._kill_servers()  # helpers have nothing to bring to the disk
             return
@@ -304,7 +331,7 @@ class Keeper:
         log.log(
             logging.INFO if one.number and status == 0 else logging.ERROR, "%s: server %d %s", name, one.number, why
         )
-        send_again(self._connection)
+        self._kind.send_again(self._connection)
         if one.number:
             self._save()
             return
@@ -330,6 +357,10 @@ class Keeper:
         log.error("%s: given up after %s; its users get I/O errors", self._directory.name, after)
         self._kill_servers()
         self._over = True
+        try:
+            self._kind.give_up(self._directory)
+        except DeviceError as error:
+            log.error("%s: its users wait: %s", self._directory.name, error)
 
     # Nothing came of the first server, or of taking over.
     def _fail(self, why: str) -> None:
@@ -361,5 +392,6 @@ def _settle_in(device_id: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with its device
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(TAKE_DOWN_SIGNAL, lambda *_: None)
     abi.set_process_name(f"keep:{device_id}")
     server.protect(device_id, _OOM_SCORE_ADJUST)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from obdlab.devices import fuse_loop
+from obdlab.devices import graduation, kinds
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -121,13 +121,16 @@ class Plan:
     readahead_kib: int = 128
     #: Which state of the package its servers run.
     code: str = ""
+    #: The local file that was to be put in the server's place; the kernel knows whether it is. "": none.
+    graduated: str = ""
+    #: Name of the device's kind (``devices.kinds``).
+    kind: str = "fuse+loop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRecord(Plan):
     """What an attached device is: written when its servers change, read by everyone."""
 
-    kind: str
     path: str
     size: int
     read_only: bool
@@ -161,9 +164,14 @@ class DeviceRecord(Plan):
         return self.keeper is not None and self.keeper.alive
 
     @property
+    def is_graduated(self) -> bool:
+        """Whether the kernel serves it alone, from a local file: it has no processes then."""
+        return bool(self.graduated) and graduation.is_behind(self.graduated, Path(self.path))
+
+    @property
     def alive(self) -> bool:
         """Whether it is served, or will be in a moment."""
-        return self.process.alive or self.is_kept
+        return self.process.alive or self.is_kept or self.is_graduated
 
     def save(self, directory: Path) -> None:
         """Write the record into a device's directory, all or nothing."""
@@ -278,7 +286,7 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
     a file system is mounted from it, unless ``force``.
     """
     record = DeviceRecord.load(directory)
-    fuse_loop.take_down(directory, timeout_s=timeout_s, force=force)
+    kinds.take_down(directory, timeout_s=timeout_s, force=force)
     if record is not None:
         patience_s = _patience_s(record, timeout_s, force)
         if record.keeper is not None:

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import WritableBlob
-from obdlab.devices import abi
-from obdlab.devices.fuse import has_ended, send_again
-from obdlab.devices.fuse_loop import FuseLoopDevice
+from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe import logs
 from obdlab.service import control
@@ -39,6 +37,8 @@ log = logging.getLogger(__name__)
 _OOM_SCORE_ADJUST = "-999"
 #: How long a helper stays with nothing to do.
 HELPER_IDLE_S = 10.0
+#: The answer to the request that ended the device may be under way still.
+_ANSWERS_S = 1.0
 
 
 class _Terminated(BaseException):
@@ -49,7 +49,7 @@ class _Terminated(BaseException):
 class Task:
     """What a server is to serve."""
 
-    #: An open /dev/fuse, held by the device's keeper too.
+    #: What the device's keeper holds too (``Kind.connect``): an open /dev/fuse, or nothing.
     connection: int
     #: The device, if it is there already and this server goes on with it.
     path: Path | None = None
@@ -57,6 +57,8 @@ class Task:
     number: int = 0
     #: Servers that the device had before.
     restarts: int = 0
+    #: Name of the device's kind.
+    kind: str = kinds.FuseLoop.name
 
 
 class Channel:
@@ -104,7 +106,7 @@ def serve(
         keeper.tell({"stage": "making the device"})
         # From here on a SIGTERM waits until it can be answered in good order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        device = FuseLoopDevice(
+        device = kinds.find(task.kind).make(
             blob,
             directory,
             name=device_id,
@@ -124,11 +126,12 @@ def serve(
         _help(device, blob, directory, keeper, task)
         return
     try:
-        control.serve(device, blob, directory)
+        answering = control.serve(device, blob, directory)
         keeper.tell({"ready": _description(device)})
         if device.can_change_servers or task.path is not None:
             threading.Thread(target=_go_on_alone, args=(keeper, directory, task), name="keeper", daemon=True).start()
         _wait_for_end(device, device_id)
+        answering.finish(_ANSWERS_S)
     finally:
         if isinstance(blob, WritableBlob):
             blob.flush()
@@ -138,7 +141,7 @@ def serve(
 
 # A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have
 # taken at that moment.
-def _help(device: FuseLoopDevice, blob: Blob, directory: Path, keeper: Channel, task: Task) -> None:
+def _help(device: Device, blob: Blob, directory: Path, keeper: Channel, task: Task) -> None:
     tracing = control.serve(device, blob, directory, helper=task.number).tracing
     keeper.tell({"ready": {}})
     before = -1
@@ -154,14 +157,14 @@ def _help(device: FuseLoopDevice, blob: Blob, directory: Path, keeper: Channel, 
 # so it goes now, while somebody can have them handed out again.
 def _go_on_alone(keeper: Channel, directory: Path, task: Task) -> None:
     keeper.wait_for_end()
-    record = DeviceRecord.load(directory)
-    if record is None or record.pid != os.getpid() or has_ended(task.connection):
+    record, kind = DeviceRecord.load(directory), kinds.find(task.kind)
+    if record is None or record.pid != os.getpid() or kind.has_ended(directory, task.connection):
         return
     log.error("%s: its keeper is gone: the next death of its server is the device's end", directory.name)
     for helper in record.servers()[1:]:
         helper.signal(signal.SIGKILL)
         helper.end(5.0)
-    send_again(task.connection)
+    kind.send_again(task.connection)
 
 
 def _settle_in(device_id: str) -> None:
@@ -188,7 +191,7 @@ def protect(device_id: str, oom_score_adjust: str) -> None:
         log.debug("%s: no I/O flusher: %s", device_id, error)
 
 
-def _description(device: FuseLoopDevice) -> dict[str, Any]:
+def _description(device: Device) -> dict[str, Any]:
     me = Process.of(os.getpid())
     assert me is not None
     return {

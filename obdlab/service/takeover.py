@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi
+from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError
 from obdlab.service.rundir import Process
 
@@ -41,10 +41,10 @@ class Former:
         raise DeviceError(f"device {self.record.device_id}: cannot take it over ({why})")
 
     def make_way(self) -> None:
-        """Let the next server start: a writable image has one opener at a time, and the old keeper must not be it."""
+        """Let the next server start: a writable image, and most kinds of device, have one server at a time."""
         if self._keeper is not None:
             self._keeper.signal(signal.SIGSTOP)
-        if not self.record.read_only:
+        if not self.record.read_only or not kinds.find(self.record.kind).is_shared:
             self._end_servers()
 
     def end(self) -> None:

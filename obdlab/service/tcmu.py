@@ -218,7 +218,7 @@ class TcmuDaemon:
 
     # A server of an earlier daemon goes on serving; when it dies, the device is taken over.
     def _watch_strangers(self, server: _Server) -> None:
-        for pid in _holders(server.number):
+        for pid in holders(server.number):
             with suppress(ProcessLookupError):
                 pidfd = os.pidfd_open(pid)
                 self._watched[pidfd] = server.number
@@ -307,7 +307,8 @@ def failure_of(config_path: Path) -> str:
     return text.removeprefix("failed:") if text.startswith("failed:") else ""
 
 
-def _holders(number: int) -> list[int]:
+def holders(number: int) -> list[int]:
+    """Return the processes that have a UIO device open."""
     node, found = f"/dev/uio{number}", []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:

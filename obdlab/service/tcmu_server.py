@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import Blob, Buffer, WritableBlob
 from obdlab.devices import abi
-from obdlab.devices.tcmu import uio
+from obdlab.devices.tcmu import configfs, uio
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
 from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice
@@ -76,8 +76,8 @@ def serve(
         report.failed(str(error), busy=isinstance(error, DeviceBusyError))
         return
     if adopt:
-        _control(name, "block_dev", "1")
-        _control(name, "reset_ring", "1")  # what was under way is asked for again
+        configfs.control(name.backstore, "block_dev", "1")
+        configfs.control(name.backstore, "reset_ring", "1")  # what was under way is asked for again
     try:
         blob = _opened(name, config_path, settings, may_fail=adopt)
         disk = ScsiDisk(blob, serial=_serial(name), description=f"{name.handler}/{name.config}")
@@ -90,7 +90,7 @@ def serve(
         return
     finally:
         if adopt:
-            _control(name, "block_dev", "0")
+            configfs.control(name.backstore, "block_dev", "0")
     report.ready()
     _serve_until_end(server, number, name)
     if isinstance(blob, WritableBlob):
@@ -130,21 +130,12 @@ def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
             raise DeviceError(f"{name.device}: serving it ended, but it is still there: {server.last_error}")
         return
     # What has come is answered; what comes from now on waits in the kernel for the next server.
-    _control(name, "block_dev", "1")
+    configfs.control(name.backstore, "block_dev", "1")
     if not server.drained(_DRAIN_S):
         log.warning("%s: ends with requests under way, which will be asked for again", name.device)
     server.end()
     server.wait(_DRAIN_S)
-    _control(name, "block_dev", "0")
-
-
-def _control(name: UioName, action: str, value: str) -> None:
-    try:
-        (name.backstore / "action" / action).write_text(value)
-    except FileNotFoundError:  # an older kernel, or the device is going
-        pass
-    except OSError as error:
-        log.warning("%s: %s: %s", name.device, action, error.strerror)
+    configfs.control(name.backstore, "block_dev", "0")
 
 
 # Two disks with one serial would be taken for two ways to one disk (multipath), so one without gets its name's.

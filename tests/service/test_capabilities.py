@@ -48,7 +48,7 @@ def test_doctor_prints_findings_and_fails_on_a_needed_one(
 ) -> None:
     findings = [
         capabilities.Check("devices", "/dev/fuse", ok=False, detail="No such file", fix="modprobe fuse"),
-        capabilities.Check("other device kinds", "ublk", ok=False, detail="absent", fix="modprobe", optional=True),
+        capabilities.Check("device kinds", "ublk", ok=False, detail="absent", fix="modprobe", optional=True),
     ]
     monkeypatch.setattr(capabilities, "run_checks", lambda: findings)
     from obdlab.cli import doctor

@@ -7,6 +7,7 @@ the same to either side.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from contextlib import suppress
@@ -18,6 +19,8 @@ from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
 
 TARGET = Path("/sys/kernel/config/target")
 #: Stands for "no tenant" in the number of the host bus adapter.
@@ -170,6 +173,48 @@ def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str 
     except BaseException:
         os.rmdir(target.backstore)
         raise
+
+
+def control(backstore: Path, action: str, value: str) -> bool:
+    """Have the kernel do something about a backstore's ring, such as ``reset_ring``; tell whether it did."""
+    try:
+        (backstore / "action" / action).write_text(value)
+    except FileNotFoundError:  # an older kernel, or the device is going
+        return False
+    except OSError as error:
+        log.warning("%s: %s: %s", backstore.name, action, error.strerror)
+        return False
+    return True
+
+
+def set_offline(disk: Path) -> None:
+    """Have all that is asked of a disk from now on fail at once, whether it is served or not."""
+    try:
+        Path("/sys/block", disk.name, "device/state").write_text("offline")
+    except OSError as error:
+        log.info("%s: not taken offline: %s", disk, error.strerror)
+
+
+def settle(target: Target, disk: Path, timeout_s: float) -> None:
+    """Wait until nothing asked of a disk that is offline is under way; what is after ``timeout_s`` fails then.
+
+    Removing a disk waits for all that was asked of it, without a limit, and a server may be dead or hang.
+    """
+    deadline = time.monotonic() + timeout_s
+    while _in_flight(disk):
+        if time.monotonic() > deadline:
+            log.warning("%s: requests are under way that nobody answers: they fail", disk)
+            control(target.backstore, "block_dev", "1")
+            control(target.backstore, "reset_ring", "2")
+            return
+        time.sleep(_DEVICE_PAUSE_S)
+
+
+def _in_flight(disk: Path) -> bool:
+    try:
+        return any(int(count) for count in Path("/sys/block", disk.name, "inflight").read_text().split())
+    except OSError:
+        return False
 
 
 def unexport(target: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from obdlab.devices.device import Device, DeviceStatistics
 from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
-from obdlab.devices.tcmu.uio import UioDevice, number_of
+from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice, devices, number_of
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 HANDLER = "obdlab"
 _DATA_AREA_MIB = 32
 _TIMEOUT_S = 10.0
+_PAUSE_S = 0.01
+_LABEL_MOST = 200
 
 
 class TcmuDevice(Device):
     """Serves ``blob`` as a SCSI disk. ``directory`` is the device's own: others find the device by it.
 
-    Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
+    With ``recover`` it takes over the device of a server that died: users of the device saw a pause, and what was
+    under way is asked for again. Raises DeviceError, leaving nothing new behind, if the blob is no whole number of
+    sectors or the kernel refuses.
     """
 
     kind = "tcmu"
@@ -44,6 +49,7 @@ class TcmuDevice(Device):
         sector_size: int = 512,
         readahead_kib: int = 128,
         max_threads: int = 256,
+        recover: bool = False,
     ) -> None:
         if blob.size == 0 or blob.size % sector_size:
             raise DeviceError(
@@ -62,10 +68,13 @@ class TcmuDevice(Device):
             read_only=read_only,
         )
         self._read_only = disk.read_only
+        if recover:
+            self._recover(target, disk, name or blob.name, max_threads)
+            return
         with ExitStack() as failed:
             # No netlink: whoever makes the device serves it, and nobody else is to be waited for.
             options = [f"max_data_area_mb={_DATA_AREA_MIB}", "nl_reply_supported=-1", f"hw_block_size={sector_size}"]
-            configfs.create(target, f"{HANDLER}/{_hash(directory)}", [*options, f"dev_size={blob.size}"])
+            configfs.create(target, f"{HANDLER}/{_label(directory)}", [*options, f"dev_size={blob.size}"])
             failed.callback(configfs.remove, target)
             self._uio = UioDevice.open(number_of(target.backstore))
             failed.callback(self._close)
@@ -79,6 +88,27 @@ class TcmuDevice(Device):
             failed.callback(configfs.unexport, target)
             loop.set_readahead(self._path, readahead_kib)
             failed.pop_all()
+
+    # What the dead server took and did not answer fails with "busy", whereupon it is asked for again.
+    def _recover(self, target: configfs.Target, disk: ScsiDisk, name: str, max_threads: int) -> None:
+        node = configfs.disk_of(target)
+        if node is None:
+            raise DeviceError(f"{self._directory}: no TCMU device is there to go on with")
+        loop.check_size(node, self._size, name)
+        self._path = node
+        self._uio = _open_free(number_of(target.backstore))
+        configfs.control(target.backstore, "block_dev", "1")
+        try:
+            configfs.control(target.backstore, "reset_ring", "1")
+            self._server = TcmuServer(
+                self._uio.memory, self._uio.descriptor, disk, name=name, max_threads=max_threads
+            )
+            self._server.start()
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            configfs.control(target.backstore, "block_dev", "0")
 
     @property
     def path(self) -> Path:
@@ -95,6 +125,10 @@ class TcmuDevice(Device):
     @property
     def in_use(self) -> bool:
         return loop.in_use(self._path)
+
+    @property
+    def can_change_servers(self) -> bool:
+        return (_target(self._directory).backstore / "action" / "reset_ring").exists()
 
     def take_on_size(self) -> None:
         try:
@@ -134,14 +168,51 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
 
     Raises DeviceError while a file system is mounted from it, unless ``force``: then its users get I/O errors.
     """
+    target = _target(directory)
     for disk in devices_of(directory):
         if not force:
             wait_unused(disk)
-    configfs.remove(_target(directory))
+        # Or the kernel would ask for a last flush, which a dead server answers never. Servers flush when they end.
+        configfs.set_offline(disk)
+        configfs.settle(target, disk, min(timeout_s, 1.0) if force else timeout_s)
+    configfs.remove(target)
+
+
+def abandon(directory: Path) -> None:
+    """Have everything that was or will be asked of the device at ``directory`` fail: nobody serves it any more."""
+    for disk in devices_of(directory):
+        configfs.set_offline(disk)
+        configfs.settle(_target(directory), disk, 0.0)
+
+
+def directories_below(parent: Path) -> set[Path]:
+    """Return the directories below ``parent`` that have devices, also those removed from under their devices."""
+    found = set()
+    for name in devices().values():
+        directory = parent / name.config.partition(":")[2]
+        if name.handler == HANDLER and name.config == _label(directory):
+            found.add(directory)
+    return found
+
+
+def _open_free(number: int) -> UioDevice:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            return UioDevice.open(number)
+        except DeviceBusyError:  # a dead server's last thread may still hold it
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def _hash(directory: Path) -> str:
     return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()
+
+
+# The kernel keeps 255 characters, and no commas; the hash tells apart run directories and ids that are longer.
+def _label(directory: Path) -> str:
+    return f"{_hash(directory)[:32]}:{directory.name.replace(',', '_')}"[:_LABEL_MOST]
 
 
 # 13 of the digits are what a device's name has room for.

@@ -14,7 +14,7 @@ CONTROL = "/dev/ublk-control"
 
 # Numbers of _IOWR('u', n, struct ublksrv_ctrl_cmd).
 ADD, DELETE, START, STOP, SET_PARAMS, START_RECOVERY, END_RECOVERY = 0x04, 0x05, 0x06, 0x07, 0x08, 0x10, 0x11
-DELETE_ASYNC = 0x14
+INFO, DELETE_ASYNC = 0x02, 0x14
 FETCH, COMMIT_AND_FETCH = 0x20, 0x21
 
 F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, F_USER_COPY = 1 << 3, 1 << 4, 1 << 7
@@ -43,16 +43,16 @@ _ANY_ID = 0xFFFFFFFF
 
 
 def operation(number: int, size: int) -> int:
-    """Return a command's number as ioctls have it: of ``size`` bytes, read and, but for one, written."""
-    direction = 2 if number == DELETE_ASYNC else 3
+    """Return a command's number as ioctls have it: of ``size`` bytes, read and, but for two, written."""
+    direction = 2 if number in (INFO, DELETE_ASYNC) else 3
     return direction << 30 | size << 16 | ord("u") << 8 | number
 
 
-def add(*, depth: int, max_bytes: int) -> int:
-    """Make a device with one queue; return its number. Raises DeviceError."""
+def add(*, depth: int, max_bytes: int, mark: int) -> int:
+    """Make a device with one queue; return its number. ``mark``, of 64 bits, stays with it. Raises DeviceError."""
     flags = F_USER_RECOVERY | F_USER_RECOVERY_REISSUE | F_USER_COPY
     info = ctypes.create_string_buffer(
-        _INFO.pack(1, depth, 0, 0, max_bytes, _ANY_ID, 0, 0, flags, 0, 0, 0), _INFO.size
+        _INFO.pack(1, depth, 0, 0, max_bytes, _ANY_ID, 0, 0, flags, mark, 0, 0), _INFO.size
     )
     _control(ADD, _ANY_ID, buffer=info)
     values = _INFO.unpack(info.raw)
@@ -61,6 +61,13 @@ def add(*, depth: int, max_bytes: int) -> int:
         delete(number)
         raise DeviceError(f"{CONTROL}: this kernel's ublk lacks user copy or recovery (Linux 6.4 has both)")
     return number
+
+
+def mark_of(number: int) -> int:
+    """Return the mark that a device was made with. Raises DeviceError, also if there is no such device."""
+    info = ctypes.create_string_buffer(_INFO.size)
+    _control(INFO, number, buffer=info)
+    return int(_INFO.unpack(info.raw)[9])
 
 
 def set_params(number: int, *, size: int, sector_size: int, max_bytes: int, read_only: bool) -> None:

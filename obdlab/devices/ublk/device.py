@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 _DEPTH = 128
 _MAX_BYTES = 1 << 20
 _NODE_S = 10.0
-_RECORD = "ublk.json"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_RECOVERY_S = 30.0
 
 
 class UblkDevice(Device):
@@ -58,10 +57,9 @@ class UblkDevice(Device):
         self._closed = False
         with ExitStack() as failed:
             if recover:
-                self._number = _recorded(directory)
-                control.start_recovery(self._number)
+                self._number = _to_recover(directory, blob)
             else:
-                self._number = control.add(depth=_DEPTH, max_bytes=_MAX_BYTES)
+                self._number = control.add(depth=_DEPTH, max_bytes=_MAX_BYTES, mark=_mark(directory))
                 failed.callback(_remove, self._number)
             self._character = _open_node(Path(f"/dev/ublkc{self._number}"))
             failed.callback(self._close)
@@ -84,8 +82,6 @@ class UblkDevice(Device):
                     max_bytes=_MAX_BYTES,
                     read_only=self._server.read_only,
                 )
-                _record(directory, self._number)
-                failed.callback((directory / _RECORD).unlink, missing_ok=True)
                 self._start()
                 failed.callback(self._server.wait, _NODE_S)
                 failed.callback(control.stop, self._number)
@@ -96,7 +92,7 @@ class UblkDevice(Device):
 
     @property
     def path(self) -> Path:
-        return Path(f"/dev/ublkb{self._number}")
+        return _node(self._number)
 
     @property
     def size(self) -> int:
@@ -110,6 +106,10 @@ class UblkDevice(Device):
     def in_use(self) -> bool:
         return loop.in_use(self.path)
 
+    @property
+    def can_change_servers(self) -> bool:
+        return True
+
     def statistics(self) -> DeviceStatistics:
         return self._server.statistics()
 
@@ -120,7 +120,9 @@ class UblkDevice(Device):
         return True
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        _stop(self._directory, force=False)
+        number = _number_of(self._directory)
+        if number is not None:
+            _stop(number, force=False)
         if not self.wait(timeout_s):
             raise DeviceError(f"{self.path}: requests are still being served {timeout_s:g} s after it was stopped")
         take_down(self._directory)
@@ -139,11 +141,8 @@ class UblkDevice(Device):
 
 def devices_of(directory: Path) -> list[Path]:
     """Return the device that belongs to a device's directory, if there is one."""
-    try:
-        number = _recorded(directory)
-    except DeviceError:
-        return []
-    return [Path(f"/dev/ublkb{number}")] if Path(f"/dev/ublkc{number}").exists() else []
+    number = _number_of(directory)
+    return [] if number is None else [_node(number)]
 
 
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
@@ -151,18 +150,28 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
 
     Raises DeviceError while a file system is mounted from it, unless ``force``: then its users get I/O errors.
     """
-    _stop(directory, force=force)
-    if devices_of(directory):
-        _remove(_recorded(directory), timeout_s)
-    (directory / _RECORD).unlink(missing_ok=True)
+    number = _number_of(directory)
+    if number is not None:
+        _stop(number, force=force)
+        _remove(number, timeout_s)
 
 
-def _stop(directory: Path, *, force: bool) -> None:
-    for device in devices_of(directory):
-        if device.exists():
-            if not force:
-                wait_unused(device)
-            control.stop(_recorded(directory))
+def abandon(directory: Path) -> None:
+    """Have everything that was or will be asked of the device at ``directory`` fail: nobody serves it any more."""
+    number = _number_of(directory)
+    if number is not None:
+        control.stop(number)
+
+
+def _stop(number: int, *, force: bool) -> None:
+    if _node(number).exists():
+        if not force:
+            wait_unused(_node(number))
+        control.stop(number)
+
+
+def _node(number: int) -> Path:
+    return Path(f"/dev/ublkb{number}")
 
 
 def _remove(number: int, timeout_s: float = 10.0) -> None:
@@ -178,20 +187,37 @@ def _remove(number: int, timeout_s: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-# The driver keeps no names: which device is whose is written down, for this boot.
-def _record(directory: Path, number: int) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _RECORD).write_text(json.dumps({"number": number, "boot_id": _BOOT_ID.read_text().strip()}))
+# A mark is all that the driver keeps for us: 64 bits, of the directory's hash.
+def _mark(directory: Path) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(directory.resolve())).digest()[:8], "big")
 
 
-def _recorded(directory: Path) -> int:
-    try:
-        known = json.loads((directory / _RECORD).read_text())
-        if known["boot_id"] == _BOOT_ID.read_text().strip():
-            return int(known["number"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise DeviceError(f"{directory}: no ublk device is known for it")
+def _number_of(directory: Path) -> int | None:
+    mark = _mark(directory)
+    for node in Path("/dev").glob("ublkc*"):
+        with suppress(DeviceError, ValueError):  # gone meanwhile
+            number = int(node.name.removeprefix("ublkc"))
+            if control.mark_of(number) == mark:
+                return number
+    return None
+
+
+# The driver notices the death of a server within a few seconds, and only then lets another one take over.
+def _to_recover(directory: Path, blob: Blob) -> int:
+    number = _number_of(directory)
+    if number is None:
+        raise DeviceError(f"{directory}: no ublk device is there to go on with")
+    loop.check_size(_node(number), blob.size, blob.name)
+    deadline = time.monotonic() + _RECOVERY_S
+    while True:
+        try:
+            control.start_recovery(number)
+        except control.UblkError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        else:
+            return number
+        time.sleep(0.01)
 
 
 def _open_node(node: Path) -> int:

@@ -30,7 +30,7 @@ class TestUblkDevice(DeviceContract):
 
     def test_a_directory_without_a_device(self, tmp_path: Path) -> None:
         take_down(tmp_path)
-        with pytest.raises(DeviceError, match="no ublk device is known"):
+        with pytest.raises(DeviceError, match="no ublk device is there"):
             UblkDevice(MemoryBlob(bytes(MIB)), tmp_path, recover=True)
 
     @pytest.mark.slow

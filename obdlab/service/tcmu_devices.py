@@ -1,0 +1,144 @@
+"""Devices that an overlaybd TCMU daemon serves, ours (``obdlab tcmu``) or the original: for who attaches images.
+
+The same calls as :class:`obdlab.service.client.DeviceService` has for the devices of a run directory. State lives in
+configfs alone, under the paths and values of overlaybd-snapshotter: a device is named after its snapshot, whose
+directory its image's configuration lies in.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import mount
+from obdlab.devices.tcmu import configfs, uio
+from obdlab.devices.tcmu.configfs import Target
+from obdlab.devices.usage import wait_unused
+from obdlab.errors import DeviceError
+from obdlab.service.client import AttachedDevice
+from obdlab.service.tcmu import HANDLER, failure_of, holders, image_of, result_file
+
+if TYPE_CHECKING:
+    from obdlab.devices.tcmu.uio import UioName
+
+#: What :class:`AttachedDevice` calls these devices.
+KIND = "overlaybd-tcmu"
+_SERVED_S = 30.0
+_PAUSE_S = 0.02
+_SECTOR = 512
+
+
+class TcmuDevices:
+    """The overlaybd devices of this host. ``tenant`` is the snapshotter's, part of every name; -1: none."""
+
+    def __init__(self, *, tenant: int = -1) -> None:
+        self._tenant = tenant
+
+    def start_host(self) -> None:
+        """Do nothing: the daemon is somebody else's to start."""
+
+    def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
+        """Make an image a SCSI disk, or find the one that already is. ``device_id`` is not used.
+
+        The daemon opens it and has its own deadline for that. Raises DeviceError, with what the daemon has to say, if
+        it refuses, none runs, or a device of that snapshot is another image's.
+        """
+        config = config_path.absolute()
+        target = Target.of(_snapshot_of(config), self._tenant)
+        if target.backstore.exists():
+            return self._attached(target, config)
+        result_file(config).unlink(missing_ok=True)  # of an attempt before
+        try:
+            configfs.attach(target.device_id, config, tenant=self._tenant)
+        except DeviceError as error:
+            reason = failure_of(config)
+            raise DeviceError(f"cannot attach {config}: {error}" + (f" ({reason})" if reason else "")) from error
+        return self._attached(target, config)
+
+    def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
+        """Mount the device's file system on the directory ``target``. Raises DeviceError."""
+        mount.mount(device.path, target, read_only=read_only, options=options)
+
+    def detach(self, device_id: str) -> bool:
+        """Take a device away; tell whether there was one. Raises DeviceError, naming its users, if there are any."""
+        target = Target.of(device_id, self._tenant)
+        if not target.backstore.exists():
+            return False
+        disk = configfs.disk_of(target)
+        if disk is not None:
+            wait_unused(disk)
+        configfs.remove(target)
+        return True
+
+    def release(self, device_id: str) -> bool:
+        """Detach a device that this mount namespace has unmounted; tell whether it is gone.
+
+        One that others still hold stays, for the next attach of its image or :meth:`detach`.
+        """
+        try:
+            self.detach(device_id)
+        except DeviceError:
+            return False
+        return True
+
+    def list(self) -> list[AttachedDevice]:
+        """Return the devices of this tenant."""
+        found = []
+        for number, name in uio.devices().items():
+            target = self._target_of(name)
+            disk = configfs.disk_of(target) if target is not None else None
+            if target is not None and disk is not None:
+                found.append(_description(target, disk, image_of(name.config)[0], number))
+        return found
+
+    def _target_of(self, name: UioName) -> Target | None:
+        if name.handler != HANDLER:
+            return None
+        try:
+            target = Target.of(name.device.removeprefix("dev_"), self._tenant)
+        except DeviceError:  # made by somebody with names of his own
+            return None
+        return target if target.backstore == name.backstore else None
+
+    def _attached(self, target: Target, config: Path) -> AttachedDevice:
+        deadline = time.monotonic() + _SERVED_S
+        while True:
+            device = next((each for each in self.list() if each.device_id == target.device_id), None)
+            if device is not None and device.config != config:
+                raise DeviceError(f"{target.backstore}: serves {device.config} (wanted {config})")
+            if device is not None and device.alive:
+                return device
+            if time.monotonic() > deadline:
+                trouble = "no daemon serves it" if device is not None else "half made, and left so by whoever made it"
+                raise DeviceError(f"{target.backstore}: {trouble} (waited {_SERVED_S:g} s)")
+            time.sleep(_PAUSE_S)
+
+
+# As overlaybd-snapshotter lays them out: <root>/snapshots/<id>/block/config.v1.json.
+def _snapshot_of(config: Path) -> str:
+    name = config.parent.parent.name
+    if config.parent.name != "block" or not name.isdecimal():
+        raise DeviceError(f"{config}: no image of a snapshot (wanted .../<id>/block/config.v1.json)")
+    return name
+
+
+def _description(target: Target, disk: Path, config: Path, number: int) -> AttachedDevice:
+    servers = holders(number)
+    return AttachedDevice(
+        device_id=target.device_id,
+        path=disk,
+        size=_number(disk, "size") * _SECTOR,
+        read_only=bool(_number(disk, "ro")),
+        pid=servers[0] if servers else 0,
+        config=config,
+        kind=KIND,
+        alive=bool(servers),
+    )
+
+
+def _number(disk: Path, name: str) -> int:
+    try:
+        return int(Path("/sys/block", disk.name, name).read_text())
+    except (OSError, ValueError):  # going
+        return 0

@@ -1,0 +1,257 @@
+"""Images as devices of every kind the kernel has, through the one way of attaching; survival, upgrade, growth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from obdlab.devices import kinds, mount
+from obdlab.errors import DeviceError
+from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.settings import Settings
+from obdlab.layers.append import AppendUpper
+from obdlab.service import capabilities
+from obdlab.service.cleanup import clean_up
+from obdlab.service.client import AttachedDevice, DeviceService
+from obdlab.service.live import LiveDevice
+from obdlab.service.rundir import DeviceRecord
+from tests.devices.contract import read_direct, write_direct
+from tests.devices.verifying import verified
+from tests.service.killing import kill, kill_for_good, until
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
+MIB = 1 << 20
+#: Emulated processors are slow.
+PATIENCE_S = 90.0
+OTHERS = ("ublk", "tcmu")
+
+in_vm = pytest.mark.vm
+
+
+def service_of(directory: Path, kind: str, **changes: object) -> DeviceService:
+    settings = replace(Settings(), cache_dir=directory / "cache", device_kind=kind, **changes)  # type: ignore[arg-type]
+    return DeviceService(directory.resolve() / "run", settings)
+
+
+@contextmanager
+def serving(directory: Path, kind: str, **changes: object) -> Iterator[DeviceService]:
+    service = service_of(directory, kind, **changes)
+    try:
+        yield service
+    finally:
+        service.shutdown(force=True)
+        sys.stderr.write(service.run_dir.host_log.read_text() if service.run_dir.host_log.exists() else "")
+
+
+def golden_config(directory: Path) -> Path:
+    path = directory / "config.v1.json"
+    ImageConfig(lowers=tuple(LowerConfig(file=str(GOLDEN / f"layer{n}.obd")) for n in (1, 2))).save(path)
+    return path
+
+
+def writable_config(directory: Path, size: int) -> Path:
+    data, index = directory / "data", directory / "index"
+    AppendUpper.create(data, index, size).close()
+    path = directory / "config.v1.json"
+    ImageConfig(upper=UpperConfig(index=str(index), data=str(data))).save(path)
+    return path
+
+
+def replaced(service: DeviceService, device: AttachedDevice) -> AttachedDevice:
+    """Wait for another server; return the device then."""
+
+    def found() -> bool:
+        record = DeviceRecord.load(service.run_dir.device(device.device_id))
+        return record is not None and record.pid != device.pid and record.process.alive
+
+    until(found, PATIENCE_S)
+    return service.list()[0]
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_image_is_attached_listed_mounted_and_gone(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind) as service:
+        config = golden_config(tmp_path)
+        device = service.attach(config)
+        assert (device.kind, device.read_only, device.alive) == (kind, True, True)
+        assert str(device.path).startswith({"ublk": "/dev/ublkb", "tcmu": "/dev/sd"}[kind])
+        assert service.attach(config) == device
+        with pytest.raises(DeviceError, match=f"attached as {kind} .wanted fuse.loop"):
+            service_of(tmp_path, "fuse+loop").attach(config)
+        (tmp_path / "mnt").mkdir()
+        service.mount(device, tmp_path / "mnt")
+        assert os.listdir(tmp_path / "mnt")
+        with pytest.raises(DeviceError, match="mounted on"):
+            service.detach(device.device_id)
+        assert [each.path for each in service.list()] == [device.path]
+        assert service.statistics(device.device_id)["reads"] > 0
+        mount.unmount(tmp_path / "mnt")
+        assert service.detach(device.device_id)
+        assert service.list() == []
+        assert kinds.devices_of(service.run_dir.device(device.device_id)) == []
+        assert not device.path.exists()
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind) as service:
+        device = service.attach(writable_config(tmp_path, 16 * MIB))
+        write_direct(device.path, MIB, b"written!" * 512)
+        kill(device.pid)
+        assert read_direct(device.path, MIB, 4096) == b"written!" * 512
+        device = replaced(service, device)
+        assert (device.restarts, device.kind) == (1, kind)
+        assert service.upgrade(device.device_id, force=True)
+        after = service.list()[0]
+        assert after.pid != device.pid
+        assert after.keeper_pid != device.keeper_pid
+        assert after.path == device.path
+        assert read_direct(device.path, MIB, 4096) == b"written!" * 512
+        write_direct(device.path, 0, b"again!!!" * 512)
+        assert service.detach(device.device_id)
+
+
+@in_vm
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_kills_under_load_cost_no_byte(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind) as service:
+        device = service.attach(writable_config(tmp_path, 64 * MIB))
+        with verified(device.path):
+            for round_ in range(10):
+                time.sleep(1.0 + round_ / 5)
+                kill(device.pid)
+                device = replaced(service, device)
+            service.upgrade(device.device_id, force=True)
+        assert service.list()[0].restarts >= 10
+
+
+@in_vm
+def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Path) -> None:
+    for kind in OTHERS:
+        directory = tmp_path / kind
+        directory.mkdir()
+        with serving(directory, kind) as service:
+            device = service.attach(writable_config(directory, 8 * MIB))
+            live = LiveDevice(service, device.device_id)
+            if kind == "ublk":
+                with pytest.raises(DeviceError, match="cannot grow"):
+                    live.resize(24 * MIB)
+                continue
+            assert live.resize(24 * MIB) == 8 * MIB
+            assert int(Path(f"/sys/block/{device.path.name}/size").read_text()) * 512 == 24 * MIB
+            write_direct(device.path, 20 * MIB, b"x" * 4096)
+            assert read_direct(device.path, 20 * MIB, 4096) == b"x" * 4096
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind, read_deadline_s=2.0) as service:
+        device = service.attach(writable_config(tmp_path, 16 * MIB))
+        write_direct(device.path, 0, b"x" * 4096)
+        (tmp_path / "data").rename(tmp_path / "away")
+        kill(device.pid)
+        begun = time.monotonic()
+        with pytest.raises(OSError):
+            read_direct(device.path, 0, 4096)
+        assert time.monotonic() - begun < PATIENCE_S
+        assert "given up" in service.run_dir.host_log.read_text()
+        until(lambda: not any(each.alive for each in service.list()), PATIENCE_S)
+        service.detach(device.device_id)
+        assert kinds.devices_of(service.run_dir.device(device.device_id)) == []
+        (tmp_path / "away").rename(tmp_path / "data")
+        device = service.attach(tmp_path / "config.v1.json")
+        assert read_direct(device.path, 0, 4096) == b"x" * 4096
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_released_device_goes_with_its_last_user(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind) as service:
+        device = service.attach(golden_config(tmp_path))
+        (tmp_path / "mnt").mkdir()
+        service.mount(device, tmp_path / "mnt")
+        other = subprocess.Popen(["unshare", "--mount", "sleep", "1000"])
+        until(lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"), PATIENCE_S)
+        mount.unmount(tmp_path / "mnt")
+        assert not service.release(device.device_id)
+        assert service.list()[0].alive
+        other.kill()
+        other.wait()
+        until(lambda: service.list() == [], PATIENCE_S)
+        until(lambda: not device.path.exists(), PATIENCE_S)
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path, kind) as service:
+        device = service.attach(writable_config(tmp_path, 16 * MIB))
+        kill_for_good(device)
+        reader = subprocess.Popen(["dd", f"if={device.path}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"])
+        time.sleep(0.5)
+        report = clean_up(service, force=True)
+        assert report.in_use == []
+        assert kinds.devices_of(service.run_dir.device(device.device_id)) == []
+        assert not device.path.exists()
+        assert reader.wait(PATIENCE_S) != 0
+
+
+@in_vm
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_many_rounds_leave_nothing(tmp_path: Path, kind: str) -> None:
+    rounds = int(os.environ.get("OBDLAB_ROUNDS", "1000"))
+    with serving(tmp_path, kind) as service:
+        config = golden_config(tmp_path)
+        for _ in range(rounds):
+            device = service.attach(config)
+            read_direct(device.path, 0, 4096)
+            assert service.detach(device.device_id)
+        assert service.list() == []
+        assert kinds.directories_below(service.run_dir.devices) == set()
+
+
+@in_vm
+def test_doctor_names_what_the_host_has_and_the_choice_can_be_forced(tmp_path: Path) -> None:
+    found = {check.name: check for check in capabilities.run_checks() if check.purpose == "device kinds"}
+    assert all(found[kind].ok for kind in kinds.KINDS)
+    assert found["chosen by itself"].detail.startswith(kinds.best().name)
+    with serving(tmp_path, "auto") as service:
+        config = golden_config(tmp_path)
+        assert service.attach(config).kind == kinds.best().name
+        command = [sys.executable, "-m", "obdlab", "attach", "--device", "ublk", "--id", "forced"]
+        command += ["--run-dir", str(service.run_dir.path), "--cache-dir", str(tmp_path / "cache"), str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout.startswith("/dev/ublkb"), done.stderr
+
+
+@pytest.mark.kernel
+def test_a_kind_that_is_missing_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    missing = [kind for kind in OTHERS if kinds.KINDS[kind].missing()]
+    if not missing:
+        pytest.skip("this host has all kinds")
+    with serving(tmp_path, missing[0]) as service:
+        with pytest.raises(DeviceError, match=f"this host has no {missing[0]} devices: .*try: .*modprobe"):
+            service.attach(golden_config(tmp_path))
+        assert service.list() == []
+        assert list(service.run_dir.devices.iterdir()) == []
+
+
+def test_names() -> None:
+    with pytest.raises(DeviceError, match=r"no such kind of device .got 'nbd', wanted auto or one of"):
+        kinds.find("nbd")
+    assert kinds.find("auto") in kinds.KINDS.values()
