@@ -164,6 +164,11 @@ class Fetches:
             with self._lock:
                 self._unused.difference_update(range(fetched, stop))
 
+    def count_request(self) -> None:
+        """Count a request that brings the units of several fetches."""
+        with self._lock:
+            self._units.counters.requests += 1
+
     def give_back(self, flight: Flight) -> None:
         """What was claimed is not fetched: those who wait for it do."""
         with self._lock:

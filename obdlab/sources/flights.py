@@ -30,8 +30,8 @@ class Statistics:
     uncached_bytes: int = 0  # fetched but not kept: cache or disk full
 
     def count(self, flight: Flight) -> None:
-        """Count a fetch that is over."""
-        self.requests += 1
+        """Count a fetch that is over; requests that bring several are counted by who makes them."""
+        self.requests += not flight.streamed
         if flight.data is None:
             self.failed_requests += 1
         elif flight.prefetch:
@@ -56,7 +56,7 @@ def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
 class Flight:
     """Units being fetched, by whoever set ``started``; the others wait for ``done``."""
 
-    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "started", "stop")
+    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "started", "stop", "streamed")
 
     def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
         self.first = first
@@ -64,6 +64,7 @@ class Flight:
         self.ahead = ahead  # nobody waited when it was asked for
         self.background = False
         self.prefetch = False
+        self.streamed = False
         self.started = not ahead
         self.done = threading.Event()
         self.data: bytes | None = None

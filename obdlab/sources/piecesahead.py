@@ -67,6 +67,7 @@ class PiecesAhead:
         offset, length = self._fetches.range_of(flight)
         if not isinstance(self._origin, Streams):
             return self._origin.read_at(offset, length)
+        flight.streamed = True
         with deadline_of_thread(deadline):
             try:
                 data = self._streamed(self._origin, offset, length)
@@ -80,6 +81,7 @@ class PiecesAhead:
         stream = self._stream
         if stream is None or not stream.position <= offset <= stream.position + _MOST_SKIPPED:
             self._close_stream()
+            self._fetches.count_request()
             stream = self._stream = origin.open_range(offset, self._fetches.end_of(self._stop) - offset)
         if offset > stream.position:
             stream.read(offset - stream.position)

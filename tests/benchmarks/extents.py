@@ -75,13 +75,14 @@ class Recorder(Blob):
 
 
 @contextmanager
-def registry(rate_mbit: float, rtt_ms: float) -> Iterator[RegistryHost]:
+def registry(rate_mbit: float, rtt_ms: float, data: Path | None = None) -> Iterator[RegistryHost]:
     """Serve what the lab's registry holds over a shaped link; the files are shared, not copied."""
+    data = data or LAB
     with (
-        tempfile.TemporaryDirectory(prefix="extents-", dir=LAB.parents[1]) as work,
+        tempfile.TemporaryDirectory(prefix="extents-", dir=data.parents[1]) as work,
         ExperimentNetwork(rate_mbit, rtt_ms, Path(work) / "state") as network,
     ):
-        subprocess.run(["cp", "-al", LAB, Path(work) / "data"], check=True)
+        subprocess.run(["cp", "-al", data, Path(work) / "data"], check=True)
         with RegistryHost(Path(work), network) as host:
             host.preload()
             yield host

@@ -6,7 +6,8 @@ As in :mod:`tests.benchmarks.extents`, the image's program is started once and i
 against a cold cache, from before the image is opened until the last of them is there; the program itself takes no
 time. At the first start the trace is recorded. "ideal" is what the units that were used take at the link's rate, and
 two round trips. Over-read is what was prefetched and not used, as a share of what was. "other" is the trace with its
-layers' offsets turned around, that of another program. The image must have been converted into the lab's registry.
+layers' offsets turned around, that of another program; "hot" is the image with a hot layer of the trace, by its
+compression and block size. The image must have been converted into the lab's registry.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,15 +23,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from obdlab.convert.source import open_destination, open_source
+from obdlab.convert.traces import add_hot_layer
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
 from obdlab.image.settings import Settings
+from obdlab.image.writing import Packing
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.recipe import find_recipe
+from obdlab.registry.client import RegistryClient
 from tests.benchmarks.extents import LAB, Read, image_config, record, registry, replay
+from tests.registry.server import running_registry
 
 MiB = 1 << 20
+HOT = [Packing("lz4", 4096, tar=True), Packing("zstd", 4096, tar=True), Packing("zstd", 32768, tar=True)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,23 @@ def reversed_trace(trace: Trace) -> Trace:
     return Trace.from_reads((layer, ends[layer] - at - size, size) for layer, at, size in trace.reads())
 
 
+def add_hot_layers(directory: Path, image: str, tag: str, trace: bytes) -> dict[str, str]:
+    """Store the image with hot layers of several packings beside it; return their tags by name."""
+    tags = {}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as cache, running_registry(directory) as server:
+        client = RegistryClient()
+        for packing in HOT:
+            name = f"hot {packing.algorithm} {packing.block_size >> 10}"
+            tags[name] = f"{tag}-{name.replace(' ', '-')}"
+            source = open_source(f"{server.host}/{image}:{tag}", client)
+            target = open_destination(f"{server.host}/{image}:{tags[name]}", client)
+            settings = Settings(cache_dir=Path(cache))
+            _, size = add_hot_layer(source, target, trace, settings, client=client, packing=packing)
+            print(f"{name}: {size / MiB:.2f} MiB")
+        client.close()
+    return tags
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", default="redis")
@@ -77,7 +102,7 @@ def main() -> None:
         raise SystemExit("needs root: mounts, a device, network namespaces")
     tags = LAB / "docker/registry/v2/repositories" / args.image / "_manifests/tags"
     tag = args.tag or max(path.name for path in tags.iterdir() if "-obd" in path.name)
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+    with tempfile.TemporaryDirectory(dir=LAB.parents[2]) as directory:
         path, other = Path(directory) / "trace", Path(directory) / "other"
         path.touch()
         with registry(0, 0) as host:
@@ -88,15 +113,20 @@ def main() -> None:
         print(
             f"{args.image}:{tag}: {len(reads)} reads of the disk, {len(trace)} of layers, {trace.size / MiB:.1f} MiB"
         )
-        choices = {"without": None, "with": path, "other": other}
+        data = Path(directory) / "registry" / "storage"
+        data.parent.mkdir()
+        subprocess.run(["cp", "-al", LAB, data], check=True)
+        hot_tags = add_hot_layers(data.parent, args.image, tag, path.read_bytes())
+        choices = {"without": None, "with": path, "other": other, **dict.fromkeys(hot_tags)}
         for rate in args.rates:
             for rtt in args.rtts:
-                with registry(rate, rtt) as host:
-                    config = image_config(host, args.image, tag)
+                with registry(rate, rtt, data) as host:
+                    configs = {name: image_config(host, args.image, hot_tags.get(name, tag)) for name in choices}
                     outcomes: dict[str, list[Outcome]] = {name: [] for name in choices}
                     for _ in range(args.rounds):
                         for name, chosen in choices.items():
-                            outcomes[name].append(start_once(config, reads, Settings(trace_path=chosen)))
+                            settings = Settings(trace_path=chosen)
+                            outcomes[name].append(start_once(configs[name], reads, settings))
                 report(rate, rtt, outcomes)
 
 
@@ -109,7 +139,7 @@ def report(rate: float, rtt: float, outcomes: dict[str, list[Outcome]]) -> None:
         ideal = (used + counted["demand_bytes"]) * 8e-6 / rate + 2e-3 * rtt
         over = counted["prefetch_bytes"] / used - 1 if used else 0.0
         print(
-            f"{rate:5g} Mbit/s {rtt:2g} ms  {name:8} {middle.total_s:6.2f} s "
+            f"{rate:5g} Mbit/s {rtt:2g} ms  {name:11} {middle.total_s:6.2f} s "
             f"({middle.total_s / without:.2f} of without, {middle.total_s / ideal:.2f} of ideal)  "
             f"{counted['requests']:4} requests  {middle.fetched / MiB:6.2f} MiB  "
             f"prefetched {counted['prefetch_bytes'] / MiB:.2f} MiB, over-read {over:.1%}, misses {counted['misses']}",
