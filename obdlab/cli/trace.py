@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli import trace_publish
-from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from, settings_from
-from obdlab.errors import DeviceError, ObdlabError
+from obdlab.cli import trace_publish, trace_record
+from obdlab.cli.common import add_registry_options, settings_from
+from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     import argparse
@@ -36,22 +32,7 @@ def add(subcommands: Any) -> None:
         ),
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    record = actions.add_parser(
-        "record",
-        help="record a device in use",
-        description=(
-            "Records what is read of the device from now on; the device is not disturbed. What the kernel has cached "
-            "already is not read again: for all that a start reads, begin before the device is mounted."
-        ),
-    )
-    record.add_argument("device", metavar="DEVICE", help="its id, or its node such as /dev/loop3")
-    record.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
-    until = record.add_mutually_exclusive_group()
-    until.add_argument("--seconds", type=_seconds, default=60.0, metavar="N", help="for so long (default: 60)")
-    until.add_argument("--until-signal", action="store_true", help="until SIGINT (Ctrl-C), SIGTERM or SIGUSR1")
-    record.add_argument("-q", "--quiet", action="store_true", help="no summary")
-    add_runtime_options(record)
-    record.set_defaults(run=run_record)
+    trace_record.add(actions)
 
     show = actions.add_parser("show", help="what is in a trace")
     show.add_argument("file", type=Path, metavar="TRACE")
@@ -84,60 +65,6 @@ def add(subcommands: Any) -> None:
     add_registry_options(chosen)
     chosen.set_defaults(run=run_filter)
     trace_publish.add(actions)
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise ValueError(text)
-    return value
-
-
-def run_record(args: argparse.Namespace) -> int:
-    """Record one device."""
-    from obdlab.service.live import LiveDevice, find_device
-
-    service = device_service_from(args)
-    device = find_device(service, args.device)
-    if device is None:
-        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
-    if not args.output.absolute().parent.is_dir():
-        raise TraceCommandError(f"{args.output}: no directory to write it to")
-    ended = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: ended.set())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    live = LiveDevice(service, device.device_id)
-    try:
-        live.start_recording()
-        _wait(ended, None if args.until_signal else args.seconds, args.quiet)
-        done = live.stop_recording(args.output)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if not args.quiet:
-        print(f"{args.output}: {done.reads} reads, {done.size} bytes")
-    if done.left_out:
-        print(f"obdlab trace: {done.left_out} reads came after the trace was full", file=sys.stderr)
-    return 0
-
-
-def _wait(ended: threading.Event, seconds: float | None, quiet: bool) -> None:
-    from tqdm import tqdm
-
-    deadline = None if seconds is None else time.monotonic() + seconds
-    with tqdm(
-        total=seconds, desc="recording", unit="s", leave=False, disable=True if quiet else None, file=sys.stderr
-    ) as bar:
-        began = time.monotonic()
-        while not ended.is_set():
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                return
-            ended.wait(0.5 if deadline is None else min(0.5, deadline - now))
-            bar.n = round(time.monotonic() - began, 1)
-            bar.refresh()
 
 
 def run_show(args: argparse.Namespace) -> int:
