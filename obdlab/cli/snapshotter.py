@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.image.settings import Settings
+    from obdlab.service.telling import Telling
+    from obdlab.snapshotter.core import Snapshotter
+    from obdlab.snapshotter.layout import Layout
 
 _GRACE_S = 10.0
 
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
+    telling = _tell_counters(args.run_dir.absolute(), layout, snapshotter)
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
@@ -85,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     notify.ready()
     wait_for_signal()
     notify.stopping()
+    if telling is not None:
+        telling.close()
     if exporter is not None:
         exporter.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -97,6 +104,22 @@ def run(args: argparse.Namespace) -> int:
         os._exit(0)
     snapshotter.close()
     return 0
+
+
+# What calls took and failed, for exporters. Nobody must do without a snapshotter for want of them.
+def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
+    from obdlab.observe.counters import counted
+    from obdlab.service.telling import SNAPSHOTS, Telling
+
+    def table() -> dict[str, dict[str, float]]:
+        return counted() | {SNAPSHOTS: {kind: float(count) for kind, count in snapshotter.counts().items()}}
+
+    name = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
+    try:
+        return Telling(run_dir, name, table)
+    except OSError as error:
+        logging.getLogger(__name__).warning("no counters for exporters: %s", error)
+        return None
 
 
 # A process of its own: metrics are there also while this one is busy, and a scrape takes none of its time. It ends

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from obdlab.errors import DeviceError
 from obdlab.observe.counters import Table, add_to
-from obdlab.service import control, tally
+from obdlab.service import control, snapshotters, tally
 from obdlab.service.families import Interval, gauge, hit_ratio, original_metrics, table_metrics
 from obdlab.service.rundir import DeviceRecord, Process, RunDir
 from obdlab.sources.cachespace import disk_usage
@@ -87,6 +87,10 @@ class Collected:
         self._known: dict[str, Server] = {}
         self._lock = threading.Lock()
         self._tally = tally.Tally()
+
+    def look_at_snapshotters(self) -> list[Table]:
+        """Return what the run directory's snapshotters have counted."""
+        return snapshotters.ask_all(self._run.path, self._deadline_s)
 
     def look(self) -> Snapshot:
         """Return the present state."""
@@ -190,6 +194,7 @@ class ObdlabCollector(Collector):
         yield from table_metrics("obdlab_device_", snapshot.tables)
         yield from table_metrics("obdlab_", {"": snapshot.total})
         yield from self._original_metrics(snapshot)
+        yield from snapshotters.metrics(self._collected.look_at_snapshotters())
 
     def _device_gauges(self, snapshot: Snapshot) -> Iterator[Metric]:
         under_way: dict[tuple[str, ...], float] = {(device_id,): 0 for device_id in snapshot.states}

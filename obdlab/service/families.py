@@ -25,7 +25,7 @@ Labels = TypeVar("Labels", bound=tuple[str, ...])
 
 #: Bounds of all histograms: 2^14 ns (16 µs) to 2^37 ns (137 s), each twice the one before.
 BOUNDS = range(14, 38)
-_BOUND_TEXTS = [repr((1 << bits) / 1e9) for bits in BOUNDS]
+BOUND_TEXTS = [repr((1 << bits) / 1e9) for bits in BOUNDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def table_metrics(prefix: str, tables: Mapping[str, Table]) -> list[Metric]:
         histogram = HistogramMetricFamily(f"{prefix}{family.name}", family.help, labels=["device"] * by_device)
         for device_id, table in tables.items():
             below, count, sum_s = cumulated(table.get(family.name, {}), BOUNDS)
-            buckets = [*zip(_BOUND_TEXTS, below, strict=True), ("+Inf", count)]
+            buckets = [*zip(BOUND_TEXTS, below, strict=True), ("+Inf", count)]
             histogram.add_metric([device_id] * by_device, buckets, sum_s)
         metrics.append(histogram)
     return metrics

@@ -195,6 +195,19 @@ class Snapshotter:
             logger.info("deleting leftover %s", directory)
             self._snapshots.delete_directory(directory)
 
+    def is_well(self) -> bool:
+        """Tell whether calls can be answered: the root is there, its metadata can be read."""
+        try:
+            return self._layout.snapshots.is_dir() and bool(self.counts())
+        except (ObdlabError, OSError) as error:
+            logger.error("not well: %s", error)
+            return False
+
+    def counts(self) -> dict[str, int]:
+        """Return how many snapshots there are of each kind."""
+        with self._store.read() as reader:
+            return {kind.name.lower(): number for kind, number in reader.counts().items()}
+
     def close(self) -> None:
         """Stop using the root. Devices and mounts stay: containers run on them. Closing twice is allowed."""
         self._store.close()

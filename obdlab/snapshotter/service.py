@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,12 +19,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from obdlab.containerd._pb import snapshots_pb2 as pb
 from obdlab.containerd._pb import snapshots_pb2_grpc, types_pb2
 from obdlab.errors import ObdlabError, SourceError
+from obdlab.observe.counters import Counter, Histogram
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
 )
+from obdlab.snapshotter.health import Health
 from obdlab.snapshotter.store import Kind
 
 if TYPE_CHECKING:
@@ -35,6 +38,11 @@ if TYPE_CHECKING:
     from obdlab.snapshotter.store import Snapshot
 
 logger = logging.getLogger(__name__)
+
+#: By function and code, as in "Stat:NOT_FOUND"; how long calls took is one histogram for each function.
+RPC_ERRORS = Counter("rpc_errors")
+RPC_SECONDS = "rpc_seconds"
+_SERVICE = "containerd.services.snapshots.v1.Snapshots"
 
 #: An attach waits for a registry; a few dozen of them must not keep Stat and Mounts of others from being answered.
 _WORKERS = 64
@@ -68,41 +76,41 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
         self, request: pb.PrepareSnapshotRequest, context: grpc.ServicerContext
     ) -> pb.PrepareSnapshotResponse:
         """Make an active snapshot."""
-        with _answering(context, f"prepare {request.key!r}"):
+        with _answering(context, "Prepare", f"prepare {request.key!r}"):
             mounts = self._snapshotter.prepare(request.key, request.parent, dict(request.labels))
             return pb.PrepareSnapshotResponse(mounts=_mounts(mounts))
 
     def View(self, request: pb.ViewSnapshotRequest, context: grpc.ServicerContext) -> pb.ViewSnapshotResponse:
         """Make a read-only snapshot."""
-        with _answering(context, f"view {request.key!r}"):
+        with _answering(context, "View", f"view {request.key!r}"):
             mounts = self._snapshotter.view(request.key, request.parent, dict(request.labels))
             return pb.ViewSnapshotResponse(mounts=_mounts(mounts))
 
     def Mounts(self, request: pb.MountsRequest, context: grpc.ServicerContext) -> pb.MountsResponse:
         """Tell how to mount a snapshot."""
-        with _answering(context, f"mounts of {request.key!r}"):
+        with _answering(context, "Mounts", f"mounts of {request.key!r}"):
             return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
 
     def Commit(self, request: pb.CommitSnapshotRequest, context: grpc.ServicerContext) -> Empty:
         """Turn an active snapshot into a committed one."""
-        with _answering(context, f"commit {request.key!r} as {request.name!r}"):
+        with _answering(context, "Commit", f"commit {request.key!r} as {request.name!r}"):
             self._snapshotter.commit(request.name, request.key, dict(request.labels))
             return Empty()
 
     def Remove(self, request: pb.RemoveSnapshotRequest, context: grpc.ServicerContext) -> Empty:
         """Forget a snapshot."""
-        with _answering(context, f"remove {request.key!r}"):
+        with _answering(context, "Remove", f"remove {request.key!r}"):
             self._snapshotter.remove(request.key)
             return Empty()
 
     def Stat(self, request: pb.StatSnapshotRequest, context: grpc.ServicerContext) -> pb.StatSnapshotResponse:
         """Describe a snapshot."""
-        with _answering(context, f"stat {request.key!r}"):
+        with _answering(context, "Stat", f"stat {request.key!r}"):
             return pb.StatSnapshotResponse(info=_info(self._snapshotter.stat(request.key)))
 
     def Update(self, request: pb.UpdateSnapshotRequest, context: grpc.ServicerContext) -> pb.UpdateSnapshotResponse:
         """Change labels."""
-        with _answering(context, f"update {request.info.name!r}"):
+        with _answering(context, "Update", f"update {request.info.name!r}"):
             snapshot = self._snapshotter.update(
                 request.info.name, dict(request.info.labels), list(request.update_mask.paths)
             )
@@ -112,20 +120,20 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ListSnapshotsResponse]:
         """Describe all snapshots that match."""
-        with _answering(context, "list"):
+        with _answering(context, "Walk", "list"):
             snapshots = self._snapshotter.walk(list(request.filters))
         for start in range(0, len(snapshots), _LIST_BATCH):
             yield pb.ListSnapshotsResponse(info=map(_info, snapshots[start : start + _LIST_BATCH]))
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageResponse:
         """Tell what disk space a snapshot takes."""
-        with _answering(context, f"usage of {request.key!r}"):
+        with _answering(context, "Usage", f"usage of {request.key!r}"):
             usage = self._snapshotter.usage(request.key)
             return pb.UsageResponse(size=usage.size, inodes=usage.inodes)
 
     def Cleanup(self, request: pb.CleanupRequest, context: grpc.ServicerContext) -> Empty:
         """Delete leftovers."""
-        with _answering(context, "cleanup"):
+        with _answering(context, "Cleanup", "cleanup"):
             self._snapshotter.cleanup()
             return Empty()
 
@@ -139,6 +147,8 @@ class SnapshotServer:
         _make_room(address)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
         self._server = grpc.server(self._pool)
+        self._health = Health(frozenset({_SERVICE}), snapshotter.is_well)
+        self._health.add_to(self._server)
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotService(snapshotter), self._server)
         try:
             self._server.add_insecure_port(f"unix:{address}")
@@ -155,6 +165,7 @@ class SnapshotServer:
 
         Returns whether all have ended: the client of one that waits for a device is told, but its thread goes on.
         """
+        self._health.stop()
         self._server.stop(grace_s).wait()
         self.address.unlink(missing_ok=True)
         ending = threading.Thread(target=self._pool.shutdown, daemon=True)
@@ -186,17 +197,29 @@ def _make_room(address: Path) -> None:
 
 
 @contextmanager
-def _answering(context: grpc.ServicerContext, what: str) -> Iterator[None]:
+def _answering(context: grpc.ServicerContext, function: str, what: str) -> Iterator[None]:
+    began = time.perf_counter()
     try:
-        yield
+        with _timed(function, began):
+            yield
     except ObdlabError as error:
         code = next(code for kind, code in _CODES if isinstance(error, kind))
+        RPC_ERRORS.add(label=f"{function}:{code.name}")
         expected = code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
         logger.log(logging.INFO if expected else logging.WARNING, "%s: %s (%s)", what, error, code.name)
         context.abort(code, _shortened(str(error)))
     except OSError as error:
         logger.exception("%s failed", what)
+        RPC_ERRORS.add(label=f"{function}:{grpc.StatusCode.INTERNAL.name}")
         context.abort(grpc.StatusCode.INTERNAL, f"{what}: {error}")
+
+
+@contextmanager
+def _timed(function: str, began: float) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        Histogram(f"{RPC_SECONDS}:{function}").observe(time.perf_counter() - began)
 
 
 def _shortened(text: str) -> str:

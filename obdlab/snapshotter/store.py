@@ -137,6 +137,11 @@ class Reader:
         """Tell whether an active snapshot or a view lies on this one, directly or on layers between."""
         return self._connection.execute(_CONTAINERS, (snapshot_id,)).fetchone() is not None
 
+    def counts(self) -> dict[Kind, int]:
+        """Return how many snapshots there are of each kind."""
+        rows = self._connection.execute("SELECT kind, count(*) FROM snapshot GROUP BY kind")
+        return dict.fromkeys(Kind, 0) | {Kind(kind): number for kind, number in rows}
+
     def all(self) -> list[Snapshot]:
         """Return all snapshots, oldest first."""
         return [_snapshot(row) for row in self._connection.execute(f"SELECT {_COLUMNS} ORDER BY s.id")]

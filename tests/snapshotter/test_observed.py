@@ -12,12 +12,20 @@ import time
 import urllib.request
 from pathlib import Path
 
+import grpc
 import pytest
+from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.settings import Settings
+from obdlab.service import snapshotters, telling
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
+from obdlab.service.exporter import Collected, ObdlabCollector
+from obdlab.snapshotter import health
+from obdlab.snapshotter.errors import NotFoundError
+from tests.containerd_host import SnapshotterProcess
+from tests.snapshotter.wire import WireSnapshotter
 
 LAYER = Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd"
 
@@ -64,6 +72,7 @@ def test_an_exporter_lives_as_long_as_its_snapshotter(tmp_path: Path, end: signa
         try:
             assert 'obdlab_devices{state="alive"} 0.0' in until_answered(f"http://127.0.0.1:{port}/metrics")
             assert json.loads(until_answered(f"http://127.0.0.1:{port}/healthz"))["ok"] is True
+            assert "is_alive 1.0" in until_answered(f"http://127.0.0.1:{port}/metrics")
         finally:
             os.kill(process.pid, end)
         process.wait(60)
@@ -92,3 +101,57 @@ def test_the_host_logs_as_the_snapshotter_was_told(tmp_path: Path) -> None:
             entry = json.loads(line)
             assert entry["level"] == "info"
             assert entry["process"].startswith("device")
+
+
+def test_calls_are_counted_and_health_is_told(tmp_path: Path) -> None:
+    process = SnapshotterProcess(tmp_path)
+    process.start()
+    client = WireSnapshotter(str(process.address))
+    client.prepare("key", "", {})
+    for _ in range(3):
+        with pytest.raises(NotFoundError):
+            client.stat("nothing")
+    client.prepare("extract", "", {"containerd.io/snapshot.ref": "chain"})
+    client.close()
+    collector = ObdlabCollector(Collected(process.run_dir, deadline_s=20), tmp_path / "cache")
+    served = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+    assert served["is_alive",] == 1
+    assert served["grpc_latency_seconds_count", "Stat"] == 3
+    assert served["grpc_error_count", "Stat"] == 3
+    assert served["grpc_error_count", "Prepare"] == 0
+    assert served["obdlab_snapshotter_rpc_errors_total", "NOT_FOUND", "Stat"] == 3
+    assert served["obdlab_snapshotter_fallbacks_total", "not-overlaybd"] == 1
+    assert served["obdlab_snapshotter_snapshots", "active"] == 2
+    check_health(process)
+    process.start()
+    process.stop(signal.SIGKILL)
+    assert snapshotters.ask_all(process.run_dir, 1.0) == []
+    assert list(telling.directory_of(process.run_dir).iterdir()) == []
+
+
+def check_health(process: SnapshotterProcess) -> None:
+    forms = {
+        "request_serializer": StringValue.SerializeToString,
+        "response_deserializer": UInt32Value.FromString,
+    }
+    with grpc.insecure_channel(f"unix:{process.address}", [("grpc.default_authority", "localhost")]) as channel:
+        check = channel.unary_unary(f"/{health.SERVICE}/Check", **forms)
+        watch = channel.unary_stream(f"/{health.SERVICE}/Watch", **forms)
+        for service in ("", "containerd.services.snapshots.v1.Snapshots"):
+            assert check(StringValue(value=service), timeout=20).value == health.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            check(StringValue(value="other"), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert next(watch(StringValue(value="other"), timeout=20)).value == health.SERVICE_UNKNOWN
+        states = watch(StringValue(), timeout=60)
+        assert next(states).value == health.SERVING
+        (process.root / "snapshots").rename(process.root / "elsewhere")
+        assert next(states).value == health.NOT_SERVING
+        (process.root / "elsewhere").rename(process.root / "snapshots")
+        assert next(states).value == health.SERVING
+        assert process.stop() == 0
+        assert next(states).value == health.NOT_SERVING
