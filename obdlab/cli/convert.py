@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, _interrupt)
     try:
         with image_client(args) as client:
-            converted = _convert(args, client)
+            converted = convert(args, client)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
+def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
+    """Convert the image or images that the arguments name. Raises ObdlabError."""
     from obdlab.convert.image import convert_image
     from obdlab.convert.platforms import ConvertedIndex, convert_platforms
 

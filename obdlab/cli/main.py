@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     "convert",
+    "convert_list",
     "compare",
     "rpull",
     "snapshotter",
+    "fsck",
     "mount",
     "attach",
     "nbd",

@@ -1,8 +1,8 @@
 """A whole conversion, from a registry on this machine to the image pushed there, beside gunzip and LZ4 of its bytes.
 
-Run: python -m tests.benchmarks.convert [LAYOUT [REPEATS]]: an OCI layout directory with one image; without one, an image
-made of this Python's packages. gzip and lz4 run one after the other, single-threaded, each over all layers. The least
-times of the repeats count. Memory is the sum over all processes of the conversion (PSS), looked at every 50 ms.
+Run: python -m tests.benchmarks.convert [LAYOUT [REPEATS]]: an OCI layout directory with one image; without one, an
+image made of this Python's packages. gzip and lz4 run one after the other, single-threaded, each over all layers. The
+least times of the repeats count. Memory is the sum over all processes of the conversion (PSS), looked at every 50 ms.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from obdlab.convert.layout import ImageLayout
 from obdlab.formats import oci
@@ -23,6 +23,9 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from tests.convert.layouts import Layout
 from tests.registry.server import running_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _LAYERS = 3
 _LOOK_S = 0.05
@@ -56,8 +59,12 @@ def push(root: Path, name: str) -> None:
     with closing(RegistryClient()) as client:
         repository = client.repository(reference)
         for blob in {one.digest: one for one in (manifest.config, *manifest.layers)}.values():
-            client.push_blob(repository, blob.digest, blob.size, partial(layout.blob_path(blob.digest).open, "rb"))
+            client.push_blob(repository, blob.digest, blob.size, opener(layout.blob_path(blob.digest)))
         client.put_manifest(reference, entry.media_type, data)
+
+
+def opener(path: Path) -> Callable[[], IO[bytes]]:
+    return lambda: path.open("rb")
 
 
 def converted(source: str, destination: str, work: Path) -> tuple[float, float]:
