@@ -35,6 +35,8 @@ MAILBOX_SIZE = 128
 ENTRY = Struct("=IHBBIII4xQ16xQQ")
 IOVECS_AT = 48
 IOVEC = Struct("=QQ")
+#: Where in an entry with one iovec the kernel puts the CDB.
+_ONE_IOVEC = IOVECS_AT + IOVEC.size
 #: Length of the smallest command entry: the response, with its 96 bytes of sense, overlays the request.
 ENTRY_LEAST = 112
 READ_LENGTH_AT = 12
@@ -44,6 +46,10 @@ SENSE_SIZE = 96
 _CDB_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
 _VARIABLE_LENGTH = 0x7F
 _CDB_MOST = 16
+
+_READ_10 = 0x28
+#: READ(10): operation code, first block, number of blocks.
+_CDB_READ_10 = Struct(">BxIxH")
 
 _U32 = Struct("=I")
 #: Of an entry, from its number on: cmd_id, kflags, uflags, scsi_status
@@ -58,6 +64,9 @@ Iovecs = tuple[tuple[int, int], ...]
 #: One SCSI command: its number; its CDB, empty if that lies outside the mapping or its length is not to be known;
 #: (offset, length) in the mapping of its data, or None if some of it lies outside the data area. Bare, for speed.
 Command = tuple[int, bytes, Iovecs | None]
+#: A READ(10) with its data in one piece, which is nearly all there is, decoded at once: number, first logical block,
+#: number of blocks, (offset, length) in the mapping. Another length than a Command's, which tells them apart.
+Read = tuple[int, int, int, int, int]
 
 
 class Ring:
@@ -91,11 +100,11 @@ class Ring:
         """Whether the kernel waits for nothing."""
         return bool(_U32.unpack_from(self.memory, HEAD_AT) == _U32.unpack_from(self.memory, TAIL_AT))
 
-    def take(self) -> list[Command]:
+    def take(self) -> list[Command | Read]:
         """Return the commands that have come since the last call. Raises RingError."""
-        memory, position, unpack = self.memory, self._taken, ENTRY.unpack_from
+        memory, position, unpack, unpack_read = self.memory, self._taken, ENTRY.unpack_from, _CDB_READ_10.unpack_from
         head = self._position(HEAD_AT)
-        commands: list[Command] = []
+        commands: list[Command | Read] = []
         places = []
         while position != head:
             at = self._offset + position
@@ -110,10 +119,13 @@ class Ring:
                 if length < ENTRY_LEAST:
                     raise RingError(f"a command at {position} of {length} bytes (wanted {ENTRY_LEAST} at least)")
                 if iovecs == 1 and self._data <= first and first + first_length <= self._size:
-                    data: Iovecs | None = ((first, first_length),)
+                    code, lba, blocks = unpack_read(memory, cdb) if cdb == at + _ONE_IOVEC else (0, 0, 0)
+                    if code == _READ_10:
+                        commands.append((cmd_id, lba, blocks, first, first_length))
+                    else:
+                        commands.append((cmd_id, self._cdb(cdb), ((first, first_length),)))
                 else:
-                    data = self._iovecs(at, length, iovecs)
-                commands.append((cmd_id, self._cdb(cdb), data))
+                    commands.append((cmd_id, self._cdb(cdb), self._iovecs(at, length, iovecs)))
                 places.append(position)
             elif op not in (OP_PAD, OP_TASK_MANAGEMENT):
                 memory[at + 7] = uflags | UFLAG_UNKNOWN_OP
@@ -125,6 +137,15 @@ class Ring:
                 if not self._places:
                     _U32.pack_into(memory, TAIL_AT, position)
         return commands
+
+    def complete_good(self, cmd_id: int) -> None:
+        """Answer one command that went well, all of its data being valid. As :meth:`complete`."""
+        memory, places = self.memory, self._places
+        with self._lock:
+            if not places:
+                raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
+            _ANSWER.pack_into(memory, self._offset + places.popleft() + 4, cmd_id, 0, 0, 0)
+            _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def complete(self, cmd_id: int, status: int, sense: bytes = b"", read_length: int = -1) -> None:
         """Answer one command; the kernel looks when it is told to. ``read_length``: how much of the data is valid.

@@ -106,10 +106,16 @@ class Transfer(NamedTuple):
 _U16, _U32, _U64 = Struct(">H"), Struct(">I"), Struct(">Q")
 #: 10-byte commands: first block, number of blocks.
 CDB_10 = Struct(">xxIxHx")
+_READ_10 = Struct(">BxIxHx")
 _CDB_12 = Struct(">xxII")
 _CDB_16 = Struct(">xxQI")
 #: 6-byte commands hold the address in 21 bits, with the operation code above them.
 _LBA_6 = 0x1FFFFF
+
+
+def read_10(lba: int, blocks: int) -> bytes:
+    """Return the command that reads these blocks."""
+    return _READ_10.pack(Op.READ_10, lba, blocks)
 
 
 def transfer_of(cdb: bytes) -> Transfer:
