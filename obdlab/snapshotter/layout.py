@@ -44,8 +44,8 @@ class RootError(ObdlabError):
 class Layout:
     """Paths under one root, and the making and deleting of snapshot directories."""
 
-    def __init__(self, root: Path) -> None:
-        """Make the root (0700) if need be and lock it for this process. Raises RootError."""
+    def __init__(self, root: Path, *, lock: bool = True) -> None:
+        """Make the root (0700) if need be and ``lock`` it for this process. Raises RootError."""
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -54,7 +54,7 @@ class Layout:
         if any(char in str(self.root) for char in ":,\\"):
             raise RootError(f"{self.root}: overlay mount options cannot hold this path (wanted none of ':,\\')")
         self.snapshots = self.root / "snapshots"
-        self._lock_fd = _lock(self.root / "lock")
+        self._lock_fd = _lock(self.root / "lock") if lock else -1
         self.snapshots.mkdir(mode=0o700, exist_ok=True)
         self._prefix = f"{self.snapshots}/"
 

@@ -337,6 +337,8 @@ def _labels_text(labels: Mapping[str, str]) -> str:
 
 def _snapshot(row: tuple[int, str, str, int, str, int, int, int, int]) -> Snapshot:
     snapshot_id, key, parent, kind, labels, created_ns, updated_ns, inodes, size = row
-    return Snapshot(
-        snapshot_id, key, parent, Kind(kind), json.loads(labels), created_ns, updated_ns, Usage(inodes, size)
-    )
+    try:
+        known = json.loads(labels)
+        return Snapshot(snapshot_id, key, parent, Kind(kind), known, created_ns, updated_ns, Usage(inodes, size))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"snapshot metadata: damaged row {snapshot_id} ({error})") from error

@@ -1,0 +1,170 @@
+"""Roots with something wrong in them: shown, mended, and in use again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from obdlab.cli.main import main
+from obdlab.image.config import ImageConfig
+from obdlab.snapshotter.errors import NotFoundError
+from obdlab.snapshotter.writable import LABEL_WRITABLE
+from tests.snapshotter.mounting import mounted
+from tests.snapshotter.test_core import DIGESTS, downloaded, open_snapshotter, pull
+from tests.snapshotter.test_writable import SMALL, Root, golden, root
+
+__all__ = ["root"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Plain layers 1 and 2, a container 3 on them; layers 4 and 5 of an image in a registry."""
+    snapshotter = open_snapshotter(tmp_path)
+    snapshotter.prepare("key", "", {})
+    snapshotter.commit("plain", "key", {})
+    snapshotter.prepare("key", "plain", {})
+    snapshotter.commit("upper", "key", {})
+    snapshotter.prepare("container", "upper", {})
+    pull(snapshotter)
+    pull(snapshotter, 1, "chain0")
+    snapshotter.close()
+    return tmp_path / "root"
+
+
+def fsck(home: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str]]:
+    status = main(["fsck", str(home), "--run-dir", str(home.parent / "run"), "--plain-http", "plain.test", *options])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_a_sound_root(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fsck(home, capsys) == (0, [f"{home}: nothing wrong"])
+    assert fsck(home, capsys, "--repair") == (0, [f"{home}: nothing wrong"])
+
+
+def break_config(home: Path) -> None:
+    (home / "snapshots/5/block/config.v1.json").write_text("{")
+
+
+def break_lowers(home: Path) -> None:
+    path = home / "snapshots/5/block/config.v1.json"
+    values = json.loads(path.read_text())
+    values["lowers"] = values["lowers"][1:]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (lambda home: shutil.rmtree(home / "snapshots/5"), "snapshots/5 is gone"),
+        (lambda home: shutil.rmtree(home / "snapshots/4"), "snapshots/4 is gone"),
+        (lambda home: (home / "snapshots/5/block/config.v1.json").unlink(), "config.v1.json is gone"),
+        (lambda home: (home / "snapshots/5/block/mountpoint").rmdir(), "mountpoint is gone"),
+        (lambda home: (home / "snapshots/3/work").rmdir(), "work is gone"),
+        (lambda home: (home / "snapshots/4/fs/overlaybd.commit").write_text("damaged"), "overlaybd.commit"),
+        (lambda home: (home / "snapshots/99/fs").mkdir(parents=True), "snapshots/99: belongs to no snapshot"),
+        (lambda home: (home / "snapshots/file").write_text("x"), "file: belongs to no snapshot"),
+        (break_config, "not JSON"),
+        (break_lowers, "names other layers"),
+    ],
+)
+def test_what_can_be_made_again(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, harm: object, text: str
+) -> None:
+    wanted = ImageConfig.load(home / "snapshots/5/block/config.v1.json")
+    assert callable(harm)
+    harm(home)
+    status, lines = fsck(home, capsys)
+    assert status == 1
+    assert text in lines[0]
+    assert "remedy: " in lines[0]
+    assert "belongs" in text or fsck(home, capsys)[0] == 1  # looking changes nothing
+    status, lines = fsck(home, capsys, "--repair")
+    assert status == 0, lines
+    assert lines[-1].endswith("mended")
+    assert fsck(home, capsys) == (0, [f"{home}: nothing wrong"])
+    assert ImageConfig.load(home / "snapshots/5/block/config.v1.json") == wanted
+    snapshotter = open_snapshotter(tmp_path)
+    assert len(snapshotter.walk()) == 5
+    snapshotter.mounts("container")
+    snapshotter.close()
+
+
+def test_what_is_lost_is_forgotten_with_all_above(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.rmtree(home / "snapshots/2")
+    status, lines = fsck(home, capsys)
+    assert (status, len(lines)) == (1, 2)
+    assert "snapshots/2 is gone; remedy: forget it" in lines[0]
+    assert fsck(home, capsys, "--repair")[0] == 0
+    snapshotter = open_snapshotter(tmp_path)
+    assert {snapshot.key for snapshot in snapshotter.walk()} == {"plain", "chain0", "chain1"}
+    assert sorted(path.name for path in (home / "snapshots").iterdir()) == ["1", "4", "5"]
+    with pytest.raises(NotFoundError):
+        snapshotter.stat("container")
+    snapshotter.close()
+
+
+def test_a_local_layer_that_is_gone_is_lost(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    snapshotter = open_snapshotter(tmp_path)
+    directory = downloaded(snapshotter, tmp_path, "local")
+    snapshotter.close()
+    (directory / "fs/overlaybd.commit").unlink()
+    status, lines = fsck(home, capsys, "--repair")
+    assert (status, len(lines)) == (0, 2)
+    assert "neither in" in lines[0]
+    assert DIGESTS[0] not in lines[0]
+
+
+def test_a_root_in_use_is_only_looked_at(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    snapshotter = open_snapshotter(tmp_path)
+    try:
+        assert fsck(home, capsys)[0] == 0
+        assert main(["fsck", "--repair", str(home)]) == 1
+        assert "another snapshotter uses this root" in capsys.readouterr().err
+    finally:
+        snapshotter.close()
+
+
+def test_what_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fsck", str(tmp_path)]) == 1
+    assert "no root of a snapshotter" in capsys.readouterr().err
+    (tmp_path / "metadata.db").touch()
+    assert main(["fsck", str(tmp_path)]) == 1
+    assert "takes it over at its first start" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "metadata.db"]
+
+
+def test_damaged_metadata_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "metadata.sqlite"
+    data = bytearray(path.read_bytes())
+    data[5000:12000] = bytes(7000)
+    path.write_bytes(data)
+    for options in ((), ("--repair",)):
+        status = main(["fsck", str(home), *options])
+        output = capsys.readouterr()
+        assert status == 1
+        assert "metadata" in output.out + output.err
+
+
+@pytest.mark.kernel
+def test_devices_of_nobody_are_detached(root: Root, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    home = tmp_path / "root"
+    with root.opened() as snapshotter:
+        image = golden(snapshotter, root)
+        snapshotter.prepare("one", "", {LABEL_WRITABLE: "dir"} | SMALL)
+        snapshotter.view("look", image, {})
+        snapshotter.remove("look")
+    shutil.rmtree(root.home(2) / "work")
+    with root.opened() as snapshotter, snapshotter._store.write() as writer:
+        writer.remove("golden")  # as if its row had been lost
+    # The next start would delete what it does not know, were it not mounted.
+    assert len(root.devices.list()) == 2
+    status, lines = fsck(home, capsys, "--repair")
+    assert status == 0, lines
+    assert len(root.devices.list()) == 1
+    with root.opened() as snapshotter, mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
+        assert rootfs.is_dir()
