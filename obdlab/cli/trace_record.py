@@ -35,11 +35,11 @@ def add(actions: Any) -> None:
         "record",
         help="record a device in use, or a start of an image",
         description=(
-            "Of a device, records what is read of it from now on, without disturbing it; what the kernel has cached "
-            "already is not read again. Of an image, attaches it, runs its command (or that of --run) once in a "
-            "container of runc, with a loopback network, and records from the first read on. Ends after --seconds, at a signal "
-            "(SIGINT, SIGTERM, SIGUSR1), when the container ends, or as soon as it is ready: a line of its output "
-            "holds --until-line, or --until-command succeeds in it."
+            "Of a device, records what is read of it from now on, without disturbing it; what the kernel has "
+            "cached already is not read again. Of an image, attaches it, runs its command (or that of --run) once "
+            "in a container of runc, with a loopback network, and records from the first read on. Ends after "
+            "--seconds, at a signal (SIGINT, SIGTERM, SIGUSR1), when the container ends, or as soon as it is "
+            "ready: a line of its output holds --until-line, or --until-command succeeds in it."
         ),
     )
     record.add_argument("source", metavar="DEVICE|IMAGE", help="a device's id or node; an image as for attach")
@@ -84,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with _signals() as ended:
         if device is not None:
             if any(of_image):
-                raise RecordError(
-                    f"{args.source} is a device: --run, --until-line, --until-command and --host-network are for images"
-                )
+                raise RecordError(f"{args.source} is a device: --run, --until-* and --host-network are for images")
             return _record_device(args, service, device.device_id, ended)
         if args.source.startswith("/dev/"):
             raise DeviceError(f"{args.source}: no device of this run directory ({args.run_dir})")
@@ -181,12 +179,14 @@ def _summary(args: argparse.Namespace, why: str) -> None:
 
 @contextmanager
 def _mounted(service: DeviceService, config: Path, target: Path) -> Iterator[None]:
+    from obdlab.devices.abi import own_mounts
     from obdlab.devices.mount import unmount
 
     device_id = config.parent.name
     target.mkdir()
     device = service.attach(config, device_id)
     try:
+        own_mounts()  # a mount namespace made elsewhere meanwhile would hold the device by its copy
         service.mount(device, target)
         try:
             yield
@@ -220,7 +220,7 @@ def _run_once(args: argparse.Namespace, place: Path, document: dict[str, Any], e
         if runs:
             return "signal" if ended.is_set() else "ready" if ready() else f"{args.seconds:g} s"
         if container.status and not ready():
-            raise RecordError(f"{args.source}: its command ended with status {container.status} before it was ready")
+            raise RecordError(f"{args.source}: its command has ended with status {container.status}")
         return "its command has ended"
 
 

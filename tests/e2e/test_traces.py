@@ -1,0 +1,98 @@
+"""A start recorded in a container of its own, published with the image, and what the next start gains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from obdlab.devices import mount
+from obdlab.formats.trace import Trace
+from tests.e2e.conftest import BIG
+
+pytestmark = [pytest.mark.kernel, pytest.mark.containerd, pytest.mark.registry]
+
+START = "cat /big >/dev/null; echo half; echo READY; exec sleep 100"
+
+
+class Tool:
+    """The command line, with directories of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.run_dir = directory / "run"
+        self._directory = directory
+        self._caches = 0
+
+    def __call__(self, *words: str, status: int = 0) -> str:
+        command = [sys.executable, "-m", "obdlab", *words, "--run-dir", str(self.run_dir)]
+        if words[0] in ("trace", "attach", "mount"):
+            command[3 : 3 + len(words)] = [*words[:2], *self._cache(), *words[2:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    def _cache(self) -> list[str]:
+        return ["--cache-dir", str(self._directory / f"cache-{self._caches}")]
+
+    def forget_cached(self) -> None:
+        self._caches += 1
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> object:
+    made = Tool(tmp_path.resolve())
+    yield made
+    made("cleanup", "--force")
+
+
+def devices(tool: Tool) -> list[dict[str, object]]:
+    return [json.loads(line) for line in tool("ls-devices", "--json").splitlines()]
+
+
+def test_from_a_recording_to_a_start_ahead_of_its_reads(tool: Tool, image: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    words = ["trace", "record", image, "-o", str(trace), "--seconds", "60", "--until-line", "READY"]
+    told = tool(*words, "--run-dir", str(tool.run_dir), "--run", "/bin/sh", "-c", START)
+    assert "half\nREADY\n" in told
+    assert "(ready)" in told
+    assert Trace.from_bytes(trace.read_bytes()).size > len(BIG)
+    assert devices(tool) == []
+    assert mount.mounts_at(tmp_path) == []
+    assert not [entry for entry in mount.mounts() if str(tool.run_dir) in str(entry.mountpoint)]
+
+    hot = f"{image.rpartition(':')[0]}:hot"
+    assert "hot layer of" in tool("trace", "publish", image, hot, "--trace", str(trace))
+    tool("trace", "publish", image, "--trace", str(trace), "--as", "referrer")
+    for name in (hot, image):
+        tool.forget_cached()
+        tool("mount", name, str(tmp_path / "mnt"))
+        (device,) = devices(tool)
+        assert (tmp_path / "mnt" / "big").read_bytes() == BIG
+        (device,) = devices(tool)
+        counted = device["source"]
+        assert isinstance(counted, dict)
+        assert counted["prefetch_used_bytes"] > len(BIG) * 0.8, (name, counted)
+        tool("umount", str(tmp_path / "mnt"))
+
+
+def test_a_command_says_when_it_is_ready_or_how_it_ended(tool: Tool, image: str, tmp_path: Path) -> None:
+    out = ["-o", str(tmp_path / "trace"), "--run-dir", str(tool.run_dir)]
+    until = ["--until-command", "test -e /tmp/ready"]
+    script = "echo $$; ls /proc/self/ns >/dev/null; sleep 1; >/tmp/ready; sleep 100"
+    assert "(ready)" in tool("trace", "record", image, *out, *until, "--run", "/bin/sh", "-c", script)
+    assert "status 7" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", "exit 7", status=1)
+    assert "its command has ended" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", "exit 0")
+    assert "no-such" in tool("trace", "record", image, *out, "--run", "/no-such", status=1)
+    assert devices(tool) == []
+
+
+def test_what_cannot_be_recorded_is_told(tool: Tool, image: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none" / "trace")
+    assert "no directory" in tool("trace", "record", image, "-o", missing, status=1)
+    here = str(tmp_path / "trace")
+    assert "/dev/loop999: no device" in tool("trace", "record", "/dev/loop999", "-o", here, status=1)
+    assert "404" in tool("trace", "record", image + "x", "-o", here, status=1)
+    assert devices(tool) == []
