@@ -13,7 +13,7 @@ import io
 import multiprocessing
 import signal
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -47,6 +47,8 @@ GIB = 1 << 30
 # Pieces of the tar that are decompressed and hashed while those before are applied.
 _TAR_AHEAD = 6
 _BUFFER = 1 << 20
+# Less than this is compressed before a process would have begun to.
+_SMALL = 4 << 20
 # Longest wait for a process that is being started.
 _FORK_S = 30.0
 
@@ -89,25 +91,29 @@ class BuiltLayer:
 class LayerBuilder:
     """Builds the layers of one image, bottom first, in ``work_dir``; each is built on all before it.
 
-    A context manager. Layers are compressed in a process of its own, so that the next is applied meanwhile.
+    A context manager. Layers are compressed in a process of its own, so that the next is applied meanwhile; it is
+    started at once if ``large`` layers are to come, else when it is needed. Small ones do without.
     ``work_dir`` must be on a file system with sparse files; it takes all layers, uncompressed and compressed. The
     same layers give the same bytes, whoever builds them where and when.
     """
 
-    def __init__(self, work_dir: Path, options: LayerOptions) -> None:
+    def __init__(self, work_dir: Path, options: LayerOptions, *, large: bool = True) -> None:
         self._work_dir = work_dir
         self._options = options
         self._lowers: list[Layer] = []
-        self._built = 0
+        self._large = large
         spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._compressors = ProcessPoolExecutor(1, spawn, initializer=_ignore_interrupts)
+        self._small_compressors = ThreadPoolExecutor(1, "convert-compress")
 
     def __enter__(self) -> Self:
-        self._compressors.submit(_ignore_interrupts)  # starts the process
+        if self._large:
+            self._compressors.submit(_ignore_interrupts)  # starts the process
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._compressors.shutdown(cancel_futures=True)
+        for compressors in (self._compressors, self._small_compressors):
+            compressors.shutdown(cancel_futures=True)
         for lower in self._lowers:
             lower.close()
 
@@ -130,12 +136,15 @@ class LayerBuilder:
         try:
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
             applied = self._apply(tars, upper)
-            self._lowers.append(_open_own(upper, read_only=True))
+            written = _open_own(upper, read_only=True)
+            self._lowers.append(written)
+            small = written.data.allocated_size <= _SMALL
         except OSError as error:
             raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(upper)) from error
         seconds = {"apply": time.monotonic() - begin}
         try:
-            compressing = self._compressors.submit(_compress, upper, target, self._options)
+            compressors = self._small_compressors if small else self._compressors
+            compressing = compressors.submit(_compress, upper, target, self._options)
         except BrokenProcessPool as error:
             raise _compressor_died(target) from error
         return PendingLayer(target, applied, seconds, compressing)

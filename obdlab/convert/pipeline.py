@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _FETCHERS = 2
 _PUSHERS = 2
+# A layer of which a process of its own is worth being started.
+_LARGE = 1 << 20
 
 
 class ConvertStoppedError(ObdlabError):
@@ -109,7 +111,7 @@ class Pipeline:
         self._describe = describe
         self._progress = progress
         self._work_dir = work_dir
-        self._builder = LayerBuilder(work_dir, options)
+        self._options = options
         self._fetches: dict[int, Future[VerifiedFile]] = {}
         self._pushes: list[Future[ConvertedLayer]] = []
         self._stopped = threading.Event()
@@ -119,12 +121,13 @@ class Pipeline:
         found = self._find(groups)
         with ExitStack() as ended:
             ended.callback(self._release_fetched)
-            if len(found) < len(groups):
-                ended.enter_context(self._builder)
+            to_build = [layer for group in groups[len(found) :] for layer in group.layers]
+            large = any(layer.size >= _LARGE for layer in to_build)
+            builder = ended.enter_context(LayerBuilder(self._work_dir, self._options, large=large))
             pushers = ended.enter_context(ThreadPoolExecutor(_PUSHERS, "convert-push"))
             fetchers = ended.enter_context(ThreadPoolExecutor(_FETCHERS, "convert-fetch"))
             try:
-                return self._run(groups, found, fetchers, pushers)
+                return self._run(groups, found, builder, fetchers, pushers)
             except BaseException:
                 self._stopped.set()
                 for pool in (fetchers, pushers):
@@ -150,6 +153,7 @@ class Pipeline:
         self,
         groups: Sequence[Group],
         found: Sequence[tuple[LayerKey, Reused]],
+        builder: LayerBuilder,
         fetchers: ThreadPoolExecutor,
         pushers: ThreadPoolExecutor,
     ) -> tuple[ConvertedLayer, ...]:
@@ -157,13 +161,13 @@ class Pipeline:
             self._pushes.append(pushers.submit(self._push_reused, group, key, reused))
         if len(found) < len(groups):
             for number, (_, reused) in enumerate(found):
-                self._builder.add_lower(open_layer(self._open(reused, number)))
+                builder.add_lower(open_layer(self._open(reused, number)))
         wanted = [(g.first + n, layer) for g in groups[len(found) :] for n, layer in enumerate(g.layers)]
         fetching = _Ahead(lambda number, layer: fetchers.submit(self._fetch, number, layer), wanted, self._fetches)
         digests = [reused.record.digest for _, reused in found]
         pending: list[PendingLayer] = []
         for number, group in enumerate(groups[len(found) :], len(found)):
-            pending.append(self._build(group, groups[number - 1].chain_id if number else None, fetching))
+            pending.append(self._build(builder, group, groups[number - 1].chain_id if number else None, fetching))
             self._pushes.append(pushers.submit(self._push_built, groups, number, digests, tuple(pending)))
             for push in self._pushes:
                 if push.done():
@@ -182,7 +186,7 @@ class Pipeline:
         with self._progress.task(f"layer {number}: fetch", layer.size) as task:
             return self._source.fetch(layer, directory, self._unless_stopped(task.advance))
 
-    def _build(self, group: Group, parent: str | None, fetching: _Ahead) -> PendingLayer:
+    def _build(self, builder: LayerBuilder, group: Group, parent: str | None, fetching: _Ahead) -> PendingLayer:
         def tars() -> Iterator[tuple[str, Iterator[Buffer]]]:
             for number, (layer, diff_id) in enumerate(zip(group.layers, group.diff_ids, strict=True), group.first):
                 blob = f"{self._source.name} layer {number} ({layer.digest})"
@@ -192,7 +196,7 @@ class Pipeline:
                 self._source.release(file)
 
         parent_uuid = None if parent is None else layer_uuid(parent)
-        return self._builder.build(tars(), uuid=layer_uuid(group.chain_id), parent_uuid=parent_uuid)
+        return builder.build(tars(), uuid=layer_uuid(group.chain_id), parent_uuid=parent_uuid)
 
     def _push_built(
         self, groups: Sequence[Group], number: int, digests: Sequence[str], pending: Sequence[PendingLayer]

@@ -232,7 +232,4 @@ def test_converted_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (entry,) = ImageLayout(tmp_path / "out").select(None)
     image = convert(names[0], f"oci:{tmp_path / 'again'}", ConvertOptions(layer=EROFS, work_dir=tmp_path))
     assert image.digest == entry.digest
-    annotations = [
-        layer.annotations["containerd.io/snapshot/overlaybd/blob-fs-type"] for layer in image.manifest.layers
-    ]
-    assert annotations == ["erofs"] * 4
+    assert [layer.annotations[BLOB_FS_TYPE] for layer in image.manifest.layers] == ["erofs"] * 4
