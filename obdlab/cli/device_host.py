@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli import notify
 from obdlab.cli.logoptions import set_up_logs
-from obdlab.errors import ObdlabError
+from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
     from obdlab.service.host import Host
+
+_TRIES = 5
 
 
 def add(subcommands: Any) -> None:
@@ -31,6 +34,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from obdlab.cli.logoptions import add_log_options
 
     parser.add_argument("--run-dir", type=Path, default=Path(os.environ.get("OBDLAB_RUN_DIR", DEFAULT_RUN_DIR)))
+    parser.add_argument("--replace", action="store_true", help="take the place of a host that listens already")
     parser.add_argument("--detach", action="store_true", help="go to the background once it listens")
     add_log_options(parser, default_file="host.log in the run directory if detached, else standard error")
 
@@ -44,10 +48,23 @@ def run(args: argparse.Namespace) -> int:
     host = Host(args.run_dir)
     if args.detach:
         return _run_detached(host, args)
-    if host.bind():
+    if host.bind() or (args.replace and _take_over(host, args.run_dir)):
         set_up_logs(args, logging.INFO)
+        notify.ready_without_thread()
         host.run()
     return 0
+
+
+# A host holds no state: its devices do not notice, and who was about to ask it asks again.
+def _take_over(host: Host, run_dir: Path) -> bool:
+    from obdlab.image.settings import Settings
+    from obdlab.service.client import DeviceService
+
+    for _ in range(_TRIES):
+        DeviceService(run_dir, Settings()).stop_host()
+        if host.bind():
+            return True
+    raise DeviceError(f"{run_dir}: others start device hosts again and again")
 
 
 # The parent returns when the daemon has said through a pipe how its start went.

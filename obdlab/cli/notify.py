@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -33,6 +34,17 @@ def ready(alive: Callable[[], bool] | None = None) -> None:
     """Say that the service is ready. If a watchdog waits, tell it twice in its time so long as ``alive`` says so."""
     if notify("READY=1", f"MAINPID={os.getpid()}") and (interval_s := watchdog_s()):
         threading.Thread(target=_feed, args=(interval_s / 2, alive), name="watchdog", daemon=True).start()
+
+
+def ready_without_thread() -> None:
+    """Say that the service is ready, and feed a watchdog from the main thread, by a timer's signal (SIGALRM).
+
+    For processes that fork. That the signal's handler runs shows that the main thread does; children do not inherit
+    the timer.
+    """
+    if notify("READY=1", f"MAINPID={os.getpid()}") and (interval_s := watchdog_s()):
+        signal.signal(signal.SIGALRM, lambda *_: notify("WATCHDOG=1"))
+        signal.setitimer(signal.ITIMER_REAL, interval_s / 2, interval_s / 2)
 
 
 def stopping() -> None:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli import notify
 from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
 from obdlab.errors import DeviceError
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     daemon = TcmuDaemon(settings)
     print("obdlab tcmu: ready", flush=True)
+    notify.notify("READY=1", f"MAINPID={os.getpid()}")  # no watchdog: a process that forks has no thread to feed it
     daemon.run(wake)
     return 0
 

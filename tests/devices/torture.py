@@ -11,8 +11,8 @@ import fcntl
 import mmap
 import os
 import random
-import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +35,7 @@ from obdlab.service.live import LiveDevice
 from obdlab.service.rundir import DeviceRecord
 from tests.devices.contract import BLKDISCARD, BLKGETSIZE64, BLKZEROOUT, MIB
 from tests.layers.uppers import KINDS, Files
-from tests.service.killing import kill_for_good, until
+from tests.service.killing import kill, kill_for_good, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,17 +195,17 @@ class Torture:
         return found[0].pid
 
     def kill(self, operation: Operation) -> None:
-        os.kill(self._server(), signal.SIGKILL)
+        kill(self._server())
         self.read(operation)
 
     @contextmanager
     def _killed_meanwhile(self, operation: Operation) -> Iterator[None]:
-        def kill() -> None:
+        def kill_soon() -> None:
             time.sleep(operation.seed % 1000 / 1e5)
-            os.kill(server, signal.SIGKILL)
+            kill(server)
 
         server = self._server()
-        thread = threading.Thread(target=kill)
+        thread = threading.Thread(target=kill_soon)
         thread.start()
         try:
             yield
@@ -292,6 +292,7 @@ def torture(directory: Path, kind: str, *, lowers: bool, seed: int, count: int) 
     todo = operations(seed, count)
     failure = failure_of(todo)
     if failure is not None:
+        print(f"{failure}; looking for what of it is needed", file=sys.stderr, flush=True)
         fewest = shrink(todo, lambda fewer: failure_of(fewer) is not None, tries=60)
         lines = "\n".join(map(str, fewest))
         raise WrongBytesError(
