@@ -20,8 +20,8 @@ def add(subcommands: Any) -> None:
         description=(
             "Look whether metadata, directories, configurations, layers and devices of a snapshotter's root agree. "
             "With --repair, no snapshotter may run on it: what can be made again is, leftovers are deleted, and what "
-            "is lost is forgotten with all that builds on it, so that clients pull it anew. Exit status 1 if anything "
-            "wrong is left."
+            "is lost is forgotten with all that builds on it, so that clients pull it anew. The exit status is 1 if "
+            "anything wrong is left."
         ),
     )
     parser.add_argument("root", type=Path, metavar="ROOT", help="the snapshotter's --root")

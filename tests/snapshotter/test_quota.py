@@ -140,7 +140,9 @@ def test_a_quota_that_is_counted_and_not_enforced_is_refused(tmp_path: Path) -> 
     subprocess.run(command, check=True, timeout=60)
     subprocess.run(["mount", "-o", "loop", disk, target], check=True, timeout=60)
     try:
+        layout = Layout(target / "root")
         with pytest.raises(QuotaError, match="prjquota"):
-            snapshotter_on(target, quota_bytes=MIB)
+            Snapshotter(layout, StuckImages(), ImageOptions(quota_bytes=MIB))
+        layout.close()
     finally:
         subprocess.run(["umount", target], check=True, timeout=60)
