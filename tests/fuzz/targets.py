@@ -19,6 +19,10 @@ from obdlab.devices.nbd.connection import Connection, ConnectionLostError
 from obdlab.devices.nbd.export import NbdExport
 from obdlab.devices.nbd.server import Budget, Client
 from obdlab.devices.nbd.wire import ALLOCATION, FIXED_NEWSTYLE, Command, Option
+from obdlab.devices.tcmu import netlink, scsi
+from obdlab.devices.tcmu import ring as tcmu_ring
+from obdlab.devices.tcmu.disk import ScsiDisk
+from obdlab.devices.tcmu.uio import UioName
 from obdlab.errors import ObdlabError
 from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
@@ -39,6 +43,7 @@ from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import go, meta, option, request
+from tests.devices.tcmu import speaking as tcmu
 from tests.ext4.samples import large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
@@ -322,6 +327,36 @@ def _nbd_seeds() -> list[bytes]:
     ]
 
 
+def _tcmu_ring(data: bytes) -> None:
+    memory = bytearray(data)
+    ring = tcmu_ring.Ring(memory)
+    for command in ring.take():
+        assert all(tcmu.is_data(memory, begin, length) for begin, length in tcmu.data_of(command))
+        ring.complete(command[0], 0)
+    ring.take()
+
+
+# A command, as long as its group says, and what comes with it.
+def _scsi(data: bytes) -> None:
+    cdb, content = data.ljust(24, b"\0")[: tcmu.length_of(data)], data[16:]
+    disk = ScsiDisk(MemoryWritable(1 << 16), serial="0123456789abcdef", description="overlaybd//config")
+    if not cdb:
+        return
+    if cdb[0] in scsi.WRITES:
+        disk.write(cdb, content)
+    elif cdb[0] in scsi.READS:
+        transfer = scsi.transfer_of(cdb)
+        assert len(disk.read(transfer.lba, transfer.blocks, 4096)) <= 4096
+    else:
+        assert len(disk.execute(cdb, content)) <= 4096
+    assert disk.blob.size == 1 << 16
+
+
+def _tcmu_events(data: bytes) -> None:
+    for event in netlink.parse_events(data, tcmu.FAMILY):
+        UioName.parse(event.name)
+
+
 def _trace(data: bytes) -> None:
     trace = Trace.from_bytes(data)
     assert Trace.from_bytes(trace.to_bytes()).reads() == trace.reads()
@@ -337,6 +372,9 @@ def _priority_list(data: bytes) -> None:
 
 TARGETS = {
     "nbd": Target(_nbd, _nbd_seeds),
+    "tcmu-ring": Target(_tcmu_ring, tcmu.ring_seeds),
+    "scsi": Target(_scsi, tcmu.scsi_seeds),
+    "tcmu-events": Target(_tcmu_events, tcmu.event_seeds, strict=False),
     "zfile": Target(_zfile, _zfile_seeds),
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
     "layer": Target(_layer, _layer_seeds),

@@ -106,15 +106,19 @@ class Ring:
         head = self._position(HEAD_AT)
         commands: list[Command | Read] = []
         places = []
-        while position != head:
+        left = (head - position) % self._length
+        while left:
             at = self._offset + position
             try:
                 length_op, cmd_id, _, uflags, iovecs, _, _, cdb, first, first_length = unpack(memory, at)
             except Exception as error:
                 raise RingError(f"an entry at {position} that reaches out of the mapping") from error
             length, op = length_op & ~_OP_MASK, length_op & _OP_MASK
-            if not 0 < length <= self._length - position:
-                raise RingError(f"an entry at {position} of {length} bytes, in a ring of {self._length}")
+            left -= length
+            if not length or left < 0 or length > self._length - position:
+                raise RingError(
+                    f"an entry at {position} of {length} bytes, in a ring of {self._length}, filled up to {head}"
+                )
             if op == OP_COMMAND:
                 if length < ENTRY_LEAST:
                     raise RingError(f"a command at {position} of {length} bytes (wanted {ENTRY_LEAST} at least)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,9 @@ from obdlab.devices.tcmu.configfs import Target
 from obdlab.devices.tcmu.netlink import Event, What, parse_events
 from obdlab.devices.tcmu.uio import UioName
 from obdlab.errors import DeviceError
+from tests.devices.tcmu.speaking import FAMILY, NAME, attribute, event, message
 
-FAMILY = 30
-
-
-def attribute(kind: int, content: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
-
-
-def message(command: int, attributes: bytes, family: int = FAMILY) -> bytes:
-    return struct.pack("=IHHIIBBH", 20 + len(attributes), family, 0, 0, 0, command, 2, 0) + attributes
-
-
-NAME = "tcm-user/999999999/dev_128/overlaybd//var/config.v1.json"
-WHOLE = attribute(1, NAME.encode() + b"\0") + attribute(2, struct.pack("=I", 3)) + attribute(8, struct.pack("=I", 77))
+WHOLE = event()
 
 
 def test_events() -> None:
@@ -40,8 +28,8 @@ def test_events() -> None:
 def test_broken_messages_give_no_error(at: int, noise: bytes) -> None:
     data = bytearray(message(1, WHOLE))
     data[at : at + len(noise)] = noise
-    for event in parse_events(bytes(data), FAMILY):
-        UioName.parse(event.name)
+    for found in parse_events(bytes(data), FAMILY):
+        UioName.parse(found.name)
 
 
 def test_names() -> None:

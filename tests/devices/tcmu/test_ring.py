@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
 from obdlab.devices.tcmu import ring
-from obdlab.devices.tcmu.ring import Command, Iovecs, Read, Ring, RingError
+from obdlab.devices.tcmu.ring import Ring, RingError
 from tests.devices.blobs import Gated, MemoryWritable, Troubled
 from tests.devices.tcmu.simulated import KernelRing, read_10, read_16, served, write_10
+from tests.devices.tcmu.speaking import data_of
 
 MIB = 1 << 20
 DATA = random.Random(1).randbytes(MIB)
-
-
-def data_of(command: Command | Read) -> Iovecs:
-    """Return where a command's data is in the mapping."""
-    return (command[3:],) if len(command) == 5 else command[2] or ()
 
 
 def test_reads_and_writes_against_a_model() -> None:
@@ -123,6 +119,18 @@ def test_answers_without_commands_are_refused() -> None:
     with pytest.raises(RingError, match="none is outstanding"):
         Ring(kernel.memory).complete(1, 0)
     kernel.close()
+
+
+@pytest.mark.parametrize("length", [0, 8, 120, 4088, 8192])
+def test_an_entry_that_does_not_end_where_the_kernel_is_ends_the_serving(length: int) -> None:
+    # Followed further, the ring would be gone around without an end.
+    with served(MemoryBlob(DATA)) as (kernel, server):
+        assert kernel.do(read_10(0, 8), room=4096).status == 0
+        at = kernel.entry(ring.OP_COMMAND, ring.ENTRY_LEAST)
+        struct.pack_into("=I", kernel.memory, at, length | ring.OP_COMMAND)
+        kernel.publish()
+        assert server.wait(30)
+        assert "an entry at" in server.statistics().last_error or "a command at" in server.statistics().last_error
 
 
 @pytest.mark.parametrize(
