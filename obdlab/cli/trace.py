@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli import trace_publish, trace_record
+from obdlab.cli import trace_images, trace_publish, trace_record
 from obdlab.cli.common import add_registry_options, settings_from
 from obdlab.errors import ObdlabError
 
@@ -64,6 +64,7 @@ def add(subcommands: Any) -> None:
     )
     add_registry_options(chosen)
     chosen.set_defaults(run=run_filter)
+    trace_images.add(actions)
     trace_publish.add(actions)
 
 
@@ -94,7 +95,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
     if not 1 <= args.least <= len(args.traces):
         raise TraceCommandError(f"--least: wanted 1 to {len(args.traces)} (got {args.least})")
-    _save(args.output, merge([_load(path) for path in args.traces], least=args.least))
+    save_trace(args.output, merge([_load(path) for path in args.traces], least=args.least))
     return 0
 
 
@@ -122,7 +123,7 @@ def run_filter(args: argparse.Namespace) -> int:
         with open_disk(args.fits, settings_from(args)) as disk:
             sizes = [layer.data.size for layer in disk.layers]
     trace = select(trace, layers=args.layer, sizes=sizes, first=args.first)
-    _save(args.output, unique(trace) if args.unique else trace)
+    save_trace(args.output, unique(trace) if args.unique else trace)
     return 0
 
 
@@ -133,7 +134,8 @@ def _load(path: Path) -> Trace:
     return Trace.from_bytes(load_file(str(path)), name=str(path))
 
 
-def _save(path: Path, trace: Trace) -> None:
+def save_trace(path: Path, trace: Trace) -> None:
+    """Write a trace to a file, and say what is in it."""
     from obdlab.image.output import new_file
 
     with new_file(path, force=True) as file:

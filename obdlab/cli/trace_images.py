@@ -1,0 +1,126 @@
+"""``obdlab trace files`` and ``transplant``: what a trace means by the files of its image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.errors import FormatError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from obdlab.layers.stack import Stack
+
+_SHOWN = 10
+
+
+def add(actions: Any) -> None:
+    """Declare the commands."""
+    files = actions.add_parser(
+        "files",
+        help="which files a trace reads, in the order of first use",
+        description="Lists the files of the image that the trace reads: bytes read, size, path; then the rest of it.",
+    )
+    files.add_argument("file", type=Path, metavar="TRACE", help="a trace or a priority list")
+    files.add_argument("image", metavar="IMAGE", help="the image it is of, as for attach")
+    files.add_argument("--reads", action="store_true", help="one line a read of the disk: offset, length, path")
+    _add_common(files)
+    files.set_defaults(run=run_files)
+
+    moved = actions.add_parser(
+        "transplant",
+        help="make a rebuilt image's trace of that of the image it replaces",
+        description=(
+            "Follows what was read from blocks to files in OLD, and from files to blocks in NEW, both images with an "
+            "ext4. Files that NEW does not have are left out and told."
+        ),
+    )
+    moved.add_argument("file", type=Path, metavar="TRACE", help="a trace or a priority list of OLD")
+    moved.add_argument("old", metavar="OLD", help="the image it is of, as for attach")
+    moved.add_argument("new", metavar="NEW", help="the image to make one for")
+    moved.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    _add_common(moved)
+    moved.set_defaults(run=run_transplant)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add_runtime_options(parser)
+    add_registry_options(parser)
+
+
+def run_files(args: argparse.Namespace) -> int:
+    """List files, or reads."""
+    from obdlab.image.replay import load_file, reads_in
+    from obdlab.image.tracemap import sectors_of_reads
+    from obdlab.image.transplant import files_of, pieces_of
+
+    data = load_file(str(args.file))
+    with _opened(args.image, args) as disk:
+        sectors = sectors_of_reads(reads_in(data, disk, name=str(args.file)), disk)
+        if args.reads:
+            for offset, length, path in pieces_of(sectors, disk):
+                print(f"{offset}\t{length}\t{_name(path)}")
+            return 0
+        used = files_of(sectors, disk)
+        for path, (size, whole) in used.files.items():
+            print(f"{size:>12} {whole:>12} {_name(path)}")
+        print(f"{used.elsewhere:>12} {'':>12} (of the file system itself)")
+    return 0
+
+
+def run_transplant(args: argparse.Namespace) -> int:
+    """Write the new trace, and say what of the old one it holds."""
+    from obdlab.cli.trace import save_trace
+    from obdlab.formats.lsmt.layout import SECTOR
+    from obdlab.formats.trace import Trace
+    from obdlab.image.replay import load_file, reads_in, reads_of_disk
+    from obdlab.image.tracemap import sectors_of_reads
+    from obdlab.image.traces import unique
+    from obdlab.image.transplant import transplant
+
+    data = load_file(str(args.file))
+    with _opened(args.old, args) as old, _opened(args.new, args) as new:
+        sectors = sectors_of_reads(reads_in(data, old, name=str(args.file)), old)
+        found = transplant(sectors, old, new)
+        reads = [
+            read
+            for begin, end in found.sectors
+            for read in reads_of_disk(new, begin * SECTOR, (end - begin) * SECTOR)
+        ]
+    total = found.kept + found.lost
+    share = 100 * found.kept / total if total else 0.0
+    if not found.kept:
+        raise FormatError(
+            "nothing of the trace is in the new image", blob=str(args.file), got=f"{total} bytes of files"
+        )
+    save_trace(args.output, unique(Trace.from_reads(reads)))
+    print(f"{share:.1f} % of {total} bytes of files found; {len(found.missing)} files missing", file=sys.stderr)
+    for path in found.missing[:_SHOWN]:
+        print(f"  {_name(path)}", file=sys.stderr)
+    if len(found.missing) > _SHOWN:
+        print(f"  and {len(found.missing) - _SHOWN} more", file=sys.stderr)
+    return 0
+
+
+def _name(path: bytes | None) -> str:
+    return "-" if path is None else os.fsdecode(path or b"/").encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def _opened(source: str, args: argparse.Namespace) -> Iterator[Stack]:
+    from dataclasses import replace
+
+    from obdlab.cli.attach import image_config_of
+    from obdlab.image.config import LowerConfig, UpperConfig
+    from obdlab.image.open import Image, open_image
+
+    config = replace(image_config_of([source], args), upper=UpperConfig(), result_file="", trace=LowerConfig())
+    with open_image(config, settings_from(args), traces=False) as image:
+        assert isinstance(image, Image)  # it has no upper
+        yield image
