@@ -43,18 +43,26 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
+            if not path.is_file():
+                raise SourceError("no such file" if not path.exists() else "not a regular file", blob=self.name)
             self._file: IO[bytes] = path.open("rb")
-            if not os.path.isfile(path):
-                raise SourceError("not a regular file", blob=self.name)
-            head = self._file.read(8)
-            self._file.seek(0)
-            if is_compressed(head):
-                self._file = _unpacked(self._file, self.name)
         except OSError as error:
             raise SourceError(f"cannot read the archive: {error.strerror}", blob=self.name) from error
         #: The uncompressed tar, as a file to be opened.
-        self.path = Path(f"/proc/self/fd/{self._file.fileno()}") if is_compressed(head) else path
-        self._members = self._list()
+        self.path = path
+        try:
+            if is_compressed(self._file.read(4)):
+                self._file.seek(0)
+                self._file = _unpacked(self._file, self.name)
+                self.path = Path(f"/proc/self/fd/{self._file.fileno()}")
+            self._file.seek(0)
+            self._members = self._list()
+        except OSError as error:
+            self.close()
+            raise SourceError(f"cannot read the archive: {error.strerror}", blob=self.name) from error
+        except BaseException:
+            self.close()
+            raise
 
     def _list(self) -> dict[str, tarfile.TarInfo]:
         found: dict[str, tarfile.TarInfo] = {}

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 
 def convert(source: str, destination: str, options: ConvertOptions) -> ConvertedImage:
-    with closing(RegistryClient(request_timeout_s=2.0, deadline_s=3.0)) as client:
-        return convert_image(open_source(source, client), open_destination(destination, client), options=options)
+    with (
+        closing(RegistryClient(request_timeout_s=2.0, deadline_s=3.0)) as client,
+        closing(open_source(source, client)) as image,
+        closing(open_destination(destination, client)) as place,
+    ):
+        return convert_image(image, place, options=options)
 
 
 def lowers_of(image: ConvertedImage, layout: Path) -> list[LowerConfig]:

@@ -35,11 +35,11 @@ class Containerd:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._socket = root / "containerd.sock"
+        self.socket = root / "containerd.sock"
 
     def ctr(self, *arguments: str) -> str:
         done = subprocess.run(
-            ["ctr", "--address", str(self._socket), *arguments],
+            ["ctr", "--address", str(self.socket), *arguments],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         if "failed to extract layer" in done.stderr:
