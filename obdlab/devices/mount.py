@@ -36,6 +36,8 @@ _FLAGS = {
     "strictatime": 1 << 24,
     "lazytime": 1 << 25,
 }
+# What mount(2) says of a device that cannot be written to, where writing was asked for.
+_READ_ONLY = (errno.EACCES, errno.EROFS)
 _U16 = Struct("<H")
 _U32 = Struct("<I")
 
@@ -176,7 +178,8 @@ def mount(
             abi.mount(str(device), target, fs_type, all_flags, ",".join(extra))
         except OSError as error:
             if error.errno != errno.EBUSY or attempt == tries:
-                raise DeviceError(f"cannot mount {device} ({fs_type}) on {target}: {error.strerror}") from error
+                cause = "the device is read-only" if error.errno in _READ_ONLY else error.strerror
+                raise DeviceError(f"cannot mount {device} ({fs_type}) on {target}: {cause}") from error
             time.sleep(0.05 * attempt)
         else:
             break
