@@ -7,7 +7,10 @@ import io
 import json
 import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -235,3 +238,47 @@ def test_buckets(written: Path) -> None:
         assert file.root.get(b"no such") is None
         with pytest.raises(FormatError, match="no bucket"):
             top.bucket(b"parents").bucket(next(names(top.bucket(b"parents"))))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.snapshotter.test_core import open_snapshotter
+
+step, count = sys.argv[1], int(sys.argv[2])
+real = getattr(os, step)
+
+def killing(*arguments, **options):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), 9)
+    return real(*arguments, **options)
+
+setattr(os, step, killing)
+open_snapshotter(Path(sys.argv[3])).close()
+"""
+
+
+@pytest.mark.parametrize(
+    "step", ["replace", *(pytest.param(step, marks=pytest.mark.slow) for step in ("fsync", "open"))]
+)
+def test_a_kill_at_every_step_loses_nothing(original: Path, tmp_path: Path, step: str) -> None:
+    make_image(original, writable=False)
+    counts = range(1, 20) if step != "open" else range(1, 40, 8)
+    kills = 0
+    for count in counts:
+        for path in original.glob("metadata.*"):
+            if path.name != "metadata.db":
+                path.unlink()
+        command = [sys.executable, "-c", KILLED, step, str(count), str(tmp_path)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=60, check=False)
+        snapshotter = open_snapshotter(tmp_path)
+        assert len(snapshotter.walk()) == 84
+        assert (original / "snapshots/1/fs/file").read_text() == "kept"
+        snapshotter.close()
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+    assert kills
