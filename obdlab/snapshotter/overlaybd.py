@@ -101,12 +101,12 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     digest, size = labels.get(BLOB_DIGEST), labels.get(BLOB_SIZE)
     if digest is None and size is None:
         return None
-    for label, kind in (
-        (TURBO_TARGET_DIGEST, "a turboOCI layer"),
-        (FASTOCI_TARGET_DIGEST, "a turboOCI layer"),
-    ):
+    for label in (TURBO_TARGET_DIGEST, FASTOCI_TARGET_DIGEST):
         if label in labels:
-            raise FailedPreconditionError(f"layer {digest} is {kind}, which this snapshotter cannot serve")
+            raise FailedPreconditionError(
+                f"layer {digest} is a turboOCI layer, an index to the ordinary layer {labels[label]}, which this "
+                "snapshotter cannot serve (wanted the ordinary image, or one made by obdlab convert)"
+            )
     if not is_digest(digest):
         raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")
     reference = _reference(labels)
