@@ -123,6 +123,8 @@ LOOP_CHANGE_FD = 0x4C06
 LOOP_SET_CAPACITY = 0x4C07
 LOOP_CONFIGURE = 0x4C0A
 LOOP_CTL_GET_FREE = 0x4C82
+#: Makes a block device read-only or not, by the int pointed to (linux/fs.h).
+BLKROSET = 0x125D
 
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4

@@ -134,6 +134,8 @@ def _configure(device: Path, config: abi.LoopConfig, flags: int) -> int:
     mode = os.O_RDONLY if flags & abi.LO_FLAGS_READ_ONLY else os.O_RDWR
     fd = os.open(device, mode | os.O_CLOEXEC)
     try:
+        if mode == os.O_RDWR:  # `blockdev --setro` by an earlier user outlives the device's detaching
+            fcntl.ioctl(fd, abi.BLKROSET, bytes(4))
         fcntl.ioctl(fd, abi.LOOP_CONFIGURE, config)
     except BaseException:
         os.close(fd)

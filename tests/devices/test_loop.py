@@ -72,6 +72,22 @@ def test_a_device_given_to_another_since_it_was_looked_at(file: Path, monkeypatc
         loop.detach(device, label=label_for(file))
 
 
+def test_a_device_that_somebody_made_read_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = attach(file, read_only=False)
+    try:
+        subprocess.run(["blockdev", "--setro", device], check=True)
+    finally:
+        loop.detach(device, label=label_for(file))
+    monkeypatch.setattr(loop, "_free_device", lambda: device)
+    assert attach(file, read_only=False) == device
+    try:
+        device.write_bytes(b"new")
+        assert subprocess.check_output(["blockdev", "--getro", device]) == b"0\n"
+    finally:
+        loop.detach(device, label=label_for(file))
+    assert file.read_bytes()[:3] == b"new"
+
+
 def test_the_longest_label(file: Path) -> None:
     label = "l" * 63
     device = attach(file, label)
