@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 import sqlite3
+import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
+# How often one may be among those that a server chooses to end a deadlock by.
+_DEADLOCKS = 20
 _SERVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 _SQLITE = "sqlite:"
 _INSTALL = "pip install 'obdlab[database]'"
@@ -230,12 +234,25 @@ class _Server:
             raise DatabaseError(f"malformed URL of a database: {error}") from error
 
     def run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
+        for _ in range(_DEADLOCKS):
+            try:
+                return self._run(statements, values)
+            except self._sqlalchemy.exc.OperationalError as error:
+                # Two that write the same rows: the server has ended one of them.
+                if "deadlock" not in str(error).lower():
+                    raise self._failed(error) from error
+            time.sleep(random.uniform(0.01, 0.1))
+        raise DatabaseError(f"{self._name}: database of converted layers: deadlocks without end")
+
+    def _run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = []
         try:
             with self._engine.begin() as connection:
                 for statement in statements:
                     result = connection.execute(self._sqlalchemy.text(statement), dict(values))
                     rows = [tuple(row) for row in result] if result.returns_rows else []
+        except self._sqlalchemy.exc.OperationalError:
+            raise
         except self._sqlalchemy.exc.IntegrityError:
             # Somebody else has written the same row meanwhile; one is as good as the other.
             logger.debug("%s: a row was written by another conversion as well", self._name)

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +33,13 @@ from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from tests.convert.converting import convert
+from tests.convert.databases import mariadb, postgresql
 from tests.convert.layouts import make_layout, member
 from tests.registry.server import running_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from obdlab.convert.image import ConvertedImage
     from tests.convert.layouts import Member
@@ -307,19 +311,41 @@ def test_sqlite(tmp_path: Path) -> None:
 
 
 def test_many_write_at_once(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+    many_writers(str(tmp_path / "db"))
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", [postgresql, mariadb])
+def test_shared_database(
+    server: Callable[[], AbstractContextManager[str]], options: ConvertOptions, tmp_path: Path
+) -> None:
+    pytest.importorskip("sqlalchemy")
+    with server() as url:
+        many_writers(url)
+        contract(url)
+        shared = replace(options, database=url)
+        source = image_of(tmp_path / "source", BASE, [member("top", b"1")])
+        first = convert(source, f"oci:{tmp_path / 'out'}:a", shared)
+        assert reused(convert(source, f"oci:{tmp_path / 'out'}:b", shared)) == ["image was there"] * 2
+        ImageLayout(tmp_path / "out").blob_path(first.layers[1].built.digest).unlink()
+        assert reused(convert(source, f"oci:{tmp_path / 'out'}:b", shared)) == ["was there", ""]
+    with pytest.raises(DatabaseError, match=r"127\.0\.0\.1"):
+        convert(source, f"oci:{tmp_path / 'out'}:b", shared)
+
+
+def many_writers(url: str) -> None:
+    """Several make the tables and write the same rows at once."""
     place = ("registry.example", "app")
     record = LayerRecord("sha256:" + "2" * 64, 1, 1, 1)
 
     def work(number: int) -> None:
-        with closing(open_database(str(tmp_path / "db"))) as database:
+        with closing(open_database(url)) as database:
             for n in range(20):
                 database.add_layer(place, LayerKey(f"sha256:{n:064x}", "o", f"{number % 2}"), record)
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(work, range(6)))
-    with closing(open_database(str(tmp_path / "db"))) as database:
+    with closing(open_database(url)) as database:
         assert all(database.find_layer(place, LayerKey(f"sha256:{n:064x}", "o", "1")) for n in range(20))
 
 
