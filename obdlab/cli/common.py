@@ -75,15 +75,17 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
     _add_settings_option(parser)
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add what images are made."""
-    from obdlab.image.settings import DEVICE_KINDS
+def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) -> None:
+    """Add what images are made; ``daemon``: they may be devices of a TCMU daemon."""
+    from obdlab.image.settings import DAEMON_KIND, DEVICE_KINDS
 
+    beside = f"; {DAEMON_KIND}: devices of obdlab tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
     parser.add_argument(
         "--device",
-        choices=DEVICE_KINDS,
+        choices=(*DEVICE_KINDS, DAEMON_KIND) if daemon else DEVICE_KINDS,
         dest="device_kind",
-        help="kind of block device; auto: the best that this host has, which obdlab doctor names (default: auto)",
+        help=f"kind of block device; auto: the best that this host has, which obdlab doctor names{beside} "
+        "(default: auto)",
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli import notify
-from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="ADDRESS:PORT",
         help="also run an exporter there: metrics for Prometheus, and a health check (see: obdlab exporter --help)",
     )
+    add_device_option(parser, daemon=True)
     add_runtime_options(parser)
     add_log_options(parser)
     add_registry_options(parser)
@@ -60,7 +61,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    from obdlab.service.client import DeviceService
+    from obdlab.service.tcmu_devices import devices_for
     from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.images import ImageDevices
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
     wait_for_signal = _catch_signals()
     layout = Layout(root)
-    images = ImageDevices(layout, DeviceService(args.run_dir, settings), start_host_early=True)
+    images = ImageDevices(layout, devices_for(args.run_dir, settings), start_host_early=True)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()

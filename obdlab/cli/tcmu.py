@@ -41,6 +41,25 @@ def add(subcommands: Any) -> None:
     attach.add_argument("config", type=Path, help="the image's config.v1.json")
     attach.add_argument("--id", required=True, help="the device's id: a snapshot's, 13 letters or digits at most")
     attach.add_argument("--live-id", default="", metavar="ID", help="its id for live snapshots (with-devid)")
+    attach.add_argument(
+        "--iscsi",
+        metavar="IQN",
+        default="",
+        help="export it over iSCSI under this name, in place of a disk of this host (no passwords: docs/tcmu.md)",
+    )
+    attach.add_argument(
+        "--portal",
+        action="append",
+        metavar="ADDRESS:PORT",
+        help="where the iSCSI target listens; repeatable (default: 127.0.0.1:3260)",
+    )
+    attach.add_argument(
+        "--initiator",
+        action="append",
+        metavar="IQN",
+        default=[],
+        help="who may log in to it (the name in /etc/iscsi/initiatorname.iscsi there); repeatable",
+    )
     attach.set_defaults(run=run_attach)
 
     detach = subcommands.add_parser("tcmu-detach", help="take such a device away again")
@@ -65,29 +84,47 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Attach; print the node."""
+    """Attach; print the node, or the name of the iSCSI target."""
     from obdlab.devices.tcmu import configfs
-    from obdlab.service.tcmu import failure_of
+    from obdlab.service.tcmu import failure_of, result_file
 
     if not args.config.is_file():
         raise DeviceError(f"{args.config}: no such file")
+    result_file(args.config.absolute()).unlink(missing_ok=True)  # of an attempt before
     try:
-        print(configfs.attach(args.id, args.config, live_id=args.live_id))
+        if args.iscsi:
+            _export(args)
+            print(args.iscsi)
+        else:
+            print(configfs.attach(args.id, args.config, live_id=args.live_id))
     except DeviceError as error:
         reason = failure_of(args.config.absolute())
         raise DeviceError(f"{error} ({reason})" if reason else str(error)) from error
     return 0
 
 
+def _export(args: argparse.Namespace) -> None:
+    from obdlab.devices.tcmu import configfs, iscsi
+
+    target = configfs.Target.of(args.id)
+    configfs.create(target, configfs.dev_config_of(args.config, args.live_id))
+    try:
+        iscsi.export(target, args.iscsi, args.portal or ["127.0.0.1:3260"], args.initiator)
+    except BaseException:
+        configfs.remove(target)
+        raise
+
+
 def run_detach(args: argparse.Namespace) -> int:
     """Detach; a device that is not there is fine."""
-    from obdlab.devices.tcmu import configfs
+    from obdlab.devices.tcmu import configfs, iscsi
     from obdlab.devices.usage import wait_unused
 
     target = configfs.Target.of(args.id)
     disk = configfs.disk_of(target)
     if disk is not None:
         wait_unused(disk)
+    iscsi.unexport(target)
     configfs.remove(target)
     return 0
 

@@ -23,6 +23,8 @@ CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
 #: "auto": the best that the host has.
 DEVICE_KINDS = ("auto", "fuse+loop", "ublk", "tcmu")
+#: The snapshotter's devices may also be those of an overlaybd TCMU daemon that runs beside it.
+DAEMON_KIND = "overlaybd-tcmu"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -69,7 +71,7 @@ class Settings:
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
-    #: What images are made: one of DEVICE_KINDS.
+    #: What images are made: one of DEVICE_KINDS; or, by the snapshotter alone, DAEMON_KIND.
     device_kind: str = "auto"
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
     server_processes: int = 0
@@ -142,8 +144,9 @@ class Settings:
         self._check_access()
         if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
             raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
-        if self.device_kind not in DEVICE_KINDS:
-            raise SettingsError(f"device_kind: wanted one of {', '.join(DEVICE_KINDS)} (got {self.device_kind!r})")
+        if self.device_kind not in (*DEVICE_KINDS, DAEMON_KIND):
+            kinds = ", ".join((*DEVICE_KINDS, DAEMON_KIND))
+            raise SettingsError(f"device_kind: wanted one of {kinds} (got {self.device_kind!r})")
         if self.log_format not in LOG_FORMATS:
             raise SettingsError(f"log_format: wanted one of {', '.join(LOG_FORMATS)} (got {self.log_format!r})")
         if self.log_level not in LOG_LEVELS:

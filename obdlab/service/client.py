@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from obdlab.devices import kinds, mount
 from obdlab.errors import DeviceError
@@ -55,6 +55,29 @@ class AttachedDevice:
     keeper_pid: int = 0
     restarts: int = 0
     graduated: bool = False
+
+
+class Devices(Protocol):
+    """What a snapshotter needs of whoever makes images block devices; each method as DeviceService has it."""
+
+    @property
+    def settings(self) -> Settings:
+        """What images are opened with."""
+
+    def start_host(self) -> None:
+        """Have everything running that the first attach needs."""
+
+    def attach(self, config_path: Path, device_id: str | None = None) -> AttachedDevice:
+        """Make an image a block device, or find the one that already is."""
+
+    def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
+        """Mount a device's file system."""
+
+    def release(self, device_id: str) -> bool:
+        """Detach a device that this mount namespace has unmounted; tell whether it is gone already."""
+
+    def list(self) -> list[AttachedDevice]:
+        """Return the devices."""
 
 
 class DeviceService:

@@ -16,23 +16,33 @@ from obdlab.devices.tcmu import configfs, uio
 from obdlab.devices.tcmu.configfs import Target
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
-from obdlab.service.client import AttachedDevice
+from obdlab.image.settings import DAEMON_KIND
+from obdlab.service.client import AttachedDevice, DeviceService
 from obdlab.service.tcmu import HANDLER, failure_of, holders, image_of, result_file
 
 if TYPE_CHECKING:
     from obdlab.devices.tcmu.uio import UioName
+    from obdlab.image.settings import Settings
+    from obdlab.service.client import Devices
 
-#: What :class:`AttachedDevice` calls these devices.
-KIND = "overlaybd-tcmu"
 _SERVED_S = 30.0
 _PAUSE_S = 0.02
 _SECTOR = 512
 
 
-class TcmuDevices:
-    """The overlaybd devices of this host. ``tenant`` is the snapshotter's, part of every name; -1: none."""
+def devices_for(run_dir: Path, settings: Settings) -> Devices:
+    """Return who makes the devices that the settings ask for."""
+    return TcmuDevices(settings) if settings.device_kind == DAEMON_KIND else DeviceService(run_dir, settings)
 
-    def __init__(self, *, tenant: int = -1) -> None:
+
+class TcmuDevices:
+    """The overlaybd devices of this host. ``tenant`` is the snapshotter's, part of every name; -1: none.
+
+    How their images are opened is the daemon's to say; ``settings`` are for what the snapshotter does itself.
+    """
+
+    def __init__(self, settings: Settings, *, tenant: int = -1) -> None:
+        self.settings = settings
         self._tenant = tenant
 
     def start_host(self) -> None:
@@ -132,7 +142,7 @@ def _description(target: Target, disk: Path, config: Path, number: int) -> Attac
         read_only=bool(_number(disk, "ro")),
         pid=servers[0] if servers else 0,
         config=config,
-        kind=KIND,
+        kind=DAEMON_KIND,
         alive=bool(servers),
     )
 

@@ -20,7 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.devices import kinds
 from obdlab.errors import ObdlabError
+from obdlab.image.settings import DAEMON_KIND
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
@@ -46,8 +48,11 @@ class FallbackError(ObdlabError):
     """The image could be had neither lazily nor whole."""
 
 
-def missing_devices() -> str:
-    """Return why block devices cannot be made here, or ''."""
+def missing_devices(kind: str = kinds.AUTOMATIC) -> str:
+    """Return why block devices of that kind (``Settings.device_kind``) cannot be made here, or ''."""
+    wanted = kinds.KINDS[kinds.Tcmu.name] if kind == DAEMON_KIND else kinds.find(kind)
+    if wanted.name != kinds.FuseLoop.name:
+        return wanted.missing()
     for node in DEVICE_NODES:
         try:
             os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))

@@ -22,7 +22,7 @@ from obdlab.snapshotter.writable import MkfsError, Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.service.client import AttachedDevice, Devices
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.writable import FsSpec
 
@@ -50,7 +50,7 @@ class ImageDevices:
     Calls for different snapshots may come from several threads at once; for one snapshot the caller takes turns.
     """
 
-    def __init__(self, layout: Layout, devices: DeviceService, *, start_host_early: bool = False) -> None:
+    def __init__(self, layout: Layout, devices: Devices, *, start_host_early: bool = False) -> None:
         """Serve images below ``layout``. ``start_host_early`` spares the first container the device host's start."""
         self._layout = layout
         self._devices = devices
@@ -99,7 +99,7 @@ class ImageDevices:
 
     def _mount_anew(self, snapshot_id: int, target: Path, spec: FsSpec, mode: Mode, *, make: bool) -> Path:
         if mode is Mode.OVERLAYFS:
-            cause = fallback.missing_devices()
+            cause = fallback.missing_devices(self._devices.settings.device_kind)
             if cause or self._layout.unpacked(snapshot_id).exists():
                 return self._mount_unpacked(snapshot_id, target, cause)
         try:

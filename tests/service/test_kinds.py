@@ -18,7 +18,7 @@ from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.settings import Settings
 from obdlab.layers.append import AppendUpper
-from obdlab.service import capabilities
+from obdlab.service import capabilities, client
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import AttachedDevice, DeviceService
 from obdlab.service.live import LiveDevice
@@ -36,19 +36,31 @@ OTHERS = ("ublk", "tcmu")
 in_vm = pytest.mark.vm
 
 
-def service_of(directory: Path, kind: str, **changes: object) -> DeviceService:
-    settings = replace(Settings(), cache_dir=directory / "cache", device_kind=kind, **changes)  # type: ignore[arg-type]
-    return DeviceService(directory.resolve() / "run", settings)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all tests: a device host takes long to start on emulated processors."""
+    directory = tmp_path_factory.mktemp("kinds").resolve() / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
+        yield directory
+        service_of(directory, "auto").shutdown(force=True)
+    sys.stderr.write((directory / "host.log").read_text() if (directory / "host.log").exists() else "")
+
+
+def service_of(run_dir: Path, kind: str, **changes: object) -> DeviceService:
+    settings = replace(Settings(), cache_dir=run_dir / "cache", device_kind=kind, **changes)  # type: ignore[arg-type]
+    return DeviceService(run_dir, settings)
 
 
 @contextmanager
-def serving(directory: Path, kind: str, **changes: object) -> Iterator[DeviceService]:
-    service = service_of(directory, kind, **changes)
+def serving(run_dir: Path, kind: str, **changes: object) -> Iterator[DeviceService]:
+    """Give a service that has no devices, and has none afterwards."""
+    service = service_of(run_dir, kind, **changes)
     try:
         yield service
     finally:
-        service.shutdown(force=True)
-        sys.stderr.write(service.run_dir.host_log.read_text() if service.run_dir.host_log.exists() else "")
+        for device in service.list():
+            service.detach(device.device_id, force=True)
 
 
 def golden_config(directory: Path) -> Path:
@@ -78,15 +90,15 @@ def replaced(service: DeviceService, device: AttachedDevice) -> AttachedDevice:
 
 @in_vm
 @pytest.mark.parametrize("kind", OTHERS)
-def test_an_image_is_attached_listed_mounted_and_gone(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind) as service:
+def test_an_image_is_attached_listed_mounted_and_gone(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
         config = golden_config(tmp_path)
         device = service.attach(config)
         assert (device.kind, device.read_only, device.alive) == (kind, True, True)
         assert str(device.path).startswith({"ublk": "/dev/ublkb", "tcmu": "/dev/sd"}[kind])
         assert service.attach(config) == device
         with pytest.raises(DeviceError, match=f"attached as {kind} .wanted fuse.loop"):
-            service_of(tmp_path, "fuse+loop").attach(config)
+            service_of(run_dir, "fuse+loop").attach(config)
         (tmp_path / "mnt").mkdir()
         service.mount(device, tmp_path / "mnt")
         assert os.listdir(tmp_path / "mnt")
@@ -103,8 +115,8 @@ def test_an_image_is_attached_listed_mounted_and_gone(tmp_path: Path, kind: str)
 
 @in_vm
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind) as service:
+def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
         device = service.attach(writable_config(tmp_path, 16 * MIB))
         write_direct(device.path, MIB, b"written!" * 512)
         kill(device.pid)
@@ -125,8 +137,8 @@ def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, k
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", OTHERS)
-def test_kills_under_load_cost_no_byte(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind) as service:
+def test_kills_under_load_cost_no_byte(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
         device = service.attach(writable_config(tmp_path, 64 * MIB))
         with verified(device.path):
             for round_ in range(10):
@@ -138,11 +150,11 @@ def test_kills_under_load_cost_no_byte(tmp_path: Path, kind: str) -> None:
 
 
 @in_vm
-def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Path) -> None:
+def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Path, run_dir: Path) -> None:
     for kind in OTHERS:
         directory = tmp_path / kind
         directory.mkdir()
-        with serving(directory, kind) as service:
+        with serving(run_dir, kind) as service:
             device = service.attach(writable_config(directory, 8 * MIB))
             live = LiveDevice(service, device.device_id)
             if kind == "ublk":
@@ -157,8 +169,8 @@ def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Pat
 
 @in_vm
 @pytest.mark.parametrize("kind", OTHERS)
-def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind, read_deadline_s=2.0) as service:
+def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind, read_deadline_s=2.0) as service:
         device = service.attach(writable_config(tmp_path, 16 * MIB))
         write_direct(device.path, 0, b"x" * 4096)
         (tmp_path / "data").rename(tmp_path / "away")
@@ -178,8 +190,8 @@ def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, ki
 
 @in_vm
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_released_device_goes_with_its_last_user(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind) as service:
+def test_a_released_device_goes_with_its_last_user(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
         device = service.attach(golden_config(tmp_path))
         (tmp_path / "mnt").mkdir()
         service.mount(device, tmp_path / "mnt")
@@ -196,8 +208,8 @@ def test_a_released_device_goes_with_its_last_user(tmp_path: Path, kind: str) ->
 
 @in_vm
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path, kind) as service:
+def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
         device = service.attach(writable_config(tmp_path, 16 * MIB))
         kill_for_good(device)
         reader = subprocess.Popen(["dd", f"if={device.path}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"])
@@ -213,9 +225,9 @@ def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, kind: str) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kind", OTHERS)
-def test_many_rounds_leave_nothing(tmp_path: Path, kind: str) -> None:
+def test_many_rounds_leave_nothing(tmp_path: Path, run_dir: Path, kind: str) -> None:
     rounds = int(os.environ.get("OBDLAB_ROUNDS", "1000"))
-    with serving(tmp_path, kind) as service:
+    with serving(run_dir, kind) as service:
         config = golden_config(tmp_path)
         for _ in range(rounds):
             device = service.attach(config)
@@ -226,11 +238,11 @@ def test_many_rounds_leave_nothing(tmp_path: Path, kind: str) -> None:
 
 
 @in_vm
-def test_doctor_names_what_the_host_has_and_the_choice_can_be_forced(tmp_path: Path) -> None:
+def test_doctor_names_what_the_host_has_and_the_choice_can_be_forced(tmp_path: Path, run_dir: Path) -> None:
     found = {check.name: check for check in capabilities.run_checks() if check.purpose == "device kinds"}
     assert all(found[kind].ok for kind in kinds.KINDS)
     assert found["chosen by itself"].detail.startswith(kinds.best().name)
-    with serving(tmp_path, "auto") as service:
+    with serving(run_dir, "auto") as service:
         config = golden_config(tmp_path)
         assert service.attach(config).kind == kinds.best().name
         command = [sys.executable, "-m", "obdlab", "attach", "--device", "ublk", "--id", "forced"]
@@ -240,11 +252,11 @@ def test_doctor_names_what_the_host_has_and_the_choice_can_be_forced(tmp_path: P
 
 
 @pytest.mark.kernel
-def test_a_kind_that_is_missing_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_kind_that_is_missing_is_refused_with_what_to_do(tmp_path: Path, run_dir: Path) -> None:
     missing = [kind for kind in OTHERS if kinds.KINDS[kind].missing()]
     if not missing:
         pytest.skip("this host has all kinds")
-    with serving(tmp_path, missing[0]) as service:
+    with serving(run_dir, missing[0]) as service:
         with pytest.raises(DeviceError, match=f"this host has no {missing[0]} devices: .*try: .*modprobe"):
             service.attach(golden_config(tmp_path))
         assert service.list() == []

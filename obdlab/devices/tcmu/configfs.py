@@ -160,14 +160,18 @@ def disk_of(target: Target) -> Path | None:
         return None
 
 
+def dev_config_of(config_path: Path, live_id: str = "") -> str:
+    """Return what tells an overlaybd daemon which image to serve."""
+    return f"overlaybd/{config_path.absolute()}" + (f";{live_id}" if live_id else "")
+
+
 def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str = "") -> Path:
     """Have the running overlaybd daemon, ours or the original, serve the image of a config.v1.json; return the disk.
 
     ``live_id`` names it for live snapshots. Raises DeviceError.
     """
     target = Target.of(device_id, tenant)
-    dev_config = f"overlaybd/{config_path.absolute()}" + (f";{live_id}" if live_id else "")
-    create(target, dev_config)
+    create(target, dev_config_of(config_path, live_id))
     try:
         return export(target)
     except BaseException:
@@ -220,16 +224,17 @@ def _in_flight(disk: Path) -> bool:
 def unexport(target: Target) -> None:
     """Take the SCSI disk away, if there is one."""
     for path in (target.link, target.lun, target.group, target.loop):
-        _remove(path)
+        take_away(path)
 
 
 def remove(target: Target) -> None:
     """Take all of a device away, if there is one. Raises DeviceError if the kernel refuses."""
     unexport(target)
-    _remove(target.backstore)
+    take_away(target.backstore)
 
 
-def _remove(path: Path) -> None:
+def take_away(path: Path) -> None:
+    """Remove a link or a directory of configfs, if it is there. Raises DeviceError."""
     try:
         os.unlink(path) if path.is_symlink() else os.rmdir(path)
     except FileNotFoundError:
