@@ -8,7 +8,7 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
 
 # What only tests need: servers of shared databases, qcow2 images to import, a Prometheus to scrape the exporter, the virtual
 # machine of tests/vm and what is used in it.
-TEST_PACKAGES := qemu-utils postgresql mariadb-server prometheus qemu-system-x86 sg3-utils xfsprogs
+TEST_PACKAGES := qemu-utils postgresql mariadb-server prometheus qemu-system-x86 sg3-utils xfsprogs open-iscsi
 
 .PHONY: help setup packages test-packages demo test test-long lint unit protos benchmarks clean
 
