@@ -24,7 +24,7 @@ from obdlab.formats.lsmt.replay import replay
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.seal import append_seal, find_seal, recover_seal, undo_seal
+from obdlab.layers.seal import append_seal, find_seal, recover_seal, sealed_records, undo_seal
 from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
@@ -285,13 +285,13 @@ class AppendUpper(Upper):
         if length:
             self._grow(offset + length)
 
-    def seal_file(self) -> None:
+    def seal_file(self, *, marked: bool = False) -> None:
         with self._syncing, self._writing:
             log = self._writable_log()
             log.write_group()
             with self._lock:
-                segments = self._map.to_segments()
-            append_seal(self._file, self.header, segments, self._end)
+                records = sealed_records(self._map, self.name)
+            append_seal(self._file, self.header, records, self._end, marked=marked)
             self._is_sealed = True
             try:
                 self._file.lock(shared=True)

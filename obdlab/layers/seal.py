@@ -17,39 +17,47 @@ from obdlab.formats.lsmt.layout import (
     STRUCT_SIZE,
     Flags,
     Header,
-    Segments,
     Trailer,
     encode_segments,
 )
 from obdlab.layers.layerfile import sync_directory
 
 if TYPE_CHECKING:
+    from obdlab.formats.lsmt.segmentmap import SegmentMap
     from obdlab.layers.layerfile import LayerFile
 
 logger = logging.getLogger(__name__)
 
 
-def append_seal(file: LayerFile, header: Header, segments: Segments, index_offset: int) -> None:
-    """Write index and trailer at ``index_offset``, the end of the data, and sync. The header stays as it is.
+def sealed_records(held: SegmentMap, name: str) -> bytes:
+    """Return the index of a layer to be sealed: as the original's, not joined unless there are too many otherwise.
 
-    The records are those of the original: not joined, unless there are too many of them otherwise. The trailer is
-    written after the index is on stable storage, so that a crash leaves either a sealed layer or none. Raises
-    FormatError before anything is written if there are more than 1,000,000.
+    Raises FormatError naming the layer if there are more than 1,000,000 even so.
     """
-    if len(segments) > MAX_SEALED_RECORDS:
-        segments = coalesce(segments)
-    if len(segments) > MAX_SEALED_RECORDS:
+    records = held.to_records()
+    if len(records) > MAX_SEALED_RECORDS * RECORD_SIZE:
+        records = encode_segments(coalesce(held.to_segments()))
+    if len(records) > MAX_SEALED_RECORDS * RECORD_SIZE:
         raise FormatError(
             "layer has too many segments to be sealed",
-            blob=file.name,
-            got=len(segments),
+            blob=name,
+            got=len(records) // RECORD_SIZE,
             wanted=f"at most {MAX_SEALED_RECORDS}",
         )
-    records = encode_segments(segments)
+    return records
+
+
+def append_seal(file: LayerFile, header: Header, records: bytes, index_offset: int, *, marked: bool = False) -> None:
+    """Write the index, :func:`sealed_records`, and a trailer at ``index_offset``, the end of the data, and sync.
+
+    The header stays as it is. The trailer is written after the index is on stable storage, so that a crash leaves
+    either a sealed layer or none; a layer that is ``marked`` (:class:`SwitchMark`) spares that, as opening it undoes
+    what a crash has left.
+    """
     trailer = Trailer(
         flags=(header.flags & Flags.SPARSE) | Flags.DATA | Flags.SEALED,
         index_offset=index_offset,
-        index_size=len(segments),
+        index_size=len(records) // RECORD_SIZE,
         virtual_size=header.virtual_size,
         uuid=header.uuid,
         parent_uuid=header.parent_uuid,
@@ -60,7 +68,8 @@ def append_seal(file: LayerFile, header: Header, segments: Segments, index_offse
         file.resize(index_offset)  # what a failed write left behind the data
         if records:
             file.write_at(index_offset, records.ljust(padded_size, b"\0"))
-        file.sync()
+        if not marked:
+            file.sync()
         file.write_at(index_offset + padded_size, trailer)
         file.sync()
     except BaseException:

@@ -329,7 +329,7 @@ class WritableStack(WritableBlob):
         with self._change:
             began = time.monotonic()
             try:
-                old.seal_file()
+                old.seal_file(marked=True)
                 try:
                     if switch is not None:
                         switch()

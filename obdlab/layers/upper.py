@@ -20,7 +20,7 @@ from obdlab.formats.lsmt.layout import (
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, undo_seal
+from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, sealed_records, undo_seal
 from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
 
 if TYPE_CHECKING:
@@ -185,13 +185,13 @@ class SparseUpper(Upper):
         self._file.write_at(0, header.to_bytes())
         self.header = header
 
-    def seal_file(self) -> None:
+    def seal_file(self, *, marked: bool = False) -> None:
         self._check_writable()
         self._is_read_only = True
         try:
             with self._lock:
-                segments = self._map.to_segments()
-            append_seal(self._file, self.header, segments, HEADER_SPACE + self.virtual_size)
+                records = sealed_records(self._map, self.name)
+            append_seal(self._file, self.header, records, HEADER_SPACE + self.virtual_size, marked=marked)
             self._file.lock(shared=True)
         except BaseException:
             self._is_read_only = False

@@ -95,11 +95,12 @@ class Upper(ABC):
                 return
 
     @abstractmethod
-    def seal_file(self) -> None:
+    def seal_file(self, *, marked: bool = False) -> None:
         """Append index and trailer to the data file, which is a sealed layer then (overlaybd LSMT, sealed in place).
 
-        Everything is on stable storage when this returns. Reading goes on here, writing is refused. Raises
-        FormatError, with nothing changed, if the layer has more segments than a sealed one may.
+        Everything is on stable storage when this returns, in less time if the layer is ``marked`` (``SwitchMark``).
+        Reading goes on here, writing is refused. Raises FormatError, with nothing changed, if the layer has more
+        segments than a sealed one may.
         """
 
     def seal(self) -> LsmtLayer:

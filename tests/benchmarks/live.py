@@ -1,6 +1,6 @@
 """A writable device in use: what a collection leaves on disk, and how long a live snapshot holds writes up.
 
-Run as root: python -m tests.benchmarks.live [MiB that are overwritten ten times] [directory]
+Run as root: python -m tests.benchmarks.live [MiB that are overwritten ten times] [directory] [segments of a layer]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=sys.argv[2] if len(sys.argv) > 2 else "/var/tmp"))
     service = DeviceService(folder / "run", Settings(cache_dir=folder / "cache"))
     try:
+        snapshot_of_many(service, folder, int(sys.argv[3]) if len(sys.argv) > 3 else 300_000)
         run(service, folder, size)
     finally:
         clean_up(service, force=True)
@@ -67,6 +68,36 @@ def run(service: DeviceService, folder: Path, size: int) -> None:
             time.sleep(0.5)
     print(f"live snapshots: writes held for {', '.join(f'{ms:.0f}' for ms in paused)} ms; "
           f"the slowest write meanwhile {load.slowest_s * 1000:.0f} ms")  # fmt: skip
+
+
+def snapshot_of_many(service: DeviceService, folder: Path, segments: int) -> None:
+    """How long the slowest write takes while a layer of many segments is sealed."""
+    size, rng, piece = 8 << 30, random.Random(1), bytes(range(256)) * 2
+    data, index, config = folder / "many", folder / "many.index", folder / "many.json"
+    with AppendUpper.create(data, index, size) as upper:
+        upper.set_group_commit(1000)
+        for _ in range(segments):
+            upper.write_at(rng.randrange(size // 4096) * 4096, piece)
+        upper.set_group_commit(0)
+    ImageConfig(upper=UpperConfig(data=str(data), index=str(index))).save(config)
+    device = service.attach(config, "many")
+    live, slowest, paused, quiet = LiveDevice(service, "many"), [], [], []
+    for number in range(SNAPSHOTS):
+        load = Load(device, 16 * MIB // 4096)
+        with load.going_on():
+            time.sleep(1)
+            quiet.append(load.slowest_s * 1000)
+            following = folder / f"many{number}.json"
+            make_next(config, folder / f"many{number}", folder / f"many{number}.index").save(following)
+            paused.append(live.snapshot(following).paused_s * 1000)
+            time.sleep(0.5)
+        slowest.append(load.slowest_s * 1000)
+        if not number:
+            print(f"the first snapshot, of {segments} segments: writes held for {paused[0]:.0f} ms; the slowest "
+                  f"{slowest[0]:.0f} ms, {quiet[0]:.0f} ms without a snapshot")  # fmt: skip
+    print(f"with them in the lower layer: held for {', '.join(f'{ms:.0f}' for ms in paused[1:])} ms; the slowest "
+          f"{', '.join(f'{ms:.0f}' for ms in slowest[1:])} ms")  # fmt: skip
+    service.detach("many")
 
 
 if __name__ == "__main__":

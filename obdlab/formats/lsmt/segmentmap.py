@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from obdlab.formats.lsmt.index import HOLE, SegmentIndex, split
-from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments
+from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments, encode_segments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 _Segment = tuple[int, int, int, int]
 # Segments live in chunks of at most twice this many, so that an insertion moves little memory.
 _CHUNK = 256
+
+
+# A chunk that has not changed since it was looked at as a whole: as rows of an array, and as records once wanted.
+class _Frozen:
+    __slots__ = ("records", "table")
+
+    def __init__(self, table: NDArray[np.int64]) -> None:
+        self.table = table
+        self.records: bytes | None = None
 
 
 class SegmentMap:
@@ -36,8 +45,8 @@ class SegmentMap:
         self._join = join
         self._chunks: list[list[_Segment]] = [[]]
         self._first: list[int] = [0]  # chunk k holds the segments that begin in [first[k], first[k + 1])
-        # Chunk k as rows of an array, None if it has changed since: a copy of the map costs what has changed.
-        self._frozen: list[NDArray[np.int64] | None] = [None]
+        # Chunk k, None if it has changed since: a copy of the map costs what has changed.
+        self._frozen: list[_Frozen | None] = [None]
 
     @classmethod
     def of(cls, segments: Segments, *, join: bool = False) -> Self:
@@ -50,7 +59,7 @@ class SegmentMap:
             made._chunks = [all_[k : k + _CHUNK] for k in range(0, len(all_), _CHUNK)]
             made._first = [0, *(chunk[0][0] for chunk in made._chunks[1:])]
             table = np.column_stack(columns).astype(np.int64)
-            made._frozen = [table[k : k + _CHUNK] for k in range(0, len(table), _CHUNK)]
+            made._frozen = [_Frozen(table[k : k + _CHUNK]) for k in range(0, len(table), _CHUNK)]
         return made
 
     def __len__(self) -> int:
@@ -103,39 +112,39 @@ class SegmentMap:
 
     def to_segments(self) -> Segments:
         """The segments as columns, those longer than 16383 sectors cut as the original cuts them."""
-        table = np.concatenate([self._frozen_chunk(k) for k in range(len(self._chunks))])
-        begin, end, moffset, source = np.ascontiguousarray(table.T)
-        zeroed = source < 0
-        segments = Segments(
-            offset_sectors=begin,
-            length_sectors=end - begin,
-            moffset_sectors=moffset,
-            zeroed=zeroed,
-            tag=np.where(zeroed, ~source, source).astype(np.uint8),
-        )
-        return split(segments, MAX_SEGMENT_SECTORS)
+        return _segments(np.concatenate([self._frozen_chunk(k).table for k in range(len(self._chunks))]))
+
+    def to_records(self) -> bytes:
+        """:meth:`to_segments` as the records of an index. ValueError if a number does not fit into its field."""
+        return b"".join([self._frozen_records(k) for k in range(len(self._chunks))])
 
     def freeze(self, first: int, count: int) -> int:
-        """Do part of the work of the next :meth:`to_segments`: for ``count`` chunks from number ``first`` on.
+        """Do part of the work of the next :meth:`to_records`: for ``count`` chunks from number ``first`` on.
 
         Returns the number to go on with, 0 after the last.
         """
         end = min(first + count, len(self._chunks))
         for k in range(first, end):
-            self._frozen_chunk(k)
+            self._frozen_records(k)
         return end if end < len(self._chunks) else 0
 
     def to_index(self) -> SegmentIndex:
         """A frozen copy: :meth:`to_segments`, indexed."""
         return SegmentIndex(self.to_segments())
 
-    def _frozen_chunk(self, k: int) -> NDArray[np.int64]:
+    def _frozen_chunk(self, k: int) -> _Frozen:
         frozen = self._frozen[k]
         if frozen is None:
             chunk = self._chunks[k]
             numbers = np.fromiter(chain.from_iterable(chunk), dtype=np.int64, count=4 * len(chunk))
-            frozen = self._frozen[k] = numbers.reshape(-1, 4)
+            frozen = self._frozen[k] = _Frozen(numbers.reshape(-1, 4))
         return frozen
+
+    def _frozen_records(self, k: int) -> bytes:
+        frozen = self._frozen_chunk(k)
+        if frozen.records is None:
+            frozen.records = encode_segments(_segments(frozen.table))
+        return frozen.records
 
     def _find(self, sector: int) -> tuple[int, int]:
         # Chunk and place of the first segment that ends after `sector`; the place may be just past a chunk's last.
@@ -212,3 +221,16 @@ class SegmentMap:
             self._chunks[c : c + 1] = parts
             self._frozen[c : c + 1] = [None] * len(parts)
             self._first[c + 1 : c + 1] = [part[0][0] for part in parts[1:]]
+
+
+def _segments(table: NDArray[np.int64]) -> Segments:
+    begin, end, moffset, source = np.ascontiguousarray(table.T)
+    zeroed = source < 0
+    segments = Segments(
+        offset_sectors=begin,
+        length_sectors=end - begin,
+        moffset_sectors=moffset,
+        zeroed=zeroed,
+        tag=np.where(zeroed, ~source, source).astype(np.uint8),
+    )
+    return split(segments, MAX_SEGMENT_SECTORS)

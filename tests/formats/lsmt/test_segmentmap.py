@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.formats.lsmt import segmentmap
+from obdlab.formats.lsmt.layout import encode_segments
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from tests.formats.lsmt.test_index import from_runs
 
@@ -93,3 +96,14 @@ def test_bad_ranges_are_refused() -> None:
             held.insert(begin, end, 8)
     held.insert(3, 3, 8)
     assert len(held) == 0
+
+
+def test_records_prepared_ahead_are_those_of_the_map_as_it_is() -> None:
+    held, rng = SegmentMap(), random.Random(1)
+    for number in range(3000):
+        begin = rng.randrange(1 << 20)
+        held.insert(begin, begin + rng.choice((1, 8, 40_000)), 8 + number, zeroed=number % 5 == 0)
+        if number % 500 == 0:
+            held.freeze(0, len(held))
+    assert held.to_records() == encode_segments(held.to_segments())
+    assert SegmentMap().to_records() == b""
