@@ -146,11 +146,12 @@ def containerd_with_obdlab(directory: Path, *arguments: str, sandbox_image: str 
             running_containerd(directory / "containerd", proxies, cri=cri, sandbox_image=sandbox_image)
         )
         running = ObdlabHost(host, snapshotter)
-        stack.callback(_remove_containers, running)
+        stack.callback(remove_containers, running)
         yield running
 
 
-def _remove_containers(host: ObdlabHost) -> None:
+def remove_containers(host: ObdlabHost) -> None:
+    """Kill and remove all containers."""
     for task in host.ctr("tasks", "ls", "-q").split():
         host.ctr("tasks", "kill", "-s", "KILL", task, check=False)
         host.ctr("tasks", "rm", "-f", task, check=False)

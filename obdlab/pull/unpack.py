@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, NotFoundError
+from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
 from obdlab.pull.errors import PullError
 
@@ -97,7 +97,8 @@ class Unpacker:
             except AlreadyExistsError:
                 if self._committed(name):  # containerd has put it under the lease
                     return LayerResult(layer.digest, layer.size, Outcome.LAZY)
-                # Somebody else made it and it went again; or the key was taken.
+                # Somebody else made it and it went again; the key was taken; or only its record is there.
+                self._forget_lost(number)
                 continue
             if layer.is_overlaybd and not self._download:
                 self._refuse(layer, key)
@@ -109,6 +110,22 @@ class Unpacker:
             f"{self._snapshotter}: says that snapshot {name} exists already, yet there is none "
             f"(layer {layer.digest}, {_PREPARE_TRIES} tries)"
         )
+
+    # A snapshotter whose root was emptied has lost snapshots that containerd has on record: their names are taken.
+    def _forget_lost(self, number: int) -> None:
+        for name in reversed(self._image.chain_ids[number:]):
+            if self._committed(name):
+                continue
+            try:
+                self._snapshots.remove(name)
+            except NotFoundError:
+                continue
+            except FailedPreconditionError as error:
+                raise PullError(
+                    f"{self._snapshotter}: has lost snapshot {name}, which containerd has on record (was the "
+                    "snapshotter's directory emptied?); remove the containers and images on it, and pull again "
+                    f"({error})"
+                ) from error
 
     # Unpacked it would be a file in an otherwise empty root file system: an image that pulls and cannot run.
     def _refuse(self, layer: Descriptor, key: str) -> NoReturn:

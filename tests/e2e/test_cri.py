@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.snapshotter.store import Kind
-from tests import capabilities
 from tests.containerd.kubelet import Kubelet
-from tests.containerd_host import ObdlabHost, containerd_with_obdlab
-from tests.e2e.conftest import BIG, file_text, wait_for
-from tests.e2e.images import push_pause
-from tests.snapshotter import imagefiles
+from tests.containerd_host import ObdlabHost
+from tests.e2e.conftest import BIG
+from tests.e2e.running import file_text, wait_for
 from tests.snapshotter.wire import WireSnapshotter
 
 if TYPE_CHECKING:
@@ -23,15 +21,6 @@ if TYPE_CHECKING:
     from tests.registry.server import RegistryServer
 
 pytestmark = [pytest.mark.containerd, pytest.mark.registry]
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory, registry_server: RegistryServer) -> Iterator[ObdlabHost]:
-    capabilities.require("containerd")
-    imagefiles.require_busybox()
-    pause = push_pause(registry_server.host)
-    with containerd_with_obdlab(tmp_path_factory.mktemp("cri"), sandbox_image=pause) as running:
-        yield running
 
 
 @pytest.fixture
@@ -64,5 +53,5 @@ def test_a_pod_runs_lazily(
         assert kubelet.execute(other, "/bin/busybox", "cat", "/etc/issue") == "on top\n"
         assert len(host.snapshotter.devices.list()) == 1
         kubelet.stop(container)
-    kubelet.remove_image(image)
-    wait_for(lambda: host.snapshotter.devices.list() == [])
+    for name in (image, f"{registry_server.host}/e2e/pause:latest"):
+        kubelet.remove_image(name)

@@ -8,8 +8,9 @@ import pytest
 
 from tests import capabilities
 from tests.containerd_host import containerd_with_obdlab
-from tests.e2e.conftest import BIG, blob_bytes, wait_for
+from tests.e2e.conftest import BIG
 from tests.e2e.engine import running_docker
+from tests.e2e.running import blob_bytes, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
