@@ -48,7 +48,15 @@ _MAX_LINKS = 255
 _MAX_PATH = 4095
 _TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
+# What the kernel calls requests that cannot be met anywhere.
+_MALFORMED = frozenset(
+    (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.E2BIG, errno.EFBIG)
+)
 _NO_NAMES = (b"", b".", b"..")
+# What is remembered of a layer may take about so much memory, and about so much for a name beside its length.
+_MOST_HELD = 1 << 30
+_DIRECTORY_OVERHEAD = 1024
+_OVERHEAD = 512
 _NODES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
 # What a parent looks like that no member describes.
 _IMPLICIT = Attributes(0o755, 0, 0, 0, 0)
@@ -85,16 +93,6 @@ class _Upper:
     def __contains__(self, path: bytes) -> bool:
         return path in self.directories or path in self.others
 
-    def forget(self, path: bytes) -> None:
-        self.others.discard(path)
-        if self.directories.pop(path, None) is None:
-            return
-        below = path + b"/"
-        for name in [name for name in self.directories if name.startswith(below)]:
-            del self.directories[name]
-        self.others = {name for name in self.others if not name.startswith(below)}
-        self.opaque = {name for name in self.opaque if name != path and not name.startswith(below)}
-
 
 def apply_layer(tar: IO[bytes] | RawIOBase, blob: str, tree: Tree) -> ApplyStatistics:
     """Apply the uncompressed layer tar read from ``tar`` to ``tree``.
@@ -118,6 +116,7 @@ class _Applier:
         # The last member's directory as written, and where it is: members of one mostly come together.
         self._last_above: bytes | None = None
         self._last_parent = b""
+        self._held = 0
         self.statistics = ApplyStatistics()
 
     def run(self) -> ApplyStatistics:
@@ -152,6 +151,7 @@ class _Applier:
         if base.startswith(WHITEOUT_PREFIX):
             self._whiteout(member, parent, base)
         elif member.kind is Kind.CHARACTER and member.rdev == _WHITEOUT_RDEV:
+            self._hold(path, _OVERHEAD)
             self._whiteouts[path] = None  # overlayfs' own form
         elif member.kind is Kind.DIRECTORY:
             self._directory(member, path)
@@ -224,17 +224,19 @@ class _Applier:
         if seen is None:
             self._make_directory(path)
         elif seen.is_directory:
+            self._hold(path, _DIRECTORY_OVERHEAD)
             self._upper.directories[path] = _times(seen.attributes)
         else:
             self._replace_by_directory(path, seen)
 
     def _make_directory(self, path: bytes, attributes: Attributes = _IMPLICIT) -> None:
+        self._hold(path, _DIRECTORY_OVERHEAD)
         self._tree.make_directory(path, attributes)
         self._upper.directories[path] = _times(attributes)
 
     def _replace_by_directory(self, path: bytes, seen: Seen) -> None:
         template = self._directory_behind(path) if seen.is_link else None
-        self._tree.remove(path)
+        self._remove(path)
         self._make_directory(path, template or _IMPLICIT)
 
     def _directory_behind(self, link: bytes) -> Attributes | None:
@@ -256,6 +258,7 @@ class _Applier:
         elif hidden in _NO_NAMES:
             raise self._malformed(member, "malformed whiteout", got=_show(member.name))
         else:
+            self._hold(parent, _OVERHEAD)
             self._whiteouts[parent + b"/" + hidden] = None
 
     def _hide(self, path: bytes) -> None:
@@ -273,11 +276,11 @@ class _Applier:
 
     def _directory(self, member: Member, path: bytes) -> None:
         self._whiteouts.pop(path, None)
+        self._hold(path, _DIRECTORY_OVERHEAD)
         attributes = _attributes(member)
         seen = self._tree.look(path)
         if seen is not None and not seen.is_directory:
-            self._tree.remove(path)
-            self._forget(path)
+            self._remove(path)
             seen = None
         if seen is None:
             self._tree.make_directory(path, attributes)
@@ -286,11 +289,11 @@ class _Applier:
         self._upper.directories[path] = _times(attributes)
 
     def _other(self, member: Member, path: bytes) -> None:
+        self._hold(path, _OVERHEAD)
         target = self._link_target(member, path) if member.kind is Kind.HARDLINK else b""
         self._whiteouts.pop(path, None)
         if self._tree.look(path) is not None:
-            self._tree.remove(path)
-            self._forget(path)
+            self._remove(path)
         attributes = _attributes(member)
         match member.kind:
             case Kind.FILE:
@@ -306,9 +309,27 @@ class _Applier:
                 self._tree.make_node(path, attributes, _NODES[kind], member.rdev)
         self._upper.others.add(path)
 
-    def _forget(self, path: bytes) -> None:
-        self._upper.forget(path)
+    def _remove(self, path: bytes) -> None:
+        # Take what is at the path out of the tree, and out of the upper. Only what goes is looked at: the cost of one
+        # removal must not depend on how much else the layer has brought.
         self._last_above = None
+        pending = [path]
+        while pending:
+            inner = pending.pop()
+            self._upper.others.discard(inner)
+            if self._upper.directories.pop(inner, None) is not None:
+                self._upper.opaque.discard(inner)
+                pending += [inner + b"/" + name for name in self._tree.names(inner)]
+        self._tree.remove(path)
+
+    def _hold(self, path: bytes, overhead: int) -> None:
+        # Everything a layer names is remembered until its end.
+        self._held += len(path) + overhead
+        if self._held > _MOST_HELD:
+            raise ApplyError(
+                f"{self._blob}: too many names in one layer to hold in memory "
+                f"({len(self._upper.others)} files, {len(self._upper.directories)} directories so far)"
+            )
 
     def _link_target(self, member: Member, path: bytes) -> bytes:
         components = self._components(member, member.link, "hard link target")
@@ -343,7 +364,15 @@ class _Applier:
 
     def _refused(self, member: Member, error: OSError) -> ObdlabError:
         where = f"{member.kind.value} {_show(member.name)}"
-        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.E2BIG):
+        if error.errno in (
+            errno.ENOTDIR,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+            errno.EINVAL,
+            errno.EMLINK,
+            errno.E2BIG,
+            errno.EFBIG,
+        ):
             return FormatError(f"cannot make {where}: {_reason(error)}", blob=self._blob, offset=member.offset)
         return ApplyError(f"{self._blob}: cannot make {where}: {_reason(error)}")
 

@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from obdlab.ext4.directory import DIRECTORY
 from obdlab.ext4.editor import EXTENTS, Editor
 from obdlab.ext4.layout import ROOT_INO, Inode, device_block
 
@@ -128,14 +129,15 @@ class Ext4Tree:
 
     def remove(self, path: bytes) -> None:
         parent, name = self._place(path)
+        pending = [path] if path in self._directories else []
+        while pending:
+            known = pending.pop()
+            number = self._directories.pop(known)
+            inner = [
+                known + b"/" + name for name, (_, kind) in self._editor.entries(number).items() if kind == DIRECTORY
+            ]
+            pending += [one for one in inner if one in self._directories]
         self._editor.remove(parent, name)
-        if path in self._directories:
-            below = path + b"/"
-            self._directories = {
-                known: number
-                for known, number in self._directories.items()
-                if known != path and not known.startswith(below)
-            }
 
     def make_directory(self, path: bytes, attributes: Attributes) -> None:
         inode = _inode(stat.S_IFDIR, attributes).changed(links=2)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 INODE_SIZE = 256
 _LAST_ORPHAN = 232
+# Blocks of metadata that are held, above which they are written early.
+_MOST_HELD = 16384
+#: A file has no more blocks, holes included.
+MOST_BLOCKS = (1 << 32) - 1
 
 
 class Changes(Volume):
@@ -179,12 +183,18 @@ class Changes(Volume):
         """Return a block to be changed."""
         found = self._cache.get(block)
         if found is None:
+            if len(self._cache) >= _MOST_HELD:
+                self._write_dirty()
+                self._cache.clear()
             found = self._cache[block] = bytearray(self._disk.read_at(block * self.block_size, self.block_size))
         self._dirty.add(block)
         return found
 
     def replace(self, block: int, content: bytes) -> None:
         """Give a block other content, filled up with zeros."""
+        if len(self._cache) >= _MOST_HELD and block not in self._cache:
+            self._write_dirty()
+            self._cache.clear()
         self._cache[block] = bytearray(content.ljust(self.block_size, b"\0"))
         self._dirty.add(block)
 
@@ -196,11 +206,15 @@ class Changes(Volume):
         for group, bits in self.inodes.changed():
             self.replace(self._groups[group].inode_bitmap, bits)
         self._write_groups()
-        size = self.block_size
-        for block in sorted(self._dirty):
-            self._gathered.write(block * size, self._cache[block])
-        self._gathered.flush()
+        self._write_dirty()
         self._target.write_at(SUPER_OFFSET, self.superblock.with_free(self.blocks.left, self.inodes.left))
+
+    def _write_dirty(self) -> None:
+        for block in sorted(self._dirty):
+            self._gathered.write(block * self.block_size, self._cache[block])
+        self._gathered.flush()
+        self._recent.clear()
+        self._dirty.clear()
 
     def _metadata(self, block: int) -> bytes | bytearray:
         return self._cache.get(block) or super()._metadata(block)

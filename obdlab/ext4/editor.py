@@ -15,7 +15,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from obdlab.ext4 import directory, xattr
-from obdlab.ext4.changes import INODE_SIZE, Changes, extents_of
+from obdlab.ext4.changes import INODE_SIZE, MOST_BLOCKS, Changes, extents_of
 from obdlab.ext4.folders import Folder, FolderWriter, read_folder
 from obdlab.ext4.layout import EXTRA_ISIZE, GOOD_INODE, MAX_LINKS, MAX_NAME, SECTOR, Inode, InodeFlag
 
@@ -163,6 +163,8 @@ class Editor(Changes):
         self, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool = False
     ) -> tuple[bytes, int]:
         """Write a file's content as :meth:`with_content` does; return ``block`` and ``sectors`` of its inode."""
+        if size > MOST_BLOCKS * self.block_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if sparse:
             extents = self.write_sparse(pieces)
         else:

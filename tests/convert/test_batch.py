@@ -277,7 +277,7 @@ def test_spread_by_dask(count: int, registry_server: RegistryServer, tmp_path: P
             if count > 3:  # a worker is lost: the other one does its work
                 wait_for(lambda: any(digests_at(registry_server, names)))
                 workers[0].kill()
-            assert process.wait(_WAIT_S) == 1
+            assert process.wait(6 * _WAIT_S) == 1
     rows = {row["destination"]: row for row in json.loads(report.read_text())}
     assert [rows[name]["digest"] for name in names] == digests_at(registry_server, names)
     assert all(rows[name]["digest"] for name in names)

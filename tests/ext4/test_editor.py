@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.convert.listing import differences, list_tree, list_volume
+from obdlab.ext4 import changes
 from obdlab.ext4.editor import Editor
 from obdlab.ext4.layout import ROOT_INO, Inode
 from obdlab.ext4.mkfs import make_filesystem
@@ -105,6 +106,27 @@ def test_same_calls_same_bytes() -> None:
     assert images[0] == images[1]
 
 
+def test_metadata_that_is_written_early_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = []
+    for number, held in enumerate((1 << 20, 5)):
+        monkeypatch.setattr(changes, "_MOST_HELD", held)
+        with FileDisk(tmp_path / f"disk{number}", 96 << 20) as disk:
+            make_filesystem(disk)
+            for layer in range(3):
+                editor = Editor(disk)
+                folder = editor.add(ROOT_INO, b"folder %d" % layer, FOLDER)
+                for file in range(300):
+                    editor.add(folder, b"file %d" % file, file_of(editor, b"%d %d" % (layer, file)))
+                if layer:
+                    editor.remove(ROOT_INO, b"folder %d" % (layer - 1))
+                holes = [(at * 8192, b"x") for at in range(2000)]
+                editor.add(ROOT_INO, b"holes %d" % layer, editor.with_content(FILE, 1 << 24, holes, sparse=True))
+                editor.finish()
+            contents.append(list_volume(Volume(disk)))
+        assert fsck(tmp_path / f"disk{number}") == ""
+    assert contents[0] == contents[1]
+
+
 @pytest.mark.kernel
 def test_the_kernel_sees_the_same(tmp_path: Path) -> None:
     image, mounted = tmp_path / "disk", tmp_path / "mounted"
@@ -151,6 +173,7 @@ def test_what_a_file_system_cannot_do() -> None:
         (errno.ENAMETOOLONG, lambda: editor.add(ROOT_INO, b"n" * 256, FILE)),
         (errno.EPERM, lambda: editor.link(ROOT_INO, b"again", ROOT_INO)),
         (errno.ENOSPC, lambda: editor.with_content(FILE, 1 << 20, [])),
+        (errno.EFBIG, lambda: editor.with_content(FILE, 1 << 60, [], sparse=True)),
         (errno.ENAMETOOLONG, lambda: editor.with_link(Inode(mode=0o120777), b"t" * 4096)),
         (errno.E2BIG, lambda: editor.with_xattrs(FILE, [(b"user.a", bytes(5000))])),
         (errno.EINVAL, lambda: editor.with_xattrs(FILE, [(b"system.posix_acl_access", b"nonsense")])),
