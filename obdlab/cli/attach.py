@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from obdlab.cli.common import (
     device_service_from,
     registry_from,
 )
-from obdlab.errors import DeviceError, ObdlabError
+from obdlab.errors import DeviceError, ObdlabError, SourceError
 
 if TYPE_CHECKING:
     import argparse
@@ -28,11 +30,16 @@ SOURCE_HELP = (
     "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
     "joined by commas)"
 )
+TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, then give up (default: %(default)g)"
 #: Below the run directory: configurations made for images that came without one.
 _IMAGES = "images"
 _CONFIG = "config.v1.json"
 #: From this on a listing tells of a request under way.
 _LONG_WAIT_S = 5.0
+#: For the attach itself, however long the registry was waited for.
+LEAST_ATTACH_S = 1.0
+#: Between two tries to reach a registry.
+_PAUSE_S = 2.0
 
 
 def add(subcommands: Any) -> None:
@@ -43,7 +50,7 @@ def add(subcommands: Any) -> None:
     attach.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     attach.add_argument("--id", help="name of the device (default: made from the image)")
     add_device_option(attach)
-    attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
+    attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(attach)
     add_registry_options(attach)
     add_trace_option(attach)
@@ -64,10 +71,12 @@ def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node."""
     if args.id == "":
         raise DeviceError("--id: empty (wanted a name; without the option one is made from the image)")
+    deadline = time.monotonic() + args.timeout
     config, device_id = config_of(args.source, args)
     service = device_service_from(args)
     try:
-        device = service.attach(config, args.id or device_id, timeout_s=args.timeout)
+        timeout_s = max(LEAST_ATTACH_S, deadline - time.monotonic())
+        device = service.attach(config, args.id or device_id, timeout_s=timeout_s)
     except BaseException:
         forget_config(service, config)
         raise
@@ -183,15 +192,32 @@ def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
     from obdlab.registry.reference import Reference
 
     client = registry_from(args)
+    deadline = time.monotonic() + getattr(args, "timeout", 0.0)
+    wanted = getattr(args, "trace", None) is None
+    told = False
     try:
-        wanted = getattr(args, "trace", None) is None
-        return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted)
+        while True:
+            try:
+                return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted)
+            except SourceError as error:
+                _wait_for_registry(error, name, deadline, quietly=told)
+                told = True
     except ObdlabError as error:
         if _may_be_a_path(name):
             raise DeviceError(f"{name}: no such file, and as the reference of an image: {error}") from error
         raise
     finally:
         client.close()
+
+
+# Until the deadline of mount or attach. What will not pass is told at once, and so is what may be a mistyped path.
+def _wait_for_registry(error: SourceError, name: str, deadline: float, *, quietly: bool) -> None:
+    left_s = deadline - time.monotonic()
+    if not error.temporary or left_s <= _PAUSE_S or _may_be_a_path(name):
+        raise error
+    if not quietly:
+        print(f"{error}; waiting for the registry, {left_s:.0f} s more at most", file=sys.stderr)
+    time.sleep(_PAUSE_S)
 
 
 # What people call layer files, or a name without a registry's (which stands for one of Docker Hub's).

@@ -48,6 +48,8 @@ def run_check(args: argparse.Namespace) -> int:
         print(json.dumps(json.loads(settings.to_json()), indent=2))
         return 0
     for field in fields(Settings):
+        if field.name == "settings_path":  # where they came from is no setting
+            continue
         value = getattr(settings, field.name)
         mark = "*" if value != getattr(default, field.name) else " "
         print(f"{mark} {field.name} = {json.dumps(to_plain(value))}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.attach import SOURCE_HELP, config_of, forget_config
+from obdlab.cli.attach import LEAST_ATTACH_S, SOURCE_HELP, TIMEOUT_HELP, config_of, forget_config
 from obdlab.cli.common import (
     add_device_option,
     add_registry_options,
@@ -31,7 +32,7 @@ def add(subcommands: Any) -> None:
     mount.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     mount.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
     add_device_option(mount)
-    mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help="give up after this many seconds")
+    mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(mount)
     add_registry_options(mount)
     add_trace_option(mount)
@@ -52,12 +53,14 @@ def run_mount(args: argparse.Namespace) -> int:
     made = not args.target.exists()
     if not made and not args.target.is_dir():
         raise DeviceError(f"{args.target}: not a directory, so nothing can be mounted there")
+    deadline = time.monotonic() + args.timeout
     config, device_id = config_of(args.source, args)
     service = device_service_from(args)
     device = None
     try:
         _make_directory(args.target)
-        device = service.attach(config, device_id, timeout_s=args.timeout)
+        timeout_s = max(LEAST_ATTACH_S, deadline - time.monotonic())
+        device = service.attach(config, device_id, timeout_s=timeout_s)
         service.mount(device, args.target.resolve())
     except BaseException:
         if device is not None:

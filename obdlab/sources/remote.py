@@ -6,6 +6,7 @@ within the deadline would take several of them. So what has just failed for want
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # The kernel asks again within milliseconds; longer than this, and a registry that is back would be missed.
 _REMEMBERED_S = 2.0
 _MOST_REMEMBERED = 64
+log = logging.getLogger(__name__)
+
 # A read that had less than this of the deadline (one ahead of its reader) does not speak for those that have all.
 _FULL_SHARE = 0.5
 
@@ -96,4 +99,7 @@ class RemoteBlob(Blob):
 
     def evict(self, offset: int, length: int) -> None:
         """Nothing is kept here, but who calls this was given wrong bytes: a mirror or proxy may be to blame."""
+        log.warning(
+            "%s: wrong bytes (%d at offset %d): fetched again, past mirrors and proxies", self._url, length, offset
+        )
         self._client.distrust(self._repository, self._digest)

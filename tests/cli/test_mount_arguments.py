@@ -8,6 +8,7 @@ import pytest
 
 from obdlab.cli.attach import _may_be_a_path
 from obdlab.cli.main import main
+from obdlab.registry.failures import RegistryError
 
 LAYER = str(Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd")
 
@@ -36,11 +37,28 @@ def test_what_looks_like_a_path_is_also_missed_as_a_file(tmp_path: Path, capsys:
     assert f"{name}: no such file, and as the reference of an image: 127.0.0.1:1/layers/none.obd:latest: " in line
     line = failure(tmp_path, capsys, "Layers/none.obd", tmp_path / "mnt")
     assert "no such file, and as the reference of an image: " in line
-    line = failure(tmp_path, capsys, "127.0.0.1:1/image", tmp_path / "mnt")
+    line = failure(tmp_path, capsys, "127.0.0.1:1/image", tmp_path / "mnt", "--timeout", "1")
     assert "no such file" not in line
     line = failure(tmp_path, capsys, "a.example/b", "none.obd", tmp_path / "mnt")
     assert line.endswith("no such file: a.example/b, none.obd)")
     assert not (tmp_path / "mnt").exists()
+
+
+def test_a_registry_that_is_down_is_waited_for_until_the_deadline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = iter(["refused", "refused", "no such image"])
+    monkeypatch.setattr("obdlab.cli.attach._PAUSE_S", 0.0)
+
+    def fetch(*_: object, **__: object) -> None:
+        what = next(tries)
+        raise RegistryError(what, temporary=what == "refused")
+
+    monkeypatch.setattr("obdlab.image.from_manifest.fetch_config", fetch)
+    assert main(["attach", "127.0.0.1:1/image", "--run-dir", str(tmp_path / "run")]) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "refused; waiting for the registry, 150 s more at most"
+    assert last == "obdlab attach: no such image"
 
 
 @pytest.mark.parametrize("name", ["a.obd", "h.example/a.obd", "config.v1.json", "x/./y", "layer", "layers/bottom"])
