@@ -183,7 +183,7 @@ class Host:
         with held(directory, timeout_s) as lock:
             if _still_attached(directory, config, sha256, settings) is None:
                 _clear_leftovers(directory, device_id)
-                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code, kind.name)
+                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code, kind=kind.name)
                 with closed_at_end(kind.connect()) as handed_on:
                     try:
                         self._start_keeper(plan, directory, deadline, handed_on, (connection.fileno(), lock))
