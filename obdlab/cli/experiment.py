@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
+    from obdlab.lab.declaration import AnySpec
     from obdlab.lab.spec import Spec
 
 NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
@@ -27,9 +28,10 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "run",
         help="measure what is not measured yet",
         description="Measures the cells of an experiment (see experiments/README.md) that have no rows yet under "
-        "today's code and host, prints the table, and with --report renders the notebook.",
+        "today's code and host, prints the table, and with --report renders the notebook. Needs root.",
     )
     _add_spec(run_parser)
+    _add_scheduler(run_parser)
     run_parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
     run_parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
     run_parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
@@ -40,6 +42,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Goes on with a stopped experiment as it was declared when it began, changes by --set included.",
     )
     resume_parser.add_argument("name", help="name of its results directory")
+    _add_scheduler(resume_parser)
     resume_parser.set_defaults(run=resume, again=False, report=False)
     status_parser = actions.add_parser("status", help="tell how many of an experiment's cells are measured")
     _add_spec(status_parser)
@@ -56,10 +59,24 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _add_spec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", type=Path, help="declaration, e.g. experiments/quick.toml")
+    parser.add_argument("--quick", action="store_true", help="as the declaration's table [quick] says: two minutes")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the declaration (TOML value)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key (TOML value; of grids also axes.NAME and options.NAME)",
     )
     _add_results(parser)
+
+
+def _add_scheduler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scheduler",
+        default="",
+        metavar="ADDRESS",
+        help="measure on the hosts of a Dask scheduler's workers, e.g. tcp://host:8786 (docs/experiments.md)",
+    )
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
@@ -68,46 +85,52 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and, if asked, render the report; 1 if a start failed."""
-    from obdlab.lab.spec import Spec
-
-    return _measure(Spec.load(args.spec).with_values(**_changes(args.set)), args)
+    return _measure(_declared(args), args)
 
 
 def resume(args: argparse.Namespace) -> int:
     """Measure what the last run of a results directory left; print the table as ``run`` does."""
-    from obdlab.lab.experiment import last_spec
+    from obdlab.lab.declaration import last_spec
 
     return _measure(last_spec(_directory(args, args.name)), args)
 
 
-def _measure(spec: Spec, args: argparse.Namespace) -> int:
+def _declared(args: argparse.Namespace) -> AnySpec:
+    from obdlab.lab.declaration import load
+
+    spec = load(args.spec, quick=args.quick)
+    # What was measured with less is not the experiment itself.
+    named = {"name": f"{spec.name}-quick"} if args.quick else {}
+    return spec.with_values(**named, **_changes(args.set))
+
+
+def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
+    from obdlab.lab.declaration import open_experiment
     from obdlab.lab.experiment import Experiment
     from obdlab.lab.report import check_parameters
-    from obdlab.lab.summary import caveats, findings, summarise, text_table
+    from obdlab.lab.spec import Spec
 
     directory = _directory(args, spec.name)
-    if args.report:  # what is wrong there shall not be told after an hour of measuring
+    if not isinstance(spec, Spec) and (args.report or args.scheduler):
+        raise ObdlabError(f"{spec.name}: --report and --scheduler are for container starts (got kind {spec.kind!r})")
+    if isinstance(spec, Spec) and args.report:  # what is wrong there shall not be told after an hour of measuring
         check_parameters(args.notebook, _parameters(spec, directory))
-    experiment = Experiment(spec, directory)
+    experiment = open_experiment(spec, directory)
     try:
-        measured = experiment.run(again=args.again)
+        if isinstance(experiment, Experiment):
+            measured = experiment.run(again=args.again, scheduler=args.scheduler)
+        else:
+            measured = experiment.run(again=args.again)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
         raise
     if measured == 0:
         print("everything was measured already under this code and host (--again measures anew)")
-    rows = experiment.rows()
-    failed = [row for row in rows if row.get("error")]
-    if len(failed) < len(rows):
-        summaries = summarise(rows, baseline=spec.snapshotters[0])
-        print(text_table(summaries))
-        print(*findings(summaries), sep="\n")
-    for sentence in caveats(rows):
-        print(sentence)
+    print(*experiment.report(), sep="\n")
     print(f"raw rows: {directory / 'rows.csv'}")
-    if args.report:
+    if isinstance(spec, Spec) and args.report:
         print(f"report:   {_report(args.notebook, spec, directory)}")
-    return int(bool(failed))
+    return int(any(row.get("error") for row in experiment.rows()))
 
 
 def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
@@ -147,14 +170,13 @@ def _changes(settings: list[str]) -> dict[str, Any]:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Print how many cells of each network are measured under today's code and host; 1 if any is not."""
-    from obdlab.lab.experiment import Experiment
-    from obdlab.lab.spec import Spec
+    """Print how many cells are measured under today's code and host, by network; 1 if any is not."""
+    from obdlab.lab.declaration import open_experiment
 
-    spec = Spec.load(args.spec).with_values(**_changes(args.set))
+    spec = _declared(args)
     missing = 0
-    for (rate_mbit, rtt_ms), (done, count) in Experiment(spec, _directory(args, spec.name)).progress().items():
-        print(f"{rate_mbit:g} Mbit/s, {rtt_ms:g} ms: {done} of {count} cells measured")
+    for label, (done, count) in open_experiment(spec, _directory(args, spec.name)).progress().items():
+        print(f"{label}: {done} of {count} cells measured")
         missing += count - done
     return int(missing > 0)
 

@@ -5,27 +5,32 @@ The measuring itself is in ``bench``; this module decides what to measure, keeps
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
 import time
+from contextlib import closing, nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 import obdlab
 from obdlab.lab import environment
-from obdlab.lab.bench import Bench, LabPaths
-from obdlab.lab.process import LabError
+from obdlab.lab.bench import LabPaths
+from obdlab.lab.cluster import Cluster
+from obdlab.lab.measuring import code_digest, context_of, how_measured, measure_cells
 from obdlab.lab.rows import Row, RowStore
-from obdlab.lab.spec import Cell, Spec, SpecError
+from obdlab.lab.spec import Cell, Spec
+from obdlab.lab.summary import caveats, findings, summarise, text_table
 
-#: What of the environment makes older rows incomparable. Load, free memory and the like may differ.
-CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+Network = tuple[float, float]
+#: environment, host, position in the order of measuring, cell, rows
+Measured = tuple[dict[str, Any], str, int, Cell, list[Row]]
 
 
 class Experiment:
@@ -36,15 +41,20 @@ class Experiment:
         self.store = RowStore(directory)
         self._paths = paths or LabPaths()
 
-    def run(self, *, again: bool = False) -> int:
+    def run(self, *, again: bool = False, scheduler: str = "") -> int:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
         ``again`` measures everything anew and keeps the old rows. Needs root, and the host for itself (LabError). A
         start that fails leaves a row with ``error`` and the run goes on; a stop (Ctrl-C) leaves every finished cell's
-        rows and nothing running.
+        rows and nothing running. ``scheduler`` is the address of a Dask scheduler whose workers' hosts are measured
+        on in place of this one (``obdlab.lab.cluster``).
         """
-        surroundings = {**environment.capture(), "code": code_digest()}
-        context = context_of(surroundings, self.spec, str(time.time_ns()) if again else "")
+        with closing(Cluster(scheduler)) if scheduler else nullcontext() as cluster:
+            return self._run(again, cluster)
+
+    def _run(self, again: bool, cluster: Cluster | None) -> int:
+        surroundings = cluster.surroundings if cluster else {**environment.capture(), "code": code_digest()}
+        context = context_of(surroundings, how_measured(self.spec), str(time.time_ns()) if again else "")
         pending = self._pending(context)
         # Kept before anything is measured: what "resume" goes on with.
         self._write_spec(context)
@@ -52,53 +62,63 @@ class Experiment:
         if count:
             # On a terminal a bar, elsewhere a line per step.
             with tqdm(total=count, unit="start", desc=self.spec.name, disable=None) as bar:
-                for network, cells in pending.items():
-                    if cells:
-                        self._run_network(network, cells, surroundings, context, bar)
+                if cluster:
+                    self._keep(cluster.measure(self.spec, pending, self._paths), context, bar)
+                else:
+                    self._keep(self._measure_here(pending, surroundings, bar), context, bar)
         self.store.write_csv()
         return count
 
-    def progress(self) -> dict[tuple[float, float], tuple[int, int]]:
-        """Return (cells measured, cells in all) of each network, under today's code and host."""
-        pending = self._pending(context_of({**environment.capture(), "code": code_digest()}, self.spec))
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Return (cells measured, cells in all) by network, under today's code and host."""
+        pending = self._pending(context_of({**environment.capture(), "code": code_digest()}, how_measured(self.spec)))
         counts = {network: len(self.spec.cells(*network)) for network in self.spec.networks()}
-        return {network: (count - len(pending[network]), count) for network, count in counts.items()}
+        return {
+            f"{rate_mbit:g} Mbit/s, {rtt_ms:g} ms": (count - len(pending.get((rate_mbit, rtt_ms), [])), count)
+            for (rate_mbit, rtt_ms), count in counts.items()
+        }
 
-    def _pending(self, context: str) -> dict[tuple[float, float], list[Cell]]:
+    def report(self) -> list[str]:
+        """Return the lines that tell what came out: table, findings, and what a reader must know."""
+        rows = self.rows()
+        lines = []
+        if any(not row.get("error") for row in rows):
+            summaries = summarise(rows, baseline=self.spec.snapshotters[0])
+            lines += [text_table(summaries), *findings(summaries)]
+        return lines + caveats(rows)
+
+    def _pending(self, context: str) -> dict[Network, list[Cell]]:
         done = self.store.done_keys()
         return {
-            network: [cell for cell in self.spec.cells(*network) if cell.key(context) not in done]
+            network: cells
             for network in self.spec.networks()
+            if (cells := [cell for cell in self.spec.cells(*network) if cell.key(context) not in done])
         }
 
     def _write_spec(self, context: str) -> None:
         latest = {**asdict(self.spec), "context": context}
         (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
 
-    def _run_network(
-        self, network: tuple[float, float], cells: list[Cell], surroundings: dict[str, Any], context: str, bar: Any
-    ) -> None:
+    def _measure_here(
+        self, pending: dict[Network, list[Cell]], surroundings: dict[str, Any], bar: Any
+    ) -> Iterator[Measured]:
         def say(text: str) -> None:
             if bar.disable:
                 print(text, file=sys.stderr, flush=True)
             else:
                 bar.set_description_str(text)
 
-        common = {"context": context, "seed": self.spec.seed, "label": "measured", "host": platform.node()}
-        todo = list(enumerate(cells))
-        while todo:
-            # A bench that a failed cell has spoilt is made anew for the others.
-            with Bench(self.spec, network, self._paths, say) as bench:
-                common["environment"] = self.store.add_environment({**surroundings, **bench.environment()})
-                while todo:
-                    position, cell = todo.pop(0)
-                    say(f"start {position + 1} of {len(cells)}: {cell.image} {cell.arm} #{cell.repeat + 1}")
-                    rows, spoilt = _measure(bench, cell)
-                    about = {**asdict(cell), "cell": cell.key(context), "position": position}
-                    self.store.append([{**common, **about, **row} for row in rows])
-                    bar.update()
-                    if spoilt:
-                        break
+        for network, cells in pending.items():
+            for about, position, cell, rows in measure_cells(self.spec, network, cells, self._paths, say):
+                yield {**surroundings, **about}, platform.node(), position, cell, rows
+
+    def _keep(self, measured: Iterable[Measured], context: str, bar: Any) -> None:
+        common = {"context": context, "seed": self.spec.seed, "label": "measured"}
+        for about, host, position, cell, rows in measured:
+            common |= {"environment": self.store.add_environment(about), "host": host}
+            mine = {**asdict(cell), "cell": cell.key(context), "position": position}
+            self.store.append([{**common, **mine, **row} for row in rows])
+            bar.update()
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: of each cell the last good attempt, or the last failed one."""
@@ -127,25 +147,6 @@ class Experiment:
         return [value for key, value in self.store.environments().items() if key in used]
 
 
-def _measure(bench: Bench, cell: Cell) -> tuple[list[Row], bool]:
-    try:
-        return bench.measure(cell), False
-    except LabError as error:
-        row: Row = {"start": "cold", "error": str(error), "attempt": time.time_ns()}
-        return [{**row, "started": datetime.now(UTC).isoformat()}], True
-
-
-def last_spec(directory: Path) -> Spec:
-    """Return the spec of the last run in a results directory. Raises SpecError."""
-    path = directory / "spec.json"
-    try:
-        values = json.loads(path.read_text())
-        values.pop("context")
-        return Spec.from_values(values)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SpecError(f"{path}: not the spec of a run: {error}") from error
-
-
 def default_results() -> Path:
     """Return where results are kept if nobody says: ``results`` in the checkout, or here for an installed package."""
     checkout = Path(obdlab.__file__).resolve().parents[1]
@@ -154,19 +155,3 @@ def default_results() -> Path:
 
 def _failed(rows: list[Row]) -> bool:
     return any(row.get("error") for row in rows)
-
-
-def code_digest() -> str:
-    """Return a digest of the package's own sources: a commit that changes only texts leaves rows comparable."""
-    package = Path(obdlab.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def context_of(surroundings: dict[str, Any], spec: Spec, nonce: str = "") -> str:
-    """Return the identity of code, host and way of measuring under which rows can be compared."""
-    stable = {key: surroundings.get(key) for key in CONTEXT_KEYS}
-    stable |= {"warm_starts": spec.warm_starts, "ready_timeout_s": spec.ready_timeout_s}
-    return hashlib.sha256((json.dumps(stable, sort_keys=True) + nonce).encode()).hexdigest()[:12]

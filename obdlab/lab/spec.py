@@ -117,14 +117,9 @@ class Spec:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a declaration. Raises SpecError naming file and key."""
+        values = read_declaration(path)
         try:
-            values = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise SpecError(f"{path}: {error.strerror}") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SpecError(f"{path}: {error}") from error
-        try:
-            return cls.from_values({"name": path.stem, **values})
+            return cls.from_values(values)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from error
 
@@ -163,6 +158,16 @@ class Spec:
             order.shuffle(block)
             cells += block
         return cells
+
+
+def read_declaration(path: Path) -> dict[str, Any]:
+    """Return a declaration's keys, its name among them. Raises SpecError."""
+    try:
+        return {"name": path.stem, **tomllib.loads(path.read_text())}
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: {error}") from error
 
 
 _TUPLES: dict[str, type] = {

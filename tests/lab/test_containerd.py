@@ -138,7 +138,7 @@ with (
 @pytest.mark.containerd
 def test_what_a_killed_experiment_left_is_taken_down(tiny_layout: Path, tmp_path: Path, state_dir: Path) -> None:
     datasets = Path(__file__).parents[2] / "datasets"
-    command = [sys.executable, "-c", _KILLED, tmp_path, tiny_layout, datasets]
+    command = [sys.executable, "-c", _KILLED, *map(str, (tmp_path, tiny_layout, datasets))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as experiment:
         assert experiment.stdout is not None
         namespace, containers = experiment.stdout.readline().split()

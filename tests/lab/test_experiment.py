@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.bench import LabPaths
+from obdlab.lab.declaration import last_spec
 from obdlab.lab.exclusive import only_experiment
-from obdlab.lab.experiment import Experiment, last_spec
+from obdlab.lab.experiment import Experiment
 from obdlab.lab.process import LabError
 from obdlab.lab.rows import RowStore
 from obdlab.lab.spec import Cell, Spec, SpecError
@@ -41,6 +44,12 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
     assert plain["bytes_received"] > 4_000_000
     assert 0 < lazy["bytes_received"] < plain["bytes_received"]
     assert plain["requests"] >= 7
+    for row in rows:
+        assert 0 < row["cpu_s"] < 60
+        assert row["pss_bytes"] > row["container_pss_bytes"] > 0
+        assert (row["round_trip_waits"] > 0) == (row["start"] == "cold")
+        assert row["round_trip_waits"] <= row["requests"]
+        assert row["host"]
     # The link's counter adds headers and ends when it is ready; the registry's includes what was under way.
     assert plain["link_bytes"] > plain["bytes_received"]
     assert lazy["link_bytes"] > 0
@@ -63,16 +72,54 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
 @pytest.mark.containerd
 @pytest.mark.slow
 def test_images_as_one_file_start_like_the_others(tmp_path: Path, paths: LabPaths) -> None:
-    spec = SPEC.with_values(snapshotters=["erofs", "loop"], a_a=False)
+    spec = SPEC.with_values(snapshotters=["erofs", "loop"], a_a=False, disks=["native", "cloud"], dropped_starts=1)
     experiment = Experiment(spec, tmp_path / "results", paths)
     experiment.run()
     rows = experiment.rows()
-    assert [row.get("error") for row in rows] == [None] * 4
+    assert [row.get("error") for row in rows] == [None] * 12
+    assert {row["disk"] for row in rows} == {"native", "cloud"}
     for row in rows:
         assert (row["bytes_received"] > 500_000) == (row["start"] == "cold")
-        assert row["evidence"]["resident_bytes"] > 0 if row["start"] == "warm" else not any(row["evidence"].values())
+        assert (row["evidence"]["resident_bytes"] > 0) == (row["start"] == "warm")
     assert "mkfs.erofs" in experiment.environments()[0]["compared"]["erofs"]
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.containerd
+@pytest.mark.slow
+def test_lazy_peers_start_the_same_image(tmp_path: Path, paths: LabPaths) -> None:
+    names = ["obdlab-prefetch", "stargz", "soci"]
+    for name in names:
+        try:
+            check_programs(ADAPTERS[name])
+        except LabError as error:
+            pytest.skip(str(error))
+    experiment = Experiment(SPEC.with_values(snapshotters=names, a_a=False), tmp_path / "results", paths)
+    experiment.run()
+    rows = experiment.rows()
+    assert [row.get("error") for row in rows] == [None] * 6
+    assert all(experiment.environments()[0]["compared"][name] for name in names)
+    for row in rows:
+        if row["start"] == "cold":
+            # tiny is 4.9 MB: nobody fetched it all before the container was ready.
+            assert 0 < row["bytes_received"] < 4_000_000
+            assert row["completion_bytes"] >= row["bytes_received"]
+            assert not any(row["evidence"].values())
+        else:
+            assert row["requests"] == 0
+    mounts = Path("/proc/self/mounts").read_text()
+    assert str(tmp_path) not in mounts
+
+
+@pytest.mark.containerd
+def test_a_cell_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path, paths: LabPaths) -> None:
+    spec = SPEC.with_values(snapshotters=["obdlab"], a_a=False, warm_starts=0, cell_timeout_s=0.05, repeats=2)
+    experiment = Experiment(spec, tmp_path / "results", paths)
+    assert experiment.run() == 2
+    assert ["not done after 0.05 s" in row["error"] for row in experiment.rows()] == [True, True]
+    patient = Experiment(spec.with_values(cell_timeout_s=300.0, repeats=1), tmp_path / "results", paths)
+    assert patient.run() == 1
+    assert [row.get("error") for row in patient.rows()] == [None]
 
 
 @pytest.mark.containerd

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import ssl
+import urllib.request
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from obdlab.errors import ObdlabError, SourceError
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.process import LabError
-from obdlab.lab.registry import RegistryHost, Traffic, parse_duration_s, parse_log, parse_time_s
+from obdlab.lab.registry import RegistryHost, Request, Traffic, parse_duration_s, parse_log, parse_time_s
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 
@@ -101,6 +103,39 @@ def test_other_lines_of_the_log_are_skipped() -> None:
     text = f'goroutine 1 [running]:\n{{"level":"info","msg":"listening"}}\n[1]\n{LINE}\n{LINE[:40]}'
     (request,) = parse_log(text)
     assert (request.blob, request.written) == ("sha256:" + "1" * 64, 5000)
+
+
+def _request(began_s: float, ended_s: float) -> Request:
+    return Request("GET", "/v2/a/manifests/b", 200, 10, ended_s - began_s, ended_s, "test")
+
+
+def test_round_trips_that_follow_one_another_are_counted() -> None:
+    one_after_another = [_request(0, 1), _request(1.5, 2), _request(2, 3)]
+    assert Traffic.of(one_after_another).round_trip_waits == 3
+    assert Traffic.of(one_after_another).busy_s == pytest.approx(2.5)
+    side_by_side = [_request(0, 2), _request(0.1, 1), _request(0.2, 1.5), _request(1.2, 1.9)]
+    assert Traffic.of(side_by_side).round_trip_waits == 2
+    assert Traffic.of(side_by_side).busy_s == pytest.approx(2.0)
+
+
+@pytest.mark.kernel
+@pytest.mark.registry
+def test_the_same_images_are_served_with_tls(tiny_layout: Path, tmp_path: Path, state_dir: Path) -> None:
+    with (
+        ExperimentNetwork(state_dir=state_dir) as network,
+        RegistryHost(tmp_path / "registry", network, tls=True) as registry,
+    ):
+        registry.push_layout(tiny_layout, "tiny")
+        begin = registry.mark()
+        context = ssl.create_default_context(cafile=str(registry.certificate))
+        url = f"https://{registry.secure_host}/v2/tiny/manifests/latest"
+        request = urllib.request.Request(url, headers={"Accept": "application/vnd.oci.image.manifest.v1+json"})
+        with urllib.request.urlopen(request, context=context, timeout=30) as answer:
+            assert answer.read() == OciLayout(tiny_layout).manifest_data
+        # Both write one log.
+        assert registry.traffic(begin, registry.mark()).manifest_requests == 1
+        assert registry.reference("tiny", secure=True).startswith("198.18.")
+        assert registry.wait_for_silence(0.2, 30.0)
 
 
 @given(st.data())

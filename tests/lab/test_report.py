@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -17,12 +18,17 @@ pytestmark = [
 ]
 
 
+#: Both are untyped upstream.
+v4: Any = nbformat.v4
+write: Any = nbformat.write
+
+
 def _notebook(path: Path, *cells: str) -> Path:
-    notebook = nbformat.v4.new_notebook()
+    notebook = v4.new_notebook()
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    notebook.cells = [v4.new_code_cell(source) for source in cells]
     notebook.cells[0].metadata.tags = ["parameters"]
-    nbformat.write(notebook, path)
+    write(notebook, path)
     return path
 
 

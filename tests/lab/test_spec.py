@@ -31,6 +31,9 @@ def test_declaration_on_disk(tmp_path: Path) -> None:
         ('images = ["a", "a"]', "each once"),
         ('snapshotters = ["zfs"]', "unknown name"),
         ("rates_mbit = [0]", "rates_mbit must be positive"),
+        ('disks = ["floppy"]', "disks: unknown name"),
+        ('workload = "find"', "workload: unknown"),
+        ("cell_timeout_s = 0", "must be positive"),
         ("= 3", "quick.toml"),
     ],
 )

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from obdlab.lab.statistics import median_interval, ratio_interval
+from obdlab.lab.rows import Row
+from obdlab.lab.statistics import cliffs_delta, median_interval, outliers, ratio_interval, shift_interval
 from obdlab.lab.summary import caveats, findings, noise_floor, summarise, text_table
 
 
@@ -28,13 +31,37 @@ def test_ratio_of_scaled_samples() -> None:
     assert estimate.low < 2.0 < estimate.high
 
 
+def test_a_shift_is_told_in_the_samples_unit() -> None:
+    base = [4.0, 4.4, 3.9, 4.1, 4.2]
+    estimate = shift_interval([value - 3 for value in base], base)
+    assert estimate.median == pytest.approx(-3.0)
+    assert estimate.low < -3.0 < estimate.high < 0
+    # By hand: the differences are 1-2, 1-5, 3-2, 3-5, 10-2, 10-5.
+    assert shift_interval([1.0, 3.0, 10.0], [2.0, 5.0]).median == pytest.approx((-1 + 1) / 2)
+
+
+def test_how_far_two_samples_overlap() -> None:
+    assert cliffs_delta([1.0, 2.0], [3.0, 4.0]) == -1.0
+    assert cliffs_delta([3.0, 4.0], [1.0, 2.0]) == 1.0
+    assert cliffs_delta([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 0.0
+    assert cliffs_delta([1.0, 4.0], [2.0, 2.0, 3.0, 5.0]) == pytest.approx((0 + 3 - 4 - 1) / 8)
+
+
+def test_wild_samples_are_found_and_kept() -> None:
+    assert outliers([1.0, 1.1, 0.9, 1.05, 9.0]) == [4]
+    assert outliers([1.0, 1.1, 9.0]) == []
+    rows = [_row("overlayfs", "cold", t) for t in (1.0, 1.1, 0.9, 1.05, 9.0)]
+    assert summarise(rows)[0].total_s.count == 5
+    assert "1 of 5 starts are far out" in caveats(rows)[-1]
+
+
 @pytest.mark.parametrize("samples", [[], [float("nan")], [1.0, float("inf")]])
 def test_no_samples_is_an_error(samples: list[float]) -> None:
     with pytest.raises(ValueError, match="at least one finite"):
         median_interval(samples)
 
 
-def _row(arm: str, start: str, total_s: float, **more: object) -> dict[str, object]:
+def _row(arm: str, start: str, total_s: float, **more: Any) -> Row:
     row = {"image": "redis", "rate_mbit": 100.0, "rtt_ms": 5.0, "arm": arm, "start": start, "total_s": total_s}
     phases = {"pull_s": total_s / 2, "create_s": 0.0, "start_s": 0.0, "ready_s": total_s / 2}
     return {**row, **phases, "bytes_received": 1e6, "requests": 3, **more}
@@ -53,6 +80,9 @@ def test_summary_compares_each_arm_with_the_baseline_and_leaves_failures_out() -
     assert noise_floor(summaries) == pytest.approx(0.025)
     table = text_table(summaries)
     assert "0.25 [" in table
+    assert summaries[1].delta == -1.0
+    assert summaries[1].shift_s is not None
+    assert summaries[1].shift_s.median == pytest.approx(-3.0)
     assert "n=3" in table
 
 

@@ -1,0 +1,156 @@
+"""Cells of an experiment on several test hosts, through Dask: each host measures whole blocks, one after another.
+
+A block is one repeat of everything under one network, so that what is compared was measured on one host. Hosts must
+be alike (code, kernel, processor, containerd), each with one worker of one thread; a worker is started as root from
+the same checkout: ``dask worker tcp://SCHEDULER:8786 --nthreads 1 --no-nanny``. Dask lets whoever reaches the
+scheduler run code as its workers' user: keep it to networks of your own, or use its TLS.
+
+On the worker a block is measured by a process of its own, which has a main thread (for time limits) and ends with
+whatever hangs in it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.lab import environment
+from obdlab.lab.bench import LabPaths
+from obdlab.lab.measuring import CONTEXT_KEYS, code_digest, failed_row, measure_cells
+from obdlab.lab.process import LabError, tail
+from obdlab.lab.spec import Cell, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.lab.rows import Row
+
+Network = tuple[float, float]
+
+_CONNECT_TIMEOUT_S = 30.0
+# Publishing images and starting the bench come on top of the cells.
+_SETUP_TIMEOUT_S = 3600.0
+_WORKER = ("-c", "from obdlab.lab.cluster import serve_block; serve_block()")
+
+
+class Cluster:
+    """A Dask scheduler's workers. Raises LabError if it cannot be reached or its hosts are not alike."""
+
+    def __init__(self, address: str, connect_timeout_s: float = _CONNECT_TIMEOUT_S) -> None:
+        try:
+            import distributed as untyped
+        except ImportError as error:
+            raise LabError("--scheduler needs Dask: pip install 'obdlab[mass]'") from error
+        self._distributed: Any = untyped
+        try:
+            self._client = self._distributed.Client(address, timeout=connect_timeout_s, set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise LabError(f"{address}: no Dask scheduler: {error}") from error
+        try:
+            self.surroundings = self._alike(address)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the scheduler; what workers are at ends with their block."""
+        self._client.close()
+
+    def measure(
+        self, spec: Spec, pending: dict[Network, list[Cell]], paths: LabPaths
+    ) -> Iterator[tuple[dict[str, Any], str, int, Cell, list[Row]]]:
+        """Measure cells; yield (environment, host, position, cell, rows) as they come.
+
+        Cells of a block that could not be measured at all come with a row with ``error``.
+        """
+        blocks = {}
+        for network, cells in pending.items():
+            by_repeat: dict[int, list[Cell]] = defaultdict(list)
+            for cell in cells:
+                by_repeat[cell.repeat].append(cell)
+            for block in by_repeat.values():
+                order = _order(spec, network, block, paths)
+                limit_s = _SETUP_TIMEOUT_S + len(block) * spec.cell_timeout_s * 2
+                blocks[self._client.submit(run_block, order, limit_s, pure=False, retries=0)] = block
+        for future in self._distributed.as_completed(list(blocks), loop=self._client.loop):
+            block = blocks[future]
+            try:
+                measured = future.result()
+            except Exception as error:  # of any kind: a worker's death comes as an exception of Dask's
+                for number, cell in enumerate(block):
+                    yield {}, "", number, cell, [failed_row(str(error))]
+                continue
+            for one in measured:
+                yield one["environment"], one["host"], one["position"], Cell(**one["cell"]), one["rows"]
+
+    def _alike(self, address: str) -> dict[str, Any]:
+        threads = self._client.nthreads()
+        if not threads:
+            raise LabError(f"{address}: the scheduler has no workers")
+        busy = [worker for worker, count in threads.items() if count != 1]
+        if busy:
+            raise LabError(f"{busy[0]}: a worker with {threads[busy[0]]} threads (wanted dask worker --nthreads 1)")
+        found: dict[str, dict[str, Any]] = self._client.run(host_facts)
+        first, *others = sorted(found)
+        for other in others:
+            for key in CONTEXT_KEYS:
+                if found[first].get(key) != found[other].get(key):
+                    raise LabError(
+                        f"hosts are not alike: {key} is {found[first].get(key)!r} at {first} and "
+                        f"{found[other].get(key)!r} at {other}"
+                    )
+        return found[first]
+
+
+def host_facts() -> dict[str, Any]:
+    """Return this host's environment, the digest of its obdlab included."""
+    return {**environment.capture(), "code": code_digest()}
+
+
+def run_block(order: str, limit_s: float) -> list[dict[str, Any]]:
+    """Measure a block (an order of this module's) in a process of its own; return what it measured.
+
+    Raises LabError with its last words if it fails or takes longer than ``limit_s``.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, *_WORKER], input=order, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"{platform.node()}: a block was not done after {limit_s:g} s") from error
+    if done.returncode != 0:
+        raise LabError(f"{platform.node()}: a block failed\n{tail(done.stderr)}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def serve_block() -> None:
+    """Measure the order on standard input; write a line of JSON for each cell."""
+    order = json.load(sys.stdin)
+    spec = Spec.from_values(order["spec"])
+    cells = [Cell(**cell) for cell in order["cells"]]
+    paths = LabPaths(tuple(map(Path, order["datasets"])), Path(order["images"]), Path(order["work"]))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    rate_mbit, rtt_ms = order["network"]
+    facts = host_facts()
+    for about, position, cell, rows in measure_cells(spec, (rate_mbit, rtt_ms), cells, paths, say):
+        one = {"environment": {**facts, **about}, "host": platform.node(), "position": position}
+        print(json.dumps({**one, "cell": asdict(cell), "rows": rows}), flush=True)
+
+
+def _order(spec: Spec, network: Network, cells: list[Cell], paths: LabPaths) -> str:
+    places = {
+        "datasets": [str(path) for path in paths.datasets],
+        "images": str(paths.images),
+        "work": str(paths.work),
+    }
+    values = {**asdict(spec), "description": ""}
+    return json.dumps({"spec": values, "network": network, "cells": [asdict(cell) for cell in cells], **places})

@@ -1,0 +1,62 @@
+"""Declarations of experiments of every kind: read, opened, and found again in a results directory."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from obdlab.lab.experiment import Experiment
+from obdlab.lab.grid import GridExperiment, GridSpec
+from obdlab.lab.spec import Spec, SpecError, read_declaration
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from obdlab.lab.bench import LabPaths
+
+AnySpec = Spec | GridSpec
+#: A declaration's kind if it names none: container starts.
+START = "start"
+
+
+def load(path: Path, *, quick: bool = False) -> AnySpec:
+    """Read a declaration; ``quick``: with the changes that its table [quick] names. Raises SpecError."""
+    values = read_declaration(path)
+    changes = values.pop("quick", None)
+    try:
+        spec = from_values(values)
+        if not quick:
+            return spec
+        if not isinstance(changes, dict):
+            raise SpecError("quick: no such table (wanted one that says what is measured less)")
+        return spec.with_values(**changes)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def from_values(values: Mapping[str, Any]) -> AnySpec:
+    """Check keys and types of a parsed declaration. Raises SpecError."""
+    given = dict(values)
+    if given.get("kind", START) == START:
+        given.pop("kind", None)
+        return Spec.from_values(given)
+    return GridSpec.from_values(given)
+
+
+def last_spec(directory: Path) -> AnySpec:
+    """Return the spec of the last run in a results directory. Raises SpecError."""
+    path = directory / "spec.json"
+    try:
+        values = json.loads(path.read_text())
+        values.pop("context")
+        return from_values(values)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SpecError(f"{path}: not the spec of a run: {error}") from error
+
+
+def open_experiment(spec: AnySpec, directory: Path, paths: LabPaths | None = None) -> Experiment | GridExperiment:
+    """Return the experiment of a spec, its results in ``directory``."""
+    if isinstance(spec, Spec):
+        return Experiment(spec, directory, paths)
+    return GridExperiment(spec, directory, paths)

@@ -1,0 +1,284 @@
+"""Experiments over a grid of points, of any kind in ``obdlab.lab.kinds``: declaration, run, table.
+
+They share with container starts how results are kept (``rows``), the order of measuring, the gate on load, the
+environment and the statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from obdlab.errors import ObdlabError
+from obdlab.lab import environment
+from obdlab.lab.baselines.adapter import how_to_install
+from obdlab.lab.bench import LabPaths
+from obdlab.lab.exclusive import only_experiment
+from obdlab.lab.kinds import KINDS
+from obdlab.lab.kinds.kind import Place, is_value
+from obdlab.lab.measuring import code_digest, context_of
+from obdlab.lab.process import LabError
+from obdlab.lab.rows import Row, RowStore
+from obdlab.lab.spec import SpecError
+from obdlab.lab.statistics import cliffs_delta, median_interval, ratio_interval
+from obdlab.lab.watchdog import time_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from obdlab.lab.kinds.kind import Kind, Metric, Point, Value
+
+
+@dataclass(frozen=True, slots=True)
+class GridSpec:
+    """A declared grid. ``axes`` and ``options`` are whole: what a declaration leaves out has the kind's values."""
+
+    name: str
+    kind: str
+    axes: Mapping[str, tuple[Value, ...]]
+    options: Mapping[str, Value]
+    repeats: int = 5
+    seed: int = 20200715
+    load_limit: float = 1.5
+    quiet_wait_s: float = 120.0
+    cell_timeout_s: float = 600.0
+    description: str = ""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Check a parsed declaration. Raises SpecError."""
+        kind = KINDS.get(str(values.get("kind")))
+        if kind is None:
+            raise SpecError(f"kind: unknown (got {values.get('kind')!r}, wanted start or one of {', '.join(KINDS)})")
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise SpecError(f"unknown key (got {unknown[0]!r}, wanted among {', '.join(sorted(known))})")
+        given = dict(values)
+        axes = {**kind.axes, **_known(given.pop("axes", {}), kind.axes, "axes")}
+        options = {**kind.options, **_known(given.pop("options", {}), kind.options, "options")}
+        checked = {key: _points(f"axes.{key}", axis, kind.axes[key][0]) for key, axis in axes.items()}
+        for key, value in options.items():
+            _typed(f"options.{key}", value, kind.options[key])
+        spec = cls(axes=checked, options=options, **given)
+        for key in ("repeats", "cell_timeout_s"):
+            if type(getattr(spec, key)) not in (int, float) or getattr(spec, key) < 1:
+                raise SpecError(f"{key}: wanted a number of at least 1 (got {getattr(spec, key)!r})")
+        return spec
+
+    def with_values(self, **values: Any) -> Self:
+        """Return the spec with some values changed; "axes.NAME" and "options.NAME" change one of them."""
+        merged: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        for key, value in values.items():
+            table, dot, name = key.partition(".")
+            if dot and table in ("axes", "options"):
+                merged[table] = {**merged[table], name: value}
+            elif isinstance(value, dict) and table in ("axes", "options"):
+                merged[table] = {**merged[table], **value}
+            else:
+                merged[key] = value
+        return self.from_values(merged)
+
+    def points(self) -> list[Point]:
+        """Every point of the grid."""
+        return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+
+    def cells(self) -> list[tuple[Point, int]]:
+        """Return points with their repeat, in the order of measuring: each repeat is a shuffled block of all."""
+        order = random.Random(self.seed)
+        cells = []
+        for repeat in range(self.repeats):
+            block = self.points()
+            order.shuffle(block)
+            cells += [(point, repeat) for point in block]
+        return cells
+
+    def key(self, point: Point, repeat: int, context: str) -> str:
+        """Return the identity of a cell under ``context``, the key of its row."""
+        about = {"kind": self.kind, "point": point, "options": dict(self.options), "repeat": repeat}
+        text = json.dumps({**about, "context": context}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class GridExperiment:
+    """One grid with its results directory."""
+
+    def __init__(self, spec: GridSpec, directory: Path, paths: LabPaths | None = None) -> None:
+        self.spec = spec
+        self.store = RowStore(directory)
+        self._kind: Kind = KINDS[spec.kind]
+        self._paths = paths or LabPaths()
+
+    def run(self, *, again: bool = False) -> int:
+        """Measure every cell that has no good row under today's code and host; return how many were measured.
+
+        As :meth:`obdlab.lab.experiment.Experiment.run`.
+        """
+        surroundings = {**environment.capture(self._paths.work), "code": code_digest()}
+        context = context_of(surroundings, {}, str(time.time_ns()) if again else "")
+        pending = self._pending(context)
+        self._write_spec(context)
+        if pending:
+            missing = [
+                f"{name} ({how_to_install(of)})" for name, of in self._kind.programs.items() if not shutil.which(name)
+            ]
+            if missing:
+                raise LabError(f"{self.spec.kind}: not installed: {', '.join(missing)}")
+            with only_experiment():
+                self._measure(pending, surroundings, context)
+        self.store.write_csv()
+        return len(pending)
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Return (cells measured, cells in all), under today's code and host."""
+        context = context_of({**environment.capture(self._paths.work), "code": code_digest()}, {})
+        count = len(self.spec.cells())
+        return {self.spec.kind: (count - len(self._pending(context)), count)}
+
+    def rows(self) -> list[Row]:
+        """Return the rows of the last run's cells: of each the last good one, or the last failed one."""
+        try:
+            context = str(json.loads((self.store.directory / "spec.json").read_text())["context"])
+        except FileNotFoundError:
+            return []
+        keys = {self.spec.key(point, repeat, context) for point, repeat in self.spec.cells()}
+        found: dict[str, Row] = {}
+        for row in self.store.rows():
+            if row["cell"] in keys and (row["cell"] not in found or found[row["cell"]].get("error")):
+                found[row["cell"]] = row
+        return list(found.values())
+
+    def report(self) -> list[str]:
+        """Return the lines that tell what came out: table, and what a reader must know."""
+        rows = self.rows()
+        lines = grid_table(self.spec, [row for row in rows if not row.get("error")])
+        lines += [f"Left out: {_label(self.spec, row)} failed: {row['error']}" for row in rows if row.get("error")]
+        busy = [row for row in rows if not row.get("quiet", True)]
+        if busy:
+            worst = max(row["load_1m"] for row in busy)
+            lines.append(
+                f"{len(busy)} of {len(rows)} cells on a busy host (load up to {worst:.1f}): trust ratios more."
+            )
+        return lines
+
+    def _pending(self, context: str) -> list[tuple[Point, int]]:
+        done = self.store.done_keys()
+        return [cell for cell in self.spec.cells() if self.spec.key(*cell, context) not in done]
+
+    def _write_spec(self, context: str) -> None:
+        text = json.dumps({**asdict(self.spec), "context": context}, indent=1)
+        (self.store.directory / "spec.json").write_text(text + "\n")
+
+    def _measure(self, pending: list[tuple[Point, int]], surroundings: dict[str, Any], context: str) -> None:
+        spec, budget_s = self.spec, self.spec.quiet_wait_s
+        self._paths.work.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self._paths.work, prefix=f"{spec.kind}-") as work,
+            tqdm(total=len(pending), unit="cell", desc=spec.name, disable=None) as bar,
+        ):
+            place = Place(Path(work), self._paths.images, self._paths.datasets, _say(bar))
+            environment_id = self.store.add_environment(surroundings)
+            with self._kind.bench(spec.options, place) as measure:
+                for position, (point, repeat) in enumerate(pending):
+                    quiet = environment.wait_for_quiet(spec.load_limit, budget_s, say=place.say)
+                    budget_s -= quiet["waited_s"]
+                    about = {**point, "repeat": repeat, "position": position, "seed": spec.seed, **quiet}
+                    about |= {"cell": spec.key(point, repeat, context), "context": context, "host": platform.node()}
+                    about |= {"environment": environment_id, "started": datetime.now(UTC).isoformat()}
+                    about |= {"attempt": time.time_ns(), "label": "measured", "kind": spec.kind}
+                    try:
+                        with time_limit(spec.cell_timeout_s, str(point)):
+                            values: Row = {**measure(point)}
+                    except ObdlabError as error:
+                        values = {"error": str(error)}
+                    self.store.append([{**about, **values}])
+                    bar.update()
+
+
+def grid_table(spec: GridSpec, rows: list[Row]) -> list[str]:
+    """Return lines: a point each, median and interval of each metric, ratio of the first against the baseline."""
+    kind = KINDS[spec.kind]
+    arm, *others = spec.axes
+    groups: dict[tuple[Value, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[axis] for axis in spec.axes)].append(row)
+    head = [*others, arm, *(f"{metric.key} [{metric.unit}]" for metric in kind.metrics), "vs baseline", "δ"]
+    table = [head, *_lines(spec, kind, groups)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
+def _lines(spec: GridSpec, kind: Kind, groups: Mapping[tuple[Value, ...], list[Row]]) -> Iterator[list[str]]:
+    arm, *others = spec.axes
+    first: Metric = kind.metrics[0]
+    for rest in product(*(spec.axes[axis] for axis in others)):
+        baseline = groups.get((spec.axes[arm][0], *rest), [])
+        for value in spec.axes[arm]:
+            rows = groups.get((value, *rest), [])
+            if not rows:
+                continue
+            cells = [*map(str, rest), str(value)]
+            cells += [_text([row[metric.key] for row in rows]) for metric in kind.metrics]
+            samples = [row[first.key] for row in rows]
+            others_samples = [row[first.key] for row in baseline]
+            if rows is baseline or not baseline:
+                yield [*cells, "", ""]
+            else:
+                ratio = ratio_interval(samples, others_samples)
+                told = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+                yield [*cells, told, f"{cliffs_delta(samples, others_samples):+.2f}"]
+
+
+def _text(samples: list[float]) -> str:
+    return str(median_interval(samples))
+
+
+def _label(spec: GridSpec, row: Row) -> str:
+    return ", ".join(f"{axis} {row[axis]}" for axis in spec.axes)
+
+
+def _say(bar: Any) -> Any:
+    def say(text: str) -> None:
+        if bar.disable:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            bar.set_description_str(text)
+
+    return say
+
+
+def _known(given: Any, known: Mapping[str, Any], table: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise SpecError(f"{table}: wanted a table (got {given!r})")
+    for key in given:
+        if key not in known:
+            raise SpecError(f"{table}: unknown key (got {key!r}, wanted among {', '.join(known) or 'none'})")
+    return dict(given)
+
+
+def _points(where: str, values: Any, example: Value) -> tuple[Value, ...]:
+    if not isinstance(values, list | tuple) or not values or len(set(values)) != len(values):
+        raise SpecError(f"{where}: wanted a list of different values (got {values!r})")
+    for value in values:
+        _typed(where, value, example)
+    return tuple(values)
+
+
+def _typed(where: str, value: Any, example: Value) -> None:
+    wanted = (int, float) if type(example) is float else (type(example),)
+    if not is_value(value) or type(value) not in wanted:
+        raise SpecError(f"{where}: wanted {wanted[-1].__name__} (got {value!r})")
