@@ -83,8 +83,8 @@ class SnapshotterConfig:
         for key in sorted(values.keys() & _NO_EFFECT.keys()):
             logger.info("%s: %s has no effect: %s", path, key, _NO_EFFECT[key])
         _int(path, values, "tenant", -1, most=_MAX_TENANT)
-        # Containers would run differently than asked for.
-        _word(path, values, "runtimeType", ("containerd",))
+        # Docker's init layers are plain layers on an image here, as others are: nothing depends on it.
+        _word(path, values, "runtimeType", ("containerd", "docker"))
         exporter = _object(path, values, "exporterConfig")
         port = _int(path, exporter, "port", _EXPORTER_PORT, most=65535, least=1)
         default_fs = _text(path, values, "defaultFsType") or ImageOptions().default_fs

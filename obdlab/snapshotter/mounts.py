@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INDEX_PARAMETER = Path("/sys/module/overlay/parameters/index")
+_UID_MAP, _ALL_IDS = Path("/proc/self/uid_map"), ["0", "0", "4294967295"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,18 @@ class Mount:
 def kernel_overlay_options() -> tuple[str, ...]:
     """Return the options every overlay mount gets on this kernel.
 
-    With an index, overlayfs refuses lower directories that were copied or used elsewhere, as snapshots are.
+    With an index, overlayfs refuses lower directories that were copied or used elsewhere, as snapshots are. In a user
+    namespace it may not write trusted attributes, and keeps its marks in user ones.
     """
-    return ("index=off",) if _INDEX_PARAMETER.exists() else ()
+    index = ("index=off",) if _INDEX_PARAMETER.exists() else ()
+    return index + (("userxattr",) if _in_user_namespace() else ())
+
+
+def _in_user_namespace() -> bool:
+    try:
+        return _UID_MAP.read_text().split() != _ALL_IDS
+    except OSError:  # a kernel without user namespaces
+        return False
 
 
 def snapshot_mounts(

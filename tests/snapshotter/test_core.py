@@ -138,6 +138,28 @@ def test_the_kubelets_reference_serves_too(snapshotter: Snapshotter, tmp_path: P
     assert (root(tmp_path) / "1" / "image_ref").read_text() == "registry.test/cri:1"
 
 
+def test_an_image_is_pulled_again_after_all_of_it_was_removed(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    for _ in range(2):
+        pull(snapshotter)
+        pull(snapshotter, 1, "chain0")
+        snapshotter.remove("chain1")
+        snapshotter.remove("chain0")
+        assert list(root(tmp_path).iterdir()) == []
+    pull(snapshotter)
+    assert [path.name for path in root(tmp_path).iterdir()] == ["5"]  # a number is given out once
+
+
+def test_overlays_in_a_user_namespace() -> None:
+    command = [sys.executable, "-c", "from obdlab.snapshotter.mounts import *; print(kernel_overlay_options())"]
+    assert "userxattr" not in subprocess.check_output(command, text=True, cwd=Path(__file__).parents[2])
+    inside = subprocess.run(
+        ["unshare", "-U", "-r", *command], capture_output=True, text=True, check=False, timeout=60
+    )
+    if inside.returncode != 0:
+        pytest.skip(f"no user namespaces here: {inside.stderr}")
+    assert "userxattr" in inside.stdout
+
+
 def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
     pull(snapshotter)

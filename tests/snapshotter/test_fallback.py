@@ -44,6 +44,7 @@ def test_without_devices_the_files_are_unpacked(root: Root, tmp_path: Path, capl
     before = fallbacks(fallback.NO_DEVICES)
     with root.opened() as snapshotter:
         image = golden(snapshotter, root)
+        (root.home(1) / "block/unpacked.new/left/by/a/kill").mkdir(parents=True)
         mounts = snapshotter.prepare("one", image, {LABEL_WRITABLE: "dir"})
         assert mounts[0].type == "overlay"
         with mounted(mounts, tmp_path / "rootfs") as rootfs:
@@ -121,6 +122,7 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
         }
         with pytest.raises(AlreadyExistsError):
             snapshotter.prepare("extract", "", labels)
+        (root.home(1) / "fs/.overlaybd.commit.new").write_text("left by a kill")
         with mounted(snapshotter.prepare("one", "chain", {}), tmp_path / "rootfs") as rootfs:
             assert (rootfs / "noise").read_bytes() == (tmp_path / "top/noise").read_bytes()
         assert (root.home(1) / "fs/overlaybd.commit").read_bytes() == layer

@@ -148,6 +148,8 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
             "asyncRemove": True,
             "writableLayerType": "sparse",
             "tenant": 3,
+            "runtimeType": "docker",
+            "rootfsQuota": "20g",
             "logReportCaller": True,
             "turboFsType": ["erofs", "ext4"],
             "mirrorRegistry": [{"host": "a:5000", "insecure": True}, {"host": "b", "insecure": False}],
@@ -169,6 +171,7 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
         True,
     )
     assert (config.exporter_listen, config.exporter_path) == ("0.0.0.0:9000", "/m")
+    assert images.quota_bytes == 20 << 30
     assert caplog.text.count("not known") == 1
     assert "unheardOf" in caplog.text
 
@@ -179,7 +182,7 @@ def test_the_originals_configuration_is_understood(tmp_path: Path, caplog: pytes
         ({"rwMode": "block"}, "rwMode"),
         ({"autoRemoveDev": "yes"}, "autoRemoveDev"),
         ({"writableLayerType": "log"}, "writableLayerType"),
-        ({"runtimeType": "docker"}, "runtimeType"),
+        ({"runtimeType": "podman"}, "runtimeType"),
         ({"rootfsQuota": "much"}, "rootfsQuota"),
         ({"tenant": "a"}, "tenant"),
         ({"exporterConfig": {"enable": True, "port": 0}}, "port"),
