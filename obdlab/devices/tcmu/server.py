@@ -163,11 +163,17 @@ class TcmuServer:
             sense = self._fail(member, scsi.read_10(lba, blocks), error)
             self._ring.complete(number, scsi.CHECK_CONDITION, sense)
         else:
-            self._count_read(member, started, length)
+            taken = time.monotonic_ns() - started
+            member.reads += 1
+            member.read_bytes += length
+            member.read_ns += taken
+            member.read_times[taken.bit_length()] += 1
+            if taken > member.slowest_ns:
+                member.slowest_ns = taken
             self._ring.complete_good(number)
         member.since_ns = 0
-        self._unnotified += length + 1
-        if self._unnotified > _NOTIFY_BYTES:
+        self._unnotified = unnotified = self._unnotified + length + 1
+        if unnotified > _NOTIFY_BYTES:
             self._notify()
 
     def _serve(self, member: Member, command: Command) -> None:
