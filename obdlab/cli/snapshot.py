@@ -21,11 +21,12 @@ _DESCRIPTION = """\
 Seals the writable layer of a device in use, and goes on in a fresh one above it: what the disk holds at this moment
 stays as it is, in a layer of its own. Writes wait some milliseconds. NEW_CONFIG is a config.v1.json with the device's
 lowers, its present writable layer's data file above them, and an upper of its own, made with "obdlab create"; it
-takes the place of the device's config. Instead, --data has layer and config made."""
+takes the place of the device's config. Instead, --data has layer and config made. A command that is killed once its
+snapshot has begun does not stop it: see what the device's config names."""
 
 _API_DESCRIPTION = """\
 Listens for the original's requests, /snapshot?dev_id=ID&config=PATH, where ID is a device of the run directory, until
-SIGTERM or Ctrl-C. There is no authentication."""
+SIGTERM or Ctrl-C. There is no authentication. Failures are told with their "reason", and in the log."""
 
 
 def add(subcommands: Any) -> None:

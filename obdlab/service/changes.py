@@ -61,11 +61,12 @@ class Changes:
         self._change_record(size=size)
         return {"before": before}
 
-    def _snapshot(self, request: dict[str, Any], _: Tell) -> Answer:
+    def _snapshot(self, request: dict[str, Any], tell: Tell) -> Answer:
         config = Path(self._record().config)
         new_config = Path(str(request.get("config", "")))
         for path in (config, new_config):
             self._refuse_own_disk(path)
+        tell({"step": "begun"})  # not for one who went away while others were served: it raises OSError then
         done = snapshot(self._stack, config, new_config)
         self._change_record(config_sha256=hashlib.sha256(read_config(config)).hexdigest())
         return asdict(done)

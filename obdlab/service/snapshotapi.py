@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.NOT_FOUND, "Image file not found")
         except ObdlabError as error:
             log.error("snapshot of %s with %s: %s", dev_id, config, error)
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "Failed to create snapshot")
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "Failed to create snapshot", reason=str(error))
         else:
             self._send(HTTPStatus.OK, "Snapshot created successfully")
 
@@ -146,8 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(length))
         return True
 
-    def _send(self, status: HTTPStatus, message: str) -> None:
-        body = json.dumps({"success": status == HTTPStatus.OK, "message": message}).encode()
+    # The original has no reason, and its messages never change.
+    def _send(self, status: HTTPStatus, message: str, **reason: str) -> None:
+        body = json.dumps({"success": status == HTTPStatus.OK, "message": message, **reason}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -77,7 +77,7 @@ def test_codes_and_messages_on_one_connection(served: Served) -> None:
         )
         assert ask(connection, "PATCH", "/snapshot?dev_id=broken&config=x", body=b"ignored") == (
             500,
-            {"success": False, "message": "Failed to create snapshot"},
+            {"success": False, "message": "Failed to create snapshot", "reason": "no room"},
         )
         assert ask(connection, "GET", "/other?dev_id=disk&config=x")[0] == 404
         assert ask(connection, "HEAD", "/snapshot?dev_id=disk&config=x") == (200, None)
