@@ -1,8 +1,9 @@
-"""TCMU and ublk against each other and against handlers that do nothing, interleaved: IOPS and MiB/s, and ratios.
+"""TCMU, ublk, FUSE and loop against each other and against handlers that do nothing: IOPS and MiB/s, and ratios.
 
-Run in one boot of the virtual machine, or on a host whose kernel has both, as root:
+Interleaved, round by round. Run in one boot of the virtual machine, or on a host whose kernel has all, as root:
     python -m tests.vm run --module configfs --module target_core_user --module tcm_loop --module sd_mod \\
-        --module ublk_drv -- .venv/bin/python -m tests.benchmarks.device_kinds --seconds 2
+        --module ublk_drv --module loop --module fuse -- \\
+        .venv/bin/python -m tests.benchmarks.device_kinds --seconds 2
 Emulated processors give no absolute figures: quote the ratios.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from obdlab.blob import Blob
 from obdlab.devices.device import Device
+from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.devices.tcmu.device import TcmuDevice
 from obdlab.devices.ublk.device import UblkDevice
 from obdlab.image.open import open_stack
@@ -55,6 +57,8 @@ def main() -> None:
             "TCMU, image": (TcmuDevice, image),
             "ublk, nothing": (UblkDevice, Nothing()),
             "ublk, image": (UblkDevice, image),
+            "FUSE and loop, nothing": (FuseLoopDevice, Nothing()),
+            "FUSE and loop, image": (FuseLoopDevice, image),
         }
         for job, (unit, options) in JOBS.items():
             seen: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -65,7 +69,7 @@ def main() -> None:
             base = statistics.median(seen["TCMU, nothing"])
             for kind, values in seen.items():
                 value = statistics.median(values)
-                print(f"{job:26} {kind:14} {value:9.0f} {unit:6} {value / base:5.2f}", flush=True)
+                print(f"{job:26} {kind:22} {value:9.0f} {unit:6} {value / base:5.2f}", flush=True)
         image.close()
 
 
