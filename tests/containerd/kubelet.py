@@ -46,11 +46,6 @@ class Kubelet:
     def remove_image(self, image: str) -> None:
         self.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=image)), timeout=_TIMEOUT_S)
 
-    def used_bytes(self) -> int:
-        """What the images take, as the kubelet's own garbage collection is told."""
-        answer = self.images.ImageFsInfo(pb.ImageFsInfoRequest(), timeout=_TIMEOUT_S)
-        return sum(usage.used_bytes.value for usage in answer.image_filesystems)
-
     @contextmanager
     def pod(self, name: str, logs: Path) -> Iterator[Pod]:
         """Run a pod, and remove it with all its containers at the end."""
@@ -94,10 +89,6 @@ class Kubelet:
         answer = self.runtime.ExecSync(request, timeout=_TIMEOUT_S)
         assert answer.exit_code == 0, answer.stderr
         return answer.stdout.decode()
-
-    def state(self, container_id: str) -> pb.ContainerStatus:
-        request = pb.ContainerStatusRequest(container_id=container_id)
-        return self.runtime.ContainerStatus(request, timeout=_TIMEOUT_S).status
 
     def stop(self, container_id: str) -> None:
         """Kill a container and remove it."""

@@ -34,11 +34,6 @@ class RuntimeServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Version = channel.unary_unary(
-                '/runtime.v1.RuntimeService/Version',
-                request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionRequest.SerializeToString,
-                response_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionResponse.FromString,
-                _registered_method=True)
         self.RunPodSandbox = channel.unary_unary(
                 '/runtime.v1.RuntimeService/RunPodSandbox',
                 request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RunPodSandboxRequest.SerializeToString,
@@ -74,11 +69,6 @@ class RuntimeServiceStub(object):
                 request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveContainerRequest.SerializeToString,
                 response_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveContainerResponse.FromString,
                 _registered_method=True)
-        self.ContainerStatus = channel.unary_unary(
-                '/runtime.v1.RuntimeService/ContainerStatus',
-                request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusRequest.SerializeToString,
-                response_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusResponse.FromString,
-                _registered_method=True)
         self.ExecSync = channel.unary_unary(
                 '/runtime.v1.RuntimeService/ExecSync',
                 request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ExecSyncRequest.SerializeToString,
@@ -88,12 +78,6 @@ class RuntimeServiceStub(object):
 
 class RuntimeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
-
-    def Version(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def RunPodSandbox(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -137,12 +121,6 @@ class RuntimeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ContainerStatus(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ExecSync(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -152,11 +130,6 @@ class RuntimeServiceServicer(object):
 
 def add_RuntimeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Version': grpc.unary_unary_rpc_method_handler(
-                    servicer.Version,
-                    request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionRequest.FromString,
-                    response_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionResponse.SerializeToString,
-            ),
             'RunPodSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.RunPodSandbox,
                     request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RunPodSandboxRequest.FromString,
@@ -192,11 +165,6 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
                     request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveContainerRequest.FromString,
                     response_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveContainerResponse.SerializeToString,
             ),
-            'ContainerStatus': grpc.unary_unary_rpc_method_handler(
-                    servicer.ContainerStatus,
-                    request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusRequest.FromString,
-                    response_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusResponse.SerializeToString,
-            ),
             'ExecSync': grpc.unary_unary_rpc_method_handler(
                     servicer.ExecSync,
                     request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ExecSyncRequest.FromString,
@@ -212,33 +180,6 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RuntimeService(object):
     """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Version(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/runtime.v1.RuntimeService/Version',
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionRequest.SerializeToString,
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.VersionResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def RunPodSandbox(request,
@@ -430,33 +371,6 @@ class RuntimeService(object):
             _registered_method=True)
 
     @staticmethod
-    def ContainerStatus(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/runtime.v1.RuntimeService/ContainerStatus',
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusRequest.SerializeToString,
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.ContainerStatusResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def ExecSync(request,
             target,
             options=(),
@@ -503,11 +417,6 @@ class ImageServiceStub(object):
                 request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageRequest.SerializeToString,
                 response_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageResponse.FromString,
                 _registered_method=True)
-        self.ImageFsInfo = channel.unary_unary(
-                '/runtime.v1.ImageService/ImageFsInfo',
-                request_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoRequest.SerializeToString,
-                response_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoResponse.FromString,
-                _registered_method=True)
 
 
 class ImageServiceServicer(object):
@@ -525,12 +434,6 @@ class ImageServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ImageFsInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_ImageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -543,11 +446,6 @@ def add_ImageServiceServicer_to_server(servicer, server):
                     servicer.RemoveImage,
                     request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageRequest.FromString,
                     response_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageResponse.SerializeToString,
-            ),
-            'ImageFsInfo': grpc.unary_unary_rpc_method_handler(
-                    servicer.ImageFsInfo,
-                    request_deserializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoRequest.FromString,
-                    response_serializer=tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -604,33 +502,6 @@ class ImageService(object):
             '/runtime.v1.ImageService/RemoveImage',
             tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageRequest.SerializeToString,
             tests_dot_containerd_dot___pb_dot_runtime__pb2.RemoveImageResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ImageFsInfo(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/runtime.v1.ImageService/ImageFsInfo',
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoRequest.SerializeToString,
-            tests_dot_containerd_dot___pb_dot_runtime__pb2.ImageFsInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

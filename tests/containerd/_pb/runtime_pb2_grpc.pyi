@@ -19,11 +19,6 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 
 class RuntimeServiceStub:
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
-    Version: grpc.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.VersionRequest,
-        tests.containerd._pb.runtime_pb2.VersionResponse,
-    ]
-
     RunPodSandbox: grpc.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.RunPodSandboxRequest,
         tests.containerd._pb.runtime_pb2.RunPodSandboxResponse,
@@ -59,22 +54,12 @@ class RuntimeServiceStub:
         tests.containerd._pb.runtime_pb2.RemoveContainerResponse,
     ]
 
-    ContainerStatus: grpc.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.ContainerStatusRequest,
-        tests.containerd._pb.runtime_pb2.ContainerStatusResponse,
-    ]
-
     ExecSync: grpc.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.ExecSyncRequest,
         tests.containerd._pb.runtime_pb2.ExecSyncResponse,
     ]
 
 class RuntimeServiceAsyncStub:
-    Version: grpc.aio.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.VersionRequest,
-        tests.containerd._pb.runtime_pb2.VersionResponse,
-    ]
-
     RunPodSandbox: grpc.aio.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.RunPodSandboxRequest,
         tests.containerd._pb.runtime_pb2.RunPodSandboxResponse,
@@ -110,24 +95,12 @@ class RuntimeServiceAsyncStub:
         tests.containerd._pb.runtime_pb2.RemoveContainerResponse,
     ]
 
-    ContainerStatus: grpc.aio.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.ContainerStatusRequest,
-        tests.containerd._pb.runtime_pb2.ContainerStatusResponse,
-    ]
-
     ExecSync: grpc.aio.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.ExecSyncRequest,
         tests.containerd._pb.runtime_pb2.ExecSyncResponse,
     ]
 
 class RuntimeServiceServicer(metaclass=abc.ABCMeta):
-    @abc.abstractmethod
-    def Version(
-        self,
-        request: tests.containerd._pb.runtime_pb2.VersionRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[tests.containerd._pb.runtime_pb2.VersionResponse, collections.abc.Awaitable[tests.containerd._pb.runtime_pb2.VersionResponse]]: ...
-
     @abc.abstractmethod
     def RunPodSandbox(
         self,
@@ -178,13 +151,6 @@ class RuntimeServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tests.containerd._pb.runtime_pb2.RemoveContainerResponse, collections.abc.Awaitable[tests.containerd._pb.runtime_pb2.RemoveContainerResponse]]: ...
 
     @abc.abstractmethod
-    def ContainerStatus(
-        self,
-        request: tests.containerd._pb.runtime_pb2.ContainerStatusRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[tests.containerd._pb.runtime_pb2.ContainerStatusResponse, collections.abc.Awaitable[tests.containerd._pb.runtime_pb2.ContainerStatusResponse]]: ...
-
-    @abc.abstractmethod
     def ExecSync(
         self,
         request: tests.containerd._pb.runtime_pb2.ExecSyncRequest,
@@ -205,11 +171,6 @@ class ImageServiceStub:
         tests.containerd._pb.runtime_pb2.RemoveImageResponse,
     ]
 
-    ImageFsInfo: grpc.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.ImageFsInfoRequest,
-        tests.containerd._pb.runtime_pb2.ImageFsInfoResponse,
-    ]
-
 class ImageServiceAsyncStub:
     PullImage: grpc.aio.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.PullImageRequest,
@@ -219,11 +180,6 @@ class ImageServiceAsyncStub:
     RemoveImage: grpc.aio.UnaryUnaryMultiCallable[
         tests.containerd._pb.runtime_pb2.RemoveImageRequest,
         tests.containerd._pb.runtime_pb2.RemoveImageResponse,
-    ]
-
-    ImageFsInfo: grpc.aio.UnaryUnaryMultiCallable[
-        tests.containerd._pb.runtime_pb2.ImageFsInfoRequest,
-        tests.containerd._pb.runtime_pb2.ImageFsInfoResponse,
     ]
 
 class ImageServiceServicer(metaclass=abc.ABCMeta):
@@ -240,12 +196,5 @@ class ImageServiceServicer(metaclass=abc.ABCMeta):
         request: tests.containerd._pb.runtime_pb2.RemoveImageRequest,
         context: _ServicerContext,
     ) -> typing.Union[tests.containerd._pb.runtime_pb2.RemoveImageResponse, collections.abc.Awaitable[tests.containerd._pb.runtime_pb2.RemoveImageResponse]]: ...
-
-    @abc.abstractmethod
-    def ImageFsInfo(
-        self,
-        request: tests.containerd._pb.runtime_pb2.ImageFsInfoRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[tests.containerd._pb.runtime_pb2.ImageFsInfoResponse, collections.abc.Awaitable[tests.containerd._pb.runtime_pb2.ImageFsInfoResponse]]: ...
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
