@@ -110,7 +110,8 @@ def print_table(image: ConvertedImage) -> None:
         built = layer.built
         print(
             f"{layer.source_digest[:19]:<22}{_mb(layer.source_size):>10}{_mb(built.size):>10}"
-            f"{_mb(built.data_size):>10}{built.segments:>10}{sum(built.seconds.values()):>9.2f}"
+            f"{_mb(built.data_size) if built.segments else '':>10}{built.segments or '':>10}"
+            f"{sum(built.seconds.values()):>9.2f}"
             f"{_note(layer)}",
             file=sys.stderr,
         )

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import argparse
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli.imageoptions import add_image_options, image_client
 from obdlab.cli.main import main
 from obdlab.convert.layout import ImageLayout
 from obdlab.convert.source import check_apart
+from obdlab.registry.failures import RegistryError
+from obdlab.registry.reference import Repository
 from tests.convert.layouts import make_layout, member
+from tests.registry.https import Authority, tls_registry
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.registry.faulty import FaultyRegistry
 
 
 def test_prints_table_and_digest(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +89,32 @@ def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -
         main(["convert", "a", "b", *wrong])
     assert ended.value.code == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def reads_under_tls(registry: FaultyRegistry, *options: str) -> bytes:
+    # References to this machine mean plain HTTP: so the client that the options make is asked itself.
+    parser = argparse.ArgumentParser()
+    add_image_options(parser)
+    with image_client(parser.parse_args(list(options))) as client:
+        repository = Repository(f"127.0.0.1:{registry.port}", "some/image")
+        return client.read_range(repository, registry.add_blob(b"under TLS"), 0, 9)
+
+
+def test_registry_under_tls(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ours")
+    certificate, key = authority.sign("server")
+    with tls_registry(certificate, key) as registry:
+        host = f"127.0.0.1:{registry.port}"
+        with pytest.raises(RegistryError, match="certificate refused"):
+            reads_under_tls(registry)
+        assert reads_under_tls(registry, "--tls-ca", str(authority.certificate)) == b"under TLS"
+        assert reads_under_tls(registry, "--insecure", host) == b"under TLS"
+        (tmp_path / "certs" / host).mkdir(parents=True)
+        shutil.copy(authority.certificate, tmp_path / "certs" / host / "ca.crt")
+        assert reads_under_tls(registry, "--certs-dir", str(tmp_path / "certs")) == b"under TLS"
+    ours, our_key = authority.sign("client")
+    trust = ("--tls-ca", str(authority.certificate))
+    with tls_registry(certificate, key, clients=authority.certificate) as registry:
+        with pytest.raises(RegistryError):
+            reads_under_tls(registry, *trust)
+        assert reads_under_tls(registry, *trust, "--tls-client", f"{ours}:{our_key}") == b"under TLS"

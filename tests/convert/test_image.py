@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ from tests.convert.layouts import Layout, directory, make_layout, member, tar_by
 from tests.convert.oracle import stable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from obdlab.service.client import DeviceService
     from tests.convert.oracle import Containerd
     from tests.registry.server import RegistryServer
@@ -130,25 +134,63 @@ def _push_layout(root: Path, reference: Reference) -> None:
         client.put_manifest(reference, entry.media_type, data)
 
 
-def test_same_image_same_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without root, in other places, at other times, in another time zone.
+@pytest.fixture(autouse=True)
+def _own_time_zone() -> Iterator[None]:
+    yield
+    time.tzset()  # as the environment, put back by now, says
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConvertOptions(),
+        ConvertOptions(layer=LayerOptions("zstd", 16384, 1 << 30, "erofs"), docker=True),
+        ConvertOptions(layer=LayerOptions(filesystem="erofs"), flatten=2, referrer=True),
+        ConvertOptions(layer=LayerOptions(inode_ratio=65536), flatten=1, mount_options="noatime"),
+    ],
+    ids=["defaults", "erofs-zstd-docker", "erofs-flat-referrer", "ext4-flat"],
+)
+def test_same_image_same_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: ConvertOptions) -> None:
+    # In other places, at other times, in another time zone, with layers of an image converted before.
     make_layout(tmp_path / "source", whole_image(), how=["gzip", "zstd", "plain", "gzip"])
-    digests = []
-    for number, zone in enumerate(("UTC", "Pacific/Auckland")):
+    make_layout(tmp_path / "lower", whole_image()[:1])
+    documents = []
+    for number, (zone, mask) in enumerate((("UTC", 0o022), ("Pacific/Auckland", 0o077))):
         monkeypatch.setenv("TZ", zone)
+        time.tzset()
         work = tmp_path / f"work{number}"
         work.mkdir()
-        out = tmp_path / f"out{number}"
-        digests.append(convert(str(tmp_path / "source"), f"oci:{out}", ConvertOptions(work_dir=work)).digest)
-    assert digests[0] == digests[1]
+        here = replace(options, work_dir=work, database=str(tmp_path / "database") if number else "")
+        before = os.umask(mask)
+        try:
+            if number:
+                convert(str(tmp_path / "lower"), f"oci:{tmp_path / 'out1'}:lower", here)
+            image = convert(str(tmp_path / "source"), f"oci:{tmp_path / f'out{number}'}", here)
+        finally:
+            os.umask(before)
+        documents.append(image.document)
+    assert documents[0] == documents[1]
 
 
-def test_needs_no_privileges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("filesystem", ["ext4", "erofs"])
+def test_needs_no_privileges(tmp_path: Path, filesystem: str) -> None:
     # Without a single capability even root can make no device node, give no file away and mount nothing.
     make_layout(tmp_path / "source", whole_image())
-    wanted = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path)).digest
+    options = ConvertOptions(layer=LayerOptions(filesystem=filesystem), work_dir=tmp_path)
+    wanted = convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", options).digest
     powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"] if os.geteuid() == 0 else []
-    command = [*powerless, sys.executable, "-m", "obdlab", "convert", "-q", "--work-dir", str(tmp_path)]
+    command = [
+        *powerless,
+        sys.executable,
+        "-m",
+        "obdlab",
+        "convert",
+        "-q",
+        "--fs",
+        filesystem,
+        "--work-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [*command, f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'again'}"],
         capture_output=True, text=True, timeout=120, check=False,
