@@ -54,6 +54,7 @@ COMMANDS = (
     "tcmu",
     "cleanup",
     "experiment",
+    "evaluate",
     "dataset",
     "doctor",
 )

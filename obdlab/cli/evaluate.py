@@ -1,0 +1,128 @@
+"""``obdlab evaluate`` and ``obdlab report``: the paper's evaluation on this machine."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.lab.evaluation.results import Results
+
+_QUICK, _FULL = "evaluation-quick", "evaluation"
+
+
+class EvaluateError(ObdlabError):
+    """The command line asks for what there is not."""
+
+
+def add(subcommands: Any) -> None:
+    """Declare the commands."""
+    evaluate = subcommands.add_parser(
+        "evaluate",
+        help="measure what the paper's figures need, print the ledger of its claims, write the report",
+        description=(
+            "Runs the experiments that the questions (all, or those named) need and that have no rows yet, then "
+            "checks the paper's claims and renders the report. A run that was stopped goes on where it was. Needs "
+            "root."
+        ),
+    )
+    evaluate.add_argument("questions", nargs="*", metavar="QUESTION", help="such as cold_start (default: all)")
+    evaluate.add_argument("--full", action="store_true", help="with all repeats: hours (default: at most 30 minutes)")
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="EXPERIMENT.KEY=VALUE",
+        help="change a key of an experiment (TOML value), e.g. start.repeats=5",
+    )
+    evaluate.add_argument("--list", action="store_true", help="only list questions and experiments")
+    evaluate.add_argument("--no-report", action="store_true", help="measure and print the ledger only")
+    _add_places(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+
+    report = subcommands.add_parser(
+        "report",
+        help="render the report of the evaluation from stored results",
+        description="Renders one HTML file from the notebooks over stored results; measures nothing, needs no root.",
+    )
+    report.add_argument("--full", action="store_true", help="of the full evaluation (default: the quick one)")
+    report.add_argument("--ledger", action="store_true", help="only print the ledger")
+    _add_places(report)
+    report.set_defaults(run=run_report)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, help="directory of results (default: results/evaluation-quick)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html beside the results")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure, print, render; 1 if an experiment could not be run."""
+    from obdlab.lab.evaluation.questions import QUESTIONS
+    from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
+
+    chosen = chosen_runs(args.questions)
+    planned = specs(chosen, quick=not args.full, changes=_changes(args.set))
+    if args.list:
+        for asked in QUESTIONS:
+            names = ", ".join(run.name for run in asked.runs)
+            print(f"{asked.key:<16} {asked.figure or '-':<7} {asked.title} ({names})")
+        return 0
+    results = _results(args)
+    failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True))
+    _print_ledger(results)
+    if not args.no_report:
+        print(f"report: {_render(args, results)}")
+    return int(bool(failed))
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Render what is stored."""
+    results = _results(args)
+    if not results.root.is_dir():
+        raise EvaluateError(f"{results.root}: no results (see: obdlab evaluate)")
+    _print_ledger(results)
+    if not args.ledger:
+        print(f"report: {_render(args, results)}")
+    return 0
+
+
+def _results(args: argparse.Namespace) -> Results:
+    from obdlab.lab.evaluation.results import Results
+    from obdlab.lab.experiment import default_results
+
+    return Results((args.results or default_results() / (_FULL if args.full else _QUICK)).resolve())
+
+
+def _print_ledger(results: Results) -> None:
+    from obdlab.lab.evaluation import ledger
+
+    print(*ledger.as_text(ledger.ledger(results)), sep="\n")
+
+
+def _render(args: argparse.Namespace, results: Results) -> Path:
+    from obdlab.lab.evaluation.page import build_report
+
+    target = args.output or results.root / "report.html"
+    return build_report(results, target, say=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _changes(settings: list[str]) -> dict[str, dict[str, Any]]:
+    changes: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        where, equals, text = setting.partition("=")
+        name, dot, key = where.partition(".")
+        if not equals or not dot or not key:
+            raise EvaluateError(f"--set: wanted EXPERIMENT.KEY=VALUE (got {setting!r})")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        changes.setdefault(name, {})[key] = value
+    return changes

@@ -1,0 +1,86 @@
+"""The ledger: every claim with its verdict, as rows, as text and as HTML."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from obdlab.lab.evaluation.claims import CLAIMS, Claim
+from obdlab.lab.evaluation.verdicts import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from obdlab.lab.evaluation.results import Results
+
+HEADER = ("figure", "claim", "paper", "measured here", "verdict", "confidence")
+COLOURS = {
+    Verdict.REPRODUCED: "#2f7d4f",
+    Verdict.SHAPE_ONLY: "#8a7a1f",
+    Verdict.NOT_REPRODUCED: "#a63d40",
+    Verdict.UNCLEAR: "#7a5c8a",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A claim and what became of it."""
+
+    claim: Claim
+    outcome: Outcome
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the texts of HEADER's columns."""
+        told = self.outcome.measured or self.outcome.because
+        claim = self.claim
+        return (
+            claim.figure or "–",
+            claim.says,
+            claim.paper,
+            told,
+            self.outcome.verdict.value,
+            self.outcome.confidence,
+        )
+
+
+def ledger(results: Results, question: str = "") -> list[Entry]:
+    """Check every claim, or those of one question."""
+    return [_entry(claim, results) for claim in CLAIMS if question in ("", claim.question)]
+
+
+def _entry(claim: Claim, results: Results) -> Entry:
+    outcome = claim.check(results)
+    if outcome.verdict is Verdict.NOT_MEASURED:
+        reasons = [why for run in outcome.runs if (why := results.why_not(run))]
+        if reasons:
+            outcome = Outcome(Verdict.NOT_RUNNABLE, because=reasons[0], runs=outcome.runs)
+    return Entry(claim, outcome)
+
+
+def as_text(entries: Sequence[Entry]) -> list[str]:
+    """Return lines for a terminal."""
+    lines = []
+    for entry in entries:
+        figure, says, paper, told, verdict, trust = entry.cells()
+        lines.append(f"{figure:<7} {verdict.upper():<18} {says}")
+        lines += [f"{'':<27}paper: {paper}"]
+        lines += [f"{'':<27}here:  {told}{f' ({trust})' if trust else ''}"] if told else []
+    counts: dict[str, int] = {}
+    for entry in entries:
+        counts[entry.outcome.verdict.value] = counts.get(entry.outcome.verdict.value, 0) + 1
+    lines.append(f"{len(entries)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return lines
+
+
+def as_html(entries: Iterable[Entry], link: Callable[[Entry], str] = lambda _: "") -> str:
+    """Return a table; ``link(entry)`` is HTML for where the rows and the figure of an entry are."""
+    lines = ["<table class='ledger'><tr>", *(f"<th>{name}</th>" for name in HEADER), "<th>rows, figure</th></tr>"]
+    for entry in entries:
+        colour = COLOURS.get(entry.outcome.verdict, "#666666")
+        lines.append(f"<tr id='claim-{entry.claim.key}'>")
+        for name, text in zip(HEADER, entry.cells(), strict=True):
+            style = f" style='color:{colour};font-weight:600'" if name == "verdict" else ""
+            lines.append(f"<td{style}>{html.escape(text)}</td>")
+        lines.append(f"<td>{link(entry)}</td></tr>")
+    return "\n".join([*lines, "</table>"])

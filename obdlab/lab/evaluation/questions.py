@@ -1,0 +1,186 @@
+"""The questions of the evaluation: a figure of the paper each, and the experiments that answer it here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from obdlab.errors import ObdlabError
+
+
+class UnknownQuestionError(ObdlabError):
+    """There is no such question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An experiment: a declaration below ``experiments/``, and what is changed of it."""
+
+    name: str
+    declaration: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+START = Run("start", "evaluation_start.toml")
+FIO = Run("random_read", "fio.toml")
+DU = Run("scan_du", "read_all.toml", {"workload": "du"})
+TAR = Run("scan_tar", "read_all.toml", {"workload": "tar"})
+BUILD = Run("build", "build.toml")
+INDEX = Run("index", "index.toml")
+CODEC = Run("codec", "codec.toml")
+CONVERSION = Run("conversion", "conversion.toml")
+MISSES = Run("misses", "misses.toml")
+MEMORY = Run("memory", "memory.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``figure`` is the paper's, "" for what the paper does not show; ``differs`` says what is not as there."""
+
+    key: str
+    title: str
+    figure: str
+    asks: str
+    runs: tuple[Run, ...]
+    differs: str
+
+
+_NETWORK = (
+    "Emulated: the link (token bucket and a delay bridge between network namespaces of this machine). Measured: all "
+    "else, with a real registry, containerd and runc. The image is one of Debian packages, not the paper's WordPress."
+)
+_CLOUD = " The cloud disk is emulated by the kernel's throttling of a real one (2,000 IOPS, 100 MB/s)."
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        "cold_start",
+        "How long does a container take that nothing is there for?",
+        "Fig 14",
+        "From before the pull until the program says that it is ready; caches of host and registry client empty.",
+        (START,),
+        _NETWORK + " CRFS and pseudo-Slacker are the paper's alone.",
+    ),
+    Question(
+        "warm_start",
+        "What does the block device cost once everything is local?",
+        "Fig 15",
+        "A start with all data on the disk and the page cache dropped, on the disk as it is and on a slow one.",
+        (START,),
+        _NETWORK + _CLOUD + " thin LVM is the paper's alone.",
+    ),
+    Question(
+        "trace_prefetch",
+        "How much of the difference between cold and warm does prefetching remove?",
+        "Fig 16",
+        "Cold starts without help, with a replayed trace, and with a hot layer, beside the warm one.",
+        (START,),
+        _NETWORK + " The paper replays with fio at queue depth 32; hot layers are not in the paper.",
+    ),
+    Question(
+        "pull_time",
+        "What is left of the pull?",
+        "Fig 18",
+        "The time that pulling takes, start by start.",
+        (START,),
+        _NETWORK + " The paper's are 100 production hosts that have the base layers; here it is one, without them.",
+    ),
+    Question(
+        "launch_shape",
+        "Is the launch itself slower, or does it have a longer tail?",
+        "Fig 19",
+        "The time from create to ready, start by start, when all is local.",
+        (START,),
+        _NETWORK + " The paper's axis has no unit: only the shape can be compared.",
+    ),
+    Question(
+        "random_read",
+        "How fast is the device by itself?",
+        "Fig 22",
+        "Random reads of 8 KiB by queue depth, nothing cached, of a plain loop device and of obdlab's.",
+        (FIO,),
+        "Measured. The paper compares with LVM on a server's NVMe; here it is a loop device on this machine's disk.",
+    ),
+    Question(
+        "scan_du",
+        "How long does it take to look at every file?",
+        "Fig 23",
+        "du over the whole image in a container, everything local, page cache dropped.",
+        (DU,),
+        "Measured." + _CLOUD,
+    ),
+    Question(
+        "scan_tar",
+        "How long does it take to read every file?",
+        "Fig 24",
+        "tar of the whole image in a container, everything local, page cache dropped.",
+        (TAR,),
+        "Measured." + _CLOUD,
+    ),
+    Question(
+        "image_build",
+        "What does building a layer cost?",
+        "Fig 25",
+        "Writing files into a layer and changing the mode of those below; commit apart.",
+        (BUILD,),
+        "Measured. Files are made up, in the paper's number and size; the quick mode has fewer.",
+    ),
+    Question(
+        "index",
+        "How large is the merged index, and how fast is it looked up?",
+        "Fig 7",
+        "Lookups in indexes of random segments, one at a time and in batches, on one core; segments of real images.",
+        (INDEX, CONVERSION),
+        "Measured, in Python with numpy; the paper's is C++.",
+    ),
+    Question(
+        "codec",
+        "What does compression cost, and what does it save?",
+        "",
+        "ZFile by algorithm and block size: reading, writing, random reads, size.",
+        (CODEC,),
+        "Measured. Not in the paper.",
+    ),
+    Question(
+        "conversion",
+        "How long does conversion take, and how large is what comes out?",
+        "",
+        "Converting images of Debian packages from an OCI layout into one.",
+        (CONVERSION,),
+        "Measured. The paper gives sizes of one image, no times.",
+    ),
+    Question(
+        "miss_latency",
+        "What does a read that misses cost?",
+        "",
+        "Single reads of 4 KiB of an image in a registry that nothing has read before, by round-trip time.",
+        (MISSES,),
+        "Emulated: the delay. Measured: all else. Not in the paper.",
+    ),
+    Question(
+        "memory",
+        "What does a device cost in memory?",
+        "",
+        "Proportional set size of the device servers, by number of devices of one image.",
+        (MEMORY,),
+        "Measured. Not in the paper.",
+    ),
+)
+
+
+def question(key: str) -> Question:
+    """Return one question. Raises UnknownQuestionError."""
+    for found in QUESTIONS:
+        if found.key == key:
+            return found
+    known = ", ".join(each.key for each in QUESTIONS)
+    raise UnknownQuestionError(f"no such question (got {key!r}, wanted one of {known})")
+
+
+def runs() -> tuple[Run, ...]:
+    """Return every experiment once, in the order of the questions."""
+    found: dict[str, Run] = {}
+    for each in QUESTIONS:
+        for run in each.runs:
+            found.setdefault(run.name, run)
+    return tuple(found.values())

@@ -1,0 +1,68 @@
+"""Running the evaluation: every experiment that its questions need, one after the other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.errors import ObdlabError
+from obdlab.lab.declaration import load, open_experiment
+from obdlab.lab.evaluation.questions import Run, question, runs
+from obdlab.lab.spec import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from obdlab.lab.declaration import AnySpec
+    from obdlab.lab.evaluation.results import Results
+
+DECLARATIONS = Path(__file__).parents[3] / "experiments"
+
+
+def chosen_runs(keys: Sequence[str]) -> tuple[Run, ...]:
+    """Return the experiments of these questions, all if none is named. Raises UnknownQuestionError."""
+    wanted = {run.name for key in keys for run in question(key).runs}
+    return tuple(run for run in runs() if not keys or run.name in wanted)
+
+
+def specs(
+    chosen: Sequence[Run], *, quick: bool, changes: Mapping[str, Mapping[str, Any]], declarations: Path = DECLARATIONS
+) -> dict[str, AnySpec]:
+    """Return the checked spec of each experiment by its name; ``changes`` are by experiment, too.
+
+    Raises SpecError for one that does not exist, before anything is measured.
+    """
+    unknown = sorted(set(changes) - {run.name for run in chosen})
+    if unknown:
+        known = ", ".join(run.name for run in chosen)
+        raise SpecError(f"no such experiment here (got {unknown[0]!r}, wanted one of {known})")
+    found = {}
+    for run in chosen:
+        spec = load(declarations / run.declaration, quick=quick)
+        found[run.name] = spec.with_values(name=run.name, **run.changes, **changes.get(run.name, {}))
+    return found
+
+
+def run_all(planned: Mapping[str, AnySpec], results: Results, say: Callable[[str], None]) -> dict[str, str]:
+    """Run what has not been measured yet; return why some could not be run, by name.
+
+    What cannot be run here (a missing program, a kernel without a feature) is told, kept in the results and skipped.
+    """
+    failed = {}
+    for number, (name, spec) in enumerate(planned.items(), 1):
+        directory = results.root / name
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "not_run.txt").unlink(missing_ok=True)
+        say(f"[{number}/{len(planned)}] {name}")
+        began_s = time.monotonic()
+        try:
+            measured = open_experiment(spec, directory).run()
+        except ObdlabError as error:
+            failed[name] = str(error)
+            (directory / "not_run.txt").write_text(f"{error}\n")
+            say(f"[{number}/{len(planned)}] {name}: could not be run: {error}")
+            continue
+        taken = f"{measured} measured in {time.monotonic() - began_s:.0f} s" if measured else "all measured before"
+        say(f"[{number}/{len(planned)}] {name}: {taken}")
+    return failed

@@ -1,0 +1,99 @@
+"""Verdicts on claims, and how ratios and numbers become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from obdlab.lab.evaluation.results import LEAST, busy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.lab.evaluation.questions import Run
+    from obdlab.lab.rows import Row
+    from obdlab.lab.statistics import Estimate
+
+
+class Verdict(Enum):
+    """What became of a claim."""
+
+    REPRODUCED = "reproduced"
+    SHAPE_ONLY = "shape only"
+    NOT_REPRODUCED = "not reproduced"
+    UNCLEAR = "unclear"
+    NOT_RUNNABLE = "not runnable here"
+    NOT_YET = "not yet"
+    NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A verdict with what it rests on: ``measured`` in words, the experiments, and how many rows were used."""
+
+    verdict: Verdict
+    measured: str = ""
+    because: str = ""
+    confidence: str = ""
+    runs: tuple[Run, ...] = field(default=())
+    rows: int = 0
+
+
+def of_ratio(
+    ratio: Estimate | None,
+    *,
+    what: str,
+    paper: float,
+    below: float,
+    enough: float,
+    used: Sequence[Row],
+    run: Run,
+) -> Outcome:
+    """Return the verdict on a ratio that the paper has at ``paper``, and that must be below ``below``.
+
+    Reproduced: surely below, and at most ``enough`` (at least it, if the claim is of a ratio above 1 turned around).
+    Shape only: surely below, but less far. Not reproduced: surely not below. Unclear: the interval does not tell.
+    """
+    if ratio is None:
+        return Outcome(Verdict.NOT_MEASURED, runs=(run,))
+    told = f"{what}: {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] (paper: {paper:.2f})"
+    if ratio.high < below:
+        verdict = Verdict.REPRODUCED if ratio.median <= enough else Verdict.SHAPE_ONLY
+    elif ratio.low >= below:
+        verdict = Verdict.NOT_REPRODUCED
+    else:
+        verdict = Verdict.UNCLEAR
+    return Outcome(verdict, told, "", confidence(ratio.count, used), (run,), len(used))
+
+
+def of_number(
+    value: Estimate | None,
+    *,
+    what: str,
+    unit: str,
+    least: float | None,
+    most: float | None,
+    used: Sequence[Row],
+    run: Run,
+) -> Outcome:
+    """Return the verdict on a number that must lie within bounds, whole interval included."""
+    if value is None:
+        return Outcome(Verdict.NOT_MEASURED, runs=(run,))
+    low, high = least if least is not None else float("-inf"), most if most is not None else float("inf")
+    told = f"{what}: {value.median:.3g} [{value.low:.3g}, {value.high:.3g}] {unit}"
+    if low <= value.low and value.high <= high:
+        verdict = Verdict.REPRODUCED
+    elif value.high < low or value.low > high:
+        verdict = Verdict.NOT_REPRODUCED
+    else:
+        verdict = Verdict.UNCLEAR
+    return Outcome(verdict, told, "", confidence(value.count, used), (run,), len(used))
+
+
+def confidence(count: int, used: Sequence[Row]) -> str:
+    """Say how much a verdict is to be trusted: by the number of samples, and whether the host was quiet."""
+    if count < LEAST:
+        return f"low: {count} samples"
+    level = "high" if count >= 10 else "fair"
+    return f"low: {count} samples, busy host" if busy(used) else f"{level}: {count} samples"
