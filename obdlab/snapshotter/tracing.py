@@ -56,6 +56,8 @@ def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) 
     elif config.acceleration_layer:
         logger.warning("image %r: has an acceleration layer, which goes before the trace %s", image.key, path)
         return
+    if path and snapshots.layout.unpacked(image.id).exists():
+        raise FailedPreconditionError(f"image {image.key!r} has no device here, no reads can be recorded or fetched")
     with snapshots.store.read() as reader:
         busy = reader.has_containers(image.id)
     try:

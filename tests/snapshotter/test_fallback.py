@@ -18,6 +18,7 @@ from obdlab.observe.counters import counted
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
+from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from tests.registry.faulty import Answer, faulty_registry
 from tests.snapshotter.mounting import mounted
@@ -57,6 +58,9 @@ def test_without_devices_the_files_are_unpacked(root: Root, tmp_path: Path, capl
         assert fallbacks(fallback.NO_DEVICES) == before + 1
         assert root.devices.list() == []
         assert snapshotter.usage(image).size > 1 << 20
+        (tmp_path / "trace").touch()
+        with pytest.raises(FailedPreconditionError, match="no device here"):
+            snapshotter.prepare("traced", image, {LABEL_RECORD: "yes", LABEL_RECORD_PATH: str(tmp_path / "trace")})
         # It serves a view too, read-only, is not removed under it, and comes back after a reboot.
         with mounted(snapshotter.view("look", image, {}), tmp_path / "look") as look:
             assert (look / "abs").exists()
