@@ -13,8 +13,10 @@ from obdlab.cli.common import add_registry_options, platform, registry_from
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from obdlab.pull.rpull import PullResult
+    from obdlab.registry.reference import Reference
 
 
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -80,14 +82,27 @@ def _run(args: argparse.Namespace) -> int:
             bar.close()
     if not args.quiet:
         print(_summary(result, time.monotonic() - began))
-    if result.still_lazy:
-        print(
-            f"obdlab rpull: {result.still_lazy} of {len(result.layers)} layers were pulled lazily before, and "
-            "containers go on reading them from the registry; to change that, remove the image and its containers, "
-            "and pull again",
-            file=sys.stderr,
-        )
+    for line in _warnings(result, reference, download=args.download_blobs):
+        print(f"obdlab rpull: {line}", file=sys.stderr)
     return 0
+
+
+def _warnings(result: PullResult, reference: Reference, *, download: bool) -> Iterator[str]:
+    from obdlab.registry.reference import Reference
+
+    lazy = result.still_lazy
+    change = "to change that, remove the images that have them and their containers, and pull again"
+    if download and lazy:
+        yield (
+            f"{len(lazy)} of {len(result.layers)} layers were pulled lazily before, and containers go on reading "
+            f"them from the registry; {change}"
+        )
+    other = [layer.origin for layer in lazy if Reference.parse(layer.origin).host != reference.host]
+    if other:
+        yield (
+            f"{len(other)} of {len(result.layers)} layers were pulled before as part of {other[0]}, and containers "
+            f"go on reading them from there; {change}"
+        )
 
 
 def _summary(result: PullResult, elapsed_s: float) -> str:

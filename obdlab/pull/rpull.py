@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
-from obdlab.formats.oci import ACCELERATION_LAYER
 from obdlab.pull.errors import PullError
 from obdlab.pull.fetch import LayerFetcher
 from obdlab.pull.resolve import resolve
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from obdlab.containerd.client import Containerd, LeasedContainerd
-    from obdlab.containerd.snapshots import Snapshots
     from obdlab.formats.oci import Platform
     from obdlab.pull.fetch import Progress
     from obdlab.pull.resolve import ResolvedImage
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 # A killed pull holds what it made for so long; containerd's own clients take the same.
 _LEASE_S = 24 * 3600.0
-# The snapshotter's mark of layers that it reads from the registry.
-_REMOTE = "containerd.io/snapshot/remote"
 # How the gRPC library of containerd begins what it says of a connection that it could not make or has lost.
 _NO_CONNECTION = 'desc = "transport: '
 
@@ -47,13 +43,16 @@ class PullResult:
     layers: tuple[LayerResult, ...]
     metadata_bytes: int
     layer_bytes: int
-    #: Layers to be had with their blobs that an earlier pull had made lazy: their snapshots read from the registry.
-    still_lazy: int = 0
 
     @property
     def fetched_bytes(self) -> int:
         """Everything that was downloaded."""
         return self.metadata_bytes + self.layer_bytes
+
+    @property
+    def still_lazy(self) -> tuple[LayerResult, ...]:
+        """Layers that an earlier pull has made, and whose data the snapshotter reads from a registry."""
+        return tuple(layer for layer in self.layers if layer.outcome is Outcome.PRESENT and layer.origin)
 
     def count(self, outcome: Outcome) -> int:
         """How many layers came about this way."""
@@ -73,7 +72,7 @@ def rpull(
     """Make the image runnable in ``snapshotter``, fetching no layer that it provides lazily.
 
     With ``download`` the blobs of overlaybd layers are fetched too: the image then runs without its registry, unless
-    it was pulled lazily before (``still_lazy``), as snapshots that others may use are not made anew.
+    it was pulled lazily before (``PullResult.still_lazy``), as snapshots that others may use are not made anew.
 
     A second call finds everything there and fetches the documents only. On failure, or KeyboardInterrupt, nothing
     stays that was not there before: no snapshot, blob or lease.
@@ -94,18 +93,7 @@ def rpull(
         _store_documents(leased, image, snapshotter, source)
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
-    lazy = _count_lazy(containerd.snapshots(snapshotter), image) if download else 0
-    return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes, lazy)
-
-
-def _count_lazy(snapshots: Snapshots, image: ResolvedImage) -> int:
-    # A trace is small and never needed: its snapshot stays as it is.
-    named = [
-        name
-        for layer, name in zip(image.layers, image.chain_ids, strict=True)
-        if layer.is_overlaybd and layer.annotations.get(ACCELERATION_LAYER) != "yes"
-    ]
-    return sum(_REMOTE in snapshots.stat(name).labels for name in named)
+    return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
 
 
 def _exists(containerd: Containerd, snapshotter: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
+from obdlab.formats.oci import ACCELERATION_LAYER
 from obdlab.pull.errors import PullError
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 SNAPSHOT_PREFIX = "containerd.io/snapshot/"
 TARGET_LABEL = "containerd.io/snapshot.ref"
 IMAGE_LABEL = "containerd.io/snapshot/image-ref"
+CRI_IMAGE_LABEL = "containerd.io/snapshot/cri.image-ref"
 DOWNLOAD_LABEL = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
+# The snapshotter's mark of layers that it reads from a registry.
+_REMOTE_LABEL = "containerd.io/snapshot/remote"
 _PREPARE_TRIES = 3
 
 
@@ -44,6 +48,8 @@ class LayerResult:
     digest: str
     size: int
     outcome: Outcome
+    #: The image as part of which the snapshotter reads the layer's data from its registry; '' if the data is here.
+    origin: str = ""
 
 
 class Unpacker:
@@ -73,13 +79,13 @@ class Unpacker:
         """
         layers, chain = self._image.layers, self._image.chain_ids
         if self._present(chain[-1]):  # it has all its parents
-            return tuple(LayerResult(layer.digest, layer.size, Outcome.PRESENT) for layer in layers)
+            return tuple(map(self._as_present, layers, chain))
         results: list[LayerResult] = []
         for number, (layer, name) in enumerate(zip(layers, chain, strict=True)):
             # Over a layer that was missing nothing can be present; asking costs more than all else here.
             above_present = not results or results[-1].outcome is Outcome.PRESENT
             if above_present and self._present(name):
-                results.append(LayerResult(layer.digest, layer.size, Outcome.PRESENT))
+                results.append(self._as_present(layer, name))
             else:
                 results.append(self._make(number))
         return tuple(results)
@@ -96,7 +102,7 @@ class Unpacker:
                 mounts = self._snapshots.prepare(key, parent, labels)
             except AlreadyExistsError:
                 if self._committed(name):  # containerd has put it under the lease
-                    return LayerResult(layer.digest, layer.size, Outcome.LAZY)
+                    return LayerResult(layer.digest, layer.size, Outcome.LAZY, str(self._image.reference))
                 # Somebody else made it and it went again; the key was taken; or only its record is there.
                 self._forget_lost(number)
                 continue
@@ -163,6 +169,13 @@ class Unpacker:
             return False
         self._containerd.hold_snapshot(self._snapshotter, name)
         return self._committed(name)  # it might have gone before it was held
+
+    def _as_present(self, layer: Descriptor, name: str) -> LayerResult:
+        # A trace is small, never needed, and never unpacked.
+        is_data = layer.is_overlaybd and layer.annotations.get(ACCELERATION_LAYER) != "yes"
+        labels = self._snapshots.stat(name).labels if is_data else {}
+        origin = labels.get(IMAGE_LABEL) or labels.get(CRI_IMAGE_LABEL, "")
+        return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if _REMOTE_LABEL in labels else "")
 
     def _committed(self, name: str) -> bool:
         try:

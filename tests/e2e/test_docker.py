@@ -44,6 +44,12 @@ def test_docker_runs_an_image_lazily(registry_server: RegistryServer, image: str
         engine.docker("commit", "one", changed)
         assert engine.docker("push", changed).count("Layer already exists") == 2
         engine.docker("rm", "--force", "one")
+
+        # Docker finds an image that it can copy once the blobs are here as well.
+        host.rpull(image, download=True)
+        assert "e2e/busybox" in engine.docker("image", "ls")
+        engine.docker("save", "--output", str(tmp_path / "saved.tar"), image)
+        assert (tmp_path / "saved.tar").stat().st_size > len(BIG)
         engine.docker("rmi", changed, image)
         wait_for(lambda: host.snapshotter.devices.list() == [])
         engine.docker("pull", "--quiet", changed)

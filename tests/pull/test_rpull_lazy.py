@@ -145,7 +145,25 @@ def test_blobs_of_an_image_pulled_lazily_before(
 
     containerd.images.delete(str(reference), sync=True)
     result = pull(containerd, registry, reference, download=True)
-    assert (result.count(Outcome.UNPACKED), result.still_lazy) == (2, 0)
+    assert result.count(Outcome.UNPACKED) == 2
+    assert pull(containerd, registry, reference, download=True).still_lazy == ()
+
+
+def test_layers_go_on_being_read_where_they_were_pulled_first(
+    host: ObdlabHost,
+    containerd: Containerd,
+    registry: RegistryClient,
+    registry_server: RegistryServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, _ = push_image(registry, f"{registry_server.host}/lazy/first", overlaybd_layers())
+    other = registry_server.host.replace("127.0.0.1", "localhost")
+    pull(containerd, registry, first)
+    where = ("--address", host.containerd.address, "--namespace", "test")
+    assert main.main(["rpull", *where, f"{registry_server.host}/lazy/first"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main.main(["rpull", *where, f"{other}/lazy/first"]) == 0
+    assert f"2 of 2 layers were pulled before as part of {first}, and containers go on" in capsys.readouterr().err
 
 
 def test_garbage_collection_takes_nothing(
