@@ -117,15 +117,10 @@ def _export(args: argparse.Namespace) -> None:
 
 def run_detach(args: argparse.Namespace) -> int:
     """Detach; a device that is not there is fine."""
-    from obdlab.devices.tcmu import configfs, iscsi
-    from obdlab.devices.usage import wait_unused
+    from obdlab.devices.tcmu import configfs
+    from obdlab.service.tcmu_devices import take_down
 
-    target = configfs.Target.of(args.id)
-    disk = configfs.disk_of(target)
-    if disk is not None:
-        wait_unused(disk)
-    iscsi.unexport(target)
-    configfs.remove(target)
+    take_down(configfs.Target.of(args.id))
     return 0
 
 

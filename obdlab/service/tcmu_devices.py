@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import mount
-from obdlab.devices.tcmu import configfs, uio
+from obdlab.devices.tcmu import configfs, iscsi, uio
 from obdlab.devices.tcmu.configfs import Target
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
@@ -33,6 +33,22 @@ _SECTOR = 512
 def devices_for(run_dir: Path, settings: Settings) -> Devices:
     """Return who makes the devices that the settings ask for."""
     return TcmuDevices(settings) if settings.device_kind == DAEMON_KIND else DeviceService(run_dir, settings)
+
+
+def take_down(target: Target) -> None:
+    """Remove a device, its disk and what it is exported as over iSCSI. None being there is fine.
+
+    Raises DeviceError, having changed nothing, while a file system of this host is mounted from it.
+    """
+    disk = configfs.disk_of(target)
+    if disk is not None:
+        wait_unused(disk)
+        numbers = [number for number, name in uio.devices().items() if name.backstore == target.backstore]
+        if not any(holders(number) for number in numbers):  # nobody would answer what removing it asks for
+            configfs.set_offline(disk)
+            configfs.settle(target, disk, 0.0)
+    iscsi.unexport(target)
+    configfs.remove(target)
 
 
 class TcmuDevices:
@@ -75,10 +91,7 @@ class TcmuDevices:
         target = Target.of(device_id, self._tenant)
         if not target.backstore.exists():
             return False
-        disk = configfs.disk_of(target)
-        if disk is not None:
-            wait_unused(disk)
-        configfs.remove(target)
+        take_down(target)
         return True
 
     def release(self, device_id: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ import pytest
 
 from obdlab.devices import mount
 from obdlab.devices.tcmu import configfs, uio
+from obdlab.devices.tcmu.netlink import Event, What
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.settings import Settings
 from obdlab.layers.append import AppendUpper
-from tests.devices.contract import read_direct
+from obdlab.service.tcmu import TcmuDaemon
+from tests.devices.contract import read_direct, write_direct
 from tests.devices.verifying import verified
 
 pytestmark = pytest.mark.vm
@@ -182,6 +186,20 @@ def test_a_daemon_that_ends_leaves_devices_that_wait(daemon: Daemon, tmp_path: P
         assert read_direct(disk, 0, MIB) == first
 
 
+def test_a_device_without_a_daemon_is_taken_away_and_its_readers_fail(daemon: Daemon, tmp_path: Path) -> None:
+    disk = configfs.attach("orphan", writable_config(tmp_path, 16 * MIB))
+    write_direct(disk, 0, b"x" * 4096)
+    daemon.end()
+    reader = subprocess.Popen(["dd", f"if={disk}", "of=/dev/null", "bs=1M", "count=1", "iflag=direct"])
+    time.sleep(1)
+    assert reader.poll() is None
+    done = subprocess.run([sys.executable, "-m", "obdlab", "tcmu-detach", "orphan"], check=False, timeout=PATIENCE_S)
+    assert done.returncode == 0
+    assert reader.wait(PATIENCE_S) != 0
+    assert not configfs.Target.of("orphan").backstore.exists()
+    daemon.start()
+
+
 def test_an_image_that_is_lost_fails_its_readers_until_it_is_back(daemon: Daemon, tmp_path: Path) -> None:
     config = writable_config(tmp_path, 16 * MIB)
     with attached("lost", config) as disk:
@@ -240,6 +258,27 @@ def test_the_scsi_tools_are_answered(daemon: Daemon, tmp_path: Path) -> None:
         pattern.write_bytes(b"pattern!" * 64)
         run("sg_write_same", "--lba=24", "--num=8", f"--in={pattern}", "--xferlen=512", disk)
         assert read_direct(disk, 12288, 4096) == b"pattern!" * 512
+
+
+@pytest.mark.parametrize("what", [What.ADDED, What.REMOVED, What.RECONFIGURED])
+def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, what: What) -> None:
+    config = golden_config(tmp_path, result_file="result")
+    reader, writer = os.pipe()
+    daemon = TcmuDaemon(Settings())
+    daemon._on_event(Event(what, f"tcm-user/1/dev_gone/overlaybd/{config}", 4095, 1 << 30))
+
+    def stop() -> None:
+        wait_for(lambda: not daemon._servers, "its server stays")
+        os.write(writer, b"x")
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    daemon.run(reader)
+    stopper.join()
+    os.close(reader)
+    os.close(writer)
+    if what is What.ADDED:
+        assert (tmp_path / "result").read_text() == "failed:/dev/uio4095: cannot open: No such file or directory"
 
 
 def test_an_unknown_handler_is_refused_and_hangs_nobody(daemon: Daemon) -> None:

@@ -193,8 +193,12 @@ def control(backstore: Path, action: str, value: str) -> bool:
 
 def set_offline(disk: Path) -> None:
     """Have all that is asked of a disk from now on fail at once, whether it is served or not."""
+    directory = Path("/sys/block", disk.name, "device")
     try:
-        Path("/sys/block", disk.name, "device/state").write_text("offline")
+        # Removing a disk that is known to have a write cache asks it for a last flush, even if it is offline.
+        for cache in directory.glob("scsi_disk/*/cache_type"):
+            cache.write_text("temporary write through")
+        (directory / "state").write_text("offline")
     except OSError as error:
         log.info("%s: not taken offline: %s", disk, error.strerror)
 
