@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from obdlab.cli.convertoptions import ALL, add_conversion_options, check_conversion_options, conversion_options
+from obdlab.cli.convertoptions import (
+    ALL,
+    add_conversion_options,
+    check_conversion_options,
+    conversion_options,
+    platforms_at_once,
+)
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
 from obdlab.errors import SourceError
 
@@ -90,7 +96,7 @@ def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
     ):
         if args.platform == ALL:
             return convert_platforms(
-                source, destination, options=options, progress=progress, at_once=args.platforms_at_once
+                source, destination, options=options, progress=progress, at_once=platforms_at_once(args)
             )
         image = convert_image(source, destination, options=options, progress=progress)
         return ConvertedIndex(image.name, image.digest, image.document, (image,))

@@ -37,7 +37,7 @@ became of each is kept in a file beside LIST: the same command, after an interru
 is not yet done, and new lines. With --scheduler the workers of a Dask scheduler do the work, on whatever hosts they
 are; files that are named are those of the workers' hosts then."""
 # Options of conversion that do not change its result: another value may go on with the same list.
-_FREE_OPTIONS = ("work_dir", "platforms_at_once", "database")
+_FREE_OPTIONS = ("work_dir", "platforms_at_once", "memory", "database")
 _COLUMNS = ("source", "destination", "state", "tries", "digest", "layers", "source_size", "size", "seconds", "host")
 
 

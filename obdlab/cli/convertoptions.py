@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import platform
+from obdlab.cli.packing import size_argument
 
 if TYPE_CHECKING:
     from obdlab.convert.image import ConvertOptions
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 _NONE = "none"
+_MOST_PLATFORMS = 16
 _DATABASE = "OBDLAB_CONVERT_DATABASE"
 
 
@@ -57,7 +59,14 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
     parser.add_argument(
-        "--platforms-at-once", type=int, choices=range(1, 17), default=2, metavar="N", help="default: %(default)s"
+        "--platforms-at-once",
+        type=int,
+        choices=range(1, _MOST_PLATFORMS + 1),
+        metavar="N",
+        help="default: 2, or what --memory allows",
+    )
+    parser.add_argument(
+        "--memory", type=size_argument, metavar="SIZE", help="convert only as many platforms at once as this allows"
     )
     parser.add_argument(
         "--referrer", action="store_true", help="have the new manifest refer to the source (OCI 1.1 subject)"
@@ -93,6 +102,15 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
         database=_database(args.database),
         work_dir=args.work_dir,
     )
+
+
+def platforms_at_once(args: argparse.Namespace) -> int:
+    """Return how many platforms may be under way at the same time; at least one, whatever memory there is."""
+    from obdlab.convert.platforms import PLATFORM_MEMORY
+
+    allowed = _MOST_PLATFORMS if args.memory is None else args.memory // PLATFORM_MEMORY
+    wanted = args.platforms_at_once or (2 if args.memory is None else _MOST_PLATFORMS)
+    return max(1, min(wanted, allowed))
 
 
 def check_conversion_options(args: argparse.Namespace) -> str | None:

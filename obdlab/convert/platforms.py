@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints import ImageDestination, ImageSource
 
 
+#: Most that converting one image takes, its compressing process included: 125 MiB for ``pydata``, in bytes.
+PLATFORM_MEMORY = 150 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertedIndex:
     """All images, in the index's order; ``digest`` and ``document`` are the index's, or the only manifest's."""
@@ -40,7 +44,7 @@ def convert_platforms(
     """Convert the image of every platform at ``source``, and store an index of them at ``destination``.
 
     BuildKit's attestations are left out: they speak of the original. Up to ``at_once`` images are under way, each of
-    which takes some 150 MiB of memory. The index comes last; if one image fails, there is none. A source that is
+    which takes PLATFORM_MEMORY. The index comes last; if one image fails, there is none. A source that is
     no index gives one image. Raises as :func:`obdlab.convert.image.convert_image`.
     """
     options = options or ConvertOptions()

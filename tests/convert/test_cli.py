@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli.convertoptions import add_conversion_options, platforms_at_once
 from obdlab.cli.imageoptions import add_image_options, image_client
 from obdlab.cli.main import main
 from obdlab.convert.layout import ImageLayout
@@ -118,3 +119,21 @@ def test_registry_under_tls(tmp_path: Path) -> None:
         with pytest.raises(RegistryError):
             reads_under_tls(registry, *trust)
         assert reads_under_tls(registry, *trust, "--tls-client", f"{ours}:{our_key}") == b"under TLS"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], 2),
+        (["--platforms-at-once", "5"], 5),
+        (["--memory", "1G"], 6),
+        (["--memory", "1"], 1),
+        (["--memory", "1T"], 16),
+        (["--memory", "500M", "--platforms-at-once", "8"], 3),
+        (["--memory", "500M", "--platforms-at-once", "2"], 2),
+    ],
+)
+def test_platforms_within_a_memory_bound(options: list[str], wanted: int) -> None:
+    parser = argparse.ArgumentParser()
+    add_conversion_options(parser)
+    assert platforms_at_once(parser.parse_args(options)) == wanted
