@@ -43,7 +43,14 @@ def add(subcommands: Any) -> None:
     parser.add_argument(
         "--parent-uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer below (default: none)"
     )
-    parser.add_argument("--mkfs", action="store_true", help="make an empty ext4 in it")
+    parser.add_argument(
+        "--mkfs",
+        action="store_true",
+        help=(
+            "make an empty ext4 in it, which grows while it is not mounted (resize --filesystem); for one that grows "
+            "while it is, attach the layer and run mkfs.ext4"
+        ),
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.set_defaults(run=run)
 

@@ -137,6 +137,10 @@ class Torture:
             clean_up(self._service, force=True)
 
     def _attach(self) -> None:
+        for _ in range(3):  # a busy machine may be late with it
+            with suppress(DeviceError):
+                self._service.start_host()
+                break
         device = self._service.attach(self._config, "torture")
         self._fd = os.open(device.path, os.O_RDWR | os.O_DIRECT)
 
