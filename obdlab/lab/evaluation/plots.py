@@ -149,9 +149,13 @@ def _by(rows: Sequence[Row], x: str, key: str) -> dict[float, Estimate]:
     return {place: median_interval(values) for place, values in groups.items()}
 
 
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()  # some are ranges, or words
+
+
 def _paper(figure: str, names: dict[str, str], x: str | None = None) -> list[Bar | None]:
     found: list[Bar | None] = []
-    values = {(value.series, value.x): float(value.y) for value in paper_values(figure) if value.y}
+    values = {(value.series, value.x): float(value.y) for value in paper_values(figure) if _is_number(value.y)}
     for series, label in names.items():
         value = next((y for (name, at), y in values.items() if name == series and x in (None, at)), None)
         if value is not None:
@@ -223,7 +227,7 @@ def _pulls(results: Results) -> Figure:
     _distribution(left, series, "measured here (link emulated): the pull", "seconds")
     hosts: dict[str, list[tuple[float, float]]] = {}
     for value in paper_values("Fig18"):
-        if value.x.isdecimal() and value.unit.startswith("s "):
+        if value.x.isdecimal() and _is_number(value.y) and value.unit.startswith("s "):
             hosts.setdefault(value.series, []).append((float(value.y), float(value.x) / 100))
     right.set_title("paper, figure 18: 100 production hosts", loc="left", fontsize=10)
     for (name, points), style in zip(hosts.items(), ("-", "--"), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def _measure(work: Path, count: int) -> dict[str, float]:
             with device.path.open("rb") as disk:
                 disk.read(_READ)
         each = [sum(map(_pss, _processes(device))) for device in devices]
-        host = _pss(int((work / "run" / "host.pid").read_text().split()[0]))
+        host = _pss(int(json.loads((work / "run" / "host.pid").read_text())["pid"]))
     return {
         "device_mib": sum(each) / count / 2**20,
         "all_mib": (sum(each) + host) / 2**20,
