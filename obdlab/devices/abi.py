@@ -165,6 +165,8 @@ class LoopConfig(ctypes.Structure):
 # --- calls that Python does not have ---
 
 MS_RDONLY = 1
+MS_REMOUNT = 32
+MS_BIND = 4096
 _MS_REC = 1 << 14
 _MS_SLAVE = 1 << 19
 _CLONE_NEWNS = 0x20000

@@ -177,6 +177,49 @@ class FuseLoop(Kind):
         return fuse_loop.directories_below(parent)
 
 
+class FuseFile(FuseLoop):
+    """A file over FUSE, which EROFS is mounted from (Linux 6.12): no block device, for read-only images alone."""
+
+    name = "fuse+file"
+    fix = "Linux 6.12 or later with CONFIG_EROFS_FS_BACKED_BY_FILE"
+
+    def missing(self) -> str:
+        from obdlab.devices import fuse_file
+
+        return _cannot_open(Path("/dev/fuse")) or fuse_file.kernel_refuses()
+
+    def make(
+        self,
+        blob: Blob,
+        directory: Path,
+        *,
+        name: str,
+        readahead_kib: int,
+        connection: int,
+        path: Path | None,
+        on_busy: Callable[[], None] | None,
+    ) -> Device:
+        from obdlab.devices.fuse_file import FuseFileDevice
+
+        return FuseFileDevice(blob, directory, name=name, connection=connection, path=path, on_busy=on_busy)
+
+    def devices_of(self, directory: Path) -> list[Path]:
+        from obdlab.devices import fuse_file
+
+        return fuse_file.devices_of(directory)
+
+    def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+        from obdlab.devices import fuse_file
+
+        fuse_file.take_down(directory, force=force)
+
+    def take_down_when_unused(self, directory: Path) -> bool:
+        return True  # it goes by itself
+
+    def directories_below(self, parent: Path) -> set[Path]:
+        return set()
+
+
 class Ublk(Kind):
     """A ublk device (Linux 6.4): fewest steps in the kernel; it can't grow."""
 
@@ -274,7 +317,7 @@ class Tcmu(Kind):
 
 
 #: By name.
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (FuseLoop(), Ublk(), Tcmu())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (FuseLoop(), FuseFile(), Ublk(), Tcmu())}
 
 
 def find(name: str) -> Kind:

@@ -38,6 +38,8 @@ _FLAGS = {
 }
 # What mount(2) says of a device that cannot be written to, where writing was asked for.
 _READ_ONLY = (errno.EACCES, errno.EROFS)
+#: All that is needed to tell file systems apart lies before.
+SUPERBLOCK_END = 4096
 _U16 = Struct("<H")
 _U32 = Struct("<I")
 
@@ -84,6 +86,11 @@ def _unescape(text: str) -> str:
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
+def escape(text: str) -> str:
+    """Write a name as mountinfo does."""
+    return "".join(f"\\{ord(each):03o}" if each in " \t\n\\#" else each for each in text)
+
+
 def mounts() -> list[MountEntry]:
     """Return this process's mounts, oldest first."""
     # Names of mounts may hold any bytes; those that are no UTF-8 travel as surrogates, as in all of Python's paths.
@@ -107,11 +114,13 @@ def is_mounted(target: Path) -> bool:
 
 
 def mounts_of(device: Path) -> list[MountEntry]:
-    """Return the mounts of a block device's file system in this mount namespace."""
+    """Return the mounts of a block device's, or a file's, file system in this mount namespace."""
     try:
         number = os.stat(device).st_rdev
     except FileNotFoundError:
-        return []
+        number = 0
+    if not number:  # a file is known by its path alone
+        return [entry for entry in mounts() if entry.source == str(device)]
     name = f"{os.major(number)}:{os.minor(number)}"
     return [entry for entry in mounts() if entry.device == name]
 
@@ -129,18 +138,25 @@ def detect_fs(device: Path) -> tuple[str, bool]:
     """
     try:
         with device.open("rb", buffering=0) as stream:
-            head = stream.read(4096)
+            head = stream.read(SUPERBLOCK_END)
     except OSError as error:
         raise DeviceError(f"{device}: cannot read the superblock: {error.strerror}") from error
-    if len(head) == 4096:
-        if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == 0xEF53:
-            incompat = _U32.unpack_from(head, _EXT4_INCOMPAT_AT)[0]
-            return "ext4", bool(incompat & _EXT4_NEEDS_RECOVERY)
-        if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == _EROFS_MAGIC:
-            return "erofs", False
-        if head[:4] == b"XFSB":
-            return "xfs", False
-    raise DeviceError(f"{device}: no ext4, erofs or xfs file system in it (no superblock of theirs found)")
+    kind = kind_of(head)
+    if not kind:
+        raise DeviceError(f"{device}: no ext4, erofs or xfs file system in it (no superblock of theirs found)")
+    wants_replay = kind == "ext4" and bool(_U32.unpack_from(head, _EXT4_INCOMPAT_AT)[0] & _EXT4_NEEDS_RECOVERY)
+    return kind, wants_replay
+
+
+def kind_of(head: bytes) -> str:
+    """Return the type of the file system whose first SUPERBLOCK_END bytes these are; '' if it is of no known kind."""
+    if len(head) < SUPERBLOCK_END:
+        return ""
+    if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == 0xEF53:
+        return "ext4"
+    if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == _EROFS_MAGIC:
+        return "erofs"
+    return "xfs" if head[:4] == b"XFSB" else ""
 
 
 def mount(
@@ -184,6 +200,16 @@ def mount(
         else:
             break
     return fs_type
+
+
+def bind(source: Path, target: Path, *, read_only: bool) -> None:
+    """Have what is mounted on ``source`` on ``target`` as well. Raises DeviceError."""
+    try:
+        abi.mount(str(source), target, "", abi.MS_BIND, "")
+        if read_only:
+            abi.mount("", target, "", abi.MS_BIND | abi.MS_REMOUNT | abi.MS_RDONLY, "")
+    except OSError as error:
+        raise DeviceError(f"cannot mount {source} on {target} as well: {error.strerror}") from error
 
 
 def unmount(target: Path, *, lazy: bool = False) -> bool:

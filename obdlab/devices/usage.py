@@ -10,13 +10,13 @@ from obdlab.devices import loop
 from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
 
-_TRANSIENT_USE_S = 1.0
+#: A container being started copies all mounts for a moment and drops them; only longer use is use.
+TRANSIENT_USE_S = 1.0
 
 
-# A container being started copies all mounts for a moment and drops them; only longer use is use.
 def wait_unused(device: Path) -> None:
     """Return once nobody uses the device. Raises DeviceError, naming the users, if that lasts."""
-    deadline = time.monotonic() + _TRANSIENT_USE_S
+    deadline = time.monotonic() + TRANSIENT_USE_S
     while loop.in_use(device):
         if mounts_of(device) or time.monotonic() > deadline:
             raise DeviceError(f"{device}: still in use ({_users(device)})")
@@ -28,10 +28,14 @@ def _users(device: Path) -> str:
     return ", ".join(found) or "by an overlay or another mount namespace, such as a container's"
 
 
-# One process stands for its mount namespace; the kernel lists the mounts of none that has no process.
 def _elsewhere(device: Path) -> list[str]:
     number = os.stat(device).st_rdev
-    wanted = f" {os.major(number)}:{os.minor(number)} ".encode()
+    return namespaces_that_mount(f" {os.major(number)}:{os.minor(number)} ".encode())
+
+
+def namespaces_that_mount(wanted: bytes) -> list[str]:
+    """Say in words which other mount namespaces have a mount whose line in mountinfo contains ``wanted``."""
+    # One process stands for its mount namespace; the kernel lists the mounts of none that has no process.
     seen, found = {os.readlink("/proc/self/ns/mnt")}, []
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:

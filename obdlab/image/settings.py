@@ -22,7 +22,7 @@ GIB = 1 << 30
 CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
 #: "auto": the best that the host has.
-DEVICE_KINDS = ("auto", "fuse+loop", "ublk", "tcmu")
+DEVICE_KINDS = ("auto", "fuse+loop", "fuse+file", "ublk", "tcmu")
 #: The snapshotter's devices may also be those of an overlaybd TCMU daemon that runs beside it.
 DAEMON_KIND = "overlaybd-tcmu"
 LOG_LEVELS = ("debug", "info", "warning", "error")

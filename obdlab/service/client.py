@@ -145,7 +145,13 @@ class DeviceService:
         Raises DeviceError; if the kernel could not read the device, with the cause that its server knows.
         """
         try:
+            already = mount.mounts_of(device.path) if device.kind == kinds.FuseFile.name else []
+            if already:  # its server does not keep the file for others once it is mounted
+                mount.bind(already[0].mountpoint, target, read_only=read_only)
+                return
             mount.mount(device.path, target, read_only=read_only, options=options)
+            if device.kind == kinds.FuseFile.name:
+                control.ask(self._run.device(device.device_id), "mounted")
         except DeviceError as error:
             cause = self.last_error(device.device_id)
             raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from obdlab.devices.fuse_file import FuseFileDevice
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.service import tally, wire
@@ -111,6 +112,7 @@ class Control:
         self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "statistics": self._statistics,
             "counters": self._counters,
+            "mounted": self._mounted,
             **self.tracing.actions,
             **Changes(device, blob, directory).actions,
         }
@@ -172,6 +174,12 @@ class Control:
         except Exception as error:
             log.exception("%s: %s failed", self._directory.name, op)
             return {"error": f"{type(error).__name__}: {error}"}
+
+    # Said by whoever has mounted a device that is a file.
+    def _mounted(self, _: dict[str, Any], __: Tell) -> Answer:
+        if isinstance(self._device, FuseFileDevice):
+            self._device.is_mounted_now()
+        return {}
 
     # Of this very process; a helper is asked at its own socket.
     def _counters(self, _: dict[str, Any], __: Tell) -> Answer:
