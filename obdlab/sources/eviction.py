@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.sources.cachefiles import CacheFiles
 from obdlab.sources.cachelayout import last_use, remove_blob
+from obdlab.sources.flatfiles import remove_unused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,8 @@ def evict(space: CacheSpace) -> int:
 
     What cannot be given back is said in the log, and the next blob's turn comes. Raises OSError.
     """
-    freed = _come_by(space)
+    freed = remove_unused(space) if space.excess() > 0 else 0
+    freed += _come_by(space)
     if space.excess() <= 0:
         return freed
     space.count()

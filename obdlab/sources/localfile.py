@@ -53,6 +53,14 @@ class LocalFile(Blob):
     def size(self) -> int:
         return self._size
 
+    def identity(self) -> str:
+        """Return what tells this very file from others, and from itself after a change. Raises SourceError."""
+        try:
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise SourceError(f"cannot tell its identity ({error.strerror})", blob=self.name) from error
+        return f"file {status.st_dev}:{status.st_ino}, {status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+
     def read_at(self, offset: int, length: int) -> bytes:
         check_range(self, offset, length)
         with self._lock:
