@@ -33,7 +33,9 @@ def initiator() -> Iterator[None]:
     run("modprobe", "-a", "iscsi_target_mod", "iscsi_tcp")
     Path("/etc/iscsi/initiatorname.iscsi").write_text(f"InitiatorName={INITIATOR}\n")
     Path("/run/lock/iscsi").mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(["/usr/sbin/iscsid", "-f"], stdout=subprocess.DEVNULL)
+    # At its end it signals its whole process group.
+    command = ["/usr/sbin/iscsid", "-f"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     yield
     process.terminate()
     process.wait(30)
