@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.service.capabilities import Check
 
 
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; return 1 if one that is not optional failed."""
     from obdlab.service.capabilities import run_checks
 
-    checks = run_checks()
+    checks = [*run_checks(), *_baseline_checks()]
     if args.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -35,3 +41,18 @@ def run(args: argparse.Namespace) -> int:
             fix = "" if check.ok or not check.fix else f"\n         fix: {check.fix}"
             print(f"  {mark} {check.name}: {check.detail}{fix}")
     return int(any(not check.ok and not check.optional for check in checks))
+
+
+# What experiments can compare with: never needed for obdlab itself.
+def _baseline_checks() -> Iterator[Check]:
+    from obdlab.lab.baselines import ADAPTERS
+    from obdlab.lab.baselines.adapter import missing_programs
+    from obdlab.service.capabilities import Check
+
+    for name, adapter in ADAPTERS.items():
+        missing = missing_programs(adapter)
+        versions = adapter.versions().items()
+        found = ", ".join(version if program in version else f"{program} {version}" for program, version in versions)
+        detail = f"{', '.join(missing)} not found" if missing else found
+        fix = "; ".join(dict.fromkeys(missing.values()))
+        yield Check("baselines of experiments", name, not missing, detail, fix, optional=True)

@@ -30,6 +30,7 @@ from obdlab.lab.leftovers import cleanup_leftovers
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.recipe import Recipe, find_recipe
 from obdlab.lab.registry import RegistryHost, Traffic
+from obdlab.lab.residency import resident_below
 from obdlab.lab.spec import WORKLOAD_LINE, WORKLOADS
 from obdlab.lab.watchdog import time_limit
 from obdlab.registry.client import RegistryClient
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from obdlab.lab.baselines import Adapter
     from obdlab.lab.containerd import RunningContainer
     from obdlab.lab.netns import LinkCounters
     from obdlab.lab.recipe import Probe
@@ -206,7 +208,7 @@ class Bench:
             costs = self._costs(container, began)
             traffic = self._registry.traffic(began.mark, self._registry.mark())
             if adapter.background:
-                costs["background_ended"] = self._registry.wait_for_silence(_STILL_S, _MOST_BACKGROUND_S)
+                costs["background_ended"] = self._wait_for_background(adapter)
             costs |= self._completion(began)
         row = {
             "started": began.time.isoformat(timespec="milliseconds"),
@@ -223,6 +225,20 @@ class Bench:
             **costs,
         }
         return row, traffic
+
+    # Until the registry is still, and what has come is unpacked, too.
+    def _wait_for_background(self, adapter: Adapter) -> bool:
+        deadline = time.monotonic() + _MOST_BACKGROUND_S
+        ended = self._registry.wait_for_silence(_STILL_S, _MOST_BACKGROUND_S)
+        directory = adapter.layers(self._containerd)
+        _, stored = resident_below([directory])
+        while ended:
+            time.sleep(_STILL_S)
+            _, now = resident_below([directory])
+            if now == stored:
+                break
+            stored, ended = now, time.monotonic() < deadline
+        return ended
 
     def _probe(self, image: BenchImage, cell: Cell) -> Probe:
         probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)

@@ -33,7 +33,7 @@ def paths(tmp_path: Path) -> LabPaths:
     return LabPaths(datasets=datasets, images=tmp_path / "images", work=tmp_path / "work")
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(SMALL))
 @pytest.mark.kernel
 def test_every_kind_measures_its_points(kind: str, tmp_path: Path, paths: LabPaths) -> None:
     values = {"name": kind, "kind": kind, "repeats": 1, "load_limit": 1000.0, **SMALL[kind]}

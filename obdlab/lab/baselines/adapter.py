@@ -81,9 +81,15 @@ class Adapter(Protocol):
 
 def check_programs(adapter: Adapter) -> None:
     """Raise LabError naming the programs that an adapter needs and this host does not have."""
-    missing = [f"{name} ({how_to_install(of)})" for name, of in adapter.programs.items() if not shutil.which(name)]
+    missing = missing_programs(adapter)
     if missing:
-        raise LabError(f"{adapter.name}: not installed: {', '.join(missing)}")
+        told = ", ".join(f"{name} ({fix})" for name, fix in missing.items())
+        raise LabError(f"{adapter.name}: not installed: {told}")
+
+
+def missing_programs(adapter: Adapter) -> dict[str, str]:
+    """Return the programs that an adapter needs and this host does not have, with what installs each."""
+    return {name: how_to_install(of) for name, of in adapter.programs.items() if not shutil.which(name)}
 
 
 def how_to_install(origin: str) -> str:
