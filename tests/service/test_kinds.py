@@ -150,6 +150,7 @@ def test_kills_under_load_cost_no_byte(tmp_path: Path, run_dir: Path, kind: str)
 
 
 @in_vm
+@pytest.mark.slow
 def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Path, run_dir: Path) -> None:
     for kind in OTHERS:
         directory = tmp_path / kind
@@ -168,6 +169,7 @@ def test_a_tcmu_device_grows_and_a_ublk_device_says_that_it_cannot(tmp_path: Pat
 
 
 @in_vm
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, run_dir: Path, kind: str) -> None:
     with serving(run_dir, kind, read_deadline_s=2.0) as service:
@@ -189,6 +191,7 @@ def test_an_image_that_cannot_be_opened_again_fails_its_users(tmp_path: Path, ru
 
 
 @in_vm
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_released_device_goes_with_its_last_user(tmp_path: Path, run_dir: Path, kind: str) -> None:
     with serving(run_dir, kind) as service:
@@ -207,6 +210,7 @@ def test_a_released_device_goes_with_its_last_user(tmp_path: Path, run_dir: Path
 
 
 @in_vm
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, run_dir: Path, kind: str) -> None:
     with serving(run_dir, kind) as service:

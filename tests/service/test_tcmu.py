@@ -186,6 +186,7 @@ def test_a_daemon_that_ends_leaves_devices_that_wait(daemon: Daemon, tmp_path: P
         assert read_direct(disk, 0, MIB) == first
 
 
+@pytest.mark.slow
 def test_a_device_without_a_daemon_is_taken_away_and_its_readers_fail(daemon: Daemon, tmp_path: Path) -> None:
     disk = configfs.attach("orphan", writable_config(tmp_path, 16 * MIB))
     write_direct(disk, 0, b"x" * 4096)
