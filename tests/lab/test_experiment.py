@@ -24,6 +24,12 @@ from obdlab.lab.summary import caveats, findings, summarise
 SPEC = Spec("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
 
 
+@pytest.fixture(autouse=True)
+def _code_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Somebody may be editing it while this runs: then nothing would count as measured.
+    monkeypatch.setattr("obdlab.lab.experiment.code_digest", lambda: "same")
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> LabPaths:
     return LabPaths(
