@@ -70,6 +70,7 @@ class Init:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
+        self._pid = 0
         for name in ("units", "var", "etc", "cgroup", "var/tmp", "var/lib", "var/cache"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         for name in _TARGETS:
@@ -114,13 +115,18 @@ class Init:
     def _end(self) -> None:
         assert self._process is not None
         pid = self.pid
-        if pid:
+        if pid and self._process.poll() is None:
             os.kill(pid, signal.SIGKILL)  # all of its namespace with it
         self._process.wait(60)
 
     @property
     def pid(self) -> int:
         """Process 1, as seen from here; 0 while there is none."""
+        if not self._pid:
+            self._pid = self._find()
+        return self._pid
+
+    def _find(self) -> int:
         assert self._process is not None
         for status in Path("/proc").glob("[0-9]*/status"):
             try:

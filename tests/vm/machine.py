@@ -65,11 +65,13 @@ def run(
     timeout_s: float = 600.0,
     memory_mib: int = 3072,
     processors: int = 2,
+    drives: Sequence[str] = (),
     echo: IO[str] | None = None,
 ) -> Finished:
     """Boot, run ``command`` in ``directory`` (default: this one), and return how it ended.
 
     The machine sees all of the host's files, read-only below a layer in its own memory. ``modules`` are loaded first.
+    ``drives`` are more disks, as qemu's -drive has them (``file=...,format=raw``), in the machine /dev/vda and so on.
     ``share``, an empty directory, is writable on both sides (``GUEST_SHARE`` in the machine). ``echo`` gets the
     output as it comes. Raises VmError if the machine cannot be run, dies, or is not done after ``timeout_s``; it is
     gone in any case.
@@ -86,6 +88,7 @@ def run(
         (job / "job.sh").write_text(_job(command, directory or Path.cwd(), environment or {}, modules))
         (work / "initrd").write_bytes(build_initramfs(kernel))
         argv = _command(kernel, work, job, memory_mib, processors)
+        argv += [word for drive in drives for word in ("-drive", f"{drive},if=virtio")]
         output, timed_out = _execute(argv, timeout_s, echo)
         console, status = _text(work / "console"), _text(job / "status").strip()
     if timed_out:
