@@ -10,13 +10,14 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
 # machine of tests/vm and what is used in it.
 TEST_PACKAGES := qemu-utils postgresql mariadb-server prometheus qemu-system-x86 sg3-utils xfsprogs open-iscsi
 
-.PHONY: help setup packages test-packages demo test test-long lint unit protos benchmarks clean
+.PHONY: help setup packages test-packages peers demo test test-long lint unit protos benchmarks clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
 	@echo "make test       set up, then lint and run the tests"
 	@echo "make test-long  all tests with the full counts (kills, fuzzing, real images)"
 	@echo "make benchmarks the speed figures, as ratios"
+	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
 
 setup: packages $(VENV)/.installed
@@ -26,6 +27,11 @@ packages:
 
 test-packages:
 	@scripts/install-packages $(TEST_PACKAGES)
+
+# What experiments compare with, beyond what setup installs; `obdlab doctor` tells what is there.
+peers:
+	@scripts/install-packages stargz-snapshotter soci-snapshotter openssl
+	@scripts/build-stargz
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
