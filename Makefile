@@ -50,8 +50,13 @@ lint:
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb notebooks/*/*.ipynb
 
+# Devices, mounts and containers are the whole host's: tests that use them run alone, the others on all processors.
+HOST_TESTS := kernel or containerd or vm
+PYTEST := $(BIN)/python -m pytest
+
 unit:
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) -n auto --dist loadfile -m "not ($(HOST_TESTS))" $(TESTS)
+	$(PYTEST) -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
 
 test-long: setup test-packages lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
