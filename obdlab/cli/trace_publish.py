@@ -12,7 +12,7 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     import argparse
 
-_HOT, _ACCELERATION, _REFERRER = "hot-layer", "acceleration-layer", "referrer"
+_FORMS = _HOT, _ORDERED, _ACCELERATION, _REFERRER = "hot-layer", "ordered-layers", "acceleration-layer", "referrer"
 
 
 class PublishError(ObdlabError):
@@ -26,16 +26,22 @@ def add(actions: Any) -> None:
         help="have everyone who starts an image profit from its trace",
         description=(
             "hot-layer: NEW is the image with one more small layer, what the trace names, in the order of use, so "
-            "that a start is one request. acceleration-layer: NEW is the image with the trace itself as a layer, as "
-            "the original makes it. referrer: the image stays as it is, and the registry knows the trace as an "
-            "artifact that refers to it, for which obdlab attach and mount ask. FILE may be a priority list as well."
+            "that a start is one request. acceleration-layer: NEW is the image with the trace itself as a layer, "
+            "as the original makes it. ordered-layers: as that, and every layer is written again with what the "
+            "trace names at its front, in the order of use. referrer: the image stays as it is, and the registry "
+            "knows the trace as an artifact that refers to it, for which obdlab attach and mount ask. FILE may be "
+            "a priority list as well."
         ),
     )
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image; for referrer in a registry")
     parser.add_argument("new", metavar="NEW", nargs="?", help="where the new image goes (not for referrer)")
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a trace, or a priority list")
     parser.add_argument(
-        "--as", dest="form", choices=(_HOT, _ACCELERATION, _REFERRER), default=_HOT, help="default: %(default)s"
+        "--as",
+        dest="form",
+        choices=_FORMS,
+        default=_HOT,
+        help="default: %(default)s",
     )
     parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="zstd", help="of a hot layer (default: zstd)")
     parser.add_argument(
@@ -86,6 +92,14 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     common["progress"] = None if args.quiet else Bars()
     settings = settings_from(args)
     with closing(open_source(args.image, client)) as source, closing(open_destination(args.new, client)) as target:
+        if args.form == _ORDERED:
+            from obdlab.convert.ordering import order_layers
+
+            _, trace = order_layers(
+                source, target, trace, platform=args.platform, work_dir=args.work_dir, progress=common["progress"]
+            )
+            with closing(open_source(args.new, client)) as made:
+                return add_acceleration_layer(made, target, trace, settings, **common).digest
         if args.form == _ACCELERATION:
             return add_acceleration_layer(source, target, trace, settings, **common).digest
         packing = Packing(args.algorithm, args.block_size_kib << 10, tar=True)

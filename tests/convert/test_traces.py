@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.convert.ordering import order_layers
 from obdlab.convert.source import open_destination, open_source
 from obdlab.convert.traces import add_acceleration_layer, add_hot_layer, attach_trace
 from obdlab.errors import FormatError
 from obdlab.formats import oci
+from obdlab.formats.lsmt.layout import HEADER_SPACE
 from obdlab.formats.trace import Trace, content_of_layer
 from obdlab.image.config import ImageConfig
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.hotlayer import is_hot
 from obdlab.image.open import open_image
 from obdlab.image.settings import Settings
+from obdlab.image.traces import coverage, unique
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
@@ -112,6 +115,27 @@ def test_an_acceleration_layer_is_the_originals(
         assert sha256_of(disk) == EXT4_SHA256
     with pytest.raises(FormatError, match="has a trace already"):
         add_acceleration_layer(open_source(name, client), open_destination(name + "2", client), trace, settings)
+
+
+def test_layers_in_the_order_of_a_trace_are_the_same_disk(
+    registry_server: RegistryServer, client: RegistryClient, settings: Settings, tmp_path: Path
+) -> None:
+    image = push_image(registry_server, client, "traces/ordered")
+    name = f"{registry_server.host}/traces/ordered:new"
+    trace = trace_of(EXT4, READS)
+    source, target = open_source(str(image), client), open_destination(name, client)
+    stored, new_trace = order_layers(source, target, trace, work_dir=tmp_path)
+    assert order_layers(source, target, trace, work_dir=tmp_path) == (stored, new_trace)
+    with open_image(fetch_config(client, Reference.parse(name), host_platform()), settings) as disk:
+        assert sha256_of(disk) == EXT4_SHA256
+        old, new = Trace.from_bytes(trace), Trace.from_bytes(new_trace)
+        new.check_fits([layer.data.size for layer in disk.layers])  # type: ignore[union-attr]
+        # As much of each layer, at its front but for the rest of blocks that a read only touched.
+        for ranges in coverage(new).values():
+            size = sum(end - begin for begin, end in ranges)
+            assert ranges[0][0] < HEADER_SPACE + 4096
+            assert ranges[-1][1] - HEADER_SPACE <= size + 2 * 4096 * len(READS)
+        assert unique(new).size <= unique(old).size
 
 
 def test_an_artifact_is_found_by_the_image_it_refers_to(
