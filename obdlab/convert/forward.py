@@ -24,7 +24,7 @@ class ForwardReader:
 
     def __init__(self, file: IO[bytes] | RawIOBase) -> None:
         self._file = file
-        self._buffer = memoryview(bytearray(PIECE))
+        self._buffer = memoryview(bytearray(2 * PIECE))
         self._begin = 0
         self._end = 0
         self._position = 0
@@ -53,7 +53,7 @@ class ForwardReader:
         return self._position
 
     def peek(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, fewer only at the end, without going on. ``size`` is below PIECE."""
+        """Return the next ``size`` bytes, fewer only at the end, without going on. ``size`` is at most 2 PIECE."""
         while self._end - self._begin < size:
             rest = self._end - self._begin
             self._buffer[:rest] = self._buffer[self._begin : self._end]
@@ -80,7 +80,7 @@ class ForwardReader:
         if self._begin == self._end:
             self._begin = 0
             self._end = self._file.readinto(self._buffer) or 0  # type: ignore[union-attr]
-        piece = self._buffer[self._begin : min(self._begin + size, self._end)]
+        piece = self._buffer[self._begin : min(self._begin + min(size, PIECE), self._end)]
         self._begin += len(piece)
         self._position += len(piece)
         return piece

@@ -87,8 +87,8 @@ def plain_member(header: bytes, offset: int) -> Member | None:
     if size < 0 or mtime < 0 or wanted != _sum(header, checksum):
         return None
     name = name.partition(b"\0")[0]
-    if prefix != _EMPTY_PREFIX:
-        name = prefix.partition(b"\0")[0] + b"/" + name
+    if prefix != _EMPTY_PREFIX and (front := prefix.partition(b"\0")[0]):
+        name = front + b"/" + name
     if kind is _DIRECTORY:
         name = name.rstrip(b"/")
     mtime_ns = mtime * _NS if mtime * _NS <= MAX_TIME_NS else 0
@@ -97,6 +97,16 @@ def plain_member(header: bytes, offset: int) -> Member | None:
         name, kind, mode, uid, gid, size if kind is _FILE else 0, mtime_ns, mtime_ns,
         link.partition(b"\0")[0], (0, 0), (), offset, False,
     )  # fmt: skip
+
+
+def plain_size(header: bytes) -> int | None:
+    """Return the size that a header block of any type tells; None if it is not a plain and sound one."""
+    _, _, size_field, _, checksum, _, _, magic, _ = _HEADER.unpack(header)
+    try:
+        size, wanted = int(size_field.rstrip(b"\0 "), 8), int(checksum.rstrip(b"\0 "), 8)
+    except ValueError:
+        return None
+    return size if size >= 0 and magic in (_POSIX, _GNU) and wanted == _sum(header, checksum) else None
 
 
 def _read_owner(field: bytes) -> tuple[int, int, int]:

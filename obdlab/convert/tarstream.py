@@ -9,13 +9,13 @@ Sources: POSIX.1-2024 pax; GNU tar manual, "Basic Tar Format"; OCI image layer s
 
 from __future__ import annotations
 
-import re
 import sys
 import tarfile
 from typing import IO, TYPE_CHECKING, Self, cast
 
 from obdlab.convert.forward import MAX_HEADERS_SIZE, PIECE, ForwardReader
 from obdlab.convert.tarmember import BLOCK, MAX_TIME_NS, Kind, Member, plain_member
+from obdlab.convert.tarpax import merged, parse_records, pax_size, time_ns
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ _HEADER_TYPES = (
 _END = bytes(BLOCK)
 # A type that nobody uses: tarfile skips the data of types it does not know.
 _IGNORED_TYPE = b"\x01"
-_TIME = re.compile(r"(-?)(\d{1,18})(?:\.(\d*))?", re.ASCII)
 # chown(2) takes the highest number to mean "leave as it is".
 _MAX_ID = (1 << 32) - 2
 
@@ -82,9 +81,10 @@ class TarStream:
             header = stream.peek(BLOCK)
             if not header or header == _END:
                 return
-            member = plain_member(header, self._next) if len(header) == BLOCK else None
+            begin = self._next
+            member = self._quickly(header) if len(header) == BLOCK else None
             if member is not None:
-                self._data_at = self._next + BLOCK
+                member.offset, self._data_at = begin, self._next
                 self._next = self._data_at + (member.size + BLOCK - 1) // BLOCK * BLOCK
                 self._extents = [(0, member.size)]
                 yield member
@@ -118,6 +118,29 @@ class TarStream:
         """Read what follows the end of the archive, so that the writer of a pipe is not cut off."""
         while self._stream.read_some(PIECE):
             pass
+
+    def _quickly(self, header: bytes) -> Member | None:
+        # The member at the current position if tarfile is not needed for it; its content begins at _next then.
+        size = pax_size(header)
+        if size is None or size > _MAX_HEADER_SIZE:
+            member = plain_member(header, self._next)
+            if member is not None:
+                self._next += BLOCK
+            return member
+        length = BLOCK + -(-size // BLOCK) * BLOCK
+        blocks = self._stream.peek(length + BLOCK)
+        if len(blocks) < length + BLOCK:
+            return None
+        member = plain_member(blocks[length:], self._next)
+        if member is not None:
+            try:
+                member = merged(member, parse_records(blocks[BLOCK : BLOCK + size]))
+            except ValueError as error:
+                raise self._error(f"damaged pax header: {error}") from error
+        if member is not None:
+            self._check(member)
+            self._next += length + BLOCK
+        return member
 
     def _parse(self) -> tarfile.TarInfo | None:
         # The member at the current position, headers before it included.
@@ -161,7 +184,7 @@ class TarStream:
         if kind is None:
             raise self._error(f"member {info.name!r} has an unknown type", got=info.type, wanted="file, link or node")
         pax = info.pax_headers
-        mtime_ns = _time_ns(pax.get("mtime"), info.mtime)
+        mtime_ns = time_ns(pax["mtime"]) if "mtime" in pax else _seconds_ns(int(info.mtime))
         member = Member(
             name=_raw(info.name),
             kind=kind,
@@ -170,7 +193,7 @@ class TarStream:
             gid=info.gid,
             size=info.size if kind is Kind.FILE else 0,
             mtime_ns=mtime_ns,
-            atime_ns=max(_time_ns(pax.get("atime"), 0), mtime_ns),
+            atime_ns=max(time_ns(pax.get("atime", "")), mtime_ns),
             link=_raw(info.linkname),
             rdev=(info.devmajor, info.devminor),
             xattrs=tuple(
@@ -219,6 +242,16 @@ class _CheckedInfo(tarfile.TarInfo):
         parse = super()._frombuf  # type: ignore[misc]
         return cls._checked(buf, lambda: parse(buf, encoding, errors, **options))
 
+    # Where tarfile would end reading records at one that is damaged.
+    def _proc_pax(self, tar: tarfile.TarFile) -> Self:
+        reader = cast("ForwardReader", tar.fileobj)
+        try:
+            parse_records(reader.peek(-(-self.size // BLOCK) * BLOCK)[: self.size])
+        except ValueError as error:
+            raise tarfile.StreamError(f"damaged pax header: {error}") from error
+        found: Self = super()._proc_pax(tar)  # type: ignore[misc]
+        return found
+
     # A pax record may bring the wrong value, a negative size above all.
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
         try:
@@ -253,12 +286,5 @@ def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _time_ns(text: str | None, seconds: float) -> int:
-    # Text of a pax record, else the header's whole seconds. tarfile's own float would lose nanoseconds.
-    match = _TIME.fullmatch(text) if text is not None else None
-    if match is None:
-        whole, fraction, negative = (int(seconds), "", False) if text is None else (0, "", False)
-    else:
-        whole, fraction, negative = int(match[2]), match[3] or "", bool(match[1])
-    value = whole * _NS + int(fraction[:9].ljust(9, "0"))
-    return value if not negative and 0 <= value <= MAX_TIME_NS else 0
+def _seconds_ns(seconds: int) -> int:
+    return seconds * _NS if 0 <= seconds * _NS <= MAX_TIME_NS else 0

@@ -13,6 +13,7 @@ from obdlab.convert.tarstream import TarStream
 from obdlab.errors import FormatError
 from tests.convert.images import base
 from tests.convert.layouts import Member, directory, member, tar_bytes
+from tests.convert.torture import gnu_only_layer, torture_tars
 
 if TYPE_CHECKING:
     from obdlab.convert.tarmember import Member as Found
@@ -198,6 +199,40 @@ def test_spliced_bytes_give_members_or_a_format_error(at: int, extra: bytes) -> 
         read(SAMPLE[:at] + extra + SAMPLE[at:])
     except FormatError as error:
         assert error.blob == "layer"
+
+
+def slowly(data: bytes) -> list[tuple[Found, bytes]]:
+    """What tarfile alone makes of it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TarStream, "_quickly", lambda stream, header: None)
+        return read(data)
+
+
+def test_what_is_read_without_tarfile_is_the_same() -> None:
+    for sample in (SAMPLE, gnu_only_layer(), *torture_tars(40)):
+        assert read(sample) == slowly(sample)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([0, 99, 100, 108, 116, 124, 136, 156, 157, 257, 263, 345, 499]),
+    st.binary(min_size=1, max_size=12),
+    st.integers(0, 40),
+)
+def test_damaged_headers_are_not_read_differently(field: int, value: bytes, which: int) -> None:
+    data = bytearray(SAMPLE)
+    at = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"][which]
+    data[at + field : at + field + len(value)] = value
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    try:
+        found = slowly(bytes(data))
+    except FormatError:
+        return
+    try:
+        assert read(bytes(data)) == found
+    except FormatError as error:
+        assert "damaged pax header" in str(error)  # tarfile is less strict there
 
 
 # Numbers of a header, with a right checksum: what a bit flip does not reach.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.convert.layouts import Member
 
 END = bytes(1024)
+_TEMPLATE = tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)
 _PIECES = [(4096 * 3 * number, bytes([number + 1]) * 512 * (number % 3 + 1)) for number in range(30)]
 _SPARSE_SIZE = 4096 * 100
 _PIECES.append((_SPARSE_SIZE, b""))  # as GNU tar marks a hole at the end
@@ -26,7 +27,7 @@ _POSIX = {257: b"ustar\x0000"}
 
 def raw_header(name: bytes, size: int, kind: bytes = b"0", *, fields: dict[int, bytes] | None = None) -> bytes:
     """One header block as it is told: ``fields`` are put at their offsets, the checksum made right."""
-    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+    header = bytearray(_TEMPLATE)
     header[:100] = name.ljust(100, b"\0")
     header[124:136] = b"%011o\0" % size
     header[156:157] = kind

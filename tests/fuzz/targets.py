@@ -13,8 +13,12 @@ from functools import cache
 from pathlib import Path
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.convert.apply import apply_layer
+from obdlab.convert.listing import differences, list_volume
+from obdlab.convert.memorytree import MemoryTree
 from obdlab.convert.tarmember import Kind
 from obdlab.convert.tarstream import TarStream
+from obdlab.convert.tree import Ext4Tree
 from obdlab.devices.nbd.connection import Connection, ConnectionLostError
 from obdlab.devices.nbd.export import NbdExport
 from obdlab.devices.nbd.server import Budget, Client
@@ -24,6 +28,7 @@ from obdlab.devices.tcmu import ring as tcmu_ring
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.uio import UioName
 from obdlab.errors import ObdlabError
+from obdlab.ext4.mkfs import make_filesystem
 from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
 from obdlab.formats.trace import PriorityList, Trace, content_of_layer
@@ -41,10 +46,11 @@ from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
+from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import go, meta, option, request
 from tests.devices.tcmu import speaking as tcmu
-from tests.ext4.samples import large_directory, small_file_system
+from tests.ext4.samples import MemoryDisk, large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
 
@@ -161,6 +167,17 @@ def _layer_tar(data: bytes) -> None:
     stream.drain()
 
 
+def _layer_applied(data: bytes) -> None:
+    # To a file system, which is then sound and holds what the same layer makes in memory.
+    disk, memory = MemoryDisk(2 << 20), MemoryTree()
+    make_filesystem(disk)
+    tree = Ext4Tree(disk)
+    apply_layer(io.BytesIO(data), "layer", tree)
+    tree.finish()
+    apply_layer(io.BytesIO(data), "layer", memory)
+    assert differences(list_volume(Volume(disk)), memory.listing()) == []
+
+
 @cache
 def _golden(name: str) -> bytes:
     return (GOLDEN / name).read_bytes()
@@ -250,7 +267,7 @@ def _tar_seeds() -> list[bytes]:
             info.type, info.pax_headers, info.linkname = kind, pax, "etc/passwd"
             info.size = 1000 if name == "etc/passwd" else 0
             tar.addfile(info, io.BytesIO(b"x" * 1000))
-    return [out.getvalue(), _golden("ext4/layer2.tar")]
+    return [out.getvalue(), _golden("ext4/layer2.tar"), gnu_only_layer()]
 
 
 def _ext4(data: bytes) -> None:
@@ -394,6 +411,7 @@ TARGETS = {
     "hosts": Target(_hosts, _hosts_seeds),
     "reference": Target(_reference, _reference_seeds),
     "layer-tar": Target(_layer_tar, _tar_seeds),
+    "layer-applied": Target(_layer_applied, _tar_seeds),
     "ext4": Target(_ext4, _ext4_seeds),
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
