@@ -193,21 +193,27 @@ def control(backstore: Path, action: str, value: str) -> bool:
 
 def set_offline(disk: Path) -> None:
     """Have all that is asked of a disk from now on fail at once, whether it is served or not."""
-    directory = Path("/sys/block", disk.name, "device")
     try:
-        # Removing a disk that is known to have a write cache asks it for a last flush, even if it is offline.
-        for cache in directory.glob("scsi_disk/*/cache_type"):
-            cache.write_text("temporary write through")
-        (directory / "state").write_text("offline")
+        Path("/sys/block", disk.name, "device/state").write_text("offline")
     except OSError as error:
         log.info("%s: not taken offline: %s", disk, error.strerror)
 
 
 def settle(target: Target, disk: Path, timeout_s: float) -> None:
-    """Wait until nothing asked of a disk that is offline is under way; what is after ``timeout_s`` fails then.
+    """Have nothing under way that was asked of a disk that is offline: what is after ``timeout_s`` fails then.
 
-    Removing a disk waits for all that was asked of it, without a limit, and a server may be dead or hang.
+    Removing a disk waits, without a limit, for all that was asked of it and for a last flush, and a server may be
+    dead or hang. Afterwards the disk can be removed.
     """
+    _end_requests(target, disk, timeout_s)
+    try:
+        for cache in Path("/sys/block", disk.name, "device").glob("scsi_disk/*/cache_type"):
+            cache.write_text("temporary write through")  # so no flush; waits itself for what is under way
+    except OSError as error:
+        log.info("%s: its cache is not forgotten: %s", disk, error.strerror)
+
+
+def _end_requests(target: Target, disk: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while _in_flight(disk):
         if time.monotonic() > deadline:
