@@ -126,7 +126,9 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
         raise
     if measured == 0:
         print("everything was measured already under this code and host (--again measures anew)")
-    print(*experiment.report(), sep="\n")
+    told = "\n".join(experiment.report())
+    (directory / "table.txt").write_text(told + "\n")
+    print(told)
     print(f"raw rows: {directory / 'rows.csv'}")
     if isinstance(spec, Spec) and args.report:
         print(f"report:   {_report(args.notebook, spec, directory)}")
