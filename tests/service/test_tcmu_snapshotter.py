@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,18 @@ def image_directory(root: Path, snapshot: int) -> Path:
     return directory
 
 
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path)
+    yield daemon
+    daemon.end()
+    sys.stderr.write(daemon.log.read_text())
+
+
 @pytest.mark.vm
 @pytest.mark.timeout(300)
-def test_devices_are_the_originals_and_found_again(tmp_path: Path) -> None:
-    daemon, devices = Daemon(tmp_path), TcmuDevices(Settings())
+def test_devices_are_the_originals_and_found_again(tmp_path: Path, daemon: Daemon) -> None:
+    devices = TcmuDevices(Settings())
     config = golden_config(image_directory(tmp_path, 41), result_file="result")
     device = devices.attach(config, "any")
     assert (device.device_id, device.kind, device.read_only, device.alive) == ("41", DAEMON_KIND, True, True)
@@ -57,18 +67,16 @@ def test_devices_are_the_originals_and_found_again(tmp_path: Path) -> None:
     assert devices.release("42")
     assert devices.list() == []
     assert not devices.detach("41")
-    daemon.end()
 
 
 @pytest.mark.vm
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_containerd_runs_an_image_on_tcmu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_containerd_runs_an_image_on_tcmu(tmp_path: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (containerd_host, containerd_module):
         for name in [name for name in vars(module) if name.endswith("TIMEOUT_S")]:
             monkeypatch.setattr(module, name, 300.0)
     monkeypatch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
-    daemon = Daemon(tmp_path)
     with running_registry(tmp_path / "registry") as server:
         image = push_golden(server, "golden")
         with containerd_with_obdlab(tmp_path / "host", "--device", DAEMON_KIND) as host:
@@ -83,4 +91,3 @@ def test_containerd_runs_an_image_on_tcmu(tmp_path: Path, monkeypatch: pytest.Mo
             assert host.ctr(*run, "/busybox", "true", timeout_s=600) == ""
             host.ctr("images", "rm", "--sync", image, timeout_s=300)
             wait_for(lambda: not TcmuDevices(Settings()).list(), "the device stays")
-    daemon.end()
