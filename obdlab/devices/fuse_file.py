@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -159,6 +158,8 @@ def users_of(directory: Path) -> list[str]:
 
 def kernel_refuses() -> str:
     """Say why this kernel mounts no EROFS from a file; '' if it does."""
+    import tempfile  # takes long to import, for devices that hardly anybody asks for
+
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(mount.SUPERBLOCK_END)
         try:

@@ -17,7 +17,6 @@ from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import fetch_rest_of_end, guessed_end
 from obdlab.image.hotlayer import is_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
-from obdlab.image.remote import RemoteLayers
 from obdlab.image.replay import load_blob, load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.remote import RemoteLayers
     from obdlab.image.settings import Settings
     from obdlab.layers.lsmt import Layer, LsmtLayer
     from obdlab.layers.recorder import Recorder
@@ -293,6 +293,8 @@ def _open_lowers(
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
         return [open_one(number) for number in range(len(lowers))], tuple(identity), None
+    from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all that is imported, for nothing here
+
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,

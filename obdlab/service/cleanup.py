@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from obdlab.devices import mount
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
-from obdlab.service.host import SOCKET_NAME
+from obdlab.service.rundir import SOCKET_NAME
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
 if TYPE_CHECKING:

@@ -22,10 +22,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from obdlab.devices import kinds, mount
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
-from obdlab.service import control, wire
-from obdlab.service.host import SOCKET_NAME
-from obdlab.service.keeper import TAKE_DOWN_SIGNAL
-from obdlab.service.rundir import DeviceRecord, Process, RunDir, device_id_of, held, remove_device
+from obdlab.service import asking, wire
+from obdlab.service.rundir import (
+    SOCKET_NAME,
+    TAKE_DOWN_SIGNAL,
+    DeviceRecord,
+    Process,
+    RunDir,
+    device_id_of,
+    held,
+    remove_device,
+)
 
 if TYPE_CHECKING:
     from obdlab.image.settings import Settings
@@ -151,7 +158,7 @@ class DeviceService:
                 return
             mount.mount(device.path, target, read_only=read_only, options=options)
             if device.kind == kinds.FuseFile.name:
-                control.ask(self._run.device(device.device_id), "mounted")
+                asking.ask(self._run.device(device.device_id), "mounted")
         except DeviceError as error:
             cause = self.last_error(device.device_id)
             raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error
@@ -206,7 +213,7 @@ class DeviceService:
 
         Raises DeviceError if there is no such device or its server does not answer; one that has graduated has none.
         """
-        return control.ask(self._run.device(device_id), "statistics")
+        return asking.ask(self._run.device(device_id), "statistics")
 
     def last_error(self, device_id: str) -> str:
         """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.

@@ -18,6 +18,7 @@ from obdlab.devices.fuse_file import FuseFileDevice
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.service import tally, wire
+from obdlab.service.asking import CONTROL_NAME, PEER_TIMEOUT_S, ask
 from obdlab.service.changes import Changes
 from obdlab.service.graduation import Graduation
 from obdlab.service.rundir import Process
@@ -37,40 +38,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTROL_NAME = "control.sock"
-#: An asker sends its request at once and takes what it is told; one that does not is dropped.
-_PEER_TIMEOUT_S = 5.0
+__all__ = ["CONTROL_NAME", "Control", "leave_counters", "serve", "server_name"]
+
 #: Requests under way at a time; more than this is no honest use.
 _MAX_REQUESTS = 16
 _FINISH_PAUSE_S = 0.005
-
-
-def ask(
-    directory: Path,
-    op: str,
-    arguments: dict[str, Any] | None = None,
-    *,
-    silence_s: float = 5.0,
-    progress: Tell | None = None,
-    socket_name: str = CONTROL_NAME,
-) -> Answer:
-    """Ask the server of the device at ``directory``, or a helper of its; return the result.
-
-    Raises DeviceError if there is no server, it says nothing for ``silence_s``, or it refuses (with its reason).
-    """
-    who = f"device {directory.name}"
-    try:
-        with wire.connect(directory / socket_name, min(silence_s, _PEER_TIMEOUT_S)) as connection:
-            wire.send(connection, {"op": op} | (arguments or {}))
-            messages = wire.Messages(connection)
-            while "progress" in (answer := messages.receive(silence_s)):
-                if progress is not None:
-                    progress(answer["progress"])
-    except (OSError, DeviceError) as error:
-        raise wire.NoAnswerError(f"{who}: its server does not answer: {error}") from error
-    if "result" in answer:
-        return answer["result"]  # type: ignore[no-any-return]
-    raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")
 
 
 def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Control:
@@ -151,8 +123,8 @@ class Control:
         try:
             with connection:
                 self._answering.add(connection)
-                request = wire.receive(connection, _PEER_TIMEOUT_S)
-                connection.settimeout(_PEER_TIMEOUT_S)
+                request = wire.receive(connection, PEER_TIMEOUT_S)
+                connection.settimeout(PEER_TIMEOUT_S)
                 wire.send(connection, self._answer(request, connection))
         except (OSError, DeviceError) as error:  # the asker went away, or never asked
             log.info("%s: control: %s", self._directory.name, error)

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from obdlab.errors import DeviceError
 from obdlab.observe.counters import Table, add_to
-from obdlab.service import control, snapshotters, tally
+from obdlab.service import asking, snapshotters, tally
 from obdlab.service.families import Interval, gauge, hit_ratio, original_metrics, table_metrics
 from obdlab.service.rundir import DeviceRecord, Process, RunDir
 from obdlab.sources.cachespace import disk_usage
@@ -105,11 +105,7 @@ class Collected:
                     continue
                 snapshot.records[directory.name] = record
                 snapshot.states[directory.name] = (
-                    ALIVE
-                    if directory.name in answered or record.is_graduated
-                    else HUNG
-                    if record.alive
-                    else DEAD
+                    ALIVE if directory.name in answered or record.is_graduated else HUNG if record.alive else DEAD
                 )
             self._count(snapshot)
             snapshot.taken_s = time.monotonic() - begun
@@ -127,7 +123,7 @@ class Collected:
             ):
                 if server is not None:
                     self._known[server.name] = server
-                    if path.name == control.CONTROL_NAME:
+                    if path.name == asking.CONTROL_NAME:
                         answered.add(server.device_id)
         except FuturesTimeoutError:
             log.warning("%s: more servers hang than can be waited for", self._run.devices)
@@ -137,7 +133,7 @@ class Collected:
 
     def _ask(self, path: Path) -> Server | None:
         try:
-            answer = control.ask(path.parent, "counters", silence_s=self._deadline_s, socket_name=path.name)
+            answer = asking.ask(path.parent, "counters", silence_s=self._deadline_s, socket_name=path.name)
             return _parsed(path.parent.name, answer)
         except (DeviceError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.info("%s: no counters: %s", path, error)

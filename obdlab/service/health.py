@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from obdlab.service import wire
-from obdlab.service.host import SOCKET_NAME
-from obdlab.service.rundir import Process
+from obdlab.service.rundir import SOCKET_NAME, Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -33,7 +33,7 @@ from obdlab.observe import audit, logs
 from obdlab.service import wire
 from obdlab.service.forking import fork_to, leave
 from obdlab.service.keeper import Keeper
-from obdlab.service.rundir import DeviceRecord, Plan, Process, RunDir, held, remove_device
+from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, Plan, Process, RunDir, held, remove_device
 from obdlab.service.takeover import Former
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SOCKET_NAME = "host.sock"
 #: A client sends its request at once; one that does not is dropped.
 _REQUEST_TIMEOUT_S = 10.0
 #: How often an idle host looks whether it is still of use.
@@ -53,6 +52,9 @@ IDLE_CHECK_S = 30.0
 _TROUBLE_PAUSE_S = 0.2
 _FAILED_KEEPER_S = 5.0
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
+#: Imported when there is nothing to do: the first attach, which starts the host, shall not wait for it.
+_WARM_LATER = ("obdlab.image.remote",)
+_AT_ONCE_S = 0.001
 _WARM_KINDS = {
     "fuse+loop": "obdlab.devices.fuse_loop",
     "ublk": "obdlab.devices.ublk.device",
@@ -81,6 +83,7 @@ class Host:
         self._lock = -1
         self._socket_inode = 0
         self._listener: socket.socket | None = None
+        self._to_warm: tuple[str, ...] = ()
 
     def bind(self, timeout_s: float = 10.0) -> bool:
         """Become the run directory's host and listen; False if another one answers there.
@@ -114,13 +117,17 @@ class Host:
         assert self._listener is not None, "bind first"
         _settle_in()
         if self._opener is open_configured:
-            _warm_up()
-        self._listener.settimeout(IDLE_CHECK_S)
+            _warm_up(_WARM)
+            self._to_warm = _WARM_LATER
         while True:
+            self._listener.settimeout(_AT_ONCE_S if self._to_warm else IDLE_CHECK_S)
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
-                if self._is_unreachable():
+                if self._to_warm:
+                    _warm_up(self._to_warm)
+                    self._to_warm = ()
+                elif self._is_unreachable():
                     return
                 continue
             except OSError as error:  # no descriptors or no memory left, for now; or the client has hung up
@@ -368,9 +375,9 @@ def _code_on_disk() -> str:
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
 
 
-def _warm_up() -> None:
+def _warm_up(names: tuple[str, ...]) -> None:
     present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
-    for name in (*_WARM, *present):
+    for name in (*names, *present):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so unshare, what all servers share

@@ -29,7 +29,7 @@ from obdlab.image.config import read_config
 from obdlab.image.settings import Settings
 from obdlab.service import server
 from obdlab.service.forking import become
-from obdlab.service.rundir import DeviceRecord, Plan, Process
+from obdlab.service.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, Process
 from obdlab.service.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Tells a keeper to take its device down once nobody uses it.
-TAKE_DOWN_SIGNAL = signal.SIGUSR1
 _LEAVE_PAUSE_S = 1.0
 #: A server that has served so long did not die "at once".
 HEALTHY_S = 0.25

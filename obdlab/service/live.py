@@ -11,7 +11,7 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.image.snapshot import Snapshot
 from obdlab.layers.gc import Collected
-from obdlab.service import control
+from obdlab.service import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ class LiveDevice:
         directory = self.service.run_dir.device(self.device_id)
         if not directory.is_dir():
             raise DeviceError(f"device {self.device_id}: not attached")
-        return control.ask(directory, op, arguments, silence_s=_TIMEOUT_S, progress=progress)
+        return asking.ask(directory, op, arguments, silence_s=_TIMEOUT_S, progress=progress)
 
 
 def find_device(service: DeviceService, name: str) -> AttachedDevice | None:

@@ -26,6 +26,10 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Where the device host listens.
+SOCKET_NAME = "host.sock"
+#: Tells a keeper to take its device down once nobody uses it.
+TAKE_DOWN_SIGNAL = signal.SIGUSR1
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LOCK_PAUSE_S = 0.01
 _FLUSH_TIMEOUT_S = 120.0

@@ -13,7 +13,7 @@ from obdlab.image.config import ImageConfig, read_config
 from obdlab.image.flatten import flat_files, flat_name, flatten
 from obdlab.image.open import Image, open_image
 from obdlab.image.settings import Settings
-from obdlab.service import control
+from obdlab.service import asking
 from obdlab.service.rundir import DeviceRecord
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def graduate(
 # The server may end before its answer comes through: the kernel knows.
 def _switch(directory: Path, name: str, path: Path) -> float:
     try:
-        return float(control.ask(directory, "graduate", {"name": name}, silence_s=_ANSWER_S)["paused_s"])
+        return float(asking.ask(directory, "graduate", {"name": name}, silence_s=_ANSWER_S)["paused_s"])
     except DeviceError:
         record = DeviceRecord.load(directory)
         if record is None or record.graduated != str(path) or not record.is_graduated:

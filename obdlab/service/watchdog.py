@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import DeviceError
-from obdlab.service import control
+from obdlab.service import asking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,9 +106,9 @@ class Watchdog:
         return self._convicted(found, servers)
 
     def _ask(self, number: int) -> dict[str, Any] | None:
-        name = f"helper-{number}.sock" if number else control.CONTROL_NAME
+        name = f"helper-{number}.sock" if number else asking.CONTROL_NAME
         try:
-            return control.ask(self._directory, "counters", socket_name=name, silence_s=self._answer_s)
+            return asking.ask(self._directory, "counters", socket_name=name, silence_s=self._answer_s)
         except DeviceError:
             return None
 

@@ -15,7 +15,7 @@ import pytest
 import obdlab
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.settings import Settings
-from obdlab.service import control, watchdog
+from obdlab.service import asking, watchdog
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
 from obdlab.service.rundir import Process
@@ -104,7 +104,7 @@ class Looks:
         self.asked = 0
         self.watchdog = Watchdog(tmp_path, Settings(read_deadline_s=120.0))
         monkeypatch.setattr(Activity, "of", lambda _: self.activity)
-        monkeypatch.setattr(control, "ask", self.ask)
+        monkeypatch.setattr(asking, "ask", self.ask)
         monkeypatch.setattr(Watchdog, "pause_s", lambda _: 0.0)
 
     def ask(self, _: Path, op: str, *, socket_name: str, silence_s: float) -> object:
