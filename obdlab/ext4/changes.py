@@ -28,7 +28,7 @@ from obdlab.ext4.layout import (
 from obdlab.ext4.volume import Volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
 
@@ -52,15 +52,14 @@ class Changes(Volume):
         self._target = disk
         superblock = self.superblock
         self._check_writable()
+        groups = self._groups
         self.blocks = Allocator(
-            superblock.blocks, superblock.blocks_per_group, [group.free_blocks for group in self._groups],
-            lambda group: self._disk.read_at(self._groups[group].block_bitmap * self.block_size, self.block_size),
-            self.name,
+            superblock.blocks, superblock.blocks_per_group, [group.free_blocks for group in groups],
+            _loader(disk, self.block_size, [group.block_bitmap for group in groups]), self.name,
         )  # fmt: skip
         self.inodes = Allocator(
-            superblock.inodes, superblock.inodes_per_group, [group.free_inodes for group in self._groups],
-            lambda group: self._disk.read_at(self._groups[group].inode_bitmap * self.block_size, self.block_size),
-            self.name,
+            superblock.inodes, superblock.inodes_per_group, [group.free_inodes for group in groups],
+            _loader(disk, self.block_size, [group.inode_bitmap for group in groups]), self.name,
         )  # fmt: skip
         self._cache: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
@@ -237,6 +236,11 @@ class Changes(Volume):
             raise FormatError("ext4 that was not made here cannot be changed here", blob=self.name, got=unknown)
         if struct.unpack_from("<I", found.raw, _LAST_ORPHAN)[0]:
             raise FormatError("ext4 with orphaned inodes (mount it once)", blob=self.name)
+
+
+def _loader(disk: WritableBlob, size: int, blocks: list[int]) -> Callable[[int], bytes]:
+    # A group's bitmap, from the disk. (Not by the file system, which would then hold itself, buffers and all.)
+    return lambda group: disk.read_at(blocks[group] * size, size)
 
 
 def extents_of(runs: Sequence[tuple[int, int]]) -> list[Extent]:

@@ -170,7 +170,7 @@ def _layer_tar(data: bytes) -> None:
 def _layer_applied(data: bytes) -> None:
     # To a file system, which is then sound and holds what the same layer makes in memory.
     disk, memory = MemoryDisk(2 << 20), MemoryTree()
-    make_filesystem(disk)
+    make_filesystem(disk, inode_ratio=4096)
     tree = Ext4Tree(disk)
     apply_layer(io.BytesIO(data), "layer", tree)
     tree.finish()
@@ -268,6 +268,10 @@ def _tar_seeds() -> list[bytes]:
             info.size = 1000 if name == "etc/passwd" else 0
             tar.addfile(info, io.BytesIO(b"x" * 1000))
     return [out.getvalue(), _golden("ext4/layer2.tar"), gnu_only_layer()]
+
+
+def _applied_seeds() -> list[bytes]:
+    return [_tar_seeds()[0], gnu_only_layer()]
 
 
 def _ext4(data: bytes) -> None:
@@ -411,7 +415,7 @@ TARGETS = {
     "hosts": Target(_hosts, _hosts_seeds),
     "reference": Target(_reference, _reference_seeds),
     "layer-tar": Target(_layer_tar, _tar_seeds),
-    "layer-applied": Target(_layer_applied, _tar_seeds),
+    "layer-applied": Target(_layer_applied, _applied_seeds),
     "ext4": Target(_ext4, _ext4_seeds),
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
