@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
+from obdlab.formats.oci import ACCELERATION_LAYER
+from obdlab.image.from_manifest import find_trace
 from obdlab.pull.errors import PullError
 from obdlab.pull.fetch import LayerFetcher
 from obdlab.pull.resolve import resolve
@@ -87,13 +89,22 @@ def rpull(
             LayerFetcher(leased, registry, image.repository, source, progress) as fetcher,
             _naming_a_dead_snapshotter(snapshotter),
         ):
-            layers = Unpacker(leased, snapshotter, image, fetcher, download=download).run()
+            trace = "" if download else _trace_of(registry, image)
+            layers = Unpacker(leased, snapshotter, image, fetcher, download=download, trace=trace).run()
             if download:
                 fetcher.bring([layer for layer in image.layers if layer.is_overlaybd])
         _store_documents(leased, image, snapshotter, source)
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
     return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
+
+
+# What refers to the image may help its starts, and is none of their conditions.
+def _trace_of(registry: RegistryClient, image: ResolvedImage) -> str:
+    if not image.layers[-1].is_overlaybd or image.layers[-1].annotations.get(ACCELERATION_LAYER) == "yes":
+        return ""
+    found = find_trace(registry, image.reference, image.manifest.digest)
+    return f"{found.digest},{found.size}" if found.digest else ""
 
 
 def _exists(containerd: Containerd, snapshotter: str) -> bool:

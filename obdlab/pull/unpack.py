@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
-from obdlab.formats.oci import ACCELERATION_LAYER
+from obdlab.formats.oci import ACCELERATION_LAYER, TRACE_LABEL
 from obdlab.pull.errors import PullError
 
 if TYPE_CHECKING:
@@ -63,14 +63,19 @@ class Unpacker:
         fetcher: LayerFetcher,
         *,
         download: bool = False,
+        trace: str = "",
     ) -> None:
-        """Prepare to fetch what the snapshotter does not provide, with ``download`` the blobs of all layers."""
+        """Prepare to fetch what the snapshotter does not provide, with ``download`` the blobs of all layers.
+
+        ``trace`` ("digest,size") is a blob of the image's repository that its starts shall replay.
+        """
         self._containerd = containerd
         self._snapshots = containerd.snapshots(snapshotter)
         self._snapshotter = snapshotter
         self._image = image
         self._fetcher = fetcher
         self._download = download
+        self._trace = trace
 
     def run(self) -> tuple[LayerResult, ...]:
         """Have a committed snapshot for every layer, bottom first.
@@ -94,6 +99,8 @@ class Unpacker:
         layer, name = self._image.layers[number], self._image.chain_ids[number]
         parent = self._image.chain_ids[number - 1] if number else ""
         labels = snapshot_labels(layer, name, str(self._image.reference))
+        if self._trace and number == len(self._image.layers) - 1:
+            labels[TRACE_LABEL] = self._trace
         if self._download:
             labels[DOWNLOAD_LABEL] = "download"
         for _ in range(_PREPARE_TRIES):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from obdlab.formats.oci import (
     BLOB_FS_TYPE,
     BLOB_SIZE,
     FASTOCI_TARGET_DIGEST,
+    TRACE_LABEL,
     TURBO_TARGET_DIGEST,
     is_digest,
 )
@@ -74,6 +75,8 @@ class RemoteLayer:
     size: int
     reference: Reference
     acceleration: bool = False
+    #: A blob beside it with a trace of the image up to here.
+    trace: LowerConfig = field(default_factory=LowerConfig)
 
 
 def pull_target(labels: Mapping[str, str]) -> str:
@@ -112,7 +115,15 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     reference = _reference(labels)
     if reference is None:
         return None
-    return RemoteLayer(str(digest), _blob_size(size), reference, labels.get(ACCELERATION_LAYER) == "yes")
+    acceleration = labels.get(ACCELERATION_LAYER) == "yes"
+    return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, _trace(labels.get(TRACE_LABEL, "")))
+
+
+def _trace(label: str) -> LowerConfig:
+    # An image works without.
+    digest, _, size = label.partition(",")
+    known = is_digest(digest) and size.isascii() and size.isdecimal() and len(size) < 20
+    return LowerConfig(digest=digest, size=int(size)) if known else LowerConfig()
 
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions, image: Mapping[str, str] | None = None) -> FsSpec:
@@ -130,7 +141,7 @@ def remote_config(
     """
     lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
     config = _config(below, lower, directory, blobs_url(layer.reference, options))
-    return replace(config, acceleration_layer=layer.acceleration)
+    return replace(config, acceleration_layer=layer.acceleration, trace=layer.trace)
 
 
 def writable_config(below: ImageConfig | None, upper: UpperConfig, directory: Path) -> ImageConfig:
