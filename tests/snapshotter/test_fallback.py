@@ -93,15 +93,18 @@ def test_an_unpacking_that_fails_leaves_nothing(root: Root) -> None:
         assert [snapshot.key for snapshot in snapshotter.walk()] == [image]
 
 
-def large_layer(directory: Path) -> bytes:
-    """More than what is read through for want of ranges."""
-    top = directory / "top"
-    top.mkdir()
-    (top / "noise").write_bytes(random.Random(5).randbytes(6 << 20))
-    command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(directory / "disk"), "16M"]
+@pytest.fixture(scope="module")
+def large_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """A layer of more than what is read through for want of ranges, and the file "noise" in it."""
+    directory = tmp_path_factory.mktemp("layer")
+    (directory / "top").mkdir()
+    noise = random.Random(5).randbytes(6 << 20)
+    (directory / "top/noise").write_bytes(noise)
+    disk, layer = directory / "disk", directory / "layer"
+    command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(directory / "top"), str(disk), "16M"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
-    assert main(["import", str(directory / "disk"), str(directory / "layer")]) == 0
-    return (directory / "layer").read_bytes()
+    assert main(["import", str(disk), str(layer)]) == 0
+    return layer.read_bytes(), noise
 
 
 def whole(answer: Answer) -> None:
@@ -111,9 +114,9 @@ def whole(answer: Answer) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
-    root: Root, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    root: Root, tmp_path: Path, large_layer: tuple[bytes, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer = large_layer(tmp_path)
+    layer, noise = large_layer
     before = fallbacks(fallback.NO_RANGES)
     with faulty_registry() as registry, root.opened() as snapshotter:
         registry.always(whole)
@@ -128,7 +131,7 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
             snapshotter.prepare("extract", "", labels)
         (root.home(1) / "fs/.overlaybd.commit.new").write_text("left by a kill")
         with mounted(snapshotter.prepare("one", "chain", {}), tmp_path / "rootfs") as rootfs:
-            assert (rootfs / "noise").read_bytes() == (tmp_path / "top/noise").read_bytes()
+            assert (rootfs / "noise").read_bytes() == noise
         assert (root.home(1) / "fs/overlaybd.commit").read_bytes() == layer
         assert snapshotter.stat("chain").labels[LABEL_FALLBACK] == fallback.NO_RANGES
         assert fallbacks(fallback.NO_RANGES) == before + 1
@@ -137,12 +140,13 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
     root.lose_mounts()
     with root.opened() as snapshotter:  # the registry is gone
         with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
-            assert (rootfs / "noise").read_bytes() == (tmp_path / "top/noise").read_bytes()
+            assert (rootfs / "noise").read_bytes() == noise
         assert len(registry.blob_requests()) == asked
 
 
-def test_wrong_bytes_are_not_kept(root: Root, tmp_path: Path) -> None:
-    layer = large_layer(tmp_path)
+@pytest.mark.slow
+def test_wrong_bytes_are_not_kept(root: Root, large_layer: tuple[bytes, bytes]) -> None:
+    layer, _ = large_layer
 
     def wrong(answer: Answer) -> None:
         changed = bytearray(answer.whole)

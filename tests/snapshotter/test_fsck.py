@@ -59,13 +59,19 @@ def break_lowers(home: Path) -> None:
     ("harm", "text"),
     [
         (lambda home: shutil.rmtree(home / "snapshots/5"), "snapshots/5 is gone"),
-        (lambda home: shutil.rmtree(home / "snapshots/4"), "snapshots/4 is gone"),
+        pytest.param(lambda home: shutil.rmtree(home / "snapshots/4"), "snapshots/4 is gone", marks=pytest.mark.slow),
         (lambda home: (home / "snapshots/5/block/config.v1.json").unlink(), "config.v1.json is gone"),
-        (lambda home: (home / "snapshots/5/block/mountpoint").rmdir(), "mountpoint is gone"),
-        (lambda home: (home / "snapshots/3/work").rmdir(), "work is gone"),
+        pytest.param(
+            lambda home: (home / "snapshots/5/block/mountpoint").rmdir(), "mountpoint is gone", marks=pytest.mark.slow
+        ),
+        pytest.param(lambda home: (home / "snapshots/3/work").rmdir(), "work is gone", marks=pytest.mark.slow),
         (lambda home: (home / "snapshots/4/fs/overlaybd.commit").write_text("damaged"), "overlaybd.commit"),
         (lambda home: (home / "snapshots/99/fs").mkdir(parents=True), "snapshots/99: belongs to no snapshot"),
-        (lambda home: (home / "snapshots/file").write_text("x"), "file: belongs to no snapshot"),
+        pytest.param(
+            lambda home: (home / "snapshots/file").write_text("x"),
+            "file: belongs to no snapshot",
+            marks=pytest.mark.slow,
+        ),
         (break_config, "not JSON"),
         (break_lowers, "names other layers"),
     ],

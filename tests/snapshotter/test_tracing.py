@@ -84,7 +84,9 @@ def test_a_device_of_its_own_records_too(root: Root, tmp_path: Path) -> None:
         assert ImageConfig.load(root.home(3) / "block/config.v1.json").record_trace_path == ""
 
 
-@pytest.mark.parametrize("text", ["relative", "/nonexistent/trace", "/"])
+@pytest.mark.parametrize(
+    "text", ["/nonexistent/trace", *(pytest.param(text, marks=pytest.mark.slow) for text in ("relative", "/"))]
+)
 def test_traces_that_are_not_there_are_refused(root: Root, text: str) -> None:
     with root.opened() as snapshotter:
         image = golden(snapshotter, root)
