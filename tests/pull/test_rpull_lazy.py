@@ -11,8 +11,12 @@ from obdlab.cli import main
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
+from obdlab.convert.traces import attach_trace
 from obdlab.errors import SourceError
 from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
+from obdlab.formats.trace import Trace
+from obdlab.image.config import ImageConfig
+from obdlab.image.settings import Settings
 from obdlab.pull.errors import PullError
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.pull.unpack import Outcome
@@ -93,6 +97,27 @@ def test_only_documents_are_fetched(
     snapshots = containerd.snapshots(NAME).list()
     assert [info.kind for info in snapshots] == [Kind.COMMITTED] * 2
     assert containerd.leases.list() == []
+
+
+def test_a_trace_that_refers_to_the_image_helps_its_starts(
+    host: ObdlabHost,
+    containerd: Containerd,
+    registry: RegistryClient,
+    registry_server: RegistryServer,
+    tmp_path: Path,
+) -> None:
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/traced", overlaybd_layers())
+    trace = Trace.from_reads([(0, 4096, 65536), (1, 4096, 8192)]).to_bytes()
+    attach_trace(registry, reference, trace, Settings(cache_dir=tmp_path / "cache"), platform=None)
+    pull(containerd, registry, reference)
+    configs = [
+        ImageConfig.load(path) for path in (host.snapshotter.root / "snapshots").glob("*/block/config.v1.json")
+    ]
+    # Of the bottom layer alone it would be a trace of another image.
+    assert sorted((len(config.lowers), config.trace.digest) for config in configs) == [
+        (1, ""),
+        (2, digest_of(trace)),
+    ]
 
 
 def test_second_pull_changes_nothing(
