@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from obdlab.devices import mount
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
+from obdlab.service import telling
 from obdlab.service.rundir import SOCKET_NAME
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
@@ -109,3 +110,15 @@ def _empty(run_path: Path) -> None:
         path.unlink(missing_ok=True)
     for name in _DIRECTORIES:
         shutil.rmtree(run_path / name, ignore_errors=True)
+    _empty_of_dead(telling.directory_of(run_path))
+
+
+# Snapshotters that listen for containerd elsewhere may still tell their counters here.
+def _empty_of_dead(directory: Path) -> None:
+    for path in _sockets(directory):
+        if not _listener(path):
+            path.unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError:  # not there, or not empty
+        pass

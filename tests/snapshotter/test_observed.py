@@ -155,3 +155,18 @@ def check_health(process: SnapshotterProcess) -> None:
         assert next(states).value == health.SERVING
         assert process.stop() == 0
         assert next(states).value == health.NOT_SERVING
+
+
+def test_a_cleanup_takes_dead_sockets_only(tmp_path: Path) -> None:
+    directory = telling.directory_of(tmp_path)
+    directory.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(directory / "dead.sock"))
+    alive = telling.Telling(tmp_path, "alive", lambda: {"snapshots": {"view": 1.0}})
+    service = DeviceService(tmp_path, Settings(cache_dir=tmp_path / "cache"))
+    clean_up(service)
+    assert [path.name for path in directory.iterdir()] == ["alive.sock"]
+    assert snapshotters.ask_all(tmp_path, 20) == [{"snapshots": {"view": 1.0}}]
+    alive.close()
+    clean_up(service)
+    assert not directory.exists()
