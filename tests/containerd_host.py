@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,9 +152,11 @@ def containerd_with_obdlab(directory: Path, *arguments: str, sandbox_image: str 
 
 
 def remove_containers(host: ObdlabHost) -> None:
-    """Kill and remove all containers."""
-    for task in host.ctr("tasks", "ls", "-q").split():
-        host.ctr("tasks", "kill", "-s", "KILL", task, check=False)
-        host.ctr("tasks", "rm", "-f", task, check=False)
-    for container in host.ctr("containers", "ls", "-q").split():
-        host.ctr("containers", "rm", container, check=False)
+    """Kill and remove all containers, those of pods as well."""
+    for namespace in host.containerd.ctr("namespaces", "ls", "-q").split():
+        ctr = partial(host.containerd.ctr, "--namespace", namespace)
+        for task in ctr("tasks", "ls", "-q").split():
+            ctr("tasks", "kill", "-s", "KILL", task, check=False)
+            ctr("tasks", "rm", "-f", task, check=False)
+        for container in ctr("containers", "ls", "-q").split():
+            ctr("containers", "rm", container, check=False)

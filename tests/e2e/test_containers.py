@@ -46,9 +46,9 @@ def test_what_a_container_wrote_becomes_a_layer(host: ObdlabHost, image: str, tm
     assert_nothing_left(host)
 
     assert host.rpull(changed).layer_bytes == 0
-    command = "/bin/busybox cat /etc/issue /more; /bin/busybox ls /big 2>&1"
-    assert run(host, changed, "reader", command, check=False).split("\n")[:2] == ["changed", "more"]
-    assert "No such file" in run(host, changed, "reader", command, check=False)
+    said = run(host, changed, "reader", "/bin/busybox cat /etc/issue /more; /bin/busybox ls /big 2>&1", check=False)
+    assert said.startswith("changed\nmore\n")
+    assert "No such file" in said
     # The image goes while a container is on it; its device goes with the container.
     start(host, changed, "stays")
     host.ctr("images", "rm", "--sync", changed)
@@ -80,10 +80,7 @@ def test_containers_outlive_both_services(host: ObdlabHost, image: str, own_devi
     host.snapshotter.start()
     assert execute(host, "survivor", "/bin/busybox sha256sum /big").startswith(BIG_SUM)
     wait_for(lambda: run(host, image, "another", "echo ran", check=False) == "ran\n")
-    host.containerd.stop()
-    host.containerd.start()
-    execute(host, "survivor", "echo after >> /etc/issue")
-    assert execute(host, "survivor", "/bin/busybox cat /etc/issue  ") == "before\nafter\n"
+    assert execute(host, "survivor", "echo after >> /etc/issue; /bin/busybox cat /etc/issue") == "before\nafter\n"
     remove(host, "survivor")
     host.ctr("images", "rm", "--sync", image)
 

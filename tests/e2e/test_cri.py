@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from obdlab.snapshotter.store import Kind
@@ -40,6 +42,7 @@ def test_a_pod_runs_lazily(
     for snapshot in snapshots:
         assert snapshot.kind is Kind.COMMITTED
         assert snapshot.labels["containerd.io/snapshot/cri.image-ref"] == image
+        assert snapshot.labels["containerd.io/snapshot/cri.layer-digest"].startswith("sha256:")
     asked = [entry["uri"] for entry in registry_server.requests()[before:] if "/blobs/" in entry["uri"]]
     assert len(asked) == 1  # the config
     with kubelet.pod("lazy", tmp_path) as pod:
@@ -55,3 +58,32 @@ def test_a_pod_runs_lazily(
         kubelet.stop(container)
     for name in (image, f"{registry_server.host}/e2e/pause:latest"):
         kubelet.remove_image(name)
+
+
+@pytest.mark.slow
+def test_pods_outlive_both_services(
+    host: ObdlabHost, kubelet: Kubelet, registry_server: RegistryServer, image: str, tmp_path: Path
+) -> None:
+    kubelet.pull(image)
+    with kubelet.pod("survivor", tmp_path) as pod:
+        container = kubelet.start(pod, image, "main", ["/bin/busybox", "sleep", "1000"])
+        host.snapshotter.stop(signal.SIGKILL)
+        host.containerd.stop(signal.SIGKILL)
+        # In this order: the CRI plugin forgets images whose snapshotter does not answer when it starts.
+        host.snapshotter.start()
+        host.containerd.start()
+        wait_for(lambda: is_initialized(kubelet, container))
+        assert kubelet.execute(container, "/bin/busybox", "wc", "-c", "/big").split() == [str(len(BIG)), "/big"]
+        other = kubelet.start(pod, image, "other", ["/bin/busybox", "sleep", "1000"])
+        assert kubelet.execute(other, "/bin/busybox", "cat", "/etc/issue") == "on top\n"
+    for name in (image, f"{registry_server.host}/e2e/pause:latest"):
+        kubelet.remove_image(name)
+
+
+def is_initialized(kubelet: Kubelet, container: str) -> bool:
+    try:
+        kubelet.execute(container, "/bin/sh", "-c", "exit 0")
+    except grpc.RpcError as error:
+        assert "not initialized" in str(error)
+        return False
+    return True
