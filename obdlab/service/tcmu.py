@@ -158,7 +158,8 @@ class TcmuDaemon:
     def _become_server(self, number: int, name: UioName, adopt: bool, writer: int) -> None:
         self._netlink.close()  # another listener that never answers would only fill up
         for server in self._servers.values():
-            os.close(server.reader)
+            if server.reader >= 0:
+                os.close(server.reader)
             os.close(server.pidfd)
         path, _ = image_of(name.config)
         serve(number, name, path, self._settings, Reporter(writer), adopt=adopt)
