@@ -29,7 +29,7 @@ EXPOSED = {
     "obdlab-tcmu.service": 4.0,
     "obdlab-exporter.service": 2.0,
     "obdlab-nbd@.service": 1.5,
-    "obdlab-snapshotter.service": 9.0,  # a mount namespace of its own is out of the question
+    "obdlab-snapshotter.service": 7.0,  # a mount namespace of its own is out of the question
 }
 #: What they may do (linux/capability.h), by number.
 CAPABILITIES = {HOST: {21, 24, 2}, "obdlab-exporter.service": set()}

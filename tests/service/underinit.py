@@ -28,7 +28,8 @@ _START_S = 60.0
 _OUTER = """
 set -e
 # What others have mounted on devices must not be held here.
-awk '($1 ~ "^/dev/loop" || $3 == "overlay") && $2 != "/" { print $2 }' /proc/self/mounts | tac | xargs -r umount -l
+theirs='($1 ~ "^/dev/loop" || $3 == "overlay") && $2 != "/" { print $2 }'
+awk "$theirs" /proc/self/mounts | tac | xargs -r umount -l || true
 mount -t tmpfs tmpfs "$0/cgroup"
 mkdir "$0/cgroup/all"
 mount -t cgroup2 cgroup2 "$0/cgroup/all"
