@@ -107,7 +107,7 @@ class ContainerdDestination(ImageDestination):
             descriptor.digest, descriptor.size, _nothing(descriptor.digest)
         )
 
-    def open_blob(self, descriptor: oci.Descriptor, directory: Path) -> Blob:
+    def open_blob(self, descriptor: oci.Descriptor) -> Blob:
         return _StoredBlob(self._client, self.name, descriptor)
 
     def manifest(self, digest: str) -> bytes | None:

@@ -170,11 +170,8 @@ class ImageDestination(ABC):
         """
         return False
 
-    def open_blob(self, descriptor: Descriptor, directory: Path) -> Blob:
-        """Return a blob that has() told of, or share() took over, read where it lies. Raises SourceError.
-
-        What is kept of it meanwhile is in ``directory``.
-        """
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        """Return a blob that has() told of, or share() took over, read where it lies. Raises SourceError."""
         raise NotImplementedError
 
     def manifest(self, digest: str) -> bytes | None:

@@ -56,7 +56,7 @@ class LayoutDestination(ImageDestination):
     def has(self, descriptor: Descriptor) -> bool:
         return self._layout.has_blob(descriptor)
 
-    def open_blob(self, descriptor: Descriptor, directory: Path) -> Blob:
+    def open_blob(self, descriptor: Descriptor) -> Blob:
         return LocalFile(self._layout.blob_path(descriptor.digest))
 
     def manifest(self, digest: str) -> bytes | None:

@@ -160,8 +160,8 @@ class Pipeline:
         for group, (key, reused) in zip(groups, found, strict=False):
             self._pushes.append(pushers.submit(self._push_reused, group, key, reused))
         if len(found) < len(groups):
-            for number, (_, reused) in enumerate(found):
-                builder.add_lower(open_layer(self._open(reused, number)))
+            for _, reused in found:
+                builder.add_lower(open_layer(self._open(reused)))
         wanted = [(g.first + n, layer) for g in groups[len(found) :] for n, layer in enumerate(g.layers)]
         fetching = _Ahead(lambda number, layer: fetchers.submit(self._fetch, number, layer), wanted, self._fetches)
         digests = [reused.record.digest for _, reused in found]
@@ -174,11 +174,11 @@ class Pipeline:
                     push.result()  # a failed upload ends all now
         return tuple(push.result() for push in self._pushes)
 
-    def _open(self, reused: Reused, number: int) -> Blob:
+    def _open(self, reused: Reused) -> Blob:
         if reused.path is not None:
             return LocalFile(reused.path)
         descriptor = oci.Descriptor(oci.OCI_LAYER, reused.record.digest, reused.record.size)
-        return self._destination.open_blob(descriptor, self._work_dir / "cache")
+        return self._destination.open_blob(descriptor)
 
     def _fetch(self, number: int, layer: oci.Descriptor) -> VerifiedFile:
         directory = self._work_dir / f"fetch-{number:03d}"

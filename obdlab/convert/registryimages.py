@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from obdlab.blob import Blob, check_range
 from obdlab.convert.endpoints import ImageDestination, ImageSource
 from obdlab.convert.layout import VerifiedFile
 from obdlab.errors import SourceError
 from obdlab.formats.oci import INDEX_TYPES, MAX_MANIFEST_SIZE, Descriptor, Index, Manifest, parse_manifest
 from obdlab.registry.failures import RegistryError
-from obdlab.sources.cache import BlockCache
 from obdlab.sources.remote import RemoteBlob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from obdlab.blob import Blob
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Reference
 
 _COPY = 1 << 20
 # Of a layer below, its metadata is read: here and there, much of it together.
-_LOWER_UNIT = 256 << 10
+_PIECE = 256 << 10
+_PIECES = 64
 
 
 class RegistrySource(ImageSource):
@@ -90,9 +92,8 @@ class RegistryDestination(ImageDestination):
     def share(self, descriptor: Descriptor, repository: str) -> bool:
         return self._client.mount_blob(self._repository, descriptor.digest, repository)
 
-    def open_blob(self, descriptor: Descriptor, directory: Path) -> Blob:
-        blob = RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size)
-        return BlockCache(directory, unit=_LOWER_UNIT).open(blob, descriptor.digest)
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        return _Recent(RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size))
 
     def manifest(self, digest: str) -> bytes | None:
         try:
@@ -113,6 +114,49 @@ class RegistryDestination(ImageDestination):
     def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
         reference = self._reference if tagged else self._reference.with_digest(descriptor.digest)
         self._client.put_manifest(reference, descriptor.media_type, data)
+
+
+class _Recent(Blob):
+    # A blob of which the pieces read last are kept. A wrong one fails ZFile's checksums, and is asked for anew.
+    def __init__(self, blob: Blob) -> None:
+        self.name = blob.name
+        self._blob = blob
+        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return self._blob.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        check_range(self, offset, length)
+        if not length:
+            return b""
+        first, last = offset // _PIECE, (offset + length - 1) // _PIECE
+        data = b"".join(map(self._piece, range(first, last + 1)))
+        return data[offset - first * _PIECE :][:length]
+
+    def evict(self, offset: int, length: int) -> None:
+        with self._lock:
+            self._pieces.clear()
+        self._blob.evict(offset, length)
+
+    def close(self) -> None:
+        self._blob.close()
+
+    def _piece(self, number: int) -> bytes:
+        with self._lock:
+            piece = self._pieces.get(number)
+            if piece is not None:
+                self._pieces.move_to_end(number)
+                return piece
+        begin = number * _PIECE
+        piece = self._blob.read_at(begin, min(_PIECE, self.size - begin))
+        with self._lock:
+            self._pieces[number] = piece
+            if len(self._pieces) > _PIECES:
+                self._pieces.popitem(last=False)
+        return piece
 
 
 class _CountedFile(io.FileIO):
