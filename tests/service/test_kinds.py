@@ -42,6 +42,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("kinds").resolve() / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
+        service_of(directory, "auto").start_host()
         yield directory
         service_of(directory, "auto").shutdown(force=True)
     sys.stderr.write((directory / "host.log").read_text() if (directory / "host.log").exists() else "")
