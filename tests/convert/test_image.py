@@ -145,8 +145,10 @@ def _own_time_zone() -> Iterator[None]:
     [
         ConvertOptions(),
         ConvertOptions(layer=LayerOptions("zstd", 16384, 1 << 30, "erofs"), docker=True),
-        ConvertOptions(layer=LayerOptions(filesystem="erofs"), flatten=2, referrer=True),
-        ConvertOptions(layer=LayerOptions(inode_ratio=65536), flatten=1, mount_options="noatime"),
+        ConvertOptions(layer=LayerOptions(virtual_size=1 << 30, filesystem="erofs"), flatten=2, referrer=True),
+        ConvertOptions(
+            layer=LayerOptions(virtual_size=1 << 30, inode_ratio=65536), flatten=1, mount_options="noatime"
+        ),
     ],
     ids=["defaults", "erofs-zstd-docker", "erofs-flat-referrer", "ext4-flat"],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from obdlab.cli.main import main
 from obdlab.containerd.client import Containerd
 from obdlab.convert.archive import ArchivedLayout, DockerArchiveSource
 from obdlab.convert.image import ConvertOptions
+from obdlab.convert.layer import LayerOptions
 from obdlab.convert.layout import ImageLayout
 from obdlab.convert.source import check_apart, open_destination, open_source
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 LAYERS = [[member("a", b"1" * 50_000), member("b", b"2")], [member(".wh.b"), member("c", b"3")]]
 AMD64 = oci.Platform("linux", "amd64")
+
+
+def small(work_dir: Path) -> ConvertOptions:
+    """A small disk has less to be written."""
+    return ConvertOptions(layer=LayerOptions(virtual_size=1 << 30), work_dir=work_dir)
 
 
 def archive(path: Path, files: Mapping[str, bytes], links: Mapping[str, str] | None = None) -> Path:
@@ -79,7 +86,7 @@ def test_docker_archives(tmp_path: Path, how: str, capsys: pytest.CaptureFixture
         f"docker-archive:{path}:app:1",
         f"docker-archive:{path}:docker.io/library/app:1",
     ):
-        image = convert(name, f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
+        image = convert(name, f"oci:{tmp_path / 'out'}", small(tmp_path))
         assert len(image.layers) == 3
     assert main(["verify", wanted, f"docker-archive:{path}"]) == 0
     assert main(["verify", f"docker-archive:{path}", f"oci:{tmp_path / 'out'}"]) == 0
@@ -91,7 +98,7 @@ def test_an_archive_converts_to_what_its_layout_does(tmp_path: Path) -> None:
     packed = tmp_path / "layout.tar"
     with tarfile.open(packed, "w") as tar:
         tar.add(root, ".")
-    options = ConvertOptions(work_dir=tmp_path)
+    options = small(tmp_path)
     wanted = convert(f"oci:{root}", f"oci:{tmp_path / 'out'}", options).digest
     for number, name in enumerate((f"oci-archive:{packed}", f"oci-archive:{packed}:latest")):
         target = tmp_path / f"out{number}.tar"
@@ -114,7 +121,7 @@ def test_an_archive_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
         if content.startswith(b"\x1f\x8b"):
             blob.write_bytes(content[:-1] + b"?")
     with pytest.raises((CorruptBlobError, FormatError)):
-        convert(f"oci:{layout.root}", f"oci-archive:{tmp_path / 'out.tar'}", ConvertOptions(work_dir=tmp_path))
+        convert(f"oci:{layout.root}", f"oci-archive:{tmp_path / 'out.tar'}", small(tmp_path))
     assert (tmp_path / "out.tar").read_bytes() == b"before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar", "source"]
 
@@ -147,10 +154,10 @@ def test_archives_that_are_damaged(tmp_path: Path) -> None:
     content[at] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptBlobError, match="wrong content"):
-        convert(f"docker-archive:{path}", f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
+        convert(f"docker-archive:{path}", f"oci:{tmp_path / 'out'}", small(tmp_path))
     path.write_bytes(content[:700])
     with pytest.raises((FormatError, CorruptBlobError, SourceError)):
-        convert(f"docker-archive:{path}", f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
+        convert(f"docker-archive:{path}", f"oci:{tmp_path / 'out'}", small(tmp_path))
     path.write_bytes(b"no tar" * 1000)
     with pytest.raises(FormatError, match="not a tar archive"):
         DockerArchiveSource(path, None)
@@ -185,11 +192,12 @@ def test_from_containerd_to_containerd(containerd: OwnContainerd, tmp_path: Path
     plain, converted = "test.invalid/convert:plain", "test.invalid/convert:obd"
     containerd.ctr("images", "import", "--index-name", plain, "--local", "--no-unpack", str(tmp_path / "layout.tar"))
     address = str(containerd.socket)
-    arguments = ["--containerd", address, "--database", str(tmp_path / "db"), "--work-dir", str(tmp_path)]
+    arguments = ["--containerd", address, "--database", str(tmp_path / "db"), "--vsize-gib", "1"]
+    arguments += ["--work-dir", str(tmp_path)]
     names = [f"containerd:default:{plain}", f"containerd:default:{converted}"]
     assert main(["convert", "-q", *arguments, *names]) == 0
     assert main(["verify", "-q", "--containerd", address, *names]) == 0
-    digest = convert(f"oci:{layout.root}", f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path)).digest
+    digest = convert(f"oci:{layout.root}", f"oci:{tmp_path / 'out'}", small(tmp_path)).digest
     with closing(Containerd(address)) as client:
         assert client.images.get(converted).digest == digest
         assert client.leases.list() == []
@@ -201,7 +209,10 @@ def test_from_containerd_to_containerd(containerd: OwnContainerd, tmp_path: Path
     # A layer of it is the base of another image.
     more = make_layout(tmp_path / "more", [*LAYERS, [member("d", b"4")]])
     assert main(["convert", "-q", *arguments, f"oci:{more.root}", f"containerd:default:{converted}-more"]) == 0
-    assert main(["verify", "-q", *arguments[:2], f"oci:{more.root}", f"containerd:default:{converted}-more"]) == 0
+    assert (
+        main(["verify", "-q", "--containerd", address, f"oci:{more.root}", f"containerd:default:{converted}-more"])
+        == 0
+    )
     containerd.ctr("images", "rm", plain, converted, f"{converted}-more")
 
 
@@ -231,11 +242,11 @@ def test_flatten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers[3].append(member(".wh.l1"))
     make_layout(tmp_path / "source", layers)
     source = f"oci:{tmp_path / 'source'}"
-    whole = convert(source, f"oci:{tmp_path / 'out'}:whole", ConvertOptions(work_dir=tmp_path))
+    whole = convert(source, f"oci:{tmp_path / 'out'}:whole", small(tmp_path))
     for filesystem in ("ext4", "erofs"):
-        for most in (1, 3, 9) if filesystem == "ext4" else (2,):
+        for most in (1, 3) if filesystem == "ext4" else (2,):
             out = f"oci:{tmp_path / 'out'}:{filesystem}{most}"
-            options = ["--fs", filesystem, "--flatten", str(most), "--work-dir", str(tmp_path)]
+            options = ["--fs", filesystem, "--flatten", str(most), "--vsize-gib", "1", "--work-dir", str(tmp_path)]
             assert main(["convert", "-q", *options, source, out]) == 0
             assert main(["verify", "-q", "--work-dir", str(tmp_path), source, out]) == 0
             layout = ImageLayout(tmp_path / "out")
@@ -254,13 +265,11 @@ def test_flatten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_flattened_layer_no_longer_shows_is_not_in_it(tmp_path: Path) -> None:
     layers = [[member("big", bytes([n + 1]) * 3_000_000)] for n in range(4)]
     make_layout(tmp_path / "source", layers)
-    image = convert(
-        f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}", ConvertOptions(flatten=1, work_dir=tmp_path)
-    )
+    image = convert(f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}", replace(small(tmp_path), flatten=1))
     (layer,) = image.layers
     assert layer.merged == 4
     make_layout(tmp_path / "last", layers[-1:])
-    alone = convert(f"oci:{tmp_path / 'last'}", f"oci:{tmp_path / 'out'}:last", ConvertOptions(work_dir=tmp_path))
+    alone = convert(f"oci:{tmp_path / 'last'}", f"oci:{tmp_path / 'out'}:last", small(tmp_path))
     assert layer.built.data_size < alone.layers[0].built.data_size + (64 << 10)
 
 
