@@ -103,8 +103,9 @@ class ControlGroups:
 
         Raises LabError if the kernel does not take the limits or does not heed them.
         """
-        device = whole_disk(directory)
-        self._limits = _limits(disk, device, self.version)
+        if disk == Disk() and not self._limits:
+            return  # also where there is no disk to be limited
+        self._limits = _limits(disk, whole_disk(directory), self.version)
         self._apply(_DAEMONS if self.version == 1 else "")
         if disk.iops:
             self._check(disk, directory)
