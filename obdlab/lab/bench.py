@@ -1,9 +1,9 @@
 """The bench a cell is measured on: network, registry with the images, containerd, and one start at a time.
 
 A cold start is timed from before the pull until the readiness probe answered; warm ones, and those with no page
-cache, from before ``ctr run``. Bytes and requests are the registry's own count of what it sent until then (what was
-under way included), the link's counters are kept beside. Processor time is that of containerd, snapshotter, device
-servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by proportional
+cache, from before ``ctr run``. Bytes and requests are the registry's own count of what was asked for until then (what
+was under way included), the link's counters are kept beside. Processor time is that of containerd, snapshotter,
+device servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by proportional
 set sizes. "Completion" is when the registry had sent all that it was asked for: of what fetches in the background,
 once it has been still for a second.
 """
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from obdlab.lab.containerd import RunningContainer
     from obdlab.lab.netns import LinkCounters
     from obdlab.lab.recipe import Probe
+    from obdlab.lab.registry import Request
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
@@ -203,13 +204,14 @@ class Bench:
         name = f"bench-{time.monotonic_ns()}"
         adapter = ADAPTERS[cell.snapshotter]
         with adapter.running(self._containerd, self._reference(cell), name, self._probe(image, cell)) as container:
+            costs = self._costs(container, began)
             link = self._network.counters().since(began.link)
             phases = container.times.phases_s()
-            costs = self._costs(container, began)
-            traffic = self._registry.traffic(began.mark, self._registry.mark())
             if adapter.background:
                 costs["background_ended"] = self._wait_for_background(adapter)
-            costs |= self._completion(began)
+            requests = self._registry.requests(began.mark, self._registry.mark())
+        # What was asked for until it was ready; the background may have asked for more since.
+        traffic = Traffic.of(request for request in requests if request.began_s <= container.times.ready_s)
         row = {
             "started": began.time.isoformat(timespec="milliseconds"),
             "create_s": phases["create"],
@@ -222,6 +224,7 @@ class Bench:
             "round_trip_waits": traffic.round_trip_waits,
             "network_s": traffic.busy_s,
             "load_1m": began.load_1m,
+            **_completion(requests, began.time.timestamp()),
             **costs,
         }
         return row, traffic
@@ -251,13 +254,6 @@ class Bench:
         daemons, containers = groups.pss_bytes()
         return {"cpu_s": cpu_s, "pss_bytes": daemons, "container_pss_bytes": containers}
 
-    # When the last byte had come, after the start began; 0 if there was none.
-    def _completion(self, began: _Begin) -> Row:
-        requests = self._registry.requests(began.mark, self._registry.mark())
-        last_s = max((request.ended_s for request in requests), default=began.time.timestamp())
-        written = Traffic.of(requests).written
-        return {"completion_s": max(0.0, last_s - began.time.timestamp()), "completion_bytes": written}
-
     # Store an image in every form that is compared, unless the registry kept it from an earlier run.
     def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
         source = Source(recipe, layout, self._spec.algorithm, self._spec.block_size)
@@ -273,6 +269,12 @@ class Bench:
                 if adapter.secure:
                     references[name] = self._registry.reference(recipe.name, adapter.tag(source), secure=True)
         return BenchImage(recipe, references)
+
+
+# When the last byte had come, after the start began; 0 if there was none.
+def _completion(requests: list[Request], began_s: float) -> Row:
+    last_s = max((request.ended_s for request in requests), default=began_s)
+    return {"completion_s": max(0.0, last_s - began_s), "completion_bytes": Traffic.of(requests).written}
 
 
 def process_cpu_s(pid: int) -> float:
