@@ -3,9 +3,9 @@
 A cold start is timed from before the pull until the readiness probe answered; warm ones, and those with no page
 cache, from before ``ctr run``. Bytes and requests are the registry's own count of what was asked for until then (what
 was under way included), the link's counters are kept beside. Processor time is that of containerd, snapshotter,
-device servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by proportional
-set sizes. "Completion" is when the registry had sent all that it was asked for: of what fetches in the background,
-once it has been still for a second.
+device servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by
+proportional set sizes. "Completion" is when the registry had sent all that it was asked for: of what fetches in the
+background, once it has been still for a second.
 """
 
 from __future__ import annotations
