@@ -19,7 +19,7 @@ _JOB = (
 
 
 @contextmanager
-def verified(node: Path, timeout_s: float = 240.0) -> Iterator[None]:
+def verified(node: Path, timeout_s: float = 900.0) -> Iterator[None]:
     """Have fio write and verify, run after run, until the block ends; then one that has begun still ends.
 
     However long the disturbances take, fio is at work during each of them. Fails with fio's output if any run did.

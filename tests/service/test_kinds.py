@@ -136,7 +136,7 @@ def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, r
 
 @in_vm
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_kills_under_load_cost_no_byte(tmp_path: Path, run_dir: Path, kind: str) -> None:
     with serving(run_dir, kind) as service:

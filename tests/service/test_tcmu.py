@@ -157,7 +157,7 @@ def test_a_writable_image_is_trimmed_and_read_again(daemon: Daemon, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_killed_servers_and_daemon_cost_no_byte(daemon: Daemon, tmp_path: Path) -> None:
     config = writable_config(tmp_path, 64 * MIB)
     with attached("fio", config) as disk, verified(disk):

@@ -34,7 +34,7 @@ class TestUblkDevice(DeviceContract):
             UblkDevice(MemoryBlob(bytes(MIB)), tmp_path, recover=True)
 
     @pytest.mark.slow
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1500)
     def test_killed_servers_cost_no_byte(self, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
         with disk.open("wb") as file:
