@@ -197,9 +197,11 @@ class Editor:
         """Take a name away, with everything below it."""
         pending = [self.entries(parent).pop(name)]
         parent.listed = True
+        seen: set[int | None] = set()
         while pending:
             node = pending.pop()
             if isinstance(node, Directory):
+                self._check_once(node, seen)
                 pending += self.entries(node).values()
                 self._inodes -= 1
                 continue
@@ -258,12 +260,12 @@ class Editor:
     def _rename(self, parent: Directory, file: File, number: int, links: int) -> None:
         # Its inode has moved: whatever names it must say so. With several names they may be anywhere.
         old, found, pending = file.number, 0, [self.root, parent]
-        seen: set[int] = set()
+        seen: set[int | None] = set()
         while found < links and pending:
             directory = pending.pop()
-            if id(directory) in seen:
-                continue
-            seen.add(id(directory))
+            if directory is parent and found:
+                continue  # the first that was looked at
+            self._check_once(directory, seen)
             for node in self.entries(directory).values():
                 if isinstance(node, Directory):
                     pending.append(node)
@@ -271,6 +273,12 @@ class Editor:
                     node.number = number
                     directory.listed = True
                     found += 1
+
+    def _check_once(self, directory: Directory, seen: set[int | None]) -> None:
+        # On a damaged disk a directory may be below itself.
+        if directory.number is not None and directory.number in seen:
+            raise FormatError("a directory is in the tree twice", blob=self._disk.name, got=directory.number)
+        seen.add(directory.number)
 
     def _patch(self, number: int, **changes: int) -> None:
         inode = self._volume.inode(number)

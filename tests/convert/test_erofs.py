@@ -215,6 +215,18 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             apply_layer(io.BytesIO(tar_bytes([member("big", bytes(2 << 20))])), "layer", tree)
 
 
+def test_a_directory_below_itself_ends_in_an_error(tmp_path: Path) -> None:
+    with FileDisk(tmp_path / "root", 1 << 20) as disk:
+        apply_all(disk, [[member("a/f"), hardlink("g", "a/f"), directory("z/"), directory("z/e/")]])
+        number = Volume(disk).entries(Volume(disk).root)[b"z"][0]
+        # The third entry, behind "." and "..", in what follows the inode.
+        disk.write_at(number * 32 + 64 + 2 * 12, number.to_bytes(8, "little"))
+        for change in (member(".wh.z"), hardlink("h", "a/f", xattrs={"user.x": b"y"})):
+            tree = ErofsTree(disk, fresh=False)
+            with pytest.raises(FormatError, match="in the tree twice"):
+                apply_layer(io.BytesIO(tar_bytes([change])), "layer", tree)
+
+
 def test_an_erofs_made_elsewhere_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     subprocess.run(["mkfs.erofs", "--quiet", tmp_path / "image", tmp_path / "tree"], check=True, timeout=60)
