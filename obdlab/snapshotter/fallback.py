@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import kinds
+from obdlab.devices import abi, kinds
 from obdlab.errors import ObdlabError
 from obdlab.image.settings import DAEMON_KIND
 
@@ -80,7 +81,7 @@ def fetch_blobs(config: Path, settings: Settings) -> None:
 
 
 def _run(what: dict[str, object], config: Path, settings: Settings) -> None:
-    request = what | {"config": str(config), "settings": settings.to_json()}
+    request = what | {"config": str(config), "settings": settings.to_json(), "parent": os.getpid()}
     command = [sys.executable, "-m", "obdlab.snapshotter.fallback"]
     try:
         done = subprocess.run(
@@ -102,6 +103,10 @@ def main() -> int:
     from obdlab.image.settings import Settings
 
     request = json.load(sys.stdin)
+    # A service that starts anew begins anew, and must not meet what its predecessor has left at work.
+    abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != request["parent"]:
+        return 1
     try:
         config, settings = ImageConfig.load(request["config"]), Settings.from_json(request["settings"])
         if "unpack" in request:

@@ -7,6 +7,9 @@ import logging
 import os
 import random
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,14 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.formats import oci
+from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.observe.counters import counted
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
 from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
 from obdlab.snapshotter.writable import LABEL_WRITABLE
-from tests.registry.faulty import Answer, faulty_registry
+from tests.registry.faulty import Answer, faulty_registry, silence
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_writable import Root, golden, root
 
@@ -186,3 +190,46 @@ def test_a_plain_layer_says_what_it_is(root: Root, caplog: pytest.LogCaptureFixt
 def test_other_failures_are_no_reason_to_fall_back(root: Root) -> None:
     assert fallback.missing_devices() == ""
     assert not fallback.is_without_ranges(DeviceError("cannot attach: HTTP 404"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from obdlab.image.settings import Settings
+from obdlab.snapshotter import fallback
+
+fallback.unpack(Path(sys.argv[1]), Path(sys.argv[2]), Settings(cache_dir=Path(sys.argv[3])))
+"""
+
+
+def test_whoever_unpacks_dies_with_its_service(tmp_path: Path) -> None:
+    with faulty_registry() as registry:
+        registry.always(silence)
+        config = tmp_path / "config.v1.json"
+        lower = LowerConfig(digest=registry.add_blob(bytes(1 << 20)), size=1 << 20, dir=str(tmp_path))
+        ImageConfig(repo_blob_url=f"http://{registry.host}/v2/some/image/blobs", lowers=(lower,)).save(config)
+        command = [sys.executable, "-c", KILLED, str(config), str(tmp_path / "unpacked"), str(tmp_path / "cache")]
+        with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as service:
+            wait_until(lambda: bool(registry.blob_requests()))
+            (worker,) = children_of(service.pid)
+            service.kill()
+        wait_until(lambda: not Path(f"/proc/{worker}").exists() or not children_name(worker))
+    assert not (tmp_path / "unpacked").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def children_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
