@@ -1,8 +1,9 @@
 """An image as a device against its decoded disk on a plain loop device: fio, and tar and du of a tree of small files.
 
-Run as root: python -m tests.benchmarks.device_images [--files 40000] [--rounds 3] [--settings]. Layers are local, ZFile
-with LZ4 and blocks of 4 KiB; both are read through the page cache of their files, which is warm, and mounted anew for
-each walk of the tree, so that nothing above the devices is cached. ``--settings`` compares read-ahead and schedulers.
+Run as root: python -m tests.benchmarks.device_images [--files 40000] [--rounds 3] [--settings]. Layers are local,
+ZFile with LZ4 and blocks of 4 KiB; both are read through the page cache of their files, which is warm, and mounted
+anew for each walk of the tree, so that nothing above the devices is cached. ``--settings`` compares read-ahead and
+schedulers.
 """
 
 from __future__ import annotations
