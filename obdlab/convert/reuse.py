@@ -63,7 +63,7 @@ class Reuse:
         return self._at_destination(key) or self._in_work_directory(key)
 
     def made(self, key: LayerKey, path: Path, record: LayerRecord) -> None:
-        """Note a layer that is finished, before it is stored. Raises SourceError."""
+        """Note a layer that is finished, before it is stored."""
         self._finished.add(key.name, path, record)
 
     def stored(self, key: LayerKey, record: LayerRecord) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
@@ -24,6 +25,8 @@ from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "obdlab-convert-"
 _POOL = "obdlab-finished-"
@@ -63,7 +66,10 @@ class FinishedLayers:
         self._pool = _pool(directory.parent)
 
     def add(self, name: str, path: Path, record: LayerRecord) -> None:
-        """Note that ``path``, in the directory, is the finished layer ``name``. Raises SourceError."""
+        """Note that ``path``, in the directory, is the finished layer ``name``.
+
+        Where that cannot be done (a file system without hard links), a kill costs the layer, no more.
+        """
         try:
             # The record comes last: there is none of a layer that is not whole.
             os.link(path, self._directory / f"{name}{_BLOB}")
@@ -73,7 +79,7 @@ class FinishedLayers:
         except FileExistsError:
             pass  # the same layer twice in an image
         except OSError as error:
-            raise SourceError(f"cannot note the finished layer: {error.strerror}", blob=str(path)) from error
+            logger.info("%s: would not survive a kill: %s", path, error.strerror)
 
     def take(self, name: str) -> tuple[Path, LayerRecord] | None:
         """Return the layer ``name`` of a killed conversion, now in the directory, if it is there and whole."""
