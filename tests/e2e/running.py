@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,32 +20,37 @@ if TYPE_CHECKING:
 SLEEP = ("/bin/busybox", "sleep", "10000")
 
 
+def own(name: str) -> str:
+    """The container's name in containerd: runc knows containers by namespace and name, on the whole machine."""
+    return f"{name}-{os.getpid()}"
+
+
 def run(host: ObdlabHost, image: str, name: str, command: str, *options: str, check: bool = True) -> str:
     """Run a shell command in a new container; return what it printed."""
-    arguments = ("run", "--rm", "--snapshotter", NAME, *options, image, name, "/bin/sh", "-c", command)
+    arguments = ("run", "--rm", "--snapshotter", NAME, *options, image, own(name), "/bin/sh", "-c", command)
     return host.ctr(*arguments, check=check, timeout_s=240)
 
 
 def start(host: ObdlabHost, image: str, name: str, *options: str) -> None:
     """Start a container that waits to be given commands."""
-    host.ctr("run", "--detach", "--snapshotter", NAME, *options, image, name, *SLEEP)
+    host.ctr("run", "--detach", "--snapshotter", NAME, *options, image, own(name), *SLEEP)
 
 
 def execute(host: ObdlabHost, name: str, command: str, *, check: bool = True) -> str:
     """Run a shell command in a running container; return what it printed."""
-    arguments = ("tasks", "exec", "--exec-id", f"exec{abs(hash(command)):x}", name, "/bin/sh", "-c", command)
+    arguments = ("tasks", "exec", "--exec-id", f"exec{abs(hash(command)):x}", own(name), "/bin/sh", "-c", command)
     return host.ctr(*arguments, check=check, timeout_s=240)
 
 
 def stop(host: ObdlabHost, name: str) -> None:
     """Kill a container's process; the container stays."""
-    host.ctr("tasks", "rm", "--force", name)
+    host.ctr("tasks", "rm", "--force", own(name))
 
 
 def remove(host: ObdlabHost, name: str) -> None:
     """Kill and remove a container."""
     stop(host, name)
-    host.ctr("containers", "rm", name)
+    host.ctr("containers", "rm", own(name))
 
 
 def device_mounts(host: ObdlabHost) -> list[Path]:

@@ -15,7 +15,7 @@ from obdlab.containerd.client import Containerd
 from tests.containerd_host import NAME, ObdlabHost
 from tests.e2e.conftest import BIG
 from tests.e2e.images import push_on_top
-from tests.e2e.running import assert_nothing_left, device_mounts, execute, remove, run, start, stop, wait_for
+from tests.e2e.running import assert_nothing_left, device_mounts, execute, own, remove, run, start, stop, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,13 +34,13 @@ def test_what_a_container_wrote_becomes_a_layer(host: ObdlabHost, image: str, tm
     assert execute(host, "writer", "/bin/busybox grep ' / ' /proc/mounts").split()[2] == "ext4"
     execute(host, "writer", "echo changed > /etc/issue; /bin/busybox rm /big; echo more > /more")
     stop(host, "writer")
-    host.ctr("snapshots", "--snapshotter", NAME, "commit", "committed", "writer")
+    host.ctr("snapshots", "--snapshotter", NAME, "commit", "committed", own("writer"))
     with Containerd(host.containerd.address, "test") as client:
         labels = client.snapshots(NAME).stat("committed").labels
     sealed, layer = labels["containerd.io/snapshot/overlaybd.localcommitpath"], tmp_path / "layer.obd"
     assert main.main(["commit", "--quiet", "--tar", sealed, str(layer)]) == 0
     changed = push_on_top(image, "committed", layer.read_bytes())
-    host.ctr("containers", "rm", "writer")
+    host.ctr("containers", "rm", own("writer"))
     host.ctr("snapshots", "--snapshotter", NAME, "rm", "committed")
     host.ctr("images", "rm", "--sync", image)
     assert_nothing_left(host)
@@ -98,8 +98,8 @@ def test_a_thousand_containers_leave_nothing(host: ObdlabHost, image: str, regis
         if number % 10 == 0:
             run(host, image, name, "/bin/busybox grep -q top /etc/issue")  # or ctr fails as grep does
             return
-        host.ctr("containers", "create", "--snapshotter", NAME, image, name, "/bin/sh")
-        host.ctr("containers", "rm", name)
+        host.ctr("containers", "create", "--snapshotter", NAME, image, own(name), "/bin/sh")
+        host.ctr("containers", "rm", own(name))
 
     files: list[int] = []
     for _ in range(10):

@@ -23,7 +23,7 @@ from obdlab.pull.unpack import Outcome
 from tests.containerd_host import NAME, ObdlabHost
 from tests.e2e.conftest import BIG
 from tests.e2e.images import busybox_layer, file_layer, push_converted, push_mixed
-from tests.e2e.running import execute, remove, run, start, stop, wait_for
+from tests.e2e.running import execute, own, remove, run, start, stop, wait_for
 from tests.outage.cases import case
 from tests.outage.proxy import outage_proxy
 
@@ -185,7 +185,7 @@ def test_a_pull_after_the_snapshotters_directory_was_emptied(host: ObdlabHost, i
     # containerd has all of it on record still.
     with pytest.raises(PullError, match=r"directory emptied.*remove the containers and images on it, and pull again"):
         host.rpull(image)
-    host.ctr("containers", "rm", "lost")
+    host.ctr("containers", "rm", own("lost"))
     assert host.rpull(image).count(Outcome.LAZY) == 2
     assert run(host, image, "found", "echo ran") == "ran\n"
     host.ctr("images", "rm", "--sync", image)
@@ -203,19 +203,20 @@ def lose_everything(host: ObdlabHost) -> None:
 
 
 def test_a_device_that_turns_read_only_is_not_handed_out_for_writing(host: ObdlabHost, image: str) -> None:
-    own = ("--snapshotter-label", "containerd.io/snapshot/overlaybd.writable=dir")
     host.rpull(image)
-    start(host, image, "writer", *own)
+    start(host, image, "writer", "--snapshotter-label", "containerd.io/snapshot/overlaybd.writable=dir")
     (device,) = [device for device in host.snapshotter.devices.list() if not device.read_only]
     (place,) = [entry.mountpoint for entry in mount.mounts() if entry.source == str(device.path)][:1]
     stop(host, "writer")
     mount.unmount(place)
     subprocess.run(["blockdev", "--setro", device.path], check=True)
-    said = host.ctr("tasks", "start", "--detach", "writer", check=False)
+    try:
+        said = host.ctr("tasks", "start", "--detach", own("writer"), check=False)
+    finally:
+        subprocess.run(["blockdev", "--setrw", device.path], check=True)
     assert str(device.path) in said
-    assert "read-only" in said.lower()
-    subprocess.run(["blockdev", "--setrw", device.path], check=True)
-    host.ctr("tasks", "start", "--detach", "writer")
+    assert "read-only" in said
+    host.ctr("tasks", "start", "--detach", own("writer"))
     assert execute(host, "writer", "echo new > /new; /bin/busybox cat /new") == "new\n"
     remove(host, "writer")
     host.ctr("images", "rm", "--sync", image)
