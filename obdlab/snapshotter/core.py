@@ -282,6 +282,8 @@ class Snapshotter:
             config = overlaybd.remote_config(below, layer, self._layout.directory(own_id), self._options)
             config.save(self._layout.add_block(directory) / CONFIG_NAME)
 
+        if key == target:  # the answer to a taken key would tell the client that the layer is there
+            raise InvalidArgumentError(f"snapshot {key!r}: a pull wants another name for its target")
         with self._store.write() as writer:
             if writer.find(target) is not None:
                 raise AlreadyExistsError(f"target snapshot {target!r} is ready")

@@ -138,6 +138,12 @@ def test_the_kubelets_reference_serves_too(snapshotter: Snapshotter, tmp_path: P
     assert (root(tmp_path) / "1" / "image_ref").read_text() == "registry.test/cri:1"
 
 
+def test_a_pull_into_itself_is_refused(snapshotter: Snapshotter) -> None:
+    with pytest.raises(InvalidArgumentError, match="another name"):
+        snapshotter.prepare("chain0", "", pull_labels())
+    assert snapshotter.walk() == []
+
+
 def test_an_image_is_pulled_again_after_all_of_it_was_removed(snapshotter: Snapshotter, tmp_path: Path) -> None:
     for _ in range(2):
         pull(snapshotter)

@@ -218,6 +218,9 @@ class OurService(Calls):
             oci.BLOB_SIZE: "1000",
         }
         known = name in self.model
+        if key == name:
+            self.expect({InvalidArgumentError}, lambda: self.client.prepare(key, parent, labels))
+            return
         if key in self.model and not known:
             return
         with pytest.raises(AlreadyExistsError):
