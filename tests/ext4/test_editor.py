@@ -23,6 +23,7 @@ from tests.ext4.disk import FileDisk, fsck
 from tests.ext4.samples import ACL, MemoryDisk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FILE = Inode(mode=0o100644)
@@ -168,7 +169,7 @@ def test_what_a_file_system_cannot_do() -> None:
     make_filesystem(disk)
     editor = Editor(disk)
     number = editor.add(ROOT_INO, b"file", FILE)
-    wrong = [
+    wrong: list[tuple[int, Callable[[], object]]] = [
         (errno.EEXIST, lambda: editor.add(ROOT_INO, b"file", FILE)),
         (errno.ENAMETOOLONG, lambda: editor.add(ROOT_INO, b"n" * 256, FILE)),
         (errno.EPERM, lambda: editor.link(ROOT_INO, b"again", ROOT_INO)),
