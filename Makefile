@@ -10,7 +10,10 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
 # machine of tests/vm and what is used in it.
 TEST_PACKAGES := qemu-utils postgresql mariadb-server prometheus qemu-system-x86 sg3-utils xfsprogs open-iscsi
 
-.PHONY: help setup packages test-packages peers demo test test-long lint unit protos benchmarks clean
+# What only the long tests need: a browser, which is large, and the driver of its own version.
+LONG_PACKAGES := chromium chromium-driver
+
+.PHONY: help setup packages test-packages long-packages peers demo test test-long lint unit protos benchmarks clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
@@ -27,6 +30,9 @@ packages:
 
 test-packages:
 	@scripts/install-packages $(TEST_PACKAGES)
+
+long-packages:
+	@scripts/install-packages $(LONG_PACKAGES)
 
 # What experiments compare with, beyond what setup installs; `obdlab doctor` tells what is there.
 peers:
@@ -58,7 +64,7 @@ unit:
 	$(PYTEST) -n auto --dist loadfile -m "not ($(HOST_TESTS))" $(TESTS)
 	$(PYTEST) -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
 
-test-long: setup test-packages lint
+test-long: setup test-packages long-packages lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
 
 benchmarks: setup
