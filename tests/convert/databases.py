@@ -92,7 +92,9 @@ def mariadb() -> Iterator[str]:
         subprocess.run(made, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         local = [f"--socket={root / 'socket'}"]
         command = [server, places[1], places[0], *local, f"--port={port}", "--bind-address=127.0.0.1"]
-        setup = "CREATE DATABASE lab; CREATE USER lab@localhost IDENTIFIED BY 'pass'; GRANT ALL ON lab.* TO lab@localhost"
+        setup = (
+            "CREATE DATABASE lab; CREATE USER lab@localhost IDENTIFIED BY 'pass'; GRANT ALL ON lab.* TO lab@localhost"
+        )
         say = [client, "--no-defaults", *local, "-u", "root", "-e", setup]
 
         def ready() -> bool:
