@@ -120,6 +120,7 @@ def test_each_container_has_its_own_limit(limited: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.vm
+@pytest.mark.parametrize("limited", ["ext4"], indirect=True)
 def test_two_roots_on_a_file_system_do_not_meet(limited: Path) -> None:
     one = snapshotter_on(limited / "one", quota_bytes=8 * MIB)
     other = snapshotter_on(limited / "other", quota_bytes=8 * MIB)
