@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, device_service_from
@@ -22,9 +24,9 @@ def add(subcommands: Any) -> None:
         description=(
             "Unpacks the image of a read-only device to a plain file in the cache directory, checking every byte, "
             "and puts that in the place of the device's server, without a pause for its users. All layers must be "
-            "local files or in the cache whole (--download does that). Costs as much disk as the image has data unpacked, "
-            "once for all devices of the image. A device that has an ext4 or xfs mounted must have been attached "
-            'with "graduation" on (docs/configuration.md), which also does all of this in the background.'
+            "local files or in the cache whole (--download does that). Costs as much disk as the image has data "
+            "unpacked, once for all devices of the image. A device that has an ext4 or xfs mounted must have "
+            'been attached with "graduation" on (docs/configuration.md), which also does all of this in the background.'
         ),
     )
     parser.add_argument("device", metavar="DEVICE", help="id, or node such as /dev/loop3")
@@ -43,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
     if device is None:
         raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
     if args.low_priority:
-        with suppress(OSError):
-            os.nice(19)
+        _be_modest()
     done = graduate(service.run_dir, device.device_id, _report if sys.stderr.isatty() else lambda _, __: None)
     print(f"{device.device_id}: {device.path} goes on with {done.path} ({done.disk_bytes >> 20} MiB on disk)")
     return 0
+
+
+# Started by a device's server, which the kernel spares and which puts SIGTERM off: nothing for this process.
+def _be_modest() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    with suppress(OSError):
+        os.nice(19)
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def _report(done: int, size: int) -> None:

@@ -54,6 +54,8 @@ class RemoteLayers:
         self._users = 1
         self._blobs: list[CachedBlob] = []
         self._origins: list[_Origin] = []
+        self._layers = 0
+        self._layer_blobs: list[CachedBlob] = []
 
     def open(self, digest: str, size: int) -> Blob:
         """Return a blob of ``size`` bytes; the registry is asked for the size if that is 0.
@@ -83,6 +85,7 @@ class RemoteLayers:
         If the settings say so, fetch them whole in the background, unless they are more than the cache may hold.
         """
         settings = self._settings
+        self._layers, self._layer_blobs = len(self._origins), list(self._blobs)
         for origin in self._origins:
             origin.deadline_s = settings.read_deadline_s
         for blob in self._blobs:
@@ -107,8 +110,8 @@ class RemoteLayers:
         BackgroundDownload(self._blobs, options).start()
 
     def unverified(self) -> int:
-        """Return how many blobs are not, or not known to be, in the cache whole and as their digests say."""
-        return len(self._origins) - sum(blob.verified for blob in self._blobs)
+        """Return how many blobs of those at :meth:`opened` are not in the cache whole, or not known to be sound."""
+        return self._layers - sum(blob.verified for blob in self._layer_blobs)
 
     def statistics(self) -> dict[str, int]:
         """Return the sums of what the block cache did for these blobs."""

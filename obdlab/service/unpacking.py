@@ -55,11 +55,17 @@ def graduate(
     settings = replace(Settings.from_json(record.settings), download_enabled=False, settings_path=None)
     config = replace(ImageConfig.load(record.config), result_file="", record_trace_path="")
     files = flat_files(settings)
+
+    def go_on(done: int, size: int) -> None:
+        if not directory.is_dir():
+            raise DeviceError(f"device {device_id}: detached meanwhile")
+        progress(done, size)
+
     with open_image(config, settings, traces=False) as image:
         if not isinstance(image, Image):
             raise DeviceError(f"device {device_id}: writable")
         name = flat_name(image)
-        file = flatten(image, files, progress)
+        file = flatten(image, files, go_on)
     try:
         path = files.path(name)
         paused_s = _switch(directory, name, path)
