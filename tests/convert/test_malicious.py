@@ -52,7 +52,7 @@ class Endless(io.RawIOBase):
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._rest = b""
+        self._rest = bytearray()
 
     def readable(self) -> bool:
         return True
@@ -60,7 +60,8 @@ class Endless(io.RawIOBase):
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         while len(self._rest) < len(buffer) and (piece := next(self._pieces, b"")):
             self._rest += piece
-        given, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        given = self._rest[: len(buffer)]
+        del self._rest[: len(given)]
         buffer[: len(given)] = given
         return len(given)
 
@@ -213,7 +214,7 @@ def test_more_files_than_the_image_has_inodes(count: int, tmp_path: Path) -> Non
         applied(tmp_path / "disk", flood(count, empty_file))
 
 
-@pytest.mark.parametrize("count", [3_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_stream_of_members_takes_no_memory(count: int) -> None:
     tracemalloc.start()
     try:
@@ -226,7 +227,7 @@ def test_a_stream_of_members_takes_no_memory(count: int) -> None:
 MANY = raw_header(b"again", 0)
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_one_name_over_and_over(count: int, tmp_path: Path) -> None:
     assert sorted(applied(tmp_path / "disk", flood(count, lambda _: MANY))) == [".", "again"]
 
