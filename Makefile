@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2fsprogs erofs-utils fio iproute2 \
   ethtool kmod attr python3-venv ca-certificates
 
-# What only tests need: servers of shared databases, qcow2 images to import, a Prometheus to scrape the exporter, the virtual
-# machine of tests/vm and what is used in it.
-TEST_PACKAGES := qemu-utils postgresql mariadb-server prometheus qemu-system-x86 sg3-utils xfsprogs open-iscsi
+# What only tests need: qcow2 images to import, a Prometheus to scrape the exporter, the virtual machine of tests/vm and
+# what is used in it.
+TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs
 
-# What only the long tests need: a browser, which is large, and the driver of its own version.
-LONG_PACKAGES := chromium chromium-driver
+# What only the long tests need: servers of shared databases, an iSCSI initiator (in the virtual machine), a browser and
+# the driver of its own version. Docker, which changes the host's packet filters, is left to its owner.
+LONG_PACKAGES := postgresql mariadb-server open-iscsi chromium chromium-driver
 
 .PHONY: help setup packages test-packages long-packages peers demo test test-long lint unit protos benchmarks clean
 
