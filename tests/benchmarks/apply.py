@@ -1,7 +1,7 @@
 """Applying a layer of many files to an empty ext4, beside GNU tar extracting it to a directory.
 
-Run: python -m tests.benchmarks.apply [REPEATS]: 300 MB as 850 large and as 40,000 small files, and the same small files
-with pax headers. The least time of the repeats counts; the ratio is to tar's least time.
+Run: python -m tests.benchmarks.apply [REPEATS]: 300 MB as 850 large and as 40,000 small files, and the same small
+files with pax headers. The least time of the repeats counts; the ratio is to tar's least time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def main() -> None:
                 ours.append(applied(tar, root / "layer.writable"))
                 theirs.append(extracted(tar, root / "extracted"))
             print(
-                f"{count:>6} files{' with pax headers' if pax else '':<17} {tar.stat().st_size / 1e6:>4.0f} MB of tar: "
+                f"{count:>6} files{' with pax headers' if pax else '':<17} "
+                f"{tar.stat().st_size / 1e6:>4.0f} MB of tar: "
                 f"{min(ours):.2f} s, tar -x {min(theirs):.2f} s, ratio {min(ours) / min(theirs):.2f} "
                 f"(all: {', '.join(f'{one:.2f}' for one in ours)})"
             )
