@@ -4,6 +4,7 @@ the kills, against containerd's overlayfs snapshotter, to prove the model.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -202,7 +203,7 @@ class OurService(Calls):
     def teardown(self) -> None:
         self.client.close()
         self.process.take_down()
-        self.process.devices.stop_host()
+        end_hosts(self.process.run_dir)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     @rule(key=NAMES, name=NAMES, parent=st.one_of(st.just(""), NAMES))
@@ -304,6 +305,27 @@ class OurService(Calls):
         self.client.close()
         self.process.start()
         self.client = WireSnapshotter(str(self.process.address))
+
+
+# A service that is killed may have been starting its device host, which comes up when nobody waits for it any more.
+def end_hosts(run_dir: Path) -> None:
+    deadline = time.monotonic() + 60
+    quiet = 0
+    while quiet < 3:
+        assert time.monotonic() < deadline
+        found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if str(run_dir) in command_line(entry)]
+        quiet = 0 if found else quiet + 1
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def command_line(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 class ContainerdsOverlayfs(Calls):
