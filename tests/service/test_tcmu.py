@@ -261,6 +261,7 @@ def test_the_scsi_tools_are_answered(daemon: Daemon, tmp_path: Path) -> None:
         assert read_direct(disk, 12288, 4096) == b"pattern!" * 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [What.ADDED, What.REMOVED, What.RECONFIGURED])
 def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, what: What) -> None:
     config = golden_config(tmp_path, result_file="result")
@@ -269,8 +270,10 @@ def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, wh
     daemon._on_event(Event(what, f"tcm-user/1/dev_gone/overlaybd/{config}", 4095, 1 << 30))
 
     def stop() -> None:
-        wait_for(lambda: not daemon._servers, "its server stays")
-        os.write(writer, b"x")
+        try:
+            wait_for(lambda: not daemon._servers, "its server stays")
+        finally:
+            os.write(writer, b"x")
 
     stopper = threading.Thread(target=stop)
     stopper.start()
@@ -278,6 +281,7 @@ def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, wh
     stopper.join()
     os.close(reader)
     os.close(writer)
+    assert not daemon._servers
     if what is What.ADDED:
         assert (tmp_path / "result").read_text() == "failed:/dev/uio4095: cannot open: No such file or directory"
 
