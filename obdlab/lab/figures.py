@@ -36,8 +36,8 @@ def startup_figure(summaries: Sequence[Summary]) -> Figure:
         raise ValueError(f"one network a figure (got {sorted(networks)})")
     rate_mbit, rtt_ms = networks.pop()
     figure, axes = plt.subplots(2, 2, figsize=(11.5, 6.6), width_ratios=[1.25, 1], layout="constrained")
-    _measured(axes[0, 0], [s for s in summaries if s.start == "cold"], "cold start, measured here")
-    _measured(axes[1, 0], [s for s in summaries if s.start == "warm"], "warm start, measured here")
+    draw_phases(axes[0, 0], [s for s in summaries if s.start == "cold"], "cold start, measured here")
+    draw_phases(axes[1, 0], [s for s in summaries if s.start == "warm"], "warm start, measured here")
     _paper_cold(axes[0, 1])
     _paper_warm(axes[1, 1])
     figure.suptitle(
@@ -51,7 +51,8 @@ def startup_figure(summaries: Sequence[Summary]) -> Figure:
     return figure
 
 
-def _measured(axes: Axes, summaries: list[Summary], title: str) -> None:
+def draw_phases(axes: Axes, summaries: list[Summary], title: str) -> None:
+    """Draw medians of totals with 95 % intervals, and each bar by phase; of one network, disk and start."""
     axes.set_title(title, loc="left", fontsize=10.5)
     if not summaries:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)

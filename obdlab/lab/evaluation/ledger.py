@@ -73,14 +73,16 @@ def as_text(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def as_html(entries: Iterable[Entry], link: Callable[[Entry], str] = lambda _: "") -> str:
-    """Return a table; ``link(entry)`` is HTML for where the rows and the figure of an entry are."""
-    lines = ["<table class='ledger'><tr>", *(f"<th>{name}</th>" for name in HEADER), "<th>rows, figure</th></tr>"]
+def as_html(entries: Iterable[Entry], link: Callable[[Entry], str] | None = None) -> str:
+    """Return a table; ``link(entry)`` is HTML for where the rows and the figure of an entry are, a last column."""
+    names = (*HEADER, "rows, figure") if link else HEADER
+    heads = [f"<th style='text-align:left'>{name}</th>" for name in names]
+    lines = ["<table class='ledger'><thead><tr>", *heads, "</tr></thead><tbody>"]
     for entry in entries:
         colour = COLOURS.get(entry.outcome.verdict, "#666666")
         lines.append(f"<tr id='claim-{entry.claim.key}'>")
         for name, text in zip(HEADER, entry.cells(), strict=True):
-            style = f" style='color:{colour};font-weight:600'" if name == "verdict" else ""
-            lines.append(f"<td{style}>{html.escape(text)}</td>")
-        lines.append(f"<td>{link(entry)}</td></tr>")
-    return "\n".join([*lines, "</table>"])
+            style = f";color:{colour};font-weight:600;white-space:nowrap" if name == "verdict" else ""
+            lines.append(f"<td style='text-align:left{style}'>{html.escape(text)}</td>")
+        lines.append(f"<td>{link(entry)}</td></tr>" if link else "</tr>")
+    return "\n".join([*lines, "</tbody></table>"])

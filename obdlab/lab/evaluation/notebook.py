@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import IPython.display
 
 from obdlab.lab.evaluation import ledger
 from obdlab.lab.evaluation.claims import CLAIMS
-from obdlab.lab.evaluation.plots import draw
+from obdlab.lab.evaluation.plots import draw, is_empty
 from obdlab.lab.evaluation.questions import question
 from obdlab.lab.evaluation.results import Results, busy
-from obdlab.lab.evaluation.tables import table
+from obdlab.lab.evaluation.tables import as_html, table
 from obdlab.lab.experiment import default_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ipython: Any = IPython.display  # untyped
 
@@ -32,11 +36,13 @@ class Page:
         _show(_ipython.Markdown(f"{figure}{asked.asks}\n\n*{asked.differs}*"))
 
     def figure(self) -> None:
-        """Show the figure."""
+        """Show the figure, if there is anything to be seen in it."""
         import matplotlib.pyplot as plt
 
-        figure = draw(self.question.key, self.results)
-        _show(figure)
+        # The notebook's heading is its title.
+        figure = draw(self.question.key, self.results, titled=False)
+        if not is_empty(figure):
+            show_figure(figure, f"Figure: {self.question.title}")
         plt.close(figure)
 
     def table(self) -> None:
@@ -48,12 +54,13 @@ class Page:
                 _show(_ipython.Markdown(f"**{run.name}**: {why}"))
                 continue
             _show(_ipython.Markdown(f"**{run.name}** (`experiments/{run.declaration}`), medians [95 % interval]"))
-            _show(_ipython.HTML(found.to_html(index=False, border=0)))
+            _show(_ipython.HTML(as_html(found)))
 
     def verdicts(self) -> None:
         """Show what became of the paper's claims."""
         entries = ledger.ledger(self.results, self.question.key)
         if entries:
+            _show(_ipython.Markdown("**What becomes of the paper's claims**"))
             _show(_ipython.HTML(ledger.as_html(entries)))
 
     def provenance(self) -> None:
@@ -66,7 +73,8 @@ class Page:
             quiet = "; some on a busy host" if busy(rows) else ""
             lines.append(f"- `{self.results.directory(run)}/rows.csv`: {len(rows)} rows{quiet}")
             lines += [f"    - {_about(environment)}" for environment in self.results.environments(run)]
-        _show(_ipython.Markdown("\n".join(lines) or "No rows."))
+        if lines:
+            _show(_ipython.Markdown("\n".join(["**Where it was measured**", "", *lines])))
 
 
 class LedgerPage:
@@ -87,6 +95,13 @@ class LedgerPage:
                 f"{text}. {len({claim.figure for claim in CLAIMS if claim.figure})} figures of the paper."
             )
         )
+
+
+def show_figure(figure: Figure, alternative: str) -> None:
+    """Show a figure sharp enough for print, with a text for those who do not see it."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=180, bbox_inches="tight")
+    _show(_ipython.Image(stream.getvalue(), format="png", retina=True, alt=alternative))
 
 
 def _about(environment: dict[str, Any]) -> str:

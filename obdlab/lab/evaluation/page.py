@@ -6,30 +6,26 @@ import base64
 import gzip
 import html
 import re
+from collections import Counter
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.evaluation import ledger
 from obdlab.lab.evaluation.questions import QUESTIONS, runs
+from obdlab.lab.evaluation.verdicts import Verdict
 from obdlab.lab.report import ReportError, run_notebook
 from obdlab.lab.rows import write_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from obdlab.lab.evaluation.ledger import Entry
     from obdlab.lab.evaluation.results import Results
 
 NOTEBOOKS = Path(__file__).parents[3] / "notebooks" / "evaluation"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1.5em; color: #222; }
-h1, h2 { font-weight: 600; } h2 { margin-top: 2.2em; border-top: 1px solid #ddd; padding-top: 1em; }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0; }
-th { text-align: left; border-bottom: 1px solid #999; } th, td { padding: .25em .8em .25em 0; vertical-align: top; }
-tr + tr td { border-top: 1px solid #eee; } img { max-width: 100%; } pre { font-size: 13px; }
-nav a { margin-right: 1em; white-space: nowrap; } .raw td { font-variant-numeric: tabular-nums; }
-"""
+_STYLE = "report.css"
 
 
 def build_report(
@@ -49,25 +45,48 @@ def build_report(
             f"<h2 id='{asked.key}'>{html.escape(asked.title)}</h2>\n{_body(executed)}\n{_links(results, asked)}"
         )
     entries = ledger.ledger(results)
-    counts = ledger.as_text(entries)[-1]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = "\n".join(
         [
             "<!doctype html><html lang='en'><meta charset='utf-8'><title>obdlab: evaluation</title>",
-            f"<style>{_STYLE}</style>",
-            f"<h1>The evaluation on this machine</h1><p>{when}. {html.escape(counts)}.</p>",
-            "<nav>" + "".join(f"<a href='#{q.key}'>{html.escape(q.key.replace('_', ' '))}</a>" for q in QUESTIONS),
-            "<a href='#raw'>raw rows</a></nav>",
+            "<meta name='viewport' content='width=device-width'>",
+            f"<style>{_style()}</style>",
+            f"<div class='page'>{_navigation(results)}<main>",
+            "<h1 id='top'>The evaluation on this machine</h1>",
+            f"<p>Rendered {when}. {len(entries)} claims of the paper:</p>",
+            _counts(entries),
             "<h2 id='ledger'>Ledger of claims</h2>",
             ledger.as_html(entries, _link),
             *sections,
             _raw(results),
-            "</html>",
+            "</main></div></html>",
         ]
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _style() -> str:
+    return (resources.files("obdlab.lab") / "data" / _STYLE).read_text(encoding="utf-8")
+
+
+def _navigation(results: Results) -> str:
+    lines = ["<nav><a href='#top'><b>Evaluation</b></a><a href='#ledger'>ledger of claims</a><hr>"]
+    for asked in QUESTIONS:
+        empty = "" if any(results.rows(run) for run in asked.runs) else " class='empty' title='not measured'"
+        figure = f"<span>{asked.figure}</span>" if asked.figure else ""
+        lines.append(f"<a href='#{asked.key}'{empty}>{figure}{html.escape(asked.key.replace('_', ' '))}</a>")
+    return "".join([*lines, "<hr><a href='#raw'>raw rows</a></nav>"])
+
+
+def _counts(entries: Sequence[Entry]) -> str:
+    counts = Counter(entry.outcome.verdict for entry in entries)
+    told = (
+        f"<span style='color:{ledger.COLOURS.get(verdict, '#666666')}'>{counts[verdict]} {verdict.value}</span>"
+        for verdict in sorted(counts, key=list(Verdict).index)
+    )
+    return f"<p class='counts'>{''.join(told)}</p>"
 
 
 def _link(entry: Entry) -> str:
@@ -79,7 +98,7 @@ def _link(entry: Entry) -> str:
 
 def _links(results: Results, asked: Any) -> str:
     found = [f"<a href='#raw-{run.name}'>{run.name}</a>" for run in asked.runs if results.rows(run)]
-    return f"<p>Raw rows of all numbers above: {', '.join(found) or 'none'}.</p>"
+    return f"<p class='download'>Raw rows of all numbers above: {', '.join(found)}.</p>" if found else ""
 
 
 def _body(executed: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,8 +14,14 @@ from obdlab.lab.statistics import median_interval
 if TYPE_CHECKING:
     from obdlab.lab.evaluation.questions import Run
     from obdlab.lab.evaluation.results import Results
+    from obdlab.lab.kinds.kind import Metric
     from obdlab.lab.rows import Row
+    from obdlab.lab.statistics import Estimate
 
+_LIGHT = "color:#767676;font-size:92%"
+_UNIT = re.compile(r"(^|_)(us|ms|s|kib|mib|mb|mb_s|m_s|s_per_gb)$")
+#: A number, perhaps with its interval and how many there are of it; or nothing.
+_NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\])?( n=\d+)?)?$")
 _START_AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
 _START_METRICS = {
     "total_s": "total, s",
@@ -21,10 +29,11 @@ _START_METRICS = {
     "create_s": "create, s",
     "start_s": "start, s",
     "ready_s": "ready, s",
-    "bytes_received": "bytes",
+    "bytes_received": "received, MB",
     "requests": "requests",
     "cpu_s": "CPU, s",
 }
+_SCALES = {"bytes_received": 1e-6}
 
 
 def table(results: Results, run: Run) -> pd.DataFrame:
@@ -43,10 +52,32 @@ def table(results: Results, run: Run) -> pd.DataFrame:
     for point, found in sorted(groups.items(), key=lambda item: tuple(map(_order, item[0]))):
         line: dict[str, Any] = dict(zip(axes, point, strict=True)) | {"n": len(found)}
         for key, name in metrics.items():
-            values = [float(row[key]) for row in found if row.get(key) is not None]
-            line[name] = str(median_interval(values)) if values else ""
+            values = [float(row[key]) * _SCALES.get(key, 1) for row in found if row.get(key) is not None]
+            line[name] = _told(median_interval(values)) if values else ""
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def as_html(frame: pd.DataFrame) -> str:
+    """Return a table to be read: numbers right, intervals lighter, no empty columns.
+
+    Of what could have been varied (the columns up to "n") the constant is said once above it.
+    """
+    columns = [name for name in frame.columns if any(map(_text, frame[name]))]
+    conditions = columns[: columns.index("n") + 1] if "n" in columns and len(frame) > 1 else []
+    same = {name: frame[name].iloc[0] for name in conditions if frame[name].nunique() == 1}
+    varied = [name for name in columns if name not in same]
+    numeric = {name for name in varied if all(_NUMBER.match(_text(value)) for value in frame[name])}
+    lines = []
+    if same:
+        told = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in same.items())
+        lines.append(f"<p class='same' style='{_LIGHT}'>All rows: {html.escape(told)}.</p>")
+    head = "".join(_cell("th", str(name).replace("_", " "), name in numeric) for name in varied)
+    lines.append(f"<table class='values'><thead><tr>{head}</tr></thead><tbody>")
+    for row in frame[varied].itertuples(index=False, name=None):
+        cells = (_cell("td", _text(value), name in numeric) for name, value in zip(varied, row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table>"])
 
 
 def raw(results: Results, run: Run) -> pd.DataFrame:
@@ -60,7 +91,37 @@ def _columns(row: Row) -> tuple[tuple[str, ...], dict[str, str]]:
     kind = KINDS.get(str(row.get("kind")))
     if kind is None:
         return _START_AXES, _START_METRICS
-    return tuple(kind.axes), {metric.key: f"{metric.key}, {metric.unit}" for metric in kind.metrics}
+    return tuple(kind.axes), {metric.key: _head(metric) for metric in kind.metrics}
+
+
+# The unit is told beside the name, not in it as well.
+def _head(metric: Metric) -> str:
+    name = _UNIT.sub("", metric.key).replace("_", " ")
+    return ", ".join(filter(None, (name, metric.unit)))
+
+
+# Styles are in the cells: a notebook has no style sheet of ours, and its own puts everything right.
+def _cell(tag: str, text: str, number: bool) -> str:
+    value, bracket, interval = text.partition(" [")
+    lighter = f" <span style='{_LIGHT}'>[{html.escape(interval)}</span>" if bracket and tag == "td" else ""
+    shown = html.escape(value if lighter else text) + lighter
+    return f"<{tag} style='text-align:{'right' if number else 'left'}'>{shown}</{tag}>"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else _number(value)
+
+
+def _told(estimate: Estimate) -> str:
+    middle, low, high = map(_number, (estimate.median, estimate.low, estimate.high))
+    return middle if middle == low == high else f"{middle} [{low}, {high}]"
+
+
+# Three digits, but never powers of ten.
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _order(value: Any) -> tuple[int, Any]:

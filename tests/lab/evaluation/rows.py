@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from obdlab.lab.evaluation import questions as q
 from obdlab.lab.evaluation.results import Results
+from obdlab.lab.grid import GridSpec
 from obdlab.lab.kinds import KINDS
-from obdlab.lab.rows import Row
+from obdlab.lab.rows import Row, RowStore
+from obdlab.lab.spec import Spec
+
+_CONTEXT = "as if measured"
 
 #: Seconds of a start by arm and kind; those of the paper, about.
 TOTALS = {
@@ -33,7 +39,7 @@ def start_rows(totals: dict[tuple[str, str], float] = TOTALS, repeats: int = 3, 
         about = {"image": "redis", "arm": arm, "start": start, "disk": disk, "rate_mbit": 100.0, "rtt_ms": 5.0}
         times = {"pull_s": pull, "create_s": 0.2 * rest, "start_s": 0.2 * rest, "ready_s": 0.6 * rest}
         traffic = {"bytes_received": 1e6, "requests": 10, "cpu_s": 0.3, "quiet": True}
-        rows.append({**about, **times, **traffic, "total_s": total, "environment": "e", **more})
+        rows.append({**about, **times, **traffic, "repeat": repeat, "total_s": total, "environment": "e", **more})
     return rows
 
 
@@ -77,3 +83,32 @@ def everything(root: Path) -> Given:
             "memory": grid_rows("memory", {"devices": (1, 10)}, {}),
         },
     )
+
+
+def store_starts(directory: Path, spec: Spec, rows: list[Row]) -> Path:
+    """Keep rows as if ``spec`` had been run in ``directory``: of each cell all rows with its values."""
+    store = RowStore(directory)
+    cells = [cell for network in spec.networks() for cell in spec.cells(*network)]
+    for cell in cells:
+        about = {**asdict(cell), "cell": cell.key(_CONTEXT), "context": _CONTEXT, "attempt": 1}
+        keys = ("image", "arm", "disk", "rate_mbit", "rtt_ms", "repeat")
+        found = [row for row in rows if all(row[key] == about[key] for key in keys)]
+        store.append([{**about, **row} for row in found])
+    return _declared(directory, spec)
+
+
+def store_grid(directory: Path, spec: GridSpec, values: dict[str, float]) -> Path:
+    """Keep rows with these values as if the grid had been measured in ``directory``."""
+    store = RowStore(directory)
+    about = {"context": _CONTEXT, "attempt": 1, "kind": spec.kind, "quiet": True, "environment": "e"}
+    numbers = {**dict.fromkeys((metric.key for metric in KINDS[spec.kind].metrics), 1.0), **values}
+    store.append(
+        {**about, **point, "repeat": repeat, "cell": spec.key(point, repeat, _CONTEXT), **numbers}
+        for point, repeat in spec.cells()
+    )
+    return _declared(directory, spec)
+
+
+def _declared(directory: Path, spec: Spec | GridSpec) -> Path:
+    (directory / "spec.json").write_text(json.dumps({**asdict(spec), "context": _CONTEXT}))
+    return directory

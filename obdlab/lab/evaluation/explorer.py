@@ -1,0 +1,199 @@
+"""Looking through stored starts: distributions, phases and single starts. Needs the ``lab`` extra, no privileges.
+
+:meth:`Explorer.show` and what it is made of are plain calls; ``obdlab.lab.evaluation.panel`` puts the same behind
+widgets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from obdlab.errors import ObdlabError
+from obdlab.lab.declaration import last_spec, open_experiment
+from obdlab.lab.evaluation.pieces import draw_distribution, pair
+from obdlab.lab.evaluation.tables import as_html
+from obdlab.lab.evaluation.waterfall import waterfall
+from obdlab.lab.experiment import default_results
+from obdlab.lab.figures import draw_phases
+from obdlab.lab.spec import Spec, SpecError
+from obdlab.lab.summary import summarise, summary_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from obdlab.lab.rows import Row
+
+#: What starts are chosen by, in the order in which a choice narrows those after it.
+AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start")
+_UNITS = {"rate_mbit": " Mbit/s", "rtt_ms": " ms"}
+_ORDER = {"disk": ("native",), "start": ("cold", "dropped", "warm")}
+
+
+class ExplorerError(ObdlabError):
+    """There is nothing stored of what was asked for."""
+
+
+class Starts:
+    """The good starts of one experiment's last run."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read them. Raises ExplorerError without rows of starts, SpecError or RowsError for damaged results."""
+        if not (directory / "rows.jsonl").is_file():
+            raise ExplorerError(f"{directory}: no results of an experiment (wanted rows.jsonl in it)")
+        spec = last_spec(directory)
+        if not isinstance(spec, Spec):
+            raise ExplorerError(f"{directory}: of kind {spec.kind}, not container starts")
+        rows = open_experiment(spec, directory).rows()
+        self.baseline = spec.snapshotters[0]
+        self.rows: list[Row] = [{"disk": "native", **row} for row in rows if not row.get("error")]
+        self.failed = len(rows) - len(self.rows)
+        if not self.rows:
+            raise ExplorerError(f"{directory}: no good start ({self.failed} failed)")
+
+    def choices(self, axis: str, **chosen: Any) -> list[Any]:
+        """Return the values that starts like ``chosen`` have on an axis (AXES or "arm")."""
+        found = dict.fromkeys(row[axis] for row in self._like(chosen))
+        first = [self.baseline] if axis == "arm" else _ORDER.get(axis, ())
+        return [*(each for each in first if each in found), *sorted(set(found) - set(first))]
+
+    def choose(self, **chosen: Any) -> dict[str, Any]:
+        """Complete a choice: of each axis not named the first value there is. Raises ExplorerError."""
+        unknown = sorted(set(chosen) - set(AXES))
+        if unknown:
+            raise ExplorerError(f"no such axis (got {unknown[0]!r}, wanted among {', '.join(AXES)})")
+        whole: dict[str, Any] = {}
+        for axis in AXES:
+            # What is still to come narrows as well: rtt_ms=20 alone finds a rate that was measured with it.
+            rest = {key: value for key, value in chosen.items() if key not in whole and key != axis}
+            known = self.choices(axis, **whole, **rest) or self.choices(axis, **whole)
+            value = chosen.get(axis, known[0])
+            if value not in known:
+                others = ", ".join(label(key, each) for key, each in {**whole, **rest}.items() if key in chosen)
+                beside = f" with {others}" if others else ""
+                wanted = ", ".join(label(axis, each) for each in known)
+                raise ExplorerError(f"{axis}: not measured{beside} (got {value!r}, wanted one of {wanted})")
+            whole[axis] = value
+        return whole
+
+    def select(self, **chosen: Any) -> list[Row]:
+        """Return the starts of a choice, completed as by :meth:`choose`. Raises ExplorerError."""
+        return self._like(self.choose(**chosen))
+
+    def ranked(self, arm: str = "", **chosen: Any) -> list[Row]:
+        """Return an arm's starts of a choice (default: the first arm beside the baseline), the fastest first.
+
+        Raises ExplorerError.
+        """
+        whole = self.choose(**chosen)
+        arms = self.choices("arm", **whole)
+        if arm and arm not in arms:
+            raise ExplorerError(f"arm: not measured (got {arm!r}, wanted one of {', '.join(arms)})")
+        wanted = arm or next((each for each in arms if each != self.baseline), arms[0])
+        return sorted(self._like({**whole, "arm": wanted}), key=lambda row: float(row["total_s"]))
+
+    def _like(self, chosen: dict[str, Any]) -> list[Row]:
+        return [row for row in self.rows if all(row[key] == value for key, value in chosen.items())]
+
+
+class Explorer:
+    """All experiments of starts below a directory of results, and the pictures of one of them at a time."""
+
+    def __init__(self, results: str | Path = "", experiment: str = "") -> None:
+        """Find them: below ``results`` (default: the checkout's), the first one open, or that of this name.
+
+        Raises ExplorerError.
+        """
+        self.root = Path(results) if results else default_results()
+        self.experiments = find_experiments(self.root)
+        if not self.experiments:
+            how = "see: obdlab experiment, obdlab evaluate"
+            raise ExplorerError(f"{self.root}: no results of container starts ({how})")
+        self.open(experiment or next(iter(self.experiments)))
+
+    def open(self, experiment: str) -> Starts:
+        """Turn to another experiment. Raises ExplorerError."""
+        if experiment not in self.experiments:
+            known = ", ".join(self.experiments)
+            raise ExplorerError(f"no such experiment (got {experiment!r}, wanted one of {known})")
+        self.name = experiment
+        self.starts = Starts(self.experiments[experiment])
+        return self.starts
+
+    def contents(self) -> pd.DataFrame:
+        """Return how many good starts there are of everything that can be chosen."""
+        frame = pd.DataFrame(self.starts.rows)
+        groups = frame.groupby(list(AXES), sort=False)
+        return groups.agg(arms=("arm", "nunique"), starts=("arm", "size")).reset_index()
+
+    def distribution(self, **chosen: Any) -> Figure:
+        """Draw the starts of a choice: on the left each arm's distribution, on the right its median by phases."""
+        whole = self.starts.choose(**chosen)
+        rows = self.starts.select(**whole)
+        figure, left, right = pair((1, 1))
+        totals = {
+            arm: [float(row["total_s"]) for row in rows if row["arm"] == arm]
+            for arm in self.starts.choices("arm", **whole)
+        }
+        draw_distribution(left, totals, "from before the pull until ready", "seconds")
+        draw_phases(right, summarise(rows, self.starts.baseline), "medians with 95 % intervals, by phase")
+        for label in right.get_xticklabels():
+            label.set(rotation=12 if len(totals) > 3 else 0)
+        figure.suptitle(self.title(whole), fontsize=12.5, x=0.01, ha="left")
+        return figure
+
+    def waterfall(self, arm: str = "", rank: int = 0, **chosen: Any) -> Figure:
+        """Draw one start: of an arm the ``rank``-th fastest, from 1 (default: the one in the middle).
+
+        Raises ExplorerError.
+        """
+        ranked = self.starts.ranked(arm, **chosen)
+        if not 0 <= rank <= len(ranked):
+            raise ExplorerError(f"rank: wanted 1 to {len(ranked)} (got {rank})")
+        return waterfall(ranked[rank - 1 if rank else (len(ranked) - 1) // 2])
+
+    def table(self, **chosen: Any) -> pd.DataFrame:
+        """Return medians and intervals of a choice, a line for each arm."""
+        records = summary_records(summarise(self.starts.select(**chosen), self.starts.baseline))
+        return pd.DataFrame(records).drop(columns=["image", "network", "start"])
+
+    def title(self, chosen: dict[str, Any]) -> str:
+        """Return a choice in words."""
+        link = f"{chosen['rate_mbit']:g} Mbit/s, {chosen['rtt_ms']:g} ms round trip"
+        disk = "" if chosen["disk"] == "native" else f", {chosen['disk']} disk"
+        return f"{self.name}: {chosen['image']}, {chosen['start']} start over {link}{disk}"
+
+    def show(self, arm: str = "", rank: int = 0, **chosen: Any) -> None:
+        """Show distribution, table and one start in a notebook."""
+        import matplotlib.pyplot as plt
+        from IPython import display
+
+        from obdlab.lab.evaluation.notebook import show_figure
+
+        shown: Any = display  # untyped
+        for figure in (self.distribution(**chosen), self.waterfall(arm, rank, **chosen)):
+            show_figure(figure, self.title(self.starts.choose(**chosen)))
+            plt.close(figure)
+        shown.display(shown.HTML(as_html(self.table(**chosen))))
+
+
+def find_experiments(root: Path) -> dict[str, Path]:
+    """Return the directories of stored starts below ``root`` by name: itself, its own, and those of evaluations."""
+    found = {}
+    for path in sorted({root, *root.glob("*/"), *root.glob("*/*/")}):
+        if not (path / "rows.jsonl").is_file():
+            continue
+        try:
+            spec = last_spec(path)
+        except SpecError:
+            continue  # stopped before anything was declared, or of a version that declared other things
+        if isinstance(spec, Spec):
+            found[path.name if path == root else str(path.relative_to(root))] = path
+    return found
+
+
+def label(axis: str, value: Any) -> str:
+    """Return a value of an axis with its unit."""
+    return f"{value:g}{_UNITS[axis]}" if axis in _UNITS else str(value)

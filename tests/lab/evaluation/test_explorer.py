@@ -1,0 +1,177 @@
+"""The explorer over stored starts: what there is, what is chosen, and what is drawn of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.image
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from obdlab.lab.evaluation.explorer import Explorer, ExplorerError, Starts
+from obdlab.lab.evaluation.questions import INDEX
+from obdlab.lab.evaluation.results import Results
+from obdlab.lab.evaluation.tables import as_html, table
+from obdlab.lab.evaluation.waterfall import traffic, waterfall
+from obdlab.lab.grid import GridSpec
+from obdlab.lab.rows import Row, RowStore
+from obdlab.lab.spec import Spec
+from tests.lab.evaluation.rows import TOTALS, start_rows, store_grid, store_starts
+
+_ARMS = ("overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot")
+SPEC = Spec("start", images=("nginx", "redis"), snapshotters=_ARMS, a_a=False, repeats=3, disks=("native", "cloud"))
+
+
+@pytest.fixture(autouse=True)
+def _no_window() -> Iterator[None]:
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An evaluation's results: starts of two images, and an index."""
+    totals = {key: 2 * seconds for key, seconds in TOTALS.items()}
+    rows = start_rows() + start_rows(totals, image="nginx")
+    store_starts(tmp_path / "evaluation-quick" / "start", SPEC, rows)
+    store_grid(tmp_path / "evaluation-quick" / "index", GridSpec.from_values({"name": "x", "kind": "index"}), {})
+    return tmp_path
+
+
+def lines(figure: Figure, place: int = 0) -> dict[str, list[float]]:
+    """The values at the steps of each distribution."""
+    found = {}
+    for line in figure.axes[place].get_lines():
+        values = [float(each) for each in line.get_xdata()]
+        found[str(line.get_label())] = values[1:]
+    return found
+
+
+def test_experiments_of_starts_are_found_wherever_the_directory_begins(root: Path) -> None:
+    assert list(Explorer(root).experiments) == ["evaluation-quick/start"]
+    assert list(Explorer(root / "evaluation-quick").experiments) == ["start"]
+    explorer = Explorer(root / "evaluation-quick" / "start")
+    assert explorer.name == "start"
+    contents = explorer.contents()
+    assert contents["starts"].sum() == len(explorer.starts.rows) == 2 * 2 * len(TOTALS) * 3
+    assert set(contents["image"]) == {"redis", "nginx"}
+
+
+def test_what_is_not_there_is_said_and_nothing_is_made(root: Path) -> None:
+    with pytest.raises(ExplorerError, match="no results of container starts"):
+        Explorer(root / "absent")
+    assert not (root / "absent").exists()
+    with pytest.raises(ExplorerError, match="of kind index, not container starts"):
+        Starts(root / "evaluation-quick" / "index")
+    with pytest.raises(ExplorerError, match=r"got 'quick', wanted one of evaluation-quick/start"):
+        Explorer(root, "quick")
+    explorer = Explorer(root)
+    with pytest.raises(ExplorerError, match=r"image: not measured \(got 'mysql', wanted one of nginx, redis\)"):
+        explorer.distribution(image="mysql")
+    with pytest.raises(ExplorerError, match="no such axis"):
+        explorer.table(rate=100)
+    with pytest.raises(ExplorerError, match=r"arm: not measured \(got 'soci'"):
+        explorer.waterfall("soci")
+    with pytest.raises(ExplorerError, match=r"rank: wanted 1 to 3 \(got 4\)"):
+        explorer.waterfall("obdlab", 4)
+
+
+def test_failed_starts_are_left_out_and_counted(tmp_path: Path) -> None:
+    spec = Spec("s", a_a=False, repeats=2)
+    rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2)
+    rows[0]["error"] = "not ready"
+    starts = Starts(store_starts(tmp_path, spec, rows))
+    assert (len(starts.rows), starts.failed) == (1, 1)
+    RowStore(tmp_path).path.write_text("")
+    with pytest.raises(ExplorerError, match="no good start"):
+        Starts(tmp_path)
+
+
+def test_a_choice_is_completed_by_what_was_measured_with_it(tmp_path: Path) -> None:
+    spec = Spec("s", a_a=False, repeats=1, rates_mbit=(100.0, 1000.0), rtts_ms=(5.0, 20.0))
+    cold = {("obdlab", "cold"): 2.0}
+    rows = start_rows(cold, 1) + start_rows(cold, 1, rate_mbit=1000.0, rtt_ms=20.0)
+    starts = Starts(store_starts(tmp_path, spec, rows))
+    assert starts.choose()["rate_mbit"] == 100
+    assert starts.choose(rtt_ms=20)["rate_mbit"] == 1000
+    assert starts.choices("rtt_ms", rate_mbit=1000) == [20]
+    with pytest.raises(
+        ExplorerError, match=r"rate_mbit: not measured with 5 ms \(got 1000, wanted one of 100 Mbit/s\)"
+    ):
+        starts.choose(rate_mbit=1000, rtt_ms=5)
+
+
+def test_distributions_and_bars_are_of_the_chosen_rows(root: Path) -> None:
+    figure = Explorer(root).distribution(image="redis", disk="cloud")
+    shown = lines(figure)
+    assert shown["obdlab (3)"] == pytest.approx([2.1 * 1.5, 2.1 * 1.5 * 1.01, 2.1 * 1.5 * 1.02])
+    assert figure.axes[1].texts[0].get_text() == "16.66 s"
+    assert figure.get_suptitle() == (
+        "evaluation-quick/start: redis, cold start over 100 Mbit/s, 5 ms round trip, cloud disk"
+    )
+    assert lines(Explorer(root).distribution())["overlayfs (3)"] == pytest.approx([22.0, 22.22, 22.44])
+
+
+def test_a_waterfall_is_one_start_phase_after_phase(root: Path) -> None:
+    figure = Explorer(root).waterfall("obdlab", 1, image="redis")
+    bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert [bar.get_width() for bar in bars] == pytest.approx([0.01, 0.418, 0.418, 1.254])
+    for before, after in pairwise(bars):
+        assert after.get_x() == pytest.approx(before.get_x() + before.get_width())
+        assert after.get_y() > before.get_y()
+    assert figure.axes[0].get_title("left") == "redis, obdlab #1, cold: ready after 2.10 s"
+    assert "1.0 MB received until ready\n10 requests" in figure.axes[1].texts[0].get_text()
+    # The middle one of three, and of the arm after the baseline, if nothing is said.
+    assert "obdlab #2" in Explorer(root).waterfall(image="redis").axes[0].get_title("left")
+
+
+def test_a_waterfall_of_what_rows_may_lack_or_have() -> None:
+    bare: Row = {"image": "i", "arm": "a", "start": "warm", "total_s": 0.0}
+    assert traffic(bare) == []
+    waterfall(bare).canvas.draw()
+    row = start_rows({("obdlab", "cold"): 2.0}, 1)[0] | {"completion_s": 5.0, "completion_bytes": 9e6, "quiet": False}
+    figure = waterfall(row)
+    assert figure.axes[0].get_xlim()[1] > 5
+    assert "registry still" in figure.axes[0].texts[-1].get_text()
+    assert "9.0 MB with what came after" in traffic(row)
+    assert traffic(row)[-1].startswith("busy host")
+
+
+def test_the_panel_shows_what_is_chosen_and_narrows_the_rest(root: Path) -> None:
+    from obdlab.lab.evaluation.panel import Panel
+
+    panel = Panel(Explorer(root))
+    assert panel.chosen == {"image": "nginx", "rate_mbit": 100, "rtt_ms": 5, "disk": "native", "start": "cold"}
+    assert [name for name, _ in panel.axes["rate_mbit"].options] == ["100 Mbit/s"]
+    assert panel.arm.value == "obdlab"
+    assert panel.rank.options[1][0] == "2 of 3: 4.24 s"
+    seen = {panel.distribution.value}
+    panel.axes["image"].value = "redis"
+    panel.axes["start"].value = "warm"
+    assert panel.chosen["image"] == "redis"
+    assert panel.distribution.value not in seen
+    assert ">0.41 " in panel.table.value or "0.40" in panel.table.value
+    before = panel.waterfall.value
+    panel.rank.value = 3
+    assert panel.waterfall.value != before
+    pixels = matplotlib.image.imread(io.BytesIO(panel.waterfall.value))
+    assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01
+    assert len(panel.widget().children) == 6
+
+
+def test_tables_have_numbers_right_and_say_once_what_is_the_same(root: Path) -> None:
+    index = as_html(table(Results(root / "evaluation-quick"), INDEX))
+    assert "All rows: n 5." in index
+    assert "<th style='text-align:right'>lookup, µs</th>" in index
+    assert "<td style='text-align:right'>100,000</td>" in index
+    text = as_html(Explorer(root).table(image="redis"))
+    assert "<th style='text-align:left'>arm</th>" in text
+    assert "All rows" not in text
+    assert "<td style='text-align:right'>2.12 <span style=" in text
