@@ -62,8 +62,9 @@ HOST_TESTS := kernel or containerd or vm
 PYTEST := $(BIN)/python -m pytest
 
 unit:
-	$(PYTEST) -n auto --dist loadfile -m "not ($(HOST_TESTS))" $(TESTS)
-	$(PYTEST) -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
+	status=0; $(PYTEST) -n auto --dist loadfile -m "not ($(HOST_TESTS))" $(TESTS) || status=$$?; \
+	$(PYTEST) -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5 || status=$$?; \
+	exit $$status
 
 test-long: setup test-packages long-packages lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
 _GRACE_S = 10.0
+_LOOK_S = 0.25
 
 
 def add(subcommands: Any) -> None:
@@ -56,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
 
     if len(args.name.encode()) > MAX_STRING:
         raise DeviceError(f"the export's name is too long (wanted at most {MAX_STRING} bytes)")
-    signals = {signal.SIGINT, signal.SIGTERM}
     config = image_config_of(args.source, args)
     with open_image(config, settings_from(args)) as image:
         export = NbdExport(
@@ -66,11 +67,15 @@ def run(args: argparse.Namespace) -> int:
             extents=lambda offset, length: extents(image, offset, length),
         )
         server = NbdServer(export, args.socket or args.listen)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        ended = threading.Event()
+        # Handled, not blocked and waited for: threads that opened the image would still be ended by them.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
         server.start()
         print(f"obdlab nbd: ready on {_uri(args, server)}", flush=True)
         notify.ready()
-        signal.sigwait(signals)
+        while not ended.wait(_LOOK_S):  # a signal that another thread gets wakes nobody here
+            pass
         notify.stopping()
         done = server.stop(_GRACE_S)
         if isinstance(image, WritableBlob):
