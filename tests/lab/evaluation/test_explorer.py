@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.image
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -49,7 +50,7 @@ def lines(figure: Figure, place: int = 0) -> dict[str, list[float]]:
     """The values at the steps of each distribution."""
     found = {}
     for line in figure.axes[place].get_lines():
-        values = [float(each) for each in line.get_xdata()]
+        values = np.asarray(line.get_xdata(), dtype=float).tolist()
         found[str(line.get_label())] = values[1:]
     return found
 
