@@ -68,6 +68,14 @@ def missing_for_vm() -> str:
     return "" if machine.in_guest() else machine.missing()
 
 
+def missing_for_browser() -> str:
+    """Why a real browser cannot be run here, or ''."""
+    for tool in ("chromium", "chromedriver"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return ""
+
+
 _PROBES = {
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
@@ -76,6 +84,7 @@ _PROBES = {
     "docker": missing_for_docker,
     "vm": missing_for_vm,
     "prometheus": missing_for_prometheus,
+    "browser": missing_for_browser,
 }
 
 
