@@ -203,7 +203,7 @@ def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stor
         before = find(driver, f"{_OUTPUT} img")[0].get_attribute("src")
         choose(driver, "start", "warm")
         wait(driver, lambda: find(driver, f"{_OUTPUT} img")[0].get_attribute("src") != before, "nothing changed")
-        assert_drawn(pictures(driver, f"{_OUTPUT} img")[0], "#3b6e8f")
+        assert_drawn(pictures(driver, ".widget-image")[0], "#3b6e8f")
         driver.save_screenshot(str(tmp_path / "explorer.png"))
     shutil.rmtree(work)
 
