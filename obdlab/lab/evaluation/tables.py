@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from obdlab.lab.statistics import Estimate
 
 _LIGHT = "color:#767676;font-size:92%"
+_PADDING = "padding:.25em 1.2em .25em 0"
 _UNIT = re.compile(r"(^|_)(us|ms|s|kib|mib|mb|mb_s|m_s|s_per_gb)$")
 #: A number, perhaps with its interval and how many there are of it; or nothing.
 _NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\])?( n=\d+)?)?$")
@@ -100,12 +101,12 @@ def _head(metric: Metric) -> str:
     return ", ".join(filter(None, (name, metric.unit)))
 
 
-# Styles are in the cells: a notebook has no style sheet of ours, and its own puts everything right.
+# Styles are in the cells: a notebook has no style sheet of ours, its own puts everything right, a widget has none.
 def _cell(tag: str, text: str, number: bool) -> str:
     value, bracket, interval = text.partition(" [")
     lighter = f" <span style='{_LIGHT}'>[{html.escape(interval)}</span>" if bracket and tag == "td" else ""
     shown = html.escape(value if lighter else text) + lighter
-    return f"<{tag} style='text-align:{'right' if number else 'left'}'>{shown}</{tag}>"
+    return f"<{tag} style='text-align:{'right' if number else 'left'};{_PADDING}'>{shown}</{tag}>"
 
 
 def _text(value: Any) -> str:
@@ -115,11 +116,15 @@ def _text(value: Any) -> str:
 
 
 def _told(estimate: Estimate) -> str:
-    middle, low, high = map(_number, (estimate.median, estimate.low, estimate.high))
+    middle, low, high = map(_measured, (estimate.median, estimate.low, estimate.high))
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
-# Three digits, but never powers of ten.
+# Three digits, also where the last is 0, but never powers of ten.
+def _measured(value: float) -> str:
+    return _number(value) if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
