@@ -15,7 +15,6 @@ from typing import Any
 
 import matplotlib.image
 import numpy as np
-import papermill
 import pytest
 
 from obdlab.lab.evaluation.page import NOTEBOOKS
@@ -173,6 +172,8 @@ def assert_drawn(pixels: np.ndarray[Any, Any], colour: str) -> None:
 
 @pytest.mark.timeout(1800)
 def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stored: Path) -> None:
+    import papermill  # slow to import
+
     capabilities.require("browser")
     root, work = tmp_path / "notebooks", tmp_path / "work"
     (root / "evaluation").mkdir(parents=True)

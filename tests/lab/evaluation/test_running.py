@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
-from obdlab.lab.evaluation import page
+from obdlab.lab.evaluation import ledger, page
+from obdlab.lab.evaluation.claims import CLAIMS
 from obdlab.lab.evaluation.questions import QUESTIONS, runs
 from obdlab.lab.evaluation.results import Results
 from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
 from obdlab.lab.report import ReportError, check_parameters, run_notebook
 from obdlab.lab.spec import SpecError
+from tests.lab.evaluation.rows import everything
 
 SMALL = ["--set", "index.axes.segments=[4500]", "--set", "index.axes.layers=[1]", "--set", "index.quiet_wait_s=0"]
 NOTEBOOKS = page.NOTEBOOKS
@@ -71,6 +73,19 @@ def test_measured_once_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     raw = page._raw(Results(results))
     assert re.search(r"<tr id='raw-index'><td>index</td><td>3</td><td><a download='index.csv.gz'", raw)
     assert "not measured" in raw
+
+
+def test_navigation_tells_what_has_rows_and_counts_have_an_order(tmp_path: Path) -> None:
+    results = everything(tmp_path)
+    results._rows["random_read"] = []
+    lines = page._navigation(results).split("<a ")
+    (empty,) = [line for line in lines if "class='empty'" in line]
+    assert "href='#random_read'" in empty
+    assert {f"href='#{asked.key}'" for asked in QUESTIONS} <= set(" ".join(lines).replace(">", " ").split())
+    counts = re.findall(r"(\d+) ([a-z ]+)<", page._counts(ledger.ledger(results)))
+    assert sum(int(count) for count, _ in counts) == len(CLAIMS)
+    assert counts[0][1] == "reproduced"
+    assert "@media print" in page._style()
 
 
 @pytest.mark.slow
