@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _RUNC_S = 30.0
-_TERM_S = 10.0
+# Short: a first process without a handler does not hear of it, and what was to be recorded is.
+_TERM_S = 2.0
+_KILL_S = 10.0
 _LOOK_S = 0.02
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CAPABILITIES = [
@@ -126,14 +128,14 @@ class TemporaryContainer:
         unmount(self._root, lazy=True)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _TERM_S)):
+        for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
             if process.poll() is None:
                 self._kill(number)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(patience_s)
         if process.poll() is None:
             process.kill()
-            process.wait(_TERM_S)
+            process.wait(_KILL_S)
         self._run("delete", "--force", self._id)
 
     def _kill(self, number: signal.Signals) -> None:
@@ -169,7 +171,7 @@ class LineWatch:
     def close(self) -> None:
         """Pass on what is left, once the writers are gone."""
         os.close(self.descriptor)
-        self._thread.join(_TERM_S)
+        self._thread.join(_KILL_S)
 
     def _pass_on(self) -> None:
         rest = b""

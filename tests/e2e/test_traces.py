@@ -12,6 +12,8 @@ import pytest
 from obdlab.devices import mount
 from obdlab.formats.trace import Trace
 from tests.e2e.conftest import BIG
+from tests.e2e.images import push_converted
+from tests.registry.server import RegistryServer
 
 pytestmark = [pytest.mark.kernel, pytest.mark.containerd, pytest.mark.registry]
 
@@ -39,6 +41,12 @@ class Tool:
 
     def forget_cached(self) -> None:
         self._caches += 1
+
+
+@pytest.fixture(scope="module")
+def image(registry_server: RegistryServer, layers: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One of its own: others are not to be helped by a trace that refers to theirs."""
+    return push_converted(registry_server.host, "e2e/traced", layers, tmp_path_factory.mktemp("convert"))
 
 
 @pytest.fixture

@@ -162,7 +162,8 @@ def host_pid(service: DeviceService) -> int:
 
 
 def test_a_host_out_of_descriptors_refuses_and_goes_on(service: DeviceService, config: Path) -> None:
-    service.start_host()
+    service.attach(config, "first")  # a host that is still starting would not get over it
+    assert service.detach("first")
     pid = host_pid(service)
     subprocess.run(["prlimit", f"--pid={pid}", "--nofile=3:4096"], check=True)
     with pytest.raises(DeviceError), ThreadPoolExecutor(1) as pool:
