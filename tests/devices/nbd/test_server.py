@@ -9,7 +9,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -184,7 +184,8 @@ def test_options(tmp_path: Path) -> None:
 )
 def test_who_does_not_speak_it_is_hung_up_on(tmp_path: Path, flags: int, sent: bytes) -> None:
     with serving(tmp_path, MemoryBlob(CONTENT), "disk") as place, Speaker(place, flags) as client:
-        client.say(sent)
+        with suppress(ConnectionError):  # hung up on before a word
+            client.say(sent)
         with pytest.raises((EOFError, ConnectionResetError)):
             client.take(1 << 16)
 
