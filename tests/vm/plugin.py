@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if item not in item.session.stash.get(_SELECTED, ()):
         return None
     hook = item.ihook
@@ -57,6 +57,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports_of(item):
         hook.pytest_runtest_logreport(report=report)
     hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # A test before it in its file left up what the two share, for this one.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
