@@ -24,6 +24,8 @@ def blob_of(registry: FaultyRegistry, client: RegistryClient) -> RemoteBlob:
 
 def test_what_failed_for_want_of_time_fails_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_REMEMBERED_S", 60.0)
+    # So short a deadline is given up when the next pause, of a random length, would not fit: perhaps before its half.
+    monkeypatch.setattr(remote, "_FULL_SHARE", 0.1)
     with faulty_registry() as registry, closing(RegistryClient(deadline_s=0.5, hedge_share=0)) as client:
         blob = blob_of(registry, client)
         registry.always(faulty.status(503))
