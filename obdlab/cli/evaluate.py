@@ -33,7 +33,7 @@ def add(subcommands: Any) -> None:
         ),
     )
     evaluate.add_argument("questions", nargs="*", metavar="QUESTION", help="such as cold_start (default: all)")
-    evaluate.add_argument("--full", action="store_true", help="with all repeats: hours (default: at most 30 minutes)")
+    evaluate.add_argument("--full", action="store_true", help="with all repeats: hours (default: the quick modes)")
     evaluate.add_argument(
         "--set",
         action="append",

@@ -97,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"obdlab {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except PermissionError as error:
         print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
         return 1

@@ -172,7 +172,7 @@ class ImageDestination(ABC):
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
         """Return a blob that has() told of, or share() took over, read where it lies. Raises SourceError."""
-        raise NotImplementedError
+        raise NotImplementedError  # not called where has() and share() never say so
 
     def manifest(self, digest: str) -> bytes | None:
         """Return a manifest stored before, its digest checked; None if it is gone. Raises SourceError."""

@@ -8,7 +8,6 @@ original writes 0 into all but the lowest, and reads either.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import multiprocessing
 import signal
@@ -22,6 +21,7 @@ from obdlab.convert.ahead import ahead
 from obdlab.convert.apply import ApplyStatistics, apply_layer
 from obdlab.convert.database import options_digest
 from obdlab.convert.erofstree import ErofsTree
+from obdlab.convert.layout import digest_of_file
 from obdlab.convert.tree import Ext4Tree
 from obdlab.errors import SourceError
 from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
@@ -247,8 +247,7 @@ def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
             wrapped.close()
         middle = time.monotonic()
         # After the fact: the headers are rewritten at the end. The file is in the page cache still.
-        with target.open("rb", buffering=0) as file:
-            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of_file(target)
         seconds = {"commit": middle - begin, "digest": time.monotonic() - middle}
         return _Compressed(target.stat().st_size, committed.records, committed.data_sectors * 512, digest, seconds)
     except OSError as error:

@@ -252,6 +252,12 @@ def is_layout(path: Path) -> bool:
     return (path / _MARK).is_file()
 
 
+def digest_of_file(path: Path) -> str:
+    """Return the digest of a whole file. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _is_named(name: str, tag: str) -> bool:
     # Some tools write the tag, others the whole reference.
     return name == tag or name.endswith(":" + tag)

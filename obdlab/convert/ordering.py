@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.convert.extend import manifest_of
 from obdlab.convert.imagetree import fetched_layers
+from obdlab.convert.layout import digest_of_file
 from obdlab.convert.progress import Silent
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import SECTOR
@@ -85,8 +85,7 @@ def _packing_of(layer: LsmtLayer) -> Packing:
 
 
 def _described(old: oci.Descriptor, path: Path) -> oci.Descriptor:
-    with path.open("rb", buffering=0) as file:
-        digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    digest = digest_of_file(path)
     size = path.stat().st_size
     changed = {oci.BLOB_DIGEST: digest, oci.BLOB_SIZE: str(size)}
     return replace(old, digest=digest, size=size, annotations={**old.annotations, **changed})

@@ -5,7 +5,6 @@ The first two make another image, with one more layer; the third leaves the imag
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from obdlab.convert.extend import TopLayer, add_layer, manifest_of
 from obdlab.convert.imagetree import fetched_layers
+from obdlab.convert.layout import digest_of_file
 from obdlab.convert.progress import Silent
+from obdlab.convert.registryimages import RegistrySource
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
 from obdlab.formats.trace import layer_of_content
@@ -104,8 +105,6 @@ def attach_trace(
 
     The newest one of an image counts. Raises as :func:`add_acceleration_layer` does.
     """
-    from obdlab.convert.registryimages import RegistrySource
-
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
     with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
@@ -152,8 +151,7 @@ def opened(
 
 def _top_layer(path: Path, created_by: str, annotations: dict[str, str]) -> TopLayer:
     try:
-        with path.open("rb", buffering=0) as file:
-            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of_file(path)
         return TopLayer(path, digest, path.stat().st_size, created_by, annotations)
     except OSError as error:
         raise SourceError(f"cannot read the layer: {error.strerror}", blob=str(path)) from error

@@ -7,7 +7,6 @@ them again: in a directory beside the others, under names that say what they are
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.database import LayerRecord
+from obdlab.convert.layout import digest_of_file
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class FinishedLayers:
             os.replace(self._pool / f"{name}{_RECORD}", record)
             os.replace(self._pool / f"{name}{_BLOB}", blob)
             found = LayerRecord(**json.loads(record.read_bytes()[:_MAX_RECORD]))
-            with blob.open("rb", buffering=0) as file:
-                digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            digest = digest_of_file(blob)
             if (digest, blob.stat().st_size) == (found.digest, found.size):
                 return blob, found
         except (OSError, ValueError, TypeError):  # gone, another's by now, or damaged: then it is made again
