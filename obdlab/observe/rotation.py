@@ -33,7 +33,8 @@ class RotatingFile:
         self._count = count
         self._follow = tuple(follow)
         self._fd = -1
-        self._lock = threading.Lock()
+        # Re-entrant, as are logging's own: a signal's handler may log while the line it has interrupted is written.
+        self._lock = threading.RLock()
 
     def write(self, line: bytes) -> None:
         """Append ``line``, a line end included. Raises OSError (disk full)."""
@@ -51,16 +52,16 @@ class RotatingFile:
     def close(self) -> None:
         """Close the file; the next line opens it again."""
         with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            former, self._fd = self._fd, -1
+            if former >= 0:
+                os.close(former)
 
     def _reopen(self) -> None:
         # The new one first: if it cannot be had, lines go on to the old one.
         fresh = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, _MODE)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fresh
+        former, self._fd = self._fd, fresh
+        if former >= 0:
+            os.close(former)
         for follower in self._follow:
             os.dup2(fresh, follower)
 

@@ -1,9 +1,10 @@
-"""Forking a process that has one thread, and leaving the child."""
+"""What a process with one thread needs that forks: forking, leaving the child, hearing of signals."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from typing import TYPE_CHECKING, NoReturn
@@ -38,3 +39,33 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class Signals:
+    """Signals as something to poll for: none interrupts this process in the middle of something else.
+
+    A handler that logs, say, could wait for a lock that the line it has interrupted holds.
+    """
+
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+
+    def fileno(self) -> int:
+        """Return what becomes readable when signals have come."""
+        return self._reader
+
+    def come(self) -> set[int]:
+        """Return the signals that have come since the last call."""
+        try:
+            return set(os.read(self._reader, 4096))
+        except BlockingIOError:
+            return set()
+
+    def forget(self) -> None:
+        """In a forked child: stop listening. The signals' handlers stay those that do nothing."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._reader)
+        os.close(self._writer)

@@ -31,7 +31,7 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.settings import Settings
 from obdlab.observe import audit, logs
 from obdlab.service import wire
-from obdlab.service.forking import fork_to, leave
+from obdlab.service.forking import Signals, fork_to
 from obdlab.service.keeper import Keeper
 from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, Plan, Process, RunDir, held, remove_device
 from obdlab.service.takeover import Former
@@ -83,6 +83,7 @@ class Host:
         self._lock = -1
         self._socket_inode = 0
         self._listener: socket.socket | None = None
+        self._signals: Signals | None = None
         self._to_warm: tuple[str, ...] = ()
 
     def bind(self, timeout_s: float = 10.0) -> bool:
@@ -115,30 +116,44 @@ class Host:
     def run(self) -> None:
         """Serve requests until told to end by SIGTERM, or until nobody can reach the socket any more."""
         assert self._listener is not None, "bind first"
-        _settle_in()
+        self._signals = _settle_in()
         if self._opener is open_configured:
             _warm_up(_WARM)
             self._to_warm = _WARM_LATER
+        self._listener.setblocking(False)
+        poller = select.poll()
+        poller.register(self._listener, select.POLLIN)
+        poller.register(self._signals, select.POLLIN)
         while True:
-            self._listener.settimeout(_AT_ONCE_S if self._to_warm else IDLE_CHECK_S)
+            events = poller.poll((_AT_ONCE_S if self._to_warm else IDLE_CHECK_S) * 1000)
+            signals = self._signals.come()
+            if signal.SIGTERM in signals:
+                return
+            if signal.SIGCHLD in signals:
+                _reap()
+            if any(fd == self._listener.fileno() for fd, _ in events):
+                self._accept(self._listener)
+            elif self._to_warm:
+                _warm_up(self._to_warm)
+                self._to_warm = ()
+            elif self._is_unreachable():
+                return
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:  # the client has hung up
+            return
+        except OSError as error:  # no descriptors or no memory left, for now
+            log.error("cannot accept a request: %s", error.strerror)
+            time.sleep(_TROUBLE_PAUSE_S)
+            return
+        with connection:
+            connection.setblocking(True)
             try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                if self._to_warm:
-                    _warm_up(self._to_warm)
-                    self._to_warm = ()
-                elif self._is_unreachable():
-                    return
-                continue
-            except OSError as error:  # no descriptors or no memory left, for now; or the client has hung up
-                log.error("cannot accept a request: %s", error.strerror)
-                time.sleep(_TROUBLE_PAUSE_S)
-                continue
-            with connection:
-                try:
-                    fork_to(partial(self._answer, connection))
-                except OSError as error:  # no memory, or too many processes: perhaps the next request has more luck
-                    _refuse(connection, f"cannot fork: {error.strerror}")
+                fork_to(partial(self._answer, connection))
+            except OSError as error:  # no memory, or too many processes: perhaps the next request has more luck
+                _refuse(connection, f"cannot fork: {error.strerror}")
 
     # The run directory was removed, or another host took its place.
     def _is_unreachable(self) -> bool:
@@ -150,9 +165,12 @@ class Host:
     # In a child. The lock and the listener belong to the host alone: what kept them would outlive it with them.
     def _answer(self, connection: socket.socket) -> None:
         assert self._listener is not None
+        assert self._signals is not None
+        self._signals.forget()
         self._listener.close()
         os.close(self._lock)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         self._handle(connection)
 
     def _handle(self, connection: socket.socket) -> None:
@@ -352,15 +370,15 @@ def _follow(reader: int, deadline: float) -> None:
             stage = message["stage"]
 
 
-def _settle_in() -> None:
-    signal.signal(signal.SIGCHLD, _reap)
+def _settle_in() -> Signals:
+    signals = Signals(signal.SIGCHLD, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: leave(0))
     abi.set_process_name("obdlab-host")
     try:
         abi.prctl(abi.PR_SET_CHILD_SUBREAPER, 1)
     except OSError as error:
         log.info("no subreaper: %s", error)
+    return signals
 
 
 # Tells one installed state of the package from another, as make does it: by size and time of its files.
@@ -383,7 +401,7 @@ def _warm_up(names: tuple[str, ...]) -> None:
     gc.freeze()  # the collector must not touch, and so unshare, what all servers share
 
 
-def _reap(_: int, __: object) -> None:
+def _reap() -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -28,7 +28,7 @@ from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
 from obdlab.image.settings import Settings
 from obdlab.service import server
-from obdlab.service.forking import become
+from obdlab.service.forking import Signals, become
 from obdlab.service.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, Process
 from obdlab.service.watchdog import Watchdog
 
@@ -99,14 +99,13 @@ class Keeper:
         self._description: dict[str, Any] = {}
         self._watchdog = Watchdog(directory, settings)
         self._over = False
-        self._wake = -1
+        self._signals: Signals | None = None
 
     def run(self) -> None:
         """Return when the device is gone, was given up, or needs no keeper."""
         _settle_in(self._directory.name)
-        self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(writer)
-        self._poller.register(self._wake, select.POLLIN)
+        self._signals = Signals(TAKE_DOWN_SIGNAL)
+        self._poller.register(self._signals, select.POLLIN)
         if self._tell is not None:
             self._poller.register(self._tell, 0)  # tells when nobody listens any more
         if self._former is not None:
@@ -124,9 +123,8 @@ class Keeper:
         if self._leaving:
             pause_ms = _LEAVE_PAUSE_S * 1000 if pause_ms is None else min(pause_ms, _LEAVE_PAUSE_S * 1000)
         for fd, _ in self._poller.poll(pause_ms):
-            if fd == self._wake:
-                os.read(fd, 64)
-                self._leaving = True
+            if self._signals is not None and fd == self._signals.fileno():
+                self._leaving = self._leaving or TAKE_DOWN_SIGNAL in self._signals.come()
             if fd == self._tell:
                 self._fail("nobody waits for the device any more")
                 return
@@ -198,7 +196,8 @@ class Keeper:
     # In the new process. What belongs to the keeper alone must not live on in it.
     def _serve(self, ours: socket.socket, theirs: socket.socket, task: server.Task, settings: str) -> None:
         ours.close()
-        signal.set_wakeup_fd(-1)
+        if self._signals is not None:
+            self._signals.forget()
         signal.signal(TAKE_DOWN_SIGNAL, signal.SIG_IGN)
         for other in self._servers.values():
             other.channel.close()
@@ -390,6 +389,5 @@ def _settle_in(device_id: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with its device
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(TAKE_DOWN_SIGNAL, lambda *_: None)
     abi.set_process_name(f"keep:{device_id}")
     server.protect(device_id, _OOM_SCORE_ADJUST)

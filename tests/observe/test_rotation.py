@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,31 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         RotatingFile(tmp_path / "log", size=0, count=3)
     with pytest.raises(OSError, match="No such file"):
         RotatingFile(tmp_path / "none" / "log", size=1, count=3).write(b"x\n")
+
+
+# Once a lock that could not be entered twice: a device host whose servers died together never answered again.
+WRITING = """
+import signal, sys, time
+from obdlab.observe.rotation import RotatingFile
+file, written = RotatingFile(sys.argv[1], size=4096, count=2000), [0, 0]
+def handle(*_):
+    file.write(b"from the handler\\n")
+    written[0] += 1
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+deadline = time.monotonic() + 1
+while time.monotonic() < deadline:
+    file.write(b"from the rest\\n")
+    written[1] += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(*written)
+"""
+
+
+def test_a_signals_handler_may_write_as_well(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", WRITING, str(tmp_path / "log")]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    lines = [line for entry in tmp_path.iterdir() for line in entry.read_text().splitlines()]
+    wanted = [int(word) for word in ended.stdout.split()]
+    assert [lines.count("from the handler"), lines.count("from the rest")] == wanted
+    assert wanted[0] > 100

@@ -62,6 +62,18 @@ def test_host_is_alone_in_its_process(service: DeviceService, config: Path) -> N
     assert len(os.listdir(f"/proc/{host_pid(service)}/task")) == 1
 
 
+def test_a_host_whose_devices_die_together_goes_on(service: DeviceService, config: Path) -> None:
+    for round_number in range(4):
+        devices = [service.attach(config, f"{round_number}-{number}") for number in range(8)]
+        for device in devices:
+            for pid in (device.keeper_pid, device.pid):
+                os.kill(pid, signal.SIGKILL)
+        assert service.attach(config, "x", timeout_s=30).alive
+        for device in devices:
+            service.detach(device.device_id, force=True)
+        service.detach("x")
+
+
 def test_servers_take_little_memory(service: DeviceService, config: Path) -> None:
     device = service.attach(config, "1")
     lines = Path(f"/proc/{device.pid}/smaps_rollup").read_text().splitlines()
