@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli import trace_images, trace_publish, trace_record
+from obdlab.cli import trace_events, trace_images, trace_publish, trace_record
 from obdlab.cli.common import add_registry_options, settings_from
 from obdlab.errors import ObdlabError
 
@@ -65,6 +65,7 @@ def add(subcommands: Any) -> None:
     add_registry_options(chosen)
     chosen.set_defaults(run=run_filter)
     trace_images.add(actions)
+    trace_events.add(actions)
     trace_publish.add(actions)
 
 

@@ -37,8 +37,8 @@ def add(actions: Any) -> None:
         "transplant",
         help="make a rebuilt image's trace of that of the image it replaces",
         description=(
-            "Follows what was read from blocks to files in OLD, and from files to blocks in NEW, both images with an "
-            "ext4. Files that NEW does not have are left out and told."
+            "Follows what was read from blocks to files in OLD, and from files to blocks in NEW, images with an ext4 "
+            "or an EROFS. Files that NEW does not have are left out and told."
         ),
     )
     moved.add_argument("file", type=Path, metavar="TRACE", help="a trace or a priority list of OLD")
@@ -56,20 +56,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run_files(args: argparse.Namespace) -> int:
     """List files, or reads."""
+    from obdlab.image.fileplaces import FilePlaces
     from obdlab.image.replay import load_file, reads_in
     from obdlab.image.tracemap import sectors_of_reads
-    from obdlab.image.transplant import files_of, pieces_of
+    from obdlab.image.transplant import files_of
 
     data = load_file(str(args.file))
-    with _opened(args.image, args) as disk:
+    with opened(args.image, args) as disk:
         sectors = sectors_of_reads(reads_in(data, disk, name=str(args.file)), disk)
         if args.reads:
-            for offset, length, path in pieces_of(sectors, disk):
-                print(f"{offset}\t{length}\t{_name(path)}")
+            for offset, length, path in FilePlaces(disk).pieces(sectors):
+                print(f"{offset}\t{length}\t{name_of(path)}")
             return 0
         used = files_of(sectors, disk)
         for path, (size, whole) in used.files.items():
-            print(f"{size:>12} {whole:>12} {_name(path)}")
+            print(f"{size:>12} {whole:>12} {name_of(path)}")
         print(f"{used.elsewhere:>12} {'':>12} (of the file system itself)")
     return 0
 
@@ -85,7 +86,7 @@ def run_transplant(args: argparse.Namespace) -> int:
     from obdlab.image.transplant import transplant
 
     data = load_file(str(args.file))
-    with _opened(args.old, args) as old, _opened(args.new, args) as new:
+    with opened(args.old, args) as old, opened(args.new, args) as new:
         sectors = sectors_of_reads(reads_in(data, old, name=str(args.file)), old)
         found = transplant(sectors, old, new)
         reads = [
@@ -102,18 +103,20 @@ def run_transplant(args: argparse.Namespace) -> int:
     save_trace(args.output, unique(Trace.from_reads(reads)))
     print(f"{share:.1f} % of {total} bytes of files found; {len(found.missing)} files missing", file=sys.stderr)
     for path in found.missing[:_SHOWN]:
-        print(f"  {_name(path)}", file=sys.stderr)
+        print(f"  {name_of(path)}", file=sys.stderr)
     if len(found.missing) > _SHOWN:
         print(f"  and {len(found.missing) - _SHOWN} more", file=sys.stderr)
     return 0
 
 
-def _name(path: bytes | None) -> str:
+def name_of(path: bytes | None) -> str:
+    """Return a path for people; "-" for none."""
     return "-" if path is None else os.fsdecode(path or b"/").encode(errors="backslashreplace").decode()
 
 
 @contextmanager
-def _opened(source: str, args: argparse.Namespace) -> Iterator[Stack]:
+def opened(source: str, args: argparse.Namespace) -> Iterator[Stack]:
+    """Open an image's layers, without what is written to it, and without anything being fetched ahead."""
     from dataclasses import replace
 
     from obdlab.cli.attach import image_config_of

@@ -147,6 +147,39 @@ class Volume:
                     found[name] = (child, kind)
         return found
 
+    def lookup(self, path: bytes) -> int | None:
+        """Return the inode number of a path from the root, following no links; None if it is not there."""
+        number = self.root
+        for part in path.split(b"/"):
+            if part in (b"", b"."):
+                continue
+            if not self.inode(number).is_directory:
+                return None
+            found = self.entries(number).get(part)
+            if found is None:
+                return None
+            number = found[0]
+        return number
+
+    def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
+        """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.
+
+        Holes are left out; what goes on where the piece before ends is one piece with it.
+        """
+        at, begin, size, start = 0, 0, 0, 0
+        while at < inode.size:
+            place, count = self._place(inode, at)
+            count = min(count, inode.size - at)
+            if place is not None and size and start + size == place and begin + size == at:
+                size += count
+            elif place is not None:
+                if size:
+                    yield begin, size, start
+                begin, size, start = at, count, place
+            at += count
+        if size:
+            yield begin, size, start
+
     def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
         pending = [(b"", self._root)]

@@ -54,6 +54,11 @@ class Volume:
         self.block_size = self.superblock.block_size
         self._groups = self._read_groups()
 
+    @property
+    def root(self) -> int:
+        """Number of the root directory."""
+        return ROOT_INO
+
     def inode(self, number: int) -> Inode:
         """Return an inode; one that is not in use has mode 0."""
         block, offset = self._place(number)

@@ -1,4 +1,4 @@
-"""What opening a remote layer needs besides its beginning, fetched in two rounds of requests at most.
+"""What opening a remote layer needs, fetched in two rounds of requests at most, and little else.
 
 The first round is the blob's beginning and as much of its end as is likely to hold the compression's index and the
 layer's trailer. The second is what is missing then, in one request: the layer's index, whose place the trailer tells;
@@ -10,20 +10,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
-from obdlab.formats.lsmt.layout import HEADER_SPACE
+from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR, Trailer, check_sealed_trailer
 from obdlab.formats.zfile.layout import CRC_SIZE, HEADER_SIZE, is_zfile
 from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
-from obdlab.layers.zfile_reader import read_description
+from obdlab.layers.zfile_reader import open_zfile, read_description
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
+    from obdlab.formats.zfile.layout import ZFileHeader
 
+#: The tar's header, the ZFile's, and a first block of up to 32 KiB with the layer's.
+BEGINNING = 32 << 10
 # 4 bytes for each compressed block of 4 KiB come to a 450th to a 750th of the blob; the trailer, the tar's end and a
 # small index fit into the rest. A wrong guess costs another request, or a few KiB.
 _END_SHARE = 448
 _END_LEAST = 16 << 10
 # A layer's index of 16 bytes per segment, compressed, is rarely larger.
 _MOST_INDEX = 256 << 10
+_TAIL = 2 * HEADER_SPACE
 
 
 def guessed_end(size: int) -> int:
@@ -33,22 +37,33 @@ def guessed_end(size: int) -> int:
 
 def fetch_rest_of_end(blob: Blob) -> None:
     """Read what the guess left out, so that a cache below has it. An error comes up when the layer is opened."""
-    known = blob.size - guessed_end(blob.size)
     try:
         content = open_tarwrap(blob)
         if not is_zfile(content.read_at(0, min(HEADER_SIZE, content.size))):
             return
         header = read_description(content)
+        start = content.window.offset if isinstance(content, WrappedContent) else 0
+        known = blob.size - guessed_end(blob.size) - start
+        needed = _needed(content, header, known)
+        if 0 <= needed < known:
+            content.read_at(needed, known - needed)
     except ObdlabError:
         return
-    # Where the blocks end in which the layer's trailer lies, the last thing that is read at the end.
-    start = content.window.offset if isinstance(content, WrappedContent) else 0
-    blocks_end = start + header.index_offset
-    blocks = -(-2 * HEADER_SPACE // header.block_size) + 1
-    needed = blocks_end - blocks * (header.block_size + CRC_SIZE)
-    if 0 < needed < known <= blob.size:
-        begin = max(0, needed - _MOST_INDEX)
-        try:
-            blob.read_at(begin, known - begin)
-        except ObdlabError:
-            return
+
+
+# Where in the compressed file that begins which opening the layer reads at its end, the part before `known` unread.
+def _needed(content: Blob, header: ZFileHeader, known: int) -> int:
+    if header.index_offset < known:
+        blocks = -(-_TAIL // header.block_size) + 1
+        return max(0, header.index_offset - blocks * (header.block_size + CRC_SIZE) - _MOST_INDEX)
+    layer = open_zfile(content)  # reads its index; not closed, as the blob below is the caller's
+    tail = max(0, layer.size - _TAIL)
+    begin, end = layer.stored_range(tail, layer.size - tail)
+    trailer_at = layer.size - HEADER_SPACE
+    if trailer_at < HEADER_SPACE or layer.stored_range(trailer_at, HEADER_SPACE)[0] < known:
+        # Of each sector of data that is left out of account here, one record at most.
+        return max(0, begin - min(_MOST_INDEX, layer.size // SECTOR * RECORD_SIZE))
+    trailer = Trailer.from_bytes(layer.read_at(trailer_at, HEADER_SPACE), blob=layer.name, offset=trailer_at)
+    check_sealed_trailer(trailer, layer.size, blob=layer.name)
+    size = trailer.index_size * RECORD_SIZE
+    return min(begin, layer.stored_range(trailer.index_offset, size)[0] if size else end)

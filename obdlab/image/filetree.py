@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 from obdlab.erofs import volume as erofs
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.ext4 import volume as ext4
-from obdlab.ext4.layout import ROOT_INO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,6 +55,16 @@ class _Volume(Protocol):
     def content(self, inode: FileInode, /) -> Iterator[bytes]: ...
 
 
+def open_volume(disk: Blob) -> ext4.Volume | erofs.Volume:
+    """Open the file system on a disk. Raises FormatError if it is none that is known here, or damaged."""
+    head = disk.read_at(0, min(disk.size, 4096)).ljust(4096, b"\0")
+    if int.from_bytes(head[erofs.SUPER_OFFSET : erofs.SUPER_OFFSET + 4], "little") == erofs.MAGIC:
+        return erofs.Volume(disk)
+    if int.from_bytes(head[_EXT4_MAGIC_AT : _EXT4_MAGIC_AT + 2], "little") == _EXT4_MAGIC:
+        return ext4.Volume(disk)
+    raise FormatError("no file system that can be read here", blob=disk.name, wanted="ext4 or erofs")
+
+
 class FileTree:
     """The files on a disk, by number; names and paths are bytes.
 
@@ -65,15 +74,10 @@ class FileTree:
 
     def __init__(self, disk: Blob) -> None:
         self.name = disk.name
-        head = disk.read_at(0, min(disk.size, 4096)).ljust(4096, b"\0")
-        self._volume: _Volume
-        if int.from_bytes(head[erofs.SUPER_OFFSET : erofs.SUPER_OFFSET + 4], "little") == erofs.MAGIC:
-            volume = erofs.Volume(disk)
-            self._volume, self.root, self.kind = volume, volume.root, "erofs"  # type: ignore[assignment]
-        elif int.from_bytes(head[_EXT4_MAGIC_AT : _EXT4_MAGIC_AT + 2], "little") == _EXT4_MAGIC:
-            self._volume, self.root, self.kind = ext4.Volume(disk), ROOT_INO, "ext4"  # type: ignore[assignment]
-        else:
-            raise FormatError("no file system that can be read here", blob=disk.name, wanted="ext4 or erofs")
+        volume = open_volume(disk)
+        self._volume: _Volume = volume  # type: ignore[assignment]
+        self.kind = "erofs" if isinstance(volume, erofs.Volume) else "ext4"
+        self.root = volume.root
 
     def inode(self, number: int) -> FileInode:
         """Return what is known of a file."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.image.ends import fetch_rest_of_end, guessed_end
+from obdlab.image.ends import BEGINNING, fetch_rest_of_end, guessed_end
 from obdlab.image.hotlayer import is_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.replay import load_blob, load_file, load_layer, start_replay, trace_beside
@@ -345,12 +345,20 @@ def _open_remote(
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob = remote.open(lower.digest, lower.size)
     try:
-        # Into the cache, beside the beginning that opening starts with; an error comes up there as well.
-        start = max(blob.size - guessed_end(blob.size), remote.cache_unit)
+        # Into the cache, beside the beginning that opening starts with.
+        unit = remote.cache_unit
+        beginning = min(blob.size, -(-BEGINNING // unit) * unit)
+        start = max(blob.size - guessed_end(blob.size), beginning)
+        end = None
         if start < blob.size:
-            ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
+            end = ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
+        blob.read_at(0, beginning)
+        if end is not None:
             fetch_rest_of_end(blob)
-        return open_layer(blob, watched)
+        layer = open_layer(blob, watched)
+        if end is not None:
+            end.result()  # perhaps the blob is smaller than it should be, in what opening had no use for
+        return layer
     except BaseException:
         blob.close()
         raise

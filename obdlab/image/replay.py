@@ -7,9 +7,9 @@ import os
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError, ObdlabError
-from obdlab.ext4.volume import Volume
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
+from obdlab.image.fileplaces import FileVolume
 from obdlab.layers.tarwrap import WrappedContent
 from obdlab.layers.zfile import ZFileReader
 from obdlab.observe.counters import Counter
@@ -144,29 +144,26 @@ def _ranges(reads: Iterable[Read], disk: Stack, places: Sequence[_Place | None])
 
 
 def _listed_reads(listed: PriorityList, disk: Stack) -> Iterator[Read]:
-    volume = Volume(disk)
+    volume = FileVolume(disk)
     for path in _files(listed, volume):
         try:
-            number = volume.lookup(path)
-            extents = [] if number is None else volume.extents(volume.inode(number))
+            places = volume.places_of(path)
         except ObdlabError as error:
             logger.warning("%s: %s", os.fsdecode(path), error)
             continue
-        if number is None:
+        if places is None:
             logger.info("%s: in the priority list, but not in the image", os.fsdecode(path))
-        for extent in extents:
-            if not extent.unwritten:
-                size = volume.block_size
-                yield from reads_of_disk(disk, extent.physical * size, extent.length * size)
+        for _, length, place in places or ():
+            yield from reads_of_disk(disk, place, length)
 
 
-def _files(listed: PriorityList, volume: Volume) -> Iterator[bytes]:
+def _files(listed: PriorityList, volume: FileVolume) -> Iterator[bytes]:
     for name in listed.files:
         yield os.fsencode(name)
     prefixes = tuple((b"/" + os.fsencode(name).strip(b"/")).rstrip(b"/") + b"/" for name in listed.directories)
     if prefixes:
-        for path, _, inode in volume.walk():
-            if (path + b"/").startswith(prefixes) and not inode.is_directory:
+        for path, is_directory in volume.paths():
+            if (path + b"/").startswith(prefixes) and not is_directory:
                 yield path
 
 

@@ -38,7 +38,7 @@ class Settings:
 
     cache_dir: Path = Path("/var/lib/obdlab/cache")
     #: Granularity of the block cache, and the least that is asked of a registry.
-    cache_unit: int = 64 * KIB
+    cache_unit: int = 16 * KIB
     #: A miss fetches what is missing of the aligned extent around it. A start of pydata takes 1.0 request for each
     #: 256 KiB extent it touches; with units of 64 KiB alone 2.4, and a quarter less bytes.
     cache_extent: int = 256 * KIB

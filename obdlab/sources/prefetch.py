@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
@@ -31,9 +32,10 @@ _UNDER_WAY = 2 << 20
 # A reader who needs the last of a request waits for all of it.
 _LARGEST = 1 << 20
 _FIRST_BATCH, _LARGEST_BATCH = 1 << 20, 8 << 20
-# Units between two pieces are fetched too, and save a request, as long as they are not more of a batch than this.
+# Units between two pieces are fetched too, and save a request: the smallest gaps first, until they are so much of a
+# batch.
 _GAP_SHARE = 0.08
-_MOST_GAP_UNITS = 8
+_MOST_GAP = 512 << 10
 _LOOK_S = 0.002
 _FAILURES = 3
 # So many reads that the trace does not have, and more than it has, and it is another program's.
@@ -70,21 +72,37 @@ def plan(ranges: Iterable[Range], units: Sequence[int]) -> Iterator[Piece]:
 
 def _pieces(batch: list[tuple[int, int]], units: Sequence[int], seen: list[set[int]]) -> list[Piece]:
     first_use = {place: number for number, place in enumerate(batch)}
+    batch = sorted(batch)
+    bridged = _gaps_to_bridge(batch, units)
     runs: list[list[int]] = []  # blob, first, stop, number of first use
-    gap_units = int(len(batch) * _GAP_SHARE)
-    for blob, unit in sorted(batch):
+    for blob, unit in batch:
         number = first_use[blob, unit]
         last = runs[-1] if runs else None
-        if last is not None and last[0] == blob and unit < last[1] + max(1, _LARGEST // units[blob]):
-            gap = unit - last[2]
-            if gap <= min(_MOST_GAP_UNITS, gap_units):
-                gap_units -= gap
-                seen[blob].update(range(last[2], unit))
-                last[2], last[3] = unit + 1, min(last[3], number)
-                continue
-        runs.append([blob, unit, unit + 1, number])
+        follows = last is not None and last[0] == blob and (unit == last[2] or (blob, unit) in bridged)
+        if last is not None and follows and unit < last[1] + max(1, _LARGEST // units[blob]):
+            seen[blob].update(range(last[2], unit))
+            last[2], last[3] = unit + 1, min(last[3], number)
+        else:
+            runs.append([blob, unit, unit + 1, number])
     runs.sort(key=lambda run: run[3])
     return [Piece(blob, first, stop) for blob, first, stop, _ in runs]
+
+
+# The places before which a gap is to be fetched with what is around it.
+def _gaps_to_bridge(batch: Sequence[tuple[int, int]], units: Sequence[int]) -> set[tuple[int, int]]:
+    gaps = sorted(
+        ((unit - before - 1) * units[blob], blob, unit)
+        for (blob_before, before), (blob, unit) in pairwise(batch)
+        if blob == blob_before and unit > before + 1
+    )
+    left = sum(units[blob] for blob, _ in batch) * _GAP_SHARE
+    bridged = set()
+    for size, blob, unit in gaps:
+        left -= size
+        if left < 0 or size > _MOST_GAP:
+            break
+        bridged.add((blob, unit))
+    return bridged
 
 
 class Prefetch:

@@ -1,6 +1,6 @@
 """A start with and without its trace: the reads of one real start, replayed over shaped links. Needs root.
 
-    python -m tests.benchmarks.prefetch [--image redis] [--rates 100 1000] [--rtts 0 20] [--rounds 3]
+    python -m tests.benchmarks.prefetch [--image redis] [--rates 100 1000] [--rtts 0 20] [--rounds 3] [--unit KiB]
 
 As in :mod:`tests.benchmarks.extents`, the image's program is started once and its reads are replayed in their order
 against a cold cache, from before the image is opened until the last of them is there; the program itself takes no
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 1000], metavar="MBIT")
     parser.add_argument("--rtts", type=float, nargs="+", default=[0, 20], metavar="MS")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--unit", type=int, default=Settings().cache_unit >> 10, help="of the cache, in KiB")
     args = parser.parse_args()
     if os.geteuid():
         raise SystemExit("needs root: mounts, a device, network namespaces")
@@ -125,7 +126,7 @@ def main() -> None:
                     outcomes: dict[str, list[Outcome]] = {name: [] for name in choices}
                     for _ in range(args.rounds):
                         for name, chosen in choices.items():
-                            settings = Settings(trace_path=chosen)
+                            settings = Settings(trace_path=chosen, cache_unit=args.unit << 10)
                             outcomes[name].append(start_once(configs[name], reads, settings))
                 report(rate, rtt, outcomes)
 

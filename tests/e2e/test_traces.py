@@ -11,6 +11,7 @@ import pytest
 
 from obdlab.devices import mount
 from obdlab.formats.trace import Trace
+from obdlab.image.traces import difference
 from tests.e2e.conftest import BIG
 from tests.e2e.images import push_converted
 from tests.registry.server import RegistryServer
@@ -104,3 +105,28 @@ def test_what_cannot_be_recorded_is_told(tool: Tool, image: str, tmp_path: Path)
     assert "/dev/loop999: no device" in tool("trace", "record", "/dev/loop999", "-o", here, status=1)
     assert "404" in tool("trace", "record", image + "x", "-o", here, status=1)
     assert devices(tool) == []
+
+
+def test_a_start_is_watched_and_explained(tool: Tool, image: str, tmp_path: Path) -> None:
+    trace, events = tmp_path / "trace", tmp_path / "events"
+    words = ["-o", str(trace), "--events", str(events), "--until-line", "READY"]
+    run = ["--run-dir", str(tool.run_dir), "--run", "/bin/sh", "-c", START]
+    tool("trace", "record", image, *words, *run)
+    told = tool("trace", "timeline", str(events), image, "--rate-mbit", "100")
+    assert "/big" in told
+    assert "at 100 Mbit/s and 0 ms takes at least" in told
+    imported = tmp_path / "imported"
+    tool("trace", "import", str(events), image, "-o", str(imported))
+    recorded, made = (Trace.from_bytes(path.read_bytes()) for path in (trace, imported))
+    # The kernel has asked for all that was read of the layers, but for their indexes.
+    assert sum(end - begin for _, begin, end in difference(recorded, made)) < recorded.size * 0.05
+    tool.forget_cached()
+    again = ["-o", str(events), "--trace", str(imported), "--until-line", "READY"]
+    assert "block events (ready)" in tool("trace", "watch", image, *again, *run)
+    explained = json.loads(
+        tool("trace", "timeline", str(events), image, "--trace", str(imported), "--json").splitlines()[-1]
+    )
+    assert explained["summary"]["coverage"] > 0.9
+    assert {step["process"] for step in explained["steps"]} >= {"cat"}
+    assert devices(tool) == []
+    assert "no directory" in tool("trace", "watch", image, "-o", str(tmp_path / "none" / "x"), status=1)

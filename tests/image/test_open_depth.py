@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import defaultdict
@@ -110,3 +111,23 @@ def test_the_made_layers_are_what_they_are_for(tmp_path: Path) -> None:
             assert facts.layer is not None
             assert facts.layer.segments * 16 > 200_000
             assert table < guessed_end(len(file))
+
+
+@pytest.mark.parametrize("block_size", [4096, 16384, 32768])
+def test_of_layers_with_small_indexes_little_is_fetched(tmp_path: Path, block_size: int) -> None:
+    files = []
+    for number in range(4):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with AppendUpper.create(directory / "data", directory / "index", SIZE) as upper:
+            upper.write_at(number << 20, random.Random(number).randbytes((1 << 20) + 4096 * number))
+            write_layer(upper, directory / "layer.obd", Packing("zstd", block_size, tar=True))
+        files.append((directory / "layer.obd").read_bytes())
+    with faulty_registry() as registry:
+        config = image_of(registry, files)
+        with open_image(config, Settings(cache_dir=tmp_path / "cache")) as image:
+            asked = image.statistics()
+            # The beginning, the guess, what rounding to units adds, and a block that was not guessed.
+            assert asked["demand_bytes"] <= len(files) * ((32 << 10) + guessed_end(1 << 20) + 2 * UNIT + block_size)
+            assert asked["requests"] <= 3 * len(files)
+            assert image.read_at(2 << 20, 1 << 20) == random.Random(2).randbytes((1 << 20) + 8192)[: 1 << 20]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from obdlab.blob import MemoryBlob
 from obdlab.convert.tree import Attributes, Ext4Tree
 from obdlab.errors import FormatError
 from obdlab.ext4.mkfs import make_filesystem
 from obdlab.ext4.volume import Volume
-from obdlab.image.transplant import files_of, pieces_of, transplant
+from obdlab.image.fileplaces import FilePlaces, FileVolume
+from obdlab.image.transplant import files_of, transplant
 from tests.ext4.samples import MemoryDisk
 
 ROOT = Attributes(0o755, 0, 0, 0, 0)
@@ -88,7 +93,7 @@ def test_every_byte_of_a_read_belongs_somewhere() -> None:
     assert set(used.files) - {b"", b"/lib", b"/etc"} == set(FILES)
     for path, data in FILES.items():
         assert used.files[path] == (-(-len(data) // 4096) * 4096, len(data))
-    pieces = list(pieces_of([(0, disk.size // 512)], disk))
+    pieces = list(FilePlaces(disk).pieces([(0, disk.size // 512)]))
     assert sum(length for _, length, _ in pieces) == disk.size
     at = 0
     for offset, length, _ in pieces:
@@ -100,3 +105,54 @@ def test_another_file_system_is_refused() -> None:
     old = disk_of(FILES, 1)
     with pytest.raises(FormatError):
         transplant([(0, 8)], old, MemoryDisk(1 << 20))
+
+
+def erofs_of(files: dict[bytes, bytes], directory: Path, name: str) -> MemoryBlob:
+    for path, content in files.items():
+        file = directory / name / path.decode().lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    image = directory / f"{name}.erofs"
+    subprocess.run(["mkfs.erofs", "--quiet", image, directory / name], check=True, capture_output=True, timeout=60)
+    return MemoryBlob(image.read_bytes())
+
+
+def placed(disk: MemoryBlob | MemoryDisk, path: bytes) -> list[tuple[int, int]]:
+    """Sectors that hold a file's data."""
+    places = FileVolume(disk).places_of(path)
+    assert places is not None
+    return [(place // 512, -(-(place + length) // 512)) for _, length, place in places]
+
+
+@pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+def test_between_file_systems(tmp_path: Path) -> None:
+    old = erofs_of(FILES | {b"/lib/small": b"inline"}, tmp_path, "old")
+    grown = FILES | {b"/etc/aaa": b"x" * 100_000, b"/lib/small": b"inline"}
+    for new in (erofs_of(grown, tmp_path, "new"), disk_of(grown, 5)):
+        wanted = (b"/lib/module7", b"/lib/module19", b"/lib/small")
+        found = transplant([each for path in wanted for each in placed(old, path)], old, new)
+        assert not found.missing
+        for path in wanted[:2]:
+            assert covered(placed(new, path)) <= covered(found.sectors)
+        # Beside the file system's own first block, where its last bytes may be inline.
+        assert not covered(placed(new, b"/etc/aaa")) & covered(found.sectors) - set(range(8))
+    # What is inline comes with the inode.
+    small = transplant(placed(old, b"/lib/small"), old, old)
+    assert covered(placed(old, b"/lib/small")) <= covered(small.sectors)
+
+
+@pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+def test_places_hold_the_files_content(tmp_path: Path) -> None:
+    disk = erofs_of(FILES | {b"/lib/small": b"inline"}, tmp_path, "tree")
+    for path, content in (FILES | {b"/lib/small": b"inline"}).items():
+        rest = bytearray(len(content))
+        for at, length, place in FileVolume(disk).places_of(path) or ():
+            rest[at : at + length] = disk.read_at(place, length)[: len(content) - at]
+        assert rest == content
+    assert FileVolume(disk).places_of(b"/no/such") is None
+    assert FileVolume(disk).places_of(b"/lib/small/below") is None
+    used = files_of([(0, disk.size // 512)], disk)
+    large = {path for path, content in FILES.items() if len(content) > 4096}
+    assert large <= set(used.files)
+    assert b"/lib/small" not in used.files  # within a block of the file system's own
+    assert sum(size for size, _ in used.files.values()) + used.elsewhere == disk.size // 512 * 512

@@ -1,0 +1,245 @@
+"""``obdlab trace watch``, ``import`` and ``timeline``: what the kernel tells of a disk's reads, and what it means."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
+from obdlab.cli.trace_start import (
+    add_start_options,
+    check_options,
+    container_config,
+    listening,
+    mounted,
+    run_once,
+    signals,
+    wait,
+)
+from obdlab.errors import DeviceError, FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.formats.blockevents import DiskRead
+    from obdlab.formats.trace import Trace
+    from obdlab.image.timeline import Step, Summary
+    from obdlab.layers.stack import Stack
+
+_LONGEST = 10
+_MOST_BYTES = 1 << 30
+
+
+def add(actions: Any) -> None:
+    """Declare the commands."""
+    watch = actions.add_parser(
+        "watch",
+        help="write down when a device, or a start of an image, reads what, and for how long it waits",
+        description=(
+            "Writes the kernel's block events (tracefs) of a device to a file, as text. Of an image, starts it as "
+            "record does, but records nothing: its trace or hot layer, or --trace, is replayed as in any start."
+        ),
+    )
+    watch.add_argument("source", metavar="DEVICE|IMAGE", help="a device's id or node; an image as for attach")
+    watch.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the events go")
+    add_trace_option(watch)
+    add_start_options(watch)
+    watch.set_defaults(run=run_watch)
+
+    imported = actions.add_parser(
+        "import",
+        help="make a trace of block events: of obdlab trace watch, blktrace, bpftrace, trace-cmd or perf",
+        description=(
+            "The events are lines of text: of tracefs, trace-cmd report, perf script, a bpftrace program that prints "
+            "such lines, or blkparse. Reads of the disk become reads of the image's layers, in their order."
+        ),
+    )
+    _add_events(imported)
+    imported.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
+    imported.set_defaults(run=run_import)
+
+    shown = actions.add_parser(
+        "timeline",
+        help="what a start read, millisecond by millisecond: process, file, layer, bytes, and what it waited for",
+        description=(
+            "Follows block events to the files and layers of the image, and says what waited longest, what of it the "
+            "trace had, and what the least possible would have been."
+        ),
+    )
+    _add_events(shown)
+    shown.add_argument("--trace", type=Path, metavar="FILE", help="the trace that was replayed meanwhile")
+    shown.add_argument(
+        "--there-within", type=float, default=2.0, metavar="MS", help="a read that took less was there (default: 2)"
+    )
+    shown.add_argument("--rate-mbit", type=float, metavar="N", help="of the link: say what the least possible is")
+    shown.add_argument("--rtt-ms", type=float, default=0.0, metavar="N", help="of the link (default: 0)")
+    form = shown.add_mutually_exclusive_group()
+    form.add_argument("--steps", action="store_true", help="every read, in order (default: the longest waits)")
+    form.add_argument("--csv", action="store_true", help="every read, as CSV")
+    form.add_argument("--json", action="store_true", help="every read and the summary, as one JSON object")
+    shown.set_defaults(run=run_timeline)
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="EVENTS", help="a file with block events")
+    parser.add_argument("image", metavar="IMAGE", help="the image that was on the device, as for attach")
+    parser.add_argument(
+        "--block-device", type=_device, metavar="MAJOR:MINOR", help="which one, if the events are of several"
+    )
+    add_runtime_options(parser)
+    add_registry_options(parser)
+
+
+def _device(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(":")
+    if not (major.isdecimal() and minor.isdecimal()):
+        raise argparse.ArgumentTypeError(f"wanted MAJOR:MINOR, as 7:0 (got {text!r})")
+    return int(major), int(minor)
+
+
+def run_watch(args: argparse.Namespace) -> int:
+    """Watch one device, or one start."""
+    from obdlab.service.live import find_device
+
+    service = device_service_from(args)
+    device = find_device(service, args.source)
+    check_options(args, of_device=device is not None)
+    with signals() as ended:
+        if device is not None:
+            with listening(device.path, args.output):
+                wait(ended, None if args.until_signal else args.seconds, args.quiet, "watching")
+            why = ""
+        elif args.source.startswith("/dev/"):
+            raise DeviceError(f"{args.source}: no device of this run directory ({args.run_dir})")
+        else:
+            from obdlab.cli.attach import image_config_of
+
+            image, document = image_config_of([args.source], args), container_config(args)
+            service.run_dir.create()
+            with tempfile.TemporaryDirectory(prefix="watch-", dir=service.run_dir.path) as directory:
+                place = Path(directory).resolve()
+                image.save(place / "config.v1.json")
+                with mounted(service, place / "config.v1.json", place / "image", args.output):
+                    why = f" ({run_once(args, place, document, ended)})"
+    if not args.quiet:
+        print(f"{args.output}: {len(_parsed(args.output))} block events{why}")
+    return 0
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Write a trace of block events."""
+    from obdlab.cli.trace import save_trace
+    from obdlab.cli.trace_images import opened
+    from obdlab.image.timeline import check_inside, trace_of
+
+    reads = _reads(args)
+    with opened(args.image, args) as disk:
+        check_inside(reads, disk.size, name=str(args.file))
+        trace = trace_of(reads, disk)
+    if not len(trace):
+        raise FormatError("nothing of the image's layers was read", blob=str(args.file), got=f"{len(reads)} reads")
+    save_trace(args.output, trace)
+    return 0
+
+
+def run_timeline(args: argparse.Namespace) -> int:
+    """Tell what was read, or what of it waited."""
+    from obdlab.cli.trace_images import opened
+    from obdlab.image.timeline import summary, timeline
+
+    reads = _reads(args)
+    with opened(args.image, args) as disk:
+        trace = _trace(args, disk)
+        steps = timeline(reads, disk, trace, there_within_ms=args.there_within)
+        facts = summary(steps, disk, trace)
+    if args.json:
+        _print_json(steps, facts)
+    elif args.csv:
+        _print_csv(steps)
+    else:
+        longest = sorted(steps, key=lambda step: -(step.took_ms or 0))[:_LONGEST]
+        print("      ms    took what             offset    length process          layer file")
+        for step in steps if args.steps else sorted(longest, key=lambda step: step.at_ms):
+            print(_line(step))
+        print(*_told(facts, args), sep="\n")
+    return 0
+
+
+def _trace(args: argparse.Namespace, disk: Stack) -> Trace | None:
+    from obdlab.formats.trace import Trace
+    from obdlab.image.replay import load_file, reads_in
+
+    if args.trace is None:
+        return None
+    return Trace.from_reads(reads_in(load_file(str(args.trace)), disk, name=str(args.trace)))
+
+
+def _reads(args: argparse.Namespace) -> list[DiskRead]:
+    from obdlab.formats.blockevents import device_of, reads_of
+
+    events = _parsed(args.file)
+    device = args.block_device or device_of(events, name=str(args.file))
+    reads = reads_of(events, device)
+    if not reads:
+        raise FormatError("no reads of the device", blob=str(args.file), wanted=f"{device[0]}:{device[1]}")
+    return reads
+
+
+def _parsed(path: Path) -> list[Any]:
+    from obdlab.formats.blockevents import parse
+
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise FormatError("too large for block events", blob=str(path), got=size, wanted=f"at most {_MOST_BYTES}")
+        with open(path, errors="replace") as lines:
+            return parse(lines, name=str(path))
+    except OSError as error:
+        raise FormatError(f"cannot read it: {error.strerror}", blob=str(path)) from error
+
+
+def _line(step: Step) -> str:
+    from obdlab.cli.trace_images import name_of
+
+    took = "       ?" if step.took_ms is None else f"{step.took_ms:8.2f}"
+    what = step.state + (" (ahead)" if step.is_ahead else "")
+    layers = ",".join(map(str, step.layers)) or "-"
+    where = f"{step.offset:>11} {step.length:>9}"
+    return f"{step.at_ms:8.1f}{took} {what:<12} {where} {step.process:<16} {layers:>5} {name_of(step.path)}"
+
+
+def _told(facts: Summary, args: argparse.Namespace) -> list[str]:
+    sizes = f"{facts.size} bytes ({facts.stored_size} as stored)"
+    lines = [
+        f"{facts.reads} reads of the disk, {sizes}, of {facts.files} files by {facts.processes} processes",
+        f"{facts.waited_ms:.1f} of {facts.span_ms:.1f} ms passed waiting for some read",
+    ]
+    if facts.coverage is not None:
+        unread = facts.over_read or 0.0
+        lines.append(f"the trace had {facts.coverage:.1%} of what was read; {unread:.1%} of it was not read")
+    if args.rate_mbit:
+        link = f"{args.rate_mbit:g} Mbit/s and {args.rtt_ms:g} ms"
+        lines.append(f"to fetch it at {link} takes at least {facts.optimum_ms(args.rate_mbit, args.rtt_ms):.1f} ms")
+    return lines
+
+
+def _print_json(steps: Sequence[Step], facts: Summary) -> None:
+    from dataclasses import asdict
+
+    from obdlab.image.timeline import as_dict
+
+    print(json.dumps({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]}))
+
+
+def _print_csv(steps: Sequence[Step]) -> None:
+    from obdlab.image.timeline import as_dict
+
+    rows = [as_dict(step) | {"layers": " ".join(map(str, step.layers))} for step in steps]
+    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)

@@ -1,0 +1,117 @@
+"""Listening to what the kernel tells of a block device: its tracepoints, in an instance of tracefs of our own.
+
+Source: Documentation/trace/ftrace.rst, Documentation/trace/events.rst. Other users of tracefs are not disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.devices import abi, mount
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+TRACEFS = Path("/sys/kernel/tracing")
+_EVENTS = ("block_bio_queue", "block_rq_issue", "block_rq_complete")
+#: Of every processor: a hundred thousand events, tens of thousands of reads.
+_BUFFER_KIB = 8192
+_PREFIX = "obdlab-"
+# As the kernel has device numbers in its filters: dev_t of 12 and 20 bits.
+_MINOR_BITS = 20
+
+
+class BlockTrace:
+    """Block events of the device ``node`` from ``with`` on, until :meth:`save` or the end.
+
+    Raises DeviceError on the way in if the kernel has no such events, or we are not root.
+    """
+
+    def __init__(self, node: Path) -> None:
+        number = os.stat(node).st_rdev
+        self._device = os.major(number) << _MINOR_BITS | os.minor(number)
+        self._instance: Path | None = None
+        self._own_mount: Path | None = None
+
+    def __enter__(self) -> Self:
+        root = self._tracefs()
+        _remove_dead(root / "instances")
+        self._instance = root / "instances" / f"{_PREFIX}{os.getpid()}-{self._device}"
+        try:
+            self._instance.mkdir()
+            self._write("buffer_size_kb", str(_BUFFER_KIB))
+            for event in _EVENTS:
+                self._write(f"events/block/{event}/filter", f"dev == {self._device}")
+                self._write(f"events/block/{event}/enable", "1")
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise DeviceError(f"cannot listen to block events ({error.filename}: {error.strerror})") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._instance is not None:
+            _remove(self._instance)
+            self._instance = None
+        if self._own_mount is not None:
+            mount.unmount(self._own_mount)
+            self._own_mount.rmdir()
+            self._own_mount = None
+
+    def save(self, path: Path) -> int:
+        """Stop listening, and write the events to a file as text; return how many came after memory was full.
+
+        Raises DeviceError if it cannot be written.
+        """
+        assert self._instance is not None
+        try:
+            self._write("tracing_on", "0")
+            with open(self._instance / "trace", "rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+            return sum(_lost(stats) for stats in self._instance.glob("per_cpu/cpu*/stats"))
+        except OSError as error:
+            raise DeviceError(f"{path}: cannot write block events ({error.strerror})") from error
+
+    def _write(self, name: str, value: str) -> None:
+        assert self._instance is not None
+        (self._instance / name).write_text(value)
+
+    def _tracefs(self) -> Path:
+        if (TRACEFS / "instances").is_dir():
+            return TRACEFS
+        self._own_mount = Path(tempfile.mkdtemp(prefix="obdlab-tracefs-"))
+        try:
+            abi.mount("tracefs", self._own_mount, "tracefs", 0, "")
+        except OSError as error:
+            self._own_mount.rmdir()
+            self._own_mount = None
+            raise DeviceError(f"block events need the kernel's tracefs: {error.strerror}") from error
+        return self._own_mount
+
+
+# Of processes that were killed.
+def _remove_dead(instances: Path) -> None:
+    for instance in instances.glob(f"{_PREFIX}*"):
+        pid = instance.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            _remove(instance)
+
+
+def _remove(instance: Path) -> None:
+    with suppress(OSError):
+        (instance / "events/enable").write_text("0")
+    with suppress(OSError):
+        instance.rmdir()
+
+
+def _lost(stats: Path) -> int:
+    fields = dict(line.split(": ", 1) for line in stats.read_text().splitlines() if ": " in line)
+    return sum(int(fields.get(name, "0")) for name in ("overrun", "dropped events"))

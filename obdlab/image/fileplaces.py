@@ -1,0 +1,119 @@
+"""Which file each byte of a disk belongs to, whichever file system (ext4, EROFS) is on it."""
+
+from __future__ import annotations
+
+import stat
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
+
+from obdlab.ext4.layout import InodeFlag
+from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.image.filetree import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from obdlab.blob import Blob
+    from obdlab.layers.ordering import SectorRange
+
+    #: (offset in the file, length, offset on the disk) in bytes.
+    Place = tuple[int, int, int]
+
+
+class FileVolume:
+    """The file system on a disk, as far as where it keeps what.
+
+    Raises FormatError, here and in every method, for one that is damaged or not known here, and what the disk raises.
+    """
+
+    def __init__(self, disk: Blob) -> None:
+        self._volume: Any = open_volume(disk)
+        self.block_size: int = self._volume.block_size
+        self._erofs = hasattr(self._volume, "places")
+
+    def places_of(self, path: bytes) -> list[Place] | None:
+        """Return where a file's or directory's data is; None if there is no such path. Links are not followed.
+
+        Everything is read on the way that the kernel reads when it opens the path.
+        """
+        number = self._volume.lookup(path)
+        if number is None:
+            return None
+        inode = self._volume.inode(number)
+        if inode.is_directory:
+            self._volume.entries(number)
+        return list(self._places(inode))
+
+    def walk(self) -> Iterator[tuple[bytes, bool, int, list[Place]]]:
+        """Yield (path, whether it is a directory, size, places) of every file and directory, the root (b"") first."""
+        for path, _, inode in self._volume.walk():
+            if inode.is_directory or stat.S_ISREG(inode.mode):
+                yield path, inode.is_directory, inode.size, list(self._places(inode))
+
+    def paths(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield (path, whether it is a directory) of everything."""
+        return ((path, inode.is_directory) for path, _, inode in self._volume.walk())
+
+    def _places(self, inode: Any) -> Iterator[Place]:
+        if self._erofs:
+            if inode.is_directory or stat.S_ISREG(inode.mode):
+                yield from self._volume.places(inode)
+        elif not inode.flags & InodeFlag.INLINE_DATA:
+            size = self.block_size
+            for extent in self._volume.extents(inode):
+                if not extent.unwritten:
+                    yield extent.logical * size, extent.length * size, extent.physical * size
+
+
+class FilePlaces:
+    """Every byte of the disk that is a file's or directory's, by its place."""
+
+    def __init__(self, disk: Blob) -> None:
+        volume = FileVolume(disk)
+        #: In bytes, by path.
+        self.sizes: dict[bytes, int] = {}
+        self.block_size = volume.block_size
+        rows: list[tuple[int, int, int, bytes]] = []
+        for path, _, size, places in volume.walk():
+            self.sizes[path] = size
+            rows += ((place, length, at, path) for at, length, place in places)
+        rows.sort(key=lambda row: row[0])
+        self._rows = rows
+        self._starts = [row[0] for row in rows]
+
+    def files_in(self, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield (path, offset in the file, length) of what the bytes ``[begin, end)`` of the disk hold."""
+        number = max(0, bisect_right(self._starts, begin) - 1)
+        while number < len(self._rows) and self._rows[number][0] < end:
+            place, length, at, path = self._rows[number]
+            first, last = max(begin, place), min(end, place + length)
+            if first < last:
+                yield path, at + first - place, last - first
+            number += 1
+
+    def pieces(self, sectors: Iterable[SectorRange]) -> Iterator[tuple[int, int, bytes | None]]:
+        """Yield (offset, length, path) of ranges of the disk, None for what is no file's.
+
+        What is kept inside of a block of the file system's own (EROFS's inline data) counts as its own.
+        """
+        for begin, end in sectors:
+            at, stop = begin * SECTOR, end * SECTOR
+            while at < stop:
+                until, path = self._next(at, stop)
+                yield at, until - at, path
+                at = until
+
+    def _next(self, at: int, stop: int) -> tuple[int, bytes | None]:
+        number = bisect_right(self._starts, at) - 1
+        if number >= 0:
+            place, length, _, path = self._rows[number]
+            if not place % self.block_size and at < self._up(place + length):
+                return min(stop, self._up(place + length)), path
+        number += 1
+        while number < len(self._rows) and self._rows[number][0] % self.block_size:
+            number += 1
+        return (min(stop, self._rows[number][0]) if number < len(self._rows) else stop), None
+
+    # The rest of a file's last block is nobody else's.
+    def _up(self, end: int) -> int:
+        return -(-end // self.block_size) * self.block_size
