@@ -48,6 +48,20 @@ def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
     return steps, summary
 
 
+def told(summary: dict[str, Any]) -> pd.Series[Any]:
+    """Return the summary for people."""
+    lines = {
+        "reads": f"{summary['reads']:,} by {summary['processes']} processes, of {summary['files']} files",
+        "read": f"{summary['size'] / 1e6:.1f} MB, {summary['stored_size'] / 1e6:.1f} MB as stored",
+        "passed": f"{summary['span_ms']:.0f} ms, of which {summary['waited_ms']:.0f} ms some read waited",
+    }
+    if summary.get("coverage") is not None:
+        lines["the trace"] = (
+            f"had {summary['coverage']:.1%} of what was read; {summary['over_read'] or 0:.1%} of it was not read"
+        )
+    return pd.Series(lines, name="")
+
+
 def by_file(steps: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each file in the order of first use: processes, reads, bytes, and how long they took."""
     grouped = steps.groupby("path", sort=False)

@@ -48,7 +48,7 @@ class Page:
     def table(self) -> None:
         """Show medians with 95 % intervals."""
         for run in self.question.runs:
-            found = table(self.results, run)
+            found = table(self.results, run, self.question.shown)
             if found.empty:
                 why = self.results.why_not(run) or f"not measured below {self.results.root}"
                 _show(_ipython.Markdown(f"**{run.name}**: {why}"))

@@ -36,7 +36,10 @@ MEMORY = Run("memory", "memory.toml")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``figure`` is the paper's, "" for what the paper does not show; ``differs`` says what is not as there."""
+    """``figure`` is the paper's, "" for what the paper does not show; ``differs`` says what is not as there.
+
+    ``shown`` are the values that rows must have to be in the question's table, by column; all if it is empty.
+    """
 
     key: str
     title: str
@@ -44,11 +47,13 @@ class Question:
     asks: str
     runs: tuple[Run, ...]
     differs: str
+    shown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _NETWORK = (
     "Emulated: the link (token bucket and a delay bridge between network namespaces of this machine). Measured: all "
-    "else, with a real registry, containerd and runc. The image is one of Debian packages, not the paper's WordPress."
+    "else, with a real registry, containerd and runc. The image is WordPress with its database, of Debian packages: "
+    "not the paper's."
 )
 _CLOUD = " The cloud disk is emulated by the kernel's throttling of a real one (2,000 IOPS, 100 MB/s)."
 
@@ -60,6 +65,7 @@ QUESTIONS: tuple[Question, ...] = (
         "From before the pull until the program says that it is ready; caches of host and registry client empty.",
         (START,),
         _NETWORK + " CRFS and pseudo-Slacker are the paper's alone.",
+        {"start": ("cold",)},
     ),
     Question(
         "warm_start",
@@ -68,6 +74,7 @@ QUESTIONS: tuple[Question, ...] = (
         "A start with all data on the disk and the page cache dropped, on the disk as it is and on a slow one.",
         (START,),
         _NETWORK + _CLOUD + " thin LVM is the paper's alone.",
+        {"start": ("dropped",)},
     ),
     Question(
         "trace_prefetch",
@@ -76,6 +83,7 @@ QUESTIONS: tuple[Question, ...] = (
         "Cold starts without help, with a replayed trace, and with a hot layer, beside the warm one.",
         (START,),
         _NETWORK + " The paper replays with fio at queue depth 32; hot layers are not in the paper.",
+        {"start": ("cold", "warm"), "disk": ("native",), "arm": ("obdlab", "obdlab-prefetch", "obdlab-hot")},
     ),
     Question(
         "pull_time",
@@ -84,6 +92,7 @@ QUESTIONS: tuple[Question, ...] = (
         "The time that pulling takes, start by start.",
         (START,),
         _NETWORK + " The paper's are 100 production hosts that have the base layers; here it is one, without them.",
+        {"start": ("cold",)},
     ),
     Question(
         "launch_shape",
@@ -92,6 +101,7 @@ QUESTIONS: tuple[Question, ...] = (
         "The time from create to ready, start by start, when all is local.",
         (START,),
         _NETWORK + " The paper's axis has no unit: only the shape can be compared.",
+        {"start": ("dropped",), "disk": ("native",)},
     ),
     Question(
         "random_read",

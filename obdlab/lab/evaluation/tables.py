@@ -12,6 +12,8 @@ from obdlab.lab.kinds import KINDS
 from obdlab.lab.statistics import median_interval
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from obdlab.lab.evaluation.questions import Run
     from obdlab.lab.evaluation.results import Results
     from obdlab.lab.kinds.kind import Metric
@@ -34,18 +36,33 @@ _START_METRICS = {
     "requests": "requests",
     "cpu_s": "CPU, s",
 }
+#: Milliseconds are enough of a start.
+_START_DECIMALS, _ANY_DECIMALS = 3, 6
+#: What is said of what all rows have in common.
+_SAID = {
+    "rate_mbit": "{} Mbit/s",
+    "rtt_ms": "{} ms round trip",
+    "n": "{} of each",
+    "disk": "{} disk",
+    "start": "{} starts",
+}
 _SCALES = {"bytes_received": 1e-6}
 
 
-def table(results: Results, run: Run) -> pd.DataFrame:
+def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
     """Return a row for each point: what was varied, the number of rows, and ``median [low, high]`` of each metric.
 
-    Empty if the experiment has no rows.
+    Of rows whose columns have the values ``shown`` only. Empty if the experiment has no such rows.
     """
-    rows = results.rows(run)
+    rows = [
+        row
+        for row in results.rows(run)
+        if all(row.get(name) in values for name, values in (shown or {}).items() if name in row)
+    ]
     if not rows:
         return pd.DataFrame()
     axes, metrics = _columns(rows[0])
+    decimals = _START_DECIMALS if metrics is _START_METRICS else _ANY_DECIMALS
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(axis) for axis in axes), []).append(row)
@@ -54,7 +71,7 @@ def table(results: Results, run: Run) -> pd.DataFrame:
         line: dict[str, Any] = dict(zip(axes, point, strict=True)) | {"n": len(found)}
         for key, name in metrics.items():
             values = [float(row[key]) * _SCALES.get(key, 1) for row in found if row.get(key) is not None]
-            line[name] = _told(median_interval(values)) if values else ""
+            line[name] = _told(median_interval(values), decimals) if values else ""
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -71,7 +88,9 @@ def as_html(frame: pd.DataFrame) -> str:
     numeric = {name for name in varied if all(_NUMBER.match(_text(value)) for value in frame[name])}
     lines = []
     if same:
-        told = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in same.items())
+        told = ", ".join(
+            _SAID.get(name, f"{name.replace('_', ' ')} {{}}").format(_text(value)) for name, value in same.items()
+        )
         lines.append(f"<p class='same' style='{_LIGHT}'>All rows: {html.escape(told)}.</p>")
     head = "".join(_cell("th", str(name).replace("_", " "), name in numeric) for name in varied)
     lines.append(f"<table class='values'><thead><tr>{head}</tr></thead><tbody>")
@@ -115,14 +134,18 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else _number(value)
 
 
-def _told(estimate: Estimate) -> str:
-    middle, low, high = map(_measured, (estimate.median, estimate.low, estimate.high))
+def _told(estimate: Estimate, decimals: int) -> str:
+    middle, low, high = (_measured(value, decimals) for value in (estimate.median, estimate.low, estimate.high))
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
 # Three digits, also where the last is 0, but never powers of ten.
-def _measured(value: float) -> str:
-    return _number(value) if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+def _measured(value: float, decimals: int) -> str:
+    if abs(value) >= 1000:
+        return _number(value)
+    told = f"{value:#.3g}".removesuffix(".")
+    _, point, digits = told.partition(".")
+    return f"{value:.{decimals}f}" if point and "e" not in told and len(digits) > decimals else told
 
 
 def _number(value: float) -> str:

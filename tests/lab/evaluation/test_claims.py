@@ -98,3 +98,7 @@ def test_every_question_has_a_figure_and_tables(tmp_path: Path, asked: questions
             assert len(raw(results, run)) == len(results.rows(run))
             if not found.empty:
                 assert found["n"].sum() == len(results.rows(run))
+            shown = table(results, run, asked.shown)
+            assert shown.empty == found.empty
+            for name, values in asked.shown.items():
+                assert shown.empty or set(shown[name]) <= set(values)

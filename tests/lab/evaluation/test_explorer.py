@@ -170,7 +170,7 @@ def test_the_panel_shows_what_is_chosen_and_narrows_the_rest(root: Path) -> None
 
 def test_tables_have_numbers_right_and_say_once_what_is_the_same(root: Path) -> None:
     index = as_html(table(Results(root / "evaluation-quick"), INDEX))
-    assert "All rows: n 5." in index
+    assert "All rows: 5 of each." in index
     assert re.search(r"<th style='text-align:right[^']*'>lookup, µs</th>", index)
     assert re.search(r"<td style='text-align:right[^']*'>100,000</td>", index)
     text = as_html(Explorer(root).table(image="redis"))
