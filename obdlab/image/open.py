@@ -17,7 +17,7 @@ from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import BEGINNING, fetch_rest_of_end, guessed_end
 from obdlab.image.hotlayer import is_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
-from obdlab.image.replay import load_blob, load_file, load_layer, start_replay, trace_beside
+from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
@@ -200,6 +200,7 @@ def _use_traces(
     try:
         found = _trace_of(config, settings, remote, image)
     except ObdlabError as error:  # an image works without
+        TRACES_IGNORED.add()
         logger.warning("trace not replayed: %s", error)
         return
     if found is not None:
@@ -215,10 +216,12 @@ def _trace_of(
 ) -> tuple[str, Callable[[], bytes]] | None:
     path = str(settings.trace_path or "") or config.record_trace_path
     if path:
-        there = os.path.exists(path)
-        if not there:
-            logger.log(logging.WARNING if settings.trace_path else logging.INFO, "%s: no such trace", path)
-        return (path, partial(load_file, path)) if there else None
+        if os.path.exists(path):
+            return path, partial(load_file, path)
+        if settings.trace_path:
+            TRACES_IGNORED.add()
+        logger.log(logging.WARNING if settings.trace_path else logging.INFO, "%s: no such trace", path)
+        return None
     if config.trace.digest and config.trace.size:
         blob = remote.open(config.trace.digest, config.trace.size)
         image.before_close.append(blob.close)

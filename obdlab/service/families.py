@@ -54,6 +54,7 @@ COUNTERS = (
     Family("cache_store_failures", "Stores into the cache that failed"),
     Family("checksum_failures", "Checksums that did not match, by where", "where", ("cache", "zfile", "digest")),
     Family("decompression_failures", "Blocks that did not decompress"),
+    Family("traces_ignored", "Traces of images that could not be used: damaged, missing, or of another image"),
     Family("corruptions_healed", "Damage replaced by sound bytes, by where", "where", ("cache", "zfile")),
     Family("registry_requests", "HTTP exchanges, by status; failed: without an answer", "status"),
     Family("registry_retries", "Tries of a registry request after the first"),

@@ -22,6 +22,7 @@ from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import Image, ImageOpenError, WritableImage, open_image
 from obdlab.image.settings import Settings
 from obdlab.layers.upper import SparseUpper
+from obdlab.observe.counters import counted
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Repository
 from tests.image.test_open_remote import EXT4, push
@@ -179,8 +180,10 @@ def test_what_cannot_be_replayed_is_ignored_with_a_warning(
                 "empty list": b"\n" * 65537,
             }[what]
         )
+    ignored = counted().get("traces_ignored", {}).get("", 0)
     with open_image(config, replace(settings, trace_path=path)) as image:
         wait_until(lambda: any(record.levelno == logging.WARNING for record in caplog.records))
+        assert counted()["traces_ignored"][""] == ignored + 1
         assert "trace" in caplog.text
         begin, end = ranges[0]
         assert len(image.read_at(begin, end - begin)) == end - begin
