@@ -79,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
     wait_for_signal = _catch_signals()
     layout = Layout(root)
-    images = ImageDevices(layout, devices_for(args.run_dir, settings), start_host_early=True)
+    images = ImageDevices(layout, devices_for(args.run_dir, settings))
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
+    images.start_host()
     telling = _tell_counters(args.run_dir.absolute(), layout, snapshotter)
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)

@@ -74,7 +74,6 @@ class Snapshotter:
             layer = overlaybd.remote_layer(labels)
             if layer is not None and (layer.acceleration or not overlaybd.wants_download(labels)):
                 self._commit_remote(key, parent, labels, layer)
-                self._images.expect()
                 raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
             if layer is None:
                 labels = self._pulled_whole(parent, labels)

@@ -50,26 +50,23 @@ class ImageDevices:
     Calls for different snapshots may come from several threads at once; for one snapshot the caller takes turns.
     """
 
-    def __init__(self, layout: Layout, devices: Devices, *, start_host_early: bool = False) -> None:
-        """Serve images below ``layout``. ``start_host_early`` spares the first container the device host's start."""
+    def __init__(self, layout: Layout, devices: Devices) -> None:
+        """Serve images below ``layout``."""
         self._layout = layout
         self._devices = devices
         # Names of devices differ between the roots of a host.
         self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
         self._failures: dict[int, _Failure] = {}
-        self._start_host_early = start_host_early
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
         #: Told of an image (by its snapshot's id) that is not read lazily, and why.
         self.on_fallback: Callable[[int, str], None] = lambda _, __: None
 
-    def expect(self) -> None:
-        """Have everything running that a first mount needs; called when an image has been pulled. Returns at once."""
-        with self._guard:
-            if self._start_host_early and self._host_start is None:
-                self._host_start = threading.Thread(target=self._start_host, name="start-host")
-                self._host_start.start()
+    def start_host(self) -> None:
+        """Start the device host, which the first container shall not wait for. Returns at once."""
+        self._host_start = threading.Thread(target=self._start_host, name="start-host")
+        self._host_start.start()
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False

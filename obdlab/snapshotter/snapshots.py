@@ -32,9 +32,6 @@ class ImageMounts(Protocol):
     #: Told of an image (by its snapshot's id) that is not read lazily, and why.
     on_fallback: Callable[[int, str], None]
 
-    def expect(self) -> None:
-        """Get ready to mount: an image has been pulled."""
-
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
     ) -> Path:

@@ -262,9 +262,6 @@ def test_a_downloaded_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter
 class StuckImages:
     """Mounts nothing, and has devices that cannot be taken away."""
 
-    def expect(self) -> None:
-        pass
-
     def mount(
         self, snapshot_id: int, spec: object, asked_s: float, mode: object = None, *, make: bool = False
     ) -> Path:
