@@ -51,14 +51,13 @@ def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
 def told(summary: dict[str, Any]) -> pd.Series[Any]:
     """Return the summary for people."""
     lines = {
-        "reads": f"{summary['reads']:,} by {summary['processes']} processes, of {summary['files']} files",
+        "reads": f"{summary['reads']:,} of {summary['files']} files, by {summary['processes']} processes",
         "read": f"{summary['size'] / 1e6:.1f} MB, {summary['stored_size'] / 1e6:.1f} MB as stored",
-        "passed": f"{summary['span_ms']:.0f} ms, of which {summary['waited_ms']:.0f} ms some read waited",
+        "passed": f"{summary['span_ms']:.0f} ms, {summary['waited_ms']:.0f} ms of them waiting",
     }
     if summary.get("coverage") is not None:
-        lines["the trace"] = (
-            f"had {summary['coverage']:.1%} of what was read; {summary['over_read'] or 0:.1%} of it was not read"
-        )
+        unread = summary["over_read"] or 0.0
+        lines["the trace"] = f"had {summary['coverage']:.1%} of it, {unread:.1%} of its own unread"
     return pd.Series(lines, name="")
 
 

@@ -39,7 +39,7 @@ def test_files_come_in_the_order_of_first_use(path: Path) -> None:
     assert files.loc[name.decode(), "processes"] == "cat"
     assert files.loc[name.decode(), "bytes"] >= size
     assert files.loc[name.decode(), "waited_ms"] >= 50
-    assert "2 processes" in told(facts)["reads"]
+    assert "by 2 processes" in told(facts)["reads"]
     assert "the trace" not in told(facts)
     assert "had 50.0%" in told(facts | {"coverage": 0.5, "over_read": None})["the trace"]
 
