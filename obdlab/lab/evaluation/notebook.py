@@ -71,7 +71,8 @@ class Page:
             if not rows:
                 continue
             quiet = "; some on a busy host" if busy(rows) else ""
-            lines.append(f"- `{self.results.directory(run)}/rows.csv`: {len(rows)} rows{quiet}")
+            place = self.results.directory(run).relative_to(self.results.root.parent)
+            lines.append(f"- `{place}/rows.csv`: {len(rows)} rows{quiet}")
             lines += [f"    - {_about(environment)}" for environment in self.results.environments(run)]
         if lines:
             _show(_ipython.Markdown("\n".join(["**Where it was measured**", "", *lines])))
@@ -104,9 +105,22 @@ def show_figure(figure: Figure, alternative: str) -> None:
     _show(_ipython.Image(stream.getvalue(), format="png", retina=True, alt=alternative))
 
 
+# What a reader wants to know first; all of it is in environments.jsonl.
+_ABOUT = {
+    "kernel": "kernel {}",
+    "cpu_model": "{}",
+    "cores": "{} cores",
+    "memory_gib": "{:.0f} GiB",
+    "disk": "disk {}",
+    "congestion_control": "{}",
+    "git_commit": "commit {:.12}",
+}
+
+
 def _about(environment: dict[str, Any]) -> str:
-    known = ("kernel", "cpu", "cpus", "memory_gib", "disk", "git", "obdlab")
-    return ", ".join(f"{key} {environment[key]}" for key in known if environment.get(key)) or environment["id"]
+    known = environment | {"memory_gib": environment.get("memory_bytes", 0) / 2**30}
+    told = [form.format(known[key]) for key, form in _ABOUT.items() if known.get(key)]
+    return ", ".join(told) or str(environment["id"])
 
 
 def _show(thing: object) -> None:
