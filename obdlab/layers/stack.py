@@ -66,12 +66,15 @@ class Stack(Blob):
         self.blobs: tuple[Blob, ...] = tuple(layer.data for layer in reversed(layers))
         self._lookup = self.index.lookup
         self._reads: tuple[ReadAt, ...] = tuple(blob.read_at for blob in self.blobs)
+        #: Whether somebody watches the reads of layers.
+        self.watched = False
 
     def watch(self, around: Callable[[int, ReadAt], ReadAt] | None) -> None:
         """Have each layer read through ``around(its number, its read_at)``, 0 being the bottom; None ends that.
 
         While nobody watches it costs nothing.
         """
+        self.watched = around is not None
         top = len(self.blobs) - 1
         reads = [blob.read_at for blob in self.blobs]
         self._reads = tuple(read if around is None else around(top - tag, read) for tag, read in enumerate(reads))

@@ -14,12 +14,14 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.service import control
 from obdlab.service.rundir import DeviceRecord, Process
@@ -113,7 +115,7 @@ def serve(
             readahead_kib=readahead_kib,
             connection=task.connection,
             path=task.path,
-            on_busy=None if task.number or isinstance(blob, WritableBlob) else keeper.tell_busy,
+            on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_tell_busy, keeper, blob),
         )
     except ObdlabError as error:
         keeper.tell({"error": str(error)})
@@ -137,6 +139,12 @@ def serve(
             blob.flush()
         control.leave_counters(device, blob, directory)
         blob.close()
+
+
+# While reads are recorded nobody new takes any: a recording that began with the opening of the image is this process's.
+def _tell_busy(keeper: Channel, blob: Blob) -> None:
+    if not (isinstance(blob, Stack) and blob.watched):
+        keeper.tell_busy()
 
 
 # A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have

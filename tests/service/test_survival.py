@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -21,9 +22,13 @@ import obdlab
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
+from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.diskimport import import_disk
+from obdlab.image.open import open_image
+from obdlab.image.replay import reads_of_disk
 from obdlab.image.settings import Settings
+from obdlab.image.traces import difference
 from obdlab.image.writing import Packing
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.upper import SparseUpper
@@ -406,3 +411,27 @@ def test_a_busy_device_gets_help_and_an_idle_one_lets_it_go(tmp_path: Path) -> N
         until(lambda: helpers_of(service) == [], timeout_s=60)
     finally:
         clean_up(service, force=True)
+
+
+@needs_fio
+def test_all_reads_of_a_busy_device_are_in_its_trace(tmp_path: Path) -> None:
+    settings = Settings(cache_dir=tmp_path / "cache", server_processes=2)
+    service = DeviceService(tmp_path.resolve() / "run", settings)
+    trace = tmp_path / "trace"
+    trace.touch()
+    config = golden_config(tmp_path)
+    replace(ImageConfig.load(config), record_trace_path=str(trace)).save(config)
+    try:
+        device = service.attach(config, "x")
+        load = ["fio", "--name=job", f"--filename={device.path}", "--readonly", "--direct=1", "--rw=randread"]
+        load += ["--bs=64k", "--ioengine=libaio", "--iodepth=16", "--time_based", "--runtime=6", "--norandommap=0"]
+        subprocess.run(load, stdout=subprocess.DEVNULL, check=True)
+        assert helpers_of(service) == []
+        assert service.detach("x")
+        until(trace.with_name("trace.ok").exists)
+    finally:
+        clean_up(service, force=True)
+    with open_image(ImageConfig.load(config), Settings(), traces=False) as image:
+        recorded = Trace.from_bytes(trace.read_bytes())
+        whole = Trace.from_reads(reads_of_disk(image, 0, image.size))
+        assert difference(whole, recorded) == []

@@ -39,7 +39,7 @@ class Prefetch(Lazy):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its trace."""
-        return f"{super().tag(source)}-trace2"
+        return f"{super().tag(source)}-trace3"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image, start it once to record what it reads, and add that on top."""
@@ -81,7 +81,7 @@ class Hot(Prefetch):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its hot layer."""
-        return f"{Lazy.tag(self, source)}-hot1"
+        return f"{Lazy.tag(self, source)}-hot2"
 
     def _add(
         self, image: ImageSource, target: ImageDestination, trace: bytes, settings: Settings, client: RegistryClient
