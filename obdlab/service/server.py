@@ -141,7 +141,7 @@ def serve(
         blob.close()
 
 
-# While reads are recorded nobody new takes any: a recording that began with the opening of the image is this process's.
+# While reads are recorded nobody new takes any: a recording from the opening of the image on is this process's alone.
 def _tell_busy(keeper: Channel, blob: Blob) -> None:
     if not (isinstance(blob, Stack) and blob.watched):
         keeper.tell_busy()
