@@ -118,6 +118,7 @@ QUESTIONS: tuple[Question, ...] = (
         "du over the whole image in a container, everything local, page cache dropped.",
         (DU,),
         "Measured." + _CLOUD,
+        {"start": ("dropped",)},
     ),
     Question(
         "scan_tar",
@@ -126,6 +127,7 @@ QUESTIONS: tuple[Question, ...] = (
         "tar of the whole image in a container, everything local, page cache dropped.",
         (TAR,),
         "Measured." + _CLOUD,
+        {"start": ("dropped",)},
     ),
     Question(
         "image_build",

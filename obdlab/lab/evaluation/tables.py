@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from obdlab.lab.statistics import Estimate
 
 _LIGHT = "color:#767676;font-size:92%"
-_PADDING = "padding:.25em 1.2em .25em 0"
+_PADDING = "padding:.25em .9em .25em 0"
 _UNIT = re.compile(r"(^|_)(us|ms|s|kib|mib|mb|mb_s|m_s|s_per_gb)$")
 #: A number, perhaps with its interval and how many there are of it; or nothing.
 _NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\])?( n=\d+)?)?$")
+_NOTHING = {"", "0", "0.00"}
 _START_AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
 _START_METRICS = {
     "total_s": "total, s",
     "pull_s": "pull, s",
     "create_s": "create, s",
-    "start_s": "start, s",
     "ready_s": "ready, s",
     "bytes_received": "received, MB",
     "requests": "requests",
@@ -77,11 +77,11 @@ def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | Non
 
 
 def as_html(frame: pd.DataFrame) -> str:
-    """Return a table to be read: numbers right, intervals lighter, no empty columns.
+    """Return a table to be read: numbers right, intervals lighter, no columns that are empty or nothing but 0.
 
     Of what could have been varied (the columns up to "n") the constant is said once above it.
     """
-    columns = [name for name in frame.columns if any(map(_text, frame[name]))]
+    columns = [name for name in frame.columns if not {_text(value) for value in frame[name]} <= _NOTHING]
     conditions = columns[: columns.index("n") + 1] if "n" in columns and len(frame) > 1 else []
     same = {name: frame[name].iloc[0] for name in conditions if frame[name].nunique() == 1}
     varied = [name for name in columns if name not in same]
@@ -116,7 +116,9 @@ def _columns(row: Row) -> tuple[tuple[str, ...], dict[str, str]]:
 
 # The unit is told beside the name, not in it as well.
 def _head(metric: Metric) -> str:
-    name = _UNIT.sub("", metric.key).replace("_", " ")
+    name = _UNIT.sub("", metric.key).replace("_", " ").replace("seconds", "time").replace("cpu", "CPU")
+    if metric.unit.startswith(("of ", "in ")):  # a share, or a place
+        return metric.unit if name.startswith("of ") else f"{name} {metric.unit}"
     return ", ".join(filter(None, (name, metric.unit)))
 
 
