@@ -5,14 +5,15 @@ Source: Documentation/trace/ftrace.rst, Documentation/trace/events.rst. Other us
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-import tempfile
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi, mount
+from obdlab.devices import abi
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -26,24 +27,29 @@ _BUFFER_KIB = 8192
 _PREFIX = "obdlab-"
 # As the kernel has device numbers in its filters: dev_t of 12 and 20 bits.
 _MINOR_BITS = 20
+_numbers = itertools.count()
 
 
 class BlockTrace:
     """Block events of the device ``node`` from ``with`` on, until :meth:`save` or the end.
 
-    Raises DeviceError on the way in if the kernel has no such events, or we are not root.
+    Raises DeviceError if it is no block device, and on the way in if the kernel has no such events, or we are not
+    root.
     """
 
     def __init__(self, node: Path) -> None:
-        number = os.stat(node).st_rdev
-        self._device = os.major(number) << _MINOR_BITS | os.minor(number)
+        status = os.stat(node)
+        if not stat.S_ISBLK(status.st_mode):
+            raise DeviceError(f"{node}: not a block device, whose reads the kernel would tell")
+        self._device = os.major(status.st_rdev) << _MINOR_BITS | os.minor(status.st_rdev)
         self._instance: Path | None = None
-        self._own_mount: Path | None = None
+        # Of a tracefs that is mounted nowhere, where the host has none: it ends with us, however we end.
+        self._tracefs = -1
 
     def __enter__(self) -> Self:
-        root = self._tracefs()
+        root = self._open_tracefs()
         _remove_dead(root / "instances")
-        self._instance = root / "instances" / f"{_PREFIX}{os.getpid()}-{self._device}"
+        self._instance = root / "instances" / f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         try:
             self._instance.mkdir()
             self._write("buffer_size_kb", str(_BUFFER_KIB))
@@ -61,10 +67,9 @@ class BlockTrace:
         if self._instance is not None:
             _remove(self._instance)
             self._instance = None
-        if self._own_mount is not None:
-            mount.unmount(self._own_mount)
-            self._own_mount.rmdir()
-            self._own_mount = None
+        if self._tracefs >= 0:
+            os.close(self._tracefs)
+            self._tracefs = -1
 
     def save(self, path: Path) -> int:
         """Stop listening, and write the events to a file as text; return how many came after memory was full.
@@ -84,17 +89,14 @@ class BlockTrace:
         assert self._instance is not None
         (self._instance / name).write_text(value)
 
-    def _tracefs(self) -> Path:
+    def _open_tracefs(self) -> Path:
         if (TRACEFS / "instances").is_dir():
             return TRACEFS
-        self._own_mount = Path(tempfile.mkdtemp(prefix="obdlab-tracefs-"))
         try:
-            abi.mount("tracefs", self._own_mount, "tracefs", 0, "")
+            self._tracefs = abi.mount_detached("tracefs", {}, 0)
         except OSError as error:
-            self._own_mount.rmdir()
-            self._own_mount = None
             raise DeviceError(f"block events need the kernel's tracefs: {error.strerror}") from error
-        return self._own_mount
+        return Path(f"/proc/self/fd/{self._tracefs}")
 
 
 # Of processes that were killed.

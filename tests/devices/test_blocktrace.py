@@ -51,11 +51,16 @@ def test_what_a_killed_listener_left_is_removed(device: Path, tmp_path: Path) ->
         assert trace._instance is not None
         left = trace._instance.with_name(f"obdlab-{2**22 + 1}-7")
         left.mkdir()
-        with BlockTrace(tmp_path):  # of another device number
+        with BlockTrace(device):
             assert not left.exists()
         assert trace._instance.exists()
     with pytest.raises(DeviceError, match="cannot write"), BlockTrace(device) as trace:
         trace.save(tmp_path / "none" / "events")
+
+
+def test_what_is_no_block_device(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="not a block device"):
+        BlockTrace(tmp_path)
 
 
 def test_a_kernel_without_events(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
