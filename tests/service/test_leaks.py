@@ -115,10 +115,15 @@ def pss_kib(pid: int) -> int:
 def test_an_idle_device_takes_no_processor_time(service: DeviceService, config: Path) -> None:
     device = service.attach(config, "x")
     pids = (device.keeper_pid, device.pid)
-    switches = [switches_of(pid) for pid in pids]
-    subprocess.run(["sleep", "2"], check=True)
-    # Reading /proc wakes nobody; a thread that ends after its last work may.
-    assert all(after - before <= 2 for before, after in zip(switches, map(switches_of, pids), strict=True))
+
+    def are_still() -> bool:
+        switches = [switches_of(pid) for pid in pids]
+        subprocess.run(["sleep", "2"], check=True)
+        # Reading /proc wakes nobody; a thread that ends after its last work may.
+        return all(after - before <= 2 for before, after in zip(switches, map(switches_of, pids), strict=True))
+
+    # On a loaded host what follows an attach (others look at the new disk) takes a while.
+    assert any(are_still() for _ in range(5))
 
 
 def switches_of(pid: int) -> int:
