@@ -13,23 +13,25 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
 from obdlab.cli.trace_start import (
     add_start_options,
-    check_options,
     container_config,
+    device_of,
     listening,
     mounted,
     run_once,
     signals,
     wait,
 )
-from obdlab.errors import DeviceError, FormatError
+from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Sequence
 
     from obdlab.formats.blockevents import DiskRead
     from obdlab.formats.trace import Trace
     from obdlab.image.timeline import Step, Summary
     from obdlab.layers.stack import Stack
+    from obdlab.service.client import DeviceService
 
 _LONGEST = 10
 _MOST_BYTES = 1 << 30
@@ -76,7 +78,7 @@ def add(actions: Any) -> None:
     shown.add_argument(
         "--there-within", type=float, default=2.0, metavar="MS", help="a read that took less was there (default: 2)"
     )
-    shown.add_argument("--rate-mbit", type=float, metavar="N", help="of the link: say what the least possible is")
+    shown.add_argument("--rate-mbit", type=_positive, metavar="N", help="of the link: say what the least possible is")
     shown.add_argument("--rtt-ms", type=float, default=0.0, metavar="N", help="of the link (default: 0)")
     form = shown.add_mutually_exclusive_group()
     form.add_argument("--steps", action="store_true", help="every read, in order (default: the longest waits)")
@@ -95,6 +97,13 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
     add_registry_options(parser)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"wanted more than 0 (got {text!r})")
+    return value
+
+
 def _device(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(":")
     if not (major.isdecimal() and minor.isdecimal()):
@@ -104,31 +113,30 @@ def _device(text: str) -> tuple[int, int]:
 
 def run_watch(args: argparse.Namespace) -> int:
     """Watch one device, or one start."""
-    from obdlab.service.live import find_device
-
     service = device_service_from(args)
-    device = find_device(service, args.source)
-    check_options(args, of_device=device is not None)
+    device = device_of(args, service)
     with signals() as ended:
-        if device is not None:
+        if device is None:
+            why = f" ({_watch_image(args, service, ended)})"
+        else:
             with listening(device.path, args.output):
                 wait(ended, None if args.until_signal else args.seconds, args.quiet, "watching")
             why = ""
-        elif args.source.startswith("/dev/"):
-            raise DeviceError(f"{args.source}: no device of this run directory ({args.run_dir})")
-        else:
-            from obdlab.cli.attach import image_config_of
-
-            image, document = image_config_of([args.source], args), container_config(args)
-            service.run_dir.create()
-            with tempfile.TemporaryDirectory(prefix="watch-", dir=service.run_dir.path) as directory:
-                place = Path(directory).resolve()
-                image.save(place / "config.v1.json")
-                with mounted(service, place / "config.v1.json", place / "image", args.output):
-                    why = f" ({run_once(args, place, document, ended)})"
     if not args.quiet:
         print(f"{args.output}: {len(_parsed(args.output))} block events{why}")
     return 0
+
+
+def _watch_image(args: argparse.Namespace, service: DeviceService, ended: threading.Event) -> str:
+    from obdlab.cli.attach import image_config_of
+
+    image, document = image_config_of([args.source], args), container_config(args)
+    service.run_dir.create()
+    with tempfile.TemporaryDirectory(prefix="watch-", dir=service.run_dir.path) as directory:
+        place = Path(directory).resolve()
+        image.save(place / "config.v1.json")
+        with mounted(service, place / "config.v1.json", place / "image", args.output):
+            return run_once(args, place, document, ended)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -180,11 +188,11 @@ def _trace(args: argparse.Namespace, disk: Stack) -> Trace | None:
 
 
 def _reads(args: argparse.Namespace) -> list[DiskRead]:
-    from obdlab.formats.blockevents import device_of, reads_of
+    from obdlab.formats import blockevents
 
     events = _parsed(args.file)
-    device = args.block_device or device_of(events, name=str(args.file))
-    reads = reads_of(events, device)
+    device = args.block_device or blockevents.device_of(events, name=str(args.file))
+    reads = blockevents.reads_of(events, device)
     if not reads:
         raise FormatError("no reads of the device", blob=str(args.file), wanted=f"{device[0]}:{device[1]}")
     return reads

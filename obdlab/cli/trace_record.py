@@ -14,15 +14,14 @@ from obdlab.cli.common import device_service_from
 from obdlab.cli.trace_start import (
     RecordError,
     add_start_options,
-    check_options,
     container_config,
+    device_of,
     listening,
     mounted,
     run_once,
     signals,
     wait,
 )
-from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
     import argparse
@@ -60,16 +59,11 @@ def add(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record one device, or one start."""
-    from obdlab.service.live import find_device
-
     service = device_service_from(args)
-    device = find_device(service, args.source)
-    check_options(args, of_device=device is not None)
+    device = device_of(args, service)
     with signals() as ended:
         if device is not None:
             return _record_device(args, service, device, ended)
-        if args.source.startswith("/dev/"):
-            raise DeviceError(f"{args.source}: no device of this run directory ({args.run_dir})")
         return _record_image(args, service, ended)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from obdlab.service.client import DeviceService
+    from obdlab.service.client import AttachedDevice, DeviceService
 
 _ASK_S = 0.5
 
@@ -48,12 +48,22 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     add_registry_options(parser)
 
 
-def check_options(args: argparse.Namespace, *, of_device: bool) -> None:
-    """Raise RecordError for options that are for images only, if it is a device, or an output without a directory."""
+def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevice | None:
+    """Return the device that the command line names; None: it names an image.
+
+    Raises RecordError for an output without a directory, a node that is no device of ours, or, of a device, options
+    that are for images only.
+    """
+    from obdlab.service.live import find_device
+
     if not args.output.absolute().parent.is_dir():
         raise RecordError(f"{args.output}: no directory to write it to")
-    if of_device and any([args.until_line, args.until_command, args.host_network, *args.words]):
+    device = find_device(service, args.source)
+    if device is None and args.source.startswith("/dev/"):
+        raise RecordError(f"{args.source}: no device of this run directory ({args.run_dir})")
+    if device is not None and any([args.until_line, args.until_command, args.host_network, *args.words]):
         raise RecordError(f"{args.source} is a device: --run, --until-* and --host-network are for images")
+    return device
 
 
 def _seconds(text: str) -> float:

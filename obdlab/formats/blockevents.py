@@ -33,15 +33,15 @@ MAX_EVENTS = 1 << 22
 _ACTIONS = {"block_bio_queue": "Q", "block_rq_issue": "D", "block_rq_complete": "C"}
 _WHAT = r"(?P<sector>\d{1,18}) \+ (?P<count>\d{1,10})"
 _TRACEFS = re.compile(
-    r"\s*(?P<task>.{1,32}?)[-\s]\s*(?P<pid>\d{1,10})\s+(?:\(.{0,20}?\)\s+)?\[\d+\]\s+(?:\S+\s+)?(?P<at>\d{1,12}\.\d{1,9}):\s+"
+    r"(?P<task>\S.{0,31}?)[-\s]\s*(?P<pid>\d{1,10})\s+(?:\(.{0,20}?\)\s+)?\[\d+\]\s+(?:\S+\s+)?(?P<at>\d{1,12}\.\d{1,9}):\s+"
     r"(?:block:)?(?P<action>block_bio_queue|block_rq_issue|block_rq_complete):\s+"
     r"(?P<major>\d{1,10}),(?P<minor>\d{1,10}) (?P<flags>[A-Z]{1,10}) (?:\d+ )?(?:\([^)]*\) )?" + _WHAT +
-    r"(?: [\w,]+)? \[(?P<process>.{0,32})\]\s*",
+    r"(?: [\w,]+)? \[(?P<process>.{0,32})\]",
     re.ASCII,
 )  # fmt: skip
 _BLKPARSE = re.compile(
-    r"\s*(?P<major>\d{1,10}),(?P<minor>\d{1,10})\s+\d+\s+\d+\s+(?P<at>\d{1,12}\.\d{1,9})\s+(?P<pid>\d{1,10})\s+"
-    r"(?P<action>[QDC])\s+(?P<flags>[A-Z]{1,10})\s+" + _WHAT + r"(?: \[(?P<process>.{0,32})\])?\s*",
+    r"(?P<major>\d{1,10}),(?P<minor>\d{1,10})\s+\d+\s+\d+\s+(?P<at>\d{1,12}\.\d{1,9})\s+(?P<pid>\d{1,10})\s+"
+    r"(?P<action>[QDC])\s+(?P<flags>[A-Z]{1,10})\s+" + _WHAT + r"(?: \[(?P<process>.{0,32})\])?",
     re.ASCII,
 )
 
@@ -59,6 +59,11 @@ class BlockEvent:
     count: int
     process: str
     pid: int
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it is of a read; "ZR", say, resets a zone."""
+        return self.flags.startswith("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ def parse(lines: Iterable[str], *, name: str = "events") -> list[BlockEvent]:
 
 
 def _event(line: str) -> BlockEvent | None:
+    line = line.strip()  # not by the patterns, which would try every way to share a row of blanks
     found = _TRACEFS.fullmatch(line) or _BLKPARSE.fullmatch(line)
     if found is None:
         return None
@@ -120,7 +126,7 @@ def _event(line: str) -> BlockEvent | None:
 
 def device_of(events: Iterable[BlockEvent], *, name: str = "events") -> tuple[int, int]:
     """Return (major, minor) of the one device that the events are of. Raises FormatError if there are several."""
-    found = Counter(event.device for event in events if "R" in event.flags)
+    found = Counter(event.device for event in events if event.is_read)
     if len(found) != 1:
         several = ", ".join(f"{major}:{minor} ({count} events)" for (major, minor), count in found.most_common(5))
         raise FormatError("reads of one device are wanted", blob=name, got=several or "none", wanted="one")
@@ -133,7 +139,7 @@ def reads_of(events: Iterable[BlockEvent], device: tuple[int, int]) -> list[Disk
 
     Where the events do not tell of that, in the order they were queued.
     """
-    mine = [event for event in events if event.device == device and "R" in event.flags and event.count]
+    mine = [event for event in events if event.device == device and event.is_read and event.count]
     began = "D" if any(event.action == "D" for event in mine) else "Q"
     asked_by = {event.sector: event for event in mine if event.action == "Q"}
     begun = [event for event in mine if event.action == began]

@@ -84,7 +84,7 @@ def test_several_devices_are_told_apart() -> None:
         device_of(events)
     assert len(reads_of(events, (7, 1))) == 2
     with pytest.raises(FormatError, match="none"):
-        device_of([event(1, "D", 0, 8, flags="W")])
+        device_of([event(1, "D", 0, 8, flags="W"), event(2, "D", 0, 8, flags="ZR")])
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,10 @@ def test_anything_is_events_or_refused(lines: list[str]) -> None:
 def test_numbers_and_names_come_through(sector: int, count: int, name: str) -> None:
     line = f" {name}-7 [000] ..... 1.000001: block_rq_issue: 259,3 RA 1 () {sector} + {count} none,0,0 [{name}]"
     assert parse([line]) == [BlockEvent(1.000001, (259, 3), "D", "RA", sector, count, name, 7)]
+
+
+# Patterns that try every way to share a row of blanks would take longer than any test may.
+def test_rows_of_blanks_are_no_events() -> None:
+    hostile = [" " * 1023, "a" + " " * 1022, "a " * 511, "a-1 " * 255, "a-1 [0] " + "x " * 500, "7,0 " * 255]
+    with pytest.raises(FormatError):
+        parse(hostile * 1000)
