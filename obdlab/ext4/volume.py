@@ -120,6 +120,18 @@ class Volume:
             found += xattr.parse_block(self._metadata(inode.acl_block), self.name)
         return found
 
+    def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
+        """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.
+
+        Holes, and what is kept in the inode, are left out.
+        """
+        if inode.flags & InodeFlag.INLINE_DATA:
+            return
+        size = self.block_size
+        for extent in self.extents(inode):
+            if not extent.unwritten:
+                yield extent.logical * size, extent.length * size, extent.physical * size
+
     def extents(self, inode: Inode) -> list[Extent]:
         """Return where a file's or directory's blocks are, in order; what is between them is a hole."""
         if inode.flags & InodeFlag.INLINE_DATA:

@@ -6,7 +6,6 @@ import stat
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
-from obdlab.ext4.layout import InodeFlag
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.image.filetree import open_volume
 
@@ -29,7 +28,6 @@ class FileVolume:
     def __init__(self, disk: Blob) -> None:
         self._volume: Any = open_volume(disk)
         self.block_size: int = self._volume.block_size
-        self._erofs = hasattr(self._volume, "places")
 
     def places_of(self, path: bytes) -> list[Place] | None:
         """Return where a file's or directory's data is; None if there is no such path. Links are not followed.
@@ -42,27 +40,17 @@ class FileVolume:
         inode = self._volume.inode(number)
         if inode.is_directory:
             self._volume.entries(number)
-        return list(self._places(inode))
+        return list(self._volume.places(inode))
 
     def walk(self) -> Iterator[tuple[bytes, bool, int, list[Place]]]:
         """Yield (path, whether it is a directory, size, places) of every file and directory, the root (b"") first."""
         for path, _, inode in self._volume.walk():
             if inode.is_directory or stat.S_ISREG(inode.mode):
-                yield path, inode.is_directory, inode.size, list(self._places(inode))
+                yield path, inode.is_directory, inode.size, list(self._volume.places(inode))
 
     def paths(self) -> Iterator[tuple[bytes, bool]]:
         """Yield (path, whether it is a directory) of everything."""
         return ((path, inode.is_directory) for path, _, inode in self._volume.walk())
-
-    def _places(self, inode: Any) -> Iterator[Place]:
-        if self._erofs:
-            if inode.is_directory or stat.S_ISREG(inode.mode):
-                yield from self._volume.places(inode)
-        elif not inode.flags & InodeFlag.INLINE_DATA:
-            size = self.block_size
-            for extent in self._volume.extents(inode):
-                if not extent.unwritten:
-                    yield extent.logical * size, extent.length * size, extent.physical * size
 
 
 class FilePlaces:

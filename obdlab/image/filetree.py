@@ -75,6 +75,7 @@ class FileTree:
     def __init__(self, disk: Blob) -> None:
         self.name = disk.name
         volume = open_volume(disk)
+        # Each volume's methods take inodes of its own alone, which is all they are given here.
         self._volume: _Volume = volume  # type: ignore[assignment]
         self.kind = "erofs" if isinstance(volume, erofs.Volume) else "ext4"
         self.root = volume.root
