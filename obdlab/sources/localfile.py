@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import SourceError
 from obdlab.observe import audit
+
+
+# Closed with its last holder. A read under way is one: its number might be another file's by the time a late pread
+# used it. Counting readers under a lock said the same, and cost as much as the pread of a block.
+class _Descriptor:
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 class LocalFile(Blob):
@@ -20,30 +31,22 @@ class LocalFile(Blob):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
-        self._lock = threading.Lock()
         self._pread = audit.pread_of("file:pread", self.name, audit.SLOW_LAYER_READ_S)
-        # Reads in flight. The descriptor goes back to the kernel only when none is left: its number might be
-        # another file's by the time a late pread used it.
-        self._readers = 0
-        self._closed = False
         try:
             # Not blocking on a FIFO: it is refused below.
-            self._fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            file = _Descriptor(os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
             raise SourceError(f"cannot open ({error.strerror})", blob=self.name) from error
-        try:
-            self._size = self._find_size()
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._size = self._find_size(file.number)
+        self._file: _Descriptor | None = file
 
-    def _find_size(self) -> int:
+    def _find_size(self, fd: int) -> int:
         try:
-            status = os.fstat(self._fd)
+            status = os.fstat(fd)
             if stat.S_ISREG(status.st_mode):
                 return status.st_size
             if stat.S_ISBLK(status.st_mode):
-                return os.lseek(self._fd, 0, os.SEEK_END)
+                return os.lseek(fd, 0, os.SEEK_END)
         except OSError as error:
             raise SourceError(f"cannot tell its size ({error.strerror})", blob=self.name) from error
         kind = "directory" if stat.S_ISDIR(status.st_mode) else "special file"
@@ -55,33 +58,35 @@ class LocalFile(Blob):
 
     def identity(self) -> str:
         """Return what tells this very file from others, and from itself after a change. Raises SourceError."""
+        file = self._open_file(0)
         try:
-            status = os.fstat(self._fd)
+            status = os.fstat(file.number)
         except OSError as error:
             raise SourceError(f"cannot tell its identity ({error.strerror})", blob=self.name) from error
         return f"file {status.st_dev}:{status.st_ino}, {status.st_size} bytes, changed at {status.st_mtime_ns} ns"
 
     def read_at(self, offset: int, length: int) -> bytes:
-        check_range(self, offset, length)
-        with self._lock:
-            if self._closed:
-                raise SourceError("read after close", blob=self.name, offset=offset)
-            self._readers += 1
+        if offset < 0 or length < 0 or offset + length > self._size:
+            check_range(self, offset, length)
+        file = self._file or self._open_file(offset)  # held until the read is over
         try:
-            data = self._pread(self._fd, length, offset)
+            data = self._pread(file.number, length, offset)
             if len(data) == length:
                 return data
-            return self._read_rest(data, offset, length)
+            return self._read_rest(file.number, data, offset, length)
         except OSError as error:
             raise SourceError(f"read failed ({error.strerror})", blob=self.name, offset=offset) from error
-        finally:
-            self._release()
 
-    def _read_rest(self, start: bytes, offset: int, length: int) -> bytes:
+    def _open_file(self, offset: int) -> _Descriptor:
+        if self._file is None:
+            raise SourceError("read after close", blob=self.name, offset=offset)
+        return self._file
+
+    def _read_rest(self, fd: int, start: bytes, offset: int, length: int) -> bytes:
         # Linux reads at most 2 GiB - 4 KiB in one call; a file cut short meanwhile gives nothing.
         data = bytearray(start)
         while len(data) < length:
-            more = os.pread(self._fd, length - len(data), offset + len(data))
+            more = os.pread(fd, length - len(data), offset + len(data))
             if not more:
                 raise SourceError(
                     f"file was cut short (got {len(data)} of {length} bytes)", blob=self.name, offset=offset
@@ -89,18 +94,5 @@ class LocalFile(Blob):
             data += more
         return bytes(data)
 
-    def _release(self) -> None:
-        with self._lock:
-            self._readers -= 1
-            last = self._closed and self._readers == 0
-        if last:
-            os.close(self._fd)
-
     def close(self) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            idle = self._readers == 0
-        if idle:
-            os.close(self._fd)
+        self._file = None

@@ -92,6 +92,8 @@ class Ring:
         self._lock = threading.Lock()
         #: Where the entries of the commands are that were taken and not answered.
         self._places: deque[int] = deque()
+        #: Numbers of the commands that went well and whose answers are not in the ring yet.
+        self._finished: deque[int] = deque()
         #: Where the next command is taken from; the kernel's tail, in the mailbox, follows with the completions.
         self._taken = self._position(TAIL_AT)
 
@@ -142,13 +144,22 @@ class Ring:
                     _U32.pack_into(memory, TAIL_AT, position)
         return commands
 
-    def complete_good(self, cmd_id: int) -> None:
-        """Answer one command that went well, all of its data being valid. As :meth:`complete`."""
-        memory, places = self.memory, self._places
+    def finish(self, cmd_id: int) -> None:
+        """Answer one command that went well, all of its data being valid; told to the kernel by :meth:`publish`."""
+        self._finished.append(cmd_id)
+
+    def publish(self) -> None:
+        """Answer what was finished. As :meth:`complete`."""
+        memory, places, finished = self.memory, self._places, self._finished
+        if not finished:
+            return
+        offset, pack = self._offset + 4, _ANSWER.pack_into
         with self._lock:
-            if not places:
-                raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
-            _ANSWER.pack_into(memory, self._offset + places.popleft() + 4, cmd_id, 0, 0, 0)
+            while finished:
+                cmd_id = finished.popleft()
+                if not places:
+                    raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
+                pack(memory, offset + places.popleft(), cmd_id, 0, 0, 0)
             _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def complete(self, cmd_id: int, status: int, sense: bytes = b"", read_length: int = -1) -> None:

@@ -52,6 +52,7 @@ class TcmuServer:
         self._block_size = disk.block_size
         self._memory = memory
         self._ring = Ring(memory)
+        self._finish = self._ring.finish
         self._event = event
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
@@ -139,6 +140,7 @@ class TcmuServer:
 
     def _notify(self) -> None:
         self._unnotified = 0
+        self._ring.publish()
         try:
             os.write(self._event, _EVENT)
         except OSError as error:
@@ -170,7 +172,7 @@ class TcmuServer:
             member.read_times[taken.bit_length()] += 1
             if taken > member.slowest_ns:
                 member.slowest_ns = taken
-            self._ring.complete_good(number)
+            self._finish(number)
         member.since_ns = 0
         self._unnotified = unnotified = self._unnotified + length + 1
         if unnotified > _NOTIFY_BYTES:

@@ -118,6 +118,31 @@ def test_answers_without_commands_are_refused() -> None:
     kernel = KernelRing()
     with pytest.raises(RingError, match="none is outstanding"):
         Ring(kernel.memory).complete(1, 0)
+    shared = Ring(kernel.memory)
+    shared.finish(1)
+    with pytest.raises(RingError, match="none is outstanding"):
+        shared.publish()
+    kernel.close()
+
+
+def test_what_was_finished_is_answered_when_published() -> None:
+    kernel = KernelRing()
+    shared = Ring(kernel.memory)
+    numbers = [kernel.put(read_10(lba, 8), room=4096) for lba in range(4)]
+    kernel.publish()
+    shared.take()
+    for number in (numbers[2], numbers[0]):
+        shared.finish(number)
+    assert not kernel.answers()
+    shared.complete(numbers[1], 2)
+    assert sorted(kernel.answers()) == [numbers[1]]
+    shared.publish()
+    assert sorted(kernel.answers()) == sorted([numbers[0], numbers[2]])
+    shared.publish()
+    assert not shared.is_empty
+    shared.finish(numbers[3])
+    shared.publish()
+    assert shared.is_empty
     kernel.close()
 
 

@@ -55,6 +55,25 @@ def test_rubbish_is_refused_or_gives_the_length(codec: Codec, data: bytes, lengt
 
 
 @codecs
+@settings(deadline=None)
+@given(content=st.lists(st.binary(min_size=300, max_size=300), min_size=1, max_size=9))
+def test_many_blocks_together(codec: Codec, content: list[bytes]) -> None:
+    stored = [memoryview(bytes(codec.compress(block))) for block in content]
+    out = bytearray(300 * len(content))
+    codec.decompress_all(stored, memoryview(out))
+    assert out == b"".join(content)
+
+
+@codecs
+@pytest.mark.parametrize("length", [0, 299, 301])
+def test_one_block_of_another_length_among_many(codec: Codec, length: int) -> None:
+    stored = [memoryview(bytes(codec.compress(bytes([number]) * 300))) for number in range(5)]
+    stored[3] = memoryview(bytes(codec.compress(b"x" * length)) if length else b"rubbish")
+    with pytest.raises(CorruptBlobError):
+        codec.decompress_all(stored, memoryview(bytearray(1500)))
+
+
+@codecs
 def test_input_with_something_after_it_is_refused(codec: Codec) -> None:
     data = bytes(codec.compress(b"a" * 5000)) + b"more"
     with pytest.raises(CorruptBlobError):
