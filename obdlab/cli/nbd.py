@@ -50,6 +50,7 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from obdlab.blob import WritableBlob
+    from obdlab.devices import abi
     from obdlab.devices.nbd.export import NbdExport
     from obdlab.devices.nbd.server import NbdServer
     from obdlab.devices.nbd.wire import MAX_STRING
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             read_only=args.read_only,
             extents=lambda offset, length: extents(image, offset, length),
         )
+        abi.keep_freed_memory()
         server = NbdServer(export, args.socket or args.listen)
         ended = threading.Event()
         # Handled, not blocked and waited for: threads that opened the image would still be ended by them.

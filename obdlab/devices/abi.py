@@ -189,6 +189,10 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_IO_FLUSHER = 57
 
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
 # Added to all architectures at once, in Linux 5.2 and later, so the numbers are the same everywhere.
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -258,6 +262,18 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one number. Raises OSError."""
     _check(_libc.prctl(option, value, 0, 0, 0), None)
+
+
+def keep_freed_memory(size: int = 8 << 20) -> None:
+    """Have the C library keep up to ``size`` bytes it has freed instead of giving them back and asking anew.
+
+    A server that answers reads of 1 MiB would fault its buffers in again for most of them, a third of their cost.
+    Does nothing where the C library has no mallopt(3).
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, size)
+        mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def set_process_name(name: str) -> None:

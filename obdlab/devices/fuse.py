@@ -27,6 +27,7 @@ from obdlab.devices.crew import Crew, Member
 from obdlab.devices.device import DeviceStatistics
 from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, MAX_BACKGROUND, FuseFile, errno_of
 from obdlab.devices.load import LOOK_EVERY, Load
+from obdlab.devices.spinning import Spinning
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class FuseServer:
         self._fd = -1
         self._on_busy = on_busy
         self._load = Load()
+        self._spinning = Spinning()
 
     def start(self, connection: int | None = None) -> int:
         """Begin to serve; return a descriptor of the directory that holds the file.
@@ -208,12 +210,19 @@ class FuseServer:
         buffers = [buffer]
         readv, unpack, clock = os.readv, abi.FUSE_TRANSFER.unpack_from, time.monotonic_ns
         read = self._read
-        left, busy = LOOK_EVERY, 0
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poll = poller.poll
+        left, busy, spin = LOOK_EVERY, 0, 0
         while True:
             left -= 1
             if not left:
-                self._look_at_load(busy)
+                spin = self._look(busy)
                 left, busy = LOOK_EVERY, 0
+            if spin:
+                until = clock() + spin
+                while not poll(0) and clock() < until:
+                    pass
             try:
                 length = readv(fd, buffers)
             except OSError as error:
@@ -244,9 +253,12 @@ class FuseServer:
             if not member.leading:
                 return True
 
-    def _look_at_load(self, busy_ns: int) -> None:
-        if self._on_busy is not None and self._load.is_high(busy_ns):
+    # How long to look for each of the next requests before sleeping.
+    def _look(self, busy_ns: int) -> int:
+        if self._on_busy is not None and self._load.is_high(LOOK_EVERY, busy_ns):
             self._on_busy()
+        self._spinning.look(LOOK_EVERY, busy_ns)
+        return self._spinning.limit_ns
 
     def _read(self, member: Member, unique: int, offset: int, size: int) -> None:
         blob = self._blob

@@ -182,6 +182,7 @@ def _settle_in(device_id: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"obdlab:{device_id}")
+    abi.keep_freed_memory()
     logs.set_process_name(device_id)
     protect(device_id, _OOM_SCORE_ADJUST)
 

@@ -109,6 +109,7 @@ def _settle_in(device: str) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     abi.set_process_name(f"obdlab:{device}")
+    abi.keep_freed_memory()
 
 
 def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:

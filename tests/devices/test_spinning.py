@@ -1,0 +1,126 @@
+"""When a server looks for the next request instead of sleeping, by clocks of the test's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from obdlab.devices import load, spinning
+from obdlab.devices.load import Load
+from obdlab.devices.spinning import LIMIT_NS, Spinning
+
+US = 1000
+REQUESTS = 100
+
+
+class Clocks:
+    """The clocks that the module reads, moved by the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.process = self.thread = self.delay = 10**9
+        clock = SimpleNamespace(
+            monotonic_ns=lambda: self.now, process_time_ns=lambda: self.process, thread_time_ns=lambda: self.thread
+        )
+        monkeypatch.setattr(spinning, "time", clock)
+        monkeypatch.setattr(load, "time", clock)
+        monkeypatch.setattr(spinning, "_run_delay_ns", lambda: self.delay)
+
+    def passes(self, us: float, *, mine: float = 0, others: float = 0, delay: float = 0) -> None:
+        self.now += int(us * US)
+        self.thread += int(mine * US)
+        self.process += int((mine + others) * US)
+        self.delay += int(delay * US)
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    return Clocks(monkeypatch)
+
+
+def looks(clocks: Clocks, spinning: Spinning, us_each: float, busy_us_each: float, **spent: float) -> int:
+    clocks.passes(us_each * REQUESTS, **spent)
+    spinning.look(REQUESTS, int(busy_us_each * REQUESTS * US))
+    return spinning.limit_ns
+
+
+@pytest.fixture
+def chained(clocks: Clocks) -> Spinning:
+    """One that has seen requests each of which came after the answer to the one before."""
+    found = Spinning()
+    found.look(REQUESTS, 0)
+    assert not found.limit_ns  # the first look has nothing to compare with
+    assert looks(clocks, found, 100, 30) == LIMIT_NS
+    return found
+
+
+def test_a_chain_of_requests(clocks: Clocks, chained: Spinning) -> None:
+    assert looks(clocks, chained, 70, 25, mine=7000) == LIMIT_NS
+
+
+@pytest.mark.parametrize(
+    ("us_each", "busy_us_each"),
+    [(300, 30), (1_000_000, 30), (33, 30), (30, 30)],
+    ids=["rare requests", "an idle device", "requests that wait for each other", "no time between them"],
+)
+def test_nothing_to_gain(clocks: Clocks, chained: Spinning, us_each: float, busy_us_each: float) -> None:
+    assert not looks(clocks, chained, us_each, busy_us_each)
+    assert looks(clocks, chained, 100, 30) == LIMIT_NS
+
+
+def test_other_threads_of_the_process_come_first(clocks: Clocks, chained: Spinning) -> None:
+    assert not looks(clocks, chained, 100, 30, mine=9000, others=1000)
+    assert looks(clocks, chained, 100, 30, mine=9000, others=10) == LIMIT_NS
+
+
+def test_others_who_want_the_processor_come_first_for_a_while(clocks: Clocks, chained: Spinning) -> None:
+    assert not looks(clocks, chained, 100, 30, delay=4000)
+    assert not looks(clocks, chained, 100, 30)
+    clocks.passes(200_000)
+    chained.look(REQUESTS, 0)
+    assert looks(clocks, chained, 100, 30) == LIMIT_NS
+
+
+def test_another_thread_begins_anew(clocks: Clocks, chained: Spinning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.get_ident", lambda: 1)
+    assert not looks(clocks, chained, 100, 30)
+    assert looks(clocks, chained, 100, 30) == LIMIT_NS
+
+
+def test_one_processor(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    alone = Spinning()
+    alone.look(REQUESTS, 0)
+    assert not looks(clocks, alone, 100, 30)
+
+
+def test_a_kernel_without_scheduler_statistics(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(spinning, "_SCHEDSTAT", spinning._SCHEDSTAT.with_name("none"))
+    assert spinning._run_delay_ns() == 0
+
+
+def high(clocks: Clocks, one: Load, us_each: float, busy_us_each: float) -> bool:
+    clocks.passes(us_each * REQUESTS * 100)
+    return one.is_high(REQUESTS * 100, int(busy_us_each * REQUESTS * 100 * US))
+
+
+def test_a_helper_is_asked_for_when_requests_wait(clocks: Clocks) -> None:
+    one = Load()
+    high(clocks, one, 20, 15)
+    assert high(clocks, one, 20, 15)
+    assert not high(clocks, one, 20, 15)  # not again at once
+
+
+def test_a_helper_would_only_take_turns_in_a_chain(clocks: Clocks) -> None:
+    one = Load()
+    high(clocks, one, 60, 40)
+    assert not high(clocks, one, 60, 40)
+    assert high(clocks, one, 45, 40)
+
+
+def test_no_helper_for_what_is_mostly_idle(clocks: Clocks) -> None:
+    one = Load()
+    high(clocks, one, 12, 4)
+    assert not high(clocks, one, 12, 4)
