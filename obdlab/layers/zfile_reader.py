@@ -179,7 +179,7 @@ class ZFileReader(Blob):
     def _decode_batch(self, out: memoryview, run: memoryview, bounds: list[int]) -> bool:
         # Whole blocks together. False if any of them is damaged, which the slow way will find.
         base = bounds[0]
-        blocks = [run[begin:end] for begin, end in pairwise([bound - base for bound in bounds])]
+        blocks: list[Buffer] = [run[begin:end] for begin, end in pairwise([bound - base for bound in bounds])]
         if self._crc_size:
             # What has its own raw CRC behind it has this one.
             if list(map(crc32c, blocks, repeat(_SEED))).count(_ALL_ONES) != len(blocks):

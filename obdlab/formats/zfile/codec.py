@@ -59,7 +59,7 @@ class Codec(ABC):
         """Fill ``out`` with the block in ``data``. Raises CorruptBlobError unless it is valid and fits exactly."""
 
     @abstractmethod
-    def decompress_all(self, blocks: list[memoryview], out: memoryview) -> None:
+    def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
         """Fill ``out`` with the blocks, all of one length. Raises CorruptBlobError if any is damaged."""
 
 
@@ -110,7 +110,7 @@ class Lz4(Codec):
         if got != length:
             raise _wrong_length("LZ4", got, length)
 
-    def decompress_all(self, blocks: list[memoryview], out: memoryview) -> None:
+    def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
         # The loop is the interpreter's own: a third less for each block than one written out.
         length = len(out) // len(blocks)
         into = [out[at : at + length] for at in range(0, len(out), length)]
@@ -187,7 +187,7 @@ class Zstd(Codec):
     def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         out[:] = self.decompress(data, len(out))
 
-    def decompress_all(self, blocks: list[memoryview], out: memoryview) -> None:
+    def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
         length = len(out) // len(blocks)
         decompressor = self._take_decompressor()
         try:
