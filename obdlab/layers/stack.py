@@ -65,6 +65,8 @@ class Stack(Blob):
         self.index: SegmentIndex = merge([layer.index for layer in layers]) if index is None else index
         self.blobs: tuple[Blob, ...] = tuple(layer.data for layer in reversed(layers))
         self._lookup = self.index.lookup
+        self._find = self.index.find
+        self._sources, self._shifts = self.index.sources, self.index.shifts
         self._reads: tuple[ReadAt, ...] = tuple(blob.read_at for blob in self.blobs)
         #: Whether somebody watches the reads of layers.
         self.watched = False
@@ -92,12 +94,15 @@ class Stack(Blob):
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             check_range(self, offset, length)
+        if not length:
+            return b""
+        i = self._find(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
+        if i >= 0:  # nearly every small read
+            source = self._sources[i]
+            return self._reads[source](offset + (self._shifts[i] << _SHIFT), length) if source >= 0 else zeros(length)
         runs = self._lookup(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
-        if len(runs) == 1:
-            _, _, source, moffset = runs[0]
-            if source < 0:
-                return zeros(length)
-            return self._reads[source]((moffset << _SHIFT) + (offset & _MASK), length)
+        if len(runs) == 1 and runs[0][2] < 0:
+            return zeros(length)
         return self._gather(runs, offset, end)
 
     def _gather(self, runs: list[Run], offset: int, end: int) -> bytes:

@@ -22,6 +22,7 @@ FLAG_READ_LENGTH = 2
 
 OP_PAD, OP_COMMAND, OP_TASK_MANAGEMENT = 0, 1, 2
 _OP_MASK = 7
+_LENGTH_MASK = 0xFFFFFFF8
 UFLAG_UNKNOWN_OP = 1
 UFLAG_READ_LENGTH = 2
 
@@ -30,9 +31,10 @@ MAILBOX = Struct("=HHIII")
 HEAD_AT = 12
 TAIL_AT = 64
 MAILBOX_SIZE = 128
-#: struct tcmu_cmd_entry up to its first iovec: len_op, cmd_id, kflags, uflags, iov_cnt, iov_bidi_cnt, iov_dif_cnt,
-#: cdb_off, (two reserved numbers), and that iovec: offset from the start of the mapping, length
-ENTRY = Struct("=IHBBIII4xQ16xQQ")
+#: struct tcmu_cmd_entry up to its first iovec: len_op, cmd_id, (kflags), (uflags), iov_cnt, (iov_bidi_cnt,
+#: iov_dif_cnt), cdb_off, (two reserved numbers), and that iovec: offset from the start of the mapping, length
+ENTRY = Struct("=IHxxI12xQ16xQQ")
+_UFLAGS_AT = 7
 IOVECS_AT = 48
 IOVEC = Struct("=QQ")
 #: Where in an entry with one iovec the kernel puts the CDB.
@@ -54,6 +56,8 @@ _CDB_READ_10 = Struct(">BxIxH")
 _U32 = Struct("=I")
 #: Of an entry, from its number on: cmd_id, kflags, uflags, scsi_status
 _ANSWER = Struct("=HBBB")
+#: The same of one that went well: all zeros but its number.
+_GOOD = Struct("=H3x")
 
 
 class RingError(DeviceError):
@@ -92,8 +96,9 @@ class Ring:
         self._lock = threading.Lock()
         #: Where the entries of the commands are that were taken and not answered.
         self._places: deque[int] = deque()
-        #: Numbers of the commands that went well and whose answers are not in the ring yet.
-        self._finished: deque[int] = deque()
+        #: Where to append the numbers of commands that went well, all of their data being valid: the answers are put
+        #: into the ring by :meth:`publish`.
+        self.finished: deque[int] = deque()
         #: Where the next command is taken from; the kernel's tail, in the mailbox, follows with the completions.
         self._taken = self._position(TAIL_AT)
 
@@ -105,26 +110,27 @@ class Ring:
     def take(self) -> list[Command | Read]:
         """Return the commands that have come since the last call. Raises RingError."""
         memory, position, unpack, unpack_read = self.memory, self._taken, ENTRY.unpack_from, _CDB_READ_10.unpack_from
+        offset, ring_length, data, size = self._offset, self._length, self._data, self._size
         head = self._position(HEAD_AT)
         commands: list[Command | Read] = []
         places = []
-        left = (head - position) % self._length
+        left = (head - position) % ring_length
         while left:
-            at = self._offset + position
+            at = offset + position
             try:
-                length_op, cmd_id, _, uflags, iovecs, _, _, cdb, first, first_length = unpack(memory, at)
+                length_op, cmd_id, iovecs, cdb, first, first_length = unpack(memory, at)
             except Exception as error:
                 raise RingError(f"an entry at {position} that reaches out of the mapping") from error
-            length, op = length_op & ~_OP_MASK, length_op & _OP_MASK
+            length, op = length_op & _LENGTH_MASK, length_op & _OP_MASK
             left -= length
-            if not length or left < 0 or length > self._length - position:
+            if not length or left < 0 or length > ring_length - position:
                 raise RingError(
-                    f"an entry at {position} of {length} bytes, in a ring of {self._length}, filled up to {head}"
+                    f"an entry at {position} of {length} bytes, in a ring of {ring_length}, filled up to {head}"
                 )
             if op == OP_COMMAND:
                 if length < ENTRY_LEAST:
                     raise RingError(f"a command at {position} of {length} bytes (wanted {ENTRY_LEAST} at least)")
-                if iovecs == 1 and self._data <= first and first + first_length <= self._size:
+                if iovecs == 1 and data <= first and first + first_length <= size:
                     code, lba, blocks = unpack_read(memory, cdb) if cdb == at + _ONE_IOVEC else (0, 0, 0)
                     if code == _READ_10:
                         commands.append((cmd_id, lba, blocks, first, first_length))
@@ -134,8 +140,10 @@ class Ring:
                     commands.append((cmd_id, self._cdb(cdb), self._iovecs(at, length, iovecs)))
                 places.append(position)
             elif op not in (OP_PAD, OP_TASK_MANAGEMENT):
-                memory[at + 7] = uflags | UFLAG_UNKNOWN_OP
-            position = (position + length) % self._length
+                memory[at + _UFLAGS_AT] |= UFLAG_UNKNOWN_OP
+            position += length
+            if position == ring_length:
+                position = 0
         if position != self._taken:
             with self._lock:
                 self._taken = position
@@ -144,22 +152,18 @@ class Ring:
                     _U32.pack_into(memory, TAIL_AT, position)
         return commands
 
-    def finish(self, cmd_id: int) -> None:
-        """Answer one command that went well, all of its data being valid; told to the kernel by :meth:`publish`."""
-        self._finished.append(cmd_id)
-
     def publish(self) -> None:
-        """Answer what was finished. As :meth:`complete`."""
-        memory, places, finished = self.memory, self._places, self._finished
+        """Answer what is in :attr:`finished`. As :meth:`complete`."""
+        memory, places, finished = self.memory, self._places, self.finished
         if not finished:
             return
-        offset, pack = self._offset + 4, _ANSWER.pack_into
+        offset, pack = self._offset + 4, _GOOD.pack_into
         with self._lock:
             while finished:
                 cmd_id = finished.popleft()
                 if not places:
                     raise RingError(f"an answer to command {cmd_id}, but none is outstanding")
-                pack(memory, offset + places.popleft(), cmd_id, 0, 0, 0)
+                pack(memory, offset + places.popleft(), cmd_id)
             _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def complete(self, cmd_id: int, status: int, sense: bytes = b"", read_length: int = -1) -> None:

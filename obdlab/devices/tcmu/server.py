@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 #: The kernel hears of finished commands after so many bytes of data at the latest: others wait for theirs.
 _NOTIFY_BYTES = 256 << 10
 _EVENT = bytes(4)
+_clock = time.monotonic_ns
 _DRAIN_PAUSE_S = 0.01
 
 
@@ -52,7 +53,7 @@ class TcmuServer:
         self._block_size = disk.block_size
         self._memory = memory
         self._ring = Ring(memory)
-        self._finish = self._ring.finish
+        self._finish = self._ring.finished.append
         self._event = event
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
@@ -151,7 +152,7 @@ class TcmuServer:
     def _read(self, member: Member, command: Read) -> None:
         number, lba, blocks, begin, room = command
         block_size = self._block_size
-        member.since_ns = started = time.monotonic_ns()
+        member.since_ns = started = _clock()
         length = blocks * block_size
         if length != room:
             self._serve(member, (number, scsi.read_10(lba, blocks), ((begin, room),)))
@@ -165,14 +166,14 @@ class TcmuServer:
             sense = self._fail(member, scsi.read_10(lba, blocks), error)
             self._ring.complete(number, scsi.CHECK_CONDITION, sense)
         else:
-            taken = time.monotonic_ns() - started
+            self._finish(number)
+            taken = _clock() - started
             member.reads += 1
             member.read_bytes += length
             member.read_ns += taken
             member.read_times[taken.bit_length()] += 1
             if taken > member.slowest_ns:
                 member.slowest_ns = taken
-            self._finish(number)
         member.since_ns = 0
         self._unnotified = unnotified = self._unnotified + length + 1
         if unnotified > _NOTIFY_BYTES:

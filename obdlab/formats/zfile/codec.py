@@ -28,6 +28,7 @@ ZSTD_LEVEL = 3
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
 _ALL_ONES = 0xFFFFFFFF
 _CRC = struct.Struct("<I")
+_lz4_into = cramjam.lz4.decompress_block_into
 ALGORITHM_NAMES = {"lz4": Algorithm.LZ4, "zstd": Algorithm.ZSTD}
 
 
@@ -94,7 +95,7 @@ class Lz4(Codec):
         # Not cramjam's decompress_block: it pads a block that is too short, and does not tell.
         block = bytearray(length)
         try:
-            got = cramjam.lz4.decompress_block_into(data, block, output_len=length)
+            got = _lz4_into(data, block, length)
         except cramjam.DecompressionError as error:
             raise _damaged("LZ4") from error
         if got != length:
@@ -104,7 +105,7 @@ class Lz4(Codec):
     def decompress_into(self, data: Buffer, out: bytearray | memoryview) -> None:
         length = len(out)
         try:
-            got = cramjam.lz4.decompress_block_into(data, out, output_len=length)
+            got = _lz4_into(data, out, length)
         except cramjam.DecompressionError as error:
             raise _damaged("LZ4") from error
         if got != length:
@@ -115,7 +116,7 @@ class Lz4(Codec):
         length = len(out) // len(blocks)
         into = [out[at : at + length] for at in range(0, len(out), length)]
         try:
-            lengths = list(map(cramjam.lz4.decompress_block_into, blocks, into, repeat(length)))
+            lengths = list(map(_lz4_into, blocks, into, repeat(length)))
         except cramjam.DecompressionError as error:
             raise _damaged("LZ4") from error
         if lengths.count(length) != len(blocks):

@@ -119,7 +119,7 @@ def test_answers_without_commands_are_refused() -> None:
     with pytest.raises(RingError, match="none is outstanding"):
         Ring(kernel.memory).complete(1, 0)
     shared = Ring(kernel.memory)
-    shared.finish(1)
+    shared.finished.append(1)
     with pytest.raises(RingError, match="none is outstanding"):
         shared.publish()
     kernel.close()
@@ -132,7 +132,7 @@ def test_what_was_finished_is_answered_when_published() -> None:
     kernel.publish()
     shared.take()
     for number in (numbers[2], numbers[0]):
-        shared.finish(number)
+        shared.finished.append(number)
     assert not kernel.answers()
     shared.complete(numbers[1], 2)
     assert sorted(kernel.answers()) == [numbers[1]]
@@ -140,7 +140,7 @@ def test_what_was_finished_is_answered_when_published() -> None:
     assert sorted(kernel.answers()) == sorted([numbers[0], numbers[2]])
     shared.publish()
     assert not shared.is_empty
-    shared.finish(numbers[3])
+    shared.finished.append(numbers[3])
     shared.publish()
     assert shared.is_empty
     kernel.close()
