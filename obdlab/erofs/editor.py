@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.erofs import pack
+from obdlab.erofs.files import FileWriter, Written, chunk_count
 from obdlab.erofs.pack import BLOCK, INODE_SIZE, SLOT
 from obdlab.erofs.space import Space
 from obdlab.erofs.volume import Volume
@@ -32,10 +33,6 @@ _ROOT = BLOCK // SLOT
 _FIRST_FREE = 2
 # Last parts of files that are kept with their inodes: longer ones would keep inodes apart.
 _LARGEST_TAIL = 2048
-# Sparse files from this size on are stored in chunks, of which there are so many at most.
-_CHUNKED_FROM = 1 << 20
-_MOST_CHUNKS = 1 << 14
-_LEAST_CHUNK = 64 << 10
 _KINDS = {
     stat.S_IFREG: pack.REGULAR,
     stat.S_IFDIR: pack.DIRECTORY,
@@ -77,14 +74,6 @@ class Directory:
     retagged: bool = False
 
 
-@dataclass(slots=True)
-class _Written:
-    layout: int
-    start: int
-    tail: bytes = b""
-    chunks: list[int] = field(default_factory=list)
-
-
 class Editor:
     """An EROFS on ``disk`` that is changed: a new one, or one that an editor has made. :meth:`finish` ends it.
 
@@ -93,9 +82,9 @@ class Editor:
 
     def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
         self._disk = disk
-        self._chunks = False
         if fresh:
             self._space = Space(disk, _FIRST_FREE)
+            self._files = FileWriter(self._space)
             self._inodes = 1
             self._first_new = 0
             self.root = Directory(stat.S_IFDIR | 0o755, 0, 0, 0, None, _ROOT, [], {}, listed=True)
@@ -106,7 +95,7 @@ class Editor:
                 raise FormatError("EROFS was not made here: it cannot be changed", blob=disk.name, got=volume.root)
             self._space = Space(disk, volume.blocks)
             self._inodes = volume.inodes
-            self._chunks = volume.has_chunks
+            self._files = FileWriter(self._space, chunks=volume.has_chunks)
             self._first_new = volume.blocks * (BLOCK // SLOT)
             self.root = self._from_disk(_ROOT, None)
         # Sees what is not on the disk yet.
@@ -175,14 +164,16 @@ class Editor:
         kind = stat.S_IFMT(mode)
         if kind == stat.S_IFREG:
             room = min(_LARGEST_TAIL, BLOCK - INODE_SIZE - len(body))
-            written = self._write_file(size, pieces, room, sparse=sparse)
+            written = self._files.write(size, pieces, room, sparse=sparse)
         elif kind == stat.S_IFLNK:
             if not 0 < len(target) <= _MAX_LINK:
                 raise OSError(errno.ENAMETOOLONG if target else errno.EINVAL, os.strerror(errno.EINVAL))
-            size, written = len(target), _Written(pack.INLINE, 0, target)
+            size, written = len(target), Written(pack.INLINE, 0, target)
         else:
-            written = _Written(pack.PLAIN, pack.device(*rdev) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0)
-        number = self._write_inode(written, body, mode=mode, uid=uid, gid=gid, size=size, mtime_ns=mtime_ns, links=1)
+            written = Written(pack.PLAIN, pack.device(*rdev) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0)
+        number = self._files.write_inode(
+            written, body, mode=mode, uid=uid, gid=gid, size=size, mtime_ns=mtime_ns, links=1
+        )
         made = File(number, _KINDS[kind])
         self._enter(parent, name, made)
         self._inodes += 1
@@ -211,7 +202,7 @@ class Editor:
                 continue
             self._inodes -= 1
             if node.number >= self._first_new:
-                self._forget(inode)
+                self._files.forget(inode)
 
     def _enter(self, parent: Directory, name: bytes, node: File | Directory) -> None:
         if len(name) > _MAX_NAME:
@@ -246,13 +237,13 @@ class Editor:
             self._patch(file.number, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
             return
         inode = self.inode(file)
-        written = _Written(inode.layout, inode.start)
+        written = Written(inode.layout, inode.start)
         if inode.layout == pack.INLINE:
             written.tail = self._volume.read(inode, inode.size // BLOCK * BLOCK, BLOCK)
         elif inode.layout == pack.CHUNKED:
-            table = self._space.read_at(-(-inode.body // 4) * 4, 4 * _chunk_count(inode))
+            table = self._space.read_at(-(-inode.body // 4) * 4, 4 * chunk_count(inode))
             written.chunks = [int.from_bytes(table[at : at + 4], "little") for at in range(0, len(table), 4)]
-        number = self._write_inode(
+        number = self._files.write_inode(
             written, body, mode=mode, uid=uid, gid=gid, size=inode.size, mtime_ns=mtime_ns, links=inode.links
         )
         self._rename(parent, file, number, links=inode.links)
@@ -295,99 +286,6 @@ class Editor:
         }
         if not changes.items() <= values.items():
             self._space.change(number * SLOT, pack.inode(number, **{**values, **changes}))
-
-    # -- writing files -----------------------------------------------------------------------------------------------
-
-    def _write_file(self, size: int, pieces: Iterable[tuple[int, Buffer]], room: int, *, sparse: bool) -> _Written:
-        if sparse and size >= _CHUNKED_FROM:
-            return self._write_chunks(size, pieces)
-        tail_size = size % BLOCK
-        if tail_size > room:
-            tail_size = 0
-        plain = size - tail_size
-        start = self._space.data_blocks(-(-plain // BLOCK)) if plain else 0
-        tail = bytearray(tail_size)
-        end = 0
-        for offset, piece in pieces:
-            end = offset + len(piece)
-            if offset < plain:
-                self._space.write(start * BLOCK + offset, memoryview(piece)[: plain - offset])
-            if end > plain:
-                begin = max(offset, plain)
-                tail[begin - plain : end - plain] = memoryview(piece)[begin - offset :]
-        if plain % BLOCK and end >= plain:  # so that the next file's data continue these
-            self._space.write(start * BLOCK + plain, bytes(-plain % BLOCK))
-        return _Written(pack.INLINE if tail_size else pack.PLAIN, start, bytes(tail))
-
-    def _write_chunks(self, size: int, pieces: Iterable[tuple[int, Buffer]]) -> _Written:
-        bits = 0
-        while BLOCK << bits < _LEAST_CHUNK or -(-size // (BLOCK << bits)) > _MOST_CHUNKS:
-            bits += 1
-        chunk = BLOCK << bits
-        if bits > 31:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        chunks = [pack.HOLE] * -(-size // chunk)
-        for offset, piece in pieces:
-            view = memoryview(piece)
-            while view:
-                index, at = divmod(offset, chunk)
-                if chunks[index] == pack.HOLE:
-                    chunks[index] = self._space.data_blocks(min(chunk, size - index * chunk + BLOCK - 1) // BLOCK)
-                count = min(len(view), chunk - at)
-                self._space.write(chunks[index] * BLOCK + at, view[:count])
-                offset += count
-                view = view[count:]
-        self._chunks = True
-        return _Written(pack.CHUNKED, bits, chunks=chunks)
-
-    def _write_inode(
-        self, written: _Written, body: bytes, *, mode: int, uid: int, gid: int, size: int, mtime_ns: int, links: int
-    ) -> int:
-        head = INODE_SIZE + len(body)
-        if written.layout == pack.INLINE and head + len(written.tail) > BLOCK:
-            self._spill(written, size)
-        behind = written.tail + b"".join(block.to_bytes(4, "little") for block in written.chunks)
-        at = self._space.place(head + len(behind))
-        number = at // SLOT
-        raw = pack.inode(
-            number,
-            mode=mode,
-            uid=uid,
-            gid=gid,
-            size=size,
-            mtime_ns=mtime_ns,
-            links=links,
-            layout=written.layout,
-            start=written.start,
-            xattrs_size=len(body),
-        )
-        self._space.change(at, raw + body + behind)
-        return number
-
-    def _spill(self, written: _Written, size: int) -> None:
-        # No room for the tail beside the inode's attributes: all of the data in blocks, which are copied if need be.
-        whole = size // BLOCK
-        first = self._space.metadata_blocks(whole + 1)
-        for block in range(whole):
-            data = self._space.read_at((written.start + block) * BLOCK, BLOCK)
-            self._space.change((first + block) * BLOCK, data)
-        self._space.change((first + whole) * BLOCK, written.tail.ljust(BLOCK, b"\0"))
-        written.layout, written.start, written.tail = pack.PLAIN, first, b""
-
-    def _forget(self, inode: Inode) -> None:
-        # Only what lies in blocks of data; what metadata takes is little.
-        if not stat.S_ISREG(inode.mode):
-            return
-        if inode.layout == pack.CHUNKED:
-            chunk = BLOCK << (inode.start & 31)
-            table = self._space.read_at(-(-inode.body // 4) * 4, 4 * _chunk_count(inode))
-            for index in range(len(table) // 4):
-                first = int.from_bytes(table[4 * index : 4 * index + 4], "little")
-                if first != pack.HOLE:
-                    self._space.discard(first, -(-min(chunk, inode.size - index * chunk) // BLOCK))
-            return
-        blocks = inode.size // BLOCK if inode.layout == pack.INLINE else -(-inode.size // BLOCK)
-        self._space.discard(inode.start, blocks)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -503,7 +401,7 @@ class Editor:
         return pack.directory([(name, *_reference(entries[name])) for name in sorted(entries)])
 
     def _write_superblock(self) -> None:
-        raw = pack.superblock(root=_ROOT, inodes=self._inodes, blocks=self._space.end, chunks=self._chunks)
+        raw = pack.superblock(root=_ROOT, inodes=self._inodes, blocks=self._space.end, chunks=self._files.chunks)
         self._disk.write_at(pack.SUPER_OFFSET, raw)
 
     def _from_disk(self, number: int, parent: Directory | None) -> Directory:
@@ -520,7 +418,3 @@ def _reference(node: File | Directory) -> tuple[int, int]:
         return node.number, node.kind
     assert node.number is not None
     return node.number, pack.DIRECTORY
-
-
-def _chunk_count(inode: Inode) -> int:
-    return -(-inode.size // (BLOCK << (inode.start & 31)))

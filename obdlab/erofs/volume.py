@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
+from obdlab.formats.filetree import FileTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,7 @@ class Inode:
         return (self.start & 0xFFF00) >> 8, (self.start & 0xFF) | (self.start >> 12 & 0xFFF00)
 
 
-class Volume:
+class Volume(FileTree):
     """An EROFS file system that can be read. Inodes are known by number; names are bytes.
 
     Raises FormatError, here and in every method, for what is damaged, compressed or not known here, and what the
@@ -146,20 +147,6 @@ class Volume:
                 if name not in (b".", b".."):
                     found[name] = (child, kind)
         return found
-
-    def lookup(self, path: bytes) -> int | None:
-        """Return the inode number of a path from the root, following no links; None if it is not there."""
-        number = self.root
-        for part in path.split(b"/"):
-            if part in (b"", b"."):
-                continue
-            if not self.inode(number).is_directory:
-                return None
-            found = self.entries(number).get(part)
-            if found is None:
-                return None
-            number = found[0]
-        return number
 
     def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.

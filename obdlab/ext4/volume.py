@@ -23,6 +23,7 @@ from obdlab.ext4.layout import (
     Superblock,
     parse_node,
 )
+from obdlab.formats.filetree import FileTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ _MAX_DIRECTORY = 1 << 30
 _MAX_EXTENT_NODES = 1 << 16
 
 
-class Volume:
+class Volume(FileTree):
     """An ext4 file system that can be read. Inodes are known by number; names are bytes.
 
     Raises FormatError, here and in every method, for what is damaged or not known here, and what the blob raises.
@@ -72,20 +73,6 @@ class Volume:
                 if name not in (b".", b".."):
                     found[name] = (inode, kind)
         return found
-
-    def lookup(self, path: bytes) -> int | None:
-        """Return the inode number of a path from the root, following no links; None if it is not there."""
-        number = ROOT_INO
-        for part in path.split(b"/"):
-            if part in (b"", b"."):
-                continue
-            if not self.inode(number).is_directory:
-                return None
-            found = self.entries(number).get(part)
-            if found is None:
-                return None
-            number = found[0]
-        return number
 
     def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""

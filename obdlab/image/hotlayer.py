@@ -9,18 +9,25 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import zstandard
+
 from obdlab.errors import ObdlabError
+from obdlab.formats.lsmt.layout import HEADER_SPACE
+from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_zfile
 from obdlab.image.replay import cached_blob_of, reads_in
 from obdlab.image.tracemap import sectors_of_reads
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
 from obdlab.sources.streamahead import StreamAhead
 
 if TYPE_CHECKING:
+    from obdlab.blob import Blob
     from obdlab.layers.commit import Committed
     from obdlab.layers.lsmt import Layer
     from obdlab.layers.sink import Sink
     from obdlab.layers.stack import Stack
+    from obdlab.sources.cachedblob import CachedBlob
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +35,8 @@ logger = logging.getLogger(__name__)
 TAG = "obdlab: hot layer"
 # One that is larger is nothing to fetch whole before a start.
 _LARGEST = 1 << 30
+# Of a zstd frame whose beginning is looked at; blocks are smaller.
+_WINDOW = 1 << 20
 
 
 class NothingHotError(ObdlabError):
@@ -55,14 +64,46 @@ def is_hot(layer: Layer) -> bool:
 
 def stream_if_hot(layer: LsmtLayer) -> StreamAhead | None:
     """If it is a hot layer in a registry, begin to fetch all of it; return what does."""
-    if not is_hot(layer):
-        return None
-    blob = cached_blob_of(layer.data)
-    if blob is None:
-        return None
+    blob = cached_blob_of(layer.data) if is_hot(layer) else None
+    return None if blob is None else _stream(blob)
+
+
+def stream_if_begins_hot(blob: Blob, beginning: int) -> StreamAhead | None:
+    """As :func:`stream_if_hot`, by :func:`begins_hot`: a round trip earlier."""
+    cached = cached_blob_of(blob)
+    return _stream(cached) if cached is not None and begins_hot(cached, beginning) else None
+
+
+def begins_hot(blob: Blob, beginning: int) -> bool:
+    """Whether the first ``beginning`` bytes look like a hot layer's, of which nothing is checked.
+
+    Good for fetching it ahead: whatever it turns out to be, no more than its bytes have been fetched.
+    """
+    try:
+        return TAG.encode() in _first_bytes(blob, beginning)
+    except (ObdlabError, zstandard.ZstdError):  # opening the layer says what is wrong with it
+        return False
+
+
+# The layer's header, or what it is packed into where that has the same text in it.
+def _first_bytes(blob: Blob, beginning: int) -> bytes:
+    content = open_tarwrap(blob)
+    start = content.window.offset if isinstance(content, WrappedContent) else 0
+    data = content.read_at(0, min(beginning - start, content.size))
+    if not is_zfile(data):
+        return data[:HEADER_SPACE]
+    header = ZFileHeader.from_bytes(data, blob=blob.name)
+    data = data[HEADER_SIZE + header.dict_size :]
+    if header.algorithm == Algorithm.ZSTD:
+        # How long the block is, only the index tells; no more than is asked for is unpacked.
+        return zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(data).read(HEADER_SPACE)
+    return data[:HEADER_SPACE]  # LZ4 leaves a text that is there for the first time as it is
+
+
+def _stream(blob: CachedBlob) -> StreamAhead | None:
     if blob.size > _LARGEST:
-        logger.warning("%s: not fetched ahead (got %d bytes, wanted at most %d)", layer.name, blob.size, _LARGEST)
+        logger.warning("%s: not fetched ahead (got %d bytes, wanted at most %d)", blob.name, blob.size, _LARGEST)
         return None
-    stream = StreamAhead(layer.name, blob)
+    stream = StreamAhead(blob.name, blob)
     stream.start()
     return stream

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import BEGINNING, fetch_rest_of_end, guessed_end
-from obdlab.image.hotlayer import is_hot, stream_if_hot
+from obdlab.image.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from obdlab.layers.lsmt import Layer, LsmtLayer
     from obdlab.layers.recorder import Recorder
     from obdlab.layers.writable import Upper
+    from obdlab.sources.streamahead import StreamAhead
 
 logger = logging.getLogger(__name__)
 
@@ -285,11 +286,12 @@ def _open_lowers(
         try:
             _check_kind(lower)
             with deadline_of_thread(deadline):
-                layer = open_local(number, file, watched) if file else _open_remote(lower, remote, ends, watched)
+                if file:
+                    return opened.enter_context(open_local(number, file, watched))
+                layer, stream = _open_remote(lower, remote, ends, watched)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
-        stream = stream_if_hot(layer) if file is None and recorder is None else None
         if stream is not None:
             opened.callback(stream.stop)
         return opened.enter_context(layer)
@@ -342,11 +344,13 @@ def _open_remote(
     remote: RemoteLayers | None,
     ends: Executor | None,
     watched: Callable[[Blob], Blob] | None,
-) -> LsmtLayer:
+) -> tuple[LsmtLayer, StreamAhead | None]:
+    # And what fetches all of it ahead, if it is a hot one and nobody watches what is read.
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob = remote.open(lower.digest, lower.size)
+    stream = None
     try:
         # Into the cache, beside the beginning that opening starts with.
         unit = remote.cache_unit
@@ -356,13 +360,17 @@ def _open_remote(
         if start < blob.size:
             end = ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
         blob.read_at(0, beginning)
+        if watched is None:
+            stream = stream_if_begins_hot(blob, beginning)
         if end is not None:
             fetch_rest_of_end(blob)
         layer = open_layer(blob, watched)
         if end is not None:
             end.result()  # perhaps the blob is smaller than it should be, in what opening had no use for
-        return layer
+        return layer, stream or (stream_if_hot(layer) if watched is None else None)
     except BaseException:
+        if stream is not None:
+            stream.stop()
         blob.close()
         raise
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import random
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from obdlab.blob import MemoryBlob
 from obdlab.errors import FormatError
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.hotlayer import NothingHotError, is_hot, write_hot_layer
+from obdlab.image.ends import BEGINNING
+from obdlab.image.hotlayer import NothingHotError, begins_hot, is_hot, stream_if_begins_hot, write_hot_layer
 from obdlab.image.open import Image, open_image, open_stack
+from obdlab.image.remote import RemoteLayers
 from obdlab.image.settings import Settings
 from obdlab.image.tracemap import sectors_of_reads
 from obdlab.image.writing import Packing
@@ -104,10 +110,10 @@ def test_sectors_are_those_of_the_reads() -> None:
 
 def test_an_image_with_one_reads_all_of_it_by_one_request(tmp_path: Path) -> None:
     hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing(tar=True))
-    settings = Settings(cache_dir=tmp_path / "cache", cache_unit=4096, read_deadline_s=20)
+    own = Settings(cache_dir=tmp_path / "cache", cache_unit=4096, read_deadline_s=20)
     with faulty_registry() as registry:
         config = served(registry, [*EXT4, hot])
-        with open_image(config, settings) as image:
+        with open_image(config, own) as image:
             assert isinstance(image, Image)
             _until_complete(registry, config, image)
             opened = len(registry.requests)
@@ -120,14 +126,45 @@ def test_an_image_with_one_reads_all_of_it_by_one_request(tmp_path: Path) -> Non
         assert len(asked) <= 4  # both ends, perhaps the index, and the rest
 
 
+@pytest.mark.parametrize(
+    "packing", [Packing(tar=True), Packing("zstd", 16384, tar=True), Packing("zstd", 4096), Packing("")]
+)
+def test_it_is_known_by_its_beginning(tmp_path: Path, packing: Packing) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), packing)
+    with faulty_registry() as registry:
+        config = served(registry, [EXT4[0], hot])
+        with closing(RemoteLayers(config.repo_blob_url, Settings(cache_dir=tmp_path / "cache"))) as remote:
+            for lower, expected in zip(config.lowers, (False, True), strict=True):
+                blob = remote.open(lower.digest, lower.size)
+                stream = stream_if_begins_hot(blob, min(BEGINNING, blob.size))
+                assert (stream is not None) == expected
+                if stream is not None:
+                    assert stream.wait(20)
+                    before = len(registry.requests)
+                    assert blob.read_at(0, blob.size) == hot.read_bytes()
+                    assert len(registry.requests) == before
+                blob.close()
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(min_size=1, max_size=400), at=st.integers(0, 2000))
+def test_a_damaged_beginning_is_none(tmp_path: Path, noise: bytes, at: int) -> None:
+    hot = tmp_path / "hot"
+    if not hot.exists():
+        hot_layer(hot, trace_of(EXT4, READS), Packing("zstd", 16384))
+    content = hot.read_bytes()[: 32 << 10]
+    damaged = content[:at] + noise + content[at + len(noise) :]
+    assert begins_hot(MemoryBlob(damaged), len(damaged)) in (True, False)
+
+
 def test_one_that_cannot_be_fetched_leaves_the_image_as_it_was(tmp_path: Path) -> None:
     hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing(tar=True))
     with faulty_registry() as registry:
         config = served(registry, [*EXT4, hot])
         config = replace(config, lowers=(*config.lowers[:2], replace(config.lowers[2], digest="sha256:" + "0" * 64)))
-        settings = Settings(cache_dir=tmp_path / "cache", open_deadline_s=5)
+        own = Settings(cache_dir=tmp_path / "cache", open_deadline_s=5)
         with pytest.raises(Exception, match="lower 2 of 3"):
-            open_image(config, settings)
+            open_image(config, own)
 
 
 def test_traces_that_name_nothing_or_another_image() -> None:

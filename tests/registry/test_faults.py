@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -14,16 +13,20 @@ import pytest
 
 from obdlab.errors import CorruptBlobError
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Reference
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
-
-DATA = random.Random(1).randbytes(300_000)
-OFFSET, LENGTH = 70_000, 50_000
-WANTED = DATA[OFFSET : OFFSET + LENGTH]
-DEADLINE_S = 0.4  # of those who wait for a registry that stays broken
+from tests.registry.reading import (
+    DATA,
+    DEADLINE_S,
+    LENGTH,
+    OFFSET,
+    WANTED,
+    assert_located,
+    read,
+    with_password,
+)
 
 PASSING_FAULTS = {
     "500": faulty.status(500),
@@ -70,10 +73,6 @@ def impatient() -> Iterator[RegistryClient]:
     client.close()
 
 
-def read(client: RegistryClient, registry: FaultyRegistry) -> bytes:
-    return client.read_range(registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH)
-
-
 @pytest.mark.parametrize("fault", PASSING_FAULTS.values(), ids=PASSING_FAULTS.keys())
 def test_read_survives_a_fault_that_passes(
     registry: FaultyRegistry, client: RegistryClient, fault: faulty.Fault
@@ -100,7 +99,7 @@ def test_read_fails_clearly_and_in_time(
         read(impatient, registry)
     # Far from a measurement: a read without a deadline would hang for minutes.
     assert time.monotonic() - started < DEADLINE_S + 10
-    _assert_located(caught.value, registry)
+    assert_located(caught.value, registry)
     assert caught.value.temporary
 
 
@@ -111,7 +110,7 @@ def test_read_by_a_deadline_of_its_own(registry: FaultyRegistry) -> None:
         client.read_range(
             registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH, deadline=time.monotonic() + 0.3
         )
-    _assert_located(caught.value, registry)
+    assert_located(caught.value, registry)
     client.close()
 
 
@@ -120,7 +119,7 @@ def test_permanent_statuses_are_not_tried_again(registry: FaultyRegistry, client
     registry.always(faulty.status(code))
     with pytest.raises(RegistryError) as caught:
         read(client, registry)
-    _assert_located(caught.value, registry)
+    assert_located(caught.value, registry)
     assert caught.value.status == code
     assert not caught.value.temporary
     assert len(registry.requests) == 1
@@ -146,7 +145,7 @@ def test_nobody_there(impatient: RegistryClient) -> None:
         pass
     with pytest.raises(RegistryError) as caught:
         read(impatient, registry)
-    _assert_located(caught.value, registry)
+    assert_located(caught.value, registry)
     assert "refused" in str(caught.value)
 
 
@@ -179,7 +178,7 @@ def test_redirect_elsewhere_is_remembered_and_gets_no_token(client: RegistryClie
         digest = registry.add_blob(DATA)
         storage.add_blob(DATA)
         registry.always(faulty.redirect(f"http://{storage.host}/storage/{{digest}}?signature=1"))
-        client = _with_password(registry)
+        client = with_password(registry)
         for _ in range(3):
             assert client.read_range(registry.repository(), digest, OFFSET, LENGTH) == WANTED
         assert len(registry.blob_requests()) == 2  # refused, redirected
@@ -222,7 +221,7 @@ def test_redirect_on_the_same_host_keeps_the_token() -> None:
     with faulty_registry(auth="bearer") as registry:
         digest = registry.add_blob(DATA)
         registry.next(faulty.redirect("/v2/other/name/blobs/{digest}"))
-        client = _with_password(registry)
+        client = with_password(registry)
         assert client.read_range(registry.repository(), digest, OFFSET, LENGTH) == WANTED
         assert registry.requests[-1].path.startswith("/v2/other/name/")
         client.close()
@@ -233,166 +232,13 @@ def test_redirect_to_nowhere(registry: FaultyRegistry, client: RegistryClient, l
     registry.always(faulty.redirect(location))
     with pytest.raises(RegistryError, match="Location") as caught:
         read(client, registry)
-    _assert_located(caught.value, registry)
+    assert_located(caught.value, registry)
 
 
 def test_redirect_in_a_circle(registry: FaultyRegistry, client: RegistryClient) -> None:
     registry.always(faulty.redirect("/v2/some/image/blobs/{digest}"))
     with pytest.raises(RegistryError, match="redirects"):
         read(client, registry)
-
-
-# -- authentication --------------------------------------------------------------------------------------------------
-
-
-def test_token_is_shared_and_renewed_when_refused() -> None:
-    with faulty_registry(auth="bearer") as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        assert read(client, registry) == read(client, registry) == WANTED
-        assert registry.tokens_issued == 1
-        registry.revoke_tokens()
-        assert read(client, registry) == WANTED
-        assert registry.tokens_issued == 2
-        client.close()
-
-
-def test_expired_token_is_not_sent() -> None:
-    with faulty_registry(auth="bearer", token_life_s=0.2) as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        assert read(client, registry) == WANTED
-        time.sleep(0.25)
-        assert read(client, registry) == WANTED
-        assert registry.tokens_issued == 2
-        sent = [request.authorization for request in registry.blob_requests()]
-        assert sent == [None, "Bearer token-1", "Bearer token-2"]
-        client.close()
-
-
-def test_many_threads_share_one_new_token() -> None:
-    with faulty_registry(auth="bearer") as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        read(client, registry)
-        registry.revoke_tokens()
-        results: list[bytes] = []
-        threads = [threading.Thread(target=lambda: results.append(read(client, registry))) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert results == [WANTED] * 8
-        assert registry.tokens_issued == 2
-        client.close()
-
-
-def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
-    with faulty_registry(auth="bearer") as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        read(client, registry)
-
-        def refuse_while_another_is_served(answer: faulty.Answer) -> None:
-            registry.revoke_tokens()
-            assert read(client, registry) == WANTED
-            registry.revoke_tokens()
-            answer.handler.refuse()
-
-        registry.next(refuse_while_another_is_served)
-        assert read(client, registry) == WANTED
-        assert registry.tokens_issued == 3
-        sent = [request.authorization for request in registry.blob_requests()]
-        # The second and third of these are the other thread's.
-        assert sent[2:] == ["Bearer token-1", "Bearer token-1", "Bearer token-2", "Bearer token-2", "Bearer token-3"]
-        client.close()
-
-
-@pytest.mark.parametrize("auth", ["basic", "bearer"])
-def test_wrong_password_and_none(auth: str, client: RegistryClient) -> None:
-    with faulty_registry(auth=auth) as registry:
-        registry.add_blob(DATA)
-        wrong = RegistryClient(_credentials(registry, "not this one"), deadline_s=DEADLINE_S)
-        for one in (client, wrong):
-            with pytest.raises(RegistryError) as caught:
-                read(one, registry)
-            _assert_located(caught.value, registry)
-            assert caught.value.status == 401
-            assert not caught.value.temporary
-            assert "not this one" not in str(caught.value)
-        wrong.close()
-
-
-def test_basic_password() -> None:
-    with faulty_registry(auth="basic") as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        assert read(client, registry) == WANTED
-        assert read(client, registry) == WANTED
-        assert len(registry.requests) == 3  # refused once, then sent along
-        client.close()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [faulty.status(500), faulty.status(403), faulty.silence, faulty.drip, faulty.garbage, faulty.short_body(3)],
-    ids=["500", "403", "silence", "drip", "not HTTP", "short"],
-)
-def test_token_server_fails(fault: faulty.Fault) -> None:
-    with faulty_registry(auth="bearer") as registry:
-        registry.add_blob(DATA)
-        registry.token_fault = fault
-        client = RegistryClient(
-            _credentials(registry, registry.password), request_timeout_s=0.3, deadline_s=DEADLINE_S
-        )
-        started = time.monotonic()
-        with pytest.raises(RegistryError, match=r"token|no answer in time") as caught:
-            read(client, registry)
-        assert time.monotonic() - started < DEADLINE_S + 10
-        _assert_located(caught.value, registry)
-        client.close()
-
-
-def test_nobody_waits_for_another_threads_token_beyond_his_deadline() -> None:
-    with faulty_registry(auth="bearer") as registry:
-        digest = registry.add_blob(DATA)
-        registry.token_fault = faulty.silence
-        client = RegistryClient(_credentials(registry, registry.password), request_timeout_s=5, deadline_s=5)
-        patient = threading.Thread(target=read, args=(client, registry))
-        patient.start()
-        while registry.tokens_issued == 0:
-            time.sleep(0.01)
-        with pytest.raises(RegistryError, match="no token within the deadline"):
-            client.read_range(registry.repository(), digest, 0, 10, deadline=time.monotonic() + 0.2)
-        registry.token_fault = None
-        registry.closing.set()
-        patient.join()
-        client.close()
-
-
-@pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"token": 1}', b'{"token": "a\\nb"}', b"[" * 100_000])
-def test_token_server_answers_nonsense(answer: bytes) -> None:
-    def fault(good: faulty.Answer) -> None:
-        good.body = answer
-        good.send()
-
-    with faulty_registry(auth="bearer") as registry:
-        registry.add_blob(DATA)
-        registry.token_fault = fault
-        client = _with_password(registry)
-        with pytest.raises(RegistryError, match="no token"):
-            read(client, registry)
-        client.close()
-
-
-@pytest.mark.parametrize("realm", ["ftp://x/", "http://[", "relative", "http:///no-host"])
-def test_malformed_realm(realm: str) -> None:
-    with faulty_registry(auth="bearer", realm=realm) as registry:
-        registry.add_blob(DATA)
-        client = _with_password(registry)
-        with pytest.raises(RegistryError, match="realm"):
-            read(client, registry)
-        client.close()
 
 
 # -- streams, manifests, uploads -------------------------------------------------------------------------------------
@@ -417,7 +263,7 @@ def test_stream_survives_a_token_that_expires_in_the_middle() -> None:
     with faulty_registry(auth="bearer") as registry:
         digest = registry.add_blob(DATA)
         registry.next(faulty.short_body(100_000))
-        client = _with_password(registry)
+        client = with_password(registry)
         with client.stream_blob(registry.repository(), digest, len(DATA)) as stream:
             head = stream.read(50_000)
             registry.revoke_tokens()
@@ -505,21 +351,6 @@ def test_push_of_other_content_than_promised(registry: FaultyRegistry, client: R
     with pytest.raises(RegistryError, match=digest):
         client.push_blob(registry.repository(), digest, 4, lambda: io.BytesIO(b"that"))
     assert digest not in registry.blobs
-
-
-def _credentials(registry: FaultyRegistry, password: str) -> Credentials:
-    return Credentials({registry.host: (registry.user, password)})
-
-
-def _with_password(registry: FaultyRegistry) -> RegistryClient:
-    return RegistryClient(_credentials(registry, registry.password), request_timeout_s=5, deadline_s=20)
-
-
-def _assert_located(error: RegistryError, registry: FaultyRegistry) -> None:
-    text = str(error)
-    assert f"{registry.host}/some/image@{faulty.digest_of(DATA)}" in text
-    assert f"at offset {OFFSET}" in text
-    assert error.offset == OFFSET
 
 
 def test_closing_closes_connections_though_an_error_is_kept() -> None:

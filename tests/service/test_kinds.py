@@ -135,6 +135,38 @@ def test_a_killed_server_is_replaced_and_an_upgrade_takes_over(tmp_path: Path, r
 
 
 @in_vm
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kind", "fs"),
+    [("ublk", "xfs"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("ublk", "ext4"), ("tcmu", "xfs")))],
+)
+def test_a_file_system_is_written_trimmed_and_read_again(tmp_path: Path, run_dir: Path, kind: str, fs: str) -> None:
+    content, target = os.urandom(2 * MIB), tmp_path / "mnt"
+    target.mkdir()
+    with serving(run_dir, kind) as service:
+        config = writable_config(tmp_path, 320 * MIB)
+        device = service.attach(config)
+        subprocess.run([f"mkfs.{fs}", "-q", device.path], check=True, capture_output=True)
+        service.mount(device, target)
+        (target / "kept").write_bytes(content)
+        (target / "gone").write_bytes(content)
+        os.sync()
+        (target / "gone").unlink()
+        os.sync()
+        done = subprocess.run(["fstrim", "-v", target], check=True, capture_output=True, text=True)
+        assert "(0 bytes)" not in done.stdout
+        mount.unmount(target)
+        assert service.detach(device.device_id)
+        device = service.attach(config)
+        check = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}[fs]
+        subprocess.run([*check, device.path], check=True, capture_output=True)
+        service.mount(device, target)
+        assert (target / "kept").read_bytes() == content
+        assert not (target / "gone").exists()
+        mount.unmount(target)
+
+
+@in_vm
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", OTHERS)

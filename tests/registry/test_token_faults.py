@@ -1,0 +1,165 @@
+"""Every way a registry's authentication can fail, and what a reader gets."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.failures import RegistryError
+from tests.registry import faulty
+from tests.registry.faulty import faulty_registry
+from tests.registry.reading import DATA, DEADLINE_S, WANTED, assert_located, credentials, read, with_password
+
+
+def test_token_is_shared_and_renewed_when_refused() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        assert read(client, registry) == read(client, registry) == WANTED
+        assert registry.tokens_issued == 1
+        registry.revoke_tokens()
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+def test_expired_token_is_not_sent() -> None:
+    with faulty_registry(auth="bearer", token_life_s=0.2) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        assert read(client, registry) == WANTED
+        time.sleep(0.25)
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
+        sent = [request.authorization for request in registry.blob_requests()]
+        assert sent == [None, "Bearer token-1", "Bearer token-2"]
+        client.close()
+
+
+def test_many_threads_share_one_new_token() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        read(client, registry)
+        registry.revoke_tokens()
+        results: list[bytes] = []
+        threads = [threading.Thread(target=lambda: results.append(read(client, registry))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [WANTED] * 8
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        read(client, registry)
+
+        def refuse_while_another_is_served(answer: faulty.Answer) -> None:
+            registry.revoke_tokens()
+            assert read(client, registry) == WANTED
+            registry.revoke_tokens()
+            answer.handler.refuse()
+
+        registry.next(refuse_while_another_is_served)
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 3
+        sent = [request.authorization for request in registry.blob_requests()]
+        # The second and third of these are the other thread's.
+        assert sent[2:] == ["Bearer token-1", "Bearer token-1", "Bearer token-2", "Bearer token-2", "Bearer token-3"]
+        client.close()
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_wrong_password_and_none(auth: str) -> None:
+    with faulty_registry(auth=auth) as registry:
+        registry.add_blob(DATA)
+        wrong = RegistryClient(credentials(registry, "not this one"), deadline_s=DEADLINE_S)
+        none = RegistryClient(request_timeout_s=5, deadline_s=20)
+        for one in (none, wrong):
+            with pytest.raises(RegistryError) as caught:
+                read(one, registry)
+            assert_located(caught.value, registry)
+            assert caught.value.status == 401
+            assert not caught.value.temporary
+            assert "not this one" not in str(caught.value)
+            one.close()
+
+
+def test_basic_password() -> None:
+    with faulty_registry(auth="basic") as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        assert read(client, registry) == WANTED
+        assert read(client, registry) == WANTED
+        assert len(registry.requests) == 3  # refused once, then sent along
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [faulty.status(500), faulty.status(403), faulty.silence, faulty.drip, faulty.garbage, faulty.short_body(3)],
+    ids=["500", "403", "silence", "drip", "not HTTP", "short"],
+)
+def test_token_server_fails(fault: faulty.Fault) -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = fault
+        client = RegistryClient(
+            credentials(registry, registry.password), request_timeout_s=0.3, deadline_s=DEADLINE_S
+        )
+        started = time.monotonic()
+        with pytest.raises(RegistryError, match=r"token|no answer in time") as caught:
+            read(client, registry)
+        assert time.monotonic() - started < DEADLINE_S + 10
+        assert_located(caught.value, registry)
+        client.close()
+
+
+def test_nobody_waits_for_another_threads_token_beyond_his_deadline() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        digest = registry.add_blob(DATA)
+        registry.token_fault = faulty.silence
+        client = RegistryClient(credentials(registry, registry.password), request_timeout_s=5, deadline_s=5)
+        patient = threading.Thread(target=read, args=(client, registry))
+        patient.start()
+        while registry.tokens_issued == 0:
+            time.sleep(0.01)
+        with pytest.raises(RegistryError, match="no token within the deadline"):
+            client.read_range(registry.repository(), digest, 0, 10, deadline=time.monotonic() + 0.2)
+        registry.token_fault = None
+        registry.closing.set()
+        patient.join()
+        client.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"token": 1}', b'{"token": "a\\nb"}', b"[" * 100_000])
+def test_token_server_answers_nonsense(answer: bytes) -> None:
+    def fault(good: faulty.Answer) -> None:
+        good.body = answer
+        good.send()
+
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = fault
+        client = with_password(registry)
+        with pytest.raises(RegistryError, match="no token"):
+            read(client, registry)
+        client.close()
+
+
+@pytest.mark.parametrize("realm", ["ftp://x/", "http://[", "relative", "http:///no-host"])
+def test_malformed_realm(realm: str) -> None:
+    with faulty_registry(auth="bearer", realm=realm) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        with pytest.raises(RegistryError, match="realm"):
+            read(client, registry)
+        client.close()
