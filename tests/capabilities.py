@@ -76,6 +76,14 @@ def missing_for_browser() -> str:
     return ""
 
 
+def missing_for_block_tools() -> str:
+    """Why the tools that tell of block events cannot be run here, or ''."""
+    for tool in ("blktrace", "blkparse", "bpftrace", "trace-cmd", "perf"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return ""
+
+
 _PROBES = {
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
@@ -85,6 +93,7 @@ _PROBES = {
     "vm": missing_for_vm,
     "prometheus": missing_for_prometheus,
     "browser": missing_for_browser,
+    "blocktools": missing_for_block_tools,
 }
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import SourceError
 from obdlab.observe import audit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 # Closed with its last holder. A read under way is one: its number might be another file's by the time a late pread
@@ -18,8 +22,8 @@ class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when the interpreter ends, os may be gone
+        close(self.number)
 
 
 class LocalFile(Blob):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +20,7 @@ from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.ends import BEGINNING
 from obdlab.image.hotlayer import NothingHotError, begins_hot, is_hot, stream_if_begins_hot, write_hot_layer
-from obdlab.image.open import Image, open_image, open_stack
+from obdlab.image.open import Image, ImageOpenError, open_image, open_stack
 from obdlab.image.remote import RemoteLayers
 from obdlab.image.settings import Settings
 from obdlab.image.tracemap import sectors_of_reads
@@ -165,6 +166,20 @@ def test_one_that_cannot_be_fetched_leaves_the_image_as_it_was(tmp_path: Path) -
         own = Settings(cache_dir=tmp_path / "cache", open_deadline_s=5)
         with pytest.raises(Exception, match="lower 2 of 3"):
             open_image(config, own)
+
+
+def test_one_that_is_damaged_at_its_end_is_not_fetched_on(tmp_path: Path) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing("zstd", 16384))
+    content = hot.read_bytes()
+    hot.write_bytes(content[:-1024] + bytes(512) + content[-512:])  # its index
+    with faulty_registry() as registry:
+        config = served(registry, [*EXT4, hot])
+        with pytest.raises(ImageOpenError, match="lower 2 of 3"):
+            open_image(config, Settings(cache_dir=tmp_path / "cache", open_deadline_s=20))
+        deadline = time.monotonic() + 20
+        while any(thread.name == "obdlab-stream" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline, "the stream goes on"
+            time.sleep(0.01)
 
 
 def test_traces_that_name_nothing_or_another_image() -> None:
