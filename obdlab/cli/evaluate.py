@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.packing import end_politely_on_sigterm
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             print(f"{asked.key:<16} {asked.figure or '-':<7} {asked.title} ({names})")
         return 0
     results = _results(args)
+    end_politely_on_sigterm()
     failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True))
     _print_ledger(results)
     if not args.no_report:

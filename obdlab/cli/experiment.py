@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.packing import end_politely_on_sigterm
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     if isinstance(spec, Spec) and args.report:  # what is wrong there shall not be told after an hour of measuring
         check_parameters(args.notebook, _parameters(spec, directory))
     experiment = open_experiment(spec, directory)
+    end_politely_on_sigterm()
     try:
         if isinstance(experiment, Experiment):
             measured = experiment.run(again=args.again, scheduler=args.scheduler)

@@ -26,7 +26,7 @@ _BOOT_S = 300.0
 _EACH_S = 120.0
 _REPORTS = "reports.jsonl"
 #: Passed on to the machine.
-_VARIABLES = ("OBDLAB_LONG",)
+_VARIABLES = ("OBDLAB_LONG", "OBDLAB_ROUNDS")
 _SELECTED = pytest.StashKey[list[pytest.Item]]()
 _REPORTED = pytest.StashKey[tuple[dict[str, list[Any]], str]]()
 
