@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from obdlab.lab.rows import RowStore
 from obdlab.lab.spec import Cell, Spec, SpecError
 from obdlab.lab.summary import caveats, findings, summarise
 
+QUICK = Path(__file__).parents[2] / "experiments" / "quick.toml"
 SPEC = Spec("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
 
 
@@ -218,3 +222,29 @@ def test_rows_are_exported_in_the_format_of_the_name(tmp_path: Path, capsys: pyt
     assert main(["experiment", "export", "x", str(tmp_path / "rows.txt"), "--results", str(tmp_path)]) == 1
     assert main(["experiment", "export", "y", str(tmp_path / "rows.csv"), "--results", str(tmp_path)]) == 1
     assert "holds no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_ends_in_good_order(tmp_path: Path, number: signal.Signals) -> None:
+    # What it has started is taken down on the way out, by whichever of the two.
+    program = f"""
+import time
+from obdlab.cli.main import main
+from obdlab.lab.experiment import Experiment
+def run(self, **options):
+    try:
+        print("measuring", flush=True)
+        time.sleep(60)
+    finally:
+        print("taken down", flush=True)
+Experiment.run = run
+raise SystemExit(main(["experiment", "run", {str(QUICK)!r}, "--results", {str(tmp_path)!r}]))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"measuring\n"
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    assert out == b"taken down\n"
+    assert child.returncode == 130
+    assert b"the same command goes on where this one was" in err
