@@ -78,7 +78,7 @@ def missing_for_browser() -> str:
 
 def missing_for_block_tools() -> str:
     """Why the tools that tell of block events cannot be run here, or ''."""
-    for tool in ("blktrace", "blkparse", "bpftrace", "trace-cmd", "perf"):
+    for tool in ("blktrace", "blkparse", "trace-cmd", "perf"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
     return ""

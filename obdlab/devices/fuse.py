@@ -205,7 +205,9 @@ class FuseServer:
     # sets the device's IOPS.
     def _turn(self, member: Member) -> bool:
         if not member.buffer:
-            member.buffer = bytearray(self._file.buffer_size)
+            # Written, not merely allocated, or the kernel had to fault its pages in to hand a request over: one whose
+            # server is killed meanwhile fails instead of being handed to the next server.
+            member.buffer = bytearray(b"\0") * self._file.buffer_size
         fd, buffer = self._fd, member.buffer
         buffers = [buffer]
         readv, unpack, clock = os.readv, abi.FUSE_TRANSFER.unpack_from, time.monotonic_ns

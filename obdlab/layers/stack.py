@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
-# Answers of the usual lengths cost nothing; untouched, they also take no memory.
-_ZEROS = {1 << bits: bytes(1 << bits) for bits in range(9, 21)}
+# Answers of the usual lengths cost nothing. Written, not merely allocated: the kernel takes an answer out of a FUSE server's
+# memory, and where it has to fault a page in while that server is killed, it fails the request instead of asking the next.
+_ZEROS = {1 << bits: b"\0" * (1 << bits) for bits in range(9, 21)}
 _ZERO_VIEW = memoryview(_ZEROS[1 << 20])
 
 # What is left to flush when writes begin to wait for a restack should take no longer than this; tried so often.
@@ -44,7 +45,7 @@ _Piece = tuple[int, int, int]
 def zeros(length: int) -> bytes:
     """``length`` zero bytes, shared if it is a usual request length."""
     found = _ZEROS.get(length)
-    return bytes(length) if found is None else found
+    return b"\0" * length if found is None else found
 
 
 class Stack(Blob):

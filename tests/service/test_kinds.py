@@ -147,7 +147,7 @@ def test_a_file_system_is_written_trimmed_and_read_again(tmp_path: Path, run_dir
         config = writable_config(tmp_path, 320 * MIB)
         device = service.attach(config)
         subprocess.run([f"mkfs.{fs}", "-q", device.path], check=True, capture_output=True)
-        service.mount(device, target)
+        mount.mount(device.path, target, read_only=False)
         (target / "kept").write_bytes(content)
         (target / "gone").write_bytes(content)
         os.sync()
@@ -160,7 +160,7 @@ def test_a_file_system_is_written_trimmed_and_read_again(tmp_path: Path, run_dir
         device = service.attach(config)
         check = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}[fs]
         subprocess.run([*check, device.path], check=True, capture_output=True)
-        service.mount(device, target)
+        mount.mount(device.path, target, read_only=False)
         assert (target / "kept").read_bytes() == content
         assert not (target / "gone").exists()
         mount.unmount(target)
