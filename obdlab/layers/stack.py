@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
-# Answers of the usual lengths cost nothing. Written, not merely allocated: the kernel takes an answer out of a FUSE server's
-# memory, and where it has to fault a page in while that server is killed, it fails the request instead of asking the next.
+# Answers of the usual lengths cost nothing. Written, not merely allocated: the kernel takes an answer out of a FUSE
+# server's memory, and where it has to fault a page in while that server is killed, it fails the request instead of
+# asking the next.
 _ZEROS = {1 << bits: b"\0" * (1 << bits) for bits in range(9, 21)}
 _ZERO_VIEW = memoryview(_ZEROS[1 << 20])
 
