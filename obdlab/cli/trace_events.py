@@ -205,6 +205,8 @@ def _parsed(path: Path) -> list[Any]:
         size = path.stat().st_size
         if size > _MOST_BYTES:
             raise FormatError("too large for block events", blob=str(path), got=size, wanted=f"at most {_MOST_BYTES}")
+        if not path.is_file():  # a pipe would be waited for
+            raise FormatError("not a regular file", blob=str(path))
         with open(path, errors="replace") as lines:
             return parse(lines, name=str(path))
     except OSError as error:

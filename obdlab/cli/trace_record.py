@@ -114,7 +114,10 @@ def _record_image(args: argparse.Namespace, service: DeviceService, ended: threa
         with mounted(service, config, place / "image", args.events):
             why = run_once(args, place, document, ended)
         _await_trace(trace)
-        shutil.copyfile(trace, args.output)
+        try:
+            shutil.copyfile(trace, args.output)
+        except OSError as error:
+            raise RecordError(f"{args.output}: cannot write the trace: {error.strerror or error}") from error
         left.callback(_summary, args, why)
     return 0
 

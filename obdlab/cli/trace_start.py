@@ -51,13 +51,19 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
 def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevice | None:
     """Return the device that the command line names; None: it names an image.
 
-    Raises RecordError for an output without a directory, a node that is no device of ours, or, of a device, options
-    that are for images only.
+    Raises RecordError for an output that cannot be written, a node that is no device of ours, or, of a device,
+    options that are for images only.
     """
     from obdlab.service.live import find_device
 
-    if not args.output.absolute().parent.is_dir():
-        raise RecordError(f"{args.output}: no directory to write it to")
+    outputs = [path for path in (args.output, getattr(args, "events", None)) if path is not None]
+    for path in outputs:
+        if not path.absolute().parent.is_dir():
+            raise RecordError(f"{path}: no directory to write it to")
+        if path.is_dir():
+            raise RecordError(f"{path}: is a directory")
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise RecordError(f"{args.output}: named twice, for the trace and for the events")
     device = find_device(service, args.source)
     if device is None and args.source.startswith("/dev/"):
         raise RecordError(f"{args.source}: no device of this run directory ({args.run_dir})")
@@ -79,7 +85,7 @@ def signals() -> Iterator[threading.Event]:
     ended = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: ended.set())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
     }
     try:
         yield ended

@@ -95,9 +95,12 @@ class Volume(FileTree):
         """Return a symbolic link's text."""
         if not stat.S_ISLNK(inode.mode) or inode.size > self.block_size:
             raise FormatError("no symbolic link", blob=self.name, got=oct(inode.mode))
-        if inode.size < len(inode.block) and not inode.flags & InodeFlag.EXTENTS:
-            return inode.block[: inode.size]
-        return self.read(inode, 0, inode.size)
+        return inode.block[: inode.size] if self._is_kept_link(inode) else self.read(inode, 0, inode.size)
+
+    # A short one has its text where others have the places of their blocks.
+    @staticmethod
+    def _is_kept_link(inode: Inode) -> bool:
+        return stat.S_ISLNK(inode.mode) and inode.size < len(inode.block) and not inode.flags & InodeFlag.EXTENTS
 
     def xattrs(self, inode: Inode) -> list[xattr.Pair]:
         """Return the extended attributes."""
@@ -112,7 +115,7 @@ class Volume(FileTree):
 
         Holes, and what is kept in the inode, are left out.
         """
-        if inode.flags & InodeFlag.INLINE_DATA:
+        if inode.flags & InodeFlag.INLINE_DATA or self._is_kept_link(inode):
             return
         size = self.block_size
         for extent in self.extents(inode):

@@ -85,6 +85,19 @@ def test_others_are_read_but_not_changed(tmp_path: Path) -> None:
             Editor(disk)
 
 
+def test_the_text_of_a_short_link_is_no_place_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    for length in (3, 59, 60):
+        os.symlink(("/usr" * 16)[:length], tmp_path / "root" / f"link{length}")
+    command = ["mkfs.ext4", "-q", "-d", str(tmp_path / "root"), str(tmp_path / "disk"), "8M"]
+    subprocess.run(command, check=True, capture_output=True)
+    with FileDisk(tmp_path / "disk") as disk:
+        volume = Volume(disk)
+        places = {path: list(volume.places(inode)) for path, _, inode in volume.walk()}
+    assert places[b"/link3"] == places[b"/link59"] == []
+    assert len(places[b"/link60"]) == 1
+
+
 def test_a_loop_of_directories_ends() -> None:
     disk = MemoryDisk(1 << 20)
     disk.data[:] = small_file_system()

@@ -110,7 +110,10 @@ def test_the_command(
     assert main(["trace", "show", str(EXT4[0])]) == 1
 
 
-def test_until_a_signal(service: DeviceService, device: AttachedDevice, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # the latter: the terminal is gone
+def test_until_a_signal(
+    service: DeviceService, device: AttachedDevice, tmp_path: Path, number: signal.Signals
+) -> None:
     output = tmp_path / "trace"
     command = [
         sys.executable,
@@ -131,6 +134,6 @@ def test_until_a_signal(service: DeviceService, device: AttachedDevice, tmp_path
         assert process.poll() is None
         time.sleep(0.05)
     read_direct(device.path, ranges()[0][0] // 4096 * 4096, 4096)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     assert process.wait(60) == 0
     assert len(Trace.from_bytes(output.read_bytes())) >= 1
