@@ -17,6 +17,7 @@ from obdlab.cli.common import (
     device_service_from,
     registry_from,
 )
+from obdlab.cli.numbers import real
 from obdlab.errors import DeviceError, ObdlabError, SourceError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add(subcommands: Any) -> None:
     attach.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     attach.add_argument("--id", help="name of the device (default: made from the image)")
     add_device_option(attach)
-    attach.add_argument("--timeout", type=float, default=150.0, metavar="S", help=TIMEOUT_HELP)
+    attach.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(attach)
     add_registry_options(attach)
     add_trace_option(attach)

@@ -167,7 +167,7 @@ def _existing(path: Path) -> Path:
     from obdlab.image.settings import SettingsError
 
     if not path.is_file():
-        raise SettingsError(f"{path}: no such trace")
+        raise SettingsError(f"{path}: not a file, so no trace" if path.exists() else f"{path}: no such trace")
     return path.absolute()
 
 

@@ -12,6 +12,7 @@ from obdlab.cli.common import platform
 from obdlab.cli.convert import Bars
 from obdlab.cli.convertoptions import ALL
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
+from obdlab.cli.numbers import whole
 
 if TYPE_CHECKING:
     from obdlab.convert.imagetree import Listing
@@ -55,7 +56,9 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore", action="append", default=[], choices=("uid", "gid", "mtime_ns", "xattrs"), help="repeatable"
     )
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="differences to print (default: 100)")
+    parser.add_argument(
+        "--limit", type=whole(0), default=100, metavar="N", help="differences to print (default: 100)"
+    )
     parser.add_argument(
         "--work-dir", type=Path, default=Path("/var/tmp"), help="where layers are fetched to (default: %(default)s)"
     )

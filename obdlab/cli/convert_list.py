@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from obdlab.cli.convertoptions import add_conversion_options, check_conversion_options
 from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.numbers import whole
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ became of each is kept in a file beside LIST: the same command, after an interru
 is not yet done, and new lines. With --scheduler the workers of a Dask scheduler do the work, on whatever hosts they
 are; files that are named are those of the workers' hosts then."""
 # Options of conversion that do not change its result: another value may go on with the same list.
+_COUNT = whole(1, 10_000)
 _FREE_OPTIONS = ("work_dir", "platforms_at_once", "memory", "database")
 _COLUMNS = ("source", "destination", "state", "tries", "digest", "layers", "source_size", "size", "seconds", "host")
 
@@ -60,7 +62,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "-j",
         "--jobs",
-        type=_count,
+        type=_COUNT,
         default=max(1, (os.cpu_count() or 2) // 2),
         metavar="N",
         help="images at once on this host; each keeps two CPUs busy and takes some 150 MiB (default: %(default)s)",
@@ -69,10 +71,10 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler (tcp://HOST:8786): one image at once a worker thread"
     )
     parser.add_argument(
-        "--tries", type=_count, default=3, metavar="N", help="for failures that may pass (default: %(default)s)"
+        "--tries", type=_COUNT, default=3, metavar="N", help="for failures that may pass (default: %(default)s)"
     )
     parser.add_argument(
-        "--image-timeout-min", type=_count, default=120, metavar="N", help="for one image (default: %(default)s)"
+        "--image-timeout-min", type=_COUNT, default=120, metavar="N", help="for one image (default: %(default)s)"
     )
     parser.add_argument(
         "--state", type=Path, metavar="FILE", help="what became of each image (default: LIST.state.sqlite)"
@@ -228,12 +230,6 @@ def _signals() -> Iterator[None]:
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"not a number from 1 to 10000: {text!r}")
-    return int(text)
 
 
 def _told(pair: Pair, outcome: Outcome) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import platform
+from obdlab.cli.numbers import whole
 from obdlab.cli.packing import size_argument
 
 if TYPE_CHECKING:
@@ -35,11 +36,15 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         help="ZFile blocks (default: %(default)s)",
     )
     parser.add_argument(
-        "--vsize-gib", type=_gib, default=64, metavar="N", help="size of the disk that holds the image (default: 64)"
+        "--vsize-gib",
+        type=whole(1, 16 << 10, "size in GiB"),
+        default=64,
+        metavar="N",
+        help="size of the disk that holds the image (default: 64)",
     )
     parser.add_argument(
         "--bytes-per-inode",
-        type=_bytes_per_inode,
+        type=whole(1 << 10, 64 << 20, "number of bytes"),
         default=16384,
         metavar="N",
         help="ext4: one inode for so many bytes of the disk, as mkfs.ext4 -i (default: %(default)s)",
@@ -52,7 +57,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--flatten",
-        type=_layers,
+        type=whole(1, 255, "number of layers"),
         default=0,
         metavar="N",
         help="at most N layers: the lowest N-1 are kept as they are, all above become one (default: keep all)",
@@ -141,21 +146,3 @@ def _database(named: str | None) -> str:
 
 def _platform(text: str) -> Platform | str:
     return ALL if text == ALL else platform(text)
-
-
-def _gib(text: str) -> int:
-    return _number(text, 1, 16 << 10, "size in GiB")
-
-
-def _layers(text: str) -> int:
-    return _number(text, 1, 255, "number of layers")
-
-
-def _bytes_per_inode(text: str) -> int:
-    return _number(text, 1 << 10, 64 << 20, "number of bytes")
-
-
-def _number(text: str, least: int, most: int, what: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 12 or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"not a {what} between {least} and {most}: {text!r}")
-    return int(text)

@@ -12,9 +12,11 @@ from typing import Any
 from obdlab.cli import notify
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
+from obdlab.cli.numbers import real
 
 DEFAULT_LISTEN = "127.0.0.1:9863"
 DEFAULT_PATH = "/metrics"
+_SECONDS = real(above=0, below=86400)
 
 
 def add(subcommands: Any) -> None:
@@ -37,14 +39,14 @@ def add(subcommands: Any) -> None:
     parser.add_argument("--path", default=DEFAULT_PATH, help="path of the metrics (default: %(default)s)")
     parser.add_argument(
         "--hung-after",
-        type=_seconds,
+        type=_SECONDS,
         default=10.0,
         metavar="S",
         help="requests under way for longer count as hung (default: %(default)g)",
     )
     parser.add_argument(
         "--deadline",
-        type=_seconds,
+        type=_SECONDS,
         default=0.5,
         metavar="S",
         help="a device server that has not answered by then counts as hung (default: %(default)g)",
@@ -96,13 +98,3 @@ def address(text: str) -> tuple[str, int]:
         return parse_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError(f"wanted a number of seconds (got {text!r})")
-    return value

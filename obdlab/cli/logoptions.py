@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.numbers import whole
 from obdlab.cli.packing import size_argument
 from obdlab.observe import logs
 
@@ -27,7 +28,10 @@ def add_log_options(parser: argparse.ArgumentParser, *, default_file: str = "sta
         "--log-size", type=size_argument, metavar="SIZE", help="a file this large is put aside (default: 10M)"
     )
     group.add_argument(
-        "--log-count", type=_count, metavar="N", help="so many files are kept, the current one included (default: 3)"
+        "--log-count",
+        type=whole(1, 999),
+        metavar="N",
+        help="so many files are kept, the current one included (default: 3)",
     )
     group.add_argument("--log-level", choices=_LEVELS, help="least level that is logged (default: info)")
 
@@ -58,9 +62,3 @@ def set_up_logs(
     )
     name = chosen.get("log_level")
     logs.set_up(options, logging.getLevelNamesMapping()[name.upper()] if name else level, follow=follow)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 1000):
-        raise argparse.ArgumentTypeError(f"wanted a number from 1 to 999 (got {text!r})")
-    return int(text)

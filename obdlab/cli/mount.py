@@ -14,6 +14,7 @@ from obdlab.cli.common import (
     add_trace_option,
     device_service_from,
 )
+from obdlab.cli.numbers import real
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def add(subcommands: Any) -> None:
     mount.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     mount.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
     add_device_option(mount)
-    mount.add_argument("--timeout", type=float, default=150.0, metavar="S", help=TIMEOUT_HELP)
+    mount.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(mount)
     add_registry_options(mount)
     add_trace_option(mount)

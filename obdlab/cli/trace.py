@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli import trace_events, trace_images, trace_publish, trace_record
-from obdlab.cli.common import add_registry_options, settings_from
+from obdlab.cli.common import add_registry_options, add_runtime_options
+from obdlab.cli.numbers import whole
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add(subcommands: Any) -> None:
     merge.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
     merge.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     merge.add_argument(
-        "--least", type=int, default=1, metavar="N", help="only what at least N of them read (default: 1, all)"
+        "--least", type=whole(1), default=1, metavar="N", help="only what at least N of them read (default: 1, all)"
     )
     merge.set_defaults(run=run_merge)
 
@@ -56,12 +57,13 @@ def add(subcommands: Any) -> None:
     chosen = actions.add_parser("filter", help="part of a trace")
     chosen.add_argument("file", type=Path, metavar="TRACE")
     chosen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    chosen.add_argument("--layer", type=int, action="append", metavar="N", help="only of this layer; repeatable")
-    chosen.add_argument("--first", type=int, metavar="N", help="only the first N reads")
+    chosen.add_argument("--layer", type=whole(0), action="append", metavar="N", help="only of this layer; repeatable")
+    chosen.add_argument("--first", type=whole(1), metavar="N", help="only the first N reads")
     chosen.add_argument("--unique", action="store_true", help="every byte only once, where it is read first")
     chosen.add_argument(
-        "--fits", nargs="+", metavar="SOURCE", help="only what lies in these layers, or this config.v1.json"
+        "--fits", nargs="+", metavar="SOURCE", help="only what lies in this image, or these layers, as for attach"
     )
+    add_runtime_options(chosen)
     add_registry_options(chosen)
     chosen.set_defaults(run=run_filter)
     trace_images.add(actions)
@@ -94,7 +96,7 @@ def run_merge(args: argparse.Namespace) -> int:
     """Combine traces."""
     from obdlab.image.traces import merge
 
-    if not 1 <= args.least <= len(args.traces):
+    if args.least > len(args.traces):
         raise TraceCommandError(f"--least: wanted 1 to {len(args.traces)} (got {args.least})")
     save_trace(args.output, merge([_load(path) for path in args.traces], least=args.least))
     return 0
@@ -115,13 +117,12 @@ def run_diff(args: argparse.Namespace) -> int:
 
 def run_filter(args: argparse.Namespace) -> int:
     """Keep part of a trace."""
-    from obdlab.image.disks import open_disk
     from obdlab.image.traces import select, unique
 
     trace = _load(args.file)
     sizes = None
     if args.fits:
-        with open_disk(args.fits, settings_from(args)) as disk:
+        with trace_images.opened(args.fits, args) as disk:
             sizes = [layer.data.size for layer in disk.layers]
     trace = select(trace, layers=args.layer, sizes=sizes, first=args.first)
     save_trace(args.output, unique(trace) if args.unique else trace)
@@ -136,9 +137,11 @@ def _load(path: Path) -> Trace:
 
 
 def save_trace(path: Path, trace: Trace) -> None:
-    """Write a trace to a file, and say what is in it."""
+    """Write a trace to a file, and say what is in it. Raises TraceCommandError if nothing is."""
     from obdlab.image.output import new_file
 
+    if not len(trace):
+        raise TraceCommandError(f"{path}: not written, as nothing is left of the trace")
     with new_file(path, force=True) as file:
         file.write(trace.to_bytes())
     print(f"{path}: {len(trace)} reads, {trace.size} bytes")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
+from obdlab.cli.numbers import real
+from obdlab.cli.trace_container import container_config, run_once
 from obdlab.cli.trace_start import (
     add_start_options,
-    container_config,
     device_of,
     listening,
     mounted,
-    run_once,
     signals,
     wait,
 )
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Sequence
 
+    from obdlab.cli.trace_container import Ended
     from obdlab.formats.blockevents import DiskRead
     from obdlab.formats.trace import Trace
     from obdlab.image.timeline import Step, Summary
@@ -74,12 +75,19 @@ def add(actions: Any) -> None:
         ),
     )
     _add_events(shown)
-    shown.add_argument("--trace", type=Path, metavar="FILE", help="the trace that was replayed meanwhile")
     shown.add_argument(
-        "--there-within", type=float, default=2.0, metavar="MS", help="a read that took less was there (default: 2)"
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="the trace that was replayed meanwhile (default: the image's hot layer)",
     )
-    shown.add_argument("--rate-mbit", type=_positive, metavar="N", help="of the link: say what the least possible is")
-    shown.add_argument("--rtt-ms", type=float, default=0.0, metavar="N", help="of the link (default: 0)")
+    shown.add_argument(
+        "--there-within", type=real(), default=2.0, metavar="MS", help="a read that took less was there (default: 2)"
+    )
+    shown.add_argument(
+        "--rate-mbit", type=real(above=0), metavar="N", help="of the link: say what the least possible is"
+    )
+    shown.add_argument("--rtt-ms", type=real(), default=0.0, metavar="N", help="of the link (default: 0)")
     form = shown.add_mutually_exclusive_group()
     form.add_argument("--steps", action="store_true", help="every read, in order (default: the longest waits)")
     form.add_argument("--csv", action="store_true", help="every read, as CSV")
@@ -97,13 +105,6 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
     add_registry_options(parser)
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"wanted more than 0 (got {text!r})")
-    return value
-
-
 def _device(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(":")
     if not (major.isdecimal() and minor.isdecimal()):
@@ -117,17 +118,18 @@ def run_watch(args: argparse.Namespace) -> int:
     device = device_of(args, service)
     with signals() as ended:
         if device is None:
-            why = f" ({_watch_image(args, service, ended)})"
+            end = _watch_image(args, service, ended)
         else:
             with listening(device.path, args.output):
                 wait(ended, None if args.until_signal else args.seconds, args.quiet, "watching")
-            why = ""
+            end = None
     if not args.quiet:
+        why = "" if end is None else f" ({end.why})"
         print(f"{args.output}: {len(_parsed(args.output))} block events{why}")
-    return 0
+    return 0 if end is None else end.status(f"{args.output} has what came until then")
 
 
-def _watch_image(args: argparse.Namespace, service: DeviceService, ended: threading.Event) -> str:
+def _watch_image(args: argparse.Namespace, service: DeviceService, ended: threading.Event) -> Ended:
     from obdlab.cli.attach import image_config_of
 
     image, document = image_config_of([args.source], args), container_config(args)
@@ -135,8 +137,8 @@ def _watch_image(args: argparse.Namespace, service: DeviceService, ended: thread
     with tempfile.TemporaryDirectory(prefix="watch-", dir=service.run_dir.path) as directory:
         place = Path(directory).resolve()
         image.save(place / "config.v1.json")
-        with mounted(service, place / "config.v1.json", place / "image", args.output):
-            return run_once(args, place, document, ended)
+        with mounted(service, place / "config.v1.json", place / "image", args.output) as release:
+            return run_once(args, place, document, ended, release)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -146,7 +148,7 @@ def run_import(args: argparse.Namespace) -> int:
     from obdlab.image.timeline import check_inside, trace_of
 
     reads = _reads(args)
-    with opened(args.image, args) as disk:
+    with opened([args.image], args) as disk:
         check_inside(reads, disk.size, name=str(args.file))
         trace = trace_of(reads, disk)
     if not len(trace):
@@ -161,7 +163,7 @@ def run_timeline(args: argparse.Namespace) -> int:
     from obdlab.image.timeline import summary, timeline
 
     reads = _reads(args)
-    with opened(args.image, args) as disk:
+    with opened([args.image], args) as disk:
         trace = _trace(args, disk)
         steps = timeline(reads, disk, trace, there_within_ms=args.there_within)
         facts = summary(steps, disk, trace)
@@ -180,10 +182,11 @@ def run_timeline(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace, disk: Stack) -> Trace | None:
     from obdlab.formats.trace import Trace
+    from obdlab.image.hotlayer import trace_of_hot_layer
     from obdlab.image.replay import load_file, reads_in
 
     if args.trace is None:
-        return None
+        return trace_of_hot_layer(disk)
     return Trace.from_reads(reads_in(load_file(str(args.trace)), disk, name=str(args.trace)))
 
 

@@ -13,7 +13,7 @@ from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from obdlab.layers.stack import Stack
 
@@ -62,7 +62,7 @@ def run_files(args: argparse.Namespace) -> int:
     from obdlab.image.transplant import files_of
 
     data = load_file(str(args.file))
-    with opened(args.image, args) as disk:
+    with opened([args.image], args) as disk:
         sectors = sectors_of_reads(reads_in(data, disk, name=str(args.file)), disk)
         if args.reads:
             for offset, length, path in FilePlaces(disk).pieces(sectors):
@@ -86,7 +86,7 @@ def run_transplant(args: argparse.Namespace) -> int:
     from obdlab.image.transplant import transplant
 
     data = load_file(str(args.file))
-    with opened(args.old, args) as old, opened(args.new, args) as new:
+    with opened([args.old], args) as old, opened([args.new], args) as new:
         sectors = sectors_of_reads(reads_in(data, old, name=str(args.file)), old)
         found = transplant(sectors, old, new)
         reads = [
@@ -115,7 +115,7 @@ def name_of(path: bytes | None) -> str:
 
 
 @contextmanager
-def opened(source: str, args: argparse.Namespace) -> Iterator[Stack]:
+def opened(source: Sequence[str], args: argparse.Namespace) -> Iterator[Stack]:
     """Open an image's layers, without what is written to it, and without anything being fetched ahead."""
     from dataclasses import replace
 
@@ -123,7 +123,7 @@ def opened(source: str, args: argparse.Namespace) -> Iterator[Stack]:
     from obdlab.image.config import LowerConfig, UpperConfig
     from obdlab.image.open import Image, open_image
 
-    config = replace(image_config_of([source], args), upper=UpperConfig(), result_file="", trace=LowerConfig())
+    config = replace(image_config_of(source, args), upper=UpperConfig(), result_file="", trace=LowerConfig())
     with open_image(config, settings_from(args), traces=False) as image:
         assert isinstance(image, Image)  # it has no upper
         yield image

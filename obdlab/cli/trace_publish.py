@@ -54,6 +54,16 @@ def add(actions: Any) -> None:
     add_registry_options(parser)
     parser.set_defaults(run=run)
 
+    undone = actions.add_parser(
+        "unpublish",
+        help="undo publish --as referrer",
+        description="Takes all traces that refer to IMAGE away from it; prints the digests of their artifacts.",
+    )
+    undone.add_argument("image", metavar="IMAGE", help="an overlaybd image in a registry")
+    undone.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    add_registry_options(undone)
+    undone.set_defaults(run=run_undo)
+
 
 def run(args: argparse.Namespace) -> int:
     """Publish; print the digest of the new manifest."""
@@ -71,12 +81,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_undo(args: argparse.Namespace) -> int:
+    """Take traces away from an image."""
+    from contextlib import closing
+
+    from obdlab.convert.traces import detach_traces
+    from obdlab.registry.reference import Reference
+
+    with closing(registry_from(args)) as client:
+        gone = detach_traces(client, Reference.parse(args.image), platform=args.platform)
+    print(*gone or ["no trace refers to it"], sep="\n")
+    return 0
+
+
 def _attach(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from obdlab.convert.traces import attach_trace
     from obdlab.registry.reference import Reference
 
     reference = Reference.parse(args.image)
-    return attach_trace(client, reference, trace, settings_from(args), platform=args.platform)
+    settings = settings_from(args)
+    return attach_trace(client, reference, trace, settings, platform=args.platform, trace_name=str(args.trace))
 
 
 def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
@@ -88,7 +112,7 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from obdlab.image.writing import Packing
 
     check_apart(args.image, args.new)
-    common = {"client": client, "platform": args.platform, "work_dir": args.work_dir}
+    common = {"client": client, "platform": args.platform, "work_dir": args.work_dir, "trace_name": str(args.trace)}
     common["progress"] = None if args.quiet else Bars()
     settings = settings_from(args)
     with closing(open_source(args.image, client)) as source, closing(open_destination(args.new, client)) as target:
@@ -96,7 +120,7 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
             from obdlab.convert.ordering import order_layers
 
             _, trace = order_layers(
-                source, target, trace, platform=args.platform, work_dir=args.work_dir, progress=common["progress"]
+                source, target, trace, **{key: value for key, value in common.items() if key != "client"}
             )
             with closing(open_source(args.new, client)) as made:
                 return add_acceleration_layer(made, target, trace, settings, **common).digest

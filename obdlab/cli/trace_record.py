@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import device_service_from
+from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.trace_container import container_config, run_once
 from obdlab.cli.trace_start import (
     RecordError,
     add_start_options,
-    container_config,
+    check_outputs,
     device_of,
     listening,
     mounted,
-    run_once,
     signals,
     wait,
 )
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     import threading
 
     from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.service.live import LiveDevice, RecordedTrace
 
 _WRITTEN_S = 60.0
+# A server looks once a second whether the lock is there.
+_LOOKED_FOR_S = 5.0
 
 
 def add(actions: Any) -> None:
@@ -56,6 +59,23 @@ def add(actions: Any) -> None:
     add_start_options(record)
     record.set_defaults(run=run)
 
+    start = actions.add_parser(
+        "start",
+        help="record a device in use, from now until trace stop",
+        description="Returns at once. The recording is the device's own: it goes on whoever started it.",
+    )
+    start.add_argument("device", metavar="DEVICE", help="its id or node")
+    start.set_defaults(run=run_start)
+    stop = actions.add_parser(
+        "stop", help="end what trace start, or a killed trace record, began, and write the trace"
+    )
+    stop.add_argument("device", metavar="DEVICE", help="its id or node")
+    stop.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
+    stop.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    stop.set_defaults(run=run_stop)
+    for parser in (start, stop):
+        add_runtime_options(parser)
+
 
 def run(args: argparse.Namespace) -> int:
     """Record one device, or one start."""
@@ -65,6 +85,30 @@ def run(args: argparse.Namespace) -> int:
         if device is not None:
             return _record_device(args, service, device, ended)
         return _record_image(args, service, ended)
+
+
+def run_start(args: argparse.Namespace) -> int:
+    """Begin to record a device."""
+    _live(args).start_recording()
+    return 0
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    """Write what was recorded of a device."""
+    live = _live(args)
+    check_outputs([args.output])
+    _tell(live.stop_recording(args.output), args)
+    return 0
+
+
+def _live(args: argparse.Namespace) -> LiveDevice:
+    from obdlab.service.live import LiveDevice, find_device
+
+    service = device_service_from(args)
+    device = find_device(service, args.device)
+    if device is None:
+        raise RecordError(f"{args.device}: no device of this run directory ({args.run_dir})")
+    return LiveDevice(service, device.device_id)
 
 
 # -- a device in use -------------------------------------------------------------------------------------------------
@@ -82,11 +126,15 @@ def _record_device(
             wait(ended, None if args.until_signal else args.seconds, args.quiet)
     finally:
         done = live.stop_recording(args.output)
+    _tell(done, args)
+    return 0
+
+
+def _tell(done: RecordedTrace, args: argparse.Namespace) -> None:
     if not args.quiet:
         print(f"{args.output}: {done.reads} reads, {done.size} bytes")
     if done.left_out:
         print(f"obdlab trace: {done.left_out} reads came after the trace was full", file=sys.stderr)
-    return 0
 
 
 # -- a start of an image ---------------------------------------------------------------------------------------------
@@ -111,15 +159,16 @@ def _record_image(args: argparse.Namespace, service: DeviceService, ended: threa
         image = replace(image, record_trace_path=str(trace), trace=LowerConfig())
         config = place / "config.v1.json"
         image.save(config)
-        with mounted(service, config, place / "image", args.events):
-            why = run_once(args, place, document, ended)
+        # A server that is taken down by force writes nothing any more.
+        with mounted(service, config, place / "image", args.events, lambda: _end_recording(trace)) as release:
+            end = run_once(args, place, document, ended, release)
         _await_trace(trace)
         try:
             shutil.copyfile(trace, args.output)
         except OSError as error:
             raise RecordError(f"{args.output}: cannot write the trace: {error.strerror or error}") from error
-        left.callback(_summary, args, why)
-    return 0
+        left.callback(_summary, args, end.why)
+    return end.status(f"{args.output} has what was read until then")
 
 
 def _summary(args: argparse.Namespace, why: str) -> None:
@@ -130,12 +179,23 @@ def _summary(args: argparse.Namespace, why: str) -> None:
         print(f"{args.output}: {len(recorded)} reads, {recorded.size} bytes ({why})")
 
 
-# The server writes it when the device goes.
-def _await_trace(trace: Path) -> None:
-    deadline = time.monotonic() + _WRITTEN_S
+# The server writes it when the lock goes, or the device.
+def _end_recording(trace: Path) -> None:
+    trace.with_name(trace.name + ".lock").unlink(missing_ok=True)
+    _is_written(trace, _LOOKED_FOR_S)
+
+
+def _is_written(trace: Path, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
     while not trace.with_name(trace.name + ".ok").exists():
         if time.monotonic() > deadline:
-            raise RecordError(f"the trace was not written within {_WRITTEN_S:g} s (see the log of the device host)")
+            return False
         time.sleep(0.02)
+    return True
+
+
+def _await_trace(trace: Path) -> None:
+    if not _is_written(trace, _WRITTEN_S):
+        raise RecordError(f"the trace was not written within {_WRITTEN_S:g} s (see the log of the device host)")
     if not trace.stat().st_size:
         raise RecordError("the trace is empty: nothing was read of the image's layers")

@@ -7,19 +7,22 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options, registry_from
-from obdlab.errors import ObdlabError
+from obdlab.cli.common import add_registry_options, add_runtime_options
+from obdlab.cli.numbers import real
+from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from obdlab.service.client import AttachedDevice, DeviceService
 
-_ASK_S = 0.5
+# A read of the disk that takes longer than this, when all is over, is not waited for.
+_MOST_WAITED_S = 3.0
+_LOOK_S = 0.1
 
 
 class RecordError(ObdlabError):
@@ -29,7 +32,9 @@ class RecordError(ObdlabError):
 def add_start_options(parser: argparse.ArgumentParser) -> None:
     """Add what is started, and when it ends."""
     until = parser.add_mutually_exclusive_group()
-    until.add_argument("--seconds", type=_seconds, default=60.0, metavar="N", help="for so long (default: 60)")
+    until.add_argument(
+        "--seconds", type=real(above=0, below=1e6), default=60.0, metavar="N", help="for so long (default: 60)"
+    )
     until.add_argument("--until-signal", action="store_true", help="until a signal comes")
     ready = parser.add_mutually_exclusive_group()
     ready.add_argument("--until-line", metavar="TEXT", help="of an image: or until a line of output has TEXT")
@@ -39,7 +44,6 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
-        default=[],
         dest="words",
         metavar="COMMAND",
         help="of an image: run this instead of its own command; the last option, all after it is the command's",
@@ -56,27 +60,26 @@ def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevic
     """
     from obdlab.service.live import find_device
 
-    outputs = [path for path in (args.output, getattr(args, "events", None)) if path is not None]
+    check_outputs([path for path in (args.output, getattr(args, "events", None)) if path is not None])
+    if args.words == []:
+        raise RecordError("--run: nothing to run after it")
+    device = find_device(service, args.source)
+    if device is None and args.source.startswith("/dev/"):
+        raise RecordError(f"{args.source}: no device of this run directory ({args.run_dir})")
+    if device is not None and any([args.until_line, args.until_command, args.host_network, args.words]):
+        raise RecordError(f"{args.source} is a device: --run, --until-* and --host-network are for images")
+    return device
+
+
+def check_outputs(outputs: Sequence[Path]) -> None:
+    """Raise RecordError for files that cannot be written, before anything is done."""
     for path in outputs:
         if not path.absolute().parent.is_dir():
             raise RecordError(f"{path}: no directory to write it to")
         if path.is_dir():
             raise RecordError(f"{path}: is a directory")
     if len({path.absolute() for path in outputs}) < len(outputs):
-        raise RecordError(f"{args.output}: named twice, for the trace and for the events")
-    device = find_device(service, args.source)
-    if device is None and args.source.startswith("/dev/"):
-        raise RecordError(f"{args.source}: no device of this run directory ({args.run_dir})")
-    if device is not None and any([args.until_line, args.until_command, args.host_network, *args.words]):
-        raise RecordError(f"{args.source} is a device: --run, --until-* and --host-network are for images")
-    return device
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise ValueError(text)
-    return value
+        raise RecordError(f"{outputs[0]}: named twice, for the trace and for the events")
 
 
 @contextmanager
@@ -113,24 +116,57 @@ def wait(ended: threading.Event, seconds: float | None, quiet: bool, what: str =
 
 
 @contextmanager
-def mounted(service: DeviceService, config: Path, target: Path, events: Path | None = None) -> Iterator[None]:
-    """Within ``with``, have the image attached and mounted on ``target``; see :func:`listening` for ``events``."""
+def mounted(
+    service: DeviceService,
+    config: Path,
+    target: Path,
+    events: Path | None = None,
+    before_force: Callable[[], None] = lambda: None,
+) -> Iterator[Callable[[], None]]:
+    """Within ``with``, have the image attached and mounted on ``target``; for ``events`` see :func:`listening`.
+
+    In the end all of it is taken down, by force if a read hangs, as does what this gives to call earlier: then
+    ``before_force`` comes first.
+    """
     from obdlab.devices.abi import own_mounts
     from obdlab.devices.mount import unmount
 
     device_id = config.parent.name
     target.mkdir()
     device = service.attach(config, device_id)
+    stuck = False
+
+    def release() -> None:
+        before_force()
+        service.detach(device_id, force=True)
+
     try:
         own_mounts()  # a mount namespace made elsewhere meanwhile would hold the device by its copy
         with listening(device.path, events):
             service.mount(device, target)
             try:
-                yield
+                yield release
             finally:
-                unmount(target)
+                # Unmounting waits for the reads that are under way, and nothing can end that.
+                stuck = _hangs(service, device_id)
+                if stuck:
+                    release()
+                unmount(target, lazy=stuck)
     finally:
-        service.detach(device_id)
+        service.detach(device_id, force=stuck)
+
+
+def _hangs(service: DeviceService, device_id: str) -> bool:
+    deadline = time.monotonic() + _MOST_WAITED_S
+    while True:
+        try:
+            if not service.statistics(device_id)["under_way_s"]:
+                return False
+        except DeviceError:  # gone, or being replaced
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(_LOOK_S)
 
 
 @contextmanager
@@ -148,67 +184,3 @@ def listening(node: Path, events: Path | None) -> Iterator[None]:
             lost = trace.save(events)
             if lost:
                 print(f"obdlab trace: {events}: {lost} events came too many", file=sys.stderr)
-
-
-def run_once(args: argparse.Namespace, place: Path, document: dict[str, Any], ended: threading.Event) -> str:
-    """Run the container over the image mounted in ``place``; return why it came to its end, in words."""
-    from obdlab.service.tempcontainer import LineWatch, TemporaryContainer
-
-    bundle = place / "container"
-    bundle.mkdir()
-    with ExitStack() as opened:
-        target = sys.stderr.fileno() if not args.quiet else opened.enter_context(open("/dev/null", "wb")).fileno()
-        watch = LineWatch(args.until_line or "\n", target)
-        opened.callback(watch.close)
-        container = opened.enter_context(
-            TemporaryContainer(
-                bundle,
-                place / "image",
-                document,
-                command=args.words,
-                host_network=args.host_network,
-                output=watch.descriptor,
-            )
-        )
-        ready = _readiness(args, container.answers, lambda: watch.seen)
-        runs = container.wait(None if args.until_signal else args.seconds, lambda: ended.is_set() or ready())
-        if runs:
-            return "signal" if ended.is_set() else "ready" if ready() else f"{args.seconds:g} s"
-        if container.status and not ready():
-            raise RecordError(f"{args.source}: its command has ended with status {container.status}")
-        return "its command has ended"
-
-
-def _readiness(
-    args: argparse.Namespace, answers: Callable[[str], bool], seen: Callable[[], bool]
-) -> Callable[[], bool]:
-    # Asking runs a process in the container, so not too often; once ready it stays so.
-    known = False
-    asked = 0.0
-
-    def ready() -> bool:
-        nonlocal known, asked
-        if not known and args.until_line:
-            known = seen()
-        elif not known and args.until_command and time.monotonic() >= asked + _ASK_S:
-            known = answers(args.until_command)
-            asked = time.monotonic()
-        return known
-
-    return ready
-
-
-def container_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the image says its containers run; nothing, where the source is layers or a configuration."""
-    from obdlab.convert.source import names_image, open_source
-    from obdlab.registry.platforms import host_platform
-
-    if not names_image(args.source):
-        return {}
-    client = registry_from(args)
-    try:
-        source = open_source(args.source, client)
-        document = source.config(source.manifest(host_platform(), overlaybd=True)).document
-        return dict(document.get("config") or {})
-    finally:
-        client.close()

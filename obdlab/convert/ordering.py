@@ -42,6 +42,7 @@ def order_layers(
     platform: oci.Platform | None = None,
     work_dir: Path = Path("/var/tmp"),
     progress: Progress | None = None,
+    trace_name: str = "trace",
 ) -> tuple[oci.Descriptor, bytes]:
     """Store ``source`` with what the trace (or priority list) names first in each layer; return the new trace, too.
 
@@ -55,7 +56,7 @@ def order_layers(
         work = Path(directory)
         layers = fetched_layers(source, manifest, work, told, ended)
         old = Stack(layers)
-        reads = reads_in(trace, old, name=source.name)
+        reads = reads_in(trace, old, name=trace_name)
         described, files = [], []
         for number, (layer, descriptor) in enumerate(zip(layers, manifest.layers, strict=True)):
             own = sectors_of_reads([read for read in reads if read[0] == number], old)

@@ -57,6 +57,7 @@ def add_hot_layer(
     platform: oci.Platform | None = None,
     work_dir: Path = Path("/var/tmp"),
     progress: Progress | None = None,
+    trace_name: str = "trace",
 ) -> tuple[oci.Descriptor, int]:
     """Store ``source`` with a hot layer of what ``trace`` (or a priority list) names at ``destination``.
 
@@ -71,8 +72,8 @@ def add_hot_layer(
             path.open("xb") as file,
             packing.around(file) as sink,
         ):
-            write_hot_layer(disk, trace, sink)
-        layer = _top_layer(path, "obdlab: hot layer", {})
+            write_hot_layer(disk, trace, sink, name=trace_name)
+        layer = _top_layer(path, "obdlab: hot layer", {oci.HOT_LAYER: "yes"})
         return add_layer(source, manifest, layer, destination, work_dir, progress), layer.size
 
 
@@ -86,12 +87,13 @@ def add_acceleration_layer(
     platform: oci.Platform | None = None,
     work_dir: Path = Path("/var/tmp"),
     progress: Progress | None = None,
+    trace_name: str = "trace",
 ) -> oci.Descriptor:
     """Store ``source`` with the trace (or priority list) as the original's acceleration layer at ``destination``."""
     manifest = manifest_of(source, platform)
     with tempfile.TemporaryDirectory(prefix="obdlab-trace-", dir=work_dir) as directory:
         with opened(source, manifest, settings, client, Path(directory), progress) as disk:
-            reads_in(trace, disk, name=source.name)
+            reads_in(trace, disk, name=trace_name)
         path = Path(directory) / "trace.tar"
         path.write_bytes(layer_of_content(trace))
         layer = _top_layer(path, "Acceleration Layer", {oci.ACCELERATION_LAYER: "yes"})
@@ -99,7 +101,13 @@ def add_acceleration_layer(
 
 
 def attach_trace(
-    client: RegistryClient, reference: Reference, trace: bytes, settings: Settings, *, platform: oci.Platform | None
+    client: RegistryClient,
+    reference: Reference,
+    trace: bytes,
+    settings: Settings,
+    *,
+    platform: oci.Platform | None,
+    trace_name: str = "trace",
 ) -> str:
     """Have the registry know ``trace`` as an artifact that refers to the image; return the artifact's digest.
 
@@ -108,7 +116,7 @@ def attach_trace(
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
     with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
-        reads_in(trace, disk, name=str(reference))
+        reads_in(trace, disk, name=trace_name)
     repository = client.repository(reference)
     descriptors = []
     for media_type, data in ((_EMPTY_TYPE, _EMPTY_CONFIG), (TRACE_ARTIFACT, trace)):
@@ -125,6 +133,16 @@ def attach_trace(
     )
     data = artifact.to_bytes()
     return client.put_manifest(reference.with_digest(oci.digest_of(data)), oci.OCI_MANIFEST, data)
+
+
+def detach_traces(client: RegistryClient, reference: Reference, *, platform: oci.Platform | None) -> list[str]:
+    """Undo every :func:`attach_trace` of an image; return the digests of the artifacts that were there."""
+    subject, _ = RegistrySource(reference, client).find(platform or host_platform(), overlaybd=True)
+    repository = client.repository(reference)
+    found = [each.digest for each in client.referrers(repository, subject.digest, TRACE_ARTIFACT)]
+    for digest in found:
+        client.remove_referrer(repository, subject.digest, digest)
+    return found
 
 
 @contextmanager

@@ -42,6 +42,8 @@ BLOB_SIZE = "containerd.io/snapshot/overlaybd/blob-size"
 BLOB_FS_TYPE = "containerd.io/snapshot/overlaybd/blob-fs-type"
 OVERLAYBD_VERSION = "containerd.io/snapshot/overlaybd/version"
 ACCELERATION_LAYER = "containerd.io/snapshot/overlaybd/acceleration-layer"
+#: Of a layer that holds what a start reads: "yes".
+HOT_LAYER = "containerd.io/snapshot/obdlab/hot-layer"
 #: The label of an image's topmost snapshot that names a trace in its repository: "digest,size".
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
 TURBO_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest"

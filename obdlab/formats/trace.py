@@ -74,10 +74,12 @@ class Trace:
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "trace") -> Self:
         """Read a trace file. Raises FormatError if it is none, CorruptBlobError if its checksum is wrong."""
-        if len(data) < HEADER_SIZE or not is_trace(data):
+        if not is_trace(data):
             raise FormatError(
                 "not a trace", blob=name, offset=0, got=data[:4].hex() or "nothing", wanted=_MAGIC.hex()
             )
+        if len(data) < HEADER_SIZE:
+            raise FormatError("trace is cut off", blob=name, got=len(data), wanted=f"at least {HEADER_SIZE} bytes")
         _, size, checksum = _HEADER.unpack_from(data)
         if len(data) > MAX_SIZE:
             raise FormatError("trace is too large", blob=name, got=len(data), wanted=f"at most {MAX_SIZE}")

@@ -39,6 +39,8 @@ class LowerConfig:
     gzip_index: str = ""
     target_file: str = ""
     target_digest: str = ""
+    #: It is fetched whole before anything else. Not the original's key, which ignores it.
+    hot: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return it with the original's keys in the original's order, without the empty ones."""
@@ -50,6 +52,7 @@ class LowerConfig:
             "targetDigest": self.target_digest,
             "size": self.size,
             "dir": self.dir,
+            "hot": self.hot,
         }
         return {key: value for key, value in values.items() if value}
 
@@ -202,6 +205,7 @@ def _lower(table: _Table) -> LowerConfig:
         gzip_index=table.get("gzipIndex", str, ""),
         target_file=table.get("targetFile", str, ""),
         target_digest=table.get("targetDigest", str, ""),
+        hot=table.get("hot", bool, False),
     )
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from obdlab.formats.lsmt.layout import SECTOR
-from obdlab.image.filetree import open_volume
+from obdlab.image.filetree import FileTree, NoSuchFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,7 +26,8 @@ class FileVolume:
     """
 
     def __init__(self, disk: Blob) -> None:
-        self._volume: Any = open_volume(disk)
+        self._tree = FileTree(disk)
+        self._volume: Any = self._tree.volume
         self.block_size: int = self._volume.block_size
 
     def places_of(self, path: bytes) -> list[Place] | None:
@@ -41,6 +42,13 @@ class FileVolume:
         if inode.is_directory:
             self._volume.entries(number)
         return list(self._volume.places(inode))
+
+    def real_path(self, path: bytes) -> bytes | None:
+        """Return the path without links, from "/" on, of what ``path`` names; None if that is not there."""
+        try:
+            return self._tree.real_path(path)
+        except NoSuchFileError:
+            return None
 
     def walk(self) -> Iterator[tuple[bytes, bool, int, list[Place]]]:
         """Yield (path, whether it is a directory, size, places) of every file and directory, the root (b"") first."""

@@ -74,7 +74,8 @@ class FileTree:
 
     def __init__(self, disk: Blob) -> None:
         self.name = disk.name
-        volume = open_volume(disk)
+        #: As it was opened, for what only one kind of file system has.
+        self.volume = volume = open_volume(disk)
         # Each volume's methods take inodes of its own alone, which is all they are given here.
         self._volume: _Volume = volume  # type: ignore[assignment]
         self.kind = "erofs" if isinstance(volume, erofs.Volume) else "ext4"
@@ -97,7 +98,16 @@ class FileTree:
 
         Without ``follow`` the last part may be a link. Raises NoSuchFileError.
         """
-        line = [self.root]
+        return self._line(path, follow=follow)[-1][0]
+
+    def real_path(self, path: bytes) -> bytes:
+        """Return the path without links, from "/" on, of what ``path`` names. Raises NoSuchFileError."""
+        return b"/" + b"/".join(name for _, name in self._line(path, follow=True)[1:])
+
+    # Numbers and names from the root to the file.
+    def _line(self, path: bytes, *, follow: bool) -> list[tuple[int, bytes]]:
+        root = (self.root, b"")
+        line = [root]
         pending = [part for part in path.split(b"/") if part not in (b"", b".")][::-1]
         links = 0
         while pending:
@@ -105,19 +115,19 @@ class FileTree:
             if part == b"..":
                 line = line[:-1] or line
                 continue
-            number = self._child(line[-1], part, path)
+            number = self._child(line[-1][0], part, path)
             inode = self.inode(number)
             if not stat.S_ISLNK(inode.mode) or not (pending or follow):
-                line.append(number)
+                line.append((number, part))
                 continue
             links += 1
             target = self.readlink(number)
             if links > _MAX_LINKS or len(target) > _MAX_TARGET:
                 raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ELOOP)}")
             if target.startswith(b"/"):
-                line = [self.root]
+                line = [root]
             pending += [each for each in target.split(b"/") if each not in (b"", b".")][::-1]
-        return line[-1]
+        return line
 
     def readlink(self, number: int) -> bytes:
         """Return a symbolic link's text."""

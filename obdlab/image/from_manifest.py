@@ -66,7 +66,7 @@ def find_trace(client: RegistryClient, reference: Reference, digest: str) -> Low
     if layer is None or layer.media_type != TRACE_ARTIFACT:
         logger.warning("%s: artifact %s has no trace", reference, newest.digest)
         return LowerConfig()
-    return LowerConfig(digest=layer.digest, size=layer.size)
+    return LowerConfig(digest=layer.digest, size=layer.size, hot=layer.annotations.get(oci.HOT_LAYER) == "yes")
 
 
 def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name: str = "image") -> ImageConfig:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from obdlab.errors import ObdlabError
-from obdlab.formats.lsmt.layout import HEADER_SPACE
+from obdlab.formats.lsmt.layout import HEADER_SPACE, SECTOR
+from obdlab.formats.trace import Trace
 from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_zfile
 from obdlab.image.replay import cached_blob_of, reads_in
 from obdlab.image.tracemap import sectors_of_reads
@@ -62,10 +63,26 @@ def is_hot(layer: Layer) -> bool:
     return isinstance(layer, LsmtLayer) and layer.user_tag == TAG
 
 
+def trace_of_hot_layer(disk: Stack) -> Trace | None:
+    """Return what fetching the disk's hot layer ahead amounts to, in that order; None if it has none."""
+    if not disk.layers or not is_hot(disk.layers[-1]):
+        return None
+    segments = disk.layers[-1].index.segments()
+    rows = sorted((moffset, length) for _, length, moffset, _, _ in segments[~segments.zeroed].rows())
+    top = len(disk.layers) - 1
+    return Trace.from_reads((top, moffset * SECTOR, length * SECTOR) for moffset, length in rows)
+
+
 def stream_if_hot(layer: LsmtLayer) -> StreamAhead | None:
     """If it is a hot layer in a registry, begin to fetch all of it; return what does."""
     blob = cached_blob_of(layer.data) if is_hot(layer) else None
     return None if blob is None else _stream(blob)
+
+
+def stream_whole(blob: Blob) -> StreamAhead | None:
+    """As :func:`stream_if_hot`, for a layer that its configuration calls hot, before anything of it is there."""
+    cached = cached_blob_of(blob)
+    return None if cached is None else _stream(cached)
 
 
 def stream_if_begins_hot(blob: Blob, beginning: int) -> StreamAhead | None:

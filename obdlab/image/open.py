@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.ends import BEGINNING, fetch_rest_of_end, guessed_end
-from obdlab.image.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot
+from obdlab.image.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
 from obdlab.image.serviceconfig import at_launch
@@ -350,7 +350,7 @@ def _open_remote(
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob = remote.open(lower.digest, lower.size)
-    stream = None
+    stream = stream_whole(blob) if lower.hot and watched is None else None
     try:
         # Into the cache, beside the beginning that opening starts with.
         unit = remote.cache_unit
@@ -360,7 +360,7 @@ def _open_remote(
         if start < blob.size:
             end = ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
         blob.read_at(0, beginning)
-        if watched is None:
+        if watched is None and stream is None:
             stream = stream_if_begins_hot(blob, beginning)
         if end is not None:
             fetch_rest_of_end(blob)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MISSING_SHOWN = 5
 #: Traces that could not be used.
 TRACES_IGNORED = Counter("traces_ignored")
 
@@ -66,7 +67,7 @@ def reads_in(data: bytes, disk: Stack, *, name: str) -> list[Read]:
     listed, odd = PriorityList.from_bytes(data, name=name)
     for reason in odd:
         logger.warning("%s", reason)
-    return list(_listed_reads(listed, disk))
+    return list(_listed_reads(listed, disk, name))
 
 
 def load_file(path: str) -> bytes:
@@ -143,28 +144,44 @@ def _ranges(reads: Iterable[Read], disk: Stack, places: Sequence[_Place | None])
 # -- priority lists --------------------------------------------------------------------------------------------------
 
 
-def _listed_reads(listed: PriorityList, disk: Stack) -> Iterator[Read]:
+def _listed_reads(listed: PriorityList, disk: Stack, name: str) -> Iterator[Read]:
     volume = FileVolume(disk)
-    for path in _files(listed, volume):
+    missing: list[str] = []
+    for path in _files(listed, volume, missing):
         try:
             places = volume.places_of(path)
         except ObdlabError as error:
             logger.warning("%s: %s", os.fsdecode(path), error)
             continue
-        if places is None:
-            logger.info("%s: in the priority list, but not in the image", os.fsdecode(path))
         for _, length, place in places or ():
             yield from reads_of_disk(disk, place, length)
+    if missing:
+        shown = ", ".join(missing[:_MISSING_SHOWN]) + (", ..." if len(missing) > _MISSING_SHOWN else "")
+        of = len(listed.files) + len(listed.directories)
+        logger.warning("%s: %d of %d paths are not in the image: %s", name, len(missing), of, shown)
 
 
-def _files(listed: PriorityList, volume: FileVolume) -> Iterator[bytes]:
-    for name in listed.files:
-        yield os.fsencode(name)
-    prefixes = tuple((b"/" + os.fsencode(name).strip(b"/")).rstrip(b"/") + b"/" for name in listed.directories)
+def _files(listed: PriorityList, volume: FileVolume, missing: list[str]) -> Iterator[bytes]:
+    yield from _real_paths(listed.files, volume, missing)
+    prefixes = tuple(path.rstrip(b"/") + b"/" for path in _real_paths(listed.directories, volume, missing))
     if prefixes:
         for path, is_directory in volume.paths():
             if (path + b"/").startswith(prefixes) and not is_directory:
                 yield path
+
+
+# The kernel reads what links lead to.
+def _real_paths(names: Iterable[str], volume: FileVolume, missing: list[str]) -> Iterator[bytes]:
+    for name in names:
+        try:
+            path = volume.real_path(os.fsencode(name))
+        except ObdlabError as error:
+            logger.warning("%s: %s", name, error)
+            continue
+        if path is None:
+            missing.append(name)
+        else:
+            yield path
 
 
 def reads_of_disk(disk: Stack, offset: int, length: int) -> Iterator[Read]:

@@ -17,7 +17,7 @@ from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.pace import least_pace
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.reference import Reference, Repository
-from obdlab.registry.session import PUSH, Session, redirected
+from obdlab.registry.session import DELETE, PUSH, Session, redirected
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 _TRIES = 5
 # So many tries of a read are broken off if they are slow. After these the link is believed to be what is slow.
 _PACED_TRIES = 3
+# What registries answer that do not delete, or not for everyone who may push.
+_REFUSED = (400, 401, 403, 405, 501)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,25 @@ class RegistryClient:
     ) -> tuple[Descriptor, ...]:
         """Return the manifests whose subject is ``digest``, of one artifact type or all."""
         return referrers.list_referrers(self._session, self, repository, digest, artifact_type)
+
+    def remove_referrer(self, repository: Repository, subject: str, digest: str) -> None:
+        """Have a manifest whose subject is ``subject`` found by it no longer, by deleting it.
+
+        Where the list of referrers is a tag it is taken out of that, which is enough if the registry deletes nothing.
+        """
+        unlisted = referrers.drop_from_tag(self, repository, subject, digest)
+        doing = "deleting manifest"
+
+        def attempt() -> None:
+            url = f"{repository.api_url}/manifests/{digest}"
+            response = self._session.request(repository, "DELETE", url, {}, doing=doing, actions=DELETE)
+            _expect(response, (202, 404), doing)
+
+        try:
+            self._session.persist(attempt, blob=_name(repository, digest), tries=_TRIES)
+        except RegistryError as error:
+            if not (unlisted and error.status in _REFUSED):
+                raise
 
     def blob_size(self, repository: Repository, digest: str) -> int:
         """Return a blob's size. Asked by a range request, which every registry and storage answers alike."""

@@ -70,6 +70,16 @@ def add_to_tag(client: RegistryClient, repository: Repository, subject: str, med
     client.put_manifest(_tagged(repository, subject), OCI_INDEX, changed.to_bytes())
 
 
+def drop_from_tag(client: RegistryClient, repository: Repository, subject: str, digest: str) -> bool:
+    """Undo :func:`add_to_tag`; tell whether there was something to undo. Raises RegistryError."""
+    index = _from_tag(client, repository, subject)
+    others = tuple(each for each in index.manifests if each.digest != digest)
+    if len(others) == len(index.manifests):
+        return False
+    client.put_manifest(_tagged(repository, subject), OCI_INDEX, replace(index, manifests=others).to_bytes())
+    return True
+
+
 def _from_api(
     session: Session, repository: Repository, digest: str, artifact_type: str | None
 ) -> tuple[Descriptor, ...]:

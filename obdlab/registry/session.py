@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PULL = "pull"
 PUSH = "pull,push"
+DELETE = "delete"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5

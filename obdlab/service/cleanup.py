@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: What obdlab itself makes in a run directory.
 _FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log", TALLY_NAME, TALLY_LOCK_NAME)
 _DIRECTORIES = ("devices", "images")
+# What a killed trace record, or watch, leaves.
+_STARTS = ("record-*", "watch-*")
 _PROBE_TIMEOUT_S = 2.0
 # struct ucred: pid, uid, gid
 _CREDENTIALS = struct.Struct("3i")
@@ -110,7 +112,15 @@ def _empty(run_path: Path) -> None:
         path.unlink(missing_ok=True)
     for name in _DIRECTORIES:
         shutil.rmtree(run_path / name, ignore_errors=True)
+    for path in [path for pattern in _STARTS for path in run_path.glob(pattern)]:
+        if not _has_mounts(path):
+            shutil.rmtree(path, ignore_errors=True)
     _empty_of_dead(telling.directory_of(run_path))
+
+
+def _has_mounts(path: Path) -> bool:
+    resolved = path.resolve()
+    return any(resolved == entry.mountpoint or resolved in entry.mountpoint.parents for entry in mount.mounts())
 
 
 # Snapshotters that listen for containerd elsewhere may still tell their counters here.

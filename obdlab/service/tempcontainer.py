@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _RUNC_S = 30.0
 # Short: a first process without a handler does not hear of it, and what was to be recorded is.
 _TERM_S = 2.0
+# Who does not die of a kill waits for the disk.
+_STUCK_S = 2.0
 _KILL_S = 10.0
 _LOOK_S = 0.02
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -41,14 +43,18 @@ _MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/p
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 # /etc/passwd and /etc/group of an image may be anything.
 _MOST_ACCOUNTS = 1 << 20
+# Whoever made the container writes a line when it has taken it down. If it dies before, nobody writes.
+# Twice, as runc may have been just about to start it.
+_GUARD = 'read -r _ || { for _ in 1 2; do runc --root "$1" delete --force "$2"; sleep 1; done; umount -l "$3"; }'
 
 
 class TemporaryContainer:
     """Runs the command of an image's configuration on ``image_root``, where the image is mounted, until closed.
 
     ``place`` is an empty directory for the bundle. ``command`` replaces what the image would run; ``host_network``
-    shares the host's network, otherwise there is only a loopback. Output goes to ``output`` (a descriptor). Raises
-    DeviceError, with what runc says.
+    shares the host's network, otherwise there is only a loopback. Output goes to ``output`` (a descriptor). If its
+    processes do not die in the end, ``release`` is called: what they read must let go of them. The container does
+    not outlive this process. Raises DeviceError, with what runc says.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class TemporaryContainer:
         command: Sequence[str] = (),
         host_network: bool = False,
         output: int | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         if shutil.which("runc") is None:
             raise DeviceError("runc is not installed (apt-get install runc)")
@@ -67,13 +74,16 @@ class TemporaryContainer:
         if not arguments:
             raise DeviceError("the image names no command: give one")
         self._place = place
+        self._release = release
         self._id = f"obdlab-{os.getpid()}-{place.name}"
         for part in ("upper", "work", "root", "state"):
             (place / part).mkdir()
         self._root = place / "root"
         _mount_overlay(self._root, image_root, place)
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         try:
+            self._guard = self._guarded()
             bundle = _bundle(self._root, arguments, config, host_network=host_network)
             (place / "config.json").write_text(json.dumps(bundle))
             self._process = subprocess.Popen(
@@ -97,20 +107,14 @@ class TemporaryContainer:
         """The exit status, None while it runs."""
         return None if self._process is None else self._process.poll()
 
-    def answers(self, command: str) -> bool:
-        """Whether ``sh -c command`` in the container succeeds now; False also while it is only being started."""
-        try:
-            done = subprocess.run(
-                [*self._runc, "exec", self._id, "/bin/sh", "-c", command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_RUNC_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
+    def run(self, command: str) -> subprocess.Popen[bytes]:
+        """Begin ``sh -c command`` in the container; its status is not 0 also while that is only being started."""
+        return subprocess.Popen(
+            [*self._runc, "exec", self._id, "/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def wait(self, seconds: float | None, ended: Callable[[], bool]) -> bool:
         """Wait until ``ended()``, or for so long, or for the container's end; tell whether it runs still."""
@@ -126,17 +130,34 @@ class TemporaryContainer:
         if self._process is not None:
             self._end(self._process)
         unmount(self._root, lazy=True)
+        if self._guard is not None:
+            with suppress(subprocess.TimeoutExpired, BrokenPipeError):
+                self._guard.communicate(b"\n", _KILL_S)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+        for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _STUCK_S)):
             if process.poll() is None:
                 self._kill(number)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(patience_s)
         if process.poll() is None:
+            self._release()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_S)
+        if process.poll() is None:
             process.kill()
             process.wait(_KILL_S)
         self._run("delete", "--force", self._id)
+
+    # In a session of its own: no terminal's Ctrl-C and no kill of a whole group ends it.
+    def _guarded(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "obdlab-guard", str(self._place / "state"), self._id, str(self._root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _kill(self, number: signal.Signals) -> None:
         self._run("kill", self._id, str(int(number)))

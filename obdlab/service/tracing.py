@@ -61,7 +61,7 @@ class Tracing:
     def _start(self, _: dict[str, Any], __: Tell) -> Answer:
         with self._changing:
             if self._watched is not None:
-                raise DeviceError("is being recorded already")
+                raise DeviceError("is being recorded already (obdlab trace stop ends that)")
             self._watch()
             if not self._helper:
                 with self._or_unwatch():

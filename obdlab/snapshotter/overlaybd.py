@@ -18,6 +18,7 @@ from obdlab.formats.oci import (
     BLOB_FS_TYPE,
     BLOB_SIZE,
     FASTOCI_TARGET_DIGEST,
+    HOT_LAYER,
     TRACE_LABEL,
     TURBO_TARGET_DIGEST,
     is_digest,
@@ -77,6 +78,7 @@ class RemoteLayer:
     acceleration: bool = False
     #: A blob beside it with a trace of the image up to here.
     trace: LowerConfig = field(default_factory=LowerConfig)
+    hot: bool = False
 
 
 def pull_target(labels: Mapping[str, str]) -> str:
@@ -116,7 +118,8 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     if reference is None:
         return None
     acceleration = labels.get(ACCELERATION_LAYER) == "yes"
-    return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, _trace(labels.get(TRACE_LABEL, "")))
+    trace, hot = _trace(labels.get(TRACE_LABEL, "")), labels.get(HOT_LAYER) == "yes"
+    return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, trace, hot)
 
 
 def _trace(label: str) -> LowerConfig:
@@ -139,7 +142,7 @@ def remote_config(
     ``below`` is that of the image without it, or None for the bottom layer; ``directory`` is where the layer's
     snapshot will lie.
     """
-    lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"))
+    lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"), hot=layer.hot)
     config = _config(below, lower, directory, blobs_url(layer.reference, options))
     return replace(config, acceleration_layer=layer.acceleration, trace=layer.trace)
 

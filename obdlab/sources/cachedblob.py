@@ -201,7 +201,7 @@ class CachedBlob(Blob):
 
     def pieces_ahead(self, first: int, stop: int) -> PiecesAhead:
         """Return what fetches the missing ones of the units in order, by as few requests as possible."""
-        return PiecesAhead(self._origin, self._fetches, first, stop, max(1, _PIECE // self._unit))
+        return PiecesAhead(self._origin, self._fetches, first, stop, unit=self._unit, most=_PIECE)
 
     # -- the end of a download ---------------------------------------------------------------------------------------
 

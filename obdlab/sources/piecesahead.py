@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -14,9 +15,13 @@ if TYPE_CHECKING:
     from obdlab.sources.fetching import Fetches
     from obdlab.sources.flights import Flight
 
-# Who reads what comes within so many pieces waits for it; who is further ahead asks for himself. At 100 Mbit/s these
-# are 80 ms.
-_CLAIMED_PIECES = 4
+# Who reads what comes within so much waits for it; who is further ahead asks for himself. At 100 Mbit/s it is 80 ms.
+_CLAIMED = 1 << 20
+# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them, and
+# no later one is larger than what the link brings in so long.
+_FIRST = 32 << 10
+_LEAST = 64 << 10
+_PIECE_S = 0.01
 # What is there already is read once more, and thrown away, if that is sooner than another request.
 _MOST_SKIPPED = 256 << 10
 
@@ -30,14 +35,19 @@ class Streams(Protocol):
 
 
 class PiecesAhead:
-    """The units ``[first, stop)`` of a blob, fetched in order. For one thread; :meth:`close` it in the end."""
+    """The units ``[first, stop)`` of a blob, each of ``unit`` bytes, in order and in pieces of up to ``most``.
 
-    def __init__(self, origin: Blob, fetches: Fetches, first: int, stop: int, piece_units: int) -> None:
+    For one thread; :meth:`close` it in the end.
+    """
+
+    def __init__(self, origin: Blob, fetches: Fetches, first: int, stop: int, *, unit: int, most: int) -> None:
         self._origin = origin
         self._fetches = fetches
-        self._unit = first
+        self._next = first
         self._stop = stop
-        self._piece_units = piece_units
+        self._unit = unit
+        self._most = most
+        self._piece = _FIRST
         self._claimed: deque[Flight] = deque()
         self._stream: RangeStream | None = None
 
@@ -56,18 +66,25 @@ class PiecesAhead:
         self._close_stream()
 
     def _claim(self) -> None:
-        while len(self._claimed) < _CLAIMED_PIECES and self._unit < self._stop:
-            stop = min(self._stop, self._unit + self._piece_units)
-            flight = self._fetches.claim_ahead(self._unit, stop)
-            self._unit = stop if flight is None else flight.stop
+        while self._next < self._claim_end():
+            stop = min(self._stop, self._next + max(1, self._piece // self._unit))
+            flight = self._fetches.claim_ahead(self._next, stop)
+            self._next = stop if flight is None else flight.stop
             if flight is not None:
                 self._claimed.append(flight)
+                self._piece = max(self._piece, min(_LEAST, self._most))
+
+    def _claim_end(self) -> int:
+        if not self._claimed:
+            return self._stop
+        return min(self._stop, self._claimed[0].first + max(1, _CLAIMED // self._unit))
 
     def _read(self, flight: Flight, deadline: float) -> bytes:
         offset, length = self._fetches.range_of(flight)
         if not isinstance(self._origin, Streams):
             return self._origin.read_at(offset, length)
         flight.streamed = True
+        began = time.monotonic()
         with deadline_of_thread(deadline):
             try:
                 data = self._streamed(self._origin, offset, length)
@@ -75,7 +92,14 @@ class PiecesAhead:
                 self._close_stream()
                 raise
         DOWNLOAD_BYTES.add(length)
+        self._fit(time.monotonic() - began)
         return data
+
+    def _fit(self, took_s: float) -> None:
+        if took_s > _PIECE_S:
+            self._piece = max(self._piece // 2, min(_LEAST, self._most))
+        elif took_s < _PIECE_S / 4:
+            self._piece = min(self._piece * 2, self._most)
 
     def _streamed(self, origin: Streams, offset: int, length: int) -> bytes:
         stream = self._stream

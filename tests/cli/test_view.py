@@ -136,6 +136,7 @@ def linked(tmp_path: Path) -> FileTree:
 )
 def test_links_stay_inside(linked: FileTree, path: str) -> None:
     assert b"".join(linked.content(linked.find(path.encode()))) == b"found"
+    assert linked.real_path(path.encode()) == b"/a/b/file"
 
 
 @pytest.mark.parametrize(

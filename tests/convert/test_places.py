@@ -296,7 +296,7 @@ def test_options_of_the_file_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--flatten", "0"], "not a number of layers between 1 and 255"),
+        (["--flatten", "0"], "wanted a number of layers from 1 to 255"),
         (["--bytes-per-inode", "12"], "not a number of bytes"),
         (["--mount-options", "a;b"], "separated by commas"),
         (["--docker", "--referrer"], "--referrer needs"),

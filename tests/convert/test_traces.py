@@ -10,7 +10,7 @@ import pytest
 
 from obdlab.convert.ordering import order_layers
 from obdlab.convert.source import open_destination, open_source
-from obdlab.convert.traces import add_acceleration_layer, add_hot_layer, attach_trace
+from obdlab.convert.traces import add_acceleration_layer, add_hot_layer, attach_trace, detach_traces
 from obdlab.errors import FormatError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import HEADER_SPACE
@@ -157,6 +157,9 @@ def test_an_artifact_is_found_by_the_image_it_refers_to(
         assert sha256_of(disk) == EXT4_SHA256
         assert disk.statistics()["prefetch_bytes"] > 0
     assert "not replayed" not in caplog.text
+    assert len(detach_traces(client, image, platform=None)) == 2
+    assert fetch_config(client, image, host_platform(), traces=True).trace.digest == ""
+    assert detach_traces(client, image, platform=None) == []
 
 
 def test_what_is_no_trace_of_the_image_is_published_nowhere(

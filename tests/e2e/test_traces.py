@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from obdlab.formats.trace import Trace
 from obdlab.image.traces import difference
 from tests.e2e.conftest import BIG
 from tests.e2e.images import push_converted
-from tests.registry.server import RegistryServer
+from tests.registry.server import RegistryServer, running_registry
 
 pytestmark = [pytest.mark.kernel, pytest.mark.containerd, pytest.mark.registry]
 
@@ -96,6 +99,74 @@ def test_a_command_says_when_it_is_ready_or_how_it_ended(tool: Tool, image: str,
     assert "its command has ended" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", "exit 0")
     assert "no-such" in tool("trace", "record", image, *out, "--run", "/no-such", status=1)
     assert devices(tool) == []
+
+
+def test_never_ready_is_a_failure_but_the_trace_is_there(tool: Tool, image: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    out = ["-o", str(trace), "--run-dir", str(tool.run_dir), "--seconds", "2"]
+    for until in (["--until-line", "NEVER"], ["--until-command", "false"]):
+        trace.unlink(missing_ok=True)
+        run = ["--run", "/bin/sh", "-c", "echo x; sleep 100"]
+        assert "never ready (2 s)" in tool("trace", "record", image, *out, *until, *run, status=1)
+        assert Trace.from_bytes(trace.read_bytes()).size > 0
+    assert "never ready (its command" in tool(
+        "trace", "record", image, *out, "--until-line", "NEVER", "--run", "/bin/sh", "-c", "exit 0", status=1
+    )
+    assert devices(tool) == []
+
+
+def begun(tool: Tool, image: str, trace: Path, script: str) -> subprocess.Popen[str]:
+    """Begin to record the script; returns once it has printed GO."""
+    words = ["trace", "record", image, "-o", str(trace), "--run-dir", str(tool.run_dir)]
+    words += ["--cache-dir", str(trace.parent / "cache"), "--seconds", "100", "--run", "/bin/sh", "-c", script]
+    process = subprocess.Popen([sys.executable, "-m", "obdlab", *words], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "GO" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    return process
+
+
+def test_the_container_does_not_outlive_a_killed_recorder(tool: Tool, image: str, tmp_path: Path) -> None:
+    process = begun(tool, image, tmp_path / "trace", "echo GO; exec sleep 4711")
+    assert running("sleep 4711")
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while running("sleep 4711") or list(tool.run_dir.glob("record-*/container/state/*")):
+        assert time.monotonic() < deadline, "the container goes on"
+        time.sleep(0.1)
+    time.sleep(1.5)  # the guard's last deed
+    assert "removed device" in tool("cleanup")
+    assert not [entry for entry in mount.mounts() if str(tool.run_dir) in str(entry.mountpoint)]
+    assert not list(tool.run_dir.glob("record-*"))
+
+
+def running(command: str) -> bool:
+    return any(
+        path.read_bytes().replace(b"\0", b" ").strip() == command.encode()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.parent.is_dir()
+    )
+
+
+def test_a_registry_that_falls_silent_holds_nobody(tool: Tool, layers: list[bytes], tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with running_registry(tmp_path / "own") as registry:
+        own = push_converted(registry.host, "e2e/silent", layers, tmp_path)
+        process = begun(tool, own, trace, "echo GO; sleep 1; cat /big >/dev/null")
+        os.kill(registry.pid, signal.SIGSTOP)
+        try:
+            time.sleep(2)  # the container reads now
+            began = time.monotonic()
+            process.terminate()
+            _, told = process.communicate(timeout=60)
+            assert time.monotonic() - began < 30
+        finally:
+            os.kill(registry.pid, signal.SIGCONT)
+    assert process.returncode == 0, told
+    assert Trace.from_bytes(trace.read_bytes()).size > 0
+    assert devices(tool) == []
+    assert not [entry for entry in mount.mounts() if str(tool.run_dir) in str(entry.mountpoint)]
 
 
 def test_what_cannot_be_recorded_is_told(tool: Tool, image: str, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ configs = st.builds(
     ImageConfig,
     repo_blob_url=text,
     lowers=st.lists(
-        st.builds(LowerConfig, text, text, text, st.integers(0, (1 << 64) - 1), text, text, text), max_size=4
+        st.builds(LowerConfig, text, text, text, st.integers(0, (1 << 64) - 1), text, text, text, st.booleans()),
+        max_size=4,
     ).map(tuple),
     upper=st.builds(UpperConfig, text, text, st.integers(0, 1 << 40)),
     result_file=text,

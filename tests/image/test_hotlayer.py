@@ -19,11 +19,19 @@ from obdlab.errors import FormatError
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.ends import BEGINNING
-from obdlab.image.hotlayer import NothingHotError, begins_hot, is_hot, stream_if_begins_hot, write_hot_layer
+from obdlab.image.hotlayer import (
+    NothingHotError,
+    begins_hot,
+    is_hot,
+    stream_if_begins_hot,
+    trace_of_hot_layer,
+    write_hot_layer,
+)
 from obdlab.image.open import Image, ImageOpenError, open_image, open_stack
 from obdlab.image.remote import RemoteLayers
 from obdlab.image.settings import Settings
 from obdlab.image.tracemap import sectors_of_reads
+from obdlab.image.traces import difference
 from obdlab.image.writing import Packing
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.recorder import Recorder, reads_of
@@ -93,7 +101,15 @@ def test_the_disk_is_the_same_and_what_was_read_comes_from_the_layer(tmp_path: P
         for offset, length in READS:
             disk.read_at(offset, length)
         touched = {layer for layer, _, _ in reads_of(recorder.to_bytes())}
+        # Told as a trace, it names what was read, at both ends up to the block of the file system, and nothing else.
+        told = trace_of_hot_layer(disk)
+        assert told is not None
+        read, named = (Trace.from_reads(reads) for reads in (reads_of(recorder.to_bytes()), told.reads()))
+        assert difference(read, named) == []
+        assert all(end - begin < 8192 for _, begin, end in difference(named, read))
     assert touched == {2}
+    with open_stack(EXT4) as disk:
+        assert trace_of_hot_layer(disk) is None
 
 
 def test_sectors_are_those_of_the_reads() -> None:
@@ -145,6 +161,30 @@ def test_it_is_known_by_its_beginning(tmp_path: Path, packing: Packing) -> None:
                     assert blob.read_at(0, blob.size) == hot.read_bytes()
                     assert len(registry.requests) == before
                 blob.close()
+
+
+def test_what_its_configuration_calls_hot_is_fetched_by_the_first_request(tmp_path: Path) -> None:
+    hot = hot_layer(tmp_path / "hot", trace_of(EXT4, READS), Packing("zstd", 32768, tar=True))
+    with faulty_registry() as registry:
+        config = served(registry, [*EXT4, hot])
+        config = replace(config, lowers=(*config.lowers[:2], replace(config.lowers[2], hot=True)))
+        own = Settings(cache_dir=tmp_path / "cache", cache_unit=4096, read_deadline_s=20)
+        with open_image(config, own) as image:
+            assert isinstance(image, Image)
+            _until_complete(registry, config, image)
+            assert sha256_of(image) == EXT4_SHA256
+        asked = [each.range for each in registry.requests if config.lowers[2].digest in each.path]
+        assert f"bytes=0-{config.lowers[2].size - 1}" in asked
+        assert len(asked) <= 2  # that, and the end
+
+
+def test_what_is_called_hot_and_is_not_is_read_all_the_same(tmp_path: Path) -> None:
+    with faulty_registry() as registry:
+        config = served(registry, EXT4)
+        config = replace(config, lowers=tuple(replace(lower, hot=True) for lower in config.lowers))
+        with open_image(config, Settings(cache_dir=tmp_path / "cache")) as image:
+            assert isinstance(image, Image)
+            assert sha256_of(image) == EXT4_SHA256
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

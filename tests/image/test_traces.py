@@ -196,11 +196,11 @@ def test_a_priority_list_names_files(
     caplog.set_level(logging.INFO)
     config = push(registry_server, "trace/list", EXT4)
     path = tmp_path / "list"
-    path.write_text("/no/such/file\n/*\nnot a path\n")
+    path.write_text("/no/such/file\n/*\nnot a path\n/nor/this/\n")
     with open_image(config, replace(settings, trace_path=path, cache_unit=4096)) as image:
         wait_until(lambda: image.statistics()["prefetch_bytes"] > 0)
     assert "line 3: not a plain path" in caplog.text
-    assert "/no/such/file: in the priority list, but not in the image" in caplog.text
+    assert "2 of 3 paths are not in the image: /no/such/file, /nor/this/" in caplog.text
 
 
 def test_a_writable_image_records_its_lowers(

@@ -197,7 +197,7 @@ class Handler(Answering):
     def do_GET(self) -> None:
         self._handle()
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - http.server looks for these names
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 - http.server looks for these names
 
     def _handle(self) -> None:
         registry = self.registry

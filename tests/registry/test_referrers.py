@@ -68,6 +68,37 @@ def test_at_the_real_registry(client: RegistryClient, registry_server: RegistryS
     assert client.get_manifest(Reference.parse(f"{repository}:{subject.replace(':', '-')}")).media_type == OCI_INDEX
 
 
+@pytest.mark.registry
+def test_one_is_removed(client: RegistryClient, registry_server: RegistryServer) -> None:
+    repository = Repository(registry_server.host, "tests/removed", plain_http=True)
+    client.push_blob(repository, digest_of(CONFIG), len(CONFIG), lambda: io.BytesIO(CONFIG))
+    image = manifest_of(None)
+    subject = put(client, repository, image)
+    one, other = (put(client, repository, manifest_of(image, SIGNATURE)) for _ in range(2))
+    client.remove_referrer(repository, subject, one)
+    assert [each.digest for each in client.referrers(repository, subject)] == [other]
+    with pytest.raises(RegistryError, match="404"):
+        client.get_manifest(Reference.parse(f"{repository}@{one}"))
+    for _ in range(2):  # what is gone is gone
+        client.remove_referrer(repository, subject, other)
+    assert client.referrers(repository, subject) == ()
+    assert client.get_manifest(Reference.parse(f"{repository}@{subject}")).data == image
+
+
+def test_where_nothing_is_deleted(client: RegistryClient, registry: FaultyRegistry) -> None:
+    repository = registry.repository()
+    tag = SUBJECT.replace(":", "-")
+    one, other = digest_of(b"a"), digest_of(b"b")
+    registry.add_manifest(tag, index_of("a", "b"), OCI_INDEX)
+    registry.next(None, faulty.status(405))
+    client.remove_referrer(repository, SUBJECT, one)
+    assert [each.digest for each in client.referrers(repository, SUBJECT)] == [other]
+    # Where the registry itself keeps the list it would stay in it.
+    registry.next(None, faulty.status(405))
+    with pytest.raises(RegistryError, match="405"):
+        client.remove_referrer(repository, SUBJECT, one)
+
+
 def index_of(*names: str, artifact_type: str = SIGNATURE) -> bytes:
     extra = {"artifactType": artifact_type}
     return Index(

@@ -110,6 +110,33 @@ def test_the_command(
     assert main(["trace", "show", str(EXT4[0])]) == 1
 
 
+def test_started_and_stopped_by_commands(
+    service: DeviceService, device: AttachedDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, output = ["--run-dir", str(service.run_dir.path)], tmp_path / "trace"
+    assert main(["trace", "start", str(device.path), *where]) == 0
+    assert main(["trace", "start", "traced", *where]) == 1
+    assert "being recorded already (obdlab trace stop ends that)" in capsys.readouterr().err
+    read_direct(device.path, ranges()[0][0] // 4096 * 4096, 4096)
+    assert main(["trace", "stop", "traced", "-o", str(tmp_path / "none" / "trace"), *where]) == 1
+    assert main(["trace", "stop", "traced", "-o", str(output), *where]) == 0
+    assert len(Trace.from_bytes(output.read_bytes())) >= 1
+    assert main(["trace", "stop", "traced", "-o", str(output), *where]) == 1
+    assert main(["trace", "stop", "nobody", "-o", str(output), *where]) == 1
+    assert "nobody: no device" in capsys.readouterr().err
+    assert main(["trace", "record", "traced", "-o", str(output), *where, "--run"]) == 1
+    assert "nothing to run" in capsys.readouterr().err
+    # Nothing is written where nothing is left.
+    assert main(["trace", "filter", str(output), "--layer", "99", "-o", str(tmp_path / "empty")]) == 1
+    assert not (tmp_path / "empty").exists()
+    for odd in (["--layer", "-1"], ["--first", "-3"], ["--first", "0"]):
+        with pytest.raises(SystemExit):
+            main(["trace", "filter", str(output), *odd, "-o", str(tmp_path / "odd")])
+    output.write_bytes(output.read_bytes()[:10])
+    assert main(["trace", "show", str(output)]) == 1
+    assert "cut off (got 10, wanted at least 24 bytes)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # the latter: the terminal is gone
 def test_until_a_signal(
     service: DeviceService, device: AttachedDevice, tmp_path: Path, number: signal.Signals

@@ -114,6 +114,13 @@ def test_an_acceleration_layer_is_marked_and_the_top(snapshotter: Snapshotter, t
         snapshotter.prepare("extract", "chain1", pull_labels(2))
 
 
+def test_a_hot_layer_is_marked(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    pull(snapshotter)
+    pull(snapshotter, 1, "chain0", **{oci.HOT_LAYER: "yes"})
+    config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
+    assert [lower.hot for lower in config.lowers] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("image", "url"),
     [
