@@ -7,6 +7,7 @@ or, if the guess was too short for that, all that lies before it and may be need
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
@@ -14,8 +15,11 @@ from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR, Traile
 from obdlab.formats.zfile.layout import CRC_SIZE, HEADER_SIZE, is_zfile
 from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
 from obdlab.layers.zfile_reader import open_zfile, read_description
+from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     from obdlab.blob import Blob
     from obdlab.formats.zfile.layout import ZFileHeader
 
@@ -34,6 +38,25 @@ _TAIL = 2 * HEADER_SPACE
 def guessed_end(size: int) -> int:
     """Return how much of the end of a blob of ``size`` bytes is fetched in the first round."""
     return min(size, size // _END_SHARE + _END_LEAST)
+
+
+def fetch_ends(blob: Blob, unit: int, threads: Executor) -> tuple[int, Future[None] | None]:
+    """Read a blob's beginning, while its end is read in one of the ``threads``: into the cache below, of such units.
+
+    Returns how much of the beginning it was, and the future of the end, None if that is all. Raises as reading does.
+    """
+    beginning = min(blob.size, -(-BEGINNING // unit) * unit)
+    start = max(blob.size - guessed_end(blob.size), beginning)
+    end = None
+    if start < blob.size:
+        end = threads.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
+    blob.read_at(0, beginning)
+    return beginning, end
+
+
+def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) -> None:
+    with deadline_of_thread(deadline) if deadline is not None else nullcontext():
+        blob.read_at(offset, length)
 
 
 def fetch_rest_of_end(blob: Blob) -> None:

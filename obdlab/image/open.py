@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.image.ends import BEGINNING, fetch_rest_of_end, guessed_end
+from obdlab.image.ends import fetch_ends, fetch_rest_of_end
 from obdlab.image.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
 from obdlab.image.recording import Recording, RecordingError, wants_recording
 from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
@@ -26,7 +26,7 @@ from obdlab.layers.seal import SwitchMark
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
-from obdlab.registry.deadline import deadline_of_thread, thread_deadline
+from obdlab.registry.deadline import deadline_of_thread
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -334,11 +334,6 @@ def _open_local(path: str | os.PathLike[str], watched: Callable[[Blob], Blob] | 
         raise
 
 
-def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) -> None:
-    with deadline_of_thread(deadline) if deadline is not None else nullcontext():
-        blob.read_at(offset, length)
-
-
 def _open_remote(
     lower: LowerConfig,
     remote: RemoteLayers | None,
@@ -352,14 +347,7 @@ def _open_remote(
     blob = remote.open(lower.digest, lower.size)
     stream = stream_whole(blob) if lower.hot and watched is None else None
     try:
-        # Into the cache, beside the beginning that opening starts with.
-        unit = remote.cache_unit
-        beginning = min(blob.size, -(-BEGINNING // unit) * unit)
-        start = max(blob.size - guessed_end(blob.size), beginning)
-        end = None
-        if start < blob.size:
-            end = ends.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
-        blob.read_at(0, beginning)
+        beginning, end = fetch_ends(blob, remote.cache_unit, ends)
         if watched is None and stream is None:
             stream = stream_if_begins_hot(blob, beginning)
         if end is not None:

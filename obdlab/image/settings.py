@@ -50,6 +50,8 @@ class Settings:
     #: (importing pandas) fetches the same with 1 and 4 MiB; a long sequential one gets 1.3 times the rate with 4 MiB
     #: at 1 Gbit/s and 5 ms (``tests/benchmarks/extents.py``, ``remote.py``).
     readahead_max: int = 4096 * KIB
+    #: Whether the snapshotter fetches the indexes of an image's layers when the image is pulled.
+    index_at_pull: bool = True
     #: Trace or priority list to be replayed whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
     #: Whether images in use are fetched whole into the cache, and verified, while nobody waits for anything else.

@@ -35,6 +35,7 @@ from obdlab.service.rundir import (
 )
 
 if TYPE_CHECKING:
+    from obdlab.image.config import ImageConfig
     from obdlab.image.settings import Settings
 
 #: Time for Python to start and the host to listen, on a busy machine.
@@ -73,6 +74,9 @@ class Devices(Protocol):
 
     def start_host(self) -> None:
         """Have everything running that the first attach needs."""
+
+    def prime(self, image: ImageConfig) -> None:
+        """Have what opening an image needs of its registry at hand; an image works without."""
 
     def attach(self, config_path: Path, device_id: str | None = None) -> AttachedDevice:
         """Make an image a block device, or find the one that already is."""
@@ -132,6 +136,14 @@ class DeviceService:
         if "error" in answer:
             raise DeviceError(f"cannot attach {config}: {answer['error']}")
         return _as_device(DeviceRecord(**answer["device"]))
+
+    def prime(self, image: ImageConfig) -> None:
+        """Have what opening the image needs of its registry in the block cache. Raises DeviceError with the cause."""
+        self._run.create()
+        request = {"op": "prime", "image": image.to_json(), "settings": self._settings.to_json()}
+        answer = self._ask_host(request, time.monotonic() + self._settings.open_deadline_s)
+        if "error" in answer:
+            raise DeviceError(f"cannot prime the cache: {answer['error']}")
 
     def upgrade(self, device_id: str, *, force: bool = False, timeout_s: float = 150.0) -> bool:
         """Have a device served by the code installed now, while it is in use; tell whether that was to be done.
@@ -299,8 +311,8 @@ class DeviceService:
             except wire.ConnectionLostError:
                 return self._ask_host_once(request, deadline)
         except DeviceError as error:
-            message = f"device {request['device_id']}: device host: {error} (see {self._run.host_log})"
-            raise DeviceError(message) from error
+            what = f"device {request['device_id']}: " if "device_id" in request else ""
+            raise DeviceError(f"{what}device host: {error} (see {self._run.host_log})") from error
 
     def _ask_host_once(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
         with self._connect_to_host() as connection:

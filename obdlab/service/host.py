@@ -181,6 +181,8 @@ class Host:
                 answer = {"stale": True}  # the client starts a new host, which runs what is installed now
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
+            elif request.get("op") == "prime":
+                answer = _prime(request)
             elif request.get("op") == "upgrade":
                 answer = {"upgraded": self._upgrade(request)}
             else:
@@ -282,6 +284,14 @@ class Host:
                 keeper.end(_FAILED_KEEPER_S)
             raise
         os.close(reader)
+
+
+def _prime(request: dict[str, Any]) -> dict[str, Any]:
+    from obdlab.image.config import ImageConfig
+    from obdlab.image.priming import prime
+
+    prime(ImageConfig.from_json(request.get("image")), Settings.from_json(str(request.get("settings"))))
+    return {}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from obdlab.service.tcmu import HANDLER, failure_of, holders, image_of, result_f
 
 if TYPE_CHECKING:
     from obdlab.devices.tcmu.uio import UioName
+    from obdlab.image.config import ImageConfig
     from obdlab.image.settings import Settings
     from obdlab.service.client import Devices
 
@@ -63,6 +64,9 @@ class TcmuDevices:
 
     def start_host(self) -> None:
         """Do nothing: the daemon is somebody else's to start."""
+
+    def prime(self, image: ImageConfig) -> None:
+        """Do nothing: the daemon has a cache of its own."""
 
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
         """Make an image a SCSI disk, or find the one that already is. ``device_id`` is not used.

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
+from obdlab.image.config import LowerConfig
 from obdlab.observe.counters import Counter
 from obdlab.snapshotter import fallback, overlaybd, writable
 from obdlab.snapshotter.errors import (
@@ -289,6 +290,9 @@ class Snapshotter:
             committed_labels = {**labels, overlaybd.LABEL_REMOTE: overlaybd.REMOTE_SNAPSHOT}
             self._snapshots.add(writer, Kind.ACTIVE, key, parent, labels, fill)
             writer.commit(key, target, committed_labels, Usage())
+        if not layer.acceleration:
+            url = overlaybd.blobs_url(layer.reference, self._options)
+            self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size))
 
     # Of an image that no container is on any more.
     def _release_idle(self, image_id: int) -> None:

@@ -17,11 +17,13 @@ from obdlab.devices import abi, mount
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import FailedPreconditionError
+from obdlab.snapshotter.priming import Priming
 from obdlab.snapshotter.writable import MkfsError, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from obdlab.image.config import LowerConfig
     from obdlab.service.client import AttachedDevice, Devices
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.writable import FsSpec
@@ -60,6 +62,7 @@ class ImageDevices:
         self._failures: dict[int, _Failure] = {}
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
+        self._priming = Priming(devices)
         #: Told of an image (by its snapshot's id) that is not read lazily, and why.
         self.on_fallback: Callable[[int, str], None] = lambda _, __: None
 
@@ -67,6 +70,11 @@ class ImageDevices:
         """Start the device host, which the first container shall not wait for. Returns at once."""
         self._host_start = threading.Thread(target=self._start_host, name="start-host")
         self._host_start.start()
+
+    def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
+        """Have a pulled layer's index fetched, unless the settings say that it is not. Returns at once."""
+        if self._devices.settings.index_at_pull:
+            self._priming.add(repo_blob_url, layer)
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False

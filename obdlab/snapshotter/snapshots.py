@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from obdlab.image.config import LowerConfig
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.store import Kind, Reader, Snapshot, Writer
     from obdlab.snapshotter.writable import FsSpec
@@ -36,6 +37,9 @@ class ImageMounts(Protocol):
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
     ) -> Path:
         """Have the snapshot's device attached and mounted as ``mode`` wants it, as asked for at ``asked_s``."""
+
+    def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
+        """Have a pulled layer's index fetched in the background, so that its image can be opened sooner."""
 
     def release(self, snapshot_id: int) -> bool:
         """Unmount and detach, telling whether the device is gone, or raise FailedPreconditionError if it is used."""

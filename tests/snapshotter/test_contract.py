@@ -33,7 +33,9 @@ def core() -> Iterator[Snapshotter]:
     # A short path: the options of a deep overlay must fit a page.
     directory = Path(tempfile.mkdtemp(prefix="o"))
     layout = Layout(directory / "root")
-    images = ImageDevices(layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache")))
+    images = ImageDevices(
+        layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache", index_at_pull=False))
+    )
     snapshotter = Snapshotter(layout, images, ImageOptions())
     try:
         yield snapshotter

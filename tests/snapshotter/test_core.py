@@ -40,7 +40,9 @@ DIGESTS = ["sha256:" + digit * 64 for digit in "123"]
 def open_snapshotter(directory: Path) -> Snapshotter:
     layout = Layout(directory / "root")
     try:
-        images = ImageDevices(layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache")))
+        images = ImageDevices(
+            layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache", index_at_pull=False))
+        )
         return Snapshotter(layout, images, ImageOptions(plain_http_hosts=frozenset({"plain.test:5000"})))
     except BaseException:
         layout.close()
@@ -272,6 +274,9 @@ class StuckImages:
     def mount(
         self, snapshot_id: int, spec: object, asked_s: float, mode: object = None, *, make: bool = False
     ) -> Path:
+        pass
+
+    def prime(self, repo_blob_url: str, layer: object) -> None:
         pass
 
     def release(self, snapshot_id: int) -> None:

@@ -1,0 +1,64 @@
+"""The ends of layers fetched before an image is opened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from obdlab.errors import ObdlabError
+from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.open import Image, open_image
+from obdlab.image.priming import prime
+from obdlab.image.settings import Settings
+from tests.image.test_hotlayer import EXT4, EXT4_SHA256, served
+from tests.layers.golden import sha256_of
+from tests.registry.faulty import faulty_registry, status
+
+
+def test_opening_asks_for_nothing_more(tmp_path: Path) -> None:
+    own = Settings(cache_dir=tmp_path / "cache")
+    with faulty_registry() as registry:
+        config = served(registry, EXT4)
+        prime(config, own)
+        asked = len(registry.requests)
+        assert 0 < asked <= 3 * len(EXT4)
+        prime(config, own)
+        with open_image(config, own) as image:
+            assert isinstance(image, Image)
+            assert len(registry.requests) == asked
+            assert sha256_of(image) == EXT4_SHA256
+
+
+def test_one_that_cannot_be_had_keeps_no_other_from_it(tmp_path: Path) -> None:
+    own = Settings(cache_dir=tmp_path / "cache", open_deadline_s=5)
+    with faulty_registry() as registry:
+        config = served(registry, EXT4)
+        missing = replace(config.lowers[0], digest="sha256:" + "0" * 64)
+        with pytest.raises(ObdlabError, match="404"):
+            prime(replace(config, lowers=(missing, *config.lowers)), own)
+        asked = len(registry.requests)
+        with open_image(config, own):
+            assert len(registry.requests) == asked
+
+
+def test_what_is_no_layer_is_for_who_opens_it(tmp_path: Path) -> None:
+    own = Settings(cache_dir=tmp_path / "cache")
+    with faulty_registry() as registry:
+        config = ImageConfig(repo_blob_url=registry.repository().blobs_url)
+        for data in (b"x", b"x" * 5000, bytes(300_000)):
+            prime(replace(config, lowers=(LowerConfig(digest=registry.add_blob(data), size=len(data)),)), own)
+
+
+def test_a_registry_that_does_not_answer_is_waited_for_only_so_long(tmp_path: Path) -> None:
+    with faulty_registry() as registry:
+        config = served(registry, EXT4)
+        registry.always(status(503))
+        with pytest.raises(ObdlabError, match="503"):
+            prime(config, Settings(cache_dir=tmp_path / "cache", open_deadline_s=1))
+
+
+def test_nothing_remote_needs_nothing(tmp_path: Path) -> None:
+    prime(ImageConfig(lowers=(LowerConfig(file=str(EXT4[0])),)), Settings(cache_dir=tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
