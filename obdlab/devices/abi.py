@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SECTOR = 512
 
+#: inotify(7): written, its times changed, closed after that, moved, made or deleted, itself too
+IN_CHANGES = 0xFCE
+
 # --- FUSE: requests and replies (linux/fuse.h, protocol 7.x) ---
 
 FUSE_MAJOR = 7
@@ -257,6 +260,20 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
     if answer < 0:
         _check(answer, None)
     return answer
+
+
+def inotify_init() -> int:
+    """inotify_init1(2): return a descriptor that becomes readable when what it watches changes. Raises OSError."""
+    descriptor: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if descriptor < 0:
+        _check(descriptor, None)
+    return descriptor
+
+
+def inotify_add_watch(descriptor: int, path: Path, mask: int) -> None:
+    """inotify_add_watch(2). Raises OSError."""
+    if _libc.inotify_add_watch(descriptor, os.fsencode(path), mask) < 0:
+        _check(-1, path)
 
 
 def prctl(option: int, value: int) -> None:

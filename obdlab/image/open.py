@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -276,6 +276,8 @@ def _open_lowers(
     identity = [lower.digest for lower in lowers]
     deadline = time.monotonic() + settings.open_deadline_s
 
+    begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
+
     def open_local(number: int, path: str, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
         layer, identity[number] = _open_local(path, watched)
         return layer
@@ -288,7 +290,7 @@ def _open_lowers(
             with deadline_of_thread(deadline):
                 if file:
                     return opened.enter_context(open_local(number, file, watched))
-                layer, stream = _open_remote(lower, remote, ends, watched)
+                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number))
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -305,9 +307,25 @@ def _open_lowers(
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
         ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-end") as ends,
     ):
+        begun = _begin_hot(lowers, files, remote) if recorder is None else {}
         layers = list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers))))
         remote.opened()
         return layers, tuple(identity), remote
+
+
+# What starts wait for is asked for first, before anything else keeps the processor and the link busy. What cannot be
+# opened is left to who opens it once more, and says so.
+def _begin_hot(
+    lowers: Sequence[LowerConfig], files: Sequence[str | None], remote: RemoteLayers
+) -> dict[int, tuple[Blob, StreamAhead | None]]:
+    begun = {}
+    for number, lower in enumerate(lowers):
+        if lower.hot and lower.digest and not files[number]:
+            with suppress(ObdlabError):
+                _check_kind(lower)
+                blob = remote.open(lower.digest, lower.size)
+                begun[number] = (blob, stream_whole(blob))
+    return begun
 
 
 def _check_kind(lower: LowerConfig) -> None:
@@ -339,13 +357,13 @@ def _open_remote(
     remote: RemoteLayers | None,
     ends: Executor | None,
     watched: Callable[[Blob], Blob] | None,
+    begun: tuple[Blob, StreamAhead | None] | None,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
     # And what fetches all of it ahead, if it is a hot one and nobody watches what is read.
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
-    blob = remote.open(lower.digest, lower.size)
-    stream = stream_whole(blob) if lower.hot and watched is None else None
+    blob, stream = begun or (remote.open(lower.digest, lower.size), None)
     try:
         beginning, end = fetch_ends(blob, remote.cache_unit, ends)
         if watched is None and stream is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import hashlib
 import importlib
 import json
 import logging
@@ -32,6 +31,7 @@ from obdlab.image.settings import Settings
 from obdlab.observe import audit, logs
 from obdlab.service import wire
 from obdlab.service.forking import Signals, fork_to
+from obdlab.service.installed import InstalledCode
 from obdlab.service.keeper import Keeper
 from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, Plan, Process, RunDir, held, remove_device
 from obdlab.service.takeover import Former
@@ -79,7 +79,8 @@ class Host:
         self._run = RunDir(run_dir)
         self._run.create()
         self._opener = opener
-        self._code = _code_on_disk()
+        self._installed = InstalledCode()
+        self._code = self._installed.digest
         self._lock = -1
         self._socket_inode = 0
         self._listener: socket.socket | None = None
@@ -177,7 +178,9 @@ class Host:
         answer: dict[str, Any]
         try:
             request = wire.receive(connection, _REQUEST_TIMEOUT_S)
-            if request.get("op") in ("attach", "upgrade") and self._code != _code_on_disk():
+            stale = request.get("op") in ("attach", "upgrade") and self._installed.changed()
+            self._installed.close()  # no server needs it
+            if stale:
                 answer = {"stale": True}  # the client starts a new host, which runs what is installed now
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
@@ -392,17 +395,6 @@ def _settle_in() -> Signals:
 
 
 # Tells one installed state of the package from another, as make does it: by size and time of its files.
-def _code_on_disk() -> str:
-    package = Path(__file__).parents[1]
-    found = []
-    for directory, _, names in os.walk(package):
-        for name in names:
-            if name.endswith(".py"):
-                status = os.stat(os.path.join(directory, name))
-                found.append((directory, name, status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
-
-
 def _warm_up(names: tuple[str, ...]) -> None:
     present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
     for name in (*names, *present):

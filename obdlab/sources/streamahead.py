@@ -19,24 +19,37 @@ _PAUSE_S = 0.05
 _LOOK_S = 0.002
 # So long at most a piece waits for readers of something else.
 _MOST_YIELDED_S = 0.5
+# So much of a large blob's end is fetched beside the rest, by a request of its own: a connection takes some round
+# trips to get up to the link's speed, and until then another one finds room. More would keep readers waiting.
+_TAIL = 512 << 10
+_LEAST_TAIL = 128 << 10
+_TAIL_SHARE = 8
 
 
 class StreamAhead:
-    """Fetches one blob from its beginning to its end, in a thread of its own that ends when all is there.
+    """Fetches one blob from its beginning to its end, by one request; the end of a large one beside that, by another.
 
-    Ends early when the blob is closed, or several tries in a row failed; the image works on without. Readers of what
-    nobody expected (of other layers, that is) come first.
+    In threads of its own, which end when all is there, the blob is closed, or several tries in a row have failed; the
+    image works on without). Readers of what nobody expected (of other layers, that is) come first.
     """
 
     def __init__(self, name: str, blob: CachedBlob) -> None:
         self.name = name
         self._blob = blob
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="obdlab-stream", daemon=True)
+        self._units = units = -(-blob.size // blob.unit)
+        tail = min(_TAIL, blob.size // _TAIL_SHARE) // blob.unit if blob.size >= _LEAST_TAIL * _TAIL_SHARE else 0
+        parts = [(0, units - tail)] + ([(units - tail, units)] if tail else [])
+        self._threads = [
+            threading.Thread(target=self._run, args=part, name="obdlab-stream", daemon=True) for part in parts
+        ]
+        self._guard = threading.Lock()
+        self._running = 0
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Ask for nothing more; what is under way is not waited for."""
@@ -44,24 +57,25 @@ class StreamAhead:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end; tell whether it has come."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _run(self) -> None:
+    def _run(self, first: int, stop: int) -> None:
         blob = self._blob
         if not blob.hold():
             return
         began = time.monotonic()
-        units = -(-blob.size // blob.unit)
-        blob.expect(b"\1" * units)
+        self._count(1)
         try:
             failures = 0
             while failures < _FAILURES and not self._ends():
                 before = blob.counters.prefetch_bytes
                 try:
-                    if self._stream(units):
-                        fetched = blob.counters.prefetch_bytes
-                        logger.info("%s: %d bytes streamed in %.3f s", self.name, fetched, time.monotonic() - began)
+                    if self._stream(first, stop):
+                        size = blob.length_of(first, stop)
+                        logger.info("%s: %d bytes streamed in %.3f s", self.name, size, time.monotonic() - began)
                     return
                 except ObdlabError as error:
                     failures = 1 if blob.counters.prefetch_bytes > before else failures + 1
@@ -71,12 +85,18 @@ class StreamAhead:
         except Exception:
             logger.exception("%s: streaming failed unexpectedly", self.name)
         finally:
-            blob.expect(b"")
+            self._count(-1)
             blob.let_go()
 
-    def _stream(self, units: int) -> bool:
+    # Readers are told that all of it will come while any part is under way.
+    def _count(self, change: int) -> None:
+        with self._guard:
+            self._running += change
+            self._blob.expect(b"\1" * self._units if self._running else b"")
+
+    def _stream(self, first: int, stop: int) -> bool:
         # Whether it came to the end.
-        pieces = self._blob.pieces_ahead(0, units)
+        pieces = self._blob.pieces_ahead(first, stop)
         try:
             while pieces.fetch_next():
                 if self._ends():

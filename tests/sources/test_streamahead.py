@@ -151,3 +151,19 @@ def test_real_answers_that_are_not_what_was_asked_for(tmp_path: Path, fault: Fau
             assert blob.statistics()["demand_bytes"] == UNIT
             assert len(registry.requests) == (2 if fault is whole_blob else 3)
         client.close()
+
+
+def test_the_end_of_a_large_one_comes_by_a_request_of_its_own(tmp_path: Path) -> None:
+    data = DATA * (1 + (6 << 20) // len(DATA))
+    tail = 512 << 10
+    with faulty_registry() as registry:
+        client = RegistryClient()
+        digest = registry.add_blob(data)
+        with open_cached(tmp_path, RemoteBlob(client, registry.repository(), digest, len(data))) as blob:
+            assert stream(blob).wait(20)
+            assert blob.read_at(0, len(data)) == data
+            assert blob.statistics()["demand_bytes"] == 0
+            begin = -(-len(data) // UNIT) * UNIT - tail
+            asked = sorted(str(request.range) for request in registry.requests)
+            assert asked == [f"bytes=0-{begin - 1}", f"bytes={begin}-{len(data) - 1}"]
+        client.close()
