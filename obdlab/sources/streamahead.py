@@ -30,7 +30,7 @@ class StreamAhead:
     """Fetches one blob from its beginning to its end, by one request; the end of a large one beside that, by another.
 
     In threads of its own, which end when all is there, the blob is closed, or several tries in a row have failed; the
-    image works on without). Readers of what nobody expected (of other layers, that is) come first.
+    image works on without. Readers of what nobody expected (of other layers, that is) come first.
     """
 
     def __init__(self, name: str, blob: CachedBlob) -> None:
