@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
+from obdlab.cli.numbers import whole
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def add(actions: Any) -> None:
     parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="zstd", help="of a hot layer (default: zstd)")
     parser.add_argument(
         "--block-size-kib", type=int, choices=(4, 8, 16, 32), default=32, help="of a hot layer (default: 32)"
+    )
+    parser.add_argument(
+        "--level", type=whole(1, 19), metavar="N", help="of a hot layer's zstd: 1 (fast) to 19 (small) (default: 19)"
     )
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp"), help="default: %(default)s")
@@ -105,11 +109,11 @@ def _attach(args: argparse.Namespace, client: Any, trace: bytes) -> str:
 
 def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from contextlib import closing
+    from dataclasses import replace
 
     from obdlab.cli.convert import Bars
     from obdlab.convert.source import check_apart, open_destination, open_source
-    from obdlab.convert.traces import add_acceleration_layer, add_hot_layer
-    from obdlab.image.writing import Packing
+    from obdlab.convert.traces import HOT_PACKING, add_acceleration_layer, add_hot_layer
 
     check_apart(args.image, args.new)
     common = {"client": client, "platform": args.platform, "work_dir": args.work_dir, "trace_name": str(args.trace)}
@@ -126,7 +130,9 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
                 return add_acceleration_layer(made, target, trace, settings, **common).digest
         if args.form == _ACCELERATION:
             return add_acceleration_layer(source, target, trace, settings, **common).digest
-        packing = Packing(args.algorithm, args.block_size_kib << 10, tar=True)
+        packing = replace(HOT_PACKING, algorithm=args.algorithm, block_size=args.block_size_kib << 10)
+        if args.level:
+            packing = replace(packing, level=args.level)
         descriptor, size = add_hot_layer(source, target, trace, settings, packing=packing, **common)
         if not args.quiet:
             print(f"hot layer of {size / 1e6:.1f} MB, stored as {target.name}", file=sys.stderr)

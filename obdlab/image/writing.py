@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR
+from obdlab.formats.zfile.codec import ZSTD_LEVEL
 from obdlab.image.output import new_file
 from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.sink import can_seek
@@ -37,8 +38,9 @@ class PackingError(ObdlabError):
 class Packing:
     """How content is stored: compressed by ``algorithm`` ("lz4", "zstd", or "" for not at all), perhaps in a tar.
 
-    ``workers`` threads compress. Without ``rewrite_header`` a ZFile keeps the header that was written first, as one
-    that is streamed does, so that its readers need the trailer. ``block_crcs=False`` leaves out the checksums.
+    ``workers`` threads compress, zstd with this ``level``. Without ``rewrite_header`` a ZFile keeps the header that
+    was written first, as one that is streamed does, so that its readers need the trailer. ``block_crcs=False`` leaves
+    out the checksums.
     """
 
     algorithm: str = "lz4"
@@ -47,6 +49,7 @@ class Packing:
     workers: int = 1
     rewrite_header: bool = True
     block_crcs: bool = True
+    level: int = ZSTD_LEVEL
 
     def __post_init__(self) -> None:
         if self.tar and not self.algorithm:
@@ -73,6 +76,7 @@ class Packing:
             self.rewrite_header,
             verify=self.block_crcs,
             workers=self.workers,
+            level=self.level,
         )
 
 

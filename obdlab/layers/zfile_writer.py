@@ -12,7 +12,7 @@ import numpy as np
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.checksum import raw_crc32c
-from obdlab.formats.zfile.codec import codec_for
+from obdlab.formats.zfile.codec import ZSTD_LEVEL, codec_for
 from obdlab.formats.zfile.layout import (
     MAX_BLOCK_SIZE,
     MIN_BLOCK_SIZE,
@@ -47,7 +47,7 @@ class ZFileWriteError(ObdlabError):
 
 
 class ZFileWriter:
-    """Compress a stream into ``sink``, byte for byte as the original's tools do.
+    """Compress a stream into ``sink``, byte for byte as the original's tools do, but for another ``level`` of zstd.
 
     ``block_size`` is a power of two from 4 KiB to 64 KiB, ``algorithm`` ``"lz4"`` or ``"zstd"``. With
     ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
@@ -69,13 +69,14 @@ class ZFileWriter:
         *,
         verify: bool = True,
         workers: int = 1,
+        level: int = ZSTD_LEVEL,
     ) -> None:
         if workers < 1:
             raise ZFileWriteError(f"a ZFile needs at least one worker (got {workers})")
         if block_size & (block_size - 1) or not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
             raise ZFileWriteError(f"block size is not a power of two from 4096 to 65536 (got {block_size})")
         self._sink = sink
-        self._codec = codec_for(algorithm)
+        self._codec = codec_for(algorithm, level=level)
         self._block_size = block_size
         self._crc = verify
         self._rewritable = sink if overwrite_header and can_seek(sink) else None

@@ -187,6 +187,19 @@ def test_workers_write_the_same_bytes(entry: dict[str, Any], workers: int) -> No
     assert written[0] == written[1]
 
 
+def test_a_higher_level_of_zstd_is_smaller_and_read_the_same() -> None:
+    source = golden("text.bin")
+    sizes = []
+    for level in (3, 19):
+        pipe = Pipe()
+        with ZFileWriter(pipe, 32768, "zstd", level=level) as writer:
+            writer.write(source)
+        sizes.append(len(pipe.data))
+        with open_zfile(MemoryBlob(bytes(pipe.data))) as reader:
+            assert reader.read_at(0, reader.size) == source
+    assert sizes[1] < sizes[0]
+
+
 def write_noise(writer: ZFileWriter, failing: type[Exception] | None = None) -> None:
     with writer:
         for _ in range(20):

@@ -23,6 +23,7 @@ from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, CRC_SIZE, MAX_GROWTH, Al
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
 
+#: The original's. Any reader reads what others make.
 ZSTD_LEVEL = 3
 # Block CRCs are raw (uninverted at both ends), the library's are not.
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
@@ -130,7 +131,8 @@ class Zstd(Codec):
     algorithm = Algorithm.ZSTD
     batches = "multi_decompress_to_buffer" in zstandard.backend_features
 
-    def __init__(self, dictionary: bytes = b"") -> None:
+    def __init__(self, dictionary: bytes = b"", level: int = ZSTD_LEVEL) -> None:
+        self._level = level
         self._dictionary = zstandard.ZstdCompressionDict(dictionary) if dictionary else None
         # Contexts that nobody uses now. A context must not be used by two threads at once, and making one costs more
         # than a block; taking from a list and giving back are atomic.
@@ -168,7 +170,7 @@ class Zstd(Codec):
         try:
             return self._compressors.pop()
         except IndexError:
-            return zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+            return zstandard.ZstdCompressor(level=self._level)
 
     def decompress(self, data: Buffer, length: int) -> bytes:
         decompressor = self._take_decompressor()
@@ -210,8 +212,8 @@ class Zstd(Codec):
             return zstandard.ZstdDecompressor(dict_data=self._dictionary)
 
 
-def codec_for(algorithm: int | str, *, dictionary: bytes = b"", blob: str = "") -> Codec:
-    """Return the codec of a header's algorithm number, or of a name (``"lz4"``, ``"zstd"``).
+def codec_for(algorithm: int | str, *, dictionary: bytes = b"", level: int = ZSTD_LEVEL, blob: str = "") -> Codec:
+    """Return the codec of a header's algorithm number, or of a name (``"lz4"``, ``"zstd"``); ``level`` is zstd's.
 
     Raises FormatError for any other, and for a dictionary with LZ4: no library that keeps a block's bounds takes one.
     """
@@ -223,7 +225,7 @@ def codec_for(algorithm: int | str, *, dictionary: bytes = b"", blob: str = "") 
             )
         return Lz4()
     if number == Algorithm.ZSTD:
-        return Zstd(dictionary)
+        return Zstd(dictionary, level)
     raise FormatError("unknown ZFile compression", blob=blob, got=algorithm, wanted="1 (lz4) or 2 (zstd)")
 
 

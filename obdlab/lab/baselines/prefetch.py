@@ -81,7 +81,7 @@ class Hot(Prefetch):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its hot layer."""
-        return f"{Lazy.tag(self, source)}-hot3"
+        return f"{Lazy.tag(self, source)}-hot4"
 
     def _add(
         self, image: ImageSource, target: ImageDestination, trace: bytes, settings: Settings, client: RegistryClient
