@@ -15,6 +15,7 @@ from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, SECTOR
 from obdlab.formats.trace import Trace
 from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_zfile
+from obdlab.image.ends import guessed_end
 from obdlab.image.replay import cached_blob_of, reads_in
 from obdlab.image.tracemap import sectors_of_reads
 from obdlab.layers.commit import commit
@@ -121,6 +122,6 @@ def _stream(blob: CachedBlob) -> StreamAhead | None:
     if blob.size > _LARGEST:
         logger.warning("%s: not fetched ahead (got %d bytes, wanted at most %d)", blob.name, blob.size, _LARGEST)
         return None
-    stream = StreamAhead(blob.name, blob)
+    stream = StreamAhead(blob.name, blob, left=guessed_end(blob.size))
     stream.start()
     return stream

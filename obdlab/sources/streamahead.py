@@ -30,16 +30,20 @@ class StreamAhead:
     """Fetches one blob from its beginning to its end, by one request; the end of a large one beside that, by another.
 
     In threads of its own, which end when all is there, the blob is closed, or several tries in a row have failed; the
-    image works on without. Readers of what nobody expected (of other layers, that is) come first.
+    image works on without. Readers of what nobody expected (of other layers, that is) come first. The last ``left``
+    bytes are left to somebody who reads them at once, and fetched last.
     """
 
-    def __init__(self, name: str, blob: CachedBlob) -> None:
+    def __init__(self, name: str, blob: CachedBlob, *, left: int = 0) -> None:
         self.name = name
         self._blob = blob
         self._stopped = threading.Event()
         self._units = units = -(-blob.size // blob.unit)
+        end = max(0, blob.size - left) // blob.unit if left else units
         tail = min(_TAIL, blob.size // _TAIL_SHARE) // blob.unit if blob.size >= _LEAST_TAIL * _TAIL_SHARE else 0
-        parts = [(0, units - tail)] + ([(units - tail, units)] if tail else [])
+        begin = max(0, end - tail)
+        # Whoever has the first part goes on to what others have left.
+        parts = [(0, begin), *([(begin, end)] if tail else [])]
         self._threads = [
             threading.Thread(target=self._run, args=part, name="obdlab-stream", daemon=True) for part in parts
         ]
@@ -73,7 +77,7 @@ class StreamAhead:
             while failures < _FAILURES and not self._ends():
                 before = blob.counters.prefetch_bytes
                 try:
-                    if self._stream(first, stop):
+                    if self._stream(first, stop) and (first or self._stream(0, self._units)):
                         size = blob.length_of(first, stop)
                         logger.info("%s: %d bytes streamed in %.3f s", self.name, size, time.monotonic() - began)
                     return
