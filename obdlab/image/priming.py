@@ -35,8 +35,8 @@ def prime(config: ImageConfig, settings: Settings) -> None:
     number = min(OPEN_THREADS, len(lowers))
     with (
         closing(RemoteLayers(config.repo_blob_url, settings)) as remote,
-        ThreadPoolExecutor(number, "prime") as threads,
         ThreadPoolExecutor(number, "prime-end") as ends,
+        ThreadPoolExecutor(number, "prime") as threads,  # ends first, as it gives work to the other
     ):
         for each in [threads.submit(_prime_one, lower, remote, ends, deadline) for lower in lowers]:
             each.result()
