@@ -27,7 +27,7 @@ def add(actions: Any) -> None:
         help="have everyone who starts an image profit from its trace",
         description=(
             "hot-layer: NEW is the image with one more small layer, what the trace names, in the order of use, so "
-            "that a start is one request. acceleration-layer: NEW is the image with the trace itself as a layer, "
+            "that a start fetches it at once. acceleration-layer: NEW is the image with the trace itself as a layer, "
             "as the original makes it. ordered-layers: as that, and every layer is written again with what the "
             "trace names at its front, in the order of use. referrer: the image stays as it is, and the registry "
             "knows the trace as an artifact that refers to it, for which obdlab attach and mount ask. FILE may be "

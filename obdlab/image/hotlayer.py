@@ -1,6 +1,6 @@
 """Hot layers: what a start reads, once more, as one small layer on top, laid out in the order of use.
 
-Read from there the disk is the same. Fetching the layer is one request, and what it brings comes in time for whoever
+Read from there the disk is the same. Fetching the layer is a request or two, and what they bring comes in time for who
 reads it; whoever does not know it for what it is reads it like any other layer.
 """
 
