@@ -1,7 +1,7 @@
 """Hot layers: what a start reads, once more, as one small layer on top, laid out in the order of use.
 
-Read from there the disk is the same. Fetching the layer is a request or two, and what they bring comes in time for who
-reads it; whoever does not know it for what it is reads it like any other layer.
+Read from there the disk is the same. Fetching the layer is a request or two, and what they bring comes in time for
+its readers; whoever does not know it for what it is reads it like any other layer.
 """
 
 from __future__ import annotations
