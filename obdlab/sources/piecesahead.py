@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 # Who reads what comes within so much waits for it; who is further ahead asks for himself. At 100 Mbit/s it is 80 ms.
 _CLAIMED = 1 << 20
-# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them, and
-# no later one is larger than what the link brings in so long.
+# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them; later
+# ones as large as comes in so long, since the processor pays by the piece.
 _FIRST = 32 << 10
 _LEAST = 64 << 10
-_PIECE_S = 0.01
+_SOONEST_S, _LATEST_S = 0.0045, 0.01
 # What is there already is read once more, and thrown away, if that is sooner than another request.
 _MOST_SKIPPED = 256 << 10
 
@@ -96,9 +96,9 @@ class PiecesAhead:
         return data
 
     def _fit(self, took_s: float) -> None:
-        if took_s > _PIECE_S:
+        if took_s > _LATEST_S:
             self._piece = max(self._piece // 2, min(_LEAST, self._most))
-        elif took_s < _PIECE_S / 4:
+        elif took_s < _SOONEST_S:
             self._piece = min(self._piece * 2, self._most)
 
     def _streamed(self, origin: Streams, offset: int, length: int) -> bytes:
