@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Who reads what comes within so much waits for it; who is further ahead asks for himself. At 100 Mbit/s it is 80 ms.
 _CLAIMED = 1 << 20
-# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them; later
-# ones as large as comes in so long, since the processor pays by the piece.
+# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them;
+# later ones as large as comes in so long, since the processor pays by the piece.
 _FIRST = 32 << 10
 _LEAST = 64 << 10
 _SOONEST_S, _LATEST_S = 0.0045, 0.01
