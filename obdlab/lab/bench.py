@@ -176,9 +176,11 @@ class Bench:
         ADAPTERS[cell.snapshotter].pull(self._containerd, self._reference(cell))
         pull_s = time.monotonic() - pull_began_s
         clients_s = _clients_cpu_s() - clients_s
+        time.sleep(self._spec.pause_s)
         times, _ = self._start(cell, began)
         times["cpu_s"] += clients_s
-        return {"start": "cold", "warm": -1, "evidence": evidence, **quiet, **_timed(times, pull_s)}
+        row = {"start": "cold", "warm": -1, "pause_s": self._spec.pause_s, "evidence": evidence}
+        return {**row, **quiet, **_timed(times, pull_s)}
 
     def _warm(self, cell: Cell, number: int) -> Row:
         times, traffic = self._start(cell, self._begin())

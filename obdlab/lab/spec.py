@@ -74,6 +74,8 @@ class Spec:
     warm_starts: int = 2
     #: Starts of a pulled image with the page cache dropped, after the warm ones.
     dropped_starts: int = 0
+    #: Between a pull and the container's creation, counted nowhere: what goes on behind a pull comes to its end.
+    pause_s: float = 0.0
     #: Names of disks (``obdlab.lab.cgroups.DISKS``) that everything is on.
     disks: tuple[str, ...] = ("native",)
     workload: str = "start"
@@ -111,6 +113,8 @@ class Spec:
             raise SpecError("repeats must be at least 1, warm_starts and dropped_starts at least 0")
         if min(self.ready_timeout_s, self.cell_timeout_s) <= 0:
             raise SpecError("ready_timeout_s and cell_timeout_s must be positive")
+        if not 0 <= self.pause_s <= 60:
+            raise SpecError(f"pause_s: wanted 0 to 60 (got {self.pause_s:g})")
         if min(self.rates_mbit) <= 0 or min(self.rtts_ms) < 0:
             raise SpecError("rates_mbit must be positive and rtts_ms not negative")
 

@@ -34,6 +34,7 @@ def test_declaration_on_disk(tmp_path: Path) -> None:
         ('disks = ["floppy"]', "disks: unknown name"),
         ('workload = "find"', "workload: unknown"),
         ("cell_timeout_s = 0", "must be positive"),
+        ("pause_s = -1", "pause_s: wanted 0 to 60"),
         ("= 3", "quick.toml"),
     ],
 )
