@@ -297,7 +297,7 @@ def test_options_of_the_file_system(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--flatten", "0"], "wanted a number of layers from 1 to 255"),
-        (["--bytes-per-inode", "12"], "not a number of bytes"),
+        (["--bytes-per-inode", "12"], "wanted a number of bytes from"),
         (["--mount-options", "a;b"], "separated by commas"),
         (["--docker", "--referrer"], "--referrer needs"),
     ],
