@@ -14,7 +14,11 @@ _MOST_DIGITS = 18
 
 def whole(least: int, most: int | None = None, what: str = "number") -> Callable[[str], int]:
     """Return the type of a whole decimal number from ``least`` (0 or more) to ``most``, both included."""
-    wanted = f"a {what} of at least {least}" if most is None else f"a {what} from {least} to {most}"
+    wanted = (
+        f"a {what} of at least {least}, of {_MOST_DIGITS} digits at most"
+        if most is None
+        else f"a {what} from {least} to {most}"
+    )
 
     def read(text: str) -> int:
         if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS:

@@ -14,9 +14,10 @@ from obdlab.cli.trace_start import RecordError
 if TYPE_CHECKING:
     import argparse
     import subprocess
-    import threading
     from collections.abc import Callable
     from pathlib import Path
+
+    from obdlab.cli.trace_start import EndAsked
 
 # Asking runs a process in the container, so not too often.
 _ASK_S = 0.5
@@ -41,7 +42,7 @@ def run_once(
     args: argparse.Namespace,
     place: Path,
     document: dict[str, Any],
-    ended: threading.Event,
+    ended: EndAsked,
     release: Callable[[], None],
 ) -> Ended:
     """Run the container over the image mounted in ``place``, until it ends or what ``args`` wants has come about.
@@ -52,6 +53,7 @@ def run_once(
 
     bundle = place / "container"
     bundle.mkdir()
+    ended.looked_at = True
     with ExitStack() as opened:
         target = sys.stderr.fileno() if not args.quiet else opened.enter_context(open("/dev/null", "wb")).fileno()
         watch = LineWatch(args.until_line or "\n", target)

@@ -24,10 +24,10 @@ from obdlab.cli.trace_start import (
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Sequence
 
     from obdlab.cli.trace_container import Ended
+    from obdlab.cli.trace_start import EndAsked
     from obdlab.formats.blockevents import DiskRead
     from obdlab.formats.trace import Trace
     from obdlab.image.timeline import Step, Summary
@@ -120,6 +120,7 @@ def run_watch(args: argparse.Namespace) -> int:
         if device is None:
             end = _watch_image(args, service, ended)
         else:
+            ended.looked_at = True
             with listening(device.path, args.output):
                 wait(ended, None if args.until_signal else args.seconds, args.quiet, "watching")
             end = None
@@ -129,7 +130,7 @@ def run_watch(args: argparse.Namespace) -> int:
     return 0 if end is None else end.status(f"{args.output} has what came until then")
 
 
-def _watch_image(args: argparse.Namespace, service: DeviceService, ended: threading.Event) -> Ended:
+def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
     from obdlab.cli.attach import image_config_of
 
     image, document = image_config_of([args.source], args), container_config(args)

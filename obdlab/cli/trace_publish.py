@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if (args.new is None) != (args.form == _REFERRER):
         wanted = "IMAGE alone" if args.form == _REFERRER else "IMAGE and NEW"
         raise PublishError(f"--as {args.form} wants {wanted}")
+    if args.level and (args.form, args.algorithm) != (_HOT, "zstd"):
+        raise PublishError("--level is for hot layers in zstd")
     trace = load_file(str(args.trace))
     client = registry_from(args)
     try:

@@ -25,8 +25,8 @@ from obdlab.cli.trace_start import (
 
 if TYPE_CHECKING:
     import argparse
-    import threading
 
+    from obdlab.cli.trace_start import EndAsked
     from obdlab.service.client import AttachedDevice, DeviceService
     from obdlab.service.live import LiveDevice, RecordedTrace
 
@@ -114,12 +114,11 @@ def _live(args: argparse.Namespace) -> LiveDevice:
 # -- a device in use -------------------------------------------------------------------------------------------------
 
 
-def _record_device(
-    args: argparse.Namespace, service: DeviceService, device: AttachedDevice, ended: threading.Event
-) -> int:
+def _record_device(args: argparse.Namespace, service: DeviceService, device: AttachedDevice, ended: EndAsked) -> int:
     from obdlab.service.live import LiveDevice
 
     live = LiveDevice(service, device.device_id)
+    ended.looked_at = True
     live.start_recording()
     try:
         with listening(device.path, args.events):
@@ -140,7 +139,7 @@ def _tell(done: RecordedTrace, args: argparse.Namespace) -> None:
 # -- a start of an image ---------------------------------------------------------------------------------------------
 
 
-def _record_image(args: argparse.Namespace, service: DeviceService, ended: threading.Event) -> int:
+def _record_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> int:
     from dataclasses import replace
 
     from obdlab.cli.attach import image_config_of

@@ -82,12 +82,24 @@ def check_outputs(outputs: Sequence[Path]) -> None:
         raise RecordError(f"{outputs[0]}: named twice, for the trace and for the events")
 
 
+class EndAsked(threading.Event):
+    """Set when a signal asks for the end. Until somebody looks, there is nothing to end in good order yet."""
+
+    looked_at = False
+
+    def note(self, *_: object) -> None:
+        """Take a signal. Raises KeyboardInterrupt where nobody would look."""
+        self.set()
+        if not self.looked_at:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def signals() -> Iterator[threading.Event]:
-    """Within ``with``, set the event when a signal asks for the end."""
-    ended = threading.Event()
+def signals() -> Iterator[EndAsked]:
+    """Within ``with``, have signals ask for the end."""
+    ended = EndAsked()
     before = {
-        number: signal.signal(number, lambda *_: ended.set())
+        number: signal.signal(number, ended.note)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
     }
     try:

@@ -22,7 +22,7 @@ from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
 from obdlab.formats.trace import layer_of_content
 from obdlab.image.from_manifest import CREATED, TRACE_ARTIFACT, config_from_manifest
-from obdlab.image.hotlayer import write_hot_layer
+from obdlab.image.hotlayer import is_hot, write_hot_layer
 from obdlab.image.open import open_image
 from obdlab.image.replay import reads_in
 from obdlab.image.writing import Packing
@@ -75,6 +75,7 @@ def add_hot_layer(
             path.open("xb") as file,
             packing.around(file) as sink,
         ):
+            _check_cold(disk, source)
             write_hot_layer(disk, trace, sink, name=trace_name)
         layer = _top_layer(path, "obdlab: hot layer", {oci.HOT_LAYER: "yes"})
         return add_layer(source, manifest, layer, destination, work_dir, progress), layer.size
@@ -119,6 +120,7 @@ def attach_trace(
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
     with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
+        _check_cold(disk, source)
         reads_in(trace, disk, name=trace_name)
     repository = client.repository(reference)
     descriptors = []
@@ -168,6 +170,11 @@ def opened(
         if isinstance(image, WritableStack):
             raise FormatError("image is writable", blob=source.name)
         yield image
+
+
+def _check_cold(disk: Stack, source: ImageSource) -> None:
+    if disk.layers and is_hot(disk.layers[-1]):
+        raise FormatError("image has a hot layer already, beside which no trace is replayed", blob=source.name)
 
 
 def _top_layer(path: Path, created_by: str, annotations: dict[str, str]) -> TopLayer:

@@ -44,8 +44,8 @@ _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-tr
 # /etc/passwd and /etc/group of an image may be anything.
 _MOST_ACCOUNTS = 1 << 20
 # Whoever made the container writes a line when it has taken it down. If it dies before, nobody writes.
-# Twice, as runc may have been just about to start it.
-_GUARD = 'read -r _ || { for _ in 1 2; do runc --root "$1" delete --force "$2"; sleep 1; done; umount -l "$3"; }'
+# More than once, as runc may have been just about to start it; not for long, as its mounts are seen here, too.
+_GUARD = 'read -r _ || { for _ in 1 2; do runc --root "$1" delete --force "$2"; sleep 0.2; done; umount -l "$3"; }'
 
 
 class TemporaryContainer:

@@ -162,6 +162,20 @@ def test_an_artifact_is_found_by_the_image_it_refers_to(
     assert detach_traces(client, image, platform=None) == []
 
 
+def test_beside_a_hot_layer_there_is_no_use_for_a_trace(
+    registry_server: RegistryServer, client: RegistryClient, settings: Settings
+) -> None:
+    image = push_image(registry_server, client, "traces/twice")
+    name = f"{registry_server.host}/traces/twice:hot"
+    trace = trace_of(EXT4, READS)
+    add_hot_layer(open_source(str(image), client), open_destination(name, client), trace, settings, client=client)
+    with pytest.raises(FormatError, match="has a hot layer already"):
+        attach_trace(client, Reference.parse(name), trace, settings, platform=None)
+    again = open_destination(f"{name}2", client)
+    with pytest.raises(FormatError, match="has a hot layer already"):
+        add_hot_layer(open_source(name, client), again, trace, settings, client=client)
+
+
 def test_what_is_no_trace_of_the_image_is_published_nowhere(
     registry_server: RegistryServer, client: RegistryClient, settings: Settings
 ) -> None:

@@ -169,6 +169,27 @@ def test_a_registry_that_falls_silent_holds_nobody(tool: Tool, layers: list[byte
     assert not [entry for entry in mount.mounts() if str(tool.run_dir) in str(entry.mountpoint)]
 
 
+def test_nor_one_that_is_silent_before_the_start(tool: Tool, layers: list[bytes], tmp_path: Path) -> None:
+    with running_registry(tmp_path / "own") as registry:
+        own = push_converted(registry.host, "e2e/silent", layers, tmp_path)
+        words = ["trace", "record", own, "-o", str(tmp_path / "trace"), "--run-dir", str(tool.run_dir)]
+        words += ["--cache-dir", str(tmp_path / "cache"), "--run", "/bin/sh", "-c", "exec sleep 4712"]
+        os.kill(registry.pid, signal.SIGSTOP)
+        try:
+            process = subprocess.Popen([sys.executable, "-m", "obdlab", *words], stderr=subprocess.PIPE, text=True)
+            time.sleep(3)
+            began = time.monotonic()
+            process.terminate()
+            _, told = process.communicate(timeout=60)
+            assert time.monotonic() - began < 10
+        finally:
+            os.kill(registry.pid, signal.SIGCONT)
+    assert process.returncode == 130
+    assert "interrupted" in told
+    assert not running("sleep 4712")
+    assert not (tmp_path / "trace").exists()
+
+
 def test_what_cannot_be_recorded_is_told(tool: Tool, image: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "none" / "trace")
     assert "no directory" in tool("trace", "record", image, "-o", missing, status=1)
