@@ -187,9 +187,8 @@ class DockerArchiveSource(ImageSource):
 
     def fetch(self, layer: oci.Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
         start, size = self._members[layer.digest]
-        file = _window(self._archive, start, size, layer)
-        advance(layer.size)
-        return file
+        advance(layer.size)  # first: it raises where the conversion was stopped
+        return _window(self._archive, start, size, layer)
 
     def root(self) -> tuple[oci.Descriptor | None, oci.Manifest | oci.Index]:
         return self._root, oci.Manifest.parse(self._manifest_bytes, self.name)

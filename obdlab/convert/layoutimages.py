@@ -29,9 +29,8 @@ class LayoutSource(ImageSource):
         self._layout.close()
 
     def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        file = self._layout.open_blob(layer)
-        advance(layer.size)
-        return file
+        advance(layer.size)  # first: it raises where the conversion was stopped
+        return self._layout.open_blob(layer)
 
     def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         entries = self._layout.select(self._tag)
