@@ -75,7 +75,7 @@ def add_hot_layer(
             path.open("xb") as file,
             packing.around(file) as sink,
         ):
-            _check_cold(disk, source)
+            _refuse_hot(disk, source)
             write_hot_layer(disk, trace, sink, name=trace_name)
         layer = _top_layer(path, "obdlab: hot layer", {oci.HOT_LAYER: "yes"})
         return add_layer(source, manifest, layer, destination, work_dir, progress), layer.size
@@ -120,7 +120,7 @@ def attach_trace(
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
     with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
-        _check_cold(disk, source)
+        _refuse_hot(disk, source)
         reads_in(trace, disk, name=trace_name)
     repository = client.repository(reference)
     descriptors = []
@@ -172,7 +172,7 @@ def opened(
         yield image
 
 
-def _check_cold(disk: Stack, source: ImageSource) -> None:
+def _refuse_hot(disk: Stack, source: ImageSource) -> None:
     if disk.layers and is_hot(disk.layers[-1]):
         raise FormatError("image has a hot layer already, beside which no trace is replayed", blob=source.name)
 

@@ -26,6 +26,7 @@ _FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log"
 _DIRECTORIES = ("devices", "images")
 # What a killed trace record, or watch, leaves.
 _STARTS = ("record-*", "watch-*")
+_CONFIG = "config.v1.json"
 _PROBE_TIMEOUT_S = 2.0
 # struct ucred: pid, uid, gid
 _CREDENTIALS = struct.Struct("3i")
@@ -113,7 +114,7 @@ def _empty(run_path: Path) -> None:
     for name in _DIRECTORIES:
         shutil.rmtree(run_path / name, ignore_errors=True)
     for path in [path for pattern in _STARTS for path in run_path.glob(pattern)]:
-        if not _has_mounts(path):
+        if (path / _CONFIG).is_file() and not _has_mounts(path):
             shutil.rmtree(path, ignore_errors=True)
     _empty_of_dead(telling.directory_of(run_path))
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,11 +117,35 @@ def test_never_ready_is_a_failure_but_the_trace_is_there(tool: Tool, image: str,
     assert devices(tool) == []
 
 
-def begun(tool: Tool, image: str, trace: Path, script: str) -> subprocess.Popen[str]:
-    """Begin to record the script; returns once it has printed GO."""
+def recording(tool: Tool, image: str, trace: Path, script: str) -> subprocess.Popen[str]:
+    """Begin to record the script."""
     words = ["trace", "record", image, "-o", str(trace), "--run-dir", str(tool.run_dir)]
     words += ["--cache-dir", str(trace.parent / "cache"), "--seconds", "100", "--run", "/bin/sh", "-c", script]
-    process = subprocess.Popen([sys.executable, "-m", "obdlab", *words], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "obdlab", *words], stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def silent(registry: RegistryServer) -> Iterator[None]:
+    """A registry that accepts connections and says nothing."""
+    os.kill(registry.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(registry.pid, signal.SIGCONT)
+
+
+def ended_within(process: subprocess.Popen[str], seconds: float) -> str:
+    """End it by SIGTERM, and return what it told."""
+    began = time.monotonic()
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert time.monotonic() - began < seconds
+    return told
+
+
+def begun(tool: Tool, image: str, trace: Path, script: str) -> subprocess.Popen[str]:
+    """Begin to record the script; returns once it has printed GO."""
+    process = recording(tool, image, trace, script)
     assert process.stderr is not None
     while "GO" not in (line := process.stderr.readline()):
         assert line, process.wait()
@@ -154,15 +180,9 @@ def test_a_registry_that_falls_silent_holds_nobody(tool: Tool, layers: list[byte
     with running_registry(tmp_path / "own") as registry:
         own = push_converted(registry.host, "e2e/silent", layers, tmp_path)
         process = begun(tool, own, trace, "echo GO; sleep 1; cat /big >/dev/null")
-        os.kill(registry.pid, signal.SIGSTOP)
-        try:
+        with silent(registry):
             time.sleep(2)  # the container reads now
-            began = time.monotonic()
-            process.terminate()
-            _, told = process.communicate(timeout=60)
-            assert time.monotonic() - began < 30
-        finally:
-            os.kill(registry.pid, signal.SIGCONT)
+            told = ended_within(process, 30)
     assert process.returncode == 0, told
     assert Trace.from_bytes(trace.read_bytes()).size > 0
     assert devices(tool) == []
@@ -172,18 +192,10 @@ def test_a_registry_that_falls_silent_holds_nobody(tool: Tool, layers: list[byte
 def test_nor_one_that_is_silent_before_the_start(tool: Tool, layers: list[bytes], tmp_path: Path) -> None:
     with running_registry(tmp_path / "own") as registry:
         own = push_converted(registry.host, "e2e/silent", layers, tmp_path)
-        words = ["trace", "record", own, "-o", str(tmp_path / "trace"), "--run-dir", str(tool.run_dir)]
-        words += ["--cache-dir", str(tmp_path / "cache"), "--run", "/bin/sh", "-c", "exec sleep 4712"]
-        os.kill(registry.pid, signal.SIGSTOP)
-        try:
-            process = subprocess.Popen([sys.executable, "-m", "obdlab", *words], stderr=subprocess.PIPE, text=True)
+        with silent(registry):
+            process = recording(tool, own, tmp_path / "trace", "exec sleep 4712")
             time.sleep(3)
-            began = time.monotonic()
-            process.terminate()
-            _, told = process.communicate(timeout=60)
-            assert time.monotonic() - began < 10
-        finally:
-            os.kill(registry.pid, signal.SIGCONT)
+            told = ended_within(process, 10)
     assert process.returncode == 130
     assert "interrupted" in told
     assert not running("sleep 4712")

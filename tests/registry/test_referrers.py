@@ -46,12 +46,17 @@ def put(client: RegistryClient, repository: Repository, data: bytes) -> str:
     return client.put_manifest(Reference.parse(f"{repository}@{digest_of(data)}"), OCI_MANIFEST, data)
 
 
-@pytest.mark.registry
-def test_at_the_real_registry(client: RegistryClient, registry_server: RegistryServer) -> None:
-    repository = Repository(registry_server.host, "tests/referrers", plain_http=True)
+def put_image(client: RegistryClient, server: RegistryServer, name: str) -> tuple[Repository, bytes, str]:
+    """An image in a repository of its own: that, the manifest and its digest."""
+    repository = Repository(server.host, name, plain_http=True)
     client.push_blob(repository, digest_of(CONFIG), len(CONFIG), lambda: io.BytesIO(CONFIG))
     image = manifest_of(None)
-    subject = put(client, repository, image)
+    return repository, image, put(client, repository, image)
+
+
+@pytest.mark.registry
+def test_at_the_real_registry(client: RegistryClient, registry_server: RegistryServer) -> None:
+    repository, image, subject = put_image(client, registry_server, "tests/referrers")
     assert client.referrers(repository, subject) == ()
     signature, converted = manifest_of(image, SIGNATURE, who="me"), manifest_of(image)
     for data in (signature, converted, signature):
@@ -70,10 +75,7 @@ def test_at_the_real_registry(client: RegistryClient, registry_server: RegistryS
 
 @pytest.mark.registry
 def test_one_is_removed(client: RegistryClient, registry_server: RegistryServer) -> None:
-    repository = Repository(registry_server.host, "tests/removed", plain_http=True)
-    client.push_blob(repository, digest_of(CONFIG), len(CONFIG), lambda: io.BytesIO(CONFIG))
-    image = manifest_of(None)
-    subject = put(client, repository, image)
+    repository, image, subject = put_image(client, registry_server, "tests/removed")
     one, other = (put(client, repository, manifest_of(image, SIGNATURE)) for _ in range(2))
     client.remove_referrer(repository, subject, one)
     assert [each.digest for each in client.referrers(repository, subject)] == [other]

@@ -121,18 +121,6 @@ def test_a_pulled_image_runs_lazily(host: ObdlabHost, image: str) -> None:
     assert len(device_mounts(host)) == 1
 
 
-def test_its_indexes_come_with_the_pull(registry_server: RegistryServer, tmp_path: Path) -> None:
-    name = push_golden(registry_server, "indexes")
-    with containerd_with_obdlab(tmp_path) as own:
-        own.rpull(name)
-        cache_dir = own.snapshotter.devices.settings.cache_dir
-        deadline = time.monotonic() + _DEADLINE_S
-        while len(list(cache_dir.rglob("data"))) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert own.snapshotter.devices.list() == []
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_view_shows_the_image(
     host: ObdlabHost, wire: WireSnapshotter, registry_server: RegistryServer, tmp_path: Path, depth: int

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
+
+import pytest
 
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter.priming import Priming
+from tests.containerd_host import containerd_with_obdlab
+from tests.registry.server import RegistryServer, registry_server
+from tests.snapshotter.test_lazy_images import push_golden
+
+__all__ = ["registry_server"]
 
 WAIT_S = 20.0
 
@@ -69,3 +78,16 @@ def test_no_more_than_can_wait() -> None:
     devices.go_on.set()
     assert priming.wait(WAIT_S)
     assert sum(len(image.lowers) for image in devices.images) == 1025
+
+
+@pytest.mark.containerd
+def test_its_indexes_come_with_the_pull(registry_server: RegistryServer, tmp_path: Path) -> None:
+    name = push_golden(registry_server, "indexes")
+    with containerd_with_obdlab(tmp_path) as own:
+        own.rpull(name)
+        cache_dir = own.snapshotter.devices.settings.cache_dir
+        deadline = time.monotonic() + WAIT_S
+        while len(list(cache_dir.rglob("data"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert own.snapshotter.devices.list() == []
