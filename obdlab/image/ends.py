@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.formats.zfile.layout import ZFileHeader
 
-#: The tar's header, the ZFile's, and a first block of up to 32 KiB with the layer's. Half of it is enough for most, but
-#: then a start without a trace soon asks for the other half, with the extent around it (redis: 5 round trips more).
+#: The tar's header, the ZFile's, and a first block of up to 32 KiB with the layer's. Half of it is enough for most,
+#: but a start without a trace soon asks for the rest, with the extent around it (redis: 5 round trips more).
 BEGINNING = 32 << 10
 # 4 bytes for each compressed block of 4 KiB come to a 450th to a 750th of the blob; the trailer, the tar's end and a
 # small index fit into the rest. A wrong guess costs another request, or a few KiB.
