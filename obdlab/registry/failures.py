@@ -47,18 +47,35 @@ class RegistryError(SourceError):
         temporary: bool = False,
         status: int | None = None,
         retry_after_s: float = 0.0,
+        timed_out: bool = False,
     ) -> None:
         self.what = what
+        self.timed_out = timed_out
         self.status = status
         self.retry_after_s = retry_after_s
         #: How often it was tried; 0: that is not known.
         self.tries = 0
         super().__init__(what, blob=blob, offset=offset, temporary=temporary)
 
-    def at(self, blob: str, offset: int | None, tries: int) -> RegistryError:
-        """Return the same failure with the place it happened at."""
+    def at(
+        self, blob: str, offset: int | None, tries: int, *, before: RegistryError | None = None
+    ) -> RegistryError:
+        """Return the same failure with the place it happened at.
+
+        That there was no answer in time says little of the last of several tries, which the deadline may have cut
+        short: the last other failure ``before`` it is told then as well.
+        """
         what = self.what if tries < 2 else f"{self.what} (after {tries} tries)"
-        error = RegistryError(what, blob=blob, offset=offset, temporary=self.temporary, status=self.status)
+        if before is not None and self.timed_out:
+            what = f"{what}; before that: {before.what}"
+        error = RegistryError(
+            what,
+            blob=blob,
+            offset=offset,
+            temporary=self.temporary,
+            status=self.status,
+            timed_out=self.timed_out,
+        )
         error.tries = tries
         return error
 
@@ -89,15 +106,16 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
     permanent = isinstance(error, LocationParseError | LocationValueError) or (
         isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError)
     )
-    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
+    timed_out = isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not isinstance(
         error, NewConnectionError
-    ):
+    )
+    if timed_out:
         text = "no answer in time"
     else:
         # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
         reason = _POOL.sub("", " ".join(str(error).split()))
         text = f"{type(error).__name__}: {reason}"
-    return RegistryError(f"{doing}: {text[:300]}", temporary=not permanent)
+    return RegistryError(f"{doing}: {text[:300]}", temporary=not permanent, timed_out=timed_out)
 
 
 def persist(
@@ -112,6 +130,7 @@ def persist(
     deadline = deadline if outer is None else min(deadline, outer)
     tried = 0
     pause = _FIRST_PAUSE_S
+    before: RegistryError | None = None
     while True:
         tried += 1
         try:
@@ -120,7 +139,8 @@ def persist(
             delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
             hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
             if hopeless:
-                raise error.at(blob, offset, tried) from error
+                raise error.at(blob, offset, tried, before=before) from error
+            before = before if error.timed_out else error
             log.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
         REGISTRY_RETRIES.add()
         time.sleep(delay)

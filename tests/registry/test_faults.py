@@ -338,6 +338,16 @@ def test_manifest_fails_after_a_few_tries(registry: FaultyRegistry) -> None:
     client.close()
 
 
+def test_who_is_not_answered_in_the_end_hears_what_was_answered_before(registry: FaultyRegistry) -> None:
+    registry.add_manifest("v1", b'{"schemaVersion":2}')
+    registry.always(faulty.silence)
+    registry.next(faulty.status(503))
+    client = RegistryClient(request_timeout_s=0.2, deadline_s=1.0)
+    with pytest.raises(RegistryError, match=r"no answer in time .* before that: .*503"):
+        client.get_manifest(Reference.parse(f"{registry.host}/some/image:v1"))
+    client.close()
+
+
 def test_push_is_started_anew_after_a_fault(registry: FaultyRegistry, client: RegistryClient) -> None:
     data = b"to be pushed" * 1000
     # HEAD, POST fails; HEAD, POST, PUT fails; then all is well.
