@@ -57,9 +57,7 @@ class RegistryError(SourceError):
         self.tries = 0
         super().__init__(what, blob=blob, offset=offset, temporary=temporary)
 
-    def at(
-        self, blob: str, offset: int | None, tries: int, *, before: RegistryError | None = None
-    ) -> RegistryError:
+    def at(self, blob: str, offset: int | None, tries: int, *, before: RegistryError | None = None) -> RegistryError:
         """Return the same failure with the place it happened at.
 
         That there was no answer in time says little of the last of several tries, which the deadline may have cut
