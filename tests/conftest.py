@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import hypothesis
 import pytest
 
@@ -18,6 +20,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow") is not None and not capabilities.LONG:
         pytest.skip("slow: runs in make test-long (OBDLAB_LONG=1)")
 
+
+# What a shell's "&" and nohup have ignored the programs under test would inherit, and sit out the tests' signals.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # Examples are not timed: the machine may be busy. `print_blob` lets a failure seen elsewhere be replayed.
 hypothesis.settings.register_profile("obdlab", deadline=None, print_blob=True)
