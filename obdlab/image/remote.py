@@ -44,6 +44,7 @@ class RemoteLayers:
             min_free=settings.cache_min_free,
             unit=settings.cache_unit,
             extent=settings.cache_extent,
+            extent_max=settings.cache_extent_max,
             readahead_max=settings.readahead_max,
             deadline_s=settings.open_deadline_s,
         )

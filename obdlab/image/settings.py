@@ -25,6 +25,7 @@ LOG_FORMATS = ("text", "json")
 DEVICE_KINDS = ("auto", "fuse+loop", "fuse+file", "ublk", "tcmu")
 #: The snapshotter's devices may also be those of an overlaybd TCMU daemon that runs beside it.
 DAEMON_KIND = "overlaybd-tcmu"
+_MOST_READAHEAD_KIB = 64 * KIB
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -42,6 +43,9 @@ class Settings:
     #: A miss fetches what is missing of the aligned extent around it. A start of pydata takes 1.0 request for each
     #: 256 KiB extent it touches; with units of 64 KiB alone 2.4, and a quarter less bytes.
     cache_extent: int = 256 * KIB
+    #: That is doubled, up to this, where requests wait long for their answers (another continent, an object store)
+    #: and the link is fast, or halved, down to a quarter, where the bytes are what is slow; 0: neither.
+    cache_extent_max: int = 1024 * KIB
     #: The cache directory holds at most this much on disk, whoever stores in it; 0: no limit.
     cache_quota: int = 4 * GIB
     #: The cache gives back what it holds rather than leave less free on its file system (or less than a 16th of it).
@@ -75,6 +79,9 @@ class Settings:
     request_timeout_s: float = 30.0
     #: What images are made: one of DEVICE_KINDS; or, by the snapshotter alone, DAEMON_KIND.
     device_kind: str = "auto"
+    #: How far the kernel reads ahead on devices, and around page faults of what is mapped from them, in KiB. A third
+    #: less is read of a start with 32, which pays where the bytes are what it waits for (docs/prefetch.md).
+    device_readahead_kib: int = 128
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
     server_processes: int = 0
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
@@ -128,6 +135,8 @@ class Settings:
         extent = self.cache_extent
         if extent < 4096 or extent & (extent - 1):
             raise SettingsError(f"cache_extent: not a power of two of at least 4096 (got {extent})")
+        if self.cache_extent_max < 0:
+            raise SettingsError(f"cache_extent_max: not below 0 (got {self.cache_extent_max})")
         if self.cache_quota < 0 or self.cache_min_free < 0:
             raise SettingsError("cache_quota and cache_min_free must not be negative")
         if min(self.download_delay_s, self.download_delay_extra_s, self.download_bytes_per_s) < 0:
@@ -136,6 +145,8 @@ class Settings:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
             raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
+        if not 0 <= self.device_readahead_kib <= _MOST_READAHEAD_KIB:
+            raise SettingsError(f"device_readahead_kib: 0 to {_MOST_READAHEAD_KIB} (got {self.device_readahead_kib})")
         if not 0 <= self.server_processes <= 64:
             raise SettingsError(f"server_processes: 0 to 64 (got {self.server_processes})")
         if self.p2p_address:

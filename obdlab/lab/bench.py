@@ -116,7 +116,9 @@ class Bench:
                 )
             )
             proxies = [adapter.name for adapter in adapters if adapter.proxy]
-            self._containerd = stack.enter_context(OwnContainerd(self._paths.work / "host", proxies=proxies))
+            self._containerd = stack.enter_context(
+                OwnContainerd(self._paths.work / "host", proxies=proxies, settings=self._spec.host_settings())
+            )
             for name, recipe, layout in zip(self._spec.images, recipes, layouts, strict=True):
                 self._images[name] = self._publish(recipe, layout)
             self._registry.preload()
@@ -258,7 +260,8 @@ class Bench:
 
     # Store an image in every form that is compared, unless the registry kept it from an earlier run.
     def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
-        source = Source(recipe, layout, self._spec.algorithm, self._spec.block_size)
+        spec = self._spec
+        source = Source(recipe, layout, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
         references = {}
         with closing(RegistryClient()) as client:
             for name in self._spec.snapshotters:

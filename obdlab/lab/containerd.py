@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -79,10 +79,17 @@ class OwnContainerd:
     """containerd and our snapshotter below ``directory``; a context manager that leaves only logs behind.
 
     ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
-    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` is to run.
+    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` is to run. ``settings``
+    are obdlab's, whatever this host has for its own.
     """
 
-    def __init__(self, directory: Path, state_dir: Path = DEFAULT_STATE_DIR, proxies: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        state_dir: Path = DEFAULT_STATE_DIR,
+        proxies: Sequence[str] = (),
+        settings: Settings | None = None,
+    ) -> None:
         self.directory = directory
         self.cache_dir = directory / "cache"
         self.files_dir = directory / "files"
@@ -91,6 +98,7 @@ class OwnContainerd:
         self.logs = directory / "logs"
         self._state_dir = state_dir
         self._proxies = tuple(proxies)
+        self._settings = replace(settings or Settings(), cache_dir=self.cache_dir)
         self._served: dict[str, Path] = {}
         self._stack = ExitStack()
         self._running: list[RunningContainer] = []
@@ -113,7 +121,7 @@ class OwnContainerd:
             self.groups = ControlGroups(self.namespace)
             stack.callback(self.groups.remove)
             self.groups.create()
-            self.devices = DeviceService(self.state / "run", Settings(cache_dir=self.cache_dir))
+            self.devices = DeviceService(self.state / "run", self._settings)
             stack.callback(self.devices.shutdown, force=True)
             self._start_snapshotter(stack)
             self._start_containerd(stack)
@@ -287,7 +295,10 @@ class OwnContainerd:
     def _start_snapshotter(self, stack: ExitStack) -> None:
         socket = self.proxy_socket(LAZY_SNAPSHOTTER)
         arguments = ["--root", str(self.snapshotter_root), "--address", str(socket)]
+        settings = self.state / "obdlab.json"
+        settings.write_text(self._settings.to_json())
         arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
+        arguments += ["--settings", str(settings)]
         command = [sys.executable, "-m", "obdlab", "-v", "snapshotter", *arguments]
         snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
         stack.callback(snapshotter.stop)

@@ -114,6 +114,8 @@ class Experiment:
 
     def _keep(self, measured: Iterable[Measured], context: str, bar: Any) -> None:
         common = {"context": context, "seed": self.spec.seed, "label": "measured"}
+        if self.spec.settings:
+            common["settings"] = self.spec.settings
         for about, host, position, cell, rows in measured:
             common |= {"environment": self.store.add_environment(about), "host": host}
             mine = {**asdict(cell), "cell": cell.key(context), "position": position}

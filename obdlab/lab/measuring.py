@@ -68,7 +68,7 @@ def code_digest() -> str:
 def how_measured(spec: Spec) -> dict[str, Any]:
     """Return what of a spec changes what a cell's rows are, without being part of the cell."""
     keys = ("warm_starts", "dropped_starts", "ready_timeout_s", "pause_s")
-    return {key: getattr(spec, key) for key in keys}
+    return {key: getattr(spec, key) for key in keys} | ({"settings": spec.settings} if spec.settings else {})
 
 
 def context_of(surroundings: dict[str, Any], measured: dict[str, Any], nonce: str = "") -> str:

@@ -11,6 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.image.settings import Settings, SettingsError
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.cgroups import DISKS
 
@@ -93,6 +94,8 @@ class Spec:
     #: 96 MB, the original's lz4 with blocks of 4096 is 145 MB.
     algorithm: str = "zstd"
     block_size: int = 16384
+    #: obdlab's settings (docs/configuration.md) that are not to be the defaults.
+    settings: dict[str, Any] = field(default_factory=dict)
     #: Free text, shown in the report.
     description: str = field(default="", compare=False)
 
@@ -115,6 +118,12 @@ class Spec:
             raise SpecError("ready_timeout_s and cell_timeout_s must be positive")
         if not 0 <= self.pause_s <= 60:
             raise SpecError(f"pause_s: wanted 0 to 60 (got {self.pause_s:g})")
+        if "cache_dir" in self.settings:
+            raise SpecError("settings: cache_dir is the experiment's own")
+        try:
+            self.host_settings()
+        except SettingsError as error:
+            raise SpecError(str(error)) from error
         if min(self.rates_mbit) <= 0 or min(self.rtts_ms) < 0:
             raise SpecError("rates_mbit must be positive and rtts_ms not negative")
 
@@ -135,6 +144,10 @@ class Spec:
     def with_values(self, **values: Any) -> Self:
         """Return the spec with some values changed, checked like a declaration."""
         return replace(self, **{key: _checked(key, value) for key, value in values.items()})
+
+    def host_settings(self) -> Settings:
+        """Return the settings that images are opened with, but for the place of the cache."""
+        return Settings().with_values(self.settings, name="settings")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -188,6 +201,10 @@ def _checked(key: str, value: Any) -> Any:
     known = {entry.name: entry.type for entry in fields(Spec)}
     if key not in known:
         raise SpecError(f"unknown key (got {key!r}, wanted among {', '.join(sorted(known))})")
+    if key == "settings":
+        if not isinstance(value, dict):
+            raise SpecError(f"settings: wanted a table (got {value!r})")
+        return value
     if key in _TUPLES:
         if not isinstance(value, list | tuple):
             raise SpecError(f"{key}: wanted a list (got {value!r})")

@@ -14,6 +14,7 @@ from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.deadline import one_try
 from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.link import Link
 from obdlab.registry.pace import least_pace
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.reference import Reference, Repository
@@ -85,6 +86,7 @@ class RegistryClient:
             p2p=p2p,
         )
         self._hedges = hedge.Hedges(hedge_share)
+        self._links: dict[str, Link] = {}
 
     @property
     def deadline_s(self) -> float:
@@ -206,12 +208,18 @@ class RegistryClient:
             return b""
         doing = "reading blob"
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        link = self.link(repository)
         tried = 0
 
-        def read(response: urllib3.BaseHTTPResponse) -> bytes:
-            return body.read_range(response, offset, length, doing)
-
         def request() -> bytes:
+            began = time.monotonic()
+
+            def read(response: urllib3.BaseHTTPResponse) -> bytes:
+                answered = time.monotonic()
+                data = body.read_range(response, offset, length, doing)
+                link.note(answered - began, length, time.monotonic() - answered)
+                return data
+
             with least_pace() if tried <= _PACED_TRIES else nullcontext():
                 return self._session.get(
                     repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
@@ -227,6 +235,10 @@ class RegistryClient:
                 return self._hedges.run((repository.api_host, length.bit_length()), request)
 
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
+
+    def link(self, repository: Repository) -> Link:
+        """Return what is known of the way to the repository's registry."""
+        return self._links.setdefault(repository.api_host, Link())
 
     def open_range(self, repository: Repository, digest: str, offset: int, length: int) -> RangeStream:
         """Ask once for a byte range of a blob that is to be read as it comes. Nothing is tried again."""

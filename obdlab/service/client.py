@@ -92,15 +92,11 @@ class Devices(Protocol):
 
 
 class DeviceService:
-    """The devices of one run directory.
+    """The devices of one run directory. ``settings`` apply to what this client attaches."""
 
-    ``settings`` and ``readahead_kib``, the kernel's read-ahead on a device, apply to what this client attaches.
-    """
-
-    def __init__(self, run_dir: Path, settings: Settings, *, readahead_kib: int = 128) -> None:
+    def __init__(self, run_dir: Path, settings: Settings) -> None:
         self._run = RunDir(run_dir)
         self._settings = settings
-        self._readahead_kib = readahead_kib
 
     @property
     def settings(self) -> Settings:
@@ -130,7 +126,7 @@ class DeviceService:
             "config_sha256": digest,
             "device_id": device_id,
             "settings": self._settings.to_json(),
-            "readahead_kib": self._readahead_kib,
+            "readahead_kib": self._settings.device_readahead_kib,
         }
         answer = self._ask_fresh_host(request, timeout_s)
         if "error" in answer:

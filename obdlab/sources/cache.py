@@ -35,9 +35,10 @@ class BlockCache:
 
     ``unit`` is the least that is asked of an origin, a power of two >= 4096; blobs that are in the cache already keep
     the one they were begun with. After :meth:`CachedBlob.opened` a miss fetches what is missing of the aligned
-    ``extent`` around it. ``registry`` names whose word is taken for what belongs to a digest: a part of a
-    blob cannot be checked against it, so blobs are shared only between those who name the same. For ``quota`` and
-    ``min_free``, which hold for the whole directory, see :class:`CacheSpace`.
+    ``extent`` around it; with ``extent_max`` of a smaller or larger one, as origins that know their ``link`` make it
+    worthwhile (:mod:`obdlab.sources.extent`). ``registry`` names whose word is taken for what belongs to a digest:
+    a part of a blob cannot be checked against it, so blobs are shared only between those who name the same. For
+    ``quota`` and ``min_free``, which hold for the whole directory, see :class:`CacheSpace`.
     Sequential readers have up to ``readahead_max`` bytes fetched ahead of them (0: none). A read ends within
     ``deadline_s``. Making one touches nothing; no thread runs before the first read.
     """
@@ -51,6 +52,7 @@ class BlockCache:
         min_free: int = 0,
         unit: int = 64 << 10,
         extent: int = 0,
+        extent_max: int = 0,
         readahead_max: int = 4 << 20,
         deadline_s: float = 120.0,
     ) -> None:
@@ -62,6 +64,7 @@ class BlockCache:
         self._blobs = self.space.blobs / registry
         self._unit = unit
         self._extent = extent
+        self._extent_max = extent_max
         self._readahead_max = readahead_max
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -86,6 +89,7 @@ class BlockCache:
             self._blobs / digest,
             self._unit,
             self._extent,
+            self._extent_max,
             self._demand,
             readahead_max=self._readahead_max,
             deadline_s=self._deadline_s,

@@ -16,6 +16,7 @@ from obdlab.observe import audit
 from obdlab.observe.counters import CHECKSUM_FAILURES, MISS_TIMES
 from obdlab.sources.cachedunits import CachedUnits
 from obdlab.sources.cachelayout import PAGE_SHIFT, SEED
+from obdlab.sources.extent import Extent
 from obdlab.sources.fetching import Fetches
 from obdlab.sources.flights import Holders, Statistics
 from obdlab.sources.piecesahead import PiecesAhead
@@ -49,6 +50,7 @@ class CachedBlob(Blob):
         directory: Path,
         unit: int,
         extent: int,
+        extent_max: int,
         demand: Demand,
         *,
         readahead_max: int,
@@ -66,8 +68,9 @@ class CachedBlob(Blob):
         self._files = units.files
         self._unit = unit = self._files.unit  # those who made the files chose it
         self._holders = Holders(self._release)
-        self._extent = max(1, extent // unit)
-        min_way = {} if self._extent == 1 else {"min_way": _MIN_WAY_EXTENTS * self._extent}
+        extent = max(1, extent // unit)
+        self._extent = Extent(extent, extent_max // unit, unit)
+        min_way = {} if extent == 1 else {"min_way": _MIN_WAY_EXTENTS * extent}
         readahead = ReadAhead(self._files.units, readahead_max // unit, _STREAM_PIECE // unit, **min_way)
         self._fetches = Fetches(origin, units, self._holders, demand, readahead, deadline_s)
         # What a hit needs, at hand.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe import audit
 from obdlab.registry.deadline import deadline_of_thread
+from obdlab.sources.extent import SINGLE
 from obdlab.sources.fetchpool import FetchPool
 from obdlab.sources.flights import Flight
 from obdlab.waiting import waiting
@@ -54,8 +55,8 @@ class Fetches:
         readahead: ReadAhead,
         deadline_s: float,
     ) -> None:
-        #: A reader's miss fetches what is missing of the aligned extent of so many units around it.
-        self.extent = 1
+        #: A reader's miss fetches what is missing of the extent around it.
+        self.extent = SINGLE
         #: Fetches ahead of readers have a part of it; readers come with their own.
         self.deadline_s = deadline_s
         self.name = origin.name
@@ -229,7 +230,7 @@ class Fetches:
         return unit < len(self.expected) and self.expected[unit] == 1
 
     def _claim_extent(self, unit: int, stop: int) -> Flight:
-        extent = 1 if self._is_expected(unit) else self.extent
+        extent = 1 if self._is_expected(unit) else self.extent.units(getattr(self._origin, "link", None))
         begin = unit - unit % extent
         stop = min(stop + -stop % extent, self._units.files.units)
         there = self._units.files.present(begin, stop)

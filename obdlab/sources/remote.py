@@ -19,6 +19,7 @@ from obdlab.waiting import waiting
 
 if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
+    from obdlab.registry.link import Link
     from obdlab.registry.rangestream import RangeStream
     from obdlab.registry.reference import Repository
 
@@ -86,6 +87,11 @@ class RemoteBlob(Blob):
         audit.record("download", self._url, offset, length, started)
         self._failed = ()  # the registry is back
         return data
+
+    @property
+    def link(self) -> Link:
+        """What is known of the way to the registry."""
+        return self._client.link(self._repository)
 
     def open_range(self, offset: int, length: int) -> RangeStream:
         """Ask for a range that is read as it comes, for a ``with`` block. Raises RegistryError."""

@@ -134,9 +134,8 @@ def compare_settings(folder: Path, rounds: int, seconds: float) -> None:
     for _ in range(rounds):
         for readahead_kib in (0, 128, 512, 1024, 4096):
             for scheduler in ("none", "mq-deadline"):
-                service = DeviceService(
-                    folder / "run", Settings(cache_dir=folder / "cache"), readahead_kib=readahead_kib
-                )
+                settings = Settings(cache_dir=folder / "cache", device_readahead_kib=readahead_kib)
+                service = DeviceService(folder / "run", settings)
                 with ours(service, folder / "tree.json") as device:
                     (Path("/sys/block") / device.name / "queue" / "scheduler").write_text(scheduler)
                     taken = walk(device, target, WALKS["tar"])

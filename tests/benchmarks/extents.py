@@ -226,7 +226,7 @@ def main() -> None:
             outcomes: dict[tuple[int, int], list[Outcome]] = {choice: [] for choice in choices}
             for _ in range(args.rounds):
                 for unit, ahead in choices:
-                    settings = Settings(cache_extent=unit << 10, readahead_max=ahead << 10)
+                    settings = Settings(cache_extent=unit << 10, cache_extent_max=0, readahead_max=ahead << 10)
                     outcomes[unit, ahead].append(start_once(config, reads, settings))
             for (unit, ahead), found in outcomes.items():
                 middle = statistics.median(outcome.total_s for outcome in found)

@@ -35,6 +35,10 @@ def test_declaration_on_disk(tmp_path: Path) -> None:
         ('workload = "find"', "workload: unknown"),
         ("cell_timeout_s = 0", "must be positive"),
         ("pause_s = -1", "pause_s: wanted 0 to 60"),
+        ("settings = 3", "settings: wanted a table"),
+        ("settings = {cache_unti = 4096}", "settings: no such setting .*cache_unti"),
+        ('settings = {cache_unit = "4096"}', "settings: cache_unit: wrong value"),
+        ('settings = {cache_dir = "/tmp"}', "settings: cache_dir is the experiment's own"),
         ("= 3", "quick.toml"),
     ],
 )

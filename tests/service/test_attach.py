@@ -495,6 +495,6 @@ def test_statistics_of_a_dead_server(bed: Bed) -> None:
 
 
 def test_readahead_of_the_device(bed: Bed) -> None:
-    service = DeviceService(bed.run_dir, Settings(), readahead_kib=512)
+    service = DeviceService(bed.run_dir, Settings(device_readahead_kib=512))
     device = service.attach(bed.config("a"))
     assert Path(f"/sys/block/{device.path.name}/queue/read_ahead_kb").read_text() == "512\n"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.oci import digest_of
+from obdlab.registry.link import Link
 from obdlab.sources.cache import BlockCache
 from obdlab.waiting import set_waiting_hook
 from tests.sources.origin import DATA, DIGEST, UNIT, Origin, open_cached, wait_until
@@ -63,6 +64,29 @@ def test_a_miss_fetches_what_is_missing_of_its_extent(tmp_path: Path) -> None:
         assert blob.read_at(0, 16 * UNIT) == DATA[: 16 * UNIT]
         assert blob.read_at(20 * UNIT, 4 * UNIT) == DATA[20 * UNIT : 24 * UNIT]
         assert len(origin.reads) == 5
+
+
+def test_an_extent_follows_the_link(tmp_path: Path) -> None:
+    class FarOrigin(Origin):
+        link = Link()
+
+    origin = FarOrigin()
+    origin.link.wait_s, origin.link.rate = 1.0, 100.0 * UNIT
+    with open_cached(tmp_path, origin, extent=2 * UNIT, extent_max=8 * UNIT) as blob:
+        blob.read_at(39 * UNIT, 1)  # while the image is being opened
+        blob.opened(60.0)
+        # Aligned like any.
+        for rate, offset in ((0.0, 1), (1.5 * UNIT, 6), (100.0 * UNIT, 20), (100.0 * UNIT, 12), (0.1 * UNIT, 30)):
+            origin.link.rate = rate
+            assert blob.read_at(offset * UNIT, UNIT) == DATA[offset * UNIT : (offset + 1) * UNIT]
+    assert [(offset // UNIT, length // UNIT) for offset, length in origin.reads] == [
+        (39, 1),
+        (0, 2),
+        (4, 4),
+        (16, 8),
+        (8, 8),
+        (30, 1),
+    ]
 
 
 def test_whole_blob_cached_needs_no_origin(tmp_path: Path) -> None:

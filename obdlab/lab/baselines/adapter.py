@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A built image about to be published, and how obdlab's own form of it is to be compressed."""
+    """A built image about to be published, how obdlab's own form of it is to be compressed, its starts recorded."""
 
     recipe: Recipe
     layout: Path
     algorithm: str
     block_size: int
+    readahead_kib: int
 
 
 class Adapter(Protocol):

@@ -39,7 +39,7 @@ class Prefetch(Lazy):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its trace."""
-        return f"{super().tag(source)}-trace3"
+        return f"{super().tag(source)}-trace3{_recorded_as(source)}"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image, start it once to record what it reads, and add that on top."""
@@ -81,12 +81,17 @@ class Hot(Prefetch):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its hot layer."""
-        return f"{Lazy.tag(self, source)}-hot4"
+        return f"{Lazy.tag(self, source)}-hot4{_recorded_as(source)}"
 
     def _add(
         self, image: ImageSource, target: ImageDestination, trace: bytes, settings: Settings, client: RegistryClient
     ) -> None:
         add_hot_layer(image, target, trace, settings, client=client)
+
+
+# What the kernel reads around page faults is in a trace as well.
+def _recorded_as(source: Source) -> str:
+    return "" if source.readahead_kib == Settings().device_readahead_kib else f"-ra{source.readahead_kib}"
 
 
 def _record(host: OwnContainerd, place: Path, image: ImageConfig, config: bytes, source: Source) -> None:

@@ -38,7 +38,7 @@ _NAME = "misses"
 
 
 class Misses(Kind):
-    """Each read lies in an extent of the cache that no other one has touched; read-ahead is off."""
+    """Each read lies in an extent of the cache that no other one has touched; nothing is read ahead."""
 
     name: ClassVar[str] = "misses"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {"rtt_ms": (0, 5, 20), "size": (4096, 131072)}
@@ -71,7 +71,7 @@ def _measure(converted: Path, options: Mapping[str, Value], point: Point, work: 
         client = stack.enter_context(closing(RegistryClient()))
         reference = Reference.parse(host.reference(_NAME, "new"))
         push_layout(converted, client, reference)
-        settings = Settings(cache_dir=directory / "cache", readahead_max=0)
+        settings = Settings(cache_dir=directory / "cache", readahead_max=0, cache_extent_max=0)
         config = fetch_config(client, reference, host_platform())
         with open_image(config, settings, traces=False) as image:
             assert isinstance(image, Image)

@@ -1,0 +1,37 @@
+"""What is known of the way to a registry."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.link import Link
+from tests.registry import faulty
+from tests.registry.faulty import digest_of, faulty_registry
+
+MIB = 1 << 20
+
+
+def test_waits_and_rates_are_the_last_answers() -> None:
+    link = Link()
+    link.note(0.5, 4096, 0.001)  # too short to tell a rate
+    assert (link.wait_s, link.rate) == (0.5, 0.0)
+    for _ in range(3):
+        link.note(0.020, MIB, 0.010)
+    assert (link.wait_s, link.rate) == (0.020, 100 * MIB)
+    link.note(3.0, MIB, 0.0)  # one odd answer
+    assert (link.wait_s, link.rate) == (0.020, 100 * MIB)
+    for _ in range(8):
+        link.note(0.030, MIB, 0.1)
+    assert (link.wait_s, link.rate) == (0.030, 10 * MIB)
+
+
+def test_ranges_that_are_read_are_noted() -> None:
+    data = bytes(MIB)
+    with faulty_registry() as registry, closing(RegistryClient()) as client:
+        registry.add_blob(data)
+        link = client.link(registry.repository())
+        registry.next(faulty.slowly(0.05))
+        client.read_range(registry.repository(), digest_of(data), 0, MIB // 2)
+        assert link.wait_s >= 0.05
+        assert link.rate > 0
