@@ -118,6 +118,8 @@ class Volume(FileTree):
         """Return an inode."""
         at = self._meta + number * _SLOT
         raw = self._read(at, min(_EXTENDED.size, self._disk.size - at))
+        if len(raw) < _COMPACT.size:
+            raise FormatError("inode past the end", blob=self.name, got=number)
         form = int.from_bytes(raw[:2], "little")
         layout = form >> 1 & 7
         if form & 1:
@@ -218,7 +220,7 @@ class Volume(FileTree):
         if len(block) < _DIRENT.size:
             raise FormatError("directory block without entries", blob=self.name)
         first = _DIRENT.unpack_from(block)[1]
-        if first % _DIRENT.size or not first <= len(block):
+        if first % _DIRENT.size or not 0 < first <= len(block):
             raise FormatError("damaged directory block", blob=self.name, got=first)
         entries = [_DIRENT.unpack_from(block, at) for at in range(0, first, _DIRENT.size)]
         ends = [entry[1] for entry in entries[1:]] + [len(block)]

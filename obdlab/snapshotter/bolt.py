@@ -123,18 +123,18 @@ class Bucket:
 
     def items(self) -> Iterator[tuple[bytes, bytes | Bucket]]:
         """Yield everything, by name."""
-        top = self._inline if self._inline is not None else self._file.page(self._root)
-        pending = [(top, 0)]
+        # By number, as a page may claim to be most of the file.
+        pending = [(self._root, 0)]
         left = self._file.pages + 1  # each page comes once, or this would not end
         while pending:
-            page, depth = pending.pop()
+            number, depth = pending.pop()
             left -= 1
             if depth > _MAX_DEPTH or left < 0:
                 raise self._damaged("tree that is too deep, or has a page twice")
+            page = self._inline if self._inline is not None else self._file.page(number)
             _, flags, count, _ = _PAGE.unpack_from(page)
             if flags & _IS_BRANCH and self._inline is None:
-                children = [self._file.page(self._branch(page, index)) for index in range(count)]
-                pending += [(child, depth + 1) for child in reversed(children)]
+                pending += [(self._branch(page, index), depth + 1) for index in reversed(range(count))]
             elif flags & _IS_LEAF:
                 for index in range(count):
                     yield self._leaf(page, index)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # A start needs half or less of what is fetched around its misses. So many times what the link brings during a wait
 # makes extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, which were the best there for
 # three images: 512 KiB are 7 to 14 % faster at 20 ms than 256, 64 KiB 10 % at 0 (docs/performance.md).
-_WAITS = 3.0
+_WAITS = 3.4
 # Where waits are shorter, more than the usual would save next to nothing, and cost the registry bytes.
 _SHORT_WAIT_S = 0.005
 #: The usual extent may become smaller by this factor.

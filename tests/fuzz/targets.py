@@ -27,6 +27,7 @@ from obdlab.devices.tcmu import netlink, scsi
 from obdlab.devices.tcmu import ring as tcmu_ring
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.uio import UioName
+from obdlab.erofs.volume import Volume as ErofsVolume
 from obdlab.errors import ObdlabError
 from obdlab.ext4.mkfs import make_filesystem
 from obdlab.ext4.volume import Volume
@@ -46,13 +47,17 @@ from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
+from obdlab.snapshotter.bolt import BoltFile
+from obdlab.snapshotter.importing import read_snapshots
 from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import go, meta, option, request
 from tests.devices.tcmu import speaking as tcmu
+from tests.erofs.samples import file_system_of
 from tests.ext4.samples import MemoryDisk, large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
+from tests.snapshotter.boltsamples import bolt_file, snapshots
 
 _MOST_READ = 4 << 20
 _STEP = 256 << 10
@@ -292,6 +297,33 @@ def _ext4_seeds() -> list[bytes]:
     return [small_file_system(), large_directory()]
 
 
+def _erofs(data: bytes) -> None:
+    volume = ErofsVolume(MemoryBlob(data))
+    for _, number, inode in volume.walk():
+        volume.xattrs(inode)
+        if inode.is_directory:
+            volume.entries(number)
+        elif stat.S_ISLNK(inode.mode):
+            volume.readlink(inode)
+        elif stat.S_ISREG(inode.mode):
+            list(volume.places(inode))
+            volume.read(inode, 0, _STEP)
+
+
+@cache
+def _erofs_seeds() -> list[bytes]:
+    layer = _tar_seeds()[0]
+    return [file_system_of(layer), file_system_of(layer, layer)]
+
+
+def _bolt(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with BoltFile(Path(file.name)) as bolt:
+            read_snapshots(bolt)
+
+
 def _hosts(data: bytes) -> None:
     parse_hosts(data, "hosts.toml")
 
@@ -417,6 +449,8 @@ TARGETS = {
     "layer-tar": Target(_layer_tar, _tar_seeds),
     "layer-applied": Target(_layer_applied, _applied_seeds),
     "ext4": Target(_ext4, _ext4_seeds),
+    "erofs": Target(_erofs, _erofs_seeds),
+    "bolt": Target(_bolt, lambda: [bolt_file(snapshots()), bolt_file(snapshots(1))]),
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
     "priority-list": Target(_priority_list, lambda: [b"/bin/sh\n/usr/lib/\n/opt/x*\n"], strict=False),

@@ -43,10 +43,13 @@ def paths(tmp_path: Path) -> LabPaths:
 
 @pytest.mark.containerd
 def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -> None:
-    experiment = Experiment(SPEC, tmp_path / "results", paths)
+    spec = SPEC.with_values(settings={"user_agent": "experiment/7"})
+    experiment = Experiment(spec, tmp_path / "results", paths)
     assert experiment.run() == 3
     rows = experiment.rows()
     assert [row.get("error") for row in rows] == [None] * 6
+    assert {row["settings"]["user_agent"] for row in rows} == {"experiment/7"}
+    assert any("experiment/7" in path.read_text() for path in (paths.work / "registry").rglob("*.log"))
     by_arm = {(row["arm"], row["start"]): row for row in rows}
     plain, lazy = by_arm["overlayfs", "cold"], by_arm["obdlab", "cold"]
     # Cold is proved: nothing was there, and everything that was needed came from the registry.
@@ -75,8 +78,9 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
     environment = experiment.environments()[0]
     assert environment["network"]["rtt_ms"] == 2.0
     assert json.loads((tmp_path / "results" / "spec.json").read_text())["seed"] == SPEC.seed
-    # What is measured is not measured again.
-    assert Experiment(SPEC, tmp_path / "results", paths).run() == 0
+    # What is measured is not measured again, and what was declared is known.
+    assert last_spec(tmp_path / "results") == spec
+    assert Experiment(spec, tmp_path / "results", paths).run() == 0
 
 
 @pytest.mark.containerd
