@@ -240,7 +240,7 @@ class _Original:
         if (gigabytes := self._number(size, 1)) is not None:
             self._set(size, cache_quota=gigabytes * GIB)
         if (unit := self._number("cacheConfig.refillSize", 1)) is not None:
-            self._set("cacheConfig.refillSize", cache_extent=unit)
+            self._set("cacheConfig.refillSize", cache_extent=unit, cache_extent_max=0)
 
     def _credentials(self) -> None:
         mode = self._values.get("credentialConfig.mode")

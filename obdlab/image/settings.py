@@ -79,7 +79,7 @@ class Settings:
     request_timeout_s: float = 30.0
     #: What images are made: one of DEVICE_KINDS; or, by the snapshotter alone, DAEMON_KIND.
     device_kind: str = "auto"
-    #: How far the kernel reads ahead on devices, and around page faults of what is mapped from them, in KiB. A third
+    #: How far the kernel reads ahead on devices, and around page faults of what is mapped from them, in KiB. A fifth
     #: less is read of a start with 32, which pays where the bytes are what it waits for (docs/prefetch.md).
     device_readahead_kib: int = 128
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.

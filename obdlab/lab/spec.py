@@ -95,7 +95,7 @@ class Spec:
     algorithm: str = "zstd"
     block_size: int = 16384
     #: obdlab's settings (docs/configuration.md) that are not to be the defaults.
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
     #: Free text, shown in the report.
     description: str = field(default="", compare=False)
 

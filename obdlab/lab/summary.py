@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,6 +124,9 @@ def caveats(rows: Sequence[Row]) -> list[str]:
         sentences.append(
             f"{len(asked)} starts with the page cache dropped asked the registry (for up to {most / 1e6:.1f} MB)."
         )
+    changed = sorted({json.dumps(row["settings"], sort_keys=True) for row in rows if row.get("settings")})
+    if changed:
+        sentences.append(f"With obdlab's settings changed: {', '.join(changed)}.")
     return sentences + _wild(rows)
 
 

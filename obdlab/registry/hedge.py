@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 #: Second requests, by what became of them: "sent" counts all, "won" those that answered first.
 HEDGES = Counter("registry_hedges")
 
-#: Larger ranges are not hedged: they are streams, and would cost as much again.
-LARGEST = 1 << 20
+#: Larger ranges are not hedged: they are streams, and would cost as much again. A miss fetches up to two extents.
+LARGEST = 2 << 20
 #: At most this share of requests is sent twice, beside a few to begin with.
 SHARE = 0.05
 _BURST = 4.0

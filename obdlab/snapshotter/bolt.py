@@ -72,6 +72,11 @@ class BoltFile:
     ) -> None:
         self.close()
 
+    @property
+    def most_pages(self) -> int:
+        """How many pages there can be: what the meta page says is only a claim."""
+        return min(self.pages, len(self._data) // self.page_size)
+
     def page(self, number: int) -> memoryview:
         """Return a page with what overflows into the pages after it."""
         start = number * self.page_size
@@ -125,7 +130,7 @@ class Bucket:
         """Yield everything, by name."""
         # By number, as a page may claim to be most of the file.
         pending = [(self._root, 0)]
-        left = self._file.pages + 1  # each page comes once, or this would not end
+        left = self._file.most_pages + 1  # each page comes once, or this would not end
         while pending:
             number, depth = pending.pop()
             left -= 1

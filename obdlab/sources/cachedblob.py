@@ -69,7 +69,7 @@ class CachedBlob(Blob):
         self._unit = unit = self._files.unit  # those who made the files chose it
         self._holders = Holders(self._release)
         extent = max(1, extent // unit)
-        self._extent = Extent(extent, extent_max // unit, unit)
+        self._extent = Extent(extent, max(1, extent_max // unit) if extent_max else 0, unit)
         min_way = {} if extent == 1 else {"min_way": _MIN_WAY_EXTENTS * extent}
         readahead = ReadAhead(self._files.units, readahead_max // unit, _STREAM_PIECE // unit, **min_way)
         self._fetches = Fetches(origin, units, self._holders, demand, readahead, deadline_s)

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from obdlab.registry.link import Link
 
 # A start needs half or less of what is fetched around its misses. So many times what the link brings during a wait
-# makes extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, which were the best there for
-# three images: 512 KiB are 7 to 14 % faster at 20 ms than 256, 64 KiB 10 % at 0 (docs/performance.md).
+# makes extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, about the best of those that
+# were tried there (docs/performance.md).
 _WAITS = 3.4
 # Where waits are shorter, more than the usual would save next to nothing, and cost the registry bytes.
 _SHORT_WAIT_S = 0.005
@@ -31,14 +31,18 @@ class Extent:
 
     def units(self, link: Link | None) -> int:
         """Return how many units a miss fetches now."""
-        if link is None or not link.rate or self._least == self._most:
+        if link is None or not link.bytes_per_wait or self._least == self._most:
             return self._usual
-        worthwhile = _WAITS * link.wait_s * link.rate / self._unit
+        worthwhile = _WAITS * link.bytes_per_wait / self._unit
         most = self._usual if link.wait_s < _SHORT_WAIT_S else self._most
         units = self._least
         while 2 * units <= min(worthwhile, most):
             units *= 2
         return units
+
+    def growth(self, units: int) -> int:
+        """Return how many times the usual that is, at least 1."""
+        return max(1, units // self._usual)
 
 
 #: While an image is opened: those who do that read little, and know where.

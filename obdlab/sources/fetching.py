@@ -87,9 +87,11 @@ class Fetches:
                 if flight is None:
                     there = self._units.files.present(unit, stop)
                     if not there[0]:
-                        flight = self._claim_extent(unit, stop)
-                        if not self._is_expected(unit):
-                            ahead = self._readahead.missed(flight.first, flight.stop)
+                        expected = self._is_expected(unit)
+                        extent = 1 if expected else self.extent.units(getattr(self._origin, "link", None))
+                        flight = self._claim_extent(unit, stop, extent)
+                        if not expected:
+                            ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
                         mine = True
                 else:
                     if not flight.started:
@@ -229,8 +231,7 @@ class Fetches:
     def _is_expected(self, unit: int) -> bool:
         return unit < len(self.expected) and self.expected[unit] == 1
 
-    def _claim_extent(self, unit: int, stop: int) -> Flight:
-        extent = 1 if self._is_expected(unit) else self.extent.units(getattr(self._origin, "link", None))
+    def _claim_extent(self, unit: int, stop: int, extent: int) -> Flight:
         begin = unit - unit % extent
         stop = min(stop + -stop % extent, self._units.files.units)
         there = self._units.files.present(begin, stop)

@@ -41,14 +41,17 @@ class ReadAhead:
         """Whether the reader's arrival at ``unit`` must be told to :meth:`passed`."""
         return unit in self._marks
 
-    def missed(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """The reader asked for ``[first, stop)``, which nobody had asked for. Return what to fetch ahead."""
+    def missed(self, first: int, stop: int, growth: int = 1) -> list[tuple[int, int]]:
+        """The reader asked for ``[first, stop)``, which nobody had asked for. Return what to fetch ahead.
+
+        While misses fetch more than is usual, by the factor ``growth``, a stream must have come further accordingly.
+        """
         stream = self._find(first)
         if stream is None:
             self._remember(_Stream(first, stop))
             return []
         stream.ahead = stop
-        return self._advance(stream, stop)
+        return self._advance(stream, stop, growth)
 
     def passed(self, unit: int) -> list[tuple[int, int]]:
         """The reader came to a marked unit. Return what to fetch ahead."""
@@ -65,9 +68,9 @@ class ReadAhead:
                 return stream
         return None
 
-    def _advance(self, stream: _Stream, position: int) -> list[tuple[int, int]]:
+    def _advance(self, stream: _Stream, position: int, growth: int = 1) -> list[tuple[int, int]]:
         way = position - stream.start
-        window = min(way // 2 if way >= self._min_way else 0, self._max_window)
+        window = min(way // 2 if way >= growth * self._min_way else 0, self._max_window)
         end = min(position + window, self._units)
         piece = min(max(_MIN_PIECE, window // 2), self._max_piece)  # two at least are to be under way
         pieces: list[tuple[int, int]] = []

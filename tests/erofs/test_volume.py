@@ -13,13 +13,15 @@ import pytest
 
 from obdlab.blob import MemoryBlob
 from obdlab.convert.listing import differences, list_tree, list_volume
-from obdlab.erofs.volume import Volume
+from obdlab.erofs.volume import SUPER_OFFSET, Volume
 from obdlab.errors import FormatError, OutOfRangeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+
+_ROOT_FIELD = SUPER_OFFSET + 14
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,29 @@ def test_what_is_none_is_refused() -> None:
     for data in (b"", bytes(4096)):
         with pytest.raises(FormatError, match="EROFS"):
             Volume(MemoryBlob(data))
+
+
+@pytest.mark.parametrize("left", [4, 8, 31])
+def test_an_inode_that_the_disk_cuts_off(tree: Path, tmp_path: Path, left: int) -> None:
+    data = bytearray(make(tree, tmp_path, "-Eforce-inode-compact", "--force-uid=1", "--force-gid=1"))
+    number = 1000
+    meta = int.from_bytes(data[SUPER_OFFSET + 40 : SUPER_OFFSET + 44], "little") * 4096
+    data[_ROOT_FIELD : _ROOT_FIELD + 2] = number.to_bytes(2, "little")
+    del data[meta + 32 * number + left :]
+    data[meta + 32 * number :] = bytes(left)  # a compact one, as far as it goes
+    with pytest.raises(FormatError, match="inode past the end"):
+        list(Volume(MemoryBlob(bytes(data))).walk())
+
+
+def test_a_directory_of_zeros(tree: Path, tmp_path: Path) -> None:
+    data = make(tree, tmp_path)
+    volume = Volume(MemoryBlob(data))
+    number, inode = next((number, inode) for path, number, inode in volume.walk() if path == b"/a/b")
+    broken = bytearray(data)
+    for _, length, place in volume.places(inode):
+        broken[place : place + length] = bytes(length)
+    with pytest.raises(FormatError, match="damaged directory block"):
+        Volume(MemoryBlob(bytes(broken))).entries(number)
 
 
 def test_damage_is_an_error_and_ends(tree: Path, tmp_path: Path) -> None:

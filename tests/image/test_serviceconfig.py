@@ -38,7 +38,7 @@ def notes(document: object) -> list[str]:
         ({"registryCacheDir": "/old", "registryCacheSizeGB": 2}, {"cache_dir": Path("/old"), "cache_quota": 2 * GIB}),
         ({"registryCacheDir": "/old", "cacheConfig": {"cacheType": "file"}}, {}),
         ({"registryCacheDir": "/old", "cacheConfig": {"cacheDir": "/new"}}, {"cache_dir": Path("/old")}),
-        ({"cacheConfig": {"refillSize": 131072}}, {"cache_extent": 131072}),
+        ({"cacheConfig": {"refillSize": 131072}}, {"cache_extent": 131072, "cache_extent_max": 0}),
         ({"credentialFilePath": "/cred"}, {"credentials_path": Path("/cred")}),
         (
             {"credentialFilePath": "/a", "credentialConfig": {"mode": "file", "path": "/b"}},

@@ -37,6 +37,8 @@ def test_every_setting_has_a_type_that_json_can_carry() -> None:
         ("[1]", r"x: not a JSON object \(got list\)"),
         ('{"cache_dirr": "/a"}', r"x: no such setting \(got 'cache_dirr', wanted one of cache_dir, "),
         ('{"cache_quota": "4G"}', r"x: cache_quota: wrong value \(got '4G', wanted a whole number\)"),
+        ('{"cache_extent_max": -1}', r"cache_extent_max: not below 0 \(got -1\)"),
+        ('{"device_readahead_kib": 70000}', r"device_readahead_kib: 0 to 65536 \(got 70000\)"),
         ('{"cache_quota": true}', r"cache_quota: wrong value \(got True, wanted a whole number\)"),
         ('{"cache_quota": 1.0}', r"cache_quota: wrong value \(got 1.0, wanted a whole number\)"),
         ('{"cache_dir": null}', r"cache_dir: wrong value \(got None, wanted a path\)"),

@@ -114,3 +114,8 @@ def test_busy_hosts_and_failures_are_told() -> None:
     failed, busy = caveats(rows)
     assert "#4 failed when cold: no answer" in failed
     assert "1 of 2 cold starts began on a busy host (load up to 6.3" in busy
+
+
+def test_changed_settings_are_told() -> None:
+    rows = [_row("obdlab", "cold", 1.0, settings={"cache_extent_max": 0}), _row("overlayfs", "cold", 1.0)]
+    assert caveats(rows) == ['With obdlab\'s settings changed: {"cache_extent_max": 0}.']

@@ -71,13 +71,19 @@ def test_an_extent_follows_the_link(tmp_path: Path) -> None:
         link = Link()
 
     origin = FarOrigin()
-    origin.link.wait_s, origin.link.rate = 1.0, 100.0 * UNIT
+    origin.link.wait_s, origin.link.bytes_per_wait = 1.0, 100.0 * UNIT
     with open_cached(tmp_path, origin, extent=2 * UNIT, extent_max=8 * UNIT) as blob:
         blob.read_at(39 * UNIT, 1)  # while the image is being opened
         blob.opened(60.0)
         # Aligned like any.
-        for rate, offset in ((0.0, 1), (1.5 * UNIT, 6), (100.0 * UNIT, 20), (100.0 * UNIT, 12), (0.1 * UNIT, 30)):
-            origin.link.rate = rate
+        for bytes_per_wait, offset in (
+            (0.0, 1),
+            (1.5 * UNIT, 6),
+            (100.0 * UNIT, 20),
+            (100.0 * UNIT, 12),
+            (0.1 * UNIT, 30),
+        ):
+            origin.link.bytes_per_wait = bytes_per_wait
             assert blob.read_at(offset * UNIT, UNIT) == DATA[offset * UNIT : (offset + 1) * UNIT]
     assert [(offset // UNIT, length // UNIT) for offset, length in origin.reads] == [
         (39, 1),
@@ -87,6 +93,23 @@ def test_an_extent_follows_the_link(tmp_path: Path) -> None:
         (8, 8),
         (30, 1),
     ]
+
+
+def test_large_extents_make_no_stream_of_a_few_misses(tmp_path: Path) -> None:
+    class FarOrigin(Origin):
+        link = Link()
+
+    data = random.Random(8).randbytes(200 * UNIT)
+    origin = FarOrigin(data)
+    origin.link.wait_s, origin.link.bytes_per_wait = 1.0, 100.0 * UNIT
+    with open_cached(tmp_path, origin, extent=UNIT * 2, extent_max=8 * UNIT, readahead_max=64 * UNIT) as blob:
+        blob.opened(60.0)
+        for offset in range(0, 56 * UNIT, 8 * UNIT):
+            blob.read_at(offset, UNIT)
+        assert blob.statistics()["readahead_bytes"] == 0
+        assert [offset // UNIT for offset, _ in origin.reads] == list(range(0, 56, 8))
+        blob.read_at(56 * UNIT, UNIT)  # the eighth: whoever comes so far goes on
+        wait_until(lambda: blob.statistics()["readahead_bytes"] > 0)
 
 
 def test_whole_blob_cached_needs_no_origin(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ MBIT = 125_000
 
 def extent_kib(wait_s: float, rate: float, *, usual: int = 256, most: int = 1024) -> int:
     link = Link()
-    link.wait_s, link.rate = wait_s, rate
+    link.wait_s, link.bytes_per_wait = wait_s, wait_s * rate
     return Extent(usual // 16, most // 16, 16 * KIB).units(link) * 16
 
 
@@ -44,6 +44,11 @@ def test_a_link_of_which_nothing_is_known() -> None:
     link = Link()
     link.note(0.02, 4096, 0.001)  # too short to tell a rate
     assert Extent(16, 64, 4096).units(link) == 16
+
+
+def test_how_much_it_has_grown() -> None:
+    extent = Extent(16, 64, 16 * KIB)
+    assert [extent.growth(units) for units in (4, 16, 32, 64)] == [1, 1, 2, 4]
 
 
 def test_a_largest_of_none_leaves_it_as_it_is() -> None:
