@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -154,7 +154,10 @@ def begun(tool: Tool, image: str, trace: Path, script: str) -> subprocess.Popen[
 
 def test_the_container_does_not_outlive_a_killed_recorder(tool: Tool, image: str, tmp_path: Path) -> None:
     process = begun(tool, image, tmp_path / "trace", "echo GO; exec sleep 4711")
-    assert running("sleep 4711")
+    deadline = time.monotonic() + 20
+    while not running("sleep 4711"):
+        assert time.monotonic() < deadline, "the container's command did not start"
+        time.sleep(0.05)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
@@ -168,11 +171,11 @@ def test_the_container_does_not_outlive_a_killed_recorder(tool: Tool, image: str
 
 
 def running(command: str) -> bool:
-    return any(
-        path.read_bytes().replace(b"\0", b" ").strip() == command.encode()
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if path.parent.is_dir()
-    )
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if path.read_bytes().replace(b"\0", b" ").strip() == command.encode():
+                return True
+    return False
 
 
 def test_a_registry_that_falls_silent_holds_nobody(tool: Tool, layers: list[bytes], tmp_path: Path) -> None:

@@ -55,11 +55,8 @@ class Devices:
 @contextmanager
 def two_devices(directory: Path, registry: RegistryServer, **settings: object) -> Iterator[Devices]:
     root = directory.resolve()
-    service = DeviceService(
-        root / "run",
-        Settings(cache_dir=root / "cache", **settings),  # type: ignore[arg-type]
-        readahead_kib=0,
-    )
+    made = Settings(cache_dir=root / "cache", device_readahead_kib=0, **settings)  # type: ignore[arg-type]
+    service = DeviceService(root / "run", made)
     try:
         yield Devices(service, root, registry)
     finally:
