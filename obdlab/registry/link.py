@@ -8,6 +8,8 @@ from collections import deque
 
 # The last answers speak for the link: it may change, and one that comes at once or late says little.
 _SAMPLES = 8
+# The first come while a container is being made as well, which keeps the processor busy.
+_LEAST_SAMPLES = 3
 # Of a shorter answer most has come with its first bytes, and many of them are asked for at once, on a busy processor,
 # while an image is opened.
 _LEAST = 64 << 10
@@ -35,5 +37,7 @@ class Link:
         rate = length / max(body_s, length / _FASTEST)
         with self._lock:
             self._answers.append((wait_s, wait_s * rate))
+            if len(self._answers) < _LEAST_SAMPLES:
+                return
             waits_s, products = zip(*self._answers, strict=True)
             self.wait_s, self.bytes_per_wait = statistics.median(waits_s), statistics.median(products)
