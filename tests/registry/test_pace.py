@@ -14,7 +14,7 @@ from obdlab.registry.hedge import LARGEST
 from tests.registry import faulty
 from tests.registry.faulty import faulty_registry
 
-DATA = random.Random(6).randbytes(2 << 20)
+DATA = random.Random(6).randbytes(LARGEST + (1 << 20))
 DIGEST = faulty.digest_of(DATA)
 LONG_S = 120.0
 
