@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,11 +131,10 @@ def run_watch(args: argparse.Namespace) -> int:
 
 def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
     from obdlab.cli.attach import image_config_of
+    from obdlab.service.starts import place_for_start
 
     image, document = image_config_of([args.source], args), container_config(args)
-    service.run_dir.create()
-    with tempfile.TemporaryDirectory(prefix="watch-", dir=service.run_dir.path) as directory:
-        place = Path(directory).resolve()
+    with place_for_start(service.run_dir, "watch") as place:
         image.save(place / "config.v1.json")
         with mounted(service, place / "config.v1.json", place / "image", args.output) as release:
             return run_once(args, place, document, ended, release)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -144,12 +143,11 @@ def _record_image(args: argparse.Namespace, service: DeviceService, ended: EndAs
 
     from obdlab.cli.attach import image_config_of
     from obdlab.image.config import LowerConfig
+    from obdlab.service.starts import place_for_start
 
     image = image_config_of([args.source], args)
     document = container_config(args)
-    service.run_dir.create()
-    with ExitStack() as left, tempfile.TemporaryDirectory(prefix="record-", dir=service.run_dir.path) as directory:
-        place = Path(directory).resolve()
+    with ExitStack() as left, place_for_start(service.run_dir, "record") as place:
         trace = place / "trace"
         trace.touch()
         if image.acceleration_layer:

@@ -14,6 +14,7 @@ from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
 from obdlab.service import telling
 from obdlab.service.rundir import SOCKET_NAME
+from obdlab.service.starts import end_start, maker_of, places_of_starts
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 #: What obdlab itself makes in a run directory.
 _FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log", TALLY_NAME, TALLY_LOCK_NAME)
 _DIRECTORIES = ("devices", "images")
-# What a killed trace record, or watch, leaves.
-_STARTS = ("record-*", "watch-*")
-_CONFIG = "config.v1.json"
 _PROBE_TIMEOUT_S = 2.0
 # struct ucred: pid, uid, gid
 _CREDENTIALS = struct.Struct("3i")
@@ -44,12 +42,16 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     """Unmount what is on this run directory's devices, detach them, stop the host, empty the directory.
 
     Works whether host and servers run, hang, or were killed; a second run finds nothing to do. What is in use is
-    left as it is and reported, unless ``force``: then mounts are detached lazily and their users get I/O errors.
+    left as it is and reported, unless ``force``: then mounts are detached lazily and their users get I/O errors, and
+    starts that are being recorded or watched are ended.
     A snapshotter that listens in the run directory is always left; of files that are not obdlab's nothing is touched.
     """
     report = Cleaned()
     run = service.run_dir
+    running = _end_starts(run.path, report, force)
     for directory in sorted({*run.device_directories(), *directories_below(run.devices.resolve())}):
+        if directory.name in running:
+            continue
         try:
             directory.mkdir(parents=True, exist_ok=True)  # somebody may have removed it from under its device
             for entry in _mounts_on(directory):
@@ -64,6 +66,25 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     if not report.in_use:
         _empty(run.path)
     return report
+
+
+# Their containers and mounts are their makers', in mount namespaces of these. Returns the names of those that go on.
+def _end_starts(run_path: Path, report: Cleaned, force: bool) -> set[str]:
+    running = set()
+    for place in places_of_starts(run_path):
+        maker = maker_of(place)
+        if maker is None:
+            continue
+        try:
+            if force:
+                end_start(place, maker)
+                report.removed.append(f"start {place.name} (pid {maker.pid})")
+                continue
+            report.in_use.append(f"{place.name}: a start goes on (pid {maker.pid}; SIGINT ends it)")
+        except DeviceError as error:
+            report.in_use.append(f"{place.name}: {error}")
+        running.add(place.name)
+    return running
 
 
 # Newest first, so that what is mounted inside another mount goes before it.
@@ -113,8 +134,8 @@ def _empty(run_path: Path) -> None:
         path.unlink(missing_ok=True)
     for name in _DIRECTORIES:
         shutil.rmtree(run_path / name, ignore_errors=True)
-    for path in [path for pattern in _STARTS for path in run_path.glob(pattern)]:
-        if (path / _CONFIG).is_file() and not _has_mounts(path):
+    for path in places_of_starts(run_path):
+        if not _has_mounts(path):
             shutil.rmtree(path, ignore_errors=True)
     _empty_of_dead(telling.directory_of(run_path))
 

@@ -170,6 +170,19 @@ def test_the_container_does_not_outlive_a_killed_recorder(tool: Tool, image: str
     assert not list(tool.run_dir.glob("record-*"))
 
 
+def test_cleanup_takes_nothing_from_a_start_that_goes_on(tool: Tool, image: str, tmp_path: Path) -> None:
+    process = begun(tool, image, tmp_path / "trace", "echo GO; exec sleep 4713")
+    assert f"pid {process.pid}; SIGINT ends it" in tool("cleanup", status=1)
+    assert process.poll() is None
+    told = tool("cleanup", "--force")
+    assert f"(pid {process.pid})" in told
+    process.communicate(timeout=10)
+    assert process.returncode == 0  # ended in good order
+    assert Trace.from_bytes((tmp_path / "trace").read_bytes()).size > 0
+    assert not running("sleep 4713")
+    assert not list(tool.run_dir.glob("record-*"))
+
+
 def running(command: str) -> bool:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended
