@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.convert.apply import apply_layer
@@ -281,6 +282,15 @@ def _applied_seeds() -> list[bytes]:
 
 def _ext4(data: bytes) -> None:
     volume = Volume(MemoryBlob(data))
+    _visit(volume, volume.extents)
+
+
+def _erofs(data: bytes) -> None:
+    volume = ErofsVolume(MemoryBlob(data))
+    _visit(volume, lambda inode: list(volume.places(inode)))
+
+
+def _visit(volume: Volume | ErofsVolume, places: Callable[[Any], object]) -> None:
     for _, number, inode in volume.walk():
         volume.xattrs(inode)
         if inode.is_directory:
@@ -288,26 +298,13 @@ def _ext4(data: bytes) -> None:
         elif stat.S_ISLNK(inode.mode):
             volume.readlink(inode)
         elif stat.S_ISREG(inode.mode):
-            volume.extents(inode)
+            places(inode)
             volume.read(inode, 0, _STEP)
 
 
 @cache
 def _ext4_seeds() -> list[bytes]:
     return [small_file_system(), large_directory()]
-
-
-def _erofs(data: bytes) -> None:
-    volume = ErofsVolume(MemoryBlob(data))
-    for _, number, inode in volume.walk():
-        volume.xattrs(inode)
-        if inode.is_directory:
-            volume.entries(number)
-        elif stat.S_ISLNK(inode.mode):
-            volume.readlink(inode)
-        elif stat.S_ISREG(inode.mode):
-            list(volume.places(inode))
-            volume.read(inode, 0, _STEP)
 
 
 @cache
