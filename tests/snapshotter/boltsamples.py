@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _PAGE_SIZE = 1024
 _BRANCH, _LEAF, _META, _FREELIST = 1, 2, 4, 16
 
 Tree = dict[bytes, "bytes | Tree"]
+# What an element's head is, by where its data begin (from the head on), and the data.
+_Element = tuple[Callable[[int], bytes], bytes]
 
 
 def bolt_file(tree: Tree, transaction: int = 5) -> bytes:
@@ -31,44 +34,42 @@ class _Pages:
     written: list[bytes] = field(default_factory=list)
 
     def add_tree(self, tree: Tree, *, split: bool = False) -> int:
-        items = [self._item(name, value) for name, value in sorted(tree.items())]
+        names = sorted(tree)
+        half = len(names) // 2 or 1
+        parts = [part for part in (names[:half], names[half:]) if part] if split else [names]
+        leaves = [self._add(_LEAF, [self._leaf(name, tree[name]) for name in part]) for part in parts]
         if not split:
-            return self._add(_LEAF, items)
-        half = len(items) // 2 or 1
-        children = [(part[0][1], self._add(_LEAF, part)) for part in (items[:half], items[half:]) if part]
-        return self._add(_BRANCH, children)
+            return leaves[0]
+        return self._add(_BRANCH, [_branch(part[0], leaf) for part, leaf in zip(parts, leaves, strict=True)])
 
-    # Flags, name, value.
-    def _item(self, name: bytes, value: bytes | Tree) -> tuple[int, bytes, bytes]:
-        if isinstance(value, bytes):
-            return 0, name, value
-        if len(value) <= 3 and all(isinstance(each, bytes) for each in value.values()):
-            items = [self._item(*each) for each in sorted(value.items())]
-            return 1, name, struct.pack("<QQ", 0, 7) + _page(0, _LEAF, items)
-        return 1, name, struct.pack("<QQ", self.add_tree(value), 7)
+    def _leaf(self, name: bytes, value: bytes | Tree) -> _Element:
+        flags, data = (0, value) if isinstance(value, bytes) else (1, self._bucket(value))
+        return lambda position: struct.pack("<IIII", flags, position, len(name), len(data)), name + data
 
-    def _add(self, kind: int, items: list[tuple[int, bytes, bytes]] | list[tuple[bytes, int]]) -> int:
+    def _bucket(self, tree: Tree) -> bytes:
+        if len(tree) <= 3 and all(isinstance(each, bytes) for each in tree.values()):
+            return struct.pack("<QQ", 0, 7) + _page(0, _LEAF, [self._leaf(*each) for each in sorted(tree.items())])
+        return struct.pack("<QQ", self.add_tree(tree), 7)
+
+    def _add(self, kind: int, elements: list[_Element]) -> int:
         number = self.next
-        page = _page(number, kind, items)
+        page = _page(number, kind, elements)
         self.next += -(-len(page) // _PAGE_SIZE)
         self.written.append(page.ljust((self.next - number) * _PAGE_SIZE, b"\0"))
         return number
 
 
-def _page(number: int, kind: int, items: list[tuple[int, bytes, bytes]] | list[tuple[bytes, int]]) -> bytes:
+def _branch(name: bytes, child: int) -> _Element:
+    return lambda position: struct.pack("<IIQ", position, len(name), child), name
+
+
+def _page(number: int, kind: int, elements: list[_Element]) -> bytes:
     heads, data = b"", b""
-    for index, item in enumerate(items):
-        position = 16 * (len(items) - index) + len(data)
-        if kind == _LEAF:
-            flags, name, value = item  # type: ignore[misc]
-            heads += struct.pack("<IIII", flags, position, len(name), len(value))
-            data += name + value
-        else:
-            name, child = item  # type: ignore[misc]
-            heads += struct.pack("<IIQ", position, len(name), child)
-            data += name
+    for index, (head, content) in enumerate(elements):
+        heads += head(16 * (len(elements) - index) + len(data))
+        data += content
     overflow = (16 + len(heads) + len(data) - 1) // _PAGE_SIZE
-    return struct.pack("<QHHI", number, kind, len(items), overflow) + heads + data
+    return struct.pack("<QHHI", number, kind, len(elements), overflow) + heads + data
 
 
 def _meta(number: int, root: int, pages: int, transaction: int) -> bytes:
