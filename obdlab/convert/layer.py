@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -103,12 +105,12 @@ class LayerBuilder:
         self._lowers: list[Layer] = []
         self._large = large
         spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        self._compressors = ProcessPoolExecutor(1, spawn, initializer=_ignore_interrupts)
+        self._compressors = ProcessPoolExecutor(1, spawn, initializer=_begin_compressing)
         self._small_compressors = ThreadPoolExecutor(1, "convert-compress")
 
     def __enter__(self) -> Self:
         if self._large:
-            self._compressors.submit(_ignore_interrupts)  # starts the process
+            self._compressors.submit(os.getpid)  # starts the process
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -258,9 +260,19 @@ def _compressor_died(target: Path) -> SourceError:
     return SourceError("the process that compresses layers was killed, or could not be started", blob=str(target))
 
 
-def _ignore_interrupts() -> None:
+def _begin_compressing() -> None:
     # An interrupt from the terminal is for the process that can end all of it in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+# A killed parent does not end the pool's queue: this process holds the queue's writing end as well. PR_SET_PDEATHSIG
+# would do for a parent with one thread; it is sent when the thread that started this process ends.
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def pieces_file(pieces: Iterable[Buffer]) -> io.RawIOBase:
