@@ -6,9 +6,11 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.packing import (
+    add_index_argument,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
+    index_from,
     message_argument,
     packing_from,
     progress_bar,
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Writes the layer's data in disk order, without what was overwritten, and seals it. The layer itself is left as it is.
-LAYER is the data file of a writable layer (in append mode with --index), or a sealed layer of any kind, which is
-compacted or packed anew. Its bytes are those of the original's commit."""
+LAYER is the data file of a writable layer (in append mode its index file follows), or a sealed layer of any kind,
+which is compacted or packed again. Its bytes are those of the original's commit with the same algorithm and block
+size."""
 
 
 def add(subcommands: Any) -> None:
@@ -36,8 +39,8 @@ def add(subcommands: Any) -> None:
         "commit", help="write a layer as a compact, sealed layer file", description=_DESCRIPTION
     )
     parser.add_argument("layer", metavar="LAYER", help="data file of a writable layer, or a sealed layer")
+    add_index_argument(parser)
     parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
-    parser.add_argument("--index", metavar="FILE", default="", help="index file of a layer in append mode")
     add_identity_options(parser)
     add_zero_blocks_option(parser)
     add_packing_options(parser)
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.image.disks import open_any_layer
 
     end_politely_on_sigterm()
-    with closing(open_any_layer(args.layer, args.index)) as layer:
+    with closing(open_any_layer(args.layer, index_from(args))) as layer:
         write_as_asked(layer, args)
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import platform
 from obdlab.cli.numbers import whole
-from obdlab.cli.packing import size_argument
+from obdlab.cli.packing import add_compression_options, size_argument
 
 if TYPE_CHECKING:
     from obdlab.convert.image import ConvertOptions
@@ -27,14 +27,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fs", choices=("ext4", "erofs"), default="ext4", help="file system of the image (default: %(default)s)"
     )
-    parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="lz4", help="default: %(default)s")
-    parser.add_argument(
-        "--block-size-kib",
-        type=int,
-        choices=(4, 8, 16, 32, 64),
-        default=4,
-        help="ZFile blocks (default: %(default)s)",
-    )
+    add_compression_options(parser)
     parser.add_argument(
         "--vsize-gib",
         type=whole(1, 16 << 10, "size in GiB"),

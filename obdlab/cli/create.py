@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.packing import say, size_argument, size_text, uuid_argument
-from obdlab.errors import ObdlabError
+from obdlab.cli.packing import LayerArgumentsError, say, size_argument, size_text, uuid_argument
 
 if TYPE_CHECKING:
     import argparse
-
-
-class LayerArgumentsError(ObdlabError):
-    """Arguments that contradict each other."""
 
 
 def add(subcommands: Any) -> None:

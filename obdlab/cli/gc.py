@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import end_politely_on_sigterm
+from obdlab.cli.packing import add_index_argument, end_politely_on_sigterm, index_from
 
 if TYPE_CHECKING:
     import argparse
@@ -29,9 +29,7 @@ def add(subcommands: Any) -> None:
         ),
     )
     parser.add_argument("data", metavar="DATA", help="data file of the layer")
-    parser.add_argument(
-        "index", nargs="?", default="", metavar="INDEX", help="index file of the layer (not for one in use)"
-    )
+    add_index_argument(parser, " and not attached")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     add_runtime_options(parser)
     parser.set_defaults(run=run)
@@ -69,7 +67,7 @@ def _collect_here(args: argparse.Namespace, progress: Callable[[str, int, int], 
     from obdlab.layers.gc import collect
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.data, args.index) as upper:
+    with open_upper(args.data, index_from(args)) as upper:
         return collect(upper, progress) if isinstance(upper, AppendUpper) else None
 
 

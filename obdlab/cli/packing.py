@@ -9,10 +9,18 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from obdlab.errors import ObdlabError
+from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from obdlab.image.writing import Packing, Progress
+
+
+class LayerArgumentsError(ObdlabError):
+    """Arguments that contradict each other."""
+
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -26,11 +34,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def add_packing_options(parser: argparse.ArgumentParser, *, plain: bool = True) -> None:
     """Add how the output is stored; ``plain`` lets it be uncompressed."""
     group = parser.add_argument_group("how it is stored")
-    kinds = ("lz4", "zstd", "none") if plain else ("lz4", "zstd")
-    group.add_argument("--algorithm", choices=kinds, default="lz4", help="compression (default: %(default)s)")
-    group.add_argument(
-        "--block-size-kib", type=int, choices=(4, 8, 16, 32, 64), default=4, help="blocks (default: %(default)s)"
-    )
+    add_compression_options(group, plain=plain)
     group.add_argument("--tar", action="store_true", help="put it into a tar, as registries want layers")
     group.add_argument(
         "--workers",
@@ -42,12 +46,49 @@ def add_packing_options(parser: argparse.ArgumentParser, *, plain: bool = True) 
     )
 
 
+def add_compression_options(parser: argparse._ActionsContainer, *, plain: bool = False) -> None:
+    """Add algorithm and block size; ``plain`` lets it be uncompressed."""
+    parser.add_argument(
+        "--algorithm",
+        choices=("lz4", "zstd", "none") if plain else ("lz4", "zstd"),
+        default=DEFAULT_ALGORITHM,
+        help="compression (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--block-size-kib",
+        type=int,
+        choices=(4, 8, 16, 32, 64),
+        default=DEFAULT_BLOCK_SIZE >> 10,
+        help="compressed blocks, KiB (default: %(default)s)",
+    )
+
+
 def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
     """Return the packing these arguments ask for."""
     from obdlab.image.writing import Packing
 
     algorithm = "" if args.algorithm == "none" else args.algorithm
     return Packing(algorithm, args.block_size_kib << 10, args.tar, args.workers, **more)
+
+
+def add_index_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add the index file of a writable layer, behind its data file; ``note`` says more of it."""
+    parser.add_argument(
+        "index",
+        nargs="?",
+        default="",
+        metavar="INDEX",
+        help=f"its index file, if it is a writable layer in append mode{note}",
+    )
+    # Before, some commands took it so.
+    parser.add_argument("--index", dest="index_option", default="", help=argparse.SUPPRESS)
+
+
+def index_from(args: argparse.Namespace) -> str:
+    """Return the index file that these arguments name; "": none. Raises LayerArgumentsError if they name two."""
+    if args.index and args.index_option:
+        raise LayerArgumentsError(f"two index files (got {args.index} and --index {args.index_option}, wanted one)")
+    return str(args.index or args.index_option)
 
 
 def end_politely_on_sigterm() -> None:

@@ -6,7 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import say, size_argument, size_text
+from obdlab.cli.packing import add_index_argument, index_from, say, size_argument, size_text
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def add(subcommands: Any) -> None:
     parser.add_argument(
         "layer", metavar="DATA", help="data file of the writable layer, or the id or node of its device"
     )
-    parser.add_argument(
-        "--index", metavar="FILE", default="", help="index file of a layer in append mode (not if it is attached)"
-    )
+    add_index_argument(parser, " and not attached")
     parser.add_argument(
         "--vsize", type=size_argument, required=True, metavar="SIZE", help="new size in bytes, or as 512M, 64G, 1T"
     )
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 def _resize_here(args: argparse.Namespace) -> int:
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.layer, args.index) as upper:
+    with open_upper(args.layer, index_from(args)) as upper:
         before = upper.virtual_size
         upper.set_virtual_size(args.vsize)
         upper.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.packing import say
+from obdlab.cli.packing import add_index_argument, index_from, say
 
 if TYPE_CHECKING:
     import argparse
@@ -21,9 +21,7 @@ def add(subcommands: Any) -> None:
         ),
     )
     parser.add_argument("layer", metavar="DATA", help="data file of the writable layer")
-    parser.add_argument(
-        "--index", metavar="FILE", default="", help="index file of a layer in append mode; not needed after"
-    )
+    add_index_argument(parser, "; not needed after")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.set_defaults(run=run)
 
@@ -32,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Seal."""
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.layer, args.index) as upper:
+    with open_upper(args.layer, index_from(args)) as upper:
         sealed = upper.seal()
         say(f"{args.layer}: sealed with {len(sealed.index.segments())} segments", quiet=args.quiet)
     return 0

@@ -28,6 +28,7 @@ from obdlab.convert.tree import Ext4Tree
 from obdlab.errors import SourceError
 from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
 from obdlab.ext4.volume import Volume
+from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.layers.commit import commit
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import TarWrapWriter
@@ -57,12 +58,12 @@ _FORK_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """How layers are written. Sizes in bytes; the defaults are the original's."""
+    """How layers are written. Sizes in bytes; the defaults are the original's, but for the compression."""
 
     #: "lz4" or "zstd".
-    algorithm: str = "lz4"
+    algorithm: str = DEFAULT_ALGORITHM
     #: A power of two from 4 KiB to 64 KiB.
-    block_size: int = 4096
+    block_size: int = DEFAULT_BLOCK_SIZE
     #: Size of the disk that containers see. Costs nothing where it is empty.
     virtual_size: int = 64 * GIB
     #: One of FILE_SYSTEMS.

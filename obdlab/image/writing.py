@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR
+from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.formats.zfile.codec import ZSTD_LEVEL
 from obdlab.image.output import new_file
 from obdlab.layers.commit import ZeroBlocks, commit
@@ -43,8 +44,8 @@ class Packing:
     out the checksums.
     """
 
-    algorithm: str = "lz4"
-    block_size: int = 4096
+    algorithm: str = DEFAULT_ALGORITHM
+    block_size: int = DEFAULT_BLOCK_SIZE
     tar: bool = False
     workers: int = 1
     rewrite_header: bool = True

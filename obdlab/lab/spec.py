@@ -11,6 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.image.settings import Settings, SettingsError
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.cgroups import DISKS
@@ -90,10 +91,9 @@ class Spec:
     load_limit: float = 1.5
     #: ... and all of one network together at most so long: a busy host does not get quieter for us.
     quiet_wait_s: float = 120.0
-    #: ZFile options of the converted images. On a slow link bytes count more than processor time: of pydata this is
-    #: 96 MB, the original's lz4 with blocks of 4096 is 145 MB.
-    algorithm: str = "zstd"
-    block_size: int = 16384
+    #: ZFile options of the converted images: those of obdlab convert.
+    algorithm: str = DEFAULT_ALGORITHM
+    block_size: int = DEFAULT_BLOCK_SIZE
     #: obdlab's settings (docs/configuration.md) that are not to be the defaults.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     #: Free text, shown in the report.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,6 +25,8 @@ from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
 from tests.registry.server import RegistryServer
 
 EMPTY_UUID = "abcdef01-2345-6789-abcd-ef0123456789"
+#: What the original chooses.
+ORIGINAL = "--algorithm lz4 --block-size-kib 4"
 ZFILES = manifest("zfile")["entries"]
 
 
@@ -39,7 +42,7 @@ def upper(name: str, tmp_path: Path) -> list[Path]:
     # Copies: opening a writable layer may repair it.
     for suffix in ("data", "index"):
         (tmp_path / f"{name}.{suffix}").write_bytes((LSMT / f"{name}.{suffix}").read_bytes())
-    return [tmp_path / f"{name}.data", Path("--index"), tmp_path / f"{name}.index"]
+    return [tmp_path / f"{name}.data", tmp_path / f"{name}.index"]
 
 
 def commits() -> list[tuple[str, str]]:
@@ -63,8 +66,8 @@ def own_flags(command: str) -> tuple[str, list[str]]:
                 flags += ["--block-size-kib", words.pop(0)]
             case "-t":
                 flags.append("--tar")
-            case "-z":
-                pass
+            case "-z":  # what the original chooses
+                flags += ORIGINAL.split()
             case _:
                 names.append(word)
     return names[0].removesuffix(".data"), flags + ([] if compressed else ["--algorithm", "none"])
@@ -83,15 +86,18 @@ def test_commits_have_the_bytes_of_the_original(command: str, wanted: str, worke
     ("flags", "wanted"),
     [
         ("--algorithm none", "6d33f9159461bdfc586921d70528d8b3edc01d2434e57a681c5a19f76b37b11e"),
-        ("", "11e5f59494a403dda31b05fd6c2c0755798f6ec3f944a39cbb97d85cec037e81"),
-        ("--tar", "11a709d73ddc6c697d09b7f72efb26c4f0950e51681258f27ab92a03b008f199"),
+        (ORIGINAL, "11e5f59494a403dda31b05fd6c2c0755798f6ec3f944a39cbb97d85cec037e81"),
+        (
+            f"{ORIGINAL} --tar",
+            "11a709d73ddc6c697d09b7f72efb26c4f0950e51681258f27ab92a03b008f199",
+        ),
         ("--algorithm zstd --block-size-kib 64", "a731cc0de447da1aff4c6a758bd56e1d70e884755d4604e478b53ffca95fecfc"),
     ],
 )
 def test_an_empty_layer_from_create_to_commit(flags: str, wanted: str, tmp_path: Path) -> None:
     data, index, out = tmp_path / "data", tmp_path / "index", tmp_path / "out"
     assert run("create", data, index, "--vsize", "1G", "-q") == 0
-    assert run("commit", data, out, "--index", index, "--uuid", EMPTY_UUID, *flags.split(), "-q") == 0
+    assert run("commit", data, index, out, "--uuid", EMPTY_UUID, *flags.split(), "-q") == 0
     assert sha256(out) == wanted
     assert run("commit", out, tmp_path / "again", "--uuid", EMPTY_UUID, *flags.split(), "-q") == 0
     assert sha256(tmp_path / "again") == wanted, "a sealed layer is committed as the writable one was"
@@ -119,7 +125,7 @@ def obdlab_process(*arguments: str | Path, **options: Any) -> subprocess.Complet
 
 def test_streams() -> None:
     source = (GOLDEN / "zfile" / "text.bin").read_bytes()
-    packed = obdlab_process("zfile", "compress", "-", "-", input=source)
+    packed = obdlab_process("zfile", "compress", *ORIGINAL.split(), "-", "-", input=source)
     assert (packed.returncode, packed.stderr) == (0, b"")
     assert packed.stdout == (GOLDEN / "zfile" / "text.lz4.4.zfile").read_bytes()
     back = obdlab_process("zfile", "extract", "-", "-", input=packed.stdout)
@@ -170,7 +176,7 @@ def test_merge_and_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_merge_of_an_image_with_a_writable_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, _, index = upper("l2", tmp_path)
+    data, index = upper("l2", tmp_path)
     config = tmp_path / "config.v1.json"
     config.write_text(
         json.dumps(
@@ -227,9 +233,9 @@ def test_zero_blocks(tmp_path: Path) -> None:
 
 
 def test_seal_in_place(tmp_path: Path) -> None:
-    data, flag, index = upper("l1", tmp_path)
+    data, index = upper("l1", tmp_path)
     before = data.read_bytes()
-    assert run("seal", data, flag, index, "-q") == 0
+    assert run("seal", data, index, "-q") == 0
     sealed = (LSMT / "l1.sealed.lsmt").read_bytes()
     got = data.read_bytes()
     assert got[: len(before)] == before
@@ -320,7 +326,7 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stderr is not None
-        process.stdin.write(os.urandom(4 << 20))
+        process.stdin.write(os.urandom(32 << 20))
         process.stdin.flush()
         deadline = time.monotonic() + 30
         while not any(path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()):
@@ -390,7 +396,7 @@ def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("kind", ["sparse", "append"])
 def test_create_with_a_file_system(kind: str, tmp_path: Path) -> None:
     data, index = tmp_path / "data", tmp_path / "index"
-    made, flags = (["--sparse"], []) if kind == "sparse" else ([index], ["--index", index])
+    made, flags = (["--sparse"], []) if kind == "sparse" else ([index], [index])
     assert run("create", data, *made, "--vsize", "256M", "--mkfs", "-q") == 0
     assert data.stat().st_blocks * 512 < 1 << 20
     assert run("commit", data, *flags, tmp_path / "layer", "-q") == 0
@@ -419,11 +425,43 @@ def test_resize_with_its_file_system(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_resize_of_an_append_layer(tmp_path: Path) -> None:
-    data, flag, index = upper("l1", tmp_path)
-    assert run("resize", data, flag, index, "--vsize", "2M", "-q") == 0
-    assert run("commit", data, tmp_path / "out", flag, index, "-q") == 0
+    data, index = upper("l1", tmp_path)
+    assert run("resize", data, index, "--vsize", "2M", "-q") == 0
+    assert run("commit", data, index, tmp_path / "out", "-q") == 0
     with obdlab.open_stack([tmp_path / "out"]) as disk, obdlab.open_stack([LSMT / "l1.plain.lsmt"]) as before:
         assert disk[:] == before[:] + bytes(1 << 20)
+
+
+def test_the_index_follows_the_data_in_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for number, spelled in enumerate(([], ["--index"])):  # the option is older
+        data, index = tmp_path / f"data{number}", tmp_path / f"index{number}"
+        given = [*spelled, index]
+        assert run("create", data, index, "--vsize", "1M", "-q") == 0
+        assert run("resize", data, *given, "--vsize", "2M", "-q") == 0
+        assert run("gc", data, *given, "-q") == 0
+        outputs.append(tmp_path / f"out{number}")
+        assert run("commit", data, *given, outputs[-1], "-q") == 0
+        assert run("seal", data, *given, "-q") == 0
+    assert len({output.read_bytes()[512:] for output in outputs}) == 1
+    assert run("gc", tmp_path / "a", "b", "--index", "c") == 1
+    assert "two index files (got b and --index c" in capsys.readouterr().err
+
+
+def test_the_default_is_zstd_in_blocks_of_16_kib_everywhere(tmp_path: Path) -> None:
+    from obdlab.convert.layer import LayerOptions
+    from obdlab.image.description import describe
+    from obdlab.image.writing import Packing
+    from obdlab.lab.spec import Spec
+
+    source = LSMT / "l1.lz4.lsmt"
+    assert run("commit", source, tmp_path / "layer", "-q") == 0
+    assert run("zfile", "compress", source, tmp_path / "file", "-q") == 0
+    found = [describe(tmp_path / name).zfile for name in ("layer", "file")]
+    chosen = {(facts.algorithm, facts.block_size) for facts in found if facts is not None}
+    fields = {field.name: field.default for field in dataclasses.fields(Spec)}
+    chosen |= {(packing.algorithm, packing.block_size) for packing in (Packing(), LayerOptions())}
+    assert chosen | {(fields["algorithm"], fields["block_size"])} == {("zstd", 16384)}
 
 
 def test_help_of_every_tool(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def layer(directory: Path, kind: str, number: int) -> bytes:
             for at in range(64 << 20, 128 << 20, 1 << 20):
                 upper.write_at(at, bytes([at >> 20, number]) * (1 << 19))
         path = directory / "layer.obd"
-        write_layer(upper, path, Packing(tar=bool(number % 2), rewrite_header=bool(number % 3)))
+        write_layer(upper, path, Packing("lz4", 4096, bool(number % 2), rewrite_header=bool(number % 3)))
     return path.read_bytes()
 
 

@@ -166,7 +166,7 @@ class _Bench:
 
     def _commit(self, upper: Path, target: Path) -> None:
         with closing(open_any_layer(upper, upper.with_suffix(".index"))) as layer:
-            write_layer(layer, target, Packing("lz4", 4096, tar=True))
+            write_layer(layer, target, Packing(tar=True))
 
 
 def _sync(root: Path) -> None:
