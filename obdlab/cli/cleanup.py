@@ -20,11 +20,15 @@ def add(subcommands: Any) -> None:
         description=(
             "Unmounts the file systems on obdlab's devices, detaches the devices, stops their servers and the device "
             "host, and empties the run directory; also after any of them was killed. What is still in use is named "
-            "and left (exit status 1), and so is a snapshotter that still runs. Also takes down what a killed "
-            "experiment left. Doing it twice is fine."
+            "and left (exit status 1), and so are a snapshotter that still runs and its devices. Also takes down "
+            "what a killed experiment left. Doing it twice is fine."
         ),
     )
-    parser.add_argument("--force", action="store_true", help="also what is in use: its users get I/O errors")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="also what is in use, and the devices of a running snapshotter: their users get I/O errors",
+    )
     parser.add_argument("--cache", action="store_true", help="empty the block cache too")
     add_runtime_options(parser)
     parser.set_defaults(run=run)

@@ -7,25 +7,25 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import mount
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
 from obdlab.service import telling
-from obdlab.service.rundir import SOCKET_NAME
+from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, held, running_snapshotter
 from obdlab.service.starts import end_start, maker_of, places_of_starts
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from obdlab.service.client import DeviceService
 
 #: What obdlab itself makes in a run directory.
 _FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log", TALLY_NAME, TALLY_LOCK_NAME)
 _DIRECTORIES = ("devices", "images")
 _PROBE_TIMEOUT_S = 2.0
+_ATTACH_TIMEOUT_S = 30.0
 # struct ucred: pid, uid, gid
 _CREDENTIALS = struct.Struct("3i")
 
@@ -42,17 +42,23 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     """Unmount what is on this run directory's devices, detach them, stop the host, empty the directory.
 
     Works whether host and servers run, hang, or were killed; a second run finds nothing to do. What is in use is
-    left as it is and reported, unless ``force``: then mounts are detached lazily and their users get I/O errors, and
-    starts that are being recorded or watched are ended.
-    A snapshotter that listens in the run directory is always left; of files that are not obdlab's nothing is touched.
+    left as it is and reported, and so are the devices and mounts of a snapshotter that runs, which counts on them
+    also while no container does. With ``force`` they go: mounts are detached lazily and their users get I/O errors,
+    and starts that are being recorded or watched are ended.
+    The snapshotter itself is always left; of files that are not obdlab's nothing is touched.
     """
     report = Cleaned()
     run = service.run_dir
     running = _end_starts(run.path, report, force)
+    kept: dict[Path, int] = {}
     for directory in sorted({*run.device_directories(), *directories_below(run.devices.resolve())}):
         if directory.name in running:
             continue
         try:
+            root = None if force else _snapshotter_of(directory)
+            if root is not None:
+                kept[root] = kept.get(root, 0) + 1
+                continue
             directory.mkdir(parents=True, exist_ok=True)  # somebody may have removed it from under its device
             for entry in _mounts_on(directory):
                 _unmount(entry.mountpoint, report, force)
@@ -60,9 +66,11 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
                 report.removed.append(f"device {directory.name}")
         except DeviceError as error:
             report.in_use.append(str(error))
-    if service.stop_host():
+    report.in_use += [_kept_text(root, count) for root, count in kept.items()]
+    live = _live_sockets(run.path)
+    if (force or not (kept or live)) and service.stop_host():
         report.removed.append("device host")
-    report.in_use += _live_sockets(run.path)
+    report.in_use += live
     if not report.in_use:
         _empty(run.path)
     return report
@@ -85,6 +93,19 @@ def _end_starts(run_path: Path, report: Cleaned, force: bool) -> set[str]:
             report.in_use.append(f"{place.name}: {error}")
         running.add(place.name)
     return running
+
+
+def _snapshotter_of(directory: Path) -> Path | None:
+    record = DeviceRecord.load(directory)
+    if record is None and directory.is_dir():  # an attach under way is waited for: whose it is, its end says
+        with held(directory, _ATTACH_TIMEOUT_S):
+            record = DeviceRecord.load(directory)
+    return None if record is None else running_snapshotter(Path(record.config))
+
+
+def _kept_text(root: Path, count: int) -> str:
+    devices = "device" if count == 1 else "devices"
+    return f"{count} {devices} and what is mounted from there: of the snapshotter that runs with --root {root}"
 
 
 # Newest first, so that what is mounted inside another mount goes before it.

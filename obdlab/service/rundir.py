@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SOCKET_NAME = "host.sock"
 #: Tells a keeper to take its device down once nobody uses it.
 TAKE_DOWN_SIGNAL = signal.SIGUSR1
+#: In a snapshotter's root: the file that it holds a lock on while it runs.
+SNAPSHOTTER_LOCK = "lock"
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LOCK_PAUSE_S = 0.01
 _FLUSH_TIMEOUT_S = 120.0
@@ -234,6 +236,27 @@ class RunDir:
 def device_id_of(config: Path) -> str:
     """Return the id a device gets if its user names none: the same for the same config file."""
     return hashlib.sha256(os.fsencode(config.resolve())).hexdigest()[:16]
+
+
+def running_snapshotter(config: Path) -> Path | None:
+    """Return the root of the snapshotter that runs and made this device's configuration, or None.
+
+    Its configurations are ``<root>/snapshots/<id>/block/config.v1.json``.
+    """
+    if len(config.parents) < 4 or (config.parent.name, config.parents[2].name) != ("block", "snapshots"):
+        return None
+    root = config.parents[3]
+    try:
+        descriptor = os.open(root / SNAPSHOTTER_LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return root
+    finally:
+        os.close(descriptor)
+    return None
 
 
 @contextmanager

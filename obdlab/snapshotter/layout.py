@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
+from obdlab.service.rundir import SNAPSHOTTER_LOCK
 from obdlab.snapshotter.store import Kind, Usage
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Layout:
         if any(char in str(self.root) for char in ":,\\"):
             raise RootError(f"{self.root}: overlay mount options cannot hold this path (wanted none of ':,\\')")
         self.snapshots = self.root / "snapshots"
-        self._lock_fd = _lock(self.root / "lock") if lock else -1
+        self._lock_fd = _lock(self.root / SNAPSHOTTER_LOCK) if lock else -1
         self.snapshots.mkdir(mode=0o700, exist_ok=True)
         self._prefix = f"{self.snapshots}/"
 

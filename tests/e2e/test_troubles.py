@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli import main
 from obdlab.containerd.errors import UnavailableError
 from obdlab.devices import mount
 from obdlab.formats.oci import digest_of
+from obdlab.observe import stacks
 from obdlab.pull.errors import PullError
 from obdlab.pull.unpack import Outcome
 from tests.containerd_host import NAME, ObdlabHost
 from tests.e2e.conftest import BIG
 from tests.e2e.images import busybox_layer, file_layer, push_converted, push_mixed
-from tests.e2e.running import execute, own, remove, run, start, stop, wait_for
+from tests.e2e.running import device_mounts, execute, own, remove, run, start, stop, wait_for
 from tests.outage.cases import case
 from tests.outage.proxy import outage_proxy
 
@@ -152,6 +155,42 @@ def succeeds(action: Callable[[], object]) -> bool:
     except UnavailableError:
         return False
     return True
+
+
+def test_cleanup_leaves_what_a_running_snapshotter_has(
+    host: ObdlabHost, image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleanup = ["cleanup", "--run-dir", str(host.snapshotter.run_dir)]
+    host.rpull(image)
+    run(host, image, "before", "echo ran")
+    mounted = device_mounts(host)
+    assert main.main(cleanup) == 1
+    told = capsys.readouterr().out
+    assert (
+        f"1 device and what is mounted from there: of the snapshotter that runs with --root {host.snapshotter.root}"
+        in told
+    )
+    assert "removed" not in told
+    assert device_mounts(host) == mounted
+    assert run(host, image, "after", "echo ran") == "ran\n"
+    host.snapshotter.stop(signal.SIGKILL)
+    assert main.main(cleanup) == 0, "nobody counts on them now"
+    assert device_mounts(host) == []
+    host.snapshotter.start()
+    wait_for(lambda: run(host, image, "again", "echo ran", check=False) == "ran\n")
+    assert main.main([*cleanup, "--force"]) in (0, 1)
+    assert device_mounts(host) == []
+    host.ctr("images", "rm", "--sync", image)
+
+
+def test_the_snapshotter_writes_its_stacks_and_goes_on(host: ObdlabHost, image: str) -> None:
+    host.rpull(image)
+    before = host.snapshotter.log.read_text().count(stacks.TITLE)
+    for number in range(1, 21):
+        os.kill(host.snapshotter.pid, signal.SIGUSR2)
+        wait_for(lambda number=number: host.snapshotter.log.read_text().count(stacks.TITLE) == before + number)
+    assert run(host, image, "after", "echo ran") == "ran\n"
+    host.ctr("images", "rm", "--sync", image)
 
 
 def test_an_image_of_one_layer(host: ObdlabHost, registry_server: RegistryServer, tmp_path: Path) -> None:
