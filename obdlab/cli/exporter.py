@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}", flush=True)
     if not args.end_with_parent:  # the parent speaks for itself
         notify.ready(serving.is_alive)
-    signal.sigwait(signals)
+    signal.sigwaitinfo(signals)  # unlike sigwait it lets other signals' handlers run meanwhile
     if not args.end_with_parent:
         notify.stopping()
     server.stop()

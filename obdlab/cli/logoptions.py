@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.numbers import whole
 from obdlab.cli.packing import size_argument
-from obdlab.observe import logs
+from obdlab.observe import logs, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,11 @@ def log_settings(args: argparse.Namespace) -> dict[str, Any]:
 def set_up_logs(
     args: argparse.Namespace, level: int, *, follow: Sequence[int] = (), settings: Settings | None = None
 ) -> None:
-    """Log as the options say, then as the settings do. Raises OSError if the file cannot be opened."""
+    """Log as the options say, then as the settings do; at SIGUSR2 also what all threads are doing.
+
+    Raises OSError if the file cannot be opened.
+    """
+    stacks.dump_on_signal()
     chosen = log_settings(args)
     defaults = logs.LogOptions()
     options = logs.LogOptions(

@@ -13,6 +13,7 @@ from obdlab.cli.attach import SOURCE_HELP, image_config_of
 from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
 from obdlab.cli.exporter import address
 from obdlab.errors import DeviceError
+from obdlab.observe import stacks
 
 if TYPE_CHECKING:
     import argparse
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     if len(args.name.encode()) > MAX_STRING:
         raise DeviceError(f"the export's name is too long (wanted at most {MAX_STRING} bytes)")
+    stacks.dump_on_signal()
     config = image_config_of(args.source, args)
     with open_image(config, settings_from(args)) as image:
         export = NbdExport(

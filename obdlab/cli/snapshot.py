@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_runtime_options, device_service_from
 from obdlab.cli.packing import say
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.observe import stacks
 
 if TYPE_CHECKING:
     import argparse
@@ -100,6 +101,7 @@ def run_api(args: argparse.Namespace) -> int:
     from obdlab.service.live import LiveDevice, find_device
     from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
 
+    stacks.dump_on_signal()
     service = device_service_from(args)
 
     def take(dev_id: str, config: str) -> None:

@@ -147,6 +147,7 @@ def _catch_signals() -> Callable[[], None]:
         signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        os.read(reader, 1)
+        while not {signal.SIGINT, signal.SIGTERM} & set(os.read(reader, 64)):  # others come here too
+            pass
 
     return wait

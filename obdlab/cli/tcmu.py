@@ -72,14 +72,16 @@ def run(args: argparse.Namespace) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads; a process that forks must have none
     settings = settings_from(args)
     set_up_logs(args, logging.INFO, settings=settings)
-    wake = _wake_at_signals()
+    from obdlab.service.forking import Signals
+
+    signals = Signals(signal.SIGINT, signal.SIGTERM)
     from obdlab.image import open as warm  # noqa: F401 - what every server needs, loaded once
     from obdlab.service.tcmu import TcmuDaemon
 
     daemon = TcmuDaemon(settings)
     print("obdlab tcmu: ready", flush=True)
     notify.notify("READY=1", f"MAINPID={os.getpid()}")  # no watchdog: a process that forks has no thread to feed it
-    daemon.run(wake)
+    daemon.run(signals)
     return 0
 
 
@@ -122,12 +124,3 @@ def run_detach(args: argparse.Namespace) -> int:
 
     take_down(configfs.Target.of(args.id))
     return 0
-
-
-def _wake_at_signals() -> int:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    return reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.observe.rotation import RotatingFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 TEXT_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
@@ -98,14 +99,37 @@ def set_up(options: LogOptions, level: int, *, follow: Sequence[int] = ()) -> No
     ``follow`` are descriptors that shall lead to the log file, too, through all its rotations. Raises OSError if the
     file cannot be opened.
     """
+    global _write
     if options.file is None:
         handler: logging.Handler = logging.StreamHandler()
+        _write = _to_standard_error
     else:
         file = RotatingFile(options.file, size=options.size, count=options.count, follow=follow)
         file.write(b"")
         handler = RotatingHandler(file)
+        _write = file.write
     handler.setFormatter(JsonFormatter() if options.format == "json" else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def write_at_once(record: logging.LogRecord) -> None:
+    """Write a record of any level where the log goes, also from a signal's handler. Raises OSError.
+
+    It takes no lock and no buffer that the interrupted code may be in the middle of.
+    """
+    handlers = logging.getLogger().handlers
+    formatter = handlers[0].formatter if handlers else None
+    line = (formatter or logging.Formatter(TEXT_FORMAT)).format(record)
+    _write(line.encode(errors="replace") + b"\n")
+
+
+def _to_standard_error(line: bytes) -> None:
+    while line:
+        line = line[os.write(2, line) :]
+
+
+# Of the log that was set up last.
+_write: Callable[[bytes], None] = _to_standard_error
 
 
 # An error is told by a message as its text; as "cause" where the text has been made before.

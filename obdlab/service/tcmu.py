@@ -23,7 +23,7 @@ from obdlab.devices.tcmu import netlink, uio
 from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig
-from obdlab.service.forking import fork_to
+from obdlab.service.forking import Signals, fork_to
 from obdlab.service.tcmu_server import Reporter, serve
 
 if TYPE_CHECKING:
@@ -87,15 +87,15 @@ class TcmuDaemon:
             if blocked:
                 netlink.unblock()
 
-    def run(self, wake: int) -> None:
-        """Serve until ``wake`` can be read; then bring what is under way to its end and leave the devices waiting.
+    def run(self, signals: Signals) -> None:
+        """Serve until SIGINT or SIGTERM; then bring what is under way to its end and leave the devices waiting.
 
         They wait, without an error, for the daemon that takes them over.
         """
-        self._poll.register(wake, select.POLLIN)
+        self._poll.register(signals, select.POLLIN)
         while True:
             ready = {fd for fd, _ in self._poll.poll(self._pause_ms())}
-            if wake in ready:
+            if signals.fileno() in ready and signals.come() & {signal.SIGINT, signal.SIGTERM}:
                 break
             if self._netlink.fileno() in ready:
                 for event in self._netlink.events():

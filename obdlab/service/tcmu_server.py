@@ -121,7 +121,7 @@ def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     threading.Thread(target=wait, name="end", daemon=True).start()
-    number_of_signal = signal.sigwait({signal.SIGTERM, signal.SIGUSR1})
+    number_of_signal = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1}).si_signo  # other signals' handlers run
     if number_of_signal == signal.SIGUSR1:  # the device is being removed, and the kernel waits for us
         server.end()
         server.wait(_DRAIN_S)

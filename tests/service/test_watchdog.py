@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import obdlab
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.settings import Settings
+from obdlab.observe import stacks
 from obdlab.service import asking, watchdog
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import DeviceService
@@ -43,6 +45,34 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "golden.json"
     ImageConfig(lowers=tuple(LowerConfig(file=str(GOLDEN / f"layer{n}.obd")) for n in (1, 2))).save(path)
     return path
+
+
+@pytest.mark.kernel
+def test_host_keeper_and_server_write_their_stacks_while_the_device_is_read(
+    service: DeviceService, config: Path
+) -> None:
+    device = service.attach(config, "x")
+    wanted = read_direct(device.path, 0, 4 * MIB)
+    host = json.loads((service.run_dir.path / "host.pid").read_text())["pid"]
+    ended, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not ended.is_set():
+            wrong.extend([1] if read_direct(device.path, 0, len(wanted)) != wanted else [])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for dumped, pid in enumerate((host, device.keeper_pid, *[device.pid] * 30), 1):
+            os.kill(pid, signal.SIGUSR2)
+            until(lambda dumped=dumped: service.run_dir.host_log.read_text().count(stacks.TITLE) == dumped)
+    finally:
+        ended.set()
+        reader.join(60)
+    assert wrong == []
+    (after,) = service.list()
+    assert (after.pid, after.keeper_pid, after.restarts) == (device.pid, device.keeper_pid, 0)
+    assert "fuse_loop.py:" in service.run_dir.host_log.read_text()
 
 
 @pytest.mark.kernel

@@ -1,0 +1,60 @@
+"""What all threads of this process are doing, written to its log at a signal.
+
+Not by :mod:`faulthandler`: it walks the stacks of threads that run meanwhile, and a process under load died of that
+within some twenty signals (CPython 3.11). A handler in Python holds the interpreter's lock, so that no stack moves
+while it looks; the price is that a main thread which never comes back from C code writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from obdlab.observe import logs
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+#: At this signal a process writes its stacks.
+SIGNAL = signal.SIGUSR2
+TITLE = "stacks of all threads, as a signal asked for:"
+_MOST_FRAMES = 100
+_MOST_THREADS = 1000
+
+
+def dump_on_signal() -> None:
+    """Have SIGUSR2 write the stacks, in this process and in those forked from it. Only for a main thread."""
+    signal.signal(SIGNAL, _dump)
+
+
+def stacks() -> str:
+    """Return the stacks of all threads, each innermost line first."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    frames = sys._current_frames()  # noqa: SLF001 - documented, for this
+    for ident, frame in list(frames.items())[:_MOST_THREADS]:
+        parts.append(f"thread {names.get(ident, '(not of Python)')} ({ident:#x})")
+        parts += _lines(frame)
+    return "\n".join(parts)
+
+
+# Without source lines, whose files may lie on a device that this very process serves.
+def _lines(frame: FrameType | None) -> list[str]:
+    lines: list[str] = []
+    while frame is not None and len(lines) < _MOST_FRAMES:
+        code = frame.f_code
+        lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_qualname}")
+        frame = frame.f_back
+    return lines if frame is None else [*lines, "  ..."]
+
+
+# Runs between two instructions of the main thread, which may hold any lock that is not re-entrant.
+def _dump(number: int, interrupted: FrameType | None) -> None:
+    try:
+        message = f"{TITLE}\n{stacks()}"
+        logs.write_at_once(logging.LogRecord(__name__, logging.INFO, __file__, 0, message, None, None))
+    except Exception:  # the daemon goes on whatever becomes of this
+        pass
