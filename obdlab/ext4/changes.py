@@ -13,14 +13,14 @@ from obdlab.ext4 import directory
 from obdlab.ext4.allocator import Allocator
 from obdlab.ext4.gather import Gathered
 from obdlab.ext4.layout import (
-    COMPAT,
+    CHANGEABLE,
     EXTENTS_INLINE,
-    INCOMPAT,
     MAX_EXTENT,
-    RO_COMPAT,
+    NEEDED,
     SUPER_OFFSET,
     Extent,
     Inode,
+    InodeFlag,
     extent_node,
     index_node,
     parse_node,
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 INODE_SIZE = 256
 _LAST_ORPHAN = 232
+_FLAGS = 352
+_UNSIGNED_HASH = 2
 # Blocks of metadata that are held, above which they are written early.
 _MOST_HELD = 16384
 #: A file has no more blocks, holes included.
@@ -43,8 +45,8 @@ MOST_BLOCKS = (1 << 32) - 1
 class Changes(Volume):
     """An ext4 file system whose changed metadata is in memory until :meth:`write_out`; content is written at once.
 
-    Raises FormatError for a file system that was not made by :func:`~obdlab.ext4.mkfs.make_filesystem`, or is
-    damaged, and OSError (ENOSPC) if it is full.
+    Raises FormatError for a file system that is damaged or not as :func:`~obdlab.ext4.mkfs.make_filesystem` or the
+    original's tools make it, and OSError (ENOSPC) if it is full.
     """
 
     def __init__(self, disk: WritableBlob) -> None:
@@ -154,7 +156,9 @@ class Changes(Volume):
         self._dirty.discard(block)
 
     def free_tree(self, inode: Inode) -> None:
-        """Give back the blocks of a tree of extents, not those it leads to."""
+        """Give back the blocks of a tree of extents, not those it leads to. Raises FormatError for a block map."""
+        if not inode.flags & InodeFlag.EXTENTS:
+            raise FormatError("ext4 file with a block map, not extents, cannot be changed here", blob=self.name)
         pending: list[Buffer] = [inode.block]
         while pending:
             _, _, children = parse_node(pending.pop(), self.name)
@@ -230,12 +234,36 @@ class Changes(Volume):
 
     def _check_writable(self) -> None:
         found = self.superblock
-        unknown = (found.compat & ~COMPAT, found.incompat & ~INCOMPAT, found.ro_compat & ~RO_COMPAT)
-        usual = found.block_size == 4096 and found.inode_size == INODE_SIZE and found.desc_size == 64
-        if any(unknown) or not usual or found.hash_version != directory.HALF_MD4:
-            raise FormatError("ext4 that was not made here cannot be changed here", blob=self.name, got=unknown)
+        features = (found.compat, found.incompat, found.ro_compat)
+        unknown = [got & ~known for got, known in zip(features, CHANGEABLE, strict=True)]
+        if any(unknown):
+            raise FormatError(
+                "ext4 with features that cannot be changed here", blob=self.name, got=_feature_text(unknown)
+            )
+        missing = [needed & ~got for got, needed in zip(features, NEEDED, strict=True)]
+        if any(missing):
+            raise FormatError(
+                "ext4 lacks features that changing it needs", blob=self.name, wanted=_feature_text(missing)
+            )
+        sizes = (found.block_size, found.inode_size, found.desc_size)
+        if sizes != (4096, INODE_SIZE, 64):
+            raise FormatError(
+                "ext4 cannot be changed with these sizes of block, inode, descriptor", blob=self.name, got=sizes,
+                wanted=(4096, INODE_SIZE, 64),
+            )  # fmt: skip
+        is_unsigned = struct.unpack_from("<I", found.raw, _FLAGS)[0] & _UNSIGNED_HASH
+        if found.hash_version != directory.HALF_MD4 or is_unsigned:
+            raise FormatError(
+                "ext4 with another hash of names than signed half MD4 cannot be changed here", blob=self.name,
+                got=f"version {found.hash_version}{', unsigned' if is_unsigned else ''}",
+            )  # fmt: skip
         if struct.unpack_from("<I", found.raw, _LAST_ORPHAN)[0]:
             raise FormatError("ext4 with orphaned inodes (mount it once)", blob=self.name)
+
+
+def _feature_text(features: Sequence[int]) -> str:
+    names = ("compat", "incompat", "ro_compat")
+    return ", ".join(f"{name} {bits:#x}" for name, bits in zip(names, features, strict=True) if bits)
 
 
 def _loader(disk: WritableBlob, size: int, blocks: list[int]) -> Callable[[int], bytes]:

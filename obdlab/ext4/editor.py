@@ -1,4 +1,4 @@
-"""Changing an ext4 file system that obdlab made, without a mount.
+"""Changing an ext4 file system that obdlab or the original's tools made, without a mount.
 
 Metadata is kept in memory and written by :meth:`Editor.finish`, block by block and in order, so that only blocks that
 really change are written; file content is written as it comes. Whatever happens before that leaves the disk useless,
@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING
 from obdlab.ext4 import directory, xattr
 from obdlab.ext4.changes import INODE_SIZE, MOST_BLOCKS, Changes, extents_of
 from obdlab.ext4.folders import Folder, FolderWriter, read_folder
-from obdlab.ext4.layout import EXTRA_ISIZE, GOOD_INODE, MAX_LINKS, MAX_NAME, SECTOR, Inode, InodeFlag
+from obdlab.ext4.layout import (
+    EXTRA_ISIZE,
+    GOOD_INODE,
+    MAX_LINKS,
+    MAX_NAME,
+    ROOT_INO,
+    SECTOR,
+    Compat,
+    Inode,
+    InodeFlag,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,8 +53,8 @@ _KINDS = {
 class Editor(Changes):
     """An ext4 file system being changed. Inodes are known by number.
 
-    Raises FormatError for a file system that was not made by :func:`~obdlab.ext4.mkfs.make_filesystem`, or is
-    damaged, and OSError, with the kernel's numbers, for what the file system cannot do.
+    Raises FormatError for a file system that is damaged or not as :func:`~obdlab.ext4.mkfs.make_filesystem` or the
+    original's tools make it, and OSError, with the kernel's numbers, for what the file system cannot do.
     """
 
     def __init__(self, disk: WritableBlob) -> None:
@@ -106,6 +116,9 @@ class Editor(Changes):
 
     def set_inode(self, number: int, inode: Inode) -> None:
         """Write an inode. Links of a directory are counted by :meth:`finish`."""
+        if len(inode.tail) > _INLINE_SPACE and any(inode.tail):
+            # From an inode with fewer fixed fields than are written here: its attributes may need a block now.
+            inode = self.with_xattrs(inode, self.xattrs(inode))
         block, offset = self._place(number)
         inode.write_to(self.writable(block), offset)
 
@@ -176,11 +189,25 @@ class Editor(Changes):
 
     def finish(self) -> None:
         """Write everything that is not yet on the disk. Nothing may be called after it."""
+        self._drop_broken_tree()
         writer = FolderWriter(self)
         for number, folder in self._folders.items():
             if folder.changed or not folder.blocks:
                 self.set_inode(number, writer.write(number, folder, self.inode(number)))
         self.write_out()
+
+    def _drop_broken_tree(self) -> None:
+        # The original's mkfs gives lost+found a tree over names that leaves out the last of its blocks, which e2fsck
+        # reports as damage. Without the flag the same blocks are a plain directory, as e2fsck would make them.
+        if not self.superblock.compat & Compat.RESIZE_INODE:
+            return
+        number, kind = self.entries(ROOT_INO).get(b"lost+found", (0, 0))
+        if kind != directory.DIRECTORY or not self.inode(number).flags & InodeFlag.INDEX:
+            return
+        inode = self.inode(number)
+        self.set_inode(number, inode.changed(flags=inode.flags & ~int(InodeFlag.INDEX)))
+        if number in self._folders:
+            self._folders[number].is_tree = False
 
     def _free(self, number: int, inode: Inode) -> None:
         if inode.is_directory:
@@ -188,7 +215,7 @@ class Editor(Changes):
             self._folders.pop(number, None)
         if inode.acl_block:
             self.free_xattr_block(inode.acl_block)
-        if inode.flags & InodeFlag.EXTENTS:
+        if inode.flags & InodeFlag.EXTENTS or self.has_block_map(inode):
             for extent in self.extents(inode):
                 self.blocks.give_back(extent.physical, extent.length)
             self.free_tree(inode)

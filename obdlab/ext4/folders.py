@@ -80,12 +80,11 @@ class FolderWriter:
         folder.blocks = [block for first, length in runs for block in range(first, first + length)]
         for block, content in zip(folder.blocks, blocks, strict=True):
             self._volume.replace(block, content)
-        flags = inode.flags & ~InodeFlag.INDEX | (InodeFlag.INDEX if is_tree else 0)
+        flags = inode.flags & ~int(InodeFlag.INDEX) | InodeFlag.EXTENTS | (InodeFlag.INDEX if is_tree else 0)
         return self._resized(inode.changed(flags=flags, block=extent_node([], 60)), folder)
 
     def _resized(self, inode: Inode, folder: Folder) -> Inode:
-        if inode.flags & InodeFlag.EXTENTS:
-            self._volume.free_tree(inode)
+        self._volume.free_tree(inode)
         extents: list[Extent] = []
         for logical, block in enumerate(folder.blocks):
             append_extent(extents, Extent(logical, 1, block))
@@ -95,7 +94,6 @@ class FolderWriter:
             size=len(folder.blocks) * self._size,
             block=tree,
             sectors=blocks * self._size // SECTOR,
-            flags=inode.flags | InodeFlag.EXTENTS,
         )
 
     def _edit_in_place(self, folder: Folder) -> bool:

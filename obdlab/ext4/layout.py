@@ -43,6 +43,7 @@ class Compat(IntFlag):
     """Features that an older kernel may ignore."""
 
     EXT_ATTR = 0x8
+    RESIZE_INODE = 0x10
     DIR_INDEX = 0x20
     SPARSE_SUPER2 = 0x200
 
@@ -82,8 +83,10 @@ class InodeFlag(IntFlag):
     INLINE_DATA = 0x10000000
 
 
+# Plain numbers, here and below: the inverse of an IntFlag has only the bits that it knows, and the unknown are what
+# is looked for.
 #: What can be read. Encryption, inline data, values of attributes in inodes of their own and folded names cannot.
-READABLE = (
+READABLE = int(
     Incompat.FILETYPE
     | Incompat.META_BG
     | Incompat.EXTENTS
@@ -93,11 +96,20 @@ READABLE = (
     | Incompat.CSUM_SEED
     | Incompat.LARGEDIR
 )
-#: Exactly this can be written: what obdlab makes itself.
-COMPAT = Compat.EXT_ATTR | Compat.DIR_INDEX | Compat.SPARSE_SUPER2
-INCOMPAT = Incompat.FILETYPE | Incompat.EXTENTS | Incompat.BIT64 | Incompat.FLEX_BG
-RO_COMPAT = (
+#: The features of a file system that obdlab makes.
+COMPAT = int(Compat.EXT_ATTR | Compat.DIR_INDEX | Compat.SPARSE_SUPER2)
+INCOMPAT = int(Incompat.FILETYPE | Incompat.EXTENTS | Incompat.BIT64 | Incompat.FLEX_BG)
+RO_COMPAT = int(
     RoCompat.SPARSE_SUPER | RoCompat.LARGE_FILE | RoCompat.HUGE_FILE | RoCompat.DIR_NLINK | RoCompat.EXTRA_ISIZE
+)
+#: Features, as (compat, incompat, ro_compat), of a file system that can be changed: at most these, which obdlab and
+#: the original's tools write (the resize inode's reserved blocks are taken in the bitmaps, and stay as they are) ...
+CHANGEABLE = (COMPAT | int(Compat.RESIZE_INODE), INCOMPAT, RO_COMPAT)
+#: ... and all of these, which new inodes, directories and descriptors make use of.
+NEEDED = (
+    int(Compat.EXT_ATTR | Compat.DIR_INDEX),
+    int(Incompat.FILETYPE | Incompat.EXTENTS | Incompat.BIT64),
+    int(RoCompat.LARGE_FILE | RoCompat.HUGE_FILE | RoCompat.DIR_NLINK | RoCompat.EXTRA_ISIZE),
 )
 
 _BLOCKS = struct.Struct("<6I")

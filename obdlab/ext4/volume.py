@@ -110,6 +110,12 @@ class Volume(FileTree):
             found += xattr.parse_block(self._metadata(inode.acl_block), self.name)
         return found
 
+    def has_block_map(self, inode: Inode) -> bool:
+        """Return True if the inode's content is found by ext2's block map, not by extents."""
+        holds = stat.S_ISREG(inode.mode) or inode.is_directory or stat.S_ISLNK(inode.mode)
+        mapped = holds and not inode.flags & (InodeFlag.EXTENTS | InodeFlag.INLINE_DATA)
+        return mapped and not self._is_kept_link(inode) and any(inode.block)
+
     def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import subprocess
@@ -20,18 +19,12 @@ from obdlab.ext4.layout import ROOT_INO, Inode
 from obdlab.ext4.mkfs import make_filesystem
 from obdlab.ext4.volume import Volume
 from tests.ext4.disk import FileDisk, fsck
+from tests.ext4.model import FILE, FOLDER, change, file_of, model_of
 from tests.ext4.samples import ACL, MemoryDisk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-FILE = Inode(mode=0o100644)
-FOLDER = Inode(mode=0o40755, links=2)
-
-
-def file_of(editor: Editor, content: bytes) -> Inode:
-    return editor.with_content(FILE, len(content), [(0, content)])
 
 
 @settings(max_examples=15, deadline=None)
@@ -39,7 +32,7 @@ def file_of(editor: Editor, content: bytes) -> Inode:
 def test_against_a_model(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     draw = random.Random(seed)
     path = tmp_path_factory.mktemp("model") / "disk"
-    model: dict[bytes, str] = {}  # path -> content's digest, "" for a directory
+    model: dict[bytes, str] = {}
     with FileDisk(path, 96 << 20) as disk:
         make_filesystem(disk, inode_ratio=draw.choice([4096, 8192]))
         for _ in range(draw.randint(1, 4)):
@@ -47,34 +40,8 @@ def test_against_a_model(tmp_path_factory: pytest.TempPathFactory, seed: int) ->
             for _ in range(draw.randint(1, 40)):
                 change(draw, editor, model)
             editor.finish()
-            found = list_volume(Volume(disk))
-            assert {os.fsencode(name): entry.sha256 for name, entry in found.items() if name != "."} == model
+            assert model_of(disk) == model
     assert fsck(path) == ""
-
-
-def change(draw: random.Random, editor: Editor, model: dict[bytes, str]) -> None:
-    folders = [b"", *(name for name, digest in model.items() if not digest)]
-    if model and draw.random() < 0.3:
-        victim = draw.choice(list(model))
-        above, _, name = victim.rpartition(b"/")
-        editor.remove(editor.lookup(above) or 0, name)
-        for known in [known for known in model if known == victim or known.startswith(victim + b"/")]:
-            del model[known]
-        return
-    above = draw.choice(folders)
-    parent = editor.lookup(above) or 0
-    for _ in range(draw.choice([1, 1, 1, 40])):
-        name = b"n" * draw.randint(1, 255) + b"%d" % draw.randint(0, 99)
-        if len(name) > 255 or name in editor.entries(parent):
-            continue
-        full = above + b"/" + name if above else name
-        if draw.random() < 0.3:
-            editor.add(parent, name, FOLDER)
-            model[full] = ""
-        else:
-            content = bytes([draw.randint(0, 255)]) * draw.choice([0, 1, 4096, 9000, 70_000])
-            editor.add(parent, name, file_of(editor, content))
-            model[full] = hashlib.sha256(content).hexdigest()
 
 
 def test_a_small_change_writes_little(tmp_path: Path) -> None:
