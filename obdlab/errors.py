@@ -51,6 +51,27 @@ class DeviceError(ObdlabError):
     """A block device, mount or device server could not be made, found or taken down."""
 
 
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
+    """Return the interrupt or exit that was on its way when ``error`` was raised, None if there was none.
+
+    An error raised by cleaning up (``finally``, an ExitStack) takes the place of the exception that passes, which
+    stays behind it as its context. Code that turns errors into results asks here first.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, KeyboardInterrupt | SystemExit):
+            return found
+        seen.add(id(found))
+        pending += [found.__context__, found.__cause__]
+        if isinstance(found, BaseExceptionGroup):
+            pending += found.exceptions
+    return None
+
+
 def _sentence(what: str, blob: str, offset: int | None, got: object, wanted: object) -> str:
     where = f"{blob}: " if blob else ""
     at = f" at offset {offset}" if offset is not None else ""

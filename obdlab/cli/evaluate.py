@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.packing import end_politely_on_sigterm
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure, print, render; 1 if an experiment could not be run."""
     from obdlab.lab.evaluation.questions import QUESTIONS
     from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
+    from obdlab.lab.interrupts import ending_on_signals
 
     chosen = chosen_runs(args.questions)
     planned = specs(chosen, quick=not args.full, changes=_changes(args.set))
@@ -76,8 +76,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
             print(f"{asked.key:<16} {asked.figure or '-':<7} {asked.title} ({names})")
         return 0
     results = _results(args)
-    end_politely_on_sigterm()
-    failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True))
+    with ending_on_signals():
+        failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True))
     _print_ledger(results)
     if not args.no_report:
         print(f"report: {_render(args, results)}")

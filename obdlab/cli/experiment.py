@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.packing import end_politely_on_sigterm
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -108,6 +107,7 @@ def _declared(args: argparse.Namespace) -> AnySpec:
 def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     from obdlab.lab.declaration import open_experiment
     from obdlab.lab.experiment import Experiment
+    from obdlab.lab.interrupts import ending_on_signals
     from obdlab.lab.report import check_parameters
     from obdlab.lab.spec import Spec
 
@@ -117,12 +117,12 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     if isinstance(spec, Spec) and args.report:  # what is wrong there shall not be told after an hour of measuring
         check_parameters(args.notebook, _parameters(spec, directory))
     experiment = open_experiment(spec, directory)
-    end_politely_on_sigterm()
     try:
-        if isinstance(experiment, Experiment):
-            measured = experiment.run(again=args.again, scheduler=args.scheduler)
-        else:
-            measured = experiment.run(again=args.again)
+        with ending_on_signals():
+            if isinstance(experiment, Experiment):
+                measured = experiment.run(again=args.again, scheduler=args.scheduler)
+            else:
+                measured = experiment.run(again=args.again)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
         raise

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from obdlab.errors import ObdlabError
+from obdlab.errors import ObdlabError, interrupt_behind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except ObdlabError as error:
+        if interrupt_behind(error):  # cleaning up after Ctrl-C failed
+            print(f"obdlab {args.command}: interrupted, and then: {error}", file=sys.stderr)
+            return 130
         print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ background, once it has been still for a second.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
-from obdlab.lab import coldness, environment
+from obdlab.lab import coldness, environment, interrupts, space
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import Source, check_programs, is_published
 from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
@@ -142,9 +143,10 @@ class Bench:
         }
 
     def measure(self, cell: Cell) -> list[Row]:
-        """Measure one cold start and the others after it; a failure becomes a row with ``error``.
+        """Measure one cold start and the others after it; a failure becomes a row with ``error``, an interrupt never.
 
-        Raises LabError if what is left of the cell cannot be taken away: then the bench is of no more use.
+        Raises LabError if what is left of the cell cannot be taken away: then the bench is of no more use; and
+        DiskFullError if it was a full disk that failed, of which no row tells.
         """
         rows: list[Row] = []
         attempt = time.time_ns()
@@ -160,12 +162,15 @@ class Bench:
                     rows += [self._dropped(cell, number) for number in range(spec.dropped_starts)]
                 finally:
                     adapter.remove(self._containerd, self._reference(cell))
-        except ObdlabError as error:
+        except (ObdlabError, OSError) as error:
+            interrupts.check(error)
+            space.check(error, self._places)
             starts = ["cold", *["warm"] * spec.warm_starts, *["dropped"] * spec.dropped_starts]
             start = starts[min(len(rows), len(starts) - 1)]
             rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
             with time_limit(_CLEAN_UP_S, f"{what}: taking away what is left"):
                 self._containerd.remove_everything()
+        interrupts.check()
         return [{**row, "attempt": attempt} for row in rows]
 
     def _cold(self, cell: Cell) -> Row:
@@ -185,15 +190,22 @@ class Bench:
         return {**row, **quiet, **_timed(times, pull_s)}
 
     def _warm(self, cell: Cell, number: int) -> Row:
-        times, traffic = self._start(cell, self._begin())
-        evidence = coldness.prove_warm(ADAPTERS[cell.snapshotter].layers(self._containerd), traffic)
+        times, asked = self._start(cell, self._begin())
+        layers = ADAPTERS[cell.snapshotter].layers(self._containerd)
+        evidence = coldness.prove_warm(layers, Traffic.of(asked), asked)
         return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
     def _dropped(self, cell: Cell, number: int) -> Row:
         evidence = coldness.make_dropped(self._containerd, ADAPTERS[cell.snapshotter].layers(self._containerd))
-        times, traffic = self._start(cell, self._begin())
-        evidence["requests"] = traffic.requests  # told among the caveats: a lazy start may read what others did not
+        times, asked = self._start(cell, self._begin())
+        evidence["requests"] = Traffic.of(
+            asked
+        ).requests  # told among the caveats: a lazy start may read what others did not
         return {"start": "dropped", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self._paths.work, Path(tempfile.gettempdir()))
 
     def _reference(self, cell: Cell) -> str:
         return self._images[cell.image].references[cell.snapshotter]
@@ -202,8 +214,8 @@ class Bench:
         cpu_s = self._containerd.groups.cpu_s()
         return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0], cpu_s)
 
-    # Start a container, wait until it is ready, remove it.
-    def _start(self, cell: Cell, began: _Begin) -> tuple[Row, Traffic]:
+    # Start a container, wait until it is ready, remove it; and what the registry was asked for until it was ready.
+    def _start(self, cell: Cell, began: _Begin) -> tuple[Row, list[Request]]:
         image = self._images[cell.image]
         name = f"bench-{time.monotonic_ns()}"
         adapter = ADAPTERS[cell.snapshotter]
@@ -215,7 +227,8 @@ class Bench:
                 costs["background_ended"] = self._wait_for_background(adapter)
             requests = self._registry.requests(began.mark, self._registry.mark())
         # What was asked for until it was ready; the background may have asked for more since.
-        traffic = Traffic.of(request for request in requests if request.began_s <= container.times.ready_s)
+        asked = [request for request in requests if request.began_s <= container.times.ready_s]
+        traffic = Traffic.of(asked)
         row = {
             "started": began.time.isoformat(timespec="milliseconds"),
             "create_s": phases["create"],
@@ -231,7 +244,7 @@ class Bench:
             **_completion(requests, began.time.timestamp()),
             **costs,
         }
-        return row, traffic
+        return row, asked
 
     # Until the registry is still, and what has come is unpacked, too.
     def _wait_for_background(self, adapter: Adapter) -> bool:

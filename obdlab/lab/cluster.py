@@ -27,7 +27,7 @@ from obdlab.lab.process import LabError, tail
 from obdlab.lab.spec import Cell, Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from obdlab.lab.rows import Row
 
@@ -64,7 +64,7 @@ class Cluster:
 
     def measure(
         self, spec: Spec, pending: dict[Network, list[Cell]], paths: LabPaths
-    ) -> Iterator[tuple[dict[str, Any], str, int, Cell, list[Row]]]:
+    ) -> Generator[tuple[dict[str, Any], str, int, Cell, list[Row]]]:
         """Measure cells; yield (environment, host, position, cell, rows) as they come.
 
         Cells of a block that could not be measured at all come with a row with ``error``.

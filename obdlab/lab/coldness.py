@@ -23,8 +23,10 @@ from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.residency import resident_below
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from obdlab.lab.containerd import OwnContainerd
-    from obdlab.lab.registry import RegistryHost, Traffic
+    from obdlab.lab.registry import RegistryHost, Request, Traffic
 
 _PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc", "ctr-remote", "soci")
 # Pages that are mapped (a device server's, another container's) stay.
@@ -90,16 +92,21 @@ def prove_cold(host: OwnContainerd) -> dict[str, Any]:
     return evidence
 
 
-def prove_warm(layers: Path, traffic: Traffic) -> dict[str, Any]:
+def prove_warm(layers: Path, traffic: Traffic, requests: Sequence[Request] = ()) -> dict[str, Any]:
     """Return the evidence that a start was warm: no request to the registry, layers in the page cache.
 
-    ``layers`` holds the data of pulled images, ``traffic`` is what the registry served during the start. Raises
-    NotWarmError.
+    ``layers`` holds the data of pulled images, ``traffic`` is what the registry served during the start, of which the
+    error names ``requests``. Raises NotWarmError.
     """
     resident, stored = resident_below([layers])
     evidence = {"requests": traffic.requests, "stored_bytes": stored, "resident_bytes": resident}
     if traffic.requests:
-        raise NotWarmError(f"not warm: the registry was asked {traffic.requests} times (wanted none)")
+        asked = ", ".join(
+            f"{each.uri.rpartition('/')[2][:19]} {each.status} {each.written} bytes" for each in requests
+        )
+        raise NotWarmError(
+            f"not warm: the registry was asked {traffic.requests} times (wanted none){f': {asked}' if asked else ''}"
+        )
     if not resident:
         raise NotWarmError(f"not warm: nothing of {layers} is in the page cache")
     return evidence

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import tempfile
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -17,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import obdlab
-from obdlab.lab import environment
+from obdlab.lab import environment, interrupts
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.cluster import Cluster
 from obdlab.lab.measuring import code_digest, context_of, how_measured, measure_cells
+from obdlab.lab.plan import plan_starts
 from obdlab.lab.rows import Row, RowStore
+from obdlab.lab.space import naming_full_disks
 from obdlab.lab.spec import Cell, Spec
 from obdlab.lab.summary import caveats, findings, summarise, text_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable
 
 Network = tuple[float, float]
 #: environment, host, position in the order of measuring, cell, rows
@@ -49,10 +52,16 @@ class Experiment:
         rows and nothing running. ``scheduler`` is the address of a Dask scheduler whose workers' hosts are measured
         on in place of this one (``obdlab.lab.cluster``).
         """
-        with closing(Cluster(scheduler)) if scheduler else nullcontext() as cluster:
+        places = (self.store.directory, self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
+        with (
+            naming_full_disks(*places),
+            closing(Cluster(scheduler)) if scheduler else nullcontext() as cluster,
+        ):
             return self._run(again, cluster)
 
     def _run(self, again: bool, cluster: Cluster | None) -> int:
+        for text in self.store.mend():
+            print(text, file=sys.stderr, flush=True)
         surroundings = cluster.surroundings if cluster else {**environment.capture(), "code": code_digest()}
         context = context_of(surroundings, how_measured(self.spec), str(time.time_ns()) if again else "")
         pending = self._pending(context)
@@ -60,12 +69,21 @@ class Experiment:
         self._write_spec(context)
         count = sum(map(len, pending.values()))
         if count:
+            if not cluster:
+                plan = plan_starts(self.spec, [cell for cells in pending.values() for cell in cells], self._paths)
+                print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
+                plan.check()
             # On a terminal a bar, elsewhere a line per step.
             with tqdm(total=count, unit="start", desc=self.spec.name, disable=None) as bar:
-                if cluster:
-                    self._keep(cluster.measure(self.spec, pending, self._paths), context, bar)
-                else:
-                    self._keep(self._measure_here(pending, surroundings, bar), context, bar)
+                source = (
+                    cluster.measure(self.spec, pending, self._paths)
+                    if cluster
+                    else self._measure_here(pending, surroundings, bar)
+                )
+                # Closed here, whatever happens to its rows: else the bench would be taken down by the interpreter's
+                # end, when threads that it waits for no longer run.
+                with closing(source):
+                    self._keep(source, context, bar)
         self.store.write_csv()
         return count
 
@@ -101,7 +119,7 @@ class Experiment:
 
     def _measure_here(
         self, pending: dict[Network, list[Cell]], surroundings: dict[str, Any], bar: Any
-    ) -> Iterator[Measured]:
+    ) -> Generator[Measured]:
         def say(text: str) -> None:
             if bar.disable:
                 print(text, file=sys.stderr, flush=True)
@@ -109,8 +127,9 @@ class Experiment:
                 bar.set_description_str(text)
 
         for network, cells in pending.items():
-            for about, position, cell, rows in measure_cells(self.spec, network, cells, self._paths, say):
-                yield {**surroundings, **about}, platform.node(), position, cell, rows
+            with closing(measure_cells(self.spec, network, cells, self._paths, say)) as measured:
+                for about, position, cell, rows in measured:
+                    yield {**surroundings, **about}, platform.node(), position, cell, rows
 
     def _keep(self, measured: Iterable[Measured], context: str, bar: Any) -> None:
         common = {"context": context, "seed": self.spec.seed, "label": "measured"}
@@ -118,6 +137,7 @@ class Experiment:
             common["settings"] = self.spec.settings
         for about, host, position, cell, rows in measured:
             common |= {"environment": self.store.add_environment(about), "host": host}
+            interrupts.check()
             mine = {**asdict(cell), "cell": cell.key(context), "position": position}
             self.store.append([{**common, **mine, **row} for row in rows])
             bar.update()

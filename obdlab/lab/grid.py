@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from obdlab.errors import ObdlabError
-from obdlab.lab import environment
+from obdlab.lab import environment, interrupts, space
 from obdlab.lab.baselines.adapter import how_to_install
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.exclusive import only_experiment
 from obdlab.lab.kinds import KINDS
 from obdlab.lab.kinds.kind import Place, is_value
 from obdlab.lab.measuring import code_digest, context_of
+from obdlab.lab.plan import plan_grid
 from obdlab.lab.process import LabError
 from obdlab.lab.rows import Row, RowStore
 from obdlab.lab.spec import SpecError
@@ -128,6 +129,16 @@ class GridExperiment:
 
         As :meth:`obdlab.lab.experiment.Experiment.run`.
         """
+        with space.naming_full_disks(self.store.directory, *self._places):
+            return self._run(again)
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
+
+    def _run(self, again: bool) -> int:
+        for text in self.store.mend():
+            print(text, file=sys.stderr, flush=True)
         surroundings = {**environment.capture(self._paths.work), "code": code_digest()}
         context = context_of(surroundings, {}, str(time.time_ns()) if again else "")
         pending = self._pending(context)
@@ -138,6 +149,9 @@ class GridExperiment:
             ]
             if missing:
                 raise LabError(f"{self.spec.kind}: not installed: {', '.join(missing)}")
+            plan = plan_grid(self.spec, self._kind, len(pending), self._paths)
+            print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
+            plan.check()
             with only_experiment():
                 self._measure(pending, surroundings, context)
         self.store.write_csv()
@@ -203,8 +217,11 @@ class GridExperiment:
                     try:
                         with time_limit(spec.cell_timeout_s, str(point)):
                             values: Row = {**measure(point)}
-                    except ObdlabError as error:
+                    except (ObdlabError, OSError) as error:
+                        interrupts.check(error)
+                        space.check(error, self._places)
                         values = {"error": str(error)}
+                    interrupts.check()
                     self.store.append([{**about, **values}])
                     bar.update()
 

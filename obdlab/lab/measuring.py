@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obdlab
+from obdlab.lab import interrupts
 from obdlab.lab.bench import Bench
 from obdlab.lab.process import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from obdlab.lab.bench import LabPaths
     from obdlab.lab.rows import Row
@@ -26,7 +27,7 @@ CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "r
 
 def measure_cells(
     spec: Spec, network: tuple[float, float], cells: Sequence[Cell], paths: LabPaths, say: Callable[[str], None]
-) -> Iterator[tuple[dict[str, Any], int, Cell, list[Row]]]:
+) -> Generator[tuple[dict[str, Any], int, Cell, list[Row]]]:
     """Measure cells of one network in order; yield (environment, position, cell, rows) of each.
 
     A failed cell's last row has ``error``. Raises LabError if the bench cannot be set up.
@@ -48,6 +49,7 @@ def _measure(bench: Bench, cell: Cell) -> tuple[list[Row], bool]:
     try:
         return bench.measure(cell), False
     except LabError as error:
+        interrupts.check(error)
         return [failed_row(str(error))], True
 
 

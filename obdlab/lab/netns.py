@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -113,9 +114,13 @@ class ExperimentNetwork:
 
     def counters(self) -> LinkCounters:
         """Read the counters of the host's end of the link."""
-        directory = Path(f"/sys/class/net/{self.namespace}h/statistics")
-        names = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
-        return LinkCounters(*(int((directory / name).read_text()) for name in names))
+        # Not from /sys: its mount may show another network namespace than this process's (containers, unshare).
+        name = f"{self.namespace}h:"
+        for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+            if line.lstrip().startswith(name):
+                values = list(map(int, line.partition(":")[2].split()))
+                return LinkCounters(values[0], values[8], values[1], values[9])
+        raise LabError(f"{name[:-1]}: no such link (wanted the host's end of the experiment's network)")
 
     @contextmanager
     def unshaped(self) -> Iterator[None]:
@@ -241,7 +246,8 @@ def _add_link(outer: str, inner: str, namespace: str, stack: ExitStack) -> None:
 
 def _delete_link(outer: str) -> None:
     # Deleted by name rather than with its namespace, which the kernel does later, when it finds the time.
-    if Path(f"/sys/class/net/{outer}").exists():
+    with contextlib.suppress(OSError):  # gone with its namespace
+        socket.if_nametoindex(outer)
         run(["ip", "link", "del", outer])
 
 

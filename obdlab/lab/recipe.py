@@ -7,6 +7,7 @@ A recipe is a TOML file. Its image is built from Debian packages (``obdlab.lab.b
     description = "what it stands for"
     base = "debian"                  # or "busybox"
     suite = "trixie"                 # Debian release of the base
+    size_mb = 37                     # of its compressed layers, about: what disk and time an experiment expects
 
     [[layer]]                        # one image layer each, applied in this order: packages, files, run
     comment = "the server"
@@ -44,6 +45,7 @@ BASES = ("debian", "busybox")
 BUILDER_VERSION = 2
 
 _MOST_TIMEOUT_S = 24 * 3600.0
+_MOST_SIZE_MB = 1e6
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+~:-]+)?")
 _LOCKED = re.compile(r"[a-z0-9][a-z0-9+.-]+:[a-z0-9-]+=[A-Za-z0-9.+~:-]+")
@@ -109,6 +111,8 @@ class Recipe:
     suite: str = "trixie"
     layers: tuple[RecipeLayer, ...] = ()
     config: ImageConfig = ImageConfig()
+    #: About how large its compressed layers are, in MB (10**6 bytes); 0 if that is not known before it is built.
+    size_mb: float = 0.0
     #: What the image's packages are pinned to (``obdlab.lab.lock``); empty: to nothing.
     locked: tuple[str, ...] = ()
 
@@ -138,15 +142,18 @@ class Recipe:
             layers=tuple(_layer(table, path.parent) for table in top.tables("layer")),
             config=_config(top.table("config")),
             probe=_probe(top.table("probe")),
+            size_mb=top.number("size_mb", 0.0),
         )
         top.end()
+        if not 0 <= recipe.size_mb <= _MOST_SIZE_MB:
+            raise RecipeError(f"{path}: size_mb: wanted 0 to {_MOST_SIZE_MB:g} (got {recipe.size_mb:g})")
         _check_origin(recipe, path)
         return recipe
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with anything that changes the built image (the probe does not)."""
         values = asdict(self)
-        for key in ("name", "description", "probe"):
+        for key in ("name", "description", "probe", "size_mb"):
             del values[key]
         values["builder"] = BUILDER_VERSION
         text = json.dumps(values, sort_keys=True, default=lambda content: content.hex())

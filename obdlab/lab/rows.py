@@ -3,6 +3,10 @@
 A results directory holds ``rows.jsonl``, ``environments.jsonl`` (host, versions, shaping; a row names its
 environment by id) and ``spec.json``. A run that was stopped goes on where it was: a cell whose rows are all there is
 skipped. Rows of failed starts are kept too, with ``error`` set, and measured again.
+
+A crash or a full disk can cut a write short. Each row holds the number of rows of its attempt (``attempt_rows``), so
+that an attempt of which only some rows were stored counts for nothing; :meth:`RowStore.mend` moves a torn last line
+to ``rows.jsonl.torn``.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import csv
 import hashlib
 import json
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
@@ -35,12 +40,27 @@ class RowStore:
         self.path = directory / "rows.jsonl"
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add rows, all or none of a cell's: they are on disk when this returns."""
-        _append_lines(self.path, list(rows))
+        """Add the rows of attempts, all or none: they are on disk when this returns. Raises OSError."""
+        values = list(rows)
+        counts = Counter(map(_attempt, values))
+        _append_lines(
+            self.path,
+            [{**row, "attempt_rows": counts[_attempt(row)]} if "attempt" in row else row for row in values],
+        )
 
     def rows(self) -> list[Row]:
-        """Return every row. A torn last line (the host died while writing) is dropped; other damage is an error."""
-        return _read_lines(self.path)
+        """Return every row, without torn lines and rows of attempts that were not stored whole.
+
+        Raises RowsError for other damage.
+        """
+        values = _read_lines(self.path)
+        counts = Counter(map(_attempt, values))
+        # Rows of older results do not say how many there were.
+        return [row for row in values if counts[_attempt(row)] >= row.get("attempt_rows", 0)]
+
+    def mend(self) -> list[str]:
+        """Move torn last lines (the host died or its disk was full while writing) aside; return what was done."""
+        return [text for path in (self.path, self._environments) if (text := _mend(path))]
 
     def done_keys(self) -> set[str]:
         """Keys of cells that have an attempt without error."""
@@ -53,14 +73,17 @@ class RowStore:
     def add_environment(self, environment: dict[str, Any]) -> str:
         """Keep an environment; return its id, the same for equal environments."""
         identity = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
-        path = self.directory / "environments.jsonl"
-        if identity not in {line["id"] for line in _read_lines(path)}:
-            _append_lines(path, [{"id": identity, **environment}])
+        if identity not in {line["id"] for line in _read_lines(self._environments)}:
+            _append_lines(self._environments, [{"id": identity, **environment}])
         return identity
 
     def environments(self) -> dict[str, dict[str, Any]]:
         """Environments by id."""
-        return {line["id"]: line for line in _read_lines(self.directory / "environments.jsonl")}
+        return {line["id"]: line for line in _read_lines(self._environments)}
+
+    @property
+    def _environments(self) -> Path:
+        return self.directory / "environments.jsonl"
 
     def write_csv(self) -> Path:
         """Write all rows beside the JSON Lines as ``rows.csv`` (nested values as ``a.b`` columns)."""
@@ -108,24 +131,53 @@ def flatten(row: Row, prefix: str = "") -> Row:
     return flat
 
 
+def _attempt(row: Row) -> tuple[Any, Any]:
+    return row.get("cell"), row.get("attempt")
+
+
 def _append_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(value, sort_keys=True) + "\n" for value in values)
-    with path.open("a+b") as stream:
-        # A torn line of an earlier death must not swallow the row that follows it.
-        if stream.tell() > 0:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                text = "\n" + text
-        stream.write(text.encode())
+    data = "".join(json.dumps(value, sort_keys=True) + "\n" for value in values).encode()
+    with path.open("a+b", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        try:
+            # A torn line of an earlier death must not swallow the row that follows it.
+            if size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+                data = b"\n" + data
+            view = memoryview(data)
+            while view:
+                view = view[os.write(stream.fileno(), view) :]
+            os.fsync(stream.fileno())
+        except BaseException:  # a full disk, an interrupt: not half of an attempt
+            os.ftruncate(stream.fileno(), size)
+            raise
+
+
+def _mend(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    whole = data.rfind(b"\n") + 1
+    torn = data[whole:]
+    if not torn or not _is_torn(torn.decode(errors="replace")):
+        return ""
+    aside = path.with_name(f"{path.name}.torn")
+    with aside.open("ab") as stream:
+        stream.write(torn + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+    os.truncate(path, whole)
+    return f"{path}: the last line was torn ({len(torn)} bytes, moved to {aside.name}); its cell is measured again"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     values = []
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise RowsError(f"{path}: not text: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue

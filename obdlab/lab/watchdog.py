@@ -28,13 +28,20 @@ def time_limit(limit_s: float, what: str) -> Iterator[None]:
         yield
         return
 
+    expired = CellTimeoutError(f"{what}: not done after {limit_s:g} s")
+    over = False
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise CellTimeoutError(f"{what}: not done after {limit_s:g} s")
+        nonlocal over
+        over = True
+        raise expired
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         yield
+        if over:  # swallowed in there, by code that expects LabErrors for other reasons
+            raise expired
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import closing
@@ -154,7 +155,7 @@ def test_what_a_killed_experiment_left_is_taken_down(tiny_layout: Path, tmp_path
     assert below(tmp_path) == []
     assert processes_naming(str(tmp_path)) == []
     assert not Path(f"/run/netns/{namespace}").exists()
-    assert not Path(f"/sys/class/net/{namespace}h").exists()
+    assert f"{namespace}h" not in {name for _, name in socket.if_nameindex()}
     assert in_cgroups_of(containers) == []
     assert cleanup_leftovers(state_dir) == []
 

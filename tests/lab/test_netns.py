@@ -62,7 +62,7 @@ def connect(network: ExperimentNetwork) -> float:
 
 
 def names() -> set[str]:
-    links = {path.name for path in Path("/sys/class/net").iterdir()}
+    links = {name for _, name in socket.if_nameindex()}
     spaces = {path.name for path in Path("/run/netns").glob("*")}
     return {name for name in links | spaces if name.startswith("obdlab-")}
 

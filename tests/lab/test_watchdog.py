@@ -4,9 +4,11 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
+from obdlab.lab.process import LabError
 from obdlab.lab.watchdog import CellTimeoutError, time_limit
 
 
@@ -36,3 +38,8 @@ def test_other_threads_are_not_limited() -> None:
     thread.start()
     thread.join()
     assert ended == [True]
+
+
+def test_an_end_that_was_swallowed_comes_at_the_end() -> None:
+    with pytest.raises(CellTimeoutError, match="a removal"), time_limit(0.05, "a removal"), suppress(LabError):
+        time.sleep(30)

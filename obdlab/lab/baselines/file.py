@@ -40,6 +40,9 @@ class Erofs(Adapter):
     """A compressed EROFS image, mounted from its file without a loop device."""
 
     name: ClassVar[str] = "erofs"
+    registry_share: ClassVar[float] = 1.3
+    host_share: ClassVar[float] = 1.3
+    start_share: ClassVar[float] = 1.3
     programs: ClassVar[dict[str, str]] = {"mkfs.erofs": "erofs-utils"}
 
     def tag(self, source: Source) -> str:
@@ -115,6 +118,9 @@ class PlainLoop(Erofs):
     """An uncompressed ext4 image on a loop device: the block path without anything clever."""
 
     name: ClassVar[str] = "loop"
+    registry_share: ClassVar[float] = 3.0
+    host_share: ClassVar[float] = 3.0
+    start_share: ClassVar[float] = 3.0
     programs: ClassVar[dict[str, str]] = {"mkfs.ext4": "e2fsprogs"}
 
     def make(self, tree: Path, file: Path) -> None:

@@ -25,6 +25,9 @@ class Lazy(Overlayfs):
 
     name: ClassVar[str] = LAZY_SNAPSHOTTER
     snapshotter: ClassVar[str] = LAZY_SNAPSHOTTER
+    registry_share: ClassVar[float] = 1.2
+    host_share: ClassVar[float] = 1.2
+    start_share: ClassVar[float] = 0.4
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image."""

@@ -25,6 +25,9 @@ class Overlayfs(Adapter):
     name: ClassVar[str] = "overlayfs"
     #: containerd's name of the snapshotter, if another than the adapter's.
     snapshotter: ClassVar[str] = ""
+    registry_share: ClassVar[float] = 1.0
+    host_share: ClassVar[float] = 3.7  # compressed, and unpacked
+    start_share: ClassVar[float] = 1.0
     programs: ClassVar[dict[str, str]] = {"containerd": "containerd", "ctr": "containerd", "runc": "runc"}
 
     def tag(self, source: Source) -> str:

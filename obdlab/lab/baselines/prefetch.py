@@ -78,6 +78,8 @@ class Hot(Prefetch):
     """obdlab's snapshotter with a hot layer of what one start read, recorded when the image is published."""
 
     name: ClassVar[str] = "obdlab-hot"
+    registry_share: ClassVar[float] = 1.5  # the converted image, too
+    start_share: ClassVar[float] = 0.2
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its hot layer."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
+from obdlab.lab import interrupts
 from obdlab.lab.declaration import load, open_experiment
 from obdlab.lab.evaluation.questions import Run, question, runs
+from obdlab.lab.space import DiskFullError
 from obdlab.lab.spec import SpecError
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ def run_all(planned: Mapping[str, AnySpec], results: Results, say: Callable[[str
         began_s = time.monotonic()
         try:
             measured = open_experiment(spec, directory).run()
+        except DiskFullError:
+            raise  # the others need more of the same disk
         except ObdlabError as error:
+            interrupts.check(error)
             failed[name] = str(error)
             (directory / "not_run.txt").write_text(f"{error}\n")
             say(f"[{number}/{len(planned)}] {name}: could not be run: {error}")

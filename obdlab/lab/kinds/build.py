@@ -53,6 +53,14 @@ class Build(Kind):
     )
     programs: ClassVar[Mapping[str, str]] = {"tar": "tar"}
 
+    def point_s(self, options: Mapping[str, Value]) -> float:
+        """Return a time by the number of files, written and committed."""
+        return 1.0 + int(options["files"]) / 400
+
+    def disk_bytes(self, options: Mapping[str, Value]) -> int:
+        """Return the size of the lower image in both forms, and of the layer and its commit."""
+        return 4 * int(options["files"]) * (int(options["mean_kib"]) << 10)
+
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Make the lower image in both forms: a directory, and a layer."""

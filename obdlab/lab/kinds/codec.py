@@ -47,6 +47,10 @@ class Codec(Kind):
     )
     programs: ClassVar[Mapping[str, str]] = {}
 
+    def disk_bytes(self, options: Mapping[str, Value]) -> int:
+        """Return the size of the data, plain and compressed."""
+        return 2 * int(options["size_mib"]) << 20
+
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Unpack as much content as asked for."""

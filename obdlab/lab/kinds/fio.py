@@ -57,6 +57,14 @@ class Fio(Kind):
     )
     programs: ClassVar[Mapping[str, str]] = {"fio": "fio"}
 
+    def point_s(self, options: Mapping[str, Value]) -> float:
+        """Return the time of one run of fio, with its start."""
+        return float(options["seconds"]) + 0.5
+
+    def disk_bytes(self, options: Mapping[str, Value]) -> int:
+        """Return the size of the data, plain and compressed."""
+        return 4 * int(options["size_mib"]) << 20
+
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Make the devices."""

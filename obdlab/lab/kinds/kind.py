@@ -57,6 +57,14 @@ class Kind(Protocol):
         Raises LabError.
         """
 
+    def point_s(self, options: Mapping[str, Value]) -> float:
+        """Return about how long one point takes, in seconds."""
+        return 1.0
+
+    def disk_bytes(self, options: Mapping[str, Value]) -> int:
+        """Return about how much its files take in ``Place.work``, beside what is made of an image."""
+        return 0
+
 
 def is_value(value: object) -> bool:
     """Tell whether a value of a declaration can be one of a point."""

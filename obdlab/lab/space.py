@@ -1,0 +1,110 @@
+"""Room on the disks that an experiment writes to: how much there is, and whether a failure was the want of it.
+
+A start on a full disk fails in many ways (containerd's text, an OSError, a cache that stores nothing and asks the
+registry again), and none of them says anything about what is measured. So such a failure ends the run with one line,
+and its cell has no row and is measured again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.errors import ObdlabError
+from obdlab.lab import interrupts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_TEXTS = tuple(os.strerror(number).lower() for number in _ERRNOS)
+# A file system with less than this free is full: what failed there failed for want of space.
+_NOTHING = 1 << 20
+
+
+class DiskFullError(ObdlabError):
+    """A disk is full, or has not the room that an experiment needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes free for use and in all on the file system of a directory; ``device`` identifies that file system."""
+
+    directory: Path
+    free: int
+    size: int
+    device: int
+
+    def __str__(self) -> str:
+        return f"{self.directory}: {gigabytes(self.free)} of {gigabytes(self.size)} free"
+
+
+def room(directory: Path) -> Room:
+    """Return the room where ``directory`` is or would be made. Raises OSError."""
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    found = os.statvfs(there)
+    return Room(directory, found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize, os.stat(there).st_dev)
+
+
+def check(error: BaseException, places: Iterable[Path]) -> None:
+    """Raise DiskFullError if ``error`` came of a full disk; ``places`` are the directories written to."""
+    if isinstance(error, DiskFullError):
+        raise error
+    rooms = sorted((room(place) for place in places), key=lambda each: each.free)
+    if _is_about_space(error) or (rooms and rooms[0].free < _NOTHING):
+        where = next((str(room(Path(each))) for each in _names(error)), str(rooms[0]) if rooms else "a disk is full")
+        raise DiskFullError(f"disk full: {where} ({_first_line(error)})") from error
+
+
+@contextmanager
+def naming_full_disks(*places: Path) -> Iterator[None]:
+    """Turn an error in here that came of a full disk into a DiskFullError that says which; interrupts pass."""
+    try:
+        yield
+    except (ObdlabError, OSError) as error:
+        interrupts.check(error)
+        check(error, places)
+        raise
+
+
+def gigabytes(size: float) -> str:
+    """Return a size in words, in GB or MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+# Of whatever an error replaced or was made of, too: cleaning up on a full disk fails in its own words.
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop(0)
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            yield found
+            pending += [found.__cause__, found.__context__]
+
+
+def _is_about_space(error: BaseException) -> bool:
+    return any(
+        (isinstance(each, OSError) and each.errno in _ERRNOS) or any(text in str(each).lower() for text in _TEXTS)
+        for each in _chain(error)
+    )
+
+
+def _names(error: BaseException) -> Iterator[str]:
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in _ERRNOS and isinstance(each.filename, str):
+            yield each.filename
+
+
+# A program's last words are many lines: that which names the want of space, or the first.
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip(" |") for each in _chain(error) for line in str(each).splitlines() if line.strip(" |")]
+    told = next((line for line in lines if any(text in line.lower() for text in _TEXTS)), "")
+    return (told or (lines[0] if lines else type(error).__name__))[:200]
