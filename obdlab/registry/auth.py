@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
+from obdlab.registry.body import read_small
 from obdlab.registry.deadline import thread_deadline
-from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, from_response
+from obdlab.registry.failures import RegistryError, discard, from_response
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -278,13 +279,7 @@ class Authenticator:
         response = self._transport.send("GET", url, {"Authorization": _basic(pair)} if pair else {}, doing=doing)
         if response.status != 200:
             raise from_response(response, doing)
-        try:
-            text = response.read(_MAX_TOKEN_ANSWER + 1)
-        except TRANSPORT_ERRORS as error:
-            raise from_exception(error, doing) from error
-        finally:
-            discard(response)
-        return _read_token(text, doing)
+        return _read_token(read_small(response, _MAX_TOKEN_ANSWER, doing), doing)
 
 
 def _told(error: RegistryError, trouble: str) -> RegistryError:

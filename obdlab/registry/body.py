@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import CorruptBlobError
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, persist
+from obdlab.registry.framing import is_compressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,9 @@ def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doi
 
 def go_to_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
     """Have the answer to a range request give the byte at ``offset`` next. Raises as :func:`read_range` does."""
+    if is_compressed(response):
+        got = response.headers.get("Content-Encoding", "")[:80]
+        raise RegistryError(f"{doing}: answer with another encoding (got {got!r}, wanted identity)")
     if response.status == 206:
         _check_content_range(response, offset, length, doing)
     else:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.registry.body import read_small
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
-from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard
+from obdlab.registry.failures import RegistryError, discard
 from obdlab.registry.reference import canonical_host
 
 if TYPE_CHECKING:
@@ -226,15 +227,11 @@ class CredentialsService:
 
     def _fetch(self, url: str, doing: str) -> bytes:
         response = self._transport.send("GET", url, {"Accept": "application/json"}, doing=doing)
-        try:
-            if response.status != 200:
-                # What it says may well quote what it must not.
-                raise RegistryError(f"{doing}: answered {response.status}", status=response.status)
-            return response.read(_MAX_ANSWER + 1)
-        except TRANSPORT_ERRORS as error:
-            raise CredentialsError(f"{doing}: no whole answer ({type(error).__name__})") from error
-        finally:
+        if response.status != 200:
             discard(response)
+            # What it says may well quote what it must not.
+            raise RegistryError(f"{doing}: answered {response.status}", status=response.status)
+        return read_small(response, _MAX_ANSWER, doing)
 
 
 @dataclass(slots=True)
@@ -272,8 +269,6 @@ class _Remembered:
 
 def _service_credentials(text: bytes, doing: str) -> Credentials:
     # {"traceId": ..., "success": true, "data": {"auths": {...}}}
-    if len(text) > _MAX_ANSWER:
-        raise CredentialsError(f"{doing}: answer larger than {_MAX_ANSWER} bytes")
     document = _object(text, doing)
     if document.get("success") is not True:
         raise CredentialsError(f"{doing}: the answer says no success")

@@ -22,6 +22,7 @@ from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
+from obdlab.registry.framing import BoundedReader, FramingError, check_framing
 from obdlab.registry.interrupt import exchange_of_thread, is_broken_off
 from obdlab.registry.pace import pace_of_thread
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
@@ -111,6 +112,11 @@ class Transport:
                 preload_content=False,
                 decode_content=False,
             )
+            try:
+                check_framing(response)
+            except FramingError:
+                response.close()  # the connection, too
+                raise
             _count_answer(response.status)
             return response
         except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a header or URL http.client refuses
@@ -214,6 +220,12 @@ class _DeadlineMixin:
     def settimeout(self, value: float | None) -> None:
         self._silence = value
         super().settimeout(value)  # type: ignore[misc]
+
+    # What http.client reads an answer from, a new one for each.
+    def makefile(self, *args: Any, **kwargs: Any) -> Any:
+        if args != ("rb",) or kwargs:
+            raise ValueError(f"file of a registry's socket: wanted mode rb alone (got {args} {kwargs})")
+        return BoundedReader(super().makefile("rb", buffering=0))  # type: ignore[misc]
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
         pace = pace_of_thread()
