@@ -86,16 +86,19 @@ def run_attach(args: argparse.Namespace) -> int:
 
 
 def run_detach(args: argparse.Namespace) -> int:
-    """Detach; a device that is not there is fine."""
+    """Detach."""
     service = device_service_from(args)
     named = next((each for each in service.list() if args.device in (each.device_id, str(each.path))), None)
+    missing = DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
     if args.device.startswith("/") and named is None:
-        raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
+        raise missing
     device_id = args.device if named is None else named.device_id
     gone = service.detach(device_id)
     made = args.run_dir.absolute() / _IMAGES / device_id / _CONFIG
     forget_config(service, made if named is None else named.config)
-    print(f"{device_id}: {'detached' if gone else 'not attached'}")
+    if not gone:
+        raise missing
+    print(f"{device_id}: detached")
     return 0
 
 

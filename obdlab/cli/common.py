@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.packing import size_argument
+from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     from obdlab.formats.oci import Platform
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 DEFAULT_RUN_DIR = Path("/run/obdlab")
 DEFAULT_CACHE_DIR = Path("/var/lib/obdlab/cache")
 DEFAULT_SETTINGS = Path("/etc/obdlab/obdlab.json")
+
+
+class NeedsRootError(ObdlabError):
+    """A command was started by a user for whom nothing of it can work."""
+
+
+def need_root(what: str) -> None:
+    """Raise NeedsRootError, saying what for, unless this process is root's."""
+    if os.geteuid() != 0:
+        raise NeedsRootError(f"must be run as root, as it {what} (got user {os.geteuid()})")
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:

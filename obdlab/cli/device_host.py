@@ -41,6 +41,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Listen and serve; with ``--detach`` return as soon as a host listens, this one or another."""
+    from obdlab.cli.common import need_root
+
+    need_root("makes block devices")
     # numpy's BLAS would start threads at import; a process that forks must have none.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     from obdlab.service.host import Host

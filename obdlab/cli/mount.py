@@ -83,14 +83,13 @@ def _make_directory(target: Path) -> None:
 
 
 def run_umount(args: argparse.Namespace) -> int:
-    """Unmount and detach. A directory that is not mounted is fine."""
+    """Unmount and detach."""
     from obdlab.devices.mount import mount_at, unmount
 
     service = device_service_from(args)
     entry = mount_at(args.target)
     if entry is None:
-        print(f"{args.target}: not mounted")
-        return 0
+        raise DeviceError(f"{args.target}: not mounted")
     device = next((each for each in service.list() if str(each.path) == entry.source), None)
     if device is None:
         raise DeviceError(

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.common import add_runtime_options, device_service_from, need_root
 from obdlab.cli.packing import say
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe import stacks
@@ -98,6 +98,7 @@ def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argpar
 
 def run_api(args: argparse.Namespace) -> int:
     """Serve until told to end."""
+    need_root("has the devices of root's run directory take snapshots")
     from obdlab.service.live import LiveDevice, find_device
     from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
 

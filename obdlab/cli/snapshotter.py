@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli import notify
-from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, need_root, settings_from
 from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    need_root("makes block devices and mounts file systems")
     from obdlab.service.tcmu_devices import devices_for
     from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli import notify
-from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.common import add_registry_options, add_runtime_options, need_root, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
 from obdlab.errors import DeviceError
 
@@ -69,6 +69,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    need_root("serves the kernel's block devices")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads; a process that forks must have none
     settings = settings_from(args)
     set_up_logs(args, logging.INFO, settings=settings)
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node, or the name of the iSCSI target."""
+    need_root("makes a block device")
     from obdlab.devices.tcmu import configfs
     from obdlab.service.tcmu import failure_of, result_file
 
@@ -118,9 +120,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def run_detach(args: argparse.Namespace) -> int:
-    """Detach; a device that is not there is fine."""
+    """Detach."""
+    need_root("removes a block device")
     from obdlab.devices.tcmu import configfs
     from obdlab.service.tcmu_devices import take_down
 
-    take_down(configfs.Target.of(args.id))
+    target = configfs.Target.of(args.id)
+    there = target.backstore.exists() or target.loop.exists()
+    take_down(target)
+    if not there:
+        raise DeviceError(f"{args.id}: no such TCMU device")
     return 0

@@ -45,8 +45,7 @@ class CachedUnits:
         self._space = space
         self.files, error = _open(space, directory, size, unit)
         if error is not None:
-            hits = ", but for what is there" if self.files.read_only else ""
-            logger.log(_level(error), "%s: not cached for now%s: %s", name, hits, error)
+            self._say_not_cached(error)
         self.unit_shift = self.files.unit.bit_length() - 1
         self.sums = memoryview(bytearray(4 * pages_of(size))).cast("I")
         self.attend = bytearray(b"\1" * self.files.units)
@@ -56,6 +55,15 @@ class CachedUnits:
         self._damaged: set[int] = set()
         self._reattaching = threading.Lock()
         self._retry_at = time.monotonic() + _RETRY_S
+
+    # A cache that may not be written is the same for every blob: said once.
+    def _say_not_cached(self, error: OSError) -> None:
+        level, name = _level(error), self.name
+        if error.errno in _NOT_OURS:
+            level = logging.DEBUG if self._space.refusal_said else level
+            name, self._space.refusal_said = str(self._space.directory), True
+        hits = ", but for what is there" if self.files.read_only else ""
+        logger.log(level, "%s: not cached for now%s: %s", name, hits, error)
 
     def reattach(self) -> None:
         """If the files could not be had, or went, try again from time to time."""

@@ -63,6 +63,8 @@ class CacheSpace:
         self.blobs = self.directory / "blobs"
         #: Bytes given back so far, by this object.
         self.evicted_bytes = 0
+        #: Whether the log says already that this process may not write here.
+        self.refusal_said = False
         self._quota = quota
         self._min_free = min_free
         self._lock = threading.Lock()  # threads queue here, and do not poll for the file's lock

@@ -60,6 +60,26 @@ def as_nobody(*arguments: str | Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("snapshotter", "--root", "snapshots", "--address", "s.sock", "--run-dir", "run"),
+        ("device-host", "--run-dir", "run"),
+        ("snapshot-api", "--run-dir", "run"),
+        ("tcmu", "--run-dir", "run"),
+        ("tcmu-attach", "config.v1.json", "--id", "x"),
+        ("tcmu-detach", "x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_daemons_that_need_root_refuse_to_start_without(arguments: tuple[str, ...], roots_place: Path) -> None:
+    status, error = as_nobody(*arguments)
+    assert (status, len(error.splitlines())) == (1, 1), error
+    assert error.startswith(f"obdlab {arguments[0]}: must be run as root, as it ")
+    assert f"(got user {NOBODY})" in error
+    assert list(roots_place.iterdir()) == []
+
+
 def test_without_root_mount_says_that_it_needs_it(roots_place: Path) -> None:
     places = ("--run-dir", roots_place / "run", "--cache-dir", roots_place / "cache")
     work_dir = roots_place / "work"

@@ -100,6 +100,27 @@ def test_an_image_in_a_registry_needs_no_root(registry_server: RegistryServer, t
     assert hashlib.sha256(done.stdout).hexdigest() == EXPECTED["big"]["sha256"]
 
 
+@pytest.mark.parametrize("command", ["ls", "cat", "cp"])
+def test_without_rights_to_the_cache_one_line_says_so(
+    command: str, registry_server: RegistryServer, tmp_path: Path
+) -> None:
+    layers, annotations = imagefiles.golden_layers()
+    image = imagefiles.push(
+        registry_server.host, "view/many", *imagefiles.image_documents(layers, annotations, compress=False)
+    )
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    words = [sys.executable, "-m", "obdlab.cli.main", command, "--cache-dir", str(closed / "cache"), f"{image}:/one"]
+    words += [str(tmp_path / "copy")] if command == "cp" else []
+    if os.geteuid() == 0:
+        os.chown(closed, 65534, 65534)
+        words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *words]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert f"{closed / 'cache'}: not cached for now: " in line
+
+
 def made_tree(top: Path) -> FileTree:
     image = top.with_name("image")
     command = ["mke2fs", "-q", "-t", "ext4", "-d", str(top), str(image), "16M"]
