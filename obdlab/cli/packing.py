@@ -59,7 +59,8 @@ def add_compression_options(parser: argparse._ActionsContainer, *, plain: bool =
         type=int,
         choices=(4, 8, 16, 32, 64),
         default=DEFAULT_BLOCK_SIZE >> 10,
-        help="compressed blocks, KiB (default: %(default)s)",
+        help="compressed blocks, KiB (default: %(default)s); in place of 64, 32 for a file with a block that "
+        "does not compress, which the original could not read",
     )
 
 

@@ -68,7 +68,7 @@ def run_compress(args: argparse.Namespace) -> int:
         _output(args) as output,
         progress_bar(args.source, size, quiet=args.quiet) as progress,
     ):
-        length = compress_stream(source, output, packing, progress)
+        length = compress_stream(source, output, packing, progress, name=args.output)
     if args.output != _STREAM:
         stored = os.path.getsize(args.output)
         say(f"{args.output}: {size_text(length)} in {size_text(stored)}", quiet=args.quiet)

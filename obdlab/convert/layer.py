@@ -29,11 +29,10 @@ from obdlab.errors import SourceError
 from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
 from obdlab.ext4.volume import Volume
 from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
+from obdlab.image.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.stack import Stack, WritableStack
-from obdlab.layers.tarwrap import TarWrapWriter
 from obdlab.layers.upper import SparseUpper
-from obdlab.layers.zfile import ZFileWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +61,7 @@ class LayerOptions:
 
     #: "lz4" or "zstd".
     algorithm: str = DEFAULT_ALGORITHM
-    #: A power of two from 4 KiB to 64 KiB.
+    #: A power of two from 4 KiB to 64 KiB. (A layer with a block of 64 KiB that does not compress gets 32 KiB.)
     block_size: int = DEFAULT_BLOCK_SIZE
     #: Size of the disk that containers see. Costs nothing where it is empty.
     virtual_size: int = 64 * GIB
@@ -243,11 +242,10 @@ def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
     begin = time.monotonic()
     try:
         with _open_own(upper, read_only=True) as layer, target.open("xb", buffering=_BUFFER) as file:
-            wrapped = TarWrapWriter(file)
-            compressed = ZFileWriter(wrapped, options.block_size, options.algorithm)
-            committed = commit(layer, compressed, uuid=layer.uuid)
-            compressed.close()
-            wrapped.close()
+            packing = Packing(options.algorithm, options.block_size, tar=True)
+            committed, _ = write_packed(
+                file, packing, lambda sink: commit(layer, sink, uuid=layer.uuid), name=f"layer {target.stem}"
+            )
         middle = time.monotonic()
         # After the fact: the headers are rewritten at the end. The file is in the page cache still.
         digest = digest_of_file(target)

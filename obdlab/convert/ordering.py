@@ -19,7 +19,7 @@ from obdlab.formats.zfile.layout import Algorithm
 from obdlab.image.replay import reads_in, reads_of_disk
 from obdlab.image.tracemap import sectors_of_reads
 from obdlab.image.traces import unique
-from obdlab.image.writing import Packing
+from obdlab.image.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints import ImageDestination, ImageSource
     from obdlab.convert.progress import Progress
     from obdlab.layers.ordering import SectorRange
+    from obdlab.layers.sink import Sink
 
 
 def order_layers(
@@ -73,9 +74,12 @@ def order_layers(
 
 
 def _write(layer: LsmtLayer, first: Sequence[SectorRange], path: Path) -> None:
-    with path.open("xb") as file, _packing_of(layer).around(file) as sink:
+    def write(sink: Sink) -> None:
         tag = layer.user_tag
         commit(layer, sink, uuid=layer.uuid, parent_uuid=layer.parent_uuid, user_tag=tag, first=first)
+
+    with path.open("xb") as file:
+        write_packed(file, _packing_of(layer), write, name=layer.name)
 
 
 def _packing_of(layer: LsmtLayer) -> Packing:

@@ -25,7 +25,7 @@ from obdlab.image.from_manifest import CREATED, TRACE_ARTIFACT, config_from_mani
 from obdlab.image.hotlayer import is_hot, write_hot_layer
 from obdlab.image.open import open_image
 from obdlab.image.replay import reads_in
-from obdlab.image.writing import Packing
+from obdlab.image.writing import Packing, write_packed
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.registry.platforms import host_platform
 from obdlab.registry.reference import Reference
@@ -73,10 +73,11 @@ def add_hot_layer(
         with (
             opened(source, manifest, settings, client, Path(directory), progress) as disk,
             path.open("xb") as file,
-            packing.around(file) as sink,
         ):
             _refuse_hot(disk, source)
-            write_hot_layer(disk, trace, sink, name=trace_name)
+            write_packed(
+                file, packing, lambda sink: write_hot_layer(disk, trace, sink, name=trace_name), name="hot layer"
+            )
         layer = _top_layer(path, "obdlab: hot layer", {oci.HOT_LAYER: "yes"})
         return add_layer(source, manifest, layer, destination, work_dir, progress), layer.size
 

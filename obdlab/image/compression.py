@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
-from obdlab.image.writing import CountingSink
+from obdlab.image.writing import CountingSink, write_packed
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -15,20 +16,34 @@ if TYPE_CHECKING:
 _STEP = 1 << 20
 
 
-def compress_stream(source: BinaryIO, sink: Sink, packing: Packing, progress: Progress | None = None) -> int:
+def compress_stream(
+    source: BinaryIO, sink: Sink, packing: Packing, progress: Progress | None = None, *, name: str = "stream"
+) -> int:
     """Compress ``source`` to its end into ``sink``; return its length. ``progress`` hears of uncompressed bytes.
 
-    Raises ZFileWriteError for content that has no ZFile with these options, PackingError for a tar into a sink that
-    cannot seek.
+    If both can seek, blocks of 64 KiB give way to smaller ones where they must (``write_packed``, for which ``name``
+    is). Raises ZFileWriteError for content that has no ZFile with these options, PackingError for a tar into a sink
+    that cannot seek.
     """
-    length = 0
-    with packing.around(sink) as packed:
-        target = packed if progress is None else CountingSink(packed, progress)
+
+    def copy(target: Sink) -> int:
+        length = 0
         # A pipe gives what it has, so that this streams.
         while data := source.read(_STEP):
             target.write(data)
             length += len(data)
-    return length
+        return length
+
+    if isinstance(sink, io.IOBase) and sink.seekable() and source.seekable():
+        begin = source.tell()
+
+        def copy_whole(target: Sink) -> int:
+            source.seek(begin)
+            return copy(target)
+
+        return write_packed(cast("BinaryIO", sink), packing, copy_whole, name=name, progress=progress)[0]
+    with packing.around(sink) as packed:
+        return copy(packed if progress is None else CountingSink(packed, progress))
 
 
 def extract(content: Blob, file: BinaryIO, *, sparse: bool, progress: Progress | None = None) -> None:

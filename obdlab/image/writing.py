@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR
@@ -15,7 +16,7 @@ from obdlab.image.output import new_file
 from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.sink import can_seek
 from obdlab.layers.tarwrap import TarWrapWriter
-from obdlab.layers.zfile import ZFileWriter
+from obdlab.layers.zfile import FITTING_BLOCK_SIZE, IncompressibleError, ZFileWriter
 
 if TYPE_CHECKING:
     import os
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from obdlab.layers.sink import SeekableSink, Sink
     from obdlab.layers.stack import Stack
 
-#: Told how many bytes more are done.
+log = logging.getLogger(__name__)
+
+#: Called with how many bytes more are done; fewer than none if some must be done again.
 Progress = Callable[[int], object]
+T = TypeVar("T")
 
 
 class PackingError(ObdlabError):
@@ -81,6 +85,43 @@ class Packing:
         )
 
 
+def write_packed(
+    file: BinaryIO,
+    packing: Packing,
+    write: Callable[[Sink], T],
+    *,
+    name: str,
+    progress: Progress | None = None,
+) -> tuple[T, int]:
+    """Have ``write`` fill a new, empty file, packed; return what it returns, and the size of the ZFile's blocks.
+
+    If a block of 64 KiB does not compress, which the original could not read, the file is begun again with blocks of
+    32 KiB, and the log says so of ``name``; so ``write`` may be called twice. ``progress`` hears of bytes before they
+    are packed.
+    """
+    target: CountingSink | None = None
+
+    def fill(packing: Packing) -> T:
+        nonlocal target
+        with packing.around(file) as sink:
+            target = None if progress is None else CountingSink(sink, progress)
+            return write(target or sink)
+
+    try:
+        return fill(packing), packing.block_size
+    except IncompressibleError:
+        pass
+    log.warning(
+        "%s: content does not compress in blocks of %d KiB, which the original could not read; stored in blocks of "
+        "%d KiB", name, packing.block_size >> 10, FITTING_BLOCK_SIZE >> 10,
+    )  # fmt: skip
+    if progress is not None and target is not None:
+        progress(-target.count)
+    file.seek(0)
+    file.truncate()
+    return fill(replace(packing, block_size=FITTING_BLOCK_SIZE)), FITTING_BLOCK_SIZE
+
+
 def write_layer(
     source: Layer | Stack,
     path: str | os.PathLike[str],
@@ -98,9 +139,12 @@ def write_layer(
     Raises OutputError if the file exists (unless ``force``), ValueError for a UUID or message that does not fit, and
     what the source raises; then nothing is left of the file.
     """
-    with new_file(path, force=force) as file, packing.around(file) as sink:
-        target = sink if progress is None else CountingSink(sink, progress)
-        return commit(source, target, uuid=uuid, parent_uuid=parent_uuid, user_tag=user_tag, zero_blocks=zero_blocks)
+
+    def write(sink: Sink) -> Committed:
+        return commit(source, sink, uuid=uuid, parent_uuid=parent_uuid, user_tag=user_tag, zero_blocks=zero_blocks)
+
+    with new_file(path, force=force) as file:
+        return write_packed(file, packing, write, name=str(path), progress=progress)[0]
 
 
 def commit_size(source: Layer | Stack) -> int:
@@ -110,15 +154,18 @@ def commit_size(source: Layer | Stack) -> int:
 
 
 class CountingSink:
-    """Passes everything on, and tells how much it was."""
+    """Passes everything on, and reports how much it was."""
 
     def __init__(self, sink: Sink, progress: Progress) -> None:
         self._sink = sink
         self._progress = progress
+        #: Bytes so far.
+        self.count = 0
 
     def write(self, data: Buffer) -> int:
         """Append ``data``; returns its length."""
         self._sink.write(data)
+        self.count += len(data)
         self._progress(len(data))
         return len(data)
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from obdlab.layers.zfile_reader import ZFileReader, open_zfile
-from obdlab.layers.zfile_writer import ZFileWriteError, ZFileWriter
+from obdlab.layers.zfile_writer import FITTING_BLOCK_SIZE, IncompressibleError, ZFileWriteError, ZFileWriter
 
-__all__ = ["ZFileReader", "ZFileWriteError", "ZFileWriter", "open_zfile"]
+__all__ = ["FITTING_BLOCK_SIZE", "IncompressibleError", "ZFileReader", "ZFileWriteError", "ZFileWriter", "open_zfile"]

@@ -36,6 +36,8 @@ _BATCH = 512 << 10
 _LEAST_LZ4_BLOCK_FOR_THREADS = 16 << 10
 # Batches that may wait for each worker, which bounds memory.
 _AHEAD = 3
+#: The largest blocks that hold any content within the limits of the original's reader.
+FITTING_BLOCK_SIZE = 32 << 10
 
 
 # Stored blocks, and the length of each.
@@ -44,6 +46,10 @@ _Batch = tuple["Buffer", list[int]]
 
 class ZFileWriteError(ObdlabError):
     """Content that has no readable ZFile with these options, or a writer used after its end."""
+
+
+class IncompressibleError(ZFileWriteError):
+    """A block of 64 KiB that does not compress: blocks of ``FITTING_BLOCK_SIZE`` can hold the content."""
 
 
 class ZFileWriter:
@@ -111,8 +117,8 @@ class ZFileWriter:
     def write(self, data: Buffer) -> int:
         """Append ``data``, in chunks of any size. Returns its length.
 
-        Raises ZFileWriteError if the writer is closed or has failed before, and, in this or a later call, for a
-        64 KiB block that does not compress (the original's reader has no room for it).
+        Raises ZFileWriteError if the writer is closed or has failed before, and, in this or a later call,
+        IncompressibleError for a 64 KiB block that does not compress (the original's reader has no room for it).
         """
         self._check_open()
         self._open = False  # until this call succeeds
@@ -205,9 +211,10 @@ class ZFileWriter:
         # cannot be reached: blocks of 32 KiB and less grow by too little.)
         if max(lengths) > MAX_BLOCK_SIZE:
             block, stored = next((n, stored) for n, stored in enumerate(lengths) if stored > MAX_BLOCK_SIZE)
-            raise ZFileWriteError(
+            raise IncompressibleError(
                 f"block {len(self._lengths) + block} does not compress and would be stored in {stored} bytes, more "
-                f"than the original's reader can take ({MAX_BLOCK_SIZE}); use a block size of at most 32768"
+                f"than the original's reader can take ({MAX_BLOCK_SIZE}); use a block size of at most "
+                f"{FITTING_BLOCK_SIZE}"
             )
         self._lengths.extend(lengths)
         self._emit(data)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,46 @@ def test_nothing_is_replaced_unasked(command: str, tmp_path: Path, capsys: pytes
     assert run(*arguments, "--force") == 0
     assert out.read_bytes() != b"mine"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def noisy_layer(directory: Path) -> Path:
+    """A writable layer with 1 MiB of zeros, and as much of what does not compress, which begins in a block."""
+    path = directory / "writable"
+    with closing(SparseUpper.create(path, 64 << 20)) as layer:
+        layer.write_at(0, bytes(1 << 20))
+        layer.write_at((2 << 20) + 4096, os.urandom(1 << 20))
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ["lz4", "zstd"])
+@pytest.mark.parametrize("command", ["commit", "merge", "zfile", "import"])
+def test_content_that_does_not_fit_into_64_kib_blocks_gets_smaller_ones(
+    command: str, algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = noisy_layer(tmp_path)
+
+    def packed(kib: int) -> bytes:
+        out = tmp_path / f"out{kib}"
+        arguments: list[str | Path] = {
+            "commit": ["commit", source, out],
+            "merge": ["merge", source, "-o", out],
+            "zfile": ["zfile", "compress", source, out],
+            "import": ["import", source, out],
+        }[command]
+        assert run(*arguments, "--algorithm", algorithm, "--block-size-kib", str(kib)) == 0
+        return out.read_bytes()
+
+    small = packed(32)
+    assert "does not compress" not in caplog.text
+    assert packed(64) == small
+    assert f"{tmp_path / 'out64'}: content does not compress in blocks of 64 KiB" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == ["out32", "out64", "writable"]
+
+
+def test_a_stream_that_does_not_fit_into_64_kib_blocks_is_refused() -> None:
+    done = obdlab_process("zfile", "compress", "--block-size-kib", "64", "-", "-", input=os.urandom(1 << 20))
+    assert done.returncode == 1
+    assert b"use a block size of at most 32768" in done.stderr
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+import obdlab
 from obdlab.cli.convertoptions import add_conversion_options, platforms_at_once
 from obdlab.cli.imageoptions import add_image_options, image_client
 from obdlab.cli.main import main
 from obdlab.convert.layout import ImageLayout
 from obdlab.convert.source import check_apart
+from obdlab.ext4.volume import Volume
+from obdlab.formats import oci
+from obdlab.image.description import describe
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Repository
 from tests.convert.layouts import make_layout, member
@@ -32,6 +40,29 @@ def test_prints_table_and_digest(work_dir: Path, tmp_path: Path, capsys: pytest.
     table = printed.err.splitlines()
     assert table[-5].split()[:2] == ["layer", "source"]
     assert table[-1] == f"stored as oci:{tmp_path / 'out'}:v1"
+
+
+def test_layers_that_do_not_fit_into_64_kib_blocks_get_smaller_ones(work_dir: Path, tmp_path: Path) -> None:
+    noise = [os.urandom(300_000), os.urandom(6 << 20)]  # the second is compressed in another process
+    layers = [[member("text", b"1" * 100_000)], *([member(f"{len(each)}", each)] for each in noise)]
+    source = f"oci:{make_layout(tmp_path / 'source', layers).root}"
+    command = [sys.executable, "-m", "obdlab", "convert", "--block-size-kib", "64", "--work-dir", str(work_dir)]
+    command += ["--database", "none", source, f"oci:{tmp_path / 'out'}:v1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"(layer \d+): content does not compress in blocks of 64 KiB", done.stderr)
+    assert sorted(said) == ["layer 001", "layer 002"]
+    layout = ImageLayout(tmp_path / "out")
+    (entry,) = layout.select("v1")
+    manifest = oci.Manifest.parse(layout.read_blob(entry, 1 << 20))
+    paths = [layout.blob_path(layer.digest) for layer in manifest.layers]
+    sizes = [facts.block_size for path in paths if (facts := describe(path).zfile) is not None]
+    assert [size >> 10 for size in sizes] == [64, 32, 32]
+    with obdlab.open_stack(paths) as disk:
+        volume = Volume(disk)
+        for content in noise:
+            found = volume.inode(volume.lookup(b"%d" % len(content)) or 0)
+            assert b"".join(volume.content(found)) == content
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
