@@ -59,6 +59,7 @@ lint:
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb notebooks/*/*.ipynb
 
 # Devices, mounts and containers are the whole host's: tests that use them run alone, the others on all processors.
+# Both in workers of pytest-xdist: a worker that a hanging test took along is replaced (tests/guard).
 HOST_TESTS := kernel or containerd or vm
 PYTEST := $(BIN)/python -m pytest
 
@@ -70,7 +71,7 @@ pure:
 	$(PYTEST) -n auto --dist loadfile -m "not ($(HOST_TESTS))" $(TESTS)
 
 host:
-	$(PYTEST) -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
+	$(PYTEST) -n 1 -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
 
 test-long: setup test-packages long-packages lint
 	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
