@@ -32,12 +32,18 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="oci:DIR|REF",
         help="also write it to an OCI layout directory, or push it to a registry",
     )
-    build.add_argument(
-        "--update-lock", action="store_true", help="pin the recipe to the package versions that the archive has today"
+    ways = build.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--newest", action="store_true", help="build again from what the archive has now, even if an image is there"
     )
+    ways.add_argument(
+        "--update-lock", action="store_true", help="--newest, and write its package versions to packages.lock"
+    )
+    _add_locked(ways)
     push = verbs.add_parser("push", help="build a recipe's image and push it to a registry (needs root)")
     push.add_argument("recipe", metavar="RECIPE", help="name of a dataset, or a path of a TOML file")
     push.add_argument("to", metavar="REF", help="e.g. registry.example/redis:v1")
+    _add_locked(push)
     listing = verbs.add_parser("list", help="list the recipes and what is built of them")
     for verb in (build, push, listing):
         verb.add_argument(
@@ -47,8 +53,14 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_registry_options(build)
     add_registry_options(push)
     build.set_defaults(run=_build)
-    push.set_defaults(run=_build, update_lock=False)
+    push.set_defaults(run=_build, update_lock=False, newest=False)
     listing.set_defaults(run=_list)
+
+
+def _add_locked(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--locked", action="store_true", help="fail unless every package is of the version in packages.lock"
+    )
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -67,9 +79,11 @@ def _build(args: argparse.Namespace) -> int:
     with closing(registry_from(args)) as client:
         if args.update_lock:
             path = recipe_path(args.recipe, directories)
-            layout = update_lock(Recipe.load(path), path.with_name(LOCK_NAME), work_dir, _say)
+            layout = update_lock(Recipe.load(path), path.with_name(LOCK_NAME), work_dir, _say).layout
         else:
-            layout = build_image(find_recipe(args.recipe, directories), work_dir, _say, client)
+            recipe = find_recipe(args.recipe, directories)
+            ways = {"locked": args.locked, "newest": args.newest}
+            layout = build_image(recipe, work_dir, _say, client, **ways).layout
         digest = push_layout(layout, client, reference) if reference is not None else ""
     if digest:
         print(f"{reference} {digest}")
@@ -95,28 +109,26 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _state(recipe: Recipe, work_dir: Path) -> str:
-    from obdlab.lab.build import image_path
+    from obdlab.lab.build import find_image
     from obdlab.lab.ocilayout import OciLayout
 
     if recipe.image:
         return f"at {recipe.image}"
-    layout = image_path(recipe, work_dir)
-    if not (layout / "index.json").is_file():
+    image = find_image(recipe, work_dir)
+    if image is None:
         return f"{len(recipe.layers) + 1} layers, not built"
-    layers = OciLayout(layout).manifest.layers
+    layers = OciLayout(image.layout).manifest.layers
     return f"{len(layers)} layers, built, {sum(layer.size for layer in layers) / 1e6:.1f} MB"
 
 
 def _directories(args: argparse.Namespace) -> list[Path]:
-    # Beside the package lies the checkout's own collection, when it is run from one.
-    if args.datasets:
-        return list(args.datasets)
-    places = (Path("datasets"), Path(__file__).parents[2] / "datasets")
-    return list(dict.fromkeys(place.resolve() for place in places))
+    from obdlab.lab.workbench import dataset_folders
+
+    return list(args.datasets or dataset_folders())
 
 
 def _places(directories: list[Path]) -> str:
-    return f"{' or '.join(map(str, directories))} (--datasets DIR names another place; they come with the checkout)"
+    return f"{' or '.join(map(str, directories))} (--datasets DIR names another place)"
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.experiment import add_locked
+from obdlab.command import command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def add(subcommands: Any) -> None:
         help="change a key of an experiment (TOML value), e.g. start.repeats=5",
     )
     evaluate.add_argument("--list", action="store_true", help="only list questions and experiments")
+    add_locked(evaluate)
     evaluate.add_argument("--no-report", action="store_true", help="measure and print the ledger only")
     _add_places(evaluate)
     evaluate.set_defaults(run=run_evaluate)
@@ -64,6 +67,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure, print, render; 1 if an experiment could not be run."""
+    from obdlab.lab.bench import LabPaths
     from obdlab.lab.evaluation.questions import QUESTIONS
     from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
     from obdlab.lab.interrupts import ending_on_signals
@@ -76,8 +80,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
             print(f"{asked.key:<16} {asked.figure or '-':<7} {asked.title} ({names})")
         return 0
     results = _results(args)
+    paths = LabPaths(locked=args.locked)
     with ending_on_signals():
-        failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True))
+        failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True), paths)
     _print_ledger(results)
     if not args.no_report:
         print(f"report: {_render(args, results)}")
@@ -88,7 +93,7 @@ def run_report(args: argparse.Namespace) -> int:
     """Render what is stored."""
     results = _results(args)
     if not results.root.is_dir():
-        raise EvaluateError(f"{results.root}: no results (see: obdlab evaluate)")
+        raise EvaluateError(f"{results.root}: no results (see: {command('evaluate')})")
     _print_ledger(results)
     if not args.ledger:
         print(f"report: {_render(args, results)}")
@@ -97,7 +102,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def _results(args: argparse.Namespace) -> Results:
     from obdlab.lab.evaluation.results import Results
-    from obdlab.lab.experiment import default_results
+    from obdlab.lab.workbench import default_results
 
     return Results((args.results or default_results() / (_FULL if args.full else _QUICK)).resolve())
 

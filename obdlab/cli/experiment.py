@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.command import command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _add_spec(run_parser)
     _add_scheduler(run_parser)
     run_parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
+    add_locked(run_parser)
     run_parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
     run_parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
     run_parser.set_defaults(run=run)
@@ -43,6 +45,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     resume_parser.add_argument("name", help="name of its results directory")
     _add_scheduler(resume_parser)
+    add_locked(resume_parser)
     resume_parser.set_defaults(run=resume, again=False, report=False)
     status_parser = actions.add_parser("status", help="tell how many of an experiment's cells are measured")
     _add_spec(status_parser)
@@ -68,6 +71,13 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
         help="change a key (TOML value; of grids also axes.NAME and options.NAME)",
     )
     _add_results(parser)
+
+
+def add_locked(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that makes the datasets' locks binding."""
+    parser.add_argument(
+        "--locked", action="store_true", help="measure only images whose packages are those of packages.lock"
+    )
 
 
 def _add_scheduler(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +107,16 @@ def resume(args: argparse.Namespace) -> int:
 
 def _declared(args: argparse.Namespace) -> AnySpec:
     from obdlab.lab.declaration import load
+    from obdlab.lab.workbench import find
 
-    spec = load(args.spec, quick=args.quick)
+    spec = load(find("experiments", args.spec), quick=args.quick)
     # What was measured with less is not the experiment itself.
     named = {"name": f"{spec.name}-quick"} if args.quick else {}
     return spec.with_values(**named, **_changes(args.set))
 
 
 def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
+    from obdlab.lab.bench import LabPaths
     from obdlab.lab.declaration import open_experiment
     from obdlab.lab.experiment import Experiment
     from obdlab.lab.interrupts import ending_on_signals
@@ -115,8 +127,8 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     if not isinstance(spec, Spec) and (args.report or args.scheduler):
         raise ObdlabError(f"{spec.name}: --report and --scheduler are for container starts (got kind {spec.kind!r})")
     if isinstance(spec, Spec) and args.report:  # what is wrong there shall not be told after an hour of measuring
-        check_parameters(args.notebook, _parameters(spec, directory))
-    experiment = open_experiment(spec, directory)
+        check_parameters(_notebook(args), _parameters(spec, directory))
+    experiment = open_experiment(spec, directory, LabPaths(locked=args.locked))
     try:
         with ending_on_signals():
             if isinstance(experiment, Experiment):
@@ -133,8 +145,14 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     print(told)
     print(f"raw rows: {directory / 'rows.csv'}")
     if isinstance(spec, Spec) and args.report:
-        print(f"report:   {_report(args.notebook, spec, directory)}")
+        print(f"report:   {_report(_notebook(args), spec, directory)}")
     return int(any(row.get("error") for row in experiment.rows()))
+
+
+def _notebook(args: argparse.Namespace) -> Path:
+    from obdlab.lab.workbench import find
+
+    return find("notebooks", args.notebook)
 
 
 def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
@@ -191,14 +209,14 @@ def export(args: argparse.Namespace) -> int:
 
     directory = _directory(args, args.name)
     if not (directory / "rows.jsonl").is_file():
-        raise ObdlabError(f"{directory}: holds no rows (see: obdlab experiment list)")
+        raise ObdlabError(f"{directory}: holds no rows (see: {command('experiment', 'list')})")
     count = write_rows(RowStore(directory).rows(), args.file)
     print(f"{args.file}: {count} rows")
     return 0
 
 
 def _directory(args: argparse.Namespace, name: str) -> Path:
-    from obdlab.lab.experiment import default_results
+    from obdlab.lab.workbench import default_results
 
     results: Path = args.results or default_results()
     return results.resolve() / name
@@ -206,8 +224,8 @@ def _directory(args: argparse.Namespace, name: str) -> Path:
 
 def list_results(args: argparse.Namespace) -> int:
     """Print one line per results directory."""
-    from obdlab.lab.experiment import default_results
     from obdlab.lab.rows import RowStore
+    from obdlab.lab.workbench import default_results
 
     results = args.results or default_results()
     found = sorted(path.parent for path in results.glob("*/rows.jsonl"))

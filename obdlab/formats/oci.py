@@ -84,6 +84,11 @@ def digest_of(data: bytes | bytearray | memoryview) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def short_digest(digest: str) -> str:
+    """Return the first digits of a digest, enough to know it again: "sha256:" and twelve."""
+    return digest[: len("sha256:") + 12]
+
+
 def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
     """Return the chain ID of each layer, bottom first (OCI image specification, "Layer ChainID")."""
     chain: list[str] = []

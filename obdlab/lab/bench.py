@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,27 +23,29 @@ from obdlab.errors import ObdlabError
 from obdlab.lab import coldness, environment, interrupts, space
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import Source, check_programs, is_published
-from obdlab.lab.build import DEFAULT_WORK_DIR, build_image
+from obdlab.lab.build import DEFAULT_WORK_DIR, BuiltImage, build_image
 from obdlab.lab.cgroups import DISKS
 from obdlab.lab.containerd import OwnContainerd
 from obdlab.lab.exclusive import only_experiment
 from obdlab.lab.leftovers import cleanup_leftovers
 from obdlab.lab.netns import ExperimentNetwork
-from obdlab.lab.recipe import Recipe, find_recipe
+from obdlab.lab.process import LabError
+from obdlab.lab.recipe import find_recipe
 from obdlab.lab.registry import RegistryHost, Traffic
 from obdlab.lab.residency import resident_below
 from obdlab.lab.spec import WORKLOAD_LINE, WORKLOADS
 from obdlab.lab.watchdog import time_limit
+from obdlab.lab.workbench import dataset_folders
 from obdlab.registry.client import RegistryClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from obdlab.lab.baselines import Adapter
     from obdlab.lab.containerd import RunningContainer
     from obdlab.lab.netns import LinkCounters
-    from obdlab.lab.recipe import Probe
+    from obdlab.lab.recipe import Probe, Recipe
     from obdlab.lab.registry import Request
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
@@ -59,18 +61,39 @@ class LabPaths:
     """Where an experiment keeps what outlives it."""
 
     #: Directories that hold ``<name>/recipe.toml``.
-    datasets: tuple[Path, ...] = (Path(__file__).parents[2] / "datasets", Path("datasets"))
+    datasets: tuple[Path, ...] = field(default_factory=dataset_folders)
     images: Path = DEFAULT_WORK_DIR
     #: The registry's storage and containerd's directories; on a real disk.
     work: Path = Path("/var/lib/obdlab/lab")
+    #: Images must hold the packages of their recipe's lock.
+    locked: bool = False
+    #: Digests of the images that are measured, by name; of others there is no demand.
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def image(self, name: str, say: Callable[[str], None], *, pin: str = "") -> BuiltImage:
+        """Return an image by its recipe's name, built if need be, preferably the one with the digest ``pin``.
+
+        Raises LabError if ``digests`` demands another one, and what ``build_image`` raises.
+        """
+        demanded = self.digests.get(name, "")
+        recipe = find_recipe(name, self.datasets)
+        image = build_image(recipe, self.images, say, pin=demanded or pin, locked=self.locked)
+        if demanded and image.digest != demanded:
+            raise LabError(f"image {name}: got {image.digest} (wanted {demanded}, which is not in {self.images})")
+        return image
 
 
 @dataclass(frozen=True, slots=True)
 class BenchImage:
     """One image on the registry; ``references`` has what each adapter pulls."""
 
-    recipe: Recipe
+    built: BuiltImage
     references: dict[str, str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was built from."""
+        return self.built.recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +126,7 @@ class Bench:
     def __enter__(self) -> Self:
         for name in self._spec.snapshotters:
             check_programs(ADAPTERS[name])
-        recipes = [find_recipe(name, self._paths.datasets) for name in self._spec.images]
-        layouts = [build_image(recipe, self._paths.images, self._say) for recipe in recipes]
+        built = {name: self._paths.image(name, lambda line: None) for name in self._spec.images}
         with ExitStack() as stack:
             stack.enter_context(only_experiment())
             cleanup_leftovers()  # of experiments that were killed
@@ -120,8 +142,8 @@ class Bench:
             self._containerd = stack.enter_context(
                 OwnContainerd(self._paths.work / "host", proxies=proxies, settings=self._spec.host_settings())
             )
-            for name, recipe, layout in zip(self._spec.images, recipes, layouts, strict=True):
-                self._images[name] = self._publish(recipe, layout)
+            for name, image in built.items():
+                self._images[name] = self._publish(image)
             self._registry.preload()
             self._stack = stack.pop_all()
         return self
@@ -133,13 +155,14 @@ class Bench:
 
     def environment(self) -> dict[str, Any]:
         """Return what rows measured here must note about network, containerd and images."""
-        images = {name: image.references for name, image in self._images.items()}
+        references = {name: image.references for name, image in self._images.items()}
         compared = {name: ADAPTERS[name].versions() for name in self._spec.snapshotters}
         return {
             "compared": compared,
             "network": self._network.facts(),
             "containerd_setup": self._containerd.facts(),
-            "images": images,
+            "images": references,
+            "built": {name: image.built.facts() for name, image in self._images.items()},
         }
 
     def measure(self, cell: Cell) -> list[Row]:
@@ -272,9 +295,9 @@ class Bench:
         return {"cpu_s": cpu_s, "pss_bytes": daemons, "container_pss_bytes": containers}
 
     # Store an image in every form that is compared, unless the registry kept it from an earlier run.
-    def _publish(self, recipe: Recipe, layout: Path) -> BenchImage:
-        spec = self._spec
-        source = Source(recipe, layout, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
+    def _publish(self, image: BuiltImage) -> BenchImage:
+        spec, recipe = self._spec, image.recipe
+        source = Source(image, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
         references = {}
         with closing(RegistryClient()) as client:
             for name in self._spec.snapshotters:
@@ -286,7 +309,7 @@ class Bench:
                         adapter.publish(self._containerd, source, client, references[name])
                 if adapter.secure:
                     references[name] = self._registry.reference(recipe.name, adapter.tag(source), secure=True)
-        return BenchImage(recipe, references)
+        return BenchImage(image, references)
 
 
 # When the last byte had come, after the start began; 0 if there was none.

@@ -1,8 +1,8 @@
 """Build the image of a recipe: one overlay per layer, tar of each upper directory, an OCI layout.
 
-The work directory keeps finished images by recipe fingerprint, base file systems, and apt's lists and archives, so
-that a second build is quick. What an interrupted build leaves is directories only (``obdlab.lab.chroot``), removed
-by the build itself or the next one.
+The work directory keeps finished images by recipe and digest, base file systems, and apt's lists and archives, so
+that a second build is quick and an experiment goes on with the image that it began with. What an interrupted build
+leaves is directories only (``obdlab.lab.chroot``), removed by the build itself or the next one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from obdlab.command import command
 from obdlab.formats import oci
 from obdlab.lab.base import make_busybox, make_debian
 from obdlab.lab.chroot import APT_DIRECTORY, Chroot
 from obdlab.lab.layertar import LayerFile, settle_times, write_layer
-from obdlab.lab.lock import LOCK_NAME, check_lock, installed_packages, read_lock, write_lock
+from obdlab.lab.lock import LOCK_NAME, check_lock, compare_lock, installed_packages, read_lock, write_lock
 from obdlab.lab.ocilayout import OciLayout, fetch_layout
 from obdlab.lab.process import LabError, run, wait_until
 from obdlab.lab.recipe import BUILDER_VERSION, Recipe, RecipeLayer
@@ -51,62 +52,142 @@ Dpkg::Options {{ "--force-unsafe-io"; }};
 """
 
 
+@dataclass(frozen=True, slots=True)
+class BuiltImage:
+    """An image in the work directory: its OCI layout, the digest of its manifest and the packages that it holds."""
+
+    recipe: Recipe
+    layout: Path
+    digest: str
+    packages: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, layout: Path) -> Self:
+        """Describe a finished layout. Raises FormatError, LabError or OSError if it is damaged."""
+        digest = OciLayout(layout).digest
+        return cls(recipe, layout, digest, read_lock(layout / LOCK_NAME))
+
+    @property
+    def about(self) -> str:
+        """Its digest, and its packages against the recipe's lock, in one line."""
+        told = compare_lock(self.recipe.locked, self.packages)
+        return ", ".join(filter(None, (oci.short_digest(self.digest), told)))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what rows measured with it must note."""
+        return {
+            "digest": self.digest,
+            "recipe": self.recipe.fingerprint(),
+            "packages": list(self.packages),
+            "lock": compare_lock(self.recipe.locked, self.packages),
+        }
+
+
 def build_image(
     recipe: Recipe,
     work_dir: Path = DEFAULT_WORK_DIR,
     progress: Callable[[str], None] = lambda line: None,
     registry: RegistryClient | None = None,
-) -> Path:
-    """Return the OCI layout directory of the recipe's image, building it unless the work directory has it.
+    *,
+    pin: str = "",
+    locked: bool = False,
+    newest: bool = False,
+) -> BuiltImage:
+    """Return an image of the recipe, built of what the archive has now if the work directory holds none.
 
-    An image that the recipe takes from a registry is fetched instead, once: by ``registry``, or a client without
-    credentials. ``progress`` gets a line per step. Building needs root. Raises LabError, FormatError or SourceError,
-    and leaves nothing of a failed build behind.
+    An image that was built before is taken without asking the archive: the one whose digest is ``pin``, else the one
+    built last. ``locked`` accepts only an image whose packages are those of the recipe's lock; ``newest`` builds even
+    if there is one. An image that the recipe takes from a registry is fetched instead: by ``registry``, or a client
+    without credentials. ``progress`` gets a line per step. Building needs root. Raises LabError, FormatError or
+    SourceError, and leaves nothing of a failed build behind.
     """
-    layout = image_path(recipe, work_dir)
-    if _is_built(recipe, layout, progress):  # appears whole: another recipe's build is not waited for
-        return layout
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(work_dir, progress):
-        if _is_built(recipe, layout, progress):
-            return layout
-        for leftover in work_dir.glob("building-*"):  # of a build that was killed: we hold the lock
-            shutil.rmtree(leftover)
-        building = Path(tempfile.mkdtemp(prefix="building-", dir=work_dir))
-        try:
-            made = building / "layout"
-            if recipe.image:
-                _fetch(recipe, made, progress, registry)
-            else:
-                _Build(recipe, work_dir, building, progress).run()
-            made.rename(layout)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return layout
+    if locked:
+        _check_lockable(recipe)
+    found = None if newest else find_image(recipe, work_dir, pin=pin, locked=locked)
+    if found is None:  # a finished image appears whole: nothing is waited for if there is one
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(work_dir, progress):
+            found = None if newest else find_image(recipe, work_dir, pin=pin, locked=locked)
+            if found is None:
+                return _build(recipe, work_dir, progress, registry, locked=locked, fresh_base=locked or newest)
+    progress(f"{recipe.name}: built before: {found.about} ({found.layout})")
+    return found
 
 
-def _is_built(recipe: Recipe, layout: Path, progress: Callable[[str], None]) -> bool:
-    if not (layout / "index.json").is_file():
-        return False
-    progress(f"{recipe.name}: built before ({layout})")
-    return True
+def find_image(
+    recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR, *, pin: str = "", locked: bool = False
+) -> BuiltImage | None:
+    """Return the image that :func:`build_image` takes without building, or None."""
+    found = list_images(recipe, work_dir)
+    if locked:
+        found = [image for image in found if image.packages == recipe.locked]
+    return next((image for image in found if pin and image.digest == pin), found[0] if found else None)
 
 
-def update_lock(recipe: Recipe, lock: Path, work_dir: Path, progress: Callable[[str], None]) -> Path:
-    """Build the image of whatever the archive has today and pin the recipe to that in ``lock``; return the layout.
+def list_images(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> list[BuiltImage]:
+    """Return every image of the recipe in the work directory, the one built last first."""
+    layouts = [layout for layout in work_dir.glob(f"{_stem(recipe)}-*") if (layout / "index.json").is_file()]
+    return [BuiltImage.of(recipe, layout) for layout in sorted(layouts, key=_built_ns, reverse=True)]
 
-    Raises what :func:`build_image` does, and LabError for an image of a registry (its name is its pin).
+
+def update_lock(recipe: Recipe, lock: Path, work_dir: Path, progress: Callable[[str], None]) -> BuiltImage:
+    """Build the image of what the archive has now and write its packages to ``lock``; return the image.
+
+    Raises what :func:`build_image` does, and LabError for an image of a registry (it has no packages to lock).
     """
     if recipe.image:
-        raise LabError(f"{recipe.name}: an image of a registry has no packages to pin (name it by digest)")
-    layout = build_image(replace(recipe, locked=()), work_dir, progress)
-    packages = read_lock(layout / LOCK_NAME)
-    write_lock(lock, packages)
-    pinned = image_path(replace(recipe, locked=packages), work_dir)
-    if pinned != layout:
-        shutil.rmtree(pinned, ignore_errors=True)
-        layout.rename(pinned)
-    return pinned
+        raise LabError(f"{recipe.name}: an image of a registry has no packages to lock (name it by digest)")
+    image = build_image(recipe, work_dir, progress, newest=True)
+    write_lock(lock, image.packages)
+    return replace(image, recipe=replace(recipe, locked=image.packages))
+
+
+def _check_lockable(recipe: Recipe) -> None:
+    if recipe.image and "@" not in recipe.image:
+        raise LabError(f"{recipe.name}: --locked: wanted an image named by digest (got {recipe.image})")
+    if not recipe.locked and any(layer.packages for layer in recipe.layers):
+        update = command("dataset", "build", recipe.name, "--update-lock")
+        raise LabError(f"{recipe.name}: --locked: the recipe has no {LOCK_NAME} (to make one: {update})")
+
+
+# Callers hold the work directory's lock.
+def _build(
+    recipe: Recipe,
+    work_dir: Path,
+    progress: Callable[[str], None],
+    registry: RegistryClient | None,
+    *,
+    locked: bool,
+    fresh_base: bool,
+) -> BuiltImage:
+    for leftover in work_dir.glob("building-*"):  # of a build that was killed
+        shutil.rmtree(leftover)
+    building = Path(tempfile.mkdtemp(prefix="building-", dir=work_dir))
+    try:
+        made = building / "layout"
+        if recipe.image:
+            _fetch(recipe, made, progress, registry)
+        else:
+            _Build(recipe, work_dir, building, progress, locked=locked, fresh_base=fresh_base).run()
+        digest = OciLayout(made).digest
+        layout = work_dir / f"{_stem(recipe)}-{oci.short_digest(digest).replace(':', '-')}"
+        if layout.is_dir():  # the archive has not moved since
+            (layout / "index.json").touch()
+        else:
+            made.rename(layout)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    image = BuiltImage.of(recipe, layout)
+    progress(f"{recipe.name}: {image.about}")
+    return image
+
+
+def _stem(recipe: Recipe) -> str:
+    return f"{recipe.name}-{recipe.fingerprint()}"
+
+
+def _built_ns(layout: Path) -> int:
+    return (layout / "index.json").stat().st_mtime_ns
 
 
 def _fetch(recipe: Recipe, directory: Path, progress: Callable[[str], None], registry: RegistryClient | None) -> None:
@@ -118,19 +199,25 @@ def _fetch(recipe: Recipe, directory: Path, progress: Callable[[str], None], reg
             client.close()
 
 
-def image_path(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> Path:
-    """Return where the image of a recipe is, once built."""
-    return work_dir / f"{recipe.name}-{recipe.fingerprint()}"
-
-
 class _Build:
     # One image in the making: layers are packed by threads (zlib lets go of the interpreter) while the next is made.
 
-    def __init__(self, recipe: Recipe, work_dir: Path, building: Path, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        work_dir: Path,
+        building: Path,
+        progress: Callable[[str], None],
+        *,
+        locked: bool,
+        fresh_base: bool,
+    ) -> None:
         self._recipe = recipe
         self._work_dir = work_dir
         self._directory = building
         self._progress = progress
+        self._locked = locked
+        self._fresh_base = fresh_base
         self._layout = OciLayout(building / "layout")
         self._chroot = Chroot(building)
         self._began = time.monotonic()
@@ -151,7 +238,7 @@ class _Build:
                 packed.append(packers.submit(self._pack, upper))
                 lowers.append(upper)
             packages = installed_packages(self._directory / lower for lower in reversed(lowers))
-            if self._recipe.locked:
+            if self._locked:
                 check_lock(self._recipe.name, self._recipe.locked, packages)
             files = [self._base_file(base), *(future.result() for future in packed)]
         write_lock(self._layout.directory / LOCK_NAME, packages)
@@ -166,7 +253,7 @@ class _Build:
         # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.
         name = f"base-{self._recipe.base}" + (f"-{self._recipe.suite}" if self._recipe.base == "debian" else "")
         base = self._work_dir / f"{name}-{BUILDER_VERSION}"
-        if not base.is_dir():
+        if self._fresh_base or not base.is_dir():
             began = time.time()
             self._progress(f"{name}: making the base file system")
             made = self._directory / "newbase"
@@ -178,6 +265,8 @@ class _Build:
             settle_times(made / "fs", self._started_s)
             file = write_layer(made / "fs", made / "layer.tar.gz", self._started_s)
             (made / "digests").write_text(f"{file.digest} {file.size} {file.diff_id}")
+            if base.is_dir():  # finished images hold copies of its layer
+                base.rename(self._directory / "oldbase")
             made.rename(base)
             self._progress(f"{name}: {file.size / 1e6:.1f} MB compressed, {time.time() - began:.1f} s")
         if self._recipe.base == "debian":

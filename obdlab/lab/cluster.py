@@ -20,9 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.command import command
 from obdlab.lab import environment
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.measuring import CONTEXT_KEYS, code_digest, failed_row, measure_cells
+from obdlab.lab.pins import Pins, make_pins, obtain
 from obdlab.lab.process import LabError, tail
 from obdlab.lab.spec import Cell, Spec
 
@@ -61,6 +63,25 @@ class Cluster:
     def close(self) -> None:
         """Leave the scheduler; what workers are at ends with their block."""
         self._client.close()
+
+    def images(self, spec: Spec, pins: Pins, paths: LabPaths) -> Pins:
+        """Have every host build the images that it does not hold; return what all of them measure with.
+
+        Raises LabError if their images differ.
+        """
+        demand = json.dumps({"images": spec.images, "pins": pins, "paths": _places(paths)})
+        workers = sorted(self._client.nthreads())
+        futures = [self._client.submit(obtain_images, demand, workers=[at], pure=False, retries=0) for at in workers]
+        found: list[Pins] = self._client.gather(futures)
+        for worker, other in zip(workers[1:], found[1:], strict=True):
+            for name in spec.images:
+                if other[name] != found[0][name]:
+                    raise LabError(
+                        f"hosts are not alike: image {name} is {found[0][name]['digest']} at {workers[0]} and "
+                        f"{other[name]['digest']} at {worker} (to build it again on each: "
+                        f"{command('dataset', 'build', name, '--newest')})"
+                    )
+        return found[0]
 
     def measure(
         self, spec: Spec, pending: dict[Network, list[Cell]], paths: LabPaths
@@ -113,6 +134,13 @@ def host_facts() -> dict[str, Any]:
     return {**environment.capture(), "code": code_digest()}
 
 
+def obtain_images(demand: str) -> Pins:
+    """Return the pins of the images of a demand (of this module's) on this host, built if need be."""
+    told = json.loads(demand)
+    images = obtain(told["images"], _paths(told["paths"]), told["pins"], lambda text: None)
+    return make_pins({name: image.facts() for name, image in images.items()})
+
+
 def run_block(order: str, limit_s: float) -> list[dict[str, Any]]:
     """Measure a block (an order of this module's) in a process of its own; return what it measured.
 
@@ -134,7 +162,7 @@ def serve_block() -> None:
     order = json.load(sys.stdin)
     spec = Spec.from_values(order["spec"])
     cells = [Cell(**cell) for cell in order["cells"]]
-    paths = LabPaths(tuple(map(Path, order["datasets"])), Path(order["images"]), Path(order["work"]))
+    paths = _paths(order["paths"])
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -147,10 +175,26 @@ def serve_block() -> None:
 
 
 def _order(spec: Spec, network: Network, cells: list[Cell], paths: LabPaths) -> str:
-    places = {
+    values = {**asdict(spec), "description": ""}
+    order = {"spec": values, "network": network, "cells": [asdict(cell) for cell in cells], "paths": _places(paths)}
+    return json.dumps(order)
+
+
+def _places(paths: LabPaths) -> dict[str, Any]:
+    return {
         "datasets": [str(path) for path in paths.datasets],
         "images": str(paths.images),
         "work": str(paths.work),
+        "locked": paths.locked,
+        "digests": dict(paths.digests),
     }
-    values = {**asdict(spec), "description": ""}
-    return json.dumps({"spec": values, "network": network, "cells": [asdict(cell) for cell in cells], **places})
+
+
+def _paths(places: dict[str, Any]) -> LabPaths:
+    return LabPaths(
+        tuple(map(Path, places["datasets"])),
+        Path(places["images"]),
+        Path(places["work"]),
+        locked=places["locked"],
+        digests=places["digests"],
+    )

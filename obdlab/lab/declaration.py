@@ -50,6 +50,7 @@ def last_spec(directory: Path) -> AnySpec:
     try:
         values = json.loads(path.read_text())
         values.pop("context")
+        values.pop("pins", None)
         return from_values(values)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise SpecError(f"{path}: not the spec of a run: {error}") from error

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import obdlab
+from obdlab.command import checkout_directory
 from obdlab.lab.process import LabError, run
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def _program_version(name: str, option: str) -> str:
 
 def _git_state() -> tuple[str, bool | None]:
     # Only of obdlab's own checkout: an installed package tells its version instead.
-    root = Path(obdlab.__file__).resolve().parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    root = checkout_directory()
+    if root is None or not (root / ".git").exists() or shutil.which("git") is None:
         return "", None
     git = ("git", "-c", f"safe.directory={root}", "-C", str(root))
     try:

@@ -11,17 +11,19 @@ import sys
 import tempfile
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-import obdlab
 from obdlab.lab import environment, interrupts
+from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.cluster import Cluster
 from obdlab.lab.measuring import code_digest, context_of, how_measured, measure_cells
+from obdlab.lab.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.plan import plan_starts
 from obdlab.lab.rows import Row, RowStore
 from obdlab.lab.space import naming_full_disks
@@ -64,32 +66,35 @@ class Experiment:
             print(text, file=sys.stderr, flush=True)
         surroundings = cluster.surroundings if cluster else {**environment.capture(), "code": code_digest()}
         context = context_of(surroundings, how_measured(self.spec), str(time.time_ns()) if again else "")
-        pending = self._pending(context)
+        pins = {} if again else valid_pins(read_pins(self.store.directory), self.spec.images, self._paths)
+        pending = self._pending(context, pins)
+        if self._paths.locked or pending:
+            # What is pending depends on the images: they are there before anything is measured.
+            pins = cluster.images(self.spec, pins, self._paths) if cluster else self._images_here(pending, pins)
+            pending = self._pending(context, pins)
         # Kept before anything is measured: what "resume" goes on with.
-        self._write_spec(context)
+        self._write_spec(context, pins)
+        paths = replace(self._paths, digests=digests_of(pins))
         count = sum(map(len, pending.values()))
         if count:
-            if not cluster:
-                plan = plan_starts(self.spec, [cell for cells in pending.values() for cell in cells], self._paths)
-                print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
-                plan.check()
             # On a terminal a bar, elsewhere a line per step.
             with tqdm(total=count, unit="start", desc=self.spec.name, disable=None) as bar:
                 source = (
-                    cluster.measure(self.spec, pending, self._paths)
+                    cluster.measure(self.spec, pending, paths)
                     if cluster
-                    else self._measure_here(pending, surroundings, bar)
+                    else self._measure_here(pending, surroundings, paths, bar)
                 )
                 # Closed here, whatever happens to its rows: else the bench would be taken down by the interpreter's
                 # end, when threads that it waits for no longer run.
                 with closing(source):
-                    self._keep(source, context, bar)
+                    self._keep(source, context, pins, bar)
         self.store.write_csv()
         return count
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """Return (cells measured, cells in all) by network, under today's code and host."""
-        pending = self._pending(context_of({**environment.capture(), "code": code_digest()}, how_measured(self.spec)))
+        context = context_of({**environment.capture(), "code": code_digest()}, how_measured(self.spec))
+        pending = self._pending(context, valid_pins(read_pins(self.store.directory), self.spec.images, self._paths))
         counts = {network: len(self.spec.cells(*network)) for network in self.spec.networks()}
         return {
             f"{rate_mbit:g} Mbit/s, {rtt_ms:g} ms": (count - len(pending.get((rate_mbit, rtt_ms), [])), count)
@@ -103,22 +108,39 @@ class Experiment:
         if any(not row.get("error") for row in rows):
             summaries = summarise(rows, baseline=self.spec.snapshotters[0])
             lines += [text_table(summaries), *findings(summaries)]
-        return lines + caveats(rows)
+        return lines + caveats(rows) + image_notes(self.environments())
 
-    def _pending(self, context: str) -> dict[Network, list[Cell]]:
-        done = self.store.done_keys()
+    # Build what is not there yet, after saying what that and the measuring take.
+    def _images_here(self, pending: dict[Network, list[Cell]], pins: Pins) -> Pins:
+        for name in self.spec.snapshotters:
+            check_programs(ADAPTERS[name])
+        if pending:
+            plan = plan_starts(self.spec, [cell for cells in pending.values() for cell in cells], self._paths)
+            print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
+            plan.check()
+        images = obtain(self.spec.images, self._paths, pins, lambda text: print(text, file=sys.stderr, flush=True))
+        return make_pins({name: image.facts() for name, image in images.items()})
+
+    def _pending(self, context: str, pins: Pins) -> dict[Network, list[Cell]]:
+        done, digests = self.store.done_keys(), digests_of(pins)
         return {
             network: cells
             for network in self.spec.networks()
-            if (cells := [cell for cell in self.spec.cells(*network) if cell.key(context) not in done])
+            if (
+                cells := [
+                    cell
+                    for cell in self.spec.cells(*network)
+                    if cell.key(context, digests.get(cell.image, "")) not in done
+                ]
+            )
         }
 
-    def _write_spec(self, context: str) -> None:
-        latest = {**asdict(self.spec), "context": context}
+    def _write_spec(self, context: str, pins: Pins) -> None:
+        latest = {**asdict(self.spec), "context": context, "pins": pins}
         (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
 
     def _measure_here(
-        self, pending: dict[Network, list[Cell]], surroundings: dict[str, Any], bar: Any
+        self, pending: dict[Network, list[Cell]], surroundings: dict[str, Any], paths: LabPaths, bar: Any
     ) -> Generator[Measured]:
         def say(text: str) -> None:
             if bar.disable:
@@ -127,25 +149,27 @@ class Experiment:
                 bar.set_description_str(text)
 
         for network, cells in pending.items():
-            with closing(measure_cells(self.spec, network, cells, self._paths, say)) as measured:
+            with closing(measure_cells(self.spec, network, cells, paths, say)) as measured:
                 for about, position, cell, rows in measured:
                     yield {**surroundings, **about}, platform.node(), position, cell, rows
 
-    def _keep(self, measured: Iterable[Measured], context: str, bar: Any) -> None:
+    def _keep(self, measured: Iterable[Measured], context: str, pins: Pins, bar: Any) -> None:
         common = {"context": context, "seed": self.spec.seed, "label": "measured"}
         if self.spec.settings:
             common["settings"] = self.spec.settings
         for about, host, position, cell, rows in measured:
             common |= {"environment": self.store.add_environment(about), "host": host}
             interrupts.check()
-            mine = {**asdict(cell), "cell": cell.key(context), "position": position}
+            digest = pins[cell.image]["digest"]
+            mine = {**asdict(cell), "cell": cell.key(context, digest), "position": position, "image_digest": digest}
             self.store.append([{**common, **mine, **row} for row in rows])
             bar.update()
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: of each cell the last good attempt, or the last failed one."""
-        context = self._last_context()
-        keys = {cell.key(context) for network in self.spec.networks() for cell in self.spec.cells(*network)}
+        context, digests = self._last_context(), digests_of(read_pins(self.store.directory))
+        cells = [cell for network in self.spec.networks() for cell in self.spec.cells(*network)]
+        keys = {cell.key(context, digests.get(cell.image, "")) for cell in cells}
         attempts: dict[str, list[Row]] = {}
         for row in self.store.rows():
             if row["cell"] not in keys:
@@ -167,12 +191,6 @@ class Experiment:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
-
-
-def default_results() -> Path:
-    """Return where results are kept if nobody says: ``results`` in the checkout, or here for an installed package."""
-    checkout = Path(obdlab.__file__).resolve().parents[1]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
 
 def _failed(rows: list[Row]) -> bool:

@@ -31,6 +31,7 @@ from obdlab.lab.exclusive import only_experiment
 from obdlab.lab.kinds import KINDS
 from obdlab.lab.kinds.kind import Place, is_value
 from obdlab.lab.measuring import code_digest, context_of
+from obdlab.lab.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.plan import plan_grid
 from obdlab.lab.process import LabError
 from obdlab.lab.rows import Row, RowStore
@@ -41,6 +42,7 @@ from obdlab.lab.watchdog import time_limit
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from obdlab.lab.build import BuiltImage
     from obdlab.lab.kinds.kind import Kind, Metric, Point, Value
 
 
@@ -108,9 +110,18 @@ class GridSpec:
             cells += [(point, repeat) for point in block]
         return cells
 
-    def key(self, point: Point, repeat: int, context: str) -> str:
-        """Return the identity of a cell under ``context``, the key of its row."""
-        about = {"kind": self.kind, "point": point, "options": dict(self.options), "repeat": repeat}
+    def image(self, point: Point) -> str:
+        """Return the name of the image that a point is measured on; "" if the kind uses none."""
+        return str(point.get("image", self.options.get("image", "")))
+
+    def images(self) -> list[str]:
+        """Return the names of all images that the grid needs."""
+        return list(dict.fromkeys(filter(None, map(self.image, self.points()))))
+
+    def key(self, point: Point, repeat: int, context: str, digest: str = "") -> str:
+        """Return the identity of a cell under ``context``, the key of its row; ``digest`` is its image's."""
+        about: dict[str, Any] = {"kind": self.kind, "point": point, "options": dict(self.options), "repeat": repeat}
+        about |= {"image_digest": digest} if digest else {}
         text = json.dumps({**about, "context": context}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -141,27 +152,31 @@ class GridExperiment:
             print(text, file=sys.stderr, flush=True)
         surroundings = {**environment.capture(self._paths.work), "code": code_digest()}
         context = context_of(surroundings, {}, str(time.time_ns()) if again else "")
-        pending = self._pending(context)
-        self._write_spec(context)
+        pins = {} if again else valid_pins(read_pins(self.store.directory), self.spec.images(), self._paths)
+        images: dict[str, BuiltImage] = {}
+        pending = self._pending(context, pins)
+        if self._paths.locked or pending:
+            self._check_programs()
+            if pending:
+                plan = plan_grid(self.spec, self._kind, len(pending), self._paths)
+                print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
+                plan.check()
+            images = obtain(self.spec.images(), self._paths, pins, _say(None))
+            pins = make_pins({name: image.facts() for name, image in images.items()})
+            pending = self._pending(context, pins)
+        self._write_spec(context, pins)
         if pending:
-            missing = [
-                f"{name} ({how_to_install(of)})" for name, of in self._kind.programs.items() if not shutil.which(name)
-            ]
-            if missing:
-                raise LabError(f"{self.spec.kind}: not installed: {', '.join(missing)}")
-            plan = plan_grid(self.spec, self._kind, len(pending), self._paths)
-            print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
-            plan.check()
             with only_experiment():
-                self._measure(pending, surroundings, context)
+                self._measure(pending, surroundings, context, images)
         self.store.write_csv()
         return len(pending)
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """Return (cells measured, cells in all), under today's code and host."""
         context = context_of({**environment.capture(self._paths.work), "code": code_digest()}, {})
+        pins = valid_pins(read_pins(self.store.directory), self.spec.images(), self._paths)
         count = len(self.spec.cells())
-        return {self.spec.kind: (count - len(self._pending(context)), count)}
+        return {self.spec.kind: (count - len(self._pending(context, pins)), count)}
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: of each the last good one, or the last failed one."""
@@ -169,7 +184,8 @@ class GridExperiment:
             context = str(json.loads((self.store.directory / "spec.json").read_text())["context"])
         except FileNotFoundError:
             return []
-        keys = {self.spec.key(point, repeat, context) for point, repeat in self.spec.cells()}
+        pins = read_pins(self.store.directory)
+        keys = {self._key(*cell, context, pins) for cell in self.spec.cells()}
         found: dict[str, Row] = {}
         for row in self.store.rows():
             if row["cell"] in keys and (row["cell"] not in found or found[row["cell"]].get("error")):
@@ -187,31 +203,51 @@ class GridExperiment:
             lines.append(
                 f"{len(busy)} of {len(rows)} cells on a busy host (load up to {worst:.1f}): trust ratios more."
             )
-        return lines
+        used = {row["environment"] for row in rows}
+        return lines + image_notes(about for key, about in self.store.environments().items() if key in used)
 
-    def _pending(self, context: str) -> list[tuple[Point, int]]:
+    def _check_programs(self) -> None:
+        missing = [
+            f"{name} ({how_to_install(of)})" for name, of in self._kind.programs.items() if not shutil.which(name)
+        ]
+        if missing:
+            raise LabError(f"{self.spec.kind}: not installed: {', '.join(missing)}")
+
+    def _key(self, point: Point, repeat: int, context: str, pins: Pins) -> str:
+        return self.spec.key(point, repeat, context, digests_of(pins).get(self.spec.image(point), ""))
+
+    def _pending(self, context: str, pins: Pins) -> list[tuple[Point, int]]:
         done = self.store.done_keys()
-        return [cell for cell in self.spec.cells() if self.spec.key(*cell, context) not in done]
+        return [cell for cell in self.spec.cells() if self._key(*cell, context, pins) not in done]
 
-    def _write_spec(self, context: str) -> None:
-        text = json.dumps({**asdict(self.spec), "context": context}, indent=1)
+    def _write_spec(self, context: str, pins: Pins) -> None:
+        text = json.dumps({**asdict(self.spec), "context": context, "pins": pins}, indent=1)
         (self.store.directory / "spec.json").write_text(text + "\n")
 
-    def _measure(self, pending: list[tuple[Point, int]], surroundings: dict[str, Any], context: str) -> None:
+    def _measure(
+        self,
+        pending: list[tuple[Point, int]],
+        surroundings: dict[str, Any],
+        context: str,
+        images: Mapping[str, BuiltImage],
+    ) -> None:
         spec, budget_s = self.spec, self.spec.quiet_wait_s
         self._paths.work.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=self._paths.work, prefix=f"{spec.kind}-") as work,
             tqdm(total=len(pending), unit="cell", desc=spec.name, disable=None) as bar,
         ):
-            place = Place(Path(work), self._paths.images, self._paths.datasets, _say(bar))
-            environment_id = self.store.add_environment(surroundings)
+            place = Place(Path(work), {name: image.layout for name, image in images.items()}, _say(bar))
+            built = {name: image.facts() for name, image in images.items()}
+            environment_id = self.store.add_environment({**surroundings, "built": built})
+            pins = make_pins(built)
             with self._kind.bench(spec.options, place) as measure:
                 for position, (point, repeat) in enumerate(pending):
                     quiet = environment.wait_for_quiet(spec.load_limit, budget_s, say=place.say)
                     budget_s -= quiet["waited_s"]
                     about = {**point, "repeat": repeat, "position": position, "seed": spec.seed, **quiet}
-                    about |= {"cell": spec.key(point, repeat, context), "context": context, "host": platform.node()}
+                    about |= {"cell": self._key(point, repeat, context, pins), "context": context}
+                    about |= {"image_digest": digests_of(pins).get(spec.image(point), ""), "host": platform.node()}
                     about |= {"environment": environment_id, "started": datetime.now(UTC).isoformat()}
                     about |= {"attempt": time.time_ns(), "label": "measured", "kind": spec.kind}
                     try:
@@ -270,7 +306,7 @@ def _label(spec: GridSpec, row: Row) -> str:
 
 def _say(bar: Any) -> Any:
     def say(text: str) -> None:
-        if bar.disable:
+        if bar is None or bar.disable:
             print(text, file=sys.stderr, flush=True)
         else:
             bar.set_description_str(text)

@@ -1,13 +1,15 @@
-"""The pin of a dataset: which version of every Debian package its image holds (``packages.lock`` beside the recipe).
+"""The record of a dataset: which version of every Debian package its image held when the lock was last written.
 
-An archive holds one version at a time, so a pin cannot bring an old one back; it makes a change loud. The file holds
-a line ``package:architecture=version`` per package, in order.
+An archive holds one version at a time and moves on every few days, so the lock (``packages.lock`` beside the recipe)
+is compared with what was installed and does not stop a build, unless a build is asked to be strict (``--locked``).
+The file holds a line ``package:architecture=version`` per package, in order.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from obdlab.command import command
 from obdlab.lab.process import LabError
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOCK_NAME = "packages.lock"
-_SHOWN = 5
+_SHOWN = 3
 
 
 def installed_packages(roots: Iterable[Path]) -> tuple[str, ...]:
@@ -37,18 +39,39 @@ def write_lock(path: Path, packages: Sequence[str]) -> None:
     path.write_text("".join(f"{package}\n" for package in packages))
 
 
-def check_lock(name: str, wanted: Sequence[str], got: Sequence[str]) -> None:
-    """Raise LabError naming the first packages that differ from what the recipe ``name`` was pinned to."""
-    old, new = (dict(package.split("=", 1) for package in packages) for packages in (wanted, got))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+def compare_lock(locked: Sequence[str], installed: Sequence[str]) -> str:
+    """Say in one line how many packages are installed and how they differ from the lock; "" without any package."""
+    if not installed and not locked:
+        return ""
+    count = f"{len(installed)} packages"
+    if not locked:
+        return f"{count}, no {LOCK_NAME}"
+    changed = _changes(locked, installed)
     if not changed:
-        return
-    shown = [f"{key} {new.get(key, 'absent')} (wanted {old.get(key, 'absent')})" for key in changed[:_SHOWN]]
+        return f"{count}, as in {LOCK_NAME}"
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    verb = "differs" if len(changed) == 1 else "differ"
+    return f"{count}, {len(changed)} {verb} from {LOCK_NAME}: {', '.join(changed[:_SHOWN])}{more}"
+
+
+def check_lock(name: str, locked: Sequence[str], installed: Sequence[str]) -> None:
+    """Raise LabError naming the first packages of the recipe ``name`` that differ from its lock."""
+    if not _changes(locked, installed):
+        return
     raise LabError(
-        f"{name}: the archive's packages are not those of {LOCK_NAME}: got {', '.join(shown)}{more}; to pin what the "
-        f"archive has today: obdlab dataset build {name} --update-lock"
+        f"{name}: --locked: {compare_lock(locked, installed)} (wanted every package as locked); to build what the "
+        f"archive has: {command('dataset', 'build', name)}, to lock it: {command('dataset', 'build', name)} "
+        "--update-lock"
     )
+
+
+def _changes(locked: Sequence[str], installed: Sequence[str]) -> list[str]:
+    old, new = (dict(package.split("=", 1) for package in packages) for packages in (locked, installed))
+    return [
+        f"{key} {new.get(key, 'absent')} (locked {old.get(key, 'absent')})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _parse_status(text: str) -> tuple[str, ...]:

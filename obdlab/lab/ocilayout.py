@@ -36,6 +36,11 @@ class OciLayout:
         return self.blob_path(index.manifests[0].digest).read_bytes()
 
     @property
+    def digest(self) -> str:
+        """The digest of the manifest, which is the image's identity. Raises FormatError or OSError."""
+        return oci.digest_of(self.manifest_data)
+
+    @property
     def manifest(self) -> oci.Manifest:
         """The parsed manifest. Raises FormatError or OSError."""
         return oci.Manifest.parse(self.manifest_data, f"{self.directory}: manifest")

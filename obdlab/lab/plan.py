@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from obdlab.lab.baselines import ADAPTERS
-from obdlab.lab.build import image_path
+from obdlab.lab.build import find_image
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.recipe import find_recipe
 from obdlab.lab.space import DiskFullError, gigabytes, room
@@ -132,10 +132,8 @@ class _Images:
 
 
 def _built_size(recipe: Recipe, images: Path) -> int | None:
-    layout = image_path(recipe, images)
-    if not (layout / "index.json").is_file():
-        return None
-    return sum(layer.size for layer in OciLayout(layout).manifest.layers)
+    image = find_image(recipe, images)
+    return None if image is None else sum(layer.size for layer in OciLayout(image.layout).manifest.layers)
 
 
 def _minutes(seconds: float) -> str:

@@ -113,7 +113,7 @@ class Recipe:
     config: ImageConfig = ImageConfig()
     #: About how large its compressed layers are, in MB (10**6 bytes); 0 if that is not known before it is built.
     size_mb: float = 0.0
-    #: What the image's packages are pinned to (``obdlab.lab.lock``); empty: to nothing.
+    #: The packages that the image held when its lock was written (``obdlab.lab.lock``); empty: it has no lock.
     locked: tuple[str, ...] = ()
 
     @classmethod
@@ -151,9 +151,9 @@ class Recipe:
         return recipe
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with anything that changes the built image (the probe does not)."""
+        """Return 16 hex digits of what the recipe asks for: neither the probe nor the lock is part of it."""
         values = asdict(self)
-        for key in ("name", "description", "probe", "size_mb"):
+        for key in ("name", "description", "probe", "size_mb", "locked"):
             del values[key]
         values["builder"] = BUILDER_VERSION
         text = json.dumps(values, sort_keys=True, default=lambda content: content.hex())

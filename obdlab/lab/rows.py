@@ -15,10 +15,11 @@ import csv
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
+from obdlab.formats.oci import short_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -118,6 +119,23 @@ def write_rows(rows: list[Row], path: Path) -> int:
     else:
         raise RowsError(f"{path}: unknown kind of file (wanted .csv, .jsonl or .parquet)")
     return len(flat)
+
+
+def told_apart(rows: Iterable[Row]) -> list[Row]:
+    """Return rows that can be grouped by "image": where a name stands for several images, the digest is added to it.
+
+    Measurements of different images are never one group.
+    """
+    found = list(rows)
+    digests: dict[Any, set[str]] = defaultdict(set)
+    for row in found:
+        digests[row.get("image")].add(row.get("image_digest", ""))
+    return [
+        {**row, "image": f"{row['image']} ({short_digest(row.get('image_digest', '')) or 'not pinned'})"}
+        if "image" in row and len(digests[row["image"]]) > 1
+        else row
+        for row in found
+    ]
 
 
 def flatten(row: Row, prefix: str = "") -> Row:

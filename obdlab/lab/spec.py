@@ -55,9 +55,13 @@ class Cell:
         """The snapshotter of the arm, without its A/A label."""
         return self.arm.removesuffix(AA_SUFFIX)
 
-    def key(self, context: str) -> str:
-        """Return the identity of the cell under ``context`` (code and host), the key of its rows in the store."""
-        text = json.dumps({**asdict(self), "context": context}, sort_keys=True)
+    def key(self, context: str, digest: str = "") -> str:
+        """Return the identity of the cell under ``context`` (code and host), the key of its rows in the store.
+
+        ``digest`` is the image's; rows of before images were pinned have none.
+        """
+        image = {"image_digest": digest} if digest else {}
+        text = json.dumps({**asdict(self), **image, "context": context}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.lab.rows import told_apart
 from obdlab.lab.spec import AA_SUFFIX
 from obdlab.lab.statistics import (
     Estimate,
@@ -85,7 +86,7 @@ class Summary:
 def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]:
     """Group good rows by image, network, disk, start and arm. Raises ValueError when there are none."""
     groups: dict[tuple[Place, str], list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in told_apart(rows):
         if not row.get("error"):
             place = (row["image"], row["rate_mbit"], row["rtt_ms"], row.get("disk", "native"), row["start"])
             groups[place, row["arm"]].append(row)
@@ -132,7 +133,7 @@ def caveats(rows: Sequence[Row]) -> list[str]:
 
 def _wild(rows: Sequence[Row]) -> list[str]:
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in told_apart(rows):
         if not row.get("error"):
             keys = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
             groups[tuple(str(row.get(key)) for key in keys)].append(row)

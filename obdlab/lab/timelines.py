@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from obdlab.errors import FormatError
 from obdlab.lab.evaluation.pieces import plain
+from obdlab.lab.workbench import folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,6 @@ COLOURS = {
     "missed": "#a63d40",
     "waited": "#a63d40",
 }
-_EXAMPLE = Path(__file__).parents[2] / "experiments" / "measured" / "timeline" / "redis.json"
 _NO_FILE = "(the file system itself)"
 _NAME_LENGTH = 46
 #: Narrower bars would not be seen.
@@ -36,9 +36,9 @@ _LEAST_SHARE = 0.0015
 def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read what ``obdlab trace timeline --json`` has printed: a row for each step, and the summary.
 
-    "" is the checkout's example. Raises FormatError if the file is none.
+    "" is the workbench's example. Raises FormatError if the file is none.
     """
-    path = Path(path) if path else _EXAMPLE
+    path = Path(path) if path else folder("experiments") / "measured" / "timeline" / "redis.json"
     try:
         told = json.loads(path.read_text())
         steps, summary = pd.DataFrame(told["steps"]), dict(told["summary"])

@@ -27,7 +27,7 @@ def tiny_recipe() -> Recipe:
 def tiny_layout(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its image as an OCI layout directory."""
     capabilities.require("kernel")
-    return build_image(tiny_recipe, tmp_path_factory.mktemp("images"))
+    return build_image(tiny_recipe, tmp_path_factory.mktemp("images")).layout
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_every_kind_measures_its_points(kind: str, tmp_path: Path, paths: LabPat
     assert experiment.run() == 0
     assert list(experiment.progress().values()) == [(len(rows), len(rows))]
     assert not list(paths.work.iterdir())
-    head, *lines = experiment.report()
+    head, *lines = (line for line in experiment.report() if not line.startswith("Image tiny is sha256:"))
     assert KINDS[kind].metrics[0].key in head
     assert len(lines) == len(rows)
     assert last_spec(tmp_path / "results") == spec

@@ -17,10 +17,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from obdlab.lab.evaluation.page import NOTEBOOKS
 from obdlab.lab.grid import GridSpec
 from obdlab.lab.process import Daemon
 from obdlab.lab.spec import Spec
+from obdlab.lab.workbench import folder
 from tests import capabilities
 from tests.lab.evaluation.rows import start_rows, store_grid, store_starts
 
@@ -181,7 +181,7 @@ def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stor
     for name in ("evaluation/index.ipynb", "explorer.ipynb"):
         # What a reader types into the cell of parameters.
         papermill.execute_notebook(
-            NOTEBOOKS.parent / name, root / name, parameters, prepare_only=True, progress_bar=False
+            folder("notebooks") / name, root / name, parameters, prepare_only=True, progress_bar=False
         )
     with jupyterlab(root, work) as address, browser(work) as driver:
         opened(driver, address % "evaluation/index.ipynb")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from obdlab.lab.build import BuiltImage
     from obdlab.lab.containerd import OwnContainerd, RunningContainer
     from obdlab.lab.recipe import Probe, Recipe
     from obdlab.lab.registry import RegistryHost
@@ -28,11 +29,25 @@ if TYPE_CHECKING:
 class Source:
     """A built image about to be published, how obdlab's own form of it is to be compressed, its starts recorded."""
 
-    recipe: Recipe
-    layout: Path
+    image: BuiltImage
     algorithm: str
     block_size: int
     readahead_kib: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the image was built from."""
+        return self.image.recipe
+
+    @property
+    def layout(self) -> Path:
+        """Its OCI layout directory."""
+        return self.image.layout
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits of its digest, which begin the tag of every form of it."""
+        return self.image.digest.removeprefix("sha256:")[:16]
 
 
 class Adapter(Protocol):

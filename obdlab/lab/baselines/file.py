@@ -47,7 +47,7 @@ class Erofs(Adapter):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the image file."""
-        return f"{source.recipe.fingerprint()}-{self.name}1"
+        return f"{source.identity}-{self.name}1"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Make one file of all layers together and push it as an image with that one blob."""

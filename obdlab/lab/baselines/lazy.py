@@ -31,7 +31,7 @@ class Lazy(Overlayfs):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image."""
-        return f"{source.recipe.fingerprint()}-obd{CONVERTER_VERSION}-{source.algorithm}-{source.block_size}"
+        return f"{source.identity}-obd{CONVERTER_VERSION}-{source.algorithm}-{source.block_size}"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image into the registry."""

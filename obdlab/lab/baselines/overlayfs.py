@@ -32,7 +32,7 @@ class Overlayfs(Adapter):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the image as it was built."""
-        return source.recipe.fingerprint()
+        return source.identity
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Push the layers as they are."""

@@ -49,7 +49,7 @@ class Soci(Overlayfs):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the image with an index."""
-        return f"{source.recipe.fingerprint()}-soci2"
+        return f"{source.identity}-soci2"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Make the index of the image as built, push both."""

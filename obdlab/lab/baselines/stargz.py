@@ -45,7 +45,7 @@ class Stargz(Overlayfs):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image."""
-        return f"{source.recipe.fingerprint()}-estargz1"
+        return f"{source.identity}-estargz1"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the layers one by one, in containerd's content store."""
@@ -79,7 +79,7 @@ class Stargz(Overlayfs):
 @contextmanager
 def fetched(host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> Iterator[str]:
     """Have the image as built in containerd's content store, for tools that convert it; yield its reference."""
-    plain = reference.rpartition(":")[0] + ":" + source.recipe.fingerprint()
+    plain = reference.rpartition(":")[0] + ":" + source.identity
     push_layout(source.layout, client, Reference.parse(plain))
     run([*host.ctr, "content", "fetch", "--plain-http", plain], timeout_s=_PULL_TIMEOUT_S)
     try:

@@ -16,10 +16,10 @@ from obdlab.lab.declaration import last_spec, open_experiment
 from obdlab.lab.evaluation.pieces import draw_distribution, pair
 from obdlab.lab.evaluation.tables import as_html
 from obdlab.lab.evaluation.waterfall import waterfall
-from obdlab.lab.experiment import default_results
 from obdlab.lab.figures import draw_phases
 from obdlab.lab.spec import Spec, SpecError
 from obdlab.lab.summary import summarise, summary_records
+from obdlab.lab.workbench import default_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from obdlab.lab.evaluation.plots import draw, is_empty
 from obdlab.lab.evaluation.questions import question
 from obdlab.lab.evaluation.results import Results, busy
 from obdlab.lab.evaluation.tables import as_html, table
-from obdlab.lab.experiment import default_results
+from obdlab.lab.workbench import default_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

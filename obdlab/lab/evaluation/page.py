@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from datetime import UTC, datetime
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.evaluation import ledger
@@ -17,28 +16,29 @@ from obdlab.lab.evaluation.questions import QUESTIONS, runs
 from obdlab.lab.evaluation.verdicts import Verdict
 from obdlab.lab.report import ReportError, run_notebook
 from obdlab.lab.rows import write_rows
+from obdlab.lab.workbench import folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from obdlab.lab.evaluation.ledger import Entry
     from obdlab.lab.evaluation.results import Results
 
-NOTEBOOKS = Path(__file__).parents[3] / "notebooks" / "evaluation"
 _STYLE = "report.css"
 
 
 def build_report(
-    results: Results, target: Path, *, notebooks: Path = NOTEBOOKS, say: Callable[[str], None] = lambda _: None
+    results: Results, target: Path, *, notebooks: Path | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Path:
     """Render every notebook over the stored results and write the page. Needs no privileges; measures nothing.
 
-    Raises ReportError if a notebook is missing or fails.
+    ``notebooks`` is their folder (default: the workbench's). Raises ReportError if a notebook is missing or fails.
     """
     sections = []
     for number, asked in enumerate(QUESTIONS, 1):
         say(f"[{number}/{len(QUESTIONS)}] {asked.key}")
-        notebook = notebooks / f"{asked.key}.ipynb"
+        notebook = (notebooks or folder("notebooks") / "evaluation") / f"{asked.key}.ipynb"
         executed = results.root / "notebooks" / notebook.name
         run_notebook(notebook.resolve(), {"results": str(results.root.resolve())}, executed)
         sections.append(

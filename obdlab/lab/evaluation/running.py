@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import ObdlabError
@@ -12,14 +11,15 @@ from obdlab.lab.declaration import load, open_experiment
 from obdlab.lab.evaluation.questions import Run, question, runs
 from obdlab.lab.space import DiskFullError
 from obdlab.lab.spec import SpecError
+from obdlab.lab.workbench import folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
+    from obdlab.lab.bench import LabPaths
     from obdlab.lab.declaration import AnySpec
     from obdlab.lab.evaluation.results import Results
-
-DECLARATIONS = Path(__file__).parents[3] / "experiments"
 
 
 def chosen_runs(keys: Sequence[str]) -> tuple[Run, ...]:
@@ -29,11 +29,16 @@ def chosen_runs(keys: Sequence[str]) -> tuple[Run, ...]:
 
 
 def specs(
-    chosen: Sequence[Run], *, quick: bool, changes: Mapping[str, Mapping[str, Any]], declarations: Path = DECLARATIONS
+    chosen: Sequence[Run],
+    *,
+    quick: bool,
+    changes: Mapping[str, Mapping[str, Any]],
+    declarations: Path | None = None,
 ) -> dict[str, AnySpec]:
     """Return the checked spec of each experiment by its name; ``changes`` are by experiment, too.
 
-    Raises SpecError for one that does not exist, before anything is measured.
+    ``declarations`` is their folder (default: the workbench's). Raises SpecError for one that does not exist, before
+    anything is measured.
     """
     unknown = sorted(set(changes) - {run.name for run in chosen})
     if unknown:
@@ -41,12 +46,14 @@ def specs(
         raise SpecError(f"no such experiment here (got {unknown[0]!r}, wanted one of {known})")
     found = {}
     for run in chosen:
-        spec = load(declarations / run.declaration, quick=quick)
+        spec = load((declarations or folder("experiments")) / run.declaration, quick=quick)
         found[run.name] = spec.with_values(name=run.name, **run.changes, **changes.get(run.name, {}))
     return found
 
 
-def run_all(planned: Mapping[str, AnySpec], results: Results, say: Callable[[str], None]) -> dict[str, str]:
+def run_all(
+    planned: Mapping[str, AnySpec], results: Results, say: Callable[[str], None], paths: LabPaths | None = None
+) -> dict[str, str]:
     """Run what has not been measured yet; return why some could not be run, by name.
 
     What cannot be run here (a missing program, a kernel without a feature) is told, kept in the results and skipped.
@@ -59,7 +66,7 @@ def run_all(planned: Mapping[str, AnySpec], results: Results, say: Callable[[str
         say(f"[{number}/{len(planned)}] {name}")
         began_s = time.monotonic()
         try:
-            measured = open_experiment(spec, directory).run()
+            measured = open_experiment(spec, directory, paths).run()
         except DiskFullError:
             raise  # the others need more of the same disk
         except ObdlabError as error:

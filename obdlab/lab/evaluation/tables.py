@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from obdlab.lab.kinds import KINDS
+from obdlab.lab.rows import told_apart
 from obdlab.lab.statistics import median_interval
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | Non
     """
     rows = [
         row
-        for row in results.rows(run)
+        for row in told_apart(results.rows(run))
         if all(row.get(name) in values for name, values in (shown or {}).items() if name in row)
     ]
     if not rows:

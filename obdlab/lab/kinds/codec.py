@@ -8,11 +8,9 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from obdlab.lab.build import build_image
 from obdlab.lab.kinds.kind import Kind, Metric
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.process import LabError
-from obdlab.lab.recipe import find_recipe
 from obdlab.layers.zfile import ZFileWriter, open_zfile
 from obdlab.sources.localfile import LocalFile
 
@@ -54,7 +52,7 @@ class Codec(Kind):
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Unpack as much content as asked for."""
-        layout = build_image(find_recipe(str(options["image"]), place.datasets), place.images, place.say)
+        layout = place.images[str(options["image"])]
         content = layer_content(OciLayout(layout), int(options["size_mib"]) << 20)
         yield lambda point: _measure(content, place.work / "zfile", point)
 

@@ -12,9 +12,7 @@ from obdlab.convert.image import ConvertOptions, convert_image
 from obdlab.convert.layer import LayerOptions
 from obdlab.convert.layout import ImageLayout
 from obdlab.convert.source import open_destination, open_source
-from obdlab.lab.build import build_image
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.recipe import find_recipe
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.client import RegistryClient
@@ -48,12 +46,12 @@ class Conversion(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """Nothing to prepare but the images, which each point builds if they are not there."""
+        """Nothing to prepare: the images are built before."""
         yield lambda point: _measure(point, place)
 
 
 def _measure(point: Point, place: Place) -> dict[str, float]:
-    layout = build_image(find_recipe(str(point["image"]), place.datasets), place.images, place.say)
+    layout = place.images[str(point["image"])]
     target = place.work / "converted"
     options = ConvertOptions(LayerOptions(str(point["algorithm"]), int(point["block_size"])), work_dir=place.work)
     before_s, began_s = _processor_s(), time.perf_counter()

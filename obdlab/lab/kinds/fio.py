@@ -16,12 +16,10 @@ from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.diskimport import import_disk
 from obdlab.image.settings import Settings
 from obdlab.image.writing import Packing
-from obdlab.lab.build import build_image
 from obdlab.lab.kinds.codec import layer_content
 from obdlab.lab.kinds.kind import Kind, Metric
 from obdlab.lab.ocilayout import OciLayout
 from obdlab.lab.process import LabError, run
-from obdlab.lab.recipe import find_recipe
 from obdlab.service.client import DeviceService
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ class Fio(Kind):
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Make the devices."""
-        layout = build_image(find_recipe(str(options["image"]), place.datasets), place.images, place.say)
+        layout = place.images[str(options["image"])]
         raw = place.work / "disk.raw"
         raw.write_bytes(layer_content(OciLayout(layout), int(options["size_mib"]) << 20))
         service = DeviceService(place.work / "run", Settings(cache_dir=place.work / "cache"))

@@ -32,8 +32,8 @@ class Place:
     """Where a kind may keep files while it measures: ``work``, on a real disk, is new and removed afterwards."""
 
     work: Path
-    images: Path
-    datasets: tuple[Path, ...]
+    #: OCI layouts of the images that axes and options name "image", by name.
+    images: Mapping[str, Path]
     say: Callable[[str], None] = field(default=lambda text: None)
 
 

@@ -13,10 +13,8 @@ from obdlab.convert.layout import ImageLayout
 from obdlab.convert.source import open_destination, open_source
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.settings import Settings
-from obdlab.lab.build import build_image
 from obdlab.lab.kinds.kind import Kind, Metric
 from obdlab.lab.process import LabError
-from obdlab.lab.recipe import find_recipe
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platforms import host_platform
 from obdlab.service.client import DeviceService
@@ -46,7 +44,7 @@ class Memory(Kind):
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Convert the image into a layout, whose layers the devices read."""
-        layout = build_image(find_recipe(str(options["image"]), place.datasets), place.images, place.say)
+        layout = place.images[str(options["image"])]
         converted = place.work / "converted"
         with closing(RegistryClient()) as client:
             convert_image(open_source(f"oci:{layout}", client), open_destination(f"oci:{converted}:new", client))

@@ -16,12 +16,10 @@ from obdlab.convert.source import open_destination, open_source
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.open import Image, open_image
 from obdlab.image.settings import Settings
-from obdlab.lab.build import build_image
 from obdlab.lab.kinds.kind import Kind, Metric
 from obdlab.lab.netns import ExperimentNetwork
 from obdlab.lab.ocilayout import push_layout
 from obdlab.lab.process import LabError
-from obdlab.lab.recipe import find_recipe
 from obdlab.lab.registry import RegistryHost
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platforms import host_platform
@@ -55,7 +53,7 @@ class Misses(Kind):
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
         """Convert the image once; its registry is started again for every point, behind another link."""
-        layout = build_image(find_recipe(str(options["image"]), place.datasets), place.images, place.say)
+        layout = place.images[str(options["image"])]
         converted = place.work / "converted"
         with closing(RegistryClient()) as client:
             convert_image(open_source(f"oci:{layout}", client), open_destination(f"oci:{converted}:new", client))

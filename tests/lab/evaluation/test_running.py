@@ -15,10 +15,11 @@ from obdlab.lab.evaluation.results import Results
 from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
 from obdlab.lab.report import ReportError, check_parameters, run_notebook
 from obdlab.lab.spec import SpecError
+from obdlab.lab.workbench import folder
 from tests.lab.evaluation.rows import everything
 
 SMALL = ["--set", "index.axes.segments=[4500]", "--set", "index.axes.layers=[1]", "--set", "index.quiet_wait_s=0"]
-NOTEBOOKS = page.NOTEBOOKS
+NOTEBOOKS = folder("notebooks") / "evaluation"
 
 
 def evaluate(results: Path, *words: str) -> int:

@@ -1,0 +1,53 @@
+"""The command lines that messages name: ones that the reader can run as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+_NAME = "obdlab"
+
+
+def command(*words: str) -> str:
+    """Return the command line of this installation's ``obdlab``, such as "obdlab dataset build redis".
+
+    A virtual environment that is not on PATH is named by its path, which below the working directory is relative:
+    ".venv/bin/obdlab dataset build redis".
+    """
+    return " ".join([_program(_NAME, "-m", _NAME), *words])
+
+
+def install_command(extra: str) -> str:
+    """Return the command line that adds an extra of the package, such as "lab", to this installation."""
+    pip = _program("pip", "-m", "pip")
+    checkout = checkout_directory()
+    if checkout is not None:
+        return f"{pip} install -e '{_readable(checkout)}[{extra}]'"
+    return f"{pip} install '{_NAME}[{extra}]'"
+
+
+def checkout_directory() -> Path | None:
+    """Return the root of the checkout that this package runs from, or None if it is installed."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+# The program of this Python's environment: by name where PATH finds it, or by path, or as a module.
+def _program(name: str, *module: str) -> str:
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found is not None and Path(found).resolve() == beside.resolve():
+        return name
+    if os.access(beside, os.X_OK):
+        return _readable(beside)
+    return " ".join([_readable(Path(sys.executable)), *module])
+
+
+def _readable(path: Path) -> str:
+    try:
+        here = Path.cwd()
+    except OSError:  # the working directory was removed
+        return str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
