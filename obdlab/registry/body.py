@@ -45,14 +45,16 @@ def read_small(response: urllib3.BaseHTTPResponse, limit: int, doing: str) -> by
     return data
 
 
-def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> bytes:
+def read_range(
+    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None = None
+) -> bytes:
     """Return exactly the bytes ``[offset, offset + length)`` from the answer to a range request.
 
-    206 must name the very range; 200, the whole blob, is read through if what is before the range is affordable.
-    Raises RegistryError.
+    206 must name the very range; 200, the whole blob, is read through if what is before the range is affordable. An
+    answer of a blob of another ``size``, if that is given, is refused. Raises RegistryError.
     """
     try:
-        go_to_range(response, offset, length, doing)
+        go_to_range(response, offset, length, doing, size)
         data = _read_exactly(response, length, doing)
         # Without a length (chunked, or until the connection closes) only its end tells that this was all.
         if response.status == 206 and response.length_remaining is None and response.read(1):
@@ -64,15 +66,18 @@ def read_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doi
     return data
 
 
-def go_to_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
+def go_to_range(
+    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None = None
+) -> None:
     """Have the answer to a range request give the byte at ``offset`` next. Raises as :func:`read_range` does."""
     if is_compressed(response):
         got = response.headers.get("Content-Encoding", "")[:80]
         raise RegistryError(f"{doing}: answer with another encoding (got {got!r}, wanted identity)")
     if response.status == 206:
-        _check_content_range(response, offset, length, doing)
-    else:
-        _skip(response, offset, doing)
+        _check_content_range(response, offset, length, doing, size)
+        return
+    _check_size(response.length_remaining, size, doing)
+    _skip(response, offset, doing)
 
 
 def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
@@ -206,12 +211,9 @@ class BlobStream(io.RawIOBase):
     def _check_start(self, response: urllib3.BaseHTTPResponse, doing: str) -> None:
         left = self._size - self._position
         if response.status == 206:
-            _check_content_range(response, self._position, left, doing)
-        elif response.length_remaining not in (None, self._size):
-            raise RegistryError(
-                f"{doing}: blob has another size (got {response.length_remaining}, wanted {self._size})"
-            )
+            _check_content_range(response, self._position, left, doing, self._size)
         else:
+            _check_size(response.length_remaining, self._size, doing)
             _skip(response, self._position, doing, limit=self._position)
 
     def _verify(self) -> None:
@@ -236,9 +238,13 @@ class BlobStream(io.RawIOBase):
             return False
 
 
-def _check_content_range(response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str) -> None:
+def _check_content_range(
+    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None
+) -> None:
     got = response.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.fullmatch(got)
+    if match is not None and match[3] != "*":
+        _check_size(int(match[3]), size, doing)
     if match is not None and match[3] != "*" and int(match[3]) < offset + length:
         raise RegistryError(f"{doing}: blob is smaller (got {match[3]} bytes, wanted {offset + length})")
     if match is None or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
@@ -249,6 +255,11 @@ def _check_content_range(response: urllib3.BaseHTTPResponse, offset: int, length
         raise RegistryError(
             f"{doing}: wrong length (got {response.length_remaining}, wanted {length})", temporary=True
         )
+
+
+def _check_size(got: int | None, wanted: int | None, doing: str) -> None:
+    if wanted is not None and got not in (None, wanted):
+        raise RegistryError(f"{doing}: blob has another size (got {got}, wanted {wanted})")
 
 
 def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int = MAX_SKIP) -> None:

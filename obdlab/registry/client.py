@@ -200,9 +200,19 @@ class RegistryClient:
         return self._session.persist(attempt, blob=name, tries=_TRIES)
 
     def read_range(
-        self, repository: Repository, digest: str, offset: int, length: int, deadline: float | None = None
+        self,
+        repository: Repository,
+        digest: str,
+        offset: int,
+        length: int,
+        deadline: float | None = None,
+        *,
+        size: int | None = None,
     ) -> bytes:
-        """Return exactly ``length`` bytes of a blob from ``offset``, by ``deadline`` (time.monotonic)."""
+        """Return exactly ``length`` bytes of a blob from ``offset``, by ``deadline`` (time.monotonic).
+
+        Raises RegistryError, also if the registry says that the blob is not of ``size`` bytes.
+        """
         name = _name(repository, digest)
         if length == 0:
             return b""
@@ -216,7 +226,7 @@ class RegistryClient:
 
             def read(response: urllib3.BaseHTTPResponse) -> bytes:
                 answered = time.monotonic()
-                data = body.read_range(response, offset, length, doing)
+                data = body.read_range(response, offset, length, doing, size)
                 link.note(answered - began, length, time.monotonic() - answered)
                 return data
 
@@ -240,8 +250,13 @@ class RegistryClient:
         """Return what is known of the way to the repository's registry."""
         return self._links.setdefault(repository.api_host, Link())
 
-    def open_range(self, repository: Repository, digest: str, offset: int, length: int) -> RangeStream:
-        """Ask once for a byte range of a blob that is to be read as it comes. Nothing is tried again."""
+    def open_range(
+        self, repository: Repository, digest: str, offset: int, length: int, *, size: int | None = None
+    ) -> RangeStream:
+        """Ask once for a byte range of a blob that is to be read as it comes. Nothing is tried again.
+
+        Raises RegistryError as :meth:`read_range` does.
+        """
         name = _name(repository, digest)
 
         def request() -> RangeStream:
@@ -249,7 +264,7 @@ class RegistryClient:
                 repository,
                 f"blobs/{digest}",
                 {"Range": f"bytes={offset}-{offset + length - 1}"},
-                lambda response: RangeStream(response, name=name, offset=offset, length=length),
+                lambda response: RangeStream(response, name=name, offset=offset, length=length, size=size),
                 doing="streaming blob",
                 wanted=(200, 206),
                 bulk=True,

@@ -22,7 +22,9 @@ class RangeStream:
     it before the end gives the connection up. Raises RegistryError naming the blob.
     """
 
-    def __init__(self, response: urllib3.BaseHTTPResponse, *, name: str, offset: int, length: int) -> None:
+    def __init__(
+        self, response: urllib3.BaseHTTPResponse, *, name: str, offset: int, length: int, size: int | None = None
+    ) -> None:
         self._response = response
         self._name = name
         #: The next byte to come.
@@ -30,7 +32,7 @@ class RangeStream:
         #: Where it ends.
         self.end = offset + length
         try:
-            go_to_range(response, offset, length, _DOING)
+            go_to_range(response, offset, length, _DOING, size)
         except (*TRANSPORT_ERRORS, RegistryError) as error:
             raise self._failed(error) from error
 

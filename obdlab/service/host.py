@@ -29,6 +29,7 @@ from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.settings import Settings
 from obdlab.observe import audit, logs
+from obdlab.ownfiles import open_own
 from obdlab.service import wire
 from obdlab.service.forking import Signals, fork_to
 from obdlab.service.installed import InstalledCode
@@ -94,7 +95,7 @@ class Host:
         """
         path = self._run.path / SOCKET_NAME
         deadline = time.monotonic() + timeout_s
-        lock = os.open(self._run.path / "host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = open_own(self._run.path / "host.lock", os.O_RDWR | os.O_CREAT)
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 
 from obdlab.devices import graduation, kinds
 from obdlab.errors import DeviceError
+from obdlab.ownfiles import check_own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,6 +205,7 @@ class RunDir:
         """Make the directories, for root's eyes only."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            check_own_directory(self.path)
             self.devices.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise DeviceError(f"{self.path}: cannot make the run directory: {error.strerror}") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from obdlab.observe.counters import Table, add_to, counted
+from obdlab.ownfiles import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -95,7 +96,7 @@ def changing(run_dir: Path) -> Iterator[Tally]:
 
     Raises OSError if it cannot be read or written, or stays locked.
     """
-    lock = os.open(run_dir / TALLY_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = open_own(run_dir / TALLY_LOCK_NAME, os.O_RDWR | os.O_CREAT)
     try:
         _lock(lock)
         text = _read(run_dir)

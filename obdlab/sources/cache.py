@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a manifest says of a blob's size is believed only so far: the table of its pages takes disk and memory.
+# What manifests say of the sizes of an image's blobs is believed only so far: the tables of their pages take disk and
+# memory, a byte for each KiB.
 _LARGEST = 256 << 30
 
 # One component of a path, and none that begins with a dot.
@@ -68,6 +69,7 @@ class BlockCache:
         self._readahead_max = readahead_max
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
+        self._size = 0
         self._statistics: list[Statistics] = []
         self._demand = Demand()
 
@@ -80,8 +82,12 @@ class BlockCache:
         check_digest(digest, origin.name)
         if origin.size == 0:
             return MemoryBlob(b"", origin.name)
-        if origin.size > _LARGEST:
-            logger.warning("%s: not cached: blob of %d bytes (at most %d are)", origin.name, origin.size, _LARGEST)
+        with self._lock:
+            fits = self._size + origin.size <= _LARGEST
+            self._size += origin.size if fits else 0
+        if not fits:
+            what = "%s: not cached: blob of %d bytes (at most %d of all blobs of an image are)"
+            logger.warning(what, origin.name, origin.size, _LARGEST)
             return origin
         blob = CachedBlob(
             origin,

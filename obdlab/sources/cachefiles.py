@@ -90,9 +90,10 @@ class CacheFiles:
     def open(cls, space: CacheSpace, directory: Path, size: int, unit: int) -> Self:
         """Open the files of a blob of ``size`` bytes, made anew if need be; those that exist keep their unit.
 
-        Raises OSError if they cannot be made, the cache is full, it stays locked by others, or others use the blob
-        with another size.
+        Raises OSError if they cannot be made, other users can change the cache's directory, the cache is full, it
+        stays locked by others, or others use the blob with another size or had parts of such a one stored.
         """
+        space.check_owner()
         files = cls._open_existing(directory, size)
         if files is None:
             with space.changing(directory, sums_size(size, unit) + (32 << 10)):
@@ -135,10 +136,14 @@ class CacheFiles:
             if os.fstat(files.fd).st_size < size:  # was cut
                 os.ftruncate(files.fd, size)
             return files
-        busy = files.size != size and files.in_use
+        # Only a registry's answers are stored, and those must be of a blob of that size. The size wanted here is so far
+        # the word of a label.
+        kept = files.size != size and (files.header.verified or files.in_use or files.holds_any)
+        found = files.size
         files.close()
-        if busy:
-            raise OSError(errno.EBUSY, f"blob is in use with another size (wanted {size})", str(directory))
+        if kept:
+            what = f"blob is cached with another size (got {size} bytes, wanted {found})"
+            raise OSError(errno.EBUSY, what, str(directory))
         return None
 
     @classmethod
@@ -228,6 +233,11 @@ class CacheFiles:
     def cached_units(self) -> int:
         """Return how many units are there."""
         return int(np.count_nonzero(self._presence()))
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether any unit is there."""
+        return os.fstat(self.fd).st_blocks > 0 and self.cached_units() > 0
 
     def disk_bytes(self) -> int:
         """Return what both files take on disk."""

@@ -11,6 +11,7 @@ fetched again. Nothing is synced: after a power failure, too, the sums tell.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import tempfile
@@ -18,6 +19,8 @@ from array import array
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from crc32c import crc32c
+
+from obdlab.ownfiles import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +43,8 @@ _VERSION = 3
 _HEADER = struct.Struct("=8sIIQIIdII")
 _VERIFIED_MARK = 0x56524659
 _FUTURE = float(1 << 33)  # a time of last use that is no time
+# One of the names is missing, or is no file of ours (a link, a pipe).
+_UNSOUND = (errno.ENOENT, errno.ELOOP, errno.EINVAL)
 GENERATION_AT = 24  # followed by the mark
 LAST_USE_AT = 32
 HAND_AT = 40  # followed by the count
@@ -124,7 +129,7 @@ def unit_sums(content: Buffer) -> array[int]:
 def last_use(directory: Path) -> float:
     """Return when the blob in ``directory`` was last read (seconds since 1970); 0 if that is not known."""
     try:
-        with (directory / "sums").open("rb") as file:
+        with open(open_own(directory / "sums", os.O_RDONLY), "rb") as file:
             header = Header.from_bytes(file.read(HEADER_SIZE))
     except OSError:
         return 0.0
@@ -136,12 +141,14 @@ def open_pair(directory: Path, mode: int = os.O_RDWR) -> tuple[int, int] | None:
     descriptors: list[int] = []
     try:
         for name in ("data", "sums"):
-            descriptors.append(os.open(directory / name, mode | os.O_CLOEXEC))  # noqa: PERF401 - kept on errors
+            descriptors.append(open_own(directory / name, mode))  # noqa: PERF401 - kept on errors
         header = Header.from_bytes(os.pread(descriptors[1], HEADER_SIZE, 0))
         if header is not None and os.fstat(descriptors[1]).st_size == sums_size(header.size, header.unit):
             return descriptors[0], descriptors[1]
-    except FileNotFoundError:
-        pass
+    except OSError as error:
+        if error.errno not in _UNSOUND:
+            close_all(descriptors)
+            raise
     except BaseException:
         close_all(descriptors)
         raise

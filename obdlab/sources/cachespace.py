@@ -19,11 +19,12 @@ import os
 import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.observe import audit
+from obdlab.ownfiles import check_own_directory, open_own
 from obdlab.sources.eviction import evict
 
 if TYPE_CHECKING:
@@ -71,6 +72,14 @@ class CacheSpace:
         self._evicting = threading.Lock()
         self._wanted = 0
         self._no_eviction_before = 0.0
+
+    def check_owner(self) -> None:
+        """Raise OSError if other users can change the directory: what is in it could be links, or theirs.
+
+        A directory that is not there yet is made by the first store.
+        """
+        with suppress(FileNotFoundError):
+            check_own_directory(self.directory)
 
     @contextmanager
     def room(self, fd: int, length: int) -> Iterator[None]:
@@ -219,9 +228,10 @@ class CacheSpace:
     def _lock_file(self, deadline: float) -> int:
         # A descriptor of its own for each use, so that it excludes everybody, and nothing stays open.
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.check_owner()
         path = self.directory / "usage"
         pause_s = 0.0001
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             while True:
                 try:
@@ -237,7 +247,7 @@ class CacheSpace:
                 # The cache was deleted by hand, and this is the lock of nothing.
                 os.close(fd)
                 fd = -1
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fd = open_own(path, os.O_RDWR | os.O_CREAT)
         except BaseException:
             if fd >= 0:
                 os.close(fd)

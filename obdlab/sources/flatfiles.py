@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import CorruptBlobError, ObdlabError
 from obdlab.formats.checksum import raw_crc32c
+from obdlab.ownfiles import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +61,8 @@ class FlatFiles:
         Raises FlatFileError if the system refuses.
         """
         try:
-            fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._space.check_owner()
+            fd = open_own(self.path(name), os.O_RDONLY)
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -73,7 +73,7 @@ class RemoteBlob(Blob):
         try:
             with waiting():
                 data = self._client.read_range(
-                    self._repository, self._digest, offset, length, started + self.deadline_s
+                    self._repository, self._digest, offset, length, started + self.deadline_s, size=self._size
                 )
         except RegistryError as error:
             now = time.monotonic()
@@ -96,7 +96,7 @@ class RemoteBlob(Blob):
     def open_range(self, offset: int, length: int) -> RangeStream:
         """Ask for a range that is read as it comes, for a ``with`` block. Raises RegistryError."""
         check_range(self, offset, length)
-        return self._client.open_range(self._repository, self._digest, offset, length)
+        return self._client.open_range(self._repository, self._digest, offset, length, size=self._size)
 
     def _check_failed(self, offset: int, stop: int, now: float) -> None:
         for end, failed_offset, failed_stop, error in self._failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,64 @@ def test_a_size_beyond_belief_is_not_cached(tmp_path: Path) -> None:
     with BlockCache(tmp_path).open(Huge(), digest_of(b"huge")) as blob:
         assert blob.read_at(1 << 43, 3) == b"xxx"
     assert not list(tmp_path.rglob("sums"))
+
+
+def test_blobs_are_cached_up_to_a_size_together(tmp_path: Path) -> None:
+    class Large(Blob):
+        name = "large"
+        size = 100 << 30
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            return b"x" * length
+
+    # A table of 100 MiB each; written sums take space, and there is no need to have it.
+    cache = BlockCache(tmp_path, unit=1 << 20)
+    with ExitStack() as opened:
+        for number in range(200):
+            blob = opened.enter_context(cache.open(Large(), digest_of(b"%d" % number)))
+            assert blob.read_at(99 << 30, 3) == b"xxx"
+        assert len(list(tmp_path.rglob("sums"))) == 2
+
+
+@pytest.mark.parametrize("state", ["some", "verified"])
+@pytest.mark.parametrize("wanted", [len(DATA) - UNIT, len(DATA) + 1, 1, 1 << 40])
+def test_what_is_known_of_a_digest_stays_when_a_label_says_another_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, state: str, wanted: int
+) -> None:
+    with open_cached(tmp_path, Origin()) as blob:
+        assert blob.read_at(0, len(DATA) if state == "verified" else UNIT)
+        assert blob.verify() == (state == "verified")
+    with BlockCache(tmp_path, unit=UNIT).open(Padded(wanted), DIGEST) as liar:
+        assert liar.read_at(0, 1) == DATA[:1]
+    assert wanted == 1 << 40 or f"got {wanted} bytes, wanted {len(DATA)}" in caplog.text
+    origin = Origin()
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, UNIT) == DATA[:UNIT]
+        assert blob.verified == (state == "verified")
+    assert not origin.reads
+
+
+def test_a_wrong_size_of_which_nothing_came_is_forgotten(tmp_path: Path) -> None:
+    BlockCache(tmp_path, unit=UNIT).open(Padded(len(DATA) + 100_000), DIGEST).close()
+    with open_cached(tmp_path, Origin()) as blob:
+        assert blob.read_at(0, len(DATA)) == DATA
+    origin = Origin()
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, len(DATA)) == DATA
+    assert not origin.reads
+
+
+class Padded(Blob):
+    """The blob as a label with another size would have it."""
+
+    name = "padded"
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return DATA[offset : offset + length].ljust(length, b"?")

@@ -65,3 +65,17 @@ def test_failures_that_came_soon_are_asked_for_again(fault: faulty.Fault) -> Non
         with pytest.raises(RegistryError):
             blob.read_at(0, 100)
         assert blob.read_at(0, 100) == DATA[:100]
+
+
+@pytest.mark.parametrize("fault", [None, faulty.whole_blob], ids=["206", "200"])
+@pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 50_000, 1 << 40])
+def test_a_registry_that_knows_another_size_is_believed(size: int, fault: faulty.Fault | None) -> None:
+    with faulty_registry() as registry, closing(RegistryClient(deadline_s=20)) as client:
+        registry.always(fault)
+        blob = RemoteBlob(client, registry.repository(), registry.add_blob(DATA), size)
+        wanted = rf"another size \(got {len(DATA)}, wanted {size}\)"
+        with pytest.raises(RegistryError, match=wanted):
+            blob.read_at(0, 100)
+        with pytest.raises(RegistryError, match=wanted):
+            blob.open_range(0, 100)
+        assert len(registry.requests) == 2  # trying again would not help
