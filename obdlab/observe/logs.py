@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from obdlab.observe.redact import redacted
 from obdlab.observe.rotation import RotatingFile
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ class LogFormatError(ValueError):
     """A log format that there is not."""
 
 
+class TextFormatter(logging.Formatter):
+    """Lines for people, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, pid, process, message; of errors blob, offset, tries."""
 
@@ -34,7 +42,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "pid": record.process,
             "process": process_name,
-            "message": record.getMessage(),
+            "message": redacted(record.getMessage()),
         }
         for error in _errors_of(record):
             for name in _ERROR_FIELDS:
@@ -42,7 +50,7 @@ class JsonFormatter(logging.Formatter):
                 if value not in (None, ""):
                     entry[name] = value
         if record.exc_info:
-            entry["trace"] = self.formatException(record.exc_info)
+            entry["trace"] = redacted(self.formatException(record.exc_info))
         return json.dumps(entry, default=str)
 
 
@@ -108,7 +116,7 @@ def set_up(options: LogOptions, level: int, *, follow: Sequence[int] = ()) -> No
         file.write(b"")
         handler = RotatingHandler(file)
         _write = file.write
-    handler.setFormatter(JsonFormatter() if options.format == "json" else logging.Formatter(TEXT_FORMAT))
+    handler.setFormatter(JsonFormatter() if options.format == "json" else TextFormatter(TEXT_FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
@@ -119,7 +127,7 @@ def write_at_once(record: logging.LogRecord) -> None:
     """
     handlers = logging.getLogger().handlers
     formatter = handlers[0].formatter if handlers else None
-    line = (formatter or logging.Formatter(TEXT_FORMAT)).format(record)
+    line = (formatter or TextFormatter(TEXT_FORMAT)).format(record)
     _write(line.encode(errors="replace") + b"\n")
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlencode, urlsplit
 from obdlab.registry.body import read_small
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.redirects import check_not_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -272,6 +273,7 @@ class Authenticator:
         parts = _split_realm(realm)
         if parts.scheme != "https" and not repository.plain_http:
             raise RegistryError("token server without TLS for a registry with TLS", status=401)
+        check_not_local(repository.api_url, realm, "asking for a token")
         query = {"service": parameters["service"]} if "service" in parameters else {}
         query["scope"] = parameters.get("scope") or f"repository:{repository.name}:{actions}"
         url = f"{realm}{'&' if parts.query else '?'}{urlencode(query)}"
@@ -329,7 +331,8 @@ def _split_realm(realm: str) -> SplitResult:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.fragment
     except ValueError:
         usable = False
-    if not usable or not realm.isprintable():
+    # Characters that parsers of URLs read in different ways would send the password elsewhere.
+    if not usable or not realm.isprintable() or set(" \\@") & set(realm):
         raise RegistryError("challenge with a malformed realm", status=401)
     return parts
 

@@ -17,8 +17,9 @@ from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.link import Link
 from obdlab.registry.pace import least_pace
 from obdlab.registry.rangestream import RangeStream
+from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
-from obdlab.registry.session import DELETE, PUSH, Session, redirected
+from obdlab.registry.session import DELETE, PUSH, Session
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:

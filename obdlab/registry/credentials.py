@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.observe.redact import redacted
 from obdlab.registry.body import read_small
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.failures import RegistryError, discard
@@ -201,7 +202,7 @@ class CredentialsService:
         self._answers = _Remembered(self._ask)
 
     def __repr__(self) -> str:
-        return f"CredentialsService({self._address!r})"
+        return f"CredentialsService({redacted(self._address)!r})"
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
         """Ask the service, unless it answered for this repository in the last 30 s and was right."""
@@ -213,7 +214,7 @@ class CredentialsService:
 
     def _ask(self, key: tuple[str, ...], url: str) -> Found:
         host, name = key
-        doing = f"asking {self._address} for credentials"
+        doing = f"asking {redacted(self._address)} for credentials"
         # Not URL-encoded, as the services that exist expect it; what could end the query is.
         asked = url.replace("&", "%26").replace("#", "%23")
         separator = "&" if "?" in self._address else "?"

@@ -16,6 +16,7 @@ from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError
 
 from obdlab.errors import SourceError
 from obdlab.observe.counters import REGISTRY_RETRIES
+from obdlab.observe.redact import redacted
 from obdlab.registry.deadline import thread_deadline
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
         # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
         reason = _POOL.sub("", " ".join(str(error).split()))
         text = f"{type(error).__name__}: {reason}"
-    return RegistryError(f"{doing}: {text[:300]}", temporary=not permanent, timed_out=timed_out)
+    return RegistryError(f"{doing}: {redacted(text)[:300]}", temporary=not permanent, timed_out=timed_out)
 
 
 def persist(
@@ -164,7 +165,7 @@ def _error_detail(body: bytes) -> str:
         text = f"{first.get('code', '')}: {first.get('message', '')}"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return ""
-    return "".join(c for c in text if c.isprintable())[:200].strip(": ")
+    return redacted("".join(c for c in text if c.isprintable()))[:200].strip(": ")
 
 
 def _retry_after(text: str) -> float:

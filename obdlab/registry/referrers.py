@@ -16,8 +16,8 @@ from obdlab.errors import FormatError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, digest_of, is_digest
 from obdlab.registry import body
 from obdlab.registry.failures import RegistryError
+from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference
-from obdlab.registry.session import redirected
 
 if TYPE_CHECKING:
     import urllib3

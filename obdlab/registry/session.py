@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, TypeVar
-from urllib.parse import urljoin, urlsplit
 
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import is_digest
@@ -20,10 +21,11 @@ from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.failures import RegistryError, discard, from_response, persist
 from obdlab.registry.interrupt import is_broken_off
 from obdlab.registry.mirrors import Mirrors
+from obdlab.registry.redirects import origin, redirected
 from obdlab.registry.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     import urllib3
 
@@ -46,6 +48,7 @@ _MAX_REDIRECTS = 5
 # Signed storage URLs live for minutes (those of Docker Hub for at least five).
 _LOCATION_LIFE_S = 240.0
 _MAX_LOCATIONS = 4096
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # A mirror or proxy gets at most this of a read's time, and a quarter of what is left: the registry needs some too.
 _HELPER_S = 15.0
 _HELPER_SHARE = 0.25
@@ -99,13 +102,15 @@ class Session:
         doing: str,
         actions: str = PULL,
         body: bytes | Callable[[], IO[bytes]] | None = None,
+        own: Mapping[str, str] = _NO_HEADERS,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request to the registry, answering one challenge. Any status but 401 is the caller's.
 
-        Another host (that of an upload, say) gets no Authorization.
+        Another host (that of an upload, say) gets no Authorization, and none of the headers in ``own``.
         """
-        if _origin(url) != _origin(repository.api_url):
+        if origin(url) != origin(repository.api_url):
             return self._send(method, url, headers, None, body, doing)
+        headers = {**headers, **own}
         return self._auth.exchange(
             repository,
             actions,
@@ -138,7 +143,7 @@ class Session:
             try:
                 with _helpers_share():
                     answer = self._get(
-                        mirror.repository(repository), url, {**headers, **mirror.headers}, read, doing, wanted, bulk
+                        mirror.repository(repository), url, headers, read, doing, wanted, bulk, mirror.headers
                     )
             except (RegistryError, CorruptBlobError) as error:
                 if is_broken_off():
@@ -181,12 +186,13 @@ class Session:
         doing: str,
         wanted: tuple[int, ...],
         bulk: bool,
+        own: Mapping[str, str] = _NO_HEADERS,
     ) -> T:
         proxy = self._p2p
         if bulk and proxy is not None and proxy.usable(url):
-            target, authorization = self._resolve(repository, url, doing)
+            target, wants = self._resolve(repository, url, doing, own)
             try:
-                return self._through(proxy, target, authorization, headers, read, doing, wanted)
+                return self._through(proxy, target, {**headers, **wants}, read, doing, wanted)
             except RegistryError as error:
                 if is_broken_off():
                     raise
@@ -195,7 +201,7 @@ class Session:
                     proxy.failed(error)
                 self._forget(url)
         try:
-            return read(self._open(repository, url, headers, doing, wanted))
+            return read(self._open(repository, url, headers, doing, wanted, own))
         except RegistryError:
             if not is_broken_off():
                 self._forget(url)
@@ -205,15 +211,12 @@ class Session:
         self,
         proxy: P2PProxy,
         target: str,
-        authorization: str | None,
         headers: Mapping[str, str],
         read: Callable[[urllib3.BaseHTTPResponse], T],
         doing: str,
         wanted: tuple[int, ...],
     ) -> T:
         doing = f"{doing} through {proxy.name}"
-        if authorization is not None:
-            headers = {**headers, "Authorization": authorization}
         with _helpers_share():
             response = self._transport.send(
                 "GET", proxy.url(target), headers, doing=doing, http_proxy=proxy.http_proxy
@@ -224,20 +227,23 @@ class Session:
         proxy.worked()
         return answer
 
-    def _resolve(self, repository: Repository, url: str, doing: str) -> tuple[str, str | None]:
-        # Returns the URL that has the content, and the header it wants: none if the registry sent us elsewhere.
+    def _resolve(
+        self, repository: Repository, url: str, doing: str, own: Mapping[str, str]
+    ) -> tuple[str, Mapping[str, str]]:
+        # Returns the URL that has the content, and the headers it wants: none if the registry sent us elsewhere.
         # A proxy must be asked for the very content: what it would do with a challenge or redirect is its own affair.
         target = self._location(url)
         if target is None:
             # The first byte, as a proxy's cache would keep an answer to HEAD for one to GET.
-            discard(self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416)))
+            discard(self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416), own))
             target = self._location(url)
             if target is None:
                 self._remember(url, url)
                 target = url
-        if _origin(target) == _origin(url):
-            return target, self._auth.header(repository, PULL)
-        return target, None
+        if origin(target) == origin(url):
+            authorization = self._auth.header(repository, PULL)
+            return target, own if authorization is None else {**own, "Authorization": authorization}
+        return target, _NO_HEADERS
 
     def _open(
         self,
@@ -246,6 +252,7 @@ class Session:
         headers: Mapping[str, str],
         doing: str,
         wanted: tuple[int, ...],
+        own: Mapping[str, str],
     ) -> urllib3.BaseHTTPResponse:
         known = self._location(url)
         if known is not None and known != url:
@@ -261,9 +268,9 @@ class Session:
             if response.status >= 500 or response.status == 429:
                 raise from_response(response, doing)
             discard(response)  # most likely the signature has expired: ask the registry again
-        response = self.request(repository, "GET", url, headers, doing=doing)
+        response = self.request(repository, "GET", url, headers, doing=doing, own=own)
         if response.status in _REDIRECTS:
-            response = self._follow(repository, url, response, headers, doing)
+            response = self._follow(repository, url, response, headers, doing, own)
         if response.status not in wanted:
             self._forget(url)
             raise from_response(response, doing)
@@ -276,20 +283,20 @@ class Session:
         response: urllib3.BaseHTTPResponse,
         headers: Mapping[str, str],
         doing: str,
+        own: Mapping[str, str],
     ) -> urllib3.BaseHTTPResponse:
-        origin = _origin(url)
         target = url
         for _ in range(_MAX_REDIRECTS):
             location = response.headers.get("Location", "")
             discard(response)
             target = redirected(target, location, doing)
-            if _origin(target) == origin:
-                response = self.request(repository, "GET", target, headers, doing=doing)
+            if origin(target) == origin(url):
+                response = self.request(repository, "GET", target, headers, doing=doing, own=own)
             else:
                 # Storage behind a registry signs its URLs; our token is none of its business.
                 response = self._send("GET", target, headers, None, None, doing)
             if response.status not in _REDIRECTS:
-                if _origin(target) != origin and response.status < 300:
+                if origin(target) != origin(url) and response.status < 300:
                     self._remember(url, target)
                 return response
         discard(response)
@@ -341,23 +348,3 @@ def _helpers_share() -> Iterator[None]:
 def _is_pinned(path: str) -> bool:
     # A tag may mean another image at a mirror; a digest may not.
     return path.startswith("blobs/") or is_digest(path.rpartition("/")[2])
-
-
-def redirected(url: str, location: str, doing: str) -> str:
-    """Return where a redirect of ``url`` leads. Raises RegistryError if nowhere, or from TLS to plain HTTP."""
-    try:
-        target = urljoin(url, location)
-        parts = urlsplit(target)
-        usable = bool(location) and parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise RegistryError(f"{doing}: redirect without a usable Location")
-    if url.startswith("https:") and parts.scheme != "https":
-        raise RegistryError(f"{doing}: redirect from TLS to plain HTTP refused")
-    return target
-
-
-def _origin(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc

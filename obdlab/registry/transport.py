@@ -6,6 +6,7 @@ most until the deadline that the calling thread has set with :func:`obdlab.regis
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 import threading
@@ -19,6 +20,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import NewConnectionError, SSLError
 
 from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY_REQUESTS
+from obdlab.observe.redact import Redacting
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
@@ -54,6 +56,10 @@ _FINAL_TLS_REASONS = (
     "ACCESS_DENIED",
 )
 _MOST_HOSTS = 256
+
+# At level debug urllib3 logs whole URLs, the signatures of storage URLs with them.
+for _name in ("connection", "connectionpool", "poolmanager", "response", "util.retry"):
+    logging.getLogger(f"urllib3.{_name}").addFilter(Redacting())
 
 
 class Transport:

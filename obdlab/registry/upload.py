@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Self, cast
 from urllib.parse import quote
 
 from obdlab.registry.failures import RegistryError, discard, from_response
-from obdlab.registry.session import PUSH, redirected
+from obdlab.registry.redirects import redirected
+from obdlab.registry.session import PUSH
 
 if TYPE_CHECKING:
     from collections.abc import Callable

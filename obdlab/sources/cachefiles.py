@@ -136,8 +136,8 @@ class CacheFiles:
             if os.fstat(files.fd).st_size < size:  # was cut
                 os.ftruncate(files.fd, size)
             return files
-        # Only a registry's answers are stored, and those must be of a blob of that size. The size wanted here is so far
-        # the word of a label.
+        # Only a registry's answers are stored, and those must be of a blob of that size. The size wanted here is
+        # the word of a label so far.
         kept = files.size != size and (files.header.verified or files.in_use or files.holds_any)
         found = files.size
         files.close()

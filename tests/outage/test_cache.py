@@ -165,7 +165,7 @@ def test_a_full_disk(lab: Lab, tmp_path: Path) -> None:
 
 @contextmanager
 def _tmpfs(target: Path, size: str) -> Iterator[None]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(target)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(target)], check=True)
     try:
         yield
     finally:

@@ -241,7 +241,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 @pytest.mark.kernel
 def test_really_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "cache-test", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k,mode=0700", "cache-test", tmp_path], check=True)
     try:
         origin = Origin()
         with open_cached(tmp_path, origin) as blob:  # 164 KiB do not fit
@@ -301,7 +301,7 @@ def writable_again(target: Path) -> Iterator[None]:
 
 @pytest.mark.kernel
 def test_a_read_only_file_system(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "cache-test", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "cache-test", tmp_path], check=True)
     try:
         with open_cached(tmp_path, Origin()) as kept:
             kept.read_at(0, 10 * UNIT)

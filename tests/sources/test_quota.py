@@ -207,7 +207,7 @@ def test_a_quota_smaller_than_anything(tmp_path: Path) -> None:
 
 @pytest.mark.kernel
 def test_free_space_is_kept(tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "quota-test", tmp_path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "quota-test", tmp_path], check=True)
     try:
         cache = BlockCache(tmp_path, min_free=1 << 30, unit=UNIT, readahead_max=0)  # a 16th: 256 KiB
         with ExitStack() as opened:

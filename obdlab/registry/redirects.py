@@ -1,0 +1,72 @@
+"""Where an answer may send us, and whose credentials go there: only those of the very host."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urljoin, urlsplit
+
+from obdlab.registry.failures import RegistryError
+
+_PORTS = {"http": 80, "https": 443}
+# Clouds answer here with the machine's own credentials.
+_METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
+
+
+def redirected(url: str, location: str, doing: str) -> str:
+    """Return where a redirect of ``url`` leads.
+
+    Raises RegistryError if nowhere, from TLS to plain HTTP, or from elsewhere to this machine and its neighbours.
+    """
+    try:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+        usable = bool(location) and parts.scheme in ("http", "https") and bool(parts.hostname)
+        usable = usable and target.isprintable() and not set(" \\") & set(target) and "@" not in parts.netloc
+        usable = usable and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise RegistryError(f"{doing}: redirect without a usable Location")
+    if url.startswith("https:") and parts.scheme != "https":
+        raise RegistryError(f"{doing}: redirect from TLS to plain HTTP refused")
+    check_not_local(url, target, doing)
+    return target
+
+
+def check_not_local(url: str, target: str, doing: str) -> None:
+    """Raise RegistryError if ``url``, on another machine, sends us to one that only this machine can reach.
+
+    Names are not resolved: what answers under a name has a certificate for it, or plain HTTP was asked for.
+    """
+    host = urlsplit(target).hostname or ""
+    if _is_local(host) and not _is_local(urlsplit(url).hostname or ""):
+        raise RegistryError(f"{doing}: redirect to an address of this machine refused (got {host[:80]!r})")
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of a URL: credentials for one are good for no other."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme)
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(host))  # "127.1", "0x7f000001"
+        except (OSError, UnicodeError):
+            return False
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address.sixtofour or address
+    return (
+        address.is_loopback
+        or address.is_link_local
+        or address.is_unspecified
+        or address.is_multicast
+        or address in _METADATA
+    )
