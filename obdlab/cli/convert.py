@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from obdlab.cli.convertoptions import (
     ALL,
@@ -50,6 +52,9 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_conversion_options(parser)
     parser.add_argument("--dump-manifest", type=Path, metavar="FILE", help="also write the new manifest to FILE")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no table, only the digest")
+    parser.add_argument(
+        "--json", action="store_true", help="print what was made as JSON, in place of table and digest"
+    )
     add_image_options(parser)
     parser.set_defaults(run=run)
 
@@ -75,11 +80,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if args.dump_manifest is not None:
+        _dump(args.dump_manifest, converted.document)
+    if args.json:
+        print(json.dumps(_as_dict(converted), indent=2))
+        return 0
     if not args.quiet:
         for image in converted.images:
             print_table(image)
-    if args.dump_manifest is not None:
-        _dump(args.dump_manifest, converted.document)
     print(converted.digest)
     return 0
 
@@ -100,6 +108,39 @@ def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
             )
         image = convert_image(source, destination, options=options, progress=progress)
         return ConvertedIndex(image.name, image.digest, image.document, (image,))
+
+
+def _as_dict(converted: ConvertedIndex) -> dict[str, Any]:
+    return {
+        "name": converted.name,
+        "digest": converted.digest,
+        "images": [
+            {
+                "digest": image.digest,
+                "platform": asdict(image.platform),
+                "size": image.size,
+                "seconds": round(image.seconds, 3),
+                "layers": [_layer_dict(layer) for layer in image.layers],
+            }
+            for image in converted.images
+        ],
+    }
+
+
+def _layer_dict(layer: ConvertedLayer) -> dict[str, Any]:
+    built = layer.built
+    return {
+        "source_digest": layer.source_digest,
+        "source_layers": layer.merged,
+        "source_size": layer.source_size,
+        "digest": built.digest,
+        "size": built.size,
+        "data_size": built.data_size,
+        "segments": built.segments,
+        "stored": layer.stored,
+        "reused": layer.reused,
+        "seconds": {phase: round(seconds, 3) for phase, seconds in built.seconds.items()},
+    }
 
 
 def _dump(path: Path, document: bytes) -> None:

@@ -1,19 +1,31 @@
-"""``obdlab inspect``: what a layer file is, and whether all of it is sound."""
+"""``obdlab inspect``: what a layer file or an image is, and whether all of it is sound."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.common import platform
+from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.inspect_image import inspect_image, print_image
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    import argparse
-
+    from obdlab.convert.inspection import ImageFacts
     from obdlab.image.description import FileFacts, StackFacts
 
+_DESCRIPTION = f"""\
+Shows what each name is.
+Of a file: tar window, ZFile and LSMT header fields, sizes. Several sealed layers are also shown as the stack they
+make, the first being the bottom.
+Of an image: its layers with digests, sizes, compression and annotations, the file system, whether it has a hot layer,
+what checks its bytes, and what of it is in the block cache of this host.
+
+{NAMES}"""
 # How field names read to people, where underscores as blanks do not do.
 _TITLES = {
     "block_crcs": "block CRCs",
@@ -29,25 +41,33 @@ def add(subcommands: Any) -> None:
     """Declare the command."""
     parser = subcommands.add_parser(
         "inspect",
-        help="say what layer files are; with --verify, read all of them",
-        description=(
-            "Shows what each file is: tar window, ZFile and LSMT header fields, sizes. Several sealed "
-            "layers are also shown as the stack they make, the first being the bottom."
-        ),
+        help="say what layer files and images are; with --verify, read all of them",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="LSMT layer, ZFile, or either in its tar")
+    parser.add_argument(
+        "paths", nargs="+", metavar="NAME", help="LSMT layer, ZFile, or either in its tar; or an image"
+    )
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="also read everything and check every checksum")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="block cache (default: the settings', or what devices use)"
+    )
+    add_image_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe the files, and verify them if asked: those that are sound, then what is wrong with the others."""
+    """Describe files and images, and verify them if asked: what is sound, then what is wrong with the others."""
     from obdlab.image.description import describe, describe_stack
 
     files: list[FileFacts] = []
     errors: list[str] = []
-    for path in args.paths:
+    names = [name for name in args.paths if _is_image(name)]
+    paths = [name for name in args.paths if name not in names]
+    images = _images(names, args, errors)
+    for path in paths:
         try:
             facts = describe(path)
             if args.verify:
@@ -57,10 +77,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             files.append(facts)
     sealed = all(file.layer is not None and file.layer.segments is not None for file in files)
-    stack = describe_stack(args.paths) if sealed and not errors and len(files) > 1 else None
+    stack = describe_stack(paths) if sealed and not errors and len(files) > 1 else None
     if args.json:
-        _print_json(files, stack, errors, verified=args.verify)
+        _print_json(files, images, stack, errors, verified=args.verify)
     else:
+        for image in images:
+            print_image(image)
         for file in files:
             _print_file(file, verified=args.verify)
         if stack is not None:
@@ -68,6 +90,30 @@ def run(args: argparse.Namespace) -> int:
     for message in errors:
         print(f"obdlab inspect: {message}", file=sys.stderr)
     return 1 if errors else 0
+
+
+# Told without opening anything, as importing what reads images takes a while.
+def _is_image(name: str) -> bool:
+    if Path(name).is_file():
+        return False
+    from obdlab.convert.source import names_image
+
+    return names_image(name)
+
+
+def _images(names: list[str], args: argparse.Namespace, errors: list[str]) -> list[ImageFacts]:
+    if not names:
+        return []
+    from obdlab.cli.imageoptions import image_client
+
+    images = []
+    with image_client(args) as client:
+        for name in names:
+            try:
+                images.append(inspect_image(name, client, args))
+            except ObdlabError as error:
+                errors.append(str(error))
+    return images
 
 
 def _verify(path: str) -> None:
@@ -82,8 +128,12 @@ def _verify(path: str) -> None:
             bar.update(length)
 
 
-def _print_json(files: list[FileFacts], stack: StackFacts | None, errors: list[str], *, verified: bool) -> None:
+def _print_json(
+    files: list[FileFacts], images: list[ImageFacts], stack: StackFacts | None, errors: list[str], *, verified: bool
+) -> None:
     document: dict[str, Any] = {"files": [asdict(file) for file in files]}
+    if images:
+        document["images"] = [asdict(image) for image in images]
     if verified and not errors:
         document["verified"] = True
     if stack is not None:

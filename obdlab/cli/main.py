@@ -37,6 +37,7 @@ COMMANDS = (
     "upgrade",
     "graduate",
     "inspect",
+    "pull_blob",
     "verify",
     "diff",
     "create",

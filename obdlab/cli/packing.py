@@ -132,6 +132,11 @@ def size_text(size: int) -> str:
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Return a text of others for people: what a terminal would take as more than text is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def size_argument(text: str) -> int:
     """Read a size given on the command line: bytes, or a number with K, M, G or T."""
     digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")

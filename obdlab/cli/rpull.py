@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, platform, registry_from
 
@@ -37,6 +39,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "can copy, save and push it",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--json", action="store_true", help="print what was pulled as JSON, in place of the summary")
     group = parser.add_argument_group("containerd")
     group.add_argument(
         "--address",
@@ -80,7 +83,9 @@ def _run(args: argparse.Namespace) -> int:
             )
         finally:
             bar.close()
-    if not args.quiet:
+    if args.json:
+        print(json.dumps(_as_dict(result, time.monotonic() - began), indent=2))
+    elif not args.quiet:
         print(_summary(result, time.monotonic() - began))
     for line in _warnings(result, reference, download=args.download_blobs):
         print(f"obdlab rpull: {line}", file=sys.stderr)
@@ -103,6 +108,17 @@ def _warnings(result: PullResult, reference: Reference, *, download: bool) -> It
             f"{len(other)} of {len(result.layers)} layers were pulled before as part of {other[0]}, and containers "
             f"go on reading them from there; {change}"
         )
+
+
+def _as_dict(result: PullResult, elapsed_s: float) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "digest": result.digest,
+        "metadata_bytes": result.metadata_bytes,
+        "layer_bytes": result.layer_bytes,
+        "seconds": round(elapsed_s, 3),
+        "layers": [asdict(layer) | {"outcome": layer.outcome.value} for layer in result.layers],
+    }
 
 
 def _summary(result: PullResult, elapsed_s: float) -> str:

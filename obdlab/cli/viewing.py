@@ -6,10 +6,11 @@ import argparse
 import os
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.cli.attach import SOURCE_HELP, image_config_of
 from obdlab.cli.common import add_registry_options, settings_from
+from obdlab.cli.packing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,5 +56,4 @@ def opened_tree(image: str, args: argparse.Namespace) -> Iterator[FileTree]:
 
 def shown(name: bytes) -> str:
     """Return a name for people: what a terminal would take as more than text is escaped."""
-    text: Any = name.decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(name.decode(errors="backslashreplace"))

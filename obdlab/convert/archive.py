@@ -28,6 +28,8 @@ from obdlab.registry.reference import Reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from obdlab.blob import Blob
+
 _MAX_MEMBERS = 200_000
 _MAX_LINKS = 8
 _COPY = 1 << 20
@@ -189,6 +191,11 @@ class DockerArchiveSource(ImageSource):
         start, size = self._members[layer.digest]
         advance(layer.size)  # first: it raises where the conversion was stopped
         return _window(self._archive, start, size, layer)
+
+    def open_blob(self, descriptor: oci.Descriptor) -> Blob:
+        start, size = self._members[descriptor.digest]
+        with _window(self._archive, start, size, descriptor) as file:
+            return file.as_blob()
 
     def root(self) -> tuple[oci.Descriptor | None, oci.Manifest | oci.Index]:
         return self._root, oci.Manifest.parse(self._manifest_bytes, self.name)

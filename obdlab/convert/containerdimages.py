@@ -52,6 +52,9 @@ class ContainerdSource(ImageSource):
             raise SourceError(f"cannot copy the layer: {error.strerror or error}", blob=str(path)) from error
         return VerifiedFile(path, layer)
 
+    def open_blob(self, descriptor: oci.Descriptor) -> Blob:
+        return _StoredBlob(self._client, self.name, descriptor)
+
     def release(self, layer: VerifiedFile) -> None:
         layer.close()
         with suppress(FileNotFoundError):

@@ -92,6 +92,27 @@ class ImageSource(ABC):
         ``advance`` is told how many bytes have come. Raises SourceError or CorruptBlobError.
         """
 
+    def read(self, descriptor: Descriptor, max_size: int = MAX_MANIFEST_SIZE) -> bytes:
+        """Return a manifest, index or config whole, checked. Raises SourceError, CorruptBlobError or FormatError."""
+        return self._read(descriptor, max_size)
+
+    @abstractmethod
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        """Return a blob to be read by position where it lies; nothing checks its digest. Raises SourceError."""
+
+    def beside(self, digest: str) -> Descriptor | None:
+        """Return a blob that lies where the image's do, part of it or not; None where that is not known."""
+        return None
+
+    def trace(self, digest: str) -> Descriptor | None:
+        """Return the trace that refers to the image manifest ``digest``, if there is one."""
+        return None
+
+    @property
+    def cache_name(self) -> str:
+        """Under which name the block cache keeps the image's blobs; "" if it never does."""
+        return ""
+
     def release(self, layer: VerifiedFile) -> None:
         """Close what fetch() returned, and remove it if it was downloaded."""
         layer.close()

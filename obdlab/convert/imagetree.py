@@ -14,6 +14,7 @@ from obdlab.convert.listing import list_volume
 from obdlab.convert.memorytree import MemoryTree
 from obdlab.erofs import volume as erofs
 from obdlab.ext4 import volume as ext4
+from obdlab.image.from_manifest import check_native
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.platforms import host_platform
@@ -38,9 +39,11 @@ def list_image(
 
     An overlaybd image is read as the file system on its layers, any other by applying its layers in memory. Layers
     are fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
-    CorruptBlobError, FormatError or ApplyError.
+    CorruptBlobError, FormatError, ApplyError, or NotOverlaybdError for turboOCI layers.
     """
     manifest = source.manifest(platform or host_platform(), overlaybd=True)
+    for layer in manifest.layers:
+        check_native(layer, source.name)
     with tempfile.TemporaryDirectory(prefix="obdlab-compare-", dir=work_dir) as directory:
         if manifest.is_overlaybd:
             return _list_overlaybd(source, manifest, Path(directory), progress, content=content)

@@ -32,6 +32,10 @@ class LayoutSource(ImageSource):
         advance(layer.size)  # first: it raises where the conversion was stopped
         return self._layout.open_blob(layer)
 
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        with self._layout.open_blob(descriptor) as file:
+            return file.as_blob()
+
     def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         entries = self._layout.select(self._tag)
         return (entries[0], self._document(entries[0])) if len(entries) == 1 else (None, Index(entries))

@@ -13,7 +13,18 @@ from obdlab.blob import Blob, check_range
 from obdlab.convert.endpoints import ImageDestination, ImageSource
 from obdlab.convert.layout import VerifiedFile
 from obdlab.errors import SourceError
-from obdlab.formats.oci import INDEX_TYPES, MAX_MANIFEST_SIZE, Descriptor, Index, Manifest, parse_manifest
+from obdlab.formats.oci import (
+    HOT_LAYER,
+    INDEX_TYPES,
+    MAX_MANIFEST_SIZE,
+    UNKNOWN_TYPE,
+    Descriptor,
+    Index,
+    Manifest,
+    parse_manifest,
+)
+from obdlab.image.from_manifest import TRACE_ARTIFACT, find_trace
+from obdlab.image.remote import cache_name
 from obdlab.registry.failures import RegistryError
 from obdlab.sources.remote import RemoteBlob
 
@@ -56,6 +67,24 @@ class RegistrySource(ImageSource):
         except OSError as error:
             raise SourceError(f"cannot download the layer: {error.strerror or error}", blob=str(path)) from error
         return VerifiedFile(path, layer)
+
+    def open_blob(self, descriptor: Descriptor) -> Blob:
+        return RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size)
+
+    def beside(self, digest: str) -> Descriptor | None:
+        if not self._client.has_blob(self._repository, digest):
+            return None
+        return Descriptor(UNKNOWN_TYPE, digest, self._client.blob_size(self._repository, digest))
+
+    def trace(self, digest: str) -> Descriptor | None:
+        found = find_trace(self._client, self._reference, digest)
+        if not found.digest:
+            return None
+        return Descriptor(TRACE_ARTIFACT, found.digest, found.size, {HOT_LAYER: "yes"} if found.hot else {})
+
+    @property
+    def cache_name(self) -> str:
+        return cache_name(self._repository)
 
     def release(self, layer: VerifiedFile) -> None:
         layer.close()

@@ -23,7 +23,15 @@ from obdlab.registry.reference import Reference
 if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
 
-__all__ = ["ImageDestination", "ImageSource", "check_apart", "names_image", "open_destination", "open_source"]
+__all__ = [
+    "ImageDestination",
+    "ImageSource",
+    "check_apart",
+    "in_registry",
+    "names_image",
+    "open_destination",
+    "open_source",
+]
 
 _REGISTRY = "docker"
 _LAYOUT = "oci"
@@ -94,6 +102,11 @@ def names_image(text: str) -> bool:
     if text.partition(":")[0] in _TRANSPORTS or is_layout(Path(text)):
         return True
     return ":" in text if not slash else first == "localhost" or (first[:1] != "." and any(c in first for c in ".:"))
+
+
+def in_registry(text: str) -> bool:
+    """Return True if ``text`` names an image in a registry. Raises FormatError for an unknown transport."""
+    return _split(text)[0] == _REGISTRY
 
 
 def check_apart(source: str, destination: str) -> None:

@@ -33,6 +33,9 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 
+#: Of a blob that no manifest describes.
+UNKNOWN_TYPE = "application/octet-stream"
+
 MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_INDEX)
 
@@ -170,6 +173,11 @@ class Descriptor:
     def is_overlaybd(self) -> bool:
         """Whether the layer is an overlaybd one, by its annotations."""
         return BLOB_DIGEST in self.annotations
+
+    @property
+    def turbo_target(self) -> str | None:
+        """Digest, unchecked, of the ordinary layer that a turboOCI layer is an index to; None for other layers."""
+        return self.annotations.get(TURBO_TARGET_DIGEST, self.annotations.get(FASTOCI_TARGET_DIGEST))
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,9 +88,18 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
     return ImageConfig(repo_blob_url=repository.blobs_url, lowers=lowers, acceleration_layer=accelerated)
 
 
+def check_native(layer: oci.Descriptor, name: str) -> None:
+    """Raise NotOverlaybdError, saying what to do, if a layer is one of turboOCI's. ``name`` is the image's."""
+    if layer.turbo_target is not None:
+        raise NotOverlaybdError(
+            f"{name}: layer {layer.digest} is a turboOCI layer, an index to layer {layer.turbo_target[:71]} of the "
+            "original image; these are not supported yet. Convert the original image instead: "
+            "obdlab convert ORIGINAL NEW"
+        )
+
+
 def _lower(layer: oci.Descriptor, name: str) -> LowerConfig:
-    if any(key in layer.annotations for key in (oci.TURBO_TARGET_DIGEST, oci.FASTOCI_TARGET_DIGEST)):
-        raise NotOverlaybdError(f"{name}: layer {layer.digest} is a turboOCI layer, which needs the original image")
+    check_native(layer, name)
     digest = layer.annotations[oci.BLOB_DIGEST]
     size = layer.annotations.get(oci.BLOB_SIZE, str(layer.size))
     if digest != layer.digest or size != str(layer.size):

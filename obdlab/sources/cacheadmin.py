@@ -58,10 +58,10 @@ def blobs_of(space: CacheSpace, digests: Collection[str] = ()) -> list[Path]:
     return [path for path in cached_blobs(space.blobs) if not digests or path.name in digests]
 
 
-def entries(space: CacheSpace) -> list[CacheEntry]:
-    """Return all blobs, the last used first. Raises OSError."""
+def entries(space: CacheSpace, digests: Collection[str] = ()) -> list[CacheEntry]:
+    """Return all blobs, or those with one of ``digests``, the last used first. Raises OSError."""
     found = []
-    for directory in blobs_of(space):
+    for directory in blobs_of(space, digests):
         with space.changing(directory, patient=True):  # nobody is about to open what is asked whether it is open
             if directory.is_dir():
                 found.append(_entry(directory))

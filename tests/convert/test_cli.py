@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -63,6 +64,25 @@ def test_layers_that_do_not_fit_into_64_kib_blocks_get_smaller_ones(work_dir: Pa
         for content in noise:
             found = volume.inode(volume.lookup(b"%d" % len(content)) or 0)
             assert b"".join(volume.content(found)) == content
+
+
+def test_json(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = make_layout(tmp_path / "source", [[member("a", b"1" * 100_000)], [member("b", b"2")]])
+    out = f"oci:{tmp_path / 'out'}:v1"
+    options = ["--json", "--vsize-gib", "1", "--work-dir", str(work_dir), "--database", "none"]
+    assert main(["convert", str(layout.root), out, *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    document = json.loads(printed.out)
+    (entry,) = ImageLayout(tmp_path / "out").select("v1")
+    assert (document["name"], document["digest"]) == (out, entry.digest)
+    (image,) = document["images"]
+    assert (image["digest"], image["platform"]["os"]) == (entry.digest, "linux")
+    for layer in image["layers"]:
+        path = ImageLayout(tmp_path / "out").blob_path(layer["digest"])
+        assert path.stat().st_size == layer["size"]
+        assert (layer["stored"], layer["reused"], layer["source_layers"]) == (True, "", 1)
+    assert image["size"] == sum(layer["size"] for layer in image["layers"])
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,13 @@ def test_summary(
     assert "1 present" in capsys.readouterr().out
     assert main.main([*arguments(containerd_host, containerd, str(reference)), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+    assert main.main([*arguments(containerd_host, containerd, str(reference)), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["name"], document["digest"]) == (str(reference), digest_of(manifest.to_bytes()))
+    assert [(each["digest"], each["outcome"]) for each in document["layers"]] == [
+        (manifest.layers[0].digest, "present")
+    ]
+    assert document["layer_bytes"] == 0 < document["metadata_bytes"]
 
 
 def test_environment_names_containerd(
