@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,20 +163,8 @@ def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
 
 
 def _parameters(spec: Spec, directory: Path) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "images": list(spec.images),
-        "rates_mbit": list(spec.rates_mbit),
-        "rtts_ms": list(spec.rtts_ms),
-        "repeats": spec.repeats,
-        "warm_starts": spec.warm_starts,
-        "snapshotters": list(spec.snapshotters),
-        "a_a": spec.a_a,
-        "algorithm": spec.algorithm,
-        "block_size": spec.block_size,
-        "results": str(directory.parent),
-        "measure": False,
-    }
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}
+    return {**values, "results": str(directory.parent), "measure": False}
 
 
 def _changes(settings: list[str]) -> dict[str, Any]:

@@ -56,11 +56,13 @@ def wait_for_quiet(
 ) -> dict[str, Any]:
     """Wait until the load of the last minute is below ``limit``, at most ``timeout_s``; tell what came of it.
 
-    Not being quiet is recorded, not an error: rows say under which load they were made. ``say`` hears of the wait.
+    Not being quiet is recorded, not an error: rows say under which load they were made. ``say`` gets one line when
+    the wait begins.
     """
     began = time.monotonic()
-    while (load := os.getloadavg()[0]) >= limit and (left_s := began + timeout_s - time.monotonic()) > 0:
-        say(f"waiting for a load below {limit:g} (now {load:.1f}, at most {left_s:.0f} s more)")
+    if (load := os.getloadavg()[0]) >= limit and timeout_s > 0:
+        say(f"waiting for a load below {limit:g} (now {load:.1f}), at most {timeout_s:.0f} s")
+    while os.getloadavg()[0] >= limit and (left_s := began + timeout_s - time.monotonic()) > 0:
         time.sleep(min(poll_s, left_s))
     load = os.getloadavg()[0]
     return {"load_1m": load, "load_limit": limit, "quiet": load < limit, "waited_s": time.monotonic() - began}

@@ -25,10 +25,11 @@ from obdlab.lab.cluster import Cluster
 from obdlab.lab.measuring import code_digest, context_of, how_measured, measure_cells
 from obdlab.lab.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.plan import plan_starts
-from obdlab.lab.rows import Row, RowStore
+from obdlab.lab.recipe import image_label
+from obdlab.lab.rows import Row, RowStore, last_attempts, with_quiet
 from obdlab.lab.space import naming_full_disks
 from obdlab.lab.spec import Cell, Spec
-from obdlab.lab.summary import caveats, findings, summarise, text_table
+from obdlab.lab.summary import LEGEND, caveats, findings, headlines, summarise, text_table, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -102,13 +103,21 @@ class Experiment:
         }
 
     def report(self) -> list[str]:
-        """Return the lines that tell what came out: table, findings, and what a reader must know."""
+        """Return the lines that tell what came out: headline, table, caveats; 100 columns wide."""
+        return self._told(details=False)
+
+    def details(self) -> list[str]:
+        """Return :meth:`report` with a sentence for each comparison."""
+        return self._told(details=True)
+
+    def _told(self, *, details: bool) -> list[str]:
         rows = self.rows()
         lines = []
         if any(not row.get("error") for row in rows):
             summaries = summarise(rows, baseline=self.spec.snapshotters[0])
-            lines += [text_table(summaries), *findings(summaries)]
-        return lines + caveats(rows) + image_notes(self.environments())
+            lines += [*wrapped(headlines(summaries)), "", *text_table(summaries).splitlines(), ""]
+            lines += wrapped([LEGEND, *(findings(summaries) if details else ())])
+        return lines + wrapped([*caveats(rows), *image_notes(self.environments())])
 
     # Build what is not there yet, after saying what that and the measuring take.
     def _images_here(self, pending: dict[Network, list[Cell]], pins: Pins) -> Pins:
@@ -161,7 +170,14 @@ class Experiment:
             common |= {"environment": self.store.add_environment(about), "host": host}
             interrupts.check()
             digest = pins[cell.image]["digest"]
-            mine = {**asdict(cell), "cell": cell.key(context, digest), "position": position, "image_digest": digest}
+            mine = {
+                **asdict(cell),
+                "image": image_label(cell.image),
+                "recipe": cell.image,
+                "image_digest": digest,
+                "cell": cell.key(context, digest),
+                "position": position,
+            }
             self.store.append([{**common, **mine, **row} for row in rows])
             bar.update()
 
@@ -170,16 +186,7 @@ class Experiment:
         context, digests = self._last_context(), digests_of(read_pins(self.store.directory))
         cells = [cell for network in self.spec.networks() for cell in self.spec.cells(*network)]
         keys = {cell.key(context, digests.get(cell.image, "")) for cell in cells}
-        attempts: dict[str, list[Row]] = {}
-        for row in self.store.rows():
-            if row["cell"] not in keys:
-                continue
-            kept = attempts.get(row["cell"], [])
-            if kept and kept[0]["attempt"] == row["attempt"]:
-                kept.append(row)
-            elif not kept or _failed(kept):
-                attempts[row["cell"]] = [row]
-        return [row for rows in attempts.values() for row in rows]
+        return with_quiet(last_attempts(row for row in self.store.rows() if row["cell"] in keys))
 
     def _last_context(self) -> str:
         try:
@@ -191,7 +198,3 @@ class Experiment:
         """Return the environments that :meth:`rows` were measured in."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
-
-
-def _failed(rows: list[Row]) -> bool:
-    return any(row.get("error") for row in rows)

@@ -80,8 +80,9 @@ def _whiskers(axes: Axes, summaries: list[Summary]) -> None:
     highest = max(s.total_s.high for s in summaries)
     for position, summary in enumerate(summaries):
         total = summary.total_s
-        below, above = total.median - total.low, total.high - total.median
-        axes.errorbar(position, total.median, [[below], [above]], color="black", capsize=4, linewidth=1.2)
+        if total.has_interval:
+            below, above = total.median - total.low, total.high - total.median
+            axes.errorbar(position, total.median, [[below], [above]], color="black", capsize=4, linewidth=1.2)
         text = f"{total.median:.2f} s"
         if summary.ratio is not None:
             text += f"\n×{summary.ratio.median:.2f}"

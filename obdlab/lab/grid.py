@@ -34,6 +34,7 @@ from obdlab.lab.measuring import code_digest, context_of
 from obdlab.lab.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.plan import plan_grid
 from obdlab.lab.process import LabError
+from obdlab.lab.recipe import image_label
 from obdlab.lab.rows import Row, RowStore
 from obdlab.lab.spec import SpecError
 from obdlab.lab.statistics import cliffs_delta, median_interval, ratio_interval
@@ -284,7 +285,7 @@ def _lines(spec: GridSpec, kind: Kind, groups: Mapping[tuple[Value, ...], list[R
             rows = groups.get((value, *rest), [])
             if not rows:
                 continue
-            cells = [*map(str, rest), str(value)]
+            cells = [*map(_shown, rest), _shown(value)]
             cells += [_text([row[metric.key] for row in rows]) for metric in kind.metrics]
             samples = [row[first.key] for row in rows]
             others_samples = [row[first.key] for row in baseline]
@@ -292,8 +293,7 @@ def _lines(spec: GridSpec, kind: Kind, groups: Mapping[tuple[Value, ...], list[R
                 yield [*cells, "", ""]
             else:
                 ratio = ratio_interval(samples, others_samples)
-                told = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-                yield [*cells, told, f"{cliffs_delta(samples, others_samples):+.2f}"]
+                yield [*cells, ratio.text(".2f"), f"{cliffs_delta(samples, others_samples):+.2f}"]
 
 
 def _text(samples: list[float]) -> str:
@@ -301,7 +301,11 @@ def _text(samples: list[float]) -> str:
 
 
 def _label(spec: GridSpec, row: Row) -> str:
-    return ", ".join(f"{axis} {row[axis]}" for axis in spec.axes)
+    return ", ".join(f"{axis} {_shown(row[axis])}" for axis in spec.axes)
+
+
+def _shown(value: Value) -> str:
+    return image_label(value) if isinstance(value, str) else str(value)
 
 
 def _say(bar: Any) -> Any:

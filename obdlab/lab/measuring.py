@@ -13,6 +13,7 @@ import obdlab
 from obdlab.lab import interrupts
 from obdlab.lab.bench import Bench
 from obdlab.lab.process import LabError
+from obdlab.lab.recipe import image_label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -40,7 +41,7 @@ def measure_cells(
             spoilt = False
             while todo and not spoilt:
                 position, cell = todo.pop(0)
-                say(f"start {position + 1} of {len(cells)}: {cell.image} {cell.arm} #{cell.repeat + 1}")
+                say(f"start {position + 1} of {len(cells)}: {image_label(cell.image)} {cell.arm} #{cell.repeat + 1}")
                 rows, spoilt = _measure(bench, cell)
                 yield about, position, cell, rows
 

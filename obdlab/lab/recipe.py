@@ -160,6 +160,16 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def image_label(name: str, directories: Iterable[Path] = ()) -> str:
+    """Return what tables and reports call an image: its recipe's name, also for one that is given as a path."""
+    if not name.endswith(".toml"):
+        return name
+    try:
+        return find_recipe(name, directories).name
+    except RecipeError:  # stored rows outlive a recipe
+        return Path(name).parent.name or name
+
+
 def find_recipe(name: str, directories: Iterable[Path]) -> Recipe:
     """Return the recipe ``name``: a path of a TOML file, or a dataset in one of ``directories``.
 

@@ -93,6 +93,28 @@ class RowStore:
         return path
 
 
+def last_attempts(rows: Iterable[Row]) -> list[Row]:
+    """Return of each cell the rows of its last good attempt, or of the last failed one."""
+    attempts: dict[str, list[Row]] = {}
+    for row in rows:
+        kept = attempts.get(row["cell"], [])
+        if kept and kept[0]["attempt"] == row["attempt"]:
+            kept.append(row)
+        elif not kept or any(each.get("error") for each in kept):
+            attempts[row["cell"]] = [row]
+    return [row for kept in attempts.values() for row in kept]
+
+
+def with_quiet(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, each saying whether the host was quiet: an attempt waits for that once, at its cold start.
+
+    The load of the starts after it is the attempt's own as well, and says nothing about others.
+    """
+    found = list(rows)
+    quiet = {_attempt(row): row["quiet"] for row in found if "quiet" in row}
+    return [row if _attempt(row) not in quiet else {"quiet": quiet[_attempt(row)], **row} for row in found]
+
+
 def write_rows(rows: list[Row], path: Path) -> int:
     """Write rows as ``.csv``, ``.jsonl`` or ``.parquet``; return their number.
 

@@ -27,15 +27,29 @@ _LEAST_FOR_OUTLIERS = 5
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A median, the ends of its 95 % confidence interval and the number of samples."""
+    """A median, the ends of its 95 % confidence interval and the number of samples.
+
+    Of one sample there is no interval: ``low`` and ``high`` are the sample itself, and no text or bar shows them.
+    """
 
     median: float
     low: float
     high: float
     count: int
 
+    @property
+    def has_interval(self) -> bool:
+        """Return True if there are samples enough for an interval."""
+        return self.count > 1
+
     def __str__(self) -> str:
-        return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return self.text(".3g")
+
+    def text(self, form: str) -> str:
+        """Return "median [low, high]", each number in this format; the median alone without an interval."""
+        if not self.has_interval:
+            return format(self.median, form)
+        return f"{self.median:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def median_interval(samples: Sequence[float]) -> Estimate:
@@ -47,12 +61,15 @@ def median_interval(samples: Sequence[float]) -> Estimate:
 
 
 def ratio_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Return median(samples) / median(baseline) and its 95 % interval, both sides resampled independently."""
+    """Return median(samples) / median(baseline) and its 95 % interval, both sides resampled independently.
+
+    There is no interval if either side is one sample.
+    """
     above, below = _checked(samples), _checked(baseline)
     rng = np.random.default_rng(SEED)
     ratios = _resampled_medians(above, rng) / _resampled_medians(below, rng)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return Estimate(float(np.median(above) / np.median(below)), float(low), float(high), min(len(above), len(below)))
+    return _estimate(float(np.median(above) / np.median(below)), low, high, min(len(above), len(below)))
 
 
 def shift_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estimate:
@@ -68,7 +85,7 @@ def shift_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estim
     shifts = np.median(some_above[:, :, None] - some_below[:, None, :], axis=(1, 2))
     low, high = np.percentile(shifts, [2.5, 97.5])
     shift = float(np.median(above[:, None] - below[None, :]))
-    return Estimate(shift, float(low), float(high), min(len(above), len(below)))
+    return _estimate(shift, low, high, min(len(above), len(below)))
 
 
 def cliffs_delta(samples: Sequence[float], baseline: Sequence[float]) -> float:
@@ -91,6 +108,10 @@ def outliers(samples: Sequence[float]) -> list[int]:
     low, high = np.percentile(values, [25, 75])
     reach = 3 * (high - low)
     return [int(place) for place in np.flatnonzero((values < low - reach) | (values > high + reach))]
+
+
+def _estimate(middle: float, low: float, high: float, count: int) -> Estimate:
+    return Estimate(middle, float(low), float(high), count) if count > 1 else Estimate(middle, middle, middle, count)
 
 
 def _checked(samples: Sequence[float]) -> Samples:

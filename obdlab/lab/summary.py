@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.rows import told_apart
 from obdlab.lab.spec import AA_SUFFIX
 from obdlab.lab.statistics import (
@@ -125,6 +128,12 @@ def caveats(rows: Sequence[Row]) -> list[str]:
         sentences.append(
             f"{len(asked)} starts with the page cache dropped asked the registry (for up to {most / 1e6:.1f} MB)."
         )
+    again = [row for row in rows if row.get("again")]
+    if again:
+        sentences.append(
+            f"{len(again)} warm starts are second or third tries: the first met blocks that no start had read, "
+            "or a page cache that another program had dropped."
+        )
     changed = sorted({json.dumps(row["settings"], sort_keys=True) for row in rows if row.get("settings")})
     if changed:
         sentences.append(f"With obdlab's settings changed: {', '.join(changed)}.")
@@ -185,13 +194,99 @@ def _finding(summary: Summary, ratio: Estimate, base: Summary, floor: float) -> 
     return sentence
 
 
+def headlines(summaries: Sequence[Summary]) -> list[str]:
+    """Return for each image, under its first network, one sentence: how much sooner its best arm starts.
+
+    Of cold starts, beside them the warm ones; without cold starts nothing.
+    """
+    sentences = []
+    for image in dict.fromkeys(summary.image for summary in summaries):
+        cold = [s for s in summaries if s.image == image and s.start == "cold"]
+        # The disk as it is before one that is throttled.
+        cold.sort(key=lambda s: s.disk != "native")
+        first = [s for s in cold if s.place == cold[0].place]
+        others = [s for s in first if s.ratio is not None and not s.arm.endswith(AA_SUFFIX)]
+        base = next((s for s in first if s.ratio is None), None)
+        if base is None or not others:
+            continue
+        best = min(others, key=lambda s: s.total_s.median)
+        sentences.append(_headline(base, best, noise_floor(first) or 0.0))
+        warm = {s.arm: s.total_s.median for s in summaries if s.place == (*base.place[:4], "warm")}
+        if base.arm in warm and best.arm in warm:
+            sentences[-1] += f" Warm: {_seconds(warm[best.arm])} against {_seconds(warm[base.arm])}."
+    return sentences
+
+
+def _headline(base: Summary, best: Summary, floor: float) -> str:
+    arms = f"{_title(best.arm)} against {_title(base.arm)}; cold, {_conditions(best)}"
+    assert best.ratio is not None
+    if best.ratio.count < LEAST_STARTS:
+        arms += f"; {best.ratio.count} start{'s' if best.ratio.count > 1 else ''} each: too few to be sure"
+    elif best.ratio.low <= 1 <= best.ratio.high or abs(best.ratio.median - 1) <= floor:
+        return f"{best.image} starts no sooner than the noise: {arms}."
+    ours, theirs = _seconds(best.total_s.median), _seconds(base.total_s.median)
+    return f"{best.image} starts in {ours} instead of {theirs} ({arms})."
+
+
+def _title(arm: str) -> str:
+    known = ADAPTERS.get(arm)
+    return known.title if known is not None and known.title else arm
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 0.5 else f"{value:.2f} s"
+
+
+_NARROW = ("start", "arm", "seconds until ready", "n", "ratio", "pull s", "MB", "requests", "CPU s")
+#: What fits on a screen.
+WIDTH = 100
+
+
 def text_table(summaries: Sequence[Summary]) -> str:
-    """Return the summaries as aligned text for a terminal."""
-    lines = [HEADER, *(_cells(summary) for summary in summaries)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    rendered.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in rendered)
+    """Return the summaries as aligned text for a terminal, a block for each image and network.
+
+    All columns are in :func:`summary_records`.
+    """
+    lines = [_NARROW, *map(_narrow, summaries)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_NARROW))]
+
+    def aligned(cells: Sequence[str]) -> str:
+        # Words to the left, numbers to the right.
+        sides = [cell.ljust(width) if column in (0, 1, 2, 4) else cell.rjust(width)
+                 for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
+        return "  ".join(sides).rstrip()
+
+    text: list[str] = []
+    for (image, conditions), block in groupby(summaries, key=lambda summary: (summary.image, _conditions(summary))):
+        text += [f"{image}, {conditions}", aligned(_NARROW), *(aligned(_narrow(summary)) for summary in block), ""]
+    return "\n".join(text[:-1])
+
+
+LEGEND = (
+    "seconds until ready: median [95 % interval] of n starts, from before the pull until the application answers; "
+    "ratio: to the first arm; (A/A): the first arm once more, what it differs by is noise; cold: nothing of the "
+    "image is on this host; warm: started again; dropped: pulled, page cache empty; MB, requests: from the registry"
+)
+
+
+def wrapped(sentences: Iterable[str]) -> list[str]:
+    """Return sentences as lines that fit on a screen."""
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, WIDTH, subsequent_indent="  ")]
+
+
+def _narrow(summary: Summary) -> tuple[str, ...]:
+    pull_s = summary.phases_s[0]
+    return (
+        summary.start,
+        summary.arm,
+        _range(summary.total_s),
+        str(summary.total_s.count),
+        "" if summary.ratio is None else _range(summary.ratio),
+        f"{pull_s:.2f}" if pull_s else "",
+        f"{summary.bytes_received / 1e6:.1f}" if summary.requests else "",
+        f"{summary.requests:.0f}" if summary.requests else "",
+        f"{summary.cpu_s:.2f}",
+    )
 
 
 def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None) -> Summary:
@@ -226,9 +321,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         summary.start,
         summary.arm,
         f"{_range(total)} n={total.count}",
-        ""
-        if summary.ratio is None
-        else f"{summary.ratio.median:.2f} [{summary.ratio.low:.2f}, {summary.ratio.high:.2f}]",
+        "" if summary.ratio is None else _range(summary.ratio),
         *(f"{phase:.2f}" for phase in summary.phases_s),
         f"{summary.bytes_received / 1e6:.1f}",
         f"{summary.requests:.0f}",
@@ -245,7 +338,25 @@ def _conditions(summary: Summary) -> str:
 
 
 def _range(estimate: Estimate) -> str:
-    return f"{estimate.median:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return estimate.text(".2f")
+
+
+#: What the columns of HEADER are.
+_MEANINGS = {
+    "total s": "seconds from before the pull (cold) or from `ctr run` until the application answers its probe",
+    "vs baseline": "ratio of medians to the first arm; (A/A) is that arm once more, what it differs by is noise",
+    "pull, create, start phase, ready": "seconds of each phase, medians",
+    "MB, requests": "what the registry was asked for until ready, by its own count",
+    "waits": "round trips that followed one another",
+    "CPU s, PSS MB": "processor time until ready, and memory then, of containerd, snapshotter and device servers",
+    "δ": "Cliff's delta: -1 if every start was faster than every one of the first arm's, 1 if slower",
+    "cold, warm, dropped": "nothing of the image on this host; started again; pulled, with the page cache empty",
+}
+
+
+def legend_records() -> list[dict[str, str]]:
+    """Return the meaning of each column, for a data frame beside :func:`summary_records`."""
+    return [{"column": column, "meaning": meaning} for column, meaning in _MEANINGS.items()]
 
 
 def summary_records(summaries: Iterable[Summary]) -> list[dict[str, str]]:

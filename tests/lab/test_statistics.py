@@ -7,7 +7,7 @@ import pytest
 
 from obdlab.lab.rows import Row
 from obdlab.lab.statistics import cliffs_delta, median_interval, outliers, ratio_interval, shift_interval
-from obdlab.lab.summary import caveats, findings, noise_floor, summarise, text_table
+from obdlab.lab.summary import WIDTH, caveats, findings, headlines, noise_floor, summarise, text_table, wrapped
 
 
 def test_a_constant_has_no_width() -> None:
@@ -83,7 +83,39 @@ def test_summary_compares_each_arm_with_the_baseline_and_leaves_failures_out() -
     assert summaries[1].delta == -1.0
     assert summaries[1].shift_s is not None
     assert summaries[1].shift_s.median == pytest.approx(-3.0)
-    assert "n=3" in table
+    assert all(len(line) <= WIDTH for line in table.splitlines())
+    assert "  3  0.25 [" in table
+
+
+def test_one_sample_has_no_interval() -> None:
+    one = median_interval([4.26])
+    assert not one.has_interval
+    assert str(one) == "4.26"
+    assert one.text(".1f") == "4.3"
+    ratio = ratio_interval([1.0, 2.0, 3.0], [4.0])
+    assert (ratio.low, ratio.high, str(ratio)) == (0.5, 0.5, "0.5")
+    assert not shift_interval([1.0], [2.0, 3.0]).has_interval
+    summaries = summarise([_row("overlayfs", "cold", 4.26), _row("obdlab", "cold", 1.0)])
+    assert "[" not in text_table(summaries).partition("ratio")[2]
+    assert "too few to be sure" in headlines(summaries)[0]
+
+
+def test_a_headline_says_how_much_sooner_the_best_arm_starts() -> None:
+    rows = [
+        _row("overlayfs", start, t) for start, t in (("cold", 4.7), ("warm", 0.11)) for t in (t, t + 0.01, t + 0.02)
+    ]
+    rows += [_row("obdlab", "cold", t) for t in (1.7, 1.8, 1.9)]
+    rows += [_row("obdlab-hot", start, t) for start, t in (("cold", 0.8), ("warm", 0.13)) for t in (t, t, t)]
+    (headline,) = headlines(summarise(rows))
+    assert headline == (
+        "redis starts in 0.8 s instead of 4.7 s (obdlab with a hot layer against a full pull with overlayfs; cold, "
+        "100 Mbit/s, 5 ms). Warm: 0.13 s against 0.12 s."
+    )
+    assert all(len(line) <= WIDTH for line in wrapped([headline]))
+    (headline,) = headlines(
+        summarise([_row(arm, "cold", t) for arm in ("overlayfs", "obdlab") for t in (1.0, 1.1, 1.2)])
+    )
+    assert "no sooner than the noise" in headline
 
 
 def test_nothing_to_summarise_is_said() -> None:

@@ -55,6 +55,8 @@ class Adapter(Protocol):
 
     #: Its name in declarations and rows.
     name: ClassVar[str]
+    #: What it is, for a sentence.
+    title: ClassVar[str] = ""
     #: Programs it needs, with what installs each: a Debian package, or words that hold a space.
     programs: ClassVar[dict[str, str]]
     #: Whether it is a snapshotter whose daemon :meth:`serving` starts.

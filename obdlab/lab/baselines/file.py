@@ -40,6 +40,7 @@ class Erofs(Adapter):
     """A compressed EROFS image, mounted from its file without a loop device."""
 
     name: ClassVar[str] = "erofs"
+    title: ClassVar[str] = "one EROFS file, downloaded whole"
     registry_share: ClassVar[float] = 1.3
     host_share: ClassVar[float] = 1.3
     start_share: ClassVar[float] = 1.3
@@ -118,6 +119,7 @@ class PlainLoop(Erofs):
     """An uncompressed ext4 image on a loop device: the block path without anything clever."""
 
     name: ClassVar[str] = "loop"
+    title: ClassVar[str] = "one ext4 file, downloaded whole"
     registry_share: ClassVar[float] = 3.0
     host_share: ClassVar[float] = 3.0
     start_share: ClassVar[float] = 3.0

@@ -24,6 +24,7 @@ class Lazy(Overlayfs):
     """obdlab's snapshotter, cold: no trace, no prefetch."""
 
     name: ClassVar[str] = LAZY_SNAPSHOTTER
+    title: ClassVar[str] = "obdlab"
     snapshotter: ClassVar[str] = LAZY_SNAPSHOTTER
     registry_share: ClassVar[float] = 1.2
     host_share: ClassVar[float] = 1.2

@@ -23,6 +23,7 @@ class Overlayfs(Adapter):
     """containerd's own overlayfs snapshotter."""
 
     name: ClassVar[str] = "overlayfs"
+    title: ClassVar[str] = "a full pull with overlayfs"
     #: containerd's name of the snapshotter, if another than the adapter's.
     snapshotter: ClassVar[str] = ""
     registry_share: ClassVar[float] = 1.0

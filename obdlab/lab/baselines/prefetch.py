@@ -36,6 +36,7 @@ class Prefetch(Lazy):
     """obdlab's snapshotter with the trace of one start, recorded when the image is published."""
 
     name: ClassVar[str] = "obdlab-prefetch"
+    title: ClassVar[str] = "obdlab with a trace"
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its trace."""
@@ -78,6 +79,7 @@ class Hot(Prefetch):
     """obdlab's snapshotter with a hot layer of what one start read, recorded when the image is published."""
 
     name: ClassVar[str] = "obdlab-hot"
+    title: ClassVar[str] = "obdlab with a hot layer"
     registry_share: ClassVar[float] = 1.5  # the converted image, too
     start_share: ClassVar[float] = 0.2
 

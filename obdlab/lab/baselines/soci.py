@@ -37,6 +37,7 @@ class Soci(Overlayfs):
     """SOCI with its own choices: spans of 4 MiB, no index for layers below 10 MiB, background fetch after 30 s."""
 
     name: ClassVar[str] = "soci"
+    title: ClassVar[str] = "SOCI"
     programs: ClassVar[dict[str, str]] = {
         **Overlayfs.programs,
         "soci": "soci-snapshotter",

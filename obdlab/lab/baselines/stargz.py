@@ -35,6 +35,7 @@ class Stargz(Overlayfs):
     """eStargz as ``ctr-remote images convert`` makes it: nothing recorded, no prefetch; background fetch is on."""
 
     name: ClassVar[str] = "stargz"
+    title: ClassVar[str] = "stargz"
     programs: ClassVar[dict[str, str]] = {
         **Overlayfs.programs,
         "ctr-remote": "stargz-snapshotter",

@@ -68,11 +68,12 @@ def _gap_removed(arm: str) -> Check:
         base = median_interval([launch_s(row) for row in warm]).median
         whole = [launch_s(row) - base for row in cold]
         left = ratio_interval([launch_s(row) - base for row in helped], whole)
-        told = (
-            f"{arm} removes {1 - left.median:.0%} [{1 - left.high:.0%}, {1 - left.low:.0%}] of the gap (paper: 95%)"
-        )
+        interval = f" [{1 - left.high:.0%}, {1 - left.low:.0%}]" if left.has_interval else ""
+        told = f"{arm} removes {1 - left.median:.0%}{interval} of the gap (paper: 95%)"
         verdict = Verdict.UNCLEAR
-        if left.high < 1:
+        if not left.has_interval:
+            pass
+        elif left.high < 1:
             verdict = Verdict.REPRODUCED if left.median <= 0.25 else Verdict.SHAPE_ONLY
         elif left.low >= 1:
             verdict = Verdict.NOT_REPRODUCED

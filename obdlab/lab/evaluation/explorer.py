@@ -6,17 +6,20 @@ widgets.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+import obdlab
 from obdlab.errors import ObdlabError
-from obdlab.lab.declaration import last_spec, open_experiment
+from obdlab.lab.declaration import last_spec
 from obdlab.lab.evaluation.pieces import draw_distribution, pair
 from obdlab.lab.evaluation.tables import as_html
 from obdlab.lab.evaluation.waterfall import waterfall
 from obdlab.lab.figures import draw_phases
+from obdlab.lab.rows import RowStore, last_attempts
 from obdlab.lab.spec import Spec, SpecError
 from obdlab.lab.summary import summarise, summary_records
 from obdlab.lab.workbench import default_results
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 #: What starts are chosen by, in the order in which a choice narrows those after it.
 AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start")
+#: What was measured for the documentation; part of a checkout.
+MEASURED = Path(obdlab.__file__).resolve().parents[1] / "experiments" / "measured"
 _UNITS = {"rate_mbit": " Mbit/s", "rtt_ms": " ms"}
 _ORDER = {"disk": ("native",), "start": ("cold", "dropped", "warm")}
 
@@ -37,7 +42,11 @@ class ExplorerError(ObdlabError):
 
 
 class Starts:
-    """The good starts of one experiment's last run."""
+    """The good starts of an experiment, whatever code they were measured under.
+
+    Where an arm was measured again under the same conditions and other code, only the newest code's starts are here:
+    a median over both would be of neither. :meth:`note` says what is left out.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Read them. Raises ExplorerError without rows of starts, SpecError or RowsError for damaged results."""
@@ -46,12 +55,29 @@ class Starts:
         spec = last_spec(directory)
         if not isinstance(spec, Spec):
             raise ExplorerError(f"{directory}: of kind {spec.kind}, not container starts")
-        rows = open_experiment(spec, directory).rows()
+        stored = RowStore(directory).rows()
+        rows = last_attempts(stored)
+        good = _with_settings([{"disk": "native", **row} for row in rows if not row.get("error")])
+        newest: dict[tuple[Any, ...], tuple[int, str]] = {}
+        for row in good:
+            newest[_group(row)] = max(newest.get(_group(row), (0, "")), (row["attempt"], row.get("context", "")))
         self.baseline = spec.snapshotters[0]
-        self.rows: list[Row] = [{"disk": "native", **row} for row in rows if not row.get("error")]
-        self.failed = len(rows) - len(self.rows)
+        self.rows: list[Row] = [row for row in good if row.get("context", "") == newest[_group(row)][1]]
+        self.stored = len(stored)
+        self.failed = sum(bool(row.get("error")) for row in stored)
         if not self.rows:
             raise ExplorerError(f"{directory}: no good start ({self.failed} failed)")
+
+    def note(self) -> str:
+        """Say how many of the stored rows are here, and why the others are not."""
+        others = self.stored - len(self.rows) - self.failed
+        left = [f"{self.failed} failed"] if self.failed else []
+        left += [f"{others} were measured again, or by older code under the same conditions"] if others else []
+        codes = len({row.get("context") for row in self.rows})
+        said = f"{len(self.rows):,} of {self.stored:,} stored rows" + (
+            f"; left out: {', '.join(left)}" if left else ""
+        )
+        return said + (f"; measured under {codes} states of code and host" if codes > 1 else "")
 
     def choices(self, axis: str, **chosen: Any) -> list[Any]:
         """Return the values that starts like ``chosen`` have on an axis (AXES or "arm")."""
@@ -102,12 +128,15 @@ class Explorer:
     """All experiments of starts below a directory of results, and the pictures of one of them at a time."""
 
     def __init__(self, results: str | Path = "", experiment: str = "") -> None:
-        """Find them: below ``results`` (default: the checkout's), the first one open, or that of this name.
+        """Find them: below ``results``, the first one open, or that of this name.
 
+        The default is the checkout's results, or as long as there are none, what was measured for its documentation.
         Raises ExplorerError.
         """
-        self.root = Path(results) if results else default_results()
-        self.experiments = find_experiments(self.root)
+        places = [Path(results)] if results else [default_results(), MEASURED]
+        self.root, self.experiments = places[0], find_experiments(places[0])
+        if not self.experiments and find_experiments(places[-1]):
+            self.root, self.experiments = places[-1], find_experiments(places[-1])
         if not self.experiments:
             how = "see: obdlab experiment, obdlab evaluate"
             raise ExplorerError(f"{self.root}: no results of container starts ({how})")
@@ -176,7 +205,22 @@ class Explorer:
         for figure in (self.distribution(**chosen), self.waterfall(arm, rank, **chosen)):
             show_figure(figure, self.title(self.starts.choose(**chosen)))
             plt.close(figure)
-        shown.display(shown.HTML(as_html(self.table(**chosen))))
+        shown.display(shown.HTML(as_html(self.table(**chosen)) + f"<p>{self.starts.note()}</p>"))
+
+
+# Settings that some starts had and others had not are what was compared: they are part of the arm.
+def _with_settings(rows: list[Row]) -> list[Row]:
+    if len({json.dumps(row.get("settings", {}), sort_keys=True) for row in rows}) < 2:
+        return rows
+    named = []
+    for row in rows:
+        changed = ", ".join(f"{key}={value}" for key, value in sorted(row.get("settings", {}).items()))
+        named.append({**row, "arm": f"{row['arm']} ({changed})"} if changed else row)
+    return named
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    return (*(row[axis] for axis in AXES), row["arm"])
 
 
 def find_experiments(root: Path) -> dict[str, Path]:

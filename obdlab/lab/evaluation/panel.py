@@ -88,8 +88,7 @@ class Panel:
 
     def _draw_all(self) -> None:
         self.distribution.value = _png(self.explorer.distribution(**self.chosen))
-        failed = self.explorer.starts.failed
-        note = f"<p>{failed} failed starts are left out.</p>" if failed else ""
+        note = f"<p>{self.explorer.starts.note()}</p>"
         self.table.value = as_html(self.explorer.table(**self.chosen)) + note
 
 

@@ -138,6 +138,8 @@ def _text(value: Any) -> str:
 
 
 def _told(estimate: Estimate, decimals: int) -> str:
+    if not estimate.has_interval:
+        return _measured(estimate.median, decimals)
     middle, low, high = (_measured(value, decimals) for value in (estimate.median, estimate.low, estimate.high))
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 

@@ -57,8 +57,10 @@ def of_ratio(
     """
     if ratio is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
-    told = f"{what}: {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] (paper: {paper:.2f})"
-    if ratio.high < below:
+    told = f"{what}: {ratio.text('.2f')} (paper: {paper:.2f})"
+    if not ratio.has_interval:
+        verdict = Verdict.UNCLEAR
+    elif ratio.high < below:
         verdict = Verdict.REPRODUCED if ratio.median <= enough else Verdict.SHAPE_ONLY
     elif ratio.low >= below:
         verdict = Verdict.NOT_REPRODUCED
@@ -81,8 +83,10 @@ def of_number(
     if value is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
     low, high = least if least is not None else float("-inf"), most if most is not None else float("inf")
-    told = f"{what}: {value.median:.3g} [{value.low:.3g}, {value.high:.3g}] {unit}"
-    if low <= value.low and value.high <= high:
+    told = f"{what}: {value.text('.3g')} {unit}"
+    if not value.has_interval:
+        verdict = Verdict.UNCLEAR
+    elif low <= value.low and value.high <= high:
         verdict = Verdict.REPRODUCED
     elif value.high < low or value.low > high:
         verdict = Verdict.NOT_REPRODUCED
@@ -94,6 +98,6 @@ def of_number(
 def confidence(count: int, used: Sequence[Row]) -> str:
     """Say how much a verdict is to be trusted: by the number of samples, and whether the host was quiet."""
     if count < LEAST:
-        return f"low: {count} samples"
+        return f"low: {count} sample{'s' if count > 1 else ''}"
     level = "high" if count >= 10 else "fair"
     return f"low: {count} samples, busy host" if busy(used) else f"{level}: {count} samples"

@@ -177,3 +177,45 @@ def test_tables_have_numbers_right_and_say_once_what_is_the_same(root: Path) -> 
     assert re.search(r"<th style='text-align:left[^']*'>arm</th>", text)
     assert "All rows" not in text
     assert re.search(r"<td style='text-align:right[^']*'>2.12 <span ", text)
+
+
+MEASURED = Path(__file__).parents[3] / "experiments" / "measured"
+DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
+
+
+def test_all_that_was_measured_is_shown_and_what_is_not_is_said() -> None:
+    explorer = Explorer(MEASURED, "peers")
+    assert explorer.starts.note().startswith("1,363 of 1,367 stored rows; left out: 4 failed")
+    assert explorer.contents()["starts"].sum() == 1363
+    for name in explorer.experiments:
+        starts = explorer.open(name)
+        assert len(starts.rows) + starts.failed == starts.stored, name
+    # Settings that were compared are arms, not one arm's mixture.
+    assert explorer.open("extents").choices("arm") == ["obdlab", "obdlab (cache_extent_max=0)"]
+
+
+def test_older_code_is_left_out_under_the_same_conditions(tmp_path: Path) -> None:
+    rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2)
+    directory = store_starts(tmp_path, Spec("s", a_a=False, repeats=2), rows)
+    newer = [{**row, "cell": f"new-{number}", "context": "new", "attempt": 10**18 + number}
+             for number, row in enumerate(start_rows({("obdlab", "cold"): 1.0}, repeats=2))]  # fmt: skip
+    RowStore(directory).append(newer)
+    starts = Starts(directory)
+    assert {row["context"] for row in starts.rows} == {"new"}
+    assert "4 of 6 stored rows; left out: 2 were measured again" in starts.note()
+
+
+def test_before_any_experiment_it_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obdlab.lab.evaluation.explorer.default_results", lambda: tmp_path / "results")
+    assert Explorer().root == MEASURED
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_calls_in_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert block is not None
+    assert "Explorer(" in block[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(MEASURED.parent)
+    exec(compile(block[1], str(DOCS), "exec"), {})
+    assert (tmp_path / "fastest.png").stat().st_size > 5000
