@@ -20,7 +20,7 @@ LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-p
 help:
 	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
 	@echo "make test       set up, then lint and run the tests"
-	@echo "make test-long  all tests with the full counts (kills, fuzzing, real images)"
+	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/long-tests.md"
 	@echo "make benchmarks the speed figures, as ratios"
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
@@ -73,8 +73,9 @@ pure:
 host:
 	$(PYTEST) -n 1 -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
 
-test-long: setup test-packages long-packages lint
-	OBDLAB_LONG=1 $(BIN)/python -m pytest -p no:cacheprovider --timeout 3600
+# SHARD: one of docs/long-tests.md, "oldest" (whose last pass is longest ago) or "all". LIMIT: minutes for each.
+test-long: setup test-packages long-packages
+	$(BIN)/python -m tests.shards run $(or $(SHARD),all) $(if $(LIMIT),--limit $(LIMIT))
 
 benchmarks: setup
 	@for script in tests/benchmarks/[a-z]*.py; do \

@@ -319,11 +319,12 @@ class DeviceContract(ABC):
             assert all(pool.map(one, range(18)))
 
     @pytest.mark.slow
-    @pytest.mark.timeout(3000)
-    def test_a_thousand_rounds(self, tmp_path: Path) -> None:
+    @pytest.mark.timeout(1500)
+    @pytest.mark.parametrize("quarter", range(4))
+    def test_a_thousand_rounds(self, tmp_path: Path, quarter: int) -> None:
         threads = threading.active_count()
         files = len(os.listdir("/proc/self/fd"))
-        for number in range(1000):
+        for number in range(quarter * 250, (quarter + 1) * 250):
             data = number.to_bytes(4, "big") * 1024
             with self.device(MemoryBlob(data), tmp_path) as device:
                 assert read_direct(device.path, 0, 4096) == data

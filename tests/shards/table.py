@@ -1,0 +1,95 @@
+"""Which slow test belongs to which shard.
+
+A shard takes at most 25 minutes on two quiet processors. Its tests are named by beginnings of their ids; the longest
+beginning that fits a test decides, so that a new test of a directory is in a shard without being named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Some of the slow tests. ``covers`` is for people, ``tests`` are beginnings of ids below ``tests/``."""
+
+    name: str
+    covers: str
+    tests: tuple[str, ...]
+
+
+_ROUNDS = "service/test_kinds.py::test_many_rounds_leave_nothing"
+_UBLK_ROUNDS = "devices/ublk/test_device.py::TestUblkDevice::test_a_thousand_rounds"
+_TCMU_ROUNDS = "devices/tcmu/test_device.py::TestTcmuDevice::test_a_thousand_rounds"
+_SECOND_HALF = (
+    "append-log", "bolt", "ext4", "erofs", "layer", "layer-applied", "layer-tar", "nbd", "qcow2", "scsi", "stack",
+    "tar-wrap", "tcmu-ring", "zfile",
+)  # fmt: skip
+
+SHARDS = (
+    Shard(
+        "convert",
+        "conversion of large, hostile and random images, shared databases; the snapshotter under kills",
+        ("cli", "containerd", "convert", "erofs", "ext4", "pull", "snapshotter"),
+    ),
+    Shard(
+        "cache",
+        "cache and download under kills and damage, outages of registries, files of layers against models",
+        ("formats", "guard", "image", "layers", "observe", "outage", "registry", "shards", "sources"),
+    ),
+    Shard("fuzz-1", "two minutes for each parser of texts, tables and traces", ("fuzz",)),
+    Shard(
+        "fuzz-2",
+        "two minutes for each parser of layers, file systems and block protocols",
+        tuple(f"fuzz/test_fuzz.py::test_for_minutes[{target}]" for target in _SECOND_HALF),
+    ),
+    Shard(
+        "devices",
+        "a thousand rounds of FUSE and loop devices, hundreds of killed servers, NBD, systemd units",
+        ("devices", "service"),
+    ),
+    Shard("torture", "writable devices against a model, 300 operations for each seed", ("devices/test_torture.py",)),
+    Shard("filesystems", "ext4 and xfs on writable devices, a hundred kills each", ("service/test_filesystems.py",)),
+    Shard("containers", "containers, pods and Docker on obdlab; a thousand containers", ("e2e",)),
+    Shard("lab", "experiments, datasets, notebooks in a browser", ("lab",)),
+    Shard(
+        "vm",
+        "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
+        (
+            "devices/nbd/test_machine.py",
+            "devices/tcmu",
+            "devices/test_blocktools.py",
+            "devices/ublk",
+            "service/test_kinds.py",
+            "service/test_tcmu",
+            "vm",
+        ),
+    ),
+    Shard(
+        "vm-rounds-1",
+        "virtual machine: first half of a thousand rounds of ublk devices, with and without a service",
+        (f"{_ROUNDS}[ublk-0]", f"{_ROUNDS}[ublk-1]", f"{_UBLK_ROUNDS}[0]", f"{_UBLK_ROUNDS}[1]"),
+    ),
+    Shard("vm-rounds-2", "the second half of them", (f"{_ROUNDS}[ublk-", _UBLK_ROUNDS)),
+    Shard(
+        "vm-rounds-3",
+        "virtual machine: first half of a thousand rounds of TCMU devices, with and without a service",
+        (f"{_ROUNDS}[tcmu-0]", f"{_ROUNDS}[tcmu-1]", f"{_TCMU_ROUNDS}[0]", f"{_TCMU_ROUNDS}[1]"),
+    ),
+    Shard("vm-rounds-4", "the second half of them", (f"{_ROUNDS}[tcmu-", _TCMU_ROUNDS)),
+)
+
+
+def named(name: str) -> Shard:
+    """Return the shard of that name. Raises ValueError, naming all."""
+    for shard in SHARDS:
+        if shard.name == name:
+            return shard
+    raise ValueError(f"no such shard (got {name!r}, wanted one of {', '.join(each.name for each in SHARDS)})")
+
+
+def beginning_of(nodeid: str) -> tuple[str, str]:
+    """Return the shard's name and the beginning that put a test into it; ('', '') if none does."""
+    path = nodeid.removeprefix("tests/")
+    fitting = [(len(each), shard.name, each) for shard in SHARDS for each in shard.tests if path.startswith(each)]
+    return max(fitting)[1:] if fitting else ("", "")
