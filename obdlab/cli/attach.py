@@ -35,6 +35,8 @@ TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, t
 #: Below the run directory: configurations made for images that came without one.
 _IMAGES = "images"
 _CONFIG = "config.v1.json"
+#: States (``DeviceState``) that do not last.
+_PASSING = ("without keeper", "restarting")
 #: From this on a listing tells of a request under way.
 _LONG_WAIT_S = 5.0
 #: For the attach itself, however long the registry was waited for.
@@ -111,11 +113,13 @@ def run_list(args: argparse.Namespace) -> int:
             known = {"id": device.device_id, "path": str(device.path), "size": device.size, "pid": device.pid}
             known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
             known |= {"kind": device.kind, "keeper_pid": device.keeper_pid, "restarts": device.restarts}
-            known |= {"graduated": device.graduated}
+            known |= {"graduated": device.graduated, "state": device.state}
             print(json.dumps(known | counters))
         else:
             mode = "ro" if device.read_only else "rw"
             state = f"pid {device.pid}{_trouble(counters)}" if device.alive else "server dead"
+            if device.state in _PASSING:
+                state += f"  {device.state}"
             state = "graduated" if device.graduated else state
             what = f"{device.size >> 20} MiB  {mode}  {device.kind}"
             print(f"{device.device_id}  {device.path}  {what}  {state}  {device.config}")

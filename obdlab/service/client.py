@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +25,7 @@ from obdlab.service.rundir import (
     SOCKET_NAME,
     TAKE_DOWN_SIGNAL,
     DeviceRecord,
+    DeviceState,
     Process,
     RunDir,
     device_id_of,
@@ -40,16 +39,22 @@ if TYPE_CHECKING:
 
 #: Time for Python to start and the host to listen, on a busy machine.
 _HOST_START_TIMEOUT_S = 30.0
-#: The host keeps to the attach's deadline; its answer must still come through.
-_ANSWER_GRACE_S = 10.0
+#: The host is given less time than its client has, by this share and at most so much: its answer, with the cause of a
+#: failure, must still come through.
+_ANSWER_SHARE = 0.2
+_MOST_FOR_ANSWER_S = 10.0
+_CONNECT_S = 5.0
+_SHORTEST_S = 0.01
+_KEEPER_S = 60.0
+_HOST_END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttachedDevice:
-    """A device as its users see it. ``alive`` tells whether it is served; if not, reads fail.
+    """A device as its users see it. ``alive``: it is served, or will be in a moment; if not, reads fail.
 
-    The process ``keeper_pid`` replaces a server that dies; it is 0 if nobody does. A device that has ``graduated`` is
-    served by the kernel alone, from a local file, and has no processes any more.
+    The process ``keeper_pid`` replaces a server that dies; it is 0 while there is none. A device that has
+    ``graduated`` is served by the kernel alone, from a local file, and has no processes any more.
     """
 
     device_id: str
@@ -63,6 +68,7 @@ class AttachedDevice:
     keeper_pid: int = 0
     restarts: int = 0
     graduated: bool = False
+    state: DeviceState = DeviceState.WHOLE
 
 
 class Devices(Protocol):
@@ -179,8 +185,9 @@ class DeviceService:
         directory = self._run.device(device_id)
         if not directory.is_dir():
             return False
+        deadline = time.monotonic() + timeout_s
         with held(directory, timeout_s):
-            remove_device(directory, timeout_s=timeout_s, force=force)
+            remove_device(directory, timeout_s=_left(deadline, timeout_s), force=force)
         return True
 
     def release(self, device_id: str) -> bool:
@@ -251,10 +258,10 @@ class DeviceService:
     def start_host(self) -> None:
         """Have the device host running already when the first attach comes. Raises DeviceError."""
         self._run.create()
-        self._connect_to_host().close()
+        self._connect_to_host(time.monotonic() + _HOST_START_TIMEOUT_S).close()
 
-    def stop_host(self) -> bool:
-        """Stop the device host, leaving the devices alone; tell whether one ran."""
+    def stop_host(self, *, timeout_s: float = _HOST_END_S) -> bool:
+        """Stop the device host, not the devices; kill it after ``timeout_s``. Return True if one ran."""
         try:
             known = json.loads((self._run.path / "host.pid").read_text())
             process = Process(int(known["pid"]), int(known["start_time"]))
@@ -262,10 +269,26 @@ class DeviceService:
             return False
         if not process.alive:
             return False
-        with suppress(ProcessLookupError):  # ended by itself just now
-            os.kill(process.pid, signal.SIGTERM)
-        process.end(5.0)
+        process.signal(signal.SIGTERM)
+        process.end(timeout_s)
         return True
+
+    def ask_for_keeper(self, device_id: str, description: dict[str, Any]) -> socket.socket:
+        """Have this process, the server of a device, adopted by a new keeper; return the connection to that.
+
+        Raises DeviceError if there is none within a minute.
+        """
+        request = {"op": "keep", "device_id": device_id, "server": description}
+        deadline = time.monotonic() + _KEEPER_S
+        connection = self._connect_to_host(deadline)
+        try:
+            answer = _exchange(connection, request, deadline)
+            if "error" in answer:
+                raise DeviceError(str(answer["error"]))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _remove_dead(self, directory: Path) -> bool:
         try:
@@ -278,22 +301,22 @@ class DeviceService:
             return False
         return True
 
-    def _connect_to_host(self) -> socket.socket:
+    def _connect_to_host(self, deadline: float) -> socket.socket:
         path = self._run.path / SOCKET_NAME
         try:
-            return wire.connect(path, 5.0)
+            return wire.connect(path, _left(deadline, _CONNECT_S))
         except OSError:
-            self._start_host()
+            self._start_host(_left(deadline, _HOST_START_TIMEOUT_S))
         try:
-            return wire.connect(path, 5.0)
+            return wire.connect(path, _left(deadline, _CONNECT_S))
         except OSError as error:
-            raise DeviceError(f"{path}: the device host does not answer: {error.strerror}") from error
+            raise DeviceError(f"{path}: the device host does not answer: {error.strerror or error}") from error
 
     def _ask_fresh_host(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         answer = self._ask_host(request, deadline)
         if "stale" in answer:  # the package was changed since the host started; devices do not mind its end
-            self.stop_host()
+            self.stop_host(timeout_s=_left(deadline, _HOST_END_S))
             answer = self._ask_host(request, deadline)
         if "stale" in answer:
             return {"error": f"device {request['device_id']}: the installed package keeps changing"}
@@ -311,27 +334,39 @@ class DeviceService:
             raise DeviceError(f"{what}device host: {error} (see {self._run.host_log})") from error
 
     def _ask_host_once(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
-        with self._connect_to_host() as connection:
-            remaining = max(0.1, deadline - time.monotonic())
-            try:
-                wire.send(connection, request | {"timeout_s": remaining})
-            except OSError as error:
-                raise wire.ConnectionLostError(f"connection lost: {error.strerror}") from error
-            return wire.receive(connection, remaining + _ANSWER_GRACE_S)
+        with self._connect_to_host(deadline) as connection:
+            return _exchange(connection, request, deadline)
 
     # The command returns once the host listens, detached from this process; two of them at a time are fine.
-    def _start_host(self) -> None:
+    def _start_host(self, timeout_s: float) -> None:
         command = [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(self._run.path), "--detach"]
         command += _log_arguments(self._settings)
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HOST_START_TIMEOUT_S, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise DeviceError(f"the device host did not start within {_HOST_START_TIMEOUT_S:g} s") from error
+            raise DeviceError(f"the device host did not start within {timeout_s:.3g} s") from error
         if done.returncode != 0:
             text = done.stderr.decode(errors="replace").strip()
             raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")
+
+
+# One message each way, by a deadline. Raises DeviceError.
+def _exchange(connection: socket.socket, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+    left_s = _left(deadline, float("inf"))
+    request = request | {"timeout_s": left_s - min(_MOST_FOR_ANSWER_S, left_s * _ANSWER_SHARE)}
+    connection.settimeout(left_s)
+    try:
+        wire.send(connection, request)
+    except OSError as error:
+        raise wire.ConnectionLostError(f"connection lost: {error.strerror or error}") from error
+    return wire.receive(connection, _left(deadline, left_s))
+
+
+# At most ``most_s``; never nothing, so that the call itself says that it had no time.
+def _left(deadline: float, most_s: float) -> float:
+    return max(_SHORTEST_S, min(most_s, deadline - time.monotonic()))
 
 
 def _log_arguments(settings: Settings) -> list[str]:
@@ -353,4 +388,5 @@ def _as_device(record: DeviceRecord) -> AttachedDevice:
         keeper_pid=record.keeper_pid if record.is_kept else 0,
         restarts=record.restarts,
         graduated=record.is_graduated,
+        state=record.state,
     )

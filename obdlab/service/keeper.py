@@ -1,15 +1,19 @@
 """The keeper of a device: holds its /dev/fuse connection, so that the device outlives its server.
 
 A process per device that does nothing but wait: forked from the warmed host, it shares its memory. When a server
-dies, whatever killed it, the keeper has the kernel hand out again what was not answered (Linux 6.9) and forks the
-next one, which opens the image anew; users of the device see a pause. A server that hangs is killed
-(``obdlab.service.watchdog``). It also forks helpers for a server that is short of processor time. A device whose
-servers die again and again at once, or hang, or cannot open the image for the read deadline, is given up: the
-connection is let go, and its users get I/O errors instead of waiting for ever.
+dies, whatever killed it, the keeper has the kernel hand out again all requests without an answer (Linux 6.9) and
+forks the next server, which opens the image again; users of the device see a pause. A server that hangs is killed
+(``obdlab.service.watchdog``). The keeper also forks helpers for a server that is short of processor time. A device
+whose servers die again and again at once, or hang, or cannot open the image for the read deadline, is given up: the
+connection is closed, and its users get I/O errors instead of waiting for ever.
+
+A killed keeper is replaced as well: its server holds the connection too, and asks the device host for another keeper,
+which adopts the server (``obdlab.service.keeperlink``).
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import logging
@@ -19,7 +23,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +32,15 @@ from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
 from obdlab.image.settings import Settings
 from obdlab.service import server
+from obdlab.service.deaths import Deaths, Start
 from obdlab.service.forking import Signals, become
+from obdlab.service.protection import KEEPER_OOM_SCORE_ADJUST, protect
 from obdlab.service.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, Process
+from obdlab.service.serverprocess import ServerProcess, how_ended, killed_by
 from obdlab.service.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from obdlab.blob import Blob
     from obdlab.service.takeover import Former
@@ -43,62 +50,95 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEAVE_PAUSE_S = 1.0
-#: A server that has served so long did not die "at once".
-HEALTHY_S = 0.25
-#: So many deaths at once in a row, and the device is given up.
-MAX_DEATHS = 10
-#: So many in a row that hung and answered nothing at all: likewise.
+#: So many servers in a row that hung and answered nothing at all, and the device is given up.
 MAX_HANGS = 3
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 2.0
-_OOM_SCORE_ADJUST = "-1000"
 
 
-@dataclass(slots=True, eq=False)
-class _Server:
+class State(enum.Enum):
+    """What a keeper's device is like."""
+
+    #: The first server opens the image. No device is there yet; a failure is the attach's.
+    STARTING = "starting"
+    #: The device is there, served by the processes of another keeper; the first server is to take their place.
+    REPLACING = "replacing"
+    #: A server answers.
+    SERVED = "served"
+    #: No server answers: one is being started, or is due after a pause. The device's users wait.
+    RESTARTING = "restarting"
+    #: The device was taken away. The keeper waits for the ends of its servers.
+    ENDING = "ending"
+    #: Nothing is left to do.
+    OVER = "over"
+
+
+#: The states that may follow a state.
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.SERVED, State.RESTARTING, State.OVER}),
+    State.REPLACING: frozenset({State.SERVED, State.OVER}),
+    State.SERVED: frozenset({State.RESTARTING, State.ENDING, State.OVER}),
+    State.RESTARTING: frozenset({State.SERVED, State.ENDING, State.OVER}),
+    State.ENDING: frozenset({State.OVER}),
+    State.OVER: frozenset(),
+}
+#: What a server says of its device, as far as the record keeps it.
+DESCRIBED = ("kind", "path", "size", "read_only", "pid", "start_time")
+#: States in which the device is this keeper's to keep going.
+_KEPT = frozenset({State.SERVED, State.RESTARTING})
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A server at work whose keeper was killed."""
+
     pid: int
-    pidfd: int
     channel: socket.socket
-    #: 0: the one that made the device, or took its place; others help it.
-    number: int
-    ready_at: float | None = None
-    error: str = ""
-    received: bytearray = field(default_factory=bytearray)
+    #: As a server says it when it is ready.
+    description: dict[str, Any]
 
 
 class Keeper:
     """Keeps the device at ``directory`` going, from the fork of its first server to its end.
 
-    What the servers say is passed on to ``tell``, a pipe, until the device is ready or has failed. With ``former``,
-    the device is there already, and its servers are replaced.
+    The servers' messages are passed on to ``tell``, a pipe, until the device is ready or has failed. With ``former``,
+    the device is there already, and its servers are replaced; with ``orphan``, its server stays; with ``revived``,
+    it is there without a server.
     """
 
     def __init__(
-        self, plan: Plan, directory: Path, opener: Opener, connection: int, tell: int, former: Former | None = None
+        self,
+        plan: Plan,
+        directory: Path,
+        opener: Opener,
+        connection: int,
+        tell: int,
+        *,
+        former: Former | None = None,
+        orphan: Orphan | None = None,
+        revived: DeviceRecord | None = None,
     ) -> None:
         self._plan = plan
         self._directory = directory
         self._opener = opener
         self._connection = connection
         self._kind = kinds.find(plan.kind)
-        self._leaving = False
+        self._state = State.STARTING if former is None else State.REPLACING
+        self._revived = revived
+        self._take_down_wanted = False
         self._tell: int | None = tell
         self._former = former
+        self._orphan = orphan
         settings = Settings.from_json(plan.settings)
-        self._give_up_after_s = settings.read_deadline_s
         self._most_servers = settings.server_processes or min(4, os.cpu_count() or 1)
         self._helper_settings = replace(settings, download_enabled=False).to_json()
-        self._path = None if former is None else Path(former.record.path)
-        self._servers: dict[int, _Server] = {}
+        before = former.record if former is not None else revived or DeviceRecord.load(directory)
+        self._path = None if former is None and revived is None else Path(before.path) if before else None
+        self._restarts = 0 if before is None else before.restarts + (revived is not None)
+        self._servers: dict[int, ServerProcess] = {}
         self._poller = select.poll()
         self._next_start: float | None = None
-        self._failing_since = 0.0
-        self._failures = 0
-        self._deaths = 0
-        self._restarts = 0 if former is None else former.record.restarts
+        self._deaths = Deaths(settings.read_deadline_s)
         self._description: dict[str, Any] = {}
         self._watchdog = Watchdog(directory, settings)
-        self._over = False
         self._signals: Signals | None = None
 
     def run(self) -> None:
@@ -107,24 +147,28 @@ class Keeper:
         self._signals = Signals(TAKE_DOWN_SIGNAL)
         self._poller.register(self._signals, select.POLLIN)
         if self._tell is not None:
-            self._poller.register(self._tell, 0)  # tells when nobody listens any more
+            self._poller.register(self._tell, 0)  # an event comes when the reader is closed
         if self._former is not None:
             self._former.make_way()
-        self._start(0)
-        while not self._over and (self._servers or self._next_start is not None):
+        if self._orphan is not None:
+            self._adopt(self._orphan)
+        elif self._revived is not None:
+            self._revive(self._revived)
+        else:
+            self._start(0)
+        while self._state is not State.OVER and (self._servers or self._next_start is not None):
             self._wait()
 
+    def _become(self, state: State) -> None:
+        if state is not self._state:
+            if state not in TRANSITIONS[self._state]:
+                raise RuntimeError(f"keeper: no way from {self._state} to {state}")
+            self._state = state
+
     def _wait(self) -> None:
-        pause_ms = None
-        if self._next_start is not None:
-            pause_ms = max(0.0, self._next_start - time.monotonic()) * 1000
-        elif self._is_ready:
-            pause_ms = self._watchdog.pause_s() * 1000
-        if self._leaving:
-            pause_ms = _LEAVE_PAUSE_S * 1000 if pause_ms is None else min(pause_ms, _LEAVE_PAUSE_S * 1000)
-        for fd, _ in self._poller.poll(pause_ms):
+        for fd, _ in self._poller.poll(self._pause_ms()):
             if self._signals is not None and fd == self._signals.fileno():
-                self._leaving = self._leaving or TAKE_DOWN_SIGNAL in self._signals.come()
+                self._take_down_wanted = self._take_down_wanted or TAKE_DOWN_SIGNAL in self._signals.come()
             if fd == self._tell:
                 self._fail("nobody waits for the device any more")
                 return
@@ -133,18 +177,29 @@ class Keeper:
                     self._listen(one)
                 elif fd == one.pidfd:
                     self._bury(one)
-        self._end_hung()
-        if not self._over and self._next_start is not None and time.monotonic() >= self._next_start:
+        if self._state in _KEPT:
+            self._end_hung()
+        if self._state in _KEPT and self._next_start is not None and time.monotonic() >= self._next_start:
             self._next_start = None
             if not self._has_ended():
                 self._start(0)
-        if self._leaving and not self._over:
+        if self._take_down_wanted and self._state is not State.OVER:
             self._take_down_if_unused()
+
+    def _pause_ms(self) -> float | None:
+        pauses = []
+        if self._next_start is not None:
+            pauses.append(max(0.0, self._next_start - time.monotonic()))
+        elif self._state in _KEPT:
+            pauses.append(self._watchdog.pause_s())
+        if self._take_down_wanted:
+            pauses.append(_LEAVE_PAUSE_S)
+        return min(pauses) * 1000 if pauses else None
 
     def _has_ended(self) -> bool:
         return self._kind.has_ended(self._directory, self._connection)
 
-    # Somebody let go of the device whose kernel side does not go by itself (see DeviceService.release).
+    # A device whose kernel side does not go by itself was let go (see DeviceService.release).
     def _take_down_if_unused(self) -> None:
         if kinds.is_unused(self._directory):
             try:
@@ -152,23 +207,44 @@ class Keeper:
             except DeviceError as error:
                 log.info("%s: not taken down yet: %s", self._directory.name, error)
 
-    @property
-    def _is_ready(self) -> bool:
-        return self._tell is None
-
     def _end_hung(self) -> None:
-        if self._over or not self._is_ready or self._path is None:
+        if self._path is None:
             return
         servers = {number: one.pid for number, one in self._servers.items()}
         for number, why in self._watchdog.hung(self._path, servers).items():
             log.error("%s: server %d %s: killed, to be replaced", self._directory.name, number, why)
-            self._kill(self._servers[number])
+            self._servers[number].kill()
         if self._watchdog.hangs >= MAX_HANGS:
             self._give_up(f"{MAX_HANGS} servers that hung")
 
+    # Another process may have been killed before this one had its pidfd.
+    def _adopt(self, orphan: Orphan) -> None:
+        orphan.channel.settimeout(None)
+        try:
+            one = ServerProcess(orphan.pid, orphan.channel, 0)
+        except OSError as error:
+            self._say({"error": f"server {orphan.pid}: {error.strerror}"})
+            self._fail(f"its server {orphan.pid} is gone: {error.strerror}")
+            return
+        self._watch(one)
+        one.start = Start.now(Path(orphan.description["path"]))
+        self._is_served(dict(orphan.description))
+        if orphan.description["read_only"]:  # helpers that had not been recorded yet died with their keeper
+            self._kind.send_again(self._connection)
+
+    # Whoever follows waits for the record alone: the image may take long to open, and the device is there.
+    def _revive(self, record: DeviceRecord) -> None:
+        log.error("%s: keeper and server are gone: starting a server", self._directory.name)
+        self._become(State.RESTARTING)
+        self._description = {name: getattr(record, name) for name in DESCRIBED}
+        self._save()
+        self._say({"ready": True})
+        self._stop_telling()
+        self._start(0)
+
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
-        task = server.Task(self._connection, self._path, number, self._restarts, self._plan.kind)
+        task = server.Task(self._connection, self._path, number, self._restarts, self._plan.kind, self._plan.settings)
         settings = self._helper_settings if number else self._plan.settings
         try:
             pid = os.fork()
@@ -180,15 +256,19 @@ class Keeper:
         if pid == 0:
             become(lambda: self._serve(ours, theirs, task, settings))
         theirs.close()
-        one = _Server(pid, os.pidfd_open(pid), ours, number)
-        self._servers[number] = one
-        self._poller.register(ours, select.POLLIN)
+        self._watch(ServerProcess(pid, ours, number))
+        if number == 0 and self._state is State.RESTARTING:
+            self._save()
+
+    def _watch(self, one: ServerProcess) -> None:
+        self._servers[one.number] = one
+        self._poller.register(one.channel, select.POLLIN)
         self._poller.register(one.pidfd, select.POLLIN)
 
     def _could_not_start(self, number: int, why: str) -> None:
         log.error("%s: server %d: %s", self._directory.name, number, why)
-        if number == 0 and self._is_ready:
-            self._start_again(why)
+        if number == 0 and self._state in _KEPT:
+            self._start_again(why, reported=True)
         elif number == 0:
             self._say({"error": why})
             self._fail(why)
@@ -212,7 +292,7 @@ class Keeper:
             task=task,
         )
 
-    # A device whose content nobody may change must not get another image's.
+    # A read-only device must not get another image's content.
     def _open(self, settings: str) -> Blob:
         config = Path(self._plan.config)
         record = DeviceRecord.load(self._directory) if self._path is not None else None
@@ -222,44 +302,39 @@ class Keeper:
                 raise DeviceError(f"{config} has changed since the device was attached")
         return self._opener(config, settings)
 
-    def _listen(self, one: _Server) -> bool:
-        part = one.channel.recv(1 << 16)
-        if not part:  # the process has ended, which its pidfd tells
+    def _listen(self, one: ServerProcess) -> None:
+        messages = one.listen()
+        if messages is None:  # the process has ended, and its pidfd has an event too
             self._unwatch(one.channel.fileno())
-            return False
-        one.received += part
-        while (end := one.received.find(b"\n")) >= 0:
-            message = json.loads(one.received[:end])
-            del one.received[: end + 1]
+        for message in messages or ():
             self._hear(one, message)
-        return True
 
     def _unwatch(self, fd: int) -> None:
         with suppress(KeyError):  # done before
             self._poller.unregister(fd)
 
-    def _hear(self, one: _Server, message: dict[str, Any]) -> None:
+    def _hear(self, one: ServerProcess, message: dict[str, Any]) -> None:
         if "busy" in message:
             self._help()
         elif "ready" in message:
-            one.ready_at = time.monotonic()
             if one.number == 0:
                 self._is_served(message["ready"])
             else:
                 self._save()
+            one.start = Start.now(self._path) if self._path is not None else None
         elif "error" in message:
             one.error = message["error"]
-            if self._is_ready:
+            if self._state in _KEPT:
                 log.error("%s: server %d cannot serve: %s", self._directory.name, one.number, one.error)
             else:
                 self._say(message)
-        elif not self._is_ready:
+        elif self._state not in _KEPT:
             self._say(message)
 
     def _say(self, message: dict[str, Any]) -> None:
-        assert self._tell is not None
-        with suppress(BrokenPipeError):  # polling tells
-            os.write(self._tell, json.dumps(message).encode() + b"\n")
+        if self._tell is not None:
+            with suppress(BrokenPipeError):  # the poller reports it
+                os.write(self._tell, json.dumps(message).encode() + b"\n")
 
     def _is_served(self, description: dict[str, Any]) -> None:
         self._path = Path(description["path"])
@@ -271,11 +346,12 @@ class Keeper:
             self._former = None
         if not can_go_on:
             log.warning("%s: the kernel is too old to let another server go on with it", self._directory.name)
+        self._become(State.SERVED)
         self._save(kept=can_go_on)
-        if not self._is_ready:
-            self._say({"ready": True})
-            self._stop_telling()
-        self._over = not can_go_on  # holding the connection would only keep its readers waiting after a death
+        self._say({"ready": True})
+        self._stop_telling()
+        if not can_go_on:  # holding the connection would only keep its readers waiting after a death
+            self._become(State.OVER)
 
     def _stop_telling(self) -> None:
         if self._tell is not None:
@@ -286,6 +362,9 @@ class Keeper:
     def _save(self, *, kept: bool = True) -> None:
         me = Process.of(os.getpid()) if kept else None
         known = DeviceRecord.load(self._directory)
+        starting = (
+            Process.of(self._servers[0].pid) if self._state is State.RESTARTING and 0 in self._servers else None
+        )
         plan = {key: getattr(known or self._plan, key) for key in asdict(self._plan)}  # a snapshot changes the config
         record = DeviceRecord(
             **plan | {"code": self._plan.code} | self._description,
@@ -293,6 +372,8 @@ class Keeper:
             keeper_start_time=me.start_time if me else 0,
             helpers=[one.pid for one in self._servers.values() if one.number],
             restarts=self._restarts,
+            starting_pid=starting.pid if starting else 0,
+            starting_start_time=starting.start_time if starting else 0,
         )
         try:
             record.save(self._directory)
@@ -301,30 +382,26 @@ class Keeper:
 
     def _help(self) -> None:
         free = set(range(1, self._most_servers)) - set(self._servers)
-        if free and self._is_ready and self._description["read_only"]:
+        if free and self._state in _KEPT and self._description["read_only"]:
             self._start(min(free))
 
-    def _bury(self, one: _Server) -> None:
-        os.set_blocking(one.channel.fileno(), False)
-        with suppress(BlockingIOError, OSError):
-            while self._listen(one):
-                pass
-        _, status = os.waitpid(one.pid, 0)
+    def _bury(self, one: ServerProcess) -> None:
+        for message in one.last_messages():
+            self._hear(one, message)
         self._unwatch(one.channel.fileno())
         self._unwatch(one.pidfd)
-        one.channel.close()
-        os.close(one.pidfd)
+        status = one.bury()
         del self._servers[one.number]
-        if self._over:
-            return
-        if not self._is_ready:
-            self._fail(f"the server ended {_how(status)}")
+        if self._state not in _KEPT:
+            if self._state in (State.STARTING, State.REPLACING):
+                self._fail(f"the server ended {how_ended(status)}")
             return
         if self._has_ended():
             if one.number == 0:
+                self._become(State.ENDING)
                 self._kill_servers()  # helpers have nothing to bring to the disk
             return
-        name, why = self._directory.name, one.error or f"ended {_how(status)}"
+        name, why = self._directory.name, one.error or f"ended {how_ended(status)}"
         log.log(
             logging.INFO if one.number and status == 0 else logging.ERROR, "%s: server %d %s", name, one.number, why
         )
@@ -332,28 +409,23 @@ class Keeper:
         if one.number:
             self._save()
             return
-        if one.ready_at is not None and time.monotonic() - one.ready_at >= HEALTHY_S:
-            self._failures = self._deaths = 0
-        if not one.error:
-            self._deaths += 1
+        if one.start is not None and self._path is not None and one.start.was_healthy(self._path, killed_by(status)):
+            self._deaths.forget()
         self._restarts += 1
-        self._start_again(why)
+        self._start_again(why, reported=bool(one.error))
 
-    def _start_again(self, why: str) -> None:
-        now = time.monotonic()
-        if not self._failures:
-            self._failing_since = now
-        self._failures += 1
-        if self._deaths >= MAX_DEATHS or now - self._failing_since > self._give_up_after_s:
-            self._give_up(f"{self._failures} servers in {now - self._failing_since:.1f} s (the last: {why})")
-            return
-        pause = 0.0 if self._failures == 1 else min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures, 8))
-        self._next_start = now + pause
+    def _start_again(self, why: str, *, reported: bool) -> None:
+        self._become(State.RESTARTING)
+        enough = self._deaths.count(reported=reported)
+        if enough:
+            self._give_up(f"{enough} (the last: {why})")
+        else:
+            self._next_start = time.monotonic() + self._deaths.pause_s
 
     def _give_up(self, after: str) -> None:
         log.error("%s: given up after %s; its users get I/O errors", self._directory.name, after)
         self._kill_servers()
-        self._over = True
+        self._become(State.OVER)
         try:
             self._kind.give_up(self._directory)
         except DeviceError as error:
@@ -366,21 +438,11 @@ class Keeper:
         if self._former is not None:
             self._former.go_on()
         self._stop_telling()
-        self._over = True
+        self._become(State.OVER)
 
     def _kill_servers(self) -> None:
         for one in self._servers.values():
-            self._kill(one)
-
-    def _kill(self, one: _Server) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
-
-
-def _how(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        return f"by signal {os.WTERMSIG(status)}"
-    return f"with status {os.waitstatus_to_exitcode(status)}"
+            one.kill()
 
 
 def _settle_in(device_id: str) -> None:
@@ -390,4 +452,4 @@ def _settle_in(device_id: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends with its device
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"keep:{device_id}")
-    server.protect(device_id, _OOM_SCORE_ADJUST)
+    protect(device_id, KEEPER_OOM_SCORE_ADJUST)

@@ -6,6 +6,7 @@ lost when the host or a client is killed, and what a killed server left behind i
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -116,6 +118,21 @@ def _state_and_start(text: bytes) -> tuple[bytes, int]:
     return fields[0], int(fields[19])
 
 
+class DeviceState(enum.StrEnum):
+    """How an attached device is."""
+
+    #: Served, and the death of its server or of its keeper is made good.
+    WHOLE = "whole"
+    #: Served. Its keeper was killed; the server is about to have another, or the kernel is too old for one.
+    UNKEPT = "without keeper"
+    #: A server is being started; its users wait.
+    RESTARTING = "restarting"
+    #: The kernel serves it alone, from a local file.
+    GRADUATED = "graduated"
+    #: Keeper and server are dead.
+    DEAD = "dead"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a device is made from: enough to start a server for it at any time."""
@@ -149,6 +166,9 @@ class DeviceRecord(Plan):
     helpers: list[int] = field(default_factory=list)
     #: Servers that died.
     restarts: int = 0
+    #: The server that opens the image to take the place of a dead one; 0: none does.
+    starting_pid: int = 0
+    starting_start_time: int = 0
 
     @property
     def process(self) -> Process:
@@ -156,14 +176,20 @@ class DeviceRecord(Plan):
         return Process(self.pid, self.start_time)
 
     def servers(self) -> list[Process]:
-        """The device's server and its helpers, as far as they are alive."""
+        """The device's server and those of its others that are alive."""
         helpers = (Process.of(pid) for pid in self.helpers)
-        return [self.process, *(each for each in helpers if each is not None)]
+        starting = [self.starting] if self.starting is not None else []
+        return [self.process, *(each for each in helpers if each is not None), *starting]
 
     @property
     def keeper(self) -> Process | None:
         """The process that replaces the server when it dies."""
         return Process(self.keeper_pid, self.keeper_start_time) if self.keeper_pid else None
+
+    @property
+    def starting(self) -> Process | None:
+        """The process that is about to be the server."""
+        return Process(self.starting_pid, self.starting_start_time) if self.starting_pid else None
 
     @property
     def is_kept(self) -> bool:
@@ -178,7 +204,16 @@ class DeviceRecord(Plan):
     @property
     def alive(self) -> bool:
         """Whether it is served, or will be in a moment."""
-        return self.process.alive or self.is_kept or self.is_graduated
+        return self.state is not DeviceState.DEAD
+
+    @property
+    def state(self) -> DeviceState:
+        """How the device is at this moment."""
+        if self.process.alive:
+            return DeviceState.WHOLE if self.is_kept else DeviceState.UNKEPT
+        if self.is_kept or (self.starting is not None and self.starting.alive):
+            return DeviceState.RESTARTING
+        return DeviceState.GRADUATED if self.is_graduated else DeviceState.DEAD
 
     def save(self, directory: Path) -> None:
         """Write the record into a device's directory, all or nothing."""
@@ -202,14 +237,19 @@ class RunDir:
         self.path = path.absolute()
 
     def create(self) -> None:
-        """Make the directories, for root's eyes only."""
+        """Make the directories, for this user's eyes only.
+
+        Raises DeviceError if they cannot be made, or if other users could change what is in them.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             check_own_directory(self.path)
             self.devices.mkdir(exist_ok=True, mode=0o700)
+            self.path = self.path.resolve()
+            for directory in (self.path, self.devices):
+                _check_own(directory)
         except OSError as error:
             raise DeviceError(f"{self.path}: cannot make the run directory: {error.strerror}") from error
-        self.path = self.path.resolve()
 
     @property
     def devices(self) -> Path:
@@ -233,6 +273,17 @@ class RunDir:
             return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
         except FileNotFoundError:
             return []
+
+
+# Sockets and records are believed because of where they lie.
+def _check_own(directory: Path) -> None:
+    found = os.lstat(directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        raise DeviceError(f"{directory}: not a directory of this user's (owner {found.st_uid})")
+    if found.st_mode & 0o022:
+        raise DeviceError(
+            f"{directory}: other users may write there (mode {stat.S_IMODE(found.st_mode):04o}, wanted 0700)"
+        )
 
 
 def device_id_of(config: Path) -> str:

@@ -7,12 +7,9 @@ after that. The way to stop a device is to detach it, whereupon the server ends 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +21,9 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.service import control
-from obdlab.service.rundir import DeviceRecord, Process
+from obdlab.service.keeperlink import KeeperLink, KeeperSeeker
+from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, protect
+from obdlab.service.rundir import Process
 
 if TYPE_CHECKING:
     import socket
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The kernel shall take containers before the disk under them.
-_OOM_SCORE_ADJUST = "-999"
 #: How long a helper stays with nothing to do.
 HELPER_IDLE_S = 10.0
 #: The answer to the request that ended the device may be under way still.
@@ -61,30 +58,8 @@ class Task:
     restarts: int = 0
     #: Name of the device's kind.
     kind: str = kinds.FuseLoop.name
-
-
-class Channel:
-    """Tells the keeper, one JSON object a line, and notices its end."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send one message. Raises OSError if the keeper is gone."""
-        with self._lock:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-
-    def tell_busy(self) -> None:
-        """Say that a helper would be of use."""
-        with suppress(OSError):
-            self.tell({"busy": True})
-
-    def wait_for_end(self) -> None:
-        """Return when the keeper is gone."""
-        with suppress(OSError):
-            while self._channel.recv(1):
-                pass
+    #: Of the device's plan, as ``Settings.to_json`` wrote them.
+    settings: str = "{}"
 
 
 def serve(
@@ -100,12 +75,15 @@ def serve(
     The keeper at the other end of ``channel`` hears ``{"stage": text}``, then ``{"ready": {...}}`` or
     ``{"error": text}``, and ``{"busy": true}`` now and then while more processes would help.
     """
-    device_id, keeper = directory.name, Channel(channel)
+    device_id, keeper = directory.name, KeeperLink(channel)
     _settle_in(device_id)
+    if task.number:  # only a keeper has the kernel hand out again what a helper leaves unanswered
+        abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        keeper.tell({"stage": "opening the image"})
+        if not keeper.say({"stage": "opening the image"}) and task.number:
+            return
         blob = open_blob()
-        keeper.tell({"stage": "making the device"})
+        keeper.say({"stage": "making the device"})
         # From here on a SIGTERM waits until it can be answered in good order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         device = kinds.find(task.kind).make(
@@ -115,23 +93,24 @@ def serve(
             readahead_kib=readahead_kib,
             connection=task.connection,
             path=task.path,
-            on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_tell_busy, keeper, blob),
+            on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_say_busy, keeper, blob),
         )
     except ObdlabError as error:
-        keeper.tell({"error": str(error)})
+        keeper.say({"error": str(error)})
         return
     except Exception as error:
         log.exception("%s: cannot serve", device_id)
-        keeper.tell({"error": f"{type(error).__name__}: {error}"})
+        keeper.say({"error": f"{type(error).__name__}: {error}"})
         return
     if task.number:
         _help(device, blob, directory, keeper, task)
         return
     try:
         answering = control.serve(device, blob, directory)
-        keeper.tell({"ready": _description(device)})
+        if not keeper.say({"ready": _description(device)}) and task.path is None:
+            raise DeviceError(f"{device_id}: its keeper died during the attach")
         if device.can_change_servers or task.path is not None:
-            threading.Thread(target=_go_on_alone, args=(keeper, directory, task), name="keeper", daemon=True).start()
+            KeeperSeeker(keeper, directory, task, partial(_description, device)).start()
         _wait_for_end(device, device_id)
         answering.finish(_ANSWERS_S)
     finally:
@@ -141,17 +120,17 @@ def serve(
         blob.close()
 
 
-# While reads are recorded nobody new takes any: a recording from the opening of the image on is this process's alone.
-def _tell_busy(keeper: Channel, blob: Blob) -> None:
+# A recording that began with the opening of the image sees the reads of this process alone: no helper then.
+def _say_busy(keeper: KeeperLink, blob: Blob) -> None:
     if not (isinstance(blob, Stack) and blob.watched):
-        keeper.tell_busy()
+        keeper.say_busy()
 
 
 # A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have
 # taken at that moment.
-def _help(device: Device, blob: Blob, directory: Path, keeper: Channel, task: Task) -> None:
+def _help(device: Device, blob: Blob, directory: Path, keeper: KeeperLink, task: Task) -> None:
     tracing = control.serve(device, blob, directory, helper=task.number).tracing
-    keeper.tell({"ready": {}})
+    keeper.say({"ready": {}})
     before = -1
     while not device.wait(HELPER_IDLE_S):
         now = device.statistics()
@@ -159,20 +138,6 @@ def _help(device: Device, blob: Blob, directory: Path, keeper: Channel, task: Ta
             break
         before = now.reads
     control.leave_counters(device, blob, directory)
-
-
-# Without its keeper a device lives as long as its server. A helper's requests would wait for ever after its death,
-# so it goes now, while somebody can have them handed out again.
-def _go_on_alone(keeper: Channel, directory: Path, task: Task) -> None:
-    keeper.wait_for_end()
-    record, kind = DeviceRecord.load(directory), kinds.find(task.kind)
-    if record is None or record.pid != os.getpid() or kind.has_ended(directory, task.connection):
-        return
-    log.error("%s: its keeper is gone: the next death of its server is the device's end", directory.name)
-    for helper in record.servers()[1:]:
-        helper.signal(signal.SIGKILL)
-        helper.end(5.0)
-    kind.send_again(task.connection)
 
 
 def _settle_in(device_id: str) -> None:
@@ -184,20 +149,7 @@ def _settle_in(device_id: str) -> None:
     abi.set_process_name(f"obdlab:{device_id}")
     abi.keep_freed_memory()
     logs.set_process_name(device_id)
-    protect(device_id, _OOM_SCORE_ADJUST)
-
-
-def protect(device_id: str, oom_score_adjust: str) -> None:
-    """Have the kernel spare this process, which other processes' I/O depends on, as far as it lets us."""
-    # Both need CAP_SYS_RESOURCE, which some containers withhold; a device works without.
-    try:
-        Path("/proc/self/oom_score_adj").write_text(oom_score_adjust)
-    except OSError as error:
-        log.debug("%s: oom_score_adj: %s", device_id, error)
-    try:  # memory that this process asks for must never wait for writeback to its own device
-        abi.prctl(abi.PR_SET_IO_FLUSHER, 1)
-    except OSError as error:
-        log.debug("%s: no I/O flusher: %s", device_id, error)
+    protect(device_id, SERVER_OOM_SCORE_ADJUST)
 
 
 def _description(device: Device) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Former:
         for process in filter(None, (self._keeper, self.record.process)):
             if process.alive:
                 try:
-                    return _connection_of(process.pid)
+                    return connection_of(process.pid)
                 except OSError as error:
                     why = f"process {process.pid}: {error.strerror}"
         raise DeviceError(f"device {self.record.device_id}: cannot take it over ({why})")
@@ -81,7 +81,8 @@ class Former:
         return [process for process in found if process.alive]
 
 
-def _connection_of(pid: int) -> int:
+def connection_of(pid: int) -> int:
+    """Return a duplicate of a process's /dev/fuse descriptor. Raises OSError."""
     pidfd = os.pidfd_open(pid)
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):

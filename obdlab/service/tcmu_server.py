@@ -66,10 +66,10 @@ def serve(
 
     ``adopt``: the device had a server before.
     """
-    from obdlab.service.server import protect
+    from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, protect
 
     _settle_in(name.device)
-    protect(name.device, "-999")
+    protect(name.device, SERVER_OOM_SCORE_ADJUST)
     try:
         device = UioDevice.open(number)
     except ObdlabError as error:

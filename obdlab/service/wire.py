@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from obdlab.errors import DeviceError
 
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
 
 #: No message is longer.
 _LIMIT = 1 << 20
+
+
+# struct ucred: pid, uid, gid
+_UCRED = struct.Struct("=3i")
+
+
+class Peer(NamedTuple):
+    """The credentials of a process when it connected."""
+
+    pid: int
+    uid: int
+    gid: int
 
 
 class NoAnswerError(DeviceError):
@@ -60,6 +73,11 @@ def listen(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Return the process at the other end of a unix socket, as the kernel knows it. Raises OSError."""
+    return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ def kill(pid: int) -> None:
 
 
 def kill_for_good(device: AttachedDevice) -> None:
-    """Kill a device's keeper and its server, in this order: nobody serves it afterwards."""
+    """Kill a device's keeper and its server, before either replaces the other: nothing serves it afterwards."""
+    os.kill(device.pid, signal.SIGSTOP)
     kill(device.keeper_pid)
     kill(device.pid)

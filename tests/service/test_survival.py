@@ -311,21 +311,6 @@ def test_a_server_that_hangs_is_replaced_by_an_upgrade(service: DeviceService, t
         assert Process.of(device.pid) is None
 
 
-def test_without_its_keeper_a_device_goes_on_and_gets_another(
-    service: DeviceService, tmp_path: Path, golden: bytes
-) -> None:
-    device = service.attach(golden_config(tmp_path), "x")
-    kill(device.keeper_pid)
-    with reading(device.path, golden):
-        (alone,) = service.list()
-        assert (alone.alive, alone.keeper_pid, alone.pid) == (True, 0, device.pid)
-        assert service.upgrade("x")
-        (kept,) = service.list()
-        assert kept.keeper_pid not in (0, device.keeper_pid)
-        kill(kept.pid)
-    until(lambda: service.list()[0].restarts == 1)
-
-
 def test_without_keeper_the_next_death_is_an_error_and_no_wait(service: DeviceService, tmp_path: Path) -> None:
     device = service.attach(golden_config(tmp_path), "x")
     kill_for_good(device)

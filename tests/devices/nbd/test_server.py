@@ -129,6 +129,36 @@ def test_writes_past_the_end(tmp_path: Path) -> None:
         assert not any(disk.data)
 
 
+def test_the_largest_transfers(tmp_path: Path) -> None:
+    """On a disk that holds more: it is the bound on one request that refuses the longer ones, not the disk's end."""
+    most = wire.MAX_TRANSFER
+    disk = MemoryWritable(most + 4096)
+    with serving(tmp_path, disk) as place, Speaker(place) as client:
+        client.begin()
+        client.say(request(Command.WRITE, 4096, most, data=b"w" * most))
+        assert client.simple() == (1, 0, b"")
+        assert disk.data[4095:4097] == b"\0w"
+        assert disk.data[-1:] == b"w"
+        assert client.read(4096, most) == b"w" * most
+        client.say(request(Command.READ, 0, most + 1))
+        assert client.simple()[1] == errno.EINVAL
+        assert client.read(0, 1) == b"\0"
+
+
+@pytest.mark.parametrize("length", [wire.MAX_TRANSFER + 1, 2 * wire.MAX_TRANSFER, (1 << 32) - 1])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_longer_write_is_hung_up_on_before_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, read_only: bool
+) -> None:
+    monkeypatch.setattr(nbd_server, "TRANSFER_S", 600.0)  # neither data nor memory is waited for
+    disk = MemoryWritable(wire.MAX_TRANSFER + 4096)
+    with serving(tmp_path, disk, read_only=read_only) as place, Speaker(place) as client:
+        client.begin()
+        client.say(request(Command.WRITE, 0, length))
+        assert client.is_hung_up_on()
+    assert not any(disk.data[:4096])
+
+
 @pytest.mark.parametrize(
     ("sent", "kind"),
     [

@@ -1,0 +1,62 @@
+"""Which processes the kernel spares when memory runs out, and how much memory those may take.
+
+Other processes' I/O waits for a keeper or a device server, so the kernel is to take containers before them. A process
+that is spared must not be the one that grows: each has a bound on its memory (``bound_memory``).
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+from pathlib import Path
+
+from obdlab.devices import abi
+
+log = logging.getLogger(__name__)
+
+KEEPER_OOM_SCORE_ADJUST = -1000
+SERVER_OOM_SCORE_ADJUST = -999
+_OOM_SCORE_ADJUST = Path("/proc/self/oom_score_adj")
+
+
+def protect(device_id: str, oom_score_adjust: int) -> None:
+    """Have the kernel spare this process, which other processes' I/O depends on, as far as it lets us."""
+    # Both need CAP_SYS_RESOURCE, which some containers withhold; a device works without.
+    try:
+        _OOM_SCORE_ADJUST.write_text(str(oom_score_adjust))
+    except OSError as error:
+        log.debug("%s: oom_score_adj: %s", device_id, error)
+    try:  # memory that this process asks for must never wait for writeback to its own device
+        abi.prctl(abi.PR_SET_IO_FLUSHER, 1)
+    except OSError as error:
+        log.debug("%s: no I/O flusher: %s", device_id, error)
+
+
+def unprotect() -> None:
+    """Undo what this process inherited from a keeper or server that started it."""
+    try:
+        if int(_OOM_SCORE_ADJUST.read_text()) in (KEEPER_OOM_SCORE_ADJUST, SERVER_OOM_SCORE_ADJUST):
+            _OOM_SCORE_ADJUST.write_text("0")
+        abi.prctl(abi.PR_SET_IO_FLUSHER, 0)
+    except (OSError, ValueError) as error:
+        log.debug("protection: %s", error)
+
+
+def bound_memory(most: int) -> None:
+    """Let this process take ``most`` bytes for data (heap, stacks, anonymous mappings) beyond what it has now.
+
+    An allocation above that fails, in Python by MemoryError, and the request that asked for it with it.
+    """
+    used = _data_size()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = used + most
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _data_size() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    return 0
