@@ -174,6 +174,31 @@ def test_an_attach_that_takes_too_long_is_given_up(bed: Bed) -> None:
     assert list((bed.run_dir / "devices").iterdir()) == []
 
 
+def test_all_waits_of_a_call_count_against_its_deadline(bed: Bed) -> None:
+    """A stopped host takes connections and requests, and answers none."""
+    bed.host.send_signal(signal.SIGSTOP)
+    try:
+        for call in (
+            lambda: bed.service.attach(bed.config("a"), "a", timeout_s=3.0),
+            lambda: bed.service.upgrade("a", timeout_s=3.0),
+        ):
+            begun = time.monotonic()
+            with pytest.raises(DeviceError, match="no answer within"):
+                call()
+            assert 2.0 < time.monotonic() - begun < 6.0
+    finally:
+        bed.host.send_signal(signal.SIGCONT)
+    assert bed.service.attach(bed.config("b"), "b").size == MIB
+    until(lambda: not bed.leftovers() or bed.service.list()[0].device_id == "b")
+
+
+def test_a_failed_attach_has_time_left_for_its_cause(bed: Bed) -> None:
+    begun = time.monotonic()
+    with pytest.raises(DeviceError, match="gave up at the deadline of the attach, while opening the image"):
+        bed.service.attach(bed.config("slow", sleep_s=60.0), "slow", timeout_s=10.0)
+    assert time.monotonic() - begun < 12.0
+
+
 def test_a_slow_attach_does_not_hold_up_others(bed: Bed) -> None:
     slow, quick = bed.config("slow", sleep_s=30), bed.config("quick")
     with ThreadPoolExecutor(1) as pool:

@@ -1,15 +1,18 @@
-"""Waiting for processes."""
+"""Waiting for processes; run directories and to whom they belong."""
 
 from __future__ import annotations
 
 import os
 import resource
+import stat
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from obdlab.service.rundir import Process
+from obdlab.errors import DeviceError
+from obdlab.service.rundir import Process, RunDir
 
 MANY = 1100  # more descriptors than select(2) takes
 
@@ -35,3 +38,41 @@ def test_a_process_is_ended_by_one_with_many_descriptors() -> None:
         process.end(0.05)
         assert sleeper.wait(10) == -9
     assert not process.alive
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_a_run_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(mode)
+    with pytest.raises(DeviceError, match=f"run: other users may write there .mode {mode:04o}, wanted 0700"):
+        RunDir(run).create()
+    run.chmod(0o755)
+    RunDir(run).create()
+    assert stat.S_IMODE((run / "devices").stat().st_mode) == 0o700
+    (run / "devices").chmod(0o777)
+    with pytest.raises(DeviceError, match="devices: other users may write there"):
+        RunDir(run).create()
+
+
+def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        RunDir(tmp_path / "run").create()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
+def test_another_users_run_directory_is_refused(tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").create()
+    os.chown(tmp_path / "run", 65534, 65534)
+    with pytest.raises(DeviceError, match=r"run: not a directory of this user's .owner 65534."):
+        RunDir(tmp_path / "run").create()
+    os.chown(tmp_path / "run", 0, 0)
+    (tmp_path / "run" / "devices").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "devices").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DeviceError, match="devices: not a directory of this user's"):
+        RunDir(tmp_path / "run").create()
