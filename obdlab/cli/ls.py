@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.viewing import PATH_HELP, add_view_options, image_path, opened_tree, shown
+from obdlab.formats.filetree import Walk
 
 if TYPE_CHECKING:
     import argparse
@@ -38,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
         if not tree.inode(number).is_directory:
             _print(tree, number, path.rsplit(b"/", 1)[-1], args)
             return 0
-        pending = [(name, child, 0) for name, child in reversed(tree.entries(number).items())]
+        bounds = Walk(tree.name)
+        bounds.enter(number, b"")
+        pending = list(reversed(tree.entries(number).items()))
         while pending:
-            name, child, depth = pending.pop()
+            name, child = pending.pop()
             _print(tree, child, name, args)
-            if args.recursive and depth < _MAX_DEPTH and tree.inode(child).is_directory:
-                below = reversed(tree.entries(child).items())
-                pending += [(name + b"/" + inner, number, depth + 1) for inner, number in below]
+            if args.recursive and tree.inode(child).is_directory:
+                bounds.enter(child, name)
+                entries = tree.entries(child)
+                bounds.count(name, entries)
+                pending += [(name + b"/" + inner, number) for inner, number in reversed(entries.items())]
     return 0
-
-
-_MAX_DEPTH = 400
 
 
 def _print(tree: FileTree, number: int, name: bytes, args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from obdlab.convert.layoutimages import LayoutDestination
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats import oci
 from obdlab.registry.reference import Reference
+from obdlab.sources.localfile import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _MAX_MEMBERS = 200_000
 _MAX_LINKS = 8
+# As in layers: what other readers of container archives allow for one pax or long name header.
+_MAX_HEADER = 1 << 20
 _COPY = 1 << 20
 _MANIFEST = "manifest.json"
 
@@ -45,9 +48,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            if not path.is_file():
-                raise SourceError("no such file" if not path.exists() else "not a regular file", blob=self.name)
-            self._file: IO[bytes] = path.open("rb")
+            self._file: IO[bytes] = open_regular(path)
         except OSError as error:
             raise SourceError(f"cannot read the archive: {error.strerror}", blob=self.name) from error
         #: The uncompressed tar, as a file to be opened.
@@ -69,12 +70,13 @@ class Archive:
     def _list(self) -> dict[str, tarfile.TarInfo]:
         found: dict[str, tarfile.TarInfo] = {}
         try:
-            with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape") as tar:
+            headers = cast("IO[bytes]", _Headers(self._file))
+            with tarfile.open(fileobj=headers, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
                     found[_normal(member.name)] = member
                     if len(found) > _MAX_MEMBERS:
                         raise FormatError("archive has too many members", blob=self.name, wanted=_MAX_MEMBERS)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
             raise FormatError(f"not a tar archive ({error})", blob=self.name) from error
         return found
 
@@ -111,6 +113,20 @@ class Archive:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class _Headers:
+    """The part of a file that tarfile needs to list members: it reads headers, whose sizes come from the archive."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        """Return ``size`` bytes, fewer only at the end. Raises tarfile.StreamError for a header that is too large."""
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.StreamError(f"extended header of {size} bytes, at most {_MAX_HEADER} are allowed")
+        return self._file.read(size)
 
 
 def _unpacked(packed: IO[bytes], name: str) -> IO[bytes]:
@@ -234,15 +250,15 @@ class DockerArchiveSource(ImageSource):
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{_MANIFEST}: not JSON ({error})", blob=self.name) from None
         entries = [entry for entry in self._list(document) if isinstance(entry, dict)]
-        tags = {name: entry for entry in entries for name in self._list(entry.get("RepoTags") or [])}
+        tags = {self._text(name): entry for entry in entries for name in self._list(entry.get("RepoTags") or [])}
         if tag is None and len(entries) == 1:
             return entries[0]
-        chosen = [] if tag is None else [entry for name, entry in tags.items() if _same_name(str(name), tag)]
+        chosen = [] if tag is None else [entry for name, entry in tags.items() if _same_name(name, tag)]
         if not chosen:
             raise FormatError(
                 "archive has no such image" if tag else "archive names no single image without a tag",
                 blob=self.name,
-                got=", ".join(sorted(map(str, tags))) or f"{len(entries)} images without tags",
+                got=", ".join(sorted(tags))[:400] or f"{len(entries)} images without tags",
                 wanted=tag or "docker-archive:FILE:NAME:TAG",
             )
         return chosen[0]

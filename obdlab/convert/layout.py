@@ -10,13 +10,13 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self
 
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
 from obdlab.formats.tar import TarWindow
 from obdlab.layers.tarwrap import WrappedContent
-from obdlab.sources.localfile import LocalFile
+from obdlab.sources.localfile import LocalFile, open_regular
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,7 +64,7 @@ class ImageLayout:
     def _index_bytes(self) -> bytes:
         path = self.root / "index.json"
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return file.read(MAX_MANIFEST_SIZE + 1)
         except OSError as error:
             raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
@@ -186,7 +186,7 @@ class VerifiedFile:
         self._descriptor = descriptor
         self._hash = hashlib.sha256()
         try:
-            self._file: IO[bytes] = path.open("rb", buffering=0)
+            self._file = open_regular(path)
         except OSError as error:
             raise SourceError(f"cannot read it: {error.strerror}", blob=self._name) from error
         size = os.fstat(self._file.fileno()).st_size
@@ -254,7 +254,7 @@ def is_layout(path: Path) -> bool:
 
 def digest_of_file(path: Path) -> str:
     """Return the digest of a whole file. Raises OSError."""
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -44,6 +44,7 @@ _KINDS = {
 }
 _MAX_NAME = 255
 _MAX_LINK = BLOCK - 1
+_MOST_LINKS = 0xFFFFFFFF
 
 
 @dataclass(slots=True)
@@ -94,7 +95,8 @@ class Editor:
             if volume.root != _ROOT or volume.block_size != BLOCK:
                 raise FormatError("EROFS was not made here: it cannot be changed", blob=disk.name, got=volume.root)
             self._space = Space(disk, volume.blocks)
-            self._inodes = volume.inodes
+            # Nothing depends on this count, so a base may say anything.
+            self._inodes = min(volume.inodes, 1 << 62)
             self._files = FileWriter(self._space, chunks=volume.has_chunks)
             self._first_new = volume.blocks * (BLOCK // SLOT)
             self.root = self._from_disk(_ROOT, None)
@@ -181,8 +183,11 @@ class Editor:
 
     def link(self, parent: Directory, name: bytes, file: File) -> None:
         """Give a file one more name."""
+        links = self.inode(file).links + 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
         self._enter(parent, name, file)
-        self._patch(file.number, links=self.inode(file).links + 1)
+        self._patch(file.number, links=links)
 
     def remove(self, parent: Directory, name: bytes) -> None:
         """Take a name away, with everything below it."""
@@ -401,7 +406,8 @@ class Editor:
         return pack.directory([(name, *_reference(entries[name])) for name in sorted(entries)])
 
     def _write_superblock(self) -> None:
-        raw = pack.superblock(root=_ROOT, inodes=self._inodes, blocks=self._space.end, chunks=self._files.chunks)
+        inodes, blocks = max(self._inodes, 1), self._space.end
+        raw = pack.superblock(root=_ROOT, inodes=inodes, blocks=blocks, chunks=self._files.chunks)
         self._disk.write_at(pack.SUPER_OFFSET, raw)
 
     def _from_disk(self, number: int, parent: Directory | None) -> Directory:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
-from obdlab.formats.filetree import FileTree
+from obdlab.formats.filetree import MAX_NAMES, MAX_PIECES, FileTree, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,8 +52,9 @@ _PREFIXES = {
     6: b"security.",
 }
 _READ = 1 << 20
-# What a hostile file system may make us hold.
-_MAX_DIRECTORY = 1 << 30
+# What a hostile file system may make us hold: blocks of one directory, and chunks of one file.
+_MAX_DIRECTORY = 256 << 20
+_MAX_CHUNKS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,11 @@ class Volume(FileTree):
         xattrs_size = _XATTRS.size + 4 * (count - 1) if count else 0
         if layout not in (_PLAIN, _INLINE, _CHUNKED):
             raise FormatError(f"inode {number} is compressed, which is not known here", blob=self.name)
-        if size > 1 << 60:
+        chunk = self.block_size << (start & _CHUNK_BITS) if layout == _CHUNKED else 1 << 60
+        if size > min(1 << 60, chunk * _MAX_CHUNKS):
             raise FormatError(f"inode {number} has an impossible size", blob=self.name, got=size)
+        if not -(1 << 63) <= mtime < 1 << 63 or nsec >= 10**9:
+            raise FormatError(f"inode {number} has an impossible time", blob=self.name, got=(mtime, nsec))
         mtime_ns = mtime * 10**9 + nsec
         return Inode(mode, uid, gid, size, mtime_ns, links, layout, start, end + xattrs_size, end, xattrs_size)
 
@@ -148,6 +152,8 @@ class Volume(FileTree):
             for name, child, kind in self._block_entries(self.read(inode, offset, self.block_size)):
                 if name not in (b".", b".."):
                     found[name] = (child, kind)
+            if len(found) > MAX_NAMES:
+                raise FormatError(f"directory {number} has too many names", blob=self.name, wanted=MAX_NAMES)
         return found
 
     def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
@@ -155,7 +161,7 @@ class Volume(FileTree):
 
         Holes are left out; what goes on where the piece before ends is one piece with it.
         """
-        at, begin, size, start = 0, 0, 0, 0
+        at, begin, size, start, pieces = 0, 0, 0, 0, 0
         while at < inode.size:
             place, count = self._place(inode, at)
             count = min(count, inode.size - at)
@@ -164,6 +170,9 @@ class Volume(FileTree):
             elif place is not None:
                 if size:
                     yield begin, size, start
+                pieces += 1
+                if pieces > MAX_PIECES:
+                    raise FormatError("file in too many pieces", blob=self.name, wanted=f"at most {MAX_PIECES}")
                 begin, size, start = at, count, place
             at += count
         if size:
@@ -172,17 +181,17 @@ class Volume(FileTree):
     def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
         pending = [(b"", self._root)]
-        directories: set[int] = set()
+        bounds = Walk(self.name)
         while pending:
             path, number = pending.pop()
             inode = self.inode(number)
             yield path, number, inode
             if not inode.is_directory:
                 continue
-            if number in directories:
-                raise FormatError(f"directory {path[:200]!r} is in the tree twice", blob=self.name)
-            directories.add(number)
-            pending += [(path + b"/" + name, child) for name, (child, _) in self.entries(number).items()][::-1]
+            bounds.enter(number, path)
+            found = self.entries(number)
+            bounds.count(path, found)
+            pending += [(path + b"/" + name, child) for name, (child, _) in found.items()][::-1]
 
     def readlink(self, inode: Inode) -> bytes:
         """Return a symbolic link's text."""

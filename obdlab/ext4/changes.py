@@ -19,6 +19,7 @@ from obdlab.ext4.layout import (
     NEEDED,
     SUPER_OFFSET,
     Extent,
+    Group,
     Inode,
     InodeFlag,
     extent_node,
@@ -38,6 +39,8 @@ _FLAGS = 352
 _UNSIGNED_HASH = 2
 # Blocks of metadata that are held, above which they are written early.
 _MOST_HELD = 16384
+# 16 TiB of groups as mkfs makes them, 40 MB in memory; overlaybd devices have 64 GiB.
+_MOST_GROUPS = 1 << 17
 #: A file has no more blocks, holes included.
 MOST_BLOCKS = (1 << 32) - 1
 
@@ -54,7 +57,10 @@ class Changes(Volume):
         self._target = disk
         superblock = self.superblock
         self._check_writable()
-        groups = self._groups
+        if superblock.groups > _MOST_GROUPS:
+            raise FormatError("ext4 too large to be changed", blob=disk.name, got=f"{superblock.groups} groups")
+        self._cache: dict[int, bytearray] = {}
+        groups = self._groups = [self._read_group(number) for number in range(superblock.groups)]
         self.blocks = Allocator(
             superblock.blocks, superblock.blocks_per_group, [group.free_blocks for group in groups],
             _loader(disk, self.block_size, [group.block_bitmap for group in groups]), self.name,
@@ -63,7 +69,6 @@ class Changes(Volume):
             superblock.inodes, superblock.inodes_per_group, [group.free_inodes for group in groups],
             _loader(disk, self.block_size, [group.inode_bitmap for group in groups]), self.name,
         )  # fmt: skip
-        self._cache: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
         self._gathered = Gathered(disk)
 
@@ -218,6 +223,9 @@ class Changes(Volume):
         self._gathered.flush()
         self._recent.clear()
         self._dirty.clear()
+
+    def _group(self, number: int) -> Group:
+        return self._groups[number]
 
     def _metadata(self, block: int) -> bytes | bytearray:
         return self._cache.get(block) or super()._metadata(block)

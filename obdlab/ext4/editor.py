@@ -237,7 +237,7 @@ class Editor(Changes):
         found = self._folders.get(number)
         if found is None:
             inode = self.inode(number)
-            raw = self._directory_blocks(number)
+            raw = list(self._directory_blocks(number))
             is_tree = bool(inode.flags & InodeFlag.INDEX)
             found = read_folder(raw, self._block_numbers(inode), is_tree=is_tree, name=self.name)
             self._folders[number] = found

@@ -23,7 +23,7 @@ from obdlab.ext4.layout import (
     Superblock,
     parse_node,
 )
-from obdlab.formats.filetree import FileTree
+from obdlab.formats.filetree import MAX_NAMES, MAX_PIECES, FileTree, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _READ = 1 << 20
 # Blocks of metadata that are kept: inodes of one block are mostly asked for one after another.
 _RECENT = 1024
-# What a hostile file system may make us hold: entries of one directory, and blocks of its tree of extents.
-_MAX_DIRECTORY = 1 << 30
+# What a hostile file system may make us hold: blocks of one directory, and of a file's tree of extents.
+_MAX_DIRECTORY = 256 << 20
 _MAX_EXTENT_NODES = 1 << 16
 
 
@@ -50,10 +50,10 @@ class Volume(FileTree):
         self.name = disk.name
         self._disk = disk
         self._recent: dict[int, bytes] = {}
+        self._recent_groups: dict[int, Group] = {}
         raw = disk.read_at(SUPER_OFFSET, SUPER_SIZE)
         self.superblock = Superblock.parse(raw, disk.size, disk.name)
         self.block_size = self.superblock.block_size
-        self._groups = self._read_groups()
 
     @property
     def root(self) -> int:
@@ -72,24 +72,25 @@ class Volume(FileTree):
             for name, inode, kind in directory.parse_block(block, self.name):
                 if name not in (b".", b".."):
                     found[name] = (inode, kind)
+            if len(found) > MAX_NAMES:
+                raise FormatError(f"directory {number} has too many names", blob=self.name, wanted=MAX_NAMES)
         return found
 
     def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
         pending = [(b"", ROOT_INO)]
-        seen: set[int] = set()
+        bounds = Walk(self.name)
         while pending:
             path, number = pending.pop()
             inode = self.inode(number)
             yield path, number, inode
             if not inode.is_directory:
                 continue
-            # Each has a block of its own at least, or this would never end.
-            blocks = self._block_numbers(inode)
-            if not seen.isdisjoint(blocks):
-                raise FormatError(f"directory {path[:200]!r} is in the tree twice", blob=self.name)
-            seen.update(blocks)
-            pending += [(path + b"/" + name, child) for name, (child, _) in self.entries(number).items()][::-1]
+            # Its first block tells a directory from others: inodes that share blocks would never end.
+            bounds.enter(self._block_numbers(inode)[0], path)
+            found = self.entries(number)
+            bounds.count(path, found)
+            pending += [(path + b"/" + name, child) for name, (child, _) in found.items()][::-1]
 
     def readlink(self, inode: Inode) -> bytes:
         """Return a symbolic link's text."""
@@ -149,6 +150,8 @@ class Volume(FileTree):
                     raise FormatError("extents overlap", blob=self.name, got=extent)
                 end = extent.logical + extent.length
             found += extents
+            if len(found) > MAX_PIECES:
+                raise FormatError("file in too many pieces", blob=self.name, wanted=f"at most {MAX_PIECES}")
             for _, block in reversed(children):
                 self._check_block(block)
                 pending.append((self._metadata(block), depth - 1))
@@ -166,7 +169,8 @@ class Volume(FileTree):
     def free_blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the runs (first, count) of blocks that nothing uses, group by group."""
         superblock = self.superblock
-        for number, group in enumerate(self._groups):
+        for number in range(superblock.groups):
+            group = self._group(number)
             first = superblock.first_data_block + number * superblock.blocks_per_group
             count = min(superblock.blocks_per_group, superblock.blocks - first)
             if group.free_blocks == 0:
@@ -216,8 +220,8 @@ class Volume(FileTree):
         if number == 0:
             return logical + span
         self._check_block(number)
-        if len(found) > self.superblock.blocks:
-            raise FormatError("file has more blocks than there are", blob=self.name)
+        if len(found) > MAX_PIECES:
+            raise FormatError("file in too many pieces", blob=self.name, wanted=f"at most {MAX_PIECES}")
         if depth == 0:
             last = found[-1] if found else None
             if last and last.logical + last.length == logical and last.physical + last.length == number:
@@ -233,13 +237,13 @@ class Volume(FileTree):
             logical = self._descend(child, depth - 1, logical, wanted, found)
         return logical
 
-    def _directory_blocks(self, number: int) -> list[bytes | bytearray]:
+    def _directory_blocks(self, number: int) -> Iterator[bytes | bytearray]:
         inode = self.inode(number)
         if not inode.is_directory:
             raise FormatError(f"inode {number} is no directory", blob=self.name, got=oct(inode.mode))
         if inode.size > _MAX_DIRECTORY or inode.size % self.block_size:
             raise FormatError(f"directory {number} has an impossible size", blob=self.name, got=inode.size)
-        return [self._metadata(block) for block in self._block_numbers(inode)]
+        return map(self._metadata, self._block_numbers(inode))
 
     def _block_numbers(self, inode: Inode) -> list[int]:
         wanted = inode.size // self.block_size
@@ -265,26 +269,31 @@ class Volume(FileTree):
             raise FormatError("no such inode", blob=self.name, got=number, wanted=f"1 to {self.superblock.inodes}")
         group, index = divmod(number - 1, self.superblock.inodes_per_group)
         block, offset = divmod(index * self.superblock.inode_size, self.block_size)
-        return self._groups[group].inode_table + block, offset
+        return self._group(group).inode_table + block, offset
 
     def _check_block(self, block: int, length: int = 1) -> None:
         if not 0 < block <= block + length <= self.superblock.blocks:
             raise FormatError("block outside the file system", blob=self.name, got=(block, length))
 
-    def _read_groups(self) -> list[Group]:
+    # Read when it is asked for: a disk of 2 PiB, all zeros but for its superblock, has 16 million of them.
+    def _group(self, number: int) -> Group:
+        found = self._recent_groups.get(number)
+        if found is None:
+            if len(self._recent_groups) >= _RECENT:
+                self._recent_groups.clear()
+            found = self._recent_groups[number] = self._read_group(number)
+        return found
+
+    def _read_group(self, number: int) -> Group:
         superblock = self.superblock
         per_block = self.block_size // superblock.desc_size
-        wide = superblock.desc_size >= 64
-        found: list[Group] = []
-        blocks = -(-superblock.groups // per_block)
-        for number in range(blocks):
-            raw = self._disk.read_at(self._descriptor_block(number, per_block) * self.block_size, self.block_size)
-            here = min(per_block, superblock.groups - number * per_block)
-            found += [Group.parse(raw, index * superblock.desc_size, wide=wide) for index in range(here)]
-        table = -(-superblock.inodes_per_group * superblock.inode_size // self.block_size)
-        for group in found:
-            self._check_block(group.inode_table, table)
-        return found
+        block, index = divmod(number, per_block)
+        raw = self._metadata(self._descriptor_block(block, per_block))
+        group = Group.parse(raw, index * superblock.desc_size, wide=superblock.desc_size >= 64)
+        self._check_block(
+            group.inode_table, -(-superblock.inodes_per_group * superblock.inode_size // self.block_size)
+        )
+        return group
 
     def _descriptor_block(self, number: int, per_block: int) -> int:
         superblock = self.superblock

@@ -7,7 +7,8 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from obdlab.errors import FormatError, ObdlabError
+from obdlab.errors import ObdlabError
+from obdlab.formats.filetree import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAME_FOR_ALL = 0o777
+# A call of Python below each other.
 _MAX_DEPTH = 400
 # What file systems keep for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = b"trusted.overlay."
@@ -40,6 +42,7 @@ class Extractor:
         self._archive = archive
         self._advance = advance or (lambda _: None)
         self._links: dict[int, bytes] = {}
+        self._bounds = Walk(tree.name, _MAX_DEPTH)
 
     def copy(self, number: int, target: bytes) -> None:
         """Copy a file, or a directory with all that is in it, to ``target``; an existing directory is filled.
@@ -47,13 +50,13 @@ class Extractor:
         Nothing that exists is replaced. Raises ExtractError, FormatError, or what the image's source raises.
         """
         try:
-            self._copy(number, target, ())
+            self._copy(number, target, b"")
         except OSError as error:
             where = os.fsdecode(error.filename or target)
             raise ExtractError(f"{where}: cannot be written ({error.strerror})") from error
 
     # Every path is made here and by nobody else, so that none leads through a link of the image.
-    def _copy(self, number: int, target: bytes, above: tuple[int, ...]) -> None:
+    def _copy(self, number: int, target: bytes, path: bytes) -> None:
         inode = self._tree.inode(number)
         kind = stat.S_IFMT(inode.mode)
         first = self._links.get(number)
@@ -61,12 +64,13 @@ class Extractor:
             os.link(first, target, follow_symlinks=False)
             return
         if kind == stat.S_IFDIR:
-            if number in above or len(above) > _MAX_DEPTH:
-                raise FormatError("directory that is in itself, or too deep", blob=self._tree.name, got=number)
+            self._bounds.enter(number, path)
             if not (os.path.isdir(target) and not os.path.islink(target)):
                 os.mkdir(target, 0o700)
-            for name, child in self._tree.entries(number).items():
-                self._copy(child, os.path.join(target, name), (*above, number))
+            entries = self._tree.entries(number)
+            self._bounds.count(b"", entries)
+            for name, child in entries.items():
+                self._copy(child, os.path.join(target, name), path + b"/" + name)
         elif kind == stat.S_IFREG:
             self._write(number, inode, target)
         elif kind == stat.S_IFLNK:
@@ -83,15 +87,16 @@ class Extractor:
     def _write(self, number: int, inode: FileInode, target: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(target, flags, 0o600), "wb", buffering=0) as file:
-            for piece in self._tree.content(number):
-                if piece.count(0) == len(piece):
-                    file.seek(len(piece), os.SEEK_CUR)
-                else:
+            written = 0
+            for offset, piece in self._tree.data(number):
+                if piece.count(0) != len(piece):
                     view = memoryview(piece)
                     while view:
-                        view = view[file.write(view) :]
-                self._advance(len(piece))
+                        view = view[os.pwrite(file.fileno(), view, offset + len(piece) - len(view)) :]
+                self._advance(offset + len(piece) - written)
+                written = offset + len(piece)
             file.truncate(inode.size)
+            self._advance(inode.size - written)
 
     def _finish(self, number: int, inode: FileInode, target: bytes) -> None:
         link = stat.S_ISLNK(inode.mode)

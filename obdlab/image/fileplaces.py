@@ -6,6 +6,7 @@ import stat
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
+from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.image.filetree import FileTree, NoSuchFileError
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     #: (offset in the file, length, offset on the disk) in bytes.
     Place = tuple[int, int, int]
+
+
+# Some 600 MB. The largest images have about a million files, nearly all in one piece.
+_MAX_ROWS = 4 << 20
 
 
 class FileVolume:
@@ -73,6 +78,8 @@ class FilePlaces:
         for path, _, size, places in volume.walk():
             self.sizes[path] = size
             rows += ((place, length, at, path) for at, length, place in places)
+            if len(rows) > _MAX_ROWS:
+                raise FormatError("files in too many pieces", blob=disk.name, wanted=f"at most {_MAX_ROWS}")
         rows.sort(key=lambda row: row[0])
         self._rows = rows
         self._starts = [row[0] for row in rows]

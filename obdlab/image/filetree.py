@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_LINKS = 40
 _MAX_TARGET = 4096
+_PIECE = 1 << 20
 _EXT4_MAGIC_AT, _EXT4_MAGIC = 1080, 0xEF53
 _NOT_NAMES = (b"", b".", b"..")
 
@@ -53,6 +54,7 @@ class _Volume(Protocol):
     def readlink(self, inode: FileInode, /) -> bytes: ...
     def xattrs(self, inode: FileInode, /) -> Sequence[tuple[bytes, bytes]]: ...
     def content(self, inode: FileInode, /) -> Iterator[bytes]: ...
+    def places(self, inode: FileInode, /) -> Iterator[tuple[int, int, int]]: ...
 
 
 def open_volume(disk: Blob) -> ext4.Volume | erofs.Volume:
@@ -74,6 +76,7 @@ class FileTree:
 
     def __init__(self, disk: Blob) -> None:
         self.name = disk.name
+        self._disk = disk
         #: As it was opened, for what only one kind of file system has.
         self.volume = volume = open_volume(disk)
         # Each volume's methods take inodes of its own alone, which is all they are given here.
@@ -140,6 +143,14 @@ class FileTree:
     def content(self, number: int) -> Iterator[bytes]:
         """Yield all of a regular file's bytes in pieces of at most 1 MiB, holes as zeros."""
         return self._volume.content(self._volume.inode(number))
+
+    def data(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, bytes) of a regular file in pieces of at most 1 MiB, holes left out, however large."""
+        inode = self._volume.inode(number)
+        for at, length, place in self._volume.places(inode):
+            end = min(at + length, inode.size)
+            for offset in range(at, end, _PIECE):
+                yield offset, self._disk.read_at(place + offset - at, min(_PIECE, end - offset))
 
     def _child(self, directory: int, name: bytes, path: bytes) -> int:
         if not self.inode(directory).is_directory:

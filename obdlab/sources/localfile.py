@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from io import FileIO
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
@@ -24,6 +26,22 @@ class _Descriptor:
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when the interpreter ends, os may be gone
         close(self.number)
+
+
+def open_regular(path: str | os.PathLike[str]) -> FileIO:
+    """Open a regular file for reading, unbuffered, without ever waiting for one.
+
+    A pipe, a terminal or a device may stand where a file is expected: opening one can wait for ever, and reading it
+    has no end. Raises OSError (EINVAL for what is not a regular file).
+    """
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY))
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class LocalFile(Blob):

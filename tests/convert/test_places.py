@@ -5,7 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,6 +28,7 @@ from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from tests.convert.converting import convert
 from tests.convert.layouts import Layout, compress, digest_of, make_layout, member, tar_bytes
+from tests.convert.torture import gnu_long, raw_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,7 +137,10 @@ def test_an_archive_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
         ({}, {}, "no such file.*manifest.json"),
         ({"manifest.json": b"{"}, {}, "not JSON"),
         ({"manifest.json": b"{}"}, {}, "wrong JSON type.*an array"),
+        ({"manifest.json": b"[" * 100_000}, {}, "not JSON"),
         ({"manifest.json": b"[]"}, {}, "names no single image"),
+        ({"manifest.json": b'[{"Config": "c", "RepoTags": [["a"]]}]'}, {}, "wrong JSON type.*a name"),
+        ({"manifest.json": b'[{"Config": "c", "RepoTags": {"a": 1}}]'}, {}, "wrong JSON type.*an array"),
         ({"manifest.json": b'[{"Config": 7}]'}, {}, "wrong JSON type.*a name"),
         ({"manifest.json": b'[{"Config": "c", "Layers": []}]'}, {"c": "/etc/passwd"}, "no such file.*etc/passwd"),
         ({"manifest.json": b'[{"Config": "c", "Layers": []}]'}, {"c": "c"}, "no plain file"),
@@ -163,6 +171,41 @@ def test_archives_that_are_damaged(tmp_path: Path) -> None:
         DockerArchiveSource(path, None)
 
 
+def test_archives_whose_headers_have_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    for content in (
+        b"".join(gnu_long(b"L", b"name") for _ in range(5000)),
+        raw_header(b"header", 1 << 30, b"x"),
+        raw_header(b"header", 1 << 30, b"L"),
+    ):
+        with path.open("wb") as file:
+            file.write(content)
+            file.truncate((1 << 31) + len(content))
+        tracemalloc.start()
+        with pytest.raises(FormatError, match="not a tar archive"):
+            DockerArchiveSource(path, None)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["index.json", "blob", "archive"])
+def test_a_pipe_instead_of_a_file_is_not_waited_for(tmp_path: Path, place: str) -> None:
+    layout = make_layout(tmp_path / "source", LAYERS)
+    source = f"oci:{layout.root}"
+    if place == "archive":
+        path = tmp_path / "x.tar"
+        source = f"docker-archive:{path}"
+    else:
+        blobs = sorted((layout.root / "blobs" / "sha256").iterdir())
+        path = layout.root / place if place != "blob" else next(p for p in blobs if p.read_bytes()[:2] == b"\x1f\x8b")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    command = [sys.executable, "-m", "obdlab", "convert", source, f"oci:{tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "not a regular file" in done.stderr
+
+
 def test_images_of_an_archive_by_name(tmp_path: Path) -> None:
     path = docker_archive(tmp_path / "a:b.tar", tags=("one:1", "registry.example/two:2"))
     with closing(RegistryClient()) as client:
@@ -173,7 +216,7 @@ def test_images_of_an_archive_by_name(tmp_path: Path) -> None:
             open_source(f"docker-archive:{path}:two:2", client)
         with pytest.raises(FormatError, match="cannot hold"):
             open_destination("docker-archive:x.tar", client)
-        with pytest.raises(SourceError, match="no such file"):
+        with pytest.raises(SourceError, match="No such file"):
             open_source("oci-archive:/no/such/file", client)
 
 

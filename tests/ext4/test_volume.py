@@ -81,7 +81,7 @@ def test_others_are_read_but_not_changed(tmp_path: Path) -> None:
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
     with FileDisk(image) as disk:
         assert list(list_volume(Volume(disk))) == [".", "lost+found"]
-        with pytest.raises(FormatError, match="was not made here"):
+        with pytest.raises(FormatError, match="cannot be changed here"):
             Editor(disk)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.convert.apply import apply_layer
+from obdlab.convert.erofstree import ErofsTree
 from obdlab.convert.listing import differences, list_volume
 from obdlab.convert.memorytree import MemoryTree
 from obdlab.convert.tarmember import Kind
@@ -50,6 +51,7 @@ from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
 from obdlab.snapshotter.bolt import BoltFile
 from obdlab.snapshotter.importing import read_snapshots
+from tests.convert.layouts import directory, hardlink, member, tar_bytes
 from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import go, meta, option, request
@@ -167,9 +169,9 @@ def _reference(data: bytes) -> None:
 
 def _layer_tar(data: bytes) -> None:
     stream = TarStream(io.BytesIO(data), "layer")
-    for member in stream:
-        if member.kind is Kind.FILE:
-            assert sum(len(piece) for _, piece in stream.data(member)) <= member.size
+    for found in stream:
+        if found.kind is Kind.FILE:
+            assert sum(len(piece) for _, piece in stream.data(found)) <= found.size
     stream.drain()
 
 
@@ -182,6 +184,42 @@ def _layer_applied(data: bytes) -> None:
     tree.finish()
     apply_layer(io.BytesIO(data), "layer", memory)
     assert differences(list_volume(Volume(disk)), memory.listing()) == []
+
+
+def _on_ext4_base(data: bytes) -> None:
+    disk = MemoryDisk(len(data))
+    disk.data[:] = data
+    _apply_to(Ext4Tree(disk))
+
+
+def _on_erofs_base(data: bytes) -> None:
+    disk = MemoryDisk(len(data) + (1 << 20))
+    disk.data[: len(data)] = data
+    _apply_to(ErofsTree(disk, fresh=False))
+
+
+# A layer that touches what the samples of both file systems hold: adds, links, replaces, changes and removes.
+def _apply_to(tree: Ext4Tree | ErofsTree) -> None:
+    try:
+        apply_layer(io.BytesIO(_layer_on_base(tree)), "layer", tree)
+        tree.finish()
+    except OSError as error:  # as the kernel says of what cannot be done, on a disk that is full above all
+        assert error.errno is not None
+
+
+def _layer_on_base(tree: Ext4Tree | ErofsTree) -> bytes:
+    names = sorted(tree.names(b""))[:8]
+    members = [member("new", b"n" * 5000), directory("new-directory")]
+    for number, raw in enumerate(names):
+        name = raw.decode("utf-8", "surrogateescape")
+        seen = tree.look(raw)
+        if seen is not None and seen.is_directory:
+            members += [directory(name, mode=0o700, xattrs={"user.changed": b"v" * 300}), member(f"{name}/in", b"x")]
+        elif seen is not None and seen.format == stat.S_IFREG:
+            members.append(hardlink(f"link{number}", name))
+        if number % 3 == 2:
+            members.append(member(f".wh.{name}"))
+    return tar_bytes(members)
 
 
 @cache
@@ -447,6 +485,8 @@ TARGETS = {
     "layer-applied": Target(_layer_applied, _applied_seeds),
     "ext4": Target(_ext4, _ext4_seeds),
     "erofs": Target(_erofs, _erofs_seeds),
+    "ext4-base": Target(_on_ext4_base, _ext4_seeds),
+    "erofs-base": Target(_on_erofs_base, _erofs_seeds),
     "bolt": Target(_bolt, lambda: [bolt_file(snapshots()), bolt_file(snapshots(1))]),
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
