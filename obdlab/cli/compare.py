@@ -83,9 +83,10 @@ def compare_images(source: str, destination: str, args: argparse.Namespace) -> i
 
 
 def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
-    from obdlab.convert.listing import differences
+    from obdlab.convert.listing import differences, without_lost_and_found
 
-    lines = differences(got, wanted, ignore=args.ignore)
+    # The original leaves the file system's own directory in the images that it converts.
+    lines = differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
     if not args.quiet:
         for line in lines[: args.limit]:
             print(line.encode(errors="backslashreplace").decode())

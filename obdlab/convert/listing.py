@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What file systems keep for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
+_LOST_AND_FOUND = "lost+found"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,22 @@ def differences(
             if name not in skipped and mine != theirs:
                 lines.append(f"{path}: {name} differs (got {_text(name, mine)}, wanted {_text(name, theirs)})")
     return lines
+
+
+def without_lost_and_found(
+    listing: Mapping[str, TreeEntry], other: Mapping[str, TreeEntry]
+) -> Mapping[str, TreeEntry]:
+    """Return ``listing`` without the ``lost+found`` that an ext4 is made with, if ``other`` has nothing of that name.
+
+    Only the one that mkfs makes counts: in the root, empty, root's, mode 0700, without extended attributes.
+    """
+    found = listing.get(_LOST_AND_FOUND)
+    if found is None or _LOST_AND_FOUND in other:
+        return listing
+    is_made = (found.mode, found.uid, found.gid, found.xattrs) == (stat.S_IFDIR | 0o700, 0, 0, ())
+    if not is_made or any(path.startswith(f"{_LOST_AND_FOUND}/") for path in listing):
+        return listing
+    return {path: entry for path, entry in listing.items() if path != _LOST_AND_FOUND}
 
 
 def _walk(top: str) -> Iterator[tuple[str, os.stat_result]]:
