@@ -13,6 +13,8 @@ from obdlab.cli import notify
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
 from obdlab.cli.numbers import real
+from obdlab.cli.signals import catch_signals
+from obdlab.observe import logs
 
 DEFAULT_LISTEN = "127.0.0.1:9863"
 DEFAULT_PATH = "/metrics"
@@ -75,15 +77,14 @@ def run(args: argparse.Namespace) -> int:
     server = MetricsServer(
         args.listen, collector, lambda: health_of(run_dir, cache_dir, collected.look()), path=args.path
     )
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    wait_for_signal = catch_signals()
     serving = threading.Thread(target=server.run, name="http", daemon=True)
     serving.start()
     host = f"[{args.listen[0]}]" if ":" in args.listen[0] else args.listen[0]
-    print(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}", flush=True)
+    logs.announce(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}")
     if not args.end_with_parent:  # the parent speaks for itself
         notify.ready(serving.is_alive)
-    signal.sigwaitinfo(signals)  # unlike sigwait it lets other signals' handlers run meanwhile
+    wait_for_signal()
     if not args.end_with_parent:
         notify.stopping()
     server.stop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -12,6 +10,7 @@ from obdlab.cli import notify
 from obdlab.cli.attach import SOURCE_HELP, image_config_of
 from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
 from obdlab.cli.exporter import address
+from obdlab.cli.signals import catch_signals
 from obdlab.errors import DeviceError
 from obdlab.observe import stacks
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import argparse
 
 _GRACE_S = 10.0
-_LOOK_S = 0.25
 
 
 def add(subcommands: Any) -> None:
@@ -71,15 +69,11 @@ def run(args: argparse.Namespace) -> int:
         )
         abi.keep_freed_memory()
         server = NbdServer(export, args.socket or args.listen)
-        ended = threading.Event()
-        # Handled, not blocked and waited for: threads that opened the image would still be ended by them.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
+        wait_for_signal = catch_signals()
         server.start()
         print(f"obdlab nbd: ready on {_uri(args, server)}", flush=True)
         notify.ready()
-        while not ended.wait(_LOOK_S):  # a signal that another thread gets wakes nobody here
-            pass
+        wait_for_signal()
         notify.stopping()
         done = server.stop(_GRACE_S)
         if isinstance(image, WritableBlob):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING
 from obdlab.cli import notify
 from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, need_root, settings_from
 from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
+from obdlab.cli.signals import catch_signals
+from obdlab.observe import logs
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from obdlab.image.settings import Settings
     from obdlab.service.telling import Telling
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if config.log_level is not None and not args.verbose and args.log_level is None:
         logging.getLogger().setLevel(config.log_level)
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
-    wait_for_signal = _catch_signals()
+    wait_for_signal = catch_signals()
     layout = Layout(root)
     images = ImageDevices(layout, devices_for(args.run_dir, settings))
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
-    print(f"obdlab snapshotter: ready on {server.address}", flush=True)
+    logs.announce(f"obdlab snapshotter: ready on {server.address}")
     notify.ready()
     wait_for_signal()
     notify.stopping()
@@ -136,19 +136,3 @@ def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.
     command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
     command += ["--log-format", settings.log_format]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
-
-
-# A pipe, because an Event deadlocks if the signal comes while the main thread is inside its wait(), and the device
-# host would inherit the mask that sigwait needs.
-def _catch_signals() -> Callable[[], None]:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-
-    def wait() -> None:
-        while not {signal.SIGINT, signal.SIGTERM} & set(os.read(reader, 64)):  # others come here too
-            pass
-
-    return wait

@@ -12,6 +12,7 @@ from obdlab.cli import notify
 from obdlab.cli.common import add_registry_options, add_runtime_options, need_root, settings_from
 from obdlab.cli.logoptions import add_log_options, set_up_logs
 from obdlab.errors import DeviceError
+from obdlab.observe import logs
 
 if TYPE_CHECKING:
     import argparse
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.service.tcmu import TcmuDaemon
 
     daemon = TcmuDaemon(settings)
-    print("obdlab tcmu: ready", flush=True)
+    logs.announce("obdlab tcmu: ready")
     notify.notify("READY=1", f"MAINPID={os.getpid()}")  # no watchdog: a process that forks has no thread to feed it
     daemon.run(signals)
     return 0

@@ -131,6 +131,13 @@ def write_at_once(record: logging.LogRecord) -> None:
     _write(line.encode(errors="replace") + b"\n")
 
 
+def announce(text: str) -> None:
+    """Print a line, and write it to the log file, if there is one, whatever the level. Raises OSError."""
+    print(text, flush=True)
+    if _write is not _to_standard_error:
+        write_at_once(logging.LogRecord(process_name, logging.INFO, "", 0, text, None, None))
+
+
 def _to_standard_error(line: bytes) -> None:
     while line:
         line = line[os.write(2, line) :]

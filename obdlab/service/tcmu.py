@@ -82,6 +82,7 @@ class TcmuDaemon:
             self._poll.register(self._netlink, select.POLLIN)
             for number, name in uio.devices().items():
                 if name.handler == HANDLER and name.is_configured:
+                    log.info("%s (uio%d): found, taking it over", name.device, number)
                     self._start(number, name, None)
         finally:
             if blocked:
@@ -177,6 +178,8 @@ class TcmuDaemon:
                 server.error, server.busy = message["error"], bool(message.get("busy"))
             else:
                 server.ready_at = time.monotonic()
+                how = "taken over" if server.event is None else "added"
+                log.info("%s: %s, served by process %d", server.name.device, how, server.pid)
                 self._answer(server, 0)
 
     def _answer(self, server: _Server, status: int) -> None:
@@ -230,6 +233,7 @@ class TcmuDaemon:
 
     def _on_stranger_gone(self, pidfd: int) -> None:
         number = self._watched.pop(pidfd)
+        log.warning("uio%d: the process that served it is gone, taking it over", number)
         self._poll.unregister(pidfd)
         os.close(pidfd)
         self._waiting[number] = (0.0, 0)

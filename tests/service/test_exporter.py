@@ -170,6 +170,22 @@ def test_reads_that_hang_are_seen(devices: Devices, registry_server: RegistrySer
     until(lambda: of(exporter.scrape(), "obdlab_hung_io") == 0)
 
 
+@pytest.mark.parametrize("how", ["text", "json"])
+def test_that_it_is_ready_is_logged(tmp_path: Path, how: str) -> None:
+    log = tmp_path / "log"
+    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "obdlab", "exporter", "--listen", "127.0.0.1:0", *places]
+    command += ["--log-file", str(log), "--log-format", how, "--log-level", "error"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        ready = process.stdout.readline().strip()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert ready.startswith("obdlab exporter: ready on http://127.0.0.1:")
+    (line,) = log.read_text().splitlines()
+    assert json.loads(line)["message"] == ready if how == "json" else line.endswith(f": {ready}")
+
+
 @pytest.mark.kernel
 @pytest.mark.registry
 def test_the_command(devices: Devices) -> None:

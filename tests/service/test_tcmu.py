@@ -39,23 +39,27 @@ class Daemon:
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "daemon.log"
+        self.errors = directory / "standard-error"
         self._cache = directory / "cache"
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "obdlab", "tcmu", "--cache-dir", str(self._cache)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        with self.errors.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [*command, "--log-file", str(self.log)], stdout=subprocess.PIPE, stderr=errors
+            )
         assert self.process.stdout is not None
         with self.process.stdout as stream:
-            assert stream.readline() == b"obdlab tcmu: ready\n", self.log.read_text()
+            assert stream.readline() == b"obdlab tcmu: ready\n", self.errors.read_text()
 
     def end(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
         self.process.wait(PATIENCE_S)
 
-    def logged(self, text: str) -> None:
-        wait_for(lambda: text in self.log.read_text(), f"no line with {text!r} in the log")
+    def logged(self, text: str, *, after: int = 0) -> None:
+        """Wait for a line in the log, in what came after so many characters."""
+        wait_for(lambda: text in self.log.read_text()[after:], f"no line with {text!r} in the log")
 
 
 def wait_for(condition, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -71,7 +75,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     yield daemon
     if daemon.process.poll() is None:
         daemon.end()
-    sys.stderr.write(daemon.log.read_text())
+    sys.stderr.write(daemon.log.read_text() + daemon.errors.read_text())
 
 
 def golden_config(directory: Path, **changes: str) -> Path:
@@ -184,6 +188,32 @@ def test_a_daemon_that_ends_leaves_devices_that_wait(daemon: Daemon, tmp_path: P
         daemon.start()
         assert reader.wait(PATIENCE_S) == 0
         assert read_direct(disk, 0, MIB) == first
+
+
+def test_what_a_daemon_takes_over_after_a_kill_is_logged(daemon: Daemon, tmp_path: Path) -> None:
+    before = len(daemon.log.read_text())
+    with attached("found", golden_config(tmp_path)) as disk:
+        daemon.logged("dev_found: added, served by process", after=before)
+        first = server_of("found")
+        # The daemon alone: the server goes on, and its device is taken over when it dies.
+        before = len(daemon.log.read_text())
+        daemon.end(signal.SIGKILL)
+        daemon.start()
+        daemon.logged("obdlab tcmu: ready", after=before)
+        daemon.logged(f"dev_found: served by process {first}", after=before)
+        os.kill(first, signal.SIGKILL)
+        daemon.logged("the process that served it is gone, taking it over", after=before)
+        wait_for(lambda: server_of("found") not in (0, first), "no other server")
+        daemon.logged(f"dev_found: taken over, served by process {server_of('found')}", after=before)
+        # Both.
+        before = len(daemon.log.read_text())
+        second = server_of("found")
+        daemon.end(signal.SIGKILL)
+        os.kill(second, signal.SIGKILL)
+        daemon.start()
+        daemon.logged("dev_found (uio", after=before)
+        daemon.logged("dev_found: taken over, served by process", after=before)
+        assert len(read_direct(disk, 0, MIB)) == MIB
 
 
 @pytest.mark.slow
