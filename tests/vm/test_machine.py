@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -63,11 +64,48 @@ def test_a_machine_dies_with_its_starter() -> None:
 
 
 @pytest.mark.slow
-def test_a_kernel_panic_is_told() -> None:
+def test_a_kernel_panic_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     require("vm")
+    seen = panics_at_boot(monkeypatch, 0)
     with pytest.raises(VmError, match="without a status") as caught:
         machine.run(["sh", "-c", "echo c >/proc/sysrq-trigger"], timeout_s=120)
     assert "sysrq" in str(caught.value)
+    assert len(seen) == 1  # the command had begun
+
+
+def panics_at_boot(monkeypatch: pytest.MonkeyPatch, times: int) -> list[list[str]]:
+    """Have the machine's first boots fail: its kernel finds no first process. Returns the commands that are run."""
+    seen: list[list[str]] = []
+    execute = machine._execute
+
+    def first_without_init(argv: list[str], timeout_s: float, echo: IO[str] | None) -> tuple[str, bool]:
+        seen.append(argv)
+        at = argv.index("-append") + 1
+        options = f"{argv[at]} rdinit=/nowhere root=/dev/nothing" if len(seen) <= times else argv[at]
+        return execute([*argv[:at], options, *argv[at + 1 :]], timeout_s, echo)
+
+    monkeypatch.setattr(machine, "_execute", first_without_init)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_at_boot_is_booted_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("vm")
+    seen = panics_at_boot(monkeypatch, 1)
+    done = machine.run(["echo", "here"], timeout_s=240)
+    assert (done.status, done.output, len(seen)) == (0, "here\n", 2)
+    first, _, _ = done.console.partition("the machine died before the command began")
+    assert "Kernel panic" in first
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_at_boot_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("vm")
+    seen = panics_at_boot(monkeypatch, 9)
+    with pytest.raises(VmError, match="without a status") as caught:
+        machine.run(["echo", "here"], timeout_s=240)
+    assert len(seen) == 2
+    assert str(caught.value).count("Kernel panic - not syncing") == 2
 
 
 def test_without_a_kernel_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
