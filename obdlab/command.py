@@ -21,11 +21,15 @@ def command(*words: str) -> str:
 
 def install_command(extra: str) -> str:
     """Return the command line that adds an extra of the package, such as "lab", to this installation."""
-    pip = _program("pip", "-m", "pip")
     checkout = checkout_directory()
     if checkout is not None:
-        return f"{pip} install -e '{_readable(checkout)}[{extra}]'"
-    return f"{pip} install '{_NAME}[{extra}]'"
+        return pip_command("-e", f"'{_readable(checkout)}[{extra}]'")
+    return pip_command(f"'{_NAME}[{extra}]'")
+
+
+def pip_command(*words: str) -> str:
+    """Return the command line by which pip installs something into the environment of this Python."""
+    return " ".join([_program("pip", "-m", "pip"), "install", *words])
 
 
 def checkout_directory() -> Path | None:
@@ -50,4 +54,5 @@ def _readable(path: Path) -> str:
         here = Path.cwd()
     except OSError:  # the working directory was removed
         return str(path)
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    below = path.is_relative_to(here) and here != Path("/")
+    return str(path.relative_to(here)) if below else str(path)

@@ -50,7 +50,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--exporter",
         metavar="ADDRESS:PORT",
-        help="also run an exporter there: metrics for Prometheus, and a health check (see: obdlab exporter --help)",
+        help="also run an exporter there: metrics for Prometheus, and a health check (as by: exporter)",
     )
     add_device_option(parser, daemon=True)
     add_runtime_options(parser)

@@ -12,6 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from obdlab.command import install_command
 from obdlab.convert.batchjob import Job, Outcome, run_job
 from obdlab.errors import ObdlabError, SourceError
 
@@ -148,7 +149,7 @@ def _dask() -> Any:
     try:
         return importlib.import_module("distributed")
     except ImportError as error:
-        raise ObdlabError("spreading over hosts needs Dask: pip install 'obdlab[cluster]'") from error
+        raise ObdlabError(f"spreading over hosts needs Dask: {install_command('mass')}") from error
 
 
 def _outcome_of(future: Any) -> Outcome:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from obdlab.command import install_command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _BUSY_S = 30.0
 _DEADLOCKS = 20
 _SERVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 _SQLITE = "sqlite:"
-_INSTALL = "pip install 'obdlab[database]'"
 # Other repositories of a registry that are asked to share a layer.
 _MOST_PLACES = 5
 _LONGEST_NAME = 255
@@ -217,7 +217,7 @@ class _Server:
         try:
             import sqlalchemy
         except ImportError as error:
-            raise DatabaseError(f"a shared database needs SQLAlchemy: {_INSTALL}") from error
+            raise DatabaseError(f"a shared database needs SQLAlchemy: {install_command('database')}") from error
         self._sqlalchemy = sqlalchemy
         try:
             parsed = sqlalchemy.make_url(url)
@@ -228,7 +228,7 @@ class _Server:
             )
         except ImportError as error:
             raise DatabaseError(
-                f"a shared database needs its driver ({error}): pip install 'obdlab[database]'"
+                f"a shared database needs its driver ({error}): {install_command('database')}"
             ) from error
         except sqlalchemy.exc.ArgumentError as error:
             raise DatabaseError(f"malformed URL of a database: {error}") from error

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from obdlab.command import command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
@@ -81,7 +82,7 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
     if plain:
         raise NotOverlaybdError(
             f"{name}: not an overlaybd image (layer {plain[0]} is an ordinary one); "
-            f"convert it first: obdlab convert {name} NEW"
+            f"convert it first: {command('convert', name, 'NEW')}"
         )
     lowers = tuple(_lower(layer, name) for layer in manifest.layers)
     accelerated = manifest.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes"

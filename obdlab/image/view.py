@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from obdlab.blob import check_range
+from obdlab.command import install_command
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.layers.stack import Stack
@@ -120,5 +121,5 @@ def pandas_or_error() -> Any:
     try:
         import pandas as pd
     except ImportError as error:
-        raise LabExtraError("tables need the lab extra: pip install 'obdlab[lab]'") from error
+        raise LabExtraError(f"tables need the lab extra: {install_command('lab')}") from error
     return pd

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.command import command
+from obdlab.command import command, install_command
 from obdlab.lab import environment
 from obdlab.lab.bench import LabPaths
 from obdlab.lab.measuring import CONTEXT_KEYS, code_digest, failed_row, measure_cells
@@ -48,7 +48,7 @@ class Cluster:
         try:
             import distributed as untyped
         except ImportError as error:
-            raise LabError("--scheduler needs Dask: pip install 'obdlab[mass]'") from error
+            raise LabError(f"--scheduler needs Dask: {install_command('mass')}") from error
         self._distributed: Any = untyped
         try:
             self._client = self._distributed.Client(address, timeout=connect_timeout_s, set_as_default=False)

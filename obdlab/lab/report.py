@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from obdlab.command import install_command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -95,5 +96,5 @@ def _papermill() -> Any:
     try:
         import papermill
     except ImportError as error:
-        raise ReportError("notebooks need the lab extra: pip install 'obdlab[lab]'") from error
+        raise ReportError(f"notebooks need the lab extra: {install_command('lab')}") from error
     return papermill

@@ -18,6 +18,7 @@ import os
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
+from obdlab.command import pip_command
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import short_digest
 
@@ -137,7 +138,9 @@ def write_rows(rows: list[Row], path: Path) -> int:
 
             pd.DataFrame(flat).to_parquet(path)
         except ImportError as error:
-            raise RowsError(f"{path}: Parquet needs pandas and pyarrow: pip install pandas pyarrow") from error
+            raise RowsError(
+                f"{path}: Parquet needs pandas and pyarrow: {pip_command('pandas', 'pyarrow')}"
+            ) from error
     else:
         raise RowsError(f"{path}: unknown kind of file (wanted .csv, .jsonl or .parquet)")
     return len(flat)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.patches import Patch
 
+from obdlab.command import command
 from obdlab.errors import FormatError
 from obdlab.lab.evaluation.pieces import plain
 from obdlab.lab.workbench import folder
@@ -43,7 +44,9 @@ def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
         told = json.loads(path.read_text())
         steps, summary = pd.DataFrame(told["steps"]), dict(told["summary"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"no timeline ({error})", blob=str(path), wanted="obdlab trace timeline --json") from error
+        raise FormatError(
+            f"no timeline ({error})", blob=str(path), wanted=command("trace", "timeline", "--json")
+        ) from error
     steps["path"] = steps["path"].fillna(_NO_FILE)
     return steps, summary
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.command import command
 from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
@@ -123,7 +124,7 @@ def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
         if _NO_CONNECTION not in str(error):  # the snapshotter's own word: a registry that cannot be reached
             raise
         raise UnavailableError(
-            f"snapshotter {snapshotter!r} does not answer: is `obdlab snapshotter` running on the socket that "
+            f"snapshotter {snapshotter!r} does not answer: is `{command('snapshotter')}` running on the socket that "
             f"containerd's proxy plugin names? ({error})"
         ) from error
 

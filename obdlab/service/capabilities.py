@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from obdlab.command import install_command
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 
@@ -102,7 +103,7 @@ def _experiment_checks() -> Iterator[Check]:
     for package in ("papermill", "matplotlib", "pandas", "nbconvert"):
         missing = find_spec(package) is None
         detail = "not installed" if missing else "installed"
-        fix = "pip install 'obdlab[lab]' (only for notebooks and reports)"
+        fix = f"{install_command('lab')} (only for notebooks and reports)"
         yield Check("experiments", f"Python package {package}", not missing, detail, fix, optional=True)
 
 

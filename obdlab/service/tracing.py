@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.command import command
 from obdlab.errors import DeviceError
 from obdlab.formats.trace import Trace
 from obdlab.layers.recorder import Recorder, reads_of
@@ -61,7 +62,7 @@ class Tracing:
     def _start(self, _: dict[str, Any], __: Tell) -> Answer:
         with self._changing:
             if self._watched is not None:
-                raise DeviceError("is being recorded already (obdlab trace stop ends that)")
+                raise DeviceError(f"is being recorded already ({command('trace', 'stop')} ends that)")
             self._watch()
             if not self._helper:
                 with self._or_unwatch():

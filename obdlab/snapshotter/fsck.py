@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from obdlab.command import command
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ConfigError, ImageConfig
@@ -55,7 +56,7 @@ class RootCheck:
         """Open it. Raises RootError if it is none, or ``lock``ed by a snapshotter, and StoreError."""
         metadata = root / "metadata.sqlite"
         if not metadata.exists():
-            note = f"; {ORIGINAL_NAME} is there: `obdlab snapshotter` takes it over at its first start"
+            note = f"; {ORIGINAL_NAME} is there: `{command('snapshotter')}` takes it over at its first start"
             raise RootError(f"{root}: no root of a snapshotter{note if (root / ORIGINAL_NAME).exists() else ''}")
         self._layout = Layout(root, lock=lock)
         self._options = options

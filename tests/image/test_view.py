@@ -79,5 +79,5 @@ def test_pandas_is_asked_for_by_name_and_only_when_needed(monkeypatch: pytest.Mo
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with obdlab.open_stack(PATHS[:1]) as disk, pytest.raises(LabExtraError, match=r"pip install 'obdlab\[lab\]'"):
+    with obdlab.open_stack(PATHS[:1]) as disk, pytest.raises(LabExtraError, match=r"pip install .*\[lab\]'"):
         disk.index_frame()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-import obdlab
+from obdlab.command import command
 from obdlab.errors import ObdlabError
 from obdlab.lab.declaration import last_spec
 from obdlab.lab.evaluation.pieces import draw_distribution, pair
@@ -22,7 +22,7 @@ from obdlab.lab.figures import draw_phases
 from obdlab.lab.rows import RowStore, last_attempts
 from obdlab.lab.spec import Spec, SpecError
 from obdlab.lab.summary import summarise, summary_records
-from obdlab.lab.workbench import default_results
+from obdlab.lab.workbench import default_results, folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 #: What starts are chosen by, in the order in which a choice narrows those after it.
 AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start")
-#: What was measured for the documentation; part of a checkout.
-MEASURED = Path(obdlab.__file__).resolve().parents[1] / "experiments" / "measured"
 _UNITS = {"rate_mbit": " Mbit/s", "rtt_ms": " ms"}
 _ORDER = {"disk": ("native",), "start": ("cold", "dropped", "warm")}
 
@@ -133,12 +131,12 @@ class Explorer:
         The default is the checkout's results, or as long as there are none, what was measured for its documentation.
         Raises ExplorerError.
         """
-        places = [Path(results)] if results else [default_results(), MEASURED]
+        places = [Path(results)] if results else [default_results(), folder("experiments") / "measured"]
         self.root, self.experiments = places[0], find_experiments(places[0])
         if not self.experiments and find_experiments(places[-1]):
             self.root, self.experiments = places[-1], find_experiments(places[-1])
         if not self.experiments:
-            how = "see: obdlab experiment, obdlab evaluate"
+            how = f"see: {command('experiment')}, {command('evaluate')}"
             raise ExplorerError(f"{self.root}: no results of container starts ({how})")
         self.open(experiment or next(iter(self.experiments)))
 
