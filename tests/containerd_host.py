@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "obdlab"
-_START_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 60.0
 
 
 class SnapshotterProcess:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 60.0
 # What no test uses: the optional directory of binaries, and by default the CRI plugin, which takes a second to start.
 _NO_OPT, _NO_CRI = "io.containerd.internal.v1.opt", "io.containerd.grpc.v1.cri"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def convert(source: str, destination: str, options: ConvertOptions) -> ConvertedImage:
     with (
-        closing(RegistryClient(request_timeout_s=2.0, deadline_s=3.0)) as client,
+        closing(RegistryClient(request_timeout_s=20.0, deadline_s=60.0)) as client,
         closing(open_source(source, client)) as image,
         closing(open_destination(destination, client)) as place,
     ):
@@ -49,7 +49,7 @@ def mounted(config: ImageConfig, devices: DeviceService, directory: Path) -> Ite
         try:
             yield target
         finally:
-            subprocess.run(["umount", "--lazy", str(target)], check=True, timeout=20)
+            subprocess.run(["umount", "--lazy", str(target)], check=True, timeout=60)
     finally:
         devices.detach(device.device_id, force=True)
 

@@ -63,7 +63,7 @@ class Containerd:
             yield target
         finally:
             # A failing test's traceback may hold files open: the mount must go all the same.
-            subprocess.run(["umount", "--lazy", str(target)], check=True, timeout=20)
+            subprocess.run(["umount", "--lazy", str(target)], check=True, timeout=60)
             self.ctr("snapshots", "--snapshotter", "overlayfs", "rm", str(target))
             self.ctr("images", "rm", reference)
 
@@ -80,7 +80,7 @@ def running_containerd(root: Path) -> Iterator[Containerd]:
         process = subprocess.Popen(["containerd", "-c", str(root / "config.toml")], stdout=log, stderr=log)
     try:
         containerd = Containerd(root)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 containerd.ctr("version")
@@ -92,7 +92,7 @@ def running_containerd(root: Path) -> Iterator[Containerd]:
         yield containerd
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def stable(wanted: dict[str, TreeEntry]) -> dict[str, list[str]]:

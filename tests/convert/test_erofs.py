@@ -60,11 +60,11 @@ def check_with_kernel(disk: Blob, directory: Path) -> None:
             out.write(disk.read_at(offset, min(1 << 20, volume.blocks * 4096 - offset)))
     checked = subprocess.run(["fsck.erofs", file], capture_output=True, text=True, timeout=60, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    subprocess.run(["mount", "-t", "erofs", "-o", "loop,ro", file, target], check=True, timeout=20)
+    subprocess.run(["mount", "-t", "erofs", "-o", "loop,ro", file, target], check=True, timeout=60)
     try:
         assert differences(list_tree(target), list_volume(volume)) == []
     finally:
-        subprocess.run(["umount", target], check=True, timeout=20)
+        subprocess.run(["umount", target], check=True, timeout=60)
 
 
 @pytest.mark.kernel

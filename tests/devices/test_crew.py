@@ -37,7 +37,7 @@ class Line:
 
     def end(self) -> None:
         self.requests.put(END)
-        assert self.crew.wait(20)
+        assert self.crew.wait(60)
         assert self.crew.size == 0
 
 
@@ -59,11 +59,11 @@ def test_another_leads_while_one_waits() -> None:
 
     def slow() -> None:
         with waiting():
-            assert gate.wait(20)
+            assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(reached.set)
-    assert reached.wait(20)
+    assert reached.wait(60)
     assert line.crew.size == 2
     gate.set()
     line.end()
@@ -76,11 +76,11 @@ def test_waiting_twice_gives_the_lead_away_once() -> None:
     def slow() -> None:
         for _ in range(3):
             with waiting():
-                assert gate.wait(20)
+                assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(reached.set)
-    assert reached.wait(20)
+    assert reached.wait(60)
     gate.set()
     line.end()
     assert len(set(line.ran_by)) <= 2
@@ -92,7 +92,7 @@ def test_the_limit_is_kept_and_everything_is_answered() -> None:
     def slow() -> None:
         sizes.append(line.crew.size)
         with waiting():
-            assert gate.wait(20)
+            assert gate.wait(60)
 
     for _ in range(40):
         line.requests.put(slow)
@@ -107,11 +107,11 @@ def test_idle_followers_end() -> None:
 
     def slow() -> None:
         with waiting():
-            assert gate.wait(20)
+            assert gate.wait(60)
 
     for _ in range(8):
         line.requests.put(slow)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while line.crew.size < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     gate.set()
@@ -126,13 +126,13 @@ def test_the_end_waits_for_requests_under_way() -> None:
 
     def slow() -> None:
         with waiting():
-            assert gate.wait(20)
+            assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(END)
     assert not line.crew.wait(0.2)
     gate.set()
-    assert line.crew.wait(20)
+    assert line.crew.wait(60)
     assert line.crew.totals().reads == 1
 
 
@@ -142,24 +142,24 @@ def test_a_leader_that_fails_is_the_end_for_all() -> None:
 
     def slow() -> None:
         with waiting():
-            assert gate.wait(20)
+            assert gate.wait(60)
 
     def fail() -> None:
         raise MemoryError
 
     line.requests.put(slow)
     line.requests.put(reached.set)
-    assert reached.wait(20)
+    assert reached.wait(60)
     gate.set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while line.crew.totals().reads < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert line.crew.size == 2  # one leads, one is idle
     line.requests.put(fail)
-    assert line.crew.wait(20)
+    assert line.crew.wait(60)
     for thread in threading.enumerate():  # its exception belongs to this test
         if thread.name == "crew":
-            thread.join(20)
+            thread.join(60)
 
 
 def test_a_storm_of_short_waits() -> None:

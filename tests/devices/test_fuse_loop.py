@@ -69,7 +69,7 @@ class TestFuseLoopDevice(DeviceContract):
     def test_take_down_by_another_hand(self, tmp_path: Path) -> None:
         device = self.make(MemoryBlob(bytes(MIB)), tmp_path)
         take_down(tmp_path)
-        assert device.wait(10)
+        assert device.wait(60)
         assert self.leftovers(tmp_path) == []
         take_down(tmp_path)
 
@@ -105,7 +105,7 @@ class TestServedFile:
         root = server.start()
         yield Path(f"/proc/self/fd/{root}"), blob
         os.close(root)
-        assert server.wait(10)
+        assert server.wait(60)
 
     def test_serving_ends_with_the_last_open_file(self) -> None:
         server = FuseServer(MemoryBlob(b"content"), name="served")
@@ -115,7 +115,7 @@ class TestServedFile:
         assert os.pread(disk, 100, 0) == b"content"
         assert not server.wait(0.1)
         os.close(disk)
-        assert server.wait(10)
+        assert server.wait(60)
 
     def test_a_read_only_blob_refuses_writers(self) -> None:
         server = FuseServer(MemoryBlob(bytes(512)))
@@ -124,7 +124,7 @@ class TestServedFile:
             os.open("disk", os.O_RDWR, dir_fd=root)
         assert caught.value.errno == errno.EROFS
         os.close(root)
-        assert server.wait(10)
+        assert server.wait(60)
 
     def test_listing_and_attributes(self, served: Any) -> None:
         root, blob = served

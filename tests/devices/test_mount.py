@@ -163,7 +163,7 @@ def test_busy_names_the_holder(ext4: Path, target: Path) -> None:
         with pytest.raises(DeviceError, match=rf"busy, held by .*process {holder.pid} \("):
             mount.unmount(target)
     finally:
-        holder.communicate(timeout=20)
+        holder.communicate(timeout=60)
     assert mount.unmount(target)
 
 

@@ -23,7 +23,7 @@ from tests.fuzz.mutate import mutate
 from tests.fuzz.targets import ALLOWED, TARGETS, Target
 
 MEMORY = 64 << 20
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def limit_memory() -> None:

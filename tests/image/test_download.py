@@ -25,7 +25,7 @@ def at_once(settings: Settings) -> Settings:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "did not come about"
         time.sleep(0.01)

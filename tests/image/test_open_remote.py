@@ -61,7 +61,7 @@ def settings(tmp_path: Path) -> Settings:
 def nothing_leaks() -> object:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    deadline = time.monotonic() + 5  # fetching ahead may be about to end
+    deadline = time.monotonic() + 60  # fetching ahead may be about to end
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
         # urllib3 closes a pool's idle connections when the pool is collected, and an error's traceback keeps it.
         gc.collect()
@@ -90,7 +90,7 @@ def test_a_layer_is_opened_by_two_requests_at_once(settings: Settings) -> None:
     together = threading.Barrier(2)
 
     def meet(answer: Answer) -> None:
-        together.wait(10)
+        together.wait(60)
         answer.send()
 
     with faulty_registry() as registry:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.registry
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "did not come about"
         time.sleep(0.01)

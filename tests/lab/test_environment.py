@@ -68,7 +68,7 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
     with pytest.raises(LabError, match=r"(?s)not done after 0\.3 s.*child (\d+)") as caught:
         run(["sh", "-c", "sleep 500 & echo child $!; wait"], timeout_s=0.3)
     child = int(str(caught.value).split()[-1])
-    wait_until(lambda: process_start_ticks(child) is None, "end of the child", 20)
+    wait_until(lambda: process_start_ticks(child) is None, "end of the child", 60)
 
 
 def test_a_daemon_that_ends_tells_its_log(tmp_path: Path) -> None:

@@ -39,8 +39,10 @@ def serving(network: ExperimentNetwork) -> Iterator[None]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "up\n"
-        yield
-        server.kill()
+        try:
+            yield
+        finally:
+            server.kill()  # or a failure would wait for its end
 
 
 def fetch(network: ExperimentNetwork, size: int) -> float:

@@ -152,10 +152,10 @@ def signal_while_stalled(command: list[str], stalled: threading.Event, number: s
     try:
         assert stalled.wait(30)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(60)
     return process.returncode, errors
 
 
@@ -202,7 +202,7 @@ def stalling_registry() -> Iterator[tuple[str, threading.Event, threading.Event]
         release.set()
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_malformed_platform_is_a_wrong_argument(capsys: pytest.CaptureFixture[str]) -> None:

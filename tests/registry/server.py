@@ -30,7 +30,7 @@ PASSWORD = "let me in"
 _HTPASSWD = "reader:$2b$05$abcdefghijklmnopqrstuu4h2R.N3/mVBA7Xh7aLzKSJDAsK61n52\n"
 
 _STARTS = 5
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _answers(process: subprocess.Popen[bytes], server: RegistryServer) -> bool:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"{server.url}/v2/", timeout=5).close()
+            urllib.request.urlopen(f"{server.url}/v2/", timeout=60).close()
         except urllib.error.HTTPError as error:
             error.close()
             return error.code == 401
@@ -149,10 +149,10 @@ def _answers(process: subprocess.Popen[bytes], server: RegistryServer) -> bool:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(timeout=10)
+        process.wait(timeout=60)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
 
 
 def _free_port(address: str) -> int:

@@ -98,7 +98,7 @@ def test_read_fails_clearly_and_in_time(
     with pytest.raises(RegistryError) as caught:
         read(impatient, registry)
     # Far from a measurement: a read without a deadline would hang for minutes.
-    assert time.monotonic() - started < DEADLINE_S + 10
+    assert time.monotonic() - started < DEADLINE_S + 30
     assert_located(caught.value, registry)
     assert caught.value.temporary
 
@@ -373,7 +373,7 @@ def test_closing_closes_connections_though_an_error_is_kept() -> None:
             read(client, registry)
         assert len(os.listdir("/proc/self/fd")) > before
         client.close()
-        deadline = time.monotonic() + 10  # the registry, in this process too, has its end still to close
+        deadline = time.monotonic() + 60  # the registry, in this process too, has its end still to close
         while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(os.listdir("/proc/self/fd")) <= before

@@ -118,7 +118,7 @@ def test_token_server_fails(fault: faulty.Fault) -> None:
         started = time.monotonic()
         with pytest.raises(RegistryError, match=r"token|no answer in time") as caught:
             read(client, registry)
-        assert time.monotonic() - started < DEADLINE_S + 10
+        assert time.monotonic() - started < DEADLINE_S + 30
         assert_located(caught.value, registry)
         client.close()
 

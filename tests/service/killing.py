@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from obdlab.service.client import AttachedDevice
 
 
-def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "did not come about in time"

@@ -54,7 +54,7 @@ class Bed:
     # Its servers keep its standard output open, so the end of that is not waited for.
     def kill_host(self) -> None:
         self.host.kill()
-        self.host.wait(20)
+        self.host.wait(60)
         assert self.host.stdout is not None
         self.host.stdout.close()
 
@@ -260,7 +260,7 @@ def test_release_while_another_namespace_has_a_copy_of_the_mount(bed: Bed, tmp_p
         assert not bed.service.release("rw")
         assert bed.service.list() == [device]
     finally:
-        other.communicate(timeout=20)
+        other.communicate(timeout=60)
     until(lambda: bed.service.list() == [], timeout_s=60)
     assert bed.leftovers() == []
 
@@ -281,7 +281,7 @@ def test_sigterm_does_not_cut_the_last_flush_short(bed: Bed, tmp_path: Path) -> 
         detached = threads.submit(bed.service.detach, "a")
         until(flushed.exists)
         os.kill(device.pid, signal.SIGTERM)
-        assert detached.result(20)
+        assert detached.result(60)
     assert flushed.read_text() == "done"
 
 
@@ -324,7 +324,7 @@ def test_killing_client_and_host_leaves_io_alive(bed: Bed) -> None:
     assert client.stdout is not None
     path = Path(client.stdout.readline().strip())
     client.kill()
-    client.communicate(timeout=20)
+    client.communicate(timeout=60)
     content = content_of({"seed": 4})
     assert read_direct(path, 0, MIB) == content
     bed.kill_host()
@@ -340,7 +340,7 @@ def test_a_client_killed_in_the_middle_of_an_attach(bed: Bed) -> None:
     client = subprocess.Popen([sys.executable, "-c", CLIENT, str(bed.run_dir), str(config)], stdout=subprocess.PIPE)
     until((bed.run_dir / "devices" / "x").exists)
     client.kill()
-    client.communicate(timeout=20)
+    client.communicate(timeout=60)
     assert bed.service.attach(config, "x").size == MIB
 
 
@@ -350,7 +350,7 @@ def test_nothing_stays_of_an_attach_whose_client_went_away(bed: Bed) -> None:
     directory = bed.run_dir / "devices" / "x"
     until(directory.exists)
     client.kill()
-    client.communicate(timeout=20)
+    client.communicate(timeout=60)
     until(lambda: not directory.exists())
     assert bed.leftovers() == []
 
@@ -453,7 +453,7 @@ def test_cleanup_after_the_run_directory_was_removed(bed: Bed) -> None:
     assert clean_up(bed.service).removed == ["device a"]
     until(lambda: Process.of(device.pid) is None)
     assert bed.leftovers() == []
-    assert bed.host.wait(20) == 0  # nobody could reach it any more
+    assert bed.host.wait(60) == 0  # nobody could reach it any more
 
 
 def test_an_idle_host_stays(bed: Bed) -> None:
@@ -467,7 +467,7 @@ def test_shutdown(bed: Bed) -> None:
     bed.service.attach(bed.config("b"), "b")
     bed.service.shutdown()
     assert bed.leftovers() == []
-    assert bed.host.wait(20) == 0
+    assert bed.host.wait(60) == 0
     assert not bed.service.stop_host()
 
 

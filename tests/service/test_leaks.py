@@ -177,7 +177,7 @@ def test_a_busy_device_names_its_users(service: DeviceService, config: Path, tmp
         with pytest.raises(DeviceError, match=rf"another mount namespace.*process {other.pid} \(cat\)"):
             service.detach("x")
     finally:
-        other.communicate(timeout=20)
+        other.communicate(timeout=60)
     until(lambda: detached(service, "x"))
 
 

@@ -52,7 +52,7 @@ class Prometheus:
         self._url = f"http://127.0.0.1:{port}/api/v1"
 
     def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self._url}/{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"{self._url}/{path}", timeout=60) as response:
             return json.load(response)["data"]
 
     def query(self, expression: str) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Served:
 
     def close(self) -> None:
         self.server.shutdown()
-        self._thread.join(20)
+        self._thread.join(60)
         self.server.server_close()
 
 
@@ -59,7 +59,7 @@ def ask(connection: http.client.HTTPConnection, verb: str, path: str, **more: ob
 
 def test_codes_and_messages_on_one_connection(served: Served) -> None:
     path = "/a config/with&odd=signs.json"
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
     missing = (400, {"success": False, "message": "Missing dev_id or config in snapshot request"})
     try:
         assert ask(connection, "GET", "/snapshot") == missing
@@ -97,7 +97,7 @@ def test_large_requests_are_refused(served: Served) -> None:
         b"POST /snapshot?dev_id=disk&config=x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n",
         b"\x16\x03\x01\x02\x00\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
             connection.sendall(head)
             answer = b""
             try:
@@ -112,7 +112,7 @@ def test_large_requests_are_refused(served: Served) -> None:
 
 def test_a_slow_request_is_dropped(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshotapi, "REQUEST_TIMEOUT_S", 0.2)
-    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
         try:
             for _ in range(100):  # a byte at a time, each of them in time
                 connection.sendall(b"G")
@@ -130,12 +130,12 @@ def test_a_slow_request_is_dropped(served: Served, monkeypatch: pytest.MonkeyPat
 
 def test_many_connections_are_turned_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.server._free = threading.Semaphore(2)
-    held = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(2)]
+    held = [socket.create_connection(("127.0.0.1", served.port), timeout=60) for _ in range(2)]
     try:
         for connection in held:
             connection.sendall(b"GET /x HTTP/1.1\r\n\r\n")
             assert connection.recv(12) == b"HTTP/1.1 404"
-        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as more:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as more:
             assert more.recv(100) == b""
     finally:
         for connection in held:

@@ -43,7 +43,7 @@ __all__ = ["registry_server"]
 pytestmark = pytest.mark.containerd
 
 EXPECTED = Path(__file__).parents[1] / "golden" / "ext4"
-_DEADLINE_S = 20.0
+_DEADLINE_S = 60.0
 
 
 def push_golden(server: RegistryServer, name: str, *, depth: int = 2, on_top: tuple[bytes, ...] = ()) -> str:

@@ -41,7 +41,7 @@ def until_answered(url: str) -> str:
     deadline = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=10) as response:
+            with urllib.request.urlopen(url, timeout=60) as response:
                 return str(response.read().decode())
         except OSError:
             assert time.monotonic() < deadline
@@ -142,11 +142,11 @@ def check_health(process: SnapshotterProcess) -> None:
         check = channel.unary_unary(f"/{health.SERVICE}/Check", **forms)
         watch = channel.unary_stream(f"/{health.SERVICE}/Watch", **forms)
         for service in ("", "containerd.services.snapshots.v1.Snapshots"):
-            assert check(StringValue(value=service), timeout=20).value == health.SERVING
+            assert check(StringValue(value=service), timeout=60).value == health.SERVING
         with pytest.raises(grpc.RpcError) as caught:
-            check(StringValue(value="other"), timeout=20)
+            check(StringValue(value="other"), timeout=60)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert next(watch(StringValue(value="other"), timeout=20)).value == health.SERVICE_UNKNOWN
+        assert next(watch(StringValue(value="other"), timeout=60)).value == health.SERVICE_UNKNOWN
         states = watch(StringValue(), timeout=60)
         assert next(states).value == health.SERVING
         (process.root / "snapshots").rename(process.root / "elsewhere")

@@ -17,7 +17,7 @@ from tests.snapshotter.test_lazy_images import push_golden
 
 __all__ = ["registry_server"]
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Devices:

@@ -122,7 +122,7 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path: Path) -> None:
     assert process.stdout is not None
     seen = [int(process.stdout.readline()) for _ in range(20)][-1]
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     seen = max([seen, *map(int, process.stdout.read().split("\n")[:-1])])
     process.stdout.close()
     store = Store(path)

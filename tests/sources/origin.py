@@ -50,7 +50,7 @@ def open_cached(directory: Path, origin: Blob, **options: int) -> CachedBlob:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "did not come about"
         time.sleep(0.002)

@@ -61,7 +61,7 @@ def test_all_comes_once_and_the_origin_is_not_asked_any_more(tmp_path: Path) -> 
     source = origin()
     with open_cached(tmp_path, source) as blob:
         blob.read_at(PIECE + 5, 3 * UNIT)
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert verified(tmp_path) == [True]
         counters = blob.statistics()
         assert counters["demand_bytes"] + counters["background_bytes"] == len(DATA)
@@ -71,7 +71,7 @@ def test_all_comes_once_and_the_origin_is_not_asked_any_more(tmp_path: Path) -> 
         assert len(source.reads) == asked
     source = origin()
     with open_cached(tmp_path, source) as blob:  # and the next time nothing is to be done
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert blob.read_at(7, 10_000) == DATA[7:10_007]
         assert source.reads == []
 
@@ -108,7 +108,7 @@ def test_waits_while_a_reader_waits(tmp_path: Path) -> None:
             background.append(offset)
         elif not reader_waits.is_set():
             reader_waits.set()
-            release.wait(20)
+            release.wait(60)
 
     with open_cached(tmp_path, origin(before)) as blob:
 
@@ -118,13 +118,13 @@ def test_waits_while_a_reader_waits(tmp_path: Path) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert reader_waits.wait(20)
+        assert reader_waits.wait(60)
         started = download(blob)
         assert not started.wait(0.3)
         assert background == []
         release.set()
         reader.join()
-        assert started.wait(20)
+        assert started.wait(60)
         assert verified(tmp_path) == [True]
 
 
@@ -135,7 +135,7 @@ def test_wrong_bytes_are_fetched_again(tmp_path: Path, caplog: pytest.LogCapture
             return data if len(self.reads) != 3 else bytes(length)
 
     with open_cached(tmp_path, WrongOnce(DATA)) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert verified(tmp_path) == [True]
         assert blob.read_at(0, len(DATA)) == DATA
     assert caplog.text.count("does not match its digest") == 1
@@ -144,7 +144,7 @@ def test_wrong_bytes_are_fetched_again(tmp_path: Path, caplog: pytest.LogCapture
 def test_an_origin_that_is_always_wrong_leaves_nothing(tmp_path: Path) -> None:
     wrong = Origin(bytes(len(DATA)))
     with open_cached(tmp_path, wrong) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert sum(length for _, length in wrong.reads) == AT_ONCE.tries * len(DATA)
         (entry,) = entries(CacheSpace(tmp_path))
         assert (entry.verified, entry.cached_bytes) == (False, 0)
@@ -159,7 +159,7 @@ def test_a_failing_origin_is_asked_again(tmp_path: Path) -> None:
 
     source.before = fail
     with open_cached(tmp_path, source) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert verified(tmp_path) == [True]
         assert blob.statistics()["background_bytes"] == len(DATA)  # nothing twice
 
@@ -170,14 +170,14 @@ def test_damage_on_disk_is_healed_before_it_is_verified(tmp_path: Path) -> None:
     flip(tmp_path / "blobs" / "local" / DIGEST / "data", 3 * UNIT)
     source = origin()
     with open_cached(tmp_path, source) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert source.reads == [(3 * UNIT, UNIT)]
         assert verified(tmp_path) == [True]
 
 
 def test_evicted_after_it_was_verified(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin()) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         blob.evict(0, 10)
         assert verified(tmp_path) == [False]
         assert blob.read_at(0, len(DATA)) == DATA
@@ -185,7 +185,7 @@ def test_evicted_after_it_was_verified(tmp_path: Path) -> None:
 
 def test_a_cache_too_small_ends_it(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin(), quota=len(DATA) // 2) as blob:
-        assert download(blob).wait(20)
+        assert download(blob).wait(60)
         assert blob.read_at(0, len(DATA)) == DATA
     assert True not in verified(tmp_path)
 
@@ -195,7 +195,7 @@ def test_two_that_share_a_cache_download_once(tmp_path: Path) -> None:
     with ExitStack() as opened:
         blobs = [opened.enter_context(open_cached(tmp_path, source)) for source in sources]
         started = [download(blob) for blob in blobs]
-        assert all(one.wait(20) for one in started)
+        assert all(one.wait(60) for one in started)
         assert sum(length for source in sources for _, length in source.reads) == len(DATA)
 
 
@@ -206,7 +206,7 @@ def test_closing_ends_it(tmp_path: Path) -> None:
         started = download(blob, options=options)
         time.sleep(0.05)
         blob.close()
-        assert started.wait(20)
+        assert started.wait(60)
         wait_until(lambda source=source: source.closed == 1)
 
 
@@ -214,7 +214,7 @@ def test_the_start_is_put_off(tmp_path: Path) -> None:
     asked: list[float] = []
     with open_cached(tmp_path, origin(lambda offset, length: asked.append(time.monotonic()))) as blob:
         begin = time.monotonic()
-        assert download(blob, options=DownloadOptions(0.3, 0.2, 0, 3)).wait(20)
+        assert download(blob, options=DownloadOptions(0.3, 0.2, 0, 3)).wait(60)
         assert min(asked) - begin >= 0.3
         assert verified(tmp_path) == [True]
 
@@ -222,7 +222,7 @@ def test_the_start_is_put_off(tmp_path: Path) -> None:
 def test_the_rate_is_kept(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin()) as blob:
         begin = time.monotonic()
-        assert download(blob, options=DownloadOptions(0, 0, bytes_per_s=8 * PIECE)).wait(20)
+        assert download(blob, options=DownloadOptions(0, 0, bytes_per_s=8 * PIECE)).wait(60)
         assert time.monotonic() - begin >= 6 / 8  # all but the last piece have to be paid for
         assert verified(tmp_path) == [True]
 
@@ -264,7 +264,7 @@ def test_killed_and_resumed(tmp_path: Path, rounds: int) -> None:
         kept = sum(entry.cached_bytes for entry in entries(CacheSpace(directory)))
         source = origin()
         with open_cached(directory, source) as blob:
-            assert download(blob).wait(20)
+            assert download(blob).wait(60)
             assert verified(directory) == [True]
             assert blob.read_at(0, len(DATA)) == DATA
         assert sum(length for _, length in source.reads) == len(DATA) - kept

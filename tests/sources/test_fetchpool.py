@@ -12,14 +12,14 @@ def test_jobs_run_and_a_full_queue_says_so() -> None:
     gate, ran = threading.Event(), threading.Semaphore(0)
 
     def job() -> None:
-        gate.wait(10)
+        gate.wait(60)
         ran.release()
 
     accepted = [pool.submit(job) for _ in range(10)]
     assert accepted.count(True) in (2, 3)  # one may have left the queue already
     gate.set()
     for _ in range(accepted.count(True)):
-        assert ran.acquire(timeout=10)
+        assert ran.acquire(timeout=60)
 
 
 def test_no_thread_to_be_had_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,4 +33,4 @@ def test_no_thread_to_be_had_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not pool.submit(lambda: None)
     done = threading.Event()
     assert pool.submit(done.set)
-    assert done.wait(10)
+    assert done.wait(60)

@@ -49,7 +49,7 @@ def prefetched(blob: CachedBlob, ranges: list[Range]) -> Prefetch:
 def test_what_was_fetched_is_not_asked_for_again_and_is_counted(tmp_path: Path) -> None:
     source = Origin()
     with open_cached(tmp_path, source) as blob:
-        assert prefetched(blob, [(0, 3 * UNIT, 7 * UNIT), (0, 20 * UNIT, 21 * UNIT)]).wait(20)
+        assert prefetched(blob, [(0, 3 * UNIT, 7 * UNIT), (0, 20 * UNIT, 21 * UNIT)]).wait(60)
         assert sorted(source.reads) == [(3 * UNIT, 4 * UNIT), (20 * UNIT, UNIT)]
         assert blob.read_at(4 * UNIT + 1, 2 * UNIT) == DATA[4 * UNIT + 1 : 6 * UNIT + 1]
         assert blob.read_at(4 * UNIT, 10) == DATA[4 * UNIT : 4 * UNIT + 10]
@@ -66,18 +66,18 @@ def test_nothing_is_begun_while_an_unexpected_reader_waits(tmp_path: Path) -> No
     def before(offset: int, length: int) -> None:
         if offset == 0:
             waits.set()
-            release.wait(20)
+            release.wait(60)
 
     source = Origin(before=before)
     with open_cached(tmp_path, source) as blob:
         reader = threading.Thread(target=blob.read_at, args=(0, 10))
         reader.start()
-        assert waits.wait(20)
+        assert waits.wait(60)
         running = prefetched(blob, [(0, 3 * UNIT, 4 * UNIT)])
         assert not running.wait(0.3)
         assert len(source.reads) == 1
         release.set()
-        assert running.wait(20)
+        assert running.wait(60)
         reader.join()
     assert source.reads == [(0, UNIT), (3 * UNIT, UNIT)]
 
@@ -99,7 +99,7 @@ def test_failures_end_it_and_readers_try_for_themselves(tmp_path: Path, caplog: 
 
     with open_cached(tmp_path, source := Origin(before=before)) as blob:
         ranges = [(0, unit * UNIT, (unit + 1) * UNIT) for unit in range(0, UNITS - 1, 2)]
-        assert prefetched(blob, ranges).wait(20)
+        assert prefetched(blob, ranges).wait(60)
         assert 3 <= len(source.reads) <= 3 + 8 < len(ranges)
         assert blob.read_at(0, 10) == DATA[:10]
         assert blob.statistics()["prefetch_used_bytes"] == 0
@@ -111,7 +111,7 @@ def test_another_programs_trace_is_given_up(tmp_path: Path, caplog: pytest.LogCa
 
     def before(offset: int, length: int) -> None:
         if threading.current_thread() is not threading.main_thread():
-            release.wait(20)
+            release.wait(60)
 
     with open_cached(tmp_path, source := Origin(before=before)) as blob:
         # Three apart: a single unit between two would be fetched with them, and its reader wait for that.
@@ -120,7 +120,7 @@ def test_another_programs_trace_is_given_up(tmp_path: Path, caplog: pytest.LogCa
         for unit in (unit for unit in range(1, 33) if unit % 3):
             blob.read_at(unit * UNIT, 10)
         release.set()
-        assert running.wait(20)
+        assert running.wait(60)
         assert blob.statistics()["prefetch_bytes"] < 14 * UNIT
     assert "given up" in caplog.text
 
@@ -130,6 +130,6 @@ def test_closing_ends_it(tmp_path: Path) -> None:
     running = prefetched(blob, [(0, unit * UNIT, (unit + 1) * UNIT) for unit in range(0, 40, 2)])
     wait_until(lambda: len(source.reads) > 0)
     blob.close()
-    assert running.wait(20)
+    assert running.wait(60)
     assert len(source.reads) < 20
     assert source.closed == 1

@@ -121,7 +121,7 @@ with BlockCache(directory, unit=4096, readahead_max=32768).open(Counting(data, "
     for offset in offsets:
         length = min(9000, len(data) - offset)
         assert blob.read_at(offset, length) == data[offset : offset + length], offset
-    quiet = time.monotonic() + 20
+    quiet = time.monotonic() + 60
     while blob._fetches._flights and time.monotonic() < quiet:
         time.sleep(0.001)
     print("asked", Counting.asked, flush=True)
@@ -185,7 +185,7 @@ def test_of_units_that_another_fetches_the_others_are_fetched_meanwhile(tmp_path
 
     def hold(offset: int, length: int) -> None:
         reached.set()
-        release.wait(20)
+        release.wait(60)
 
     origin = Origin()
     with open_cached(tmp_path, Origin(before=hold)) as slow, open_cached(tmp_path, origin) as blob:
@@ -193,7 +193,7 @@ def test_of_units_that_another_fetches_the_others_are_fetched_meanwhile(tmp_path
         results: list[bytes] = []
         threads.append(threading.Thread(target=lambda: results.append(blob.read_at(0, 10 * UNIT))))
         threads[0].start()
-        assert reached.wait(20)
+        assert reached.wait(60)
         threads[1].start()
         wait_until(lambda: origin.reads != [])
         assert origin.reads == [(0, 4 * UNIT)]
@@ -220,6 +220,6 @@ def test_an_error_of_another_process_is_not_ours(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=read_bad)
         thread.start()
-        assert reached.wait(20)
+        assert reached.wait(60)
         assert blob.read_at(0, UNIT) == DATA[:UNIT]
         thread.join()

@@ -47,7 +47,7 @@ class Comes:
         self.closed = False
 
     def read(self, length: int) -> bytes:
-        assert self._origin.go_on.wait(20)
+        assert self._origin.go_on.wait(60)
         end = self.position + length
         if self._origin.break_at is not None and end > self._origin.break_at:
             self._origin.break_at = None
@@ -71,20 +71,20 @@ def test_one_request_brings_all_of_it(tmp_path: Path) -> None:
     origin = Streamed()
     with open_cached(tmp_path, origin) as blob:
         assert blob.read_at(0, 10) == DATA[:10]
-        assert stream(blob).wait(20)
+        assert stream(blob).wait(60)
         assert origin.opened == [(UNIT, len(DATA) - UNIT)]
         assert blob.read_at(0, len(DATA)) == DATA
         assert origin.reads == [(0, UNIT)]
         assert blob.statistics()["prefetch_bytes"] == len(DATA) - UNIT
         assert blob.statistics()["prefetch_used_bytes"] == len(DATA) - UNIT
-        assert stream(blob).wait(20)
+        assert stream(blob).wait(60)
         assert len(origin.opened) == 1
 
 
 def test_after_a_break_the_rest_is_asked_for(tmp_path: Path) -> None:
     origin = Streamed(break_at=20 * UNIT)
     with open_cached(tmp_path, origin) as blob:
-        assert stream(blob).wait(20)
+        assert stream(blob).wait(60)
         assert len(origin.opened) == 2
         assert origin.opened[0] == (0, len(DATA))
         assert blob.read_at(0, len(DATA)) == DATA
@@ -103,9 +103,9 @@ def test_a_reader_waits_for_what_is_about_to_come(tmp_path: Path) -> None:
         near.join(0.2)
         assert near.is_alive()
         origin.go_on.set()
-        near.join(20)
+        near.join(60)
         assert got == [DATA[:5]]
-        assert running.wait(20)
+        assert running.wait(60)
         assert origin.reads == []
 
 
@@ -117,7 +117,7 @@ def test_closing_ends_it(tmp_path: Path) -> None:
     wait_until(lambda: len(origin.opened) > 0)
     blob.close()
     origin.go_on.set()
-    assert running.wait(20)
+    assert running.wait(60)
     wait_until(lambda: origin.closed == 1)
 
 
@@ -129,7 +129,7 @@ def test_it_is_given_up_after_several_failures(tmp_path: Path, caplog: pytest.Lo
 
     origin = Failing()
     with open_cached(tmp_path, origin) as blob:
-        assert stream(blob).wait(20)
+        assert stream(blob).wait(60)
         assert len(origin.opened) == 3
         assert "streaming failed" in caplog.text
         assert blob.read_at(0, len(DATA)) == DATA
@@ -146,7 +146,7 @@ def test_real_answers_that_are_not_what_was_asked_for(tmp_path: Path, fault: Fau
         digest = registry.add_blob(data)
         with open_cached(tmp_path, RemoteBlob(client, registry.repository(), digest, len(data))) as blob:
             assert blob.read_at(0, UNIT) == data[:UNIT]
-            assert stream(blob).wait(20)
+            assert stream(blob).wait(60)
             assert blob.read_at(0, len(data)) == data
             assert blob.statistics()["demand_bytes"] == UNIT
             assert len(registry.requests) == (2 if fault is whole_blob else 3)
@@ -162,7 +162,7 @@ def test_the_end_of_a_large_one_comes_by_a_request_of_its_own(tmp_path: Path) ->
         with open_cached(tmp_path, RemoteBlob(client, registry.repository(), digest, len(data))) as blob:
             running = StreamAhead("hot", blob, left=100_000)  # type: ignore[arg-type]
             running.start()
-            assert running.wait(20)
+            assert running.wait(60)
             assert blob.read_at(0, len(data)) == data
             assert blob.statistics()["demand_bytes"] == 0
             end = (len(data) - 100_000) // UNIT * UNIT
