@@ -97,8 +97,13 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
     chain: list[str] = []
     for diff_id in diff_ids:
         check_digest(diff_id, "diff_ids")
-        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+        chain.append(chain_id_over(chain[-1] if chain else "", diff_id))
     return tuple(chain)
+
+
+def chain_id_over(parent: str, diff_id: str) -> str:
+    """Return the chain ID of a layer over the one whose chain ID is ``parent``, '' for the bottom layer."""
+    return digest_of(f"{parent} {diff_id}".encode()) if parent else diff_id
 
 
 def chain_id(diff_ids: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
-from obdlab.formats.oci import ACCELERATION_LAYER, TRACE_LABEL
+from obdlab.formats.oci import ACCELERATION_LAYER, BLOB_DIGEST, BLOB_SIZE, TRACE_LABEL
 from obdlab.pull.errors import PullError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ DOWNLOAD_LABEL = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
 # The snapshotter's mark of layers that it reads from a registry.
 _REMOTE_LABEL = "containerd.io/snapshot/remote"
+# Those that a client gives, or a snapshotter; an image has none of them.
+_CLIENT_LABELS = frozenset({CRI_IMAGE_LABEL, DOWNLOAD_LABEL, TRACE_LABEL, _REMOTE_LABEL})
 _PREPARE_TRIES = 3
 
 
@@ -101,7 +103,8 @@ class Unpacker:
         labels = snapshot_labels(layer, name, str(self._image.reference))
         if self._trace and number == len(self._image.layers) - 1:
             labels[TRACE_LABEL] = self._trace
-        if self._download:
+        download = self._download or not self._is_proven(number)
+        if download:
             labels[DOWNLOAD_LABEL] = "download"
         for _ in range(_PREPARE_TRIES):
             key = f"extract-{time.time_ns() % 10**9}-{secrets.token_hex(3)} {name}"
@@ -113,7 +116,7 @@ class Unpacker:
                 # Somebody else made it and it went again; the key was taken; or only its record is there.
                 self._forget_lost(number)
                 continue
-            if layer.is_overlaybd and not self._download:
+            if layer.is_overlaybd and not download:
                 self._refuse(layer, key)
             # No layer above can be a snapshot yet, so all of them have to be fetched.
             self._fetcher.start(self._image.layers[number:])
@@ -123,6 +126,21 @@ class Unpacker:
             f"{self._snapshotter}: says that snapshot {name} exists already, yet there is none "
             f"(layer {layer.digest}, {_PREPARE_TRIES} tries)"
         )
+
+    # A snapshotter reads a lazy layer's blob without having seen all of it. A blob that is its own diff ID is the one
+    # that the config means, and that other images find by its name. Any other is fetched, unpacked and compared. A
+    # turboOCI layer's diff ID is that of its uncompressed blob, which would have to be fetched here first.
+    def _is_proven(self, number: int) -> bool:
+        layer = self._image.layers[number]
+        if not layer.is_overlaybd:
+            return True
+        blob = (layer.annotations[BLOB_DIGEST], layer.annotations.get(BLOB_SIZE, str(layer.size)))
+        if blob != (layer.digest, str(layer.size)):
+            raise PullError(
+                f"{self._image.reference}: layer {layer.digest} of {layer.size} bytes is said to be another blob "
+                f"(got {blob[0]} of {blob[1]} bytes in its annotations)"
+            )
+        return self._image.diff_ids[number] == layer.digest
 
     # A snapshotter whose root was emptied has lost snapshots that containerd has on record: their names are taken.
     def _forget_lost(self, number: int) -> None:
@@ -192,6 +210,13 @@ class Unpacker:
 
 
 def snapshot_labels(layer: Descriptor, name: str, reference: str) -> dict[str, str]:
-    """Return the labels with which a layer's snapshot is prepared: its target name, its image, its annotations."""
-    labels = {key: value for key, value in layer.annotations.items() if key.startswith(SNAPSHOT_PREFIX)}
+    """Return the labels with which a layer's snapshot is prepared: its target name, its image, its annotations.
+
+    An annotation does not pass for what only a client says.
+    """
+    labels = {
+        key: value
+        for key, value in layer.annotations.items()
+        if key.startswith(SNAPSHOT_PREFIX) and key not in _CLIENT_LABELS
+    }
     return labels | {TARGET_LABEL: name, IMAGE_LABEL: reference}

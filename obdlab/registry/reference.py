@@ -129,14 +129,27 @@ class Reference:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether ``host[:port]`` is "localhost" or a literal loopback address."""
-    bare = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    if bare == "localhost":
-        return True
+    """Return True if ``host[:port]`` is "localhost" or a literal loopback address."""
+    address = _address(host)
+    return _bare(host) == "localhost" or (address is not None and address.is_loopback)
+
+
+def is_link_local(host: str) -> bool:
+    """Return True if ``host[:port]`` is a literal link-local address, where clouds serve their metadata."""
+    address = _address(host)
+    return address is not None and address.is_link_local
+
+
+def _bare(host: str) -> str:
+    return host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(bare).is_loopback
+        address = ipaddress.ip_address(_bare(host))
     except ValueError:
-        return False
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def canonical_host(host: str) -> str:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 #: Families of a snapshotter's table. Histograms are one for each function: ``rpc_seconds:<function>``.
 RPC_SECONDS, RPC_ERRORS, FALLBACKS = "rpc_seconds", "rpc_errors", "snapshotter_fallbacks"
 KINDS = ("view", "active", "committed")
-REASONS = ("no-block-devices", "registry-without-ranges", "not-overlaybd")
+REASONS = ("no-block-devices", "registry-without-ranges", "not-overlaybd", "unproven-layer")
 #: Calls as the original names them.
 FUNCTIONS = ("Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "Walk", "Usage", "Cleanup")
 #: What a client gets as an answer, not as a failure: a pulled layer is there.

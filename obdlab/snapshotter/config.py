@@ -47,6 +47,8 @@ _KNOWN = {
     "mirrorRegistry",
     "defaultFsType",
     "rootfsQuota",
+    "activePathRoots",
+    "traceRoots",
     "runtimeType",
     "exporterConfig",
     *_NO_EFFECT,
@@ -104,6 +106,8 @@ class SnapshotterConfig:
                 auto_remove_devices=_flag(path, values, "autoRemoveDev"),
                 async_remove=_flag(path, values, "asyncRemove"),
                 quota_bytes=_size(path, values, "rootfsQuota"),
+                active_roots=_paths(path, values, "activePathRoots", ImageOptions().active_roots),
+                trace_roots=_paths(path, values, "traceRoots", ImageOptions().trace_roots),
             ),
             exporter_listen=f"0.0.0.0:{port}" if _flag(path, exporter, "enable") else "",
             exporter_path=_text(path, exporter, "uriPrefix") or "/metrics",
@@ -158,6 +162,15 @@ def _object(path: Path, values: dict[str, Any], key: str) -> dict[str, Any]:
 def _path(path: Path, values: dict[str, Any], key: str) -> Path | None:
     text = _text(path, values, key)
     return Path(text) if text else None
+
+
+def _paths(path: Path, values: dict[str, Any], key: str, default: tuple[Path, ...]) -> tuple[Path, ...]:
+    value = values.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, list) or not all(isinstance(each, str) and each.startswith("/") for each in value):
+        raise ConfigError(f"{path}: {key}: wanted a list of absolute paths (got {value!r})")
+    return tuple(map(Path, value))
 
 
 def _log_level(path: Path, values: dict[str, Any]) -> int | None:

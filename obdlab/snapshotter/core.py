@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
+from obdlab.formats.oci import BLOB_DIGEST
 from obdlab.image.config import LowerConfig
 from obdlab.observe.counters import Counter
 from obdlab.snapshotter import fallback, overlaybd, writable
@@ -71,13 +72,15 @@ class Snapshotter:
         With the labels of an overlaybd layer that is being pulled, the layer is committed at once under the name
         asked for and AlreadyExistsError tells the client that there is nothing to download.
         """
+        labels = overlaybd.of_client(labels)
         if overlaybd.pull_target(labels):
-            layer = overlaybd.remote_layer(labels)
-            if layer is not None and (layer.acceleration or not overlaybd.wants_download(labels)):
-                self._commit_remote(key, parent, labels, layer)
-                raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
+            layer = overlaybd.remote_layer(labels, self._options)
             if layer is None:
-                labels = self._pulled_whole(parent, labels)
+                labels = self._pulled_whole(parent, labels, fallback.NOT_OVERLAYBD)
+            elif layer.acceleration or not overlaybd.wants_download(labels):
+                if self._commit_remote(key, parent, labels, layer):
+                    raise AlreadyExistsError(f"target snapshot {overlaybd.pull_target(labels)!r} is ready")
+                labels = self._pulled_whole(parent, labels, fallback.UNPROVEN)
         mode = self._own_devices.mode(parent, labels)
         if mode is not Mode.OVERLAYFS:
             return self._own_devices.create(mode, key, parent, labels, self.remove)
@@ -87,7 +90,7 @@ class Snapshotter:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Make a read-only snapshot and return how to mount it."""
-        return self._create(Kind.VIEW, key, parent, labels)
+        return self._create(Kind.VIEW, key, parent, overlaybd.of_client(labels))
 
     def mounts(self, key: str) -> list[Mount]:
         """Return how to mount an active snapshot or a view, bringing its image's device back if it went away."""
@@ -107,6 +110,7 @@ class Snapshotter:
 
         An overlaybd layer that a client downloaded, knowing no other way, becomes part of its image's device.
         """
+        labels = overlaybd.of_client(labels)
         with self._store.read() as reader:
             own_id, *lower_ids = reader.chain(key)
         if self._layout.has_device(own_id):
@@ -226,12 +230,16 @@ class Snapshotter:
             return self._mounts(kind, snapshot.id, lower_ids)
 
     @staticmethod
-    def _pulled_whole(parent: str, labels: Mapping[str, str]) -> dict[str, str]:
+    def _pulled_whole(parent: str, labels: Mapping[str, str], reason: str) -> dict[str, str]:
         image = overlaybd.image_reference(labels) or "that the client does not name"
-        level = logging.INFO if parent else logging.WARNING  # once for an image
-        logger.log(level, "image %s: not labelled as an overlaybd image, its layers are pulled whole", image)
-        FALLBACKS.add(label=fallback.NOT_OVERLAYBD)
-        return {**labels, fallback.LABEL_FALLBACK: fallback.NOT_OVERLAYBD}
+        if reason == fallback.UNPROVEN:
+            text = f"layer {labels.get(BLOB_DIGEST)} does not prove the name {overlaybd.pull_target(labels)}"
+            logger.warning("image %s: %s, the client fetches and checks it", image, text)
+        else:
+            level = logging.INFO if parent else logging.WARNING  # once for an image
+            logger.log(level, "image %s: not labelled as an overlaybd image, its layers are pulled whole", image)
+        FALLBACKS.add(label=reason)
+        return {**labels, fallback.LABEL_FALLBACK: reason}
 
     def _note_fallback(self, image_id: int, reason: str) -> None:
         FALLBACKS.add(label=reason)
@@ -242,7 +250,7 @@ class Snapshotter:
     # Containers are limited, layers that are being unpacked are not.
     def _quota(self, kind: Kind, key: str, labels: Mapping[str, str]) -> int:
         is_layer = overlaybd.pull_target(labels) or key.startswith(_UNPACK_PREFIX)
-        if kind is not Kind.ACTIVE or is_layer or labels.get(writable.LABEL_TYPE) == "image":
+        if kind is not Kind.ACTIVE or is_layer:
             return 0
         return quota_asked(labels, self._options.quota_bytes)
 
@@ -263,7 +271,7 @@ class Snapshotter:
         with self._locks.hold(image.id):
             if not self._layout.is_image(image.id):
                 raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
-            if labels is not None:  # those of a new container
+            if labels is not None and not overlaybd.pull_target(labels):  # those of a new container
                 use_trace(self._snapshots, image, labels)
             self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
             yield
@@ -272,7 +280,8 @@ class Snapshotter:
         fs, work = self._layout.fs(own_id), self._layout.work(own_id)
         return snapshot_mounts(kind, fs, work, self._snapshots.lowers(lower_ids), self._overlay_options)
 
-    def _commit_remote(self, key: str, parent: str, labels: Mapping[str, str], layer: overlaybd.RemoteLayer) -> None:
+    # Return False, having changed nothing, for a layer that does not prove the name it is to get.
+    def _commit_remote(self, key: str, parent: str, labels: Mapping[str, str], layer: overlaybd.RemoteLayer) -> bool:
         target = overlaybd.pull_target(labels)
 
         def fill(directory: Path, own_id: int, lower_ids: Sequence[int]) -> None:
@@ -287,12 +296,16 @@ class Snapshotter:
         with self._store.write() as writer:
             if writer.find(target) is not None:
                 raise AlreadyExistsError(f"target snapshot {target!r} is ready")
+            below = writer.get(parent).labels if parent else None
+            if not overlaybd.is_proven(layer, labels, below):
+                return False
             committed_labels = {**labels, overlaybd.LABEL_REMOTE: overlaybd.REMOTE_SNAPSHOT}
             self._snapshots.add(writer, Kind.ACTIVE, key, parent, labels, fill)
             writer.commit(key, target, committed_labels, Usage())
         if not layer.acceleration:
             url = overlaybd.blobs_url(layer.reference, self._options)
             self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size))
+        return True
 
     # Of an image that no container is on any more.
     def _release_idle(self, image_id: int) -> None:

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 LABEL_FALLBACK = "containerd.io/snapshot/obdlab.fallback"
 #: Reasons, as the label and the metric name them.
 NO_DEVICES, NO_RANGES, NOT_OVERLAYBD = "no-block-devices", "registry-without-ranges", "not-overlaybd"
+UNPROVEN = "unproven-layer"
 
 DEVICE_NODES = ("/dev/fuse", "/dev/loop-control")
 #: A pull of the whole image may take its time; a client that gives up before finds it done the next time.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from obdlab.command import command
 from obdlab.devices import mount
 from obdlab.errors import ObdlabError
+from obdlab.formats.oci import chain_id_over, is_digest
 from obdlab.image.config import ConfigError, ImageConfig
 from obdlab.snapshotter import overlaybd, writable
 from obdlab.snapshotter.errors import FailedPreconditionError
@@ -119,6 +120,14 @@ class RootCheck:
         name = f"snapshot {snapshot.id} ({snapshot.key!r})"
         home = self._layout.directory(snapshot.id)
         remote = self._remote(snapshot)
+        if remote is not None and self._is_wrong(snapshot, remote):
+            self._lost.add(snapshot.key)
+            yield Finding(
+                f"{name}: layer {remote.digest} is not the one of this name: another image's files would show",
+                "forget it and what builds on it",
+                partial(self._forget, snapshot),
+            )
+            return
         for part in (home, home / "fs"):
             if part.is_dir():
                 continue
@@ -207,12 +216,20 @@ class RootCheck:
                 return
 
     def _remote(self, snapshot: Snapshot) -> overlaybd.RemoteLayer | None:
-        if overlaybd.LABEL_REMOTE not in snapshot.labels:
+        # Earlier versions let an annotation give a plain layer the label of a remote one, but not its name.
+        if overlaybd.LABEL_REMOTE not in snapshot.labels or snapshot.key != overlaybd.pull_target(snapshot.labels):
             return None
         try:
-            return overlaybd.remote_layer(snapshot.labels)
+            return overlaybd.remote_layer(snapshot.labels, self._options)
         except ObdlabError:
             return None
+
+    # Of a name that is a chain ID, on a parent whose chain ID is known. (Earlier versions did not check that.)
+    def _is_wrong(self, snapshot: Snapshot, layer: overlaybd.RemoteLayer) -> bool:
+        below = self._by_key.get(snapshot.parent)
+        chain = overlaybd.pull_target(below.labels) if below is not None else ""
+        known = is_digest(snapshot.key) and (below is None or is_digest(chain))
+        return known and snapshot.key != chain_id_over(chain, layer.digest)
 
     # -- what belongs to nobody ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import os
 import stat
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
@@ -21,16 +22,18 @@ from obdlab.formats.oci import (
     HOT_LAYER,
     TRACE_LABEL,
     TURBO_TARGET_DIGEST,
+    chain_id_over,
     is_digest,
 )
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
-from obdlab.registry.reference import Reference, canonical_host, is_loopback
+from obdlab.registry.reference import Reference, canonical_host, is_link_local, is_loopback
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
-from obdlab.snapshotter.writable import FsSpec, Mode
+from obdlab.snapshotter.fallback import LABEL_FALLBACK
+from obdlab.snapshotter.fslabel import spec_of_label
+from obdlab.snapshotter.writable import LABEL_COMMIT_PATH, FsSpec, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 LABEL_TARGET = "containerd.io/snapshot.ref"
 LABEL_IMAGE_REF = "containerd.io/snapshot/image-ref"
@@ -39,9 +42,16 @@ LABEL_REMOTE = "containerd.io/snapshot/remote"
 REMOTE_SNAPSHOT = "remote snapshot"
 LABEL_DOWNLOAD = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
+#: Others rely on them: repairs make configurations from them, builders run programs on the path.
+_OWN_LABELS = frozenset({LABEL_REMOTE, LABEL_COMMIT_PATH, LABEL_FALLBACK})
+
 COMMIT_FILE = "overlaybd.commit"
 
+# The original's converter names the layers it remembers in a database like this. containerd computes the names of
+# pulled layers, "sha256:<hex>", so no image can ask for such a name.
+_CONVERTER_PREFIX = "overlaybd-conv-"
 _MAX_BLOB_SIZE = 1 << 62
+_MAX_SIZE_DIGITS = 19
 _MAGIC_SIZE = 24
 
 
@@ -63,6 +73,10 @@ class ImageOptions:
     async_remove: bool = False
     #: What a container may write to its overlay, 0 for no limit.
     quota_bytes: int = 0
+    #: Where labels may have writable layers lie.
+    active_roots: tuple[Path, ...] = ()
+    #: Where labels may have traces read and written. The default is the working directory of the original's tool.
+    trace_roots: tuple[Path, ...] = (Path("/tmp/ctr-record-trace"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +95,35 @@ class RemoteLayer:
     hot: bool = False
 
 
+def of_client(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels of a client, or of whoever speaks through it, without those that only this service gives."""
+    return {label: value for label, value in labels.items() if label not in _OWN_LABELS}
+
+
 def pull_target(labels: Mapping[str, str]) -> str:
     """Return the name a pull wants the layer committed under, or '' if this is no pull."""
     return labels.get(LABEL_TARGET, "")
+
+
+def is_proven(layer: RemoteLayer, labels: Mapping[str, str], below: Mapping[str, str] | None) -> bool:
+    """Return True if a pulled layer's digest alone proves the name that the layer is to be committed under.
+
+    containerd finds layers by chain ID, whatever image brought them: under the chain ID of another image's layer, a
+    hostile image would put its own files into that image's containers. A blob that is an uncompressed tar is its own
+    diff ID, so its digest and the chain ID below give the chain ID. ``below`` holds the labels of the parent, None
+    for a bottom layer.
+
+    A layer of another form (compressed, or turboOCI once that is served) proves nothing here: its diff ID is the
+    digest of bytes that are not at hand. A turboOCI layer's small blob has to be fetched whole and hashed for that,
+    here, before this may return True for it.
+    """
+    target = pull_target(labels)
+    if target.startswith(_CONVERTER_PREFIX):
+        return True
+    parent = "" if below is None else pull_target(below)
+    if below is not None and not is_digest(parent):
+        return False
+    return target == chain_id_over(parent, layer.digest)
 
 
 def wants_download(labels: Mapping[str, str]) -> bool:
@@ -96,7 +136,7 @@ def image_reference(labels: Mapping[str, str]) -> str:
     return labels.get(LABEL_CRI_IMAGE_REF) or labels.get(LABEL_IMAGE_REF, "")
 
 
-def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
+def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLayer | None:
     """Return the overlaybd layer that the labels of a pull describe, or None for one that must be downloaded.
 
     That is a plain layer, or one of which no label says what image, hence what registry, it is from. Raises
@@ -117,6 +157,8 @@ def remote_layer(labels: Mapping[str, str]) -> RemoteLayer | None:
     reference = _reference(labels)
     if reference is None:
         return None
+    if labels.get(BLOB_FS_TYPE):  # refused here, it keeps an image away that no container could start from
+        spec_of_label(labels[BLOB_FS_TYPE], options.default_fs)
     acceleration = labels.get(ACCELERATION_LAYER) == "yes"
     trace, hot = _trace(labels.get(TRACE_LABEL, "")), labels.get(HOT_LAYER) == "yes"
     return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, trace, hot)
@@ -131,7 +173,8 @@ def _trace(label: str) -> LowerConfig:
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions, image: Mapping[str, str] | None = None) -> FsSpec:
     """Return the file system of a snapshot's device, or of the ``image`` below it, by their labels."""
-    return FsSpec.parse(labels.get(BLOB_FS_TYPE) or (image or {}).get(BLOB_FS_TYPE) or options.default_fs)
+    text = labels.get(BLOB_FS_TYPE) or (image or {}).get(BLOB_FS_TYPE)
+    return spec_of_label(text, options.default_fs) if text else FsSpec.parse(options.default_fs)
 
 
 def remote_config(
@@ -194,14 +237,37 @@ def blobs_url(reference: Reference, options: ImageOptions) -> str:
 
 
 def _blob_size(text: str | None) -> int:
-    if text is None or not (text.isascii() and text.isdigit()) or not 0 < int(text[:20]) < _MAX_BLOB_SIZE:
-        raise InvalidArgumentError(f"label {BLOB_SIZE}: not a size in bytes (got {text!r})")
-    return int(text)
+    digits = text is not None and text.isascii() and text.isdigit() and len(text) <= _MAX_SIZE_DIGITS
+    if not digits or not 0 < int(text or "") < _MAX_BLOB_SIZE:
+        raise InvalidArgumentError(f"label {BLOB_SIZE}: not a size in bytes (got {(text or '')[:40]!r})")
+    return int(text or "")
 
 
+# containerd lets a layer's annotations pass for labels of the client. Of the two, only CRI's is set over whatever an
+# annotation says; credentials and requests go to the host that is named here.
 def _reference(labels: Mapping[str, str]) -> Reference | None:
-    text = labels.get(LABEL_IMAGE_REF) or labels.get(LABEL_CRI_IMAGE_REF, "")
+    named = {}
+    for label in (LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF):
+        text = labels.get(label)
+        if text:
+            named[label] = _parsed_reference(label, text)
+    references = list(named.values())
+    if len({reference.repo for reference in references}) > 1:
+        raise InvalidArgumentError(
+            f"label {LABEL_IMAGE_REF}: another repository than that of {LABEL_CRI_IMAGE_REF} "
+            f"(got {references[1].repo}, wanted {references[0].repo})"
+        )
+    return references[0] if references else None
+
+
+def _parsed_reference(label: str, text: str) -> Reference:
     try:
-        return Reference.parse(text) if text else None
+        reference = Reference.parse(text)
     except FormatError as error:
-        raise InvalidArgumentError(f"label {LABEL_IMAGE_REF} or {LABEL_CRI_IMAGE_REF}: {error}") from error
+        raise InvalidArgumentError(f"label {label}: {error}") from error
+    if is_link_local(reference.host):
+        raise InvalidArgumentError(
+            f"label {label}: a link-local address is no registry (got {reference.host!r}): services that hand out a "
+            "machine's credentials answer there"
+        )
+    return reference

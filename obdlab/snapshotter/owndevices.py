@@ -172,24 +172,19 @@ class OwnDevices:
         home = self._layout.directory(own_id)
         below = ImageConfig.load(self._layout.config(lower_ids[0])) if lower_ids else None
         if below is not None:
-            below = replace(below, record_trace_path=tracing.trace_path(labels))
+            below = replace(below, record_trace_path=tracing.trace_path(labels, self._options.trace_roots))
         size_gb = self._size_gb(labels, has_parent=below is not None)
-        upper = writable.upper_for(labels, home / "block", size_gb)
+        upper = writable.upper_for(labels, home / "block", size_gb, self._options.active_roots)
         block = self._layout.add_block(directory)
         # In its own place until the directory gets its name.
         data, index = (
             block / path.name if path.parent == home / "block" else path
             for path in (Path(upper.data), Path(upper.index))
         )
-        if writable.make_upper(
-            data,
-            index,
-            upper.vsize_gb,
-            sparse=self._options.sparse,
-            make_ext4=below is None and spec.made_here,
-        ):
-            writer.on_rollback(partial(data.unlink, missing_ok=True))
-            writer.on_rollback(partial(index.unlink, missing_ok=True))
+        make_ext4 = below is None and spec.made_here
+        writable.make_upper(data, index, upper.vsize_gb, sparse=self._options.sparse, make_ext4=make_ext4)
+        writer.on_rollback(partial(data.unlink, missing_ok=True))
+        writer.on_rollback(partial(index.unlink, missing_ok=True))
         WritableDevice(mode, upper).save(block / WRITABLE_NAME)
         overlaybd.writable_config(below, upper, home).save(block / CONFIG_NAME)
 

@@ -61,14 +61,18 @@ def parse_size(text: str) -> int:
 
 
 def quota_asked(labels: Mapping[str, str], default_bytes: int) -> int:
-    """Return the limit, in bytes, that a container's labels or else the configuration ask for; 0 for none."""
+    """Return the limit, in bytes, that a container's labels or the configuration ask for; 0 for none.
+
+    The smaller one counts: a label may be a pod's own word, and must not lift the limit of its host.
+    """
     text = labels.get(LABEL_QUOTA, "")
     if not text:
         return default_bytes
     try:
-        return parse_size(text)
+        asked = parse_size(text)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"label {LABEL_QUOTA}: {error}") from error
+    return min(asked, default_bytes) if default_bytes else asked
 
 
 class Quotas:

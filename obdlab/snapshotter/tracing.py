@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 from obdlab.image.config import ImageConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.hostpaths import allowed_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from obdlab.snapshotter.snapshots import Snapshots
     from obdlab.snapshotter.store import Snapshot
@@ -29,16 +31,20 @@ LABEL_RECORD = "containerd.io/snapshot/overlaybd/record-trace"
 LABEL_RECORD_PATH = "containerd.io/snapshot/overlaybd/record-trace-path"
 
 
-def trace_path(labels: Mapping[str, str]) -> str:
-    """Return the trace that a container's labels name, or ''. Raises InvalidArgumentError if it is not there."""
-    if labels.get(LABEL_RECORD) != "yes":
+def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
+    """Return the trace that a container's labels name, below one of ``roots``, or ''.
+
+    Raises InvalidArgumentError if it is elsewhere or not there.
+    """
+    text = labels.get(LABEL_RECORD_PATH, "")
+    if labels.get(LABEL_RECORD) != "yes" or not text:
         return ""
-    path = labels.get(LABEL_RECORD_PATH, "")
-    if path and not (os.path.isabs(path) and os.path.isfile(path)):
+    path = allowed_path(text, roots, LABEL_RECORD_PATH, "traceRoots")
+    if not path.is_file():
         raise InvalidArgumentError(
-            f"label {LABEL_RECORD_PATH}: no such file (got {path!r}, wanted the absolute path of an empty one)"
+            f"label {LABEL_RECORD_PATH}: no such file (got {text!r}, wanted the absolute path of an empty one)"
         )
-    return path
+    return str(path)
 
 
 def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
@@ -47,7 +53,7 @@ def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) 
     Without such labels, what an earlier container asked for is over. The caller holds the image's lock. Raises
     FailedPreconditionError if the reads of the container could not all be recorded.
     """
-    path = trace_path(labels)
+    path = trace_path(labels, snapshots.options.trace_roots)
     config_path = snapshots.layout.config(image.id)
     config = ImageConfig.load(config_path)
     if config.record_trace_path == path:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Self
 from obdlab.errors import ObdlabError
 from obdlab.image.config import UpperConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.hostpaths import allowed_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 LABEL_WRITABLE = "containerd.io/snapshot/overlaybd.writable"
 LABEL_ACTIVE_PATH = "containerd.io/snapshot/overlay.active.path"
@@ -86,15 +87,13 @@ class WritableDevice:
             os.fsync(file.fileno())
 
 
-def upper_for(labels: Mapping[str, str], block: Path, size_gb: int) -> UpperConfig:
+def upper_for(labels: Mapping[str, str], block: Path, size_gb: int, roots: Sequence[Path]) -> UpperConfig:
     """Return where the layer of a new snapshot goes, and the size of its disk, 0 meaning that of the layers below.
 
-    Raises InvalidArgumentError for a path that is not absolute.
+    A label may want it elsewhere than in ``block``, below one of ``roots``. Raises InvalidArgumentError for others.
     """
     place = labels.get(LABEL_ACTIVE_PATH, "")
-    if place and not os.path.isabs(place):
-        raise InvalidArgumentError(f"label {LABEL_ACTIVE_PATH}: not an absolute path (got {place!r})")
-    directory = Path(place) if place else block
+    directory = allowed_path(place, roots, LABEL_ACTIVE_PATH, "activePathRoots") if place else block
     return UpperConfig(str(directory / _INDEX), str(directory / _DATA), size_gb)
 
 
@@ -111,30 +110,32 @@ def size_gb(labels: Mapping[str, str]) -> int:
     return int(text)
 
 
-def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4: bool) -> bool:
-    """Make the files of an empty layer, with an empty ext4 in it if wanted; return False if they are there already.
+def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4: bool) -> None:
+    """Make the files of an empty layer, with an empty ext4 in it if wanted.
 
-    On failure nothing is left.
+    On failure nothing of this call is left. Raises FailedPreconditionError if a file is there already: it may be the
+    layer of another container, which must be neither shared nor deleted.
     """
-    if data.exists():
-        return False
     from obdlab.layers.append import AppendUpper
     from obdlab.layers.upper import SparseUpper
 
+    for path in (data, index):
+        if os.path.lexists(path):
+            raise FailedPreconditionError(f"{path}: exists already, it may be another container's writable layer")
     data.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    index.unlink(missing_ok=True)  # of a layer whose data is gone
+    # Neither takes or deletes a file that is there.
+    if sparse:
+        SparseUpper.create(data, size_gb * _GB, index_path=index).close()
+    else:
+        AppendUpper.create(data, index, size_gb * _GB).close()
+    if not make_ext4:
+        return
     try:
-        if sparse:
-            SparseUpper.create(data, size_gb * _GB, index_path=index).close()
-        else:
-            AppendUpper.create(data, index, size_gb * _GB).close()
-        if make_ext4:
-            _make_ext4(data, index)
+        _make_ext4(data, index)
     except BaseException:
         data.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
         raise
-    return True
 
 
 def _make_ext4(data: Path, index: Path) -> None:

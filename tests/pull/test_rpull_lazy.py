@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import time
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,21 @@ from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
 from obdlab.convert.traces import attach_trace
 from obdlab.errors import SourceError
-from obdlab.formats.oci import BLOB_DIGEST, BLOB_SIZE, OCI_LAYER, OVERLAYBD_VERSION, digest_of
+from obdlab.formats.oci import (
+    BLOB_DIGEST,
+    BLOB_SIZE,
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OVERLAYBD_VERSION,
+    TRACE_LABEL,
+    digest_of,
+)
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig
 from obdlab.image.settings import Settings
 from obdlab.pull.errors import PullError
 from obdlab.pull.rpull import PullResult, rpull
-from obdlab.pull.unpack import Outcome
+from obdlab.pull.unpack import CRI_IMAGE_LABEL, IMAGE_LABEL, Outcome
 from obdlab.registry.platforms import host_platform
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
@@ -118,6 +127,61 @@ def test_a_trace_that_refers_to_the_image_helps_its_starts(
         (1, ""),
         (2, digest_of(trace)),
     ]
+
+
+def test_a_hostile_image_does_not_get_the_name_of_another(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    """Its config lists the victim's diff IDs, over a layer of its own."""
+    good = overlaybd_layers()
+    data = good[0].data + bytes(1024)  # another blob, which opens as a layer all the same
+    notes = {BLOB_DIGEST: digest_of(data), BLOB_SIZE: str(len(data)), OVERLAYBD_VERSION: "0.1.0"}
+    for layers in (
+        [Layer(data, good[0].diff_id, OCI_LAYER, notes)],
+        [good[0], Layer(data, good[1].diff_id, OCI_LAYER, notes)],
+    ):
+        hostile, _ = push_image(registry, f"{registry_server.host}/lazy/hostile{len(layers)}", layers)
+        with pytest.raises(PullError, match=f"wanted diff ID {layers[-1].diff_id}"):
+            pull(containerd, registry, hostile)
+        assert containerd.snapshots(NAME).list() == []
+    victim, _ = push_image(registry, f"{registry_server.host}/lazy/victim", good)
+    assert pull(containerd, registry, victim).count(Outcome.LAZY) == 2
+    assert "ran" in run(host, victim, "victim", "echo ran", *SHELL)
+
+
+def test_a_layer_that_is_said_to_be_another_blob_is_refused(
+    containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    good = overlaybd_layers()[0]
+    for change in ({BLOB_DIGEST: "sha256:" + "1" * 64}, {BLOB_SIZE: str(len(good.data) + 512)}):
+        layers = [Layer(good.data, good.diff_id, OCI_LAYER, good.annotations | change)]
+        reference, _ = push_image(registry, f"{registry_server.host}/lazy/contradiction", layers)
+        with pytest.raises(PullError, match="is said to be another blob"):
+            pull(containerd, registry, reference)
+
+
+def test_a_compressed_layer_is_fetched_and_checked(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    """Its digest is not its diff ID, so nothing proves the name before the blob is there."""
+    good = overlaybd_layers()[0]
+    data = gzip.compress(good.data, 1, mtime=0)
+    notes = {BLOB_DIGEST: digest_of(data), BLOB_SIZE: str(len(data)), OVERLAYBD_VERSION: "0.1.0"}
+    layers = [Layer(data, good.diff_id, OCI_LAYER_GZIP, notes)]
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/compressed", layers)
+    assert pull(containerd, registry, reference).count(Outcome.UNPACKED) == 1
+    assert "ran" in run(host, reference, "compressed", "echo ran", *SHELL)
+
+
+def test_an_annotation_names_no_other_image(
+    host: ObdlabHost, containerd: Containerd, registry: RegistryClient, registry_server: RegistryServer
+) -> None:
+    good = overlaybd_layers()[0]
+    notes = dict.fromkeys((IMAGE_LABEL, CRI_IMAGE_LABEL), "127.0.0.1:1/other/image:1") | {TRACE_LABEL: "x,1"}
+    layers = [Layer(good.data, good.diff_id, OCI_LAYER, dict(good.annotations) | notes)]
+    reference, _ = push_image(registry, f"{registry_server.host}/lazy/renamed", layers)
+    assert pull(containerd, registry, reference).count(Outcome.LAZY) == 1
+    assert "ran" in run(host, reference, "renamed", "echo ran", *SHELL)
 
 
 def test_second_pull_changes_nothing(

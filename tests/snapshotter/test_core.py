@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DIGESTS = ["sha256:" + digit * 64 for digit in "123"]
+#: What containerd calls these layers, each upon the one before.
+CHAIN = oci.chain_ids(DIGESTS)
 
 
 def open_snapshotter(directory: Path) -> Snapshotter:
@@ -58,7 +60,7 @@ def snapshotter(tmp_path: Path) -> Iterator[Snapshotter]:
 
 def pull_labels(number: int = 0, image: str = "registry.test/a/b:tag", **more: str) -> dict[str, str]:
     return {
-        "containerd.io/snapshot.ref": f"chain{number}",
+        "containerd.io/snapshot.ref": CHAIN[number],
         "containerd.io/snapshot/image-ref": image,
         oci.BLOB_DIGEST: DIGESTS[number],
         oci.BLOB_SIZE: str(1000 + number),
@@ -67,7 +69,7 @@ def pull_labels(number: int = 0, image: str = "registry.test/a/b:tag", **more: s
 
 
 def pull(snapshotter: Snapshotter, number: int = 0, parent: str = "", **more: str) -> None:
-    with pytest.raises(AlreadyExistsError, match=f"chain{number}"):
+    with pytest.raises(AlreadyExistsError, match=CHAIN[number]):
         snapshotter.prepare(f"extract-{number}", parent, pull_labels(number, **more))
 
 
@@ -77,20 +79,20 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_pulled_layer_is_committed_at_once(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
-    snapshot = snapshotter.stat("chain0")
+    snapshot = snapshotter.stat(CHAIN[0])
     assert snapshot.kind is Kind.COMMITTED
     assert snapshot.labels == pull_labels() | {"containerd.io/snapshot/remote": "remote snapshot"}
     with pytest.raises(NotFoundError):
         snapshotter.stat("extract-0")
     # containerd finds it again with this filter.
-    found = snapshotter.walk(['labels."containerd.io/snapshot.ref"==chain0,parent==""'])
+    found = snapshotter.walk([f'labels."containerd.io/snapshot.ref"=={CHAIN[0]},parent==""'])
     assert found == [snapshot]
     assert (root(tmp_path) / "1" / "image_ref").read_text() == "registry.test/a/b:tag"
 
 
 def test_the_configuration_is_the_originals(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
-    pull(snapshotter, 1, "chain0")
+    pull(snapshotter, 1, CHAIN[0])
     path = root(tmp_path) / "2" / "block" / "config.v1.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert json.dumps(json.loads(path.read_bytes())) == json.dumps(
@@ -108,17 +110,17 @@ def test_the_configuration_is_the_originals(snapshotter: Snapshotter, tmp_path: 
 
 def test_an_acceleration_layer_is_marked_and_the_top(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
-    pull(snapshotter, 1, "chain0", **{oci.ACCELERATION_LAYER: "yes"})
+    pull(snapshotter, 1, CHAIN[0], **{oci.ACCELERATION_LAYER: "yes"})
     config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
     assert config.acceleration_layer
     assert [lower.digest for lower in config.lowers] == DIGESTS[:2]
     with pytest.raises(FailedPreconditionError, match="must be the top"):
-        snapshotter.prepare("extract", "chain1", pull_labels(2))
+        snapshotter.prepare("extract", CHAIN[1], pull_labels(2))
 
 
 def test_a_hot_layer_is_marked(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
-    pull(snapshotter, 1, "chain0", **{oci.HOT_LAYER: "yes"})
+    pull(snapshotter, 1, CHAIN[0], **{oci.HOT_LAYER: "yes"})
     config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
     assert [lower.hot for lower in config.lowers] == [False, True]
 
@@ -149,16 +151,16 @@ def test_the_kubelets_reference_serves_too(snapshotter: Snapshotter, tmp_path: P
 
 def test_a_pull_into_itself_is_refused(snapshotter: Snapshotter) -> None:
     with pytest.raises(InvalidArgumentError, match="another name"):
-        snapshotter.prepare("chain0", "", pull_labels())
+        snapshotter.prepare(CHAIN[0], "", pull_labels())
     assert snapshotter.walk() == []
 
 
 def test_an_image_is_pulled_again_after_all_of_it_was_removed(snapshotter: Snapshotter, tmp_path: Path) -> None:
     for _ in range(2):
         pull(snapshotter)
-        pull(snapshotter, 1, "chain0")
-        snapshotter.remove("chain1")
-        snapshotter.remove("chain0")
+        pull(snapshotter, 1, CHAIN[0])
+        snapshotter.remove(CHAIN[1])
+        snapshotter.remove(CHAIN[0])
         assert list(root(tmp_path).iterdir()) == []
     pull(snapshotter)
     assert [path.name for path in root(tmp_path).iterdir()] == ["5"]  # a number is given out once
@@ -178,7 +180,7 @@ def test_overlays_in_a_user_namespace() -> None:
 def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path: Path) -> None:
     pull(snapshotter)
     pull(snapshotter)
-    assert [snapshot.key for snapshot in snapshotter.walk()] == ["chain0"]
+    assert [snapshot.key for snapshot in snapshotter.walk()] == [CHAIN[0]]
     assert [path.name for path in root(tmp_path).iterdir()] == ["1"]
 
 
@@ -206,9 +208,9 @@ def test_what_cannot_be_served_is_refused(
 
 def test_an_overlaybd_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter, tmp_path: Path) -> None:
     snapshotter.prepare("key", "", {})
-    snapshotter.commit("plain", "key", {})
+    snapshotter.commit("plain", "key", {"containerd.io/snapshot.ref": CHAIN[0]})
     with pytest.raises(FailedPreconditionError, match="lies on"):
-        snapshotter.prepare("extract", "plain", pull_labels())
+        snapshotter.prepare("extract", "plain", pull_labels(1))
     assert [path.name for path in root(tmp_path).iterdir()] == ["1"]
     # The next snapshot is not in its way.
     pull(snapshotter)
@@ -222,17 +224,19 @@ def test_a_plain_layer_of_a_pull_is_unpacked(snapshotter: Snapshotter) -> None:
 ZFILE_MAGIC = bytes.fromhex("5a46696c65000100") + b"tuji.yyf@Alibaba"
 
 
-def downloaded(snapshotter: Snapshotter, tmp_path: Path, name: str, parent: str = "", data: bytes = b"") -> Path:
+def downloaded(
+    snapshotter: Snapshotter, tmp_path: Path, name: str, parent: str = "", data: bytes = b"", chain: str = ""
+) -> Path:
     """Do as a client does that knows nothing of overlaybd; return the layer's directory."""
     snapshotter.prepare(f"extract {name}", parent, {})
     directory = max(root(tmp_path).iterdir(), key=lambda path: int(path.name))
     (directory / "fs" / "overlaybd.commit").write_bytes(data or ZFILE_MAGIC)
-    snapshotter.commit(name, f"extract {name}", {})
+    snapshotter.commit(name, f"extract {name}", {"containerd.io/snapshot.ref": chain})
     return directory
 
 
 def test_a_downloaded_layer_becomes_part_of_the_device(snapshotter: Snapshotter, tmp_path: Path) -> None:
-    directory = downloaded(snapshotter, tmp_path, "one")
+    directory = downloaded(snapshotter, tmp_path, "one", chain=CHAIN[0])
     config = ImageConfig.load(directory / "block" / "config.v1.json")
     assert [lower.to_json() for lower in config.lowers] == [{"dir": f"{directory}/fs"}]
     pull(snapshotter, 1, "one")
@@ -343,7 +347,7 @@ STEPS = ["os.mkdir", "os.chmod", "os.rename", "os.replace", "os.rmdir", "os.unli
 KILLED = textwrap.dedent("""
     import os, sys
     from pathlib import Path
-    from tests.snapshotter.test_core import open_snapshotter, pull_labels
+    from tests.snapshotter.test_core import CHAIN, open_snapshotter, pull_labels
     import obdlab.snapshotter.store as store
 
     step, count, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -378,11 +382,11 @@ KILLED = textwrap.dedent("""
     snapshotter.prepare("new", "base", {})
     snapshotter.commit("committed", "new", {})
     try:
-        snapshotter.prepare("extract", "", pull_labels(1))
+        snapshotter.prepare("extract", "", pull_labels())
     except store.AlreadyExistsError:
         pass
     snapshotter.remove("committed")
-    snapshotter.remove("chain1")
+    snapshotter.remove(CHAIN[0])
     snapshotter.remove("old")
 """)
 
@@ -420,13 +424,13 @@ def check_consistent(directory: Path) -> None:
     snapshots = snapshotter.walk()
     keys = {snapshot.key for snapshot in snapshots}
     assert "base" in keys
-    assert keys <= {"base", "old", "new", "committed", "chain1"}
+    assert keys <= {"base", "old", "new", "committed", CHAIN[0]}
     assert not {"new", "committed"} <= keys
     directories = {path.name for path in root(directory).iterdir()}
     assert directories == {str(snapshot.id) for snapshot in snapshots}
     for snapshot in snapshots:
         assert (root(directory) / str(snapshot.id) / "fs").is_dir()
-        if snapshot.key == "chain1":
+        if snapshot.key == CHAIN[1]:
             ImageConfig.load(root(directory) / str(snapshot.id) / "block" / "config.v1.json")
     snapshotter.prepare("works", "base", {})
     snapshotter.close()

@@ -47,7 +47,7 @@ def no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_devices")
 def test_without_devices_the_files_are_unpacked(root: Root, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = fallbacks(fallback.NO_DEVICES)
-    with root.opened() as snapshotter:
+    with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
         (root.home(1) / "block/unpacked.new/left/by/a/kill").mkdir(parents=True)
         mounts = snapshotter.prepare("one", image, {LABEL_WRITABLE: "dir"})
@@ -126,7 +126,7 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
         registry.always(whole)
         digest = registry.add_blob(layer)
         labels = {
-            "containerd.io/snapshot.ref": "chain",
+            "containerd.io/snapshot.ref": digest,
             "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
             oci.BLOB_DIGEST: digest,
             oci.BLOB_SIZE: str(len(layer)),
@@ -134,10 +134,10 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
         with pytest.raises(AlreadyExistsError):
             snapshotter.prepare("extract", "", labels)
         (root.home(1) / "fs/.overlaybd.commit.new").write_text("left by a kill")
-        with mounted(snapshotter.prepare("one", "chain", {}), tmp_path / "rootfs") as rootfs:
+        with mounted(snapshotter.prepare("one", digest, {}), tmp_path / "rootfs") as rootfs:
             assert (rootfs / "noise").read_bytes() == noise
         assert (root.home(1) / "fs/overlaybd.commit").read_bytes() == layer
-        assert snapshotter.stat("chain").labels[LABEL_FALLBACK] == fallback.NO_RANGES
+        assert snapshotter.stat(digest).labels[LABEL_FALLBACK] == fallback.NO_RANGES
         assert fallbacks(fallback.NO_RANGES) == before + 1
         assert "its blobs are fetched whole" in caplog.text
         asked = len(registry.blob_requests())
@@ -160,16 +160,17 @@ def test_wrong_bytes_are_not_kept(root: Root, large_layer: tuple[bytes, bytes]) 
 
     with faulty_registry() as registry, root.opened() as snapshotter:
         registry.always(wrong)
+        digest = registry.add_blob(layer)
         labels = {
-            "containerd.io/snapshot.ref": "chain",
+            "containerd.io/snapshot.ref": digest,
             "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
-            oci.BLOB_DIGEST: registry.add_blob(layer),
+            oci.BLOB_DIGEST: digest,
             oci.BLOB_SIZE: str(len(layer)),
         }
         with pytest.raises(AlreadyExistsError):
             snapshotter.prepare("extract", "", labels)
         with pytest.raises(ObdlabError, match="wrong content"):
-            snapshotter.prepare("one", "chain", {})
+            snapshotter.prepare("one", digest, {})
         assert os.listdir(root.home(1) / "fs") == []
 
 

@@ -13,7 +13,7 @@ from obdlab.image.config import ImageConfig
 from obdlab.snapshotter.errors import NotFoundError
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from tests.snapshotter.mounting import mounted
-from tests.snapshotter.test_core import DIGESTS, downloaded, open_snapshotter, pull
+from tests.snapshotter.test_core import CHAIN, DIGESTS, downloaded, open_snapshotter, pull
 from tests.snapshotter.test_writable import SMALL, Root, golden, root
 
 __all__ = ["root"]
@@ -29,7 +29,7 @@ def home(tmp_path: Path) -> Path:
     snapshotter.commit("upper", "key", {})
     snapshotter.prepare("container", "upper", {})
     pull(snapshotter)
-    pull(snapshotter, 1, "chain0")
+    pull(snapshotter, 1, CHAIN[0])
     snapshotter.close()
     return tmp_path / "root"
 
@@ -107,7 +107,7 @@ def test_what_is_lost_is_forgotten_with_all_above(
     assert "snapshots/2 is gone; remedy: forget it" in lines[0]
     assert fsck(home, capsys, "--repair")[0] == 0
     snapshotter = open_snapshotter(tmp_path)
-    assert {snapshot.key for snapshot in snapshotter.walk()} == {"plain", "chain0", "chain1"}
+    assert {snapshot.key for snapshot in snapshotter.walk()} == {"plain", *CHAIN[:2]}
     assert sorted(path.name for path in (home / "snapshots").iterdir()) == ["1", "4", "5"]
     with pytest.raises(NotFoundError):
         snapshotter.stat("container")

@@ -30,7 +30,7 @@ from tests.registry.server import RegistryServer, registry_server, running_regis
 from tests.service.killing import kill_for_good
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted
-from tests.snapshotter.test_core import pull_labels
+from tests.snapshotter.test_core import DIGESTS, pull_labels
 from tests.snapshotter.wire import WireSnapshotter
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ def test_a_failure_is_shared_by_all_who_waited(host: ObdlabHost, wire: WireSnaps
 
     def start(number: int) -> str:
         with pytest.raises(ObdlabError) as caught:
-            wire.prepare(f"c{number}", "chain0", {})
+            wire.prepare(f"c{number}", DIGESTS[0], {})
         return str(caught.value)
 
     wait_for(lambda: SlowRegistry.asked != [])  # the pull's own attempt, which goes on behind it
@@ -399,7 +399,7 @@ def test_a_kill_at_any_moment_of_an_attach(host: ObdlabHost, wire: WireSnapshott
 
 def test_a_failed_mount_takes_its_device_away(host: ObdlabHost, registry_server: RegistryServer) -> None:
     layers, annotations = imagefiles.golden_layers()
-    annotations[1]["containerd.io/snapshot/overlaybd/blob-fs-type"] = "ext4;nosuchoption"
+    annotations[1]["containerd.io/snapshot/overlaybd/blob-fs-type"] = "ext4;nouuid"
     documents = imagefiles.image_documents(layers, annotations, compress=False)
     image = imagefiles.push(registry_server.host, "snapshotter/options", *documents)
     host.rpull(image)
@@ -413,14 +413,14 @@ def test_the_command_ends_while_a_registry_does_not_answer(host: ObdlabHost, wir
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
         with pytest.raises(AlreadyExistsError):
             wire.prepare("extract", "", pull_labels(image=f"127.0.0.1:{silent.getsockname()[1]}/a/b:1"))
-        waiting = pool.submit(wire.prepare, "container", "chain0", {})
+        waiting = pool.submit(wire.prepare, "container", DIGESTS[0], {})
         silent.accept()[0].close()
         assert not waiting.done()
         assert host.snapshotter.stop() == 0
         with pytest.raises(ObdlabError):
             waiting.result()
     host.snapshotter.start()
-    assert [snapshot.key for snapshot in host_snapshots(host)] == ["chain0"]
+    assert [snapshot.key for snapshot in host_snapshots(host)] == [DIGESTS[0]]
     # The attach itself would go on to its deadline, in the device host.
     for process in Path("/proc").glob("[0-9]*"):
         if str(host.snapshotter.run_dir) in _command_line(process):

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
     from obdlab.snapshotter.store import Snapshot
 
-NAMES = st.sampled_from(["a", "b", "c", "d e", "/ü:1", "x" * 300])
+# Layers may be pulled under any name that the original's converter could have given.
+_PULLED = ["overlaybd-conv-a", "overlaybd-conv-b c"]
+PULLED = st.sampled_from(_PULLED)
+NAMES = st.sampled_from(["a", "b", "/ü:1", "x" * 300, *_PULLED])
 LABELS = st.dictionaries(st.sampled_from(["one", "two.b/c", "ü"]), st.sampled_from(["", "1", "v" * 50]), max_size=3)
 PATHS = st.lists(st.sampled_from(["labels", "labels.one", "labels.two.b/c", "labels.ü"]), max_size=2)
 MODES = st.sampled_from([Kind.ACTIVE, Kind.VIEW])
@@ -206,7 +209,7 @@ class OurService(Calls):
         end_hosts(self.process.run_dir)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    @rule(key=NAMES, name=NAMES, parent=st.one_of(st.just(""), NAMES))
+    @rule(key=NAMES, name=PULLED, parent=st.one_of(st.just(""), NAMES))
     def pull(self, key: str, name: str, parent: str) -> None:
         """A layer that stays in its registry; only on others of its kind, or on nothing."""
         below = self.model.get(parent)

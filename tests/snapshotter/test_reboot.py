@@ -30,10 +30,13 @@ __all__ = ["root"]
 pytestmark = [pytest.mark.kernel, pytest.mark.registry]
 
 
+ONE, TWO = oci.chain_ids([layer[oci.BLOB_DIGEST] for layer in imagefiles.golden_layers()[1]])
+
+
 def pull(snapshotter: Snapshotter, image: str) -> None:
-    """Have the golden image's layers as snapshots "one" and "two"."""
+    """Have the golden image's layers as snapshots ONE and TWO."""
     _, annotations = imagefiles.golden_layers()
-    for name, parent, layer in zip(("one", "two"), ("", "one"), annotations, strict=True):
+    for name, parent, layer in zip((ONE, TWO), ("", ONE), annotations, strict=True):
         labels = {"containerd.io/snapshot.ref": name, "containerd.io/snapshot/image-ref": image, **layer}
         assert oci.BLOB_DIGEST in labels
         with pytest.raises(AlreadyExistsError):
@@ -48,10 +51,10 @@ def test_what_is_cached_runs_without_the_registry(root: Root, tmp_path: Path) ->
     with running_registry(tmp_path / "registry") as server, root.opened() as snapshotter:
         documents = imagefiles.image_documents(layers, annotations, compress=False)
         pull(snapshotter, imagefiles.push(server.host, "reboot/golden", *documents))
-        with mounted(snapshotter.prepare("read", "two", {}), tmp_path / "rootfs") as rootfs:
+        with mounted(snapshotter.prepare("read", TWO, {}), tmp_path / "rootfs") as rootfs:
             wanted = hashlib.sha256((rootfs / "big").read_bytes()).hexdigest()
             names = sorted(path.name for path in rootfs.iterdir())
-        with mounted(snapshotter.prepare("own", "two", {LABEL_WRITABLE: "dir"}), tmp_path / "rootfs") as rootfs:
+        with mounted(snapshotter.prepare("own", TWO, {LABEL_WRITABLE: "dir"}), tmp_path / "rootfs") as rootfs:
             (rootfs / "new").write_text("kept")
         snapshotter.prepare("plain", "", {})
     root.lose_mounts()
@@ -71,6 +74,6 @@ def test_what_is_cached_runs_without_the_registry(root: Root, tmp_path: Path) ->
         # Others do not wait for it, and nothing of the attempt stays.
         assert snapshotter.mounts("plain")[0].type == "bind"
         assert root.devices.list() == []
-        assert {snapshot.key for snapshot in snapshotter.walk()} == {"one", "two", "read", "own", "plain"}
-        for key in ("read", "own", "two", "one"):
+        assert {snapshot.key for snapshot in snapshotter.walk()} == {ONE, TWO, "read", "own", "plain"}
+        for key in ("read", "own", TWO, ONE):
             snapshotter.remove(key)

@@ -36,7 +36,7 @@ def until_written(path: Path) -> Trace:
 
 def test_the_reads_of_a_container_are_recorded(root: Root, tmp_path: Path) -> None:
     path, lock = tmp_path / "trace", tmp_path / "trace.lock"
-    with root.opened() as snapshotter:
+    with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
         snapshotter.prepare("before", image, {})
         snapshotter.remove("before")  # its device is still there, with what it has cached
@@ -58,7 +58,7 @@ def test_the_reads_of_a_container_are_recorded(root: Root, tmp_path: Path) -> No
 
 
 def test_a_recording_wants_the_image_for_itself(root: Root, tmp_path: Path) -> None:
-    with root.opened() as snapshotter:
+    with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
         snapshotter.prepare("other", image, {})
         with pytest.raises(FailedPreconditionError, match="no other container"):
@@ -73,7 +73,7 @@ def test_a_recording_wants_the_image_for_itself(root: Root, tmp_path: Path) -> N
 
 def test_a_device_of_its_own_records_too(root: Root, tmp_path: Path) -> None:
     path = tmp_path / "trace"
-    with root.opened() as snapshotter:
+    with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
         labels = {LABEL_WRITABLE: "dir", **record(path)}
         with mounted(snapshotter.prepare("one", image, labels), tmp_path / "rootfs") as rootfs:
@@ -85,13 +85,15 @@ def test_a_device_of_its_own_records_too(root: Root, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/nonexistent/trace", *(pytest.param(text, marks=pytest.mark.slow) for text in ("relative", "/"))]
+    "text", ["{}/nonexistent/trace", *(pytest.param(text, marks=pytest.mark.slow) for text in ("relative", "/"))]
 )
-def test_traces_that_are_not_there_are_refused(root: Root, text: str) -> None:
-    with root.opened() as snapshotter:
+def test_traces_that_are_not_there_are_refused(root: Root, tmp_path: Path, text: str) -> None:
+    with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
         for more in ({}, {LABEL_WRITABLE: "dir"}):
             with pytest.raises(InvalidArgumentError, match="record-trace-path"):
-                snapshotter.prepare("one", image, {LABEL_RECORD: "yes", LABEL_RECORD_PATH: text} | more)
+                snapshotter.prepare(
+                    "one", image, {LABEL_RECORD: "yes", LABEL_RECORD_PATH: text.format(tmp_path)} | more
+                )
         assert [snapshot.key for snapshot in snapshotter.walk()] == [image]
         snapshotter.prepare("one", image, {LABEL_RECORD: "no", LABEL_RECORD_PATH: text})
