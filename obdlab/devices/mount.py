@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 
-from obdlab.devices import abi
+from obdlab.devices import abi, superblock
 from obdlab.errors import DeviceError
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -36,6 +36,11 @@ _FLAGS = {
     "strictatime": 1 << 24,
     "lazytime": 1 << 25,
 }
+#: Of images beside the host's own files: nodev, nosuid. An overlay over such a mount has neither.
+MS_IMAGE = _FLAGS["nodev"] | _FLAGS["nosuid"]
+#: What an ext4 does that meets an error.
+ERRORS = "errors=remount-ro"
+_SKIP_LOG = ("noload", "norecovery")
 # What mount(2) says of a device that cannot be written to, where writing was asked for.
 _READ_ONLY = (errno.EACCES, errno.EROFS)
 #: All that is needed to tell file systems apart lies before.
@@ -134,7 +139,8 @@ def _resolved(target: Path) -> Path:
 def detect_fs(device: Path) -> tuple[str, bool]:
     """Return the type of the device's file system (ext4, erofs or xfs) and whether its journal wants replaying.
 
-    Raises DeviceError if the superblock cannot be read or is of no known kind.
+    Raises DeviceError if the superblock cannot be read, is of no known kind, or has what the kernel must not be asked
+    to read from a stranger (:mod:`obdlab.devices.superblock`): every file system is looked at here before its mount.
     """
     try:
         with device.open("rb", buffering=0) as stream:
@@ -144,6 +150,9 @@ def detect_fs(device: Path) -> tuple[str, bool]:
     kind = kind_of(head)
     if not kind:
         raise DeviceError(f"{device}: no ext4, erofs or xfs file system in it (no superblock of theirs found)")
+    trouble = superblock.trouble_of(kind, head)
+    if trouble:
+        raise DeviceError(f"{device}: {kind} is not given to the kernel: it has {trouble}")
     wants_replay = kind == "ext4" and bool(_U32.unpack_from(head, _EXT4_INCOMPAT_AT)[0] & _EXT4_NEEDS_RECOVERY)
     return kind, wants_replay
 
@@ -171,24 +180,30 @@ def mount(
 ) -> str:
     """Mount the device's file system on ``target``, which must exist; return the type of the file system.
 
-    The type is detected unless given. A read-only ext4 whose journal was not replayed is mounted with ``noload``,
-    a read-only xfs with ``norecovery``. An ext4 that meets an error goes read-only, whatever it or ``options`` ask
-    for: an image must not be able to choose the kernel's panic. A device that is busy for a moment is tried ``tries``
-    times. Raises DeviceError.
+    The type is detected unless given. On a read-only device, an ext4 whose journal was not replayed is mounted with
+    ``noload``, an xfs with ``norecovery``; on others neither is, also if ``options`` name it: the skipped log would
+    be replayed later, over newer blocks. An ext4 that meets an error goes read-only, whatever it or
+    ``options`` ask for: an image must not be able to choose the kernel's panic. What is mounted ``read_only`` is an
+    image beside the host's own files, for an overlay or to look at: nothing in it is a device or runs as its owner. A
+    device that is busy for a moment is tried ``tries`` times. Raises DeviceError, also for an EROFS that is to be
+    written to.
     """
     detected, needs_recovery = detect_fs(device)
     fs_type = fs_type or detected
-    words = options.split(",") if options else []
+    if fs_type == "erofs" and not read_only:
+        raise DeviceError(f"{device}: EROFS cannot be written to (wanted an image of another file system)")
+    skips_log = read_only and _is_read_only(device)
+    words = [word for word in options.split(",") if word and word not in _SKIP_LOG]
     extra = [word for word in words if word not in _FLAGS]
     for word in words:
         flags |= _FLAGS.get(word, 0)
-    if read_only and fs_type == "ext4" and needs_recovery:
+    if skips_log and fs_type == "ext4" and needs_recovery:
         extra.append("noload")
     if fs_type == "ext4":
-        extra.append("errors=remount-ro")  # the last one counts
+        extra.append(ERRORS)  # the last one counts
     if read_only and fs_type == "xfs":
-        extra.append("norecovery,nouuid")
-    all_flags = flags | (abi.MS_RDONLY if read_only else 0)
+        extra.append("norecovery,nouuid" if skips_log else "nouuid")
+    all_flags = flags | (abi.MS_RDONLY | MS_IMAGE if read_only else 0)
     for attempt in range(1, tries + 1):
         try:
             abi.mount(str(device), target, fs_type, all_flags, ",".join(extra))
@@ -200,6 +215,16 @@ def mount(
         else:
             break
     return fs_type
+
+
+def _is_read_only(device: Path) -> bool:
+    try:
+        number = os.stat(device).st_rdev
+        return (
+            not number or Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/ro").read_text().strip() == "1"
+        )
+    except OSError:
+        return False
 
 
 def bind(source: Path, target: Path, *, read_only: bool) -> None:

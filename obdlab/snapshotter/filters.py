@@ -8,15 +8,17 @@ A filter is a comma-separated list of selectors that must all hold; several filt
     value     := quoted | anything up to a comma or a blank
 
 A selector without operator asks whether the field is there. ``~=`` searches a regular expression, whose quotes may
-also be ``/`` or ``|``. Fields of a snapshot: ``name``, ``parent``, ``kind`` and ``labels.<key>``; keys with dots are
-quoted, ``labels."a.b"``. (containerd, package filters.)
+also be ``/`` or ``|``; it is an RE2 one, as in Go, so patterns take linear time. Fields of a snapshot are
+``name``, ``parent``, ``kind`` and ``labels.<key>``; keys with dots are quoted, ``labels."a.b"``. (containerd, package
+filters.)
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from obdlab.snapshotter.errors import InvalidArgumentError
 
@@ -33,6 +35,21 @@ _SIMPLE_ESCAPES = {
     "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"', "'": "'",
 }  # fmt: skip
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
+# One call asks for some tens of bytes. All of it holds the interpreter, and other calls with it.
+_MAX_TEXT = 64 << 10
+_MAX_SELECTORS = 1000
+_MAX_PATTERN_MEMORY = 1 << 20
+
+
+# Late, because few filters have a pattern, and it takes 2.4 MiB.
+@cache
+def _engine() -> tuple[Any, Any]:
+    import re2
+
+    options = re2.Options()
+    options.max_mem = _MAX_PATTERN_MEMORY
+    options.log_errors = False
+    return re2, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,7 @@ class Selector:
     path: tuple[str, ...]
     operator: str
     value: str
-    pattern: re.Pattern[str] | None = None
+    pattern: Any = None
 
     def matches(self, snapshot: Snapshot) -> bool:
         """Return whether the snapshot meets the condition."""
@@ -59,7 +76,12 @@ class Selector:
 
 def compile_filters(filters: Sequence[str]) -> Callable[[Snapshot], bool]:
     """Return the predicate of these filters; none at all matches everything. Raises InvalidArgumentError."""
+    if sum(map(len, filters)) > _MAX_TEXT:
+        raise InvalidArgumentError(f"filters: too long (got {sum(map(len, filters))}, wanted at most {_MAX_TEXT})")
     alternatives = [parse_filter(text) for text in filters]
+    count = sum(max(1, len(selectors)) for selectors in alternatives)
+    if count > _MAX_SELECTORS:
+        raise InvalidArgumentError(f"filters: too many conditions (got {count}, wanted at most {_MAX_SELECTORS})")
     if not alternatives:
         return lambda snapshot: True
     return lambda snapshot: any(all(s.matches(snapshot) for s in selectors) for selectors in alternatives)
@@ -173,11 +195,13 @@ class _Parser:
         self._at += count
         return text
 
-    def _pattern(self, value: str) -> re.Pattern[str]:
+    def _pattern(self, value: str) -> Any:
+        re2, options = _engine()
         try:
-            return re.compile(value)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InvalidArgumentError(f"filter {self._text!r}: bad regular expression ({error})") from error
+            return re2.compile(value, options)
+        except re2.error as error:
+            cause = error.args[0].decode(errors="replace") if error.args else "no reason given"
+            raise InvalidArgumentError(f"filter {self._text!r}: bad regular expression ({cause})") from error
 
     def _peek(self) -> str:
         self._take(_BLANKS)

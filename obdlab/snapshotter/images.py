@@ -130,7 +130,7 @@ class ImageDevices:
         if _identity(target) != _identity(unpacked):
             try:
                 abi.mount(str(unpacked), target, "", _MS_BIND, "")
-                abi.mount(str(unpacked), target, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY, "")
+                abi.mount(str(unpacked), target, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | mount.MS_IMAGE, "")
             except OSError as error:
                 _unmount_all(target)
                 raise DeviceError(f"{target}: cannot be mounted from {unpacked} ({error.strerror})") from error

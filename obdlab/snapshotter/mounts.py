@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.devices.mount import ERRORS
 from obdlab.snapshotter.store import Kind
 from obdlab.snapshotter.writable import Mode
 
@@ -64,7 +65,9 @@ def snapshot_mounts(
 def device_mounts(mode: Mode, mountpoint: Path, device: Path, fs_type: str) -> list[Mount]:
     """Return how to mount a snapshot that writes to a device of its own."""
     if mode is Mode.DEV:
-        return [Mount(fs_type, str(device), ("rw", "discard"))]
+        # An image must not be able to choose the kernel's panic.
+        errors = (ERRORS,) if fs_type == "ext4" else ()
+        return [Mount(fs_type, str(device), ("rw", "discard", *errors))]
     return [_bind(mountpoint, "rw")]
 
 

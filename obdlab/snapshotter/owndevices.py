@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig, UpperConfig
 from obdlab.snapshotter import fallback, overlaybd, tracing, writable
@@ -101,7 +102,11 @@ class OwnDevices:
             if device is None:
                 raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")
             path = self._images.mount(snapshot.id, spec, asked_s, device.mode, make=make)
-            return device_mounts(device.mode, self._layout.mountpoint(snapshot.id), path, spec.fs_type)
+            # The client mounts what is handed over, so it is looked at here, each time: its user may have changed it.
+            fs_type = mount.detect_fs(path)[0] if device.mode is Mode.DEV else spec.fs_type
+            if fs_type == "erofs":
+                raise FailedPreconditionError(f"snapshot {snapshot.key!r}: its image is EROFS, which is only read")
+            return device_mounts(device.mode, self._layout.mountpoint(snapshot.id), path, fs_type)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], own_id: int) -> None:
         """Take the device away and make its layer the top of a new image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,5 +193,64 @@ def test_no_image_can_ask_for_a_panic(tmp_path: Path, target: Path, read_only: b
         assert "errors=remount-ro" in entry.super_options.split(",")
         assert "panic" not in entry.super_options
         mount.unmount(target)
+    finally:
+        loop.detach(device, label=LABEL)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("read_only_device", [True, False])
+def test_logs_are_skipped_only_where_nothing_can_be_written(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, read_only_device: bool
+) -> None:
+    """Skipped on a device that can, a log would later be replayed over newer blocks."""
+    file = image(tmp_path / "dirty", "mkfs.ext4", "-q", "-O", "^metadata_csum,uninit_bg")
+    with file.open("r+b") as stream:  # needs_recovery
+        stream.seek(1024 + 0x60)
+        features = stream.read(1)[0]
+        stream.seek(1024 + 0x60)
+        stream.write(bytes([features | 4]))
+    device = attach(file, read_only=read_only_device)
+    asked: list[str] = []
+    real = abi.mount
+
+    def mounting(source: str, place: Path, fs_type: str, flags: int, options: str) -> None:
+        asked.append(options)
+        real(source, place, fs_type, flags, options)
+
+    monkeypatch.setattr(mount.abi, "mount", mounting)
+    try:
+        mount.mount(device, target, read_only=True, options="noload,norecovery")
+        assert ("noload" in asked[0].split(",")) == read_only_device
+        assert "norecovery" not in asked[0]
+        mount.unmount(target)
+    finally:
+        loop.detach(device, label=LABEL)
+
+
+@pytest.mark.kernel
+def test_an_image_beside_the_hosts_files_has_no_devices_and_owners(ext4: Path, target: Path) -> None:
+    def flags() -> set[str]:
+        line = next(
+            line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "mount\\040point" in line
+        )
+        return set(line.split(" ")[5].split(","))
+
+    mount.mount(ext4, target, read_only=True)
+    assert flags() >= {"ro", "nosuid", "nodev"}
+    mount.unmount(target)
+    mount.mount(ext4, target, read_only=False)  # a container's own root file system
+    assert not flags() & {"ro", "nosuid", "nodev"}
+
+
+@pytest.mark.kernel
+def test_erofs_is_not_mounted_for_writing(tmp_path: Path, target: Path) -> None:
+    if shutil.which("mkfs.erofs") is None:
+        pytest.skip("mkfs.erofs is not installed")
+    (tmp_path / "tree").mkdir()
+    subprocess.run(["mkfs.erofs", "--quiet", tmp_path / "erofs", tmp_path / "tree"], check=True, timeout=60)
+    device = attach(tmp_path / "erofs", read_only=False)
+    try:
+        with pytest.raises(DeviceError, match="cannot be written to"):
+            mount.mount(device, target, read_only=False)
     finally:
         loop.detach(device, label=LABEL)

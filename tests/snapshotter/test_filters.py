@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -109,3 +110,41 @@ def test_nonsense_is_refused_not_crashed_on(text: str) -> None:
         return
     for selector in selectors:
         selector.matches(SAMPLE)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^(a+)+$", "(a*)*b", "(a|a)*$", "^(([a-z])+.)+[A-Z]([a-z])+$", "(.*){20}c", "(x+x+)+y"]
+)
+def test_no_pattern_takes_its_time(pattern: str) -> None:
+    """Backtracking, each of these is exponential in the label's length, and no other call is answered meanwhile."""
+    matches = compile_filters([f"labels.long~=/{pattern}/"])
+    for text in ("a" * 50_000 + "!", "x" * 50_000):
+        began = time.process_time()
+        matches(snapshot(long=text))
+        assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?=a)", r"(a)\\1", "((a{100}){100}){100}", "((((((x{9}){9}){9}){9}){9}){9})", "(" * 5000, "[z-a]"]
+)
+def test_patterns_that_are_not_gos(pattern: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="bad regular expression"):
+        compile_filters([f'name~="{pattern}"'])
+
+
+def test_gos_patterns() -> None:
+    for pattern, text in (
+        (r"(?i)^ABC$", "abc"),
+        (r"^\pL+$", "äbc"),
+        (r"(?P<name>b)", "abc"),
+        (r"\Ab\z", "b"),
+        ("^a.c$", "aüc"),
+    ):
+        assert compile_filters([f"labels.x~=/{pattern}/"])(snapshot(x=text)), pattern
+
+
+def test_filters_have_bounds() -> None:
+    for filters in (["name"] * 1001, [",".join(["name"] * 1001)], ["name==" + "x" * 70_000], [""] * 1001):
+        with pytest.raises(InvalidArgumentError, match=r"too (long|many)"):
+            compile_filters(filters)
+    assert compile_filters(["name"] * 1000)(SAMPLE)

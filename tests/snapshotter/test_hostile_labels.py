@@ -236,7 +236,7 @@ def test_sizes_that_are_none(snapshotter: Snapshotter, size: str) -> None:
 
 # -- paths of the host ---------------------------------------------------------------------------------------------
 
-OWN = {LABEL_WRITABLE: "dev", LABEL_VSIZE: "1"}
+OWN = {LABEL_WRITABLE: "dir", LABEL_VSIZE: "1"}
 
 
 def test_a_writable_layer_lies_where_the_settings_allow(tmp_path: Path) -> None:

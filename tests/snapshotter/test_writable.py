@@ -160,7 +160,7 @@ def test_a_device_is_handed_over(root: Root, tmp_path: Path) -> None:
     with root.opened() as snapshotter:
         image = golden(snapshotter, root)
         (made,) = snapshotter.prepare("one", image, {LABEL_WRITABLE: "dev"})
-        assert (made.type, made.options) == ("ext4", ("rw", "discard"))
+        assert (made.type, made.options) == ("ext4", ("rw", "discard", "errors=remount-ro"))
         assert (root.home(2) / "block/backstore_mark").read_text() == made.source
         target = tmp_path / "elsewhere"
         target.mkdir()
