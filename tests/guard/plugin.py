@@ -8,6 +8,7 @@ there at the end are reported and fail the run. A process beside pytest (watcher
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -32,7 +33,7 @@ PREFIX = "obdt-"
 GRACE_S = 90.0
 # Processes that are about to end by themselves at the end of a run.
 _END_S = 15.0
-_KEPT = "kept"
+_LOCK = "lock"
 _STACKS = pytest.StashKey[str]()
 _FAILED = pytest.StashKey[bool]()
 _GUARD = pytest.StashKey["Guard"]()
@@ -43,7 +44,11 @@ class Guard:
 
     def __init__(self, config: pytest.Config) -> None:
         self.worker = str(getattr(config, "workerinput", {}).get("workerid", ""))
-        self.base = Path(os.environ[VARIABLE]) if self.worker else _make_base()
+        self._lock = -1
+        if self.worker:
+            self.base = Path(os.environ[VARIABLE])
+        else:
+            self.base, self._lock = _make_base()
         temporary = self.base / f"d{self.worker}"
         temporary.mkdir()
         temporary.chmod(0o1777)  # as /tmp: servers of shared databases are other users
@@ -56,6 +61,7 @@ class Guard:
         os.environ[VARIABLE] = self.territory.marker
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         self.left: list[str] = []
+        self._is_kept = False
         self._watcher: IO[bytes] = watcher.start(self.territory)
         self._stderr = os.dup(2)  # a test's is captured
         self._phase = ""
@@ -128,11 +134,11 @@ class Guard:
             for line in self.left:
                 terminalreporter.line(line)
         if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
-            (self.base / _KEPT).touch()
+            self._is_kept = True
             terminalreporter.line(f"temporary files, kept until the next run: {self.base}")
 
     def pytest_unconfigure(self) -> None:
-        if not self.worker and not (self.base / _KEPT).exists():
+        if not self.worker and not self._is_kept:
             leftovers.remove([self.base])
         watcher.tell(self._watcher, end=True)
         self._watcher.close()
@@ -176,10 +182,28 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
     return True
 
 
-def _make_base() -> Path:
+def _make_base() -> tuple[Path, int]:
     # Short: the paths of sockets have 107 bytes. Runs within tests are below the outer one.
     parent = Path(tempfile.gettempdir())
-    leftovers.remove([kept.parent for kept in parent.glob(f"{PREFIX}*/{_KEPT}")])
+    for found in parent.glob(f"{PREFIX}*"):
+        _remove_if_over(found)
     base = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     base.chmod(0o711)
-    return base
+    lock = os.open(base / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return base, lock
+
+
+# Kept for a look by a run whose tests failed, or left where the watcher died too (a power cut, a container's end).
+def _remove_if_over(base: Path) -> None:
+    try:
+        lock = os.open(base / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # just being made, or another's
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leftovers.remove([base])
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -193,3 +194,14 @@ def test_temporary_files_stay_for_a_look_when_a_test_fails(tmp_path: Path) -> No
     assert list(kept.glob("t/*/a"))
     assert "1 passed" in finished(run(tmp_path, ""))
     assert tops(tmp_path) == []
+
+
+def test_what_is_left_with_its_watcher_goes_with_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    for name in ("obdt-over", "obdt-goes-on"):
+        (tmp_path / "tmp" / name).mkdir()
+        (tmp_path / "tmp" / name / "lock").touch()
+    with (tmp_path / "tmp/obdt-goes-on/lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "1 passed" in finished(run(tmp_path, ""))
+    assert tops(tmp_path) == ["obdt-goes-on"]
