@@ -26,8 +26,9 @@ takes the place of the device's config. Instead, --data has layer and config mad
 snapshot has begun does not stop it: see what the device's config names."""
 
 _API_DESCRIPTION = """\
-Listens for the original's requests, /snapshot?dev_id=ID&config=PATH, where ID is a device of the run directory, until
-SIGTERM or Ctrl-C. There is no authentication. Failures are told with their "reason", and in the log."""
+Takes live snapshots by HTTP requests, POST /snapshot with a JSON object of "dev_id" (a device of the run directory)
+and "config", until SIGTERM or Ctrl-C. It listens on a unix socket, for root and its own user; on TCP requests need a
+token, "Authorization: Bearer TOKEN". The causes of failures are in its log alone."""
 
 
 def add(subcommands: Any) -> None:
@@ -49,7 +50,30 @@ def add(subcommands: Any) -> None:
         "snapshot-api", help="the original's HTTP interface for live snapshots", description=_API_DESCRIPTION
     )
     api.add_argument(
-        "--address", default="http://127.0.0.1:9862", metavar="URL", help="where to listen (default: %(default)s)"
+        "--address",
+        metavar="PLACE",
+        help="where to listen: http://HOST:PORT, or a path (default: that of the settings, or snapshot-api.sock in "
+        "the run directory)",
+    )
+    api.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="has the token for requests over TCP; made if it is missing (default: snapshot-api.token in the run "
+        "directory)",
+    )
+    api.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="configurations and layers may also lie below this directory; repeatable",
+    )
+    api.add_argument(
+        "--open",
+        action="store_true",
+        help="take requests as the original does: any verb, parameters in the query, and no token",
     )
     add_runtime_options(api)
     api.set_defaults(run=run_api)
@@ -100,18 +124,27 @@ def run_api(args: argparse.Namespace) -> int:
     """Serve until told to end."""
     need_root("has the devices of root's run directory take snapshots")
     from obdlab.service.live import LiveDevice, find_device
+    from obdlab.service.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME, check_paths, read_token
     from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
 
     stacks.dump_on_signal()
     service = device_service_from(args)
+    service.run_dir.create()
+    roots = [root.absolute() for root in args.root]
 
     def take(dev_id: str, config: str) -> None:
         device = find_device(service, dev_id)
         if device is None:
             raise UnknownDeviceError(f"{dev_id}: no device of this run directory ({args.run_dir})")
-        LiveDevice(service, device.device_id).snapshot(Path(config))
+        LiveDevice(service, device.device_id).snapshot(check_paths(device.config, Path(config), roots))
 
-    with SnapshotApi(args.address, take) as server:
+    place = args.address or service.settings.snapshot_api_address or str(service.run_dir.path / API_SOCKET_NAME)
+    is_path = place.startswith("/")
+    open_to_all = args.open or service.settings.snapshot_api_open
+    token = ""
+    if not is_path and not open_to_all:
+        token = read_token(args.token_file or service.run_dir.path / TOKEN_NAME)
+    with SnapshotApi(Path(place) if is_path else place, take, token=token, open_to_all=open_to_all) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
         print(f"listening on {server.url}", flush=True)

@@ -28,6 +28,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 _AUDIT_PATH = "/var/log/overlaybd-audit.log"
 _P2P_ADDRESS = "http://localhost:9731/accelerator"
 _EXPORTER_PORT = 9863
+_SNAPSHOT_ADDRESS = "http://127.0.0.1:9862"
 # delayExtra of the original when it is 0 or less.
 _DELAY_EXTRA_S = 30.0
 
@@ -327,4 +328,6 @@ class _Original:
         if "prefetchConfig.concurrency" in self._values:
             self._note("prefetchConfig.concurrency", "traces are not replayed yet, has no effect")
         if self._values.get("serviceConfig.enable"):
-            self._note("serviceConfig", "the live snapshot service is not started by this file")
+            address = self._values.get("serviceConfig.address") or _SNAPSHOT_ADDRESS
+            self._set("serviceConfig.address", snapshot_api_address=address)
+            self._note("serviceConfig", "not started by this file; obdlab snapshot-api listens there, for a token")

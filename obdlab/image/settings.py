@@ -82,6 +82,10 @@ class Settings:
     #: How far the kernel reads ahead on devices, and around page faults of what is mapped from them, in KiB. A fifth
     #: less is read of a start with 32, which pays where the bytes are what it waits for (docs/prefetch.md).
     device_readahead_kib: int = 128
+    #: Where ``obdlab snapshot-api`` listens: ``http://HOST:PORT``; "": a unix socket in the run directory.
+    snapshot_api_address: str = ""
+    #: Whether that takes requests as the original does: without a token, with any verb, from any page.
+    snapshot_api_open: bool = False
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
     server_processes: int = 0
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import socket
 import stat
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 from obdlab.devices import mount
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
-from obdlab.service import telling
+from obdlab.service import telling, wire
 from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, held, running_snapshotter
+from obdlab.service.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME
 from obdlab.service.starts import end_start, maker_of, places_of_starts
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 
@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from obdlab.service.client import DeviceService
 
 #: What obdlab itself makes in a run directory.
-_FILES = (SOCKET_NAME, f"{SOCKET_NAME}.new", "host.pid", "host.lock", "host.log", TALLY_NAME, TALLY_LOCK_NAME)
+_FILES = (
+    TOKEN_NAME,
+    API_SOCKET_NAME,
+    SOCKET_NAME,
+    f"{SOCKET_NAME}.new",
+    "host.pid",
+    "host.lock",
+    "host.log",
+    TALLY_NAME,
+    TALLY_LOCK_NAME,
+)
 _DIRECTORIES = ("devices", "images")
 _PROBE_TIMEOUT_S = 2.0
 _ATTACH_TIMEOUT_S = 30.0
-# struct ucred: pid, uid, gid
-_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(slots=True)
@@ -123,10 +131,14 @@ def _unmount(target: Path, report: Cleaned, force: bool) -> None:
         report.removed.append(f"mount {target}")
 
 
-# The host's aside, whoever listens in the run directory is a service that was told to: a snapshotter.
+# The host's aside, a socket in the run directory is that of a service that was started to listen there.
 def _live_sockets(run_path: Path) -> list[str]:
     listeners = {path: _listener(path) for path in _sockets(run_path) if path.name != SOCKET_NAME}
-    return [f"a snapshotter is still running on {path} ({who})" for path, who in listeners.items() if who]
+    return [f"{_service_of(path)} is still running on {path} ({who})" for path, who in listeners.items() if who]
+
+
+def _service_of(path: Path) -> str:
+    return "a snapshot-api" if path.name == API_SOCKET_NAME else "a snapshotter"
 
 
 def _listener(path: Path) -> str:
@@ -138,8 +150,7 @@ def _listener(path: Path) -> str:
             return ""
         except OSError as error:  # perhaps too busy to answer: not known to be dead
             return f"pid unknown: {error}"
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return f"pid {_CREDENTIALS.unpack(credentials)[0]}"
+        return f"pid {wire.peer_of(probe).pid}"
 
 
 def _sockets(run_path: Path) -> list[Path]:

@@ -1,23 +1,31 @@
-"""The original's HTTP interface for live snapshots: ``/snapshot?dev_id=ID&config=PATH``, with any verb.
+"""Live snapshots over HTTP: ``POST /snapshot`` with a JSON object of ``dev_id`` and ``config``.
 
 Answers are JSON objects of ``success`` and ``message``, with the original's codes and sentences (overlaybd live
-snapshot API). There is no authentication: it belongs on a loopback address.
+snapshot API). A snapshot redirects a device's writes, so a caller has to prove that it may: on a unix socket (mode
+0600) by the credentials that the kernel knows, on TCP by a token. A web page cannot call it: the request is a POST of
+JSON without an Origin, and on TCP the Host is checked. No answer has more of a failure than its code; the log has the
+cause, which may quote files. ``open_to_all`` is the original's way: any verb, parameters in the query, no token.
 """
 
 from __future__ import annotations
 
+import hmac
 import io
+import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.service import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,39 +38,109 @@ REQUEST_TIMEOUT_S = 10.0
 _IDLE_TIMEOUT_S = 60.0
 _MAX_CONNECTIONS = 64
 _MAX_BODY = 1 << 16
+_JSON = "application/json"
 
 
 class UnknownDeviceError(ObdlabError):
     """No device has this id."""
 
 
-class SnapshotApi(ThreadingHTTPServer):
-    """Listens on ``address``, as ``http://127.0.0.1:9862``; ``take(dev_id, config)`` takes the snapshot.
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
-    That raises UnknownDeviceError, or another ObdlabError if it fails. Raises DeviceError if the address is none or
-    is taken. Serve with ``serve_forever``, end with ``shutdown`` and ``server_close``.
+
+class SnapshotApi(ThreadingHTTPServer):
+    """Listens on ``address``, a Path (unix socket) or ``http://HOST:PORT``; ``take(dev_id, config)`` snapshots.
+
+    That raises UnknownDeviceError, or another ObdlabError if it fails. On TCP callers need the ``token``, unless the
+    service is ``open_to_all``. Raises DeviceError if the address is malformed or taken, or if a token is missing.
+    Serve with ``serve_forever``, end with ``shutdown`` and ``server_close``.
     """
 
     daemon_threads = True
     request_queue_size = 16
 
-    def __init__(self, address: str, take: Callable[[str, str], object]) -> None:
+    def __init__(
+        self,
+        address: str | Path,
+        take: Callable[[str, str], object],
+        *,
+        token: str = "",
+        open_to_all: bool = False,
+    ) -> None:
         self.take = take
+        self.open_to_all = open_to_all
+        self._token = token.encode()
+        self._path = address if isinstance(address, Path) else None
+        self._host = ""
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
+        if self._path is None and not token and not open_to_all:
+            raise DeviceError(f"{address}: a token is needed to listen on TCP")
         try:
-            host, port = _host_and_port(address)
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self.address_family = found[0]
-            super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]
+            if isinstance(address, Path):
+                super().__init__(("", 0), _Handler, bind_and_activate=False)
+                self.socket.close()
+                self.socket = wire.listen(address)
+            else:
+                self._host, port = _host_and_port(address)
+                found = socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+                self.address_family = found[0]
+                super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             raise DeviceError(f"{address}: cannot listen there: {error}") from error
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Where it listens: a URL, or the path of the socket."""
+        if self._path is not None:
+            return str(self._path)
         host, port = self.server_address[:2]
         shown = f"[{host!s}]" if ":" in str(host) else host
         return f"http://{shown!s}:{port}"
+
+    def server_close(self) -> None:
+        super().server_close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    # The base class shows a client's address in its logs.
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        return connection, address or ("unix socket", 0)
+
+    def check_caller(self, connection: socket.socket, headers: Any) -> None:
+        """Raise _RefusedError unless this caller may ask for a snapshot."""
+        if self._path is not None:
+            uid = wire.peer_of(connection).uid
+            if uid not in (0, os.geteuid()):
+                raise _RefusedError(HTTPStatus.FORBIDDEN, "Not allowed")
+        if self.open_to_all:
+            return
+        if headers.get("Origin") is not None:
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "Not allowed from a web page")
+        if self._path is None:
+            if not self._is_addressed(headers.get("Host", "")):
+                raise _RefusedError(HTTPStatus.MISDIRECTED_REQUEST, "Not the host of this service")
+            scheme, _, given = headers.get("Authorization", "").partition(" ")
+            if not hmac.compare_digest(given.strip().encode("latin-1"), self._token) or scheme.lower() != "bearer":
+                raise _RefusedError(HTTPStatus.UNAUTHORIZED, "A token is needed")
+
+    # A name that an attacker's server answers for could stand for this address (DNS rebinding); a number could not.
+    def _is_addressed(self, host: str) -> bool:
+        try:
+            parts = urlsplit(f"//{host}")
+            name, port = parts.hostname or "", parts.port or 80
+        except ValueError:
+            return False
+        if port != self.server_address[1]:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in (self._host.lower(), "localhost")
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
@@ -113,60 +191,84 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if not self._skip_body():
-            return
-        self.connection.settimeout(REQUEST_TIMEOUT_S)
-        parts = urlsplit(self.path)
-        if parts.path != "/snapshot":
-            self._send(HTTPStatus.NOT_FOUND, "Not found")
-            return
-        asked = parse_qs(parts.query)
-        dev_id, config = (asked.get(name, [""])[0] for name in ("dev_id", "config"))
-        if not dev_id or not config:
-            self._send(HTTPStatus.BAD_REQUEST, "Missing dev_id or config in snapshot request")
-            return
         try:
-            self.server.take(dev_id, config)
-        except UnknownDeviceError:
-            self._send(HTTPStatus.NOT_FOUND, "Image file not found")
-        except ObdlabError as error:
-            log.error("snapshot of %s with %s: %s", dev_id, config, error)
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "Failed to create snapshot", reason=str(error))
+            body = self._body()
+            self.connection.settimeout(REQUEST_TIMEOUT_S)
+            self.server.check_caller(self.connection, self.headers)
+            parts = urlsplit(self.path)
+            if parts.path != "/snapshot":
+                raise _RefusedError(HTTPStatus.NOT_FOUND, "Not found")
+            asked = self._parameters(parts.query, body)
+            dev_id, config = asked.get("dev_id", ""), asked.get("config", "")
+            if not dev_id or not config:
+                raise _RefusedError(HTTPStatus.BAD_REQUEST, "Missing dev_id or config in snapshot request")
+            self._take(dev_id, config)
+        except _RefusedError as refusal:
+            self._send(refusal.status, str(refusal))
         else:
             self._send(HTTPStatus.OK, "Snapshot created successfully")
 
-    # Bodies mean nothing here, but the next request on the connection comes after them.
-    def _skip_body(self) -> bool:
+    def _take(self, dev_id: str, config: str) -> None:
+        try:
+            self.server.take(dev_id, config)
+        except UnknownDeviceError as error:
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "Image file not found") from error
+        except ObdlabError as error:
+            log.error("snapshot of %s with %s: %s", dev_id, config, error)
+            raise _RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, "Failed to create snapshot") from error
+
+    # Of the query as in the original's requests, and of the body.
+    def _parameters(self, query: str, body: bytes) -> dict[str, str]:
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        if self.server.open_to_all:
+            return asked
+        if self.command != "POST":
+            raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, "Only POST")
+        if self.headers.get_content_type() != _JSON or "Content-Type" not in self.headers:
+            raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Only {_JSON}")
+        try:
+            more = json.loads(body) if body.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not JSON") from error
+        if not isinstance(more, dict) or not all(isinstance(value, str) for value in more.values()):
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not a JSON object of texts")
+        return asked | more
+
+    # The next request on the connection comes after it.
+    def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         too_long = not length.isascii() or not length.isdecimal() or int(length[:10]) > _MAX_BODY or len(length) > 10
         if too_long or "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "Requests have no body")
-            return False
-        self.rfile.read(int(length))
-        return True
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too long")
+        return self.rfile.read(int(length))
 
-    # The original has no reason, and its messages never change.
-    def _send(self, status: HTTPStatus, message: str, **reason: str) -> None:
-        body = json.dumps({"success": status == HTTPStatus.OK, "message": message, **reason}).encode()
+    # Messages never change, as in the original: the text of a failure could quote the file that a caller names.
+    def _send(self, status: HTTPStatus, message: str) -> None:
+        body = json.dumps({"success": status == HTTPStatus.OK, "message": message}).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", _JSON)
         self.send_header("Content-Length", str(len(body)))
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Bearer")
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "POST")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # What the base class finds wrong with a request, before it knows what language to answer in.
+    # For errors that the base class finds in a request, before it knows what language to answer in.
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         self.close_connection = True
         self.request_version = self.protocol_version
         self.command = self.command or ""
-        self._send(HTTPStatus(code), message or HTTPStatus(code).phrase)
+        self._send(HTTPStatus(code), HTTPStatus(code).phrase)
 
+    # Not what a client has sent, which may be a token, nor its escapes.
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        log.info("%s: %s", self.client_address, format % args)
+        log.info("%s: %s %s", self.client_address[0], self.command, args[1] if len(args) > 1 else "")
 
 
 class _DeadlineReader(io.RawIOBase):

@@ -22,7 +22,7 @@ from obdlab.service import capabilities, client
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import AttachedDevice, DeviceService
 from obdlab.service.live import LiveDevice
-from obdlab.service.rundir import DeviceRecord
+from obdlab.service.rundir import DeviceRecord, DeviceState
 from tests.devices.contract import read_direct, write_direct
 from tests.devices.verifying import verified
 from tests.service.killing import kill, kill_for_good, until
@@ -243,11 +243,47 @@ def test_a_released_device_goes_with_its_last_user(tmp_path: Path, run_dir: Path
 
 
 @in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_killed_keeper_is_replaced_and_its_server_stays(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    with serving(run_dir, kind) as service:
+        device = service.attach(writable_config(tmp_path, 16 * MIB))
+        write_direct(device.path, MIB, b"written!" * 512)
+        kill(device.keeper_pid)
+        until(lambda: service.list()[0].state is DeviceState.WHOLE, PATIENCE_S)
+        (kept,) = service.list()
+        assert kept.keeper_pid != device.keeper_pid
+        assert (kept.pid, kept.restarts) == (device.pid, 0)
+        kill(kept.pid)
+        assert read_direct(device.path, MIB, 4096) == b"written!" * 512
+
+
+@in_vm
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_device_that_lost_keeper_and_server_is_served_again(tmp_path: Path, run_dir: Path, kind: str) -> None:
+    """The kernel keeps it; a host notices, the one that forked them or a later one."""
+    with serving(run_dir, kind) as service:
+        device = service.attach(writable_config(tmp_path, 16 * MIB))
+        write_direct(device.path, MIB, b"written!" * 512)
+        kill_for_good(device)
+        assert read_direct(device.path, MIB, 4096) == b"written!" * 512
+        until(lambda: service.list()[0].state is DeviceState.WHOLE, PATIENCE_S)
+        service.stop_host()
+        (again,) = service.list()
+        assert (again.path, again.restarts) == (device.path, 1)
+        kill_for_good(again)
+        reader = subprocess.Popen(["dd", f"if={device.path}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"])
+        service.start_host()
+        assert reader.wait(PATIENCE_S) == 0
+        assert read_direct(device.path, MIB, 4096) == b"written!" * 512
+
+
+@in_vm
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_was_killed_for_good_is_cleaned_up(tmp_path: Path, run_dir: Path, kind: str) -> None:
     with serving(run_dir, kind) as service:
         device = service.attach(writable_config(tmp_path, 16 * MIB))
+        service.stop_host()  # it would have the device served again
         kill_for_good(device)
         reader = subprocess.Popen(["dd", f"if={device.path}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"])
         time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -10,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from obdlab.service.client import AttachedDevice, DeviceService
 from obdlab.service.live import LiveDevice, find_by_upper
 from tests.devices.contract import MIB, read_direct, write_direct
 from tests.layers.uppers import KINDS, Files
+from tests.service.test_snapshotapi import UnixConnection
 
 pytestmark = pytest.mark.kernel
 
@@ -318,30 +318,51 @@ def test_a_snapshot_on_the_device_itself_is_refused(service: DeviceService, tmp_
         mount.unmount(target)
 
 
-def test_the_http_interface(service: DeviceService, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["token", "open", "unix socket"])
+def test_the_http_interface(service: DeviceService, tmp_path: Path, how: str) -> None:
     config = new_config(tmp_path, "append")
     device = service.attach(config, "http")
     write_direct(device.path, 0, b"h" * 4096)
-    command = [sys.executable, "-m", "obdlab", "snapshot-api", "--address", "http://127.0.0.1:0"]
+    options = {"token": ["--address", "http://127.0.0.1:0"], "open": ["--address", "http://127.0.0.1:0", "--open"]}
+    command = [sys.executable, "-m", "obdlab", "snapshot-api", *options.get(how, [])]
     with subprocess.Popen(
         [*command, "--run-dir", str(service.run_dir.path)], stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
-        url = server.stdout.readline().split()[-1]
+        place = server.stdout.readline().split()[-1]
+        headers = {"Content-Type": "application/json"}
+        if how == "token":
+            token = (service.run_dir.path / "snapshot-api.token").read_text().strip()
+            headers["Authorization"] = f"Bearer {token}"
+        connection = http.client.HTTPConnection(place.removeprefix("http://"), timeout=60)
+        if how == "unix socket":
+            assert place == str(service.run_dir.path / "snapshot-api.sock")
+            connection = UnixConnection(Path(place))
+
+        def ask(query: str) -> tuple[int, dict[str, object]]:
+            connection.request("POST", f"/snapshot?{query}", headers=headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
         try:
             fresh = new_config(tmp_path, "append", "fresh", 0, lowers=(tmp_path / "upper.data",))
-            with urllib.request.urlopen(f"{url}/snapshot?dev_id=http&config={fresh}", timeout=60) as answer:
-                assert json.load(answer) == {"success": True, "message": "Snapshot created successfully"}
+            good = (200, {"success": True, "message": "Snapshot created successfully"})
+            assert ask(f"dev_id=http&config={fresh}") == good
+            secret = tmp_path / "secret.json"
+            secret.write_text('{"upper": "root:x:0:0"}')
             for query, code in (
                 ("dev_id=none&config=x", 404),
                 ("dev_id=http&config=/none", 500),
+                ("dev_id=http&config=/proc/kmsg", 500),
+                (f"dev_id=http&config={secret}", 500),
                 ("dev_id=http", 400),
             ):
-                with pytest.raises(urllib.error.HTTPError) as caught:
-                    urllib.request.urlopen(f"{url}/snapshot?{query}", timeout=60)
-                assert caught.value.code == code
-                caught.value.close()
+                got, answer = ask(query)
+                assert got == code
+                assert set(answer) == {"success", "message"}
+                assert "root" not in str(answer)
         finally:
+            connection.close()
             server.terminate()
         assert server.wait(30) == 0
     assert ImageConfig.load(config).upper.data == str(tmp_path / "fresh.data")

@@ -1,33 +1,44 @@
-"""The original's HTTP interface for live snapshots, spoken to over a socket."""
+"""The HTTP interface for live snapshots, spoken to over a socket: who may ask, for what, and in which form."""
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
+import os
 import socket
+import stat
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from obdlab.errors import DeviceError, SourceError
-from obdlab.service import snapshotapi
+from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.service import snapshotapi, wire
+from obdlab.service.snapshotaccess import check_paths, read_token
 from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
+
+TOKEN = "t" * 32
+JSON = {"Content-Type": "application/json"}
+MAY = JSON | {"Authorization": f"Bearer {TOKEN}"}
 
 
 class Served:
     """A server whose devices are "disk" and, failing, "broken"."""
 
-    def __init__(self, address: str = "http://127.0.0.1:0") -> None:
+    def __init__(self, address: str | Path = "http://127.0.0.1:0", *, open_to_all: bool = False) -> None:
         self.taken: list[tuple[str, str]] = []
-        self.server = SnapshotApi(address, self._take)
+        token = TOKEN if isinstance(address, str) else ""
+        self.server = SnapshotApi(address, self._take, token=token, open_to_all=open_to_all)
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self._thread.start()
 
     def _take(self, dev_id: str, config: str) -> None:
         if dev_id == "broken":
-            raise SourceError("no room")
+            raise SourceError("no room: got 'root:x:0:0'")
         if dev_id != "disk":
             raise UnknownDeviceError(dev_id)
         self.taken.append((dev_id, config))
@@ -49,6 +60,14 @@ def served() -> Iterator[Served]:
     made.close()
 
 
+@pytest.fixture
+def original() -> Iterator[Served]:
+    """One that behaves as the original's."""
+    made = Served(open_to_all=True)
+    yield made
+    made.close()
+
+
 def ask(connection: http.client.HTTPConnection, verb: str, path: str, **more: object) -> tuple[int, object]:
     connection.request(verb, path, **more)  # type: ignore[arg-type]
     answer = connection.getresponse()
@@ -57,7 +76,8 @@ def ask(connection: http.client.HTTPConnection, verb: str, path: str, **more: ob
     return answer.status, json.loads(body) if body else None
 
 
-def test_codes_and_messages_on_one_connection(served: Served) -> None:
+def test_the_originals_codes_and_messages_on_one_connection(original: Served) -> None:
+    served = original
     path = "/a config/with&odd=signs.json"
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
     missing = (400, {"success": False, "message": "Missing dev_id or config in snapshot request"})
@@ -77,7 +97,7 @@ def test_codes_and_messages_on_one_connection(served: Served) -> None:
         )
         assert ask(connection, "PATCH", "/snapshot?dev_id=broken&config=x", body=b"ignored") == (
             500,
-            {"success": False, "message": "Failed to create snapshot", "reason": "no room"},
+            {"success": False, "message": "Failed to create snapshot"},
         )
         assert ask(connection, "GET", "/other?dev_id=disk&config=x")[0] == 404
         assert ask(connection, "HEAD", "/snapshot?dev_id=disk&config=x") == (200, None)
@@ -85,6 +105,192 @@ def test_codes_and_messages_on_one_connection(served: Served) -> None:
     finally:
         connection.close()
     assert served.taken[1:] == [("disk", "x"), ("disk", "y")]
+
+
+def test_a_snapshot_is_asked_for_by_json_or_query(served: Served) -> None:
+    done = (200, {"success": True, "message": "Snapshot created successfully"})
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    try:
+        body = json.dumps({"dev_id": "disk", "config": "/a b"})
+        assert ask(connection, "POST", "/snapshot", body=body, headers=MAY) == done
+        assert ask(connection, "POST", "/snapshot?dev_id=disk&config=/c", headers=MAY) == done
+        for text in ("[1]", "7", '{"dev_id": 5}', "{", "[" * 5000, '{"dev_id": "disk"}'):
+            assert ask(connection, "POST", "/snapshot", body=text, headers=MAY)[0] == 400
+        body = json.dumps({"dev_id": "broken", "config": "/etc/passwd"})
+        assert ask(connection, "POST", "/snapshot", body=body, headers=MAY) == (
+            500,
+            {"success": False, "message": "Failed to create snapshot"},
+        )
+    finally:
+        connection.close()
+    assert served.taken == [("disk", "/a b"), ("disk", "/c")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "headers", "status"),
+    [
+        ("POST", JSON, 401),
+        ("POST", JSON | {"Authorization": "Bearer " + "u" * 32}, 401),
+        ("POST", JSON | {"Authorization": f"Bearer {TOKEN}x"}, 401),
+        ("POST", JSON | {"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
+        ("POST", JSON | {"Authorization": f"Basic {TOKEN}"}, 401),
+        ("POST", JSON | {"Authorization": TOKEN}, 401),
+        ("POST", JSON | {"Authorization": "Bearer \xe9"}, 401),
+        ("POST", JSON | {"Authorization": "Bearer "}, 401),
+        ("GET", MAY, 405),
+        ("PUT", MAY, 405),
+        ("HEAD", MAY, 405),
+        ("POST", {"Authorization": MAY["Authorization"]}, 415),
+        ("POST", MAY | {"Content-Type": "text/plain"}, 415),
+        ("POST", MAY | {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ("POST", MAY | {"Origin": "http://127.0.0.1"}, 403),
+        ("POST", MAY | {"Host": "evil.example"}, 421),
+        ("POST", MAY | {"Host": "127.0.0.1:1"}, 421),
+        ("POST", MAY | {"Host": "127.0.0.1:x"}, 421),
+        ("POST", MAY | {"Host": ""}, 421),
+    ],
+)
+def test_a_request_that_a_stranger_or_a_web_page_can_make_is_refused(
+    served: Served, verb: str, headers: dict[str, str], status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    try:
+        got, _ = ask(connection, verb, "/snapshot?dev_id=disk&config=/x", headers=headers)
+        assert got == status
+        # Also for what is not there: nothing is learnt without a token.
+        if status in (401, 403, 421):
+            assert ask(connection, verb, "/snapshot?dev_id=none&config=/x", headers=headers)[0] == status
+            assert ask(connection, verb, "/other", headers=headers)[0] == status
+        name = {"Host": f"localhost:{served.port}"}
+        assert ask(connection, "POST", "/snapshot?dev_id=disk&config=/y", headers=MAY | name)[0] == 200
+    finally:
+        connection.close()
+    assert served.taken == [("disk", "/y")]
+
+
+def test_tcp_without_a_token_is_refused() -> None:
+    with pytest.raises(DeviceError, match="a token is needed to listen on TCP"):
+        SnapshotApi("http://127.0.0.1:0", lambda dev_id, config: None)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """To a socket's path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(str(self._path))
+
+
+def test_a_unix_socket_is_for_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "api.sock"
+    served = Served(path)
+    try:
+        assert served.server.url == str(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        for headers, status in ((JSON, 200), ({}, 415), (JSON | {"Origin": "null"}, 403)):
+            connection = UnixConnection(path)
+            assert ask(connection, "POST", "/snapshot?dev_id=disk&config=/x", headers=headers)[0] == status
+            connection.close()
+        monkeypatch.setattr(wire, "peer_of", lambda _: wire.Peer(1, 65534, 65534))
+        connection = UnixConnection(path)
+        assert ask(connection, "POST", "/snapshot?dev_id=disk&config=/x", headers=JSON)[0] == 403
+        connection.close()
+    finally:
+        served.close()
+    assert served.taken == [("disk", "/x")]
+    assert not path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_another_users_process_cannot_reach_it(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    served = Served(path)
+    try:
+        tmp_path.chmod(0o755)
+        tmp_path.parent.chmod(0o755)
+        tmp_path.parent.parent.chmod(0o755)
+        pid = os.fork()
+        if pid == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os._exit(socket.socket(socket.AF_UNIX).connect_ex(str(path)))
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == errno.EACCES
+    finally:
+        served.close()
+
+
+def test_the_token_file(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    token = read_token(path)
+    assert len(token) >= 32
+    assert read_token(path) == token
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["token"]
+    path.chmod(0o640)
+    with pytest.raises(DeviceError, match="not a file for its user alone"):
+        read_token(path)
+    path.chmod(0o600)
+    for text in (b"", b"short", b"with a blank in it", b"x" * 5000, b"\xff" * 40):
+        path.write_bytes(text)
+        with pytest.raises(DeviceError, match="not a token"):
+            read_token(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DeviceError, match="cannot read the token"):
+        read_token(path)
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with pytest.raises(DeviceError, match="not a file for its user alone"):
+        read_token(path)
+
+
+def test_paths_below_the_allowed_directories(tmp_path: Path) -> None:
+    home, other = (tmp_path / name for name in ("home", "other"))
+    for directory in (home, other):
+        directory.mkdir()
+        for name in ("data", "index"):
+            (directory / name).touch()
+
+    def config(path: Path, data: Path, index: Path) -> Path:
+        ImageConfig(upper=UpperConfig(data=str(data), index=str(index))).save(path)
+        return path
+
+    present = config(home / "present.json", home / "data", home / "index")
+    good = config(home / "new.json", home / "data", home / "index")
+    assert check_paths(present, good, []) == good
+    away = config(other / "new.json", other / "data", other / "index")
+    with pytest.raises(DeviceError, match=r"new\.json: not below an allowed directory"):
+        check_paths(present, away, [])
+    assert check_paths(present, away, [other]) == away
+    (home / "link.json").symlink_to(away)
+    (home / "pipe").touch()
+    (home / "pipe").unlink()
+    os.mkfifo(home / "pipe")
+    refused = [
+        home / "link.json",
+        home / ".." / "other" / "new.json",
+        config(home / "theirs.json", other / "data", home / "index"),
+        config(home / "index.json", home / "data", Path("/etc/passwd")),
+        home / "none.json",
+        home / "pipe",
+        home,
+        Path("home/new.json"),
+        Path("/proc/kmsg"),
+        Path("/dev/null"),
+        Path("/a\0b"),
+    ]
+    for path in refused:
+        with pytest.raises(DeviceError):
+            check_paths(present, path, [])
+    with pytest.raises(DeviceError, match="not below"):
+        check_paths(present, tmp_path / "homeless", [])
 
 
 def test_large_requests_are_refused(served: Served) -> None:
@@ -134,7 +340,7 @@ def test_many_connections_are_turned_away(served: Served, monkeypatch: pytest.Mo
     try:
         for connection in held:
             connection.sendall(b"GET /x HTTP/1.1\r\n\r\n")
-            assert connection.recv(12) == b"HTTP/1.1 404"
+            assert connection.recv(12) == b"HTTP/1.1 421"
         with socket.create_connection(("127.0.0.1", served.port), timeout=60) as more:
             assert more.recv(100) == b""
     finally:
@@ -148,7 +354,7 @@ def test_many_connections_are_turned_away(served: Served, monkeypatch: pytest.Mo
 )
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(DeviceError, match="cannot listen there"):
-        SnapshotApi(address, lambda dev_id, config: None)
+        SnapshotApi(address, lambda dev_id, config: None, token=TOKEN)
 
 
 def test_a_name_and_a_taken_address(served: Served) -> None:
@@ -156,4 +362,4 @@ def test_a_name_and_a_taken_address(served: Served) -> None:
     assert other.server.url.startswith("http://")
     other.close()
     with pytest.raises(DeviceError, match="cannot listen there"):
-        SnapshotApi(f"http://127.0.0.1:{served.port}", lambda dev_id, config: None)
+        SnapshotApi(f"http://127.0.0.1:{served.port}", lambda dev_id, config: None, token=TOKEN)
