@@ -18,7 +18,7 @@ LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-p
 .PHONY: help setup packages test-packages long-packages peers demo test test-long lint unit pure host protos benchmarks clean
 
 help:
-	@echo "make demo       set up, then measure redis cold and warm: overlayfs against obdlab; prints table and report"
+	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
 	@echo "make test       set up, then lint and run the tests"
 	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/long-tests.md"
 	@echo "make benchmarks the speed figures, as ratios"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -56,6 +57,7 @@ def add(subcommands: Any) -> None:
     )
     report.add_argument("--full", action="store_true", help="of the full evaluation (default: the quick one)")
     report.add_argument("--ledger", action="store_true", help="only print the ledger")
+    report.add_argument("--json", action="store_true", help="only print the ledger, one JSON object a claim")
     _add_places(report)
     report.set_defaults(run=run_report)
 
@@ -94,6 +96,12 @@ def run_report(args: argparse.Namespace) -> int:
     results = _results(args)
     if not results.root.is_dir():
         raise EvaluateError(f"{results.root}: no results (see: {command('evaluate')})")
+    if args.json:
+        from obdlab.lab.evaluation import ledger
+
+        for entry in ledger.ledger(results):
+            print(json.dumps(entry.facts()))
+        return 0
     _print_ledger(results)
     if not args.ledger:
         print(f"report: {_render(args, results)}")

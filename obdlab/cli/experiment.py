@@ -1,8 +1,9 @@
-"""``obdlab experiment run|resume|status|list|export``."""
+"""``obdlab experiment run|resume|status|report|list|export``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tomllib
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     from obdlab.lab.declaration import AnySpec
+    from obdlab.lab.experiment import Experiment
+    from obdlab.lab.grid import GridExperiment
     from obdlab.lab.spec import Spec
 
 NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
@@ -51,13 +54,22 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     status_parser = actions.add_parser("status", help="tell how many of an experiment's cells are measured")
     _add_spec(status_parser)
     status_parser.set_defaults(run=status)
+    report_parser = actions.add_parser(
+        "report",
+        help="tell again what has been measured",
+        description="Prints headline, table, findings and caveats of a results directory; measures nothing.",
+    )
+    report_parser.add_argument("name", help="name of its results directory")
+    report_parser.set_defaults(run=report)
     list_parser = actions.add_parser("list", help="list results")
     list_parser.set_defaults(run=list_results)
+    for action in (status_parser, report_parser, list_parser):
+        action.add_argument("--json", action="store_true", help="one JSON object a line")
     export_parser = actions.add_parser("export", help="write raw rows as CSV, JSON lines or Parquet")
     export_parser.add_argument("name", help="name of its results directory")
     export_parser.add_argument("file", type=Path, metavar="FILE.csv|FILE.jsonl|FILE.parquet")
     export_parser.set_defaults(run=export)
-    for action in (resume_parser, list_parser, export_parser):
+    for action in (resume_parser, report_parser, list_parser, export_parser):
         _add_results(action)
 
 
@@ -122,6 +134,7 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     from obdlab.lab.experiment import Experiment
     from obdlab.lab.interrupts import ending_on_signals
     from obdlab.lab.report import check_parameters
+    from obdlab.lab.space import naming_full_disks
     from obdlab.lab.spec import Spec
 
     directory = _directory(args, spec.name)
@@ -141,12 +154,12 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
         raise
     if measured == 0:
         print("everything was measured already under this code and host (--again measures anew)")
-    told = "\n".join(experiment.report())
-    (directory / "table.txt").write_text(told + "\n")
-    print(told)
-    print(f"raw rows: {directory / 'rows.csv'}")
-    if isinstance(spec, Spec) and args.report:
-        print(f"report:   {_report(_notebook(args), spec, directory)}")
+    print(*experiment.report(), sep="\n")
+    with naming_full_disks(directory):
+        (directory / "table.txt").write_text("\n".join(_details(experiment)) + "\n")
+        print(f"raw rows: {directory / 'rows.csv'}")
+        if isinstance(spec, Spec) and args.report:
+            print(f"report:   {_report(_notebook(args), spec, directory)}")
     return int(any(row.get("error") for row in experiment.rows()))
 
 
@@ -187,9 +200,31 @@ def status(args: argparse.Namespace) -> int:
     spec = _declared(args)
     missing = 0
     for label, (done, count) in open_experiment(spec, _directory(args, spec.name)).progress().items():
-        print(f"{label}: {done} of {count} cells measured")
+        if args.json:
+            print(json.dumps({"experiment": spec.name, "conditions": label, "measured": done, "cells": count}))
+        else:
+            print(f"{label}: {done} of {count} cells measured")
         missing += count - done
     return int(missing > 0)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print what a results directory holds, as ``run`` does at its end, with all findings; 1 if a start failed."""
+    from obdlab.lab.declaration import last_spec, open_experiment
+
+    directory = _directory(args, args.name)
+    experiment = open_experiment(last_spec(directory), directory)
+    if args.json:
+        print(json.dumps({"experiment": args.name, **experiment.facts()}))
+    else:
+        print(*_details(experiment), sep="\n")
+    return int(any(row.get("error") for row in experiment.rows()))
+
+
+def _details(experiment: Experiment | GridExperiment) -> list[str]:
+    from obdlab.lab.experiment import Experiment
+
+    return experiment.details() if isinstance(experiment, Experiment) else experiment.report()
 
 
 def export(args: argparse.Namespace) -> int:
@@ -218,11 +253,14 @@ def list_results(args: argparse.Namespace) -> int:
 
     results = args.results or default_results()
     found = sorted(path.parent for path in results.glob("*/rows.jsonl"))
-    if not found:
+    if not found and not args.json:
         print(f"nothing measured yet below {results}")
     for directory in found:
         rows = RowStore(directory).rows()
         failed = sum(1 for row in rows if row.get("error"))
         last = max((row.get("started", "") for row in rows), default="")
-        print(f"{directory.name}: {len(rows)} starts, {failed} failed, last {last}")
+        if args.json:
+            print(json.dumps({"name": directory.name, "rows": len(rows), "failed": failed, "last": last}))
+        else:
+            print(f"{directory.name}: {len(rows)} starts, {failed} failed, last {last}")
     return 0

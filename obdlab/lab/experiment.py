@@ -110,6 +110,18 @@ class Experiment:
         """Return :meth:`report` with a sentence for each comparison."""
         return self._told(details=True)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what :meth:`details` says as values for programs: times in seconds, sizes in bytes."""
+        rows = self.rows()
+        good = any(not row.get("error") for row in rows)
+        summaries = summarise(rows, baseline=self.spec.snapshotters[0]) if good else []
+        return {
+            "headlines": headlines(summaries),
+            "summaries": [asdict(summary) for summary in summaries],
+            "findings": findings(summaries),
+            "caveats": [*caveats(rows), *image_notes(self.environments())],
+        }
+
     def _told(self, *, details: bool) -> list[str]:
         rows = self.rows()
         lines = []

@@ -193,11 +193,27 @@ class GridExperiment:
                 found[row["cell"]] = row
         return list(found.values())
 
+    def facts(self) -> dict[str, Any]:
+        """Return the medians with their intervals as values for programs, and what a reader must know."""
+        rows = self.rows()
+        groups: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            if not row.get("error"):
+                groups[json.dumps({axis: row[axis] for axis in self.spec.axes})].append(row)
+        keys = [metric.key for metric in self._kind.metrics]
+        points = [
+            {**json.loads(point), **{key: asdict(median_interval([row[key] for row in found])) for key in keys}}
+            for point, found in groups.items()
+        ]
+        return {"points": points, "caveats": self._caveats(rows)}
+
     def report(self) -> list[str]:
         """Return the lines that tell what came out: table, and what a reader must know."""
         rows = self.rows()
-        lines = grid_table(self.spec, [row for row in rows if not row.get("error")])
-        lines += [f"Left out: {_label(self.spec, row)} failed: {row['error']}" for row in rows if row.get("error")]
+        return grid_table(self.spec, [row for row in rows if not row.get("error")]) + self._caveats(rows)
+
+    def _caveats(self, rows: list[Row]) -> list[str]:
+        lines = [f"Left out: {_label(self.spec, row)} failed: {row['error']}" for row in rows if row.get("error")]
         busy = [row for row in rows if not row.get("quiet", True)]
         if busy:
             worst = max(row["load_1m"] for row in busy)

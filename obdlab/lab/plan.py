@@ -50,8 +50,7 @@ class Plan:
     def lines(self, name: str) -> list[str]:
         """Return what to say before the run."""
         takes = f"{name}: {self.cells} cells to measure, about {_minutes(self.seconds)} on a quiet machine"
-        built = f"to build first: {', '.join(self.builds)}" if self.builds else "all images are built"
-        lines = [f"{takes}; {built}"]
+        lines = [f"{takes}; to build first: {', '.join(self.builds)}" if self.builds else takes]
         lines += [f"disk: needs about {gigabytes(needed)} at {room(place)}" for place, needed in self._by_disk()]
         lines += [f"size not known before it is built: {', '.join(self.unknown)}"] if self.unknown else []
         return lines
@@ -69,6 +68,8 @@ class Plan:
     def _by_disk(self) -> list[tuple[Path, int]]:
         disks: dict[int, tuple[Path, int]] = {}
         for place, needed in self.needs.items():
+            if not needed:
+                continue
             first, before = disks.get(room(place).device, (place, 0))
             disks[room(place).device] = (first, before + needed)
         return list(disks.values())

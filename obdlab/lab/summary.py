@@ -271,7 +271,12 @@ LEGEND = (
 
 def wrapped(sentences: Iterable[str]) -> list[str]:
     """Return sentences as lines that fit on a screen."""
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, WIDTH, subsequent_indent="  ")]
+    return [line for sentence in sentences for line in _wrap(sentence)]
+
+
+def _wrap(sentence: str) -> list[str]:
+    # Paths stay whole, to be copied.
+    return textwrap.wrap(sentence, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _narrow(summary: Summary) -> tuple[str, ...]:

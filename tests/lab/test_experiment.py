@@ -216,6 +216,28 @@ def test_how_far_a_run_is_and_what_it_goes_on_with(tmp_path: Path, capsys: pytes
     assert "not the spec of a run" in capsys.readouterr().err
 
 
+def test_status_report_and_list_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.toml").write_text('images = ["tiny"]\nrepeats = 1\na_a = false\nrtts_ms = [2]\n')
+    where = ["--results", str(tmp_path), "--json"]
+    assert main(["experiment", "status", str(tmp_path / "x.toml"), *where]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"experiment": "x", "conditions": "100 Mbit/s, 2 ms", "measured": 0, "cells": 2}
+    spec = SPEC.with_values(a_a=False)
+    times = {"pull_s": 0.5, "create_s": 0.1, "start_s": 0.1, "ready_s": 0.3, "bytes_received": 10, "requests": 1}
+    for total_s, cell in enumerate(spec.cells(100.0, 2.0), 1):
+        Experiment(spec, tmp_path / "x").store.append([_attempt(cell, 1, total_s=total_s, environment="e", **times)])
+    (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(spec), "context": "here"}))
+    assert main(["experiment", "report", "x", *where]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {each["arm"] for each in told["summaries"]} == {"overlayfs", "obdlab"}
+    assert told["headlines"]
+    assert main(["experiment", "report", "x", "--results", str(tmp_path)]) == 0
+    assert told["findings"][0][:30] in capsys.readouterr().out
+    assert main(["experiment", "list", *where]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["name"], listed["rows"], listed["failed"]) == ("x", 2, 0)
+
+
 def test_rows_are_exported_in_the_format_of_the_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = RowStore(tmp_path / "x")
     store.append([{"cell": "a", "evidence": {"images": 0}}, {"cell": "b"}])

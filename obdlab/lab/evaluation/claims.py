@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from obdlab.lab.evaluation import questions as q
 from obdlab.lab.evaluation.results import Results, estimate, launch_s, ratio, samples
@@ -13,6 +13,7 @@ from obdlab.lab.statistics import median_interval, ratio_interval
 Check = Callable[[Results], Outcome]
 
 _BASELINE, _COLD, _TRACE, _HOT = "overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot"
+_AHEAD = "ahead of overlay2 and thin LVM, most on the slow disk; no numbers"
 _P2P = "needs a peer-to-peer network of hosts, which is not built yet"
 
 
@@ -40,7 +41,7 @@ def _starts(results: Results, arm: str, start: str, disk: str) -> list[dict[str,
     return results.rows(q.START, arm=arm, start=start, disk=disk)
 
 
-def _start_ratio(arm: str, start: str, disk: str, paper: float, enough: float) -> Check:
+def _start_ratio(arm: str, start: str, disk: str, paper: str, enough: float) -> Check:
     def check(results: Results) -> Outcome:
         ours, theirs = _starts(results, arm, start, disk), _starts(results, _BASELINE, start, disk)
         found = ratio(ours, theirs, "total_s")
@@ -57,7 +58,7 @@ def _start_ratio(arm: str, start: str, disk: str, paper: float, enough: float) -
     return check
 
 
-def _gap_removed(arm: str) -> Check:
+def _gap_removed(arm: str, paper: str) -> Check:
     # How much of what a cold start takes more than a warm one is gone.
     def check(results: Results) -> Outcome:
         cold, warm = (_starts(results, _COLD, start, "native") for start in ("cold", "warm"))
@@ -69,7 +70,7 @@ def _gap_removed(arm: str) -> Check:
         whole = [launch_s(row) - base for row in cold]
         left = ratio_interval([launch_s(row) - base for row in helped], whole)
         interval = f" [{1 - left.high:.0%}, {1 - left.low:.0%}]" if left.has_interval else ""
-        told = f"{arm} removes {1 - left.median:.0%}{interval} of the gap (paper: 95%)"
+        told = f"{arm} removes {1 - left.median:.0%}{interval} of the gap" + (f" (paper: {paper})" if paper else "")
         verdict = Verdict.UNCLEAR
         if not left.has_interval:
             pass
@@ -87,7 +88,7 @@ def _pull(results: Results) -> Outcome:
     ours, theirs = (_starts(results, arm, "cold", "native") for arm in (_COLD, _BASELINE))
     found = ratio(ours, theirs, "pull_s")
     what = "pull, obdlab against overlayfs"
-    return of_ratio(found, what=what, paper=0.02, below=1.0, enough=0.1, used=[*ours, *theirs], run=q.START)
+    return of_ratio(found, what=what, paper="0.02", below=1.0, enough=0.1, used=[*ours, *theirs], run=q.START)
 
 
 def _launch(results: Results) -> Outcome:
@@ -96,7 +97,9 @@ def _launch(results: Results) -> Outcome:
         return Outcome(Verdict.NOT_MEASURED, runs=(q.START,))
     found = ratio_interval([launch_s(row) for row in ours], [launch_s(row) for row in theirs])
     what = "launch with all local, obdlab against overlayfs"
-    return of_ratio(found, what=what, paper=0.9, below=1.1, enough=1.0, used=[*ours, *theirs], run=q.START)
+    return of_ratio(
+        found, what=what, paper="0.90 of medians", below=1.1, enough=1.0, used=[*ours, *theirs], run=q.START
+    )
 
 
 def _iops(arm: str, other: str, depth: int, what: str, least: float, paper: str) -> Check:
@@ -112,21 +115,37 @@ def _iops(arm: str, other: str, depth: int, what: str, least: float, paper: str)
 
 
 def _scan(run: q.Run, disk: str, enough: float) -> Check:
+    # The paper has obdlab ahead of everything it compares with, and gives no numbers. Reproduced: so it is here.
     def check(results: Results) -> Outcome:
-        ours, theirs = (results.rows(run, arm=arm, start="dropped", disk=disk) for arm in (_COLD, _BASELINE))
+        rows = results.rows(run, start="dropped", disk=disk)
+        by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in {row["arm"] for row in rows}}
+        ours, theirs = by_arm.get(_COLD, []), by_arm.get(_BASELINE, [])
         found = ratio(ours, theirs, "total_s")
         what = f"obdlab against overlayfs, {disk} disk"
-        used = [*ours, *theirs]
-        return of_ratio(found, what=what, paper=enough, below=1.0, enough=enough, used=used, run=run)
+        outcome = of_ratio(found, what=what, paper="", below=1.0, enough=enough, used=[*ours, *theirs], run=run)
+        if found is None:
+            return outcome
+        medians = {arm: median_interval(samples(each, "total_s")).median for arm, each in by_arm.items()}
+        ranked = sorted(medians, key=lambda arm: medians[arm])
+        place = ranked.index(_COLD) + 1
+        told = f"{outcome.measured}; {_ordinal(place)} of {len(ranked)} ({', '.join(ranked)})"
+        verdict = outcome.verdict
+        if verdict is Verdict.REPRODUCED and place > 1:
+            verdict = Verdict.SHAPE_ONLY
+        return replace(outcome, verdict=verdict, measured=told)
 
     return check
+
+
+def _ordinal(place: int) -> str:
+    return {1: "fastest", 2: "second", 3: "third", 4: "fourth"}.get(place, f"{place}th")
 
 
 def _build(results: Results) -> Outcome:
     ours, theirs = (results.rows(q.BUILD, layer=name) for name in ("obdlab-append", "overlayfs"))
     found = ratio(ours, theirs, "build_s")
     what = "write and chmod, obdlab against overlayfs"
-    return of_ratio(found, what=what, paper=0.7, below=1.0, enough=0.8, used=[*ours, *theirs], run=q.BUILD)
+    return of_ratio(found, what=what, paper="0.6 to 0.8", below=1.0, enough=0.8, used=[*ours, *theirs], run=q.BUILD)
 
 
 def _index_size(results: Results) -> Outcome:
@@ -191,7 +210,7 @@ CLAIMS: tuple[Claim, ...] = (
         "cold_start",
         "A cold start is much faster than pulling and unpacking first.",
         "2.15 s against 11.06 s (0.19)",
-        _start_ratio(_COLD, "cold", "native", 0.19, 0.39),
+        _start_ratio(_COLD, "cold", "native", "0.19", 0.39),
     ),
     Claim("cold-start-p2p", "Fig 14", "cold_start", "From peers faster still.", "0.62 s", _not_yet),
     Claim(
@@ -216,7 +235,7 @@ CLAIMS: tuple[Claim, ...] = (
         "warm_start",
         "With all local on a fast disk a start is 15 to 25 % faster.",
         "0.43 s against 0.49 s (0.88)",
-        _start_ratio(_COLD, "dropped", "native", 0.88, 0.9),
+        _start_ratio(_COLD, "dropped", "native", "0.88", 0.9),
     ),
     Claim(
         "warm-start-slow",
@@ -224,7 +243,7 @@ CLAIMS: tuple[Claim, ...] = (
         "warm_start",
         "On a slow disk it is more than twice as fast, as less is read.",
         "0.75 s against 2.12 s (0.35)",
-        _start_ratio(_COLD, "dropped", "cloud", 0.35, 0.5),
+        _start_ratio(_COLD, "dropped", "cloud", "0.35", 0.5),
     ),
     Claim(
         "warm-start-lvm",
@@ -240,7 +259,7 @@ CLAIMS: tuple[Claim, ...] = (
         "trace_prefetch",
         "Replaying a trace removes 95 % of what a cold start takes more than a warm one.",
         "2.14 s to 0.51 s, warm 0.43 s",
-        _gap_removed(_TRACE),
+        _gap_removed(_TRACE, "95%"),
     ),
     Claim(
         "hot-layer",
@@ -248,7 +267,7 @@ CLAIMS: tuple[Claim, ...] = (
         "trace_prefetch",
         "(obdlab's own) A hot layer does the same by one request.",
         "not in the paper",
-        _gap_removed(_HOT),
+        _gap_removed(_HOT, ""),
     ),
     Claim("batch-start", "Fig 17", "", "Starts stay flat from 1 to 32 hosts.", "0.7 s on 3 to 39 hosts", _not_yet),
     Claim(
@@ -293,24 +312,22 @@ CLAIMS: tuple[Claim, ...] = (
         "1.1 to 1.2 of uncompressed",
         _iops("obdlab-lz4", "obdlab-raw", 1, "lz4 against uncompressed, depth 1", 1.05, "1.1 to 1.2"),
     ),
-    Claim("du-fast", "Fig 23", "scan_du", "du is fastest on obdlab.", "fastest of three", _scan(q.DU, "native", 0.9)),
+    Claim("du-fast", "Fig 23", "scan_du", "du is fastest on obdlab.", _AHEAD, _scan(q.DU, "native", 0.9)),
     Claim(
         "du-slow",
         "Fig 23",
         "scan_du",
-        "du gains most on a slow disk.",
-        "fastest of three",
+        "du is fastest on a slow disk, and by more.",
+        _AHEAD,
         _scan(q.DU, "cloud", 0.7),
     ),
-    Claim(
-        "tar-fast", "Fig 24", "scan_tar", "tar is fastest on obdlab.", "fastest of three", _scan(q.TAR, "native", 0.9)
-    ),
+    Claim("tar-fast", "Fig 24", "scan_tar", "tar is fastest on obdlab.", _AHEAD, _scan(q.TAR, "native", 0.9)),
     Claim(
         "tar-slow",
         "Fig 24",
         "scan_tar",
-        "tar gains most on a slow disk.",
-        "fastest of three",
+        "tar is fastest on a slow disk, and by more.",
+        _AHEAD,
         _scan(q.TAR, "cloud", 0.7),
     ),
     Claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.evaluation.claims import CLAIMS, Claim
 from obdlab.lab.evaluation.verdicts import Outcome, Verdict
@@ -42,6 +42,13 @@ class Entry:
             self.outcome.verdict.value,
             self.outcome.confidence,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the claim and its outcome as values for programs."""
+        outcome = self.outcome
+        texts = dict(zip(HEADER, self.cells(), strict=True))
+        experiments = [run.name for run in outcome.runs]
+        return {"key": self.claim.key, **texts, "experiments": experiments, "rows": outcome.rows}
 
 
 def ledger(results: Results, question: str = "") -> list[Entry]:

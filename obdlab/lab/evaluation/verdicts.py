@@ -44,20 +44,20 @@ def of_ratio(
     ratio: Estimate | None,
     *,
     what: str,
-    paper: float,
+    paper: str,
     below: float,
     enough: float,
     used: Sequence[Row],
     run: Run,
 ) -> Outcome:
-    """Return the verdict on a ratio that the paper has at ``paper``, and that must be below ``below``.
+    """Return the verdict on a ratio that must be below ``below``; ``paper`` is its own in words, "" for none.
 
     Reproduced: surely below, and at most ``enough`` (at least it, if the claim is of a ratio above 1 turned around).
     Shape only: surely below, but less far. Not reproduced: surely not below. Unclear: the interval does not tell.
     """
     if ratio is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
-    told = f"{what}: {ratio.text('.2f')} (paper: {paper:.2f})"
+    told = f"{what}: {ratio.text('.2f')}" + (f" (paper: {paper})" if paper else "")
     if not ratio.has_interval:
         verdict = Verdict.UNCLEAR
     elif ratio.high < below:

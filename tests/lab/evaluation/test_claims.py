@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from obdlab.lab.evaluation import ledger, questions
 from obdlab.lab.evaluation.claims import CLAIMS
 from obdlab.lab.evaluation.plots import draw
 from obdlab.lab.evaluation.questions import QUESTIONS, UnknownQuestionError
-from obdlab.lab.evaluation.results import Results
+from obdlab.lab.evaluation.results import Results, busy
 from obdlab.lab.evaluation.tables import raw, table
 from obdlab.lab.evaluation.verdicts import Verdict
+from obdlab.lab.rows import with_quiet
 from tests.lab.evaluation.rows import TOTALS, Given, everything, start_rows
 
 _PAPER_FIGURES = {f"Fig {number}" for number in (6, 7, *range(14, 26))}
@@ -65,6 +68,71 @@ def test_a_busy_host_is_no_good_witness(tmp_path: Path) -> None:
     results = Given(tmp_path, {"start": start_rows(repeats=12, quiet=False)})
     entry = next(each for each in ledger.ledger(results) if each.claim.key == "cold-start")
     assert entry.outcome.confidence == "low: 12 samples, busy host"
+
+
+def test_what_the_paper_does_not_say_is_not_quoted(tmp_path: Path) -> None:
+    entries = {entry.claim.key: entry for entry in ledger.ledger(everything(tmp_path))}
+    for key in ("du-fast", "du-slow", "tar-fast", "tar-slow", "hot-layer"):
+        assert "paper:" not in entries[key].outcome.measured, key
+    assert "(paper: 0.19)" in entries["cold-start"].outcome.measured
+
+
+def test_the_fastest_is_ahead_of_all_that_was_measured(tmp_path: Path) -> None:
+    totals = {("overlayfs", "dropped"): 4.0, ("obdlab", "dropped"): 2.0}
+    for others, verdict, place in (
+        ({("erofs", "dropped"): 3.0}, Verdict.REPRODUCED, "fastest of 3 (obdlab, erofs, overlayfs)"),
+        (
+            {("erofs", "dropped"): 1.0, ("loop", "dropped"): 1.5},
+            Verdict.SHAPE_ONLY,
+            "third of 4 (erofs, loop, obdlab, overlayfs)",
+        ),
+    ):
+        results = Given(tmp_path, {"scan_tar": start_rows({**totals, **others})})
+        entry = next(each for each in ledger.ledger(results) if each.claim.key == "tar-fast")
+        assert entry.outcome.verdict is verdict
+        assert place in entry.outcome.measured
+
+
+def test_one_sample_proves_nothing(tmp_path: Path) -> None:
+    entries = ledger.ledger(Given(tmp_path, {"start": start_rows(repeats=1)}))
+    found = {entry.claim.key: entry.outcome for entry in entries}
+    for key in ("cold-start", "trace", "pull"):
+        assert found[key].verdict is Verdict.UNCLEAR, key
+        assert "[" not in found[key].measured
+        assert found[key].confidence == "low: 1 sample"
+
+
+def test_the_published_ledger_is_what_the_rows_in_the_repository_come_to() -> None:
+    root = Path(__file__).parents[3] / "experiments" / "measured"
+    entries = ledger.ledger(Results(root / "evaluation"))
+    text = ledger.as_text(entries)
+    assert (root / "evaluation" / "ledger.txt").read_text().splitlines() == text
+    # What the page and the text beside it say.
+    assert text[-1] in " ".join((root / "README.md").read_text().split())
+    page = (root / "evaluation" / "report.html").read_text()
+    for entry in entries:
+        row = page.partition(f"<tr id='claim-{entry.claim.key}'>")[2].partition("</tr>")[0]
+        assert html.escape(entry.outcome.measured or entry.outcome.because) in row, entry.claim.key
+        assert entry.outcome.verdict.value in row, entry.claim.key
+    # Every row that a verdict rests on is in the repository.
+    for run in questions.runs():
+        kept = subprocess.run(
+            ["git", "check-ignore", "-q", str(root / "evaluation" / run.name / "rows.jsonl")], check=False, cwd=root
+        )
+        assert kept.returncode == 1, run.name
+
+
+def test_warm_and_dropped_starts_know_of_a_busy_host(tmp_path: Path) -> None:
+    rows = [
+        {"cell": "a", "attempt": 1, "start": "cold", "quiet": False},
+        {"cell": "a", "attempt": 1, "start": "warm"},
+        {"cell": "a", "attempt": 1, "start": "dropped"},
+        {"cell": "b", "attempt": 2, "start": "cold", "quiet": True},
+        {"cell": "b", "attempt": 2, "start": "warm"},
+    ]
+    assert [row["quiet"] for row in with_quiet(rows)] == [False, False, False, True, True]
+    assert busy(with_quiet(rows)[1:3])
+    assert not busy(with_quiet(rows)[3:])
 
 
 def test_what_could_not_be_run_says_why(tmp_path: Path) -> None:
