@@ -295,7 +295,7 @@ def test_services(tmp_path: Path, mode: str) -> None:
         (200, SECRET.encode(), "not JSON"),
         (200, b'{"success": false, "data": {}}', "the answer says no success"),
         (200, b'{"success": true, "data": null}', "not a JSON object"),
-        (200, b"x" * (300 << 10), "answer larger than"),
+        (200, b"x" * (300 << 10), "answer longer than"),
         (0, b"", "no answer in time"),
         (-1, b"", "Connection refused"),
     ],

@@ -126,14 +126,16 @@ def test_no_answer_is_held_without_bound(body: str) -> None:
     def run(case: tuple[str, str]) -> None:
         operation, status = case
         with raw_server(lambda _: itertools.chain([STATUSES[status]], BODIES[body]())) as server:
-            client = RegistryClient(request_timeout_s=1, deadline_s=1, hedge_share=0)
-            try:
-                OPERATIONS[operation](client, server)
-            except ObdlabError:
-                pass  # anything else is a defect
-            finally:
-                client.close()
-            assert server.requests, "nothing was asked"
+            end = time.monotonic() + 60
+            while not server.requests:  # a busy machine may not even connect within the deadline
+                assert time.monotonic() < end, "nothing was asked"
+                client = RegistryClient(request_timeout_s=1, deadline_s=1, hedge_share=0)
+                try:
+                    OPERATIONS[operation](client, server)
+                except ObdlabError:
+                    pass  # anything else is a defect
+                finally:
+                    client.close()
 
     def run_all() -> None:
         with ThreadPoolExecutor(len(CASES)) as threads:
@@ -188,7 +190,7 @@ def test_an_interim_answer_is_not_taken_for_that_of_the_next_request() -> None:
         yield b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-99/100\r\nContent-Length: 100\r\n\r\n" + data
 
     with raw_server(answers) as server:
-        client = RegistryClient(request_timeout_s=2, deadline_s=0.5)
+        client = RegistryClient(request_timeout_s=2, deadline_s=2)
         with pytest.raises(RegistryError, match="interim answer"):
             client.read_range(server.repository(), DIGEST, 0, 100)
         client.close()
