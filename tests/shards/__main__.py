@@ -17,6 +17,8 @@ _ROOT = Path(__file__).parents[2]
 _HOST = "kernel or containerd or vm"
 # As in the Makefile: tests of the whole host run alone, the others on all processors.
 _HALVES = ((f"not ({_HOST})", ("-n", "auto", "--dist", "load")), (_HOST, ("-n", "1")))
+# Of a test that states none: full counts take longer than the ordinary tests' 300 s. A shard is done by then.
+_TIMEOUT_S = 1500
 _NO_TESTS = 5
 _END_S = 60.0
 
@@ -75,7 +77,7 @@ def _run(name: str, limit_min: float | None) -> bool:
 # Return pytest's exit status, None if the deadline came first.
 def _pytest(name: str, marks: str, words: tuple[str, ...], deadline: float | None) -> int | None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--shard", name, "-m", marks, *words]
-    command += _files(table.named(name))
+    command += ["--timeout", str(_TIMEOUT_S), *_files(table.named(name))]
     with subprocess.Popen(command, cwd=_ROOT, env={**os.environ, "OBDLAB_LONG": "1"}) as process:
         try:
             return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
