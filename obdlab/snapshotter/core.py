@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 FALLBACKS = Counter("snapshotter_fallbacks")
 
 _LABEL_PATH = "labels."
+_MAX_LOGGED = 300
 # What clients that know no target snapshots call one they unpack a layer into.
 _UNPACK_PREFIX = "extract-"
 
@@ -118,8 +119,13 @@ class Snapshotter:
             return
         usage = self._layout.usage(own_id)
         with self._store.write() as writer:
+            snapshot = writer.get(key)
+            if snapshot.id != own_id:
+                raise NotFoundError(f"snapshot {key!r} was removed and made again meanwhile")
+            if snapshot.kind is not Kind.ACTIVE:
+                raise FailedPreconditionError(f"snapshot {key!r} is not active (got {snapshot.kind.name.lower()})")
             is_plain = not overlaybd.is_downloaded_layer(self._layout.fs(own_id))
-            reason = writer.get(key).labels.get(fallback.LABEL_FALLBACK)
+            reason = snapshot.labels.get(fallback.LABEL_FALLBACK)
             if reason and is_plain:
                 labels = {**labels, fallback.LABEL_FALLBACK: reason}
             writer.commit(key, name, labels, usage)
@@ -165,7 +171,7 @@ class Snapshotter:
     def update(self, key: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
         """Change labels: those named by ``paths`` (``labels`` or ``labels.<key>``), or all if there are none."""
         for path in paths:
-            if path != "labels" and not path.startswith(_LABEL_PATH):
+            if path != "labels" and not (path.startswith(_LABEL_PATH) and path != _LABEL_PATH):
                 raise InvalidArgumentError(f"snapshot {key!r}: only labels can be updated (got {path!r})")
         with self._store.write() as writer:
             result = dict(writer.get(key).labels)
@@ -231,9 +237,11 @@ class Snapshotter:
 
     @staticmethod
     def _pulled_whole(parent: str, labels: Mapping[str, str], reason: str) -> dict[str, str]:
-        image = overlaybd.image_reference(labels) or "that the client does not name"
+        reference = overlaybd.image_reference(labels)[:_MAX_LOGGED]
+        image = repr(reference) if reference else "that the client does not name"
         if reason == fallback.UNPROVEN:
-            text = f"layer {labels.get(BLOB_DIGEST)} does not prove the name {overlaybd.pull_target(labels)}"
+            name = overlaybd.pull_target(labels)[:_MAX_LOGGED]
+            text = f"layer {labels.get(BLOB_DIGEST)} does not prove the name {name!r}"
             logger.warning("image %s: %s, the client fetches and checks it", image, text)
         else:
             level = logging.INFO if parent else logging.WARNING  # once for an image

@@ -121,21 +121,20 @@ def main() -> int:
 
 
 def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
-    import shutil
-
     from obdlab.image.extract import Extractor
     from obdlab.image.filetree import FileTree
     from obdlab.image.open import open_image
+    from obdlab.snapshotter.trees import delete_tree
 
     unfinished = target.with_name(f"{target.name}.new")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    delete_tree(unfinished)
     try:
         with open_image(replace(config, record_trace_path=""), settings, traces=False) as disk:
             tree = FileTree(disk)
             Extractor(tree, archive=True).copy(tree.root, os.fsencode(unfinished))
         unfinished.rename(target)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        delete_tree(unfinished)
         raise
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.importing import ORIGINAL_NAME
 from obdlab.snapshotter.layout import CONFIG_NAME, Layout, RootError
 from obdlab.snapshotter.store import Kind, Store
+from obdlab.snapshotter.trees import delete_tree
 from obdlab.snapshotter.writable import WritableDevice
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def _delete(path: Path) -> None:
         if path in entry.mountpoint.parents:
             mount.unmount(entry.mountpoint)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        delete_tree(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import ObdlabError
 from obdlab.service.rundir import SNAPSHOTTER_LOCK
 from obdlab.snapshotter.store import Kind, Usage
+from obdlab.snapshotter.trees import delete_tree, statuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -118,7 +119,7 @@ class Layout:
             if kind is Kind.ACTIVE:
                 _make(directory / "work", 0o711)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            delete_tree(directory)
             raise
         return directory
 
@@ -146,7 +147,7 @@ class Layout:
 
     def delete(self, directory: Path) -> None:
         """Delete a directory. What cannot be deleted now is tried again by the next cleanup."""
-        shutil.rmtree(directory, ignore_errors=True)
+        delete_tree(directory)
 
     def unknown(self, known: Iterable[int]) -> list[Path]:
         """Return the directories that no snapshot owns: leftovers of crashes and of removals."""
@@ -173,24 +174,19 @@ def disk_usage(roots: Iterable[Path], *, skip: str = "") -> Usage:
 
     Directly below a root, entries called ``skip`` are left out; a root that is missing counts nothing.
     """
-    seen: set[tuple[int, int]] = set()
-    size = 0
-    pending: list[tuple[str | os.DirEntry[str], bool]] = [(str(root), True) for root in roots]
-    while pending:
-        path, is_root = pending.pop()
-        try:
-            status = os.lstat(path)
-            identity = (status.st_dev, status.st_ino)
-            if identity in seen:
-                continue
-            if (status.st_mode & 0o170000) == 0o040000:
-                with os.scandir(path) as entries:
-                    pending += [(entry, False) for entry in entries if not (is_root and entry.name == skip)]
-        except FileNotFoundError:
-            continue  # a container may delete files while they are counted
-        seen.add(identity)
-        size += status.st_blocks * 512
-    return Usage(len(seen), size)
+    linked: set[tuple[int, int]] = set()
+    inodes = size = 0
+    for root in roots:
+        for status in statuses(root, skip=skip):
+            # Only those with several names can come again: a container may have millions of files.
+            if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                identity = (status.st_dev, status.st_ino)
+                if identity in linked:
+                    continue
+                linked.add(identity)
+            inodes += 1
+            size += status.st_blocks * 512
+    return Usage(inodes, size)
 
 
 def _make(path: Path, mode: int) -> None:

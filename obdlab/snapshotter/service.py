@@ -47,6 +47,7 @@ _SERVICE = "containerd.services.snapshots.v1.Snapshots"
 #: An attach waits for a registry; a few dozen of them must not keep Stat and Mounts of others from being answered.
 _WORKERS = 64
 _LIST_BATCH = 100
+_LIST_BYTES = 1 << 20
 _MAX_ERROR_SIZE = 2000
 _MAX_SOCKET_PATH = 107
 _PROBE_TIMEOUT_S = 2.0
@@ -122,8 +123,8 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
         """Describe all snapshots that match."""
         with _answering(context, "Walk", "list"):
             snapshots = self._snapshotter.walk(list(request.filters))
-        for start in range(0, len(snapshots), _LIST_BATCH):
-            yield pb.ListSnapshotsResponse(info=map(_info, snapshots[start : start + _LIST_BATCH]))
+        for batch in _batches(snapshots):
+            yield pb.ListSnapshotsResponse(info=batch)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageResponse:
         """Tell what disk space a snapshot takes."""
@@ -206,12 +207,13 @@ def _answering(context: grpc.ServicerContext, function: str, what: str) -> Itera
         code = next(code for kind, code in _CODES if isinstance(error, kind))
         RPC_ERRORS.add(label=f"{function}:{code.name}")
         expected = code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
-        logger.log(logging.INFO if expected else logging.WARNING, "%s: %s (%s)", what, error, code.name)
+        level = logging.INFO if expected else logging.WARNING
+        logger.log(level, "%s: %s (%s)", _shortened(what), _shortened(str(error)), code.name)
         context.abort(code, _shortened(str(error)))
     except OSError as error:
-        logger.exception("%s failed", what)
+        logger.exception("%s failed", _shortened(what))
         RPC_ERRORS.add(label=f"{function}:{grpc.StatusCode.INTERNAL.name}")
-        context.abort(grpc.StatusCode.INTERNAL, f"{what}: {error}")
+        context.abort(grpc.StatusCode.INTERNAL, _shortened(f"{what}: {error}"))
 
 
 @contextmanager
@@ -234,6 +236,21 @@ def _shortened(text: str) -> str:
 
 def _mounts(mounts: Sequence[Mount]) -> list[types_pb2.Mount]:
     return [types_pb2.Mount(type=mount.type, source=mount.source, options=mount.options) for mount in mounts]
+
+
+# Clients take 4 MiB in a message. A single snapshot's labels have a bound of their own.
+def _batches(snapshots: Sequence[Snapshot]) -> Iterator[list[pb.Info]]:
+    batch: list[pb.Info] = []
+    size = 0
+    for snapshot in snapshots:
+        info = _info(snapshot)
+        if batch and (len(batch) == _LIST_BATCH or size + info.ByteSize() > _LIST_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(info)
+        size += info.ByteSize()
+    if batch:
+        yield batch
 
 
 def _info(snapshot: Snapshot) -> pb.Info:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
+#: Longest key, in characters; containerd's own store takes as many bytes.
+_MAX_KEY = 32768
+_MAX_LABELS = 256 << 10
 _SCHEMA = """
 CREATE TABLE snapshot (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -249,6 +252,8 @@ class Writer(Reader):
         return self.get(key)
 
     def _require_free(self, key: str) -> None:
+        if len(key) > _MAX_KEY:
+            raise InvalidArgumentError(f"key: too long (got {len(key)} characters, wanted at most {_MAX_KEY})")
         if self.find(key) is not None:
             raise AlreadyExistsError(f"snapshot {key!r} already exists")
 
@@ -331,8 +336,12 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
+# A snapshot travels in one message of List together with others: one that does not fit hides all from containerd.
 def _labels_text(labels: Mapping[str, str]) -> str:
-    return json.dumps({key: value for key, value in labels.items() if value != ""}, sort_keys=True)
+    text = json.dumps({key: value for key, value in labels.items() if value != ""}, sort_keys=True)
+    if len(text) > _MAX_LABELS:
+        raise InvalidArgumentError(f"labels: too many (got {len(text)} characters, wanted at most {_MAX_LABELS})")
+    return text
 
 
 def _snapshot(row: tuple[int, str, str, int, str, int, int, int, int]) -> Snapshot:
