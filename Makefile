@@ -11,9 +11,10 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
 TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs
 
 # What only the long tests need: servers of shared databases, an iSCSI initiator and tools that tell of block events (in
-# the virtual machine), a browser and the driver of its own version. Docker, which changes the host's packet filters, is
+# the virtual machine), a browser and the driver of its own version, Go with containerd's suite for snapshotters. Docker, which changes the host's packet filters, is
 # left to its owner.
-LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver
+LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver \
+  golang-go golang-github-containerd-containerd-dev
 
 .PHONY: help setup packages test-packages long-packages peers demo test test-long lint unit pure host protos benchmarks clean
 

@@ -14,6 +14,8 @@ import pytest
 from tests.vm import machine
 
 REQUIRED = frozenset(filter(None, os.environ.get("OBDLAB_REQUIRE", "").split(",")))
+#: Where Debian has containerd's suite for snapshotters.
+GO_SUITE = Path("/usr/share/gocode/src/github.com/containerd/containerd/snapshots/testsuite")
 LONG = os.environ.get("OBDLAB_LONG") == "1"
 
 
@@ -84,6 +86,15 @@ def missing_for_block_tools() -> str:
     return ""
 
 
+def missing_for_go() -> str:
+    """Why containerd's own suite for snapshotters cannot be compiled here, or ''."""
+    if shutil.which("go") is None:
+        return "go is not installed (Debian package golang-go)"
+    if not GO_SUITE.is_dir():
+        return f"{GO_SUITE} does not exist (Debian package golang-github-containerd-containerd-dev)"
+    return ""
+
+
 _PROBES = {
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
@@ -94,6 +105,7 @@ _PROBES = {
     "prometheus": missing_for_prometheus,
     "browser": missing_for_browser,
     "blocktools": missing_for_block_tools,
+    "go": missing_for_go,
 }
 
 

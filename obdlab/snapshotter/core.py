@@ -20,6 +20,7 @@ from obdlab.snapshotter import fallback, overlaybd, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
+    HasChildrenError,
     InvalidArgumentError,
     NotFoundError,
 )
@@ -149,7 +150,7 @@ class Snapshotter:
         with self._locks.hold(snapshot_id):
             with self._store.read() as reader:
                 if reader.count_children(snapshot_id):
-                    raise FailedPreconditionError(f"snapshot {key!r} has children")
+                    raise HasChildrenError(key)
             device = WritableDevice.load(self._layout.writable(snapshot_id))
             if self._layout.is_image(snapshot_id):
                 self._images.release(snapshot_id)

@@ -19,3 +19,10 @@ class InvalidArgumentError(ObdlabError):
 
 class FailedPreconditionError(ObdlabError):
     """The snapshot is in no state for this: it has children, is not active, or is still in use."""
+
+
+class HasChildrenError(FailedPreconditionError):
+    """A snapshot with children was to be removed. The text begins as containerd's own, which callers look for."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"cannot remove snapshot with child: snapshot {key!r}")

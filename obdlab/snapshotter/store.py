@@ -18,6 +18,7 @@ from obdlab.errors import ObdlabError
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
+    HasChildrenError,
     InvalidArgumentError,
     NotFoundError,
 )
@@ -218,7 +219,7 @@ class Writer(Reader):
         """Forget a snapshot and return what it was. Raises NotFoundError or FailedPreconditionError (children)."""
         snapshot = self.get(key)
         if self.count_children(snapshot.id):
-            raise FailedPreconditionError(f"snapshot {key!r} has children")
+            raise HasChildrenError(key)
         self._connection.execute("DELETE FROM snapshot WHERE id = ?", (snapshot.id,))
         return snapshot
 

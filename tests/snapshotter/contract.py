@@ -170,7 +170,7 @@ class SnapshotterContract:
         snapshotter.commit("middle", "child", {})
         snapshotter.view("leaf", "middle", {})
         for key in ("base", "middle"):
-            with pytest.raises(FailedPreconditionError):
+            with pytest.raises(FailedPreconditionError, match="cannot remove snapshot with child"):
                 snapshotter.remove(key)
         for key in ("leaf", "middle", "base"):
             snapshotter.remove(key)
