@@ -212,7 +212,8 @@ def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
                 told = True
     except ObdlabError as error:
         if _may_be_a_path(name):
-            raise DeviceError(f"{name}: no such file, and as the reference of an image: {error}") from error
+            what = "a directory" if Path(name).is_dir() else "no such file"
+            raise DeviceError(f"{name}: {what}, and as the reference of an image: {error}") from error
         raise
     finally:
         client.close()

@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, handlers=[handler])
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
     except ObdlabError as error:
         if interrupt_behind(error):  # cleaning up after Ctrl-C failed
             print(f"obdlab {args.command}: interrupted, and then: {error}", file=sys.stderr)
@@ -105,12 +106,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"obdlab {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads what is printed has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
-    except PermissionError as error:
+    except OSError as error:  # what is printed finds no room, say
+        logging.getLogger(__name__).debug("%s", error, exc_info=True)
         print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
+        _drop_output()
         return 1
     return status
+
+
+# What is still in the buffer would fail again when the interpreter ends.
+def _drop_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _root_hint(message: str) -> str:

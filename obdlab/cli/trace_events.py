@@ -202,6 +202,7 @@ def _reads(args: argparse.Namespace) -> list[DiskRead]:
 
 def _parsed(path: Path) -> list[Any]:
     from obdlab.formats.blockevents import parse
+    from obdlab.formats.trace import MAGIC_SIZE, is_trace
 
     try:
         size = path.stat().st_size
@@ -209,6 +210,11 @@ def _parsed(path: Path) -> list[Any]:
             raise FormatError("too large for block events", blob=str(path), got=size, wanted=f"at most {_MOST_BYTES}")
         if not path.is_file():  # a pipe would be waited for
             raise FormatError("not a regular file", blob=str(path))
+        with open(path, "rb") as file:
+            if is_trace(file.read(MAGIC_SIZE)):
+                raise FormatError(
+                    "a trace", blob=str(path), wanted="block events, as obdlab trace watch writes (see: trace show)"
+                )
         with open(path, errors="replace") as lines:
             return parse(lines, name=str(path))
     except OSError as error:

@@ -66,6 +66,8 @@ class ImageLayout:
         try:
             with open_regular(path) as file:
                 return file.read(MAX_MANIFEST_SIZE + 1)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SourceError("no OCI layout (it has no index.json)", blob=str(self.root)) from error
         except OSError as error:
             raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
 

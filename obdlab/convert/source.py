@@ -48,7 +48,8 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 def open_source(text: str, client: RegistryClient, *, containerd: str = DEFAULT_ADDRESS) -> ImageSource:
     """Return the image that ``text`` names; close it after use. ``containerd`` is that one's socket.
 
-    Raises FormatError if ``text`` is no name of an image, and what opening an archive or containerd raises.
+    Raises FormatError if ``text`` is no name of an image, or that of a file or directory which is none; and what
+    opening an archive or containerd raises.
     """
     transport, rest = _split(text)
     if transport == _LAYOUT:
@@ -65,6 +66,7 @@ def open_source(text: str, client: RegistryClient, *, containerd: str = DEFAULT_
         from obdlab.convert.containerdimages import ContainerdSource
 
         return ContainerdSource(containerd, *_split_namespace(text, rest))
+    _check_no_path(text)
     return RegistrySource(Reference.parse(rest), client)
 
 
@@ -92,6 +94,20 @@ def open_destination(text: str, client: RegistryClient, *, containerd: str = DEF
             "docker's archives cannot hold overlaybd layers' annotations", blob=text, wanted=f"{_ARCHIVE}:FILE:TAG"
         )
     return RegistryDestination(Reference.parse(rest), client)
+
+
+# What lies here is meant, in most cases; a reference that looks the same can be given with its registry or tag.
+def _check_no_path(text: str) -> None:
+    path = Path(text)
+    if not names_image(text) and (path.exists() or text.startswith(("/", "./", "../"))):
+        kind = (
+            "a directory, but no OCI layout" if path.is_dir() else "a file" if path.exists() else "no such directory"
+        )
+        raise FormatError(
+            kind,
+            blob=text,
+            wanted=f"oci:DIR, {_ARCHIVE}:FILE, {_DOCKER_ARCHIVE}:FILE, or an image in a registry as HOST/NAME:TAG",
+        )
 
 
 def names_image(text: str) -> bool:
@@ -132,6 +148,7 @@ def _name_of(text: str, default_tag: str | None) -> tuple[object, str | None]:
         return path.resolve(), None
     if transport == _CONTAINERD:
         return _split_namespace(text, rest)
+    _check_no_path(text)
     reference = Reference.parse(rest)
     return (reference.host, reference.repository), reference.tag or reference.digest
 

@@ -81,6 +81,13 @@ class DiskRead:
     is_ahead: bool
 
 
+# A binary file's "line" is nothing to be printed.
+def _shown(line: str) -> str:
+    if not line:
+        return "nothing"
+    return repr(line) if line.replace("\t", " ").isprintable() and "\ufffd" not in line else "binary data"
+
+
 def parse(lines: Iterable[str], *, name: str = "events") -> list[BlockEvent]:
     """Return the block events among the lines in order of time; other lines are left out.
 
@@ -100,7 +107,7 @@ def parse(lines: Iterable[str], *, name: str = "events") -> list[BlockEvent]:
         raise FormatError(
             "no block events in it",
             blob=name,
-            got=repr(first_odd) if first_odd else "nothing",
+            got=_shown(first_odd),
             wanted="lines of tracefs, trace-cmd, perf script or blkparse",
         )
     return sorted(events, key=lambda event: event.at_s)

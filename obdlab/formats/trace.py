@@ -36,6 +36,8 @@ MAX_LIST_SIZE = 65536
 
 _HEADER = struct.Struct("<I4xQI4x")
 _MAGIC = MAGIC.to_bytes(4, "little")
+#: So many first bytes say whether something is a trace.
+MAGIC_SIZE = len(_MAGIC)
 #: As in the file; what lies between the fields is kept.
 RECORD = np.dtype(
     {
@@ -158,7 +160,7 @@ class PriorityList:
     def from_bytes(cls, data: bytes, *, name: str = "priority list") -> tuple[Self, list[str]]:
         """Read one path a line; return the list, and why each line that was left out was.
 
-        A directory ends in "/" or "*". Raises FormatError for more than 65,536 bytes.
+        A directory ends in "/" or "*". Raises FormatError for more than 65,536 bytes, and if no line is a path.
         """
         if len(data) > MAX_LIST_SIZE:
             raise FormatError("priority list is too large", blob=name, got=len(data), wanted=f"<= {MAX_LIST_SIZE}")
@@ -173,4 +175,6 @@ class PriorityList:
                 directories.append(line.rstrip("*"))
             else:
                 files.append(line)
+        if odd and not files and not directories:
+            raise FormatError("neither a trace nor a list of paths", blob=name, got=odd[0].partition(": ")[2])
         return cls(tuple(files), tuple(directories)), odd

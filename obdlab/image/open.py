@@ -159,7 +159,7 @@ def _open(config: ImageConfig, settings: Settings, *, traces: bool) -> Image | W
         elif stack is not None:
             image = stack
         else:
-            raise ImageOpenError("image has neither lowers nor an upper")
+            raise ImageOpenError("image has neither lowers nor an upper (is it a config.v1.json?)")
         if traces and stack is not None:
             _use_traces(config, settings, stack, remote, recording, image)
         opened.pop_all()

@@ -18,6 +18,9 @@ from obdlab.formats.lsmt.layout import (
     encode_user_tag,
 )
 from obdlab.formats.lsmt.segmentmap import SegmentMap
+from obdlab.formats.tar import parse_wrap
+from obdlab.formats.zfile.layout import HEADER_SIZE as ZFILE_HEADER_SIZE
+from obdlab.formats.zfile.layout import is_zfile
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, sealed_records, undo_seal
@@ -39,7 +42,10 @@ def open_upper(
     file of a sparse layer is not looked at.
     """
     with LayerFile(data_path, os.O_RDONLY) as file:
-        header = Header.from_bytes(file.read_at(0, min(STRUCT_SIZE, file.size)), blob=file.name)
+        start = file.read_at(0, min(HEADER_SPACE, file.size))
+        if is_zfile(start[:ZFILE_HEADER_SIZE], blob=file.name) or parse_wrap(start, blob=file.name):
+            raise FormatError("compressed or in a tar", blob=file.name, wanted="the data file of a writable layer")
+        header = Header.from_bytes(start[:STRUCT_SIZE], blob=file.name)
     if header.flags & Flags.SPARSE:
         return SparseUpper.open(data_path, read_only=read_only)
     return AppendUpper.open(data_path, index_path, read_only=read_only)
