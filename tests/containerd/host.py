@@ -51,7 +51,7 @@ class ContainerdHost:
                 start_new_session=True,
                 env={**os.environ, "CONTAINERD_DISABLE_PIGZ": "1"},
             )
-        _wait_until_it_answers(self._process, self.address, self.log)
+        wait_until_it_answers(self._process, self.address, self.log)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Send it a signal and wait for its end. Containers go on."""
@@ -121,7 +121,7 @@ mutation_threshold = 1
         host.stop()
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def wait_until_it_answers(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
