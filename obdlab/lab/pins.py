@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from obdlab.formats.oci import short_digest
-from obdlab.lab.recipe import find_recipe
+from obdlab.lab.recipe import find_recipe, image_label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -61,8 +61,8 @@ def obtain(names: Iterable[str], paths: LabPaths, pins: Pins, say: Callable[[str
         images[name] = image = paths.image(name, say, pin=pin)
         if pin and image.digest != pin:
             say(
-                f"{name}: the rows so far are of {short_digest(pin)}, which is not kept here any more; the rows of "
-                f"{short_digest(image.digest)} are cells of their own"
+                f"{image_label(name)}: the rows so far are of {short_digest(pin)}, which is not kept here any more; "
+                f"the rows of {short_digest(image.digest)} are cells of their own"
             )
     return images
 
@@ -73,5 +73,5 @@ def image_notes(environments: Iterable[Mapping[str, Any]]) -> list[str]:
     for environment in environments:
         for name, about in environment.get("built", {}).items():
             told = f": {about['lock']}" if about["lock"] else ""
-            notes.append(f"Image {name} is {short_digest(about['digest'])}{told}.")
+            notes.append(f"Image {image_label(name)} is {short_digest(about['digest'])}{told}.")
     return list(dict.fromkeys(notes))

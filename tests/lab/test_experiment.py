@@ -138,10 +138,14 @@ def test_a_cell_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path
 
 @pytest.mark.containerd
 def test_a_start_that_is_never_ready_is_a_row_with_its_error(tmp_path: Path, paths: LabPaths) -> None:
-    spec = SPEC.with_values(ready_timeout_s=0.001, snapshotters=["obdlab"], a_a=False)
+    path = str(paths.datasets[0] / "tiny" / "recipe.toml")
+    spec = SPEC.with_values(images=[path], ready_timeout_s=0.001, snapshotters=["obdlab"], a_a=False)
     experiment = Experiment(spec, tmp_path / "results", paths)
     experiment.run()
     (row,) = experiment.rows()
+    # An image that is given as a path is called by its recipe's name.
+    assert (row["image"], row["recipe"]) == ("tiny", path)
+    assert path not in "".join(experiment.report())
     assert "ready" in row["error"]
     assert row["start"] == "cold"
     assert "failed when cold" in caveats([row])[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Rectangle
 
 from obdlab.lab.figures import startup_figure
@@ -45,6 +46,15 @@ def test_bars_are_the_medians_and_the_papers_numbers() -> None:
     bars = [patch for patch in cold.patches if isinstance(patch, Rectangle)]
     tops = [bar.get_y() + bar.get_height() for bar in bars if bar.get_x() < 0.5]
     assert max(tops) == pytest.approx(4.16)
+
+
+def test_one_start_has_no_error_bar() -> None:
+    one, several = (
+        startup_figure(summarise([row for row in _rows() if row["start"] == "cold"][:count])).axes[0]
+        for count in (3, 6)
+    )
+    assert not [each for each in one.containers if isinstance(each, ErrorbarContainer)]
+    assert len([each for each in several.containers if isinstance(each, ErrorbarContainer)]) == 3
 
 
 def test_two_networks_do_not_share_a_figure() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import ObdlabError
-from obdlab.lab.recipe import Recipe, RecipeError, find_recipe, list_recipes
+from obdlab.lab.recipe import Recipe, RecipeError, find_recipe, image_label, list_recipes
 from tests.lab.conftest import DATASETS
 
 if TYPE_CHECKING:
@@ -163,3 +163,9 @@ def test_any_value_of_any_key_gives_a_recipe_or_a_recipe_error(key: str, value: 
         Recipe.from_values(values, DATASETS / "recipe.toml").fingerprint()
     except RecipeError:
         pass
+
+
+def test_an_image_is_called_by_its_recipes_name(tmp_path: Path) -> None:
+    assert image_label("redis") == "redis"
+    assert image_label(str(DATASETS / "tiny" / "recipe.toml")) == "tiny"
+    assert image_label(str(tmp_path / "gone" / "recipe.toml")) == "gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_changes_are_checked_before_anything_is_measured(tmp_path: Path, capsys:
     assert not (tmp_path / "results").exists()
     with pytest.raises(SpecError, match="no such experiment"):
         specs(chosen_runs(["codec"]), quick=True, changes={"index": {"repeats": 1}})
+
+
+def test_the_ledger_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = Path(__file__).parents[3] / "experiments" / "measured" / "evaluation"
+    assert main(["report", "--json", "--results", str(measured)]) == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["key"] for entry in entries] == [claim.key for claim in CLAIMS]
+    assert entries[0]["rows"] > 0
+    assert entries[0]["experiments"] == ["conversion"]
 
 
 def test_a_parameter_that_a_notebook_does_not_know_fails() -> None:
