@@ -26,6 +26,7 @@ DEVICE_KINDS = ("auto", "fuse+loop", "fuse+file", "ublk", "tcmu")
 #: The snapshotter's devices may also be those of an overlaybd TCMU daemon that runs beside it.
 DAEMON_KIND = "overlaybd-tcmu"
 _MOST_READAHEAD_KIB = 64 * KIB
+_LEAST_SERVER_MEMORY = 256 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -88,6 +89,9 @@ class Settings:
     snapshot_api_open: bool = False
     #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
     server_processes: int = 0
+    #: Most memory that a process which serves a device takes for data; 0: no bound. 256 requests of 1 MiB under way,
+    #: with what is read, decompressed and answered for each, need about half of it.
+    server_memory: int = 2 * GIB
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
     hosts_dir: Path | None = None
     #: P2P proxy through which blobs are read while it is healthy, as in :mod:`obdlab.registry.p2p`; "": none.
@@ -149,6 +153,8 @@ class Settings:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:
             raise SettingsError("read_deadline_s, open_deadline_s and request_timeout_s must be positive")
+        if self.server_memory and self.server_memory < _LEAST_SERVER_MEMORY:
+            raise SettingsError(f"server_memory: 0, or at least {_LEAST_SERVER_MEMORY} (got {self.server_memory})")
         if not 0 <= self.device_readahead_kib <= _MOST_READAHEAD_KIB:
             raise SettingsError(f"device_readahead_kib: 0 to {_MOST_READAHEAD_KIB} (got {self.device_readahead_kib})")
         if not 0 <= self.server_processes <= 64:

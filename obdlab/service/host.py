@@ -32,7 +32,7 @@ from obdlab.service import wire
 from obdlab.service.forking import Signals, fork_to
 from obdlab.service.hostrequests import HostRequests, is_revivable, stays_without_server
 from obdlab.service.installed import InstalledCode
-from obdlab.service.protection import unprotect
+from obdlab.service.protection import bound_memory, unprotect
 from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, Process, RunDir
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ class Host:
 
     def _answer(self, connection: socket.socket) -> None:
         self._leave_host()
+        bound_memory(Settings().server_memory)  # priming opens an image
         self._requests().handle(connection)
 
     def _revive(self, directory: Path) -> None:

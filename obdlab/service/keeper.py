@@ -13,7 +13,6 @@ which adopts the server (``obdlab.service.keeperlink``).
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 import logging
@@ -34,13 +33,14 @@ from obdlab.image.settings import Settings
 from obdlab.service import server
 from obdlab.service.deaths import Deaths, Start
 from obdlab.service.forking import Signals, become
-from obdlab.service.protection import KEEPER_OOM_SCORE_ADJUST, protect
+from obdlab.service.keeperstate import KEPT, TRANSITIONS, State
+from obdlab.service.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.service.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, Process
 from obdlab.service.serverprocess import ServerProcess, how_ended, killed_by
 from obdlab.service.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from obdlab.blob import Blob
     from obdlab.service.takeover import Former
@@ -54,36 +54,8 @@ _LEAVE_PAUSE_S = 1.0
 MAX_HANGS = 3
 
 
-class State(enum.Enum):
-    """What a keeper's device is like."""
-
-    #: The first server opens the image. No device is there yet; a failure is the attach's.
-    STARTING = "starting"
-    #: The device is there, served by the processes of another keeper; the first server is to take their place.
-    REPLACING = "replacing"
-    #: A server answers.
-    SERVED = "served"
-    #: No server answers: one is being started, or is due after a pause. The device's users wait.
-    RESTARTING = "restarting"
-    #: The device was taken away. The keeper waits for the ends of its servers.
-    ENDING = "ending"
-    #: Nothing is left to do.
-    OVER = "over"
-
-
-#: The states that may follow a state.
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.SERVED, State.RESTARTING, State.OVER}),
-    State.REPLACING: frozenset({State.SERVED, State.OVER}),
-    State.SERVED: frozenset({State.RESTARTING, State.ENDING, State.OVER}),
-    State.RESTARTING: frozenset({State.SERVED, State.ENDING, State.OVER}),
-    State.ENDING: frozenset({State.OVER}),
-    State.OVER: frozenset(),
-}
 #: What a server says of its device, as far as the record keeps it.
 DESCRIBED = ("kind", "path", "size", "read_only", "pid", "start_time")
-#: States in which the device is this keeper's to keep going.
-_KEPT = frozenset({State.SERVED, State.RESTARTING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +149,9 @@ class Keeper:
                     self._listen(one)
                 elif fd == one.pidfd:
                     self._bury(one)
-        if self._state in _KEPT:
+        if self._state in KEPT:
             self._end_hung()
-        if self._state in _KEPT and self._next_start is not None and time.monotonic() >= self._next_start:
+        if self._state in KEPT and self._next_start is not None and time.monotonic() >= self._next_start:
             self._next_start = None
             if not self._has_ended():
                 self._start(0)
@@ -190,7 +162,7 @@ class Keeper:
         pauses = []
         if self._next_start is not None:
             pauses.append(max(0.0, self._next_start - time.monotonic()))
-        elif self._state in _KEPT:
+        elif self._state in KEPT:
             pauses.append(self._watchdog.pause_s())
         if self._take_down_wanted:
             pauses.append(_LEAVE_PAUSE_S)
@@ -267,7 +239,7 @@ class Keeper:
 
     def _could_not_start(self, number: int, why: str) -> None:
         log.error("%s: server %d: %s", self._directory.name, number, why)
-        if number == 0 and self._state in _KEPT:
+        if number == 0 and self._state in KEPT:
             self._start_again(why, reported=True)
         elif number == 0:
             self._say({"error": why})
@@ -324,11 +296,11 @@ class Keeper:
             one.start = Start.now(self._path) if self._path is not None else None
         elif "error" in message:
             one.error = message["error"]
-            if self._state in _KEPT:
+            if self._state in KEPT:
                 log.error("%s: server %d cannot serve: %s", self._directory.name, one.number, one.error)
             else:
                 self._say(message)
-        elif self._state not in _KEPT:
+        elif self._state not in KEPT:
             self._say(message)
 
     def _say(self, message: dict[str, Any]) -> None:
@@ -382,7 +354,7 @@ class Keeper:
 
     def _help(self) -> None:
         free = set(range(1, self._most_servers)) - set(self._servers)
-        if free and self._state in _KEPT and self._description["read_only"]:
+        if free and self._state in KEPT and self._description["read_only"]:
             self._start(min(free))
 
     def _bury(self, one: ServerProcess) -> None:
@@ -392,7 +364,7 @@ class Keeper:
         self._unwatch(one.pidfd)
         status = one.bury()
         del self._servers[one.number]
-        if self._state not in _KEPT:
+        if self._state not in KEPT:
             if self._state in (State.STARTING, State.REPLACING):
                 self._fail(f"the server ended {how_ended(status)}")
             return
@@ -453,3 +425,4 @@ def _settle_in(device_id: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"keep:{device_id}")
     protect(device_id, KEEPER_OOM_SCORE_ADJUST)
+    bound_memory(KEEPER_MEMORY)

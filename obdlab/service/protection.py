@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import threading
 from pathlib import Path
 
 from obdlab.devices import abi
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 
 KEEPER_OOM_SCORE_ADJUST = -1000
 SERVER_OOM_SCORE_ADJUST = -999
+#: A keeper holds no data.
+KEEPER_MEMORY = 64 << 20
+#: Python's own calls take none of it. By default a stack is 8 MiB, and a server has up to 256 threads.
+_STACK = 1 << 20
 _OOM_SCORE_ADJUST = Path("/proc/self/oom_score_adj")
 
 
@@ -40,19 +45,22 @@ def unprotect() -> None:
         abi.prctl(abi.PR_SET_IO_FLUSHER, 0)
     except (OSError, ValueError) as error:
         log.debug("protection: %s", error)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def bound_memory(most: int) -> None:
-    """Let this process take ``most`` bytes for data (heap, stacks, anonymous mappings) beyond what it has now.
+    """Let this process take ``most`` bytes for data beyond what it has now: heap, stacks, anonymous mappings.
 
-    An allocation above that fails, in Python by MemoryError, and the request that asked for it with it.
+    Takes the place of an earlier bound; 0: none. An allocation above it fails, in Python by MemoryError, and the
+    request that asked for it with it. Threads made later have small stacks, which count.
     """
-    used = _data_size()
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = used + most
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = _data_size() + most if most else hard
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    threading.stack_size(_STACK)
 
 
 def _data_size() -> int:

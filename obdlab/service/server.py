@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from obdlab.blob import WritableBlob
 from obdlab.devices import abi, kinds
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.image.settings import Settings
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.service import control
 from obdlab.service.keeperlink import KeeperLink, KeeperSeeker
-from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, protect
+from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.service.rundir import Process
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def serve(
     ``{"error": text}``, and ``{"busy": true}`` now and then while more processes would help.
     """
     device_id, keeper = directory.name, KeeperLink(channel)
-    _settle_in(device_id)
+    _settle_in(device_id, Settings.from_json(task.settings).server_memory)
     if task.number:  # only a keeper has the kernel hand out again what a helper leaves unanswered
         abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
@@ -140,7 +141,7 @@ def _help(device: Device, blob: Blob, directory: Path, keeper: KeeperLink, task:
     control.leave_counters(device, blob, directory)
 
 
-def _settle_in(device_id: str) -> None:
+def _settle_in(device_id: str, server_memory: int) -> None:
     os.setsid()
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -150,6 +151,7 @@ def _settle_in(device_id: str) -> None:
     abi.keep_freed_memory()
     logs.set_process_name(device_id)
     protect(device_id, SERVER_OOM_SCORE_ADJUST)
+    bound_memory(server_memory)
 
 
 def _description(device: Device) -> dict[str, Any]:

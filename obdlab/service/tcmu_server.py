@@ -66,10 +66,11 @@ def serve(
 
     ``adopt``: the device had a server before.
     """
-    from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, protect
+    from obdlab.service.protection import SERVER_OOM_SCORE_ADJUST, bound_memory, protect
 
     _settle_in(name.device)
     protect(name.device, SERVER_OOM_SCORE_ADJUST)
+    bound_memory(settings.server_memory)
     try:
         device = UioDevice.open(number)
     except ObdlabError as error:

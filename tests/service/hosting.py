@@ -41,6 +41,15 @@ class SlowToFlush(MemoryWritable):
             self._flushed.write_text("done")
 
 
+class Hog(MemoryBlob):
+    """Takes 64 times the memory that a server may have for every read beyond its first half."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        if offset >= self.size // 2:
+            bytearray(64 << 30)
+        return super().read_at(offset, length)
+
+
 def refuse_to_fork_once() -> None:
     """Make the first fork fail as it does when there are too many processes."""
     fork = os.fork
@@ -70,7 +79,7 @@ def open_blob(config: Path, settings: str) -> Blob:
         return MemoryWritable(what.get("size", MIB))
     if "trouble_at" in what:
         return Troubled(content_of(what), at=what["trouble_at"])
-    return MemoryBlob(content_of(what))
+    return (Hog if what.get("hog") else MemoryBlob)(content_of(what))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from obdlab.service import deaths, wire
 from obdlab.service.cleanup import clean_up
 from obdlab.service.client import AttachedDevice, DeviceService
 from obdlab.service.deaths import MAX_DEATHS, Deaths, Start
-from obdlab.service.keeper import TRANSITIONS, State
+from obdlab.service.keeperstate import TRANSITIONS, State
 from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, DeviceState, Process
 from obdlab.service.serverprocess import ServerProcess
 from obdlab.service.watchdog import Activity

@@ -1,0 +1,42 @@
+"""What a keeper's device is like, and what may follow."""
+
+from __future__ import annotations
+
+import enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class State(enum.Enum):
+    """What a keeper's device is like."""
+
+    #: The first server opens the image. No device is there yet; a failure is the attach's.
+    STARTING = "starting"
+    #: The device is there, served by the processes of another keeper; the first server is to take their place.
+    REPLACING = "replacing"
+    #: A server answers.
+    SERVED = "served"
+    #: No server answers: one is being started, or is due after a pause. The device's users wait.
+    RESTARTING = "restarting"
+    #: The device was taken away. The keeper waits for the ends of its servers.
+    ENDING = "ending"
+    #: Nothing is left to do.
+    OVER = "over"
+
+
+#: The states that may follow a state.
+TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
+    {
+        State.STARTING: frozenset({State.SERVED, State.RESTARTING, State.OVER}),
+        State.REPLACING: frozenset({State.SERVED, State.OVER}),
+        State.SERVED: frozenset({State.RESTARTING, State.ENDING, State.OVER}),
+        State.RESTARTING: frozenset({State.SERVED, State.ENDING, State.OVER}),
+        State.ENDING: frozenset({State.OVER}),
+        State.OVER: frozenset(),
+    }
+)
+#: States in which the device is this keeper's to keep going.
+KEPT = frozenset({State.SERVED, State.RESTARTING})
