@@ -137,7 +137,7 @@ class DeviceService:
         answer = self._ask_fresh_host(request, timeout_s)
         if "error" in answer:
             raise DeviceError(f"cannot attach {config}: {answer['error']}")
-        return _as_device(DeviceRecord(**answer["device"]))
+        return _as_device(DeviceRecord.from_json(answer["device"]))
 
     def prime(self, image: ImageConfig) -> None:
         """Have what opening the image needs of its registry in the block cache. Raises DeviceError with the cause."""

@@ -43,6 +43,7 @@ __all__ = ["CONTROL_NAME", "Control", "leave_counters", "serve", "server_name"]
 #: Requests under way at a time; more than this is no honest use.
 _MAX_REQUESTS = 16
 _FINISH_PAUSE_S = 0.005
+_TROUBLE_PAUSE_S = 0.2
 
 
 def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Control:
@@ -108,8 +109,10 @@ class Control:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return
+            except OSError as error:  # no descriptors or no memory left, for now
+                log.warning("%s: control: accept: %s", self._directory.name, error.strerror)
+                time.sleep(_TROUBLE_PAUSE_S)
+                continue
             self._free.acquire()
             try:
                 threading.Thread(
@@ -123,10 +126,18 @@ class Control:
         try:
             with connection:
                 self._answering.add(connection)
-                request = wire.receive(connection, PEER_TIMEOUT_S)
-                connection.settimeout(PEER_TIMEOUT_S)
-                wire.send(connection, self._answer(request, connection))
-        except (OSError, DeviceError) as error:  # the asker went away, or never asked
+                try:
+                    request = wire.receive(connection, PEER_TIMEOUT_S)
+                except wire.ConnectionLostError:
+                    raise
+                except DeviceError as error:
+                    log.info("%s: control: %s", self._directory.name, error)
+                    answer = {"error": str(error)}
+                else:
+                    connection.settimeout(PEER_TIMEOUT_S)
+                    answer = self._answer(request, connection)
+                wire.send(connection, answer)
+        except (OSError, DeviceError) as error:  # the asker went away
             log.info("%s: control: %s", self._directory.name, error)
         finally:
             self._answering.discard(connection)

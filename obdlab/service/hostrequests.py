@@ -82,7 +82,7 @@ class HostRequests:
     def _attach(self, request: dict[str, Any], connection: socket.socket) -> dict[str, Any]:
         try:
             config, device_id = Path(request["config"]), str(request["device_id"])
-            settings, timeout_s = str(request["settings"]), float(request["timeout_s"])
+            settings, timeout_s = str(request["settings"]), wire.timeout_of(request)
             sha256, readahead_kib = str(request["config_sha256"]), int(request["readahead_kib"])
         except (KeyError, TypeError, ValueError) as error:
             raise DeviceError(f"attach request: {error!r}") from error
@@ -143,11 +143,8 @@ class HostRequests:
                 )
 
     def _deadline_and_directory(self, request: dict[str, Any]) -> tuple[float, Path]:
-        try:
-            device_id, timeout_s = str(request["device_id"]), float(request["timeout_s"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DeviceError(f"{request.get('op')} request: {error!r}") from error
-        return time.monotonic() + timeout_s, self._run.device(device_id)
+        timeout_s = wire.timeout_of(request)
+        return time.monotonic() + timeout_s, self._run.device(str(request.get("device_id")))
 
     # Gives the lock and the record of a device that is known. Raises DeviceError if it is not.
     @contextmanager

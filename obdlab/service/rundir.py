@@ -18,7 +18,7 @@ import signal
 import stat
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -225,9 +225,19 @@ class DeviceRecord(Plan):
     def load(cls, directory: Path) -> Self | None:
         """Read a directory's record; None if there is none, or none that can be read."""
         try:
-            return cls(**json.loads((directory / "disk.json").read_text()))
+            return cls.from_json(json.loads((directory / "disk.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return the record that another process has made. Fields of later versions are left out.
+
+        Raises TypeError if it is malformed.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"a device's record is not an object (got {type(values).__name__})")
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 class RunDir:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
 #: No message is longer.
 _LIMIT = 1 << 20
+_LONGEST_S = 86400.0
 
 
 # struct ucred: pid, uid, gid
 _UCRED = struct.Struct("=3i")
+# struct timeval: seconds, microseconds
+_TIMEVAL = struct.Struct("ll")
 
 
 class Peer(NamedTuple):
@@ -39,15 +43,20 @@ class ConnectionLostError(DeviceError):
 
 
 def connect(path: Path, timeout_s: float) -> socket.socket:
-    """Connect to a unix socket of any path length. Raises OSError."""
+    """Connect to a unix socket of any path length, waiting while its queue is full. Raises OSError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(timeout_s)
+        # A non-blocking connect, as Python's own time limit makes it, fails at once when the queue is full.
+        interval = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1_000_000) or 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
         directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
         try:  # sun_path holds 108 bytes; a directory's descriptor makes every path short
             connection.connect(f"/proc/self/fd/{directory}/{path.name}")
+        except BlockingIOError as error:
+            raise TimeoutError(errno.ETIMEDOUT, f"its queue is full for {timeout_s:.3g} s") from error
         finally:
             os.close(directory)
+        connection.settimeout(timeout_s)
     except BaseException:
         connection.close()
         raise
@@ -122,6 +131,14 @@ class Messages:
 def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
     """Receive the only message within ``timeout_s``. Raises DeviceError if it does not come or is none."""
     return Messages(connection).receive(timeout_s)
+
+
+def timeout_of(request: dict[str, Any]) -> float:
+    """Return a request's ``timeout_s``. Raises DeviceError unless it is a number of seconds up to a day."""
+    value = request.get("timeout_s")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_S:
+        raise DeviceError(f"{request.get('op')} request: malformed timeout_s (got {value!r})")
+    return float(value)
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def test_a_keeper_killed_while_its_server_starts_leaves_that_at_work(slow_bed: D
         ({"server": {"path": 7}}, "malformed kind, path, size, read_only, can_change_servers"),
         ({"device_id": "other"}, "no such device is being served"),
         ({"device_id": "../x"}, "device id: letters"),
-        ({"timeout_s": "soon"}, "keep request"),
+        ({"timeout_s": "soon"}, "keep request: malformed timeout_s"),
     ],
 )
 def test_a_process_that_is_not_its_server_gets_no_keeper(
