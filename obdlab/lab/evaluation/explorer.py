@@ -42,8 +42,8 @@ class ExplorerError(ObdlabError):
 class Starts:
     """The good starts of an experiment, whatever code they were measured under.
 
-    Where an arm was measured again under the same conditions and other code, only the newest code's starts are here:
-    a median over both would be of neither. :meth:`note` says what is left out.
+    Where an arm was measured again under the same conditions with other code or another build of the image, only the
+    newest starts are here: a median over both would be of neither. :meth:`note` says what is left out.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,11 +56,12 @@ class Starts:
         stored = RowStore(directory).rows()
         rows = last_attempts(stored)
         good = _with_settings([{"disk": "native", **row} for row in rows if not row.get("error")])
-        newest: dict[tuple[Any, ...], tuple[int, str]] = {}
+        newest: dict[tuple[Any, ...], tuple[int, tuple[str, str]]] = {}
         for row in good:
-            newest[_group(row)] = max(newest.get(_group(row), (0, "")), (row["attempt"], row.get("context", "")))
+            one = (row["attempt"], _measured_under(row))
+            newest[_group(row)] = max(newest.get(_group(row), one), one)
         self.baseline = spec.snapshotters[0]
-        self.rows: list[Row] = [row for row in good if row.get("context", "") == newest[_group(row)][1]]
+        self.rows: list[Row] = [row for row in good if _measured_under(row) == newest[_group(row)][1]]
         self.stored = len(stored)
         self.failed = sum(bool(row.get("error")) for row in stored)
         if not self.rows:
@@ -70,7 +71,11 @@ class Starts:
         """Say how many of the stored rows are here, and why the others are not."""
         others = self.stored - len(self.rows) - self.failed
         left = [f"{self.failed} failed"] if self.failed else []
-        left += [f"{others} were measured again, or by older code under the same conditions"] if others else []
+        left += (
+            [f"{others} were measured again, or of an older image or code under the same conditions"]
+            if others
+            else []
+        )
         codes = len({row.get("context") for row in self.rows})
         said = f"{len(self.rows):,} of {self.stored:,} stored rows" + (
             f"; left out: {', '.join(left)}" if left else ""
@@ -215,6 +220,10 @@ def _with_settings(rows: list[Row]) -> list[Row]:
         changed = ", ".join(f"{key}={value}" for key, value in sorted(row.get("settings", {}).items()))
         named.append({**row, "arm": f"{row['arm']} ({changed})"} if changed else row)
     return named
+
+
+def _measured_under(row: Row) -> tuple[str, str]:
+    return (row.get("context", ""), row.get("image_digest", ""))
 
 
 def _group(row: Row) -> tuple[Any, ...]:

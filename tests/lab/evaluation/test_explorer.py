@@ -205,6 +205,17 @@ def test_older_code_is_left_out_under_the_same_conditions(tmp_path: Path) -> Non
     assert "4 of 6 stored rows; left out: 2 were measured again" in starts.note()
 
 
+def test_two_builds_of_an_image_are_never_one_arm(tmp_path: Path) -> None:
+    rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2, image_digest="sha256:aa")
+    directory = store_starts(tmp_path, Spec("s", a_a=False, repeats=2), rows)
+    context = RowStore(directory).rows()[0]["context"]
+    newer = start_rows({("obdlab", "cold"): 1.0}, repeats=2, image_digest="sha256:bb", context=context)
+    RowStore(directory).append({**row, "cell": f"b{n}", "attempt": 10**18 + n} for n, row in enumerate(newer))
+    starts = Starts(directory)
+    assert {row["image_digest"] for row in starts.rows} == {"sha256:bb"}
+    assert "left out: 2 were measured again" in starts.note()
+
+
 def test_before_any_experiment_it_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obdlab.lab.evaluation.explorer.default_results", lambda: tmp_path / "results")
     assert Explorer().root == MEASURED
