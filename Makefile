@@ -16,12 +16,13 @@ TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs
 LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver \
   golang-go golang-github-containerd-containerd-dev
 
-.PHONY: help setup packages test-packages long-packages peers demo test test-long lint unit pure host protos benchmarks clean
+.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint unit pure host protos benchmarks clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
 	@echo "make test       set up, then lint and run the tests"
 	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/long-tests.md"
+	@echo "make newest     the tests without devices, with the newest versions of all Python dependencies"
 	@echo "make benchmarks the speed figures, as ratios"
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
@@ -77,6 +78,10 @@ host:
 # SHARD: one of docs/long-tests.md, "oldest" (whose last pass is longest ago) or "all". LIMIT: minutes for each.
 test-long: setup test-packages long-packages
 	$(BIN)/python -m tests.shards run $(or $(SHARD),all) $(if $(LIMIT),--limit $(LIMIT))
+
+# To be run now and then, by a person or a timer: it changes nothing of .venv.
+newest: packages
+	scripts/newest $(TESTS)
 
 benchmarks: setup
 	@for script in tests/benchmarks/[a-z]*.py; do \

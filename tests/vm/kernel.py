@@ -46,6 +46,17 @@ def get_kernel(*, newest: bool = False) -> Kernel:
     kernel = cached_kernel()
     if kernel is not None and not newest:
         return kernel
+    try:
+        return _newest_kernel()
+    except VmError:
+        if os.geteuid() != 0:
+            raise
+    # The lists are missing, or older than the archive: then it has neither the package that they name nor that name.
+    _run(["apt-get", "update", "-qq"])
+    return _newest_kernel()
+
+
+def _newest_kernel() -> Kernel:
     name = _package_name()
     return _kernel_in(cache_directory() / name) or _fetch(name)
 
@@ -92,14 +103,7 @@ def _fetch(name: str) -> Kernel:
 
 
 def _download(name: str, directory: Path) -> None:
-    command = ["apt-get", "download", "-o", "APT::Sandbox::User=root", name]
-    try:
-        _run(command, directory)
-    except VmError:
-        if os.geteuid() != 0:
-            raise
-        _run(["apt-get", "update", "-qq"])  # the lists name a version that the archive has replaced
-        _run(command, directory)
+    _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", name], directory)
 
 
 def _run(command: list[str], directory: Path | None = None) -> str:
