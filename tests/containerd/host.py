@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.containerd.client import Containerd
 from obdlab.errors import ObdlabError
+from obdlab.registry.platforms import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -92,9 +93,16 @@ def running_containerd(
         f'[proxy_plugins.{json.dumps(name)}]\ntype = "snapshot"\naddress = {json.dumps(socket)}\n'
         for name, socket in (snapshotters or {}).items()
     )
-    plugin = ""
+    # containerd 2 unpacks what `ctr images pull` and `import` bring only for snapshotters that are named here.
+    platform = f"linux/{host_platform().architecture}"
+    unpacked = "".join(
+        f'[[plugins."io.containerd.transfer.v1.local".unpack_config]]\nplatform = {json.dumps(platform)}\n'
+        f"snapshotter = {json.dumps(name)}\n"
+        for name in ("overlayfs", *(snapshotters or {}))
+    )
+    plugin = unpacked
     if cri:  # pods' scores are below 0, which a root without CAP_SYS_RESOURCE may not give
-        plugin = f"""[plugins."io.containerd.grpc.v1.cri"]
+        plugin += f"""[plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = {json.dumps(sandbox_image)}
 restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".containerd]

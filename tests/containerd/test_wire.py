@@ -180,4 +180,3 @@ def test_leases(wire: Connection) -> None:
 def test_version(wire: Connection) -> None:
     version = checked(version_pb2_grpc.VersionStub(wire.channel).Version(Empty(), timeout=30))
     assert version.version
-    assert version.revision
