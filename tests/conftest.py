@@ -26,6 +26,9 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
-# Examples are not timed: the machine may be busy. `print_blob` lets a failure seen elsewhere be replayed.
-hypothesis.settings.register_profile("obdlab", deadline=None, print_blob=True)
+# Neither examples nor their making are timed: the machine may be busy. `print_blob` lets a failure seen elsewhere be
+# replayed.
+hypothesis.settings.register_profile(
+    "obdlab", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("obdlab")
