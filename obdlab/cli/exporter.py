@@ -55,7 +55,7 @@ def add(subcommands: Any) -> None:
     )
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
     add_runtime_options(parser)
-    add_log_options(parser)
+    add_log_options(parser, default_level="warning")
     parser.set_defaults(run=run)
 
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def add_log_options(parser: argparse.ArgumentParser, *, default_file: str = "standard error") -> None:
-    """Add the options; what is not given is None."""
+def add_log_options(
+    parser: argparse.ArgumentParser, *, default_file: str = "standard error", default_level: str = "info"
+) -> None:
+    """Add the options; what is not given is None. The defaults are those of the command, for its help."""
     group = parser.add_argument_group("logs")
     group.add_argument("--log-format", choices=logs.FORMATS, help="lines of text or of JSON (default: text)")
     group.add_argument("--log-file", type=Path, metavar="FILE", help=f"where to (default: {default_file})")
@@ -33,7 +35,7 @@ def add_log_options(parser: argparse.ArgumentParser, *, default_file: str = "sta
         metavar="N",
         help="so many files are kept, the current one included (default: 3)",
     )
-    group.add_argument("--log-level", choices=_LEVELS, help="least level that is logged (default: info)")
+    group.add_argument("--log-level", choices=_LEVELS, help=f"least level that is logged (default: {default_level})")
 
 
 def log_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add_device_option(parser, daemon=True)
     add_runtime_options(parser)
-    add_log_options(parser)
+    add_log_options(parser, default_level="warning, or what -v and --config say")
     add_registry_options(parser)
     parser.set_defaults(run=run)
 
