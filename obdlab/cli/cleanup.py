@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"cache kept, since devices still read it: {cache_dir}")
     elif args.cache:
         print(f"removed cache ({_empty(cache_dir) >> 20} MiB)")
-    if not leftovers and not report.removed and not report.in_use:
+    if not (leftovers or report.removed or report.in_use or args.cache):
         print("nothing to clean up")
     return 1 if report.in_use else 0
 

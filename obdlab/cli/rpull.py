@@ -129,7 +129,7 @@ def _summary(result: PullResult, elapsed_s: float) -> str:
     layers = ", ".join(f"{count} {word}" for count, word in counts if count)
     return (
         f"{result.name} {result.digest}\n"
-        f"{len(result.layers)} layers ({total / 1e6:.1f} MB): {layers}; "
+        f"{len(result.layers)} layer{'' if len(result.layers) == 1 else 's'} ({total / 1e6:.1f} MB): {layers}; "
         f"fetched {result.fetched_bytes / 1e6:.3f} MB in {elapsed_s:.2f} s"
     )
 
