@@ -50,11 +50,12 @@ def _device_checks() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Check("devices", "Python", sys.version_info >= (3, 11), version, "install Python 3.11 or later")
     yield Check("devices", "root", os.geteuid() == 0, f"uid {os.geteuid()}", _AS_ROOT)
-    yield _node("devices", "/dev/fuse", "modprobe fuse")
-    yield _node("devices", "/dev/loop-control", "modprobe loop")
-    yield _filesystem("devices", "ext4", "modprobe ext4")
+    yield _node("devices", "/dev/fuse", "modprobe fuse, or a kernel with CONFIG_FUSE_FS")
+    yield _node("devices", "/dev/loop-control", "modprobe loop, or a kernel with CONFIG_BLK_DEV_LOOP")
+    yield _filesystem("devices", "ext4", "modprobe ext4, or a kernel with CONFIG_EXT4_FS")
     yield _survival()
-    yield _filesystem("devices", "erofs", "modprobe erofs (only for EROFS images)", optional=True)
+    erofs = "modprobe erofs, or a kernel with CONFIG_EROFS_FS (only for EROFS images)"
+    yield _filesystem("devices", "erofs", erofs, optional=True)
 
 
 # Optional: without it a device is as good as its server, whose death its users see.
@@ -69,7 +70,7 @@ def _survival() -> Check:
 
 
 def _container_checks() -> Iterator[Check]:
-    yield _filesystem("containers", "overlay", "modprobe overlay")
+    yield _filesystem("containers", "overlay", "modprobe overlay, or a kernel with CONFIG_OVERLAY_FS")
     for tool, package in (("containerd", "containerd"), ("ctr", "containerd"), ("runc", "runc")):
         yield _tool("containers", tool, package)
 

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,42 @@ def test_doctor_prints_findings_and_fails_on_a_needed_one(
     args.json = True
     assert doctor.run(args) == 1
     assert json.loads(capsys.readouterr().out)[1]["optional"] is True
+
+
+# A kernel shows what it lacks by what is not in /proc/filesystems, /lib/modules and /dev.
+_LACKING = """
+grep -vwE "$1" /proc/filesystems > "$2/filesystems"
+mount --bind "$2/filesystems" /proc/filesystems
+if [ -d /lib/modules ]; then mount -t tmpfs tmpfs /lib/modules; fi
+mkdir "$2/dev"
+mount -t tmpfs -o dev tmpfs "$2/dev"
+for node in null zero full random urandom tty fuse loop-control; do
+    case "$node" in $3) ;; *) cp -a "/dev/$node" "$2/dev/$node" 2>/dev/null || true ;; esac
+done
+ln -s /proc/self/fd "$2/dev/fd"
+mount --move "$2/dev" /dev
+shift 3
+exec "$@"
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("filesystems", "node", "told"),
+    [
+        ("erofs", "-", r"-    erofs file system: not in this kernel\n +fix: .*CONFIG_EROFS_FS \(only for EROFS"),
+        ("overlay", "-", r"FAIL overlay file system: not in this kernel\n +fix: .*CONFIG_OVERLAY_FS"),
+        ("ext4", "-", r"FAIL ext4 file system: not in this kernel\n +fix: .*CONFIG_EXT4_FS"),
+        ("-", "fuse", r"FAIL /dev/fuse: No such file or directory\n +fix: .*CONFIG_FUSE_FS"),
+        ("-", "loop-control", r"FAIL /dev/loop-control: No such file or directory\n +fix: .*CONFIG_BLK_DEV_LOOP"),
+    ],
+)
+def test_doctor_on_a_kernel_without(filesystems: str, node: str, told: str, tmp_path: Path) -> None:
+    lacking = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", _LACKING, "sh", filesystems]
+    doctor = [*lacking, str(tmp_path), node, sys.executable, "-m", "obdlab", "doctor"]
+    done = subprocess.run(doctor, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(told, done.stdout), done.stdout + done.stderr
+    assert done.returncode == int("  FAIL " in done.stdout)
 
 
 def test_doctor_is_a_command() -> None:
