@@ -28,7 +28,10 @@ def add(subcommands: Any) -> None:
     mount = subcommands.add_parser(
         "mount",
         help="mount an overlaybd image read-only",
-        description="Mounts an overlaybd image; what is read is fetched at that moment and cached.",
+        description=(
+            "Mounts an overlaybd image; what is read is fetched at that moment and cached. Its set-user-ID "
+            "programs and device files have no effect on this host (nosuid, nodev)."
+        ),
     )
     mount.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     mount.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")

@@ -96,6 +96,8 @@ def test_names_by_other_algorithms_prove_nothing(snapshotter: Snapshotter, algor
 def test_over_a_layer_of_unknown_chain_nothing_is_proven(snapshotter: Snapshotter, tmp_path: Path) -> None:
     downloaded(snapshotter, tmp_path, "builder's")
     assert is_ordinary(snapshotter, "builder's", pull_labels(1))
+    # Nor does the parent count as none: it would be a bottom layer's name, over a parent.
+    assert is_ordinary(snapshotter, "builder's", pull_labels())
     # One that the client fetched, and so checked, has its chain ID as a label.
     downloaded(snapshotter, tmp_path, "test/1/" + CHAIN[0], chain=CHAIN[0])
     pull(snapshotter, 1, "test/1/" + CHAIN[0])
