@@ -26,9 +26,8 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
-# Neither examples nor their making are timed: the machine may be busy. `print_blob` lets a failure seen elsewhere be
-# replayed.
-hypothesis.settings.register_profile(
-    "obdlab", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+# Neither examples nor their making are timed: the machine may be busy. A test's examples may share a fixture.
+# `print_blob` lets a failure seen elsewhere be replayed.
+_UNCHECKED = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+hypothesis.settings.register_profile("obdlab", deadline=None, print_blob=True, suppress_health_check=_UNCHECKED)
 hypothesis.settings.load_profile("obdlab")

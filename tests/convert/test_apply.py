@@ -10,7 +10,7 @@ import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.convert.apply import ApplyError, apply_layer
@@ -166,7 +166,7 @@ SAMPLES = [tar_bytes(layer()) for layer in (base, middle, top)]
 _FIELDS = [*range(8), *range(100, 108), 124, 156, *range(157, 165)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_hostile_headers_are_refused_or_stay_inside(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

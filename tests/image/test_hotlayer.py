@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
@@ -189,7 +189,7 @@ def test_what_is_called_hot_and_is_not_is_read_all_the_same(tmp_path: Path) -> N
             assert sha256_of(image) == EXT4_SHA256
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None)
 @given(noise=st.binary(min_size=1, max_size=400), at=st.integers(0, 2000))
 def test_a_damaged_beginning_is_none(tmp_path: Path, noise: bytes, at: int) -> None:
     hot = tmp_path / "hot"

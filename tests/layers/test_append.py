@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Buffer
@@ -271,7 +271,7 @@ def test_a_data_file_is_no_index() -> None:
         AppendUpper.open(LSMT / "c1.data", LSMT / "c1.data")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
 def test_damaged_files_give_an_error_or_a_readable_layer(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)

@@ -8,7 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
@@ -106,7 +106,7 @@ def fuzz_upper(folder: Path, kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**40))
 def test_writable_layers(tmp_path: Path, kind: str, seed: int) -> None:
     fuzz_upper(tmp_path, kind, seed)

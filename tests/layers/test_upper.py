@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import FormatError, ObdlabError, OutOfRangeError, SourceError
@@ -203,7 +203,7 @@ def test_files_do_not_stay_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 389), st.sampled_from((0, 0xFF, 1, 0x80))), max_size=4), st.integers(0, 70000)
 )

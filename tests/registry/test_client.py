@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
@@ -61,7 +61,7 @@ def manifest_of(data: bytes, media_type: str = OCI_MANIFEST) -> bytes:
     return Manifest(config, (layer,), media_type).to_bytes()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None)
 @given(offset=st.integers(0, len(DATA)), length=st.integers(0, 200_000))
 def test_ranges(client: RegistryClient, pushed: Repository, offset: int, length: int) -> None:
     length = min(length, len(DATA) - offset)

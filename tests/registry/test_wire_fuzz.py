@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.formats.oci import digest_of
@@ -79,7 +79,7 @@ def test_the_undamaged_answer(server: OneAnswer) -> None:
     client.close()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(
     position=st.integers(0, len(HEAD) - 1),
     removed=st.integers(0, 4),
