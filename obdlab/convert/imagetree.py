@@ -15,6 +15,7 @@ from obdlab.convert.memorytree import MemoryTree
 from obdlab.erofs import volume as erofs
 from obdlab.ext4 import volume as ext4
 from obdlab.image.from_manifest import check_native
+from obdlab.layers.budget import Budget
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.platforms import host_platform
@@ -82,11 +83,12 @@ def fetched_layers(
 ) -> list[LsmtLayer]:
     """Fetch the layers of an overlaybd image whole, checked, into ``work_dir``, and open them until ``ended`` is."""
     layers: list[LsmtLayer] = []
+    budget = Budget()
     for number, layer in enumerate(manifest.layers):
         file = _fetch(source, number, layer, work_dir, progress, ended)
         while file.read(_READ):  # only this checks its digest
             pass
-        layers.append(open_layer(file.as_blob()))
+        layers.append(open_layer(file.as_blob(), budget=budget))
         ended.callback(layers[-1].close)
     return layers
 

@@ -21,7 +21,8 @@ from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer
 from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
-from obdlab.layers.lsmt import open_layer
+from obdlab.layers.budget import Budget
+from obdlab.layers.lsmt import RepeatedLayer, open_layer
 from obdlab.layers.seal import SwitchMark
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
@@ -30,7 +31,7 @@ from obdlab.registry.deadline import deadline_of_thread
 from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
     from concurrent.futures import Executor
 
     from obdlab.blob import Blob
@@ -76,7 +77,8 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"open_stack wants a sequence of paths, bottom first (got one: {os.fspath(paths)!r})")
     with ExitStack() as opened:
-        layers = [opened.enter_context(_open_local(path)[0]) for path in paths]
+        budget = Budget()
+        layers = [opened.enter_context(_open_local(path, budget)[0]) for path in paths]
         disk = Disk(layers)
         opened.pop_all()
         return disk
@@ -277,9 +279,18 @@ def _open_lowers(
     deadline = time.monotonic() + settings.open_deadline_s
 
     begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
+    budget = Budget()
+    tops = _topmost(lowers, files)
+    wanted = sorted(set(tops))
+
+    def every(distinct: Iterable[LsmtLayer]) -> list[LsmtLayer]:
+        layers = dict(zip(wanted, distinct, strict=True))
+        for number, top in enumerate(tops):
+            identity[number] = identity[top]
+        return [layers[top] if top == number else RepeatedLayer(layers[top]) for number, top in enumerate(tops)]
 
     def open_local(number: int, path: str, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
-        layer, identity[number] = _open_local(path, watched)
+        layer, identity[number] = _open_local(path, budget, watched)
         return layer
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
@@ -290,7 +301,7 @@ def _open_lowers(
             with deadline_of_thread(deadline):
                 if file:
                     return opened.enter_context(open_local(number, file, watched))
-                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number))
+                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number), budget)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -299,16 +310,16 @@ def _open_lowers(
         return opened.enter_context(layer)
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
-        return [open_one(number) for number in range(len(lowers))], tuple(identity), None
+        return every([open_one(number) for number in wanted]), tuple(identity), None
     from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all that is imported, for nothing here
 
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
-        ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-lower") as threads,
-        ThreadPoolExecutor(min(OPEN_THREADS, len(lowers)), "open-end") as ends,
+        ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-lower") as threads,
+        ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-end") as ends,
     ):
-        begun = _begin_hot(lowers, files, remote) if recorder is None else {}
-        layers = list(threads.map(lambda number: open_one(number, remote, ends), range(len(lowers))))
+        begun = _begin_hot(lowers, files, remote, wanted) if recorder is None else {}
+        layers = every(list(threads.map(lambda number: open_one(number, remote, ends), wanted)))
         remote.opened()
         return layers, tuple(identity), remote
 
@@ -316,16 +327,34 @@ def _open_lowers(
 # What starts wait for is asked for first, before anything else keeps the processor and the link busy. What cannot be
 # opened is left to who opens it once more, and says so.
 def _begin_hot(
-    lowers: Sequence[LowerConfig], files: Sequence[str | None], remote: RemoteLayers
+    lowers: Sequence[LowerConfig], files: Sequence[str | None], remote: RemoteLayers, wanted: Sequence[int]
 ) -> dict[int, tuple[Blob, StreamAhead | None]]:
     begun = {}
-    for number, lower in enumerate(lowers):
+    for number, lower in ((number, lowers[number]) for number in wanted):
         if lower.hot and lower.digest and not files[number]:
             with suppress(ObdlabError):
                 _check_kind(lower)
                 blob = remote.open(lower.digest, lower.size)
                 begun[number] = (blob, stream_whole(blob))
     return begun
+
+
+# For each lower, the number of the topmost one of the same content. An image may list a layer any number of times,
+# and only the topmost of them shows.
+def _topmost(lowers: Sequence[LowerConfig], files: Sequence[str | None]) -> list[int]:
+    keys: list[Hashable] = []
+    for number, (lower, file) in enumerate(zip(lowers, files, strict=True)):
+        try:
+            found = os.stat(file) if file else None
+        except OSError:  # opening it will say why
+            keys.append(number)
+            continue
+        if found is not None:
+            keys.append((found.st_dev, found.st_ino))
+        else:
+            keys.append(lower.digest or number)
+    last = {key: number for number, key in enumerate(keys)}
+    return [last[key] for key in keys]
 
 
 def _check_kind(lower: LowerConfig) -> None:
@@ -343,10 +372,12 @@ def local_file(lower: LowerConfig) -> str | None:
 
 
 # The layer, and what tells its file from all others, also from what is in its place later.
-def _open_local(path: str | os.PathLike[str], watched: Callable[[Blob], Blob] | None = None) -> tuple[LsmtLayer, str]:
+def _open_local(
+    path: str | os.PathLike[str], budget: Budget, watched: Callable[[Blob], Blob] | None = None
+) -> tuple[LsmtLayer, str]:
     file = LocalFile(path)
     try:
-        return open_layer(file, watched), file.identity()
+        return open_layer(file, watched, budget), file.identity()
     except BaseException:
         file.close()
         raise
@@ -358,6 +389,7 @@ def _open_remote(
     ends: Executor | None,
     watched: Callable[[Blob], Blob] | None,
     begun: tuple[Blob, StreamAhead | None] | None,
+    budget: Budget,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
     # And what fetches all of it ahead, if it is a hot one and nobody watches what is read.
     if remote is None or ends is None or not lower.digest:
@@ -370,7 +402,7 @@ def _open_remote(
             stream = stream_if_begins_hot(blob, beginning)
         if end is not None:
             fetch_rest_of_end(blob)
-        layer = open_layer(blob, watched)
+        layer = open_layer(blob, watched, budget)
         if end is not None:
             end.result()  # perhaps the blob is smaller than it should be, in what opening had no use for
         return layer, stream or (stream_if_hot(layer) if watched is None else None)

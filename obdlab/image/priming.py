@@ -28,7 +28,7 @@ def prime(config: ImageConfig, settings: Settings) -> None:
     Raises the first error that reading some layer met, within the settings' deadline of opening; the others are
     fetched all the same.
     """
-    lowers = [lower for lower in stacked_lowers(config) if lower.digest]
+    lowers = list({lower.digest: lower for lower in stacked_lowers(config) if lower.digest}.values())
     if not lowers:
         return
     deadline = time.monotonic() + settings.open_deadline_s

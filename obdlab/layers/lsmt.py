@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from obdlab.blob import Blob
+    from obdlab.layers.budget import Budget, Share
 
 # Read from the end in one go: the trailer, and with it the index of a layer with up to 256 segments. No sealed file
 # is smaller.
@@ -66,10 +67,11 @@ class LsmtLayer:
 
     Opening reads the header and the tail, and the index in a third read if it does not lie within the last
     8 KiB. Raises FormatError (blob, offset, got, wanted) if the file is cut short, is no
-    sealed LSMT file, or has an index that is unordered or points outside of the layer's data.
+    sealed LSMT file, or has an index that is unordered or points outside of the layer's data, or larger than what is
+    left of ``share``, if that is given.
     """
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, share: Share | None = None) -> None:
         self.name = blob.name
         self.data = blob
         size = blob.size
@@ -93,6 +95,8 @@ class LsmtLayer:
         check_sealed_trailer(self.trailer, size, blob=blob.name)
         #: Whether the layer was sealed by appending to a writable one; a committed layer's header says "sealed".
         self.sealed_in_place = not header.flags & Flags.SEALED
+        if share is not None:
+            share.take_segments(self.trailer.index_size, blob.name)
         self.index = SegmentIndex(self._read_segments(tail, tail_offset))
 
     def _read_segments(self, tail: memoryview, tail_offset: int) -> Segments:
@@ -140,34 +144,51 @@ class LsmtLayer:
         self.close()
 
 
+class RepeatedLayer(LsmtLayer):
+    """A layer that the stack has once more further up, where it hides all that it would show here.
+
+    The topmost one owns the blob: closing this one does nothing.
+    """
+
+    def __init__(self, layer: LsmtLayer) -> None:
+        self.name, self.data, self.trailer = layer.name, layer.data, layer.trailer
+        self.sealed_in_place = layer.sealed_in_place
+        self.index = SegmentIndex(Segments.from_rows([]))
+
+    def close(self) -> None:
+        """Leave the blob to the topmost layer."""
+
+
 # One that ends in no trailer, with a header that does not say "sealed".
 def _refuse_writable(header: Header, blob: Blob) -> None:
     if not header.flags & Flags.SEALED:
         raise FormatError("writable layer (not sealed): commit or seal it first", blob=blob.name)
 
 
-def open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None = None) -> LsmtLayer:
+def open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None = None, budget: Budget | None = None) -> LsmtLayer:
     """Open a layer blob as it is stored: inside a tar or not, a ZFile or plain LSMT.
 
-    What opening reads of the plain LSMT file is read through ``watched(file)``.
+    What opening reads of the plain LSMT file is read through ``watched(file)``. The memory of its tables is taken
+    from the image's ``budget``.
 
     The blob belongs to the layer from then on, but stays the caller's if this raises: FormatError if it is none of
-    these or malformed, CorruptBlobError if a checksum is wrong.
+    these, malformed or too large, CorruptBlobError if a checksum is wrong.
     """
+    share = budget.share() if budget is not None else None
     try:
-        return _open_layer(blob, watched)
+        return _open_layer(blob, watched, share)
     except FormatError:
         # Headers are all that tells a layer, so a wrong answer of its source that a cache below has kept would make
         # every opening fail. Asked once more without the cache, the source may give the right one.
         blob.evict(0, blob.size)
-    return _open_layer(blob, watched)
+    return _open_layer(blob, watched, share)
 
 
-def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
+def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share | None) -> LsmtLayer:
     content = open_tarwrap(blob)
     start = content.read_at(0, min(512, content.size))
     if is_zfile(start, blob=blob.name):
-        content = open_zfile(content)
+        content = open_zfile(content, share)
     elif not is_lsmt(start):
         raise FormatError(
             "neither a ZFile nor an LSMT layer",
@@ -177,7 +198,7 @@ def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None) -> LsmtLayer
             wanted="a ZFile or LSMT header",
         )
     if watched is None:
-        return LsmtLayer(content)
-    layer = LsmtLayer(watched(content))
+        return LsmtLayer(content, share)
+    layer = LsmtLayer(watched(content), share)
     layer.data = content
     return layer

@@ -12,6 +12,7 @@ from obdlab.blob import Blob, WritableBlob, check_range
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.lsmt.index import HOLE, MAX_LAYERS, LayeredIndex, SegmentIndex, add_on_top, merge
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.layers.budget import MOST_SEGMENTS
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.seal import SwitchMark
 
@@ -60,6 +61,11 @@ class Stack(Blob):
         """Stack ``layers``; an ``index`` given is what merging theirs would give."""
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise FormatError("a stack cannot be made", got=f"{len(layers)} layers", wanted=f"1 to {MAX_LAYERS}")
+        # A writable layer is this machine's own.
+        segments = sum(len(layer.index) for layer in layers if isinstance(layer, LsmtLayer))
+        if index is None and segments > MOST_SEGMENTS:
+            what = "a stack has too many segments"
+            raise FormatError(what, blob=layers[-1].name, got=segments, wanted=f"at most {MOST_SEGMENTS}")
         self.layers = tuple(layers)
         self.name = layers[-1].name if len(layers) == 1 else f"stack of {len(layers)} layers up to {layers[-1].name}"
         self._size = next((layer.virtual_size for layer in reversed(layers) if layer.virtual_size), 0)

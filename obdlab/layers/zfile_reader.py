@@ -19,6 +19,7 @@ from obdlab.observe.counters import CHECKSUM_FAILURES, CORRUPTIONS_HEALED, DECOM
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
+    from obdlab.layers.budget import Share
 
 #: Most compressed bytes asked of the blob below at once. Larger reads go in runs of this, to bound memory.
 MAX_RUN = 1 << 20
@@ -34,12 +35,13 @@ _ALL_ONES = 0xFFFFFFFF
 _CRC = struct.Struct("<I")
 
 
-def open_zfile(blob: Blob) -> ZFileReader:
+def open_zfile(blob: Blob, share: Share | None = None) -> ZFileReader:
     """Open ``blob`` as a ZFile. It belongs to the reader from then on, but stays the caller's if this raises.
 
-    Raises FormatError if it is no ZFile or its index points outside, CorruptBlobError if a checksum is wrong.
+    The block table's memory is taken from ``share``, if given. Raises FormatError if it is no ZFile, its index points
+    outside or the share is too small, CorruptBlobError if a checksum is wrong.
     """
-    return ZFileReader(blob)
+    return ZFileReader(blob, share)
 
 
 class ZFileReader(Blob):
@@ -50,10 +52,10 @@ class ZFileReader(Blob):
     CorruptBlobError names the blob and the offset of the stored block.
     """
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, share: Share | None = None) -> None:
         self.name = blob.name
         self._blob = blob
-        self.header, self._table = _load(blob)
+        self.header, self._table = _load(blob, share)
         self._codec = codec_for(self.header.algorithm, dictionary=_dictionary(blob, self.header), blob=blob.name)
         self._size = self.header.original_size
         self._block_size = self.header.block_size
@@ -236,12 +238,14 @@ class ZFileReader(Blob):
                 ) from error
 
 
-def _load(blob: Blob) -> tuple[ZFileHeader, JumpTable]:
+def _load(blob: Blob, share: Share | None) -> tuple[ZFileHeader, JumpTable]:
     attempt = 0
     while True:
         try:
             header = read_description(blob)
             check_bounds(header, blob.size, blob=blob.name)
+            if share is not None:
+                share.take_blocks(header.index_size, blob.name)
             index = blob.read_at(header.index_offset, 4 * header.index_size)
             return header, JumpTable.from_index(index, header, blob=blob.name)
         except CorruptBlobError:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from obdlab.errors import CorruptBlobError
+from obdlab.formats.decimal import decimal
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, persist
 from obdlab.registry.framing import is_compressed
@@ -95,9 +96,10 @@ def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
         match = _CONTENT_RANGE.fullmatch(content_range)
         text = match[3] if match else ""
     discard(response)
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise RegistryError(f"{doing}: registry does not tell the size")
-    return int(text)
+    size = decimal(text)
+    if size is None:
+        raise RegistryError(f"{doing}: registry does not say the size (got {text[:80]!r})")
+    return size
 
 
 class BlobStream(io.RawIOBase):

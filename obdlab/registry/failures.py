@@ -15,6 +15,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, NewConnectionError, SSLError
 
 from obdlab.errors import SourceError
+from obdlab.formats.decimal import decimal
 from obdlab.observe.counters import REGISTRY_RETRIES
 from obdlab.observe.redact import redacted
 from obdlab.registry.deadline import thread_deadline
@@ -170,4 +171,4 @@ def _error_detail(body: bytes) -> str:
 
 def _retry_after(text: str) -> float:
     # The other form, a date, is not used by registries.
-    return float(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0.0
+    return float(decimal(text.strip(), 99_999) or 0)

@@ -17,6 +17,7 @@ import time
 from typing import IO, TYPE_CHECKING, Self, cast
 from urllib.parse import quote
 
+from obdlab.formats.decimal import decimal
 from obdlab.registry.failures import RegistryError, discard, from_response
 from obdlab.registry.redirects import redirected
 from obdlab.registry.session import PUSH
@@ -188,9 +189,7 @@ class _Upload:
             if response.status != 202:
                 raise from_response(response, doing)
             self._follow(response, url, doing)
-            text = response.headers.get("OCI-Chunk-Min-Length", "")
-            if text.isascii() and text.isdecimal() and len(text) < 11:
-                self.least_chunk = min(int(text), _LARGEST_CHUNK)
+            self.least_chunk = min(decimal(response.headers.get("OCI-Chunk-Min-Length", "")) or 0, _LARGEST_CHUNK)
             discard(response)
 
         self.sent = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
+from obdlab.formats.decimal import decimal
 from obdlab.formats.oci import (
     ACCELERATION_LAYER,
     BLOB_DIGEST,
@@ -51,7 +52,6 @@ COMMIT_FILE = "overlaybd.commit"
 # pulled layers, "sha256:<hex>", so no image can ask for such a name.
 _CONVERTER_PREFIX = "overlaybd-conv-"
 _MAX_BLOB_SIZE = 1 << 62
-_MAX_SIZE_DIGITS = 19
 _MAGIC_SIZE = 24
 
 
@@ -166,9 +166,9 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
 
 def _trace(label: str) -> LowerConfig:
     # An image works without.
-    digest, _, size = label.partition(",")
-    known = is_digest(digest) and size.isascii() and size.isdecimal() and len(size) < 20
-    return LowerConfig(digest=digest, size=int(size)) if known else LowerConfig()
+    digest, _, text = label.partition(",")
+    size = decimal(text, _MAX_BLOB_SIZE)
+    return LowerConfig(digest=digest, size=size) if is_digest(digest) and size is not None else LowerConfig()
 
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions, image: Mapping[str, str] | None = None) -> FsSpec:
@@ -237,10 +237,10 @@ def blobs_url(reference: Reference, options: ImageOptions) -> str:
 
 
 def _blob_size(text: str | None) -> int:
-    digits = text is not None and text.isascii() and text.isdigit() and len(text) <= _MAX_SIZE_DIGITS
-    if not digits or not 0 < int(text or "") < _MAX_BLOB_SIZE:
-        raise InvalidArgumentError(f"label {BLOB_SIZE}: not a size in bytes (got {(text or '')[:40]!r})")
-    return int(text or "")
+    size = decimal(text or "", _MAX_BLOB_SIZE)
+    if not size:
+        raise InvalidArgumentError(f"label {BLOB_SIZE}: not a size in bytes (got {(text or '')[:80]!r})")
+    return size
 
 
 # containerd lets a layer's annotations pass for labels of the client. Of the two, only CRI's is set over whatever an

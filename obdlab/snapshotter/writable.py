@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.formats.decimal import decimal
 from obdlab.image.config import UpperConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.hostpaths import allowed_path
@@ -103,11 +104,12 @@ def size_gb(labels: Mapping[str, str]) -> int:
     As in the original, what is no number means its default. Raises InvalidArgumentError for one that is too large.
     """
     text = labels.get(LABEL_VSIZE, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+    size = decimal(text, 10**9 - 1)
+    if not size:
         return _DEFAULT_SIZE_GB
-    if int(text) > _MAX_SIZE_GB:
+    if size > _MAX_SIZE_GB:
         raise InvalidArgumentError(f"label {LABEL_VSIZE}: too large (got {text}, wanted at most {_MAX_SIZE_GB})")
-    return int(text)
+    return size
 
 
 def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4: bool) -> None:

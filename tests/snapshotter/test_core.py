@@ -191,6 +191,8 @@ def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path
         ({oci.BLOB_SIZE: "-1"}, InvalidArgumentError, "blob-size"),
         ({oci.BLOB_SIZE: "٣"}, InvalidArgumentError, "blob-size"),
         ({oci.BLOB_SIZE: "9" * 40}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_SIZE: "0" * 20 + "9" * 40}, InvalidArgumentError, "blob-size"),
+        ({oci.BLOB_SIZE: "0123"}, InvalidArgumentError, "blob-size"),
         ({oci.BLOB_DIGEST: "sha256:../../etc"}, InvalidArgumentError, "blob-digest"),
         ({"containerd.io/snapshot/image-ref": "NOT a ref"}, InvalidArgumentError, "image-ref"),
         ({oci.ACCELERATION_LAYER: "yes"}, FailedPreconditionError, "acceleration layer"),

@@ -1,0 +1,63 @@
+"""How much memory the tables of one image may take, however many layers it has and whatever they say.
+
+A layer's index and block table compress well: a blob of less than 1 MiB can hold a million records, and an image can
+list 255 layers. So a layer takes its share of the image's budget before it reads a table.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from obdlab.errors import FormatError
+
+#: Bytes that the tables of all layers of an image take, merged index included: 4 million segments, or blocks of
+#: 128 GiB (at 4 KiB). While they are read and merged it is up to four times as much.
+TABLES = 256 << 20
+#: Of a segment in its layer's index and in the merged one; of a block of a ZFile.
+SEGMENT, BLOCK = 64, 8
+#: As many segments as fit.
+MOST_SEGMENTS = TABLES // SEGMENT
+
+
+class Budget:
+    """What is left for the layers of one image. Thread-safe."""
+
+    def __init__(self, limit: int = TABLES) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def share(self) -> Share:
+        """Return what one layer takes of it: nothing so far."""
+        return Share(self)
+
+    def move(self, before: int, after: int, blob: str) -> None:
+        """Replace one part that was taken by another. Raises FormatError naming ``blob`` if that is too much."""
+        with self._lock:
+            taken = self._taken - before + after
+            if taken > self._limit:
+                raise FormatError(
+                    "tables of an image's layers take too much memory",
+                    blob=blob,
+                    got=f"{taken} bytes with this one",
+                    wanted=f"at most {self._limit}",
+                )
+            self._taken = taken
+
+
+class Share:
+    """One layer's part of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._segments = self._blocks = 0
+
+    def take_segments(self, count: int, blob: str) -> None:
+        """Say how many segments the layer has, before its index is read. Raises FormatError."""
+        self._budget.move(self._segments * SEGMENT, count * SEGMENT, blob)
+        self._segments = count
+
+    def take_blocks(self, count: int, blob: str) -> None:
+        """Say how many blocks the layer's file has, before its table is read. Raises FormatError."""
+        self._budget.move(self._blocks * BLOCK, count * BLOCK, blob)
+        self._blocks = count
