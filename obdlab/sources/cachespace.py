@@ -42,6 +42,9 @@ _WAIT_TO_EVICT_S = 10.0
 # The high mark lies so much below the limit, the low mark twice as much: room for what comes while others evict.
 _SPARE_SHARE = 16
 _FREE_SPARE_SHARE = 4
+# What the file system takes for itself when it writes files back, after their blocks were counted: ext4 a block for
+# each 340 extents, of one unit each at worst.
+_FILE_SYSTEM_SHARE = 256
 # The free space kept on the file system is no more than this share of it.
 _FREE_SHARE = 16
 # An eviction that did not help is not tried again at once.
@@ -203,6 +206,8 @@ class CacheSpace:
 
     def _excess(self, used: int, spares: int) -> int:
         # By how much the limits, made stricter by so many spares, are exceeded.
+        if not spares:
+            used += used // _FILE_SYSTEM_SHARE + 2 * _BLOCK
         excess = used - self._quota + spares * self._quota // _SPARE_SHARE if self._quota else 0
         if self._min_free:
             status = os.statvfs(self.directory)

@@ -163,3 +163,84 @@ def test_malformed_realm(realm: str) -> None:
         with pytest.raises(RegistryError, match="realm"):
             read(client, registry)
         client.close()
+
+
+class Clock:
+    """The time as the authenticator sees it, which a test can put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("obdlab.registry.auth.time", clock)
+    return clock
+
+
+def test_a_token_is_renewed_before_it_expires(clock: Clock) -> None:
+    with faulty_registry(auth="bearer", token_life_s=1000) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        for ahead_s, token in ((0, 1), (890, 1), (910, 2), (1790, 2), (1830, 3)):
+            clock.ahead_s = ahead_s
+            assert read(client, registry) == WANTED
+            assert registry.blob_requests()[-1].authorization == f"Bearer token-{token}"
+            assert registry.tokens_issued == token
+        # The first request was refused, and no later one.
+        assert len(registry.blob_requests()) == 6
+        client.close()
+
+
+def test_while_a_token_is_renewed_others_go_on_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obdlab.registry.auth._EXPIRY_MARGIN", 0.9999)  # due after 0.1 s, good for 1000
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(reply: faulty.Answer) -> None:
+        asked.set()
+        assert answer.wait(60)
+        reply.send()
+
+    with faulty_registry(auth="bearer", token_life_s=1000) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        assert read(client, registry) == WANTED
+        registry.token_fault = slow
+        time.sleep(0.15)
+        results: list[bytes] = []
+        renewing = threading.Thread(target=lambda: results.append(read(client, registry)))
+        renewing.start()
+        try:
+            assert asked.wait(60)
+            assert read(client, registry) == WANTED
+            assert registry.blob_requests()[-1].authorization == "Bearer token-1"
+        finally:
+            answer.set()
+            renewing.join(60)
+        assert results == [WANTED]
+        assert registry.blob_requests()[-1].authorization == "Bearer token-2"
+        client.close()
+
+
+def test_a_token_that_cannot_be_renewed_yet_is_used_until_it_expires(clock: Clock) -> None:
+    with faulty_registry(auth="bearer", token_life_s=1000) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        assert read(client, registry) == WANTED
+        registry.token_fault = faulty.status(503)
+        clock.ahead_s = 950
+        assert read(client, registry) == read(client, registry) == WANTED
+        assert registry.tokens_issued == 2  # asked once, and not again by each request
+        assert registry.blob_requests()[-1].authorization == "Bearer token-1"
+        clock.ahead_s = 955
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 3
+        registry.token_fault = None
+        clock.ahead_s = 960
+        assert read(client, registry) == WANTED
+        assert registry.blob_requests()[-1].authorization == "Bearer token-4"
+        client.close()
