@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from urllib.parse import urljoin, urlsplit
 
 from obdlab.registry.failures import RegistryError
+from obdlab.registry.reference import METADATA, literal_address
 
 _PORTS = {"http": 80, "https": 443}
-# Clouds answer here with the machine's own credentials.
-_METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
 
 
 def redirected(url: str, location: str, doing: str) -> str:
@@ -53,20 +50,13 @@ def origin(url: str) -> tuple[str, str, int | None]:
 def _is_local(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:
-            address = ipaddress.IPv4Address(socket.inet_aton(host))  # "127.1", "0x7f000001"
-        except (OSError, UnicodeError):
-            return False
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or address.sixtofour or address
+    address = literal_address(host)
+    if address is None:
+        return False
     return (
         address.is_loopback
         or address.is_link_local
         or address.is_unspecified
         or address.is_multicast
-        or address in _METADATA
+        or address in METADATA
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest, is_digest
 
 DEFAULT_HOST = "docker.io"
+#: Clouds answer here with the machine's own credentials, as at link-local addresses.
+METADATA = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")})
 # Docker Hub's API lives under another name than its references.
 _API_HOSTS = {"docker.io": "registry-1.docker.io"}
 _HOST_ALIASES = {"index.docker.io": "docker.io", "registry-1.docker.io": "docker.io"}
@@ -130,26 +133,36 @@ class Reference:
 
 def is_loopback(host: str) -> bool:
     """Return True if ``host[:port]`` is "localhost" or a literal loopback address."""
-    address = _address(host)
+    address = literal_address(_bare(host))
     return _bare(host) == "localhost" or (address is not None and address.is_loopback)
 
 
-def is_link_local(host: str) -> bool:
-    """Return True if ``host[:port]`` is a literal link-local address, where clouds serve their metadata."""
-    address = _address(host)
-    return address is not None and address.is_link_local
+def is_metadata(host: str) -> bool:
+    """Return True if ``host[:port]`` is a literal address at which clouds answer with the machine's credentials."""
+    address = literal_address(_bare(host))
+    return address is not None and (address.is_link_local or address in METADATA)
+
+
+def literal_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a host, without a port, is in any of the ways in which programs take one, or None.
+
+    An IPv4 address inside an IPv6 one is returned as the former.
+    """
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(host))  # "127.1", "0x7f000001"
+        except (OSError, UnicodeError):
+            return None
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or address.sixtofour or address
+    return address
 
 
 def _bare(host: str) -> str:
     return host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(_bare(host))
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 def canonical_host(host: str) -> str:

@@ -27,7 +27,7 @@ from obdlab.formats.oci import (
     is_digest,
 )
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
-from obdlab.registry.reference import Reference, canonical_host, is_link_local, is_loopback
+from obdlab.registry.reference import Reference, canonical_host, is_loopback, is_metadata
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
 from obdlab.snapshotter.fslabel import spec_of_label
@@ -265,9 +265,9 @@ def _parsed_reference(label: str, text: str) -> Reference:
         reference = Reference.parse(text)
     except FormatError as error:
         raise InvalidArgumentError(f"label {label}: {error}") from error
-    if is_link_local(reference.host):
+    if is_metadata(reference.host):
         raise InvalidArgumentError(
-            f"label {label}: a link-local address is no registry (got {reference.host!r}): services that hand out a "
-            "machine's credentials answer there"
+            f"label {label}: no registry is at a link-local address (got {reference.host!r}): services that hand out "
+            "a machine's credentials answer there"
         )
     return reference

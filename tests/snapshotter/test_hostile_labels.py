@@ -218,7 +218,18 @@ def test_an_annotation_does_not_lead_elsewhere_than_kubernetes(snapshotter: Snap
 
 
 @pytest.mark.parametrize(
-    "host", ["169.254.169.254", "169.254.170.2:80", "[fe80::1]:5000", "[::ffff:169.254.169.254]"]
+    "host",
+    [
+        "169.254.169.254",
+        "169.254.170.2:80",
+        "2852039166:80",
+        "0xa9fea9fe:80",
+        "169.16689662:80",
+        "100.100.100.200",
+        "[fe80::1]:5000",
+        "[fd00:ec2::254]",
+        "[::ffff:169.254.169.254]",
+    ],
 )
 def test_a_metadata_service_is_no_registry(snapshotter: Snapshotter, host: str) -> None:
     for label in (LABEL_IMAGE_REF, LABEL_CRI_IMAGE_REF):
