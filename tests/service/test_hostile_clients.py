@@ -66,7 +66,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     finally:
         clean_up(made.service, force=True)
         made.process.kill()
-        made.process.wait(20)
+        made.process.wait(60)
         assert made.process.stdout is not None
         made.process.stdout.close()
 

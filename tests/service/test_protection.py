@@ -34,7 +34,7 @@ def service(tmp_path: Path) -> Iterator[DeviceService]:
     finally:
         clean_up(made, force=True)
         host.kill()
-        host.wait(20)
+        host.wait(60)
         assert host.stdout is not None
         host.stdout.close()
 
