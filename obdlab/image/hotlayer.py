@@ -24,9 +24,12 @@ from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
 from obdlab.sources.streamahead import StreamAhead
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from obdlab.blob import Blob
     from obdlab.layers.commit import Committed
     from obdlab.layers.lsmt import Layer
+    from obdlab.layers.ordering import SectorRange
     from obdlab.layers.sink import Sink
     from obdlab.layers.stack import Stack
     from obdlab.sources.cachedblob import CachedBlob
@@ -41,12 +44,18 @@ _LARGEST = 1 << 30
 _WINDOW = 1 << 20
 
 
+# What lies between two reads, up to so much, is in the layer as well. When threads meet in another order, the kernel
+# reads around other places: without this, four of eight starts of a JVM read 48 KiB that the recorded one had not. It
+# costs 5 % of the layer's bytes. Gaps of half the size do not cover those reads, of twice the size cost 10 %.
+_GAP_SECTORS = (64 << 10) // SECTOR
+
+
 class NothingHotError(ObdlabError):
     """A trace names nothing that the image has."""
 
 
 def write_hot_layer(disk: Stack, trace: bytes, sink: Sink, *, name: str = "trace") -> Committed:
-    """Write to ``sink`` the LSMT layer of what the trace or priority list names of the disk.
+    """Write to ``sink`` the LSMT layer of what the trace or priority list names of the disk, small gaps included.
 
     Raises FormatError or CorruptBlobError for a trace that is damaged or of another image, NothingHotError if nothing
     of it is data of the disk, and what reading the disk raises.
@@ -56,7 +65,17 @@ def write_hot_layer(disk: Stack, trace: bytes, sink: Sink, *, name: str = "trace
         raise NothingHotError(f"{name}: names nothing of this image")
     top = disk.layers[-1]
     parent_uuid = top.uuid if isinstance(top, LsmtLayer) else ""
-    return commit(disk, sink, parent_uuid=parent_uuid, user_tag=TAG, first=sectors, only_first=True)
+    # Last in the file: a start that reads as the recorded one does waits for none of it.
+    first = [*sectors, *_gaps(sectors)]
+    return commit(disk, sink, parent_uuid=parent_uuid, user_tag=TAG, first=first, only_first=True)
+
+
+def _gaps(sectors: Sequence[SectorRange]) -> Iterator[SectorRange]:
+    stop = 0
+    for begin, end in sorted(sectors):
+        if stop and 0 < begin - stop <= _GAP_SECTORS:
+            yield stop, begin
+        stop = max(stop, end)
 
 
 def is_hot(layer: Layer) -> bool:

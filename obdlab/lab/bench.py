@@ -170,7 +170,7 @@ class Bench:
         """Measure one cold start and the others after it; a failure becomes a row with ``error``, an interrupt never.
 
         Raises LabError if what is left of the cell cannot be taken away: then the bench is of no more use; and
-        DiskFullError if it was a full disk that failed, of which no row tells.
+        DiskFullError if a disk was full: that leaves no row.
         """
         rows: list[Row] = []
         attempt = time.time_ns()
@@ -213,8 +213,9 @@ class Bench:
         row = {"start": "cold", "warm": -1, "pause_s": self._spec.pause_s, "evidence": evidence}
         return {**row, **quiet, **_timed(times, pull_s)}
 
-    # A lazy start now and then reads blocks that no start before it read: threads meet in another order, or somebody
-    # dropped the machine's page cache and the kernel reads ahead elsewhere. Then it was the start that made it warm.
+    # A lazy start now and then reads blocks that no earlier start read: threads meet in another order, or another
+    # program dropped the machine's page cache and the kernel reads ahead elsewhere. That start is the one that made
+    # the image warm, so the next one is measured.
     def _warm(self, cell: Cell, number: int) -> Row:
         for again in range(_WARM_TRIES):
             try:

@@ -85,7 +85,7 @@ class Hot(Prefetch):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its hot layer."""
-        return f"{Lazy.tag(self, source)}-hot4{_recorded_as(source)}"
+        return f"{Lazy.tag(self, source)}-hot5{_recorded_as(source)}"
 
     def _add(
         self, image: ImageSource, target: ImageDestination, trace: bytes, settings: Settings, client: RegistryClient
