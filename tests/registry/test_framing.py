@@ -251,3 +251,51 @@ def test_a_body_that_drips_ends_at_the_deadline() -> None:
                 OPERATIONS[name](client, server)
             client.close()
             assert time.monotonic() - began < 30, name
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"Content-Range: bytes 0-99/100\r\nContent-Range: bytes 5-104/200\r\n",
+        b"Content-Range: bytes 0-99/100, bytes 0-99/100\r\n",
+        b"Content-Range: bytes 0-99/0\r\n",
+        b"Content-Range: bytes 0-99/99\r\n",
+        b"Content-Range: bytes 00000000000000000000-99/100\r\n",
+        b"Content-Range: bytes +0-99/100\r\n",
+        b"Content-Range: bytes 0-9_9/100\r\n",
+        b"Content-Range: bytes 1-100/101\r\n",
+        b"Content-Range: bytes 99-0/100\r\n",
+        b"Content-Range: items 0-99/100\r\n",
+        b"Content-Type: multipart/byteranges; boundary=x\r\n",
+        b"",
+    ],
+)
+def test_a_range_that_is_not_plainly_the_wanted_one_is_refused(headers: bytes) -> None:
+    answer = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 100\r\n" + headers + b"\r\n" + bytes(100)
+    with raw_server(lambda _: [answer]) as server:
+        client = RegistryClient(request_timeout_s=5, deadline_s=0.2, hedge_share=0)
+        with pytest.raises(RegistryError, match=r"wrong range|smaller"):
+            client.read_range(server.repository(), DIGEST, 0, 100)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "digest",
+    [
+        "sha512:" + "0" * 128,
+        DIGEST.upper(),
+        DIGEST.replace("sha256", "SHA256"),
+        DIGEST + "0",
+        DIGEST[:-1] + "\n",
+        "md5:x",
+    ],
+)
+def test_digests_of_other_forms_are_asked_for_nowhere(digest: str) -> None:
+    with raw_server(lambda _: [STATUSES["whole"] + b"Content-Length: 0\r\n\r\n"]) as server:
+        client = RegistryClient(request_timeout_s=5, deadline_s=5)
+        with pytest.raises(ObdlabError):
+            client.read_range(server.repository(), digest, 0, 100)
+        with pytest.raises(ObdlabError):
+            client.read_blob(server.repository(), digest, 10, 10)
+        client.close()
+        assert not server.requests
