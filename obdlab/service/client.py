@@ -233,7 +233,7 @@ class DeviceService:
     def last_error(self, device_id: str) -> str:
         """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.
 
-        For whoever got EIO from the kernel, which knows no causes.
+        The kernel answers EIO without a cause.
         """
         record = DeviceRecord.load(self._run.device(device_id))
         if record is not None and record.is_graduated:
@@ -294,7 +294,7 @@ class DeviceService:
         try:
             with held(directory, 1.0):
                 record = DeviceRecord.load(directory)
-                if record is not None and record.alive:  # attached anew meanwhile
+                if record is not None and record.alive:  # attached again meanwhile
                     return False
                 remove_device(directory)
         except DeviceError:

@@ -1,8 +1,8 @@
 """A device server's control socket, in the device's directory: what a running device can be asked for.
 
 A connection carries one request, ``{"op": name, ...}``, and what is answered: any number of ``{"progress": {...}}``,
-then ``{"result": {...}}`` or ``{"error": text}``. Whoever hangs up before the end calls a collection off; nothing
-else stops midway.
+then ``{"result": {...}}`` or ``{"error": text}``. A client that hangs up before the end calls a collection off;
+nothing else stops midway.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
 
 
 def server_name() -> str:
-    """Return what tells this process from all others since the machine started."""
+    """Return a name that no other process has had since the machine started."""
     me = Process.of(os.getpid())
     return f"{os.getpid()}:{me.start_time if me else 0}"
 
@@ -158,7 +158,7 @@ class Control:
             log.exception("%s: %s failed", self._directory.name, op)
             return {"error": f"{type(error).__name__}: {error}"}
 
-    # Said by whoever has mounted a device that is a file.
+    # The client has mounted a device that is a file.
     def _mounted(self, _: dict[str, Any], __: Tell) -> Answer:
         if isinstance(self._device, FuseFileDevice):
             self._device.is_mounted_now()

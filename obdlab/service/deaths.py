@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = b"\noom_kill "
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What the kernel counted for a device when a server was ready for it."""
+    """The kernel's counters at the moment in which a server was ready."""
 
     #: Requests that the device has completed; -1 where the kernel does not count them.
     completed: int

@@ -117,7 +117,7 @@ class Host:
         return True
 
     def run(self) -> None:
-        """Serve requests until told to end by SIGTERM, or until nobody can reach the socket any more."""
+        """Serve requests until SIGTERM comes, or until the socket cannot be reached any more."""
         assert self._listener is not None, "bind first"
         self._signals = _settle_in()
         if self._opener is open_configured:
@@ -260,7 +260,6 @@ def _settle_in() -> Signals:
     return signals
 
 
-# Tells one installed state of the package from another, as make does it: by size and time of its files.
 def _warm_up(names: tuple[str, ...]) -> None:
     present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
     for name in (*names, *present):

@@ -1,4 +1,4 @@
-"""What a device host answers, each request in a process of its own: attach, upgrade, keep, prime.
+"""The requests to a device host, each in a process of its own: attach, upgrade, keep, prime.
 
 The process forks the device's keeper (``obdlab.service.keeper``), follows it until the device is ready, answers and
 ends. It holds the lock of the device's directory meanwhile.
@@ -99,7 +99,7 @@ class HostRequests:
                     except BaseException:
                         remove_device(directory, force=True)
                         raise
-                if _has_hung_up(connection):  # nobody would know of the device: its client was killed or gave up
+                if _has_hung_up(connection):  # no client knows of the device: it was killed or gave up
                     remove_device(directory, force=True)
                     raise DeviceError(f"device {device_id}: its client went away during the attach")
             record = DeviceRecord.load(directory)
@@ -174,7 +174,7 @@ class HostRequests:
                 self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
         return True
 
-    # Forks the keeper and follows it until the device is ready. A keeper that nobody follows any more ends, with all
+    # Forks the keeper and follows it until the device is ready. A keeper whose pipe is closed ends, with all
     # that is its.
     def _start_keeper(
         self,
@@ -200,7 +200,7 @@ class HostRequests:
                 os.close(writer)
             _follow(reader, deadline)
         except BaseException:
-            os.close(reader)  # tells the keeper
+            os.close(reader)  # the keeper ends then
             keeper = None if pid is None else Process.of(pid)
             if keeper is not None:
                 keeper.end(_FAILED_KEEPER_S)
@@ -271,7 +271,7 @@ def _still_attached(directory: Path, config: Path, sha256: str, settings: str) -
     if record is None or not record.alive:
         return None
     if Path(record.path) not in kinds.devices_of(directory):
-        return None  # somebody took the device away: worth no more than a dead server
+        return None  # the device was taken away: worth no more than a dead server
     if record.config != str(config):
         raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")
     if record.config_sha256 != sha256:

@@ -142,7 +142,7 @@ class Keeper:
             if self._signals is not None and fd == self._signals.fileno():
                 self._take_down_wanted = self._take_down_wanted or TAKE_DOWN_SIGNAL in self._signals.come()
             if fd == self._tell:
-                self._fail("nobody waits for the device any more")
+                self._fail("the client of the attach has gone")
                 return
             for one in list(self._servers.values()):
                 if fd == one.channel.fileno():
@@ -204,7 +204,7 @@ class Keeper:
         if orphan.description["read_only"]:  # helpers that had not been recorded yet died with their keeper
             self._kind.send_again(self._connection)
 
-    # Whoever follows waits for the record alone: the image may take long to open, and the device is there.
+    # The host's child waits for the record alone: the image may take long to open, and the device is there.
     def _revive(self, record: DeviceRecord) -> None:
         log.error("%s: keeper and server are gone: starting a server", self._directory.name)
         self._become(State.RESTARTING)

@@ -1,4 +1,4 @@
-"""What a keeper's device is like, and what may follow."""
+"""The states of a keeper's device, and the ways between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class State(enum.Enum):
-    """What a keeper's device is like."""
+    """A state of a keeper's device."""
 
     #: The first server opens the image. No device is there yet; a failure is the attach's.
     STARTING = "starting"

@@ -42,7 +42,7 @@ _ANSWERS_S = 1.0
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come and nobody uses the device."""
+    """SIGTERM has come and the device is not in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def _wait_for_end(device: Device, device_id: str) -> None:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             try:
                 device.stop()
-            except DeviceError as error:  # somebody has it open after all
+            except DeviceError as error:  # another process has it open after all
                 log.warning("%s: not stopped: %s", device_id, error)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was written is flushed now, and the process ends anyway
     log.info("%s: device gone, server ends", device_id)

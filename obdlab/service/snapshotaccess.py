@@ -1,4 +1,4 @@
-"""What callers of the snapshot service may name, and the token by which they are known on TCP."""
+"""Paths that callers of the snapshot service may name, and the token by which they are known on TCP."""
 
 from __future__ import annotations
 

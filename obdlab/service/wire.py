@@ -35,7 +35,7 @@ class Peer(NamedTuple):
 
 
 class NoAnswerError(DeviceError):
-    """Whoever was asked did not answer: what was asked for may have been done or not."""
+    """The other side did not answer. The request may have been done or not."""
 
 
 class ConnectionLostError(DeviceError):
@@ -64,7 +64,7 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
 
 
 def listen(path: Path) -> socket.socket:
-    """Listen on a unix socket (mode 0600) that replaces any older one at once: nobody sees it deaf."""
+    """Listen on a unix socket (mode 0600) that replaces any older one at once: no client finds it deaf."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
@@ -102,7 +102,7 @@ class Messages:
         self._data = bytearray()
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Return the next message. Raises DeviceError if none comes within ``timeout_s``, or it is none."""
+        """Return the next message. Raises DeviceError if none comes within ``timeout_s``, or if it is malformed."""
         deadline = time.monotonic() + timeout_s
         while (end := self._data.find(b"\n")) < 0:
             remaining = deadline - time.monotonic()
@@ -129,7 +129,7 @@ class Messages:
 
 
 def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
-    """Receive the only message within ``timeout_s``. Raises DeviceError if it does not come or is none."""
+    """Receive the only message within ``timeout_s``. Raises DeviceError if it does not come or is malformed."""
     return Messages(connection).receive(timeout_s)
 
 

@@ -1,4 +1,4 @@
-"""Clients of the host's and the servers' sockets that send nonsense, too much, too slowly, or things nobody wants."""
+"""Clients of the host's and the servers' sockets that send nonsense, too much, too slowly, or descriptors."""
 
 from __future__ import annotations
 

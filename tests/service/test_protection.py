@@ -93,7 +93,7 @@ def test_many_large_requests_at_a_time_stay_within_the_bound(service: DeviceServ
 
 
 def run(code: str) -> str:
-    """What a Python of its own prints, whose limits are nobody else's."""
+    """Return the output of another Python, with limits of its own."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
