@@ -13,7 +13,7 @@ from obdlab.devices import mount
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
 from obdlab.service import telling, wire
-from obdlab.service.rundir import SOCKET_NAME, DeviceRecord, held, running_snapshotter
+from obdlab.service.rundir import SOCKET_NAME, START_LOCK_NAME, DeviceRecord, held, running_snapshotter
 from obdlab.service.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME
 from obdlab.service.starts import end_start, maker_of, places_of_starts
 from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
@@ -29,6 +29,7 @@ _FILES = (
     f"{SOCKET_NAME}.new",
     "host.pid",
     "host.lock",
+    START_LOCK_NAME,
     "host.log",
     TALLY_NAME,
     TALLY_LOCK_NAME,

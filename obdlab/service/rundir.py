@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Where the device host listens.
 SOCKET_NAME = "host.sock"
+#: Locked by the client that starts the host.
+START_LOCK_NAME = "host.start.lock"
 #: Tells a keeper to take its device down once nobody uses it.
 TAKE_DOWN_SIGNAL = signal.SIGUSR1
 #: In a snapshotter's root: the file that it holds a lock on while it runs.

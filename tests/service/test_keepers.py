@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -310,6 +311,27 @@ def test_a_process_that_is_not_its_server_gets_no_keeper(
         assert message in wire.receive(connection, 30.0)["error"]
     assert whole(service).keeper_pid == device.keeper_pid
     assert sorted(entry.name for entry in service.run_dir.devices.iterdir()) == ["x"]
+
+
+@kernel
+def test_clients_that_need_a_host_at_once_start_one(
+    service: DeviceService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[float] = []
+    start = DeviceService._start_host
+
+    def counted(self: DeviceService, timeout_s: float) -> None:
+        started.append(timeout_s)
+        start(self, timeout_s)
+
+    monkeypatch.setattr(DeviceService, "_start_host", counted)
+    config = golden_config(tmp_path)
+    with ThreadPoolExecutor(6) as pool:
+        devices = list(pool.map(lambda number: service.attach(config, f"d{number}"), range(6)))
+    assert len({device.path for device in devices}) == 6
+    assert len(started) == 1
+    assert clean_up(service).in_use == []
+    assert not service.run_dir.path.exists() or list(service.run_dir.path.iterdir()) == []
 
 
 @kernel
