@@ -121,6 +121,19 @@ def test_verify_finds_damage(layout: Path, capsys: pytest.CaptureFixture[str]) -
     assert "wrong content" in capsys.readouterr().err
 
 
+def test_a_hot_layer_is_told(layout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ImageLayout(layout).open_blob(ImageLayout(layout).select(None)[0]) as file:
+        document = json.loads(file.read())
+    document["layers"][1]["annotations"][oci.HOT_LAYER] = "yes"
+    data = json.dumps(document).encode()
+    ImageLayout(layout).add_bytes(oci.digest_of(data), data)
+    ImageLayout(layout).set_tag("hot", oci.Descriptor(oci.OCI_MANIFEST, oci.digest_of(data), len(data)))
+    found = inspected(capsys, f"oci:{layout}:hot")
+    assert (found["hot_layer"], [layer["hot"] for layer in found["layers"]]) == (True, [False, True])
+    assert main(["inspect", f"oci:{layout}:hot"]) == 0
+    assert "hot layer    yes, the top layer" in capsys.readouterr().out
+
+
 def test_turbo_oci_images_are_named_and_refused(layout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ImageLayout(layout).open_blob(ImageLayout(layout).select(None)[0]) as file:
         document = json.loads(file.read())
