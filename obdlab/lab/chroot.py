@@ -84,6 +84,10 @@ _ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
     "HOME": "/root",
+    # What the caller has may lie outside of the image, and package scripts make files there.
+    "TMPDIR": "/tmp",
+    "TMP": "/tmp",
+    "TEMP": "/tmp",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     # The day a user was made is in /etc/shadow.
     "SOURCE_DATE_EPOCH": str(BUILD_EPOCH_S),

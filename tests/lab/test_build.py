@@ -83,6 +83,16 @@ def test_a_failing_step_is_told_and_leaves_nothing(tiny_recipe: Recipe, tmp_path
 
 
 @pytest.mark.kernel
+def test_where_this_host_keeps_temporary_files_is_not_the_images_business(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TMPDIR", "TMP", "TEMP"):
+        monkeypatch.setenv(name, str(tmp_path / "there"))
+    command = 'case $(mktemp) in /tmp/*) ;; *) exit 1; esac; [ "$TMP$TEMP" = /tmp/tmp ]'
+    build_image(with_step(tiny_recipe, command), tmp_path / "images")
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_build_leaves_no_process_and_no_mount(tmp_path: Path, number: signal.Signals) -> None:
     program = f"""
