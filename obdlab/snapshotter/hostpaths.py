@@ -21,7 +21,7 @@ def allowed_path(text: str, roots: Sequence[Path], label: str, setting: str) -> 
     """Return the path that a label names, with symbolic links resolved. It need not exist.
 
     Raises InvalidArgumentError unless it is absolute and below one of ``roots`` (the ``setting``), and unless that
-    root and all directories from there on are this process's user's, with nobody else allowed to write to them.
+    root and all directories from there on belong to this process's user, and are writable by no other.
     """
     if not os.path.isabs(text) or "\0" in text:
         raise InvalidArgumentError(f"label {label}: not an absolute path (got {text[:200]!r})")

@@ -96,7 +96,7 @@ class RemoteLayer:
 
 
 def of_client(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return the labels of a client, or of whoever speaks through it, without those that only this service gives."""
+    """Return a client's labels without those that only this service gives."""
     return {label: value for label, value in labels.items() if label not in _OWN_LABELS}
 
 
