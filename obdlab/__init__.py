@@ -1,7 +1,7 @@
 """Lazily started container images (DADI / overlaybd) in Python.
 
 ``open_zfile(path)`` and ``open_stack([bottom, ..., top])`` give read-only objects that are measured and sliced like
-bytes (``len(disk)``, ``disk[a:b]``); a disk also tells which of its ``layers`` holds what (``owners()``,
+bytes (``len(disk)``, ``disk[a:b]``); a disk also shows which of its ``layers`` holds each range (``owners()``,
 ``index_frame()``, ``layer_frame()``). Every error is an :class:`ObdlabError`.
 """
 

@@ -21,7 +21,7 @@ Buffer = bytes | bytearray | memoryview
 class Blob(ABC):
     """Read-only bytes of a fixed size. All methods may be called from several threads at once."""
 
-    #: What error messages call this blob: a path, a URL, a digest.
+    #: Name of this blob in error messages: a path, a URL, a digest.
     name: str = ""
 
     @property
@@ -33,12 +33,12 @@ class Blob(ABC):
     def read_at(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``.
 
-        Raises OutOfRangeError if the range is not inside the blob, and another ObdlabError if the bytes cannot
-        be had or fail their checksum. Never returns fewer bytes, or wrong ones.
+        Raises OutOfRangeError if the range is not inside the blob, and another ObdlabError if the bytes cannot be
+        read or fail their checksum. Never returns fewer bytes, or wrong ones.
         """
 
     def evict(self, offset: int, length: int) -> None:  # noqa: B027 - doing nothing is right for most blobs
-        """Forget any cached copy of the range, so that the next read asks where the bytes come from.
+        """Forget any cached copy of the range, so that the next read goes to the origin of the bytes.
 
         Called by a reader whose checksum failed, before it tries once more.
         """
@@ -59,7 +59,7 @@ class Blob(ABC):
     def __getitem__(self, key: slice) -> bytes: ...
 
     def __getitem__(self, key: int | slice) -> int | bytes:
-        """Bytes as of a bytes object: ``blob[a:b]`` is clipped to the blob, ``blob[a]`` a number."""
+        """Return bytes as a bytes object does: ``blob[a:b]`` is clipped to the blob, ``blob[a]`` is a number."""
         if isinstance(key, slice):
             begin, end, step = key.indices(self.size)
             if step == 1:

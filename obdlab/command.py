@@ -1,4 +1,4 @@
-"""The command lines that messages name: ones that the reader can run as they are."""
+"""The obdlab and pip command lines in messages, written so that the reader can run them as they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = "obdlab"
 def command(*words: str) -> str:
     """Return the command line of this installation's ``obdlab``, such as "obdlab dataset build redis".
 
-    A virtual environment that is not on PATH is named by its path, which below the working directory is relative:
+    A virtual environment that is not on PATH is named by its path, relative if it is below the working directory:
     ".venv/bin/obdlab dataset build redis".
     """
     return " ".join([_program(_NAME, "-m", _NAME), *words])
@@ -28,7 +28,7 @@ def install_command(extra: str) -> str:
 
 
 def pip_command(*words: str) -> str:
-    """Return the command line by which pip installs something into the environment of this Python."""
+    """Return the command line with which pip installs a package into the environment of this Python."""
     return " ".join([_program("pip", "-m", "pip"), "install", *words])
 
 
@@ -38,7 +38,7 @@ def checkout_directory() -> Path | None:
     return root if (root / "pyproject.toml").is_file() else None
 
 
-# The program of this Python's environment: by name where PATH finds it, or by path, or as a module.
+# The program of this Python's environment: its name if PATH finds it, else its path, else the module.
 def _program(name: str, *module: str) -> str:
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)

@@ -1,7 +1,7 @@
 """The root of every error this package raises, and the kinds that cross rooms.
 
 An error that only one module raises is declared beside its raiser; all derive from :class:`ObdlabError`.
-A message tells what went wrong, where (blob, offset), what was got and what was wanted.
+A message names the problem, the place (blob, offset), the value got and the value wanted.
 errno and gRPC codes are not here: ``devices`` and ``snapshotter`` hold one mapping each.
 """
 
@@ -38,7 +38,7 @@ class CorruptBlobError(FormatError):
 
 
 class SourceError(ObdlabError):
-    """Bytes could not be had from where they live (registry, disk). ``temporary``: trying again may help."""
+    """Bytes could not be read from their origin (registry, disk). ``temporary``: trying again may help."""
 
     def __init__(self, what: str, *, blob: str = "", offset: int | None = None, temporary: bool = False) -> None:
         self.blob = blob
@@ -52,10 +52,10 @@ class DeviceError(ObdlabError):
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
-    """Return the interrupt or exit that was on its way when ``error`` was raised, None if there was none.
+    """Return the interrupt or exit that was being raised when ``error`` replaced it, or None.
 
-    An error raised by cleaning up (``finally``, an ExitStack) takes the place of the exception that passes, which
-    stays behind it as its context. Code that turns errors into results asks here first.
+    An error raised by cleaning up (``finally``, an ExitStack) replaces the exception that was passing and keeps it
+    as its context. Code that turns errors into results calls this first.
     """
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]

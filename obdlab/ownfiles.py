@@ -1,4 +1,4 @@
-"""Opening files in directories that other users might have prepared: links, pipes and others' files are refused."""
+"""Opening files in directories that other users may have prepared: links, pipes and files of others are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def check_own_directory(path: Path) -> None:
     """Raise OSError (EINVAL) unless only root and this process' user can add and change files in a directory.
 
-    FileNotFoundError if there is none.
+    Raises FileNotFoundError if the directory is missing.
     """
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):
@@ -26,11 +26,11 @@ def check_own_directory(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
-    """Open a regular file that only root and this process' user can have put there; never what a link leads to.
+    """Open a regular file that only root and this process' user can have put there; symbolic links are not followed.
 
     Raises OSError: ELOOP for a symbolic link, EINVAL for anything else than such a file.
     """
-    # A pipe without a writer would be waited for.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, mode)
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 and _is_ours(status):

@@ -1,9 +1,9 @@
-"""Telling the device loop that this thread is about to wait.
+"""Notice to the device loop that this thread is about to wait.
 
-A device has one thread that takes requests from the kernel (the leader): on a hit nothing else runs, so Python's
-threads do not fight over the interpreter (a second reader thread costs a fifth of the IOPS). Whoever is about to
-wait for something slow, a registry above all, does so inside ``with waiting():``; the device loop has hooked that
-moment and lets a follower lead meanwhile. Code outside a device loop has no hook, and nothing happens.
+A device has one thread that takes requests from the kernel (the leader). On a hit nothing else runs, so Python's
+threads do not fight over the interpreter (a second reader thread costs a fifth of the IOPS). Code that may wait for
+something slow, a registry above all, does so inside ``with waiting():``. The hook of the device loop then lets a
+follower lead meanwhile. Outside a device loop there is no hook, and nothing happens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _local = threading.local()
 
 
 def set_waiting_hook(hook: Callable[[], None] | None) -> None:
-    """Have ``hook`` called in this thread each time it is about to wait. ``None`` takes the hook away."""
+    """Have ``hook`` called in this thread each time it is about to wait. ``None`` removes the hook."""
     _local.hook = hook
 
 

@@ -1,16 +1,16 @@
-"""Lines in which the kernel's block events are told: which process read what of which device, and for how long.
+"""Text lines of the kernel's block events: which process read which range of which device, and for how long.
 
-Two forms are read, each line by itself. That of tracefs, of ``trace-cmd report``, ``perf script``, and of a bpftrace
-program that prints it::
+Two forms are read, each line by itself. One is the form of tracefs, ``trace-cmd report``, ``perf script``, and of
+bpftrace programs that imitate it::
 
     cat-4711  [001] .....  100.000123: block_rq_issue: 7,0 RA 131072 () 2048 + 256 none,0,0 [cat]
 
-with ``block_bio_queue`` (queued), ``block_rq_issue`` (given to the driver) and ``block_rq_complete``; and that of
-blkparse(1) with the actions Q, D and C::
+with ``block_bio_queue`` (queued), ``block_rq_issue`` (given to the driver) and ``block_rq_complete``. The other is
+the form of blkparse(1) with the actions Q, D and C::
 
     7,0    1       11     0.000123456  4711  D  RA 2048 + 256 [cat]
 
-Sectors are of 512 bytes.
+Sectors have 512 bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SECTOR = 512
-#: Longer lines are no events; what they hold is not looked at.
+#: Longer lines are not events; they are skipped unparsed.
 MAX_LINE = 1024
-#: As many as a start of hours could make; more are refused rather than held in memory.
+#: More events than a start of hours makes; a longer list is refused rather than held in memory.
 MAX_EVENTS = 1 << 22
 _ACTIONS = {"block_bio_queue": "Q", "block_rq_issue": "D", "block_rq_complete": "C"}
 _WHAT = r"(?P<sector>\d{1,18}) \+ (?P<count>\d{1,10})"
@@ -48,12 +48,12 @@ _BLKPARSE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """Something happened to a request: ``action`` Q (queued), D (given to the driver) or C (completed)."""
+    """A state change of a request: ``action`` Q (queued), D (given to the driver) or C (completed)."""
 
     at_s: float
     device: tuple[int, int]
     action: str
-    #: As the kernel writes them: R first for reads, A for what is read ahead.
+    #: As the kernel writes them: R first for reads, A for readahead.
     flags: str
     sector: int
     count: int
@@ -62,7 +62,7 @@ class BlockEvent:
 
     @property
     def is_read(self) -> bool:
-        """Whether it is of a read; "ZR", say, resets a zone."""
+        """True for a read. Operations like "ZR" (reset a zone) are not reads."""
         return self.flags.startswith("R")
 
 
@@ -71,17 +71,17 @@ class DiskRead:
     """One request of the kernel for ``[offset, offset + length)`` of a device."""
 
     at_s: float
-    #: Until it was completed; None if that is not told.
+    #: Time until the completion event; None without one.
     took_s: float | None
     offset: int
     length: int
     process: str
     pid: int
-    #: Nobody has asked for it yet: the kernel reads ahead.
+    #: The kernel's readahead asked for it, no process yet.
     is_ahead: bool
 
 
-# A binary file's "line" is nothing to be printed.
+# The "line" of a binary file must not be printed.
 def _shown(line: str) -> str:
     if not line:
         return "nothing"
@@ -91,7 +91,7 @@ def _shown(line: str) -> str:
 def parse(lines: Iterable[str], *, name: str = "events") -> list[BlockEvent]:
     """Return the block events among the lines in order of time; other lines are left out.
 
-    Raises FormatError if there is none, or more than four million.
+    Raises FormatError for no event, or for more than four million.
     """
     events = []
     first_odd = ""
@@ -132,7 +132,7 @@ def _event(line: str) -> BlockEvent | None:
 
 
 def device_of(events: Iterable[BlockEvent], *, name: str = "events") -> tuple[int, int]:
-    """Return (major, minor) of the one device that the events are of. Raises FormatError if there are several."""
+    """Return (major, minor) of the one device in the events. Raises FormatError if there are several."""
     found = Counter(event.device for event in events if event.is_read)
     if len(found) != 1:
         several = ", ".join(f"{major}:{minor} ({count} events)" for (major, minor), count in found.most_common(5))
@@ -144,7 +144,7 @@ def device_of(events: Iterable[BlockEvent], *, name: str = "events") -> tuple[in
 def reads_of(events: Iterable[BlockEvent], device: tuple[int, int]) -> list[DiskRead]:
     """Return the reads of a device (major, minor) in the order they were given to its driver.
 
-    Where the events do not tell of that, in the order they were queued.
+    If the events have no action D, the order of queueing is used.
     """
     mine = [event for event in events if event.device == device and event.is_read and event.count]
     began = "D" if any(event.action == "D" for event in mine) else "Q"
@@ -156,7 +156,7 @@ def reads_of(events: Iterable[BlockEvent], device: tuple[int, int]) -> list[Disk
     ]
 
 
-# Whoever queued it is who wants it: the kernel may hand it to the driver from a thread of its own.
+# The reader is the process that queued the request: the kernel may pass it to the driver in a thread of its own.
 def _read(event: BlockEvent, asked: BlockEvent, took_s: float | None) -> DiskRead:
     return DiskRead(
         event.at_s,
@@ -169,7 +169,7 @@ def _read(event: BlockEvent, asked: BlockEvent, took_s: float | None) -> DiskRea
     )
 
 
-# How long each that began took. A request may be completed in parts, from its start on.
+# How long each begun request took. A request may be completed in parts, from its start on.
 def _ends(events: Iterable[BlockEvent]) -> list[float | None]:
     took: list[float | None] = []
     under_way: dict[int, tuple[int, int, float]] = {}

@@ -1,4 +1,4 @@
-"""What every file system that is read without a mount has in common: directories of names, and paths through them."""
+"""Common base of the file systems that are read without a mount: directories of names, and paths through them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from obdlab.errors import FormatError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-# What a hostile file system may make a reader hold or do. Each is far above what images have: the largest of public
-# registries have about a million files.
+# Bounds on a reader's memory and work for a hostile file system. Each is far above real images: the largest of
+# public registries have about a million files.
 #: Names in one directory: some 200 MB as a dictionary.
 MAX_NAMES = 1 << 20
 #: Pieces of one file on the disk: some 150 MB as a list.
 MAX_PIECES = 1 << 20
-# Bytes of the paths of one walk, and what each path costs beside its text.
+# Bytes of all paths of one walk, and the cost of each path beside its text.
 _MAX_PATHS = 512 << 20
 _PATH_COST = 64
-# Directories below each other; the kernel's PATH_MAX ends before.
+# Depth of nested directories; the kernel's PATH_MAX is reached before.
 _MAX_DEPTH = 2048
 
 
 class Node(Protocol):
-    """An inode, as far as paths go."""
+    """An inode, as paths need it."""
 
     @property
     def is_directory(self) -> bool:
-        """Whether names may be below it."""
+        """True if the inode can have names below it."""
 
 
 class Walk:
-    """Bounds one walk over a tree of directories: each is entered once, not too deep, and names have an end."""
+    """Bounds of one walk over a tree: a directory is entered once; depth and total length of paths are limited."""
 
     def __init__(self, name: str, max_depth: int = _MAX_DEPTH) -> None:
         self._name = name
@@ -41,7 +41,7 @@ class Walk:
         self._left = _MAX_PATHS
 
     def enter(self, directory: int, path: bytes) -> None:
-        """Count a directory that the walk goes into. Raises FormatError for one that was met before, or too deep."""
+        """Count a directory that the walk enters. Raises FormatError if it was entered before or is too deep."""
         if directory in self._entered:
             raise FormatError(f"directory {path[:200]!r} is in the tree twice", blob=self._name, got=directory)
         depth = path.count(b"/")
@@ -52,7 +52,7 @@ class Walk:
     def count(self, path: bytes, names: Collection[bytes]) -> None:
         """Count the paths of these names in the directory ``path``, before they are made.
 
-        Raises FormatError if there are more than images have.
+        Raises FormatError if the walk has more paths than an image may have.
         """
         self._left -= sum(map(len, names)) + len(names) * (len(path) + _PATH_COST)
         if self._left < 0:
@@ -60,7 +60,7 @@ class Walk:
 
 
 class FileTree(ABC):
-    """Inodes known by number; names are bytes."""
+    """Inodes by number; names are bytes."""
 
     @property
     @abstractmethod
@@ -76,7 +76,7 @@ class FileTree(ABC):
         """Return a directory's names, with inode number and type, without "." and ".."."""
 
     def lookup(self, path: bytes) -> int | None:
-        """Return the inode number of a path from the root, following no links; None if it is not there."""
+        """Return the inode number of a path from the root, or None if it is missing. Does not follow links."""
         number = self.root
         for part in path.split(b"/"):
             if part in (b"", b"."):

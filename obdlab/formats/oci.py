@@ -3,7 +3,7 @@
 Sources: OCI image specification 1.1 (descriptor, manifest, image index, config) and the docker v2 schema 2 types,
 which have the same shape. Annotation keys are those of overlaybd images.
 
-Documents come from a registry and are not trusted: everything is checked before use, and what is wrong is a
+Documents come from a registry and are not trusted: everything is checked before use, and a violation is a
 FormatError naming the document and the field.
 """
 
@@ -33,7 +33,7 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 
-#: Of a blob that no manifest describes.
+#: Media type of a blob that no manifest describes.
 UNKNOWN_TYPE = "application/octet-stream"
 
 MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
@@ -45,7 +45,7 @@ BLOB_SIZE = "containerd.io/snapshot/overlaybd/blob-size"
 BLOB_FS_TYPE = "containerd.io/snapshot/overlaybd/blob-fs-type"
 OVERLAYBD_VERSION = "containerd.io/snapshot/overlaybd/version"
 ACCELERATION_LAYER = "containerd.io/snapshot/overlaybd/acceleration-layer"
-#: Of a layer that holds what a start reads: "yes".
+#: Annotation of a layer that holds the data a start reads: "yes".
 HOT_LAYER = "containerd.io/snapshot/obdlab/hot-layer"
 #: The label of an image's topmost snapshot that names a trace in its repository: "digest,size".
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
@@ -54,16 +54,16 @@ TURBO_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/turbo-oci/target-med
 FASTOCI_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/fastoci/target-digest"
 FASTOCI_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/fastoci/target-media-type"
 VERSION_NATIVE = "0.1.0"
-#: What an overlaybd image says it is that refers to the image it was made from.
+#: Artifact type of an overlaybd image that refers to the image it was converted from.
 NATIVE_ARTIFACT = "application/vnd.containerd.overlaybd.native.v1+json"
-#: What marks BuildKit's attestations among an index's manifests, and its value.
+#: The annotation, and its value, that marks BuildKit's attestations among an index's manifests.
 REFERENCE_TYPE = "vnd.docker.reference.type"
 ATTESTATION = "attestation-manifest"
 
-#: Registries refuse manifests above 4 MiB; image configs have no limit of their own, this one is ours.
+#: Registries refuse manifests above 4 MiB. Image configs have no standard limit; this one is ours.
 MAX_MANIFEST_SIZE = 4 << 20
 MAX_CONFIG_SIZE = 8 << 20
-# An overlaybd stack has at most 255 layers and overlayfs fewer; this is only a bound for what is parsed at all.
+# An overlaybd stack has at most 255 layers and overlayfs fewer; this only bounds the entries that are parsed at all.
 _MAX_ENTRIES = 4096
 _MAX_SIZE = (1 << 63) - 1
 
@@ -71,12 +71,12 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 def is_digest(text: object) -> bool:
-    """Tell whether ``text`` is a sha256 digest: "sha256:" and 64 lower case hex digits, nothing around it."""
+    """Return True if ``text`` is a sha256 digest: "sha256:" and 64 lower case hex digits, nothing around it."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def check_digest(text: object, blob: str = "") -> str:
-    """Return ``text`` if :func:`is_digest`, else raise FormatError. Only what passed may become a path or URL."""
+    """Return ``text`` if :func:`is_digest`, else raise FormatError. Only a checked text may become a path or URL."""
     if not is_digest(text):
         raise FormatError("not a digest", blob=blob, got=_short(text), wanted="sha256:<64 hex digits>")
     return cast("str", text)
@@ -88,7 +88,7 @@ def digest_of(data: bytes | bytearray | memoryview) -> str:
 
 
 def short_digest(digest: str) -> str:
-    """Return the first digits of a digest, enough to know it again: "sha256:" and twelve."""
+    """Return a digest shortened for display: "sha256:" and twelve digits."""
     return digest[: len("sha256:") + 12]
 
 
@@ -116,7 +116,7 @@ def chain_id(diff_ids: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What an image runs on, in the names of Go's GOOS and GOARCH."""
+    """The platform an image runs on, in the names of Go's GOOS and GOARCH."""
 
     os: str
     architecture: str
@@ -134,7 +134,7 @@ class Platform:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A reference to content by digest. ``extra`` keeps the fields this package does not use, so none is lost."""
+    """A reference to content by digest. ``extra`` keeps the fields that this package does not use."""
 
     media_type: str
     digest: str
@@ -145,7 +145,7 @@ class Descriptor:
 
     @classmethod
     def from_json(cls, value: object, blob: str = "descriptor") -> Self:
-        """Check and take over a parsed descriptor. Raises FormatError."""
+        """Return the checked descriptor of parsed JSON. Raises FormatError."""
         document = _object(value, blob)
         platform = document.get("platform")
         known = {"mediaType", "digest", "size", "annotations"}
@@ -176,12 +176,12 @@ class Descriptor:
 
     @property
     def is_overlaybd(self) -> bool:
-        """Whether the layer is an overlaybd one, by its annotations."""
+        """True for an overlaybd layer, by its annotations."""
         return BLOB_DIGEST in self.annotations
 
     @property
     def turbo_target(self) -> str | None:
-        """Digest, unchecked, of the ordinary layer that a turboOCI layer is an index to; None for other layers."""
+        """Digest, unchecked, of the ordinary layer that a turboOCI layer indexes; None for other layers."""
         return self.annotations.get(TURBO_TARGET_DIGEST, self.annotations.get(FASTOCI_TARGET_DIGEST))
 
 
@@ -211,7 +211,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """Return the compact JSON that Go's encoder would write for it."""
+        """Return the compact JSON that Go's encoder would write."""
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
         if self.artifact_type:
             document["artifactType"] = self.artifact_type
@@ -225,7 +225,7 @@ class Manifest:
 
     @property
     def is_overlaybd(self) -> bool:
-        """Whether every layer is an overlaybd one (an image without layers is none)."""
+        """True if every layer is an overlaybd layer and there is at least one."""
         return bool(self.layers) and all(layer.is_overlaybd for layer in self.layers)
 
 
@@ -253,7 +253,7 @@ class Index:
         )
 
     def to_bytes(self) -> bytes:
-        """Return the compact JSON that Go's encoder would write for it."""
+        """Return the compact JSON that Go's encoder would write."""
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
         if self.artifact_type:
             document["artifactType"] = self.artifact_type
@@ -265,7 +265,7 @@ class Index:
         return to_json(document)
 
     def select(self, platform: Platform) -> Descriptor:
-        """Return the first manifest for ``platform``, preferring its variant. Raises FormatError if there is none."""
+        """Return the first manifest for ``platform``, preferring its variant. Raises FormatError if none fits."""
         fitting = [
             entry
             for entry in self.manifests
@@ -285,7 +285,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """An image config. ``document`` is the whole of it as parsed, since run time settings are passed on untouched."""
+    """An image config. ``document`` is all of it as parsed, since run time settings are passed on untouched."""
 
     document: Mapping[str, Any]
     diff_ids: tuple[str, ...]
@@ -306,7 +306,7 @@ class Config:
         return Platform.from_json({key: self.document.get(key, "") for key in ("os", "architecture", "variant")})
 
     def with_diff_ids(self, diff_ids: Sequence[str]) -> Self:
-        """Return the same config over other layers; everything else, history too, stays as it is."""
+        """Return the same config with other layers; all else, also the history, stays as it is."""
         ids = tuple(check_digest(item, "diff_ids") for item in diff_ids)
         rootfs = dict(self.document["rootfs"]) | {"diff_ids": list(ids)}
         return replace(self, document=dict(self.document) | {"rootfs": rootfs}, diff_ids=ids)
@@ -317,7 +317,7 @@ class Config:
 
 
 def parse_manifest(data: bytes, blob: str = "manifest") -> Manifest | Index:
-    """Read a document that is a manifest or an index, told apart by what it holds. Raises FormatError."""
+    """Read a document that is a manifest or an index, by the list it has. Raises FormatError."""
     document = _parse(data, blob, MAX_MANIFEST_SIZE)
     return Index.parse(data, blob) if "manifests" in document else Manifest.parse(data, blob)
 

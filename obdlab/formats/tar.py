@@ -1,4 +1,4 @@
-"""The tar envelope of a layer blob, which makes registries and containerd take it for an ordinary layer.
+"""The tar envelope of a layer blob, with which registries and containerd take it for an ordinary layer.
 
 ::
 
@@ -8,7 +8,7 @@
     1536  content
     ...   zeros up to a multiple of 512, then two zero blocks
 
-Some blobs come with a plain ustar header alone: then the content starts at 512. Not a general tar reader.
+Some blobs have only a plain ustar header: then the content starts at 512. Not a general tar reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from obdlab.errors import FormatError
 
 BLOCK = 512
-#: Bytes before the content, as written here; and as many as :func:`parse_wrap` needs to see.
+#: Bytes before the content, as written here; also the number of bytes that :func:`parse_wrap` needs.
 WRAP_SIZE = 3 * BLOCK
 
 # name, mode, uid, gid, size, mtime, checksum, typeflag, linkname, magic, version, uname, gname, ...
@@ -38,12 +38,12 @@ class TarWindow(NamedTuple):
 
 
 def parse_wrap(first_bytes: bytes, *, blob: str = "") -> TarWindow | None:
-    """Say where the content of a wrapped blob lies, or None if the blob is not a POSIX tar.
+    """Return where the content of a wrapped blob lies, or None if the blob is not a POSIX tar.
 
-    ``first_bytes`` are the blob's first 1536, or all of it if it is shorter. Only "ustar" with version "00" and a
-    right checksum counts as tar, as in the original; GNU's own format does not. Raises FormatError for a tar whose
-    first entry cannot be a layer: not a file, a malformed or oversized pax header. The window may reach past the
-    blob's end: the caller knows its size.
+    ``first_bytes`` are the blob's first 1536, or all of it if it is shorter. As in the original, only "ustar" with
+    version "00" and a right checksum counts as tar; GNU's own format does not. Raises FormatError for a tar whose
+    first entry cannot be a layer: not a file, a malformed or oversized pax header. The window may end past the
+    blob's end; the caller knows the blob's size.
     """
     header = first_bytes[:BLOCK]
     if not _is_header(header):
@@ -87,7 +87,8 @@ def wrap_header(size: int) -> bytes:
 
 
 def file_header(name: bytes, size: int) -> bytes:
-    """Return the 512 bytes before a read-only file of root's without a time, in the form of the original's traces."""
+    """Return the 512 bytes before a read-only file owned by root, with time 0, in the form of the original's
+    traces."""
     header = bytearray(
         _pack(name=name, mode=b"0000444", owner=b"0000000", size=b"%011o" % size, mtime=b"%011o" % 0, kind=b"0")
     )
@@ -96,7 +97,7 @@ def file_header(name: bytes, size: int) -> bytes:
 
 
 def placeholder_header() -> bytes:
-    """Return 1536 bytes to hold the header's place while the size is unknown; nobody takes them for a tar."""
+    """Return 1536 bytes that reserve the header's place while the size is unknown; they do not parse as a tar."""
     record = _pax_record(0)
     pax = _pack(name=b"overlaybd.pax", size=_octal(len(record), 12), kind=_PAX, magic=b"xxtar", version=b"xx")
     file = _pack(name=b"overlaybd.new", kind=b"0", magic=b"xxtar", version=b"xx")
@@ -104,7 +105,7 @@ def placeholder_header() -> bytes:
 
 
 def wrap_tail(size: int) -> bytes:
-    """Return what follows a content of ``size`` bytes: padding and the two zero blocks that end a tar."""
+    """Return the bytes after a content of ``size`` bytes: padding and the two zero blocks that end a tar."""
     return bytes(-size % BLOCK + 2 * BLOCK)
 
 
@@ -136,7 +137,7 @@ def _number(field: bytes, what: str, offset: int, blob: str) -> int:
 
 
 def _pax_size(records: bytes, blob: str) -> int:
-    # The last "size" record counts; 0 if there is none.
+    # The last "size" record counts; 0 without one.
     size = 0
     while records:
         digits, blank, rest = records.partition(b" ")
@@ -154,7 +155,7 @@ def _pax_size(records: bytes, blob: str) -> int:
 
 
 def _pax_record(size: int) -> bytes:
-    # The length counts its own digits, so it takes a second look when they carry over.
+    # The length counts its own digits, so one more digit may make it one longer again.
     body = f" size={size}\n"
     length = len(body) + 2
     while length != len(str(length)) + len(body):

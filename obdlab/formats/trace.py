@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 MAGIC = 3270449184
 HEADER_SIZE = RECORD_SIZE = 24
-#: The original reads each record into a buffer of this size, whatever its length.
+#: The original reads each record into a buffer of this size, for any length.
 MAX_LENGTH = 1 << 20
-#: Four million records: no start reads as often.
+#: Four million records: more than any start reads.
 MAX_SIZE = HEADER_SIZE + (RECORD_SIZE << 22)
 MAX_LIST_SIZE = 65536
 
 _HEADER = struct.Struct("<I4xQI4x")
 _MAGIC = MAGIC.to_bytes(4, "little")
-#: So many first bytes say whether something is a trace.
+#: This many first bytes are enough for :func:`is_trace`.
 MAGIC_SIZE = len(_MAGIC)
-#: As in the file; what lies between the fields is kept.
+#: As in the file; padding bytes between the fields are kept.
 RECORD = np.dtype(
     {
         "names": ["op", "layer", "length", "offset"],
@@ -51,7 +51,7 @@ _LIST_LINE = re.compile(r"[A-Za-z0-9_.\-/]+\*?", re.ASCII)
 
 
 def is_trace(start: bytes) -> bool:
-    """Whether a file that starts so claims to be a trace."""
+    """Return True if a file that starts with these bytes claims to be a trace."""
     return start[:4] == _MAGIC
 
 
@@ -63,7 +63,7 @@ class Trace:
 
     @classmethod
     def from_reads(cls, reads: Iterable[tuple[int, int, int]]) -> Self:
-        """Make one of (layer, offset, length). Reads of more than 1 MiB become several, empty ones none."""
+        """Return a trace of (layer, offset, length). Reads of more than 1 MiB are split, empty ones left out."""
         pieces = [
             (b"R", layer, min(MAX_LENGTH, offset + length - at), at)
             for layer, offset, length in reads
@@ -75,7 +75,7 @@ class Trace:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "trace") -> Self:
-        """Read a trace file. Raises FormatError if it is none, CorruptBlobError if its checksum is wrong."""
+        """Read a trace file. Raises FormatError if it is malformed, CorruptBlobError if its checksum is wrong."""
         if not is_trace(data):
             raise FormatError(
                 "not a trace", blob=name, offset=0, got=data[:4].hex() or "nothing", wanted=_MAGIC.hex()
@@ -114,17 +114,18 @@ class Trace:
 
     @property
     def size(self) -> int:
-        """Bytes read, those read twice counted twice."""
+        """Bytes read; a range read twice counts twice."""
         return int(self.records["length"].sum())
 
     def reads(self) -> list[tuple[int, int, int]]:
-        """Return (layer, offset, length) of each read; writes, which nobody records, are left out."""
+        """Return (layer, offset, length) of each read. Records of writes, which no recorder makes, are left out."""
         reads = self.records[self.records["op"] == b"R"]
         columns = (reads[name].tolist() for name in ("layer", "offset", "length"))
         return list(zip(*columns, strict=True))
 
     def check_fits(self, sizes: list[int], *, name: str = "trace") -> None:
-        """Raise FormatError unless every read lies inside of the layers, whose sizes are given from the bottom up."""
+        """Raise FormatError unless every read lies inside its layer. ``sizes`` are those of the layers, bottom
+        first."""
         for number, (layer, offset, length) in enumerate(self.reads()):
             if layer >= len(sizes) or not 0 <= offset <= offset + length <= sizes[layer]:
                 has = f"{sizes[layer]} bytes" if layer < len(sizes) else f"{len(sizes)} layers"
@@ -137,7 +138,7 @@ class Trace:
 
 
 def content_of_layer(data: bytes, *, name: str = "acceleration layer") -> bytes:
-    """Return the trace that an acceleration layer, a tar with one file, holds. Raises FormatError if it is none."""
+    """Return the trace in an acceleration layer, a tar with one file. Raises FormatError if it is malformed."""
     window = parse_wrap(data[:1536], blob=name)
     if window is None or window.offset + window.size > len(data):
         raise FormatError("not a tar with a trace", blob=name, got=f"{len(data)} bytes")
@@ -151,14 +152,14 @@ def layer_of_content(content: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PriorityList:
-    """Paths of files to have first; ``directories`` among them are meant with all that is in them."""
+    """Paths of files to fetch first; each of ``directories`` stands for everything below it."""
 
     files: tuple[str, ...]
     directories: tuple[str, ...]
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "priority list") -> tuple[Self, list[str]]:
-        """Read one path a line; return the list, and why each line that was left out was.
+        """Read one path per line; return the list, and a reason for each line that was left out.
 
         A directory ends in "/" or "*". Raises FormatError for more than 65,536 bytes, and if no line is a path.
         """

@@ -31,7 +31,7 @@ _NEVER = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, slots=True)
 class RunTable:
-    """Runs as columns of equal length; what they mean is told at :data:`Run`."""
+    """Runs as columns of equal length; see :data:`Run` for their meaning."""
 
     offset_sectors: NDArray[np.int64]
     length_sectors: NDArray[np.int64]
@@ -42,8 +42,8 @@ class RunTable:
 class SegmentIndex:
     """An immutable sorted set of segments that do not overlap.
 
-    Sectors and tags as in :class:`Segments`. Mappings are kept as ``shift = moffset - offset``, so that clipping
-    the front of a segment needs no arithmetic on them.
+    Sectors and tags as in :class:`Segments`. Mappings are kept as ``shift = moffset - offset``: clipping the front
+    of a segment leaves them unchanged.
     """
 
     __slots__ = ("_bucket", "_bucket_bits", "_ends", "_limit", "_starts", "shifts", "sources")
@@ -56,12 +56,12 @@ class SegmentIndex:
         tags = segments.tag.astype(np.int16)
         self._starts = _array("q", segments.offset_sectors)
         self._ends = _array("q", ends)
-        #: Of each segment, how far its sectors in the layer's file lie behind those of the disk.
+        #: For each segment, the distance from its sectors on the disk to those in the layer's file.
         self.shifts = _array("q", segments.moffset_sectors - segments.offset_sectors)
-        #: Of each segment, as in :data:`Run`.
+        #: For each segment, its source as in :data:`Run`.
         self.sources = _array("h", np.where(segments.zeroed, ~tags, tags))
         self._limit: int = self._ends[-1] if self._ends else 0
-        # Where the bisect may begin, by the high bits of the sector: about one bucket per segment.
+        # Where the bisect may begin, by the high bits of the sector. There is about one bucket per segment.
         self._bucket_bits = max(0, (self._limit // max(1, len(self))).bit_length() - 1)
         boundaries = np.arange((self._limit >> self._bucket_bits) + 2, dtype=np.int64) << self._bucket_bits
         self._bucket = _array("i", np.searchsorted(ends, boundaries, side="right").astype(np.int32))
@@ -71,11 +71,11 @@ class SegmentIndex:
 
     @property
     def end_sectors(self) -> int:
-        """First sector after the last segment; 0 if there is none."""
+        """First sector after the last segment; 0 without segments."""
         return self._limit
 
     def lookup(self, begin: int, end: int) -> list[Run]:
-        """What the sectors ``[begin, end)`` are: runs in order that cover the range without gaps or overlap.
+        """Return the runs that cover the sectors ``[begin, end)``, in order, without gaps or overlap.
 
         Parts that no segment covers are runs of source HOLE. An empty range gives no runs.
         """
@@ -90,9 +90,9 @@ class SegmentIndex:
         return self._lookup_several(i, begin, end)
 
     def find(self, begin: int, end: int) -> int:
-        """The number of the segment that the sectors ``[begin, end)``, one at least, lie in; -1 if there is none.
+        """Return the number of the segment that holds all sectors ``[begin, end)`` (not empty), or -1.
 
-        :attr:`sources` and :attr:`shifts` tell what it is: half the cost of :meth:`lookup`.
+        :attr:`sources` and :attr:`shifts` describe the segment. Costs half of :meth:`lookup`.
         """
         if begin >= self._limit:
             return -1
@@ -118,16 +118,16 @@ class SegmentIndex:
         return runs
 
     def lookup_batch(self, begin: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[NDArray[np.int64], RunTable]:
-        """:meth:`lookup` of many ranges ``[begin, end)`` at once, without the parts that no segment covers.
+        """Do :meth:`lookup` for many ranges ``[begin, end)`` at once, without the parts that no segment covers.
 
-        Gives how many runs each range has, and the runs of all ranges, in order, as columns.
+        Returns the number of runs of each range, and the runs of all ranges, in order, as columns.
         """
         starts, ends = np.frombuffer(self._starts, np.int64), np.frombuffer(self._ends, np.int64)
         if not len(starts):
             none = np.zeros(0, np.int64)
             return np.zeros(len(begin), np.int64), RunTable(none, none, none.astype(np.int16), none)
         first = self._first_ending_after(begin, ends)
-        # Nearly all ranges end in the segment they begin in or before the next; the rest is searched for.
+        # Nearly all ranges end in the segment they begin in or before the next; only the others are searched.
         count = (np.append(starts, _NEVER)[first] < end).astype(np.int64)
         longer = np.flatnonzero(np.append(starts[1:], (_NEVER, _NEVER))[first] < end)
         if len(longer):
@@ -147,7 +147,7 @@ class SegmentIndex:
         )
 
     def _first_ending_after(self, sector: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        # The bucket table gives where to begin; most are right there or one further.
+        # The bucket table gives where to begin; most are exact, or one too low.
         bucket = np.minimum(sector, self._limit) >> self._bucket_bits
         first: NDArray[np.int64] = np.frombuffer(self._bucket, np.int32)[bucket].astype(np.int64)
         ends = np.append(ends, _NEVER)
@@ -158,7 +158,7 @@ class SegmentIndex:
         return first
 
     def segments(self) -> Segments:
-        """The segments as columns (copies)."""
+        """Return the segments as columns (copies)."""
         starts = np.array(self._starts, dtype=np.int64)
         sources = np.array(self.sources, dtype=np.int16)
         zeroed = sources < 0
@@ -172,7 +172,7 @@ class SegmentIndex:
 
 
 class LayeredIndex:
-    """What :func:`add_on_top` would give, looked up without merging: made at once, but slower to look up."""
+    """A lookup equal to that of :func:`add_on_top` without its merge: made at once, but slower to look up."""
 
     def __init__(self, merged: SegmentIndex | None, top: Callable[[int, int], list[Run]]) -> None:
         """``top`` looks up the topmost layer, which may still change; its tags are 0."""
@@ -182,7 +182,7 @@ class LayeredIndex:
         self.sources: array[int] = array("h")
 
     def find(self, begin: int, end: int) -> int:
-        """Never tells: ask :meth:`lookup`."""
+        """Return -1: only :meth:`lookup` is supported."""
         return -1
 
     def lookup(self, begin: int, end: int) -> list[Run]:
@@ -204,11 +204,11 @@ def _one_lower(run: Run) -> Run:
 
 
 def merge(indexes: Sequence[SegmentIndex]) -> SegmentIndex:
-    """One index for a stack of layers given as ``[bottom, ..., top]``, at most 255.
+    """Return one index for a stack of layers given as ``[bottom, ..., top]``, at most 255.
 
-    A segment of an upper layer hides what it covers below, also when it is zeroed. Tags of the result are the
-    original's numbering: **0 is the topmost layer**, ``len(indexes) - 1`` the bottom. Whatever tags the given indexes
-    carry is ignored. Segments are cut where they are hidden, never joined.
+    A segment of an upper layer hides the sectors it covers below, also when it is zeroed. Tags of the result are the
+    original's numbering: **0 is the topmost layer**, ``len(indexes) - 1`` the bottom. Tags of the given indexes are
+    ignored. Segments are cut where they are hidden, never joined.
     """
     if not 1 <= len(indexes) <= MAX_LAYERS:
         raise ValueError(f"a stack has 1 to {MAX_LAYERS} layers (got {len(indexes)})")
@@ -216,7 +216,7 @@ def merge(indexes: Sequence[SegmentIndex]) -> SegmentIndex:
 
 
 def add_on_top(merged: SegmentIndex, top: SegmentIndex) -> SegmentIndex:
-    """The index that :func:`merge` gives with one more layer, from the index that it gave without.
+    """Return :func:`merge` of the layers of ``merged`` with ``top`` on them.
 
     Tags of ``merged`` are raised by one, those of ``top`` are ignored.
     """
@@ -225,19 +225,19 @@ def add_on_top(merged: SegmentIndex, top: SegmentIndex) -> SegmentIndex:
 
 
 def merge_segments(layers: Sequence[Segments]) -> Segments:
-    """:func:`merge` on bare columns, each of which must ascend without overlap."""
+    """Do :func:`merge` on bare columns, each of which must ascend without overlap."""
     top = len(layers) - 1
     return _merged([replace(layer, tag=np.full_like(layer.tag, top - i)) for i, layer in enumerate(layers)])
 
 
 def overlay(lower: Segments, upper: Segments) -> Segments:
-    """``lower`` where ``upper`` does not hide it, and all of ``upper``; tags as they are."""
+    """Return ``lower`` where ``upper`` does not hide it, and all of ``upper``; tags are kept."""
     return _merged([lower, upper])
 
 
 def _merged(layers: Sequence[Segments]) -> Segments:
     base = np.concatenate(([0], np.cumsum([len(layer) for layer in layers])))
-    # While merging, a piece is (start, end, number of the segment it is part of); the rest is looked up at the end.
+    # While merging, a piece is (start, end, number of its segment); the other columns are looked up at the end.
     level = [
         (layer.offset_sectors, layer.end_sectors, np.arange(base[i], base[i + 1], dtype=np.int32))
         for i, layer in enumerate(layers)
@@ -267,7 +267,7 @@ def _overlay(lower: _Pieces, upper: _Pieces) -> _Pieces:
         return lower
     if not len(lower_begin):
         return upper
-    # The gaps of the upper layer, one before each segment and one after the last; lower pieces live on in these.
+    # Lower pieces survive in the gaps of the upper layer: one before each segment and one after the last.
     gap_begin = np.concatenate((np.zeros(1, np.int64), upper_end))
     gap_end = np.concatenate((upper_begin, np.full(1, np.iinfo(np.int64).max)))
     open_gap = gap_begin < gap_end
@@ -279,7 +279,7 @@ def _overlay(lower: _Pieces, upper: _Pieces) -> _Pieces:
     begin = np.maximum(lower_begin[of], gap_begin[gap])
     end = np.minimum(lower_end[of], gap_end[gap])
 
-    # Both are sorted: where each goes follows from how many of the others come before the upper ones.
+    # Both are sorted: the place of each piece follows from how many lower pieces come before each upper one.
     upper_at = _count_before(begin, upper_begin) + np.arange(len(upper_begin))
     is_lower = np.ones(len(begin) + len(upper_begin), dtype=np.bool_)
     is_lower[upper_at] = False
@@ -298,23 +298,23 @@ def _overlay(lower: _Pieces, upper: _Pieces) -> _Pieces:
     )
 
 
-# Like searchsorted with sorted needles, but a stable sort of two sorted runs is one linear pass: a third faster.
+# Like searchsorted for sorted needles: a stable sort of two sorted runs is one linear pass, a third faster.
 
 
 def _count_before(values: NDArray[np.int64], limits: NDArray[np.int64]) -> NDArray[np.int64]:
-    # For each of the sorted limits, how many of the sorted values are less.
+    # For each of the sorted limits, the number of sorted values below it.
     order = np.argsort(np.concatenate((limits, values)), kind="stable")
     return np.flatnonzero(order < len(limits)) - np.arange(len(limits))
 
 
 def _count_not_after(values: NDArray[np.int64], limits: NDArray[np.int64]) -> NDArray[np.int64]:
-    # For each of the sorted limits, how many of the sorted values are less or equal.
+    # For each of the sorted limits, the number of sorted values below or equal.
     order = np.argsort(np.concatenate((values, limits)), kind="stable")
     return np.flatnonzero(order >= len(values)) - np.arange(len(limits))
 
 
 def split(segments: Segments, limit_sectors: int, *, split_zeroed: bool = True) -> Segments:
-    """Cut every segment longer than ``limit_sectors`` into pieces of that length and a rest."""
+    """Cut every segment longer than ``limit_sectors`` into pieces of that length and a remainder."""
     length = segments.length_sectors
     count = -(-length // limit_sectors)
     if not split_zeroed:
@@ -338,7 +338,7 @@ def coalesce(segments: Segments) -> Segments:
     """Join neighbours that continue each other on the disk and in the file, as the original's "compress" does.
 
     Both must be zeroed or both not, with equal tags, and the joined length must stay below 16383 sectors (so the
-    longest joined segment has 16382). Goes from the front and takes as many as fit.
+    longest joined segment has 16382). Joins greedily from the front.
     """
     if len(segments) < 2:
         return segments
@@ -362,7 +362,7 @@ def coalesce(segments: Segments) -> Segments:
 
 def _heads(joins: NDArray[np.bool_], length: NDArray[np.int64]) -> NDArray[np.int64]:
     # Indexes of the records that start a joined one. Chains that fit whole need no loop; in longer ones each step
-    # jumps over everything that fits.
+    # jumps over all records that fit.
     chain_heads = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), ~joins)))
     chain_ends = np.append(chain_heads[1:], len(length))
     total = np.concatenate((np.zeros(1, np.int64), np.cumsum(length)))

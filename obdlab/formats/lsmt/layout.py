@@ -1,7 +1,7 @@
 """The bytes of an LSMT file: header, trailer and segment records (overlaybd LSMT layout).
 
 Everything is little-endian; a sector is always 512 bytes; offsets and lengths inside records are in sectors.
-Nothing here is protected by a checksum, so every field is treated as hostile: the checks of a layer's opening are
+No checksum protects these bytes, so every field is treated as hostile: the checks made when a layer is opened are
 functions on whole record arrays.
 """
 
@@ -26,7 +26,7 @@ SECTOR = 512
 #: Bytes kept for the header at the start and for the trailer at the end.
 HEADER_SPACE = 4096
 RECORD_SIZE = 16
-#: What a 14-bit length field can hold, in sectors.
+#: Largest value of the 14-bit length field, in sectors.
 MAX_SEGMENT_SECTORS = 16383
 MAX_SEALED_RECORDS = 1_000_000
 MAX_WRITABLE_RECORDS = 128_000_000
@@ -44,7 +44,7 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 _OFFSET_BITS, _LENGTH_SHIFT = (1 << 50) - 1, 50
 _MOFFSET_BITS, _ZEROED_SHIFT, _TAG_SHIFT = (1 << 55) - 1, 55, 56
-#: Logical offset of a record that only fills space.
+#: Logical offset of a filler record.
 FILLER_OFFSET = _OFFSET_BITS
 #: The largest disk whose sectors a record can name, in bytes.
 MAX_VIRTUAL_SIZE = FILLER_OFFSET * SECTOR
@@ -64,7 +64,7 @@ class Flags(IntFlag):
 
 
 def normalise_uuid(text: str | None) -> str:
-    """The upper-case 8-4-4-4-12 form that headers carry; all zeros for none. ValueError if it is not a UUID."""
+    """Return the upper-case 8-4-4-4-12 form that headers carry; all zeros for no UUID. ValueError if malformed."""
     if not text:
         return NULL_UUID
     if not _UUID.fullmatch(text):
@@ -73,7 +73,7 @@ def normalise_uuid(text: str | None) -> str:
 
 
 def encode_user_tag(text: str) -> bytes:
-    """The UTF-8 bytes of a commit message. ValueError if they do not fit into a header."""
+    """Return the UTF-8 bytes of a commit message. ValueError if they do not fit into a header."""
     tag = text.encode()
     if len(tag) > USER_TAG_SIZE:
         raise ValueError(f"user tag too long (got {len(tag)} bytes, wanted at most {USER_TAG_SIZE})")
@@ -141,7 +141,7 @@ class _FileInfo:
         )
 
     def to_bytes(self) -> bytes:
-        """The struct, zero padded to 4096 bytes. ValueError if a UUID, tag or size does not fit."""
+        """Return the struct, zero padded to 4096 bytes. ValueError if a UUID, tag or size does not fit."""
         if bool(self.flags & Flags.HEADER) != self.IS_HEADER:
             raise ValueError(f"flags do not belong to a {self.KIND} (got {self.flags:#x})")
         if not 0 <= self.virtual_size <= MAX_VIRTUAL_SIZE:
@@ -174,7 +174,7 @@ class Header(_FileInfo):
 
 
 class Trailer(_FileInfo):
-    """The struct in the last 4096 bytes of a sealed file: the only place that tells where the index is."""
+    """The struct in the last 4096 bytes of a sealed file, the only place with the position of the index."""
 
     __slots__ = ()
     KIND = "trailer"
@@ -182,12 +182,12 @@ class Trailer(_FileInfo):
 
 
 def is_lsmt(data: bytes) -> bool:
-    """Whether ``data``, the first bytes of a file (32 are enough), starts an LSMT file."""
+    """Return True if ``data``, the first bytes of a file (32 are enough), starts an LSMT file."""
     return data[:24] == MAGIC and len(data) >= 29 and bool(data[28] & Flags.HEADER)
 
 
 def _text(field: bytes) -> str:
-    # The original does not check the form of a UUID, so anything must be printable here.
+    # The original does not check the form of a UUID, so any bytes must become printable here.
     return field.split(b"\0", 1)[0].decode("ascii", "backslashreplace")
 
 
@@ -209,7 +209,7 @@ class Segments:
         return len(self.offset_sectors)
 
     def __getitem__(self, selection: slice | NDArray[np.generic]) -> Segments:
-        """The chosen records: a slice, a mask or an index array, as numpy takes them."""
+        """Return the chosen records: a slice, a mask or an index array, as numpy takes them."""
         return Segments(
             self.offset_sectors[selection],
             self.length_sectors[selection],
@@ -225,16 +225,16 @@ class Segments:
 
     @property
     def mapped_sectors(self) -> NDArray[np.int64]:
-        """Sectors each segment occupies in its layer file: none if zeroed."""
+        """Sectors each segment occupies in its layer file: 0 if zeroed."""
         return np.where(self.zeroed, 0, self.length_sectors)
 
     def without_tags(self) -> Segments:
-        """The same with tag 0: numbers stored in a plain layer mean nothing."""
+        """Return the segments with tag 0: tags stored in a plain layer have no meaning."""
         return replace(self, tag=np.zeros_like(self.tag))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Segments]) -> Segments:
-        """The records of all parts, one after the other."""
+        """Return the records of all parts, one part after the other."""
         if not parts:
             return cls.from_rows([])
         columns = ("offset_sectors", "length_sectors", "moffset_sectors", "zeroed", "tag")
@@ -242,7 +242,7 @@ class Segments:
 
     @classmethod
     def from_rows(cls, rows: list[tuple[int, int, int, bool, int]]) -> Segments:
-        """Columns from ``(offset, length, moffset, zeroed, tag)`` tuples, in sectors."""
+        """Return columns from ``(offset, length, moffset, zeroed, tag)`` tuples, in sectors."""
         table = np.array(rows, dtype=np.int64).reshape(-1, 5).T
         return cls(
             np.ascontiguousarray(table[0]),
@@ -253,13 +253,13 @@ class Segments:
         )
 
     def rows(self) -> list[tuple[int, int, int, bool, int]]:
-        """The segments as ``(offset, length, moffset, zeroed, tag)`` tuples of Python numbers."""
+        """Return the segments as ``(offset, length, moffset, zeroed, tag)`` tuples of Python numbers."""
         columns = (self.offset_sectors, self.length_sectors, self.moffset_sectors, self.zeroed, self.tag)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def decode_segments(data: bytes | memoryview) -> Segments:
-    """Records from their bytes (a multiple of 16), without those that mean nothing: fillers and lengths of 0."""
+    """Return the records in ``data`` (a multiple of 16 bytes) without fillers and records of length 0."""
     words = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
     logical, mapped = words[:, 0], words[:, 1]
     meant = _meant(logical)
@@ -275,7 +275,7 @@ def decode_segments(data: bytes | memoryview) -> Segments:
 
 
 def meant_records(data: bytes | memoryview) -> NDArray[np.int64]:
-    """Numbers, from 0, of the records that :func:`decode_segments` gives."""
+    """Return the numbers, from 0, of the records that :func:`decode_segments` returns."""
     return np.flatnonzero(_meant(np.frombuffer(data, dtype="<u8")[::2]))
 
 
@@ -286,7 +286,7 @@ def _meant(logical: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 def encode_segments(segments: Segments) -> bytes:
-    """The records' bytes, 16 each. ValueError if a number does not fit into its field."""
+    """Return the records' bytes, 16 each. ValueError if a number does not fit into its field."""
     for what, column, limit in (
         ("offset", segments.offset_sectors, _OFFSET_BITS - 1),
         ("length", segments.length_sectors, MAX_SEGMENT_SECTORS),
@@ -304,12 +304,12 @@ def encode_segments(segments: Segments) -> bytes:
 
 
 def encode_record(begin: int, length: int, moffset: int, *, zeroed: bool = False) -> bytes:
-    """One record with tag 0, of numbers that fit: what a writable layer logs for each change."""
+    """Return one record with tag 0; a writable layer logs one for each change. Its numbers must fit."""
     return _RECORD.pack(begin | length << _LENGTH_SHIFT, moffset | zeroed << _ZEROED_SHIFT)
 
 
 def filler_records(count: int) -> bytes:
-    """``count`` records that mean nothing."""
+    """Return ``count`` filler records."""
     return _FILLER * count
 
 
@@ -346,7 +346,7 @@ def check_sealed_trailer(trailer: Trailer, file_size: int, *, blob: str = "") ->
 def check_sealed_segments(segments: Segments, index_offset: int, *, blob: str = "") -> None:
     """Raise FormatError unless a sealed layer's records ascend, do not overlap and map inside its data.
 
-    The offset in the error is the index's; the record's number leaves fillers out.
+    The offset in the error is that of the index; the record number does not count fillers.
     """
     check_order(segments, index_offset, blob=blob)
     check_mapped(segments, index_offset // SECTOR, blob=blob, offset=index_offset)
@@ -367,7 +367,7 @@ def check_order(segments: Segments, index_offset: int, *, blob: str = "") -> Non
 
 
 def mapped_inside(segments: Segments, end_sectors: int) -> NDArray[np.bool_]:
-    """For each record, whether what it maps lies in sectors ``[8, end_sectors)`` of its file."""
+    """Return for each record True if it maps only sectors in ``[8, end_sectors)`` of its file."""
     first = HEADER_SPACE // SECTOR
     moffset = segments.moffset_sectors
     inside: NDArray[np.bool_] = (moffset >= first) & (moffset + segments.mapped_sectors <= end_sectors)

@@ -1,4 +1,4 @@
-"""Replaying an index log: which of its records are still seen, and where (overlaybd LSMT layout)."""
+"""Replaying an index log: which of its records are still visible, and where (overlaybd LSMT layout)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def replay(log: Segments) -> Segments:
-    """What is left when each record overrides those before it: segments that ascend and do not overlap.
+    """Return the segments left when each record overrides those before it: ascending, without overlap.
 
-    They are the ones that inserting record by record leaves: cut where they are overridden, never joined.
+    They are the segments that inserting record by record leaves: cut where they are overridden, never joined.
     Takes O(n log n) time for n records and about 100 bytes of memory for each.
     """
     if (log.offset_sectors[1:] >= log.end_sectors[:-1]).all():
@@ -43,14 +43,15 @@ def replay(log: Segments) -> Segments:
 
 def _last_covering(first: NDArray[np.int64], stop: NDArray[np.int64], slots: int) -> NDArray[np.int32]:
     # For each slot, the number of the last range [first, stop) that covers it, or -1. A segment tree, all ranges at
-    # once: each range marks the few nodes that make it up, level by level; then parents hand down to children.
+    # once: each range marks the few nodes that cover it exactly, level by level; then parents pass their number to
+    # children.
     width = 1 << (slots - 1).bit_length()
     tree = np.full(2 * width, -1, dtype=np.int32)
     number = np.arange(len(first), dtype=np.int32)
     left, right = first + width, stop + width
     while len(left):
         odd_left, odd_right = (left & 1).astype(np.bool_), (right & 1).astype(np.bool_)
-        # Numbers ascend and the last assignment to a node counts, so that this is a maximum (ufunc.at is slow).
+        # Numbers ascend and the last assignment to a node wins, so this is a maximum (ufunc.at is slow).
         for nodes, numbers in ((left[odd_left], number[odd_left]), (right[odd_right] - 1, number[odd_right])):
             tree[nodes] = np.maximum(tree[nodes], numbers)
         left, right = (left + 1) >> 1, right >> 1

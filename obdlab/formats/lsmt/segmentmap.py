@@ -22,7 +22,7 @@ _Segment = tuple[int, int, int, int]
 _CHUNK = 256
 
 
-# A chunk that has not changed since it was looked at as a whole: as rows of an array, and as records once wanted.
+# A chunk unchanged since it was frozen: as rows of an array, and as encoded records once these were asked for.
 class _Frozen:
     __slots__ = ("records", "table")
 
@@ -36,7 +36,7 @@ class SegmentMap:
 
     Not safe for use by several threads at once. With ``join``, an inserted segment grows into neighbours that it
     continues on the disk and in the file; without, segments stay as they were written (as the original keeps them).
-    Segments may be of any length; :meth:`to_index` cuts them to what a record can hold.
+    Segments may be of any length; :meth:`to_index` cuts them to the limit of a record.
     """
 
     __slots__ = ("_chunks", "_first", "_frozen", "_join")
@@ -45,12 +45,13 @@ class SegmentMap:
         self._join = join
         self._chunks: list[list[_Segment]] = [[]]
         self._first: list[int] = [0]  # chunk k holds the segments that begin in [first[k], first[k + 1])
-        # Chunk k, None if it has changed since: a copy of the map costs what has changed.
+        # For each chunk its frozen form, None if it has changed since: a copy of the map costs only the changed
+        # chunks.
         self._frozen: list[_Frozen | None] = [None]
 
     @classmethod
     def of(cls, segments: Segments, *, join: bool = False) -> Self:
-        """A map that holds ``segments``, which ascend and do not overlap."""
+        """Return a map that holds ``segments``, which ascend and do not overlap."""
         made = cls(join=join)
         sources = np.where(segments.zeroed, ~segments.tag.astype(np.int64), segments.tag)
         columns = (segments.offset_sectors, segments.end_sectors, segments.moffset_sectors, sources)
@@ -80,12 +81,12 @@ class SegmentMap:
         self._replace(segment[0], segment[1], segment)
 
     def remove(self, begin: int, end: int) -> None:
-        """Forget what the sectors ``[begin, end)`` map to, so that lower layers show through."""
+        """Remove the mapping of the sectors ``[begin, end)``, so that lower layers show through."""
         if begin < end:
             self._replace(begin, end, None)
 
     def lookup(self, begin: int, end: int) -> list[Run]:
-        """What the sectors ``[begin, end)`` are; runs as :meth:`SegmentIndex.lookup` gives them."""
+        """Return the runs of the sectors ``[begin, end)`` as :meth:`SegmentIndex.lookup` does."""
         runs: list[Run] = []
         c, i = self._find(begin)
         chunk = self._chunks[c]
@@ -111,17 +112,17 @@ class SegmentMap:
         return runs
 
     def to_segments(self) -> Segments:
-        """The segments as columns, those longer than 16383 sectors cut as the original cuts them."""
+        """Return the segments as columns, those longer than 16383 sectors cut as the original cuts them."""
         return _segments(np.concatenate([self._frozen_chunk(k).table for k in range(len(self._chunks))]))
 
     def to_records(self) -> bytes:
-        """:meth:`to_segments` as the records of an index. ValueError if a number does not fit into its field."""
+        """Return :meth:`to_segments` as records of an index. ValueError if a number does not fit its field."""
         return b"".join([self._frozen_records(k) for k in range(len(self._chunks))])
 
     def freeze(self, first: int, count: int) -> int:
         """Do part of the work of the next :meth:`to_records`: for ``count`` chunks from number ``first`` on.
 
-        Returns the number to go on with, 0 after the last.
+        Returns the number to continue with, 0 after the last.
         """
         end = min(first + count, len(self._chunks))
         for k in range(first, end):
@@ -129,7 +130,7 @@ class SegmentMap:
         return end if end < len(self._chunks) else 0
 
     def to_index(self) -> SegmentIndex:
-        """A frozen copy: :meth:`to_segments`, indexed."""
+        """Return a frozen copy: :meth:`to_segments`, indexed."""
         return SegmentIndex(self.to_segments())
 
     def _frozen_chunk(self, k: int) -> _Frozen:
@@ -148,7 +149,7 @@ class SegmentMap:
 
     def _find(self, sector: int) -> tuple[int, int]:
         # Chunk and place of the first segment that ends after `sector`; the place may be just past a chunk's last.
-        # No segment reaches into the range of the next chunk, so one chunk is enough to look at.
+        # No segment reaches into the range of the next chunk, so one chunk is enough.
         c = bisect_right(self._first, sector) - 1
         chunk = self._chunks[c]
         i = bisect_left(chunk, (sector,))
@@ -157,7 +158,7 @@ class SegmentMap:
         return c, i
 
     def _grown(self, segment: _Segment) -> _Segment | None:
-        # The segment together with all it continues, or None if it is in the map already.
+        # The segment joined with all neighbours it continues, or None if the map already contains it.
         begin, end, moffset, source = segment
         step = 1 if source >= 0 else 0
         c, i = self._find(begin - 1 if begin else 0)
@@ -170,7 +171,7 @@ class SegmentMap:
             start, stop, at, kind = self._chunks[c][i]
             if start > end:
                 break
-            # A neighbour or an overlapped segment on the same line of disk and file: absorb it.
+            # A neighbour or an overlapped segment with the same shift from disk to file: absorb it.
             if kind == source and at - start * step == moffset - begin * step:
                 if start <= begin and end <= stop:
                     return None
@@ -192,7 +193,7 @@ class SegmentMap:
         if segment is not None:
             new.append(segment)
 
-        # All chunks the range reaches become one; _balance cuts it again.
+        # All chunks that the range touches become one; _balance cuts it again.
         last_chunk = bisect_left(self._first, end, first_chunk + 1) - 1
         last = self._chunks[last_chunk]
         j = bisect_left(last, (end,), i if last_chunk == first_chunk else 0)

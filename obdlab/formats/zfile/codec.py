@@ -1,8 +1,8 @@
 """Compression of one ZFile block: LZ4 block format, or one zstd frame.
 
 Output is byte-identical to the original's: LZ4 as one-shot ``LZ4_compress_default`` with room for 512 bytes of growth
-(less room gives other bytes), zstd at level 3. Decompressing never allocates more than the block's own size, whatever
-the compressed bytes claim.
+(less room gives other bytes), zstd at level 3. Decompressing never allocates more than the block's own size, also if
+the compressed bytes claim more.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, CRC_SIZE, MAX_GROWTH, Al
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
 
-#: The original's. Any reader reads what others make.
+#: The original's level. Readers take blocks of any level.
 ZSTD_LEVEL = 3
-# Block CRCs are raw (uninverted at both ends), the library's are not.
+# Block CRCs are raw (not inverted at either end); those of the library are inverted.
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
 _ALL_ONES = 0xFFFFFFFF
 _CRC = struct.Struct("<I")
@@ -37,7 +37,7 @@ class Codec(ABC):
     """One algorithm. Objects may be used by several threads."""
 
     algorithm: Algorithm
-    #: Whether :meth:`decompress_all` is there.
+    #: True if :meth:`decompress_all` is supported.
     batches = True
 
     @abstractmethod
@@ -48,8 +48,8 @@ class Codec(ABC):
     def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[Buffer, list[int]]:
         """Compress every ``block_size`` bytes of ``data`` (the last block may be shorter) as a ZFile stores them.
 
-        Each is as :meth:`compress` gives it, followed by its CRC if ``crcs``. Returns all of them together, and the
-        length of each with its CRC. Much faster than block by block.
+        Each block is as :meth:`compress` returns it, followed by its CRC if ``crcs``. Returns all of them together,
+        and the length of each with its CRC. Much faster than block by block.
         """
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Lz4(Codec):
         return memoryview(out)[:length]
 
     def store(self, data: memoryview, block_size: int, *, crcs: bool) -> tuple[Buffer, list[int]]:
-        # Into one buffer that is not zeroed first: with a new one for each block, 4 KiB blocks take a third longer.
+        # One buffer that is not zeroed first: with a new one for each block, 4 KiB blocks take a third longer.
         blocks = -(-len(data) // block_size)
         out = np.empty(len(data) + blocks * (MAX_GROWTH + CRC_SIZE), np.uint8).data
         compress_into = cramjam.lz4.compress_block_into
@@ -93,8 +93,8 @@ class Lz4(Codec):
         return out[:at], lengths
 
     def decompress(self, data: Buffer, length: int) -> bytes:
-        # Not cramjam's decompress_block: it pads a block that is too short, and does not tell. And not by way of
-        # decompress_into: the call would cost a device's read of 4 KiB a fortieth.
+        # Not cramjam's decompress_block: it silently pads a block that is too short. And not through
+        # decompress_into: the extra call would cost a fortieth of a device's 4 KiB read.
         block = bytearray(length)
         try:
             got = _lz4_into(data, block, length)
@@ -114,7 +114,7 @@ class Lz4(Codec):
             raise _wrong_length("LZ4", got, length)
 
     def decompress_all(self, blocks: list[Buffer], out: memoryview) -> None:
-        # The loop is the interpreter's own: a third less for each block than one written out.
+        # map() loops inside the interpreter: a third less per block than a written loop.
         length = len(out) // len(blocks)
         into = [out[at : at + length] for at in range(0, len(out), length)]
         try:
@@ -126,7 +126,7 @@ class Lz4(Codec):
 
 
 class Zstd(Codec):
-    """One zstd frame per block. A ``dictionary`` is for reading only: nobody writes blocks that need one."""
+    """One zstd frame per block. A ``dictionary`` is for reading only: no writer makes blocks that need one."""
 
     algorithm = Algorithm.ZSTD
     batches = "multi_decompress_to_buffer" in zstandard.backend_features
@@ -134,8 +134,8 @@ class Zstd(Codec):
     def __init__(self, dictionary: bytes = b"", level: int = ZSTD_LEVEL) -> None:
         self._level = level
         self._dictionary = zstandard.ZstdCompressionDict(dictionary) if dictionary else None
-        # Contexts that nobody uses now. A context must not be used by two threads at once, and making one costs more
-        # than a block; taking from a list and giving back are atomic.
+        # Idle contexts. Two threads must not use one context at once, and making one costs more than a block.
+        # list.pop and list.append are atomic.
         self._compressors: list[zstandard.ZstdCompressor] = []
         self._decompressors: list[zstandard.ZstdDecompressor] = []
 
@@ -161,7 +161,7 @@ class Zstd(Codec):
         if not blocks or "multi_compress_to_buffer" not in zstandard.backend_features:
             return [bytes(self.compress(block)) for block in blocks]
         compressor = self._take_compressor()
-        # One thread: who wants more calls this from several.
+        # threads=1: callers that want more processors call this from several threads.
         frames = compressor.multi_compress_to_buffer(blocks, threads=1)
         self._compressors.append(compressor)
         return [frames[number].tobytes() for number in range(len(frames))]
@@ -175,7 +175,7 @@ class Zstd(Codec):
     def decompress(self, data: Buffer, length: int) -> bytes:
         decompressor = self._take_decompressor()
         try:
-            # The frame's own claim decides how much is allocated, so it is read first (-1: no claim).
+            # zstd allocates the size the frame claims, so the claim is checked first (-1: no claim).
             claimed = zstandard.frame_content_size(data)
             if claimed not in (length, -1):
                 raise _wrong_length("zstd", claimed, length)
@@ -195,7 +195,7 @@ class Zstd(Codec):
         length = len(out) // len(blocks)
         decompressor = self._take_decompressor()
         try:
-            # Told the sizes, it allocates these whatever the frames claim, and checks them.
+            # Given the sizes, the library allocates these in place of the frames' claims, and checks them.
             sizes = struct.pack("<Q", length) * len(blocks)
             content = decompressor.multi_decompress_to_buffer(blocks, decompressed_sizes=sizes, threads=1)
         except zstandard.ZstdError as error:
@@ -215,7 +215,8 @@ class Zstd(Codec):
 def codec_for(algorithm: int | str, *, dictionary: bytes = b"", level: int = ZSTD_LEVEL, blob: str = "") -> Codec:
     """Return the codec of a header's algorithm number, or of a name (``"lz4"``, ``"zstd"``); ``level`` is zstd's.
 
-    Raises FormatError for any other, and for a dictionary with LZ4: no library that keeps a block's bounds takes one.
+    Raises FormatError for any other, and for a dictionary with LZ4: no library that respects a block's bounds takes
+    one.
     """
     number = ALGORITHM_NAMES.get(algorithm) if isinstance(algorithm, str) else algorithm
     if number == Algorithm.LZ4:

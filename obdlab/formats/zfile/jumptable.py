@@ -24,7 +24,7 @@ class JumpTable:
     __slots__ = ("offsets",)
 
     def __init__(self, boundaries: NDArray[np.uint32] | NDArray[np.uint64]) -> None:
-        #: Where each block begins, and after them where the last one ends.
+        #: Where each block begins, then where the last one ends.
         self.offsets = boundaries.data
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ MIN_BLOCK_SIZE = 4 << 10
 MAX_BLOCK_SIZE = 64 << 10
 #: Block CRCs start from this state, headers and index from 0.
 BLOCK_CRC_SEED = 100007
-#: A block that compresses badly grows. Writers give it this much room, so no stored block is longer.
+#: Incompressible blocks grow. Writers allow this much growth, so no stored block is longer.
 MAX_GROWTH = 512
 MAX_BLOCKS = 1_000_000_000
 
@@ -37,7 +37,7 @@ _STRUCT_SIZE = 96
 
 
 class Flags(IntFlag):
-    """Bits of the flags field. Blobs older than the digest have garbage in the others: test, never compare."""
+    """Bits of the flags field. Blobs older than the digest have garbage in the other bits: test, never compare."""
 
     HEADER = 1
     DATA = 2
@@ -80,7 +80,7 @@ class ZFileHeader:
 
     @property
     def has_digest(self) -> bool:
-        """Whether digest and ``index_crc`` mean anything."""
+        """True if digest and ``index_crc`` are valid."""
         return bool(self.flags & Flags.DIGEST)
 
     @classmethod
@@ -122,7 +122,7 @@ class ZFileHeader:
         return header
 
     def to_bytes(self) -> bytes:
-        """Return the 512 bytes of it, digest filled in if the flags promise one."""
+        """Return its 512 bytes, with the digest filled in if the flags have DIGEST."""
         data = bytearray(self._pack(0).ljust(HEADER_SIZE, b"\0"))
         if self.has_digest:
             data[:_STRUCT_SIZE] = self._pack(raw_crc32c(data))
@@ -150,9 +150,9 @@ class ZFileHeader:
 
 
 def is_zfile(first_bytes: bytes, *, blob: str = "") -> bool:
-    """Whether a blob that starts with these 512 bytes is a ZFile.
+    """Return True if a blob that starts with these 512 bytes is a ZFile.
 
-    Raises CorruptBlobError if it is one with a damaged header, which must not pass for something else.
+    Raises CorruptBlobError if it is one with a damaged header, which must not pass for another format.
     """
     if len(first_bytes) < HEADER_SIZE or not first_bytes.startswith(MAGIC):
         return False
