@@ -32,14 +32,14 @@ SOURCE_HELP = (
     "joined by commas)"
 )
 TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, then give up (default: %(default)g)"
-#: Below the run directory: configurations made for images that came without one.
+#: Below the run directory: configurations made for images that are given without one.
 _IMAGES = "images"
 _CONFIG = "config.v1.json"
-#: States (``DeviceState``) that do not last.
+#: Transient states (``DeviceState``).
 _PASSING = ("without keeper", "restarting")
-#: From this on a listing tells of a request under way.
+#: A listing reports requests that have been under way for longer.
 _LONG_WAIT_S = 5.0
-#: For the attach itself, however long the registry was waited for.
+#: Time left for the attach itself, even if waiting for the registry used up the deadline.
 LEAST_ATTACH_S = 1.0
 #: Between two tries to reach a registry.
 _PAUSE_S = 2.0
@@ -126,7 +126,7 @@ def run_list(args: argparse.Namespace) -> int:
     return 0
 
 
-# One that hangs, or is being replaced, must not keep the others from being listed.
+# A server that hangs or is being replaced must not keep the other devices from being listed.
 def _counters_of(service: DeviceService, device: AttachedDevice) -> dict[str, Any]:
     try:
         return service.statistics(device.device_id)
@@ -144,7 +144,7 @@ def _trouble(counters: dict[str, Any]) -> str:
 def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, str | None]:
     """Return the image configuration that ``source`` names, and a device id if it was made here.
 
-    Raises DeviceError, ConfigError or what the registry has to say.
+    Raises DeviceError, ConfigError or the registry's error.
     """
     from obdlab.service.rundir import RunDir
 
@@ -164,7 +164,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
 
 
 def image_config_of(source: Sequence[str], args: argparse.Namespace) -> ImageConfig:
-    """Return the image configuration that ``source`` names, which leaves no file. Raises as :func:`config_of`."""
+    """Return the image configuration that ``source`` names; leaves no file. Raises as :func:`config_of`."""
     from obdlab.image.config import ImageConfig
 
     names = _names(source)
@@ -219,7 +219,7 @@ def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
         client.close()
 
 
-# Until the deadline of mount or attach. What will not pass is told at once, and so is what may be a mistyped path.
+# Waits until the deadline of mount or attach. Permanent errors, and names that may be mistyped paths, fail at once.
 def _wait_for_registry(error: SourceError, name: str, deadline: float, *, quietly: bool) -> None:
     left_s = deadline - time.monotonic()
     if not error.temporary or left_s <= _PAUSE_S or _may_be_a_path(name):
@@ -229,7 +229,7 @@ def _wait_for_registry(error: SourceError, name: str, deadline: float, *, quietl
     time.sleep(_PAUSE_S)
 
 
-# What people call layer files, or a name without a registry's (which stands for one of Docker Hub's).
+# Usual names of layer files, and names without a registry (which would be Docker Hub's).
 def _may_be_a_path(name: str) -> bool:
     first, slash, _ = name.partition("/")
     names_registry = bool(slash) and (first == "localhost" or any(character in first for character in ".:["))
@@ -237,7 +237,7 @@ def _may_be_a_path(name: str) -> bool:
 
 
 def forget_config(service: DeviceService, config: Path) -> None:
-    """Remove a configuration that :func:`config_of` made, unless a device of the run directory is made from it."""
+    """Remove a configuration that :func:`config_of` made, unless a device of the run directory uses it."""
     directory = config.absolute().parent
     if directory.parent.resolve() != (service.run_dir.path / _IMAGES).resolve():
         return
@@ -248,7 +248,7 @@ def forget_config(service: DeviceService, config: Path) -> None:
     config.unlink(missing_ok=True)
     try:
         directory.rmdir()
-    except OSError:  # not there, or not only ours
+    except OSError:  # missing, or holds other files
         pass
 
 

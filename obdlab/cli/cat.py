@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             for piece in tree.content(number):
                 sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
-        except BrokenPipeError:  # as of head
+        except BrokenPipeError:  # the reader, such as head, has ended
             sys.stderr.close()
             return 1
     return 0

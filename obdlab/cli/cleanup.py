@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.in_use else 0
 
 
-# Empties the directory and returns how many bytes it held on disk. The directory itself may be a mount point.
+# Empties the directory and returns its bytes on disk. Keeps the directory itself: it may be a mount point.
 def _empty(cache_dir: Path) -> int:
     if not cache_dir.is_dir():
         return 0

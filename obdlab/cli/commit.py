@@ -49,7 +49,7 @@ def add(subcommands: Any) -> None:
 
 
 def add_zero_blocks_option(parser: argparse.ArgumentParser) -> None:
-    """Add what becomes of blocks that are all zeros."""
+    """Add the option for blocks that are all zeros."""
     parser.add_argument(
         "--zero-blocks",
         choices=("keep", "mark", "drop"),
@@ -60,7 +60,7 @@ def add_zero_blocks_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_identity_options(parser: argparse.ArgumentParser) -> None:
-    """Add the UUIDs and the message of a layer that is written."""
+    """Add the options for UUIDs and message of the written layer."""
     group = parser.add_argument_group("what it is called")
     group.add_argument(
         "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the new layer (default: all zeros)"
@@ -102,7 +102,7 @@ def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
 
 
 def say_what_was_written(args: argparse.Namespace, committed: Committed) -> None:
-    """Print sizes of a layer file that was made."""
+    """Print the sizes of the layer file."""
     from pathlib import Path
 
     stored = Path(args.output).stat().st_size

@@ -24,17 +24,17 @@ DEFAULT_SETTINGS = Path("/etc/obdlab/obdlab.json")
 
 
 class NeedsRootError(ObdlabError):
-    """A command was started by a user for whom nothing of it can work."""
+    """The command needs root."""
 
 
 def need_root(what: str) -> None:
-    """Raise NeedsRootError, saying what for, unless this process is root's."""
+    """Raise NeedsRootError with the reason ``what``, unless this process is root's."""
     if os.geteuid() != 0:
         raise NeedsRootError(f"must be run as root, as it {what} (got user {os.geteuid()})")
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Add where device servers and the block cache live."""
+    """Add the options for the run directory and the block cache."""
     group = parser.add_argument_group("where things live")
     group.add_argument(
         "--run-dir",
@@ -68,7 +68,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
-    """Add how registries are reached."""
+    """Add the options for access to registries."""
     group = parser.add_argument_group("registries")
     group.add_argument(
         "--plain-http",
@@ -87,7 +87,7 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) -> None:
-    """Add what images are made; ``daemon``: they may be devices of a TCMU daemon."""
+    """Add the option for the kind of device; ``daemon`` allows devices of a TCMU daemon."""
     from obdlab.image.settings import DAEMON_KIND, DEVICE_KINDS
 
     beside = f"; {DAEMON_KIND}: devices of obdlab tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
@@ -101,7 +101,7 @@ def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) 
 
 
 def add_trace_option(parser: argparse.ArgumentParser) -> None:
-    """Add which trace is replayed."""
+    """Add the option for the trace that is replayed."""
     parser.add_argument(
         "--trace",
         type=Path,
@@ -113,7 +113,7 @@ def add_trace_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Both groups have it, and the snapshotter's --config is another file.
+# Both groups of options have it. The snapshotter's --config is another file.
 def _add_settings_option(parser: argparse.ArgumentParser) -> None:
     for names in (("--settings", "--config"), ("--settings",)):
         try:
@@ -133,14 +133,14 @@ def _add_settings_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _default_credentials() -> Path | None:
-    # Where nobody has a home, or it may not be looked into (sudo -u, a service's user), there is no default.
+    # No default without a home directory, or without the right to look into it (sudo -u, a service's user).
     directory = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     path = Path(directory) / "config.json"
     return path if os.access(path, os.R_OK) else None
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """Return the settings these arguments ask for: options win over the environment, that over the settings file.
+    """Return the settings of these arguments. Options win over the environment, which wins over the settings file.
 
     Raises SettingsError.
     """
@@ -188,7 +188,7 @@ def _cache_options(args: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     directory = getattr(args, "cache_dir", None) or os.environ.get("OBDLAB_CACHE_DIR")
     if directory:
-        # The device host that gets it works in another directory.
+        # The device host, which gets this path, works in another directory.
         changes["cache_dir"] = Path(directory).absolute()
     quota, text = getattr(args, "cache_quota", None), os.environ.get("OBDLAB_CACHE_QUOTA")
     if quota is None and text:
@@ -214,7 +214,7 @@ def registry_from(args: argparse.Namespace) -> RegistryClient:
     from obdlab.registry.credentials import Credentials
 
     if args.credentials is not None:
-        Credentials.load(args.credentials)  # whoever names a file wants to know at once that it is no use
+        Credentials.load(args.credentials)  # an unusable file fails now, not at the first request
     return open_client(settings_from(args), plain_http_hosts=frozenset(args.plain_http))
 
 

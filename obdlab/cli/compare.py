@@ -50,7 +50,7 @@ def add(subcommands: Any) -> None:
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is compared, and how much of it is printed."""
+    """Add the options for the comparison and the length of its output."""
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
     parser.add_argument("--no-content", action="store_true", help="do not read files, compare all else")
     parser.add_argument(
@@ -85,7 +85,7 @@ def compare_images(source: str, destination: str, args: argparse.Namespace) -> i
 def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
     from obdlab.convert.listing import differences, without_lost_and_found
 
-    # The original leaves the file system's own directory in the images that it converts.
+    # The original leaves lost+found in the images that it converts.
     lines = differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
     if not args.quiet:
         for line in lines[: args.limit]:

@@ -1,4 +1,4 @@
-"""``obdlab config``: what a settings file leads to."""
+"""``obdlab config``: the settings that result from a settings file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_check(args: argparse.Namespace) -> int:
         print(json.dumps(json.loads(settings.to_json()), indent=2))
         return 0
     for field in fields(Settings):
-        if field.name == "settings_path":  # where they came from is no setting
+        if field.name == "settings_path":  # the file's own path is no setting
             continue
         value = getattr(settings, field.name)
         mark = "*" if value != getattr(default, field.name) else " "

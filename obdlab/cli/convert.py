@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.convert.source import check_apart
 
     check_apart(args.source, args.destination)
-    # A polite end also when told to or when the terminal goes (unless nohup had that ignored): devices and mounts are
-    # taken down on the way out.
+    # SIGTERM and the loss of the terminal (unless nohup ignores SIGHUP) also end the command through its cleanup,
+    # which takes devices and mounts down.
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -151,7 +151,7 @@ def _dump(path: Path, document: bytes) -> None:
 
 
 def print_table(image: ConvertedImage) -> None:
-    """Print what each layer became, on standard error."""
+    """Print the new layers on standard error."""
     print(f"{'layer':<22}{'source':>10}{'blob':>10}{'on disk':>10}{'segments':>10}{'seconds':>9}", file=sys.stderr)
     for layer in image.layers:
         built = layer.built
@@ -168,7 +168,7 @@ def print_table(image: ConvertedImage) -> None:
 
 
 class Bars:
-    """Progress on a terminal: one bar for each task that is under way; the finished ones go."""
+    """Progress on a terminal: one bar for each task under way, removed when the task ends."""
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Task]:

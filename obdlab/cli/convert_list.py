@@ -37,7 +37,7 @@ An image that fails does not keep the others; what may pass (a registry that doe
 became of each is kept in a file beside LIST: the same command, after an interrupt, a kill or an error, converts what
 is not yet done, and new lines. With --scheduler the workers of a Dask scheduler do the work, on whatever hosts they
 are; files that are named are those of the workers' hosts then."""
-# Options of conversion that do not change its result: another value may go on with the same list.
+# Conversion options that do not change the result: a list may be resumed with other values.
 _COUNT = whole(1, 10_000)
 _FREE_OPTIONS = ("work_dir", "platforms_at_once", "memory", "database")
 _COLUMNS = ("source", "destination", "state", "tries", "digest", "layers", "source_size", "size", "seconds", "host")
@@ -90,7 +90,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def run(args: argparse.Namespace) -> int:
-    """Work the list off; print what became of each image. Status 1 if one is not done."""
+    """Convert the images of the list; print the outcome of each. Status 1 if one is not done."""
     wrong = check_conversion_options(args)
     if wrong is None and args.report is not None and args.report.suffix not in (".csv", ".json"):
         wrong = f"--report writes .csv or .json, not {args.report.name!r}"
@@ -135,7 +135,7 @@ def _jobs(args: argparse.Namespace) -> Callable[[Pair], Job]:
 
 
 def _fingerprint(args: argparse.Namespace) -> str:
-    # Defaults are left out, so that an option more in a later version changes nothing.
+    # Defaults are left out, so that new options of a later version do not change it.
     parser = argparse.ArgumentParser()
     add_conversion_options(parser)
     usual = vars(parser.parse_args([]))
@@ -144,7 +144,7 @@ def _fingerprint(args: argparse.Namespace) -> str:
 
 
 class _Bar:
-    # One bar over all images; what fails is told above it.
+    # One bar over all images; failures are printed above it.
     def __init__(self, total: int, done: int, quiet: bool) -> None:
         from tqdm import tqdm
 
@@ -216,7 +216,7 @@ def _write_report(rows: Sequence[Row], path: Path) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    # A polite end also when told to, or when the terminal goes (unless nohup had that ignored).
+    # SIGTERM and the loss of the terminal (unless nohup ignores SIGHUP) also end the command through its cleanup.
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:

@@ -1,7 +1,7 @@
 """One image of ``obdlab convert-list``: ``python -m obdlab.cli.convert_one``, started by that command only.
 
-Standard input brings the job, pickled by the process that started this one, and is open as long as that wants the
-result. Standard output gets one line of JSON.
+Standard input brings the job, pickled by the parent process, which keeps it open as long as it wants the result.
+Standard output gets one line of JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _told(converted: ConvertedIndex) -> Outcome:
 
 
 def _end_when_abandoned() -> None:
-    # Past Python's buffer, whose lock would be held at exit.
+    # Not through Python's buffer: this thread would hold its lock at exit.
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

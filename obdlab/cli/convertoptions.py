@@ -23,7 +23,7 @@ _DATABASE = "OBDLAB_CONVERT_DATABASE"
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    """Add how images are converted."""
+    """Add the options of conversion."""
     parser.add_argument(
         "--fs", choices=("ext4", "erofs"), default="ext4", help="file system of the image (default: %(default)s)"
     )
@@ -84,7 +84,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
 
 
 def conversion_options(args: argparse.Namespace) -> ConvertOptions:
-    """Return what these arguments ask for."""
+    """Return the conversion options of these arguments."""
     from obdlab.convert.image import ConvertOptions
     from obdlab.convert.layer import GIB, LayerOptions
 
@@ -103,7 +103,7 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
 
 
 def platforms_at_once(args: argparse.Namespace) -> int:
-    """Return how many platforms may be under way at the same time; at least one, whatever memory there is."""
+    """Return how many platforms may be converted at the same time; at least one, also with too little memory."""
     from obdlab.convert.platforms import PLATFORM_MEMORY
 
     allowed = _MOST_PLATFORMS if args.memory is None else args.memory // PLATFORM_MEMORY
@@ -112,7 +112,7 @@ def platforms_at_once(args: argparse.Namespace) -> int:
 
 
 def check_conversion_options(args: argparse.Namespace) -> str | None:
-    """Return what is wrong with the arguments together, if anything."""
+    """Return an error text if the arguments contradict each other."""
     if args.docker and args.referrer:
         return "--referrer needs OCI's media types: not with --docker"
     if ";" in args.mount_options:
@@ -131,7 +131,7 @@ def _database(named: str | None) -> str:
     try:
         open_database(path).close()
     except DatabaseError as error:
-        # Nobody has asked for it, and it may be that nobody has a home.
+        # No error: this default was not asked for, and the user may have no home directory.
         logging.getLogger(__name__).info("without a database of what was converted: %s", error)
         return ""
     return path

@@ -78,7 +78,7 @@ def _make_filesystem(data: str, index: str | None) -> None:
     try:
         with WritableStack(None, open_upper(data, index or "")) as disk:
             make_filesystem(disk)
-            # Somebody will write here and check it one day; e2fsck wants this to be there.
+            # e2fsck wants lost+found in a file system that is written.
             editor = Editor(disk)
             editor.add(ROOT_INO, b"lost+found", Inode(mode=0o40700, links=2))
             editor.finish()

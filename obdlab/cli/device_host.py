@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.cli.common import need_root
 
     need_root("makes block devices")
-    # numpy's BLAS would start threads at import; a process that forks must have none.
+    # numpy's BLAS would start threads at import; a process that forks must have no other threads.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     from obdlab.service.host import Host
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# A host holds no state: its devices do not notice, and who was about to ask it asks again.
+# A host holds no state: its devices do not notice, and a client that was about to send a request sends it again.
 def _take_over(host: Host, run_dir: Path) -> bool:
     from obdlab.image.settings import Settings
     from obdlab.service.client import DeviceService
@@ -70,7 +70,7 @@ def _take_over(host: Host, run_dir: Path) -> bool:
     raise DeviceError(f"{run_dir}: others start device hosts again and again")
 
 
-# The parent returns when the daemon has said through a pipe how its start went.
+# The parent returns when the daemon has reported the result of its start through a pipe.
 def _run_detached(host: Host, args: argparse.Namespace) -> int:
     log_path = args.log_file = (args.log_file or args.run_dir / "host.log").absolute()
     reader, writer = os.pipe()
@@ -87,7 +87,7 @@ def _run_detached(host: Host, args: argparse.Namespace) -> int:
     os.chdir("/")
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     try:
-        # What is printed, by a crash above all, goes where the log goes.
+        # Standard output and error go to the log, mainly for the traceback of a crash.
         set_up_logs(args, logging.INFO, follow=(1, 2))
         bound = host.bind()
     except (ObdlabError, OSError) as error:

@@ -1,4 +1,4 @@
-"""``obdlab doctor``: what this host can do."""
+"""``obdlab doctor``: the abilities of this host."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(not check.ok and not check.optional for check in checks))
 
 
-# What experiments can compare with: never needed for obdlab itself.
+# Systems that experiments can compare with; obdlab itself never needs them.
 def _baseline_checks() -> Iterator[Check]:
     from obdlab.lab.baselines import ADAPTERS
     from obdlab.lab.baselines.adapter import missing_programs

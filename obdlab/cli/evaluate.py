@@ -21,7 +21,7 @@ _QUICK, _FULL = "evaluation-quick", "evaluation"
 
 
 class EvaluateError(ObdlabError):
-    """The command line asks for what there is not."""
+    """The command line names something that does not exist."""
 
 
 def add(subcommands: Any) -> None:
@@ -92,7 +92,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Render what is stored."""
+    """Render the stored rows."""
     results = _results(args)
     if not results.root.is_dir():
         raise EvaluateError(f"{results.root}: no results (see: {command('evaluate')})")

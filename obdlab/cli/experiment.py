@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> int:
-    """Measure what the last run of a results directory left; print the table as ``run`` does."""
+    """Measure the cells that the last run of a results directory left out; print the table as ``run`` does."""
     from obdlab.lab.declaration import last_spec
 
     return _measure(last_spec(_directory(args, args.name)), args)
@@ -123,7 +123,7 @@ def _declared(args: argparse.Namespace) -> AnySpec:
     from obdlab.lab.workbench import find
 
     spec = load(find("experiments", args.spec), quick=args.quick)
-    # What was measured with less is not the experiment itself.
+    # A run with fewer cells must not pass for the whole experiment.
     named = {"name": f"{spec.name}-quick"} if args.quick else {}
     return spec.with_values(**named, **_changes(args.set))
 
@@ -140,7 +140,7 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
     directory = _directory(args, spec.name)
     if not isinstance(spec, Spec) and (args.report or args.scheduler):
         raise ObdlabError(f"{spec.name}: --report and --scheduler are for container starts (got kind {spec.kind!r})")
-    if isinstance(spec, Spec) and args.report:  # what is wrong there shall not be told after an hour of measuring
+    if isinstance(spec, Spec) and args.report:  # errors here must not appear only after an hour of measuring
         check_parameters(_notebook(args), _parameters(spec, directory))
     experiment = open_experiment(spec, directory, LabPaths(locked=args.locked))
     try:
@@ -209,7 +209,7 @@ def status(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print what a results directory holds, as ``run`` does at its end, with all findings; 1 if a start failed."""
+    """Print the table of a results directory, as ``run`` does at its end, with all findings; 1 if a start failed."""
     from obdlab.lab.declaration import last_spec, open_experiment
 
     directory = _directory(args, args.name)
@@ -228,7 +228,7 @@ def _details(experiment: Experiment | GridExperiment) -> list[str]:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write the raw rows of a results directory to a file of the format that its name says."""
+    """Write the raw rows of a results directory to a file; its name gives the format."""
     from obdlab.lab.rows import RowStore, write_rows
 
     directory = _directory(args, args.name)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     serving.start()
     host = f"[{args.listen[0]}]" if ":" in args.listen[0] else args.listen[0]
     logs.announce(f"obdlab exporter: ready on http://{host}:{server.port}{args.path}")
-    if not args.end_with_parent:  # the parent speaks for itself
+    if not args.end_with_parent:  # otherwise the parent notifies systemd
         notify.ready(serving.is_alive)
     wait_for_signal()
     if not args.end_with_parent:

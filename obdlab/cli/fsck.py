@@ -1,4 +1,4 @@
-"""``obdlab fsck``: a snapshotter's root looked over, and mended."""
+"""``obdlab fsck``: check a snapshotter's root, and mend it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, perhaps mend."""
+    """Check; mend if asked."""
     from obdlab.errors import ObdlabError
     from obdlab.snapshotter.config import SnapshotterConfig
     from obdlab.snapshotter.fsck import RootCheck

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     with _bar(args) as progress:
         try:
             device = find_by_upper(service, args.data)
-        except PermissionError:  # the devices are another user's
+        except PermissionError:  # the run directory is another user's
             device = None
         if device is not None:
             live = LiveDevice(service, device.device_id)

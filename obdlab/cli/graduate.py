@@ -1,4 +1,4 @@
-"""``obdlab graduate``: a read-only device that needs its server no more."""
+"""``obdlab graduate``: detach a read-only device from its server, for good."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unpack and switch; say what came of it."""
+    """Unpack and switch; print the result."""
     from obdlab.service.live import find_device
     from obdlab.service.unpacking import graduate
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# Started by a device's server, which the kernel spares and which puts SIGTERM off: nothing for this process.
+# A device's server starts this process, which inherits blocked signals and protection from the OOM killer.
 def _be_modest() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Options of the commands that read and write images: where they lie, and how registries are spoken to under TLS."""
+"""Options of the commands that read and write images: their places, and registries over TLS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints import ImageDestination, ImageSource
     from obdlab.registry.client import RegistryClient
 
-#: What an image may be called; part of the descriptions of commands that take such names.
+#: Names of images; part of the descriptions of commands that take such names.
 NAMES = """\
 Images are named as skopeo names them:
   docker://HOST/NAME:TAG         in a registry; the prefix may be left out
@@ -28,7 +28,7 @@ Images are named as skopeo names them:
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add how images are reached."""
+    """Add the options for access to images."""
     add_registry_options(parser)
     group = parser.add_argument_group("TLS and containerd (wins over the settings file)")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="trust these CAs (PEM) as well")
@@ -65,7 +65,7 @@ def image_client(args: argparse.Namespace) -> Iterator[RegistryClient]:
     from obdlab.registry.credentials import Credentials
 
     if args.credentials is not None:
-        Credentials.load(args.credentials)  # whoever names a file wants to know at once that it is no use
+        Credentials.load(args.credentials)  # an unusable file fails now, not at the first request
     settings = settings_from(args)
     changes: dict[str, Any] = {
         "tls_certs_dirs": (*args.certs_dir, *settings.tls_certs_dirs),

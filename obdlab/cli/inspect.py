@@ -1,4 +1,4 @@
-"""``obdlab inspect``: what a layer file or an image is, and whether all of it is sound."""
+"""``obdlab inspect``: describe layer files and images, and verify them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Of an image: its layers with digests, sizes, compression and annotations, the fi
 what checks its bytes, and what of it is in the block cache of this host.
 
 {NAMES}"""
-# How field names read to people, where underscores as blanks do not do.
+# Printed names of fields, where replacing underscores by blanks is not enough.
 _TITLES = {
     "block_crcs": "block CRCs",
     "header_overwritten": "header holds index",
@@ -59,7 +59,7 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe files and images, and verify them if asked: what is sound, then what is wrong with the others."""
+    """Describe files and images, and verify them if asked. Prints the sound ones first, then the errors."""
     from obdlab.image.description import describe, describe_stack
 
     files: list[FileFacts] = []
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-# Told without opening anything, as importing what reads images takes a while.
+# Decided by the name alone, because importing the modules that read images takes a while.
 def _is_image(name: str) -> bool:
     if Path(name).is_file():
         return False
@@ -122,7 +122,7 @@ def _verify(path: str) -> None:
     from obdlab.image.description import content_size, verify
 
     size = content_size(path)
-    # disable=None: no bar where nobody looks.
+    # disable=None: no bar unless standard error is a terminal.
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         for length in verify(path):
             bar.update(length)

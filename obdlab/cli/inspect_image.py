@@ -20,7 +20,7 @@ _ANNOTATION_MOST = 200
 
 
 def inspect_image(name: str, client: RegistryClient, args: argparse.Namespace) -> ImageFacts:
-    """Return what an image is; with ``--verify`` its layers are read whole. Raises ObdlabError."""
+    """Return the facts about an image; ``--verify`` reads its layers whole. Raises ObdlabError."""
     from obdlab.cli.common import settings_from
     from obdlab.cli.convert import Bars
     from obdlab.cli.imageoptions import opened_source

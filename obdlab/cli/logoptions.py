@@ -1,4 +1,4 @@
-"""Options of those commands that run for long: how they log."""
+"""Log options of the commands that run for long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 def add_log_options(
     parser: argparse.ArgumentParser, *, default_file: str = "standard error", default_level: str = "info"
 ) -> None:
-    """Add the options; what is not given is None. The defaults are those of the command, for its help."""
+    """Add the options; those not given are None. The help names the defaults of the command."""
     group = parser.add_argument_group("logs")
     group.add_argument("--log-format", choices=logs.FORMATS, help="lines of text or of JSON (default: text)")
     group.add_argument("--log-file", type=Path, metavar="FILE", help=f"where to (default: {default_file})")
@@ -39,7 +39,7 @@ def add_log_options(
 
 
 def log_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options say as fields of the settings, for the device host that is started with them."""
+    """Return the options as fields of the settings, for the device host that is started with them."""
     given = {
         "log_format": args.log_format,
         "log_path": None if args.log_file is None else args.log_file.absolute(),
@@ -53,7 +53,7 @@ def log_settings(args: argparse.Namespace) -> dict[str, Any]:
 def set_up_logs(
     args: argparse.Namespace, level: int, *, follow: Sequence[int] = (), settings: Settings | None = None
 ) -> None:
-    """Log as the options say, then as the settings do; at SIGUSR2 also what all threads are doing.
+    """Set up logging: options win over the settings. At SIGUSR2 the stacks of all threads are logged.
 
     Raises OSError if the file cannot be opened.
     """

@@ -1,8 +1,8 @@
 """The ``obdlab`` command.
 
 Each subcommand is a module of this package with ``add(subcommands)``, which declares its arguments and sets
-``run=<function(args) -> exit status>``. Modules import what they run inside that function, so that ``--help`` and
-shell completion stay fast.
+``run=<function(args) -> exit status>``. Modules import their implementation inside that function, so that ``--help``
+and shell completion stay fast.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ COMMANDS = (
     "dataset",
     "doctor",
 )
-# Started by other commands; no choice to offer.
+# Started by other commands; hidden from the help.
 _HIDDEN_COMMANDS = ("device_host",)
 
 
 def build_parser(*, hidden: bool = False) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, on demand with the commands that are not for people."""
+    """Return the parser of the whole command line; ``hidden`` adds the commands that only other commands start."""
     parser = argparse.ArgumentParser(
         prog="obdlab", description="Lazily started container images, and the workbench that measures them."
     )
@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"obdlab {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads what is printed has enough
+    except BrokenPipeError:  # the reader of our output has ended
         _drop_output()
         return 141
-    except OSError as error:  # what is printed finds no room, say
+    except OSError as error:  # such as no room for our output
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
         print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
         _drop_output()
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-# What is still in the buffer would fail again when the interpreter ends.
+# Otherwise the interpreter would flush the buffer at its end, and fail again.
 def _drop_output() -> None:
     try:
         sys.stdout.flush()

@@ -105,7 +105,7 @@ def run_umount(args: argparse.Namespace) -> int:
     return 0
 
 
-# A device that is mounted elsewhere too goes with the last umount.
+# A device that is also mounted elsewhere stays until its last umount.
 def _detach_if_unused(service: DeviceService, device: AttachedDevice) -> bool:
     if not service.release(device.device_id):
         return False

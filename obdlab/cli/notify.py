@@ -1,4 +1,4 @@
-"""Telling systemd how a service is: the readiness protocol of sd_notify(3), which needs no library."""
+"""Notifications to systemd: the protocol of sd_notify(3), which needs no library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SEND_S = 1.0
 
 
 def notify(*states: str) -> bool:
-    """Send ``states``, such as "READY=1", to whom $NOTIFY_SOCKET names; tell whether there is somebody."""
+    """Send ``states``, such as "READY=1", to $NOTIFY_SOCKET. Return True if they were sent."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
@@ -31,16 +31,16 @@ def notify(*states: str) -> bool:
 
 
 def ready(alive: Callable[[], bool] | None = None) -> None:
-    """Say that the service is ready. If a watchdog waits, tell it twice in its time so long as ``alive`` says so."""
+    """Report that the service is ready. Feed a watchdog twice in its interval as long as ``alive`` returns True."""
     if notify("READY=1", f"MAINPID={os.getpid()}") and (interval_s := watchdog_s()):
         threading.Thread(target=_feed, args=(interval_s / 2, alive), name="watchdog", daemon=True).start()
 
 
 def ready_without_thread() -> None:
-    """Say that the service is ready, and feed a watchdog from the main thread, by a timer's signal (SIGALRM).
+    """Report that the service is ready, and feed a watchdog from the main thread, by a timer's signal (SIGALRM).
 
-    For processes that fork. That the signal's handler runs shows that the main thread does; children do not inherit
-    the timer.
+    For processes that fork: the signal's handler runs only if the main thread runs, and children do not inherit the
+    timer.
     """
     if notify("READY=1", f"MAINPID={os.getpid()}") and (interval_s := watchdog_s()):
         signal.signal(signal.SIGALRM, lambda *_: notify("WATCHDOG=1"))
@@ -48,12 +48,12 @@ def ready_without_thread() -> None:
 
 
 def stopping() -> None:
-    """Say that the service is about to end."""
+    """Report that the service is about to end."""
     notify("STOPPING=1")
 
 
 def watchdog_s() -> float | None:
-    """After how many seconds of silence this process is taken for hung, if anybody asks ($WATCHDOG_USEC)."""
+    """Return the watchdog's interval in seconds ($WATCHDOG_USEC); None without a watchdog."""
     usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     if not (usec.isascii() and usec.isdecimal() and int(usec)) or (pid and pid != str(os.getpid())):
         return None

@@ -1,4 +1,4 @@
-"""Types of arguments that are numbers: what is no number, or out of its bounds, is said with what was wanted."""
+"""Argument types for numbers. The error for text that is no number, or out of bounds, names the wanted range."""
 
 from __future__ import annotations
 

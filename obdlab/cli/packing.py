@@ -26,13 +26,13 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add whether an existing output may be replaced, and whether anything is said."""
+    """Add --force and --quiet for an output file."""
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
 
 def add_packing_options(parser: argparse.ArgumentParser, *, plain: bool = True) -> None:
-    """Add how the output is stored; ``plain`` lets it be uncompressed."""
+    """Add the options for storing the output; ``plain`` lets it be uncompressed."""
     group = parser.add_argument_group("how it is stored")
     add_compression_options(group, plain=plain)
     group.add_argument("--tar", action="store_true", help="put it into a tar, as registries want layers")
@@ -65,7 +65,7 @@ def add_compression_options(parser: argparse._ActionsContainer, *, plain: bool =
 
 
 def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
-    """Return the packing these arguments ask for."""
+    """Return the packing of these arguments."""
     from obdlab.image.writing import Packing
 
     algorithm = "" if args.algorithm == "none" else args.algorithm
@@ -73,7 +73,7 @@ def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
 
 
 def add_index_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Add the index file of a writable layer, behind its data file; ``note`` says more of it."""
+    """Add the index file of a writable layer, after its data file; ``note`` is added to the help."""
     parser.add_argument(
         "index",
         nargs="?",
@@ -81,12 +81,12 @@ def add_index_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
         metavar="INDEX",
         help=f"its index file, if it is a writable layer in append mode{note}",
     )
-    # Before, some commands took it so.
+    # Some commands of earlier versions took it in this way.
     parser.add_argument("--index", dest="index_option", default="", help=argparse.SUPPRESS)
 
 
 def index_from(args: argparse.Namespace) -> str:
-    """Return the index file that these arguments name; "": none. Raises LayerArgumentsError if they name two."""
+    """Return the index file that these arguments name, or "". Raises LayerArgumentsError if they name two."""
     if args.index and args.index_option:
         raise LayerArgumentsError(f"two index files (got {args.index} and --index {args.index_option}, wanted one)")
     return str(args.index or args.index_option)
@@ -102,7 +102,7 @@ def progress_bar(title: str, total: int, *, quiet: bool) -> Iterator[Progress]:
     """Show bytes done, on standard error, if that is a terminal."""
     from tqdm import tqdm
 
-    # disable=None: no bar where nobody looks.
+    # disable=None: no bar unless standard error is a terminal.
     with tqdm(
         total=total,
         desc=title,
@@ -133,7 +133,7 @@ def size_text(size: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text of others for people: what a terminal would take as more than text is escaped."""
+    """Return foreign text for a terminal: all characters that are not printable are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

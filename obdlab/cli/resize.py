@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     service = device_service_from(args)
     try:
         device = find_device(service, args.layer) or find_by_upper(service, args.layer)
-    except PermissionError:  # the devices are another user's
+    except PermissionError:  # the run directory is another user's
         device = None
     if device is not None:
         before = LiveDevice(service, device.device_id).resize(args.vsize)
@@ -71,7 +71,7 @@ def _resize_here(args: argparse.Namespace) -> int:
     return before
 
 
-# A mounted file system is known to be in order, another one must be checked before.
+# A mounted file system is known to be in order; an unmounted one must be checked first.
 def _grow_filesystem(device: Path) -> None:
     from obdlab.devices.mount import mounts_of
 

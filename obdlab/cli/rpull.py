@@ -1,4 +1,4 @@
-"""``obdlab rpull``: pull an image's metadata, and let the snapshotter bring its data when it is read."""
+"""``obdlab rpull``: pull an image's metadata; the snapshotter fetches its data when they are read."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     from obdlab.registry.platforms import host_platform
     from obdlab.registry.reference import Reference
 
-    # Ended by a service manager or timeout(1), it must tidy up as on Ctrl-C.
+    # SIGTERM, from a service manager or timeout(1), must clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     reference = Reference.parse(args.reference)
@@ -135,7 +135,7 @@ def _summary(result: PullResult, elapsed_s: float) -> str:
 
 
 class _Bar:
-    # One bar for all downloads, which appears with the first of them.
+    # One bar for all downloads; it appears with the first one.
     def __init__(self, *, quiet: bool) -> None:
         from tqdm import tqdm
 

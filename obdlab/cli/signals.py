@@ -11,12 +11,11 @@ if TYPE_CHECKING:
 
 
 def catch_signals() -> Callable[[], None]:
-    """Return a function that waits until SIGINT or SIGTERM has come, counted from now. For the main thread.
+    """Return a function that waits until SIGINT or SIGTERM has come after this call. For the main thread.
 
-    The signals are handled, not blocked and waited for. Threads that libraries have started before would have them
-    unblocked, so that the kernel could hand one to such a thread, which ends the process; and child processes would
-    inherit the mask. A pipe, which whichever thread gets the signal writes to, because an Event deadlocks if its
-    handler runs while the main thread is inside the Event's wait().
+    The signals are handled, not blocked and waited for: threads that libraries started earlier would not block them,
+    so that the kernel could deliver one to such a thread and end the process; and child processes would inherit the
+    mask. The handler writes to a pipe: an Event deadlocks if a handler runs while the main thread is in its wait().
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -25,7 +24,7 @@ def catch_signals() -> Callable[[], None]:
         signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        while not {signal.SIGINT, signal.SIGTERM} & set(os.read(reader, 64)):  # others come here too
+        while not {signal.SIGINT, signal.SIGTERM} & set(os.read(reader, 64)):  # other signals write here too
             pass
 
     return wait

@@ -102,7 +102,7 @@ def _with_config(service: DeviceService, device: AttachedDevice, config: Path) -
     return LiveDevice(service, device.device_id).snapshot(config)
 
 
-# Of what was made for a snapshot that fails nothing stays.
+# Removes the files made for a snapshot that fails.
 def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argparse.Namespace) -> Snapshot:
     from obdlab.image.snapshot import make_next
     from obdlab.service.wire import NoAnswerError
@@ -112,7 +112,7 @@ def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argpar
     try:
         config.save(path)
         return _with_config(service, device, path)
-    except NoAnswerError:  # it may still come about
+    except NoAnswerError:  # the server may still take the snapshot
         raise
     except ObdlabError:
         for made in (path, Path(config.upper.data), Path(config.upper.index)):
@@ -121,7 +121,7 @@ def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argpar
 
 
 def run_api(args: argparse.Namespace) -> int:
-    """Serve until told to end."""
+    """Serve until a signal comes."""
     need_root("has the devices of root's run directory take snapshots")
     from obdlab.service.live import LiveDevice, find_device
     from obdlab.service.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME, check_paths, read_token

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         with suppress(subprocess.TimeoutExpired):
             exporter.wait(_GRACE_S)
     if not server.stop(_GRACE_S):
-        # Leaving the usual way would wait for the attach of a registry that does not answer. It changes nothing of
-        # ours any more, and the device host brings it to its end.
+        # A normal exit would wait for an attach whose registry does not answer. That attach changes nothing of ours
+        # any more, and the device host finishes it.
         logging.getLogger(__name__).warning("ending while a call still waits for its device")
         logging.shutdown()
         os._exit(0)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# What calls took and failed, for exporters. Nobody must do without a snapshotter for want of them.
+# Times and failures of calls, for exporters. The snapshotter runs also if they cannot be published.
 def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
     from obdlab.observe.counters import counted
     from obdlab.service.telling import SNAPSHOTS, Telling
@@ -125,8 +125,8 @@ def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> T
         return None
 
 
-# A process of its own: metrics are there also while this one is busy, and a scrape takes none of its time. It ends
-# with this one, however that ends.
+# The exporter is a process of its own: it answers also while this one is busy, and a scrape takes none of this
+# process's time. It ends with this process, also if that is killed.
 def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
     listen = args.exporter or settings.exporter_listen
     if not listen:

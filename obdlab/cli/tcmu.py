@@ -71,13 +71,13 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     need_root("serves the kernel's block devices")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads; a process that forks must have none
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads, which a process that forks must not
     settings = settings_from(args)
     set_up_logs(args, logging.INFO, settings=settings)
     from obdlab.service.forking import Signals
 
     signals = Signals(signal.SIGINT, signal.SIGTERM)
-    from obdlab.image import open as warm  # noqa: F401 - what every server needs, loaded once
+    from obdlab.image import open as warm  # noqa: F401 - every server needs it; loaded once, here
     from obdlab.service.tcmu import TcmuDaemon
 
     daemon = TcmuDaemon(settings)
@@ -95,7 +95,7 @@ def run_attach(args: argparse.Namespace) -> int:
 
     if not args.config.is_file():
         raise DeviceError(f"{args.config}: no such file")
-    result_file(args.config.absolute()).unlink(missing_ok=True)  # of an attempt before
+    result_file(args.config.absolute()).unlink(missing_ok=True)  # left by an earlier attempt
     try:
         if args.iscsi:
             _export(args)

@@ -1,4 +1,4 @@
-"""``obdlab trace``: record what a device's users read, and look at, combine and change traces."""
+"""``obdlab trace``: record the reads of a device's users; show, combine and change traces."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def add(subcommands: Any) -> None:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Say what a trace holds."""
+    """Print the contents of a trace."""
     from obdlab.image.traces import summary
 
     trace = _load(args.file)
@@ -137,7 +137,7 @@ def _load(path: Path) -> Trace:
 
 
 def save_trace(path: Path, trace: Trace) -> None:
-    """Write a trace to a file, and say what is in it. Raises TraceCommandError if nothing is."""
+    """Write a trace to a file, and print a summary. Raises TraceCommandError if the trace is empty."""
     from obdlab.image.output import new_file
 
     if not len(trace):

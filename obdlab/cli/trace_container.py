@@ -1,4 +1,4 @@
-"""One start in a container of its own, as ``obdlab trace record`` and ``watch`` make it, and when it is over."""
+"""One start in a container of its own, for ``obdlab trace record`` and ``watch``, and its end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
     from obdlab.cli.trace_start import EndAsked
 
-# Asking runs a process in the container, so not too often.
+# Each question runs a process in the container: not too often.
 _ASK_S = 0.5
 _ANSWER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a start came to its end, in words, and whether it should have been ready first and was not."""
+    """Why a start ended, in words, and whether it ended before it was ready although ``--until-*`` asked for that."""
 
     why: str
     unready: bool
 
     def status(self, told: str) -> int:
-        """Return the command's exit status; say that it is not 0, and what there is nevertheless."""
+        """Return the command's exit status. If it is not 0, print why, and which output was written."""
         if self.unready:
             print(f"obdlab trace: never ready ({self.why}); {told}", file=sys.stderr)
         return int(self.unready)
@@ -45,9 +45,9 @@ def run_once(
     ended: EndAsked,
     release: Callable[[], None],
 ) -> Ended:
-    """Run the container over the image mounted in ``place``, until it ends or what ``args`` wants has come about.
+    """Run the container over the image mounted in ``place``, until it ends or a condition of ``args`` is met.
 
-    ``release`` is called if its processes hang in reads of the image.
+    ``release`` is called if the container's processes hang in reads of the image.
     """
     from obdlab.service.tempcontainer import LineWatch, TemporaryContainer
 
@@ -82,7 +82,7 @@ def run_once(
 
 
 class _Readiness:
-    # Whether it is ready, which it stays; no call waits.
+    # True once the container is ready, and from then on. Calls do not wait.
     def __init__(
         self, args: argparse.Namespace, run: Callable[[str], subprocess.Popen[bytes]], seen: Callable[[], bool]
     ) -> None:
@@ -124,7 +124,7 @@ class _Readiness:
 
 
 def container_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the image says its containers run; nothing, where the source is layers or a configuration."""
+    """Return the image's own container configuration; {} if the source is layers or an image configuration."""
     from obdlab.convert.source import names_image, open_source
     from obdlab.registry.platforms import host_platform
 

@@ -1,4 +1,4 @@
-"""``obdlab trace watch``, ``import`` and ``timeline``: what the kernel tells of a disk's reads, and what it means."""
+"""``obdlab trace watch``, ``import`` and ``timeline``: the kernel's block events of a disk's reads, explained."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_timeline(args: argparse.Namespace) -> int:
-    """Tell what was read, or what of it waited."""
+    """Print the reads in order, or the ones that waited longest."""
     from obdlab.cli.trace_images import opened
     from obdlab.image.timeline import summary, timeline
 
@@ -208,7 +208,7 @@ def _parsed(path: Path) -> list[Any]:
         size = path.stat().st_size
         if size > _MOST_BYTES:
             raise FormatError("too large for block events", blob=str(path), got=size, wanted=f"at most {_MOST_BYTES}")
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # open() would wait for a pipe's writer
             raise FormatError("not a regular file", blob=str(path))
         with open(path, "rb") as file:
             if is_trace(file.read(MAGIC_SIZE)):

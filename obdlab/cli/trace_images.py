@@ -1,4 +1,4 @@
-"""``obdlab trace files`` and ``transplant``: what a trace means by the files of its image."""
+"""``obdlab trace files`` and ``transplant``: traces as files of their image."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_files(args: argparse.Namespace) -> int:
 
 
 def run_transplant(args: argparse.Namespace) -> int:
-    """Write the new trace, and say what of the old one it holds."""
+    """Write the new trace, and print how much of the old one it holds."""
     from obdlab.cli.trace import save_trace
     from obdlab.formats.lsmt.layout import SECTOR
     from obdlab.formats.trace import Trace
@@ -110,13 +110,13 @@ def run_transplant(args: argparse.Namespace) -> int:
 
 
 def name_of(path: bytes | None) -> str:
-    """Return a path for people; "-" for none."""
+    """Return a path for people; "-" without one."""
     return "-" if path is None else os.fsdecode(path or b"/").encode(errors="backslashreplace").decode()
 
 
 @contextmanager
 def opened(source: Sequence[str], args: argparse.Namespace) -> Iterator[Stack]:
-    """Open an image's layers, without what is written to it, and without anything being fetched ahead."""
+    """Open an image's read-only layers, without its writable one and without fetching ahead."""
     from dataclasses import replace
 
     from obdlab.cli.attach import image_config_of

@@ -1,4 +1,4 @@
-"""``obdlab trace publish``: give an image in a registry what a trace of it is good for."""
+"""``obdlab trace publish``: publish a trace with its image in a registry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMS = _HOT, _ORDERED, _ACCELERATION, _REFERRER = "hot-layer", "ordered-layers
 
 
 class PublishError(ObdlabError):
-    """What is asked for does not fit together."""
+    """The options contradict each other."""
 
 
 def add(actions: Any) -> None:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_undo(args: argparse.Namespace) -> int:
-    """Take traces away from an image."""
+    """Remove published traces from an image."""
     from contextlib import closing
 
     from obdlab.convert.traces import detach_traces

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from obdlab.service.live import LiveDevice, RecordedTrace
 
 _WRITTEN_S = 60.0
-# A server looks once a second whether the lock is there.
+# A server looks for the lock once a second.
 _LOOKED_FOR_S = 5.0
 
 
@@ -93,7 +93,7 @@ def run_start(args: argparse.Namespace) -> int:
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    """Write what was recorded of a device."""
+    """Write the trace recorded of a device."""
     live = _live(args)
     check_outputs([args.output])
     _tell(live.stop_recording(args.output), args)
@@ -152,11 +152,11 @@ def _record_image(args: argparse.Namespace, service: DeviceService, ended: EndAs
         trace.touch()
         if image.acceleration_layer:
             image = replace(image, acceleration_layer=False, lowers=image.lowers[:-1])
-        # The trace is of a start that nothing helps, and of layers that everyone else has, too.
+        # Record a start without a hot layer or trace, over the layers that all users of the image have.
         image = replace(image, record_trace_path=str(trace), trace=LowerConfig())
         config = place / "config.v1.json"
         image.save(config)
-        # A server that is taken down by force writes nothing any more.
+        # A server that is killed writes no trace: recording ends before.
         with mounted(service, config, place / "image", args.events, lambda: _end_recording(trace)) as release:
             end = run_once(args, place, document, ended, release)
         _await_trace(trace)
@@ -176,7 +176,7 @@ def _summary(args: argparse.Namespace, why: str) -> None:
         print(f"{args.output}: {len(recorded)} reads, {recorded.size} bytes ({why})")
 
 
-# The server writes it when the lock goes, or the device.
+# The server writes the trace when the lock or the device is removed.
 def _end_recording(trace: Path) -> None:
     trace.with_name(trace.name + ".lock").unlink(missing_ok=True)
     _is_written(trace, _LOOKED_FOR_S)

@@ -1,4 +1,4 @@
-"""What ``obdlab trace record`` and ``watch`` share: a device in use, or a start of an image made for it."""
+"""Shared by ``obdlab trace record`` and ``watch``: a device in use, or a start of an image made for the purpose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from obdlab.service.client import AttachedDevice, DeviceService
 
-# A read of the disk that takes longer than this, when all is over, is not waited for.
+# At the end, a read of the disk that is under way for longer counts as hung.
 _MOST_WAITED_S = 3.0
 _LOOK_S = 0.1
 
@@ -30,7 +30,7 @@ class RecordError(ObdlabError):
 
 
 def add_start_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is started, and when it ends."""
+    """Add the options for the start and its end."""
     until = parser.add_mutually_exclusive_group()
     until.add_argument(
         "--seconds", type=real(above=0, below=1e6), default=60.0, metavar="N", help="for so long (default: 60)"
@@ -53,10 +53,10 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
 
 
 def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevice | None:
-    """Return the device that the command line names; None: it names an image.
+    """Return the device that the command line names, or None if it names an image.
 
-    Raises RecordError for an output that cannot be written, a node that is no device of ours, or, of a device,
-    options that are for images only.
+    Raises RecordError for an output that cannot be written, for a node that is no device of the run directory, and
+    for options of images together with a device.
     """
     from obdlab.service.live import find_device
 
@@ -72,7 +72,7 @@ def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevic
 
 
 def check_outputs(outputs: Sequence[Path]) -> None:
-    """Raise RecordError for files that cannot be written, before anything is done."""
+    """Raise RecordError for files that cannot be written. Call it before anything is done."""
     for path in outputs:
         if not path.absolute().parent.is_dir():
             raise RecordError(f"{path}: no directory to write it to")
@@ -83,12 +83,12 @@ def check_outputs(outputs: Sequence[Path]) -> None:
 
 
 class EndAsked(threading.Event):
-    """Set when a signal asks for the end. Until somebody looks, there is nothing to end in good order yet."""
+    """Set when a signal asks for the end. Before ``looked_at`` is set, a signal interrupts instead."""
 
     looked_at = False
 
     def note(self, *_: object) -> None:
-        """Take a signal. Raises KeyboardInterrupt where nobody would look."""
+        """Handle a signal. Raises KeyboardInterrupt while no code waits for the event."""
         self.set()
         if not self.looked_at:
             raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def signals() -> Iterator[EndAsked]:
 
 
 def wait(ended: threading.Event, seconds: float | None, quiet: bool, what: str = "recording") -> None:
-    """Wait for the event, for so many seconds at most, with a progress bar."""
+    """Wait for the event, for ``seconds`` at most, with a progress bar."""
     from tqdm import tqdm
 
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -137,8 +137,8 @@ def mounted(
 ) -> Iterator[Callable[[], None]]:
     """Within ``with``, have the image attached and mounted on ``target``; for ``events`` see :func:`listening`.
 
-    In the end all of it is taken down, by force if a read hangs, as does what this gives to call earlier: then
-    ``before_force`` comes first.
+    Yields a function that detaches the device by force, after a call of ``before_force``. At the end all is taken
+    down, with that function if a read hangs.
     """
     from obdlab.devices.abi import own_mounts
     from obdlab.devices.mount import unmount
@@ -153,13 +153,13 @@ def mounted(
         service.detach(device_id, force=True)
 
     try:
-        own_mounts()  # a mount namespace made elsewhere meanwhile would hold the device by its copy
+        own_mounts()  # a mount namespace made meanwhile would copy the mount and hold the device
         with listening(device.path, events):
             service.mount(device, target)
             try:
                 yield release
             finally:
-                # Unmounting waits for the reads that are under way, and nothing can end that.
+                # Unmounting waits for reads that are under way, and cannot be interrupted.
                 stuck = _hangs(service, device_id)
                 if stuck:
                     release()
@@ -183,7 +183,7 @@ def _hangs(service: DeviceService, device_id: str) -> bool:
 
 @contextmanager
 def listening(node: Path, events: Path | None) -> Iterator[None]:
-    """Within ``with``, have the kernel tell its block events of a device; in the end they are in that file."""
+    """Within ``with``, record the kernel's block events of a device; write them to ``events`` at the end."""
     if events is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""``obdlab upgrade``: devices in use served by the code that is installed now."""
+"""``obdlab upgrade``: serve devices in use with the code that is installed now."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upgrade one after the other; say what was done."""
+    """Upgrade one after the other; print what was done."""
     service = device_service_from(args)
     alive = [device for device in service.list() if device.alive]
     devices = {device.device_id: str(device.path) for device in alive}

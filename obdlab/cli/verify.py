@@ -1,4 +1,4 @@
-"""``obdlab verify``: read all of a disk's layers, checking whatever can be checked; or compare two images."""
+"""``obdlab verify``: read all of a disk's layers and check every checksum; or compare two images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add(subcommands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify; the first damage ends it. Two images are compared: 1 if they differ."""
+    """Verify, and stop at the first damage. Two images are compared; 1 if they differ."""
     if _are_images(args.layers):
         return compare_images(args.layers[0], args.layers[1], args)
     from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What ls, cat and cp share: ``IMAGE:PATH`` and the files of the image it names."""
+"""Shared by ls, cat and cp: ``IMAGE:PATH``, and the files of that image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def image_path(text: str) -> tuple[str, bytes]:
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the cache and the registry's credentials are."""
+    """Add the options for the cache and for access to registries."""
     from pathlib import Path
 
     parser.add_argument(
@@ -43,17 +43,17 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def opened_tree(image: str, args: argparse.Namespace) -> Iterator[FileTree]:
-    """Open an image for as long as its files are looked at. What is read of it is fetched, and no more."""
+    """Give the files of an image, for the block. Reads fetch only the bytes they need."""
     from obdlab.image.filetree import FileTree
     from obdlab.image.open import open_image
 
     config = image_config_of([image], args)
-    # Looking leaves no trace: neither a recording nor the result of opening it.
+    # Looking writes neither a trace nor the result file.
     config = replace(config, result_file="", record_trace_path="")
     with open_image(config, settings_from(args), traces=False) as disk:
         yield FileTree(disk)
 
 
 def shown(name: bytes) -> str:
-    """Return a name for people: what a terminal would take as more than text is escaped."""
+    """Return a name for a terminal: all characters that are not printable are escaped."""
     return printable(name.decode(errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""``obdlab zfile``: any file into a ZFile, out of one, or a check of one."""
+"""``obdlab zfile``: compress a file to a ZFile, extract or verify one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from obdlab.image.open import open_zfile
 
     for path in args.sources:
-        open_zfile(path).close()  # what is none is refused
+        open_zfile(path).close()  # refuses files that are no ZFiles
         with progress_bar(path, content_size(path), quiet=args.quiet) as progress:
             for length in verify(path):
                 progress(length)
@@ -130,13 +130,13 @@ def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", _Pipe(sys.stdout.buffer))
         sys.stdout.buffer.flush()
     except BrokenPipeError as error:
-        # Or the interpreter would complain once more when it flushes at the end.
+        # Otherwise the interpreter would report the error again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SourceError("nobody reads it any more", blob="standard output") from error
 
 
 class _Pipe:
-    # Standard output as a sink that cannot seek, even where it is a file: what stands before us is not ours.
+    # Standard output as a sink that cannot seek, even if it is a file: it may hold other data before ours.
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -147,7 +147,7 @@ class _Pipe:
 
 @contextmanager
 def _as_file(path: str) -> Iterator[str]:
-    # A ZFile is read at any place, so that one from a pipe is put into a file first.
+    # A ZFile is read at random offsets, so one from a pipe is first stored in a file.
     if path != _STREAM:
         yield path
         return
