@@ -1,6 +1,6 @@
-"""What the Linux kernel fixes: the FUSE wire, the loop device's ioctls, mount flags, and the calls Python lacks.
+"""Linux kernel constants: the FUSE wire, the loop device's ioctls, mount flags, and the system calls Python lacks.
 
-Facts of ``include/uapi/linux/{fuse,loop,fs,mount,prctl}.h``. Everything is in the machine's byte order.
+From ``include/uapi/linux/{fuse,loop,fs,mount,prctl}.h``. Everything is in the machine's byte order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SECTOR = 512
 
-#: inotify(7): written, its times changed, closed after that, moved, made or deleted, itself too
+#: inotify(7): written, attributes changed, closed after writing, moved, created or deleted, the watched directory too
 IN_CHANGES = 0xFCE
 
 # --- FUSE: requests and replies (linux/fuse.h, protocol 7.x) ---
@@ -31,7 +31,7 @@ FUSE_MIN_READ_BUFFER = 8192
 
 
 class FuseOpcode(IntEnum):
-    """Request kinds that are answered, or that must not be answered."""
+    """Request kinds that the server answers, or must not answer."""
 
     LOOKUP = 1
     FORGET = 2
@@ -62,7 +62,7 @@ class FuseInit(IntFlag):
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22
     INIT_EXT = 1 << 30
-    #: Requests that were handed out and not answered can be asked for again (Linux 6.9).
+    #: The kernel can hand out again requests that were taken and not answered (Linux 6.9).
     HAS_RESEND = 1 << 39
 
 
@@ -72,10 +72,10 @@ FATTR_SIZE = 1 << 3
 
 #: struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 FUSE_IN_HEADER = Struct("=IIQQIIIHH")
-#: fuse_in_header with fuse_read_in or the head of fuse_write_in, only what a transfer needs:
-#: len, opcode, unique, offset, size
+#: fuse_in_header with fuse_read_in or the head of fuse_write_in; only the fields a transfer needs: len, opcode,
+#: unique, offset, size
 FUSE_TRANSFER = Struct("=IIQ24x8xQI")
-#: fuse_read_in and fuse_write_in have one shape: fh, offset, size, flags, lock_owner, flags, padding
+#: fuse_read_in and fuse_write_in have the same layout: fh, offset, size, flags, lock_owner, flags, padding
 FUSE_TRANSFER_IN = Struct("=QQIIQII")
 #: Where the data of a WRITE request begins.
 FUSE_WRITE_DATA = FUSE_IN_HEADER.size + FUSE_TRANSFER_IN.size
@@ -88,7 +88,7 @@ FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_NOTIFY_RESEND = 7
 #: struct fuse_init_in: major, minor, max_readahead, flags (before 7.36 it ends here)
 FUSE_INIT_IN = Struct("=IIII")
-#: struct fuse_init_in: flags2, what follows since 7.36
+#: struct fuse_init_in: flags2, the field after those of 7.35
 FUSE_INIT_FLAGS2_IN = Struct("=I")
 #: struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write,
 #: time_gran, max_pages, map_alignment, flags2, reserved
@@ -196,7 +196,7 @@ PR_SET_IO_FLUSHER = 57
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-# Added to all architectures at once, in Linux 5.2 and later, so the numbers are the same everywhere.
+# Added to all architectures at once, in Linux 5.2 and later, so all architectures use the same numbers.
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
@@ -216,7 +216,9 @@ def mount(source: str, target: Path, fs_type: str, flags: int, options: str) -> 
 
 
 def own_mounts() -> None:
-    """Give this thread, and what it starts from now on, mounts of its own: nobody else sees or copies new ones.
+    """Give this thread, and processes it starts from now on, a mount namespace of its own.
+
+    Mounts made in it are neither seen nor copied elsewhere.
 
     Raises OSError.
     """
@@ -232,8 +234,8 @@ def umount2(target: Path, flags: int = 0) -> None:
 def mount_detached(fs_type: str, options: Mapping[str, str | None], attributes: int) -> int:
     """Mount a file system nowhere: return a descriptor of its root directory (fsopen(2), fsconfig(2), fsmount(2)).
 
-    Nobody finds it, copies it with a mount namespace, or has to unmount it; it ends with the last file open in it.
-    An option without a value is a flag. Raises OSError.
+    No other process finds it, copies it with a mount namespace, or has to unmount it. It ends with the last file open
+    in it. An option without a value is a flag. Raises OSError.
     """
     context = _syscall(_SYS_FSOPEN, fs_type.encode(), FSOPEN_CLOEXEC)
     try:
@@ -253,7 +255,7 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
     return _syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
 
 
-# Variadic: every number is passed as wide as a register.
+# Variadic: pass every number as wide as a register.
 def _syscall(number: int, *arguments: int | bytes | None) -> int:
     wide = [ctypes.c_long(each) if isinstance(each, int) else ctypes.c_char_p(each) for each in arguments]
     answer: int = _libc.syscall(ctypes.c_long(number), *wide)
@@ -282,10 +284,10 @@ def prctl(option: int, value: int) -> None:
 
 
 def keep_freed_memory(size: int = 8 << 20) -> None:
-    """Have the C library keep up to ``size`` bytes it has freed instead of giving them back and asking anew.
+    """Have the C library keep up to ``size`` bytes of freed memory instead of returning them to the kernel.
 
-    A server that answers reads of 1 MiB would fault its buffers in again for most of them, a third of their cost.
-    Does nothing where the C library has no mallopt(3).
+    Without this, a server that answers reads of 1 MiB faults its buffers in again for most of them, a third of their
+    cost. Does nothing where the C library has no mallopt(3).
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Listening to what the kernel tells of a block device: its tracepoints, in an instance of tracefs of our own.
+"""Records the kernel's tracepoints of a block device, in an own instance of tracefs.
 
 Source: Documentation/trace/ftrace.rst, Documentation/trace/events.rst. Other users of tracefs are not disturbed.
 """
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 TRACEFS = Path("/sys/kernel/tracing")
 _EVENTS = ("block_bio_queue", "block_rq_issue", "block_rq_complete")
-#: Of every processor: a hundred thousand events, tens of thousands of reads.
+#: Per processor: a hundred thousand events, tens of thousands of reads.
 _BUFFER_KIB = 8192
 _PREFIX = "obdlab-"
-# As the kernel has device numbers in its filters: dev_t of 12 and 20 bits.
+# Device numbers in trace filters are the kernel's dev_t: 12 bits major, 20 bits minor.
 _MINOR_BITS = 20
 _numbers = itertools.count()
 
 
 class BlockTrace:
-    """Block events of the device ``node`` from ``with`` on, until :meth:`save` or the end.
+    """Records block events of the device ``node`` from ``with`` on, until :meth:`save` or the end.
 
-    Raises DeviceError if it is no block device, and on the way in if the kernel has no such events, or we are not
-    root.
+    Raises DeviceError if ``node`` is not a block device. Entering raises it if the kernel has no such events, or this
+    process is not root.
     """
 
     def __init__(self, node: Path) -> None:
@@ -43,7 +43,8 @@ class BlockTrace:
             raise DeviceError(f"{node}: not a block device, whose reads the kernel would tell")
         self._device = os.major(status.st_rdev) << _MINOR_BITS | os.minor(status.st_rdev)
         self._instance: Path | None = None
-        # Of a tracefs that is mounted nowhere, where the host has none: it ends with us, however we end.
+        # Descriptor of an own, unmounted tracefs, used where the host mounts none; the kernel drops it with this
+        # process.
         self._tracefs = -1
 
     def __enter__(self) -> Self:
@@ -72,9 +73,9 @@ class BlockTrace:
             self._tracefs = -1
 
     def save(self, path: Path) -> int:
-        """Stop listening, and write the events to a file as text; return how many came after memory was full.
+        """Stop recording and write the events to a file as text. Return the number of events lost to a full buffer.
 
-        Raises DeviceError if it cannot be written.
+        Raises DeviceError if the file cannot be written.
         """
         assert self._instance is not None
         try:
@@ -99,7 +100,7 @@ class BlockTrace:
         return Path(f"/proc/self/fd/{self._tracefs}")
 
 
-# Of processes that were killed.
+# Removes instances of processes that were killed.
 def _remove_dead(instances: Path) -> None:
     for instance in instances.glob(f"{_PREFIX}*"):
         pid = instance.name.removeprefix(_PREFIX).partition("-")[0]

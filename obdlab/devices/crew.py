@@ -1,8 +1,8 @@
-"""Leader and followers: one thread takes requests, and another takes over while it waits.
+"""Leader and followers: one thread takes requests; another takes over while it waits.
 
-On a pure hit path a single thread runs, since a second reader thread costs a fifth of the IOPS under Python's
-interpreter lock. A request that is about to wait (``obdlab.waiting``) gives the lead away first, to an idle follower
-or a new thread, so that the device goes on answering others meanwhile.
+On a pure hit path a single thread runs: a second reader thread costs a fifth of the IOPS under Python's interpreter
+lock. A request that is about to wait (``obdlab.waiting``) first hands the lead to an idle follower or a new thread,
+so that the device keeps answering other requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Member:
 
     leading: bool = False
     wake: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    #: For requests; goes with the lead, unless the member still needs what is in it.
+    #: Buffer for requests; goes with the lead, unless the member still needs its content.
     buffer: bytearray = field(default_factory=bytearray)
     needs_buffer: bool = False
     reads: int = 0
@@ -40,12 +40,12 @@ class Member:
     written_bytes: int = 0
     errors: int = 0
     slowest_ns: int = 0
-    #: How long reads and writes took: their sum, and how many of them by the bit length of their nanoseconds.
+    #: Durations of reads and writes: their sum, and their number by the bit length of their nanoseconds.
     read_ns: int = 0
     write_ns: int = 0
     read_times: list[int] = field(default_factory=_no_times)
     write_times: list[int] = field(default_factory=_no_times)
-    #: When the request under way was taken (time.monotonic_ns); 0: there is none.
+    #: When the request under way was taken (time.monotonic_ns); 0 if there is no request.
     since_ns: int = 0
 
     def add(self, other: Member) -> None:
@@ -63,10 +63,10 @@ class Member:
 
 
 class Crew:
-    """Threads that share one stream of requests, at most ``limit`` of them, made on demand.
+    """Threads that share one stream of requests, at most ``limit`` of them, started on demand.
 
-    ``turn(member)`` takes and answers requests as long as ``member.leading``; it returns False once the stream has
-    ended for good. Followers idle for ``idle_s`` end.
+    ``turn(member)`` takes and answers requests as long as ``member.leading``. It returns False once the stream has
+    ended for good. A follower ends after ``idle_s`` without work.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Crew:
             self._add_leader()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the stream has ended and all threads are done; tell whether that is so."""
+        """Wait until the stream has ended and all threads are done. Return False on timeout."""
         return self._all_gone.wait(timeout_s)
 
     @property
@@ -108,7 +108,7 @@ class Crew:
         return total
 
     def statistics(self, last_error: str) -> DeviceStatistics:
-        """Return the counters of a device that this crew serves."""
+        """Return the counters of the device that this crew serves."""
         total = self.totals()
         return DeviceStatistics(
             reads=total.reads,
@@ -125,13 +125,13 @@ class Crew:
         )
 
     def under_way_s(self) -> tuple[float, ...]:
-        """Return how long each request that is under way has been so, the longest first."""
+        """Return the age of each request under way, the oldest first."""
         now = time.monotonic_ns()
         with self._lock:
             begun = [since for member in self._members if (since := member.since_ns)]
         return tuple(sorted(((now - since) / 1e9 for since in begun), reverse=True))
 
-    # Hundreds of threads may wait at a time; only those that lead or hold data to write need a large buffer.
+    # Hundreds of threads may wait at a time; only members that lead or hold data to write need a large buffer.
     def _hand_buffer(self, member: Member, successor: Member) -> None:
         if not member.needs_buffer:
             successor.buffer, member.buffer = member.buffer, bytearray()
@@ -162,7 +162,7 @@ class Crew:
             elif len(self._members) < self._limit:
                 try:
                     self._add_leader(member)
-                except RuntimeError:  # no more threads to be had: this one keeps the lead
+                except RuntimeError:  # no more threads: this member keeps the lead
                     return
             else:
                 self._vacant = True
@@ -178,12 +178,12 @@ class Crew:
             while self._turn(member) and self._lead_again(member):
                 pass
         finally:
-            if member.leading:  # also if its turn failed: better no device than one that answers nobody
+            if member.leading:  # also if its turn failed: better no device than one without answers
                 self._end()
             set_waiting_hook(None)
             self._leave(member)
 
-    # Waits until this member is to lead; False if it is to end.
+    # Waits until this member is to lead; returns False if it is to end.
     def _lead_again(self, member: Member) -> bool:
         with self._lock:
             if self._ended:
@@ -198,7 +198,7 @@ class Crew:
                 if member in self._idle:
                     self._idle.remove(member)
                     return False
-            member.wake.acquire()  # chosen in the meantime: the wake-up is on its way
+            member.wake.acquire()  # another thread has just chosen it: the wake-up is on its way
         return not self._ended
 
     def _end(self) -> None:

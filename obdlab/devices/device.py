@@ -1,8 +1,8 @@
 """The contract of every kind of block device.
 
-A kind lives in one module and knows blobs, not images. It has a class deriving from Device, used by the process that
-serves, and a function ``take_down(directory)``, used by anyone, that removes from the kernel what a device of this
-kind left there, whether or not its server is alive.
+Each kind has its own module and knows blobs, not images. The module has a subclass of Device, used by the serving
+process, and a function ``take_down(directory)``, used by any process: it removes a device of this kind from the
+kernel, whether or not the device's server is alive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
-    """What a device has done since its server started. Bytes, and the longest time one request took."""
+    """Counters of a device since its server started: bytes, and the longest time one request took."""
 
     reads: int
     read_bytes: int
@@ -29,10 +29,10 @@ class DeviceStatistics:
     slowest_ms: float
     threads: int
     last_error: str
-    #: Histograms of what reads and writes took, as :func:`obdlab.observe.counters.times_table` has them.
+    #: Histograms of the durations of reads and writes, as :func:`obdlab.observe.counters.times_table` has them.
     read_times: dict[str, float] = field(default_factory=dict)
     write_times: dict[str, float] = field(default_factory=dict)
-    #: How long each request under way has been so.
+    #: Age of each request under way.
     under_way_s: tuple[float, ...] = ()
 
 
@@ -50,7 +50,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
 
     @property
     @abstractmethod
@@ -64,11 +64,11 @@ class Device(ABC):
 
     @property
     def can_change_servers(self) -> bool:
-        """Whether another process can go on with what this one leaves unanswered."""
+        """Whether another process can go on with the requests that this one leaves unanswered."""
         return False
 
     def take_on_size(self) -> None:
-        """Be as large as the blob, which has grown. Raises DeviceError, also where the kind cannot."""
+        """Grow to the present size of the blob. Raises DeviceError, also if the kind cannot grow."""
         raise DeviceError(f"{self.path}: a {self.kind} device cannot grow while it is attached")
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Device(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the device has been taken away, by whomever; tell whether that is so."""
+        """Wait until the device has been taken away, by any process. Return False on timeout."""
 
     @abstractmethod
     def stop(self, timeout_s: float = 10.0) -> None:

@@ -1,14 +1,14 @@
 """A Blob as one file, ``disk``, on a FUSE file system, served by a loop on /dev/fuse without a FUSE library.
 
-A library would call back once per file operation and copy; about ten request kinds for one file are quickly told,
-and a trivial read served this way runs at twice the rate of the fastest Python binding. The wire is described by the
-kernel's ``linux/fuse.h``; see ``obdlab.devices.abi``.
+A library would call back once per file operation and copy. One file needs about ten request kinds, and a trivial read
+served this way runs at twice the rate of the fastest Python binding. The wire is described by the kernel's
+``linux/fuse.h``; see ``obdlab.devices.abi``.
 
-The file system is mounted nowhere: only the server opens the file, and it ends with the last holder of that file. So
-there is no mount that another mount namespace could copy and keep alive, nor one to be left behind.
+The file system is mounted nowhere: only the server opens the file, and the file system ends with the last holder of
+that file. So no other mount namespace can copy a mount and keep it alive, and no mount can be left behind.
 
-The process that serves must not fault in pages of its own mount (mmap): the fault would be taken with the interpreter
-lock held, which the answering thread needs. System calls are safe, they release the lock.
+The serving process must not fault in pages of its own mount (mmap): the fault would hold the interpreter lock, which
+the answering thread needs. System calls are safe; they release the lock.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ __all__ = [
     "send_again",
 ]
 
-#: As many as the kernel hands out at a time: requests that wait for a source never keep others from being answered.
+#: The kernel's limit of requests handed out at a time: requests waiting for a source never block the others.
 MAX_THREADS = MAX_BACKGROUND
 _PROBE_S = 5.0
 _READ = int(abi.FuseOpcode.READ)
 _WRITE = int(abi.FuseOpcode.WRITE)
 _UNANSWERED = frozenset(
-    {abi.FuseOpcode.FORGET, abi.FuseOpcode.BATCH_FORGET, abi.FuseOpcode.INTERRUPT}  # the kernel waits for none
+    {abi.FuseOpcode.FORGET, abi.FuseOpcode.BATCH_FORGET, abi.FuseOpcode.INTERRUPT}  # the kernel expects no answer
 )
-#: A request was withdrawn while it was handed over or answered: nothing to do.
+#: The kernel withdrew a request while it was handed over or answered: nothing to do.
 _WITHDRAWN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
-#: The file system has ended; the second if it did while a request was being handed over.
+#: The file system has ended; ECONNABORTED if it ended while a request was being handed over.
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 
 
 def open_connection() -> int:
-    """Open /dev/fuse: the descriptor of a connection to come. Raises DeviceError."""
+    """Open /dev/fuse and return the descriptor, a connection not yet mounted. Raises DeviceError."""
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -70,28 +70,28 @@ def open_connection() -> int:
 
 
 def has_ended(connection: int) -> bool:
-    """Tell whether the file system of a mounted connection is gone."""
+    """Return True if the file system of a mounted connection is gone."""
     poller = select.poll()
     poller.register(connection, 0)
     return bool(poller.poll(0))
 
 
 def send_again(connection: int) -> None:
-    """Have the kernel hand out once more all requests that were taken and not answered (FUSE_NOTIFY_RESEND).
+    """Have the kernel hand out again all requests that were taken and not answered (FUSE_NOTIFY_RESEND).
 
-    Those who took them must be dead, or their requests such as may be answered twice: the first answer counts.
-    Raises DeviceError if the kernel is older than 6.9; nothing happens once the file system is gone.
+    The processes that took them must be dead, or the requests safe to answer twice: the first answer counts. Raises
+    DeviceError if the kernel is older than 6.9. Does nothing once the file system is gone.
     """
     header = abi.FUSE_OUT_HEADER
     try:
         os.write(connection, header.pack(header.size, abi.FUSE_NOTIFY_RESEND, 0))
     except OSError as error:
-        if error.errno not in (*_GONE, errno.EPERM):  # the latter: never mounted, or gone
+        if error.errno not in (*_GONE, errno.EPERM):  # EPERM: never mounted, or gone
             raise DeviceError(f"the kernel does not hand out requests again: {error.strerror}") from error
 
 
 def can_send_again() -> bool:
-    """Tell whether the kernel knows :func:`send_again`, by asking it. Raises DeviceError if it has no FUSE for us."""
+    """Return True if the kernel supports :func:`send_again`, tested by a probe. Raises DeviceError without FUSE."""
     probe = FuseServer(MemoryBlob(bytes(abi.SECTOR)), name="probe")
     root = probe.start()
     try:
@@ -105,9 +105,9 @@ def can_send_again() -> bool:
 class FuseServer:
     """Serves ``blob`` as a file. Writable if the blob is, unless ``read_only``.
 
-    Reads that fail are answered with EIO and logged with their cause; nothing else is ever answered in place of
-    the blob's bytes. At most ``max_threads`` requests wait for slow sources at a time. ``on_busy`` is called, now and
-    then, while serving takes most of one processor: another process that serves the same connection would help.
+    A failed read is answered with EIO and logged with its cause; no other bytes ever replace the blob's. At most
+    ``max_threads`` requests wait for slow sources at a time. ``on_busy`` is called now and then while serving takes
+    most of one processor: another process that serves the same connection would help.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class FuseServer:
     def start(self, connection: int | None = None) -> int:
         """Begin to serve; return a descriptor of the directory that holds the file.
 
-        ``connection`` is an :func:`open_connection` of the caller's, if others shall go on with it after this
-        process; it is closed by :meth:`wait`. Serving ends once that directory and every file opened through it are
+        ``connection`` comes from the caller's :func:`open_connection` if other processes are to go on with it after
+        this one; :meth:`wait` closes it. Serving ends once that directory and every file opened through it are
         closed. Raises DeviceError if the kernel refuses.
         """
         self._fd = open_connection() if connection is None else connection
@@ -145,7 +145,7 @@ class FuseServer:
             "rootmode": f"{stat.S_IFDIR:o}",
             "user_id": str(os.geteuid()),
             "group_id": str(os.getegid()),
-            "allow_other": None,  # the loop device's kernel threads are others
+            "allow_other": None,  # the loop device's kernel threads read the file
             "max_read": str(self._file.max_transfer),
         }
         attributes = abi.MOUNT_ATTR_NOSUID | abi.MOUNT_ATTR_NODEV | abi.MOUNT_ATTR_NOATIME
@@ -161,14 +161,14 @@ class FuseServer:
         return directory
 
     def join(self, connection: int) -> None:
-        """Serve a connection that another process has started, after it or beside it."""
+        """Serve a connection that another process started, after that process or beside it."""
         self._fd = connection
-        self._file.can_send_again = True  # or there would be nothing to join
+        self._file.can_send_again = True  # a connection is joined only where the kernel can send again
         self._crew.start()
 
     @property
     def can_send_again(self) -> bool:
-        """Whether the kernel hands out unanswered requests once more; known when the file has been opened."""
+        """Whether the kernel hands out unanswered requests again; known once the file has been opened."""
         return self._file.can_send_again
 
     def open_disk(self, directory: int) -> int:
@@ -180,7 +180,7 @@ class FuseServer:
             raise DeviceError(f"{self.name}: cannot open the served file: {error.strerror}") from error
 
     def forget_size(self) -> None:
-        """Have the kernel ask for the file's size when it next wants to know it. Raises DeviceError."""
+        """Have the kernel ask for the file's size before its next use. Raises DeviceError."""
         header, body = abi.FUSE_OUT_HEADER, abi.FUSE_NOTIFY_INVAL_INODE_OUT
         notice = header.pack(header.size + body.size, abi.FUSE_NOTIFY_INVAL_INODE, 0) + body.pack(DISK_ID, -1, 0)
         try:
@@ -189,7 +189,7 @@ class FuseServer:
             raise DeviceError(f"{self.name}: cannot tell the kernel of a new size: {error.strerror}") from error
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nobody holds the file and every request is answered; tell whether that is so."""
+        """Wait until no process holds the file and every request is answered. Return False on timeout."""
         if not self._crew.wait(timeout_s):
             return False
         if self._fd >= 0:
@@ -201,12 +201,12 @@ class FuseServer:
         """Return the counters."""
         return self._crew.statistics(self.last_error)
 
-    # Takes requests while this thread leads; False when the file system is gone. Names are looked up once: this loop
-    # sets the device's IOPS.
+    # Takes requests while this thread leads; returns False when the file system is gone. Looks names up once: this
+    # loop sets the device's IOPS.
     def _turn(self, member: Member) -> bool:
         if not member.buffer:
-            # Written, not merely allocated, or the kernel had to fault its pages in to hand a request over: one whose
-            # server is killed meanwhile fails instead of being handed to the next server.
+            # Touch every page: otherwise the kernel faults pages in while it hands a request over, and if the server
+            # is killed then, the request fails instead of going to the next server.
             member.buffer = bytearray(b"\0") * self._file.buffer_size
         fd, buffer = self._fd, member.buffer
         buffers = [buffer]
@@ -255,7 +255,7 @@ class FuseServer:
             if not member.leading:
                 return True
 
-    # How long to look for each of the next requests before sleeping.
+    # Returns how long to spin for each of the next requests before sleeping.
     def _look(self, busy_ns: int) -> int:
         if self._on_busy is not None and self._load.is_high(LOOK_EVERY, busy_ns):
             self._on_busy()

@@ -1,9 +1,9 @@
 """An EROFS image mounted straight from the served file, without a loop device (Linux 6.12).
 
-The file system of the served file is mounted nowhere, so that the file has no path. While nobody has mounted the
-image yet the server keeps the file open, and a link in the device's directory leads to that descriptor: mount(2)
-follows it, and the kernel shows the link's path as what is mounted. From then on EROFS holds the file, and the device
-ends with the last mount, in whatever mount namespace.
+The file system of the served file is mounted nowhere, so the file has no path. Until the image is mounted, the server
+keeps the file open, and a link in the device's directory leads to that descriptor: mount(2) follows it, and the
+kernel shows the link's path as the mount's source. Once mounted, EROFS holds the file, and the device ends with the
+last mount in any mount namespace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _LINK = "disk"
-#: A device that nobody mounts for so long goes again.
+#: A device that stays unmounted for this long ends.
 UNMOUNTED_S = 60.0
 _LOOK_S = 0.05
 
@@ -87,7 +87,7 @@ class FuseFileDevice(Device):
         threading.Thread(target=let_go, name="unmounted", daemon=True).start()
 
     def is_mounted_now(self) -> None:
-        """Take note that somebody has mounted the file, and so holds it from now on."""
+        """Note that the file is mounted: the mount holds it from now on."""
         self._mounted.set()
 
     @property
@@ -108,7 +108,7 @@ class FuseFileDevice(Device):
 
     @property
     def can_change_servers(self) -> bool:
-        """Whether another process can go on with what this one leaves unanswered (Linux 6.9)."""
+        """Whether another process can go on with the requests that this one leaves unanswered (Linux 6.9)."""
         return self._server.can_send_again
 
     def statistics(self) -> DeviceStatistics:
@@ -124,9 +124,9 @@ class FuseFileDevice(Device):
 
 
 def take_down(directory: Path, *, force: bool = False) -> None:
-    """Let the file of the device at ``directory`` go. None being there is fine.
+    """Let the file of the device at ``directory`` go. A missing device is fine.
 
-    Raises DeviceError naming who mounts it, unless ``force``: then it is unmounted lazily, here.
+    Raises DeviceError naming the mounts, unless ``force``: then unmounts lazily, in this mount namespace.
     """
     users = users_of(directory)
     deadline = time.monotonic() + TRANSIENT_USE_S
@@ -148,7 +148,7 @@ def devices_of(directory: Path) -> list[Path]:
 
 
 def users_of(directory: Path) -> list[str]:
-    """Say in words who has the file mounted, in any mount namespace."""
+    """Return texts that name the file's mounts, in any mount namespace."""
     link = _link(directory)
     if not link.is_symlink():
         return []
@@ -157,8 +157,8 @@ def users_of(directory: Path) -> list[str]:
 
 
 def kernel_refuses() -> str:
-    """Say why this kernel mounts no EROFS from a file; '' if it does."""
-    import tempfile  # takes long to import, for devices that hardly anybody asks for
+    """Return the reason why this kernel mounts no EROFS from a file; '' if it does."""
+    import tempfile  # takes long to import, and is rarely needed
 
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(mount.SUPERBLOCK_END)

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 _END_S = 5.0
 _LABEL = "obdlab:"
-#: Not found by the label above: such a device goes with the one on top.
+#: A prefix that lookups by the label above do not match: this device goes with the one on top.
 _BELOW = "obdlab-below:"
 
 
 class FuseLoopDevice(Device):
-    """Serves ``blob`` as a loop device. ``directory`` is the device's own: others find the device by it.
+    """Serves ``blob`` as a loop device. ``directory`` is the device's own: other processes find the device by it.
 
     With a ``connection`` (``fuse.open_connection``) that other processes hold too, the device outlives this process:
-    given its ``path`` and the connection, another one goes on serving it. ``on_busy``: see FuseServer.
-    With ``exchangeable`` the kernel may go on without this server while a file system is mounted, see
-    ``obdlab.devices.graduation``, for which a read-only device gets a second loop device below it.
-    Raises DeviceError, leaving nothing behind, if the blob is no whole number of sectors or the kernel refuses.
+    another process given its ``path`` and the connection goes on serving it. ``on_busy``: see FuseServer. With
+    ``exchangeable`` the kernel may go on without this server while a file system is mounted, see
+    ``obdlab.devices.graduation``; a read-only device then gets a second loop device below it. Raises DeviceError,
+    leaving nothing behind, if the blob's size is not a multiple of the sector size or the kernel refuses.
     """
 
     kind = "fuse+loop"
@@ -101,7 +101,7 @@ class FuseLoopDevice(Device):
 
     @property
     def can_change_servers(self) -> bool:
-        """Whether another process can go on with what this one leaves unanswered (Linux 6.9)."""
+        """Whether another process can go on with the requests that this one leaves unanswered (Linux 6.9)."""
         return self._server.can_send_again
 
     def take_on_size(self) -> None:
@@ -121,12 +121,12 @@ class FuseLoopDevice(Device):
 
 
 def devices_of(directory: Path) -> list[Path]:
-    """Return the loop devices (one, but for the leftovers of killed servers) that belong to a device's directory."""
+    """Return the loop devices that belong to a device's directory: one, plus leftovers of killed servers."""
     return loop.labelled(_label(directory))
 
 
 def directories_below(parent: Path) -> set[Path]:
-    """Return the directories below ``parent`` that have devices, also those removed from under their devices."""
+    """Return the directories below ``parent`` that have devices, including deleted directories."""
     found = set()
     for device in loop.labelled(_LABEL):
         label = loop.label_of(device)
@@ -137,10 +137,10 @@ def directories_below(parent: Path) -> set[Path]:
 
 
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Detach the loop devices of ``directory``, whereupon their servers end. None being there is fine.
+    """Detach the loop devices of ``directory``; their servers end with them. A missing device is fine.
 
     Raises DeviceError naming the loop device while a file system is mounted from it, unless ``force``: then the
-    device disappears under its users, who get I/O errors, and goes for good with the last of them.
+    device disappears under its users, which get I/O errors, and goes for good with the last of them.
     """
     for device in devices_of(directory):
         if not force:
@@ -153,17 +153,17 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
 
 
 def take_down_when_unused(directory: Path) -> None:
-    """Have the devices of ``directory`` go by themselves, servers too, when their last users do."""
+    """Have the devices of ``directory``, and their servers, end with their last users."""
     for device in devices_of(directory):
         loop.detach_when_unused(device, label=_label(directory))
 
 
 def label_below(directory: Path) -> str:
-    """Return the label of the loop device between the served file and the device, where there is one."""
+    """Return the label of the loop device between the served file and the device, if the device has one."""
     return f"{_BELOW}{_label(directory).removeprefix(_LABEL)}"[:63]
 
 
-# Loop devices keep 63 bytes; the hash tells apart run directories and ids that are longer.
+# Loop devices keep 63 bytes of a label; the hash distinguishes longer run directories and ids.
 def _label(directory: Path) -> str:
     whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
     return f"{_LABEL}{whole}:{directory.name}"[:63]

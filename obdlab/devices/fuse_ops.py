@@ -1,6 +1,6 @@
-"""The rest of one served file: everything but the transfer of its bytes.
+"""All operations of the served file except the transfer of its bytes.
 
-Bytes of a request in, bytes of the reply or an errno out; nothing here touches /dev/fuse.
+Takes the bytes of a request, returns the bytes of the reply or an errno; never touches /dev/fuse.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HEADER = abi.FUSE_IN_HEADER.size
 
 
 def errno_of(error: Exception) -> tuple[int, bool]:
-    """Map an error to what the kernel is told, and whether it is of a kind that may happen (no bug of ours)."""
+    """Map an error to the errno of the reply, and whether the error is an expected one (not a bug)."""
     if isinstance(error, OSError):
         kept = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EOPNOTSUPP)
         return (error.errno if error.errno in kept else errno.EIO), True
@@ -47,7 +47,7 @@ class FuseFile:
         self._writable = blob if isinstance(blob, WritableBlob) and not read_only else None
         #: Largest READ and WRITE.
         self.max_transfer = MIB
-        # A device nobody writes to takes no data in, so its threads need no large buffers.
+        # A read-only device takes no data in, so its threads need no large buffers.
         self._max_write = _PAGE if self._writable is None else MIB
         self.buffer_size = max(abi.FUSE_MIN_READ_BUFFER, abi.FUSE_WRITE_DATA + self._max_write)
         #: Whether the kernel knows FUSE_NOTIFY_RESEND; set by INIT.
@@ -69,7 +69,7 @@ class FuseFile:
         }
 
     def answer(self, opcode: int, request: memoryview) -> bytes | int:
-        """Answer one request, header included: the reply's bytes, or an errno."""
+        """Answer one request, header included. Return the reply's bytes, or an errno."""
         handler = self._handlers.get(opcode)  # type: ignore[call-overload]  # an IntEnum's member equals its number
         if handler is None:
             return errno.ENOSYS
@@ -142,7 +142,7 @@ class FuseFile:
         return self._getattr(node_id, body)
 
     def _open(self, _: int, __: memoryview) -> bytes | int:
-        # Not cached here: the file system above the loop device caches what it reads, twice would be once too many.
+        # No caching here: the file system above the loop device caches its reads already.
         flags = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
         return abi.FUSE_OPEN_OUT.pack(0, flags, 0)
 

@@ -1,10 +1,10 @@
-"""Putting a local file in a served device's place, while it is used, so that the kernel goes on alone.
+"""Replacing the served file below a used device with a local file, so that the kernel goes on without a server.
 
-The loop device is told to go on with another file (LOOP_CHANGE_FD). The kernel takes that for a change of media, that
-EROFS and readers of the bare device do not mind, but which shuts a mounted ext4 or xfs down. A device that was made
-``exchangeable`` has a second loop device below it: that one is told, and what is above does not notice.
-(FUSE_PASSTHROUGH would need no loop device to be told, but the kernel reads it only when a file is opened, and the
-loop device has the served file open from the beginning.)
+LOOP_CHANGE_FD has the loop device go on with another file. The kernel takes that for a change of media. EROFS and
+readers of the bare device do not mind, but it shuts a mounted ext4 or xfs down. A device made ``exchangeable`` has a
+second loop device below it: the ioctl goes to that one, and users of the upper one do not notice. (FUSE_PASSTHROUGH
+would need no ioctl on a loop device, but the kernel reads it only when a file is opened, and the loop device has the
+served file open from the beginning.)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MOST_NESTED = 8
 def go_on_with(directory: Path, file: int) -> None:
     """Have the read-only device at ``directory`` go on with an open file of the same size and content.
 
-    The served file is closed then, which ends its server. Raises DeviceError, having changed nothing, if the device
-    is not there, or used in a way that the change would break, or the kernel refuses.
+    The kernel then closes the served file, which ends its server. Raises DeviceError, having changed nothing, if the
+    device is missing, its use would not survive the change, or the kernel refuses.
     """
     devices = devices_of(directory)
     if len(devices) != 1:
@@ -43,7 +43,7 @@ def go_on_with(directory: Path, file: int) -> None:
 
 
 def is_behind(file: str, device: Path) -> bool:
-    """Tell whether a loop device, or the one below it, is backed by the file of this path (also once deleted)."""
+    """Return True if the loop device, or the one below it, is backed by this path (even if deleted)."""
     for _ in range(_MOST_NESTED):
         found = loop.backing_of(device)
         if not found.startswith(_NODES):
@@ -52,7 +52,7 @@ def is_behind(file: str, device: Path) -> bool:
     return False
 
 
-# The loop device to be told, opened so that nobody can begin to use it in a way that would not survive.
+# Opens the loop device to change. While it is open, no use can begin that would not survive the change.
 @contextmanager
 def _told(directory: Path, device: Path) -> Iterator[int]:
     below = Path(loop.backing_of(device))
@@ -66,7 +66,7 @@ def _told(directory: Path, device: Path) -> Iterator[int]:
         os.close(opened)
 
 
-# While it is open exclusively nothing can be mounted from it.
+# While it is open exclusively, no file system can be mounted from it.
 def _claimed(device: Path) -> int:
     if not loop.in_use(device):
         return _open(device, os.O_EXCL)

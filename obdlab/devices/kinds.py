@@ -1,8 +1,8 @@
-"""The kinds of block devices, behind one face: which of them this host has, making them, finding and ending them.
+"""The registry of block device kinds: which kinds this host has; making, finding and ending devices of each.
 
-What differs between kinds besides the device itself is how a device outlives the process that serves it. The
-connection of a FUSE file is held by others too, who hand it on; a TCMU or ublk device stays in the kernel without a
-server, and the next one finds it by its directory.
+Besides the device itself, kinds differ in how a device outlives the process that serves it. Other processes hold the
+connection of a FUSE file too and hand it on. A TCMU or ublk device stays in the kernel without a server, and the next
+server finds it by its directory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from obdlab.devices.device import Device
 
 AUTOMATIC = "auto"
-#: In place of a connection, where a kind has none.
+#: Stands for the connection of kinds without connections.
 NO_CONNECTION = -1
 _UBLK_CONTROL = Path("/dev/ublk-control")
 _CONFIGFS_TARGET = Path("/sys/kernel/config/target")
 
 
 class Kind(ABC):
-    """One kind of block device. ``directory`` is always the device's own, by which everyone finds it."""
+    """One kind of block device. ``directory`` is always the device's own; every process finds the device by it."""
 
     name: str
     #: How to give such devices to a host that lacks them.
@@ -40,7 +40,7 @@ class Kind(ABC):
 
     @abstractmethod
     def missing(self) -> str:
-        """Say what keeps this host from having such devices, or ''."""
+        """Return the reason why this host cannot have such devices, or ''."""
 
     @abstractmethod
     def make(
@@ -54,50 +54,50 @@ class Kind(ABC):
         path: Path | None,
         on_busy: Callable[[], None] | None,
     ) -> Device:
-        """Serve ``blob`` as a device, in this process: a new one, or that at ``path`` whose server is gone.
+        """Serve ``blob`` from this process as a new device, or as the one at ``path`` whose server is gone.
 
         Raises DeviceError.
         """
 
     def connect(self) -> int:
-        """Return what a device's servers hand on to each other: a descriptor, or NO_CONNECTION. Raises DeviceError.
+        """Return the descriptor that a device's servers hand on to each other, or NO_CONNECTION. Raises DeviceError.
 
-        ``make`` and the others get it back.
+        The caller passes it back to ``make`` and the other methods.
         """
         return NO_CONNECTION
 
     def has_ended(self, directory: Path, connection: int) -> bool:
-        """Tell whether the device was taken away."""
+        """Return True if the device was taken away."""
         return not any(path.exists() for path in self.devices_of(directory))
 
     def send_again(self, connection: int) -> None:  # noqa: B027 - with most kinds the next server does it
-        """Have the kernel hand out again what dead servers took and did not answer."""
+        """Have the kernel hand out again the requests that dead servers took and did not answer."""
 
     def can_change_servers(self) -> bool:
-        """Tell whether a device can have another server on this host. Raises DeviceError if there is no such kind."""
+        """Return True if a device can get another server on this host. Raises DeviceError if the kind is missing."""
         return True
 
     def give_up(self, directory: Path) -> None:  # noqa: B027 - FUSE ends with its last connection
-        """Fail those who wait for a device that nobody will serve any more."""
+        """Fail the requests of a device that will get no other server."""
 
     @abstractmethod
     def devices_of(self, directory: Path) -> list[Path]:
-        """Return the nodes of the device at ``directory`` (one; none if it is not there)."""
+        """Return the nodes of the device at ``directory``: one, or an empty list if the device is missing."""
 
     @abstractmethod
     def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-        """Remove the device from the kernel. None being there is fine.
+        """Remove the device from the kernel. A missing device is fine.
 
         Raises DeviceError, having changed nothing, while a file system is mounted from it, unless ``force``: then its
         users get I/O errors.
         """
 
     def take_down_when_unused(self, directory: Path) -> bool:
-        """Have the kernel take the device away with its last user; False if it can't, and somebody has to wait."""
+        """Have the kernel remove the device after its last user. Return False if it cannot: the caller must wait."""
         return False
 
     def directories_below(self, parent: Path) -> set[Path]:
-        """Return directories below ``parent`` that have devices, as far as the kernel tells."""
+        """Return directories below ``parent`` that have devices, as far as the kernel shows them."""
         return set()
 
 
@@ -178,7 +178,7 @@ class FuseLoop(Kind):
 
 
 class FuseFile(FuseLoop):
-    """A file over FUSE, which EROFS is mounted from (Linux 6.12): no block device, for read-only images alone."""
+    """A file over FUSE from which EROFS is mounted (Linux 6.12): no block device, for read-only images alone."""
 
     name = "fuse+file"
     fix = "Linux 6.12 or later with CONFIG_EROFS_FS_BACKED_BY_FILE"
@@ -221,7 +221,7 @@ class FuseFile(FuseLoop):
 
 
 class Ublk(Kind):
-    """A ublk device (Linux 6.4): fewest steps in the kernel; it can't grow."""
+    """A ublk device (Linux 6.4): the fewest steps in the kernel; it cannot grow."""
 
     name = "ublk"
     fix = "modprobe ublk_drv (Linux 6.4 or later)"
@@ -264,7 +264,7 @@ class Ublk(Kind):
 
 
 class Tcmu(Kind):
-    """A SCSI disk over TCMU and tcm_loop: what overlaybd itself serves, on kernels from 5.0 on."""
+    """A SCSI disk over TCMU and tcm_loop, as overlaybd itself serves (Linux 5.0)."""
 
     name = "tcmu"
     fix = "modprobe -a target_core_user tcm_loop sd_mod; mount -t configfs none /sys/kernel/config"
@@ -338,10 +338,10 @@ def check(kind: Kind) -> None:
 
 
 def best() -> Kind:
-    """Return the best kind that this host has: one whose devices outlive their servers, and then the most tested.
+    """Return the best kind that this host has: first one whose devices outlive their servers, then the most tested.
 
-    FUSE and loop on Linux 6.9 and later, where busy devices are served by several processes as well; then ublk, then
-    TCMU; and FUSE and loop again, whose devices end with their servers on older kernels.
+    On Linux 6.9 and later that is FUSE and loop, where several processes serve a busy device as well. On older
+    kernels: ublk, then TCMU, then FUSE and loop, whose devices end with their servers there.
     """
     fuse = KINDS[FuseLoop.name]
     others = [KINDS[name] for name in (Ublk.name, Tcmu.name) if not KINDS[name].missing()]
@@ -351,23 +351,23 @@ def best() -> Kind:
 
 
 def devices_of(directory: Path) -> list[Path]:
-    """Return the nodes of the device at ``directory``, whatever its kind."""
+    """Return the nodes of the device at ``directory``, of any kind."""
     return [path for kind in KINDS.values() for path in kind.devices_of(directory)]
 
 
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Remove the device at ``directory`` from the kernel, whatever its kind: see :meth:`Kind.take_down`."""
+    """Remove the device at ``directory``, of any kind, from the kernel: see :meth:`Kind.take_down`."""
     for kind in KINDS.values():
         kind.take_down(directory, timeout_s=timeout_s, force=force)
 
 
 def is_unused(directory: Path) -> bool:
-    """Tell whether nobody has the device at ``directory`` for himself: no file system of any mount namespace."""
+    """Return True if the device has no exclusive user, such as a file system of any mount namespace."""
     return not any(loop.in_use(path) for path in devices_of(directory))
 
 
 def directories_below(parent: Path) -> set[Path]:
-    """Return the directories below ``parent`` that have devices, also those removed from under their devices."""
+    """Return the directories below ``parent`` that have devices, including deleted directories."""
     return {directory for kind in KINDS.values() for directory in kind.directories_below(parent)}
 
 
@@ -375,7 +375,7 @@ def _cannot_open(node: Path) -> str:
     try:
         os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        if error.errno == errno.EBUSY:  # somebody has it: it is there
+        if error.errno == errno.EBUSY:  # in use, so it exists
             return ""
         return f"{node}: {error.strerror}"
     return ""

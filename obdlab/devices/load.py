@@ -1,4 +1,4 @@
-"""Whether one process is not enough: how much of its time it is busy serving."""
+"""Decides whether one serving process is too few, by the share of its time it is busy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 
 #: Requests between two looks: a clock is read for each, so a look must not come with every request.
 LOOK_EVERY = 128
-#: Of the time; the rest goes by between the answer to one request and the arrival of the next.
+#: Busy share of the time; the rest passes between one answer and the next request.
 _HIGH = 0.5
-#: Longer, on average, and no request waits while another is answered: a second process would only take turns.
+#: With a longer average gap no request waits while another is answered: a second process would only take turns.
 _LONGEST_GAP_NS = 10_000
 _SHORTEST_NS = 50_000_000
-#: A longer time with so few requests is no load, and says nothing of the present.
+#: So few requests in a longer time are no load, and say nothing of the present.
 _LONGEST_NS = 1_000_000_000
 _QUIET_NS = 2_000_000_000
 
@@ -25,7 +25,7 @@ class Load:
         self._quiet_until_ns = 0
 
     def is_high(self, requests: int, busy_ns: int) -> bool:
-        """Tell, given what was served since the last look and how long that took, whether others were kept waiting.
+        """Return True if requests were kept waiting. Takes the requests since the last look, and their time.
 
         True at most every two seconds.
         """

@@ -17,7 +17,7 @@ from obdlab.errors import DeviceError
 
 _CONTROL = "/dev/loop-control"
 _SYS_BLOCK = Path("/sys/block")
-#: Another process may take the free device between asking for it and configuring it.
+#: Another process may take the free device before this one configures it.
 _RACE_PAUSE_S = 0.002
 
 
@@ -33,8 +33,8 @@ def attach(
 ) -> Path:
     """Make an open file a loop device; return its node, such as ``/dev/loop3``. Raises DeviceError.
 
-    ``label`` (63 bytes at most) stays with the device, for :func:`labelled` and :func:`detach` to know it by. Any
-    number of processes may attach at the same time: a device lost to another one is given up for the next.
+    :func:`labelled` and :func:`detach` find the device by its ``label`` (63 bytes at most). Any number of processes
+    may attach at the same time: a device lost to another process is given up for the next.
     """
     flags = (abi.LO_FLAGS_READ_ONLY if read_only else 0) | (abi.LO_FLAGS_DIRECT_IO if direct_io else 0)
     device, opened = _attach(backing, label, flags, sector_size, timeout_s)
@@ -46,9 +46,9 @@ def attach(
 def attach_while_open(
     backing: int, *, label: str, sector_size: int = abi.SECTOR, timeout_s: float = 10.0
 ) -> tuple[Path, int]:
-    """Make an open file a read-only loop device that goes by itself with its last user, so that it cannot be left.
+    """Make an open file a read-only loop device that goes with its last user, so that it cannot be left behind.
 
-    Returns its node, and a descriptor of it that is a user. Raises DeviceError as :func:`attach`.
+    Returns its node, and an open descriptor of it, which counts as a user. Raises DeviceError as :func:`attach`.
     """
     flags = abi.LO_FLAGS_READ_ONLY | abi.LO_FLAGS_DIRECT_IO | abi.LO_FLAGS_AUTOCLEAR
     return _attach(backing, label, flags, sector_size, timeout_s)
@@ -73,8 +73,8 @@ def _attach(backing: int, label: str, flags: int, sector_size: int, timeout_s: f
 def change_backing(device: int, backing: int) -> None:
     """Have an open read-only loop device go on with another file of the same size. Raises OSError.
 
-    What is under way comes from the old file, the rest waits for that. The kernel takes it for a change of media: a
-    mounted ext4 or xfs is shut down by it, EROFS goes on, and so does a loop device on top.
+    Reads under way come from the old file; the others wait for them. The kernel takes this for a change of media: it
+    shuts a mounted ext4 or xfs down; EROFS goes on, and so does a loop device on top.
     """
     fcntl.ioctl(device, abi.LOOP_CHANGE_FD, backing)
 
@@ -92,9 +92,7 @@ def update_size(device: Path) -> None:
     try:
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _label(
-                fd
-            )  # asks for the file's attributes; setting the capacity alone trusts those known, on older kernels
+            _label(fd)  # refreshes the file's attributes; older kernels set the capacity from those they know
             fcntl.ioctl(fd, abi.LOOP_SET_CAPACITY)
         finally:
             os.close(fd)
@@ -103,7 +101,7 @@ def update_size(device: Path) -> None:
 
 
 def check_size(device: Path, size: int, name: str) -> None:
-    """Raise DeviceError if the device is larger than the ``size`` of the blob ``name`` that is to be behind it."""
+    """Raise DeviceError if the device is larger than ``size``, that of the blob ``name`` to be put behind it."""
     try:
         present = int((_SYS_BLOCK / device.name / "size").read_text()) * abi.SECTOR
     except OSError as error:
@@ -144,7 +142,7 @@ def _configure(device: Path, config: abi.LoopConfig, flags: int) -> int:
 
 
 def set_readahead(device: Path, readahead_kib: int) -> None:
-    """Set how far the kernel reads ahead on any block device; where /sys is read-only its default works too."""
+    """Set the kernel's readahead of any block device. Where /sys is read-only its default stays."""
     try:
         (_SYS_BLOCK / device.name / "queue" / "read_ahead_kb").write_text(str(readahead_kib))
     except OSError:
@@ -161,7 +159,7 @@ def label_of(device: Path) -> str:
             return _label(fd)
         finally:
             os.close(fd)
-    except OSError:  # gone meanwhile, or a backing file that cannot be asked: none of ours, whose answer is cached
+    except OSError:  # gone meanwhile, or its backing file does not answer: not ours, whose attributes are cached
         return ""
 
 
@@ -178,7 +176,7 @@ def labelled(prefix: str) -> list[Path]:
 
 
 def in_use(device: Path) -> bool:
-    """Tell whether a file system of any mount namespace, or another kernel user, holds the device."""
+    """Return True if a file system of any mount namespace, or another kernel user, holds the device."""
     try:
         fd = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
@@ -190,8 +188,8 @@ def in_use(device: Path) -> bool:
 def detach(device: Path, *, label: str, timeout_s: float = 10.0) -> None:
     """Take the loop device of this label away and wait until it is gone.
 
-    A device that is not attached, or has meanwhile been given to somebody else, is left alone. Raises DeviceError if
-    it stays in use.
+    Leaves a device alone that is not attached, or that has another label by now. Raises DeviceError if it stays in
+    use.
     """
     deadline = time.monotonic() + timeout_s
     while label_of(device) == label:
@@ -210,7 +208,7 @@ def detach(device: Path, *, label: str, timeout_s: float = 10.0) -> None:
 
 
 def detach_when_unused(device: Path, *, label: str) -> None:
-    """Have the kernel take the device away when its last user closes it; at once if there is none."""
+    """Have the kernel take the device away when its last user closes it; at once if it has no user."""
     if label_of(device) == label:
         try:
             _clear(device, label)
@@ -219,8 +217,8 @@ def detach_when_unused(device: Path, *, label: str) -> None:
                 raise DeviceError(f"{device}: cannot detach: {error.strerror}") from error
 
 
-# While the device is open here nobody can take it away and attach another file to it, so that the label is still
-# right when it is cleared.
+# While the device is open here no other process can take it away and attach another file to it, so the label is still
+# right when the device is cleared.
 def _clear(device: Path, label: str) -> None:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:

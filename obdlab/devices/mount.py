@@ -1,4 +1,4 @@
-"""Mounting the file system of a block device, and knowing what is mounted and by whom it is held."""
+"""Mounts file systems of block devices; lists mounts and the processes that hold them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _FLAGS = {
     "strictatime": 1 << 24,
     "lazytime": 1 << 25,
 }
-#: Of images beside the host's own files: nodev, nosuid. An overlay over such a mount has neither.
+#: For images beside the host's own files: nodev, nosuid. An overlay over such a mount has neither.
 MS_IMAGE = _FLAGS["nodev"] | _FLAGS["nosuid"]
-#: What an ext4 does that meets an error.
+#: The reaction of an ext4 to an error.
 ERRORS = "errors=remount-ro"
 _SKIP_LOG = ("noload", "norecovery")
-# What mount(2) says of a device that cannot be written to, where writing was asked for.
+# Errors of mount(2) on a device that cannot be written to, when mounting for writing.
 _READ_ONLY = (errno.EACCES, errno.EROFS)
-#: All that is needed to tell file systems apart lies before.
+#: The signatures of all known file systems lie before this offset.
 SUPERBLOCK_END = 4096
 _U16 = Struct("<H")
 _U32 = Struct("<I")
@@ -92,13 +92,13 @@ def _unescape(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Write a name as mountinfo does."""
+    """Escape a name as mountinfo does."""
     return "".join(f"\\{ord(each):03o}" if each in " \t\n\\#" else each for each in text)
 
 
 def mounts() -> list[MountEntry]:
     """Return this process's mounts, oldest first."""
-    # Names of mounts may hold any bytes; those that are no UTF-8 travel as surrogates, as in all of Python's paths.
+    # Names of mounts may hold any bytes; bytes that are not UTF-8 become surrogates, as in all of Python's paths.
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
 
 
@@ -108,29 +108,29 @@ def mounts_at(target: Path) -> list[MountEntry]:
 
 
 def mount_at(target: Path) -> MountEntry | None:
-    """Return the topmost mount on ``target``, or None. Never asks the mounted file system itself."""
+    """Return the topmost mount on ``target``, or None. Never touches the mounted file system itself."""
     entries = mounts_at(_resolved(target))
     return entries[-1] if entries else None
 
 
 def is_mounted(target: Path) -> bool:
-    """Tell whether something is mounted on ``target``. Never asks the mounted file system itself."""
+    """Return True if a file system is mounted on ``target``. Never touches the mounted file system itself."""
     return mount_at(target) is not None
 
 
 def mounts_of(device: Path) -> list[MountEntry]:
-    """Return the mounts of a block device's, or a file's, file system in this mount namespace."""
+    """Return this mount namespace's mounts of a block device's, or a file's, file system."""
     try:
         number = os.stat(device).st_rdev
     except FileNotFoundError:
         number = 0
-    if not number:  # a file is known by its path alone
+    if not number:  # a file is found by its path alone
         return [entry for entry in mounts() if entry.source == str(device)]
     name = f"{os.major(number)}:{os.minor(number)}"
     return [entry for entry in mounts() if entry.device == name]
 
 
-# The last component may be a dead mount that cannot be asked for anything, so only its parent is resolved.
+# The last component may be a dead mount that would not answer, so only its parent is resolved.
 def _resolved(target: Path) -> Path:
     target = Path(os.path.abspath(target))
     return target.parent.resolve() / target.name if target.name else target
@@ -139,8 +139,8 @@ def _resolved(target: Path) -> Path:
 def detect_fs(device: Path) -> tuple[str, bool]:
     """Return the type of the device's file system (ext4, erofs or xfs) and whether its journal wants replaying.
 
-    Raises DeviceError if the superblock cannot be read, is of no known kind, or has what the kernel must not be asked
-    to read from a stranger (:mod:`obdlab.devices.superblock`): every file system is looked at here before its mount.
+    Raises DeviceError if the superblock cannot be read, is of an unknown type, or has features that are unsafe in an
+    untrusted image (:mod:`obdlab.devices.superblock`): every file system passes this check before its mount.
     """
     try:
         with device.open("rb", buffering=0) as stream:
@@ -158,7 +158,7 @@ def detect_fs(device: Path) -> tuple[str, bool]:
 
 
 def kind_of(head: bytes) -> str:
-    """Return the type of the file system whose first SUPERBLOCK_END bytes these are; '' if it is of no known kind."""
+    """Return the type of the file system whose first SUPERBLOCK_END bytes are ``head``; '' if the type is unknown."""
     if len(head) < SUPERBLOCK_END:
         return ""
     if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == 0xEF53:
@@ -181,12 +181,11 @@ def mount(
     """Mount the device's file system on ``target``, which must exist; return the type of the file system.
 
     The type is detected unless given. On a read-only device, an ext4 whose journal was not replayed is mounted with
-    ``noload``, an xfs with ``norecovery``; on others neither is, also if ``options`` name it: the skipped log would
-    be replayed later, over newer blocks. An ext4 that meets an error goes read-only, whatever it or
-    ``options`` ask for: an image must not be able to choose the kernel's panic. What is mounted ``read_only`` is an
-    image beside the host's own files, for an overlay or to look at: nothing in it is a device or runs as its owner. A
-    device that is busy for a moment is tried ``tries`` times. Raises DeviceError, also for an EROFS that is to be
-    written to.
+    ``noload``, an xfs with ``norecovery``. On other devices both are left out even if ``options`` name them: the
+    skipped log would be replayed later, over newer blocks. An ext4 always gets ``errors=remount-ro``: an image or its
+    ``options`` must not be able to choose the kernel's panic. A ``read_only`` mount is an image beside the host's own
+    files, for an overlay or to look at: devices and setuid bits in it have no effect. A device that is busy for a
+    moment is tried ``tries`` times. Raises DeviceError, also for an EROFS to be mounted writable.
     """
     detected, needs_recovery = detect_fs(device)
     fs_type = fs_type or detected
@@ -228,7 +227,7 @@ def _is_read_only(device: Path) -> bool:
 
 
 def bind(source: Path, target: Path, *, read_only: bool) -> None:
-    """Have what is mounted on ``source`` on ``target`` as well. Raises DeviceError."""
+    """Mount the file system at ``source`` on ``target`` as well. Raises DeviceError."""
     try:
         abi.mount(str(source), target, "", abi.MS_BIND, "")
         if read_only:
@@ -238,7 +237,7 @@ def bind(source: Path, target: Path, *, read_only: bool) -> None:
 
 
 def unmount(target: Path, *, lazy: bool = False) -> bool:
-    """Unmount the topmost mount of ``target``; tell whether there was one.
+    """Unmount the topmost mount of ``target``. Return False if nothing was mounted there.
 
     Raises DeviceError if it is busy, naming the processes and mounts that hold it. ``lazy`` lets it go while busy.
     """
@@ -258,7 +257,7 @@ def unmount(target: Path, *, lazy: bool = False) -> bool:
 
 
 def holders(target: Path, *, most: int = 8) -> list[str]:
-    """Say in words who holds the mount on ``target``: processes with open files or directories, and other mounts."""
+    """Return texts naming the holders of the mount on ``target``: processes with open files, and other mounts."""
     found = [
         f"mount {entry.mountpoint} ({entry.fs_type})"
         for entry in mounts()

@@ -1,8 +1,8 @@
-"""What a file system's superblock may ask of the kernel, if the file system is a stranger's.
+"""Checks which superblock features of an untrusted file system are safe to give to the kernel.
 
-The lists hold what mkfs of obdlab, of the original and of today's distributions writes by default, and what costs the
-kernel no code of its own. Everything else is refused: it would have the kernel open other devices, take options from
-the image, or parse structures that few images have and few people test.
+The lists hold the features that mkfs of obdlab, of the original and of today's distributions writes by default, and
+those that run no extra kernel code. Everything else is refused: it would have the kernel open other devices, take
+options from the image, or parse structures that few images have and few people test.
 
 Sources: the superblocks of ext4 (fs/ext4/ext4.h), EROFS (fs/erofs/erofs_fs.h) and XFS (fs/xfs/libxfs/xfs_format.h).
 """
@@ -71,7 +71,7 @@ _XFS_LOG_INCOMPAT = 0x1  # extended attributes
 
 
 def trouble_of(fs_type: str, head: bytes) -> str:
-    """Return what a file system has that the kernel must not be asked to read from a stranger, or ''.
+    """Return the features of a file system that are unsafe in an untrusted image, as text, or ''.
 
     ``head`` are its first 4096 bytes; ``fs_type`` is ``ext4``, ``erofs`` or ``xfs``.
     """
@@ -87,7 +87,7 @@ def _ext4(head: bytes) -> list[str]:
         ("read-only compatible", _EXT4_RO_COMPAT_AT, _EXT4_RO_COMPAT),
     ):
         found += _unknown(_U32.unpack_from(head, offset)[0], known, _EXT4_NAMES[kind], f"{kind} feature")
-    # The kernel opens whatever block device has that number.
+    # The kernel would open any block device with that number.
     if _U32.unpack_from(head, _EXT4_JOURNAL_DEV_AT)[0]:
         found.append("a journal on another device")
     if head[_EXT4_MOUNT_OPTIONS_AT] != 0:
@@ -111,7 +111,7 @@ def _xfs(head: bytes) -> list[str]:
         found.append("a log on another device")
     if _BE64.unpack_from(head, _XFS_RT_BLOCKS_AT)[0]:
         found.append("a realtime device")
-    if _BE16.unpack_from(head, _XFS_VERSION_AT)[0] & 0xF == 5:  # version 4 has none of these fields
+    if _BE16.unpack_from(head, _XFS_VERSION_AT)[0] & 0xF == 5:  # version 4 has no such fields
         for kind, offset, known in (
             ("read-only compatible", _XFS_RO_COMPAT_AT, _XFS_RO_COMPAT),
             ("incompatible", _XFS_INCOMPAT_AT, _XFS_INCOMPAT),

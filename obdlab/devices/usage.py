@@ -1,4 +1,4 @@
-"""Whether somebody uses a block device, so that taking it away would break them."""
+"""Detects the users of a block device, which taking it away would break."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from obdlab.devices import loop
 from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
 
-#: A container being started copies all mounts for a moment and drops them; only longer use is use.
+#: A starting container copies all mounts for a moment and drops them; only longer use counts.
 TRANSIENT_USE_S = 1.0
 
 
 def wait_unused(device: Path) -> None:
-    """Return once nobody uses the device. Raises DeviceError, naming the users, if that lasts."""
+    """Return once the device is unused. Raises DeviceError, naming the users, if it stays in use."""
     deadline = time.monotonic() + TRANSIENT_USE_S
     while loop.in_use(device):
         if mounts_of(device) or time.monotonic() > deadline:
@@ -34,8 +34,8 @@ def _elsewhere(device: Path) -> list[str]:
 
 
 def namespaces_that_mount(wanted: bytes) -> list[str]:
-    """Say in words which other mount namespaces have a mount whose line in mountinfo contains ``wanted``."""
-    # One process stands for its mount namespace; the kernel lists the mounts of none that has no process.
+    """Return texts naming the other mount namespaces with a mount whose line in mountinfo contains ``wanted``."""
+    # One process stands for its mount namespace. The kernel lists no mounts of a namespace without processes.
     seen, found = {os.readlink("/proc/self/ns/mnt")}, []
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:

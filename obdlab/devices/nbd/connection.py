@@ -20,15 +20,15 @@ _MAX_OPTIONS = 64
 
 
 class ConnectionLostError(DeviceError):
-    """The client went, took too long, or does not speak the protocol: there is nobody to answer."""
+    """The client went away, took too long, or does not speak the protocol: no answer can reach it."""
 
 
 class Connection:
-    """One client. Reading is one thread's, writing anybody's who holds a lock of theirs."""
+    """One client. One thread reads. Writers serialise with their own lock."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        # The kernel's own time limits spare the poll(2) before each call that Python's would cost.
+        # The kernel's own timeouts spare the poll(2) that Python's would cost before each call.
         interval = _TIMEVAL.pack(int(_POLL_S), 0)
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -38,7 +38,7 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def receive(self, length: int, timeout_s: float, *, may_idle: bool = False) -> bytearray:
-        """Return exactly ``length`` bytes; with ``may_idle`` the time counts from the first of them on.
+        """Return exactly ``length`` bytes. With ``may_idle`` the time limit starts at the first byte.
 
         Raises ConnectionLostError.
         """
@@ -85,31 +85,31 @@ class Connection:
             views[0] = memoryview(views[0])[sent:]
 
     def hang_up(self, how: int = socket.SHUT_RDWR) -> None:
-        """Wake everybody who waits for the client."""
+        """Wake all threads that wait for the client."""
         try:
             self._sock.shutdown(how)
         except OSError:  # gone already
             pass
 
     def close(self) -> None:
-        """Close the socket, which nobody may be using."""
+        """Close the socket. No thread may be using it."""
         self._sock.close()
 
 
 class Negotiation:
-    """Agrees with a client on the export and how it is spoken to; all of it within ``timeout_s``."""
+    """Agrees with a client on the export and the replies' format, within ``timeout_s`` in all."""
 
     def __init__(self, connection: Connection, export: NbdExport, timeout_s: float) -> None:
         self._connection = connection
         self._export = export
         self._deadline = time.monotonic() + timeout_s
         self._no_zeroes = False
-        #: What was agreed on.
+        #: The outcome.
         self.structured = False
         self.allocation = False
 
     def run(self) -> bool:
-        """Return True once the client uses the export, False if it only asked. Raises ConnectionLostError."""
+        """Return True once the client uses the export, False if it only made queries. Raises ConnectionLostError."""
         self._send(wire.GREETING.pack(wire.MAGIC, wire.OPTION_MAGIC, wire.FIXED_NEWSTYLE | wire.NO_ZEROES))
         (flags,) = wire.CLIENT_FLAGS.unpack(self._receive(wire.CLIENT_FLAGS.size))
         if flags & ~(wire.FIXED_NEWSTYLE | wire.NO_ZEROES) or not flags & wire.FIXED_NEWSTYLE:
@@ -140,7 +140,7 @@ class Negotiation:
     def _send(self, data: bytes) -> None:
         self._connection.send([data], self._deadline - time.monotonic())
 
-    # None: there was too much of it to look at.
+    # Returns None for an option too long to read.
     def _option_data(self, length: int) -> bytes | None:
         if length <= wire.MAX_OPTION:
             return self._receive(length)

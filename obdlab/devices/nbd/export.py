@@ -1,4 +1,4 @@
-"""What an NBD export does: requests as calls on a blob. Nothing here touches a socket."""
+"""An NBD export: executes requests as calls on a blob. Touches no socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob, Buffer
 
 _ZEROS = bytes(1 << 20)
-#: Gives, for a byte range, its lengths in order and whether each holds data (else zeros); it may end early.
+#: Maps a byte range to its extents in order, each a length and whether it holds data (else zeros); may end early.
 Extents = Callable[[int, int], list[tuple[int, bool]]]
 _FLAGS = {
     Command.READ: Flag.DF,
@@ -29,7 +29,7 @@ _FLAGS = {
 
 
 def errno_of(error: Exception) -> tuple[int, str]:
-    """Map an error to one of the protocol's numbers, and what to say to it."""
+    """Map an error to one of the protocol's error numbers and a text for the client."""
     if isinstance(error, OSError):
         known = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOPNOTSUPP)
         number = errno.ENOSPC if error.errno == errno.EDQUOT else error.errno
@@ -40,7 +40,7 @@ def errno_of(error: Exception) -> tuple[int, str]:
 
 
 class NbdExport:
-    """``blob`` under a name; writable if the blob is, unless ``read_only``. An empty name stands for it as well."""
+    """``blob`` under a name; writable if the blob is, unless ``read_only``. The empty name means this export too."""
 
     def __init__(
         self, blob: Blob, name: str = "", *, read_only: bool = False, extents: Extents | None = None
@@ -54,9 +54,9 @@ class NbdExport:
             flags |= Export.READ_ONLY
         else:
             flags |= Export.FUA | Export.TRIM | Export.WRITE_ZEROES
-        #: What clients are told that it can.
+        #: The transmission flags clients see.
         self.flags = int(flags)
-        #: Fixed as long as it is exported: clients do not ask again.
+        #: Fixed for the export's life: clients do not ask again.
         self.size = blob.size
 
     @property
@@ -74,7 +74,7 @@ class NbdExport:
         return name in (b"", self.name.encode())
 
     def check(self, command: int, flags: int, offset: int, length: int) -> None:
-        """Raise OSError, with the number the client gets, unless this is a request that can be done."""
+        """Raise OSError, with the number the client gets, unless the request is valid."""
         allowed = _FLAGS.get(command)  # type: ignore[call-overload]  # an IntEnum's member equals its number
         if allowed is None:
             raise OSError(errno.EINVAL, f"no such command ({command})")
@@ -92,16 +92,16 @@ class NbdExport:
             raise OSError(errno.EINVAL, f"command {command} of {length} bytes")
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes of a checked READ. Raises what the blob does."""
+        """Return the bytes of a checked READ. Raises the blob's errors."""
         data = self.blob.read_at(offset, length)
         if len(data) != length:
             raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
         return data
 
     def change(self, command: int, flags: int, offset: int, length: int, data: Buffer) -> None:
-        """Do a checked WRITE, TRIM, WRITE_ZEROES or FLUSH. Raises what the blob does."""
+        """Do a checked WRITE, TRIM, WRITE_ZEROES or FLUSH. Raises the blob's errors."""
         blob = self._writable
-        if blob is None:  # only a FLUSH gets here
+        if blob is None:  # check() lets only a FLUSH through here
             return
         if command == Command.WRITE:
             blob.write_at(offset, data)

@@ -1,4 +1,4 @@
-"""Serves an NBD export to clients that need not be trusted: bounds, deadlines, and so much memory for all."""
+"""Serves an NBD export to untrusted clients: bounded requests, deadlines, and one memory budget for all of them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 10.0
-#: For a request to arrive whole, and for an answer to be taken.
+#: Time for a request to arrive whole, and for the client to take an answer.
 TRANSFER_S = 30.0
 MAX_CONNECTIONS = 32
-#: Requests of one connection under way.
+#: Requests under way on one connection.
 _DEPTH = 32
 _BUDGET = 256 << 20
 _MAX_TEXT = 1024
 
 
 class Budget:
-    """Bytes that requests under way may hold, of all connections together."""
+    """Bytes that the requests under way may hold, over all connections."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -46,7 +46,7 @@ class Budget:
 
     @contextmanager
     def take(self, count: int, timeout_s: float = TRANSFER_S) -> Iterator[None]:
-        """Hold ``count`` bytes. Raises ConnectionLostError if they do not get free in time."""
+        """Hold ``count`` bytes. Raises ConnectionLostError if they are not free in time."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._left >= count, timeout_s):
                 raise ConnectionLostError(f"other requests hold all memory for {timeout_s:g} s")
@@ -72,7 +72,7 @@ class Client:
         self._allocation = False
 
     def run(self) -> None:
-        """Serve until the client has gone."""
+        """Serve until the client is gone."""
         try:
             if self.negotiate():
                 self._crew.start()
@@ -84,13 +84,13 @@ class Client:
             self.connection.close()
 
     def negotiate(self) -> bool:
-        """Tell whether the client goes on to use the export. Raises ConnectionLostError."""
+        """Return True if the client goes on to use the export. Raises ConnectionLostError."""
         negotiation = Negotiation(self.connection, self._export, HANDSHAKE_S)
         agreed = negotiation.run()
         self._structured, self._allocation = negotiation.structured, negotiation.allocation
         return agreed
 
-    # A crew's turn: requests are taken one after another; one that waits for a registry gives the lead away.
+    # A crew's turn: takes requests one after another. A request that waits for a registry gives the lead away.
     def _turn(self, member: Member) -> bool:
         try:
             while member.leading:
@@ -103,7 +103,7 @@ class Client:
         return True
 
     def next_request(self) -> bool:
-        """Take and answer one request; tell whether there may be more. Raises ConnectionLostError."""
+        """Take and answer one request. Return False after the client's last request. Raises ConnectionLostError."""
         head = self.connection.receive(wire.REQUEST.size, TRANSFER_S, may_idle=True)
         magic, flags, command, cookie, offset, length = wire.REQUEST.unpack(head)
         if magic != wire.REQUEST_MAGIC:
@@ -162,9 +162,9 @@ class Client:
 
 
 class NbdServer:
-    """Listens from construction on, at a unix socket's path or an address and port (0: any that is free).
+    """Listens from construction on, at a unix socket's path or an address and port (0: any free port).
 
-    Raises DeviceError if the place cannot be had.
+    Raises DeviceError if it cannot listen there.
     """
 
     def __init__(self, export: NbdExport, place: Path | tuple[str, int]) -> None:
@@ -183,12 +183,12 @@ class NbdServer:
 
     @property
     def port(self) -> int:
-        """Where it listens, if not at a path."""
+        """The port it listens at, unless it listens at a path."""
         return int(self._listener.getsockname()[1])
 
     @property
     def connections(self) -> int:
-        """Clients at the moment."""
+        """The number of connected clients."""
         return len(self._clients)
 
     def start(self) -> None:
@@ -223,7 +223,7 @@ class NbdServer:
                 self._clients.pop(client, None)
 
     def stop(self, grace_s: float = 10.0) -> bool:
-        """Take no more requests, answer those under way; tell whether all were within ``grace_s``."""
+        """Take no more requests and answer those under way. Return True if all were answered within ``grace_s``."""
         self._ending = True
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(grace_s)
@@ -258,7 +258,7 @@ def _listen(place: Path | tuple[str, int]) -> socket.socket:
     return sock
 
 
-# A socket that nobody listens on is what a killed server left.
+# A socket without a listener was left by a killed server.
 def _clear(path: Path) -> None:
     try:
         mode = path.lstat().st_mode

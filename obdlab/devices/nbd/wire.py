@@ -1,4 +1,4 @@
-"""Bytes of the NBD protocol: numbers, structures, and what a client's options ask for. Does no I/O.
+"""Bytes of the NBD protocol: numbers, structures, and the parsing of a client's options. Does no I/O.
 
 Source: the NBD protocol (doc/proto.md), fixed newstyle negotiation, simple and structured replies.
 """
@@ -47,7 +47,7 @@ CHUNK_DONE = 1
 EXTENT_HOLE = 1
 EXTENT_ZERO = 2
 
-#: Longest name or text (the protocol's), and longest option that this side listens to.
+#: Longest name or text (the protocol's limit), and longest option that this side reads.
 MAX_STRING = 4096
 MAX_OPTION = 16 << 10
 #: Largest READ and WRITE (the protocol's default).
@@ -56,7 +56,7 @@ ALLOCATION = b"base:allocation"
 
 
 class Option(IntEnum):
-    """What a client may ask for before it uses an export."""
+    """Options a client may send before it uses an export."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -82,7 +82,7 @@ class Reply(IntEnum):
 
 
 class Info(IntEnum):
-    """What INFO and GO tell of an export."""
+    """Information about an export in replies to INFO and GO."""
 
     EXPORT = 0
     NAME = 1
@@ -90,7 +90,7 @@ class Info(IntEnum):
 
 
 class Export(IntFlag):
-    """Transmission flags: what an export can."""
+    """Transmission flags of an export."""
 
     HAS_FLAGS = 1
     READ_ONLY = 2
@@ -144,13 +144,13 @@ def lengthed(text: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class MetaQuery:
-    """Of LIST_META_CONTEXT and SET_META_CONTEXT: an export's name, and what is asked for."""
+    """Data of LIST_META_CONTEXT and SET_META_CONTEXT: an export's name, and the contexts asked for."""
 
     export: bytes
     queries: tuple[bytes, ...]
 
     def wants_allocation(self, *, listing: bool) -> bool:
-        """Whether base:allocation is among it; to a listing, no query and ``base:`` stand for all."""
+        """Whether base:allocation is asked for; in a listing, an empty query list and ``base:`` stand for all."""
         if listing and (not self.queries or b"base:" in self.queries):
             return True
         return ALLOCATION in self.queries
@@ -166,7 +166,7 @@ def parse_info(data: bytes) -> bytes:
 
 
 def parse_meta(data: bytes) -> MetaQuery:
-    """Return what a meta context option asks for. Raises FormatError."""
+    """Return the data of a meta context option. Raises FormatError."""
     export, at = _string(data, 0)
     (count,) = _unpack(_U32, data, at)
     at += _U32.size

@@ -1,7 +1,7 @@
-"""Making TCMU devices and taking them down: a backstore in configfs, and a SCSI disk over it through tcm_loop.
+"""Makes TCMU devices and takes them down: a backstore in configfs, and a SCSI disk over it through tcm_loop.
 
-Paths and values are those that overlaybd-snapshotter and overlaybd-attacher write, so that their devices and ours are
-the same to either side.
+Paths and values are the same as those of overlaybd-snapshotter and overlaybd-attacher, so that either side handles
+both devices alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 TARGET = Path("/sys/kernel/config/target")
 #: Stands for "no tenant" in the number of the host bus adapter.
 _NO_TENANT_HBA = 999999999
-#: About 24 days: it is the image that decides when to give up, not the kernel.
+#: About 24 days: the image decides when to give up, not the kernel.
 TIMEOUT_S = 2147483
 _CONFIG_MOST = 255
 _ID_MOST = 13
@@ -36,7 +36,7 @@ _DEVICE_PAUSE_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one device lives in configfs: ``backstore``, and ``loop``, the SCSI host that exports it."""
+    """A device's paths in configfs: ``backstore``, and ``loop``, the SCSI host that exports it."""
 
     device_id: str
     backstore: Path
@@ -44,7 +44,7 @@ class Target:
 
     @classmethod
     def of(cls, device_id: str, tenant: int = -1) -> Self:
-        """Return the places of a device of that id (a snapshot's, at most 13 characters). Raises DeviceError."""
+        """Return the paths of the device with that id (a snapshot's, at most 13 characters). Raises DeviceError."""
         if not device_id.isascii() or not device_id.isalnum() or len(device_id) > _ID_MOST:
             raise DeviceError(f"device id: {_ID_MOST} letters or digits at most (got {device_id!r})")
         hba = _NO_TENANT_HBA if tenant == -1 else tenant
@@ -64,14 +64,14 @@ class Target:
 
     @property
     def link(self) -> Path:
-        """What joins the two."""
+        """The link from logical unit to backstore."""
         return self.lun / self.backstore.name
 
 
 def create(target: Target, dev_config: str, options: Sequence[str] = ("max_data_area_mb=4",)) -> None:
-    """Make the backstore and enable it, whereupon its handler is told. Raises DeviceError, leaving nothing.
+    """Make the backstore and enable it; the kernel notifies its handler. Raises DeviceError, leaving nothing.
 
-    ``options`` are further texts for its control file.
+    ``options`` are further texts for the control file.
     """
     if len(dev_config) > _CONFIG_MOST or any(character in dev_config for character in ",\n"):
         raise DeviceError(
@@ -96,7 +96,7 @@ def create(target: Target, dev_config: str, options: Sequence[str] = ("max_data_
         raise
 
 
-# While a handler starts, its netlink is blocked and the kernel says EAGAIN.
+# While a handler starts, its netlink is blocked and the kernel answers EAGAIN.
 def _enable(backstore: Path) -> None:
     for attempt in range(1, _BLOCKED_TRIES + 1):
         try:
@@ -125,7 +125,7 @@ def export(target: Target, *, timeout_s: float = 10.0) -> Path:
         raise
 
 
-# The disk is looked for in the background once the logical unit is there.
+# The kernel scans for the disk in the background once the logical unit is there.
 def _disk_at(address: str, timeout_s: float) -> Path:
     directory = Path(f"/sys/class/scsi_device/{address}:0/device")
     deadline = time.monotonic() + timeout_s
@@ -140,7 +140,7 @@ def _disk_at(address: str, timeout_s: float) -> Path:
         time.sleep(_DEVICE_PAUSE_S)
 
 
-# The node is there before the disk behind it can be opened.
+# The node appears before the disk behind it can be opened.
 def _opens(node: Path) -> bool:
     try:
         os.close(os.open(node, os.O_RDONLY | os.O_CLOEXEC))
@@ -161,14 +161,14 @@ def disk_of(target: Target) -> Path | None:
 
 
 def dev_config_of(config_path: Path, live_id: str = "") -> str:
-    """Return what tells an overlaybd daemon which image to serve."""
+    """Return the dev_config that names the image for an overlaybd daemon."""
     return f"overlaybd/{config_path.absolute()}" + (f";{live_id}" if live_id else "")
 
 
 def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str = "") -> Path:
     """Have the running overlaybd daemon, ours or the original, serve the image of a config.v1.json; return the disk.
 
-    ``live_id`` names it for live snapshots. Raises DeviceError.
+    ``live_id`` names the device for live snapshots. Raises DeviceError.
     """
     target = Target.of(device_id, tenant)
     create(target, dev_config_of(config_path, live_id))
@@ -180,7 +180,7 @@ def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str 
 
 
 def control(backstore: Path, action: str, value: str) -> bool:
-    """Have the kernel do something about a backstore's ring, such as ``reset_ring``; tell whether it did."""
+    """Have the kernel change a backstore's ring, such as ``reset_ring``. Return False if it did not."""
     try:
         (backstore / "action" / action).write_text(value)
     except FileNotFoundError:  # an older kernel, or the device is going
@@ -192,7 +192,7 @@ def control(backstore: Path, action: str, value: str) -> bool:
 
 
 def set_offline(disk: Path) -> None:
-    """Have all that is asked of a disk from now on fail at once, whether it is served or not."""
+    """Have all later requests to a disk fail at once, whether it is served or not."""
     try:
         Path("/sys/block", disk.name, "device/state").write_text("offline")
     except OSError as error:
@@ -200,15 +200,15 @@ def set_offline(disk: Path) -> None:
 
 
 def settle(target: Target, disk: Path, timeout_s: float) -> None:
-    """Have nothing under way that was asked of a disk that is offline: what is after ``timeout_s`` fails then.
+    """Finish all requests under way on an offline disk; those left after ``timeout_s`` fail.
 
-    Removing a disk waits, without a limit, for all that was asked of it and for a last flush, and a server may be
-    dead or hang. Afterwards the disk can be removed.
+    The kernel's removal of a disk waits, without a limit, for all its requests and for a last flush, and a server may
+    be dead or hang. After this call the disk can be removed.
     """
     _end_requests(target, disk, timeout_s)
     try:
         for cache in Path("/sys/block", disk.name, "device").glob("scsi_disk/*/cache_type"):
-            cache.write_text("temporary write through")  # so no flush; waits itself for what is under way
+            cache.write_text("temporary write through")  # so no flush; the write itself waits for requests under way
     except OSError as error:
         log.info("%s: its cache is not forgotten: %s", disk, error.strerror)
 

@@ -21,7 +21,7 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from obdlab.blob import Blob
 
-#: Names the handler of these devices, so that no daemon takes them for its own.
+#: Names the handler of these devices, so that no overlaybd daemon serves them.
 HANDLER = "obdlab"
 _DATA_AREA_MIB = 32
 _TIMEOUT_S = 10.0
@@ -30,11 +30,11 @@ _LABEL_MOST = 200
 
 
 class TcmuDevice(Device):
-    """Serves ``blob`` as a SCSI disk. ``directory`` is the device's own: others find the device by it.
+    """Serves ``blob`` as a SCSI disk. ``directory`` is the device's own: other processes find the device by it.
 
-    With ``recover`` it takes over the device of a server that died: users of the device saw a pause, and what was
-    under way is asked for again. Raises DeviceError, leaving nothing new behind, if the blob is no whole number of
-    sectors or the kernel refuses.
+    With ``recover`` it takes over the device of a server that died: the device's users saw a pause, and the kernel
+    hands out requests under way again. Raises DeviceError, leaving nothing new behind, if the blob's size is not a
+    multiple of the sector size or the kernel refuses.
     """
 
     kind = "tcmu"
@@ -72,7 +72,7 @@ class TcmuDevice(Device):
             self._recover(target, disk, name or blob.name, max_threads)
             return
         with ExitStack() as failed:
-            # No netlink: whoever makes the device serves it, and nobody else is to be waited for.
+            # No netlink: the process that makes the device serves it, so the kernel has no handler to wait for.
             options = [f"max_data_area_mb={_DATA_AREA_MIB}", "nl_reply_supported=-1", f"hw_block_size={sector_size}"]
             configfs.create(target, f"{HANDLER}/{_label(directory)}", [*options, f"dev_size={blob.size}"])
             failed.callback(configfs.remove, target)
@@ -89,7 +89,8 @@ class TcmuDevice(Device):
             loop.set_readahead(self._path, readahead_kib)
             failed.pop_all()
 
-    # What the dead server took and did not answer fails with "busy", whereupon it is asked for again.
+    # Requests that the dead server took and did not answer fail with "busy", and the kernel's SCSI layer retries
+    # them.
     def _recover(self, target: configfs.Target, disk: ScsiDisk, name: str, max_threads: int) -> None:
         node = configfs.disk_of(target)
         if node is None:
@@ -158,13 +159,13 @@ class TcmuDevice(Device):
 
 
 def devices_of(directory: Path) -> list[Path]:
-    """Return the disk that belongs to a device's directory, if there is one."""
+    """Return the disk that belongs to a device's directory, or an empty list."""
     disk = configfs.disk_of(_target(directory))
     return [disk] if disk is not None else []
 
 
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Take the disk of ``directory`` away, whereupon its server ends. None being there is fine.
+    """Take the disk of ``directory`` away, which ends its server. A missing disk is fine.
 
     Raises DeviceError while a file system is mounted from it, unless ``force``: then its users get I/O errors.
     """
@@ -172,21 +173,22 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
     for disk in devices_of(directory):
         if not force:
             wait_unused(disk)
-        # Or the kernel would ask for a last flush, which a dead server answers never. Servers flush when they end.
+        # Otherwise the kernel would ask for a last flush, which a dead server never answers. Servers flush when they
+        # end.
         configfs.set_offline(disk)
         configfs.settle(target, disk, min(timeout_s, 1.0) if force else timeout_s)
     configfs.remove(target)
 
 
 def abandon(directory: Path) -> None:
-    """Have everything that was or will be asked of the device at ``directory`` fail: nobody serves it any more."""
+    """Have all present and later requests to the device at ``directory`` fail: it gets no other server."""
     for disk in devices_of(directory):
         configfs.set_offline(disk)
         configfs.settle(_target(directory), disk, 0.0)
 
 
 def directories_below(parent: Path) -> set[Path]:
-    """Return the directories below ``parent`` that have devices, also those removed from under their devices."""
+    """Return the directories below ``parent`` that have devices, including deleted directories."""
     found = set()
     for name in devices().values():
         directory = parent / name.config.partition(":")[2]
@@ -210,15 +212,15 @@ def _hash(directory: Path) -> str:
     return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()
 
 
-# The kernel keeps 255 characters, and no commas; the hash tells apart run directories and ids that are longer.
+# The kernel keeps 255 characters, and no commas; the hash distinguishes longer run directories and ids.
 def _label(directory: Path) -> str:
     return f"{_hash(directory)[:32]}:{directory.name.replace(',', '_')}"[:_LABEL_MOST]
 
 
-# 13 of the digits are what a device's name has room for.
+# A device's name has room for 13 of the digits.
 def _target(directory: Path) -> configfs.Target:
     return configfs.Target.of(_hash(directory)[:13], tenant=_TENANT)
 
 
-#: Keeps these devices apart from those of snapshots, whose ids are theirs.
+#: Separates these devices from those of snapshots, whose ids come from the snapshotter.
 _TENANT = 88

@@ -1,4 +1,4 @@
-"""A blob as a SCSI disk: commands and data in, data or an error out. Nothing here knows of rings or the kernel."""
+"""A blob as a SCSI disk: takes commands and data, returns data or an error. Knows nothing of rings or the kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _MIB = 1 << 20
-#: How a WRITE SAME is to be done (byte 1 of the command).
+#: Flags of a WRITE SAME (byte 1 of the command).
 _WRITE_SAME_UNMAP = 0x08
 _WRITE_SAME_ANCHOR = 0x10
 _WRITE_SAME_NO_DATA = 0x01
@@ -39,7 +39,7 @@ class ScsiDisk:
 
     @property
     def unit(self) -> Unit:
-        """What the disk says of itself at the moment."""
+        """The disk's present description of itself."""
         return Unit(
             self.blob.size // self.block_size,
             self.block_size,
@@ -50,7 +50,7 @@ class ScsiDisk:
         )
 
     def read(self, lba: int, blocks: int, room: int) -> bytes:
-        """Answer a READ of which ``room`` bytes can be taken. Raises what the blob does, also past its end."""
+        """Answer a READ whose buffer holds ``room`` bytes. Raises the blob's errors, also past its end."""
         offset, wanted = lba * self.block_size, blocks * self.block_size
         length = wanted if wanted <= room else room  # noqa: FURB136 - five times faster than min()
         data = self.blob.read_at(offset, length)
@@ -59,7 +59,7 @@ class ScsiDisk:
         return data
 
     def write(self, cdb: bytes, data: bytes | memoryview) -> None:
-        """Do a WRITE. Raises ScsiError, or what the blob does."""
+        """Do a WRITE. Raises ScsiError, or the blob's errors."""
         blob, transfer = self._writable_or_refuse(), scsi.transfer_of(cdb)
         scsi.check_inside(transfer, self.unit)
         length = transfer.blocks * self.block_size
@@ -71,7 +71,7 @@ class ScsiDisk:
             self._flush()
 
     def execute(self, cdb: bytes, data: bytes) -> bytes:
-        """Do any command but READ and WRITE; return what it answers. Raises ScsiError, or what the blob does."""
+        """Do any command but READ and WRITE; return the answer's data. Raises ScsiError, or the blob's errors."""
         op = cdb[0]
         if op == Op.TEST_UNIT_READY:
             return b""
@@ -105,7 +105,7 @@ class ScsiDisk:
             with waiting():
                 self._writable.flush()
 
-    # All ranges are looked at before any is changed.
+    # Checks all ranges before it changes any.
     def _unmap(self, cdb: bytes, data: bytes) -> None:
         self._writable_or_refuse()
         ranges = scsi.unmap_ranges(cdb, data)
@@ -123,7 +123,7 @@ class ScsiDisk:
         if not no_data and len(data) < self.block_size:
             raise ScsiError(Sense.INVALID_CDB, f"WRITE SAME: a block of {len(data)} bytes came with it")
         block = bytes(self.block_size) if no_data else data[: self.block_size]
-        # UNMAP is a wish that holds for blocks of zeros; others have to be written all the same.
+        # UNMAP is a wish and applies to blocks of zeros only; other blocks have to be written all the same.
         if not any(block):
             self._discard(transfer)
             return

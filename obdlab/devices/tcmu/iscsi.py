@@ -1,4 +1,4 @@
-"""Exporting a TCMU backstore over iSCSI, through the kernel's target (LIO): to the initiators that are named."""
+"""Exports a TCMU backstore over iSCSI, through the kernel's target (LIO), to named initiators only."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _PORTAL = re.compile(r"(\d+\.\d+\.\d+\.\d+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 def export(target: Target, name: str, portals: Sequence[str], initiators: Sequence[str]) -> None:
     """Offer a backstore as logical unit 0 of the iSCSI target ``name``, without a password.
 
-    ``portals`` are where it listens, "address:port", ``initiators`` the names of who may log in. Raises DeviceError,
-    leaving nothing: a name or portal is malformed, the target exists, the kernel has no iSCSI target.
+    ``portals`` are the addresses it listens at, "address:port"; ``initiators`` are the names allowed to log in.
+    Raises DeviceError, leaving nothing: a name or portal is malformed, the target exists, the kernel has no iSCSI
+    target.
     """
     _check(name, portals, initiators)
     directory = configfs.TARGET / "iscsi" / name
@@ -36,7 +37,7 @@ def export(target: Target, name: str, portals: Sequence[str], initiators: Sequen
     try:
         os.makedirs(unit)
         os.symlink(target.backstore, unit / target.backstore.name)
-        # Nobody but those who are named; they are not asked for a password.
+        # Only the named initiators may log in; they need no password.
         for attribute in ("generate_node_acls", "authentication"):
             (group / "attrib" / attribute).write_text("0")
         for initiator in initiators:
@@ -54,7 +55,7 @@ def export(target: Target, name: str, portals: Sequence[str], initiators: Sequen
 
 
 def unexport(target: Target) -> list[str]:
-    """End all exports of a backstore, whose initiators get I/O errors; return their names. Raises DeviceError."""
+    """End all exports of a backstore; return their names. Initiators get I/O errors. Raises DeviceError."""
     found = []
     for link in (configfs.TARGET / "iscsi").glob(f"*/tpgt_*/lun/lun_*/{target.backstore.name}"):
         if link.is_symlink() and link.resolve() == target.backstore.resolve():
@@ -80,7 +81,7 @@ def _remove(directory: Path) -> None:
         _disable(group)
         for pattern in ("np/*", "acls/*/lun_*/lun_*", "acls/*/lun_*", "acls/*", "lun/lun_*/*", "lun/lun_*"):
             for path in group.glob(pattern):
-                # What the kernel puts into a directory goes with it.
+                # Directories that the kernel made go with their parent.
                 if path.is_symlink() or (path.is_dir() and path.name not in _KERNELS):
                     configfs.take_away(path)
         configfs.take_away(group)

@@ -1,7 +1,7 @@
-"""How the kernel tells of TCMU devices that come and go: the generic netlink family TCM-USER.
+"""Receives the kernel's events of added and removed TCMU devices: the generic netlink family TCM-USER.
 
-Of generic netlink (RFC 3549, ``linux/netlink.h``, ``linux/genetlink.h``) only what one family needs. pyroute2 would
-take a quarter of a second to import, in a process whose memory every device's server shares.
+Covers only the part of generic netlink (RFC 3549, ``linux/netlink.h``, ``linux/genetlink.h``) that one family needs.
+pyroute2 would take a quarter of a second to import, in a process whose memory every device's server shares.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Attribute(IntEnum):
 
 
 class What(IntEnum):
-    """enum tcmu_genl_cmd: what the kernel tells. The reply's number is 3 more."""
+    """enum tcmu_genl_cmd: the kind of an event. The reply's number is 3 more."""
 
     ADDED = 1
     REMOVED = 2
@@ -64,7 +64,7 @@ class What(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A device has come, gone, or was told to change. ``name`` is that of its UIO device."""
+    """A device was added, removed or reconfigured. ``name`` is that of its UIO device."""
 
     what: What
     name: str
@@ -73,7 +73,7 @@ class Event:
 
 
 class TcmuNetlink:
-    """Listens to the kernel's TCMU events. From now on the kernel waits for :meth:`reply` to each of them.
+    """Listens to the kernel's TCMU events. From construction on the kernel waits for :meth:`reply` to each of them.
 
     Raises DeviceError if the kernel has no TCMU, or does not let this process listen (CAP_NET_ADMIN).
     """
@@ -86,7 +86,7 @@ class TcmuNetlink:
             raise DeviceError(f"netlink: {error.strerror}") from error
         try:
             self._socket.bind((0, 0))
-            # A lost event would leave whoever made the device waiting for good.
+            # If an event were lost, the process that made the device would wait for good.
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
             self._socket.settimeout(_ANSWER_TIMEOUT_S)
@@ -106,11 +106,11 @@ class TcmuNetlink:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._socket.close()
 
     def events(self) -> list[Event]:
-        """Return what has been told since the last call, without waiting. Broken messages are left out."""
+        """Return the events since the last call, without waiting. Malformed messages are left out."""
         found: list[Event] = []
         while True:
             try:
@@ -124,8 +124,8 @@ class TcmuNetlink:
             found += parse_events(data, self._family)
 
     def reply(self, event: Event, status: int) -> None:
-        """Tell the kernel how it went: 0, or a negative errno. A device that is gone meanwhile is fine."""
-        if event.device_id is None:  # an old kernel, which waits for nothing
+        """Send the kernel the outcome: 0, or a negative errno. A device that is gone meanwhile is fine."""
+        if event.device_id is None:  # an old kernel, which waits for no reply
             return
         attributes = _attribute(Attribute.COMMAND_STATUS, _I32.pack(status))
         attributes += _attribute(Attribute.DEVICE_ID, _U32.pack(event.device_id))
@@ -159,9 +159,9 @@ class TcmuNetlink:
 
 
 def block() -> bool:
-    """Have the kernel put off new devices with EAGAIN while a handler starts, and give up what waits for an answer.
+    """Have the kernel refuse new devices with EAGAIN while a handler starts, and drop the events that await a reply.
 
-    Returns whether the kernel can; :func:`unblock` ends it.
+    Return False if the kernel cannot. :func:`unblock` ends it.
     """
     try:
         (_PARAMETERS / "block_netlink").write_text("1")
@@ -174,7 +174,7 @@ def block() -> bool:
 
 
 def unblock() -> None:
-    """End what :func:`block` began."""
+    """Undo :func:`block`."""
     try:
         (_PARAMETERS / "block_netlink").write_text("0")
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def unblock() -> None:
 
 
 def parse_events(data: bytes, family: int) -> list[Event]:
-    """Return the events in what came over the socket; anything else is left out."""
+    """Return the events of the family in a received packet; other messages are left out."""
     return [event for kind, body in _messages(data) if kind == family and (event := _event(body))]
 
 

@@ -1,7 +1,7 @@
 """The command ring that the kernel shares with a TCMU handler: mailbox version 2, entries in, completions out.
 
 Layout of ``include/uapi/linux/target_core_user.h``; behaviour of ``Documentation/target/tcmu-design.rst``. All in the
-machine's byte order. Nothing here makes a system call: any writable buffer will do for memory.
+machine's byte order. This module makes no system call: any writable buffer will do for memory.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ ENTRY = Struct("=IHxxI12xQ16xQQ")
 _UFLAGS_AT = 7
 IOVECS_AT = 48
 IOVEC = Struct("=QQ")
-#: Where in an entry with one iovec the kernel puts the CDB.
+#: Offset of the CDB in an entry with one iovec, as the kernel lays it out.
 _ONE_IOVEC = IOVECS_AT + IOVEC.size
 #: Length of the smallest command entry: the response, with its 96 bytes of sense, overlays the request.
 ENTRY_LEAST = 112
 READ_LENGTH_AT = 12
 SENSE_AT = 16
 SENSE_SIZE = 96
-#: Group of the operation code (its upper three bits) to length of the command; those left out have no standard one.
+#: Group of the operation code (its upper three bits) to the command's length; groups left out have no standard
+#: length.
 _CDB_LENGTHS = {0: 6, 1: 10, 2: 10, 4: 16, 5: 12}
 _VARIABLE_LENGTH = 0x7F
 _CDB_MOST = 16
@@ -54,29 +55,29 @@ _READ_10 = 0x28
 _CDB_READ_10 = Struct(">BxIxH")
 
 _U32 = Struct("=I")
-#: Of an entry, from its number on: cmd_id, kflags, uflags, scsi_status
+#: Part of an entry, from its number on: cmd_id, kflags, uflags, scsi_status
 _ANSWER = Struct("=HBBB")
-#: The same of one that went well: all zeros but its number.
+#: The same for a command that succeeded: all zeros but its number.
 _GOOD = Struct("=H3x")
 
 
 class RingError(DeviceError):
-    """The shared memory does not hold what the kernel puts there: nothing in it can be believed any more."""
+    """The shared memory does not hold the kernel's structures: nothing in it can be trusted any more."""
 
 
 Iovecs = tuple[tuple[int, int], ...]
-#: One SCSI command: its number; its CDB, empty if that lies outside the mapping or its length is not to be known;
-#: (offset, length) in the mapping of its data, or None if some of it lies outside the data area. Bare, for speed.
+#: One SCSI command: its number; its CDB, empty if it lies outside the mapping or its length is unknown; (offset,
+#: length) in the mapping of its data, or None if some of it lies outside the data area. A bare tuple, for speed.
 Command = tuple[int, bytes, Iovecs | None]
-#: A READ(10) with its data in one piece, which is nearly all there is, decoded at once: number, first logical block,
-#: number of blocks, (offset, length) in the mapping. Another length than a Command's, which tells them apart.
+#: A READ(10) with its data in one piece, by far the most common command, decoded at once: number, first logical
+#: block, number of blocks, (offset, length) in the mapping. The tuple's length distinguishes it from a Command.
 Read = tuple[int, int, int, int, int]
 
 
 class Ring:
-    """The ring in ``memory``. One thread at a time takes commands; completions may come from any, in any order.
+    """The ring in ``memory``. One thread at a time takes commands; any thread may complete them, in any order.
 
-    Raises RingError if the mailbox is none, or if the kernel wants completions in order.
+    Raises RingError if the mailbox is malformed, or if the kernel wants completions in order.
     """
 
     def __init__(self, memory: mmap | bytearray) -> None:
@@ -94,21 +95,21 @@ class Ring:
             raise RingError(f"ring outside the mapping (got [{self._offset}, {self._data}), mapping {self._size})")
         self._read_length = bool(flags & FLAG_READ_LENGTH)
         self._lock = threading.Lock()
-        #: Where the entries of the commands are that were taken and not answered.
+        #: Places of the entries whose commands were taken and not answered.
         self._places: deque[int] = deque()
-        #: Where to append the numbers of commands that went well, all of their data being valid: the answers are put
-        #: into the ring by :meth:`publish`.
+        #: Append here the numbers of commands that succeeded with all of their data valid; :meth:`publish` puts the
+        #: answers into the ring.
         self.finished: deque[int] = deque()
-        #: Where the next command is taken from; the kernel's tail, in the mailbox, follows with the completions.
+        #: Position of the next command to take; the kernel's tail, in the mailbox, follows with the completions.
         self._taken = self._position(TAIL_AT)
 
     @property
     def is_empty(self) -> bool:
-        """Whether the kernel waits for nothing."""
+        """Whether the kernel waits for no answer."""
         return bool(_U32.unpack_from(self.memory, HEAD_AT) == _U32.unpack_from(self.memory, TAIL_AT))
 
     def take(self) -> list[Command | Read]:
-        """Return the commands that have come since the last call. Raises RingError."""
+        """Return the commands added since the last call. Raises RingError."""
         memory, position, unpack, unpack_read = self.memory, self._taken, ENTRY.unpack_from, _CDB_READ_10.unpack_from
         offset, ring_length, data, size = self._offset, self._length, self._data, self._size
         head = self._position(HEAD_AT)
@@ -153,7 +154,7 @@ class Ring:
         return commands
 
     def publish(self) -> None:
-        """Answer what is in :attr:`finished`. As :meth:`complete`."""
+        """Answer the commands in :attr:`finished`. Raises as :meth:`complete`."""
         memory, places, finished = self.memory, self._places, self.finished
         if not finished:
             return
@@ -167,10 +168,10 @@ class Ring:
             _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def complete(self, cmd_id: int, status: int, sense: bytes = b"", read_length: int = -1) -> None:
-        """Answer one command; the kernel looks when it is told to. ``read_length``: how much of the data is valid.
+        """Answer one command; the kernel sees it at its next notification. ``read_length``: valid bytes of the data.
 
-        Whichever command's entry is next carries the answer: the kernel goes by the number. Raises RingError if no
-        command is outstanding.
+        The answer goes into the oldest outstanding entry, even another command's: the kernel goes by the number.
+        Raises RingError if no command is outstanding.
         """
         memory, places = self.memory, self._places
         uflags = UFLAG_READ_LENGTH if read_length >= 0 and self._read_length else 0
@@ -183,8 +184,8 @@ class Ring:
                 memory[at + SENSE_AT : at + SENSE_AT + SENSE_SIZE] = sense.ljust(SENSE_SIZE, b"\0")
             if uflags:
                 _U32.pack_into(memory, at + READ_LENGTH_AT, read_length)
-            # Last: the kernel may look at any time. (x86 keeps the order of stores; Python knows no barrier.) What
-            # lies between two commands, padding or task management, needs no answer.
+            # Last: the kernel may look at any time. (x86 keeps the order of stores; Python has no barrier.) Padding
+            # and task management between two commands need no answer.
             _U32.pack_into(memory, TAIL_AT, places[0] if places else self._taken)
 
     def _position(self, at: int) -> int:

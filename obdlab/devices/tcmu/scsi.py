@@ -1,7 +1,7 @@
-"""SCSI as far as a disk needs it: commands decoded, inquiry and mode pages built, errors as sense data. Pure code.
+"""The part of SCSI that a disk needs: decodes commands, builds inquiry and mode pages and sense data. Pure code.
 
-SPC-4 (inquiry, mode pages, sense), SBC-3 (block commands, block limits, provisioning). What the device says of
-itself is what overlaybd-tcmu says, but for what that claims and does not do.
+SPC-4 (inquiry, mode pages, sense), SBC-3 (block commands, block limits, provisioning). The device describes itself as
+overlaybd-tcmu does, except for the features which that claims and does not implement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GOOD, CHECK_CONDITION, BUSY, TASK_SET_FULL = 0x00, 0x02, 0x08, 0x28
 UNMAP_MOST_BLOCKS = 0xFFFFFFFF
 UNMAP_MOST_RANGES = 255
 WRITE_SAME_MOST_BLOCKS = 0xFFFFFFFF
-#: Discards below this, and not aligned to it, free no space.
+#: Smaller or unaligned discards free no space.
 UNMAP_GRANULARITY = 4096
 
 
@@ -65,7 +65,7 @@ class Sense(Enum):
     OUT_OF_RANGE = (0x5, 0x2100)
     INVALID_CDB = (0x5, 0x2400)
     INVALID_PARAMETER = (0x5, 0x2600)
-    #: What overlaybd-tcmu answers to writes on a read-only image.
+    #: The answer of overlaybd-tcmu to writes on a read-only image.
     INCOMPATIBLE_FORMAT = (0x5, 0x3005)
     CAPACITY_CHANGED = (0x6, 0x2A09)
 
@@ -76,7 +76,7 @@ class Sense(Enum):
 
 
 class ScsiError(ObdlabError):
-    """A command that is refused; ``sense`` is what the initiator is told."""
+    """A refused command; ``sense`` goes to the initiator."""
 
     def __init__(self, sense: Sense, reason: str) -> None:
         self.sense = sense
@@ -85,7 +85,7 @@ class ScsiError(ObdlabError):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a logical unit says of itself. ``serial``: hexadecimal digits; ``description``: any text."""
+    """Properties of a logical unit. ``serial``: hexadecimal digits; ``description``: any text."""
 
     blocks: int
     block_size: int
@@ -96,7 +96,7 @@ class Unit:
 
 
 class Transfer(NamedTuple):
-    """A stretch of logical blocks, and whether it has to be on stable storage before the answer (FUA)."""
+    """A range of logical blocks, and whether it must be on stable storage before the answer (FUA)."""
 
     lba: int
     blocks: int
@@ -114,12 +114,12 @@ _LBA_6 = 0x1FFFFF
 
 
 def read_10(lba: int, blocks: int) -> bytes:
-    """Return the command that reads these blocks."""
+    """Return the READ(10) command for these blocks."""
     return _READ_10.pack(Op.READ_10, lba, blocks)
 
 
 def transfer_of(cdb: bytes) -> Transfer:
-    """Return which blocks a command is about; its length must fit its code."""
+    """Return the blocks that a command names; its length must fit its code."""
     size = len(cdb)
     fua = bool(cdb[1] & 0x08)
     if size == 10:
@@ -181,7 +181,7 @@ def _designator(code_set: int, kind: int, content: bytes) -> bytes:
 
 def _block_limits(unit: Unit) -> bytes:
     page = bytearray(0x3C)
-    page[0] = 1  # a WRITE SAME of no blocks means none
+    page[0] = 1  # a WRITE SAME of no blocks does nothing
     if not unit.read_only:
         _U32.pack_into(page, 16, UNMAP_MOST_BLOCKS)
         _U32.pack_into(page, 20, UNMAP_MOST_RANGES)
@@ -196,7 +196,7 @@ def _characteristics(_: Unit) -> bytes:
 
 
 def _provisioning(unit: Unit) -> bytes:
-    # What is not provisioned reads as zeros; UNMAP and both kinds of WRITE SAME make it so.
+    # Unprovisioned blocks read as zeros; UNMAP and both kinds of WRITE SAME unprovision.
     return bytes((0, 0x04 if unit.read_only else 0xE4, 0, 0))
 
 
@@ -211,7 +211,7 @@ _VPD_PAGES = {
 
 
 def read_capacity_10(unit: Unit) -> bytes:
-    """Return the last block and the block size; a last block that has no room is FFFFFFFF."""
+    """Return the last block and the block size; a last block beyond 32 bits becomes FFFFFFFF."""
     return _U32.pack(min(unit.blocks - 1, 0xFFFFFFFF)) + _U32.pack(unit.block_size)
 
 
@@ -222,7 +222,7 @@ def read_capacity_16(cdb: bytes, unit: Unit) -> bytes:
     answer = bytearray(32)
     _U64.pack_into(answer, 0, unit.blocks - 1)
     _U32.pack_into(answer, 8, unit.block_size)
-    answer[14] = 0xC0  # provisioned on demand, and zeros where it is not
+    answer[14] = 0xC0  # thin provisioning, and unprovisioned blocks read as zeros
     return bytes(answer[: _U32.unpack_from(cdb, 10)[0]])
 
 
@@ -235,7 +235,7 @@ def mode_sense(cdb: bytes, unit: Unit) -> bytes:
     if allocation < (8 if ten else 4):
         raise ScsiError(Sense.INVALID_CDB, f"MODE SENSE: no room for the header (got {allocation} bytes)")
     pages = _mode_pages(cdb[2] & 0x3F, cdb[3], unit)
-    # Write protection, and that FUA is understood.
+    # Write protection, and support of FUA.
     specific = (0x80 if unit.read_only else 0) | (0x10 if unit.write_cache else 0)
     if ten:
         return (_U16.pack(6 + len(pages)) + bytes((0, specific, 0, 0, 0, 0)) + pages)[:allocation]
@@ -243,7 +243,7 @@ def mode_sense(cdb: bytes, unit: Unit) -> bytes:
 
 
 def mode_select(cdb: bytes, data: bytes, unit: Unit) -> None:
-    """Answer MODE SELECT(6) or (10): nothing can be changed, what is so already is accepted. Raises ScsiError."""
+    """Answer MODE SELECT(6) or (10): accept only the present values. Raises ScsiError."""
     ten = cdb[0] == Op.MODE_SELECT_10
     if not cdb[1] & 0x10 or cdb[1] & 0x01:
         raise ScsiError(Sense.INVALID_CDB, "MODE SELECT: wants the page format, and saves no pages")
@@ -270,7 +270,7 @@ def _mode_pages(page: int, subpage: int, unit: Unit, unknown: Sense = Sense.INVA
 
 
 def unmap_ranges(cdb: bytes, data: bytes) -> list[Transfer]:
-    """Return what an UNMAP's parameter list names. Raises ScsiError."""
+    """Return the block ranges in an UNMAP's parameter list. Raises ScsiError."""
     length = _U16.unpack_from(cdb, 7)[0]
     if cdb[1] & 0x01:
         raise ScsiError(Sense.INVALID_CDB, "UNMAP: anchored blocks are not known")

@@ -1,8 +1,8 @@
 """Serving one TCMU device: commands from its ring, answered by a SCSI disk.
 
-The kernel hands over a batch of commands with one event (a UIO device's read and poll), and looks for answers when it
-is written to. One thread leads, takes a batch and answers it; before a command of it waits for a slow source
-(``obdlab.waiting``), another thread takes the lead and with it the rest of the batch.
+The kernel hands over a batch of commands with one event (a UIO device's read and poll), and collects answers after a
+write to the device. One thread leads, takes a batch and answers it. Before one of its commands waits for a slow
+source (``obdlab.waiting``), another thread takes the lead and with it the rest of the batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The kernel hears of finished commands after so many bytes of data at the latest: others wait for theirs.
+#: The kernel is notified of finished commands at the latest after this many bytes of data: their users wait.
 _NOTIFY_BYTES = 256 << 10
 _EVENT = bytes(4)
 _clock = time.monotonic_ns
@@ -39,9 +39,9 @@ _DRAIN_PAUSE_S = 0.01
 class TcmuServer:
     """Serves ``disk`` over the ring in ``memory``; ``event`` is the descriptor of the UIO device (non-blocking).
 
-    A command that fails is answered with sense data and logged with its cause under ``name``; nothing else is ever
-    answered in place of the disk's bytes. At most ``max_threads`` commands wait for slow sources at a time. The
-    caller keeps both open until :meth:`wait` says so. Raises RingError if the memory holds no ring.
+    A failed command is answered with sense data and logged with its cause under ``name``; no other bytes ever replace
+    the disk's. At most ``max_threads`` commands wait for slow sources at a time. The caller keeps both open until
+    :meth:`wait` has returned True. Raises RingError if the memory holds no ring.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class TcmuServer:
         self._crew.start()
 
     def end(self) -> None:
-        """Take no more commands; those taken are still answered."""
+        """Take no more commands; answer those taken."""
         self._ending = True
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the device is gone, or :meth:`end` was called, and all is answered; tell whether that is so."""
+        """Wait until the device is gone or :meth:`end` was called, and all is answered. Return False on timeout."""
         if not self._crew.wait(timeout_s):
             return False
         if self._wake >= 0:
@@ -84,7 +84,7 @@ class TcmuServer:
         return True
 
     def drained(self, timeout_s: float) -> bool:
-        """Wait until the kernel waits for no answer; tell whether that is so."""
+        """Wait until the ring is empty. Return False on timeout."""
         deadline = time.monotonic() + timeout_s
         while not self._ring.is_empty:
             if time.monotonic() > deadline:
@@ -96,7 +96,8 @@ class TcmuServer:
         """Return the counters."""
         return self._crew.statistics(self.last_error)
 
-    # Takes commands while this thread leads; False when there will be no more. This loop sets the device's IOPS.
+    # Takes commands while this thread leads; returns False when there will be no more. This loop sets the device's
+    # IOPS.
     def _turn(self, member: Member) -> bool:
         taken = self._taken
         try:
@@ -119,7 +120,7 @@ class TcmuServer:
             log.error("%s: %s", self.name, error)
             return False
 
-    # One event may stand for many commands, and none for commands that are there already.
+    # One event may stand for many commands; commands already in the ring send none.
     def _receive(self) -> bool:
         if self._unnotified:
             self._notify()
@@ -148,7 +149,7 @@ class TcmuServer:
             if error.errno not in (errno.EIO, errno.ENODEV):
                 log.error("%s: telling the kernel of answers: %s", self.name, error)
 
-    # One whose room is not what it asks for goes the way of all others.
+    # A read whose buffer differs from the requested length takes the general path.
     def _read(self, member: Member, command: Read) -> None:
         number, lba, blocks, begin, room = command
         block_size = self._block_size
@@ -197,7 +198,7 @@ class TcmuServer:
         if self._unnotified > _NOTIFY_BYTES:
             self._notify()
 
-    # Returns how many bytes were answered if that is less than there was room for, or -1.
+    # Returns the number of bytes answered if the buffer has room for more, else -1.
     def _other(self, member: Member, started: int, cdb: bytes, iovecs: Iovecs) -> int:
         op = cdb[0]
         if op in scsi.READS:
@@ -237,7 +238,7 @@ class TcmuServer:
             return whole[begin : begin + length]
         return b"".join(whole[begin : begin + length] for begin, length in iovecs)
 
-    # Room that is left is cleared: what another command left there is nobody's business.
+    # Clear the rest of the buffer: it may hold another command's data.
     def _scatter(self, data: bytes, iovecs: Iovecs) -> int:
         done = 0
         for begin, length in iovecs:
@@ -250,7 +251,7 @@ class TcmuServer:
         what = _description(cdb, self._disk)
         sense, expected = _sense_of(error, cdb)
         if isinstance(error, ScsiError) and cdb[:1] not in _TRANSFERS:
-            # Asking for a page or a command that is not there is how initiators find out.
+            # Initiators probe for pages and commands by asking for them.
             log.info("%s: %s: %s", self.name, what, error)
             return sense.to_bytes()
         member.errors += 1
@@ -271,7 +272,7 @@ def _description(cdb: bytes, disk: ScsiDisk) -> str:
     return f"{what} of {transfer.blocks * size} bytes at offset {transfer.lba * size}"
 
 
-# What the initiator is told of an error, and whether it is of a kind that may happen (no bug of ours).
+# Returns the sense for an error, and whether the error is an expected one (not a bug).
 def _sense_of(error: Exception, cdb: bytes) -> tuple[Sense, bool]:
     if isinstance(error, ScsiError):
         return error.sense, True

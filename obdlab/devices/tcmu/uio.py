@@ -1,4 +1,4 @@
-"""TCMU devices as the kernel shows them: UIO devices named ``tcm-user/<hba>/<device>/<dev_config>``."""
+"""TCMU devices in the kernel: UIO devices named ``tcm-user/<hba>/<device>/<dev_config>``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DeviceBusyError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class UioName:
-    """What the name of a device tells: ``handler`` is whose it is, ``config`` the text meant for that handler."""
+    """The parts of a device's name: ``handler`` is the serving program, ``config`` the text meant for it."""
 
     hba: str
     device: str
@@ -30,7 +30,7 @@ class UioName:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Take a name apart; None if it is no TCMU device's."""
+        """Parse a name; None if it is not a TCMU device's."""
         subtype, _, rest = text.rstrip("\n").partition("/")
         hba, _, rest = rest.partition("/")
         device, _, rest = rest.partition("/")
@@ -46,7 +46,7 @@ class UioName:
 
     @property
     def is_configured(self) -> bool:
-        """Whether whoever made the device has been answered; before, it is to come as an event."""
+        """Whether the kernel has answered the device's maker; before that, the device will come as an event."""
         try:
             return (self.backstore / "enable").read_text().strip() == "1"
         except OSError:  # gone
@@ -76,7 +76,7 @@ def number_of(backstore: Path) -> int:
 
 @dataclass(slots=True)
 class UioDevice:
-    """An open device: its descriptor, for events, and the memory it shares with the kernel."""
+    """An open device: its descriptor, for events, and the memory shared with the kernel."""
 
     descriptor: int
     memory: mmap.mmap

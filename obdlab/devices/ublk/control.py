@@ -21,7 +21,8 @@ F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, F_USER_COPY = 1 << 3, 1 << 4, 1 << 7
 ATTR_READ_ONLY, ATTR_VOLATILE_CACHE = 1, 4
 PARAM_BASIC, PARAM_DISCARD = 1, 2
 OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD, OP_WRITE_ZEROES = 0, 1, 2, 3, 5
-#: Where the data of (queue 0's) requests is in the character device, and how far apart.
+#: Where the data of (queue 0's) requests is in the character device, and the distance between two requests' data
+#: (bits).
 DATA_AT, DATA_BITS = 0x80000000, 25
 ABORTED = -errno.ENODEV
 
@@ -43,13 +44,13 @@ _ANY_ID = 0xFFFFFFFF
 
 
 def operation(number: int, size: int) -> int:
-    """Return a command's number as ioctls have it: of ``size`` bytes, read and, but for two, written."""
+    """Return a command's ioctl number: ``size`` bytes, read and written except for two read-only commands."""
     direction = 2 if number in (INFO, DELETE_ASYNC) else 3
     return direction << 30 | size << 16 | ord("u") << 8 | number
 
 
 def add(*, depth: int, max_bytes: int, mark: int) -> int:
-    """Make a device with one queue; return its number. ``mark``, of 64 bits, stays with it. Raises DeviceError."""
+    """Make a device with one queue; return its number. The driver keeps the 64-bit ``mark``. Raises DeviceError."""
     flags = F_USER_RECOVERY | F_USER_RECOVERY_REISSUE | F_USER_COPY
     info = ctypes.create_string_buffer(
         _INFO.pack(1, depth, 0, 0, max_bytes, _ANY_ID, 0, 0, flags, mark, 0, 0), _INFO.size
@@ -64,14 +65,14 @@ def add(*, depth: int, max_bytes: int, mark: int) -> int:
 
 
 def mark_of(number: int) -> int:
-    """Return the mark that a device was made with. Raises DeviceError, also if there is no such device."""
+    """Return the mark that a device was made with. Raises DeviceError, also if the device is missing."""
     info = ctypes.create_string_buffer(_INFO.size)
     _control(INFO, number, buffer=info)
     return int(_INFO.unpack(info.raw)[9])
 
 
 def set_params(number: int, *, size: int, sector_size: int, max_bytes: int, read_only: bool) -> None:
-    """Say how large the device is and what it can do. Raises DeviceError."""
+    """Set the device's size and properties. Raises DeviceError."""
     shift, sectors = sector_size.bit_length() - 1, 0 if read_only else 0xFFFFFFFF // 4096 * 8
     params = _PARAMS.pack(
         _PARAMS.size, PARAM_BASIC | (0 if read_only else PARAM_DISCARD),
@@ -82,27 +83,27 @@ def set_params(number: int, *, size: int, sector_size: int, max_bytes: int, read
 
 
 def start(number: int) -> None:
-    """Make the block device, once its server has fetched. Raises DeviceError."""
+    """Make the block device, once its server has fetched its requests. Raises DeviceError."""
     _control(START, number, data=os.getpid())
 
 
 def start_recovery(number: int) -> None:
-    """Tell that another server takes over a device whose server died. Raises DeviceError."""
+    """Announce another server for a device whose server died. Raises DeviceError."""
     _control(START_RECOVERY, number)
 
 
 def end_recovery(number: int) -> None:
-    """Tell that the new server has fetched; requests under way are handed out again. Raises DeviceError."""
+    """Announce that the new server has fetched; the driver hands out requests under way again. Raises DeviceError."""
     _control(END_RECOVERY, number, data=os.getpid())
 
 
 def stop(number: int) -> None:
-    """Take the block device away; its server is told. Raises DeviceError."""
+    """Take the block device away; the driver aborts its server's requests. Raises DeviceError."""
     _control(STOP, number)
 
 
 def delete(number: int) -> None:
-    """Remove a device, which goes once its server has closed it. Raises DeviceError."""
+    """Remove a device; it goes once its server has closed it. Raises DeviceError."""
     try:
         _control(DELETE_ASYNC, number)
     except UblkError as error:

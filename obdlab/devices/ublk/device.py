@@ -27,11 +27,11 @@ _RECOVERY_S = 30.0
 
 
 class UblkDevice(Device):
-    """Serves ``blob`` as a ublk device. ``directory`` is the device's own: others find the device by it.
+    """Serves ``blob`` as a ublk device. ``directory`` is the device's own: other processes find the device by it.
 
-    With ``recover`` it takes over the device of a server that died: users of the device saw a pause, and what was
-    under way is asked for again. Raises DeviceError, leaving nothing new behind, if the blob is no whole number of
-    sectors or the kernel refuses.
+    With ``recover`` it takes over the device of a server that died: the device's users saw a pause, and the driver
+    hands out requests under way again. Raises DeviceError, leaving nothing new behind, if the blob's size is not a
+    multiple of the sector size or the kernel refuses.
     """
 
     kind = "ublk"
@@ -140,13 +140,13 @@ class UblkDevice(Device):
 
 
 def devices_of(directory: Path) -> list[Path]:
-    """Return the device that belongs to a device's directory, if there is one."""
+    """Return the device that belongs to a device's directory, or an empty list."""
     number = _number_of(directory)
     return [] if number is None else [_node(number)]
 
 
 def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Take the device of ``directory`` away, whereupon its server ends. None being there is fine.
+    """Take the device of ``directory`` away, which ends its server. A missing device is fine.
 
     Raises DeviceError while a file system is mounted from it, unless ``force``: then its users get I/O errors.
     """
@@ -157,7 +157,7 @@ def take_down(directory: Path, *, timeout_s: float = 10.0, force: bool = False) 
 
 
 def abandon(directory: Path) -> None:
-    """Have everything that was or will be asked of the device at ``directory`` fail: nobody serves it any more."""
+    """Have all present and later requests to the device at ``directory`` fail: it gets no other server."""
     number = _number_of(directory)
     if number is not None:
         control.stop(number)
@@ -178,7 +178,7 @@ def _remove(number: int, timeout_s: float = 10.0) -> None:
     try:
         control.delete(number)
     except control.UblkError as error:
-        if error.errno not in (errno.ENODEV, errno.ENOENT):  # another was faster
+        if error.errno not in (errno.ENODEV, errno.ENOENT):  # another process was faster
             raise
     node, deadline = Path(f"/dev/ublkc{number}"), time.monotonic() + timeout_s
     while node.exists():
@@ -187,7 +187,7 @@ def _remove(number: int, timeout_s: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-# A mark is all that the driver keeps for us: 64 bits, of the directory's hash.
+# The driver keeps only 64 bits of ours, the mark: a hash of the directory.
 def _mark(directory: Path) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(directory.resolve())).digest()[:8], "big")
 
@@ -202,7 +202,7 @@ def _number_of(directory: Path) -> int | None:
     return None
 
 
-# The driver notices the death of a server within a few seconds, and only then lets another one take over.
+# The driver notices the death of a server within a few seconds, and lets another server take over only then.
 def _to_recover(directory: Path, blob: Blob) -> int:
     number = _number_of(directory)
     if number is None:

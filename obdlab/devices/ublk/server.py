@@ -1,8 +1,8 @@
-"""Serving a ublk device: one thread speaks to the driver, a crew answers.
+"""Serves a ublk device: one thread talks to the driver, a crew answers requests.
 
-The driver takes answers only from the thread that fetched the requests, so that one does nothing else: it hands what
-has come to the crew and what is done to the driver, many at a time. Data is read and written at the character device
-(user copy), by whoever answers.
+The driver takes answers only from the thread that fetched the requests. So the driver thread does nothing else: it
+hands new requests to the crew and finished ones to the driver, many at a time. The answering crew member itself reads
+and writes the data at the character device (user copy).
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class UblkServer:
         return self._writable is None
 
     def start(self) -> None:
-        """Begin to serve; returns once the driver has a request of ours to answer with each of its own.
+        """Begin to serve. Returns once all requests are fetched, so that the driver can hand them out.
 
-        Raises OSError if it takes none.
+        Raises OSError if the driver refuses.
         """
         self._crew.start()
         self._driver.start()
@@ -78,7 +78,7 @@ class UblkServer:
             raise self._failure
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the device was stopped and all is answered; tell whether that is so."""
+        """Wait until the device was stopped and all is answered. Return False on timeout."""
         if not self._crew.wait(timeout_s):
             return False
         self._driver.join()
@@ -92,7 +92,7 @@ class UblkServer:
         """Return the counters."""
         return self._crew.statistics(self.last_error)
 
-    # The thread that the driver knows: submits and completes, until every request was aborted.
+    # The driver thread: submits and completes, until every request was aborted.
     def _drive(self) -> None:
         try:
             ring = Ring(2 * self._depth)
@@ -134,7 +134,7 @@ class UblkServer:
                 tag, answer = done.popleft()
                 ring.command(device, commit, pack(0, tag, answer, 0), tag)
 
-    # Answers requests while this thread leads; False when there will be no more.
+    # Answers requests while this thread leads; returns False when there will be no more.
     def _turn(self, member: Member) -> bool:
         requests = self._requests
         while True:

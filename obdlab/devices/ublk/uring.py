@@ -1,6 +1,6 @@
-"""As much of io_uring as ublk needs: commands to a device (128-byte entries), and a poll to be woken by.
+"""The part of io_uring that ublk needs: commands to a device (128-byte entries), and a poll as a wake-up.
 
-Of ``include/uapi/linux/io_uring.h``. A ring belongs to one thread.
+From ``include/uapi/linux/io_uring.h``. A ring belongs to one thread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Ring:
-    """A ring with room for ``entries`` commands under way. Raises OSError if the kernel has none to give."""
+    """A ring with room for ``entries`` commands under way. Raises OSError if the kernel refuses."""
 
     def __init__(self, entries: int) -> None:
         params = ctypes.create_string_buffer(_PARAMS.size)
@@ -61,7 +61,7 @@ class Ring:
         self._unsubmitted = 0
 
     def close(self) -> None:
-        """Give the ring back; what is under way is cancelled."""
+        """Close the ring; the kernel cancels commands under way."""
         self._ring.close()
         self._entries.close()
         os.close(self._fd)
@@ -73,17 +73,17 @@ class Ring:
         self._publish()
 
     def poll(self, fd: int, user_data: int) -> None:
-        """Prepare to hear once when ``fd`` can be read."""
+        """Prepare a single notification for when ``fd`` can be read."""
         at = self._next(_SQE.pack(_OP_POLL_ADD, 0, 0, fd, 0, 0, 0, _POLLIN, user_data))
         self._entries[at + _COMMAND_AT : at + _COMMAND_AT + _COMMAND_SIZE] = bytes(_COMMAND_SIZE)
         self._publish()
 
     def submit(self) -> None:
-        """Submit what was prepared. Raises OSError."""
+        """Submit the prepared entries. Raises OSError."""
         self._enter(0, 0)
 
     def enter(self) -> None:
-        """Submit what was prepared, and wait until something has completed. Raises OSError."""
+        """Submit the prepared entries, and wait for a completion. Raises OSError."""
         self._enter(1, _ENTER_GETEVENTS)
 
     def _enter(self, least: int, flags: int) -> None:
@@ -96,7 +96,7 @@ class Ring:
                 return
 
     def completions(self) -> Iterator[tuple[int, int]]:
-        """Give what has completed: user data and result."""
+        """Yield the completions: user data and result."""
         head, tail = self._u32(self._cq_head), self._u32(self._cq_tail)
         while head != tail:
             user_data, result, _ = _CQE.unpack_from(self._ring, self._cqes + _CQE.size * (head & self._cq_mask))
@@ -119,7 +119,7 @@ class Ring:
         return int(_U32.unpack_from(self._ring, at)[0])
 
 
-# Variadic: every number is passed as wide as a register. Other threads run meanwhile.
+# Variadic: pass every number as wide as a register. ctypes lets other threads run meanwhile.
 def _syscall(number: int, *arguments: int) -> int:
     answer: int = _libc.syscall(ctypes.c_long(number), *(ctypes.c_long(each) for each in arguments))
     if answer < 0:
