@@ -42,9 +42,9 @@ _MAX_DEPTH = 32
 
 
 class BoltFile:
-    """An open file; nobody may write to it meanwhile (bbolt's own lock is a flock of the file).
+    """An open bolt file. It must not be written to meanwhile (bbolt's own lock is a flock of the file).
 
-    Raises FormatError, here and when a bucket is read, if it is none or damaged.
+    Raises FormatError, here and when a bucket is read, if the file is not a bolt file or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,11 +74,11 @@ class BoltFile:
 
     @property
     def most_pages(self) -> int:
-        """How many pages there can be: what the meta page says is only a claim."""
+        """An upper bound of the number of pages: the count in the meta page is only a claim."""
         return min(self.pages, len(self._data) // self.page_size)
 
     def page(self, number: int) -> memoryview:
-        """Return a page with what overflows into the pages after it."""
+        """Return a page and its overflow pages."""
         start = number * self.page_size
         if not 2 <= number < self.pages or start + _PAGE.size > len(self._data):
             raise FormatError("page outside the file", blob=self.name, got=number, wanted=f"2 to {self.pages - 1}")
@@ -99,7 +99,7 @@ class BoltFile:
             raise FormatError("no bolt file: neither of its two meta pages is valid", blob=self.name)
         return found[max(found)]
 
-    # Page size, root, sequence, pages, transaction.
+    # Returns page size, root, sequence, pages, transaction.
     def _meta(self, start: int) -> tuple[int, int, int, int, int] | None:
         if start + _PAGE.size + _META.size > len(self._data):
             return None
@@ -127,10 +127,10 @@ class Bucket:
         self.sequence = sequence
 
     def items(self) -> Iterator[tuple[bytes, bytes | Bucket]]:
-        """Yield everything, by name."""
-        # By number, as a page may claim to be most of the file.
+        """Yield all entries, by name."""
+        # Elements are decoded one at a time, as a page may claim to be most of the file.
         pending = [(self._root, 0)]
-        left = self._file.most_pages + 1  # each page comes once, or this would not end
+        left = self._file.most_pages + 1  # a page that comes twice makes a loop
         while pending:
             number, depth = pending.pop()
             left -= 1
@@ -147,11 +147,11 @@ class Bucket:
                 raise self._damaged(f"page that is neither branch nor leaf (flags {flags})")
 
     def get(self, name: bytes) -> bytes | Bucket | None:
-        """Return what is under a name, or None."""
+        """Return the value or bucket of a name, or None."""
         return next((value for key, value in self.items() if key == name), None)
 
     def bucket(self, name: bytes) -> Bucket:
-        """Return the bucket of that name, an empty one if it is not there. Raises FormatError if it is a value."""
+        """Return the bucket of that name, an empty one if it is missing. Raises FormatError if it is a value."""
         found = self.get(name)
         if found is None:
             return Bucket(self._file, 0, 0, memoryview(_PAGE.pack(0, _IS_LEAF, 0, 0)))

@@ -29,7 +29,7 @@ _LEVELS = {
 }
 _EXPORTER_PORT = 9863
 _MAX_TENANT = (1 << 31) - 1
-#: Keys that are read and change nothing here, and why.
+#: Keys that are accepted without effect, and the reason.
 _NO_EFFECT = {
     "logReportCaller": "log lines name their part of the program anyway",
     "tenant": "devices are named after the root directory, so that snapshotters do not meet",
@@ -56,12 +56,12 @@ _KNOWN = {
 
 
 class ConfigError(ObdlabError):
-    """The configuration cannot be read, or asks for what this snapshotter cannot do."""
+    """The configuration file cannot be read, or asks for something that this snapshotter cannot do."""
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotterConfig:
-    """What a configuration file says. None where it says nothing."""
+    """The contents of a configuration file. None for a key that is missing."""
 
     root: Path | None = None
     address: Path | None = None
@@ -73,7 +73,7 @@ class SnapshotterConfig:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file. Unknown keys are warned of. Raises ConfigError."""
+        """Read a file. Logs a warning for each unknown key. Raises ConfigError."""
         try:
             values = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -85,7 +85,7 @@ class SnapshotterConfig:
         for key in sorted(values.keys() & _NO_EFFECT.keys()):
             logger.info("%s: %s has no effect: %s", path, key, _NO_EFFECT[key])
         _int(path, values, "tenant", -1, most=_MAX_TENANT)
-        # Docker's init layers are plain layers on an image here, as others are: nothing depends on it.
+        # Docker's init layers are plain layers on an image here, so the value makes no difference.
         _word(path, values, "runtimeType", ("containerd", "docker"))
         exporter = _object(path, values, "exporterConfig")
         port = _int(path, exporter, "port", _EXPORTER_PORT, most=65535, least=1)

@@ -1,7 +1,7 @@
 """The snapshotter itself, without any wire: containerd's contract over plain layers and overlaybd images.
 
-A snapshot is a row in the store and a directory. Whatever takes long (attaching a device, counting files, deleting)
-happens outside of the store's transactions; a row and its directory appear and change together, inside one.
+A snapshot is a row in the store and a directory. Slow work (attaching a device, counting files, deleting) happens
+outside of the store's transactions; a row and its directory appear and change together, inside one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Images and layers that are not read lazily, by why.
+#: Images and layers that are not read lazily, by reason.
 FALLBACKS = Counter("snapshotter_fallbacks")
 
 _LABEL_PATH = "labels."
 _MAX_LOGGED = 300
-# What clients that know no target snapshots call one they unpack a layer into.
+# Prefix of the key that clients without target snapshots use to unpack a layer.
 _UNPACK_PREFIX = "extract-"
 
 
@@ -71,8 +71,8 @@ class Snapshotter:
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Make an active snapshot and return how to mount it.
 
-        With the labels of an overlaybd layer that is being pulled, the layer is committed at once under the name
-        asked for and AlreadyExistsError tells the client that there is nothing to download.
+        With the labels of an overlaybd layer that is being pulled, the layer is committed at once under the target
+        name. AlreadyExistsError then makes the client skip the download.
         """
         labels = overlaybd.of_client(labels)
         if overlaybd.pull_target(labels):
@@ -86,7 +86,7 @@ class Snapshotter:
         mode = self._own_devices.mode(parent, labels)
         if mode is not Mode.OVERLAYFS:
             return self._own_devices.create(mode, key, parent, labels, self.remove)
-        if writable.LABEL_WRITABLE in labels:  # it does not become one
+        if writable.LABEL_WRITABLE in labels:  # the snapshot gets an overlay all the same
             labels = {label: value for label, value in labels.items() if label != writable.LABEL_WRITABLE}
         return self._create(Kind.ACTIVE, key, parent, labels)
 
@@ -95,7 +95,7 @@ class Snapshotter:
         return self._create(Kind.VIEW, key, parent, overlaybd.of_client(labels))
 
     def mounts(self, key: str) -> list[Mount]:
-        """Return how to mount an active snapshot or a view, bringing its image's device back if it went away."""
+        """Return how to mount an active snapshot or a view. Attaches its image's device again if that went away."""
         with self._store.read() as reader:
             snapshot = reader.get(key)
             if snapshot.kind is Kind.COMMITTED:
@@ -110,7 +110,7 @@ class Snapshotter:
     def commit(self, name: str, key: str, labels: Mapping[str, str]) -> None:
         """Turn the active snapshot ``key`` into the committed snapshot ``name``, with these labels.
 
-        An overlaybd layer that a client downloaded, knowing no other way, becomes part of its image's device.
+        An overlaybd layer that the client downloaded itself becomes part of its image's device.
         """
         labels = overlaybd.of_client(labels)
         with self._store.read() as reader:
@@ -135,7 +135,7 @@ class Snapshotter:
             config = overlaybd.local_config(
                 self._snapshots.config_below(lower_ids, f"layer {name!r}"), self._layout.directory(own_id)
             )
-            self._layout.delete(self._layout.block(own_id))  # of a commit that was cut short
+            self._layout.delete(self._layout.block(own_id))  # left by a commit that was cut short
             writer.on_rollback(partial(self._layout.delete, self._layout.block(own_id)))
             config.save(self._layout.add_block(self._layout.directory(own_id)) / CONFIG_NAME)
         for image_id in lower_ids[:1]:
@@ -158,19 +158,19 @@ class Snapshotter:
                 if writer.remove(key).id != snapshot_id:
                     raise NotFoundError(f"snapshot {key!r} was removed and made anew meanwhile")
             if device is not None:
-                writable.drop(device.upper)  # it may lie elsewhere
+                writable.drop(device.upper)  # a label may have put it outside the snapshot's directory
             if not self._options.async_remove:
                 self._snapshots.delete(snapshot_id)
         if self._options.auto_remove_devices and image is not None and snapshot.kind is not Kind.COMMITTED:
             self._release_idle(image.id)
 
     def stat(self, key: str) -> Snapshot:
-        """Return what is known of a snapshot."""
+        """Return the row of a snapshot."""
         with self._store.read() as reader:
             return reader.get(key)
 
     def update(self, key: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
-        """Change labels: those named by ``paths`` (``labels`` or ``labels.<key>``), or all if there are none."""
+        """Change the labels that ``paths`` name (``labels`` or ``labels.<key>``); without paths, replace all."""
         for path in paths:
             if path != "labels" and not (path.startswith(_LABEL_PATH) and path != _LABEL_PATH):
                 raise InvalidArgumentError(f"snapshot {key!r}: only labels can be updated (got {path!r})")
@@ -192,7 +192,7 @@ class Snapshotter:
         return [snapshot for snapshot in snapshots if matches(snapshot)]
 
     def usage(self, key: str) -> Usage:
-        """Return the disk space of a snapshot itself; that of an active one is measured now."""
+        """Return the disk space of a snapshot itself. An active snapshot is measured now."""
         snapshot = self.stat(key)
         if snapshot.kind is Kind.ACTIVE or self._layout.is_image(snapshot.id):
             return self._layout.usage(snapshot.id)
@@ -207,7 +207,7 @@ class Snapshotter:
             self._snapshots.delete_directory(directory)
 
     def is_well(self) -> bool:
-        """Tell whether calls can be answered: the root is there, its metadata can be read."""
+        """Return True if calls can be answered: the root exists and its metadata can be read."""
         try:
             return self._layout.snapshots.is_dir() and bool(self.counts())
         except (ObdlabError, OSError) as error:
@@ -256,7 +256,7 @@ class Snapshotter:
             snapshot = writer.by_id(image_id)
             writer.set_labels(snapshot.key, {**snapshot.labels, fallback.LABEL_FALLBACK: reason})
 
-    # Containers are limited, layers that are being unpacked are not.
+    # Containers get a quota; layers that are being unpacked do not.
     def _quota(self, kind: Kind, key: str, labels: Mapping[str, str]) -> int:
         is_layer = overlaybd.pull_target(labels) or key.startswith(_UNPACK_PREFIX)
         if kind is not Kind.ACTIVE or is_layer:
@@ -264,7 +264,7 @@ class Snapshotter:
         return quota_asked(labels, self._options.quota_bytes)
 
     def _image_for_new(self, reader: Reader, key: str, parent: str) -> Snapshot | None:
-        # Fail before a device is attached for nothing; the write transaction checks all of it again.
+        # Fail before a device is attached for nothing. The write transaction checks all of it again.
         if reader.find(key) is not None:
             raise AlreadyExistsError(f"snapshot {key!r} already exists")
         if not parent or reader.find(parent) is None:
@@ -280,7 +280,7 @@ class Snapshotter:
         with self._locks.hold(image.id):
             if not self._layout.is_image(image.id):
                 raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
-            if labels is not None and not overlaybd.pull_target(labels):  # those of a new container
+            if labels is not None and not overlaybd.pull_target(labels):  # labels of a new container
                 use_trace(self._snapshots, image, labels)
             self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
             yield
@@ -289,7 +289,7 @@ class Snapshotter:
         fs, work = self._layout.fs(own_id), self._layout.work(own_id)
         return snapshot_mounts(kind, fs, work, self._snapshots.lowers(lower_ids), self._overlay_options)
 
-    # Return False, having changed nothing, for a layer that does not prove the name it is to get.
+    # Returns False, having changed nothing, if the layer's digest does not prove its target name.
     def _commit_remote(self, key: str, parent: str, labels: Mapping[str, str], layer: overlaybd.RemoteLayer) -> bool:
         target = overlaybd.pull_target(labels)
 
@@ -300,7 +300,7 @@ class Snapshotter:
             config = overlaybd.remote_config(below, layer, self._layout.directory(own_id), self._options)
             config.save(self._layout.add_block(directory) / CONFIG_NAME)
 
-        if key == target:  # the answer to a taken key would tell the client that the layer is there
+        if key == target:  # AlreadyExistsError would make the client believe that the layer is there
             raise InvalidArgumentError(f"snapshot {key!r}: a pull wants another name for its target")
         with self._store.write() as writer:
             if writer.find(target) is not None:
@@ -316,7 +316,7 @@ class Snapshotter:
             self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size))
         return True
 
-    # Of an image that no container is on any more.
+    # Releases an image without containers.
     def _release_idle(self, image_id: int) -> None:
         with self._locks.hold(image_id):
             with self._store.read() as reader:
@@ -327,7 +327,7 @@ class Snapshotter:
             except ObdlabError as error:
                 logger.info("device of layer %d stays: %s", image_id, error)
 
-    # Unpacking a layer mounts the image below it, which nobody wants once the layer is there.
+    # Unpacking a layer mounts the image below it. That mount is of no use once the layer is there.
     def _release_unused(self, image_id: int) -> None:
         with self._locks.hold(image_id):
             with self._store.read() as reader:

@@ -1,4 +1,4 @@
-"""What a snapshot operation can answer besides a result: the kinds containerd's contract knows."""
+"""Errors of a snapshot operation: the kinds that containerd's contract knows."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from obdlab.errors import ObdlabError
 
 
 class NotFoundError(ObdlabError):
-    """No snapshot of that key, or of that parent."""
+    """The snapshot or its parent does not exist."""
 
 
 class AlreadyExistsError(ObdlabError):
-    """The key or name is taken. On a pull this is the answer that spares the client a download."""
+    """The key or name is taken. In a pull this answer spares the client a download."""
 
 
 class InvalidArgumentError(ObdlabError):
-    """The request itself makes no sense: an empty key, an uncommitted parent, a broken filter."""
+    """The request is malformed: an empty key, an uncommitted parent, a broken filter."""
 
 
 class FailedPreconditionError(ObdlabError):
-    """The snapshot is in no state for this: it has children, is not active, or is still in use."""
+    """The snapshot is in the wrong state: it has children, is not active, or is still in use."""
 
 
 class HasChildrenError(FailedPreconditionError):
-    """A snapshot with children was to be removed. The text begins as containerd's own, which callers look for."""
+    """A snapshot to be removed has children. The text begins as containerd's own: callers look for it."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"cannot remove snapshot with child: snapshot {key!r}")

@@ -1,12 +1,12 @@
-"""Images that cannot be read lazily here run all the same, as if they had been pulled the ordinary way.
+"""Running images that cannot be read lazily here, as if they had been pulled the ordinary way.
 
 * No block devices (no /dev/fuse or no loop devices): the image's files are unpacked in user space into a directory,
   which is mounted in the device's place.
-* A registry that does not serve parts of blobs: the blobs are fetched whole, and checked, to beside the layers'
-  snapshots; the device then needs no registry.
+* A registry that does not serve parts of blobs: the blobs are fetched whole and checked, into the directories of
+  their layers' snapshots. The device then needs no registry.
 
-Both cost what lazy loading spares, so each says so in the log, and in a label on the image's snapshot. They run in a
-process of their own: it may need much memory, and this one's stays small.
+Both give up the gain of lazy loading, so each is logged and noted in a label of the image's snapshot. Both run in a
+separate process, as they may need much memory and the service is to stay small.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Why an image, or a layer, is not read lazily; on its snapshot.
+#: Label of a snapshot: the reason why its image or layer is not read lazily.
 LABEL_FALLBACK = "containerd.io/snapshot/obdlab.fallback"
-#: Reasons, as the label and the metric name them.
+#: Reasons, as in the label and the metric.
 NO_DEVICES, NO_RANGES, NOT_OVERLAYBD = "no-block-devices", "registry-without-ranges", "not-overlaybd"
 UNPROVEN = "unproven-layer"
 
 DEVICE_NODES = ("/dev/fuse", "/dev/loop-control")
-#: A pull of the whole image may take its time; a client that gives up before finds it done the next time.
+#: Pulling a whole image may take long. If the client gives up earlier, its next attempt finds the image there.
 _TIMEOUT_S = 3600.0
 _WITHOUT_RANGES = "registry ignores ranges"
 _CHUNK = 1 << 20
 
 
 class FallbackError(ObdlabError):
-    """The image could be had neither lazily nor whole."""
+    """The image could be fetched neither lazily nor whole."""
 
 
 def missing_devices(kind: str = kinds.AUTOMATIC) -> str:
-    """Return why block devices of that kind (``Settings.device_kind``) cannot be made here, or ''."""
+    """Return the reason why block devices of that kind (``Settings.device_kind``) cannot be made here, or ''."""
     wanted = kinds.KINDS[kinds.Tcmu.name] if kind == DAEMON_KIND else kinds.find(kind)
     if wanted.name != kinds.FuseLoop.name:
         return wanted.missing()
@@ -64,12 +64,12 @@ def missing_devices(kind: str = kinds.AUTOMATIC) -> str:
 
 
 def is_without_ranges(error: ObdlabError) -> bool:
-    """Tell whether an attach failed because the registry serves blobs only whole."""
+    """Return True if an attach failed because the registry serves blobs only whole."""
     return _WITHOUT_RANGES in str(error)
 
 
 def unpack(config: Path, target: Path, settings: Settings) -> None:
-    """Have the files of the image that ``config`` describes in the directory ``target``; all of them, or none.
+    """Unpack the files of the image that ``config`` describes into the directory ``target``: all of them, or nothing.
 
     Raises FallbackError.
     """
@@ -77,7 +77,7 @@ def unpack(config: Path, target: Path, settings: Settings) -> None:
 
 
 def fetch_blobs(config: Path, settings: Settings) -> None:
-    """Have the remote blobs of an image in their layers' directories, checked. Raises FallbackError."""
+    """Fetch the remote blobs of an image into their layers' directories, checked. Raises FallbackError."""
     _run({"fetch": True}, config, settings)
 
 
@@ -95,16 +95,16 @@ def _run(what: dict[str, object], config: Path, settings: Settings) -> None:
         raise FallbackError(f"{config}: pulling the image whole: {cause}")
 
 
-# -- in the process of its own ---------------------------------------------------------------------------------------
+# -- in the separate process -----------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Do what standard input asks for; an error is the last line of standard error."""
+    """Run the request on standard input; an error is the last line of standard error."""
     from obdlab.image.config import ImageConfig
     from obdlab.image.settings import Settings
 
     request = json.load(sys.stdin)
-    # A service that starts anew begins anew, and must not meet what its predecessor has left at work.
+    # End with the service: a restarted service starts the work again, and must not meet its predecessor's process.
     abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != request["parent"]:
         return 1

@@ -1,4 +1,4 @@
-"""containerd's filter language, as List and clients of it use it.
+"""containerd's filter language, as in List and its clients.
 
 A filter is a comma-separated list of selectors that must all hold; several filters are alternatives::
 
@@ -7,8 +7,8 @@ A filter is a comma-separated list of selectors that must all hold; several filt
     field     := quoted | [A-Za-z0-9_]+
     value     := quoted | anything up to a comma or a blank
 
-A selector without operator asks whether the field is there. ``~=`` searches a regular expression, whose quotes may
-also be ``/`` or ``|``; it is an RE2 one, as in Go, so patterns take linear time. Fields of a snapshot are
+A selector without operator matches if the field is there. ``~=`` searches a regular expression, whose quotes may
+also be ``/`` or ``|``. Its syntax is RE2, as in Go, so patterns take linear time. Fields of a snapshot are
 ``name``, ``parent``, ``kind`` and ``labels.<key>``; keys with dots are quoted, ``labels."a.b"``. (containerd, package
 filters.)
 """
@@ -35,13 +35,13 @@ _SIMPLE_ESCAPES = {
     "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"', "'": "'",
 }  # fmt: skip
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
-# One call asks for some tens of bytes. All of it holds the interpreter, and other calls with it.
+# One call needs some tens of bytes. Matching holds the interpreter lock, so other calls wait for it.
 _MAX_TEXT = 64 << 10
 _MAX_SELECTORS = 1000
 _MAX_PATTERN_MEMORY = 1 << 20
 
 
-# Late, because few filters have a pattern, and it takes 2.4 MiB.
+# Imported late: few filters have a pattern, and re2 takes 2.4 MiB.
 @cache
 def _engine() -> tuple[Any, Any]:
     import re2
@@ -62,7 +62,7 @@ class Selector:
     pattern: Any = None
 
     def matches(self, snapshot: Snapshot) -> bool:
-        """Return whether the snapshot meets the condition."""
+        """Return True if the snapshot meets the condition."""
         found = _field_of(snapshot, self.path)
         if self.operator == "":
             return found is not None
@@ -75,7 +75,7 @@ class Selector:
 
 
 def compile_filters(filters: Sequence[str]) -> Callable[[Snapshot], bool]:
-    """Return the predicate of these filters; none at all matches everything. Raises InvalidArgumentError."""
+    """Return the predicate of these filters; an empty list matches everything. Raises InvalidArgumentError."""
     if sum(map(len, filters)) > _MAX_TEXT:
         raise InvalidArgumentError(f"filters: too long (got {sum(map(len, filters))}, wanted at most {_MAX_TEXT})")
     alternatives = [parse_filter(text) for text in filters]
@@ -88,7 +88,7 @@ def compile_filters(filters: Sequence[str]) -> Callable[[Snapshot], bool]:
 
 
 def parse_filter(text: str) -> tuple[Selector, ...]:
-    """Return the selectors of one filter; the empty text has none. Raises InvalidArgumentError."""
+    """Return the selectors of one filter; an empty text has no selectors. Raises InvalidArgumentError."""
     return _Parser(text).filter() if text else ()
 
 
@@ -170,7 +170,7 @@ class _Parser:
     def _escape(self, quote: str) -> str:
         char = self._text[self._at : self._at + 1]
         if quote != '"':
-            # A regular expression keeps its backslashes; only its own quote needs one taken away.
+            # A regular expression keeps its backslashes; only the one before its own quote goes.
             return self._advance(1) if char == quote else "\\"
         if char in _SIMPLE_ESCAPES:
             self._advance(1)

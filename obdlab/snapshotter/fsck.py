@@ -1,8 +1,8 @@
-"""Looking over a snapshotter's root: do metadata, directories, configurations and devices agree? And mending it.
+"""Checking and repairing a snapshotter's root: metadata, directories, configurations and devices must agree.
 
-What can be had again is made again: the configuration of a layer that stays in its registry follows from its labels,
-directories without a row are leftovers. What is lost is given up with all that builds on it, so that clients are told
-that it is not there instead of getting half of it.
+Anything that can be derived is made again: the configuration of a remote layer follows from its labels. Directories
+without a row are deleted. A lost snapshot is forgotten together with all snapshots on it, so that clients get
+"not found" instead of half of its files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong: ``what`` it is, ``remedy`` in words (empty: there is none), ``mend`` does it."""
+    """A defect: ``what`` describes it, ``remedy`` is text (empty if there is no remedy), ``mend`` applies it."""
 
     what: str
     remedy: str = ""
@@ -49,12 +49,12 @@ class Finding:
 
 
 class RootCheck:
-    """A root that no snapshotter works on, or, to be looked at only, one that may be in use."""
+    """A root without a running snapshotter; for looking only, also one that is in use."""
 
     def __init__(
         self, root: Path, options: ImageOptions, devices: DeviceService | None = None, *, lock: bool = True
     ) -> None:
-        """Open it. Raises RootError if it is none, or ``lock``ed by a snapshotter, and StoreError."""
+        """Open the root. Raises RootError if it is not a root or a snapshotter has it ``lock``ed, and StoreError."""
         metadata = root / "metadata.sqlite"
         if not metadata.exists():
             note = f"; {ORIGINAL_NAME} is there: `{command('snapshotter')}` takes it over at its first start"
@@ -73,12 +73,12 @@ class RootCheck:
         self._lost: set[str] = set()
 
     def close(self) -> None:
-        """Let go of the root."""
+        """Close the store and unlock the root."""
         self._store.close()
         self._layout.close()
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong. Mend each before asking for the next: what is above rests on what is below."""
+        """Yield the defects. Mend each before asking for the next: later checks rely on earlier repairs."""
         yield from self._metadata()
         for snapshot in self._parents_first():
             if snapshot.parent in self._lost:
@@ -175,7 +175,7 @@ class RootCheck:
                 yield Finding(text)
         yield from self._blob(snapshot, name, remote)
 
-    # Ids of the layers that its device is made of, bottom first.
+    # Returns the ids of the layers of its device, bottom first.
     def _images_of(self, snapshot: Snapshot) -> list[int]:
         ids = [] if self._layout.has_device(snapshot.id) else [snapshot.id]
         at = self._by_key.get(snapshot.parent)
@@ -216,7 +216,7 @@ class RootCheck:
                 return
 
     def _remote(self, snapshot: Snapshot) -> overlaybd.RemoteLayer | None:
-        # Earlier versions let an annotation give a plain layer the label of a remote one, but not its name.
+        # Earlier versions let an annotation give a plain layer the label of a remote one. Its name never fits.
         if overlaybd.LABEL_REMOTE not in snapshot.labels or snapshot.key != overlaybd.pull_target(snapshot.labels):
             return None
         try:
@@ -224,14 +224,14 @@ class RootCheck:
         except ObdlabError:
             return None
 
-    # Of a name that is a chain ID, on a parent whose chain ID is known. (Earlier versions did not check that.)
+    # True if the name is a chain ID, the parent's chain ID is known, and they differ. Earlier versions did not check.
     def _is_wrong(self, snapshot: Snapshot, layer: overlaybd.RemoteLayer) -> bool:
         below = self._by_key.get(snapshot.parent)
         chain = overlaybd.pull_target(below.labels) if below is not None else ""
         known = is_digest(snapshot.key) and (below is None or is_digest(chain))
         return known and snapshot.key != chain_id_over(chain, layer.digest)
 
-    # -- what belongs to nobody ----------------------------------------------------------------------------------
+    # -- leftovers -----------------------------------------------------------------------------------------------
 
     def _leftovers(self) -> Iterator[Finding]:
         for path in self._layout.unknown({snapshot.id for snapshot in self._snapshots}):
@@ -278,7 +278,7 @@ class RootCheck:
         self._devices.detach(device_id)
 
 
-# Mounts are taken away first: deleting must not reach into an image.
+# Unmounts first: deleting must not reach into an image.
 def _delete(path: Path) -> None:
     for entry in reversed(mount.mounts()):
         if path in entry.mountpoint.parents:

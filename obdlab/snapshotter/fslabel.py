@@ -1,8 +1,8 @@
-"""The file system that a label asks for: what an image, or a pod, may say of it.
+"""The file system that a label asks for, limited to harmless ones.
 
-``ext4;;-d /etc`` would copy the host's files into a container, ``erofs;device=/dev/sda`` show it the host's disk. So
-of the type, the mount options and the mkfs options only what is listed here passes. The configuration of the
-snapshotter (``defaultFsType``) is its owner's word and may say anything.
+``ext4;;-d /etc`` would copy the host's files into a container; ``erofs;device=/dev/sda`` would show it the host's
+disk. So only the types, mount options and mkfs options listed here pass. The snapshotter's own configuration
+(``defaultFsType``) is trusted and may contain anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MAX_LABEL = 1024
 _TYPES = ("ext4", "erofs", "xfs", "f2fs", "ntfs")
-# None of them names anything outside of the file system, or has the kernel do more than it does anyhow.
+# No option here names anything outside of the file system or gives the kernel extra work.
 _MOUNT_OPTIONS = re.compile(
     r"ro|rw|nosuid|nodev|noexec|sync|dirsync|noatime|nodiratime|relatime|strictatime|lazytime"
     r"|(no)?(discard|acl|user_xattr|barrier|delalloc|grpid|block_validity|largeio)"
@@ -29,7 +29,7 @@ _MOUNT_OPTIONS = re.compile(
 )
 _NUMBER = r"[0-9]{1,10}[kKmMgG]?"
 _WORD = r"[A-Za-z0-9_.-]{1,64}"
-# Options of mkfs by type: each with what its value may be, None for those without one.
+# Options of mkfs by type: each with the pattern of its value, None for an option without a value.
 _MKFS_OPTIONS: Mapping[str, Mapping[str, re.Pattern[str] | None]] = {
     "ext4": {
         "-F": None,
@@ -61,7 +61,7 @@ _MKFS_OPTIONS: Mapping[str, Mapping[str, re.Pattern[str] | None]] = {
 
 
 def spec_of_label(text: str, default: str) -> FsSpec:
-    """Return the file system that a label asks for. ``default`` is the configuration's, which is always allowed.
+    """Return the file system that a label asks for. ``default`` comes from the configuration and is always allowed.
 
     Raises InvalidArgumentError for anything that is not listed here.
     """

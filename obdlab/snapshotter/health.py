@@ -1,7 +1,7 @@
-"""The health service of gRPC, ``grpc.health.v1.Health``, for those who probe a server.
+"""The health service of gRPC, ``grpc.health.v1.Health``, for probes.
 
 Its two messages have the wire form of protobuf's well-known StringValue and UInt32Value (one field, number 1), so
-these stand for them.
+these types are used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 SERVICE = "grpc.health.v1.Health"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
-#: Watchers hold a worker each.
+#: Each Watch call holds a worker.
 _MAX_WATCHERS = 8
 _LOOK_S = 1.0
 
 
 class Health:
-    """Answers Check and Watch. ``is_well`` is asked each time; nothing is served after :meth:`stop`."""
+    """Answers Check and Watch. Each answer calls ``is_well``; after :meth:`stop` it is NOT_SERVING."""
 
     def __init__(self, services: frozenset[str], is_well: Callable[[], bool]) -> None:
         self._services = services | {""}
@@ -32,7 +32,7 @@ class Health:
         self._watchers = threading.Semaphore(_MAX_WATCHERS)
 
     def stop(self) -> None:
-        """Say that nothing is served any more, and end what watches."""
+        """Report NOT_SERVING from now on, and end Watch calls."""
         self._stopped.set()
 
     def add_to(self, server: grpc.Server) -> None:

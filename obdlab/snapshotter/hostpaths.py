@@ -1,7 +1,7 @@
 """Paths of the host that labels may name: only below directories that the settings allow.
 
-Labels prove nothing: containerd puts the annotations of an image's layers, and Kubernetes those of a pod, into the
-same map. Below an allowed directory only root decides what a path leads to.
+Labels prove nothing: containerd puts annotations of image layers, and Kubernetes annotations of pods, into the
+same map. Below an allowed directory only root can change where a path leads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def allowed_path(text: str, roots: Sequence[Path], label: str, setting: str) -> Path:
     """Return the path that a label names, with symbolic links resolved. It need not exist.
 
-    Raises InvalidArgumentError unless it is absolute and below one of ``roots`` (the ``setting``), and unless that
-    root and all directories from there on belong to this process's user, and are writable by no other.
+    Raises InvalidArgumentError unless the path is absolute and below one of ``roots`` (the ``setting``), and unless
+    that root and all directories below it on the path belong to this process's user and are writable by no other.
     """
     if not os.path.isabs(text) or "\0" in text:
         raise InvalidArgumentError(f"label {label}: not an absolute path (got {text[:200]!r})")
@@ -46,7 +46,7 @@ def _trouble(directory: Path) -> str:
     try:
         status = directory.lstat()
     except FileNotFoundError:
-        return ""  # still to be made
+        return ""  # it will be made later
     except OSError as error:
         return f"cannot be looked at: {error.strerror}"
     if not stat.S_ISDIR(status.st_mode):

@@ -1,4 +1,4 @@
-"""Overlaybd images as mounted devices: attached when a container first wants one, shared by all that do."""
+"""Overlaybd images as mounted devices: attached for an image's first container and shared by all its containers."""
 
 from __future__ import annotations
 
@@ -49,43 +49,43 @@ class _Failure:
 class ImageDevices:
     """Mounts images at their snapshots' mount points.
 
-    Calls for different snapshots may come from several threads at once; for one snapshot the caller takes turns.
+    Different snapshots may be used from several threads at once; for one snapshot the caller serialises calls.
     """
 
     def __init__(self, layout: Layout, devices: Devices) -> None:
         """Serve images below ``layout``."""
         self._layout = layout
         self._devices = devices
-        # Names of devices differ between the roots of a host.
+        # The names of devices differ between the roots of a host.
         self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
         self._failures: dict[int, _Failure] = {}
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
         self._priming = Priming(devices)
-        #: Told of an image (by its snapshot's id) that is not read lazily, and why.
+        #: Called with the snapshot id of an image that is not read lazily, and the reason.
         self.on_fallback: Callable[[int, str], None] = lambda _, __: None
 
     def start_host(self) -> None:
-        """Start the device host, which the first container shall not wait for. Returns at once."""
+        """Start the device host early, so that the first container need not wait for it. Returns at once."""
         self._host_start = threading.Thread(target=self._start_host, name="start-host")
         self._host_start.start()
 
     def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
-        """Have a pulled layer's index fetched, unless the settings say that it is not. Returns at once."""
+        """Fetch a pulled layer's index in the background, unless the settings forbid it. Returns at once."""
         if self._devices.settings.index_at_pull:
             self._priming.add(repo_blob_url, layer)
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
     ) -> Path:
-        """Have the snapshot's device attached and its file system mounted; return the device.
+        """Attach the snapshot's device if needed, mount its file system and return the device.
 
-        An image's is mounted read-only. One that a container writes to is mounted for that or, in mode ``dev``, not
-        at all; ``make`` has its file system made before. Does nothing if all that is so; brings the mount back after
-        a reboot or the death of the device's server. If it fails, nothing of the attempt stays. Raises ObdlabError
-        with the cause, also to callers who ``asked_s`` (monotonic) before an attempt failed: each trying anew, they
-        would wait for the same registry in a row.
+        An image is mounted read-only. A container's own device is mounted writable or, in mode ``dev``, not at all;
+        ``make`` makes its file system first. Does nothing if device and mount are there; mounts again after a reboot
+        or the death of the device's server. A failed attempt leaves nothing behind. Raises ObdlabError with the
+        cause, also for callers whose ``asked_s`` (monotonic) is before the end of a failed attempt: if each tried
+        again, they would wait for the same registry one after the other.
         """
         target = self._layout.mountpoint(snapshot_id)
         live = self._live_device(snapshot_id, None if mode is Mode.DEV else target)
@@ -137,10 +137,10 @@ class ImageDevices:
         return unpacked
 
     def release(self, snapshot_id: int) -> bool:
-        """Unmount the image and take its device away; tell whether that is gone.
+        """Unmount the image and detach its device. Return True if the device is gone.
 
-        A device that only other mount namespaces hold goes when they let go of it. Raises FailedPreconditionError,
-        having changed nothing, while something in this one still uses the image.
+        A device that only other mount namespaces hold goes when they release it. Raises FailedPreconditionError,
+        having changed nothing, while this namespace still uses the image.
         """
         target = self._layout.mountpoint(snapshot_id)
         devices = self._devices_of(snapshot_id)
@@ -168,19 +168,19 @@ class ImageDevices:
     def _start_host(self) -> None:
         try:
             self._devices.start_host()
-        except ObdlabError as error:  # the first mount will say so to somebody who can act on it
+        except ObdlabError as error:  # the first mount fails with the same cause and reports it to its client
             logger.warning("device host: %s", error)
 
     def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
         if self._host_start is not None:
-            self._host_start.join()  # two starts at a time would take twice as long; it has a deadline
+            self._host_start.join()  # two starts at a time would take twice as long; the start has a deadline
         config = self._layout.config(snapshot_id)
         for device in self._devices_of(snapshot_id):
             if device.alive:
                 return self._devices.attach(config, device.device_id)
         _unmount_all(target)
-        # A dead device keeps its name until its last user, who gets I/O errors whatever is done, is gone; whoever
-        # starts now gets a device with another name.
+        # A dead device keeps its name until its last user is gone; that user gets I/O errors in any case. A new
+        # container gets a device with another name.
         taken = {device.device_id for device in self._devices_of(snapshot_id)}
         name = f"{self._prefix}-{snapshot_id}"
         names = (name, *(f"{name}.{number}" for number in range(1, len(taken) + 1)))
@@ -230,7 +230,7 @@ class ImageDevices:
             live = self._live.get(snapshot_id)
         if live is None:
             return None
-        # The server comes first: a mount without one would not answer.
+        # Check the server first: stat on a mount without a server would hang.
         if not _alive(live.pidfd):
             self._forget(snapshot_id)
             return None
@@ -269,11 +269,11 @@ def _make_file_system(spec: FsSpec, device: Path) -> None:
         raise MkfsError(f"{' '.join(command)}: exit status {done.returncode}: {text}")
 
 
-# Overlays keep a lower file system without needing its mount: unmounting would succeed and only hide the use.
+# Overlays keep a lower file system alive without its mount: unmounting would succeed and only hide the use.
 def _users(target: Path, paths: Sequence[Path]) -> list[str]:
     entries = mount.mounts()
     devices = {entry.device for entry in entries if entry.mountpoint == target}
-    sources = {str(path) for path in paths}  # of a device handed over as such
+    sources = {str(path) for path in paths}  # devices mounted by the client itself
     return [
         str(entry.mountpoint)
         for entry in entries
@@ -290,7 +290,7 @@ def _overlay_users(target: Path) -> list[str]:
     ]
 
 
-# A directory has no device that would tell its mounts from others of the same file system.
+# A bind-mounted directory has the device number of its whole file system, so its mounts are found by identity.
 def _bind_users(target: Path, directory: Path) -> list[str]:
     wanted = _identity(directory)
     number = directory.stat().st_dev

@@ -1,8 +1,8 @@
 """Taking over a root of the original snapshotter: its metadata.db becomes our store; directories stay as they are.
 
-The store appears whole or not at all. ``metadata.db`` is read only and stays, so that the original can go on with the
-root as long as nothing has changed it; a note of its transaction number tells if that has happened.
-
+The store appears whole or not at all. ``metadata.db`` is only read, and stays. The original can go back to the root
+as long as we have not changed it. We keep a note of its transaction number, which shows whether the original has
+changed the root since.
 (containerd, snapshot storage schema v1; overlaybd snapshotter, on-disk layout.)
 """
 
@@ -40,11 +40,11 @@ _SYSFS = Path("/sys/block")
 
 
 class ImportRootError(ObdlabError):
-    """A root of the original snapshotter cannot be taken over as it is; tells what to do."""
+    """A root of the original snapshotter cannot be taken over as it is; the text names the remedy."""
 
 
 def take_over(layout: Layout, default_mode: Mode) -> int | None:
-    """Make a store from the original's, if there is one and none of ours; return the number of its snapshots.
+    """Make a store from the original's, if it exists and ours does not; return the number of its snapshots.
 
     Writable devices get the mode of their label, or ``default_mode``. Returns None if there was nothing to do.
     Raises ImportRootError while the original or one of its mounts still uses the root, if it has changed the root
@@ -75,7 +75,7 @@ def take_over(layout: Layout, default_mode: Mode) -> int | None:
 
 
 def read_snapshots(file: BoltFile) -> tuple[list[Snapshot], int]:
-    """Return the snapshots, parents first, and the last id that was given out. Raises FormatError."""
+    """Return the snapshots, parents first, and the last id in use. Raises FormatError."""
     bucket = file.root.bucket(b"v1").bucket(b"snapshots")
     found = {}
     for key, value in bucket.items():
@@ -133,7 +133,7 @@ def _parents_first(name: str, found: dict[str, Snapshot]) -> list[Snapshot]:
     return list(ordered.values())
 
 
-# bbolt takes this lock too, for as long as it has the file open.
+# bbolt takes the same lock while it has the file open.
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -156,7 +156,7 @@ def _check_unchanged(layout: Layout, transaction: int) -> None:
         )
 
 
-# Devices of the original's daemon would be attached twice, and writable ones be written to by both.
+# A device that the original's daemon still serves would be attached twice; both would write to a writable one.
 def _check_mounts(layout: Layout, snapshots: Sequence[Snapshot]) -> None:
     points = {layout.mountpoint(snapshot.id) for snapshot in snapshots}
     used = sorted(str(entry.mountpoint) for entry in mount.mounts() if entry.mountpoint in points)
@@ -233,7 +233,7 @@ def _write_store(layout: Layout, snapshots: Sequence[Snapshot], last_id: int) ->
         with store.write() as writer:
             writer.restore(snapshots, last_id)
     finally:
-        store.close()  # puts everything into the one file
+        store.close()  # merges the write-ahead log into the one file
     os.replace(unfinished, layout.metadata)
     descriptor = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""The snapshotter's directory: what lies where, made so that a crash at any moment leaves only nameless leftovers.
+"""The snapshotter's directory layout. A crash at any moment leaves only nameless leftovers.
 
 ::
 
@@ -7,12 +7,12 @@
     <root>/snapshots/<id>/fs                     the layer, or the container's changes
     <root>/snapshots/<id>/work                   overlayfs work directory (active only)
     <root>/snapshots/<id>/block/config.v1.json   an overlaybd image up to this layer
-    <root>/snapshots/<id>/block/mountpoint       where its device is mounted
-    <root>/snapshots/<id>/block/unpacked         the image's files, where there can be no device
-    <root>/snapshots/<id>/block/writable.json    a container's own device: its mode, and where its layer lies
-    <root>/snapshots/<id>/block/writable_{data,index}   that layer
-    <root>/snapshots/<id>/image_ref              the image it came from, if known
-    <root>/snapshots/new-*                       being made
+        <root>/snapshots/<id>/block/mountpoint       mount point of its device
+        <root>/snapshots/<id>/block/unpacked         the image's files, if there can be no device
+        <root>/snapshots/<id>/block/writable.json    a container's own device: its mode, and the place of its layer
+        <root>/snapshots/<id>/block/writable_{data,index}   that layer
+        <root>/snapshots/<id>/image_ref              the reference of its image, if known
+        <root>/snapshots/new-*                       a directory that is being made
 
 (overlaybd snapshotter, on-disk layout.)
 """
@@ -40,14 +40,14 @@ _NEW = "new-"
 
 
 class RootError(ObdlabError):
-    """The root directory cannot be used, or another snapshotter works on it."""
+    """The root directory cannot be used, or another snapshotter uses it."""
 
 
 class Layout:
     """Paths under one root, and the making and deleting of snapshot directories."""
 
     def __init__(self, root: Path, *, lock: bool = True) -> None:
-        """Make the root (0700) if need be and ``lock`` it for this process. Raises RootError."""
+        """Make the root (0700) if it is missing and ``lock`` it for this process. Raises RootError."""
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -66,7 +66,7 @@ class Layout:
         return self.root / "metadata.sqlite"
 
     def directory(self, snapshot_id: int) -> Path:
-        """Everything of one snapshot."""
+        """The directory of one snapshot."""
         return Path(f"{self._prefix}{snapshot_id}")
 
     def fs(self, snapshot_id: int) -> Path:
@@ -78,39 +78,39 @@ class Layout:
         return Path(f"{self._prefix}{snapshot_id}/work")
 
     def block(self, snapshot_id: int) -> Path:
-        """What belongs to the block device."""
+        """The files of the block device."""
         return Path(f"{self._prefix}{snapshot_id}/block")
 
     def config(self, snapshot_id: int) -> Path:
-        """The device's configuration; it exists if the snapshot is the top layer of an overlaybd image."""
+        """The device's configuration. The file exists if the snapshot is the top layer of an overlaybd image."""
         return Path(self._config(snapshot_id))
 
     def mountpoint(self, snapshot_id: int) -> Path:
-        """Where the device is mounted."""
+        """The mount point of the device."""
         return Path(f"{self._prefix}{snapshot_id}/block/mountpoint")
 
     def unpacked(self, snapshot_id: int) -> Path:
-        """The image's files, where they had to be unpacked for want of a device."""
+        """The image's files, if they had to be unpacked for want of a device."""
         return Path(f"{self._prefix}{snapshot_id}/block/unpacked")
 
     def writable(self, snapshot_id: int) -> Path:
-        """What is known of a writable device; it exists if the snapshot has one of its own."""
+        """The record of a writable device. The file exists if the snapshot has a device of its own."""
         return Path(f"{self._prefix}{snapshot_id}/block/{WRITABLE_NAME}")
 
     def backstore_mark(self, snapshot_id: int) -> Path:
-        """Holds the path of a writable device, for tools of the original."""
+        """A file with the path of a writable device, for tools of the original."""
         return Path(f"{self._prefix}{snapshot_id}/block/backstore_mark")
 
     def has_device(self, snapshot_id: int) -> bool:
-        """Return whether the snapshot is a container's that writes to a device of its own."""
+        """Return True if the snapshot belongs to a container that writes to its own device."""
         return os.path.exists(f"{self._prefix}{snapshot_id}/block/{WRITABLE_NAME}")
 
     def is_image(self, snapshot_id: int) -> bool:
-        """Return whether the snapshot is a layer of an overlaybd image."""
+        """Return True if the snapshot is a layer of an overlaybd image."""
         return os.path.exists(self._config(snapshot_id))
 
     def new_directory(self, kind: Kind, owner: tuple[int, int] | None) -> Path:
-        """Return a nameless snapshot directory, ``fs`` given to ``owner`` (uid, gid) if there is one."""
+        """Make a nameless snapshot directory; ``fs`` belongs to ``owner`` (uid, gid) if given."""
         directory = self.snapshots / os.path.basename(tempfile.mkdtemp(prefix=_NEW, dir=self.snapshots))
         try:
             _make(directory / "fs", 0o755)
@@ -125,7 +125,7 @@ class Layout:
 
     @staticmethod
     def add_block(directory: Path) -> Path:
-        """Add to a nameless directory what an image layer needs; return its ``block``."""
+        """Add the files of an image layer to a nameless directory; return its ``block``."""
         block = directory / "block"
         _make(block, 0o711)
         _make(block / "mountpoint", 0o711)
@@ -134,23 +134,23 @@ class Layout:
 
     @staticmethod
     def write_image_reference(directory: Path, reference: str) -> None:
-        """Note in a nameless directory which image it belongs to, if that is known."""
+        """Note the image's reference in a nameless directory, if it is known."""
         if reference:
             (directory / "image_ref").write_text(reference)
 
     def adopt(self, directory: Path, snapshot_id: int) -> None:
-        """Give a nameless directory its name, taking it from the leftover of a transaction that failed."""
+        """Give a nameless directory its name. Deletes a leftover of a failed transaction under that name first."""
         target = self.directory(snapshot_id)
         if target.exists():
             self.delete(target)
         directory.rename(target)
 
     def delete(self, directory: Path) -> None:
-        """Delete a directory. What cannot be deleted now is tried again by the next cleanup."""
+        """Delete a directory. The next cleanup tries again to delete what is left of it."""
         delete_tree(directory)
 
     def unknown(self, known: Iterable[int]) -> list[Path]:
-        """Return the directories that no snapshot owns: leftovers of crashes and of removals."""
+        """Return the directories without a snapshot: leftovers of crashes and of removals."""
         names = {str(snapshot_id) for snapshot_id in known}
         return sorted(path for path in self.snapshots.iterdir() if path.name not in names)
 
@@ -158,27 +158,27 @@ class Layout:
         """Measure a snapshot's own files."""
         return disk_usage([self.fs(snapshot_id), self.block(snapshot_id)], skip="mountpoint")
 
-    # Text, because a deep image asks this of every layer: joining Paths took half of Mounts' time.
+    # A string, because Mounts asks this of every layer of a deep image: joining Paths took half of its time.
     def _config(self, snapshot_id: int) -> str:
         return f"{self._prefix}{snapshot_id}/block/{CONFIG_NAME}"
 
     def close(self) -> None:
-        """Let another process have the root. Closing twice is allowed."""
+        """Unlock the root for other processes. Closing twice is allowed."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
 
 def disk_usage(roots: Iterable[Path], *, skip: str = "") -> Usage:
-    """Count inodes and allocated bytes below ``roots`` and of them, each inode once.
+    """Count inodes and allocated bytes below ``roots``, roots included, each inode once.
 
-    Directly below a root, entries called ``skip`` are left out; a root that is missing counts nothing.
+    Entries called ``skip`` directly below a root are left out; a missing root counts nothing.
     """
     linked: set[tuple[int, int]] = set()
     inodes = size = 0
     for root in roots:
         for status in statuses(root, skip=skip):
-            # Only those with several names can come again: a container may have millions of files.
+            # Only inodes with several names can come twice. The set stays small in containers with millions of files.
             if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
                 identity = (status.st_dev, status.st_ino)
                 if identity in linked:

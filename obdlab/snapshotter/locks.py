@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class KeyedLocks:
-    """One lock per snapshot id, there as long as somebody wants it."""
+    """One lock per snapshot id. It exists as long as a thread holds or wants it."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -19,7 +19,7 @@ class KeyedLocks:
 
     @contextmanager
     def hold(self, key: int) -> Iterator[None]:
-        """Wait for the lock, and hold it."""
+        """Wait for the lock of a key, and hold it."""
         with self._guard:
             lock, users = self._locks.get(key, (threading.Lock(), 0))
             self._locks[key] = (lock, users + 1)

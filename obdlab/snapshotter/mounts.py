@@ -1,4 +1,4 @@
-"""Mounts as containerd is told of them; its client makes them."""
+"""Mounts as containerd's API describes them; the client makes them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Mount:
 def kernel_overlay_options() -> tuple[str, ...]:
     """Return the options every overlay mount gets on this kernel.
 
-    With an index, overlayfs refuses lower directories that were copied or used elsewhere, as snapshots are. In a user
-    namespace it may not write trusted attributes, and keeps its marks in user ones.
+    With an index, overlayfs refuses lower directories that were copied or used elsewhere, as snapshots are. In a
+    user namespace overlayfs may not write trusted attributes; ``userxattr`` makes it use user attributes.
     """
     index = ("index=off",) if _INDEX_PARAMETER.exists() else ()
     return index + (("userxattr",) if _in_user_namespace() else ())
@@ -48,8 +48,8 @@ def snapshot_mounts(
 ) -> list[Mount]:
     """Return how to mount a snapshot whose own files are in ``fs``, over ``lowers``, nearest first.
 
-    A lower is a plain layer's directory or the mount point of an overlaybd image; the result is what containerd's
-    overlayfs snapshotter gives: bind mounts where one directory says it all, else one overlay.
+    A lower is a plain layer's directory or the mount point of an overlaybd image. The result equals that of
+    containerd's overlayfs snapshotter: a bind mount if one directory suffices, else one overlay.
     """
     if not lowers:
         return [_bind(fs, "ro" if kind is Kind.VIEW else "rw")]
@@ -65,7 +65,7 @@ def snapshot_mounts(
 def device_mounts(mode: Mode, mountpoint: Path, device: Path, fs_type: str) -> list[Mount]:
     """Return how to mount a snapshot that writes to a device of its own."""
     if mode is Mode.DEV:
-        # An image must not be able to choose the kernel's panic.
+        # An image must not be able to make the kernel panic on errors.
         errors = (ERRORS,) if fs_type == "ext4" else ()
         return [Mount(fs_type, str(device), ("rw", "discard", *errors))]
     return [_bind(mountpoint, "rw")]

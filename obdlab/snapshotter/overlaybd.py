@@ -1,4 +1,4 @@
-"""What snapshot labels say of overlaybd layers, and the device configuration made from it.
+"""The meaning of snapshot labels for overlaybd layers, and the device configuration made from them.
 
 (overlaybd snapshotter, labels and building of config.v1.json; OCI image conventions of overlaybd.)
 """
@@ -43,7 +43,7 @@ LABEL_REMOTE = "containerd.io/snapshot/remote"
 REMOTE_SNAPSHOT = "remote snapshot"
 LABEL_DOWNLOAD = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
-#: Others rely on them: repairs make configurations from them, builders run programs on the path.
+#: Only this service sets them: repairs make configurations from them, builders run programs on the path.
 _OWN_LABELS = frozenset({LABEL_REMOTE, LABEL_COMMIT_PATH, LABEL_FALLBACK})
 
 COMMIT_FILE = "overlaybd.commit"
@@ -57,25 +57,25 @@ _MAGIC_SIZE = 24
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """How images are reached and mounted where their labels do not say."""
+    """How images are reached and mounted, by default or for want of a label."""
 
-    #: Registries spoken to over plain HTTP besides this machine's own.
+    #: Registries to use over plain HTTP besides loopback ones.
     plain_http_hosts: frozenset[str] = frozenset()
     #: ``type[;mount options[;mkfs options]]``
     default_fs: str = "ext4"
-    #: What containers write to where their labels do not say.
+    #: Default kind of a container's writable part.
     mode: Mode = Mode.OVERLAYFS
     #: Writable layers are single sparse files instead of a log and its index.
     sparse: bool = False
-    #: A device goes with the last container on it.
+    #: The device is detached with its last container.
     auto_remove_devices: bool = False
-    #: Files of removed snapshots wait for Cleanup.
+    #: Files of removed snapshots stay until Cleanup.
     async_remove: bool = False
-    #: What a container may write to its overlay, 0 for no limit.
+    #: Limit of a container's overlay, 0 for no limit.
     quota_bytes: int = 0
-    #: Where labels may have writable layers lie.
+    #: Directories in which labels may place writable layers.
     active_roots: tuple[Path, ...] = ()
-    #: Where labels may have traces read and written. The default is the working directory of the original's tool.
+    #: Directories in which labels may name traces. The default is the working directory of the original's tool.
     trace_roots: tuple[Path, ...] = (Path("/tmp/ctr-record-trace"),)
 
 
@@ -83,39 +83,39 @@ class ImageOptions:
 class RemoteLayer:
     """An overlaybd layer that stays in its registry. ``size`` in bytes.
 
-    An ``acceleration`` layer has no blocks: it tells what to fetch ahead, and an image works without it.
+    An ``acceleration`` layer has no blocks: it lists reads to fetch ahead, and an image works without it.
     """
 
     digest: str
     size: int
     reference: Reference
     acceleration: bool = False
-    #: A blob beside it with a trace of the image up to here.
+    #: A blob beside the layer: a trace of the image up to this layer.
     trace: LowerConfig = field(default_factory=LowerConfig)
     hot: bool = False
 
 
 def of_client(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return a client's labels without those that only this service gives."""
+    """Return a client's labels without the ones that only this service may set."""
     return {label: value for label, value in labels.items() if label not in _OWN_LABELS}
 
 
 def pull_target(labels: Mapping[str, str]) -> str:
-    """Return the name a pull wants the layer committed under, or '' if this is no pull."""
+    """Return the name under which a pull wants the layer committed, or '' if this is no pull."""
     return labels.get(LABEL_TARGET, "")
 
 
 def is_proven(layer: RemoteLayer, labels: Mapping[str, str], below: Mapping[str, str] | None) -> bool:
     """Return True if a pulled layer's digest alone proves the name that the layer is to be committed under.
 
-    containerd finds layers by chain ID, whatever image brought them: under the chain ID of another image's layer, a
-    hostile image would put its own files into that image's containers. A blob that is an uncompressed tar is its own
-    diff ID, so its digest and the chain ID below give the chain ID. ``below`` holds the labels of the parent, None
-    for a bottom layer.
+    containerd finds layers by chain ID, across images. Under the chain ID of another image's layer, a hostile image
+    would put its own files into that image's containers. A blob that is an uncompressed tar is its own diff ID, so
+    its digest and the chain ID below give the chain ID. ``below`` holds the labels of the parent, None for a bottom
+    layer.
 
     A layer of another form (compressed, or turboOCI once that is served) proves nothing here: its diff ID is the
-    digest of bytes that are not at hand. A turboOCI layer's small blob has to be fetched whole and hashed for that,
-    here, before this may return True for it.
+    digest of bytes that are not at hand. To return True for a turboOCI layer, this function would have to fetch its
+    small blob whole and hash it.
     """
     target = pull_target(labels)
     if target.startswith(_CONVERTER_PREFIX):
@@ -127,21 +127,21 @@ def is_proven(layer: RemoteLayer, labels: Mapping[str, str], below: Mapping[str,
 
 
 def wants_download(labels: Mapping[str, str]) -> bool:
-    """Tell whether the client of a pull wants to bring the layer's blob itself."""
+    """Return True if the client of a pull wants to download the layer's blob itself."""
     return labels.get(LABEL_DOWNLOAD) == "download"
 
 
 def image_reference(labels: Mapping[str, str]) -> str:
-    """Return the image a snapshot belongs to, as the kubelet or else the client calls it, or ''."""
+    """Return the reference of a snapshot's image, from the kubelet's label or else the client's, or ''."""
     return labels.get(LABEL_CRI_IMAGE_REF) or labels.get(LABEL_IMAGE_REF, "")
 
 
 def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLayer | None:
-    """Return the overlaybd layer that the labels of a pull describe, or None for one that must be downloaded.
+    """Return the overlaybd layer that the labels of a pull describe, or None for a layer that must be downloaded.
 
-    That is a plain layer, or one of which no label says what image, hence what registry, it is from. Raises
-    InvalidArgumentError if the labels contradict themselves and FailedPreconditionError for layers of a kind that
-    cannot be served: unpacked like plain ones they would put rubbish into the container.
+    None is for plain layers, and for layers whose labels name no image and hence no registry. Raises
+    InvalidArgumentError if the labels contradict each other and FailedPreconditionError for layers of a kind that
+    cannot be served: unpacked like plain layers they would put garbage into the container.
     """
     digest, size = labels.get(BLOB_DIGEST), labels.get(BLOB_SIZE)
     if digest is None and size is None:
@@ -157,7 +157,7 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
     reference = _reference(labels)
     if reference is None:
         return None
-    if labels.get(BLOB_FS_TYPE):  # refused here, it keeps an image away that no container could start from
+    if labels.get(BLOB_FS_TYPE):  # refuse now an image that no container could start from
         spec_of_label(labels[BLOB_FS_TYPE], options.default_fs)
     acceleration = labels.get(ACCELERATION_LAYER) == "yes"
     trace, hot = _trace(labels.get(TRACE_LABEL, "")), labels.get(HOT_LAYER) == "yes"
@@ -165,14 +165,14 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
 
 
 def _trace(label: str) -> LowerConfig:
-    # An image works without.
+    # A malformed trace is ignored: an image works without a trace.
     digest, _, text = label.partition(",")
     size = decimal(text, _MAX_BLOB_SIZE)
     return LowerConfig(digest=digest, size=size) if is_digest(digest) and size is not None else LowerConfig()
 
 
 def fs_spec(labels: Mapping[str, str], options: ImageOptions, image: Mapping[str, str] | None = None) -> FsSpec:
-    """Return the file system of a snapshot's device, or of the ``image`` below it, by their labels."""
+    """Return the file system of a snapshot's device, from its labels or those of the ``image`` below it."""
     text = labels.get(BLOB_FS_TYPE) or (image or {}).get(BLOB_FS_TYPE)
     return spec_of_label(text, options.default_fs) if text else FsSpec.parse(options.default_fs)
 
@@ -182,8 +182,8 @@ def remote_config(
 ) -> ImageConfig:
     """Return the device configuration of an image up to a layer that stays in its registry.
 
-    ``below`` is that of the image without it, or None for the bottom layer; ``directory`` is where the layer's
-    snapshot will lie.
+    ``below`` is the configuration of the image without this layer, None for a bottom layer; ``directory`` is the
+    future directory of the layer's snapshot.
     """
     lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"), hot=layer.hot)
     config = _config(below, lower, directory, blobs_url(layer.reference, options))
@@ -211,17 +211,17 @@ def _config(below: ImageConfig | None, lower: LowerConfig, directory: Path, repo
 
 
 def is_downloaded_layer(fs: Path) -> bool:
-    """Tell whether a client unpacked an overlaybd layer here: the blob out of its tar, and nothing else."""
+    """Return True if a client unpacked an overlaybd layer here: the directory holds only the layer's blob."""
     with os.scandir(fs) as entries:
         if [entry.name for entry in islice(entries, 2)] != [COMMIT_FILE]:
             return False
     try:
-        # The layer may be anybody's: a link would be followed, a pipe waited for.
+        # The layer is not trusted: open() must not follow a link or wait for a pipe.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(fs / COMMIT_FILE, flags)
     except OSError:
         return False
-    # Late, because they bring numpy: 14 MiB that a service for plain images has no use for.
+    # Imported late: they bring numpy, 14 MiB that a service for plain images does not need.
     from obdlab.formats.lsmt.layout import MAGIC as LSMT
     from obdlab.formats.zfile.layout import MAGIC as ZFILE
 
@@ -230,7 +230,7 @@ def is_downloaded_layer(fs: Path) -> bool:
 
 
 def blobs_url(reference: Reference, options: ImageOptions) -> str:
-    """Return where the blobs of an image's repository are, over plain HTTP where that is right."""
+    """Return the URL of an image repository's blobs, with plain HTTP for loopback and configured hosts."""
     repository = reference.repo
     plain = is_loopback(reference.host) or reference.host in map(canonical_host, options.plain_http_hosts)
     return type(repository)(repository.host, repository.name, plain_http=plain).blobs_url
@@ -243,8 +243,8 @@ def _blob_size(text: str | None) -> int:
     return size
 
 
-# containerd lets a layer's annotations pass for labels of the client. Of the two, only CRI's is set over whatever an
-# annotation says; credentials and requests go to the host that is named here.
+# containerd lets a layer's annotations pass for labels of the client. Of the two labels, only CRI's overrides an
+# annotation. Credentials and requests go to the host that is named here.
 def _reference(labels: Mapping[str, str]) -> Reference | None:
     named = {}
     for label in (LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF):

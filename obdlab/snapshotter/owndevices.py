@@ -42,7 +42,7 @@ _GB = 1 << 30
 
 
 class OwnDevices:
-    """The containers of a root that have a device each."""
+    """The containers of a root that have their own devices."""
 
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
@@ -53,7 +53,7 @@ class OwnDevices:
         self._options = snapshots.options
 
     def mode(self, parent: str, labels: Mapping[str, str]) -> Mode:
-        """Return what a new snapshot will write to: on anything but an image, an overlay."""
+        """Return the mode of a new snapshot. On a plain layer it is always an overlay."""
         if overlaybd.pull_target(labels) or labels.get(writable.LABEL_TYPE) == "image":
             return Mode.OVERLAYFS
         mode = writable.mode_asked(labels, self._options.mode)
@@ -72,7 +72,7 @@ class OwnDevices:
     def create(
         self, mode: Mode, key: str, parent: str, labels: Mapping[str, str], remove: Callable[[str], None]
     ) -> list[Mount]:
-        """Make such a snapshot; if its device cannot be had, ``remove`` takes the snapshot away again."""
+        """Make a snapshot with its own device; if the device cannot be made, ``remove`` undoes it."""
         spec = overlaybd.fs_spec(labels, self._options)
         if not parent and spec.fs_type == "erofs":
             raise InvalidArgumentError(f"snapshot {key!r}: erofs cannot be written to")
@@ -89,12 +89,12 @@ class OwnDevices:
         try:
             return self.mount(snapshot, image, make=not parent and not spec.made_here)
         except BaseException:
-            with suppress(ObdlabError):  # what went wrong before matters more
+            with suppress(ObdlabError):  # report the first error
                 remove(key)
             raise
 
     def mount(self, snapshot: Snapshot, image: Snapshot | None, *, make: bool = False) -> list[Mount]:
-        """Have the device there and return how to mount it."""
+        """Attach the device if needed and return how to mount it."""
         asked_s = time.monotonic()
         spec = overlaybd.fs_spec(snapshot.labels, self._options, image.labels if image else None)
         with self._locks.hold(snapshot.id):
@@ -102,20 +102,20 @@ class OwnDevices:
             if device is None:
                 raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")
             path = self._images.mount(snapshot.id, spec, asked_s, device.mode, make=make)
-            # The client mounts what is handed over, so it is looked at here, each time: its user may have changed it.
+            # The client mounts the device itself, so detect its file system each time: its user may have changed it.
             fs_type = mount.detect_fs(path)[0] if device.mode is Mode.DEV else spec.fs_type
             if fs_type == "erofs":
                 raise FailedPreconditionError(f"snapshot {snapshot.key!r}: its image is EROFS, which is only read")
             return device_mounts(device.mode, self._layout.mountpoint(snapshot.id), path, fs_type)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], own_id: int) -> None:
-        """Take the device away and make its layer the top of a new image."""
+        """Detach the device and make its layer the top of a new image."""
         with self._locks.hold(own_id):
             device = WritableDevice.load(self._layout.writable(own_id))
             with self._store.read() as reader:
                 if device is None or reader.get(key).id != own_id:
                     raise NotFoundError(f"snapshot {key!r} was removed or committed meanwhile")
-                if reader.find(name) is not None:  # before the device is taken away for nothing
+                if reader.find(name) is not None:  # check before the device is detached for nothing
                     raise AlreadyExistsError(f"snapshot {name!r} already exists")
             if not self._images.release(own_id):
                 raise FailedPreconditionError(f"snapshot {key!r}: its device is still in use")
@@ -140,16 +140,16 @@ class OwnDevices:
             self._drop_upper(own_id, device)
 
     def recover(self) -> None:
-        """Finish commits that a crash cut short, if they are in the store, and undo the others.
+        """Finish interrupted commits that are in the store, and undo the others.
 
-        Opening its layer undoes the seal.
+        Opening the layer undoes its seal.
         """
         with self._store.read() as reader:
             snapshots = [snapshot for snapshot in reader.all() if self._layout.has_device(snapshot.id)]
         for snapshot in snapshots:
             try:
                 device = WritableDevice.load(self._layout.writable(snapshot.id))
-            except FailedPreconditionError as error:  # its own calls fail with this; the others' must not
+            except FailedPreconditionError as error:  # calls for this snapshot fail with it; the others must go on
                 logger.error("snapshot %r: %s", snapshot.key, error)
                 continue
             sealed = self._layout.fs(snapshot.id) / writable.SEALED_FILE
@@ -181,7 +181,7 @@ class OwnDevices:
         size_gb = self._size_gb(labels, has_parent=below is not None)
         upper = writable.upper_for(labels, home / "block", size_gb, self._options.active_roots)
         block = self._layout.add_block(directory)
-        # In its own place until the directory gets its name.
+        # These files lie in the new directory until it gets its name.
         data, index = (
             block / path.name if path.parent == home / "block" else path
             for path in (Path(upper.data), Path(upper.index))
@@ -193,7 +193,7 @@ class OwnDevices:
         WritableDevice(mode, upper).save(block / WRITABLE_NAME)
         overlaybd.writable_config(below, upper, home).save(block / CONFIG_NAME)
 
-    # A device of its own is limited by its size. One that lies on an image has the image's.
+    # A device on nothing is limited by its own size; a device on an image has the image's size.
     def _size_gb(self, labels: Mapping[str, str], *, has_parent: bool) -> int:
         quota = quota_asked(labels, 0)
         if has_parent:
@@ -212,4 +212,4 @@ class OwnDevices:
 
     def _drop_upper(self, own_id: int, device: WritableDevice) -> None:
         writable.drop(device.upper)
-        self._layout.writable(own_id).unlink()  # last: until then the next start does all of it again
+        self._layout.writable(own_id).unlink()  # last: if interrupted before, the next start repeats all of it

@@ -1,4 +1,4 @@
-"""Indexes of pulled layers, fetched behind the pull: the first container of an image finds them in the cache."""
+"""Fetching indexes of pulled layers in the background: the first container of an image finds them in the cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of a host that pulls faster than its registry answers, later layers go without.
+# Bounds the queue of a host that pulls faster than its registry answers; further layers are dropped.
 _MOST_WAITING = 1024
 
 
 class Priming:
-    """Hands layers over to ``devices`` from a thread that ends when there are none; what has come, all at once."""
+    """Hands queued layers to ``devices``, in batches, from a thread that ends when the queue is empty."""
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
@@ -30,7 +30,7 @@ class Priming:
         self._thread: threading.Thread | None = None
 
     def add(self, repo_blob_url: str, layer: LowerConfig) -> None:
-        """Have one layer's index fetched soon. Returns at once, and never fails."""
+        """Queue a layer whose index is to be fetched soon. Returns at once, and never fails."""
         with self._guard:
             if len(self._waiting) < _MOST_WAITING:
                 self._waiting.append((repo_blob_url, layer))
@@ -39,7 +39,7 @@ class Priming:
                 self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until all that was added is done with; tell whether it is."""
+        """Wait until the queue is done. Return False on timeout."""
         with self._guard:
             thread = self._thread
         if thread is not None:
@@ -59,5 +59,5 @@ class Priming:
             for url, lowers in by_repository.items():
                 try:
                     self._devices.prime(ImageConfig(repo_blob_url=url, lowers=tuple(lowers)))
-                except ObdlabError as error:  # whoever opens the image hears of it if it matters
+                except ObdlabError as error:  # opening the image reports it again if it matters
                     logger.info("indexes not fetched: %s", error)

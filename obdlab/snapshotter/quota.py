@@ -1,8 +1,8 @@
 """Disk quota of containers: a project quota on the directories that an overlay writes to.
 
-Each container has a project id of its own, and so a limit of its own. The id is that of the directory
-(``chattr -p``), which new files in it inherit; the limit is the file system's (``setquota -P``). That needs ext4 or
-xfs mounted with ``prjquota``.
+Each container has its own project id, and so its own limit. The id is set on the directory (``chattr -p``) and
+inherited by new files in it; the limit is set on the file system (``setquota -P``). That needs ext4 or xfs mounted
+with ``prjquota``.
 
 (Linux include/uapi/linux/fs.h, struct fsxattr; include/uapi/linux/quota.h, struct if_dqblk; quotactl_fd(2).)
 """
@@ -37,18 +37,18 @@ _QUOTACTL_FD = 443
 _GET, _SET, _PROJECTS = 0x800007, 0x800008, 2  # Q_GETQUOTA, Q_SETQUOTA, PRJQUOTA
 _LIMITS = struct.Struct(
     "=QQQQQQQQI4x"
-)  # blocks: hard, soft, used; inodes: hard, soft, used; two times; what is valid
+)  # blocks: hard, soft, used; inodes: hard, soft, used; two times; bits of the valid fields
 _BLOCK_LIMITS = 1  # QIF_BLIMITS
 _BLOCK = 1024
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([bkmgtp]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
-#: Where the original's single project id is, too.
+#: The original's single project id is there, too.
 _FIRST_PROJECT = 1 << 24
 _TRIES = 1000
 
 
 class QuotaError(ObdlabError):
-    """The file system cannot limit what a directory takes, or not to this size."""
+    """The file system cannot limit a directory, or not to this size."""
 
 
 def parse_size(text: str) -> int:
@@ -63,7 +63,7 @@ def parse_size(text: str) -> int:
 def quota_asked(labels: Mapping[str, str], default_bytes: int) -> int:
     """Return the limit, in bytes, that a container's labels or the configuration ask for; 0 for none.
 
-    The smaller one counts: a label may be a pod's own word, and must not lift the limit of its host.
+    The smaller one counts: a label may come from a pod, and must not raise the limit of its host.
     """
     text = labels.get(LABEL_QUOTA, "")
     if not text:
@@ -76,7 +76,7 @@ def quota_asked(labels: Mapping[str, str], default_bytes: int) -> int:
 
 
 class Quotas:
-    """The project quotas of one file system, that of ``directory``. Thread-safe."""
+    """The project quotas of the file system of ``directory``. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -93,9 +93,9 @@ class Quotas:
             )
 
     def limit(self, directories: Sequence[Path], snapshot_id: int, size: int) -> int:
-        """Limit what new, empty directories take together to ``size`` bytes; return their project id.
+        """Limit new, empty directories together to ``size`` bytes; return their project id.
 
-        Raises FailedPreconditionError if that cannot be had.
+        Raises FailedPreconditionError if the file system cannot do it.
         """
         try:
             self.check(size)
@@ -109,7 +109,7 @@ class Quotas:
         return project
 
     def forget(self, project: int) -> None:
-        """Take away a project's limit; never raises."""
+        """Remove a project's limit; never raises."""
         try:
             self._set_limit(project, 0)
         except QuotaError as error:
@@ -117,14 +117,14 @@ class Quotas:
 
     @staticmethod
     def project_of(directory: Path) -> int:
-        """Return the project that limits a directory, 0 if none does."""
+        """Return the project that limits a directory, 0 for a directory without limit."""
         try:
             project = _attributes(directory)[3]
         except OSError:
             return 0
         return project if project >= _FIRST_PROJECT else 0
 
-    # Ids of snapshots are unique in a root, but there may be several of them on a file system.
+    # Ids of snapshots are unique in a root, but a file system may hold several roots.
     def _free_project(self, snapshot_id: int) -> int:
         for number in range(_TRIES):
             project = _FIRST_PROJECT + (snapshot_id + number * 65_537) % (1 << 31)
@@ -138,7 +138,7 @@ class Quotas:
         try:
             self._control(_GET, project, buffer)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESRCH) and self._enforced():  # never heard of: xfs
+            if error.errno in (errno.ENOENT, errno.ESRCH) and self._enforced():  # xfs, for an id without quota so far
                 return (0,) * 6
             raise QuotaError(
                 f"{self._directory}: the file system keeps no project quota: {error.strerror} "

@@ -1,4 +1,4 @@
-"""The snapshotter on containerd's wire: gRPC over a unix socket, and the one mapping of errors to its codes."""
+"""The snapshotter on containerd's wire: gRPC over a unix socket, and the mapping of errors to its codes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: By function and code, as in "Stat:NOT_FOUND"; how long calls took is one histogram for each function.
+#: Errors by function and code, as in "Stat:NOT_FOUND". Durations are one histogram per function.
 RPC_ERRORS = Counter("rpc_errors")
 RPC_SECONDS = "rpc_seconds"
 _SERVICE = "containerd.services.snapshots.v1.Snapshots"
 
-#: An attach waits for a registry; a few dozen of them must not keep Stat and Mounts of others from being answered.
+#: An attach waits for a registry. A few dozen of them must not delay Stat and Mounts of other snapshots.
 _WORKERS = 64
 _LIST_BATCH = 100
 _LIST_BYTES = 1 << 20
@@ -64,7 +64,7 @@ _CODES: tuple[tuple[type[ObdlabError], grpc.StatusCode], ...] = (
 
 
 class SocketError(ObdlabError):
-    """The socket cannot be served on: somebody else does, or the path is no socket's."""
+    """The socket cannot be served on: another process serves it, or the path is not a socket."""
 
 
 class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
@@ -88,7 +88,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
             return pb.ViewSnapshotResponse(mounts=_mounts(mounts))
 
     def Mounts(self, request: pb.MountsRequest, context: grpc.ServicerContext) -> pb.MountsResponse:
-        """Tell how to mount a snapshot."""
+        """Return the mounts of a snapshot."""
         with _answering(context, "Mounts", f"mounts of {request.key!r}"):
             return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
 
@@ -127,7 +127,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
             yield pb.ListSnapshotsResponse(info=batch)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageResponse:
-        """Tell what disk space a snapshot takes."""
+        """Return the disk space of a snapshot."""
         with _answering(context, "Usage", f"usage of {request.key!r}"):
             usage = self._snapshotter.usage(request.key)
             return pb.UsageResponse(size=usage.size, inodes=usage.inodes)
@@ -140,10 +140,10 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
 
 
 class SnapshotServer:
-    """A gRPC server on a unix socket. The socket is the owner's alone, as containerd runs as the same user."""
+    """A gRPC server on a unix socket. The socket has mode 0600: containerd runs as the same user."""
 
     def __init__(self, snapshotter: Snapshotter, address: Path) -> None:
-        """Bind the socket, taking the place of one that nobody serves any more. Raises SocketError."""
+        """Bind the socket, replacing one without a server. Raises SocketError."""
         self.address = address
         _make_room(address)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
@@ -158,13 +158,13 @@ class SnapshotServer:
             raise SocketError(f"{address}: cannot be listened on ({error})") from error
 
     def start(self) -> None:
-        """Answer from now on."""
+        """Start answering."""
         self._server.start()
 
     def stop(self, grace_s: float) -> bool:
-        """Take no more calls, give those under way ``grace_s`` to end, and remove the socket.
+        """Refuse new calls, give running calls ``grace_s`` to end, and remove the socket.
 
-        Returns whether all have ended: the client of one that waits for a device is told, but its thread goes on.
+        Returns True if all threads have ended. A call that waits for a device is cancelled, but its thread goes on.
         """
         self._health.stop()
         self._server.stop(grace_s).wait()
@@ -225,8 +225,8 @@ def _timed(function: str, began: float) -> Iterator[None]:
 
 
 def _shortened(text: str) -> str:
-    # An error travels in a header. Clients take 8 KiB of those, where a byte may need three characters, and of a
-    # longer one see neither text nor code.
+    # An error travels in a header. Clients accept 8 KiB of headers, where a byte may need three characters. If it is
+    # longer they see neither text nor code.
     data = text.encode(errors="replace")
     if len(data) <= _MAX_ERROR_SIZE:
         return text
@@ -238,7 +238,7 @@ def _mounts(mounts: Sequence[Mount]) -> list[types_pb2.Mount]:
     return [types_pb2.Mount(type=mount.type, source=mount.source, options=mount.options) for mount in mounts]
 
 
-# Clients take 4 MiB in a message. A single snapshot's labels have a bound of their own.
+# Clients accept 4 MiB per message. The labels of a single snapshot are bounded elsewhere.
 def _batches(snapshots: Sequence[Snapshot]) -> Iterator[list[pb.Info]]:
     batch: list[pb.Info] = []
     size = 0

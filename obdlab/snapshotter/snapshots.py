@@ -1,4 +1,4 @@
-"""The snapshots of one root, rows and directories together, and what lies below each: what all operations stand on.
+"""The snapshots of one root, rows and directories together, and the layers below each: the base of all operations.
 
 A row and its directory appear and change together, inside a transaction of the store.
 """
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 
 class ImageMounts(Protocol):
-    """What mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
+    """Mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
 
-    #: Told of an image (by its snapshot's id) that is not read lazily, and why.
+    #: Called with the snapshot id of an image that is not read lazily, and the reason.
     on_fallback: Callable[[int, str], None]
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
     ) -> Path:
-        """Have the snapshot's device attached and mounted as ``mode`` wants it, as asked for at ``asked_s``."""
+        """Attach and mount the snapshot's device according to ``mode``; the request came at ``asked_s``."""
 
     def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
-        """Have a pulled layer's index fetched in the background, so that its image can be opened sooner."""
+        """Fetch a pulled layer's index in the background, so that its image opens sooner."""
 
     def release(self, snapshot_id: int) -> bool:
-        """Unmount and detach, telling whether the device is gone, or raise FailedPreconditionError if it is used."""
+        """Unmount and detach. Return True if the device is gone. Raises FailedPreconditionError if it is in use."""
 
 
 class Snapshots:
-    """Store, directories, devices and locks of a root. ``options`` say how its images are treated."""
+    """Store, directories, devices and locks of a root. ``options`` apply to its images."""
 
     def __init__(self, layout: Layout, images: ImageMounts, options: overlaybd.ImageOptions) -> None:
-        """Open the store below a locked root. Raises StoreError, and QuotaError if the wanted quota cannot be had."""
+        """Open the store below a locked root. Raises StoreError, QuotaError if the configured quota is impossible."""
         self.layout = layout
         self.images = images
         self.options = options
@@ -68,9 +68,9 @@ class Snapshots:
         return None
 
     def lowers(self, lower_ids: Sequence[int]) -> list[Path]:
-        """Return the directories an overlay is made of, nearest first.
+        """Return the lower directories of an overlay, nearest first.
 
-        An image's device shows the layers below it too, so it ends the list.
+        An image's device shows the layers below it too, so the list ends there.
         """
         lowers: list[Path] = []
         for lower_id in lower_ids:
@@ -93,7 +93,7 @@ class Snapshots:
     ) -> tuple[Snapshot, list[int]]:
         """Make row and directory; return the snapshot and the ids of its ancestors, nearest first.
 
-        ``fill(directory, id, ancestors)`` puts more into the directory before it gets its name.
+        ``fill(directory, id, ancestors)`` adds files to the directory before it gets its name.
         """
         snapshot = writer.create(kind, key, parent, labels)
         lower_ids = list(writer.chain(key)[1:])
@@ -110,20 +110,20 @@ class Snapshots:
         return snapshot, lower_ids
 
     def delete(self, snapshot_id: int) -> None:
-        """Delete the files of a snapshot that is in the store no more, and its quota."""
+        """Delete the files and the quota of a snapshot that is no longer in the store."""
         self.delete_directory(self.layout.directory(snapshot_id))
 
     def delete_directory(self, directory: Path) -> None:
-        """Delete a directory that belongs to no snapshot, and the quota on it."""
+        """Delete a directory without a snapshot, and its quota."""
         project = self.quotas.project_of(directory / "fs")
         self.layout.delete(directory)
         if project:
             self.quotas.forget(project)
 
     def config_below(self, lower_ids: Sequence[int], layer: str) -> ImageConfig | None:
-        """Return the configuration of the image that an overlaybd layer goes on; None for a bottom layer.
+        """Return the configuration of the image below an overlaybd layer; None for a bottom layer.
 
-        Raises FailedPreconditionError, naming the ``layer``, if it cannot lie there.
+        Raises FailedPreconditionError, naming the ``layer``, if the layer cannot lie there.
         """
         if not lower_ids:
             return None
@@ -134,7 +134,7 @@ class Snapshots:
             raise FailedPreconditionError(f"overlaybd {layer} lies on an acceleration layer, which must be the top")
         return below
 
-    # In an overlay the upper directory is what "/" looks like, so its owner carries on from layer to layer.
+    # The upper directory of an overlay is its "/", so its owner is inherited from layer to layer.
     def _owner(self, lower_ids: Sequence[int]) -> tuple[int, int] | None:
         for lower in self.lowers(lower_ids)[:1]:
             status = lower.stat()

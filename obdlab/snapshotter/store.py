@@ -1,6 +1,6 @@
-"""What the snapshotter knows of its snapshots, in SQLite: one row each, one transaction around every change.
+"""The snapshotter's metadata, in SQLite: one row for each snapshot, one transaction around every change.
 
-Ids only grow and are never given out twice once committed, because directories and devices are named after them.
+A committed id is never used again: directories and devices are named after ids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
-#: Longest key, in characters; containerd's own store takes as many bytes.
+#: Longest key, in characters; containerd's own store accepts as many bytes.
 _MAX_KEY = 32768
 _MAX_LABELS = 256 << 10
 _SCHEMA = """
@@ -67,7 +67,7 @@ WITH RECURSIVE above (id, kind) AS (
 
 
 class Kind(IntEnum):
-    """What a snapshot is; the numbers are those of containerd's API."""
+    """The kind of a snapshot; the numbers are those of containerd's API."""
 
     VIEW = 1
     ACTIVE = 2
@@ -76,7 +76,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Disk space a snapshot takes itself, without its parents. ``size`` in bytes."""
+    """Disk space of a snapshot itself, without its parents. ``size`` in bytes."""
 
     inodes: int = 0
     size: int = 0
@@ -101,7 +101,7 @@ class StoreError(ObdlabError):
 
 
 class Reader:
-    """Questions to the store, all answered from one state of it."""
+    """Queries on one consistent state of the store."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -138,7 +138,7 @@ class Reader:
         return int(self._connection.execute(query, (snapshot_id,)).fetchone()[0])
 
     def has_containers(self, snapshot_id: int) -> bool:
-        """Tell whether an active snapshot or a view lies on this one, directly or on layers between."""
+        """Return True if an active snapshot or a view lies on this one, directly or on layers between."""
         return self._connection.execute(_CONTAINERS, (snapshot_id,)).fetchone() is not None
 
     def counts(self) -> dict[Kind, int]:
@@ -163,11 +163,11 @@ class Writer(Reader):
         self._undo: list[Callable[[], None]] = []
 
     def on_rollback(self, undo: Callable[[], None]) -> None:
-        """Have ``undo`` called if the transaction fails, for what SQLite cannot take back."""
+        """Call ``undo`` if the transaction fails, for changes that SQLite cannot roll back."""
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Call what was asked for by :meth:`on_rollback`, last first."""
+        """Call the functions registered by :meth:`on_rollback`, last first."""
         while self._undo:
             self._undo.pop()()
 
@@ -216,7 +216,7 @@ class Writer(Reader):
         return self.get(name)
 
     def remove(self, key: str) -> Snapshot:
-        """Forget a snapshot and return what it was. Raises NotFoundError or FailedPreconditionError (children)."""
+        """Remove a snapshot's row and return it. Raises NotFoundError or FailedPreconditionError (children)."""
         snapshot = self.get(key)
         if self.count_children(snapshot.id):
             raise HasChildrenError(key)
@@ -224,9 +224,9 @@ class Writer(Reader):
         return snapshot
 
     def restore(self, snapshots: Sequence[Snapshot], last_id: int) -> None:
-        """Put snapshots of another store into this new one, parents first, as they were there.
+        """Insert snapshots of another store into this new one, unchanged, parents first.
 
-        Ids go on after ``last_id``.
+        New ids continue after ``last_id``.
         """
         ids: dict[str, int] = {}
         for each in snapshots:
@@ -260,7 +260,7 @@ class Writer(Reader):
 
 
 class Store:
-    """The metadata file. May be used from several threads; one process at a time."""
+    """The metadata file. Several threads may use it; only one process at a time."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file. Raises StoreError."""
@@ -278,13 +278,13 @@ class Store:
 
     @contextmanager
     def read(self) -> Iterator[Reader]:
-        """Ask questions of one consistent state. Writers do not wait for it, nor does it wait for them."""
+        """Begin a read transaction: queries see one consistent state. Readers and writers do not block each other."""
         with self._read_lock, self._transaction(self._reader, "BEGIN"):
             yield Reader(self._reader)
 
     @contextmanager
     def write(self) -> Iterator[Writer]:
-        """Change things. An exception inside undoes all of it. Writers wait for each other."""
+        """Begin a write transaction. An exception inside rolls it back. Writers wait for each other."""
         writer = Writer(self._writer)
         with self._write_lock:
             try:
@@ -330,14 +330,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         opened.enter_context(closing(connection))
         connection.execute("PRAGMA journal_mode = WAL")
-        # As durable as containerd's own metadata, which would otherwise outlive ours in a power cut.
+        # As durable as containerd's own metadata, which would otherwise be ahead of ours after a power cut.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         opened.pop_all()
     return connection
 
 
-# A snapshot travels in one message of List together with others: one that does not fit hides all from containerd.
+# List sends several snapshots in one message: a snapshot too large for it would hide all from containerd.
 def _labels_text(labels: Mapping[str, str]) -> str:
     text = json.dumps({key: value for key, value in labels.items() if value != ""}, sort_keys=True)
     if len(text) > _MAX_LABELS:

@@ -1,8 +1,8 @@
-"""Recording what a container reads of its image, or fetching ahead what a trace names, by the labels of a snapshot.
+"""Recording a container's reads of its image, or fetching the reads of a trace ahead, by the labels of a snapshot.
 
-The path goes into the image's configuration before its device is attached; the device's server then does as
-``obdlab.image.recording`` says: an empty file is recorded into (``<path>.lock`` while that goes on, ``<path>.ok``
-once it is written), any other is replayed.
+The path goes into the image's configuration before its device is attached. The device's server then works as
+``obdlab.image.recording`` describes: it records into an empty file (``<path>.lock`` exists meanwhile, ``<path>.ok``
+once the trace is written) and replays any other.
 
 (overlaybd snapshotter, labels ``record-trace`` and ``record-trace-path``.)
 """
@@ -32,9 +32,9 @@ LABEL_RECORD_PATH = "containerd.io/snapshot/overlaybd/record-trace-path"
 
 
 def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
-    """Return the trace that a container's labels name, below one of ``roots``, or ''.
+    """Return the path of the trace that a container's labels name, or ''.
 
-    Raises InvalidArgumentError if it is elsewhere or not there.
+    Raises InvalidArgumentError if the file is missing or not below one of ``roots``.
     """
     text = labels.get(LABEL_RECORD_PATH, "")
     if labels.get(LABEL_RECORD) != "yes" or not text:
@@ -48,9 +48,9 @@ def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
 
 
 def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
-    """Have the image's device, which no container is on yet, record or replay the trace that ``labels`` name.
+    """Make the image's device record or replay the trace that ``labels`` name. It has no container yet.
 
-    Without such labels, what an earlier container asked for is over. The caller holds the image's lock. Raises
+    Without such labels, the trace of an earlier container is removed. The caller holds the image's lock. Raises
     FailedPreconditionError if the reads of the container could not all be recorded.
     """
     path = trace_path(labels, snapshots.options.trace_roots)

@@ -1,7 +1,7 @@
-"""Directories that containers and images fill: deleted, and counted, whatever is in them.
+"""Deleting and counting directories with hostile contents, as containers and images make them.
 
-Their owner may nest directories deeper than a recursion or a path reaches, and swap a directory for a link while it
-is walked. So each step is taken from an open directory, follows no link, and few directories are open at a time.
+A hostile owner may nest directories deeper than a recursion or a path reaches, and replace a directory by a link
+during the walk. So each step starts from an open directory and follows no link, and few directories are open at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def delete_tree(directory: Path) -> None:
-    """Delete a directory with all that is in it, but not what links or mounts lead to.
+    """Delete a directory with its contents, but nothing behind links or mounts.
 
-    What cannot be deleted stays.
+    Anything that cannot be deleted stays.
     """
     with suppress(OSError):
         descriptor = os.open(directory, _FLAGS)
@@ -35,7 +35,7 @@ def delete_tree(directory: Path) -> None:
         os.rmdir(directory)
 
 
-# Return True if directories too deep to be reached were moved up to ``top``, from where the next turn reaches them.
+# Returns True if directories too deep to be reached were moved up to ``top``, where the next turn reaches them.
 def _empty(top: int, descriptor: int, depth: int) -> bool:
     moved = False
     with os.scandir(descriptor) as entries:
@@ -58,10 +58,10 @@ def _empty(top: int, descriptor: int, depth: int) -> bool:
 
 
 def statuses(root: Path, *, skip: str = "") -> Iterator[os.stat_result]:
-    """Yield the status of a directory and of all below it; of nothing if it is missing.
+    """Yield the status of a directory and of all entries below it; nothing if the directory is missing.
 
-    Entries of the root called ``skip`` are left out, as is what lies more than 100 directories deep and what goes
-    away meanwhile.
+    Leaves out entries of the root called ``skip``, entries more than 100 directories deep, and entries that vanish
+    meanwhile.
     """
     try:
         descriptor = os.open(root, _FLAGS)

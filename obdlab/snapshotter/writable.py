@@ -1,8 +1,8 @@
-"""Containers that write to a block device of their own instead of an overlay: the layer they write, and its commit.
+"""Containers that write to their own block device instead of an overlay: the writable layer and its commit.
 
-The files lie in the snapshot's ``block`` directory, or where a label wants them, in the original's names. A commit
-seals the layer where it lies and gives it a second name, ``fs/overlaybd.sealed``; a mark beside it has the seal
-undone by the next opening, should the commit not come to its end.
+The files have the original's names and lie in the snapshot's ``block`` directory, or in the directory that a label
+names. A commit seals the layer in place and gives it a second name, ``fs/overlaybd.sealed``. A mark beside it makes
+the next opening undo the seal, in case the commit is interrupted.
 
 (overlaybd snapshotter, writable modes and commit; overlaybd LSMT layout, sealing.)
 """
@@ -41,18 +41,18 @@ _GB = 1 << 30
 
 
 class Mode(Enum):
-    """What a container writes to."""
+    """The kind of a container's writable part."""
 
     #: An overlay over the image's device, which all its containers share.
     OVERLAYFS = "overlayfs"
-    #: A writable device of its own, mounted by the snapshotter.
+    #: Its own writable device, mounted by the snapshotter.
     DIR = "dir"
-    #: A writable device of its own, handed over as such.
+    #: Its own writable device, which the client mounts.
     DEV = "dev"
 
 
 def mode_asked(labels: Mapping[str, str], default: Mode) -> Mode:
-    """Return the mode that a new snapshot's labels ask for; any other word than ``dir`` and ``dev`` is an overlay."""
+    """Return the mode in a new snapshot's labels; any other word than ``dir`` and ``dev`` means an overlay."""
     text = labels.get(LABEL_WRITABLE)
     if text is None:
         return default
@@ -61,14 +61,14 @@ def mode_asked(labels: Mapping[str, str], default: Mode) -> Mode:
 
 @dataclass(frozen=True, slots=True)
 class WritableDevice:
-    """A snapshot's own device: how it is handed over and where its layer lies. Kept as a file in ``block``."""
+    """A snapshot's own device: its mode and the place of its layer. Kept as a file in ``block``."""
 
     mode: Mode
     upper: UpperConfig
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Read the file; None if there is none. Raises FailedPreconditionError if it is damaged."""
+        """Read the file; None if it is missing. Raises FailedPreconditionError if it is damaged."""
         try:
             values = json.loads(path.read_bytes())
             upper = UpperConfig(str(values["index"]), str(values["data"]), int(values["vsize"]))
@@ -79,7 +79,7 @@ class WritableDevice:
             raise FailedPreconditionError(f"{path}: damaged ({error!r})") from error
 
     def save(self, path: Path) -> None:
-        """Write the file, to stable storage: the snapshot's row is there after a power cut."""
+        """Write the file and sync it: after a power cut the snapshot's row is there, so the file must be too."""
         upper = self.upper
         values = {"mode": self.mode.value, "data": upper.data, "index": upper.index, "vsize": upper.vsize_gb}
         with path.open("w") as file:
@@ -89,9 +89,9 @@ class WritableDevice:
 
 
 def upper_for(labels: Mapping[str, str], block: Path, size_gb: int, roots: Sequence[Path]) -> UpperConfig:
-    """Return where the layer of a new snapshot goes, and the size of its disk, 0 meaning that of the layers below.
+    """Return the place of a new snapshot's layer and the size of its disk; size 0 means that of the layers below.
 
-    A label may want it elsewhere than in ``block``, below one of ``roots``. Raises InvalidArgumentError for others.
+    A label may place it outside of ``block``, below one of ``roots``. Raises InvalidArgumentError for other places.
     """
     place = labels.get(LABEL_ACTIVE_PATH, "")
     directory = allowed_path(place, roots, LABEL_ACTIVE_PATH, "activePathRoots") if place else block
@@ -99,9 +99,9 @@ def upper_for(labels: Mapping[str, str], block: Path, size_gb: int, roots: Seque
 
 
 def size_gb(labels: Mapping[str, str]) -> int:
-    """Return the size of a new disk on no layers, in GB.
+    """Return the size of a new disk without lower layers, in GB.
 
-    As in the original, what is no number means its default. Raises InvalidArgumentError for one that is too large.
+    As in the original, a malformed number means the default. Raises InvalidArgumentError for one that is too large.
     """
     text = labels.get(LABEL_VSIZE, "")
     size = decimal(text, 10**9 - 1)
@@ -113,7 +113,7 @@ def size_gb(labels: Mapping[str, str]) -> int:
 
 
 def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4: bool) -> None:
-    """Make the files of an empty layer, with an empty ext4 in it if wanted.
+    """Make the files of an empty layer, with an empty ext4 in it if ``make_ext4``.
 
     On failure nothing of this call is left. Raises FailedPreconditionError if a file is there already: it may be the
     layer of another container, which must be neither shared nor deleted.
@@ -125,7 +125,7 @@ def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4
         if os.path.lexists(path):
             raise FailedPreconditionError(f"{path}: exists already, it may be another container's writable layer")
     data.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    # Neither takes or deletes a file that is there.
+    # Neither call replaces or deletes an existing file.
     if sparse:
         SparseUpper.create(data, size_gb * _GB, index_path=index).close()
     else:
@@ -151,7 +151,7 @@ def _make_ext4(data: Path, index: Path) -> None:
 
 
 def seal(upper: UpperConfig, sealed: Path) -> None:
-    """Seal a layer that nobody has open and give it the name ``sealed`` too. Until :func:`drop`, it can be undone."""
+    """Seal a closed layer and add the name ``sealed``. Until :func:`drop`, the seal can be undone."""
     from obdlab.layers.layerfile import sync_directory
     from obdlab.layers.seal import SwitchMark
     from obdlab.layers.upper import open_upper
@@ -179,7 +179,7 @@ def _copy(source: str, target: Path) -> None:
 
 
 def drop(upper: UpperConfig) -> None:
-    """Delete the files of a layer that was committed, or is not wanted."""
+    """Delete the files of a layer that was committed, or is not needed."""
     from obdlab.layers.seal import SwitchMark
 
     for path in (upper.data, upper.index):
@@ -189,7 +189,7 @@ def drop(upper: UpperConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FsSpec:
-    """``type[;mount options[;mkfs options]]``, taken apart. None where it says nothing."""
+    """``type[;mount options[;mkfs options]]``, parsed. None for a missing part."""
 
     fs_type: str
     mount_options: str | None = None
@@ -197,7 +197,7 @@ class FsSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises InvalidArgumentError for a type that is no plain word."""
+        """Parse a text. Raises InvalidArgumentError for a type that is not a plain word."""
         fs_type, *rest = (part.strip() for part in text.split(";", 2))
         if not fs_type.isalnum():
             raise InvalidArgumentError(f"not a file system type (got {fs_type!r} in {text!r})")
@@ -205,17 +205,17 @@ class FsSpec:
 
     @property
     def made_here(self) -> bool:
-        """Whether its mkfs needs neither a device nor a program."""
+        """True if making it needs neither a device nor a program."""
         return self.fs_type == "ext4" and self.mkfs_options is None
 
     def writable_options(self) -> str:
-        """Return the options to mount it with for writing."""
+        """Return the mount options for writing."""
         if self.mount_options is not None:
             return self.mount_options
         return {"ext4": "discard", "xfs": "nouuid,discard"}.get(self.fs_type, "")
 
     def mkfs_command(self, device: Path) -> list[str]:
-        """Return the command that makes it on a device."""
+        """Return the command that makes the file system on a device."""
         options = self.mkfs_options
         if options is None:
             options = {"xfs": ("-f",), "f2fs": ("-S", "-w", "4096"), "ntfs": ("-F", "-f")}.get(self.fs_type, ())
