@@ -51,7 +51,7 @@ SHARDS = (
     Shard("torture", "writable devices against a model, 300 operations for each seed", ("devices/test_torture.py",)),
     Shard("filesystems", "ext4 and xfs on writable devices, a hundred kills each", ("service/test_filesystems.py",)),
     Shard("containers", "containers, pods and Docker on obdlab; a thousand containers", ("e2e",)),
-    Shard("lab", "experiments, datasets, notebooks in a browser", ("lab",)),
+    Shard("lab", "experiments, datasets, notebooks in a browser; an installed wheel", ("lab", "test_wheel.py")),
     Shard(
         "vm",
         "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
