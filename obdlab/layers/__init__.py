@@ -1,3 +1,3 @@
-"""Formats seen as blobs: tar window, ZFile, LSMT layer, stack, writable upper."""
+"""Formats as blobs: tar window, ZFile, LSMT layer, stack, writable upper."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The writable layer in two files: data in the order of writing, and a log of where it went (append mode)."""
+"""The writable layer in two files: data in the order of writing, and a log of records that place it (append mode)."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One record is written for each; the original's largest I/O.
+# Each piece of a write gets one record; this is the original's largest I/O.
 _PIECE = 4 << 20
-# Freed at once: writes to the file wait for it, half a second for 1.5 GiB.
+# Freed with one call: writes to the file wait for it, half a second for 1.5 GiB.
 _PUNCH_SECTORS = (32 << 20) // SECTOR
-# Parts that a collection copies while writes wait.
+# Parts that a collection copies before it lets waiting writes in.
 _COPIES_AT_ONCE = 64
-#: Longest that a collection waits for reads that began before it.
+#: Longest time that a collection waits for reads that began before it.
 READERS_DEADLINE_S = 60.0
 
 
 class AppendUpper(Upper):
     """A writable layer whose writes go to the end of a data file, each with a record in an index file.
 
-    Writes and discards must cover whole sectors. Nothing is ever overwritten, so that space comes back only when
-    :func:`obdlab.layers.gc.collect` is called, which may be at any time. :attr:`dropped` tells what opening the
-    layer after a crash had to leave out. If the power fails, sectors written since the last flush may read as neither
-    the old nor the new: the two files reach storage in any order until then (overlaybd LSMT layout).
+    Writes and discards must cover whole sectors. Data is never overwritten, so space is freed only by
+    :func:`obdlab.layers.gc.collect`, which may be called at any time. :attr:`dropped` counts the parts that opening
+    the layer after a crash left out. If the power fails, sectors written since the last flush may read as neither the
+    old nor the new: the two files reach storage in any order until then (overlaybd LSMT layout).
     """
 
     block_size = SECTOR
@@ -63,20 +63,20 @@ class AppendUpper(Upper):
         self.name = file.name
         self.header = header
         self.dropped = Dropped()
-        #: Held by a collection, so that there is one at a time.
+        #: Held by a collection, so that only one runs at a time.
         self.collecting = threading.Lock()
         self._file = file
-        self._log = log  # None: only to be read
+        self._log = log  # None if opened for reading only
         self._map = held
         self._end = max(HEADER_SPACE, file.size // SECTOR * SECTOR)
-        # Taken in this order. _writing: files and log; _lock: the map, and the reads that rely on what it said.
+        # Taken in this order. _writing guards files and log, _lock the map and the reads that rely on its answer.
         self._syncing = threading.Lock()
         self._writing = threading.Lock()
         self._lock = threading.Lock()
-        #: What :meth:`punch` need not free again: kept by a collection for the next one.
+        #: Ranges that :meth:`punch` need not free again: kept by a collection for the next one.
         self.punched: frozenset[tuple[int, int]] = frozenset()
         self._readers_left = threading.Condition(self._lock)
-        self._readers = [0, 0]  # by the phase they began in
+        self._readers = [0, 0]  # by the phase in which they began
         self._phase = 0
         self._is_sealed = False
 
@@ -130,10 +130,10 @@ class AppendUpper(Upper):
     ) -> Self:
         """Open both files, for writing unless ``read_only``.
 
-        Records at the end of the log whose data is missing or short, and odd bytes at the ends of the files, are
-        left by a crash: they are cut off, a warning is logged, and :attr:`dropped` tells of them. Raises SourceError
-        if a file cannot be had or another opener has it, FormatError if they are no such layer, the layer was sealed
-        since, or a record in the middle of the log is wrong.
+        A crash may leave records at the end of the log whose data is missing or short, and odd bytes at the ends of
+        the files. They are cut off, a warning is logged, and :attr:`dropped` counts them. Raises SourceError if a
+        file cannot be opened or is locked by another opener, FormatError if the files are not such a layer, the layer
+        was sealed since, or a record in the middle of the log is malformed.
         """
         mode = os.O_RDONLY if read_only else os.O_RDWR
         file = LayerFile(data_path, mode)
@@ -170,7 +170,7 @@ class AppendUpper(Upper):
             log_file.close()
             return
         if self.dropped:
-            # Before anything is appended: the data that a dropped record points to would exist again.
+            # Before the next append, whose data would make a dropped record valid again.
             log_file.resize(content.end)
             log_file.sync()
             self._file.resize(self._end)
@@ -178,13 +178,13 @@ class AppendUpper(Upper):
 
     @property
     def log_records(self) -> int:
-        """Records in the index file, those that are overridden and those that mean nothing included."""
+        """Records in the index file, overridden ones and fillers included."""
         return 0 if self._log is None else self._log.records
 
     def set_group_commit(self, records: int) -> None:
-        """Write records in groups of ``records``, instead of each as it comes; 0 turns that off again.
+        """Write records in groups of ``records``, instead of one by one; 0 turns grouping off.
 
-        A crash of this process loses a group that is not full, unless it was flushed.
+        A crash of this process loses an incomplete group, unless it was flushed.
         """
         with self._writing:
             self._writable_log().set_group_records(records)
@@ -235,7 +235,7 @@ class AppendUpper(Upper):
                 self._append(offset + at, view[at : at + _PIECE])
 
     def _append(self, offset: int, view: memoryview) -> None:
-        # One record after the other in the order of their data: those that a crash leaves without are the last ones.
+        # Records are written in the order of their data, so a crash can only leave the last ones without data.
         begin, count, moffset = offset // SECTOR, len(view) // SECTOR, self._end // SECTOR
         self._file.write_at(self._end, view)
         self._writable_log().append(encode_record(begin, count, moffset))
@@ -257,7 +257,7 @@ class AppendUpper(Upper):
                     self._map.insert(begin, stop, moffset, zeroed=True)
 
     def flush(self) -> None:
-        # Data first: a record on stable storage must not point at data that is not.
+        # Data first: a record on stable storage must not point at data that is not there.
         with self._syncing:
             with self._writing:
                 if self._log is None or self._is_sealed:
@@ -319,24 +319,25 @@ class AppendUpper(Upper):
         finally:
             self._file.close()
 
-    # What a collection is made of; the rest of it is in obdlab.layers.gc.
+    # The steps of a collection; obdlab.layers.gc calls them.
 
     def snapshot(self) -> tuple[Segments, int]:
-        """What the layer holds now, and the end of its data in sectors."""
+        """Return the segments the layer holds now, and the end of its data in sectors."""
         with self._writing, self._lock:
             return self._map.to_segments(), self._end // SECTOR
 
     def relocate(self, parts: Sequence[tuple[int, int, int]]) -> int:
-        """Store data once more and have the index point there: parts are ``(begin, length, moffset)`` in sectors.
+        """Append copies of data and map the sectors to them: parts are ``(begin, length, moffset)`` in sectors.
 
-        Those not mapped to their ``moffset`` any more are left out. Returns the number of sectors moved.
+        Parts that are no longer mapped to their ``moffset`` are left out. Returns the number of sectors moved.
         """
         copies = []
         for at in range(0, len(parts), _COPIES_AT_ONCE):
             with self._writing:
                 copies += [self._copy(*part) for part in parts[at : at + _COPIES_AT_ONCE]]
-        # Unlike with a write, the old data was promised: the copies must be stored before a record points at them,
-        # and so must all data that earlier records point at, as a crash may only leave the last records without.
+        # A write's data is not promised before a flush, but the old data was: the copies must be stored before a
+        # record points at them. So must all data of earlier records, as a crash may leave only the last records
+        # without data.
         self._file.write_out()
         self._file.sync()
         with self._writing:
@@ -367,7 +368,7 @@ class AppendUpper(Upper):
     def wait_for_readers(self) -> None:
         """Return once every read that began before this call has ended. Raises SourceError after a minute."""
         with self._lock:
-            self._wait_for_phase(1 - self._phase)  # nobody is left there, unless an earlier call gave up
+            self._wait_for_phase(1 - self._phase)  # empty, unless an earlier call timed out
             self._phase = 1 - self._phase
             self._wait_for_phase(1 - self._phase)
 
@@ -376,14 +377,14 @@ class AppendUpper(Upper):
             raise SourceError("reads did not end in time", blob=self.name)
 
     def punch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Free these ranges of the data file, in sectors: all that no record on stable storage makes visible."""
+        """Free these ranges of the data file, in sectors. No stored record may make data in them visible."""
         self._writable_log()
         for begin, end in ranges:
             for at in range(begin, end, _PUNCH_SECTORS):
                 self._file.punch_hole(at * SECTOR, (min(end, at + _PUNCH_SECTORS) - at) * SECTOR)
 
     def compact_log(self) -> None:
-        """Replace the index file by one of the records that are still seen. Writes wait only at its end."""
+        """Replace the index file by one with only the visible records. Writes wait only at its end."""
         with self._writing:
             log = self._writable_log()
             log.write_group()
@@ -394,7 +395,7 @@ class AppendUpper(Upper):
         with self._syncing, self._writing:
             try:
                 self._writable_log()
-                self._file.sync()  # first here, too: a record on stable storage must not point at data that is not
+                self._file.sync()  # first here, too: a stored record must not point at data that is not
                 log.go_on_in(file, since)
             except BaseException:
                 discard_file(file)

@@ -1,4 +1,4 @@
-"""How much memory the tables of one image may take, however many layers it has and whatever they say.
+"""A bound on the memory of one image's tables, for any number of layers and any content.
 
 A layer's index and block table compress well: a blob of less than 1 MiB can hold a million records, and an image can
 list 255 layers. So a layer takes its share of the image's budget before it reads a table.
@@ -10,17 +10,17 @@ import threading
 
 from obdlab.errors import FormatError
 
-#: Bytes that the tables of all layers of an image take, merged index included: 4 million segments, or blocks of
-#: 128 GiB (at 4 KiB). While they are read and merged it is up to four times as much.
+#: Bytes for the tables of all layers of an image, merged index included: 4 million segments, or blocks of 128 GiB (at
+#: 4 KiB). Reading and merging them takes up to four times as much for a while.
 TABLES = 256 << 20
-#: Of a segment in its layer's index and in the merged one; of a block of a ZFile.
+#: Bytes of a segment in its layer's index and in the merged one; bytes of a block of a ZFile.
 SEGMENT, BLOCK = 64, 8
-#: As many segments as fit.
+#: Segments that fit into TABLES.
 MOST_SEGMENTS = TABLES // SEGMENT
 
 
 class Budget:
-    """What is left for the layers of one image. Thread-safe."""
+    """The memory left for the layers of one image. Thread-safe."""
 
     def __init__(self, limit: int = TABLES) -> None:
         self._limit = limit
@@ -28,11 +28,12 @@ class Budget:
         self._lock = threading.Lock()
 
     def share(self) -> Share:
-        """Return what one layer takes of it: nothing so far."""
+        """Return the share of one layer, which is empty at first."""
         return Share(self)
 
     def move(self, before: int, after: int, blob: str) -> None:
-        """Replace one part that was taken by another. Raises FormatError naming ``blob`` if that is too much."""
+        """Change a part from ``before`` bytes to ``after``. Raises FormatError naming ``blob`` if too little is
+        left."""
         with self._lock:
             taken = self._taken - before + after
             if taken > self._limit:
@@ -53,11 +54,11 @@ class Share:
         self._segments = self._blocks = 0
 
     def take_segments(self, count: int, blob: str) -> None:
-        """Say how many segments the layer has, before its index is read. Raises FormatError."""
+        """Take memory for the segments, before the index is read. Raises FormatError if too little is left."""
         self._budget.move(self._segments * SEGMENT, count * SEGMENT, blob)
         self._segments = count
 
     def take_blocks(self, count: int, blob: str) -> None:
-        """Say how many blocks the layer's file has, before its table is read. Raises FormatError."""
+        """Take memory for the file's blocks, before its table is read. Raises FormatError if too little is left."""
         self._budget.move(self._blocks * BLOCK, count * BLOCK, blob)
         self._blocks = count

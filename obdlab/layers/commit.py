@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from obdlab.layers.ordering import SectorRange
     from obdlab.layers.sink import Sink
 
-# The original copies in chunks of this and makes a record of each. Joining them again gives longer segments, but
-# where those end depends on it.
+# The original copies in chunks of this size and makes a record of each. Joining gives longer segments, but the place
+# where they end depends on the chunks.
 _COPY_SECTORS = 32 * 1024 // SECTOR
 _READ_SECTORS = 512 * 1024 // SECTOR
 _BATCH_PIECES = 1 << 18
@@ -45,7 +45,7 @@ _BLOCK_SECTORS = 4096 // SECTOR
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What was written: bytes of the whole file, index records without padding, and sectors of data."""
+    """Sizes of a commit's output: bytes of the file, index records without padding, sectors of data."""
 
     size: int
     records: int
@@ -53,13 +53,13 @@ class Committed:
 
 
 class ZeroBlocks(Enum):
-    """What a commit makes of whole 4 KiB blocks of data that are all zero."""
+    """How a commit treats whole 4 KiB blocks of data that are all zero."""
 
     #: Store them, as the original does.
     KEEP = "keep"
-    #: Records that say zeros: takes no space, and still hides the layers below.
+    #: Write zeroed records: they take no space, and still hide the layers below.
     MARK = "mark"
-    #: Nothing at all: reads as zeros only in a layer that nothing lies below.
+    #: Leave them out: they read as zeros only if no layer lies below.
     DROP = "drop"
 
 
@@ -77,17 +77,17 @@ def commit(
 ) -> Committed:
     """Write ``source`` to ``sink`` as a sealed LSMT layer: header, packed data, index, trailer, strictly in order.
 
-    A single layer keeps what it hides of layers below; a stack is flattened, with its writable layer if it has one.
-    ``uuid`` defaults to all zeros,
-    ``parent_uuid`` to that of the layer, or of the stack's bottom layer, ``virtual_size`` to the source's. The
-    bytes are those of the original's commit of the same segments (overlaybd LSMT layout, commit procedure).
+    A single layer keeps hiding the same sectors of layers below; a stack is flattened, with its writable layer if it
+    has one. ``uuid`` defaults to all zeros, ``parent_uuid`` to that of the layer, or of the stack's bottom layer,
+    ``virtual_size`` to the source's. The bytes are those of the original's commit of the same segments (overlaybd
+    LSMT layout, commit procedure).
 
     The data of the disk's sectors ``first`` comes first in the file, in that order, then the rest in disk order. With
-    ``only_first`` there is no rest, nor what reads as zeros: laid over the source, the layer changes nothing.
+    ``only_first`` the rest and all zeroed segments are left out: laid over the source, the layer changes nothing.
 
-    Raises, before anything is written, ValueError if a UUID, the tag or the size does not fit, and FormatError if
-    there are more records than a sealed layer may have; and what the source or the sink raises. The source must not
-    change meanwhile. Nothing is synced. Memory does not depend on the size of the data.
+    Before anything is written it raises ValueError if a UUID, the tag or the size does not fit, and FormatError if
+    there are more records than a sealed layer may have. Errors of the source and the sink pass through. The source
+    must not change meanwhile. Nothing is synced. Memory does not depend on the size of the data.
     """
     if isinstance(source, WritableStack):
         source = source.as_layers()
@@ -144,8 +144,9 @@ def _virtual_size(source: Layer | Stack) -> int:
 
 
 def _packed(segments: Segments) -> Segments:
-    # The index of the output: data follows the header without gaps, zeroed segments point at where they come.
-    # In batches, since there is a piece for every 32 KiB of data: what may still grow is carried into the next.
+    # The index of the output: data follows the header without gaps, a zeroed segment points at the position it comes
+    # at. In batches, since there is a piece for every 32 KiB of data: the last segment may still grow and is carried
+    # into the next batch.
     parts: list[Segments] = []
     carried = Segments.from_rows([])
     position = HEADER_SPACE // SECTOR
@@ -166,7 +167,7 @@ def _packed(segments: Segments) -> Segments:
 
 
 def _without_zero_blocks(segments: Segments, blobs: Sequence[Blob], *, mark: bool) -> Segments:
-    # Reads all data once more, before it is copied: so the index is known before the first byte is written.
+    # Reads all data once before the copying, so that the index is known before the first byte is written.
     ranges: list[tuple[int, int]] = []
     data = segments[~segments.zeroed]
     for offset, length, moffset, _, tag in data.rows():
@@ -189,7 +190,7 @@ def _without_zero_blocks(segments: Segments, blobs: Sequence[Blob], *, mark: boo
 
 
 def _zero_blocks_in(content: bytes) -> list[tuple[int, int]]:
-    # Ranges of sectors, whole blocks each.
+    # Returns ranges of sectors, whole blocks each.
     if not content:
         return []
     is_zero = ~np.frombuffer(content, np.uint64).reshape(-1, _BLOCK_SECTORS * SECTOR // 8).any(axis=1)
@@ -198,9 +199,9 @@ def _zero_blocks_in(content: bytes) -> list[tuple[int, int]]:
 
 
 def _copied_data(segments: Segments, blobs: Sequence[Blob]) -> Iterator[bytes]:
-    # The data of all segments in their order, in pieces that end at every 512 KiB of the output: there batches of a
-    # ZFile writer end too, which it then need not put together. Segments that continue each other in their file are
-    # read at once.
+    # The data of all segments in their order, in pieces that end at every 512 KiB of the output. Batches of a ZFile
+    # writer end there too, so it need not join pieces. Segments that continue each other in their file are read
+    # together.
     data = segments[~segments.zeroed]
     if not len(data):
         return

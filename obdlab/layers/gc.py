@@ -1,4 +1,4 @@
-"""Collecting the garbage of an append-mode layer: freeing the space of what was overwritten, while it is in use."""
+"""Garbage collection of an append-mode layer in use: freeing the space of overwritten data."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from obdlab.formats.lsmt.layout import Segments
     from obdlab.layers.append import AppendUpper
 
-# What a file system frees: whole blocks of its own, 4 KiB nearly everywhere.
+# A file system frees whole blocks of its own, 4 KiB nearly everywhere.
 _BLOCK = 4096 // SECTOR
-# Data in blocks that are only partly in use is moved once these waste more than this part of all data.
+# Data in partly used blocks is moved once these waste more than one part in this many of all data.
 _TOLERATED_WASTE = 10
 # Parts moved with one sync, and holes punched between two reports of progress.
 _AT_ONCE = 4096
-# The log is rewritten once less than half of its records are seen, and there are more than these.
+# The log is rewritten once less than half of its records are visible, and there are more than these.
 _SHORT_LOG_RECORDS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a collection did: storage the two files took (data file) and records the log had, before and after."""
+    """Storage of the two files (data file) and number of log records, before and after a collection."""
 
     allocated_before: int
     allocated_after: int
@@ -43,14 +43,13 @@ def _silent(step: str, done: int, total: int) -> None:
 
 
 def collect(upper: AppendUpper, progress: Callable[[str, int, int], None] = _silent) -> Collected:
-    """Free the storage of overwritten data and overridden records of a layer, which may be in use meanwhile.
+    """Free the storage of overwritten data and overridden records of a layer that may be in use.
 
-    Holes are punched where no data is visible any more; if too many blocks of the file are only partly in use, their
-    data is first appended once more; a log of mostly overridden records is replaced. Reads and writes go on, and at
-    whatever point this is cut off by a crash, the layer holds what it held. The original can open the result.
-    ``progress`` is called with the name of a step, how much of it is done, and of how much; what it raises ends the
-    collection. Raises SourceError as writing does, also when the layer is sealed meanwhile; the layer is whole then,
-    too.
+    Holes are punched where no data is visible any more. If too many blocks of the file are only partly in use, their
+    data is appended again first. A log of mostly overridden records is replaced. Reads and writes go on, and a crash
+    at any point leaves the layer's content as it was. The original can open the result. ``progress`` is called with
+    the name of a step, the amount done and the total; an error it raises ends the collection. Raises SourceError as
+    writing does, also when the layer is sealed meanwhile; the layer is whole then, too.
     """
     with upper.collecting:
         allocated_before, records_before = upper.data.allocated_size, upper.log_records
@@ -78,8 +77,8 @@ def _punch_unused(upper: AppendUpper, progress: Callable[[str, int, int], None])
     progress("flushing", 0, 1)
     upper.data.write_out()
     segments, end = upper.snapshot()
-    upper.flush()  # a crash must not bring back records that were overridden, now that their data goes
-    upper.wait_for_readers()  # who looked before the snapshot may be about to read what was overridden since
+    upper.flush()  # a crash must not bring back overridden records, whose data is freed next
+    upper.wait_for_readers()  # a reader that looked up the map before the snapshot may still read overridden data
     unused = _unused(segments, end)
     todo = [gap for gap in unused if gap not in upper.punched]
     for at in range(0, len(todo), _AT_ONCE):
@@ -90,7 +89,7 @@ def _punch_unused(upper: AppendUpper, progress: Callable[[str, int, int], None])
 
 
 def _unused(segments: Segments, end: int) -> list[tuple[int, int]]:
-    # Whole blocks of the data file, up to the sector `end`, that no segment maps.
+    # Returns the whole blocks of the data file, up to the sector `end`, that no segment maps.
     begins, ends = _used(segments)
     gap_begin = np.concatenate(([HEADER_SPACE // SECTOR], ends))
     gap_end = np.concatenate((begins, [end]))
@@ -100,7 +99,7 @@ def _unused(segments: Segments, end: int) -> list[tuple[int, int]]:
 
 
 def _used(segments: Segments) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    # The sectors of the data file that are mapped, as ascending ranges with gaps between them.
+    # Returns the mapped sectors of the data file as ascending ranges with gaps between them.
     data = segments[~segments.zeroed]
     order = np.argsort(data.moffset_sectors, kind="stable")
     begin = data.moffset_sectors[order]
@@ -112,8 +111,8 @@ def _used(segments: Segments) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _worth_moving(segments: Segments) -> list[tuple[int, int, int]]:
-    # Disk ranges, as (begin, length, mapped sector) in disk order, whose data lies in blocks partly in use; none if
-    # that wastes little.
+    # Returns disk ranges, as (begin, length, mapped sector) in disk order, whose data lies in partly used blocks;
+    # empty if these waste little.
     begins, ends = _used(segments)
     partly = np.unique(np.concatenate((begins[begins % _BLOCK != 0], ends[ends % _BLOCK != 0])) // _BLOCK)
     partly = partly[partly < (ends[-1] // _BLOCK if len(ends) else 0)]  # the last one is still being filled

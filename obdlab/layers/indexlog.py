@@ -35,9 +35,9 @@ _READ_SIZE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What opening an append-mode layer after a crash had to leave out: none of it was ever flushed.
+    """The parts left out when opening an append-mode layer after a crash: none of them was ever flushed.
 
-    ``records`` had no data, or not all of it; ``log_bytes`` and ``data_bytes`` are odd bytes at the files' ends.
+    ``records`` had no or incomplete data; ``log_bytes`` and ``data_bytes`` are odd bytes at the files' ends.
     """
 
     records: int = 0
@@ -50,7 +50,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class LogContent:
-    """The records of a log in the order of writing, the end of the last one in the file, and what was left out."""
+    """The records of a log in the order of writing, the end of the last one in the file, and the parts left out."""
 
     header: Header
     records: Segments
@@ -67,9 +67,9 @@ class LogContent:
 def read_log(log: Blob, data_size: int) -> LogContent:
     """Read an index file whose data file has ``data_size`` bytes.
 
-    Records at the end that point past the data (a crash came between the two) are dropped, as is a torn last one.
-    Raises FormatError if it is no such file, or a record anywhere else points outside of the data. Memory follows
-    the records that mean something, whatever the file's size.
+    Records at the end that point past the data are dropped (a crash came between data and record), and so is a torn
+    last one. Raises FormatError if the file is not such an index, or a record anywhere else points outside of the
+    data. Memory grows with the records other than fillers, not with the file's size.
     """
     header = Header.from_bytes(log.read_at(0, min(STRUCT_SIZE, log.size)), blob=log.name)
     if header.flags & (Flags.DATA | Flags.SEALED) or header.index_offset != HEADER_SPACE:
@@ -95,7 +95,7 @@ def read_log(log: Blob, data_size: int) -> LogContent:
 
 
 def _read_records(log: Blob, stop: int, end_sectors: int) -> tuple[list[Segments], int | None, int]:
-    # The good records, where the first bad one is, and how many are bad.
+    # Returns the good records, the position of the first bad one, and the number of bad ones.
     parts: list[Segments] = []
     bad_at: int | None = None
     bad_count = 0
@@ -130,15 +130,15 @@ def _bad_record(log: Blob, at: int, end_sectors: int) -> FormatError:
 
 
 class IndexLog:
-    """The index file of a layer that is being written. Not safe for use by several threads at once.
+    """The index file of a writable layer. Not safe for use by several threads at once.
 
-    With ``group_records``, that many records are collected in memory and written at once; fewer, when they must be
-    stored, are filled up with records that mean nothing.
+    With ``group_records``, that many records are collected in memory and written at once. An incomplete group that
+    must be stored is filled up with fillers.
     """
 
     def __init__(self, file: LayerFile, header: Header, end: int, records: int) -> None:
         self.header = header
-        #: Where the next record goes in the file.
+        #: Position of the next record in the file.
         self.end = end
         #: Records in the file and in the group, fillers included.
         self.records = records
@@ -148,11 +148,11 @@ class IndexLog:
 
     @property
     def group_records(self) -> int:
-        """How many records are written at once; 0 if each is written as it comes."""
+        """Number of records written at once; 0 if each is written at once."""
         return self._group_records
 
     def set_group_records(self, count: int) -> None:
-        """Collect ``count`` records before writing them; 0 for none."""
+        """Collect ``count`` records before writing them; 0 turns grouping off."""
         if count < 0:
             raise ValueError(f"cannot collect {count} records")
         self.write_group()
@@ -167,19 +167,19 @@ class IndexLog:
             if len(self._group) >= self._group_records:
                 self._write(b"".join(self._group))
         except BaseException:
-            self._group.pop()  # the caller will not have written it
+            self._group.pop()  # the caller takes the record for not written
             raise
         self.records += 1
 
     def write_group(self) -> None:
-        """Have the file hold all records."""
+        """Write the collected records to the file."""
         if self._group:
             fillers = self._group_records - len(self._group)
             self._write(b"".join(self._group) + filler_records(fillers))
             self.records += fillers
 
     def _write(self, data: bytes) -> None:
-        # By position: what a failed write left is overwritten by the next.
+        # Written by position: the next write overwrites the remains of a failed one.
         self._file.write_at(self.end, data)
         self.end += len(data)
         self._group.clear()
@@ -194,10 +194,10 @@ class IndexLog:
         self._file.write_at(0, self.header.to_bytes())
 
     def begin_rewrite(self, segments: Segments) -> LayerFile:
-        """Make a file beside this one that holds only ``segments``. Ends in :meth:`go_on_in`."""
+        """Make a file beside this one that holds only ``segments``. :meth:`go_on_in` completes the rewrite."""
         path = os.path.realpath(self._file.name) + ".compacted"
         with suppress(FileNotFoundError):
-            os.unlink(path)  # of a compaction that was interrupted
+            os.unlink(path)  # left by an interrupted compaction
         file = LayerFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             file.take_after(self._file)
@@ -210,9 +210,9 @@ class IndexLog:
         return file
 
     def go_on_in(self, file: LayerFile, since: int) -> None:
-        """Add to ``file`` all that was logged after byte ``since``, and put it in this one's place.
+        """Append all records logged after byte ``since`` to ``file``, and put it in the place of this file.
 
-        The name lasts only after the next :meth:`sync`.
+        The rename is on stable storage only after the next :meth:`sync`.
         """
         self.write_group()
         end = file.size
@@ -237,7 +237,7 @@ class IndexLog:
 
 
 def discard_file(file: LayerFile) -> None:
-    """Close a file that was not finished, and delete it."""
+    """Close an unfinished file and delete it."""
     file.close()
     with suppress(OSError):
         os.unlink(file.name)

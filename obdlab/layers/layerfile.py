@@ -1,4 +1,4 @@
-"""A writable layer's own file: positional reads and writes, holes, and errors that say where."""
+"""A writable layer's own file: positional reads and writes, holes, and errors with path and offset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
-# linux/fs.h: wait for what is being written, write what is not, and wait for that.
+# linux/fs.h: wait for pages under write-back, write the dirty ones, and wait for these.
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 _WRITE_OUT_PIECE = 32 << 20
 
@@ -32,10 +32,10 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 
 
 class LayerFile(Blob):
-    """An open file that may grow. What the system refuses is raised as SourceError, with the OSError as its cause."""
+    """An open file that may grow. System errors are raised as SourceError, with the OSError as the cause."""
 
     def __init__(self, path: str | os.PathLike[str], flags: int) -> None:
-        """Open ``path`` with these flags of :func:`os.open`, creating it with mode 0644 if they say so."""
+        """Open ``path`` with these flags of :func:`os.open`; O_CREAT makes it with mode 0644."""
         self.name = os.fspath(path)
         self._descriptor = -1
         self._name_is_stored = not flags & os.O_CREAT
@@ -46,7 +46,7 @@ class LayerFile(Blob):
 
     @property
     def _open_descriptor(self) -> int:
-        # After closing, the number may be another file's.
+        # After closing, the number may belong to another file.
         if self._descriptor < 0:
             raise SourceError("layer file is closed", blob=self.name)
         return self._descriptor
@@ -59,7 +59,7 @@ class LayerFile(Blob):
         descriptor = self._open_descriptor
         try:
             data = os.pread(descriptor, length, offset)
-            while len(data) < length:  # one call gives at most 2 GiB
+            while len(data) < length:  # one call returns at most 2 GiB
                 more = os.pread(descriptor, length - len(data), offset + len(data))
                 if not more:
                     check_range(self, offset, length)
@@ -70,7 +70,7 @@ class LayerFile(Blob):
         return data
 
     def write_some(self, offset: int, data: Buffer) -> int:
-        """Write at least one byte of ``data``; returns how many."""
+        """Write at least one byte of ``data``; return the number of bytes written."""
         try:
             return os.pwrite(self._open_descriptor, data, offset)
         except OSError as error:
@@ -110,10 +110,10 @@ class LayerFile(Blob):
             self._name_is_stored = True
 
     def write_out(self) -> None:
-        """Have the system write what it has put off, piece by piece, so that the :meth:`sync` that follows is short.
+        """Write dirty pages back piece by piece and wait for them, so that the :meth:`sync` that follows is short.
 
-        A long one holds writes up: those that need the file system's journal wait for it. Nothing is promised here,
-        so that an error is left to the sync.
+        A long sync stalls writes that need the file system's journal. Nothing is promised here; errors are left to
+        the sync.
         """
         for offset in range(0, self.size, _WRITE_OUT_PIECE):
             if _libc.sync_file_range(
@@ -122,7 +122,7 @@ class LayerFile(Blob):
                 return
 
     def rename(self, path: str) -> None:
-        """Take the place of the file ``path``; the next :meth:`sync` makes that last."""
+        """Take the place of the file ``path``; the next :meth:`sync` stores the new name."""
         try:
             os.replace(self.name, path)
         except OSError as error:
@@ -131,7 +131,7 @@ class LayerFile(Blob):
         self._name_is_stored = False
 
     def lock(self, *, shared: bool = False) -> None:
-        """Keep other openers out until this one closes, or only writing ones. Raises SourceError if one is in."""
+        """Lock out other openers until this one closes; ``shared`` locks out only writers. SourceError if locked."""
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
             fcntl.flock(self._open_descriptor, kind | fcntl.LOCK_NB)
@@ -147,7 +147,7 @@ class LayerFile(Blob):
         return os.fstat(self._open_descriptor).st_blocks * 512
 
     def take_after(self, other: LayerFile) -> None:
-        """Get the permissions and the owner of ``other``."""
+        """Copy the permissions and the owner of ``other``."""
         status = os.fstat(other._open_descriptor)
         try:
             os.fchown(self._open_descriptor, status.st_uid, status.st_gid)
@@ -156,21 +156,21 @@ class LayerFile(Blob):
             raise self._failed("setting its owner", None, error) from error
 
     def data_extents(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The ranges inside ``[begin, end)`` that the file system holds data for, in its own block size."""
+        """Yield the ranges inside ``[begin, end)`` that the file system has data for, in its own block size."""
         descriptor = self._open_descriptor
         while begin < end:
             try:
                 data = os.lseek(descriptor, begin, os.SEEK_DATA)
                 begin = os.lseek(descriptor, data, os.SEEK_HOLE)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                if error.errno == errno.ENXIO:  # only a hole from here to the end
                     return
                 raise self._failed("looking for data", begin, error) from error
             if data < end:
                 yield data, min(begin, end)
 
     def read_header(self, wanted: Flags) -> Header:
-        """The LSMT header; FormatError unless it is that of a writable data file of the ``wanted`` kind."""
+        """Return the LSMT header; FormatError unless it is of a writable data file of the ``wanted`` kind."""
         header = Header.from_bytes(self.read_at(0, min(STRUCT_SIZE, self.size)), blob=self.name)
         looked_at = Flags.DATA | Flags.SPARSE | Flags.SEALED
         if header.flags & looked_at != wanted:
@@ -205,7 +205,8 @@ def sync_directory(path: str) -> None:
         raise SourceError(f"flushing the directory failed: {error.strerror}", blob=folder) from error
 
 
-# From proc_locks(5), where a process of another namespace is no. 0. A device's server is called by its device's id.
+# Read from proc_locks(5), where a process of another namespace is number 0. A device's server runs under its device's
+# id.
 def _lock_holder(descriptor: int) -> str:
     status = os.fstat(descriptor)
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
@@ -214,6 +215,6 @@ def _lock_holder(descriptor: int) -> str:
             words = line.split()
             if words[1:2] == ["FLOCK"] and words[5:6] == [wanted] and words[4] != "0":
                 return f": process {words[4]} ({Path(f'/proc/{words[4]}/comm').read_text().strip()})"
-    except OSError:  # not to be had, or gone meanwhile
+    except OSError:  # not readable, or gone meanwhile
         pass
     return ""

@@ -1,4 +1,4 @@
-"""One layer: an LSMT file as its index and the blob its data lies in."""
+"""One layer: an LSMT file as its index and the blob with its data."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.layers.budget import Budget, Share
 
-# Read from the end in one go: the trailer, and with it the index of a layer with up to 256 segments. No sealed file
-# is smaller.
+# Read from the end in one request: the trailer, and with it the index of a layer with up to 256 segments. No sealed
+# file is smaller.
 _TAIL_SIZE = 2 * HEADER_SPACE
 
 
 class Layer(Protocol):
-    """What a stack or a commit needs of a layer, sealed or writable."""
+    """A layer as a stack or a commit needs it, sealed or writable."""
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """Name of the layer in error messages."""
 
     @property
     def virtual_size(self) -> int:
@@ -48,7 +48,7 @@ class Layer(Protocol):
 
     @property
     def index(self) -> SegmentIndex:
-        """Which sectors the layer holds; every tag is 0."""
+        """The sectors the layer holds; every tag is 0."""
 
     @property
     def data(self) -> Blob:
@@ -65,10 +65,9 @@ class Layer(Protocol):
 class LsmtLayer:
     """A sealed layer, committed or sealed in place, over the blob of its plain LSMT file.
 
-    Opening reads the header and the tail, and the index in a third read if it does not lie within the last
-    8 KiB. Raises FormatError (blob, offset, got, wanted) if the file is cut short, is no
-    sealed LSMT file, or has an index that is unordered or points outside of the layer's data, or larger than what is
-    left of ``share``, if that is given.
+    Opening reads the header and the tail, and the index in a third read if it does not lie within the last 8 KiB.
+    Raises FormatError (blob, offset, got, wanted) if the file is cut short, is not a sealed LSMT file, or has an
+    index that is unordered, points outside of the layer's data, or is larger than ``share`` (if given) allows.
     """
 
     def __init__(self, blob: Blob, share: Share | None = None) -> None:
@@ -93,7 +92,8 @@ class LsmtLayer:
             _refuse_writable(header, blob)
         self.trailer = Trailer.from_bytes(bytes(tail[at - tail_offset :]), blob=blob.name, offset=at)
         check_sealed_trailer(self.trailer, size, blob=blob.name)
-        #: Whether the layer was sealed by appending to a writable one; a committed layer's header says "sealed".
+        #: True if a writable layer was sealed by appending to it; the header of a committed layer has the flag
+        #: SEALED.
         self.sealed_in_place = not header.flags & Flags.SEALED
         if share is not None:
             share.take_segments(self.trailer.index_size, blob.name)
@@ -108,7 +108,7 @@ class LsmtLayer:
             records = self.data.read_at(begin, min(end, tail_offset) - begin) + tail[: max(0, end - tail_offset)]
         segments = decode_segments(records)
         check_sealed_segments(segments, begin, blob=self.name)
-        # A flattened layer keeps the numbers of the layers it was made of; they mean nothing here.
+        # A flattened layer keeps the tags of the layers it was made of; they have no meaning here.
         return segments.without_tags()
 
     @property
@@ -118,7 +118,7 @@ class LsmtLayer:
 
     @property
     def uuid(self) -> str:
-        """The layer's UUID, all zeros if it was committed without."""
+        """The layer's UUID, all zeros if it was committed without one."""
         return self.trailer.uuid
 
     @property
@@ -145,9 +145,9 @@ class LsmtLayer:
 
 
 class RepeatedLayer(LsmtLayer):
-    """A layer that the stack has once more further up, where it hides all that it would show here.
+    """A lower copy of a layer that the stack has again further up, where it hides everything shown here.
 
-    The topmost one owns the blob: closing this one does nothing.
+    The topmost copy owns the blob: closing this one does nothing.
     """
 
     def __init__(self, layer: LsmtLayer) -> None:
@@ -159,27 +159,27 @@ class RepeatedLayer(LsmtLayer):
         """Leave the blob to the topmost layer."""
 
 
-# One that ends in no trailer, with a header that does not say "sealed".
+# Refuses a file without trailer whose header lacks the flag SEALED.
 def _refuse_writable(header: Header, blob: Blob) -> None:
     if not header.flags & Flags.SEALED:
         raise FormatError("writable layer (not sealed): commit or seal it first", blob=blob.name)
 
 
 def open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None = None, budget: Budget | None = None) -> LsmtLayer:
-    """Open a layer blob as it is stored: inside a tar or not, a ZFile or plain LSMT.
+    """Open a layer blob as stored: plain LSMT or ZFile, each with or without a tar around it.
 
-    What opening reads of the plain LSMT file is read through ``watched(file)``. The memory of its tables is taken
-    from the image's ``budget``.
+    Opening reads the plain LSMT file through ``watched(file)``. The memory of its tables is taken from the image's
+    ``budget``.
 
-    The blob belongs to the layer from then on, but stays the caller's if this raises: FormatError if it is none of
-    these, malformed or too large, CorruptBlobError if a checksum is wrong.
+    The blob then belongs to the layer, but stays the caller's if this raises: FormatError if it is no layer,
+    malformed or too large, CorruptBlobError if a checksum is wrong.
     """
     share = budget.share() if budget is not None else None
     try:
         return _open_layer(blob, watched, share)
     except FormatError:
-        # Headers are all that tells a layer, so a wrong answer of its source that a cache below has kept would make
-        # every opening fail. Asked once more without the cache, the source may give the right one.
+        # Only headers identify a layer. If a cache below kept a wrong answer of its source, every opening would fail.
+        # Read again without the cache, the source may give the right bytes.
         blob.evict(0, blob.size)
     return _open_layer(blob, watched, share)
 

@@ -1,7 +1,7 @@
-"""In what order a layer's data lies in its file.
+"""The order of a layer's data in its file.
 
 The index of a sealed layer is in disk order, but its records may point anywhere into the data (overlaybd LSMT
-layout): what a start reads can lie together, in the order of use, so that one request fetches it.
+layout). So the data a start reads can lie together, in the order of use, and one request fetches it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     #: [begin, end) in sectors of the disk.
     SectorRange = tuple[int, int]
 
-# What file systems and the page cache read at once, so that less than it is never wanted alone.
+# File systems and the page cache read whole blocks of this size; smaller parts are never needed alone.
 _BLOCK_SECTORS = 4096 // SECTOR
 
 
@@ -55,7 +55,7 @@ def data_first(segments: Segments, ranges: Iterable[SectorRange]) -> Segments:
 
 
 def all_data_first(segments: Segments, ranges: Iterable[SectorRange]) -> Segments:
-    """Return all of ``segments``: first what :func:`data_first` gives, then the rest in disk order."""
+    """Return all of ``segments``: first those of :func:`data_first`, then the rest in disk order."""
     first = data_first(segments, ranges)
     if not len(first):
         return segments
@@ -63,12 +63,13 @@ def all_data_first(segments: Segments, ranges: Iterable[SectorRange]) -> Segment
 
 
 def in_disk_order(segments: Segments) -> Segments:
-    """Return the segments as an index has them."""
+    """Return the segments in the order of an index."""
     return segments[np.argsort(segments.offset_sectors, kind="stable")]
 
 
 def _without(segments: Segments, taken: Segments) -> Segments:
-    # Every part of `taken` lies inside of one segment: cut them at its edges, and leave out what begins in it.
+    # Every part of `taken` lies inside of one segment: cut the segments at its edges, and drop pieces that begin in
+    # it.
     taken = in_disk_order(taken)
     edges = np.union1d(taken.offset_sectors, taken.end_sectors)
     pieces = _cut(segments, edges)
@@ -78,7 +79,7 @@ def _without(segments: Segments, taken: Segments) -> Segments:
 
 
 def _cut(segments: Segments, edges: NDArray[np.int64]) -> Segments:
-    # Each segment in as many pieces as edges inside of it make.
+    # Cuts each segment at the edges inside of it.
     first = np.searchsorted(edges, segments.offset_sectors, side="right")
     count = np.searchsorted(edges, segments.end_sectors, side="left") - first + 1
     of = np.repeat(np.arange(len(segments)), count)

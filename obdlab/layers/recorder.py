@@ -1,4 +1,4 @@
-"""Writing down which bytes of which layer are read, and when."""
+"""Recording which range of which layer is read, and when."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 # Nanoseconds, layer, offset, length.
 _READ = struct.Struct("<qIQQ")
-#: A million reads take 28 MB; no start needs as many.
+#: A million reads take 28 MB; no start needs more.
 MOST_READS = 1 << 20
 
 
 class Recorder:
-    """Notes the reads of an image's layers. The first ``most`` are kept; the others only counted, in ``left_out``.
+    """Records the reads of an image's layers. The first ``most`` are kept; the others only counted, in ``left_out``.
 
-    What fails is not noted. A read costs half a microsecond more.
+    Failed reads are not recorded. A recorded read costs half a microsecond more.
     """
 
     def __init__(self, most: int = MOST_READS) -> None:
@@ -30,14 +30,14 @@ class Recorder:
         self._most = most * _READ.size
 
     def around(self, layer: int, read_at: ReadAt) -> ReadAt:
-        """Return ``read_at`` of the layer with this number, noting: for :meth:`Stack.watch`."""
+        """Return a recording ``read_at`` for the layer with this number: for :meth:`Stack.watch`."""
         noted, most, pack = self._noted, self._most, _READ.pack
 
         def read(offset: int, length: int) -> bytes:
             at = monotonic_ns()
             data = read_at(offset, length)
             if len(noted) < most:
-                noted.extend(pack(at, layer, offset, length))  # one call: threads do not mix
+                noted.extend(pack(at, layer, offset, length))  # one call, so that records of threads do not mix
             else:
                 self.left_out += 1
             return data
@@ -45,11 +45,11 @@ class Recorder:
         return read
 
     def watched(self, layer: int, blob: Blob) -> Blob:
-        """Return ``blob`` with its reads noted: for opening the layer with this number."""
+        """Return ``blob`` with its reads recorded: for opening the layer with this number."""
         return _Watched(blob, self.around(layer, blob.read_at))
 
     def to_bytes(self) -> bytes:
-        """Return what was noted, for :func:`reads_of`."""
+        """Return the recorded reads, for :func:`reads_of`."""
         return bytes(self._noted)
 
 
@@ -71,7 +71,7 @@ class _Watched(Blob):
 
 
 def reads_of(*noted: bytes) -> list[tuple[int, int, int]]:
-    """Return (layer, offset, length) of what recorders of one machine noted, in the order the reads began."""
+    """Return (layer, offset, length) of the reads in recorders of one machine, in the order the reads began."""
     for one in noted:
         if len(one) % _READ.size:
             raise FormatError("noted reads are cut short", got=len(one), wanted=f"a multiple of {_READ.size}")

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def sealed_records(held: SegmentMap, name: str) -> bytes:
-    """Return the index of a layer to be sealed: as the original's, not joined unless there are too many otherwise.
+    """Return the index of a layer to be sealed, as the original's: segments are joined only if there are too many.
 
-    Raises FormatError naming the layer if there are more than 1,000,000 even so.
+    Raises FormatError naming the layer if there are more than 1,000,000 even joined.
     """
     records = held.to_records()
     if len(records) > MAX_SEALED_RECORDS * RECORD_SIZE:
@@ -50,9 +50,9 @@ def sealed_records(held: SegmentMap, name: str) -> bytes:
 def append_seal(file: LayerFile, header: Header, records: bytes, index_offset: int, *, marked: bool = False) -> None:
     """Write the index, :func:`sealed_records`, and a trailer at ``index_offset``, the end of the data, and sync.
 
-    The header stays as it is. The trailer is written after the index is on stable storage, so that a crash leaves
-    either a sealed layer or none; a layer that is ``marked`` (:class:`SwitchMark`) spares that, as opening it undoes
-    what a crash has left.
+    The header stays as it is. The trailer is written after the index is on stable storage, so that a crash leaves the
+    layer either sealed or not. A ``marked`` layer (:class:`SwitchMark`) skips that sync: opening it undoes an
+    unfinished seal.
     """
     trailer = Trailer(
         flags=(header.flags & Flags.SPARSE) | Flags.DATA | Flags.SEALED,
@@ -65,7 +65,7 @@ def append_seal(file: LayerFile, header: Header, records: bytes, index_offset: i
     ).to_bytes()
     padded_size = _padded(len(records))
     try:
-        file.resize(index_offset)  # what a failed write left behind the data
+        file.resize(index_offset)  # remains of a failed write behind the data
         if records:
             file.write_at(index_offset, records.ljust(padded_size, b"\0"))
         if not marked:
@@ -79,10 +79,10 @@ def append_seal(file: LayerFile, header: Header, records: bytes, index_offset: i
 
 
 def find_seal(file: LayerFile, header: Header, data_end: int = 0) -> Trailer | None:
-    """The trailer that sealing this writable layer's file has appended, None if it was not sealed.
+    """Return the trailer that sealing has appended to this writable layer's file, None if it was not sealed.
 
-    What a guest wrote to an append-mode layer may look like a trailer, so that it must fit this layer and this file,
-    and come after ``data_end``, the end of all data that the log knows of.
+    A guest may write data that looks like a trailer to an append-mode layer. So the trailer must fit this layer and
+    this file, and lie after ``data_end``, the end of all data in the log.
     """
     at = file.size - HEADER_SPACE
     if at < HEADER_SPACE:
@@ -107,17 +107,17 @@ def undo_seal(file: LayerFile, trailer: Trailer) -> None:
 
 
 class SwitchMark:
-    """A file beside the data file that says: being sealed to become a lower layer, but not used as one yet.
+    """A file beside the data file that marks it as being sealed to become a lower layer, but not used as one yet.
 
-    A crash in that time leaves a sealed layer that its configuration still names as the writable one; with the mark
-    there, opening it undoes the seal.
+    A crash in that time leaves a sealed layer that its configuration still names as the writable one. If the mark
+    exists, opening the layer undoes the seal.
     """
 
     def __init__(self, data_path: str) -> None:
         self._path = data_path + ".restacking"
 
     def exists(self) -> bool:
-        """Whether the mark is there."""
+        """Return True if the mark exists."""
         return os.path.exists(self._path)
 
     def put(self) -> None:
@@ -129,7 +129,7 @@ class SwitchMark:
         sync_directory(self._path)
 
     def remove(self) -> None:
-        """Take the mark away, if it is there. Raises SourceError."""
+        """Remove the mark, if it exists. Raises SourceError."""
         try:
             os.unlink(self._path)
         except FileNotFoundError:
@@ -140,7 +140,7 @@ class SwitchMark:
 
 
 def recover_seal(file: LayerFile, header: Header, data_end: int = 0) -> None:
-    """When opening for writing: undo the seal of a restack that was interrupted; FormatError for any other seal."""
+    """Undo the seal of an interrupted restack when opening for writing; FormatError for any other seal."""
     trailer = find_seal(file, header, data_end)
     mark = SwitchMark(file.name)
     if trailer is not None:

@@ -1,4 +1,4 @@
-"""Where written layers go: a binary file, or anything with its ``write``."""
+"""Outputs of written layers: a binary file, or any object with its ``write``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Something that takes bytes in order. ``write`` must take all it is given, or raise."""
+    """A writer of bytes in order. ``write`` must take all bytes given, or raise."""
 
     def write(self, data: Buffer, /) -> object:
         """Append ``data`` at the current position."""
@@ -17,10 +17,10 @@ class Sink(Protocol):
 
 @runtime_checkable
 class SeekableSink(Sink, Protocol):
-    """A sink that may be able to go back."""
+    """A sink that may support seeking; ask :meth:`seekable`."""
 
     def seekable(self) -> bool:
-        """Whether it really is."""
+        """Return True if seeking works."""
 
     def tell(self) -> int:
         """Return the current position."""
@@ -30,5 +30,5 @@ class SeekableSink(Sink, Protocol):
 
 
 def can_seek(sink: Sink) -> TypeGuard[SeekableSink]:
-    """Whether ``sink`` can go back, as a pipe or an upload cannot."""
+    """Return True if ``sink`` can seek back, unlike a pipe or an upload."""
     return isinstance(sink, SeekableSink) and sink.seekable()

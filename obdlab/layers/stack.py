@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
-# Answers of the usual lengths cost nothing. Written, not merely allocated: the kernel takes an answer out of a FUSE
-# server's memory, and where it has to fault a page in while that server is killed, it fails the request instead of
-# asking the next.
+# Answers of the usual lengths cost nothing. The pages are written, not merely allocated: the kernel copies an answer
+# out of a FUSE server's memory, and if it must fault a page in while that server is killed, it fails the request
+# instead of passing it to the next server.
 _ZEROS = {1 << bits: b"\0" * (1 << bits) for bits in range(9, 21)}
 _ZERO_VIEW = memoryview(_ZEROS[1 << 20])
 
-# What is left to flush when writes begin to wait for a restack should take no longer than this; tried so often.
+# A restack flushes until a flush is shorter than this, at most _FLUSHES times, before writes begin to wait.
 _SHORT_FLUSH_S = 0.02
 _FLUSHES = 5
 
-# Number of the part of an answer that a piece of a larger read is, and its range in that read.
+# A piece of a larger read: the number of its part of the answer, and its range in that read.
 _Piece = tuple[int, int, int]
 
 
 def zeros(length: int) -> bytes:
-    """``length`` zero bytes, shared if it is a usual request length."""
+    """Return ``length`` zero bytes, a shared object for usual request lengths."""
     found = _ZEROS.get(length)
     return b"\0" * length if found is None else found
 
@@ -53,15 +53,15 @@ def zeros(length: int) -> bytes:
 class Stack(Blob):
     """The read-only merged view of ``[bottom, ..., top]``, at most 255 layers.
 
-    Its size is the first virtual size that is not 0, from the top down. Reads go by byte; sectors that no layer
-    holds read as zeros. The layers belong to the stack and are closed with it.
+    Its size is the first virtual size that is not 0, from the top down. Reads may have any byte range; sectors that
+    no layer holds read as zeros. The layers belong to the stack and are closed with it.
     """
 
     def __init__(self, layers: Sequence[Layer], *, index: SegmentIndex | None = None) -> None:
-        """Stack ``layers``; an ``index`` given is what merging theirs would give."""
+        """Stack ``layers``. ``index``, if given, must equal the merge of their indexes."""
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise FormatError("a stack cannot be made", got=f"{len(layers)} layers", wanted=f"1 to {MAX_LAYERS}")
-        # A writable layer is this machine's own.
+        # Writable layers do not count: they are this machine's own.
         segments = sum(len(layer.index) for layer in layers if isinstance(layer, LsmtLayer))
         if index is None and segments > MOST_SEGMENTS:
             what = "a stack has too many segments"
@@ -76,13 +76,13 @@ class Stack(Blob):
         self._find = self.index.find
         self._sources, self._shifts = self.index.sources, self.index.shifts
         self._reads: tuple[ReadAt, ...] = tuple(blob.read_at for blob in self.blobs)
-        #: Whether somebody watches the reads of layers.
+        #: True while :meth:`watch` is on.
         self.watched = False
 
     def watch(self, around: Callable[[int, ReadAt], ReadAt] | None) -> None:
-        """Have each layer read through ``around(its number, its read_at)``, 0 being the bottom; None ends that.
+        """Read each layer through ``around(its number, its read_at)``, 0 being the bottom; None ends that.
 
-        While nobody watches it costs nothing.
+        Costs nothing while it is off.
         """
         self.watched = around is not None
         top = len(self.blobs) - 1
@@ -114,8 +114,8 @@ class Stack(Blob):
         return self._gather(runs, offset, end)
 
     def _gather(self, runs: list[Run], offset: int, end: int) -> bytes:
-        # Several runs as one answer. Packed files hold their data in disk order, so that runs of one layer with
-        # nothing but zeros between them often continue each other there: those are one read.
+        # Several runs as one answer. Packed files hold their data in disk order, so runs of one layer with only zeros
+        # between them often continue each other there: these become one read.
         parts: list[Buffer] = []
         group: list[_Piece] = []
         group_source, group_at, group_end = -1, 0, 0
@@ -165,7 +165,7 @@ class Stack(Blob):
 
 @dataclass(frozen=True, slots=True)
 class Restacked:
-    """The layer that a restack has sealed, which belongs to the stack, and how long writes had to wait."""
+    """The layer that a restack has sealed, which belongs to the stack, and the time that writes had to wait."""
 
     layer: LsmtLayer
     paused_s: float
@@ -174,13 +174,13 @@ class Restacked:
 class WritableStack(WritableBlob):
     """A writable layer over a read-only stack (or over nothing).
 
-    Reads take what the upper layer holds and fill the gaps from the lowers. Its size is the upper layer's; an upper
-    layer made with size 0 takes on the lowers' size here. Both belong to the stack and are closed with it.
+    Reads take the ranges the upper layer holds and fill the gaps from the lowers. Its size is the upper layer's; an
+    upper layer made with size 0 takes on the lowers' size here. Both belong to the stack and are closed with it.
 
-    A sparse upper layer's file remembers what was written only as allocated blocks, so that the stack takes care of
-    two things a reopening would get wrong: a write that fills a block partly, over data of a lower layer, stores the
-    whole block; and a discard over data of a lower layer stores zeros instead of a hole. For an append-mode upper
-    layer, which knows nothing smaller than a sector, it fills up sectors.
+    A sparse upper layer's file remembers written ranges only as allocated blocks. So the stack handles two cases that
+    reopening would get wrong: a write that covers a block partly, over data of a lower layer, stores the whole block;
+    and a discard over data of a lower layer stores zeros instead of a hole. For an append-mode upper layer, whose
+    unit is the sector, it fills up sectors.
     """
 
     def __init__(self, lowers: Stack | None, upper: Upper) -> None:
@@ -188,16 +188,16 @@ class WritableStack(WritableBlob):
             upper.set_virtual_size(lowers.size)
         self.name = upper.name
         self._size = upper.virtual_size
-        self._view = (upper, lowers)  # what a read works on, changed as one
+        self._view = (upper, lowers)  # what a read works on, replaced as one value
         self._change = threading.Lock()
-        #: Held by whoever takes a snapshot, from looking at the layers until they have changed.
+        #: Held by a snapshot from looking at the layers until they have changed.
         self.snapshotting = threading.Lock()
         self._restacking = threading.Lock()
         self._unmerged: tuple[Upper, Stack | None] | None = None  # sealed by a restack, and the lowers before it
 
     @property
     def upper(self) -> Upper:
-        """The layer that is written."""
+        """The layer that takes the writes."""
         return self._view[0]
 
     @property
@@ -245,8 +245,8 @@ class WritableStack(WritableBlob):
         upper.write_at(offset, view)
 
     def _kept(self, begin: int, end: int) -> bytes:
-        # What must be stored along with a write beside it, to fill up a block: the bytes [begin, end) if a lower
-        # layer shows through there or the upper takes nothing less, else none.
+        # The bytes [begin, end) that must be stored along with a write beside them, to fill up a block. Empty unless
+        # a lower layer shows through there or the upper layer takes whole blocks only.
         if begin >= end:
             return b""
         if not self.upper.takes_partial_blocks:
@@ -257,7 +257,7 @@ class WritableStack(WritableBlob):
         return b""
 
     def _lower_data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        # The byte ranges in [begin, end) where a lower layer holds data, at sector granularity.
+        # Yields the byte ranges in [begin, end) where a lower layer holds data, at sector granularity.
         lowers = self.lowers
         if lowers is None:
             return
@@ -284,7 +284,7 @@ class WritableStack(WritableBlob):
                 self.upper.discard(offset, end - offset)
 
     def _discard_blocks(self, offset: int, end: int) -> None:
-        # Whole blocks are discarded, what is beside them is overwritten with zeros.
+        # Discards whole blocks and overwrites the parts beside them with zeros.
         block = self.upper.block_size
         begin, stop = -(-offset // block) * block, end // block * block
         if begin >= stop:
@@ -302,7 +302,7 @@ class WritableStack(WritableBlob):
         self.upper.flush()
 
     def set_virtual_size(self, virtual_size: int) -> None:
-        """Grow the disk: what is new reads as zeros. Raises OutOfRangeError if it would shrink."""
+        """Grow the disk: the new part reads as zeros. Raises OutOfRangeError if it would shrink."""
         with self._restacking, self._change:
             if self.lowers is not None and self.lowers.size > self._size:
                 raise OutOfRangeError(f"{self.name}: a disk smaller than its lowers ({self.lowers.size}) cannot grow")
@@ -310,15 +310,15 @@ class WritableStack(WritableBlob):
             self._size = virtual_size
 
     def restack(self, upper: Upper, switch: Callable[[], None] | None = None) -> Restacked:
-        """Live snapshot: seal the writable layer in place, make it the topmost lower one, and go on in ``upper``.
+        """Snapshot the disk live: seal the writable layer in place, make it the topmost lower, continue in ``upper``.
 
-        ``upper`` must be empty; made with size 0, it takes on this disk's. Reads go on meanwhile, writes wait for the
-        seal. ``switch`` is called when the seal is on stable storage and nothing has been written to ``upper`` yet:
-        there the configuration that names the new layers must take the place of the old one. If it raises, and after
-        a crash before it is done, the old layer is the writable one, as before: opening it undoes the seal.
+        ``upper`` must be empty; made with size 0, it takes on this disk's size. Reads go on meanwhile, writes wait
+        for the seal. ``switch`` is called when the seal is on stable storage and nothing has been written to
+        ``upper`` yet: it must replace the old configuration by the one that names the new layers. If it raises, or a
+        crash comes before it is done, the old layer is the writable one, as before: opening it undoes the seal.
 
-        Raises FormatError if there are 255 lowers already or the layer cannot be sealed; then nothing has changed,
-        and ``upper`` is the caller's still, as after everything raised while :attr:`upper` is the old one.
+        Raises FormatError if there are 255 lowers already or the layer cannot be sealed; then nothing has changed.
+        ``upper`` stays the caller's after any error for which :attr:`upper` is still the old layer.
         """
         with self._restacking:
             self._merge_sealed()
@@ -337,7 +337,7 @@ class WritableStack(WritableBlob):
         if not upper.virtual_size:
             upper.set_virtual_size(self._size)
         upper.flush()
-        # Most of the work now, while nobody waits: the second time costs only what has changed since.
+        # Most of the work happens now, while no write waits: the second time costs only the changes since.
         old.prepare_to_seal()
         _flush_until_short(old)
         mark = SwitchMark(old.data.name)
@@ -356,19 +356,19 @@ class WritableStack(WritableBlob):
                 mark.remove()
                 raise
             below = LayeredIndex(None if lowers is None else lowers.index, old.lookup)
-            # Only looked up, until the index is merged.
+            # The stack below is only used for lookups until the index is merged.
             self._view = (upper, Stack([*layers, old], index=cast("SegmentIndex", below)))
             self._unmerged = (old, lowers)
             paused_s = time.monotonic() - began
         try:
             mark.remove()
-        except SourceError as error:  # the next to open the new stack removes it
+        except SourceError as error:  # the next opening of the new stack removes it
             logger.warning("%s", error)
         old.retire()
         return paused_s
 
     def _merge_sealed(self) -> LsmtLayer | None:
-        # What a restack has left for later: the sealed layer as such, and one index for all lowers.
+        # The part of a restack left for later: opens the sealed layer as such, and merges one index for all lowers.
         if self._unmerged is None:
             return None
         old, lowers = self._unmerged
@@ -381,9 +381,9 @@ class WritableStack(WritableBlob):
         return sealed
 
     def as_layers(self) -> Stack:
-        """The same disk as a read-only stack of all layers, which stay this stack's.
+        """Return the same disk as a read-only stack of all layers, which still belong to this stack.
 
-        It shows the upper layer as it is now: good until that is changed or collected.
+        It shows the upper layer as it is now; valid until that layer is changed or collected.
         """
         layers: list[Layer] = [] if self.lowers is None else list(self.lowers.layers)
         return Stack([*layers, self.upper])
@@ -409,7 +409,7 @@ def _flush_until_short(upper: Upper) -> None:
 
 
 def _read_below(lowers: Stack | None, offset: int, length: int) -> bytes:
-    # What shows through from the lowers, which may be smaller than the disk.
+    # The bytes of the lowers, which may be smaller than the disk.
     if lowers is None:
         return zeros(length)
     size = lowers.size

@@ -29,14 +29,14 @@ class TarWrapError(ObdlabError):
 def open_tarwrap(blob: Blob) -> Blob:
     """Return the content of a tar-wrapped blob, or the blob itself if it is not a tar.
 
-    Raises FormatError if it is a tar but not of one layer, or the content would reach past its end.
+    Raises FormatError for a tar that does not hold one layer, or whose content would reach past its end.
     """
     window = read_window(blob)
     return blob if window is None else WrappedContent(blob, window)
 
 
 def read_window(blob: Blob) -> TarWindow | None:
-    """Say where the content of a tar-wrapped blob lies, or None if it is not a tar. Raises as open_tarwrap does."""
+    """Return where the content of a wrapped blob lies, or None if it is not a tar. Raises as open_tarwrap does."""
     window = parse_wrap(blob.read_at(0, min(WRAP_SIZE, blob.size)), blob=blob.name)
     if window is not None and window.offset + window.size > blob.size:
         raise FormatError(
@@ -80,10 +80,10 @@ class WrappedContent(Blob):
 
 
 class TarWrapWriter:
-    """Wraps what is written into it, from the sink's current position on, and is itself a seekable sink.
+    """Wraps the bytes written to it in a tar, from the sink's current position on, and is itself a seekable sink.
 
-    Until :meth:`close` the header is a placeholder that nobody takes for a tar. Leaving a ``with`` block by an
-    exception leaves it so. The sink stays open, at the end of the tar.
+    Until :meth:`close` the header is a placeholder that does not parse as a tar. Leaving a ``with`` block by an
+    exception keeps the placeholder. The sink stays open, at the end of the tar.
     """
 
     def __init__(self, sink: SeekableSink) -> None:
@@ -105,7 +105,7 @@ class TarWrapWriter:
         return length
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
@@ -121,7 +121,7 @@ class TarWrapWriter:
         return offset
 
     def close(self) -> None:
-        """Write the tail and the final header. Raises TarWrapError if it is closed already."""
+        """Write the tail and the final header. Raises TarWrapError if already closed."""
         if not self._open:
             raise TarWrapError("tar writer is closed")
         self.seek(self._size)
@@ -143,7 +143,7 @@ class TarWrapWriter:
 
 
 class StreamTarWrapWriter:
-    """Wraps a stream whose size is known beforehand, into a sink that need not seek."""
+    """Wraps a stream of known size, into a sink that need not seek."""
 
     def __init__(self, sink: Sink, size: int) -> None:
         self._sink = sink
@@ -153,7 +153,7 @@ class StreamTarWrapWriter:
         sink.write(wrap_header(size))
 
     def write(self, data: Buffer) -> int:
-        """Append ``data``; returns its length. Raises TarWrapError if that is more than was announced."""
+        """Append ``data``; return its length. Raises TarWrapError if that exceeds the announced size."""
         length = memoryview(data).nbytes
         if not self._open or self._written + length > self._size:
             raise TarWrapError(f"more content than announced (got {self._written + length}, wanted {self._size})")
@@ -162,7 +162,7 @@ class StreamTarWrapWriter:
         return length
 
     def close(self) -> None:
-        """Write the tail. Raises TarWrapError if less was written than announced, or it is closed already."""
+        """Write the tail. Raises TarWrapError if less was written than announced, or if already closed."""
         if not self._open or self._written != self._size:
             raise TarWrapError(f"content is not as announced (got {self._written}, wanted {self._size})")
         self._open = False

@@ -36,10 +36,10 @@ _BLOCK = 4096
 def open_upper(
     data_path: str | os.PathLike[str], index_path: str | os.PathLike[str], *, read_only: bool = False
 ) -> Upper:
-    """Open a writable layer of either kind, for writing unless ``read_only``; its header says which it is.
+    """Open a writable layer of either kind, for writing unless ``read_only``; its header names the kind.
 
-    Raises SourceError if a file cannot be had or is in use, FormatError if they are no writable layer. The index
-    file of a sparse layer is not looked at.
+    Raises SourceError if a file cannot be opened or is in use, FormatError if the files are not a writable layer. The
+    index file of a sparse layer is not read.
     """
     with LayerFile(data_path, os.O_RDONLY) as file:
         start = file.read_at(0, min(HEADER_SPACE, file.size))
@@ -54,9 +54,9 @@ def open_upper(
 class SparseUpper(Upper):
     """A writable layer in one sparse file: the disk's byte X lies at file byte 4096 + X (overlaybd's sparse mode).
 
-    What is allocated in the file is what the layer holds, so there is no index to write: opening asks the file
-    system which ranges are data. It answers in blocks of 4 KiB, so that a layer over others must be written through
-    a :class:`~obdlab.layers.stack.WritableStack`, which fills up blocks.
+    The allocated blocks of the file are the ranges the layer holds, so there is no index to write: opening asks the
+    file system which ranges are data. It answers in blocks of 4 KiB, so a layer over others must be written through a
+    :class:`~obdlab.layers.stack.WritableStack`, which fills up blocks.
     """
 
     block_size = _BLOCK
@@ -69,7 +69,7 @@ class SparseUpper(Upper):
         self._file = file
         self._map = held
         self._lock = threading.Lock()
-        self._is_read_only = False  # opened so, or sealed
+        self._is_read_only = False  # opened for reading only, or sealed
 
     @classmethod
     def create(
@@ -84,10 +84,10 @@ class SparseUpper(Upper):
     ) -> Self:
         """Make an empty layer file, with a random UUID if none is given. The file must not exist yet.
 
-        A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked. An
-        ``index_path`` gets an empty file, which configurations must name although nothing is in it.
-        Raises SourceError if the file cannot be made, ValueError if a UUID, the tag or the size does not fit; the
-        size must be a multiple of 512. A file system that cannot tell 4 KiB holes from data is refused (SourceError).
+        A virtual size of 0 means that of the layers below; it is filled in when the layer is stacked. ``index_path``
+        gets an empty file, which configurations must name although it stays empty. Raises SourceError if the file
+        cannot be made, ValueError if a UUID, the tag or the size does not fit; the size must be a multiple of 512. A
+        file system that does not report 4 KiB holes is refused (SourceError).
         """
         check_virtual_size(virtual_size)
         head = Header(
@@ -115,8 +115,8 @@ class SparseUpper(Upper):
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Self:
         """Open a layer file, for writing unless ``read_only``.
 
-        Raises SourceError if the file cannot be had or another opener has it, FormatError if it is no sparse
-        writable layer, is cut short, or was sealed in place since.
+        Raises SourceError if the file cannot be opened or is locked by another opener, FormatError if it is not a
+        sparse writable layer, is cut short, or was sealed in place since.
         """
         file = LayerFile(path, os.O_RDONLY if read_only else os.O_RDWR)
         try:
@@ -161,14 +161,14 @@ class SparseUpper(Upper):
             while written < len(view):
                 written += self._file.write_some(HEADER_SPACE + offset + written, view[written:])
         finally:
-            # Also if the disk filled up midway: the map must say what the file says.
+            # Also if the disk filled up midway: the map must match the file.
             if written:
                 begin, end = offset // SECTOR, -(-(offset + written) // SECTOR)
                 with self._lock:
                     self._map.insert(begin, end, begin + _HEADER_SECTORS)
 
     def discard(self, offset: int, length: int) -> None:
-        """Make the range read as zeros and free its space; whole sectors of it are no longer held."""
+        """Make the range read as zeros and free its space; the layer no longer holds its whole sectors."""
         self._check_writable()
         self._check_range(offset, length)
         if not length:
@@ -211,7 +211,7 @@ class SparseUpper(Upper):
         self._is_read_only = False
 
     def retire(self) -> None:
-        """There is nothing but the data file."""
+        """Do nothing: there is only the data file."""
 
     def close(self) -> None:
         self._file.close()
@@ -228,17 +228,17 @@ def _check_size(file: LayerFile, header: Header, *, read_only: bool) -> None:
         )
     wanted = HEADER_SPACE + header.virtual_size
     if not read_only and file.size == wanted:
-        SwitchMark(file.name).remove()  # of a restack that was interrupted before the seal
+        SwitchMark(file.name).remove()  # of a restack interrupted before the seal
     elif file.size > wanted and not read_only:
         recover_seal(file, header)
-        # What is left is a resize or a seal that was interrupted; a later growth must not find it.
+        # The excess is left by an interrupted resize or seal; a later growth must not expose it.
         file.resize(wanted)
     if file.size < wanted:
         raise FormatError("sparse layer is cut short", blob=file.name, got=f"{file.size} bytes", wanted=wanted)
 
 
 def _check_holes(file: LayerFile, virtual_size: int) -> None:
-    # An empty layer that is all data after a reopening would hide every lower layer.
+    # If all of an empty layer were data after a reopening, it would hide every lower layer.
     for begin, end in file.data_extents(HEADER_SPACE, HEADER_SPACE + virtual_size):
         raise SourceError(
             f"file system cannot keep a sparse layer: it takes the hole [{begin}, {end}) for data", blob=file.name

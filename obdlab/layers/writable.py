@@ -1,4 +1,4 @@
-"""What a writable layer must do, whichever way it keeps its data."""
+"""The common interface of writable layers, for either way of keeping data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from obdlab.formats.lsmt.segmentmap import SegmentMap
     from obdlab.layers.layerfile import LayerFile
 
-# Chunks of the map that are prepared for sealing while reads and writes wait: some milliseconds.
+# Chunks of the map prepared for sealing while reads and writes wait: some milliseconds.
 _CHUNKS_AT_ONCE = 16
 
 
@@ -28,22 +28,22 @@ class Upper(ABC):
     """A layer that can be written: the top of a :class:`~obdlab.layers.stack.WritableStack`.
 
     All methods may be called from several threads; overlapping writes must be ordered by the caller. I/O errors of
-    the files are raised as SourceError. What was written before the last :meth:`flush` is there again after any
-    crash. An open writable layer keeps every other opener of this package out (SourceError there).
+    the files are raised as SourceError. Data written before the last :meth:`flush` survives any crash. An open
+    writable layer locks out every other opener of this package (SourceError there).
     """
 
-    #: What the layer holds is remembered in blocks of this many bytes, counted from the disk's start.
+    #: Unit of the ranges the layer holds, in bytes, counted from the disk's start.
     block_size: ClassVar[int]
-    #: Whether a write may cover a block partly; if it may, a reopened layer holds the whole block.
+    #: True if a write may cover a block partly; after reopening the layer then holds the whole block.
     takes_partial_blocks: ClassVar[bool]
-    #: Whether a discarded range still hides the layers below; if not, it is as if it had never been written.
+    #: True if a discarded range still hides the layers below; else it reads as if it had never been written.
     discard_hides: ClassVar[bool]
 
     name: str
     header: Header
     _file: LayerFile
     _map: SegmentMap
-    _lock: threading.Lock  # of the map
+    _lock: threading.Lock  # guards the map
 
     @property
     def data(self) -> LayerFile:
@@ -52,25 +52,26 @@ class Upper(ABC):
 
     @property
     def index(self) -> SegmentIndex:
-        """A frozen copy of what the layer holds now, good until it changes."""
+        """A frozen copy of the segments the layer holds now; valid until it changes."""
         with self._lock:
             segments = self._map.to_segments()
         return SegmentIndex(segments)
 
     def lookup(self, begin: int, end: int) -> list[Run]:
-        """Which of the disk's sectors ``[begin, end)`` the layer holds, as :meth:`SegmentIndex.lookup` tells it."""
+        """Return the layer's runs of the sectors ``[begin, end)``, as :meth:`SegmentIndex.lookup` does."""
         with self._lock:
             return self._map.lookup(begin, end)
 
     @abstractmethod
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
-        """The disk's bytes in order, as pieces ``(length, data)``; data is None where the layer holds nothing."""
+        """Return the disk's bytes in order, as pieces ``(length, data)``; data is None for ranges not held."""
 
     @abstractmethod
     def write_at(self, offset: int, data: Buffer) -> None:
-        """Store all of ``data``; the sectors it touches belong to this layer from then on.
+        """Store all of ``data``; this layer holds the sectors it touches from then on.
 
-        A write past the end makes the disk larger. OutOfRangeError if the layer wants whole blocks and this is none.
+        A write past the end makes the disk larger. Raises OutOfRangeError for a part of a block if the layer needs
+        whole ones.
         """
 
     @abstractmethod
@@ -83,10 +84,10 @@ class Upper(ABC):
 
     @abstractmethod
     def set_virtual_size(self, virtual_size: int) -> None:
-        """Grow the disk. Raises OutOfRangeError if that would shrink it, or is no size a layer can have."""
+        """Grow the disk. Raises OutOfRangeError if it would shrink or the size is not one a layer can have."""
 
     def prepare_to_seal(self) -> None:
-        """Do what sealing needs of the index ahead, in small steps, so that the rest is quick."""
+        """Prepare the index for sealing in small steps, so that sealing itself is quick."""
         at = 0
         while True:
             with self._lock:
@@ -96,15 +97,15 @@ class Upper(ABC):
 
     @abstractmethod
     def seal_file(self, *, marked: bool = False) -> None:
-        """Append index and trailer to the data file, which is a sealed layer then (overlaybd LSMT, sealed in place).
+        """Append index and trailer to the data file, which makes it a sealed layer (overlaybd LSMT, sealed in place).
 
-        Everything is on stable storage when this returns, in less time if the layer is ``marked`` (``SwitchMark``).
-        Reading goes on here, writing is refused. Raises FormatError, with nothing changed, if the layer has more
-        segments than a sealed one may.
+        All is on stable storage when this returns, in less time if the layer is ``marked`` (``SwitchMark``). The
+        layer can still be read here; writing is refused. Raises FormatError, with nothing changed, if the layer has
+        more segments than a sealed one may.
         """
 
     def seal(self) -> LsmtLayer:
-        """:meth:`seal_file`, and the sealed layer: it reads through the same open file, closing either closes it."""
+        """Do :meth:`seal_file` and return the sealed layer. Both use the same open file; closing either closes it."""
         self.seal_file()
         try:
             return LsmtLayer(self._file)
@@ -114,15 +115,15 @@ class Upper(ABC):
 
     @abstractmethod
     def unseal(self) -> None:
-        """Take back a :meth:`seal`: cut off what it appended, and allow writing again."""
+        """Undo :meth:`seal`: cut off index and trailer, and allow writing again."""
 
     @abstractmethod
     def retire(self) -> None:
-        """After a :meth:`seal`: close all but the data file, which is the sealed layer's to close from now on."""
+        """After :meth:`seal`: close all but the data file, which the sealed layer closes from now on."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the files. What was not flushed is the kernel's to write, and survives this process."""
+        """Close the files. The kernel still writes unflushed data, which survives the end of this process."""
 
     @property
     def virtual_size(self) -> int:
@@ -145,7 +146,7 @@ class Upper(ABC):
         return self.header.user_tag.decode(errors="replace")
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """The disk's bytes as this layer has them: zeros where it holds nothing."""
+        """Return the disk's bytes as this layer has them: zeros where it holds nothing."""
         pieces = self.read_held(offset, length)
         return b"".join(bytes(size) if data is None else data for size, data in pieces)
 
@@ -170,7 +171,7 @@ class Upper(ABC):
             raise OutOfRangeError(f"{self.name}: a layer cannot shrink (got {virtual_size}, has {self.virtual_size})")
 
     def _make_room(self, offset: int, length: int) -> None:
-        # Before a write: it may end past the disk's end.
+        # A write may end past the disk's end; the disk grows before it.
         if offset < 0:
             self._check_range(offset, length)
         if length and offset + length > self.virtual_size:
@@ -187,5 +188,5 @@ def check_virtual_size(virtual_size: int, name: str = "writable layer") -> None:
 
 
 def read_only_error(name: str) -> SourceError:
-    """What writing raises after sealing, or after opening for reading."""
+    """Return the error of writing after sealing, or after opening for reading only."""
     return SourceError("layer was sealed or opened for reading only, it cannot be written", blob=name)

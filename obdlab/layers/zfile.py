@@ -1,4 +1,4 @@
-"""ZFiles, both ways: the names other packages import."""
+"""ZFiles for reading and writing: the names that other packages import."""
 
 from __future__ import annotations
 

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from obdlab.blob import Buffer
     from obdlab.layers.budget import Share
 
-#: Most compressed bytes asked of the blob below at once. Larger reads go in runs of this, to bound memory.
+#: Most compressed bytes in one read of the blob below. Larger reads are split, to bound memory.
 MAX_RUN = 1 << 20
-#: How often a damaged block or index is asked for again, after its cached copy was evicted.
+#: Retries of a damaged block or index, each after evicting its cached copy.
 BLOCK_RETRIES = 3
 INDEX_RETRIES = 2
-#: Largest dictionary taken. Nobody writes any, and useful ones have about 100 KiB.
+#: Largest dictionary accepted. No known writer makes any, and useful ones have about 100 KiB.
 MAX_DICTIONARY = 16 << 20
-# Block CRCs are raw (uninverted at both ends), the library's are not. The seed is turned once, here, and the
-# result is compared turned.
+# Block CRCs are raw (not inverted at either end); those of the library are inverted. The seed is inverted here once,
+# and results are compared with the inverted value.
 _SEED = BLOCK_CRC_SEED ^ 0xFFFFFFFF
 _ALL_ONES = 0xFFFFFFFF
 _CRC = struct.Struct("<I")
 
 
 def open_zfile(blob: Blob, share: Share | None = None) -> ZFileReader:
-    """Open ``blob`` as a ZFile. It belongs to the reader from then on, but stays the caller's if this raises.
+    """Open ``blob`` as a ZFile. The reader then owns it; it stays the caller's if this raises.
 
-    The block table's memory is taken from ``share``, if given. Raises FormatError if it is no ZFile, its index points
-    outside or the share is too small, CorruptBlobError if a checksum is wrong.
+    The block table's memory is taken from ``share``, if given. Raises FormatError if the blob is not a ZFile, its
+    index points outside or the share is too small, CorruptBlobError if a checksum is wrong.
     """
     return ZFileReader(blob, share)
 
@@ -59,7 +59,7 @@ class ZFileReader(Blob):
         self._codec = codec_for(self.header.algorithm, dictionary=_dictionary(blob, self.header), blob=blob.name)
         self._size = self.header.original_size
         self._block_size = self.header.block_size
-        # Looked up once, for the one block that most reads are.
+        # Looked up once, for reads of one block, which are the most frequent.
         self._offsets = self._table.offsets
         self._last_block = len(self._table) - 1
         self._read_stored = blob.read_at
@@ -76,7 +76,7 @@ class ZFileReader(Blob):
         return self._blob
 
     def stored_range(self, offset: int, length: int) -> tuple[int, int]:
-        """Return the bytes ``[begin, end)`` of the compressed file that a read would ask for."""
+        """Return the range ``[begin, end)`` of the compressed file that a read needs."""
         check_range(self, offset, length)
         if not length:
             return 0, 0
@@ -93,7 +93,7 @@ class ZFileReader(Blob):
         first = offset // block_size
         last = (end - 1) // block_size
         if first == last:
-            # Nearly every small read: in one frame, each call would cost it a fortieth.
+            # Nearly every small read. All in one function: each call would cost a fortieth.
             offsets = self._offsets
             begin = offsets[first]
             try:
@@ -108,8 +108,8 @@ class ZFileReader(Blob):
                 return block
             start = offset - first * block_size
             return block[start : start + length]
-        # Decompressed straight into the bytes that are returned: BytesIO is the one way to fill a bytes object
-        # in place, and gives it away uncopied when it is exactly full.
+        # Decompressed straight into the bytes that are returned: only BytesIO can fill a bytes object in place, and
+        # it returns it uncopied if it is exactly full.
         out = io.BytesIO(bytes(length))
         with out.getbuffer() as view:
             self._fill(view, offset, first, last + 1)
@@ -124,12 +124,12 @@ class ZFileReader(Blob):
         self._blob.close()
 
     def _fill(self, view: memoryview, offset: int, begin: int, end: int) -> None:
-        # Blocks [begin, end) into view, whose first byte is the content's byte `offset`.
+        # Reads blocks [begin, end) into the view, whose first byte is the content's byte `offset`.
         bounds = self._table.boundaries(begin, end)
         count = end - begin
         done = 0
         while done < count:
-            # As many whole blocks as fit in a run, at least one.
+            # As many whole blocks as fit into MAX_RUN, at least one.
             stop = max(bisect_right(bounds, bounds[done] + MAX_RUN) - 1, done + 1)
             run = memoryview(self._blob.read_at(bounds[done], bounds[stop] - bounds[done]))
             self._decode_run(view, offset, run, begin + done, bounds[done : stop + 1])
@@ -170,8 +170,8 @@ class ZFileReader(Blob):
             except CorruptBlobError:
                 sound = False
                 DECOMPRESSION_FAILURES.add()
-            # Not in the handler: an error raised there would keep this one, and by its frames a slice of the view,
-            # for longer than the buffer may live.
+            # Not in the handler: an error raised there would refer to this one, whose frames refer to a slice of the
+            # view, for longer than the buffer may live.
             if not sound:
                 self._copy_part(view, position, self._read_again(block))
             begin = end
@@ -179,11 +179,11 @@ class ZFileReader(Blob):
             block += 1
 
     def _decode_batch(self, out: memoryview, run: memoryview, bounds: list[int]) -> bool:
-        # Whole blocks together. False if any of them is damaged, which the slow way will find.
+        # Decodes whole blocks together. Returns False if any is damaged; the block by block path then finds it.
         base = bounds[0]
         blocks: list[Buffer] = [run[begin:end] for begin, end in pairwise([bound - base for bound in bounds])]
         if self._crc_size:
-            # What has its own raw CRC behind it has this one.
+            # Data followed by its own raw CRC has this constant CRC.
             if list(map(crc32c, blocks, repeat(_SEED))).count(_ALL_ONES) != len(blocks):
                 return False
             blocks = [block[:-CRC_SIZE] for block in blocks]
@@ -194,7 +194,8 @@ class ZFileReader(Blob):
         return True
 
     def _copy_part(self, view: memoryview, position: int, block: bytes) -> None:
-        # What of a block, placed at `position` (perhaps before the view, or reaching past it), lies in the view.
+        # Copies the part of a block at `position` (perhaps before the view, or reaching past it) that lies in the
+        # view.
         begin = max(position, 0)
         end = min(position + len(block), len(view))
         view[begin:end] = block[begin - position : end - position]
@@ -205,7 +206,7 @@ class ZFileReader(Blob):
     def _decode(self, stored: bytes, block: int) -> bytes:
         data: Buffer = stored
         if self._crc_size:
-            if crc32c(stored, _SEED) != _ALL_ONES:  # that of something with its own raw CRC behind it
+            if crc32c(stored, _SEED) != _ALL_ONES:  # data followed by its own raw CRC has this CRC
                 CHECKSUM_FAILURES.add(label="zfile")
                 (wanted,) = _CRC.unpack_from(stored, len(stored) - CRC_SIZE)
                 raise CorruptBlobError("CRC of ZFile block does not match", wanted=f"{wanted:#010x}")
@@ -256,7 +257,7 @@ def _load(blob: Blob, share: Share | None) -> tuple[ZFileHeader, JumpTable]:
 
 
 def _dictionary(blob: Blob, header: ZFileHeader) -> bytes:
-    # Its bounds were checked with the index's. It has no checksum of its own; the content of every block has.
+    # Its bounds were checked with those of the index. It has no checksum of its own, but every block's content has.
     if not header.use_dict or not header.dict_size:
         return b""
     if header.dict_size > MAX_DICTIONARY:
@@ -273,7 +274,7 @@ def _dictionary(blob: Blob, header: ZFileHeader) -> bytes:
 def read_description(blob: Blob) -> ZFileHeader:
     """Return the header of a ZFile that holds its final values, or else its trailer.
 
-    Raises FormatError if the blob is no ZFile or is cut short, CorruptBlobError if a digest is wrong.
+    Raises FormatError if the blob is not a ZFile or is cut short, CorruptBlobError if a digest is wrong.
     """
     if blob.size < 2 * HEADER_SIZE:
         raise FormatError("too short for a ZFile", blob=blob.name, got=blob.size, wanted=f">= {2 * HEADER_SIZE}")

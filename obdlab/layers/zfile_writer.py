@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from obdlab.blob import Buffer
     from obdlab.layers.sink import Sink
 
-# What is compressed at once and handed to the sink as one piece: a multiple of every block size.
+# Bytes compressed at once and handed to the sink as one piece: a multiple of every block size.
 _BATCH = 512 << 10
-# One LZ4 block of 4 KiB takes 7 microseconds: threads that give up and take the interpreter's lock at that pace are
-# slower than one (0.6 to 0.95 times as fast with two; at 16 KiB it was up to 1.3 times, and 1.8 times for zstd).
+# One LZ4 block of 4 KiB takes 7 microseconds. Threads that pass the interpreter's lock around at that pace are slower
+# than one thread (two: 0.6 to 0.95 times as fast; at 16 KiB up to 1.3 times, and 1.8 times for zstd).
 _LEAST_LZ4_BLOCK_FOR_THREADS = 16 << 10
-# Batches that may wait for each worker, which bounds memory.
+# Batches that may wait per worker, which bounds memory.
 _AHEAD = 3
 #: The largest blocks that hold any content within the limits of the original's reader.
 FITTING_BLOCK_SIZE = 32 << 10
@@ -45,25 +45,25 @@ _Batch = tuple["Buffer", list[int]]
 
 
 class ZFileWriteError(ObdlabError):
-    """Content that has no readable ZFile with these options, or a writer used after its end."""
+    """These options allow no readable ZFile of the content, or the writer was used after its end."""
 
 
 class IncompressibleError(ZFileWriteError):
-    """A block of 64 KiB that does not compress: blocks of ``FITTING_BLOCK_SIZE`` can hold the content."""
+    """A block of 64 KiB does not compress: blocks of ``FITTING_BLOCK_SIZE`` can hold the content."""
 
 
 class ZFileWriter:
-    """Compress a stream into ``sink``, byte for byte as the original's tools do, but for another ``level`` of zstd.
+    """Compress a stream into ``sink``, byte for byte as the original's tools, except for another ``level`` of zstd.
 
     ``block_size`` is a power of two from 4 KiB to 64 KiB, ``algorithm`` ``"lz4"`` or ``"zstd"``. With
-    ``overwrite_header`` a sink that can seek gets its header rewritten at the end, so that readers need not read
-    the trailer; a sink that cannot seek keeps the first header, as uploads of the original do. ``verify=False``
-    leaves out the block CRCs. With more than one of ``workers`` that many threads compress while the caller goes on
-    reading and writing; the bytes are the same. LZ4 blocks of less than 16 KiB take so little time that threads would
-    mostly wait for each other: the caller compresses them alone.
+    ``overwrite_header`` the header of a seekable sink is rewritten at the end, so that readers need not read the
+    trailer; other sinks keep the first header, as uploads of the original do. ``verify=False`` leaves out the block
+    CRCs. If ``workers`` is more than one, that many threads compress while the caller continues to read and write;
+    the bytes are the same. LZ4 blocks of less than 16 KiB take so little time that threads would mostly wait for each
+    other: the calling thread compresses them alone.
 
-    Nothing but :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it.
-    The sink stays open, at the end of the file.
+    Only :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it. The sink
+    stays open, at the end of the file.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ZFileWriter:
         self._crc = verify
         self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
-        self._rest = bytearray()  # input short of a batch
+        self._rest = bytearray()  # input shorter than a batch
         gains = self._codec.algorithm != Algorithm.LZ4 or block_size >= _LEAST_LZ4_BLOCK_FOR_THREADS
         self._threads = ThreadPoolExecutor(workers, "zfile-writer") if workers > 1 and gains else None
         self._pending: deque[Future[_Batch]] = deque()
@@ -106,7 +106,7 @@ class ZFileWriter:
 
     @property
     def original_size(self) -> int:
-        """Bytes written into it so far."""
+        """Bytes of input written so far."""
         return self._original_size
 
     @property
@@ -140,9 +140,9 @@ class ZFileWriter:
         return length
 
     def close(self) -> None:
-        """Write what is left, index and trailer, and the final header if that was asked for and is possible.
+        """Write buffered input, index and trailer, and the final header if it was asked for and the sink can seek.
 
-        Raises ZFileWriteError if it is closed already, or a write failed before.
+        Raises ZFileWriteError if already closed, or if a write failed before.
         """
         self._check_open()
         self._open = False
