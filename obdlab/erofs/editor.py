@@ -1,8 +1,8 @@
-"""Changing an EROFS in place, as layers need it: what is new is appended, what is there changes as little as it can.
+"""Changing an EROFS in place, as layers need it: new things are appended, old blocks change as little as possible.
 
-The kernel only reads EROFS; here it grows. Files are written once, at the end of the disk. A directory that was there
-keeps its inode, so that nothing which names it changes, and gets its new entries in new blocks. So a layer holds its
-own files, the entries of directories it changed, and a few blocks of inodes.
+The kernel only reads EROFS; here it grows. Files are written once, at the end of the disk. An existing directory
+keeps its inode, so its parent and children need not change, and gets its new entries in new blocks. So a layer holds
+its own files, the entries of directories it changed, and a few blocks of inodes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 Pair = tuple[bytes, bytes]
 
-# The root has a block of its own: its number must fit into 16 bits, so that it cannot move.
+# The root has a block of its own and never moves, since its number must fit into 16 bits.
 _ROOT = BLOCK // SLOT
 _FIRST_FREE = 2
-# Last parts of files that are kept with their inodes: longer ones would keep inodes apart.
+# Largest last part of a file kept with its inode: longer ones would spread the inodes out.
 _LARGEST_TAIL = 2048
 _KINDS = {
     stat.S_IFREG: pack.REGULAR,
@@ -49,7 +49,7 @@ _MOST_LINKS = 0xFFFFFFFF
 
 @dataclass(slots=True)
 class File:
-    """What a name that is no directory stands for: an inode's number, and its type in a directory entry."""
+    """A name other than a directory's: inode number, and type in a directory entry."""
 
     number: int
     kind: int
@@ -57,28 +57,28 @@ class File:
 
 @dataclass(slots=True, eq=False)
 class Directory:
-    """A directory in memory. What it says counts; the disk is told at the end."""
+    """A directory in memory, which overrides the disk until :meth:`Editor.finish` writes it."""
 
     mode: int
     uid: int
     gid: int
     mtime_ns: int
     parent: Directory | None
-    #: Its inode's number; None while it has no place.
+    #: Its inode's number; None before it is placed.
     number: int | None = None
-    #: None until they are read, as of the next.
+    #: None until read; so for ``entries``.
     xattrs: list[Pair] | None = None
     entries: dict[bytes, File | Directory] | None = None
-    #: Entries, attributes or extended attributes are others than on the disk.
+    #: ``entries``, attributes or ``xattrs`` differ from the disk.
     listed: bool = False
     touched: bool = False
     retagged: bool = False
 
 
 class Editor:
-    """An EROFS on ``disk`` that is changed: a new one, or one that an editor has made. :meth:`finish` ends it.
+    """Changes an EROFS on ``disk``: a new one, or one that an editor has made. :meth:`finish` ends it.
 
-    Raises OSError with the kernel's numbers for what cannot be done, FormatError for what is damaged.
+    Raises OSError with the kernel's numbers for operations that fail, FormatError for a damaged file system.
     """
 
     def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
@@ -95,18 +95,18 @@ class Editor:
             if volume.root != _ROOT or volume.block_size != BLOCK:
                 raise FormatError("EROFS was not made here: it cannot be changed", blob=disk.name, got=volume.root)
             self._space = Space(disk, volume.blocks)
-            # Nothing depends on this count, so a base may say anything.
+            # Only informative, so it is clipped, as a base may hold any number.
             self._inodes = min(volume.inodes, 1 << 62)
             self._files = FileWriter(self._space, chunks=volume.has_chunks)
             self._first_new = volume.blocks * (BLOCK // SLOT)
             self.root = self._from_disk(_ROOT, None)
-        # Sees what is not on the disk yet.
+        # Sees changes that are not on the disk yet.
         self._volume = Volume(self._space)
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def entries(self, directory: Directory) -> dict[bytes, File | Directory]:
-        """Return what is in a directory, to be looked at only."""
+        """Return the entries of a directory. The caller must not change them."""
         found = directory.entries
         if found is None:
             assert directory.number is not None
@@ -139,7 +139,7 @@ class Editor:
         self, parent: Directory, name: bytes, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
     ) -> Directory:
         """Make an empty directory."""
-        pack.xattrs(xattrs)  # whatever is wrong with them is wrong now
+        pack.xattrs(xattrs)  # raises now if they are invalid
         made = Directory(mode, uid, gid, mtime_ns, parent, None, list(xattrs), {}, listed=True)
         self._enter(parent, name, made)
         self._inodes += 1
@@ -161,7 +161,7 @@ class Editor:
         rdev: tuple[int, int] = (0, 0),
         target: bytes = b"",
     ) -> File:
-        """Make anything that is no directory: ``size`` and ``pieces`` are a file's, ``target`` is a link's text."""
+        """Make a file other than a directory: ``size`` and ``pieces`` for a regular file, ``target`` for a link."""
         body = pack.xattrs(xattrs)
         kind = stat.S_IFMT(mode)
         if kind == stat.S_IFREG:
@@ -190,7 +190,7 @@ class Editor:
         self._patch(file.number, links=links)
 
     def remove(self, parent: Directory, name: bytes) -> None:
-        """Take a name away, with everything below it."""
+        """Remove a name, with everything below it."""
         pending = [self.entries(parent).pop(name)]
         parent.listed = True
         seen: set[int | None] = set()
@@ -223,7 +223,7 @@ class Editor:
     def set_directory(
         self, directory: Directory, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
     ) -> None:
-        """Change a directory's attributes, all of them."""
+        """Set all attributes of a directory."""
         wanted = (mode, uid, gid, mtime_ns)
         if (directory.mode, directory.uid, directory.gid, directory.mtime_ns) != wanted:
             directory.mode, directory.uid, directory.gid, directory.mtime_ns = wanted
@@ -236,7 +236,7 @@ class Editor:
     def set_file(
         self, parent: Directory, file: File, *, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Sequence[Pair]
     ) -> None:
-        """Change the attributes of a file, which is in ``parent``, all of them."""
+        """Set all attributes of a file in ``parent``."""
         body = pack.xattrs(xattrs)
         if body == pack.xattrs(self.xattrs(file)):
             self._patch(file.number, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
@@ -254,13 +254,13 @@ class Editor:
         self._rename(parent, file, number, links=inode.links)
 
     def _rename(self, parent: Directory, file: File, number: int, links: int) -> None:
-        # Its inode has moved: whatever names it must say so. With several names they may be anywhere.
+        # Its inode has moved: every entry with its number must change. If it has several, they may be anywhere.
         old, found, pending = file.number, 0, [self.root, parent]
         seen: set[int | None] = set()
         while found < links and pending:
             directory = pending.pop()
             if directory is parent and found:
-                continue  # the first that was looked at
+                continue  # searched before, as the first
             self._check_once(directory, seen)
             for node in self.entries(directory).values():
                 if isinstance(node, Directory):
@@ -300,7 +300,7 @@ class Editor:
         for directory in loaded:
             if directory.retagged and directory.number is not None:
                 self._make_room(directory)
-        # A directory that moved has children that name it.
+        # The children of a moved directory hold its number.
         loaded = self._loaded()
         placed = {id(directory): self._give_place(directory) for directory in loaded if directory.number is None}
         for directory in loaded:
@@ -315,7 +315,7 @@ class Editor:
         self._space.flush()
 
     def _loaded(self) -> list[Directory]:
-        # Those in memory, each before its children.
+        # Returns the directories in memory, each before its children.
         found, pending = [], [self.root]
         while pending:
             directory = pending.pop()
@@ -325,7 +325,7 @@ class Editor:
         return found
 
     def _make_room(self, directory: Directory) -> None:
-        # Extended attributes that do not fit where the inode is move it, and all that names it changes.
+        # Extended attributes that do not fit at the inode's place move it, and every entry with its number changes.
         assert directory.number is not None
         inode = self._volume.inode(directory.number)
         tail = inode.size % BLOCK if inode.layout == pack.INLINE else 0
@@ -341,7 +341,7 @@ class Editor:
         directory.parent.listed = True
 
     def _give_place(self, directory: Directory) -> tuple[bytes, int, bool]:
-        # The size of a directory is known before the numbers in it are.
+        # The size of a directory is known before the inode numbers in it are.
         body = pack.xattrs(self.xattrs(directory))
         size = pack.directory_size(self._sorted_names(directory))
         head, tail = INODE_SIZE + len(body), size % BLOCK

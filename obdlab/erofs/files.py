@@ -1,4 +1,4 @@
-"""Files of an EROFS that grows: their content, and where their inodes go."""
+"""Files of an EROFS that grows: their content, and the places of their inodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from obdlab.erofs.space import Space
     from obdlab.erofs.volume import Inode
 
-# Sparse files from this size on are stored in chunks, of which there are so many at most.
+# Sparse files of at least this size are stored in chunks, at most _MOST_CHUNKS of them.
 _CHUNKED_FROM = 1 << 20
 _MOST_CHUNKS = 1 << 14
 _LEAST_CHUNK = 64 << 10
@@ -26,7 +26,7 @@ _LEAST_CHUNK = 64 << 10
 
 @dataclass(slots=True)
 class Written:
-    """Where a file's content is: its layout, first block, what is kept with the inode, chunks."""
+    """Place of a file's content: layout, first block, tail kept with the inode, chunks."""
 
     layout: int
     start: int
@@ -35,11 +35,11 @@ class Written:
 
 
 class FileWriter:
-    """Writes files into ``space``. Raises OSError with the kernel's numbers for what cannot be stored."""
+    """Writes files into ``space``. Raises OSError with the kernel's numbers if a file cannot be stored."""
 
     def __init__(self, space: Space, *, chunks: bool = False) -> None:
         self._space = space
-        #: Whether any file is stored in chunks.
+        #: True if any file is stored in chunks.
         self.chunks = chunks
 
     def write(self, size: int, pieces: Iterable[tuple[int, Buffer]], room: int, *, sparse: bool) -> Written:
@@ -111,7 +111,7 @@ class FileWriter:
         return number
 
     def _spill(self, written: Written, size: int) -> None:
-        # No room for the tail beside the inode's attributes: all of the data in blocks, which are copied if need be.
+        # No room for the tail beside the inode's attributes: all data goes into blocks, copied if need be.
         whole = size // BLOCK
         first = self._space.metadata_blocks(whole + 1)
         for block in range(whole):
@@ -121,7 +121,7 @@ class FileWriter:
         written.layout, written.start, written.tail = pack.PLAIN, first, b""
 
     def forget(self, inode: Inode) -> None:
-        """Give a file's room back: only that of blocks of data, what metadata takes is little."""
+        """Free a file's data blocks. The little space of its metadata is not freed."""
         if not stat.S_ISREG(inode.mode):
             return
         if inode.layout == pack.CHUNKED:
@@ -137,5 +137,5 @@ class FileWriter:
 
 
 def chunk_count(inode: Inode) -> int:
-    """Of how many chunks a file in that layout is."""
+    """Return the number of chunks of a file in that layout."""
     return -(-inode.size // (BLOCK << (inode.start & 31)))

@@ -20,7 +20,7 @@ BLOCK = 4096
 SLOT = 32
 INODE_SIZE = 64
 SUPER_OFFSET = 1024
-#: How a file's data are laid out: in whole blocks, with the last part behind the inode, in chunks.
+#: Layouts of a file's data: in whole blocks, with the last part behind the inode, in chunks.
 PLAIN, INLINE, CHUNKED = 0, 2, 4
 #: The address of a chunk that is a hole.
 HOLE = 0xFFFFFFFF
@@ -79,9 +79,9 @@ def device(major: int, minor: int) -> int:
 
 
 def xattrs(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return what follows an inode for its attributes: names that file systems keep, values as programs see them.
+    """Return the bytes after an inode for its attributes, given names that file systems store and programs' values.
 
-    Raises OSError (E2BIG, ERANGE) for what cannot be stored.
+    Raises OSError (E2BIG, ERANGE) if they cannot be stored.
     """
     entries = sorted((*_split(name), value) for name, value in pairs)
     if not entries:
@@ -123,7 +123,7 @@ def directory(entries: Sequence[tuple[bytes, int, int]]) -> bytes:
 
 
 def _blocks(names: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    # Which names share a block.
+    # Yields the ranges of names that share a block.
     first = used = 0
     for index, name in enumerate(names):
         need = len(name) + _DIRENT.size

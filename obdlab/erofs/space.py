@@ -12,9 +12,9 @@ from obdlab.erofs.pack import BLOCK, SLOT
 if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
 
-# Metadata comes in runs of blocks, so that it lies together; the first is small, as most layers are.
+# Metadata comes in runs of blocks, so that it lies together. The first run is small, as most layers are.
 _FIRST_RUN, _LARGEST_RUN = 8, 256
-# Blocks of metadata that are not full yet.
+# Number of partly filled blocks of metadata to choose from.
 _OPEN = 8
 # Changed blocks of metadata kept in memory: 16 MiB.
 _MOST_CHANGED = 4096
@@ -22,9 +22,9 @@ _DATA_BUFFER = 1 << 20
 
 
 class Space(Blob):
-    """The disk as it will be, and where new things go on it. ``end`` is the first block that nothing has.
+    """The disk as it will be, and the allocation of its blocks. ``end`` is the first free block.
 
-    Reading sees what is not written yet. Raises OSError (ENOSPC) when the disk is full.
+    Reads see blocks that are not written yet. Raises OSError (ENOSPC) when the disk is full.
     """
 
     def __init__(self, disk: WritableBlob, end: int) -> None:
@@ -33,7 +33,7 @@ class Space(Blob):
         self._disk = disk
         self._blocks = min(disk.size // BLOCK, 0xFFFFFFFF)
         self._changed: dict[int, bytearray] = {}
-        #: Free bytes at the end of blocks that are not full, by block.
+        #: Free bytes at the end of partly filled blocks, by block.
         self._open: dict[int, int] = {}
         self._run = range(0)
         self._run_size = _FIRST_RUN
@@ -59,7 +59,7 @@ class Space(Blob):
         return self._disk.read_at(offset, length)
 
     def data_blocks(self, count: int) -> int:
-        """Take ``count`` blocks in a row and return the first."""
+        """Take ``count`` adjacent blocks and return the first."""
         if count > self._blocks - self.end:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         first = self.end
@@ -67,7 +67,7 @@ class Space(Blob):
         return first
 
     def metadata_blocks(self, count: int) -> int:
-        """Take ``count`` blocks in a row where metadata lies, and return the first."""
+        """Take ``count`` adjacent blocks from the run of metadata, and return the first."""
         if count > len(self._run):
             size = max(count, self._run_size)
             first = self.data_blocks(size)
@@ -78,7 +78,7 @@ class Space(Blob):
         return first
 
     def place(self, size: int) -> int:
-        """Return the offset of ``size`` bytes for an inode and what follows it: in one block, if that holds them."""
+        """Return the offset of ``size`` bytes for an inode and its appendix: in one block, if that holds them."""
         if size > BLOCK:
             return self.metadata_blocks(-(-size // BLOCK)) * BLOCK
         fitting = [(free, block) for block, free in self._open.items() if free >= size]
@@ -96,7 +96,7 @@ class Space(Blob):
         return block * BLOCK + BLOCK - free
 
     def change(self, offset: int, data: Buffer) -> None:
-        """Write metadata, in memory for now."""
+        """Write metadata, for now in memory."""
         view = memoryview(data)
         while view:
             number, at = divmod(offset, BLOCK)
@@ -111,20 +111,20 @@ class Space(Blob):
             offset += count
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write a file's data. What continues what came last is written together with it."""
+        """Write a file's data. Data that continue the last write are written together with it."""
         if offset != self._data_at + len(self._data) or len(self._data) >= _DATA_BUFFER:
             self._write_data()
             self._data_at = offset
         self._data += data
 
     def discard(self, first: int, count: int) -> None:
-        """Forget data blocks that were written here."""
+        """Discard data blocks that were written here."""
         if count:
             self._write_data()
             self._disk.discard(first * BLOCK, count * BLOCK)
 
     def flush(self) -> None:
-        """Write everything to the disk. Blocks next to each other go together."""
+        """Write everything to the disk, adjacent blocks together."""
         self._write_data()
         run, at = bytearray(), 0
         for number, block in sorted(self._changed.items()):

@@ -1,4 +1,4 @@
-"""Reading an EROFS file system from a blob, without a mount: as far as it is not compressed.
+"""Reading an EROFS file system from a blob, without a mount, as long as it is not compressed.
 
 (Linux Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h.)
 """
@@ -29,7 +29,7 @@ _XATTRS = struct.Struct("<IB7x")
 _XATTR = struct.Struct("<BBH")
 _CHUNK = struct.Struct("<HHI")
 _SLOT = 32
-# What may be set although it changes nothing for files that are not compressed: padding, chunks.
+# Features that may be set although they do not matter to uncompressed files: padding, chunks.
 _CHUNKED_FILES = 0x4
 _KNOWN_FEATURES = 0x1 | _CHUNKED_FILES
 _FEATURES = {
@@ -52,14 +52,14 @@ _PREFIXES = {
     6: b"security.",
 }
 _READ = 1 << 20
-# What a hostile file system may make us hold: blocks of one directory, and chunks of one file.
+# Bounds on memory for a hostile file system: blocks of one directory, and chunks of one file.
 _MAX_DIRECTORY = 256 << 20
 _MAX_CHUNKS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Inode:
-    """One inode. ``start`` is what its field for places says; ``body`` where its data may follow, in bytes."""
+    """One inode. ``start`` is its raw address field; ``body`` the offset of inline data, in bytes."""
 
     mode: int
     uid: int
@@ -75,7 +75,7 @@ class Inode:
 
     @property
     def is_directory(self) -> bool:
-        """Whether it is a directory."""
+        """True for a directory."""
         return stat.S_ISDIR(self.mode)
 
     @property
@@ -85,10 +85,10 @@ class Inode:
 
 
 class Volume(FileTree):
-    """An EROFS file system that can be read. Inodes are known by number; names are bytes.
+    """An EROFS file system for reading. Inodes are known by number; names are bytes.
 
-    Raises FormatError, here and in every method, for what is damaged, compressed or not known here, and what the
-    blob raises.
+    Every method raises FormatError if the file system is damaged, compressed or of an unsupported kind, and passes on
+    errors of the blob.
     """
 
     def __init__(self, disk: Blob) -> None:
@@ -106,7 +106,7 @@ class Volume(FileTree):
             what = ", ".join(unknown) or f"features {features:#x}, block size 2^{bits}, directories 2^{fields[18]}"
             raise FormatError(f"EROFS with what is not known here: {what}", blob=disk.name)
         self.block_size = 1 << bits
-        #: Blocks and inodes that the superblock counts, and whether files may be stored in chunks.
+        #: Blocks and inodes that the superblock counts, and True if files may be stored in chunks.
         self.blocks, self.inodes, self.has_chunks = int(fields[9]), int(fields[6]), bool(features & _CHUNKED_FILES)
         self._meta, self._shared = fields[10] * self.block_size, fields[11] * self.block_size
 
@@ -159,7 +159,7 @@ class Volume(FileTree):
     def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.
 
-        Holes are left out; what goes on where the piece before ends is one piece with it.
+        Holes are left out; pieces that are adjacent on the disk are joined.
         """
         at, begin, size, start, pieces = 0, 0, 0, 0, 0
         while at < inode.size:
@@ -247,7 +247,7 @@ class Volume(FileTree):
             yield bytes(count) if place is None else self._read(place, count)
             at += count
 
-    # Where a byte of a file is on the disk (None in a hole), and how many follow it there.
+    # The place of a file's byte on the disk (None in a hole), and the number of bytes that follow it there.
     def _place(self, inode: Inode, at: int) -> tuple[int | None, int]:
         size = self.block_size
         if inode.layout == _CHUNKED:

@@ -1,4 +1,4 @@
-"""Which blocks and inodes are free: the bitmaps of all groups, each read when it is first needed."""
+"""Free blocks and inodes: the bitmaps of all groups, each read when it is first needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Run = tuple[int, int]
 class Allocator:
     """Hands out numbers from 0 to ``total``, in ascending order from the highest in use, then from the start.
 
-    So what one layer adds lies together, wherever the layers before left holes. ``load(group)`` gives a group's
-    bitmap; ``free`` how many are free in each group, which :meth:`changed` brings up to date.
+    So the additions of one layer lie together, wherever the layers before left holes. ``load(group)`` returns a
+    group's bitmap; ``free`` counts the free numbers of each group, and :meth:`changed` updates it.
     """
 
     def __init__(self, total: int, per_group: int, free: list[int], load: Callable[[int], bytes], name: str) -> None:
@@ -34,14 +34,14 @@ class Allocator:
         self._bits: dict[int, NDArray[np.uint8]] = {}
         self._changed: set[int] = set()
         self._left = sum(free)
-        # What is free from the cursor on, and what was taken before it and is not yet in the bitmaps: most is taken
-        # in small pieces, one after another.
+        # The free run at the cursor, and the numbers taken before it that are not yet in the bitmaps. Most calls take
+        # a small piece next to the last one.
         self._at = self._end = 0
         self._taken_from = 0
         self._next = self._first_after_used()
 
     def take(self, count: int) -> list[Run]:
-        """Return ``count`` numbers as runs (first, length). Raises OSError (ENOSPC) if so many are not free."""
+        """Return ``count`` numbers as runs (first, length). Raises OSError (ENOSPC) if too few are free."""
         if count > self._left:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._left -= count
@@ -65,24 +65,24 @@ class Allocator:
         return found
 
     def take_one(self) -> int:
-        """Return one number. Raises OSError (ENOSPC) if none is free."""
+        """Return one number. Raises OSError (ENOSPC) if all are taken."""
         return self.take(1)[0][0]
 
     def give_back(self, first: int, length: int) -> None:
-        """Free numbers. Raises FormatError if one is free already."""
+        """Free numbers. Raises FormatError if one of them is already free."""
         self._mark_taken()
         self._mark(first, length, 0)
         self._left += length
 
     def changed(self) -> Iterator[tuple[int, bytes]]:
-        """Yield each changed group with its bitmap, bits beyond the group's numbers being set."""
+        """Yield each changed group with its bitmap, in which bits beyond the group's numbers are set."""
         self._mark_taken()
         for group in sorted(self._changed):
             yield group, np.packbits(self._bits[group], bitorder="little").tobytes()
 
     @property
     def left(self) -> int:
-        """How many are free in all."""
+        """Free numbers in all groups."""
         return self._left
 
     def _size(self, group: int) -> int:
@@ -123,7 +123,7 @@ class Allocator:
         return 0
 
     def _next_run(self) -> Run:
-        # There is one: `take` has looked at the counts.
+        # A free run exists: `take` has checked the counts.
         while True:
             if self._next >= self._total:
                 self._next = 0

@@ -1,6 +1,6 @@
-"""Blocks of an ext4 file system being changed: which are taken and freed, metadata held in memory, content written.
+"""Blocks of an ext4 file system being changed: taking and freeing, metadata in memory, writing of content.
 
-Everything here is about blocks; names and inodes are :mod:`obdlab.ext4.editor`'s.
+This module knows only blocks; :mod:`obdlab.ext4.editor` knows names and inodes.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ INODE_SIZE = 256
 _LAST_ORPHAN = 232
 _FLAGS = 352
 _UNSIGNED_HASH = 2
-# Blocks of metadata that are held, above which they are written early.
+# Blocks of metadata held in memory; above this they are written early.
 _MOST_HELD = 16384
 # 16 TiB of groups as mkfs makes them, 40 MB in memory; overlaybd devices have 64 GiB.
 _MOST_GROUPS = 1 << 17
-#: A file has no more blocks, holes included.
+#: Most blocks of a file, holes included.
 MOST_BLOCKS = (1 << 32) - 1
 
 
 class Changes(Volume):
     """An ext4 file system whose changed metadata is in memory until :meth:`write_out`; content is written at once.
 
-    Raises FormatError for a file system that is damaged or not as :func:`~obdlab.ext4.mkfs.make_filesystem` or the
-    original's tools make it, and OSError (ENOSPC) if it is full.
+    Raises FormatError for a file system that is damaged or differs from those of
+    :func:`~obdlab.ext4.mkfs.make_filesystem` and the original's tools, and OSError (ENOSPC) if it is full.
     """
 
     def __init__(self, disk: WritableBlob) -> None:
@@ -75,7 +75,7 @@ class Changes(Volume):
     # -- content -----------------------------------------------------------------------------------------------------
 
     def write_pieces(self, runs: Sequence[tuple[int, int]], pieces: Iterable[tuple[int, Buffer]]) -> None:
-        """Write bytes that follow each other into runs of blocks (first, length), the last block filled up."""
+        """Write contiguous bytes into runs of blocks (first, length); the rest of the last block becomes zeros."""
         size = self.block_size
         write = self._gathered.write
         places = iter(runs)
@@ -98,7 +98,7 @@ class Changes(Volume):
             write(at, bytes(-at % size))
 
     def write_sparse(self, pieces: Iterable[tuple[int, Buffer]]) -> list[Extent]:
-        """Write (offset, bytes), ascending, into blocks taken where there are any. Returns the extents."""
+        """Write (offset, bytes), ascending, into blocks taken only where there are bytes. Returns the extents."""
         size = self.block_size
         extents: list[Extent] = []
         block, content = -1, bytearray()
@@ -130,7 +130,7 @@ class Changes(Volume):
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def extent_tree(self, extents: Sequence[Extent]) -> tuple[bytes, int]:
-        """Return the inode's 60 bytes, and how many blocks the tree takes beside them."""
+        """Return the inode's 60 bytes, and the number of blocks the tree takes beside them."""
         if len(extents) <= EXTENTS_INLINE:
             return extent_node(extents, 60), 0
         per_node = (self.block_size - 12) // 12
@@ -149,19 +149,19 @@ class Changes(Volume):
         return index_node(level, depth, 60), nodes
 
     def new_block(self, content: bytes) -> int:
-        """Take a block for metadata."""
+        """Take a block for metadata and return its number."""
         block = self.blocks.take(1)[0][0]
         self.replace(block, content)
         return block
 
     def free_block(self, block: int) -> None:
-        """Give a block of metadata back."""
+        """Free a block of metadata."""
         self.blocks.give_back(block, 1)
         self._cache.pop(block, None)
         self._dirty.discard(block)
 
     def free_tree(self, inode: Inode) -> None:
-        """Give back the blocks of a tree of extents, not those it leads to. Raises FormatError for a block map."""
+        """Free the blocks of an extent tree, not those it maps. Raises FormatError for a block map."""
         if not inode.flags & InodeFlag.EXTENTS:
             raise FormatError("ext4 file with a block map, not extents, cannot be changed here", blob=self.name)
         pending: list[Buffer] = [inode.block]
@@ -172,8 +172,8 @@ class Changes(Volume):
                 self.free_block(block)
 
     def free_xattr_block(self, block: int) -> None:
-        """Give back a block of extended attributes, once nobody else uses it."""
-        # The kernel shares them; obdlab does not.
+        """Drop one use of a block of extended attributes, and free it after the last."""
+        # The kernel shares these blocks; obdlab does not.
         self._check_block(block)
         users = struct.unpack_from("<I", self._metadata(block), 4)[0]
         if users > 1:
@@ -184,11 +184,11 @@ class Changes(Volume):
     # -- metadata ----------------------------------------------------------------------------------------------------
 
     def block(self, number: int) -> bytes | bytearray:
-        """Return a block of metadata as it is now."""
+        """Return a block of metadata in its current state."""
         return self._metadata(number)
 
     def writable(self, block: int) -> bytearray:
-        """Return a block to be changed."""
+        """Return a block of metadata for changing it."""
         found = self._cache.get(block)
         if found is None:
             if len(self._cache) >= _MOST_HELD:
@@ -199,7 +199,7 @@ class Changes(Volume):
         return found
 
     def replace(self, block: int, content: bytes) -> None:
-        """Give a block other content, filled up with zeros."""
+        """Replace the content of a block, filled up with zeros."""
         if len(self._cache) >= _MOST_HELD and block not in self._cache:
             self._write_dirty()
             self._cache.clear()
@@ -207,7 +207,7 @@ class Changes(Volume):
         self._dirty.add(block)
 
     def write_out(self) -> None:
-        """Write everything that is held, metadata in the order of the disk, the superblock last."""
+        """Write all changes, metadata in the order of the disk, the superblock last."""
         self._gathered.flush()
         for group, bits in self.blocks.changed():
             self.replace(self._groups[group].block_bitmap, bits)
@@ -275,7 +275,8 @@ def _feature_text(features: Sequence[int]) -> str:
 
 
 def _loader(disk: WritableBlob, size: int, blocks: list[int]) -> Callable[[int], bytes]:
-    # A group's bitmap, from the disk. (Not by the file system, which would then hold itself, buffers and all.)
+    # Reads a group's bitmap from the disk. (A method of the file system would make a reference cycle that keeps all
+    # its buffers.)
     return lambda group: disk.read_at(blocks[group] * size, size)
 
 
@@ -292,7 +293,7 @@ def extents_of(runs: Sequence[tuple[int, int]]) -> list[Extent]:
 
 
 def append_extent(extents: list[Extent], new: Extent) -> None:
-    """Add an extent at the end, to the last one if it goes on there."""
+    """Append an extent, or extend the last one if the new one continues it."""
     if extents:
         last = extents[-1]
         follows = last.logical + last.length == new.logical and last.physical + last.length == new.physical

@@ -1,7 +1,7 @@
 """Directories as ext4 stores them: blocks of entries, and for large ones a tree over the names' hashes. Pure.
 
 Source: kernel documentation, "ext4 Data Structures and Algorithms", directory entries. The hash is the first of the
-tree's hash versions, half of MD4 over the name; its seed and the signedness of characters are the superblock's.
+tree's hash versions, half of MD4 over the name; its seed and the signedness of characters are in the superblock.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ HALF_MD4 = 1
 _HEAD = struct.Struct("<IHBB")
 _TREE_ENTRY = struct.Struct("<II")
 _CHECKSUM_TAIL = 0xDE
-# Above so many blocks a directory gets a tree.
+# A directory of more blocks gets a tree.
 _LINEAR_BLOCKS = 2
-# Leaves of a tree are filled so far, so that a later layer's names find room.
+# Fill of a tree's leaves, so that names of a later layer have room.
 _LEAF_FILL = 0.85
 
 
 def need(name_length: int) -> int:
-    """Return the bytes that an entry takes."""
+    """Return the number of bytes of an entry."""
     return 8 + name_length + 3 & ~3
 
 
@@ -56,7 +56,7 @@ def parse_block(raw: bytes | bytearray, name: str = "") -> list[Entry]:
 
 
 def pack_block(entries: Sequence[Entry], size: int) -> bytes:
-    """Return a block that holds the entries, the last of them taking the rest."""
+    """Return a block of the entries; the last entry takes the rest."""
     if not entries:
         return _HEAD.pack(0, size, 0, 0).ljust(size, b"\0")
     parts = []
@@ -78,7 +78,7 @@ def used_in(entries: Sequence[Entry]) -> int:
 def build(
     entries: Sequence[Entry], own: int, parent: int, size: int, seed: Sequence[int]
 ) -> tuple[list[bytes], bool]:
-    """Return the blocks of a directory, and whether they are a tree. ``entries`` are without "." and ".."."""
+    """Return the blocks of a directory, and True if they are a tree. ``entries`` are without "." and ".."."""
     dots = [(b".", own, DIRECTORY), (b"..", parent, DIRECTORY)]
     linear = _fill([*dots, *entries], size, size)
     if len(linear) <= _LINEAR_BLOCKS:
@@ -127,13 +127,13 @@ def _tree(entries: Sequence[Entry], dots: Sequence[Entry], size: int, seed: Sequ
 
 
 def _tree_entries(children: Sequence[tuple[int, int]], limit: int) -> bytes:
-    # The first child's hash is taken by the counts.
+    # The counts take the place of the first child's hash.
     body = b"".join(_TREE_ENTRY.pack(*child) for child in children)
     return struct.pack("<HH", limit, len(children)) + body[4:]
 
 
 def leaf_of(blocks: Sequence[bytes | bytearray], wanted: int, name: str = "") -> int:
-    """Return the number of the block where names of a hash belong, given all blocks of a tree. Raises FormatError."""
+    """Return the number of the block for names with a hash, given all blocks of a tree. Raises FormatError."""
     levels = blocks[0][30]
     if blocks[0][28] != HALF_MD4 or levels > 1:
         raise FormatError("directory tree of a kind that is not known", blob=name)
@@ -154,7 +154,7 @@ def _child(block: bytes | bytearray, at: int, wanted: int, blocks: int, name: st
 
 
 def hash_names(names: Sequence[bytes], seed: Sequence[int]) -> NDArray[np.uint32]:
-    """Return the half-MD4 hash of each name, characters being signed, as ext4's trees are ordered by."""
+    """Return the half-MD4 hash of each name with signed characters, the order of ext4's trees."""
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     chunks = max(1, -(-int(lengths.max(initial=1)) // 32))
     padded = b"".join(name.ljust(chunks * 32, b"\0") for name in names)
@@ -167,12 +167,12 @@ def hash_names(names: Sequence[bytes], seed: Sequence[int]) -> NDArray[np.uint32
         words = _words(characters[here, chunk], left[here])
         state[here] = _half_md4(state[here], words)
     found = state[:, 1] & np.uint32(0xFFFFFFFE)
-    found[found == 0xFFFFFFFE] = 0xFFFFFFFC  # the last value means the end
+    found[found == 0xFFFFFFFE] = 0xFFFFFFFC  # the largest value marks the end
     return found
 
 
 def _words(characters: NDArray[np.uint32], left: NDArray[np.int64]) -> NDArray[np.uint32]:
-    # Eight words of four characters, filled up with the length that is left.
+    # Eight words of four characters, filled up with the number of characters left.
     pad = (left & 0xFF).astype(np.uint32)
     pad = pad | pad << np.uint32(8)
     pad = pad | pad << np.uint32(16)

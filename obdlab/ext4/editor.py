@@ -1,10 +1,10 @@
 """Changing an ext4 file system that obdlab or the original's tools made, without a mount.
 
 Metadata is kept in memory and written by :meth:`Editor.finish`, block by block and in order, so that only blocks that
-really change are written; file content is written as it comes. Whatever happens before that leaves the disk useless,
-as a crash of the kernel would: it is a layer in the making, thrown away then.
+really change are written; file content is written at once. An error before that leaves the disk useless, as a crash
+of the kernel would: the disk is an unfinished layer, which is then thrown away.
 
-Nothing depends on time, place or order of anything but the calls: same calls, same bytes.
+The result depends only on the calls and their order, not on time or place: same calls, same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _INLINE_SPACE = INODE_SIZE - GOOD_INODE - EXTRA_ISIZE
 _SHORT_LINK = 60
-#: A plain number: or-ing flags of an enumeration takes longer than all else that is done for a small file.
+#: A plain number: or-ing flags of an enumeration takes longer than all other work for a small file.
 EXTENTS = int(InodeFlag.EXTENTS)
 
 _KINDS = {
@@ -53,8 +53,9 @@ _KINDS = {
 class Editor(Changes):
     """An ext4 file system being changed. Inodes are known by number.
 
-    Raises FormatError for a file system that is damaged or not as :func:`~obdlab.ext4.mkfs.make_filesystem` or the
-    original's tools make it, and OSError, with the kernel's numbers, for what the file system cannot do.
+    Raises FormatError for a file system that is damaged or differs from those of
+    :func:`~obdlab.ext4.mkfs.make_filesystem` and the original's tools, and OSError, with the kernel's numbers, for
+    operations that fail.
     """
 
     def __init__(self, disk: WritableBlob) -> None:
@@ -64,11 +65,11 @@ class Editor(Changes):
     # -- names -------------------------------------------------------------------------------------------------------
 
     def entries(self, number: int) -> dict[bytes, tuple[int, int]]:
-        """Return a directory's names as they are now. Not to be changed by the caller."""
+        """Return a directory's current names. The caller must not change them."""
         return self._folder(number).entries
 
     def add(self, parent: int, name: bytes, inode: Inode) -> int:
-        """Make a file, or whatever the inode's mode says, under a name that is not in use. Returns its number."""
+        """Make a file of the type in the inode's mode, under an unused name. Returns its number."""
         kind = _KINDS[stat.S_IFMT(inode.mode)]
         home = self._folder_for(parent, name)
         number = self.inodes.take_one() + 1
@@ -81,7 +82,7 @@ class Editor(Changes):
         return number
 
     def link(self, parent: int, name: bytes, number: int) -> None:
-        """Give a file, which is no directory, one more name."""
+        """Give a file other than a directory one more name."""
         inode = self.inode(number)
         if inode.is_directory:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -93,7 +94,7 @@ class Editor(Changes):
         home.changed.add(name)
 
     def remove(self, parent: int, name: bytes) -> int:
-        """Take a name away, with everything below it, and free what has no other name. Returns how many went."""
+        """Remove a name, with everything below it. Frees inodes without another name; returns their number."""
         home = self._folder(parent)
         number, _ = home.entries.pop(name)
         home.changed.add(name)
@@ -115,18 +116,18 @@ class Editor(Changes):
     # -- inodes ------------------------------------------------------------------------------------------------------
 
     def set_inode(self, number: int, inode: Inode) -> None:
-        """Write an inode. Links of a directory are counted by :meth:`finish`."""
+        """Write an inode. :meth:`finish` counts the links of directories."""
         if len(inode.tail) > _INLINE_SPACE and any(inode.tail):
-            # From an inode with fewer fixed fields than are written here: its attributes may need a block now.
+            # The inode had fewer fixed fields than are written here, so its attributes may now need a block.
             inode = self.with_xattrs(inode, self.xattrs(inode))
         block, offset = self._place(number)
         inode.write_to(self.writable(block), offset)
 
     def with_xattrs(self, inode: Inode, pairs: Sequence[xattr.Pair]) -> Inode:
-        """Return the inode with these extended attributes and no others; ACLs as programs see them.
+        """Return the inode with these extended attributes and no others; ACLs in the form programs see.
 
-        Names that ext4 does not keep are left out, and user attributes of what is neither file nor directory, as the
-        kernel would refuse them. The mode's bits win over those of an ACL.
+        Left out are names that ext4 does not store, and user attributes of files other than regular files and
+        directories, since the kernel would refuse them. The mode's bits win over those of an ACL.
         """
         if inode.acl_block:
             self.free_xattr_block(inode.acl_block)
@@ -164,10 +165,10 @@ class Editor(Changes):
     def with_content(
         self, inode: Inode, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool = False
     ) -> Inode:
-        """Return the inode of a file of ``size`` bytes, whose content is written now.
+        """Return the inode of a file of ``size`` bytes, and write its content.
 
-        ``pieces`` are (offset, bytes), ascending. Without ``sparse`` they follow each other from 0 to the end; with
-        it, blocks that no piece touches become holes.
+        ``pieces`` are (offset, bytes), ascending. Without ``sparse`` they are contiguous from 0 to the end; with it,
+        blocks that no piece touches become holes.
         """
         block, sectors = self.write_content(size, pieces, sparse=sparse)
         return inode.changed(size=size, block=block, flags=inode.flags | EXTENTS, sectors=sectors)
@@ -188,7 +189,7 @@ class Editor(Changes):
         return block, (sum([extent.length for extent in extents]) + nodes) * self.block_size // SECTOR
 
     def finish(self) -> None:
-        """Write everything that is not yet on the disk. Nothing may be called after it."""
+        """Write all changes to the disk. No other method may be called after it."""
         self._drop_broken_tree()
         writer = FolderWriter(self)
         for number, folder in self._folders.items():
@@ -198,7 +199,8 @@ class Editor(Changes):
 
     def _drop_broken_tree(self) -> None:
         # The original's mkfs gives lost+found a tree over names that leaves out the last of its blocks, which e2fsck
-        # reports as damage. Without the flag the same blocks are a plain directory, as e2fsck would make them.
+        # reports as damage. Without the flag the same blocks are a plain directory; e2fsck repairs it in the same
+        # way.
         if not self.superblock.compat & Compat.RESIZE_INODE:
             return
         number, kind = self.entries(ROOT_INO).get(b"lost+found", (0, 0))

@@ -1,7 +1,7 @@
-"""Directories in memory while they are changed, and how they get back to their blocks.
+"""Directories in memory while they change, and writing them back to their blocks.
 
-Only blocks that a name comes to or goes from are written, so that a layer holds no more; a directory that outgrows
-its tree is built anew.
+Only blocks in which a name is added or removed are written, so that a layer stays small. A directory that outgrows
+its tree is rebuilt.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Folder:
-    """One directory: its names, and where on the disk they were."""
+    """One directory: its names, and their places on the disk."""
 
     parent: int
     #: Inode number and type by name, without "." and "..".
     entries: dict[bytes, tuple[int, int]]
-    #: Its blocks on disk when it was read; empty if it is new.
+    #: Its blocks on disk when it was read; empty for a new directory.
     blocks: list[int] = field(default_factory=list)
-    #: Which of them a name was in, for those that were there.
+    #: For names read from the disk, the index into ``blocks``.
     home: dict[bytes, int] = field(default_factory=dict)
     is_tree: bool = False
     changed: set[bytes] = field(default_factory=set)
@@ -41,7 +41,7 @@ class Folder:
 
 
 def read_folder(raw: Sequence[bytes | bytearray], numbers: list[int], *, is_tree: bool, name: str) -> Folder:
-    """Read a directory from its blocks, which have these numbers. Raises FormatError."""
+    """Read a directory from its blocks, whose numbers are ``numbers``. Raises FormatError."""
     found = Folder(0, {}, numbers, is_tree=is_tree)
     for place, block in enumerate(raw):
         for entry, child, kind in directory.parse_block(block, name):
@@ -61,7 +61,7 @@ class FolderWriter:
         self._size = volume.block_size
 
     def write(self, number: int, folder: Folder, inode: Inode) -> Inode:
-        """Bring the directory's blocks up to date; return its inode as it is then."""
+        """Update the directory's blocks; return its changed inode."""
         if not folder.blocks or not self._edit_in_place(folder):
             for block in folder.blocks:
                 self._volume.free_block(block)
@@ -97,7 +97,7 @@ class FolderWriter:
         )
 
     def _edit_in_place(self, folder: Folder) -> bool:
-        # Change no block but those that names come to or go from. False if a tree has no room where one belongs.
+        # Changes only blocks in which names are added or removed. Returns False if the leaf of a name is full.
         blocks = [self._volume.block(block) for block in folder.blocks]
         edited: dict[int, list[directory.Entry]] = {}
         added = []

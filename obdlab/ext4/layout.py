@@ -1,4 +1,4 @@
-"""What ext4 looks like on disk: superblock, group descriptors, inodes, extents. Pure: bytes in, values out.
+"""Structures of ext4 on disk: superblock, group descriptors, inodes, extents. Pure: bytes in, values out.
 
 Source: kernel documentation, "ext4 Data Structures and Algorithms". All numbers are little endian.
 """
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Buffer
 
-#: Where the superblock is, and how long.
+#: Place and size of the superblock.
 SUPER_OFFSET = 1024
 SUPER_SIZE = 1024
 MAGIC = 0xEF53
 ROOT_INO = 2
 FIRST_INO = 11
-#: Sectors that i_blocks counts.
+#: Unit of i_blocks.
 SECTOR = 512
-#: Names are at most this long.
+#: Longest name.
 MAX_NAME = 255
-#: The longest extent, and the longest that is marked as unwritten.
+#: Longest initialized extent, which is one block longer than the longest unwritten one.
 MAX_EXTENT = 1 << 15
-#: Hard links to one file.
+#: Most hard links to one file.
 MAX_LINKS = 65000
 EXTENT_MAGIC = 0xF30A
 EXTENTS_INLINE = 4
-#: Where extended attributes in an inode begin, if the fields before them are those written here.
+#: Where extended attributes in an inode begin, after the fixed fields written here.
 EXTRA_ISIZE = 32
 GOOD_INODE = 128
 
@@ -74,7 +74,7 @@ class RoCompat(IntFlag):
 
 
 class InodeFlag(IntFlag):
-    """What is said of one inode."""
+    """Flags of one inode."""
 
     INDEX = 0x1000
     HUGE_FILE = 0x40000
@@ -83,9 +83,8 @@ class InodeFlag(IntFlag):
     INLINE_DATA = 0x10000000
 
 
-# Plain numbers, here and below: the inverse of an IntFlag has only the bits that it knows, and the unknown are what
-# is looked for.
-#: What can be read. Encryption, inline data, values of attributes in inodes of their own and folded names cannot.
+# Plain numbers, here and below: the inverse of an IntFlag has only known bits, but unknown bits are searched for.
+#: Readable features. Encryption, inline data, attribute values in inodes of their own and folded names are not.
 READABLE = int(
     Incompat.FILETYPE
     | Incompat.META_BG
@@ -102,10 +101,10 @@ INCOMPAT = int(Incompat.FILETYPE | Incompat.EXTENTS | Incompat.BIT64 | Incompat.
 RO_COMPAT = int(
     RoCompat.SPARSE_SUPER | RoCompat.LARGE_FILE | RoCompat.HUGE_FILE | RoCompat.DIR_NLINK | RoCompat.EXTRA_ISIZE
 )
-#: Features, as (compat, incompat, ro_compat), of a file system that can be changed: at most these, which obdlab and
-#: the original's tools write (the resize inode's reserved blocks are taken in the bitmaps, and stay as they are) ...
+#: Features, as (compat, incompat, ro_compat), that a changeable file system may have. obdlab and the original's tools
+#: write them (the resize inode's reserved blocks are taken in the bitmaps, and stay as they are).
 CHANGEABLE = (COMPAT | int(Compat.RESIZE_INODE), INCOMPAT, RO_COMPAT)
-#: ... and all of these, which new inodes, directories and descriptors make use of.
+#: Features that a changeable file system must have, since new inodes, directories and descriptors use them.
 NEEDED = (
     int(Compat.EXT_ATTR | Compat.DIR_INDEX),
     int(Incompat.FILETYPE | Incompat.EXTENTS | Incompat.BIT64),
@@ -119,7 +118,7 @@ _GROUP = struct.Struct("<IIIHHHHIHHHHIIIHHHHIHHI")
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """The fields of the superblock that matter here; ``raw`` has all."""
+    """The fields of the superblock used here; ``raw`` has all."""
 
     raw: bytes
     inodes: int
@@ -146,12 +145,12 @@ class Superblock:
 
     @property
     def has_64bit(self) -> bool:
-        """Whether block numbers have 48 bits."""
+        """True if block numbers have 48 bits."""
         return bool(self.incompat & Incompat.BIT64)
 
     @classmethod
     def parse(cls, raw: bytes, disk_size: int, name: str = "") -> Self:
-        """Read and check a superblock. Raises FormatError for one that cannot be, or needs what is not known."""
+        """Read and check a superblock. Raises FormatError if it is malformed or needs unsupported features."""
         if len(raw) != SUPER_SIZE or struct.unpack_from("<H", raw, 56)[0] != MAGIC:
             raise FormatError("no ext4 superblock", blob=name, offset=SUPER_OFFSET)
 
@@ -217,7 +216,7 @@ class Superblock:
             raise wrong("descriptor size", self.desc_size)
 
     def with_free(self, free_blocks: int, free_inodes: int) -> bytes:
-        """Return the raw superblock with other free counts."""
+        """Return the raw superblock with new free counts."""
         raw = bytearray(self.raw)
         struct.pack_into("<II", raw, 12, free_blocks & 0xFFFFFFFF, free_inodes)
         struct.pack_into("<I", raw, 344, free_blocks >> 32)
@@ -226,7 +225,7 @@ class Superblock:
 
 @dataclass(slots=True)
 class Group:
-    """One block group: where its bitmaps and inode table are, and what is free in it."""
+    """One block group: the places of its bitmaps and inode table, and its free counts."""
 
     block_bitmap: int
     inode_bitmap: int
@@ -251,7 +250,7 @@ class Group:
         return cls(*struct.unpack_from("<IIIHHH", raw, offset))
 
     def to_bytes(self) -> bytes:
-        """Return the 64 bytes; everything else in them is zero."""
+        """Return the 64 bytes; all other fields are zero."""
         low, high = 0xFFFF, 16
         return _GROUP.pack(
             self.block_bitmap & 0xFFFFFFFF, self.inode_bitmap & 0xFFFFFFFF, self.inode_table & 0xFFFFFFFF,
@@ -266,17 +265,17 @@ class Group:
 # crtime_x version_hi projid
 _INODE = struct.Struct("<HHIIIIIHHIII60sIIIIHHHHHH")
 _INODE_EXTRA = struct.Struct("<HHIIIIIII")
-# All 256 bytes: what follows the fixed fields is filled up with zeros.
+# All 256 bytes: the space after the fixed fields is filled up with zeros.
 _WHOLE_INODE = struct.Struct(_INODE.format + _INODE_EXTRA.format[1:] + f"{256 - GOOD_INODE - EXTRA_ISIZE}s")
 _NS = 1_000_000_000
 
 
-# Not frozen, here and below: making frozen ones takes four times as long, and there is one for every file.
+# Not frozen, here and below: frozen ones take four times as long to make, and there is one for every file.
 @dataclass(slots=True)
 class Inode:
-    """One inode, not to be changed in place. Times in nanoseconds since 1970.
+    """One inode; must not be changed in place. Times in nanoseconds since 1970.
 
-    ``block`` is the 60 bytes of extents or a short link's text.
+    ``block`` holds the 60 bytes of extents or a short link's text.
     """
 
     mode: int
@@ -292,12 +291,12 @@ class Inode:
     flags: int = 0
     block: bytes = bytes(60)
     acl_block: int = 0
-    #: What follows the fixed fields in an inode of 256 bytes: extended attributes.
+    #: The bytes after the fixed fields in an inode of 256 bytes: extended attributes.
     tail: bytes = b""
 
     @property
     def is_directory(self) -> bool:
-        """Whether it is a directory."""
+        """True for a directory."""
         return stat.S_ISDIR(self.mode)
 
     @property
@@ -349,7 +348,7 @@ class Inode:
         )  # fmt: skip
 
     def changed(self, **fields: object) -> Inode:
-        """Return a copy with other fields."""
+        """Return a copy with these fields replaced."""
         return replace(self, **fields)  # type: ignore[arg-type]
 
 
@@ -378,7 +377,7 @@ def device_block(major: int, minor: int) -> bytes:
 
 @dataclass(slots=True)
 class Extent:
-    """``length`` blocks of a file from ``logical`` on, at ``physical`` on the disk. ``unwritten`` reads as zeros."""
+    """``length`` blocks of a file from ``logical`` on, at ``physical`` on the disk. ``unwritten``: read as zeros."""
 
     logical: int
     length: int
@@ -392,7 +391,7 @@ _INDEX = struct.Struct("<IIHH")
 
 
 def parse_node(raw: Buffer, name: str = "") -> tuple[int, list[Extent], list[tuple[int, int]]]:
-    """Read a node of an extent tree: its depth, its extents if that is 0, else (first logical block, child block).
+    """Read a node of an extent tree: depth; extents if depth is 0; else (first logical block, child block) pairs.
 
     Raises FormatError.
     """

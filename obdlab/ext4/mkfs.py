@@ -1,8 +1,8 @@
-"""An empty ext4, the same bytes for the same size everywhere.
+"""An empty ext4, with the same bytes for the same size everywhere.
 
 Its layout serves reading over a network: no journal, all metadata packed at the front (one flex group, no backups of
 superblock and descriptors in between), inode tables left unwritten, since they read as zeros. UUID and hash seed are
-fixed: converted images are not to be told apart by them.
+fixed, so that converted images do not differ by them.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
     from obdlab.blob import WritableBlob
 
 BLOCK = 4096
-#: One inode for so many bytes of the disk.
+#: Bytes of the disk per inode.
 INODE_RATIO = 16384
-#: The least size: below it metadata would not leave room.
+#: Smallest size; below it metadata would not leave room.
 MIN_SIZE = 1 << 20
 MAX_SIZE = 16 << 40
 _PER_GROUP = 8 * BLOCK
 _INODE_SIZE = 256
 _UUID = uuid.UUID("6f62646c-6162-4d69-8d61-6765732d6f31")
-# More groups than any image has: one flex group.
+# 2^20 groups, more than any image has, so all are in one flex group.
 _LOG_FLEX = 20
 _SIGNED_HASH = 1
 _ACL_AND_USER_XATTR = 0xC
 
 
 def make_filesystem(disk: WritableBlob, size: int | None = None, *, inode_ratio: int = INODE_RATIO) -> None:
-    """Write an empty file system of ``size`` bytes, default all, to a disk that reads as zeros.
+    """Write an empty file system of ``size`` bytes (default: all) to a disk that reads as zeros.
 
-    The root directory belongs to root, mode 0755, and is empty: not even lost+found is in it. Raises FormatError for
-    a size that does not do.
+    The root directory belongs to root, has mode 0755 and is empty, without even lost+found. Raises FormatError for an
+    unsupported size.
     """
     blocks = (disk.size if size is None else size) // BLOCK
     if not MIN_SIZE <= blocks * BLOCK <= min(MAX_SIZE, disk.size):
@@ -82,12 +82,12 @@ def make_filesystem(disk: WritableBlob, size: int | None = None, *, inode_ratio:
 
 
 class _Shape:
-    # Where everything is, in blocks.
+    # The place of each structure, in blocks.
     def __init__(self, blocks: int, inode_ratio: int) -> None:
         groups = -(-blocks // _PER_GROUP)
         per_block = BLOCK // _INODE_SIZE
         wanted = max(blocks * BLOCK // inode_ratio // groups, per_block)
-        # Whole blocks of the table, and whole bytes of the bitmap.
+        # Rounded to whole blocks of the table, which are whole bytes of the bitmap too.
         self.inodes_per_group = min(-(-wanted // per_block) * per_block, _PER_GROUP)
         self.blocks, self.groups = blocks, groups
         self.table_blocks = self.inodes_per_group // per_block
@@ -121,7 +121,7 @@ class _Shape:
         return packed
 
     def block_bitmap_bytes(self) -> bytes:
-        # Past the end counts as used.
+        # Blocks past the end count as used.
         return _bits(self.groups * _PER_GROUP, [(0, self.used_blocks), (self.blocks, self.groups * _PER_GROUP)])
 
     def inode_bitmap_bytes(self) -> bytes:
@@ -131,7 +131,7 @@ class _Shape:
 
 
 def _bits(count: int, ones: Sequence[tuple[int, int]]) -> bytes:
-    # A bitmap with these ranges set.
+    # Returns a bitmap with these ranges set.
     found = bytearray(count // 8)
     for begin, end in ones:
         first, last = min(-(-begin // 8) * 8, end), max(begin, end // 8 * 8)
@@ -150,7 +150,7 @@ def _superblock(shape: _Shape) -> bytes:
         "<6I", raw, 0, shape.inodes, shape.blocks & 0xFFFFFFFF, 0, free & 0xFFFFFFFF, shape.inodes - FIRST_INO + 1, 0
     )
     pack("<5I", raw, 24, 2, 2, _PER_GROUP, _PER_GROUP, shape.inodes_per_group)
-    # Never mounted, no check by count; clean; errors are gone on from.
+    # Never mounted, no check by mount count; clean; after errors the kernel continues.
     pack("<HHHHH", raw, 52, 0, 0xFFFF, MAGIC, 1, 1)
     pack("<I", raw, 76, 1)
     pack("<IH", raw, 84, FIRST_INO, _INODE_SIZE)

@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _READ = 1 << 20
-# Blocks of metadata that are kept: inodes of one block are mostly asked for one after another.
+# Blocks of metadata kept: inodes of one block are mostly read one after another.
 _RECENT = 1024
-# What a hostile file system may make us hold: blocks of one directory, and of a file's tree of extents.
+# Bounds on memory for a hostile file system: blocks of one directory, and of a file's extent tree.
 _MAX_DIRECTORY = 256 << 20
 _MAX_EXTENT_NODES = 1 << 16
 
 
 class Volume(FileTree):
-    """An ext4 file system that can be read. Inodes are known by number; names are bytes.
+    """An ext4 file system for reading. Inodes are known by number; names are bytes.
 
-    Raises FormatError, here and in every method, for what is damaged or not known here, and what the blob raises.
+    Every method raises FormatError if the file system is damaged or of an unsupported kind, and passes on errors of
+    the blob.
     """
 
     def __init__(self, disk: Blob) -> None:
@@ -61,7 +62,7 @@ class Volume(FileTree):
         return ROOT_INO
 
     def inode(self, number: int) -> Inode:
-        """Return an inode; one that is not in use has mode 0."""
+        """Return an inode; an unused one has mode 0."""
         block, offset = self._place(number)
         return Inode.parse(self._metadata(block), offset, self.superblock.inode_size)
 
@@ -86,7 +87,7 @@ class Volume(FileTree):
             yield path, number, inode
             if not inode.is_directory:
                 continue
-            # Its first block tells a directory from others: inodes that share blocks would never end.
+            # Directories are identified by their first block: inodes that share blocks would make an endless walk.
             bounds.enter(self._block_numbers(inode)[0], path)
             found = self.entries(number)
             bounds.count(path, found)
@@ -98,7 +99,7 @@ class Volume(FileTree):
             raise FormatError("no symbolic link", blob=self.name, got=oct(inode.mode))
         return inode.block[: inode.size] if self._is_kept_link(inode) else self.read(inode, 0, inode.size)
 
-    # A short one has its text where others have the places of their blocks.
+    # A short link has its text in place of its block addresses.
     @staticmethod
     def _is_kept_link(inode: Inode) -> bool:
         return stat.S_ISLNK(inode.mode) and inode.size < len(inode.block) and not inode.flags & InodeFlag.EXTENTS
@@ -112,7 +113,7 @@ class Volume(FileTree):
         return found
 
     def has_block_map(self, inode: Inode) -> bool:
-        """Return True if the inode's content is found by ext2's block map, not by extents."""
+        """Return True if the inode maps its content with ext2's block map, not with extents."""
         holds = stat.S_ISREG(inode.mode) or inode.is_directory or stat.S_ISLNK(inode.mode)
         mapped = holds and not inode.flags & (InodeFlag.EXTENTS | InodeFlag.INLINE_DATA)
         return mapped and not self._is_kept_link(inode) and any(inode.block)
@@ -120,7 +121,7 @@ class Volume(FileTree):
     def places(self, inode: Inode) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset on the disk) of a file's or directory's data, in bytes.
 
-        Holes, and what is kept in the inode, are left out.
+        Holes and content inside the inode are left out.
         """
         if inode.flags & InodeFlag.INLINE_DATA or self._is_kept_link(inode):
             return
@@ -130,7 +131,7 @@ class Volume(FileTree):
                 yield extent.logical * size, extent.length * size, extent.physical * size
 
     def extents(self, inode: Inode) -> list[Extent]:
-        """Return where a file's or directory's blocks are, in order; what is between them is a hole."""
+        """Return the extents of a file or directory, in order; the gaps between them are holes."""
         if inode.flags & InodeFlag.INLINE_DATA:
             raise FormatError("inline data is not known here", blob=self.name)
         if not inode.flags & InodeFlag.EXTENTS:
@@ -167,7 +168,7 @@ class Volume(FileTree):
         yield from self._pieces(inode, 0, inode.size)
 
     def free_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the runs (first, count) of blocks that nothing uses, group by group."""
+        """Yield the runs (first, count) of unused blocks, group by group."""
         superblock = self.superblock
         for number in range(superblock.groups):
             group = self._group(number)
@@ -203,7 +204,7 @@ class Volume(FileTree):
         yield from _zeros(end - at)
 
     def _mapped_blocks(self, inode: Inode) -> list[Extent]:
-        # The way of ext2: twelve blocks, then blocks of block numbers, one to three deep.
+        # ext2's block map: twelve blocks, then blocks of block numbers, one to three deep.
         size = self.block_size
         wanted = min(-(-inode.size // size), 1 << 32)
         numbers = struct.unpack("<15I", inode.block)
@@ -264,7 +265,7 @@ class Volume(FileTree):
         return found
 
     def _place(self, number: int) -> tuple[int, int]:
-        # Block, and offset in it, of an inode.
+        # Returns the block of an inode, and the offset in it.
         if not 0 < number <= self.superblock.inodes:
             raise FormatError("no such inode", blob=self.name, got=number, wanted=f"1 to {self.superblock.inodes}")
         group, index = divmod(number - 1, self.superblock.inodes_per_group)
@@ -275,7 +276,7 @@ class Volume(FileTree):
         if not 0 < block <= block + length <= self.superblock.blocks:
             raise FormatError("block outside the file system", blob=self.name, got=(block, length))
 
-    # Read when it is asked for: a disk of 2 PiB, all zeros but for its superblock, has 16 million of them.
+    # Read on demand: a disk of 2 PiB, all zeros except for its superblock, has 16 million of them.
     def _group(self, number: int) -> Group:
         found = self._recent_groups.get(number)
         if found is None:

@@ -1,7 +1,7 @@
-"""Extended attributes as ext4 stores them: in what an inode leaves free, and in one block. Pure.
+"""Extended attributes as ext4 stores them: in the free part of an inode, and in one block. Pure.
 
-Source: kernel documentation, "ext4 Data Structures and Algorithms", extended attributes; POSIX ACLs are stored in
-another form than the one programs (and tars) see.
+Source: kernel documentation, "ext4 Data Structures and Algorithms", extended attributes. ext4 stores POSIX ACLs in
+another form than programs (and tars) see.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def split_name(name: bytes) -> tuple[int, bytes] | None:
-    """Return (prefix number, rest) of an attribute's name; None for one that ext4 does not keep."""
+    """Return (prefix number, rest) of an attribute's name; None for a name that ext4 does not store."""
     for index, prefix in _PREFIXES.items():
         if index in _ACLS:
             if name == prefix:
@@ -47,9 +47,10 @@ def split_name(name: bytes) -> tuple[int, bytes] | None:
 
 
 def place(pairs: Sequence[Pair], *, inline_space: int, block_size: int) -> tuple[bytes, bytes]:
-    """Return the bytes that go into the inode and into a block of its own, either may be empty.
+    """Return the bytes for the inode and those for a block of its own; either may be empty.
 
-    ``pairs`` are names that :func:`split_name` knows, with values in disk form, ordered as they should be placed.
+    ``pairs`` have names accepted by :func:`split_name`, and values in disk form, in the order of placement. Raises
+    OSError (E2BIG) if they do not fit.
     Raises OSError (E2BIG) if they do not fit.
     """
     if not pairs:
@@ -101,7 +102,7 @@ def _padded(length: int) -> int:
 
 
 def _pack(entries: list[tuple[int, bytes, bytes]], size: int, base: int, *, hashed: bool) -> tuple[bytes, int]:
-    # Entries from the front, values from the end; offsets count from `base` before the bytes returned.
+    # Entries from the front, values from the end; offsets count from `base` before the returned bytes.
     head, values = bytearray(), b""
     digest, countable = 0, True
     for index, name, value in entries:
@@ -141,9 +142,9 @@ def _parse(raw: bytes, first: int, base: int, blob: str) -> list[Pair]:
 
 
 def acl_to_disk(value: Buffer, mode: int, *, default: bool) -> bytes | None:
-    """Turn an ACL as programs see it into ext4's form, its basic entries being those of ``mode`` unless ``default``.
+    """Turn an ACL from programs' form into ext4's, with the basic entries of ``mode`` unless ``default``.
 
-    None if it says no more than the mode does. Raises OSError (EINVAL) for one that is malformed.
+    Returns None if it grants no more than the mode does. Raises OSError (EINVAL) if it is malformed.
     """
     raw = bytes(value)
     if len(raw) < 4 or (len(raw) - 4) % 8 or struct.unpack_from("<I", raw)[0] != 2:
@@ -176,7 +177,7 @@ def acl_to_disk(value: Buffer, mode: int, *, default: bool) -> bytes | None:
 
 
 def _from_mode(tag: int, permissions: int, mode: int, *, masked: bool) -> int:
-    # chmod changes the entries that the mode's bits stand for.
+    # chmod changes the entries that represent the mode's bits.
     if tag == _ACL_USER_OBJ:
         return mode >> 6 & 7
     if tag == _ACL_OTHER:
@@ -187,7 +188,7 @@ def _from_mode(tag: int, permissions: int, mode: int, *, masked: bool) -> int:
 
 
 def acl_from_disk(value: bytes, blob: str = "") -> bytes:
-    """Turn ext4's form of an ACL into the one that programs see. Raises FormatError."""
+    """Turn ext4's form of an ACL into the form programs see. Raises FormatError."""
     if len(value) < 4 or struct.unpack_from("<I", value)[0] != 1:
         raise FormatError("damaged ACL", blob=blob)
     packed = struct.pack("<I", 2)

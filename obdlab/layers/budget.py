@@ -32,8 +32,7 @@ class Budget:
         return Share(self)
 
     def move(self, before: int, after: int, blob: str) -> None:
-        """Change a part from ``before`` bytes to ``after``. Raises FormatError naming ``blob`` if too little is
-        left."""
+        """Resize a part from ``before`` to ``after`` bytes. Raises FormatError naming ``blob`` if too large."""
         with self._lock:
             taken = self._taken - before + after
             if taken > self._limit:
