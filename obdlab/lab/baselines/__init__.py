@@ -1,6 +1,6 @@
-"""What an experiment can compare: one adapter per way to start a container of an image, by its name.
+"""The adapters by name: one for each way to start a container of an image that an experiment can compare.
 
-A new one is a class like those here (``obdlab.lab.baselines.adapter``) and a line in ADAPTERS.
+To add one, write a subclass of ``obdlab.lab.baselines.adapter.Adapter`` and list it in ADAPTERS.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What an adapter does: publish an image in its own form, pull it, start a container of it.
-
-Adapters inherit from :class:`Adapter`, which has what most of them have in common.
-"""
+"""The base class of adapters: publish an image in the adapter's form, pull it, start a container of it."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A built image about to be published, how obdlab's own form of it is to be compressed, its starts recorded."""
+    """A built image to publish, with the compression of obdlab's form and the readahead of recorded starts."""
 
     image: BuiltImage
     algorithm: str
@@ -36,56 +33,56 @@ class Source:
 
     @property
     def recipe(self) -> Recipe:
-        """What the image was built from."""
+        """The recipe that the image was built from."""
         return self.image.recipe
 
     @property
     def layout(self) -> Path:
-        """Its OCI layout directory."""
+        """The image's OCI layout directory."""
         return self.image.layout
 
     @property
     def identity(self) -> str:
-        """16 hex digits of its digest, which begin the tag of every form of it."""
+        """16 hex digits of the image's digest; the tag of every form begins with them."""
         return self.image.digest.removeprefix("sha256:")[:16]
 
 
 class Adapter(Protocol):
-    """One way to start containers. It has no state: what it needs to know is on the host."""
+    """One way to start containers. Adapters hold no state; all state is on the host."""
 
-    #: Its name in declarations and rows.
+    #: The adapter's name in declarations and rows.
     name: ClassVar[str]
-    #: What it is, for a sentence.
+    #: A noun phrase for sentences in reports.
     title: ClassVar[str] = ""
-    #: Programs it needs, with what installs each: a Debian package, or words that hold a space.
+    #: Programs that the adapter needs. The value is a Debian package, or an instruction (it holds a space).
     programs: ClassVar[dict[str, str]]
-    #: Whether it is a snapshotter whose daemon :meth:`serving` starts.
+    #: True for a proxy snapshotter, whose daemon :meth:`serving` starts.
     proxy: ClassVar[bool] = False
-    #: Whether its references are to name the registry by the host that speaks TLS.
+    #: True if references must name the registry's TLS host.
     secure: ClassVar[bool] = False
-    #: Whether it goes on fetching by itself once a container is ready.
+    #: True if the snapshotter goes on fetching after a container is ready.
     background: ClassVar[bool] = False
-    #: Estimates, as shares of the image's compressed size: what its form adds to the registry, what it takes on the
-    #: host at most, and what a cold start fetches.
+    #: Estimates as shares of the image's compressed size: storage on the registry, most storage on the host, and
+    #: bytes that a cold start fetches.
     registry_share: ClassVar[float] = 1.2
     host_share: ClassVar[float] = 1.2
     start_share: ClassVar[float] = 0.4
 
     def tag(self, source: Source) -> str:
-        """Return the tag that this form of an image is kept under: it changes with anything that changes the form."""
+        """Return the tag of this form of an image; it changes with everything that changes the form."""
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
-        """Put this form of the image into the experiment's registry, over a link that is not shaped.
+        """Store this form of the image in the experiment's registry, over a link that is not shaped.
 
         ``reference`` names the registry by the host that speaks plain HTTP.
         """
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
-        """Have running what cells of this adapter need and others must not meet; not timed."""
+        """Run the daemon that only this adapter's cells need; its start is not timed."""
         return nullcontext()
 
     def pull(self, host: OwnContainerd, reference: str) -> None:
-        """Do what comes before a container can be started; timed as ``pull_s``."""
+        """Pull the image so that a container can be started; timed as ``pull_s``."""
 
     def running(
         self, host: OwnContainerd, reference: str, name: str, probe: Probe
@@ -96,10 +93,10 @@ class Adapter(Protocol):
         """Remove the image from the host."""
 
     def layers(self, host: OwnContainerd) -> Path:
-        """Return where the data of pulled images is."""
+        """Return the directory with the data of pulled images."""
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of what is measured, for the rows' environment."""
+        """Return the versions of the measured programs, for the rows' environment."""
 
 
 def check_programs(adapter: Adapter) -> None:
@@ -111,17 +108,17 @@ def check_programs(adapter: Adapter) -> None:
 
 
 def missing_programs(adapter: Adapter) -> dict[str, str]:
-    """Return the programs that an adapter needs and this host does not have, with what installs each."""
+    """Return the programs that an adapter needs and this host lacks, each with the command that installs it."""
     return {name: how_to_install(of) for name, of in adapter.programs.items() if not shutil.which(name)}
 
 
 def how_to_install(origin: str) -> str:
-    """Return the command that brings a program, by what ``Adapter.programs`` says of it."""
+    """Return the command that installs a program, from its value in ``Adapter.programs``."""
     return origin if " " in origin else f"apt-get install {origin}"
 
 
 def first_line(*command: str) -> str:
-    """Return the first line of what a program prints, '' if it cannot be run."""
+    """Return the first line of a program's output; '' if the program cannot be run."""
     try:
         return (run(command, timeout_s=10).strip().splitlines() or [""])[0]
     except LabError:
@@ -129,7 +126,7 @@ def first_line(*command: str) -> str:
 
 
 def is_published(client: RegistryClient, reference: str) -> bool:
-    """Tell whether the registry has a manifest of that name."""
+    """Return True if the registry has a manifest for the reference."""
     try:
         client.get_manifest(Reference.parse(reference))
     except ObdlabError:

@@ -1,6 +1,6 @@
-"""Images as one file: downloaded whole, mounted by the kernel, an overlay for what the container writes.
+"""Images as one file: downloaded whole and mounted by the kernel, with an overlay for the container's writes.
 
-No daemon, no snapshotter, no unpacking: what a full download costs at least, beside lazy ones.
+No daemon, no snapshotter, no unpacking: the lower bound for the cost of a full download.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Erofs(Adapter):
     programs: ClassVar[dict[str, str]] = {"mkfs.erofs": "erofs-utils"}
 
     def tag(self, source: Source) -> str:
-        """Return the tag of the image file."""
+        """Return the tag of the image with the file."""
         return f"{source.identity}-{self.name}1"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
@@ -104,11 +104,11 @@ class Erofs(Adapter):
         shutil.rmtree(place, ignore_errors=True)
 
     def layers(self, host: OwnContainerd) -> Path:
-        """Return where downloaded files are."""
+        """Return the directory of downloaded files."""
         return host.files_dir
 
     def versions(self) -> dict[str, str]:
-        """Return the version of what makes the file."""
+        """Return the version of mkfs.erofs."""
         return {"mkfs.erofs": first_line("mkfs.erofs", "-V")}
 
     def _place(self, host: OwnContainerd, reference: str) -> Path:
@@ -116,7 +116,7 @@ class Erofs(Adapter):
 
 
 class PlainLoop(Erofs):
-    """An uncompressed ext4 image on a loop device: the block path without anything clever."""
+    """An uncompressed ext4 image on a loop device: the plain block path."""
 
     name: ClassVar[str] = "loop"
     title: ClassVar[str] = "one ext4 file, downloaded whole"
@@ -126,7 +126,7 @@ class PlainLoop(Erofs):
     programs: ClassVar[dict[str, str]] = {"mkfs.ext4": "e2fsprogs"}
 
     def make(self, tree: Path, file: Path) -> None:
-        """Make an ext4 of the tree, as small as it gets."""
+        """Make the smallest ext4 file system that holds the tree."""
         used = sum(-(-path.lstat().st_size // 4096) * 4096 + 4096 for path in tree.rglob("*"))
         blocks = (used + used // 8) // 4096 + 4096
         run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m0", "-b4096", "-d", tree, file, str(blocks)],
@@ -134,11 +134,11 @@ class PlainLoop(Erofs):
         run(["resize2fs", "-M", file], timeout_s=_MAKE_TIMEOUT_S)
 
     def mount(self, file: Path, target: Path) -> None:
-        """Mount the image by a loop device that goes with the mount."""
+        """Mount the image by a loop device, which the kernel removes with the mount."""
         run(["mount", "-t", "ext4", "-o", "ro,loop", file, target])
 
     def versions(self) -> dict[str, str]:
-        """Return the version of what makes the file."""
+        """Return the version of mkfs.ext4."""
         return {"mkfs.ext4": first_line("mkfs.ext4", "-V")}
 
 
@@ -146,7 +146,7 @@ class PlainLoop(Erofs):
 def running_on(
     host: OwnContainerd, place: Path, config_data: bytes, name: str, probe: Probe
 ) -> Iterator[RunningContainer]:
-    """Run a container on an overlay over ``place/lower``, as the image configuration ``config_data`` says."""
+    """Run a container on an overlay over ``place/lower`` with the image configuration ``config_data``."""
     requested_s = time.time()
     root = place / name
     for part in ("root", "upper", "work"):
@@ -168,7 +168,7 @@ def running_on(
 
 
 def _options(config: dict[str, Any]) -> list[str]:
-    # What containerd would take from the image itself.
+    # containerd takes these options from an image's configuration by itself.
     words = [word for variable in config.get("Env", ()) for word in ("--env", variable)]
     words += ["--cwd", config.get("WorkingDir") or "/"]
     return words + (["--user", config["User"]] if config.get("User") else [])

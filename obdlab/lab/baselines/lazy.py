@@ -1,4 +1,4 @@
-"""obdlab: layers converted to overlaybd, metadata pulled, blocks read when they are needed."""
+"""obdlab: layers converted to overlaybd; a pull fetches metadata, a container's reads fetch blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obdlab.lab.containerd import OwnContainerd
     from obdlab.registry.client import RegistryClient
 
-#: Changes when a converted image would come out differently, so that kept ones are not used any more.
+#: Part of the tag: raise it when conversion gives other bytes, so that stored images are converted again.
 CONVERTER_VERSION = 1
 
 

@@ -1,4 +1,4 @@
-"""The baseline of all: pull everything, unpack it, let the kernel's overlayfs join the layers."""
+"""The baseline: pull everything, unpack it, and let the kernel's overlayfs join the layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Overlayfs(Adapter):
 
     name: ClassVar[str] = "overlayfs"
     title: ClassVar[str] = "a full pull with overlayfs"
-    #: containerd's name of the snapshotter, if another than the adapter's.
+    #: containerd's name of the snapshotter; empty if it is the adapter's name.
     snapshotter: ClassVar[str] = ""
     registry_share: ClassVar[float] = 1.0
-    host_share: ClassVar[float] = 3.7  # compressed, and unpacked
+    host_share: ClassVar[float] = 3.7  # compressed and unpacked
     start_share: ClassVar[float] = 1.0
     programs: ClassVar[dict[str, str]] = {"containerd": "containerd", "ctr": "containerd", "runc": "runc"}
 

@@ -1,4 +1,4 @@
-"""obdlab helped by one recorded start: its trace as an acceleration layer, or what it read as a hot layer."""
+"""obdlab with one recorded start: its trace as an acceleration layer, or the blocks it read as a hot layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Prefetch(Lazy):
         return f"{super().tag(source)}-trace3{_recorded_as(source)}"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
-        """Convert the image, start it once to record what it reads, and add that on top."""
+        """Convert the image, start it once to record its reads, and add the acceleration or hot layer on top."""
         plain = Reference.parse(f"{reference.rpartition(':')[0]}:{Lazy.tag(self, source)}")
         if not is_published(client, str(plain)):
             super().publish(host, source, client, str(plain))
@@ -76,11 +76,11 @@ class Prefetch(Lazy):
 
 
 class Hot(Prefetch):
-    """obdlab's snapshotter with a hot layer of what one start read, recorded when the image is published."""
+    """obdlab's snapshotter with a hot layer of the blocks that one start read, recorded at publication."""
 
     name: ClassVar[str] = "obdlab-hot"
     title: ClassVar[str] = "obdlab with a hot layer"
-    registry_share: ClassVar[float] = 1.5  # the converted image, too
+    registry_share: ClassVar[float] = 1.5  # includes the converted image
     start_share: ClassVar[float] = 0.2
 
     def tag(self, source: Source) -> str:
@@ -93,7 +93,7 @@ class Hot(Prefetch):
         add_hot_layer(image, target, trace, settings, client=client)
 
 
-# What the kernel reads around page faults is in a trace as well.
+# The kernel's readahead around page faults is in a trace as well, so the tag names it unless it is the default.
 def _recorded_as(source: Source) -> str:
     return "" if source.readahead_kib == Settings().device_readahead_kib else f"-ra{source.readahead_kib}"
 
@@ -106,7 +106,7 @@ def _record(host: OwnContainerd, place: Path, image: ImageConfig, config: bytes,
         host.devices.mount(device, place / "lower")
         try:
             with running_on(host, place, config, f"record-{source.recipe.name}", source.recipe.probe):
-                pass  # ready: all that counts has been read
+                pass  # the container is ready: the trace has every read of the start
         finally:
             mount.unmount(place / "lower")
     finally:

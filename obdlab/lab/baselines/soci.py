@@ -1,8 +1,9 @@
-"""soci-snapshotter: gzip layers as they are, an index of each beside them, files read by FUSE when they are needed.
+"""soci-snapshotter: plain gzip layers with an index beside each; FUSE reads files when they are needed.
 
-Debian's package soci-snapshotter has client and daemon. The daemon fetches indices by HTTPS whatever it is told, and
-takes 127.0.0.0/8 for a registry without TLS: over plain HTTP it tries again for ten seconds a layer and then pulls
-everything without a word. So it is given the registry's TLS host, and a start that fetched whole layers is an error.
+Debian's package soci-snapshotter has client and daemon. The daemon fetches indices by HTTPS regardless of its
+configuration, and takes 127.0.0.0/8 for a registry without TLS. Over plain HTTP it retries for ten seconds a layer
+and then pulls everything without a warning. So the adapter uses the registry's TLS host, and a pull that mounted no
+layer lazily is an error.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 _INDEX_TIMEOUT_S = 1800.0
 _PULL_TIMEOUT_S = 600.0
-# Its default. An image with no layer as large gets an index of its largest: without any it would be no SOCI image.
+# SOCI's default. If all layers are smaller, the largest one is indexed: an image without an index is no SOCI image.
 _LEAST_INDEXED = 10 << 20
-# The client keeps its database in one place, whatever daemon it works for.
+# The client's database has a fixed place, so each call gets a mount namespace with a private directory there.
 _CLIENT_DIRECTORY = "/var/lib/soci-snapshotter-grpc"
 _IN_PRIVATE = f'mkdir -p {_CLIENT_DIRECTORY}; mount --bind "$1" {_CLIENT_DIRECTORY}; shift; exec "$@"'
 
 
 class Soci(Overlayfs):
-    """SOCI with its own choices: spans of 4 MiB, no index for layers below 10 MiB, background fetch after 30 s."""
+    """SOCI with its defaults: spans of 4 MiB, no index for layers below 10 MiB, background fetch after 30 s."""
 
     name: ClassVar[str] = "soci"
     title: ClassVar[str] = "SOCI"
@@ -53,7 +54,7 @@ class Soci(Overlayfs):
         return f"{source.identity}-soci2"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
-        """Make the index of the image as built, push both."""
+        """Index the image as built; push the image and the index."""
         with fetched(host, source, client, reference) as plain, tempfile.TemporaryDirectory() as directory:
             run([*host.ctr, "images", "tag", plain, reference])
             largest = max(layer.size for layer in OciLayout(source.layout).manifest.layers)
@@ -63,13 +64,13 @@ class Soci(Overlayfs):
                     words = ("soci", *host.ctr[1:], *command, reference)
                     private = ("unshare", "--mount", "sh", "-euc", _IN_PRIVATE, "sh", directory)
                     run([*private, *words], timeout_s=_INDEX_TIMEOUT_S)
-                # Last: an image that is there is taken for published.
+                # The image is pushed last: is_published() looks for its manifest only.
                 run([*host.ctr, "images", "push", "--plain-http", reference], timeout_s=_INDEX_TIMEOUT_S)
             finally:
                 run([*host.ctr, "images", "remove", "--sync", reference])
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
-        """Run its daemon, which trusts the registry's certificate."""
+        """Run the snapshotter's daemon, which trusts the registry's certificate."""
         config = host.state / f"{self.name}.toml"
         config.write_text("")
         (host.state / "registry.crt").write_bytes(registry.certificate.read_bytes())
@@ -78,7 +79,7 @@ class Soci(Overlayfs):
         return host.serving(self.name, command, _trust(host))
 
     def pull(self, host: OwnContainerd, reference: str) -> None:
-        """Pull metadata; the daemon fetches the index, and whole layers that have none."""
+        """Pull metadata; the daemon fetches the index, and layers without an index whole."""
         options = ("--snapshotter", self.name)
         words = ["soci", *host.ctr[1:], "image", "rpull", *options, reference]
         run(words, timeout_s=_PULL_TIMEOUT_S, environment=_trust(host))

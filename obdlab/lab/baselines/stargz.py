@@ -1,7 +1,7 @@
 """stargz-snapshotter: layers as eStargz, files read by FUSE when they are needed.
 
-Debian has its client (``ctr-remote``, package stargz-snapshotter) and its library; ``scripts/build-stargz`` makes the
-daemon of that library. A daemon of the project's own releases, put into the PATH, is used like it.
+Debian has the client (``ctr-remote``, package stargz-snapshotter) and the library; ``scripts/build-stargz`` builds
+the daemon from that library. A daemon from the stargz project's releases works too, if it is in the PATH.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _CONVERT_TIMEOUT_S = 1800.0
 _PULL_TIMEOUT_S = 600.0
-# Its defaults, but for the time after which it asks the registry again whether a blob is still there (60 s): a warm
-# start is to need no registry.
+# The daemon's defaults, except for valid_interval: after its default of 60 s the daemon would check blobs at the
+# registry again, and a warm start must not need the registry.
 _CONFIG = "[blob]\nvalid_interval = 86400\n"
 
 
@@ -57,7 +57,7 @@ class Stargz(Overlayfs):
             run([*host.ctr, "images", "remove", "--sync", reference])
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
-        """Run its daemon."""
+        """Run the snapshotter's daemon."""
         root = host.proxy_root(self.name)
         config = host.state / f"{self.name}.toml"
         config.write_text(_CONFIG)
@@ -79,7 +79,7 @@ class Stargz(Overlayfs):
 
 @contextmanager
 def fetched(host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> Iterator[str]:
-    """Have the image as built in containerd's content store, for tools that convert it; yield its reference."""
+    """Fetch the image as built into containerd's content store for tools that convert it; yield its reference."""
     plain = reference.rpartition(":")[0] + ":" + source.identity
     push_layout(source.layout, client, Reference.parse(plain))
     run([*host.ctr, "content", "fetch", "--plain-http", plain], timeout_s=_PULL_TIMEOUT_S)

@@ -1,1 +1,1 @@
-"""The paper's evaluation on one's own machine: questions, what is measured for each, claims and their verdicts."""
+"""The paper's evaluation on your own machine: questions, the experiments for each, claims and their verdicts."""

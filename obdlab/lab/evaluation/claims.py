@@ -1,4 +1,4 @@
-"""The paper's claims as checks over rows. Figures are those of "DADI" (USENIX ATC'20), read off its plots."""
+"""The paper's claims as checks over rows. The numbers are read off the plots of "DADI" (USENIX ATC'20)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _P2P = "needs a peer-to-peer network of hosts, which is not built yet"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim: which figure it is of, what it says, the paper's numbers in words, and the check."""
+    """One claim: its figure, its statement, the paper's numbers in words, and the check."""
 
     key: str
     figure: str
@@ -59,13 +59,13 @@ def _start_ratio(arm: str, start: str, disk: str, paper: str, enough: float) -> 
 
 
 def _gap_removed(arm: str, paper: str) -> Check:
-    # How much of what a cold start takes more than a warm one is gone.
+    # The removed share of the extra time that a cold start takes over a warm one.
     def check(results: Results) -> Outcome:
         cold, warm = (_starts(results, _COLD, start, "native") for start in ("cold", "warm"))
         helped = _starts(results, arm, "cold", "native")
         if not (cold and warm and helped):
             return Outcome(Verdict.NOT_MEASURED, runs=(q.START,))
-        # The pull is the same for all: what prefetching can help is the launch.
+        # All arms have the same pull; prefetching can only help the launch.
         base = median_interval([launch_s(row) for row in warm]).median
         whole = [launch_s(row) - base for row in cold]
         left = ratio_interval([launch_s(row) - base for row in helped], whole)
@@ -115,7 +115,7 @@ def _iops(arm: str, other: str, depth: int, what: str, least: float, paper: str)
 
 
 def _scan(run: q.Run, disk: str, enough: float) -> Check:
-    # The paper has obdlab ahead of everything it compares with, and gives no numbers. Reproduced: so it is here.
+    # The paper has the device ahead of everything it compares with, without numbers. Reproduced: first here as well.
     def check(results: Results) -> Outcome:
         rows = results.rows(run, start="dropped", disk=disk)
         by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in {row["arm"] for row in rows}}

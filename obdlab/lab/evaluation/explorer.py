@@ -1,6 +1,6 @@
 """Looking through stored starts: distributions, phases and single starts. Needs the ``lab`` extra, no privileges.
 
-:meth:`Explorer.show` and what it is made of are plain calls; ``obdlab.lab.evaluation.panel`` puts the same behind
+:meth:`Explorer.show` and the methods it calls are plain calls; ``obdlab.lab.evaluation.panel`` offers the same by
 widgets.
 """
 
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
     from obdlab.lab.rows import Row
 
-#: What starts are chosen by, in the order in which a choice narrows those after it.
+#: The axes that starts are chosen by; a choice narrows the axes after it.
 AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start")
 _UNITS = {"rate_mbit": " Mbit/s", "rtt_ms": " ms"}
 _ORDER = {"disk": ("native",), "start": ("cold", "dropped", "warm")}
 
 
 class ExplorerError(ObdlabError):
-    """There is nothing stored of what was asked for."""
+    """No stored starts match the request."""
 
 
 class Starts:
-    """The good starts of an experiment, whatever code they were measured under.
+    """The good starts of an experiment, measured under any code.
 
-    Where an arm was measured again under the same conditions with other code or another build of the image, only the
-    newest starts are here: a median over both would be of neither. :meth:`note` says what is left out.
+    If an arm was measured again under the same conditions with other code or another build of the image, only the
+    newest starts count: a median over both would describe neither. :meth:`note` reports the rows left out.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Read them. Raises ExplorerError without rows of starts, SpecError or RowsError for damaged results."""
+        """Read the starts. Raises ExplorerError without good ones, SpecError or RowsError for damaged results."""
         if not (directory / "rows.jsonl").is_file():
             raise ExplorerError(f"{directory}: no results of an experiment (wanted rows.jsonl in it)")
         spec = last_spec(directory)
@@ -68,7 +68,7 @@ class Starts:
             raise ExplorerError(f"{directory}: no good start ({self.failed} failed)")
 
     def note(self) -> str:
-        """Say how many of the stored rows are here, and why the others are not."""
+        """Return in words how many of the stored rows are used, and why the others are left out."""
         others = self.stored - len(self.rows) - self.failed
         left = [f"{self.failed} failed"] if self.failed else []
         left += (
@@ -83,19 +83,19 @@ class Starts:
         return said + (f"; measured under {codes} states of code and host" if codes > 1 else "")
 
     def choices(self, axis: str, **chosen: Any) -> list[Any]:
-        """Return the values that starts like ``chosen`` have on an axis (AXES or "arm")."""
+        """Return the values on an axis (AXES or "arm") of the starts that match ``chosen``."""
         found = dict.fromkeys(row[axis] for row in self._like(chosen))
         first = [self.baseline] if axis == "arm" else _ORDER.get(axis, ())
         return [*(each for each in first if each in found), *sorted(set(found) - set(first))]
 
     def choose(self, **chosen: Any) -> dict[str, Any]:
-        """Complete a choice: of each axis not named the first value there is. Raises ExplorerError."""
+        """Complete a choice: each axis not named gets its first value. Raises ExplorerError."""
         unknown = sorted(set(chosen) - set(AXES))
         if unknown:
             raise ExplorerError(f"no such axis (got {unknown[0]!r}, wanted among {', '.join(AXES)})")
         whole: dict[str, Any] = {}
         for axis in AXES:
-            # What is still to come narrows as well: rtt_ms=20 alone finds a rate that was measured with it.
+            # Later axes narrow this one too: rtt_ms=20 alone finds a rate that was measured with it.
             rest = {key: value for key, value in chosen.items() if key not in whole and key != axis}
             known = self.choices(axis, **whole, **rest) or self.choices(axis, **whole)
             value = chosen.get(axis, known[0])
@@ -108,11 +108,11 @@ class Starts:
         return whole
 
     def select(self, **chosen: Any) -> list[Row]:
-        """Return the starts of a choice, completed as by :meth:`choose`. Raises ExplorerError."""
+        """Return the starts of a choice, which :meth:`choose` completes. Raises ExplorerError."""
         return self._like(self.choose(**chosen))
 
     def ranked(self, arm: str = "", **chosen: Any) -> list[Row]:
-        """Return an arm's starts of a choice (default: the first arm beside the baseline), the fastest first.
+        """Return the starts of an arm under a choice, fastest first (default: the first arm other than the baseline).
 
         Raises ExplorerError.
         """
@@ -128,12 +128,12 @@ class Starts:
 
 
 class Explorer:
-    """All experiments of starts below a directory of results, and the pictures of one of them at a time."""
+    """All experiments of starts below a results directory, and pictures of the one that is open."""
 
     def __init__(self, results: str | Path = "", experiment: str = "") -> None:
-        """Find them: below ``results``, the first one open, or that of this name.
+        """Find the experiments below ``results`` and open ``experiment`` (default: the first one).
 
-        The default is the checkout's results, or as long as there are none, what was measured for its documentation.
+        Default of ``results``: the checkout's results, or those measured for the documentation if it has no others.
         Raises ExplorerError.
         """
         places = [Path(results)] if results else [default_results(), folder("experiments") / "measured"]
@@ -146,7 +146,7 @@ class Explorer:
         self.open(experiment or next(iter(self.experiments)))
 
     def open(self, experiment: str) -> Starts:
-        """Turn to another experiment. Raises ExplorerError."""
+        """Open another experiment. Raises ExplorerError."""
         if experiment not in self.experiments:
             known = ", ".join(self.experiments)
             raise ExplorerError(f"no such experiment (got {experiment!r}, wanted one of {known})")
@@ -155,13 +155,13 @@ class Explorer:
         return self.starts
 
     def contents(self) -> pd.DataFrame:
-        """Return how many good starts there are of everything that can be chosen."""
+        """Return the number of arms and good starts for each combination of axes."""
         frame = pd.DataFrame(self.starts.rows)
         groups = frame.groupby(list(AXES), sort=False)
         return groups.agg(arms=("arm", "nunique"), starts=("arm", "size")).reset_index()
 
     def distribution(self, **chosen: Any) -> Figure:
-        """Draw the starts of a choice: on the left each arm's distribution, on the right its median by phases."""
+        """Draw the starts of a choice: each arm's distribution on the left, its median by phase on the right."""
         whole = self.starts.choose(**chosen)
         rows = self.starts.select(**whole)
         figure, left, right = pair((1, 1))
@@ -177,7 +177,7 @@ class Explorer:
         return figure
 
     def waterfall(self, arm: str = "", rank: int = 0, **chosen: Any) -> Figure:
-        """Draw one start: of an arm the ``rank``-th fastest, from 1 (default: the one in the middle).
+        """Draw the ``rank``-th fastest start of an arm, from 1 (default: the middle one).
 
         Raises ExplorerError.
         """
@@ -187,7 +187,7 @@ class Explorer:
         return waterfall(ranked[rank - 1 if rank else (len(ranked) - 1) // 2])
 
     def table(self, **chosen: Any) -> pd.DataFrame:
-        """Return medians and intervals of a choice, a line for each arm."""
+        """Return medians and intervals of a choice, a row for each arm."""
         records = summary_records(summarise(self.starts.select(**chosen), self.starts.baseline))
         return pd.DataFrame(records).drop(columns=["image", "network", "start"])
 
@@ -211,7 +211,7 @@ class Explorer:
         shown.display(shown.HTML(as_html(self.table(**chosen)) + f"<p>{self.starts.note()}</p>"))
 
 
-# Settings that some starts had and others had not are what was compared: they are part of the arm.
+# If starts differ in their settings, the settings were compared: they become part of the arm's name.
 def _with_settings(rows: list[Row]) -> list[Row]:
     if len({json.dumps(row.get("settings", {}), sort_keys=True) for row in rows}) < 2:
         return rows
@@ -231,7 +231,7 @@ def _group(row: Row) -> tuple[Any, ...]:
 
 
 def find_experiments(root: Path) -> dict[str, Path]:
-    """Return the directories of stored starts below ``root`` by name: itself, its own, and those of evaluations."""
+    """Return the directories of stored starts at, one or two levels below ``root``, by name."""
     found = {}
     for path in sorted({root, *root.glob("*/"), *root.glob("*/*/")}):
         if not (path / "rows.jsonl").is_file():
@@ -239,7 +239,7 @@ def find_experiments(root: Path) -> dict[str, Path]:
         try:
             spec = last_spec(path)
         except SpecError:
-            continue  # stopped before anything was declared, or of a version that declared other things
+            continue  # stopped before spec.json was written, or written by another version
         if isinstance(spec, Spec):
             found[path.name if path == root else str(path.relative_to(root))] = path
     return found

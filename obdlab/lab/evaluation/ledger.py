@@ -25,7 +25,7 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A claim and what became of it."""
+    """A claim and its outcome."""
 
     claim: Claim
     outcome: Outcome
@@ -81,7 +81,7 @@ def as_text(entries: Sequence[Entry]) -> list[str]:
 
 
 def as_html(entries: Iterable[Entry], link: Callable[[Entry], str] | None = None) -> str:
-    """Return a table; ``link(entry)`` is HTML for where the rows and the figure of an entry are, a last column."""
+    """Return an HTML table. ``link(entry)`` fills a last column with HTML links to an entry's rows and figure."""
     names = (*HEADER, "rows, figure") if link else HEADER
     heads = [f"<th style='text-align:left'>{name}</th>" for name in names]
     lines = ["<table class='ledger'><thead><tr>", *heads, "</tr></thead><tbody>"]

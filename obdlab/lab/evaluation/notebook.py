@@ -1,4 +1,4 @@
-"""What the notebooks of the evaluation show. Needs the ``lab`` extra."""
+"""The content of the evaluation's notebooks. Needs the ``lab`` extra."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _ipython: Any = IPython.display  # untyped
 
 
 class Page:
-    """One question's page: over the results below ``results`` (default: those of the quick evaluation)."""
+    """One question's page over the results below ``results`` (default: those of the quick evaluation)."""
 
     def __init__(self, key: str, results: str | Path = "") -> None:
         self.question = question(key)
         self.results = Results(Path(results) if results else default_results() / "evaluation-quick")
 
     def introduction(self) -> None:
-        """Show what is asked, and what differs from the paper's set-up."""
+        """Show the question, and the differences from the paper's set-up."""
         asked = self.question
         figure = f"The paper's {asked.figure.replace('Fig', 'figure')}. " if asked.figure else ""
         _show(_ipython.Markdown(f"{figure}{asked.asks}\n\n*{asked.differs}*"))
 
     def figure(self) -> None:
-        """Show the figure, if there is anything to be seen in it."""
+        """Show the figure unless it is empty."""
         import matplotlib.pyplot as plt
 
-        # The notebook's heading is its title.
+        # The notebook's heading already has the title.
         figure = draw(self.question.key, self.results, titled=False)
         if not is_empty(figure):
             show_figure(figure, f"Figure: {self.question.title}")
@@ -57,14 +57,14 @@ class Page:
             _show(_ipython.HTML(as_html(found)))
 
     def verdicts(self) -> None:
-        """Show what became of the paper's claims."""
+        """Show the verdicts on the paper's claims."""
         entries = ledger.ledger(self.results, self.question.key)
         if entries:
             _show(_ipython.Markdown("**What becomes of the paper's claims**"))
             _show(_ipython.HTML(ledger.as_html(entries)))
 
     def provenance(self) -> None:
-        """Show where the rows are, and on what they were measured."""
+        """Show the rows' files, and the hosts they were measured on."""
         lines = []
         for run in self.question.runs:
             rows = self.results.rows(run)
@@ -99,13 +99,13 @@ class LedgerPage:
 
 
 def show_figure(figure: Figure, alternative: str) -> None:
-    """Show a figure sharp enough for print, with a text for those who do not see it."""
+    """Show a figure sharp enough for print, with an alternative text."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=180, bbox_inches="tight")
     _show(_ipython.Image(stream.getvalue(), format="png", retina=True, alt=alternative))
 
 
-# What a reader wants to know first; all of it is in environments.jsonl.
+# The most important facts; environments.jsonl has all of them.
 _ABOUT = {
     "kernel": "kernel {}",
     "cpu_model": "{}",

@@ -33,7 +33,8 @@ def build_report(
 ) -> Path:
     """Render every notebook over the stored results and write the page. Needs no privileges; measures nothing.
 
-    ``notebooks`` is their folder (default: the workbench's). Raises ReportError if a notebook is missing or fails.
+    ``notebooks`` is the folder of the notebooks (default: the workbench's). Raises ReportError if a notebook is
+    missing or fails.
     """
     sections = []
     for number, asked in enumerate(QUESTIONS, 1):
@@ -107,7 +108,7 @@ def _body(executed: Path) -> str:
     exporter: Any = HTMLExporter  # untyped upstream
     made = exporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = made.from_filename(str(executed))
-    # The notebook's own title is the section's.
+    # The section already has the notebook's title.
     return re.sub(r"<h1.*?</h1>", "", body, count=1, flags=re.DOTALL)
 
 

@@ -1,7 +1,7 @@
 """The explorer behind widgets, for JupyterLab. Needs the ``lab`` extra (ipywidgets).
 
-Pictures are images and tables are HTML in widgets of their own, so nothing depends on where the notebook's output
-goes; without a browser the same objects can be set and read, which is how they are tested.
+Pictures and tables are widgets (images and HTML), so the panel does not depend on the notebook's output area. Without
+a browser the same objects can be set and read; the tests do so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _NAMES = {"image": "image", "rate_mbit": "rate", "rtt_ms": "round trip", "disk":
 
 
 class Panel:
-    """Choices, and what they show. A choice narrows those after it; what is chosen stays where it can."""
+    """Drop-down choices with their pictures and table.
+
+    A choice narrows the choices after it; they keep their values where these are still offered.
+    """
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer = explorer
@@ -42,18 +45,18 @@ class Panel:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What is chosen, by axis."""
+        """The chosen values by axis."""
         return {axis: choice.value for axis, choice in self.axes.items()}
 
     def widget(self) -> widgets.VBox:
-        """Return it all, to be displayed."""
+        """Return the widget with all choices, pictures and the table."""
         first = widgets.HBox([self.experiment, self.axes["image"], self.axes["start"]])
         second = widgets.HBox([self.axes["rate_mbit"], self.axes["rtt_ms"], self.axes["disk"]])
         third = widgets.HBox([self.arm, self.rank])
         return widgets.VBox([first, second, self.distribution, self.table, third, self.waterfall])
 
     def _changed(self, change: dict[str, Any]) -> None:
-        # Setting one choice's values below changes it, and would call this for each.
+        # Setting a choice's options below triggers this observer again.
         if self._updating:
             return
         self._updating = True
@@ -82,7 +85,7 @@ class Panel:
     def _rank(self) -> None:
         ranked = self.explorer.starts.ranked(self.arm.value, **self.chosen)
         named = {f"{rank} of {len(ranked)}: {row['total_s']:.2f} s": rank for rank, row in enumerate(ranked, 1)}
-        # Another arm's third start is not the same one: the middle one is shown anew.
+        # Ranks of different arms are different starts: begin at the middle one again.
         self.rank.options = list(named.items())
         self.rank.value = (len(ranked) + 1) // 2
 

@@ -1,4 +1,4 @@
-"""What figures are made of: bars with intervals, lines with bands, distributions, and their common look."""
+"""Parts of figures: bars with intervals, lines with bands, distributions, and their common look."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLOURS = {
     "zstd": "#c98f5f",
 }
 _OTHERS = (OURS, "#c98f5f", "#8a9a4b", "#b5677d", "#9a7fb0", THEIRS)
-#: Words of the paper's are a shade darker than its bars, to be read on white.
+#: Text in the paper's colour is darker than the paper's bars, to be readable on white.
 _PAPER_TEXT = "#7c6a45"
 _SMALL, _LABEL, _TITLE = 8.5, 9, 10
 
@@ -67,7 +67,7 @@ def as_bar(label: str, values: Sequence[float]) -> Bar | None:
 def draw_bars(
     axes: Axes, bars: Sequence[Bar | None], title: str, unit: str, colours: Sequence[str] | str = ()
 ) -> None:
-    """Draw bars with their values and intervals; ``colours`` are by bar, or one of all (default: by label)."""
+    """Draw bars with their values and intervals; ``colours``: one per bar, or one for all (default: by label)."""
     shown = [bar for bar in bars if bar is not None]
     if not _titled(axes, title, bool(shown)):
         return
@@ -80,7 +80,7 @@ def draw_bars(
         axes.text(place, high + 0.02 * top, f"{value:.3g}", ha="center", va="bottom", fontsize=_SMALL)
     axes.set_xticks(range(len(shown)), [bar[0] for bar in shown], fontsize=_SMALL)
     axes.tick_params(axis="x", length=0)
-    # A bar or two would be as wide as the axes.
+    # Without this one or two bars would fill the axes.
     axes.set_xlim(-0.6, max(len(shown), 3) - 0.4)
     axes.set_ylim(0, top * 1.2)
     plain(axes, unit)
@@ -96,10 +96,10 @@ def draw_lines(
     log: bool = True,
     theirs: tuple[float, str] | None = None,
 ) -> None:
-    """Draw medians over what was varied, with bands for the intervals.
+    """Draw medians over the values of an axis, with bands for the intervals.
 
-    ``log``: steps of equal ratio are equally wide, with a tick at each point. ``theirs``: a value of the paper's, in
-    the unit of the axis, and what is written at its line.
+    ``log``: the x axis is logarithmic. ``theirs``: a value of the paper in the unit of the y axis, and the text at
+    its line.
     """
     drawn = {name: points for name, points in series.items() if points}
     if not _titled(axes, title, bool(drawn)):
@@ -116,7 +116,7 @@ def draw_lines(
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1e6 else f"{tick:g}" for tick in ticks], fontsize=_SMALL)
     axes.minorticks_off()
-    # Their line is part of the picture even where all that was measured lies far below.
+    # The paper's line stays in the picture even where all measurements lie far below.
     highest = max(estimate.high for points in drawn.values() for estimate in points.values())
     axes.set_ylim(0, 1.15 * max(highest, theirs[0] if theirs else 0.0) or 1.0)
     axes.set_xlabel(x, fontsize=_LABEL)
@@ -132,13 +132,13 @@ def draw_lines(
 
 
 def draw_distribution(axes: Axes, series: Mapping[str, Sequence[float]], title: str, unit: str) -> None:
-    """Draw for each series which share of its values is at most so large (its ECDF)."""
+    """Draw the empirical distribution function (ECDF) of each series."""
     if not _titled(axes, title, any(series.values())):
         return
     for name, values in series.items():
         if values:
             ordered = np.sort(np.asarray(values, dtype=float))
-            # From 0, so that a step is where the first value is, too.
+            # Shares begin at 0, so that the first value has a step too.
             shares = np.arange(len(ordered) + 1) / len(ordered)
             label = f"{name} ({len(ordered)})"
             ends = np.concatenate([ordered[:1], ordered])
@@ -146,13 +146,13 @@ def draw_distribution(axes: Axes, series: Mapping[str, Sequence[float]], title: 
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
     axes.set_xlabel(unit, fontsize=_LABEL)
-    # Below: a distribution may run through any corner.
+    # The legend is below the axes: a curve may run through any corner.
     axes.legend(fontsize=_SMALL, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     plain(axes, "share of starts")
 
 
 def plain(axes: Axes, unit: str, grid: str = "y") -> None:
-    """Give the axes the look that all have; ``unit`` is written at the vertical one."""
+    """Give the axes the common look; ``unit`` labels the vertical axis."""
     axes.set_ylabel(unit, fontsize=_LABEL)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=_SMALL)

@@ -1,4 +1,4 @@
-"""The figures of the evaluation: what was measured here, and the paper's own numbers beside it where it has any."""
+"""The figures of the evaluation: measurements made here, beside the paper's numbers where the paper has any."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def draw(key: str, results: Results, *, titled: bool = True) -> Figure:
-    """Return the figure of a question, ``titled`` with it. Raises UnknownQuestionError."""
+    """Return the figure of a question; ``titled`` puts the question above it. Raises UnknownQuestionError."""
     asked = q.question(key)
     figure = _DRAWINGS[key](results)
     if titled:
@@ -40,7 +40,7 @@ def draw(key: str, results: Results, *, titled: bool = True) -> Figure:
 
 
 def is_empty(figure: Figure) -> bool:
-    """Tell whether there is nothing in a figure: nothing measured, nothing of the paper's."""
+    """Return True if a figure shows neither measurements nor numbers of the paper."""
     return not any(axes.axison for axes in figure.axes)
 
 
@@ -52,7 +52,7 @@ def _by(rows: Sequence[Row], x: str, key: str) -> dict[float, Estimate]:
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()  # some are ranges, or words
+    return text.replace(".", "", 1).isdecimal()  # some of the paper's values are ranges or words
 
 
 def _paper(figure: str, names: dict[str, str], x: str | None = None) -> list[Bar | None]:

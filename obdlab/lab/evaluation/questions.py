@@ -1,4 +1,4 @@
-"""The questions of the evaluation: a figure of the paper each, and the experiments that answer it here."""
+"""The questions of the evaluation, each with its figure in the paper and the experiments that answer it here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from obdlab.errors import ObdlabError
 
 
 class UnknownQuestionError(ObdlabError):
-    """There is no such question."""
+    """No question has this key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An experiment: a declaration below ``experiments/``, and what is changed of it."""
+    """An experiment: a declaration below ``experiments/``, and the keys that differ from it."""
 
     name: str
     declaration: str
@@ -36,9 +36,9 @@ MEMORY = Run("memory", "memory.toml")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``figure`` is the paper's, "" for what the paper does not show; ``differs`` says what is not as there.
+    """A question. ``figure`` is the paper's, or ""; ``differs`` names the differences from the paper's set-up.
 
-    ``shown`` are the values that rows must have to be in the question's table, by column; all if it is empty.
+    ``shown`` selects the rows of the question's table: allowed values by column; empty selects all rows.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""What has been measured: rows of the evaluation's experiments, chosen and summed up."""
+"""Stored rows of the evaluation's experiments, selected and summed up."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
     from obdlab.lab.evaluation.questions import Run
     from obdlab.lab.rows import Row
 
-# Of fewer than this an interval says nothing.
+# With fewer samples an interval says nothing.
 LEAST = 3
 
 
 class Results:
-    """The results below one directory, one directory of raw rows for each experiment."""
+    """The results below one directory, with a sub-directory of raw rows for each experiment."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._rows: dict[str, list[Row]] = {}
 
     def directory(self, run: Run) -> Path:
-        """Return where an experiment's rows are."""
+        """Return the directory of an experiment's rows."""
         return self.root / run.name
 
     def rows(self, run: Run, **where: Any) -> list[Row]:
-        """Return the good rows of an experiment's last run whose values are these; none if it was not run."""
+        """Return the good rows of an experiment's last run with these values; [] if it was not run."""
         if run.name not in self._rows:
             self._rows[run.name] = self._load(run)
         return [row for row in self._rows[run.name] if all(row.get(key) == value for key, value in where.items())]
 
     def all_rows(self, run: Run) -> list[Row]:
-        """Return every row ever measured, failed ones too."""
+        """Return every stored row, failed ones included."""
         directory = self.directory(run)
         return RowStore(directory).rows() if (directory / "rows.jsonl").is_file() else []
 
     def why_not(self, run: Run) -> str:
-        """Return why an experiment could not be run here, "" if it was not tried or could."""
+        """Return why an experiment could not be run here; "" if it was run or not tried."""
         try:
             return (self.directory(run) / "not_run.txt").read_text().strip()
         except OSError:
@@ -68,12 +68,12 @@ class Results:
 
 
 def samples(rows: Iterable[Row], key: str) -> list[float]:
-    """Return one value of each row that has it."""
+    """Return the value of ``key`` of each row that has it."""
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
 def estimate(rows: Iterable[Row], key: str) -> Estimate | None:
-    """Return median and interval of one value; None without rows."""
+    """Return median and interval of the value of ``key``; None without rows."""
     values = samples(rows, key)
     return median_interval(values) if values else None
 
@@ -85,10 +85,10 @@ def ratio(rows: Sequence[Row], baseline: Sequence[Row], key: str) -> Estimate | 
 
 
 def busy(rows: Iterable[Row]) -> bool:
-    """Whether any of the rows was measured on a host that was not quiet."""
+    """Return True if any row was measured on a busy host."""
     return any(row.get("quiet") is False for row in rows)
 
 
 def launch_s(row: Row) -> float:
-    """Return what a start took beside its pull."""
+    """Return the time of a start without its pull, in seconds."""
     return float(row["create_s"]) + float(row["start_s"]) + float(row["ready_s"])

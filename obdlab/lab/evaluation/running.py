@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def chosen_runs(keys: Sequence[str]) -> tuple[Run, ...]:
-    """Return the experiments of these questions, all if none is named. Raises UnknownQuestionError."""
+    """Return the experiments of these questions; without keys all experiments. Raises UnknownQuestionError."""
     wanted = {run.name for key in keys for run in question(key).runs}
     return tuple(run for run in runs() if not keys or run.name in wanted)
 
@@ -35,10 +35,10 @@ def specs(
     changes: Mapping[str, Mapping[str, Any]],
     declarations: Path | None = None,
 ) -> dict[str, AnySpec]:
-    """Return the checked spec of each experiment by its name; ``changes`` are by experiment, too.
+    """Return the checked spec of each experiment by its name; ``changes`` are by experiment name as well.
 
-    ``declarations`` is their folder (default: the workbench's). Raises SpecError for one that does not exist, before
-    anything is measured.
+    ``declarations`` is the folder of the declarations (default: the workbench's). Raises SpecError if ``changes``
+    names an unknown experiment, or a declaration is missing or malformed.
     """
     unknown = sorted(set(changes) - {run.name for run in chosen})
     if unknown:
@@ -54,9 +54,10 @@ def specs(
 def run_all(
     planned: Mapping[str, AnySpec], results: Results, say: Callable[[str], None], paths: LabPaths | None = None
 ) -> dict[str, str]:
-    """Run what has not been measured yet; return why some could not be run, by name.
+    """Run the experiments that are not measured yet; return the reasons of those that failed, by name.
 
-    What cannot be run here (a missing program, a kernel without a feature) is told, kept in the results and skipped.
+    An experiment that cannot run here (missing program or kernel feature) is skipped: ``say`` gets the reason, and
+    the results keep it.
     """
     failed = {}
     for number, (name, spec) in enumerate(planned.items(), 1):
@@ -68,7 +69,7 @@ def run_all(
         try:
             measured = open_experiment(spec, directory, paths).run()
         except DiskFullError:
-            raise  # the others need more of the same disk
+            raise  # the other experiments need the same disk
         except ObdlabError as error:
             interrupts.check(error)
             failed[name] = str(error)

@@ -1,4 +1,4 @@
-"""Tables of the evaluation: medians with intervals, by what was varied. Needs the ``lab`` extra (pandas)."""
+"""Tables of the evaluation: medians with intervals, a row for each point. Needs the ``lab`` extra (pandas)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LIGHT = "color:#767676;font-size:92%"
 _PADDING = "padding:.25em .9em .25em 0"
 _UNIT = re.compile(r"(^|_)(us|ms|s|kib|mib|mb|mb_s|m_s|s_per_gb)$")
-#: A number, perhaps with its interval and how many there are of it; or nothing.
+#: A number, optionally with its interval and count; or an empty cell.
 _NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\])?( n=\d+)?)?$")
 _NOTHING = {"", "0", "0.00"}
 _START_AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
@@ -37,9 +37,9 @@ _START_METRICS = {
     "requests": "requests",
     "cpu_s": "CPU, s",
 }
-#: Milliseconds are enough of a start.
+#: Starts are shown to the millisecond.
 _START_DECIMALS, _ANY_DECIMALS = 3, 6
-#: What is said of what all rows have in common.
+#: The words for a condition that all rows share.
 _SAID = {
     "rate_mbit": "{} Mbit/s",
     "rtt_ms": "{} ms round trip",
@@ -51,9 +51,9 @@ _SCALES = {"bytes_received": 1e-6}
 
 
 def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
-    """Return a row for each point: what was varied, the number of rows, and ``median [low, high]`` of each metric.
+    """Return a row for each point: its axes, the number of rows, and ``median [low, high]`` of each metric.
 
-    Of rows whose columns have the values ``shown`` only. Empty if the experiment has no such rows.
+    ``shown`` selects rows: allowed values by column. The table is empty if the experiment has no such rows.
     """
     rows = [
         row
@@ -78,9 +78,9 @@ def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | Non
 
 
 def as_html(frame: pd.DataFrame) -> str:
-    """Return a table to be read: numbers right, intervals lighter, no columns that are empty or nothing but 0.
+    """Return an HTML table: numbers aligned right, intervals lighter, columns that are empty or all 0 left out.
 
-    Of what could have been varied (the columns up to "n") the constant is said once above it.
+    Conditions (the columns up to "n") that are equal in all rows are named once above the table.
     """
     columns = [name for name in frame.columns if not {_text(value) for value in frame[name]} <= _NOTHING]
     conditions = columns[: columns.index("n") + 1] if "n" in columns and len(frame) > 1 else []
@@ -115,15 +115,15 @@ def _columns(row: Row) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(kind.axes), {metric.key: _head(metric) for metric in kind.metrics}
 
 
-# The unit is told beside the name, not in it as well.
+# The key's unit suffix goes: the unit follows the name after a comma.
 def _head(metric: Metric) -> str:
     name = _UNIT.sub("", metric.key).replace("_", " ").replace("seconds", "time").replace("cpu", "CPU")
-    if metric.unit.startswith(("of ", "in ")):  # a share, or a place
+    if metric.unit.startswith(("of ", "in ")):  # "of the content", "in the merged index"
         return metric.unit if name.startswith("of ") else f"{name} {metric.unit}"
     return ", ".join(filter(None, (name, metric.unit)))
 
 
-# Styles are in the cells: a notebook has no style sheet of ours, its own puts everything right, a widget has none.
+# Styles are in the cells: a notebook's style sheet aligns every cell right, and a widget has no style sheet.
 def _cell(tag: str, text: str, number: bool) -> str:
     value, bracket, interval = text.partition(" [")
     lighter = f" <span style='{_LIGHT}'>[{html.escape(interval)}</span>" if bracket and tag == "td" else ""
@@ -144,7 +144,7 @@ def _told(estimate: Estimate, decimals: int) -> str:
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
-# Three digits, also where the last is 0, but never powers of ten.
+# Three significant digits, trailing zeros included, never in exponent form.
 def _measured(value: float, decimals: int) -> str:
     if abs(value) >= 1000:
         return _number(value)

@@ -1,4 +1,4 @@
-"""Verdicts on claims, and how ratios and numbers become one."""
+"""Verdicts on claims, from measured ratios and numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Verdict(Enum):
-    """What became of a claim."""
+    """The verdict on a claim."""
 
     REPRODUCED = "reproduced"
     SHAPE_ONLY = "shape only"
@@ -30,7 +30,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict with what it rests on: ``measured`` in words, the experiments, and how many rows were used."""
+    """A verdict with its evidence: ``measured`` in words, the experiments, and the number of rows used."""
 
     verdict: Verdict
     measured: str = ""
@@ -50,10 +50,11 @@ def of_ratio(
     used: Sequence[Row],
     run: Run,
 ) -> Outcome:
-    """Return the verdict on a ratio that must be below ``below``; ``paper`` is its own in words, "" for none.
+    """Return the verdict on a ratio that must be below ``below``; ``paper`` is the paper's ratio in words, or "".
 
-    Reproduced: surely below, and at most ``enough`` (at least it, if the claim is of a ratio above 1 turned around).
-    Shape only: surely below, but less far. Not reproduced: surely not below. Unclear: the interval does not tell.
+    Reproduced: the interval lies below ``below`` and the median is at most ``enough``. Shape only: the interval lies
+    below, the median is above ``enough``. Not reproduced: the interval lies at or above ``below``. Unclear: the
+    interval holds ``below``, or there is no interval.
     """
     if ratio is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
@@ -79,7 +80,7 @@ def of_number(
     used: Sequence[Row],
     run: Run,
 ) -> Outcome:
-    """Return the verdict on a number that must lie within bounds, whole interval included."""
+    """Return the verdict on a number whose whole interval must lie within the bounds."""
     if value is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
     low, high = least if least is not None else float("-inf"), most if most is not None else float("inf")
@@ -96,7 +97,7 @@ def of_number(
 
 
 def confidence(count: int, used: Sequence[Row]) -> str:
-    """Say how much a verdict is to be trusted: by the number of samples, and whether the host was quiet."""
+    """Return the confidence in a verdict in words, from the number of samples and the load of the host."""
     if count < LEAST:
         return f"low: {count} sample{'s' if count > 1 else ''}"
     level = "high" if count >= 10 else "fair"

@@ -1,4 +1,4 @@
-"""One start as a waterfall: what came after what, and what went over the link meanwhile. Needs the ``lab`` extra."""
+"""One start as a waterfall: its phases in order, and its traffic over the link. Needs the ``lab`` extra."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MARK = "#a63d40"
 
 
 def waterfall(row: Row) -> Figure:
-    """Draw one start's phases as bars on one time axis, in seconds since it began, its traffic in words beside them.
+    """Draw one start's phases as bars on one time axis (seconds since the start began), with its traffic in words.
 
-    A phase begins where the one before ends. If the registry was asked for more after the container was ready, a line
-    says until when (``completion_s`` of the row).
+    A phase begins where the one before ends. If the registry served more after the container was ready, a dashed line
+    marks the end (``completion_s`` of the row).
     """
     figure, (axes, beside) = plt.subplots(1, 2, figsize=(11.5, 2.9), width_ratios=[3.2, 1], layout="constrained")
     began_s = 0.0
@@ -48,7 +48,7 @@ def waterfall(row: Row) -> Figure:
 
 
 def traffic(row: Row) -> list[str]:
-    """Return what went over the link for a start and what it cost, a line for each number that the row has."""
+    """Return a start's traffic and costs in words, a line for each number that the row has."""
     lines = [f"{row['bytes_received'] / 1e6:,.1f} MB received until ready"] if "bytes_received" in row else []
     if "requests" in row:
         waits = f", {row['round_trip_waits']} one after another" if row.get("round_trip_waits") else ""
@@ -74,7 +74,7 @@ def _completion(axes: Axes, row: Row, total_s: float) -> float:
     return last_s
 
 
-# Beside its bar, on the side where there is room; never across the axes' end.
+# The label goes beside its bar on the side with room, or inside a long bar; it never crosses the end of the axes.
 def _label(axes: Axes, place: int, began_s: float, taken_s: float, text: str, total_s: float) -> None:
     left = began_s + taken_s > 0.75 * total_s
     if left and taken_s > 0.4 * total_s:

@@ -1,6 +1,6 @@
-"""Experiments that are no container starts, by the name that a declaration's ``kind`` has.
+"""Kinds of experiments other than container starts, by the value of a declaration's key ``kind``.
 
-A new one is a class like those here (``obdlab.lab.kinds.kind``) and a line in KINDS.
+To add one, write a subclass of ``obdlab.lab.kinds.kind.Kind`` and list it in KINDS.
 """
 
 from __future__ import annotations

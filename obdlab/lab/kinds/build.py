@@ -1,8 +1,8 @@
-"""Building a layer over an image: new files written, the mode of the image's own files changed, the layer committed.
+"""Building a layer over an image: write new files, change the mode of the image's files, commit the layer.
 
-(The paper's figure 25: write and chmod, 7,944 files of 545 MB; the commit is told apart.) overlayfs copies a file up
-to change its mode; a block device's layer takes the blocks of its inode. Every phase ends with the file system's data
-on the disk.
+(The paper's figure 25: write and chmod, 7,944 files of 545 MB; the commit is a separate metric here.) overlayfs
+copies a whole file up to change its mode; a block device's layer stores the blocks of the inode. Every phase ends
+with ``sync`` of the file system.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ARMS = ("overlayfs", "obdlab-append", "obdlab-sparse")
 
 
 class Build(Kind):
-    """The lower image holds as many files as are written over it."""
+    """The lower image holds as many files as the new layer."""
 
     name: ClassVar[str] = "build"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {"layer": _ARMS}
@@ -54,11 +54,11 @@ class Build(Kind):
     programs: ClassVar[Mapping[str, str]] = {"tar": "tar"}
 
     def point_s(self, options: Mapping[str, Value]) -> float:
-        """Return a time by the number of files, written and committed."""
+        """Return an estimate from the number of files."""
         return 1.0 + int(options["files"]) / 400
 
     def disk_bytes(self, options: Mapping[str, Value]) -> int:
-        """Return the size of the lower image in both forms, and of the layer and its commit."""
+        """Return the size of the lower image in both forms, the layer and its commit together."""
         return 4 * int(options["files"]) * (int(options["mean_kib"]) << 10)
 
     @contextmanager
@@ -78,7 +78,7 @@ class _Bench:
         self._work = work
         self._files = files
         self._mean = mean
-        # Room for the files of the image and of the layer, and as much again.
+        # Twice the room that the files of the image and of the layer need.
         self._disk_size = max(1 << 30, -(-4 * files * (mean + 4096) // (1 << 20)) << 20)
 
     def prepare(self) -> None:
@@ -138,7 +138,7 @@ class _Bench:
         build_s = times["write_s"] + times["chmod_s"]
         return {"build_s": build_s, **times, "commit_s": commit_s, "stored_mb": stored.stat().st_size / 1e6}
 
-    # Half of each file is noise, half zeros: what compresses to about half, as programs and libraries do.
+    # Half of each file is noise, half zeros: it compresses to about half, like programs and libraries.
     def _tree(self, root: Path) -> None:
         rng = random.Random(_SEED)
         for number in range(self._files):

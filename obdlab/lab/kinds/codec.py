@@ -27,7 +27,7 @@ _SEED = 7
 
 
 class Codec(Kind):
-    """Content is the uncompressed tar of an image's largest layers, from memory: no disk is measured."""
+    """The content is the uncompressed tar of an image's largest layers, in memory."""
 
     name: ClassVar[str] = "codec"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {
@@ -51,7 +51,7 @@ class Codec(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """Unpack as much content as asked for."""
+        """Unpack ``size_mib`` of content."""
         layout = place.images[str(options["image"])]
         content = layer_content(OciLayout(layout), int(options["size_mib"]) << 20)
         yield lambda point: _measure(content, place.work / "zfile", point)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Conversion(Kind):
-    """The layers of the image are gzip tars; what comes out is what the original's tools read."""
+    """The image's layers are gzip tars; the converted layers are in the original's format."""
 
     name: ClassVar[str] = "conversion"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {
@@ -46,7 +46,7 @@ class Conversion(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """Nothing to prepare: the images are built before."""
+        """Prepare nothing: ``place`` has the built images."""
         yield lambda point: _measure(point, place)
 
 

@@ -1,7 +1,7 @@
 """Random reads of a block device by fio: a plain loop device beside obdlab's, raw and compressed, by queue depth.
 
-(The paper's figure 22.) The devices are read with O_DIRECT, so past their own page cache; what lies below them, a raw
-file or a layer file, is dropped from the page cache before each point and fills it again while the point is measured.
+(The paper's figure 22.) fio reads with O_DIRECT, past the page cache of the device. The file below the device (raw
+file or layer) is dropped from the page cache before each point, and fills it again during the measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from obdlab.lab.kinds.kind import Place, Point, Value
 
-#: What each arm's layer is compressed by; "loop" has no layer.
+#: The compression of each arm's layer; "loop" has no layer.
 _PACKINGS = {
     "obdlab-raw": Packing(""),
     "obdlab-lz4": Packing("lz4", 4096),
@@ -37,7 +37,7 @@ _PACKINGS = {
 
 
 class Fio(Kind):
-    """Content is that of an image's layers, so that compression has something to do."""
+    """The content is that of an image's layers, so that it can be compressed."""
 
     name: ClassVar[str] = "fio"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {
@@ -56,7 +56,7 @@ class Fio(Kind):
     programs: ClassVar[Mapping[str, str]] = {"fio": "fio"}
 
     def point_s(self, options: Mapping[str, Value]) -> float:
-        """Return the time of one run of fio, with its start."""
+        """Return the time of one fio run, its start included."""
         return float(options["seconds"]) + 0.5
 
     def disk_bytes(self, options: Mapping[str, Value]) -> int:
@@ -111,7 +111,7 @@ def _measure(devices: Mapping[str, tuple[Path, Path]], point: Point, seconds: fl
 
 
 def drop_file(path: Path) -> None:
-    """Write a file back and take it out of the page cache; its own pages alone."""
+    """Write a file back and drop its pages from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

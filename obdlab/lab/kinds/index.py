@@ -1,4 +1,4 @@
-"""Merged indexes: how many lookups a core does, what a merge of layers takes, how large the index is.
+"""Merged indexes: lookups per second on one core, time to merge layers, size of the index.
 
 (The paper's figure 7, and its text on the merge of layers' indexes.)
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 _LOOKUPS = 20_000
 _BATCH = 200_000
-#: Sectors of a disk for each segment: a third of it is written.
+#: Disk sectors for each segment: a third of the disk is written.
 _SPREAD = 96
 _READ_SECTORS = 8
 _SEED = 7
 
 
 class Index(Kind):
-    """Random layers of 1 to 64 sectors a segment, stacked; the index of the stack has about ``segments`` of them."""
+    """Stacked random layers with segments of 1 to 64 sectors; the merged index has about ``segments`` segments."""
 
     name: ClassVar[str] = "index"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {
@@ -48,7 +48,7 @@ class Index(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """There is nothing to prepare."""
+        """Prepare nothing: each point makes its own indexes."""
         yield lambda point: _measure(int(point["segments"]), int(point["layers"]))
 
 

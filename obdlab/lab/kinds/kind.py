@@ -1,7 +1,7 @@
-"""What a kind of experiment is: axes whose points are measured, options of all points, and what comes out.
+"""The base class of kinds of experiments: axes whose points are measured, options of all points, and metrics.
 
-Container starts (``obdlab.lab.spec``) need networks, registries and proofs of coldness; kinds here measure parts of
-obdlab by themselves, on this host alone, with the same store, order, environment and statistics.
+Container starts (``obdlab.lab.spec``) need networks, registries and proofs of coldness. The kinds here measure single
+parts of obdlab on this host alone, with the same store, order, environment and statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Point = dict[str, Value]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A measured number. ``unit`` is what the value is in; ``higher`` says that more is better."""
+    """A measured number in ``unit``. ``higher`` is True if a larger value is better."""
 
     key: str
     unit: str
@@ -29,43 +29,43 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a kind may keep files while it measures: ``work``, on a real disk, is new and removed afterwards."""
+    """The place of a kind's files while it measures: ``work``, on a real disk, is new and removed afterwards."""
 
     work: Path
-    #: OCI layouts of the images that axes and options name "image", by name.
+    #: OCI layouts by image name, of the images that an axis or option "image" names.
     images: Mapping[str, Path]
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
 class Kind(Protocol):
-    """One kind of experiment. It has no state of its own."""
+    """One kind of experiment. Kinds hold no state."""
 
     name: ClassVar[str]
-    #: Values measured if a declaration names none. The first axis is what is compared; its first value the baseline.
+    #: Default values of each axis. Arms are the values of the first axis; its first value is the baseline.
     axes: ClassVar[Mapping[str, tuple[Value, ...]]]
     options: ClassVar[Mapping[str, Value]]
-    #: The first metric is the one that ratios are told of.
+    #: Reports show ratios of the first metric.
     metrics: ClassVar[tuple[Metric, ...]]
-    #: Programs it needs, with the Debian package that has each.
+    #: Programs that the kind needs, each with its Debian package.
     programs: ClassVar[Mapping[str, str]]
 
     def bench(
         self, options: Mapping[str, Value], place: Place
     ) -> AbstractContextManager[Callable[[Point], dict[str, float]]]:
-        """Prepare what all points share. The context's value measures one: numbers by the keys of ``metrics``.
+        """Prepare the state that all points share. Raises LabError.
 
-        Raises LabError.
+        The yielded function measures one point and returns numbers by the keys of ``metrics``.
         """
 
     def point_s(self, options: Mapping[str, Value]) -> float:
-        """Return about how long one point takes, in seconds."""
+        """Return an estimate of the time for one point, in seconds."""
         return 1.0
 
     def disk_bytes(self, options: Mapping[str, Value]) -> int:
-        """Return about how much its files take in ``Place.work``, beside what is made of an image."""
+        """Return an estimate of the kind's files in ``Place.work``, without those made from an image."""
         return 0
 
 
 def is_value(value: object) -> bool:
-    """Tell whether a value of a declaration can be one of a point."""
+    """Return True if a declaration's value can be a value of a point."""
     return isinstance(value, str | int | float | bool)

@@ -1,4 +1,4 @@
-"""What devices cost in memory: proportional set size of their servers, by how many there are of one image."""
+"""The memory of devices: proportional set size of their servers, by number of devices of one image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _READ = 1 << 20
 
 
 class Memory(Kind):
-    """Each device has been read from. The device host, which all share, is counted in the whole, not in a device."""
+    """Each device has been read from. The shared device host counts in ``all_mib``, not in ``device_mib``."""
 
     name: ClassVar[str] = "memory"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {"devices": (1, 10, 50)}
@@ -43,7 +43,7 @@ class Memory(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """Convert the image into a layout, whose layers the devices read."""
+        """Convert the image into a layout; the devices read its layers."""
         layout = place.images[str(options["image"])]
         converted = place.work / "converted"
         with closing(RegistryClient()) as client:

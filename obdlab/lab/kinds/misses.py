@@ -1,4 +1,4 @@
-"""What one read that misses takes: single reads of an image in a registry at a distance, nothing cached."""
+"""The latency of a cache miss: single reads of an image in a distant registry, nothing cached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAME = "misses"
 
 
 class Misses(Kind):
-    """Each read lies in an extent of the cache that no other one has touched; nothing is read ahead."""
+    """Each read lies in a cache extent that no other read has touched; readahead is off."""
 
     name: ClassVar[str] = "misses"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {"rtt_ms": (0, 5, 20), "size": (4096, 131072)}
@@ -52,7 +52,7 @@ class Misses(Kind):
 
     @contextmanager
     def bench(self, options: Mapping[str, Value], place: Place) -> Iterator[Callable[[Point], dict[str, float]]]:
-        """Convert the image once; its registry is started again for every point, behind another link."""
+        """Convert the image once. Each point starts a registry behind the point's link."""
         layout = place.images[str(options["image"])]
         converted = place.work / "converted"
         with closing(RegistryClient()) as client:
@@ -82,8 +82,7 @@ def _measure(converted: Path, options: Mapping[str, Value], point: Point, work: 
     return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "own_ms": own, "hit_us": float(np.median(hit)) * 1e6}
 
 
-# One read in each extent of the disk that has data: of compressed layers several may share an extent of the blob, so
-# that they are taken far apart.
+# Offsets in a segment are four extents apart: compressed data of neighbouring extents may share one of the blob.
 def _offsets(image: Stack, count: int, size: int, extent: int) -> list[int]:
     segments = image.index.segments()
     rows = segments[~segments.zeroed]
