@@ -1,6 +1,6 @@
-"""Asking a device's server for something, at its control socket (``obdlab.service.control`` answers).
+"""Sends requests to a device server's control socket (``obdlab.service.control`` answers them).
 
-Kept apart from the answering: who only asks needs nothing of what opens images, which takes long to import.
+A module apart from the answering side: askers need none of the imports for opening images, which take long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Tell = Callable[[dict[str, Any]], None]
 
 CONTROL_NAME = "control.sock"
-#: An asker sends its request at once and takes what it is told; one that does not is dropped.
+#: A client sends its request at once and takes the answer; a slower client is dropped.
 PEER_TIMEOUT_S = 5.0
 
 
@@ -31,9 +31,9 @@ def ask(
     progress: Tell | None = None,
     socket_name: str = CONTROL_NAME,
 ) -> Answer:
-    """Ask the server of the device at ``directory``, or a helper of its; return the result.
+    """Ask the server of the device at ``directory``, or one of its helpers; return the result.
 
-    Raises DeviceError if there is no server, it says nothing for ``silence_s``, or it refuses (with its reason).
+    Raises DeviceError if the server is missing, sends nothing for ``silence_s``, or refuses (with its reason).
     """
     who = f"device {directory.name}"
     try:

@@ -1,7 +1,7 @@
-"""What this host can do, what is missing for which command, and how to mend it.
+"""Checks of this host: its abilities, the missing ones per command, and their fixes.
 
-Every check tries the thing itself where that is harmless (opening a device node, making a namespace), and looks at
-no version number.
+Every check tries the thing itself where that is harmless (opening a device node, making a namespace), and looks at no
+version number.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-#: What a check is needed for; the order is that of the printed groups.
+#: Purposes of checks, in the order of the printed groups.
 PURPOSES = ("devices", "device kinds", "containers", "conversion", "experiments")
 _AS_ROOT = "run as root (sudo)"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding: ``ok`` with what was seen in ``detail``, or not ok with a ``fix``."""
+    """One finding: ``ok`` with the facts in ``detail``, or not ok with a ``fix``."""
 
     purpose: str
     name: str
@@ -58,7 +58,7 @@ def _device_checks() -> Iterator[Check]:
     yield _filesystem("devices", "erofs", erofs, optional=True)
 
 
-# Optional: without it a device is as good as its server, whose death its users see.
+# Optional: without it a device ends with its server, and the device's users see I/O errors.
 def _survival() -> Check:
     name, fix = "devices outlive their servers", "Linux 6.9 or later (FUSE_NOTIFY_RESEND), or the kind ublk or tcmu"
     try:
@@ -142,7 +142,7 @@ def _tool(purpose: str, tool: str, package: str) -> Check:
     return Check(purpose, tool, path is not None, path or "not found", f"apt-get install {package}")
 
 
-# `packages` are those of the tools that the command runs: one that is missing says nothing of the kernel.
+# `packages` are those of the tools that the command runs: a missing tool says nothing about the kernel.
 def _command(
     purpose: str, name: str, command: list[str], fix: str, packages: Mapping[str, str] = MappingProxyType({})
 ) -> Check:

@@ -1,4 +1,4 @@
-"""What the control socket offers for a writable image: flush, collection, growth, live snapshot."""
+"""Control socket actions for a writable image: flush, collection, growth, live snapshot."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class Changes:
-    """Changes a running device of one server, in whatever thread asks for it."""
+    """Changes a running device of one server, in the requesting thread."""
 
     def __init__(self, device: Device, blob: Blob, directory: Path) -> None:
         self._device = device
         self._blob = blob
         self._directory = directory
-        #: By the name of the request. An action gets the request, and where to tell of progress.
+        #: By the name of the request. An action gets the request, and a function that reports progress.
         self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "flush": self._flush,
             "gc": self._collect,
@@ -66,7 +66,7 @@ class Changes:
         new_config = Path(str(request.get("config", "")))
         for path in (config, new_config):
             self._refuse_own_disk(path)
-        tell({"step": "begun"})  # not for one who went away while others were served: it raises OSError then
+        tell({"step": "begun"})  # raises OSError if the client went away while it waited its turn
         done = snapshot(self._stack, config, new_config)
         self._change_record(config_sha256=hashlib.sha256(read_config(config)).hexdigest())
         return asdict(done)
@@ -77,7 +77,7 @@ class Changes:
             raise DeviceError("its image has no writable layer")
         return self._blob
 
-    # To store something on the device itself takes writes, which wait until the layers have changed.
+    # Storing a file on the device itself takes writes, which wait until the layers have changed.
     def _refuse_own_disk(self, path: Path) -> None:
         try:
             found = path.stat().st_dev
@@ -92,6 +92,6 @@ class Changes:
             raise DeviceError("it is being taken down")
         return record
 
-    # An attach tells by the record whether it is asked for what is attached already.
+    # By the record, an attach detects that the same image is attached already.
     def _change_record(self, **changed: Any) -> None:
         replace(self._record(), **changed).save(self._directory)

@@ -1,4 +1,4 @@
-"""Taking everything of a run directory down, whatever state a crash left it in."""
+"""Takes down everything of a run directory, in any state that a crash left it in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from obdlab.service.tally import TALLY_LOCK_NAME, TALLY_NAME
 if TYPE_CHECKING:
     from obdlab.service.client import DeviceService
 
-#: What obdlab itself makes in a run directory.
+#: Files that obdlab makes in a run directory.
 _FILES = (
     TOKEN_NAME,
     API_SOCKET_NAME,
@@ -41,20 +41,20 @@ _ATTACH_TIMEOUT_S = 30.0
 
 @dataclass(slots=True)
 class Cleaned:
-    """What was taken down, and what was left because somebody uses it. Lines for people."""
+    """Descriptions of removed things, and of those left because they are in use. Lines for people."""
 
     removed: list[str] = field(default_factory=list)
     in_use: list[str] = field(default_factory=list)
 
 
 def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
-    """Unmount what is on this run directory's devices, detach them, stop the host, empty the directory.
+    """Unmount the file systems on this run directory's devices, detach them, stop the host, empty the directory.
 
-    Works whether host and servers run, hang, or were killed; a second run finds nothing to do. What is in use is
-    left as it is and reported, and so are the devices and mounts of a snapshotter that runs, which counts on them
-    also while no container does. With ``force`` they go: mounts are detached lazily and their users get I/O errors,
-    and starts that are being recorded or watched are ended.
-    The snapshotter itself is always left; of files that are not obdlab's nothing is touched.
+    Works whether host and servers run, hang, or were killed; a second run finds nothing to do. Devices in use are
+    left as they are and reported. So are the devices and mounts of a running snapshotter, which relies on them even
+    while no container does. With ``force`` they go: mounts are detached lazily and their users get I/O errors, and
+    starts that are being recorded or watched are ended. The snapshotter itself is always left, and so are files that
+    are not obdlab's.
     """
     report = Cleaned()
     run = service.run_dir
@@ -68,7 +68,7 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
             if root is not None:
                 kept[root] = kept.get(root, 0) + 1
                 continue
-            directory.mkdir(parents=True, exist_ok=True)  # somebody may have removed it from under its device
+            directory.mkdir(parents=True, exist_ok=True)  # it may have been removed from under its device
             for entry in _mounts_on(directory):
                 _unmount(entry.mountpoint, report, force)
             if service.detach(directory.name, force=force):
@@ -85,7 +85,8 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     return report
 
 
-# Their containers and mounts are their makers', in mount namespaces of these. Returns the names of those that go on.
+# Only a start's maker can end its containers and mounts: they are in its mount namespace. Returns the starts that go
+# on.
 def _end_starts(run_path: Path, report: Cleaned, force: bool) -> set[str]:
     running = set()
     for place in places_of_starts(run_path):
@@ -106,7 +107,7 @@ def _end_starts(run_path: Path, report: Cleaned, force: bool) -> set[str]:
 
 def _snapshotter_of(directory: Path) -> Path | None:
     record = DeviceRecord.load(directory)
-    if record is None and directory.is_dir():  # an attach under way is waited for: whose it is, its end says
+    if record is None and directory.is_dir():  # wait for an attach under way: only its record names its owner
         with held(directory, _ATTACH_TIMEOUT_S):
             record = DeviceRecord.load(directory)
     return None if record is None else running_snapshotter(Path(record.config))
@@ -117,7 +118,7 @@ def _kept_text(root: Path, count: int) -> str:
     return f"{count} {devices} and what is mounted from there: of the snapshotter that runs with --root {root}"
 
 
-# Newest first, so that what is mounted inside another mount goes before it.
+# Newest first, so that a mount inside another mount goes before it.
 def _mounts_on(directory: Path) -> list[mount.MountEntry]:
     found = [entry for device in devices_of(directory) for entry in mount.mounts_of(device)]
     return sorted(found, key=lambda entry: entry.mount_id, reverse=True)
@@ -132,7 +133,7 @@ def _unmount(target: Path, report: Cleaned, force: bool) -> None:
         report.removed.append(f"mount {target}")
 
 
-# The host's aside, a socket in the run directory is that of a service that was started to listen there.
+# Except for the host's, a socket in the run directory belongs to a service that was started to listen there.
 def _live_sockets(run_path: Path) -> list[str]:
     listeners = {path: _listener(path) for path in _sockets(run_path) if path.name != SOCKET_NAME}
     return [f"{_service_of(path)} is still running on {path} ({who})" for path, who in listeners.items() if who]
@@ -160,9 +161,9 @@ def _sockets(run_path: Path) -> list[Path]:
     return [entry for entry in sorted(run_path.iterdir()) if stat.S_ISSOCK(entry.lstat().st_mode)]
 
 
-# Only what is known to be obdlab's: people put other things beside it. No socket is alive here any more.
+# Removes only obdlab's own files: people put other things beside them. No socket has a listener any more here.
 def _empty(run_path: Path) -> None:
-    logs = list(run_path.glob("host.log.[0-9]*"))  # put aside
+    logs = list(run_path.glob("host.log.[0-9]*"))  # rotated
     for path in [run_path / name for name in _FILES] + logs + _sockets(run_path):
         path.unlink(missing_ok=True)
     for name in _DIRECTORIES:
@@ -178,7 +179,7 @@ def _has_mounts(path: Path) -> bool:
     return any(resolved == entry.mountpoint or resolved in entry.mountpoint.parents for entry in mount.mounts())
 
 
-# Snapshotters that listen for containerd elsewhere may still tell their counters here.
+# Snapshotters that listen for containerd elsewhere may still serve their counters here.
 def _empty_of_dead(directory: Path) -> None:
     for path in _sockets(directory):
         if not _listener(path):

@@ -1,7 +1,7 @@
 """Attaching, detaching and listing devices, from any process.
 
 Only an attach needs the device host, which is started on demand. Everything else works on the kernel's state and the
-run directory, also when host and servers are dead.
+run directory, even when host and servers are dead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 #: Time for Python to start and the host to listen, on a busy machine.
 _HOST_START_TIMEOUT_S = 30.0
-#: The host is given less time than its client has, by this share and at most so much: its answer, with the cause of a
+#: The host gets less time than its client has, by this share and at most this much: its answer, with the cause of a
 #: failure, must still come through.
 _ANSWER_SHARE = 0.2
 _MOST_FOR_ANSWER_S = 10.0
@@ -57,8 +57,8 @@ _HOST_END_S = 5.0
 class AttachedDevice:
     """A device as its users see it. ``alive``: it is served, or will be in a moment; if not, reads fail.
 
-    The process ``keeper_pid`` replaces a server that dies; it is 0 while there is none. A device that has
-    ``graduated`` is served by the kernel alone, from a local file, and has no processes any more.
+    The process ``keeper_pid`` replaces a server that dies; 0 means no keeper. A device that has ``graduated`` is
+    served by the kernel alone, from a local file, and has no processes any more.
     """
 
     device_id: str
@@ -76,33 +76,33 @@ class AttachedDevice:
 
 
 class Devices(Protocol):
-    """What a snapshotter needs of whoever makes images block devices; each method as DeviceService has it."""
+    """The part of a device service that a snapshotter needs; each method as DeviceService has it."""
 
     @property
     def settings(self) -> Settings:
-        """What images are opened with."""
+        """The settings for opening images."""
 
     def start_host(self) -> None:
-        """Have everything running that the first attach needs."""
+        """Start all processes that the first attach needs."""
 
     def prime(self, image: ImageConfig) -> None:
-        """Have what opening an image needs of its registry at hand; an image works without."""
+        """Cache the parts of an image that opening it reads from its registry; an image opens without, too."""
 
     def attach(self, config_path: Path, device_id: str | None = None) -> AttachedDevice:
-        """Make an image a block device, or find the one that already is."""
+        """Make an image a block device, or find its present one."""
 
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount a device's file system."""
 
     def release(self, device_id: str) -> bool:
-        """Detach a device that this mount namespace has unmounted; tell whether it is gone already."""
+        """Detach a device that this mount namespace has unmounted. Return False if other users still hold it."""
 
     def list(self) -> list[AttachedDevice]:
         """Return the devices."""
 
 
 class DeviceService:
-    """The devices of one run directory. ``settings`` apply to what this client attaches."""
+    """The devices of one run directory. ``settings`` apply to this client's attaches."""
 
     def __init__(self, run_dir: Path, settings: Settings) -> None:
         self._run = RunDir(run_dir)
@@ -110,20 +110,20 @@ class DeviceService:
 
     @property
     def settings(self) -> Settings:
-        """What images are opened with."""
+        """The settings for opening images."""
         return self._settings
 
     @property
     def run_dir(self) -> RunDir:
-        """Where this client's devices live."""
+        """The run directory of this client's devices."""
         return self._run
 
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
-        """Make the image of a config.v1.json a block device, or find the one that already is.
+        """Make the image of a config.v1.json a block device, or find its present one.
 
         Attaching the same config under the same id again returns the same device. Raises DeviceError with the cause
-        if the image cannot be opened, the id is taken by another config, or ``timeout_s`` has passed; then nothing is
-        left behind.
+        if the image cannot be opened, the id is taken by another config, or ``timeout_s`` has passed; nothing is left
+        behind then.
         """
         config = config_path.absolute()
         digest = hashlib.sha256(read_config(config)).hexdigest()
@@ -144,7 +144,7 @@ class DeviceService:
         return _as_device(DeviceRecord.from_json(answer["device"]))
 
     def prime(self, image: ImageConfig) -> None:
-        """Have what opening the image needs of its registry in the block cache. Raises DeviceError with the cause."""
+        """Cache the parts of an image that opening it reads from its registry. Raises DeviceError with the cause."""
         self._run.create()
         request = {"op": "prime", "image": image.to_json(), "settings": self._settings.to_json()}
         answer = self._ask_host(request, time.monotonic() + self._settings.open_deadline_s)
@@ -152,11 +152,11 @@ class DeviceService:
             raise DeviceError(f"cannot prime the cache: {answer['error']}")
 
     def upgrade(self, device_id: str, *, force: bool = False, timeout_s: float = 150.0) -> bool:
-        """Have a device served by the code installed now, while it is in use; tell whether that was to be done.
+        """Have a device in use served by the installed code. Return False if it was already.
 
-        A device whose keeper was killed gets one again; with ``force`` the server is replaced in any case, also one
-        that hangs. Its users see a pause at most. Raises DeviceError with the cause if the new server cannot be
-        started; the old one goes on then.
+        A device whose keeper was killed gets a new keeper. With ``force`` the server is replaced in any case, even if
+        it hangs. The device's users see a pause at most. Raises DeviceError with the cause if the new server cannot
+        be started; the old one goes on then.
         """
         self._run.device(device_id)
         answer = self._ask_fresh_host({"op": "upgrade", "device_id": device_id, "force": force}, timeout_s)
@@ -167,11 +167,11 @@ class DeviceService:
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount the device's file system on the directory ``target``.
 
-        Raises DeviceError; if the kernel could not read the device, with the cause that its server knows.
+        Raises DeviceError; if the kernel could not read the device, with the cause from its server.
         """
         try:
             already = mount.mounts_of(device.path) if device.kind == kinds.FuseFile.name else []
-            if already:  # its server does not keep the file for others once it is mounted
+            if already:  # once the file is mounted, its server does not keep it open for others
                 mount.bind(already[0].mountpoint, target, read_only=read_only)
                 return
             mount.mount(device.path, target, read_only=read_only, options=options)
@@ -182,7 +182,7 @@ class DeviceService:
             raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error
 
     def detach(self, device_id: str, *, timeout_s: float = 10.0, force: bool = False) -> bool:
-        """Take a device down; tell whether there was one. Waits until device, mount and server are gone.
+        """Take a device down; wait until device, mount and server are gone. Return False if there was no device.
 
         Raises DeviceError, having changed nothing, while a file system is mounted from it, unless ``force``.
         """
@@ -195,10 +195,10 @@ class DeviceService:
         return True
 
     def release(self, device_id: str) -> bool:
-        """Detach a device that this mount namespace has unmounted; tell whether it is gone already.
+        """Detach a device that this mount namespace has unmounted. Return False if other users still hold it.
 
-        One that is still mounted here stays. One that only others hold (a copy of the mount in another namespace, an
-        overlay) goes by itself when they let go of it, and :meth:`list` then sweeps its directory.
+        A device still mounted here stays. A device held only by others (a copy of the mount in another namespace, an
+        overlay) goes when they let go of it, and :meth:`list` then sweeps its directory.
         """
         try:
             self.detach(device_id)
@@ -216,7 +216,7 @@ class DeviceService:
             record.keeper.signal(TAKE_DOWN_SIGNAL)
 
     def list(self) -> list[AttachedDevice]:
-        """Return the devices by id. What dead servers left behind is removed, or listed if it is still in use."""
+        """Return the devices by id. Removes leftovers of dead servers, or lists them if they are still in use."""
         devices = []
         for directory in self._run.device_directories():
             record = DeviceRecord.load(directory)
@@ -230,12 +230,12 @@ class DeviceService:
     def statistics(self, device_id: str) -> dict[str, Any]:
         """Ask a device's server for its counters (``DeviceStatistics``, and under "source" those of the image).
 
-        Raises DeviceError if there is no such device or its server does not answer; one that has graduated has none.
+        Raises DeviceError if there is no such device or its server does not answer; a graduated device has no server.
         """
         return asking.ask(self._run.device(device_id), "statistics")
 
     def last_error(self, device_id: str) -> str:
-        """Return why the device last answered a request with an I/O error, or ''; never raises DeviceError.
+        """Return the cause of the device's last I/O error, or ''; never raises DeviceError.
 
         The kernel answers EIO without a cause.
         """
@@ -248,7 +248,7 @@ class DeviceService:
             return str(error)
 
     def shutdown(self, *, force: bool = False) -> None:
-        """Detach all devices and stop the host. Raises DeviceError naming the devices that are in use."""
+        """Detach all devices and stop the host. Raises DeviceError naming the devices in use."""
         failures = []
         for directory in self._run.device_directories():
             try:
@@ -260,7 +260,7 @@ class DeviceService:
             raise DeviceError("; ".join(failures))
 
     def start_host(self) -> None:
-        """Have the device host running already when the first attach comes. Raises DeviceError."""
+        """Have the device host run before the first attach. Raises DeviceError."""
         self._run.create()
         self._connect_to_host(time.monotonic() + _HOST_START_TIMEOUT_S).close()
 
@@ -278,9 +278,9 @@ class DeviceService:
         return True
 
     def ask_for_keeper(self, device_id: str, description: dict[str, Any]) -> socket.socket:
-        """Have this process, the server of a device, adopted by a new keeper; return the connection to that.
+        """Have a new keeper adopt this process, the server of a device. Return the connection to the keeper.
 
-        Raises DeviceError if there is none within a minute.
+        Raises DeviceError if no keeper comes within a minute.
         """
         request = {"op": "keep", "device_id": device_id, "server": description}
         deadline = time.monotonic() + _KEEPER_S
@@ -316,8 +316,8 @@ class DeviceService:
         except OSError as error:
             raise DeviceError(f"{path}: the device host does not answer: {error.strerror or error}") from error
 
-    # Clients that need a host at the same moment start one, not one each: eight starts of Python take eight times as
-    # long, which on a busy machine is longer than any of them waits.
+    # Clients that need a host at the same moment start one together: eight starts of Python take eight times as long,
+    # which on a busy machine is longer than any client waits.
     def _have_host_started(self, deadline: float) -> None:
         try:
             lock = os.open(self._run.path / START_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -337,14 +337,14 @@ class DeviceService:
     def _ask_fresh_host(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         answer = self._ask_host(request, deadline)
-        if "stale" in answer:  # the package was changed since the host started; devices do not mind its end
+        if "stale" in answer:  # the package was changed since the host started; devices survive the host's end
             self.stop_host(timeout_s=_left(deadline, _HOST_END_S))
             answer = self._ask_host(request, deadline)
         if "stale" in answer:
             return {"error": f"device {request['device_id']}: the installed package keeps changing"}
         return answer
 
-    # A host that dies before it answers is replaced once: an attach can be asked for again.
+    # A host that dies before it answers is replaced once: repeating an attach is safe.
     def _ask_host(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
         try:
             try:
@@ -359,7 +359,7 @@ class DeviceService:
         with self._connect_to_host(deadline) as connection:
             return _exchange(connection, request, deadline)
 
-    # The command returns once the host listens, detached from this process; two of them at a time are fine.
+    # The command returns once the host listens, detached from this process; two commands at a time are fine.
     def _start_host(self, timeout_s: float) -> None:
         command = [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(self._run.path), "--detach"]
         command += _log_arguments(self._settings)
@@ -382,7 +382,7 @@ def _locked(lock: int) -> bool:
     return True
 
 
-# One message each way, by a deadline. Raises DeviceError.
+# Sends the request and receives one message, by a deadline. Raises DeviceError.
 def _exchange(connection: socket.socket, request: dict[str, Any], deadline: float) -> dict[str, Any]:
     left_s = _left(deadline, float("inf"))
     request = request | {"timeout_s": left_s - min(_MOST_FOR_ANSWER_S, left_s * _ANSWER_SHARE)}
@@ -394,7 +394,7 @@ def _exchange(connection: socket.socket, request: dict[str, Any], deadline: floa
     return wire.receive(connection, _left(deadline, left_s))
 
 
-# At most ``most_s``; never nothing, so that the call itself says that it had no time.
+# At most ``most_s``; never 0, so that the call itself reports the timeout.
 def _left(deadline: float, most_s: float) -> float:
     return max(_SHORTEST_S, min(most_s, deadline - time.monotonic()))
 

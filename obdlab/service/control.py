@@ -1,8 +1,8 @@
-"""A device server's control socket, in the device's directory: what a running device can be asked for.
+"""A device server's control socket, in the device's directory: answers requests about a running device.
 
-A connection carries one request, ``{"op": name, ...}``, and what is answered: any number of ``{"progress": {...}}``,
-then ``{"result": {...}}`` or ``{"error": text}``. A client that hangs up before the end calls a collection off;
-nothing else stops midway.
+A connection carries one request, ``{"op": name, ...}``, and its answer: any number of ``{"progress": {...}}``, then
+``{"result": {...}}`` or ``{"error": text}``. A client that hangs up early cancels a collection; no other action stops
+midway.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 __all__ = ["CONTROL_NAME", "Control", "leave_counters", "serve", "server_name"]
 
-#: Requests under way at a time; more than this is no honest use.
+#: Requests under way at a time; honest use needs no more.
 _MAX_REQUESTS = 16
 _FINISH_PAUSE_S = 0.005
 _TROUBLE_PAUSE_S = 0.2
 
 
 def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Control:
-    """Listen in the device's directory, and answer until the process ends. A ``helper`` counts for itself only."""
+    """Listen in the device's directory, and answer until the process ends. A ``helper`` answers for itself only."""
     listener = wire.listen(directory / (f"helper-{helper}.sock" if helper else CONTROL_NAME))
     control = Control(device, blob, directory, with_helpers=not helper)
     control.start(listener)
@@ -55,7 +55,7 @@ def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Co
 
 
 def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
-    """Keep what this process has counted beyond its end. Before the blob is closed; never raises."""
+    """Save this process's counters beyond its end. Call before the blob is closed; never raises."""
     tally.leave(
         directory.parents[1], directory.name, server_name(), server_table(device.statistics(), _source_of(blob))
     )
@@ -73,7 +73,7 @@ def _source_of(blob: Blob) -> dict[str, float]:
 
 
 class Control:
-    """Answers requests for one device. One thread accepts; each request gets a short-lived one of its own."""
+    """Answers requests for one device. One thread accepts; each request gets a short-lived thread of its own."""
 
     def __init__(self, device: Device, blob: Blob, directory: Path, *, with_helpers: bool = True) -> None:
         self._device = device
@@ -96,13 +96,13 @@ class Control:
             graduation.start_by_itself()
 
     def finish(self, timeout_s: float) -> None:
-        """Let the answers under way come through, before the process ends."""
+        """Let the answers under way come through before the process ends."""
         deadline = time.monotonic() + timeout_s
         while self._answering and time.monotonic() < deadline:
             time.sleep(_FINISH_PAUSE_S)
 
     def start(self, listener: socket.socket) -> None:
-        """Answer those who connect to ``listener``, in the background."""
+        """Answer the clients of ``listener``, in the background."""
         threading.Thread(target=self._accept, args=(listener,), name="control", daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -118,7 +118,7 @@ class Control:
                 threading.Thread(
                     target=self._converse, args=(connection,), name="control-request", daemon=True
                 ).start()
-            except RuntimeError:  # no more threads to be had
+            except RuntimeError:  # no more threads
                 connection.close()
                 self._free.release()
 
@@ -137,7 +137,7 @@ class Control:
                     connection.settimeout(PEER_TIMEOUT_S)
                     answer = self._answer(request, connection)
                 wire.send(connection, answer)
-        except (OSError, DeviceError) as error:  # the asker went away
+        except (OSError, DeviceError) as error:  # the client went away
             log.info("%s: control: %s", self._directory.name, error)
         finally:
             self._answering.discard(connection)
@@ -152,19 +152,19 @@ class Control:
             return {"result": action(request, lambda state: wire.send(connection, {"progress": state}))}
         except ObdlabError as error:
             return {"error": str(error)}
-        except OSError:  # the asker is gone
+        except OSError:  # the client is gone
             raise
         except Exception as error:
             log.exception("%s: %s failed", self._directory.name, op)
             return {"error": f"{type(error).__name__}: {error}"}
 
-    # The client has mounted a device that is a file.
+    # Notes that the client has mounted a device that is a file.
     def _mounted(self, _: dict[str, Any], __: Tell) -> Answer:
         if isinstance(self._device, FuseFileDevice):
             self._device.is_mounted_now()
         return {}
 
-    # Of this very process; a helper is asked at its own socket.
+    # Counters of this process alone; a helper answers at its own socket.
     def _counters(self, _: dict[str, Any], __: Tell) -> Answer:
         statistics = self._device.statistics()
         return {
@@ -175,7 +175,7 @@ class Control:
             "ages_s": ages_s(),
         }
 
-    # A blob that counts (a cache, a registry blob) says so by a method ``statistics() -> dict``.
+    # A blob with counters (a cache, a registry blob) has a method ``statistics() -> dict``.
     def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
         counters = getattr(self._blob, "statistics", None)
         mine = asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})

@@ -1,7 +1,7 @@
-"""When a device whose servers keep failing is given up, and how long the keeper waits before the next server.
+"""Decides when to give up a device whose servers keep failing, and the pause before the next server.
 
-A server that dies by itself, again and again, will do so for ever: its users get I/O errors instead. A server that
-something else killed is not to blame, however short it lived, if the device went ahead while it served.
+A server that dies by itself again and again will do so for ever: the device's users get I/O errors instead. A server
+killed from outside is not to blame, however short it lived, if the device made progress while it served.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from obdlab.service.watchdog import Activity
 
-#: A server that has served so long did not die "at once".
+#: A server that served this long did not die "at once".
 HEALTHY_S = 0.25
-#: So many deaths at once in a row, and the device is given up.
+#: After this many deaths at once in a row, the device is given up.
 MAX_DEATHS = 10
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
@@ -24,11 +24,11 @@ _OUT_OF_MEMORY = b"\noom_kill "
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The kernel's counters at the moment in which a server was ready."""
+    """The kernel's counters at the moment a server became ready."""
 
-    #: Requests that the device has completed; -1 where the kernel does not count them.
+    #: Requests that the device has completed; -1 if the kernel does not count them.
     completed: int
-    #: Processes that the kernel has killed for want of memory, on the whole machine.
+    #: Processes that the kernel has killed for lack of memory, on the whole machine.
     oom_kills: int
     at_s: float = field(default_factory=time.monotonic)
 
@@ -41,7 +41,7 @@ class Start:
     def was_healthy(self, node: Path, killed_by: int | None) -> bool:
         """Return True if a server that was ready since then, and died just now, is not to blame for its death.
 
-        ``killed_by`` is the signal that it died of, 0 if it exited; None if that is not known.
+        ``killed_by`` is the signal that killed it, 0 if it exited; None if unknown.
         """
         if time.monotonic() - self.at_s >= HEALTHY_S:
             return True
@@ -60,11 +60,11 @@ class Deaths:
         self._since_s = 0.0
 
     def forget(self) -> None:
-        """Begin to count again: a server was healthy."""
+        """Reset the counts: a server was healthy."""
         self._failures = self._deaths = 0
 
     def count(self, *, reported: bool) -> str:
-        """Count a failure, a death unless the server ``reported`` its cause; say why to give up now, or ''."""
+        """Count a failure, a death unless the server ``reported`` its cause. Return the reason to give up, or ''."""
         now = time.monotonic()
         if not self._failures:
             self._since_s = now
@@ -77,7 +77,7 @@ class Deaths:
 
     @property
     def pause_s(self) -> float:
-        """How long to wait before the next server; none after the first failure."""
+        """Pause before the next server; 0 after the first failure."""
         if self._failures <= 1:
             return 0.0
         return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * float(2 ** min(self._failures, 8)))

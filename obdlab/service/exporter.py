@@ -1,7 +1,7 @@
 """Metrics and health of all devices of a run directory, over HTTP, for Prometheus.
 
-One process asks every device server for its counters when it is scraped. A server that does not answer in time holds
-nothing up: it is shown as hung, with what it was known to have counted.
+At each scrape, one process asks every device server for its counters. A server that does not answer in time delays
+nothing: it is shown as hung, with its last known counters.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: At most so many servers are waited for at a time.
+#: Most servers to wait for at a time.
 _ASKERS = 64
-#: Rates of the original's families are over at least this.
+#: Shortest interval for the rates of the original's families.
 _LEAST_INTERVAL_S = 1.0
 
 ALIVE, HUNG, DEAD = "alive", "hung", "dead"
@@ -44,7 +44,7 @@ ALIVE, HUNG, DEAD = "alive", "hung", "dead"
 
 @dataclass(slots=True)
 class Server:
-    """One server process as it was when it answered last."""
+    """One server process, as of its last answer."""
 
     device_id: str
     name: str
@@ -63,22 +63,22 @@ class Server:
 
 @dataclass(slots=True)
 class Snapshot:
-    """Everything that is known at one time."""
+    """All known state at one time."""
 
-    #: How each device is: alive, hung or dead.
+    #: State of each device: alive, hung or dead.
     states: dict[str, str] = field(default_factory=dict)
     records: dict[str, DeviceRecord] = field(default_factory=dict)
     servers: list[Server] = field(default_factory=list)
-    #: Counters of devices that are there, by device, and of all there have been.
+    #: Counters by device, of the present devices; then of all devices there ever were.
     tables: dict[str, Table] = field(default_factory=dict)
     total: Table = field(default_factory=dict)
     taken_s: float = 0.0
 
 
 class Collected:
-    """Asks the servers of a run directory; remembers what each has counted. Thread-safe.
+    """Asks the servers of a run directory; remembers the counters of each. Thread-safe.
 
-    A server is given ``deadline_s`` to answer.
+    A server has ``deadline_s`` to answer.
     """
 
     def __init__(self, run_dir: Path, *, deadline_s: float = 0.5) -> None:
@@ -89,7 +89,7 @@ class Collected:
         self._tally = tally.Tally()
 
     def look_at_snapshotters(self) -> list[Table]:
-        """Return what the run directory's snapshotters have counted."""
+        """Return the counters of the run directory's snapshotters."""
         return snapshotters.ask_all(self._run.path, self._deadline_s)
 
     def look(self) -> Snapshot:
@@ -115,7 +115,7 @@ class Collected:
     def _ask_all(self, directories: Iterable[Path]) -> set[str]:
         sockets = [path for directory in directories for path in sorted(directory.glob("*.sock"))]
         answered = set()
-        # Not as a context manager, whose end would wait for servers that hang.
+        # No context manager: its end would wait for servers that hang.
         askers = ThreadPoolExecutor(_ASKERS, "ask")
         try:
             for path, server in zip(
@@ -166,7 +166,7 @@ class Collected:
 
 
 class ObdlabCollector(Collector):
-    """What Prometheus gets. Requests under way for longer than ``hung_after_s`` count as hung."""
+    """Builds all families at each scrape. Requests under way for longer than ``hung_after_s`` count as hung."""
 
     def __init__(self, collected: Collected, cache_dir: Path, *, hung_after_s: float = 10.0) -> None:
         self._collected = collected
@@ -178,7 +178,7 @@ class ObdlabCollector(Collector):
         self._interval_end = 0.0
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: what there is, a scrape tells."""
+        """No static families; they are built at scrape time."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -240,12 +240,12 @@ class ObdlabCollector(Collector):
         yield gauge("obdlab_cache_used_bytes", "What the block cache holds on disk", _used(self._cache_dir))
         yield gauge("obdlab_scrape_seconds", "How long asking all servers took", {(): snapshot.taken_s})
 
-    # Several scrapers would make each other's intervals short, so these stand for a second at least.
+    # Several scrapers would shorten each other's intervals, so an interval lasts at least a second.
     def _original_metrics(self, snapshot: Snapshot) -> list[Metric]:
         with self._lock:
             now = time.monotonic()
             passed_s = now - self._interval_end
-            if not self._interval_end:  # the first scrape: there is nothing to compare with
+            if not self._interval_end:  # the first scrape: nothing to compare with
                 self._interval, self._interval_end = Interval(snapshot.total, snapshot.total, 0.0), now
             elif passed_s >= _LEAST_INTERVAL_S:
                 self._interval = Interval(self._interval.after, snapshot.total, passed_s)
@@ -276,5 +276,5 @@ def _parsed(device_id: str, answer: dict[str, Any]) -> Server:
         under_way_s=[float(age) for age in answer["under_way_s"]],
         threads=int(answer["threads"]),
     )
-    _ = server.process  # raises if the name is none
+    _ = server.process  # raises if the name is malformed
     return server

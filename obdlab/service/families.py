@@ -1,7 +1,7 @@
-"""The metric families that the exporter serves, and their samples from what servers have counted.
+"""The metric families that the exporter serves, and their samples from the servers' counters.
 
-Each counter and histogram is there twice: ``obdlab_device_<name>`` with a label ``device``, and ``obdlab_<name>``,
-the sum over all devices there have been. ``docs/metrics.md`` describes them all; a test compares.
+Each counter and histogram appears twice: ``obdlab_device_<name>`` with a label ``device``, and ``obdlab_<name>``, the
+sum over all devices there ever were. ``docs/metrics.md`` describes them all; a test compares.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOUND_TEXTS = [repr((1 << bits) / 1e9) for bits in BOUNDS]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One name in a table of counters, and how it is served. ``values`` of the label are served even if 0."""
+    """One name in a table of counters, and its family. ``values`` of the label are served even if 0."""
 
     name: str
     help: str
@@ -69,7 +69,7 @@ HISTOGRAMS = (
 
 
 def table_metrics(prefix: str, tables: Mapping[str, Table]) -> list[Metric]:
-    """Return all counters and histograms, named ``<prefix><name>``, of tables by device; "" is no device."""
+    """Return all counters and histograms, named ``<prefix><name>``, of tables by device; "" stands for no device."""
     by_device = "" not in tables
     metrics: list[Metric] = []
     for family in COUNTERS:
@@ -99,25 +99,25 @@ def gauge(name: str, help_text: str, values: Mapping[Labels, float], *labels: st
 
 
 def value_of(table: Table, name: str, label: str = "") -> float:
-    """Return one number of a table, 0 if it is not there."""
+    """Return one number of a table, 0 if it is missing."""
     return table.get(name, {}).get(label, 0)
 
 
 def hit_ratio(table: Table) -> float | None:
-    """Return which share of the reads of layers did not wait; None if there were none."""
+    """Return the share of layer reads that did not wait; None without reads."""
     hits, misses = value_of(table, "cache_hits"), value_of(table, "cache_misses")
     return hits / (hits + misses) if hits + misses else None
 
 
 # -- the families of the original ------------------------------------------------------------------------------------
 
-#: What its types mean here: bytes and times by their names in a table.
+#: The original's types: their bytes and times by name in a table.
 _TYPES = {"pread": ("read_bytes", "read_seconds"), "download": ("download_bytes", "download_seconds")}
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """What rates are over: two tables, and how long passed between them."""
+    """The interval of rates: its two tables and its length."""
 
     before: Table
     after: Table
@@ -125,9 +125,9 @@ class Interval:
 
 
 def original_metrics(node: str, total: Table, interval: Interval) -> list[Metric]:
-    """Return the families of overlaybd's exporter, spelt as there; rates and maxima are over the interval.
+    """Return the families of overlaybd's exporter under its names; rates and maxima are over the interval.
 
-    The node, the type and the mode are in the labels of those names, where the original has the type in ``node``.
+    Node, type and mode are in labels of those names, where the original has the type in ``node``.
     """
     labels = {kind: (node, kind, "read") for kind in _TYPES}
     before, after = interval.before, interval.after

@@ -1,4 +1,4 @@
-"""What a process with one thread needs that forks: forking, leaving the child, hearing of signals."""
+"""Helpers for a single-threaded process that forks: forking, leaving the child, polling for signals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fork_to(run: Callable[[], None]) -> int:
 
 
 def become(run: Callable[[], None]) -> NoReturn:
-    """In a forked child: run, and end; with status 1 if that raised."""
+    """In a forked child: call ``run`` and end the process; with status 1 if ``run`` raised."""
     status = 1
     try:
         run()
@@ -34,7 +34,7 @@ def become(run: Callable[[], None]) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End a forked child, which must not run the exit handlers of what its parent imported."""
+    """End a forked child without the exit handlers of its parent's imports."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,9 +42,9 @@ def leave(status: int) -> NoReturn:
 
 
 class Signals:
-    """Signals as something to poll for: none interrupts this process in the middle of something else.
+    """Makes signals pollable: no signal interrupts this process in the middle of other work.
 
-    A handler that logs, say, could wait for a lock that the line it has interrupted holds.
+    A handler that logs, for example, could wait for a lock that the interrupted line holds.
     """
 
     def __init__(self, *numbers: signal.Signals) -> None:
@@ -54,7 +54,7 @@ class Signals:
             signal.signal(number, lambda *_: None)
 
     def fileno(self) -> int:
-        """Return what becomes readable when signals have come."""
+        """Return a descriptor that becomes readable when signals have come."""
         return self._reader
 
     def come(self) -> set[int]:
@@ -65,7 +65,7 @@ class Signals:
             return set()
 
     def forget(self) -> None:
-        """In a forked child: stop listening. The signals' handlers stay those that do nothing."""
+        """In a forked child: stop listening. The signals' handlers still do nothing."""
         signal.set_wakeup_fd(-1)
         os.close(self._reader)
         os.close(self._writer)

@@ -1,9 +1,9 @@
-"""Graduation: once all of its image is local, a read-only device goes on without its server.
+"""Graduation: once its whole image is local, a read-only device goes on without its server.
 
-The image is unpacked to a plain file by a process of its own (``obdlab.service.unpacking``; every byte is checked as
-it is read), and the server is told to put that file in its own place. The kernel closes the served file then, so that
-server and keeper end as they do when a device is taken away. In the device's record the file is named before the
-change: whoever reads it later asks the kernel whether it came about.
+A process of its own unpacks the image to a plain file (``obdlab.service.unpacking``; every byte is checked as it is
+read), and has the server put that file in its own place. The kernel then closes the served file, so server and keeper
+end as if the device were taken away. The device's record names the file before the change: readers of the record ask
+the kernel whether the change happened.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 _FIRST_PAUSE_S = 60.0
 _LONGEST_PAUSE_S = 3600.0
-# The change waits for the requests under way, and what comes meanwhile waits for it.
+# The change waits for the requests under way; later requests wait for the change.
 _LONG_REQUEST_S = 0.02
 _QUIET_DEADLINE_S = 30.0
 
 
 class Graduation:
-    """What the control socket of a server offers for it."""
+    """Control socket actions for graduation."""
 
     def __init__(self, device: Device, blob: Blob, directory: Path, is_recorded: Callable[[], bool]) -> None:
         self._device = device

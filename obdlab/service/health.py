@@ -1,4 +1,4 @@
-"""Whether the machine can start and serve containers: host, devices, registries, cache."""
+"""Checks whether the machine can start and serve containers: host, devices, registries, cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from obdlab.service.exporter import Server, Snapshot
 
 _HOST_TIMEOUT_S = 1.0
-#: A failure of a registry counts for so long, if nothing was answered since.
+#: A registry's failure counts for this long, unless a request was answered since.
 _LATELY_S = 120.0
 
 
@@ -33,7 +33,7 @@ def health_of(run_dir: Path, cache_dir: Path, snapshot: Snapshot) -> dict[str, A
 
 
 def host_health(run_dir: Path) -> dict[str, Any]:
-    """Tell whether the device host answers. One that does not run is started by the next attach: that is fine."""
+    """Check that the device host answers. A host that is not running is fine: the next attach starts it."""
     try:
         wire.connect(run_dir / SOCKET_NAME, _HOST_TIMEOUT_S).close()
     except OSError as error:
@@ -60,7 +60,7 @@ def _devices(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def registry_health(servers: Iterable[Server]) -> dict[str, Any]:
-    """Tell whether the last exchange with a registry, by any server in the last two minutes, was answered."""
+    """Check that the last exchange with a registry, by any server in the last two minutes, was answered."""
     ages = [server.ages_s for server in servers]
     answered = min((each["registry_answered"] for each in ages if "registry_answered" in each), default=None)
     failed = min((each["registry_failed"] for each in ages if "registry_failed" in each), default=None)
@@ -69,7 +69,7 @@ def registry_health(servers: Iterable[Server]) -> dict[str, Any]:
 
 
 def cache_health(cache_dir: Path) -> dict[str, Any]:
-    """Tell whether a file can be written in the cache directory, or in the one it would be made in."""
+    """Check that a file can be written in the cache directory, or in the nearest existing parent."""
     directory = cache_dir
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent

@@ -1,9 +1,9 @@
-"""The device host: a warmed process that forks what a device needs.
+"""The device host: a warmed process that forks keepers and servers.
 
 Python and its libraries take a third of a second to start and tens of megabytes; a fork of a process that has them
-takes milliseconds and shares the memory. The host has a single thread and holds no state: it accepts a connection
-and forks a child that does the rest, so a slow attach never holds up another one, and killing the host loses nothing.
-That child forks the device's keeper (``obdlab.service.keeper``), and the keeper the server. The host also looks for
+takes milliseconds and shares the memory. The host has a single thread and holds no state. It accepts a connection and
+forks a child that does the rest, so a slow attach never delays another one, and killing the host loses nothing. The
+child forks the device's keeper (``obdlab.service.keeper``), and the keeper the server. The host also looks for
 devices that wait in the kernel while keeper and server are both dead, and has them served again.
 """
 
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How often an idle host looks whether it is still of use.
+#: How often an idle host checks whether it is still needed.
 IDLE_CHECK_S = 30.0
-#: The same while there are devices that can wait for a server for ever: their users are to wait seconds at most.
+#: The same while devices exist that could wait for a server for ever: their users are to wait seconds at most.
 WAITING_CHECK_S = 2.0
-#: Requests under way at a time, a process each. More clients wait in the listener's queue.
+#: Requests under way at a time, one process each. Further clients wait in the listener's queue.
 MAX_REQUESTS = 128
 _TROUBLE_PAUSE_S = 0.2
 #: Imported before the first fork, so that no server has to.
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.image.settings")
-#: Imported when there is nothing to do: the first attach, which starts the host, shall not wait for it.
+#: Imported when the host is idle: the first attach, which starts the host, must not wait for it.
 _WARM_LATER = ("obdlab.image.remote",)
 _AT_ONCE_S = 0.001
 _WARM_KINDS = {
@@ -90,9 +90,9 @@ class Host:
         self._next_look_s = 0.0
 
     def bind(self, timeout_s: float = 10.0) -> bool:
-        """Become the run directory's host and listen; False if another one answers there.
+        """Become the run directory's host and listen. Return False if another host answers there.
 
-        Raises DeviceError if neither comes about within ``timeout_s``.
+        Raises DeviceError if neither happens within ``timeout_s``.
         """
         path = self._run.path / SOCKET_NAME
         deadline = time.monotonic() + timeout_s
@@ -117,7 +117,7 @@ class Host:
         return True
 
     def run(self) -> None:
-        """Serve requests until SIGTERM comes, or until the socket cannot be reached any more."""
+        """Serve requests until SIGTERM, or until the socket cannot be reached any more."""
         assert self._listener is not None, "bind first"
         self._signals = _settle_in()
         if self._opener is open_configured:
@@ -150,7 +150,7 @@ class Host:
             return _AT_ONCE_S
         return max(0.0, min(IDLE_CHECK_S, self._next_look_s - time.monotonic()))
 
-    # Devices whose processes were forked by another host have no parent here, so that their deaths are not signalled.
+    # Devices whose processes were forked by another host have no parent here, so their deaths send no signal.
     def _look_for_waiting(self) -> None:
         pause_s = IDLE_CHECK_S
         for directory in self._run.device_directories():
@@ -165,11 +165,11 @@ class Host:
     def _fork(self, run: Callable[[], None]) -> str:
         try:
             self._children.add(fork_to(run))
-        except OSError as error:  # no memory, or too many processes: perhaps later
+        except OSError as error:  # no memory, or too many processes: may work later
             return f"cannot fork: {error.strerror}"
         return ""
 
-    # Return True if a process was killed: the device that it worked for may have no other.
+    # Returns True if a process was killed: its device may have no other process.
     def _reap(self) -> bool:
         killed = False
         while True:
@@ -199,7 +199,7 @@ class Host:
             if trouble:
                 _refuse(connection, trouble)
 
-    # The run directory was removed, or another host took its place.
+    # Returns True if the run directory was removed, or another host took its place.
     def _is_unreachable(self) -> bool:
         try:
             return os.stat(self._run.path / SOCKET_NAME).st_ino != self._socket_inode
@@ -222,7 +222,8 @@ class Host:
     def _requests(self) -> HostRequests:
         return HostRequests(self._run, self._opener, self._installed)
 
-    # In a child. The lock and the listener belong to the host alone: what kept them would outlive it with them.
+    # Runs in a child. The lock and the listener belong to the host alone: an open copy would keep them alive after
+    # it.
     def _leave_host(self) -> None:
         assert self._listener is not None
         assert self._signals is not None
@@ -236,7 +237,7 @@ class Host:
 def _refuse(connection: socket.socket, reason: str) -> None:
     log.error("request refused: %s", reason)
     try:
-        wire.receive(connection, _TROUBLE_PAUSE_S)  # closed with it unread, the answer could be lost
+        wire.receive(connection, _TROUBLE_PAUSE_S)  # closing with the request unread could lose the answer
     except DeviceError:
         pass
     try:
@@ -245,8 +246,8 @@ def _refuse(connection: socket.socket, reason: str) -> None:
         log.warning("client gone before its answer: %s", error.strerror)
 
 
-# A host that a device's server has started inherits how the kernel treats that: all servers would be spared then, and
-# the host would not hear of SIGTERM.
+# A host started by a device's server inherits that server's protection and signal mask: the kernel would spare all
+# servers, and the host would not hear of SIGTERM.
 def _settle_in() -> Signals:
     signals = Signals(signal.SIGCHLD, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -265,7 +266,7 @@ def _warm_up(names: tuple[str, ...]) -> None:
     for name in (*names, *present):
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # the collector must not touch, and so unshare, what all servers share
+    gc.freeze()  # the collector must not touch, and so unshare, the memory that all servers share
 
 
 def _answers(path: Path) -> bool:

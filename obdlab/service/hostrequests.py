@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A client sends its request at once; one that does not is dropped.
+#: A client sends its request at once; a slower client is dropped.
 REQUEST_TIMEOUT_S = 10.0
 _FAILED_KEEPER_S = 5.0
 _REVIVAL_S = 10.0
@@ -58,7 +58,7 @@ class HostRequests:
             stale = request.get("op") in ("attach", "upgrade") and self._installed.changed()
             self._installed.close()  # no server needs it
             if stale:
-                answer = {"stale": True}  # the client starts a new host, which runs what is installed now
+                answer = {"stale": True}  # the client then starts a new host, which runs the installed code
             elif request.get("op") == "attach":
                 answer = {"device": self._attach(request, connection)}
             elif request.get("op") == "prime":
@@ -146,21 +146,21 @@ class HostRequests:
         timeout_s = wire.timeout_of(request)
         return time.monotonic() + timeout_s, self._run.device(str(request.get("device_id")))
 
-    # Gives the lock and the record of a device that is known. Raises DeviceError if it is not.
+    # Yields the lock and the record of a known device. Raises DeviceError if the device is unknown.
     @contextmanager
     def _held_if_there(self, directory: Path, deadline: float) -> Iterator[tuple[int, DeviceRecord]]:
         with held(directory, deadline - time.monotonic()) as lock:
             record = DeviceRecord.load(directory)
             if record is None:
                 with suppress(OSError):
-                    directory.rmdir()  # made to be locked
+                    directory.rmdir()  # was made only for the lock
                 raise DeviceError(f"device {directory.name}: no such device is being served")
             yield lock, record
 
     def _plan_of(self, record: DeviceRecord) -> Plan:
         return Plan(**{each.name: getattr(record, each.name) for each in fields(Plan)} | {"code": self._code})
 
-    # A server whose keeper was killed asks for another one, which adopts it; the connection becomes their channel.
+    # A server whose keeper was killed asks for another keeper, which adopts it; the connection becomes their channel.
     def _keep(self, request: dict[str, Any], connection: socket.socket) -> bool:
         deadline, directory = self._deadline_and_directory(request)
         peer = wire.peer_of(connection)
@@ -174,8 +174,8 @@ class HostRequests:
                 self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
         return True
 
-    # Forks the keeper and follows it until the device is ready. A keeper whose pipe is closed ends, with all
-    # that is its.
+    # Forks the keeper and follows it until the device is ready. A keeper whose pipe is closed ends, with its
+    # processes.
     def _start_keeper(
         self,
         plan: Plan,
@@ -209,7 +209,7 @@ class HostRequests:
 
 
 def stays_without_server(record: DeviceRecord) -> bool:
-    """Return True if the kernel keeps such a device when all its processes are dead; its users wait then.
+    """Return True if the kernel keeps such a device after the death of all its processes; its users wait then.
 
     A FUSE connection ends with the last process that holds it; TCMU and ublk devices stay.
     """
@@ -218,7 +218,7 @@ def stays_without_server(record: DeviceRecord) -> bool:
 
 
 def is_revivable(directory: Path, record: DeviceRecord) -> bool:
-    """Return True if a device's kernel side is there, waiting for a server that no process will start."""
+    """Return True if a device is still in the kernel and waits for a server that no process will start."""
     if record.alive or not stays_without_server(record):
         return False
     return Path(record.path) in kinds.KINDS[record.kind].devices_of(directory)
@@ -245,7 +245,7 @@ def _prime(request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def closed_at_end(fd: int) -> Iterator[int]:
-    """Close a descriptor, if it is one, at the end of a ``with``."""
+    """Close a descriptor, unless it is negative, at the end of a ``with``."""
     try:
         yield fd
     finally:
@@ -259,7 +259,7 @@ def _has_hung_up(connection: socket.socket) -> bool:
     return bool(poller.poll(0))
 
 
-# Raises DeviceError if this host has none of the kind that is asked for.
+# Raises DeviceError if this host has no devices of the kind in the settings.
 def _kind_of(settings: str) -> kinds.Kind:
     kind = kinds.find(Settings.from_json(settings).device_kind)
     kinds.check(kind)

@@ -1,6 +1,6 @@
-"""Which code is installed, and whether it still is what this process runs.
+"""The digest of the installed code, and whether this process still runs that code.
 
-A host must not serve new devices by old code. (What another machine changes on a shared file system is not seen.)
+A host must not serve new devices with old code. (Another machine's changes to a shared file system are not noticed.)
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class InstalledCode:
-    """The package's source files as they are now. Forked children may ask :meth:`changed`, too."""
+    """The package's source files at construction. Forked children may call :meth:`changed`, too."""
 
     def __init__(self, package: Path = _PACKAGE) -> None:
         self._package = package
-        # First: what changes in between is seen twice rather than never.
+        # Watch first: a change in between is then seen twice rather than never.
         self._watch = _watch(package)
-        #: By which servers of this code are known.
+        #: Identifies the code in the records of its servers.
         self.digest = _digest(package)
 
     def changed(self) -> bool:
-        """Whether the files are others now. Costs next to nothing while nobody has touched them."""
+        """Whether the files differ now. Costs next to nothing while they are untouched."""
         if self._watch >= 0:
             poller = select.poll()
             poller.register(self._watch, select.POLLIN)
-            if not poller.poll(0):  # left unread: from the first change on it is looked at each time
+            if not poller.poll(0):  # events stay unread: after the first change every call compares digests
                 return False
         return self.digest != _digest(self._package)
 
     def close(self) -> None:
-        """Let go of the kernel's watch."""
+        """Close the kernel's watch."""
         if self._watch >= 0:
             os.close(self._watch)
             self._watch = -1
@@ -51,7 +51,7 @@ def _digest(package: Path) -> str:
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
 
 
-# Returns an inotify descriptor; -1 where the kernel has none left for us.
+# Returns an inotify descriptor, or -1 if the kernel refuses.
 def _watch(package: Path) -> int:
     try:
         descriptor = abi.inotify_init()

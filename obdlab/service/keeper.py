@@ -1,13 +1,13 @@
 """The keeper of a device: holds its /dev/fuse connection, so that the device outlives its server.
 
-A process per device that does nothing but wait: forked from the warmed host, it shares its memory. When a server
-dies, whatever killed it, the keeper has the kernel hand out again all requests without an answer (Linux 6.9) and
-forks the next server, which opens the image again; users of the device see a pause. A server that hangs is killed
-(``obdlab.service.watchdog``). The keeper also forks helpers for a server that is short of processor time. A device
-whose servers die again and again at once, or hang, or cannot open the image for the read deadline, is given up: the
-connection is closed, and its users get I/O errors instead of waiting for ever.
+One process per device that only waits: forked from the warmed host, it shares the host's memory. When a server dies,
+for any reason, the keeper has the kernel hand out all unanswered requests again (Linux 6.9) and forks the next
+server, which opens the image again; users of the device see a pause. The keeper kills a server that hangs
+(``obdlab.service.watchdog``). It also forks helpers for a server that is short of processor time. A device is given
+up if its servers die again and again at once, or hang, or cannot open the image for the read deadline: the connection
+is closed, and the device's users get I/O errors instead of waiting for ever.
 
-A killed keeper is replaced as well: its server holds the connection too, and asks the device host for another keeper,
+A killed keeper is replaced as well: its server holds the connection too, and has the device host fork another keeper,
 which adopts the server (``obdlab.service.keeperlink``).
 """
 
@@ -50,30 +50,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEAVE_PAUSE_S = 1.0
-#: So many servers in a row that hung and answered nothing at all, and the device is given up.
+#: After this many servers in a row that hung and answered nothing at all, the device is given up.
 MAX_HANGS = 3
 
 
-#: What a server says of its device, as far as the record keeps it.
+#: Fields of a server's description of its device that the record keeps.
 DESCRIBED = ("kind", "path", "size", "read_only", "pid", "start_time")
 
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A server at work whose keeper was killed."""
+    """A running server whose keeper was killed."""
 
     pid: int
     channel: socket.socket
-    #: As a server says it when it is ready.
+    #: The same description that a ready server sends.
     description: dict[str, Any]
 
 
 class Keeper:
     """Keeps the device at ``directory`` going, from the fork of its first server to its end.
 
-    The servers' messages are passed on to ``tell``, a pipe, until the device is ready or has failed. With ``former``,
-    the device is there already, and its servers are replaced; with ``orphan``, its server stays; with ``revived``,
-    it is there without a server.
+    The servers' messages go to the pipe ``tell`` until the device is ready or has failed. With ``former``, the device
+    exists already and its servers are replaced. With ``orphan``, the device's server stays. With ``revived``, the
+    device exists without a server.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Keeper:
     def _has_ended(self) -> bool:
         return self._kind.has_ended(self._directory, self._connection)
 
-    # A device whose kernel side does not go by itself was let go (see DeviceService.release).
+    # A client let go of a device whose kernel side does not go by itself (see DeviceService.release).
     def _take_down_if_unused(self) -> None:
         if kinds.is_unused(self._directory):
             try:
@@ -201,10 +201,10 @@ class Keeper:
         self._watch(one)
         one.start = Start.now(Path(orphan.description["path"]))
         self._is_served(dict(orphan.description))
-        if orphan.description["read_only"]:  # helpers that had not been recorded yet died with their keeper
+        if orphan.description["read_only"]:  # helpers not yet recorded died with their keeper
             self._kind.send_again(self._connection)
 
-    # The host's child waits for the record alone: the image may take long to open, and the device is there.
+    # The host's child waits for the record alone: the image may take long to open, and the device exists.
     def _revive(self, record: DeviceRecord) -> None:
         log.error("%s: keeper and server are gone: starting a server", self._directory.name)
         self._become(State.RESTARTING)
@@ -245,7 +245,7 @@ class Keeper:
             self._say({"error": why})
             self._fail(why)
 
-    # In the new process. What belongs to the keeper alone must not live on in it.
+    # Runs in the new process. Descriptors that belong to the keeper alone must not live on in it.
     def _serve(self, ours: socket.socket, theirs: socket.socket, task: server.Task, settings: str) -> None:
         ours.close()
         if self._signals is not None:
@@ -322,7 +322,7 @@ class Keeper:
         self._save(kept=can_go_on)
         self._say({"ready": True})
         self._stop_telling()
-        if not can_go_on:  # holding the connection would only keep its readers waiting after a death
+        if not can_go_on:  # an open connection would only keep its readers waiting after a death
             self._become(State.OVER)
 
     def _stop_telling(self) -> None:
@@ -371,7 +371,7 @@ class Keeper:
         if self._has_ended():
             if one.number == 0:
                 self._become(State.ENDING)
-                self._kill_servers()  # helpers have nothing to bring to the disk
+                self._kill_servers()  # helpers have no data to flush
             return
         name, why = self._directory.name, one.error or f"ended {how_ended(status)}"
         log.log(
@@ -403,7 +403,7 @@ class Keeper:
         except DeviceError as error:
             log.error("%s: its users wait: %s", self._directory.name, error)
 
-    # Nothing came of the first server, or of taking over.
+    # The first server, or the take-over, failed.
     def _fail(self, why: str) -> None:
         log.error("%s: %s", self._directory.name, why)
         self._kill_servers()
@@ -421,7 +421,7 @@ def _settle_in(device_id: str) -> None:
     os.setsid()
     os.chdir("/")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it ends with its device
+        signal.signal(number, signal.SIG_IGN)  # the keeper ends with its device
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     abi.set_process_name(f"keep:{device_id}")
     protect(device_id, KEEPER_OOM_SCORE_ADJUST)

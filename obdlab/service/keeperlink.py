@@ -1,9 +1,8 @@
-"""A server's tie to its device's keeper, and how a server gets another keeper when its own was killed.
+"""A server's link to its device's keeper, and its way to another keeper when its own was killed.
 
-Keeper and server both hold what the device needs to live, and each replaces the other: the keeper forks servers, the
-server asks the device host, which it starts if need be, to fork a keeper that adopts it. Only if both die before one
-of them is replaced has the device ended; its users get I/O errors at once then, because the last holder of the
-connection is gone.
+Keeper and server both hold the device's connection, and each replaces the other: the keeper forks servers; the server
+has the device host, started if need be, fork a keeper that adopts it. The device ends only if both die before one of
+them is replaced. Its users then get I/O errors at once, because the last holder of the connection is gone.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _HELPER_END_S = 5.0
 
 
 class KeeperLink:
-    """Sends messages to the keeper, one JSON object a line, and notices its end. Thread-safe."""
+    """Sends messages to the keeper, one JSON object a line, and notices the keeper's end. Thread-safe."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -54,7 +53,7 @@ class KeeperLink:
         return True
 
     def say_busy(self) -> None:
-        """Say that a helper would be of use."""
+        """Ask for a helper."""
         self.say({"busy": True})
 
     def wait_for_end(self) -> None:
@@ -72,7 +71,9 @@ class KeeperLink:
 
 
 class KeeperSeeker:
-    """Gets a server another keeper, again and again, until the device has ended. ``describe`` gives the device."""
+    """Gets a server another keeper, as often as needed, until the device has ended. ``describe`` returns the
+    description.
+    """
 
     def __init__(self, link: KeeperLink, directory: Path, task: Task, describe: Callable[[], dict[str, Any]]) -> None:
         self._link = link
@@ -102,7 +103,8 @@ class KeeperSeeker:
     def _has_ended(self) -> bool:
         return self._kind.has_ended(self._directory, self._task.connection)
 
-    # Requests of a helper that dies without a keeper would wait for ever. The helpers died with it, or do now.
+    # Requests of a helper that dies without a keeper would wait for ever. The helpers died with the keeper, or do
+    # now.
     def _end_helpers(self) -> None:
         record = DeviceRecord.load(self._directory)
         if record is None:

@@ -1,4 +1,4 @@
-"""The states of a keeper's device, and the ways between them."""
+"""The states of a keeper's device, and the transitions between them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 class State(enum.Enum):
     """A state of a keeper's device."""
 
-    #: The first server opens the image. No device is there yet; a failure is the attach's.
+    #: The first server opens the image. The device does not exist yet; a failure fails the attach.
     STARTING = "starting"
-    #: The device is there, served by the processes of another keeper; the first server is to take their place.
+    #: The device exists, served by the processes of another keeper; the first server is to replace them.
     REPLACING = "replacing"
     #: A server answers.
     SERVED = "served"
-    #: No server answers: one is being started, or is due after a pause. The device's users wait.
+    #: No server answers: one is starting, or due after a pause. The device's users wait.
     RESTARTING = "restarting"
-    #: The device was taken away. The keeper waits for the ends of its servers.
+    #: The device was taken away. The keeper waits for its servers to end.
     ENDING = "ending"
     #: Nothing is left to do.
     OVER = "over"
@@ -38,5 +38,5 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
         State.OVER: frozenset(),
     }
 )
-#: States in which the device is this keeper's to keep going.
+#: States in which this keeper keeps the device going.
 KEPT = frozenset({State.SERVED, State.RESTARTING})

@@ -1,4 +1,4 @@
-"""Changing a writable device while it is in use, from any process."""
+"""Changes a writable device while it is in use, from any process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from obdlab.service.client import AttachedDevice, DeviceService
 
-#: Every change begins or ends with a flush, for which a busy disk may take long.
+#: Every change begins or ends with a flush, which may take long on a busy disk.
 _TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedTrace:
-    """What is in a trace: how many reads, of how many bytes; ``left_out`` reads came after it was full."""
+    """Content of a trace: how many reads, of how many bytes; ``left_out`` reads came after it was full."""
 
     reads: int
     size: int
@@ -33,33 +33,33 @@ class RecordedTrace:
 
 @dataclass(frozen=True, slots=True)
 class LiveDevice:
-    """An attached device, by its id. Every method raises DeviceError with what its server has to say."""
+    """An attached device, by its id. Every method raises DeviceError with its server's reason."""
 
     service: DeviceService
     device_id: str
 
     def flush(self) -> None:
-        """Bring what was written to stable storage."""
+        """Bring written data to stable storage."""
         self._ask("flush")
 
     def collect(self, progress: Callable[[dict[str, Any]], None] | None = None) -> Collected | None:
-        """Free what its append-mode writable layer has overwritten; None if the layer is sparse and needs none.
+        """Free the overwritten data of its append-mode writable layer; None if the layer is sparse.
 
-        ``progress`` gets ``{"step": name, "done": n, "total": n}``. A caller that ends early ends the collection.
+        ``progress`` gets ``{"step": name, "done": n, "total": n}``. The collection ends if the caller ends early.
         """
         answer = self._ask("gc", progress=progress)
         return Collected(**answer) if answer else None
 
     def resize(self, size: int) -> int:
-        """Grow it to ``size`` bytes; returns its size before. The file system on it is as large as it was."""
+        """Grow it to ``size`` bytes; return its previous size. The file system on it keeps its size."""
         return int(self._ask("resize", {"size": size})["before"])
 
     def start_recording(self) -> None:
-        """Record what is read of its layers from now on, without a pause in serving them."""
+        """Record all reads of its layers from now on, without a pause in serving them."""
         self._ask("trace-start")
 
     def stop_recording(self, path: Path) -> RecordedTrace:
-        """End that, and have the trace written to ``path``."""
+        """Stop recording, and have the trace written to ``path``."""
         return RecordedTrace(**self._ask("trace-stop", {"path": str(path.absolute())}))
 
     def snapshot(self, new_config: Path) -> Snapshot:
@@ -79,7 +79,7 @@ class LiveDevice:
 
 
 def find_device(service: DeviceService, name: str) -> AttachedDevice | None:
-    """Return the device that an id, or a node such as /dev/loop3, names."""
+    """Return the device with this id or node (such as /dev/loop3)."""
     return next((device for device in service.list() if name in (device.device_id, str(device.path))), None)
 
 
@@ -90,6 +90,6 @@ def find_by_upper(service: DeviceService, data: str | os.PathLike[str]) -> Attac
             upper = ImageConfig.load(device.config).upper
             if device.alive and upper.active and os.path.samefile(upper.data, data):
                 return device
-        except (ObdlabError, OSError):  # no configuration of an image any more, or a layer that is gone
+        except (ObdlabError, OSError):  # the configuration is no longer an image's, or a layer is gone
             continue
     return None

@@ -35,7 +35,7 @@ class _SixServer(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _REQUEST_TIMEOUT_S  # of a client that says nothing, or takes nothing
+    timeout = _REQUEST_TIMEOUT_S  # for a client that sends nothing, or takes nothing
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class has it
         log.debug("%s: %s", self.client_address[0], format % args)
@@ -51,10 +51,10 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 class MetricsServer:
-    """Listens on ``address`` from construction on; port 0: any that is free.
+    """Listens on ``address`` from construction on; port 0: any free port.
 
-    ``health`` is what ``/healthz`` answers, with status 503 unless its "ok" is true. Raises DeviceError if the
-    address cannot be had.
+    ``/healthz`` answers with ``health()``, with status 503 unless its "ok" is true. Raises DeviceError if the address
+    cannot be used.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class MetricsServer:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port it listens at."""
         return int(self._server.server_port)
 
     def run(self) -> None:

@@ -1,7 +1,7 @@
-"""The run directory: where the host listens, and one directory per device with what is known about it.
+"""The run directory: the host's socket, and one directory per device with the device's record.
 
-State lives in the kernel (loop devices, mounts, processes); the files here only say where to look. So nothing is
-lost when the host or a client is killed, and what a killed server left behind is found by its directory.
+State lives in the kernel (loop devices, mounts, processes); the files here only point to it. So a killed host or
+client loses nothing, and leftovers of a killed server are found by their directory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from obdlab.ownfiles import check_own_directory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Where the device host listens.
+#: The device host's socket.
 SOCKET_NAME = "host.sock"
 #: Locked by the client that starts the host.
 START_LOCK_NAME = "host.start.lock"
-#: Tells a keeper to take its device down once nobody uses it.
+#: Has a keeper take its device down once it is unused.
 TAKE_DOWN_SIGNAL = signal.SIGUSR1
-#: In a snapshotter's root: the file that it holds a lock on while it runs.
+#: In a snapshotter's root: the file that the snapshotter locks while it runs.
 SNAPSHOTTER_LOCK = "lock"
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _LOCK_PAUSE_S = 0.01
@@ -46,7 +46,7 @@ _KEEPERLESS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, told apart from a later one of the same number by its start time (clock ticks since boot)."""
+    """A process; its start time (clock ticks since boot) distinguishes it from later ones with the same number."""
 
     pid: int
     start_time: int
@@ -67,7 +67,7 @@ class Process:
         return Process.of(self.pid) == self
 
     def signal(self, number: signal.Signals) -> bool:
-        """Send a signal to this very process; tell whether it was there."""
+        """Send a signal to this very process. Return False if it is gone."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except OSError:
@@ -89,7 +89,7 @@ class Process:
         except OSError:  # gone
             return
         try:
-            # Not "alive": the threads of a killed process may outlive its first one, which is a zombie then.
+            # Not "alive": threads of a killed process may outlive its first one, which is a zombie then.
             if not self._is_there() or _ended(pidfd, timeout_s):
                 return
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -114,18 +114,18 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
     return bool(poller.poll(timeout_s * 1000))
 
 
-# Of /proc/PID/stat. The process's name comes before and may hold anything, blanks and parentheses included.
+# Parses /proc/PID/stat. The process's name comes before and may hold any characters, blanks and parentheses included.
 def _state_and_start(text: bytes) -> tuple[bytes, int]:
     fields = text.rpartition(b") ")[2].split()
     return fields[0], int(fields[19])
 
 
 class DeviceState(enum.StrEnum):
-    """How an attached device is."""
+    """State of an attached device."""
 
-    #: Served, and the death of its server or of its keeper is made good.
+    #: Served; a death of its server or keeper will be repaired.
     WHOLE = "whole"
-    #: Served. Its keeper was killed; the server is about to have another, or the kernel is too old for one.
+    #: Served. Its keeper was killed; the server is getting another one, or the kernel is too old for keepers.
     UNKEPT = "without keeper"
     #: A server is being started; its users wait.
     RESTARTING = "restarting"
@@ -137,7 +137,7 @@ class DeviceState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a device is made from: enough to start a server for it at any time."""
+    """The plan of a device: enough to start a server for it at any time."""
 
     device_id: str
     config: str
@@ -145,9 +145,9 @@ class Plan:
     #: As ``Settings.to_json`` wrote them.
     settings: str = "{}"
     readahead_kib: int = 128
-    #: Which state of the package its servers run.
+    #: Digest of the code that its servers run.
     code: str = ""
-    #: The local file that was to be put in the server's place; the kernel knows whether it is. "": none.
+    #: The local file that was to replace the server; the kernel knows whether it did. "": no file.
     graduated: str = ""
     #: Name of the device's kind (``devices.kinds``).
     kind: str = "fuse+loop"
@@ -155,20 +155,20 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRecord(Plan):
-    """What an attached device is: written when its servers change, read by everyone."""
+    """Record of an attached device: written when its servers change, read by all processes."""
 
     path: str
     size: int
     read_only: bool
     pid: int
     start_time: int
-    #: The process that replaces servers; 0: none.
+    #: The process that replaces servers; 0: no keeper.
     keeper_pid: int = 0
     keeper_start_time: int = 0
     helpers: list[int] = field(default_factory=list)
     #: Servers that died.
     restarts: int = 0
-    #: The server that opens the image to take the place of a dead one; 0: none does.
+    #: The server that opens the image to replace a dead one; 0: no such server.
     starting_pid: int = 0
     starting_start_time: int = 0
 
@@ -178,7 +178,7 @@ class DeviceRecord(Plan):
         return Process(self.pid, self.start_time)
 
     def servers(self) -> list[Process]:
-        """The device's server and those of its others that are alive."""
+        """The device's server, and the living ones among its helpers and starting servers."""
         helpers = (Process.of(pid) for pid in self.helpers)
         starting = [self.starting] if self.starting is not None else []
         return [self.process, *(each for each in helpers if each is not None), *starting]
@@ -210,7 +210,7 @@ class DeviceRecord(Plan):
 
     @property
     def state(self) -> DeviceState:
-        """How the device is at this moment."""
+        """The device's state at this moment."""
         if self.process.alive:
             return DeviceState.WHOLE if self.is_kept else DeviceState.UNKEPT
         if self.is_kept or (self.starting is not None and self.starting.alive):
@@ -225,7 +225,7 @@ class DeviceRecord(Plan):
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
-        """Read a directory's record; None if there is none, or none that can be read."""
+        """Read a directory's record; None if it is missing or malformed."""
         try:
             return cls.from_json(json.loads((directory / "disk.json").read_text()))
         except (OSError, ValueError, TypeError):
@@ -233,7 +233,7 @@ class DeviceRecord(Plan):
 
     @classmethod
     def from_json(cls, values: object) -> Self:
-        """Return the record that another process has made. Fields of later versions are left out.
+        """Return the record from another process. Fields of later versions are left out.
 
         Raises TypeError if it is malformed.
         """
@@ -249,9 +249,9 @@ class RunDir:
         self.path = path.absolute()
 
     def create(self) -> None:
-        """Make the directories, for this user's eyes only.
+        """Make the directories, readable by this user only.
 
-        Raises DeviceError if they cannot be made, or if other users could change what is in them.
+        Raises DeviceError if they cannot be made, or if other users could change their content.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -270,24 +270,24 @@ class RunDir:
 
     @property
     def host_log(self) -> Path:
-        """Where the host and all servers log."""
+        """The log file of the host and all servers."""
         return self.path / "host.log"
 
     def device(self, device_id: str) -> Path:
-        """Return the directory of a device. Raises DeviceError on an id that is no plain name."""
+        """Return the directory of a device. Raises DeviceError if the id is not a plain name."""
         if not _DEVICE_ID.fullmatch(device_id):
             raise DeviceError(f"device id: letters, digits, '_', '.' and '-' only, 128 at most (got {device_id!r})")
         return self.devices / device_id
 
     def device_directories(self) -> list[Path]:
-        """Return the directories of all devices, also of those half made or left behind."""
+        """Return the directories of all devices, including unfinished and abandoned ones."""
         try:
             return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
         except FileNotFoundError:
             return []
 
 
-# Sockets and records are believed because of where they lie.
+# Sockets and records are trusted because of their place.
 def _check_own(directory: Path) -> None:
     found = os.lstat(directory)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
@@ -299,12 +299,12 @@ def _check_own(directory: Path) -> None:
 
 
 def device_id_of(config: Path) -> str:
-    """Return the id a device gets if its user names none: the same for the same config file."""
+    """Return the id of a device attached without one: the same for the same config file."""
     return hashlib.sha256(os.fsencode(config.resolve())).hexdigest()[:16]
 
 
 def running_snapshotter(config: Path) -> Path | None:
-    """Return the root of the snapshotter that runs and made this device's configuration, or None.
+    """Return the root of the running snapshotter that made this device's configuration, or None.
 
     Its configurations are ``<root>/snapshots/<id>/block/config.v1.json``.
     """
@@ -326,16 +326,16 @@ def running_snapshotter(config: Path) -> Path | None:
 
 @contextmanager
 def held(directory: Path, timeout_s: float) -> Iterator[int]:
-    """Make the device's directory if needed and keep every other attach or detach out; gives the lock's descriptor.
+    """Make the device's directory if needed and keep every other attach or detach out; yields the lock's descriptor.
 
-    The lock is on the directory itself and goes with it: whoever waited for one that was removed starts over.
+    The lock is on the directory itself and goes with it: a process that waited for a removed directory starts over.
     Raises DeviceError after ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             os.mkdir(directory, 0o700)
-        except FileExistsError:  # exist_ok would look again, and fail if it has been removed in between
+        except FileExistsError:  # exist_ok would check again, and fail if the directory was removed in between
             pass
         try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -372,10 +372,10 @@ def _is_still(lock: int, directory: Path) -> bool:
 
 
 def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
-    """Take a device down in order: the device, its server, its directory. The caller holds its lock.
+    """Take down in order: the device, its server, its directory. The caller holds the device's lock.
 
-    Works the same whether its server is alive, hangs or was killed. Raises DeviceError, having changed nothing, while
-    a file system is mounted from it, unless ``force``.
+    Works the same whether the server runs, hangs or was killed. Raises DeviceError, having changed nothing, while a
+    file system is mounted from the device, unless ``force``.
     """
     record = DeviceRecord.load(directory)
     kinds.take_down(directory, timeout_s=timeout_s, force=force)
@@ -383,15 +383,15 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
         patience_s = _patience_s(record, timeout_s, force)
         if record.keeper is not None:
             record.keeper.end(patience_s)  # after its servers
-            record = DeviceRecord.load(directory) or record  # the last of them
+            record = DeviceRecord.load(directory) or record  # the last server may have been replaced since
             patience_s = min(patience_s, _KEEPERLESS_S)
         for process in record.servers():
             process.end(patience_s)
     shutil.rmtree(directory, ignore_errors=True)
 
 
-# By force the device may have vanished under its users, and then its server never sees the end of it. Otherwise a
-# server that was written to may have much to bring to the disk before it ends.
+# With force the device may have vanished under its users, and then its server never notices the end. Otherwise a
+# server of a writable device may have much data to flush before it ends.
 def _patience_s(record: DeviceRecord, timeout_s: float, force: bool) -> float:
     if force:
         return min(timeout_s, 2.0)

@@ -1,8 +1,8 @@
 """One device's server: a process of its own, forked from the host, that lives as long as its device.
 
 It outlives the host and every client. SIGINT is ignored. SIGTERM stops it cleanly if no file system is mounted from
-the device and is ignored otherwise: at shutdown everything gets SIGTERM, and the file systems must still be unmounted
-after that. The way to stop a device is to detach it, whereupon the server ends by itself.
+the device and is ignored otherwise: at shutdown every process gets SIGTERM, and the file systems must still be
+unmounted after that. To stop a device, detach it; the server then ends by itself.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How long a helper stays with nothing to do.
+#: How long a helper stays without work.
 HELPER_IDLE_S = 10.0
-#: The answer to the request that ended the device may be under way still.
+#: The answer to the request that ended the device may still be under way.
 _ANSWERS_S = 1.0
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come and the device is not in use."""
+    """SIGTERM has come while the device is not in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a server is to serve."""
+    """A server's task."""
 
-    #: What the device's keeper holds too (``Kind.connect``): an open /dev/fuse, or nothing.
+    #: Connection that the device's keeper holds too (``Kind.connect``): an open /dev/fuse, or NO_CONNECTION.
     connection: int
-    #: The device, if it is there already and this server goes on with it.
+    #: The device, if it exists and this server goes on with it.
     path: Path | None = None
-    #: 0: the server of the device; others help it while it is busy.
+    #: 0: the server of the device; other numbers are helpers while it is busy.
     number: int = 0
     #: Servers that the device had before.
     restarts: int = 0
@@ -73,19 +73,19 @@ def serve(
 ) -> None:
     """Open the blob, make it a device at ``directory`` or go on with one, and serve until the device is taken away.
 
-    The keeper at the other end of ``channel`` hears ``{"stage": text}``, then ``{"ready": {...}}`` or
-    ``{"error": text}``, and ``{"busy": true}`` now and then while more processes would help.
+    The keeper at the other end of ``channel`` gets ``{"stage": text}``, then ``{"ready": {...}}`` or ``{"error":
+    text}``, and now and then ``{"busy": true}`` while more processes would help.
     """
     device_id, keeper = directory.name, KeeperLink(channel)
     _settle_in(device_id, Settings.from_json(task.settings).server_memory)
-    if task.number:  # only a keeper has the kernel hand out again what a helper leaves unanswered
+    if task.number:  # only a keeper has the kernel hand out a helper's unanswered requests again
         abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         if not keeper.say({"stage": "opening the image"}) and task.number:
             return
         blob = open_blob()
         keeper.say({"stage": "making the device"})
-        # From here on a SIGTERM waits until it can be answered in good order.
+        # From here on a SIGTERM waits until this process can handle it cleanly.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         device = kinds.find(task.kind).make(
             blob,
@@ -127,8 +127,8 @@ def _say_busy(keeper: KeeperLink, blob: Blob) -> None:
         keeper.say_busy()
 
 
-# A helper ends when it has had nothing to do for a while; the keeper has the kernel ask again for what it may have
-# taken at that moment.
+# A helper ends after a while without work; the keeper has the kernel hand out again any requests that it took at that
+# moment.
 def _help(device: Device, blob: Blob, directory: Path, keeper: KeeperLink, task: Task) -> None:
     tracing = control.serve(device, blob, directory, helper=task.number).tracing
     keeper.say({"ready": {}})
@@ -187,5 +187,5 @@ def _wait_for_end(device: Device, device_id: str) -> None:
                 device.stop()
             except DeviceError as error:  # another process has it open after all
                 log.warning("%s: not stopped: %s", device_id, error)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was written is flushed now, and the process ends anyway
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # written data is flushed now, and the process ends anyway
     log.info("%s: device gone, server ends", device_id)

@@ -1,4 +1,4 @@
-"""A device's server as its keeper sees it: the process, its channel, and how it ended."""
+"""The keeper's view of a device's server: the process, its channel, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: No message of a server is longer.
+#: Longest message of a server.
 _LIMIT = 1 << 20
 
 
 class ServerProcess:
-    """A process that this keeper forked, or adopted after the death of the keeper that did.
+    """A process that this keeper forked, or adopted after its own keeper's death.
 
-    ``number`` is 0 for the server that made the device, or took its place; others help it. Raises OSError if the
-    process is gone.
+    ``number`` is 0 for the device's server; other numbers are helpers. Raises OSError if the process is gone.
     """
 
     def __init__(self, pid: int, channel: socket.socket, number: int) -> None:
@@ -32,16 +31,16 @@ class ServerProcess:
         self.pidfd = os.pidfd_open(pid)
         self.channel = channel
         self.number = number
-        #: Since when it serves; None before it is ready.
+        #: When it became ready; None before that.
         self.start: Start | None = None
-        #: Why it cannot serve, by its own word.
+        #: The server's own reason why it cannot serve.
         self.error = ""
         self._received = bytearray()
 
     def listen(self) -> list[dict[str, Any]] | None:
-        """Return the messages that have come, or None if no more will: its end of the channel is closed.
+        """Return the received messages, or None if its end of the channel is closed.
 
-        The channel of a server that sends anything but messages is not read any more.
+        A server that sends a malformed message is not read any more.
         """
         try:
             part = self.channel.recv(1 << 16)
@@ -62,7 +61,7 @@ class ServerProcess:
         return messages
 
     def last_messages(self) -> list[dict[str, Any]]:
-        """Return what a dead server still said."""
+        """Return a dead server's unread messages."""
         os.set_blocking(self.channel.fileno(), False)
         messages: list[dict[str, Any]] = []
         with suppress(BlockingIOError, OSError):
@@ -71,12 +70,14 @@ class ServerProcess:
         return messages
 
     def kill(self) -> None:
-        """Kill it, if it is there."""
+        """Kill it, unless it is gone."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def bury(self) -> int | None:
-        """Reap a dead server and let go of it; return its wait status, None if another process is its parent."""
+        """Reap a dead server and close its descriptors; return its wait status, None if another process is its
+        parent.
+        """
         try:
             _, status = os.waitpid(self.pid, 0)
         except ChildProcessError:
@@ -88,14 +89,14 @@ class ServerProcess:
 
 
 def killed_by(status: int | None) -> int | None:
-    """Return the signal of a wait status, 0 if the process exited, None if the status is not known."""
+    """Return the signal of a wait status, 0 if the process exited, None if the status is unknown."""
     if status is None:
         return None
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 def how_ended(status: int | None) -> str:
-    """Say what a wait status means."""
+    """Describe a wait status in words."""
     if status is None:
         return "in a way that only its parent knows"
     if os.WIFSIGNALED(status):

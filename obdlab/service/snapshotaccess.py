@@ -1,4 +1,4 @@
-"""Paths that callers of the snapshot service may name, and the token by which they are known on TCP."""
+"""Paths that callers of the snapshot service may name, and the token that authenticates them on TCP."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def _real(name: str | Path) -> Path:
 
 
 def read_token(path: Path) -> str:
-    """Return the token in a file, which is made with a random one if it is missing.
+    """Return the token in a file; make the file with a random token if it is missing.
 
-    Raises DeviceError if the file is another user's, or if others may read it.
+    Raises DeviceError if the file is another user's, or if other users may read it.
     """
     try:
         if not os.path.lexists(path):

@@ -1,10 +1,10 @@
 """Live snapshots over HTTP: ``POST /snapshot`` with a JSON object of ``dev_id`` and ``config``.
 
 Answers are JSON objects of ``success`` and ``message``, with the original's codes and sentences (overlaybd live
-snapshot API). A snapshot redirects a device's writes, so a caller has to prove that it may: on a unix socket (mode
-0600) by the credentials that the kernel knows, on TCP by a token. A web page cannot call it: the request is a POST of
-JSON without an Origin, and on TCP the Host is checked. No answer has more of a failure than its code; the log has the
-cause, which may quote files. ``open_to_all`` is the original's way: any verb, parameters in the query, no token.
+snapshot API). A snapshot redirects a device's writes, so callers must prove that they may: on a unix socket (mode
+0600) by the kernel's peer credentials, on TCP by a token. A web page cannot call it: the request is a POST of JSON
+without an Origin, and on TCP the Host is checked. An answer shows only the code of a failure; the log has the cause,
+which may quote files. ``open_to_all`` is the original's way: any verb, parameters in the query, no token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Time for one request to come in, and for its answer to be taken.
+#: Time for one request to arrive, and for the client to take its answer.
 REQUEST_TIMEOUT_S = 10.0
 #: A connection is closed when it is silent for this long.
 _IDLE_TIMEOUT_S = 60.0
@@ -54,8 +54,8 @@ class _RefusedError(Exception):
 class SnapshotApi(ThreadingHTTPServer):
     """Listens on ``address``, a Path (unix socket) or ``http://HOST:PORT``; ``take(dev_id, config)`` snapshots.
 
-    That raises UnknownDeviceError, or another ObdlabError if it fails. On TCP callers need the ``token``, unless the
-    service is ``open_to_all``. Raises DeviceError if the address is malformed or taken, or if a token is missing.
+    ``take`` raises UnknownDeviceError, or another ObdlabError if it fails. On TCP callers need the ``token``, unless
+    the service is ``open_to_all``. Raises DeviceError if the address is malformed or taken, or if a token is missing.
     Serve with ``serve_forever``, end with ``shutdown`` and ``server_close``.
     """
 
@@ -93,7 +93,7 @@ class SnapshotApi(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens: a URL, or the path of the socket."""
+        """Its address: a URL, or the path of the socket."""
         if self._path is not None:
             return str(self._path)
         host, port = self.server_address[:2]
@@ -105,7 +105,7 @@ class SnapshotApi(ThreadingHTTPServer):
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    # The base class shows a client's address in its logs.
+    # The base class logs a client's address; unix sockets have none.
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
         return connection, address or ("unix socket", 0)
@@ -127,7 +127,7 @@ class SnapshotApi(ThreadingHTTPServer):
             if not hmac.compare_digest(given.strip().encode("latin-1"), self._token) or scheme.lower() != "bearer":
                 raise _RefusedError(HTTPStatus.UNAUTHORIZED, "A token is needed")
 
-    # A name that an attacker's server answers for could stand for this address (DNS rebinding); a number could not.
+    # An attacker's host name could resolve to this address (DNS rebinding); a literal address could not.
     def _is_addressed(self, host: str) -> bool:
         try:
             parts = urlsplit(f"//{host}")
@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             log.error("snapshot of %s with %s: %s", dev_id, config, error)
             raise _RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, "Failed to create snapshot") from error
 
-    # Of the query as in the original's requests, and of the body.
+    # Merges the query's parameters, as in the original's requests, with the body's.
     def _parameters(self, query: str, body: bytes) -> dict[str, str]:
         asked = {name: values[0] for name, values in parse_qs(query).items()}
         if self.server.open_to_all:
@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not a JSON object of texts")
         return asked | more
 
-    # The next request on the connection comes after it.
+    # Reads the whole body: the next request on the connection comes after it.
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         too_long = not length.isascii() or not length.isdecimal() or int(length[:10]) > _MAX_BODY or len(length) > 10
@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too long")
         return self.rfile.read(int(length))
 
-    # Messages never change, as in the original: the text of a failure could quote the file that a caller names.
+    # Messages are fixed, as in the original: the text of a failure could quote the file that a caller names.
     def _send(self, status: HTTPStatus, message: str) -> None:
         body = json.dumps({"success": status == HTTPStatus.OK, "message": message}).encode()
         self.send_response(status)
@@ -259,20 +259,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # For errors that the base class finds in a request, before it knows what language to answer in.
+    # For errors that the base class finds in a request before it knows the protocol version.
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         self.close_connection = True
         self.request_version = self.protocol_version
         self.command = self.command or ""
         self._send(HTTPStatus(code), HTTPStatus(code).phrase)
 
-    # Not what a client has sent, which may be a token, nor its escapes.
+    # Logs no text from the client: it may be a token or hold escape sequences.
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         log.info("%s: %s %s", self.client_address[0], self.command, args[1] if len(args) > 1 else "")
 
 
 class _DeadlineReader(io.RawIOBase):
-    # Reads from a connection; what has begun to come in must be there within its time, however slowly it comes.
+    # Reads from a connection. Once a request has begun to arrive, all of it must arrive within its time.
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._deadline: float | None = None

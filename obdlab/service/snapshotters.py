@@ -1,6 +1,6 @@
-"""What snapshotters of a run directory have counted, asked for at their sockets, as families for Prometheus.
+"""Collects the counters of a run directory's snapshotters at their sockets, as families for Prometheus.
 
-A socket that nobody listens on any more is removed.
+A socket without a listener is removed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Families of a snapshotter's table. Histograms are one for each function: ``rpc_seconds:<function>``.
+#: Families of a snapshotter's table. Each function has its own histogram: ``rpc_seconds:<function>``.
 RPC_SECONDS, RPC_ERRORS, FALLBACKS = "rpc_seconds", "rpc_errors", "snapshotter_fallbacks"
 KINDS = ("view", "active", "committed")
 REASONS = ("no-block-devices", "registry-without-ranges", "not-overlaybd", "unproven-layer")
-#: Calls as the original names them.
+#: Calls under the original's names.
 FUNCTIONS = ("Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "Walk", "Usage", "Cleanup")
-#: What a client gets as an answer, not as a failure: a pulled layer is there.
+#: An answer, not a failure: the pulled layer exists.
 _NO_ERROR = "ALREADY_EXISTS"
 
 
@@ -55,7 +55,7 @@ def _ask(path: Path, deadline_s: float) -> Table | None:
 
 
 def metrics(tables: list[Table]) -> Iterator[Metric]:
-    """Return the families of all snapshotters together: the original's, spelt as there, and our own."""
+    """Return the families of all snapshotters together: the original's under its names, and our own."""
     total: Table = {}
     for table in tables:
         add_to(total, table)

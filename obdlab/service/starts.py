@@ -1,4 +1,4 @@
-"""Directories of starts that are recorded or watched: one each, below the run directory, while its maker runs."""
+"""Directories of recorded or watched starts: one each, below the run directory, while the start's maker runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _KINDS = ("record", "watch")
 _MAKER = "maker"
 # A maker ends its container, and waits for the trace.
 _END_S = 40.0
-# After its death a guard ends the container, by what lies in the directory.
+# After the maker's death a guard ends the container, with the help of the directory's content.
 _GUARD_S = 5.0
 _LOOK_S = 0.05
 
 
 @contextmanager
 def place_for_start(run: RunDir, kind: str) -> Iterator[Path]:
-    """Have a directory for a start, a "record" or a "watch", within ``with``; its device has the directory's name."""
+    """Make a directory for a start, a "record" or a "watch", within ``with``; its device has the directory's name."""
     run.create()
     with tempfile.TemporaryDirectory(prefix=f"{kind}-", dir=run.path) as directory:
         place = Path(directory).resolve()
@@ -39,13 +39,13 @@ def place_for_start(run: RunDir, kind: str) -> Iterator[Path]:
 
 
 def places_of_starts(run_path: Path) -> list[Path]:
-    """Return the directories of starts, also of those whose makers were killed."""
+    """Return the directories of starts, including those of killed makers."""
     found = [path for kind in _KINDS for path in sorted(run_path.glob(f"{kind}-*"))]
     return [path for path in found if (path / _MAKER).is_file()]
 
 
 def maker_of(place: Path) -> Process | None:
-    """Return the process that runs the start, None if it is gone."""
+    """Return the process that runs the start, or None if it is gone."""
     try:
         pid, start_time = (place / _MAKER).read_text().split()
         maker = Process(int(pid), int(start_time))
@@ -55,7 +55,7 @@ def maker_of(place: Path) -> Process | None:
 
 
 def end_start(place: Path, maker: Process) -> None:
-    """Have the maker end the start in good order, or kill it. Raises DeviceError if it survives that."""
+    """Have the maker end the start cleanly, or kill it. Raises DeviceError if it survives that."""
     maker.signal(signal.SIGTERM)
     maker.end(_END_S)
     deadline = time.monotonic() + _GUARD_S

@@ -1,7 +1,8 @@
-"""Taking a device over from the processes that serve it: an upgrade in place, or after its keeper was killed.
+"""Takes a device over from the processes that serve it: an upgrade in place, or after its keeper was killed.
 
-Nothing is asked of them, so they may run other code, or hang: the connection is duplicated out of one of them
-(pidfd_getfd(2)), and they are killed once the new server is ready. What they leave unanswered is handed out again.
+They need not cooperate, so they may run other code, or hang: the connection is duplicated out of one of them
+(pidfd_getfd(2)), and they are killed once the new server is ready. The kernel then hands out their unanswered
+requests again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _END_S = 10.0
 
 
 class Former:
-    """The processes that a device had before."""
+    """The previous processes of a device."""
 
     def __init__(self, record: DeviceRecord) -> None:
         self.record = record
@@ -58,7 +59,7 @@ class Former:
             process.end(_END_S)
 
     def go_on(self) -> None:
-        """Nothing came of the take-over: let them go on. A server that made way is replaced by its keeper."""
+        """After a failed take-over, let them go on. The keeper replaces a server that made way."""
         if self._keeper is not None:
             self._keeper.signal(signal.SIGCONT)
 
@@ -67,7 +68,7 @@ class Former:
             process.signal(signal.SIGKILL)
             process.end(_END_S)
 
-    # The record tells of those that were ready; a keeper may just have forked another.
+    # The record lists servers that were ready; a keeper may just have forked another one.
     def _servers(self) -> list[Process]:
         pids = {self.record.pid, *self.record.helpers}
         found = {self.record.process}

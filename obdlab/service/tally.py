@@ -1,7 +1,7 @@
-"""What device servers have counted: while they run they are asked, and at their end they leave it in a file.
+"""Counters of device servers beyond their ends: an ending server adds its counters to a file.
 
-So totals only grow, however many devices come and go. What a killed server has counted is added by whoever asked it
-last; what it did after that is lost.
+So totals only grow, however many devices come and go. The last exporter to read a killed server's counters adds them;
+counts after that reading are lost.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TALLY_LOCK_NAME = "counters.lock"
 
 _VERSION = 1
 _LOCK_WAIT_S = 2.0
-#: As many servers may end between two looks of an exporter before it counts one of them twice.
+#: If more servers end between two scrapes, the exporter counts some of them twice.
 _ENDED_KEPT = 1024
-#: Why bytes were fetched; the block cache counts each cause in a field of that name.
+#: Reasons of fetches; the block cache counts each in a field of that name.
 CAUSES = ("demand", "readahead", "prefetch", "background")
-#: Counters of the block cache by their names here.
+#: Names in the table, and in the block cache.
 _OF_CACHE = {
     "cache_hits": "hits",
     "cache_misses": "misses",
@@ -47,7 +47,7 @@ _OF_CACHE = {
 
 
 def server_table(device: DeviceStatistics, source: Mapping[str, float]) -> Table:
-    """Return everything that this process has counted, given what its device and its block cache have."""
+    """Return all counters of this process, given its device's and its block cache's."""
     table: Table = {
         "reads": {"": device.reads},
         "read_bytes": {"": device.read_bytes},
@@ -67,15 +67,15 @@ def server_table(device: DeviceStatistics, source: Mapping[str, float]) -> Table
 
 @dataclass(slots=True)
 class Tally:
-    """What ended servers have counted, by device; ``gone`` sums up devices that are not there any more."""
+    """Counters of ended servers by device; ``gone`` sums up removed devices."""
 
-    #: Servers ("pid:start time") that are counted here.
+    #: Servers ("pid:start time") included here.
     ended: list[str] = field(default_factory=list)
     gone: Table = field(default_factory=dict)
     devices: dict[str, Table] = field(default_factory=dict)
 
     def add(self, device_id: str, server: str, table: Table) -> bool:
-        """Add a server's counters, unless they are there already; tell whether they were not."""
+        """Add a server's counters. Return False if they are included already."""
         if server in self.ended:
             return False
         self.ended = [*self.ended, server][-_ENDED_KEPT:]
@@ -83,7 +83,7 @@ class Tally:
         return True
 
     def forget_devices(self, present: set[str]) -> bool:
-        """Count devices that are not ``present`` among those that are gone; tell whether there were any."""
+        """Move devices that are not ``present`` to ``gone``. Return True if there were any."""
         absent = self.devices.keys() - present
         for device_id in absent:
             add_to(self.gone, self.devices.pop(device_id))
@@ -92,7 +92,7 @@ class Tally:
 
 @contextmanager
 def changing(run_dir: Path) -> Iterator[Tally]:
-    """Give the run directory's tally to change; it is kept if the block ends well and has set or added anything.
+    """Yield the run directory's tally; save its changes if the block ends without an exception.
 
     Raises OSError if it cannot be read or written, or stays locked.
     """
@@ -114,7 +114,7 @@ def changing(run_dir: Path) -> Iterator[Tally]:
 
 
 def leave(run_dir: Path, device_id: str, server: str, table: Table) -> None:
-    """Add what this server has counted, at its end. Never raises: a device's end must not depend on it."""
+    """Add this server's counters, at its end. Never raises: a device's end must not depend on it."""
     try:
         with changing(run_dir) as tally:
             tally.add(device_id, server, table)
@@ -142,7 +142,7 @@ def _read(run_dir: Path) -> str:
         return ""
 
 
-# Counters are worth no failure: what cannot be understood is begun anew.
+# Malformed counters are logged and start from zero: they are not worth a failure.
 def _parsed(text: str, run_dir: Path) -> Tally:
     if not text:
         return Tally()
@@ -158,7 +158,7 @@ def _parsed(text: str, run_dir: Path) -> Tally:
 
 
 def as_table(value: Any) -> Table:
-    """Return parsed JSON as a table. Raises ValueError or another error of wrong types if it is none."""
+    """Return parsed JSON as a table. Raises ValueError, TypeError or AttributeError if it is malformed."""
     return {
         str(name): {str(label): _number(number) for label, number in labels.items()} for name, labels in value.items()
     }

@@ -1,8 +1,8 @@
 """The TCMU daemon: serves the images of overlaybd backstores that a snapshotter or an attacher makes in configfs.
 
 A drop-in for overlaybd-tcmu. One process with one thread listens to the kernel and forks a server per device. A
-server outlives the daemon, and is started anew when it dies. The kernel's dev_config names an image's config.v1.json:
-nothing else is kept anywhere, and a daemon that starts takes over what it finds.
+server outlives the daemon, and is replaced when it dies. The kernel's dev_config names an image's config.v1.json. No
+other state is kept: a new daemon takes over the devices it finds.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ log = logging.getLogger(__name__)
 
 #: The handler's name in dev_config.
 HANDLER = "overlaybd"
-#: Where the reason of a failed add goes if the image's configuration names no result file.
+#: File for the reason of a failed add if the image's configuration names no result file.
 DEFAULT_RESULT = "init-debug.log"
 _RESTART_FIRST_S, _RESTART_MOST_S = 0.05, 30.0
-#: A server that has served so long did not die at once.
+#: A server that has served this long did not die at once.
 _HEALTHY_S = 5.0
-#: An opening has its own deadline; a server that does not keep it is killed.
+#: An opening has its own deadline; a server that exceeds it is killed.
 _OPEN_GRACE_S = 10.0
 _END_S = 30.0
 
 
 def image_of(config: str) -> tuple[Path, str]:
-    """Take the handler's part of a dev_config apart: the image's configuration, and its id for live snapshots."""
+    """Split the handler's part of a dev_config: the image's configuration, and its id for live snapshots."""
     path, _, live_id = config.partition(";")
     return Path(path), live_id
 
@@ -75,7 +75,7 @@ class TcmuDaemon:
         self._watched: dict[int, int] = {}
         self._waiting: dict[int, tuple[float, int]] = {}
         self._poll = select.poll()
-        # While the kernel's netlink is blocked nothing can be added that would be seen twice, or not at all.
+        # While the kernel's netlink is blocked, no device can be added that would be seen twice or missed.
         blocked = netlink.block()
         try:
             self._netlink = TcmuNetlink()
@@ -89,9 +89,9 @@ class TcmuDaemon:
                 netlink.unblock()
 
     def run(self, signals: Signals) -> None:
-        """Serve until SIGINT or SIGTERM; then bring what is under way to its end and leave the devices waiting.
+        """Serve until SIGINT or SIGTERM; then finish pending answers and leave the devices waiting.
 
-        They wait, without an error, for the daemon that takes them over.
+        Their users wait, without an error, for the daemon that takes them over.
         """
         self._poll.register(signals, select.POLLIN)
         while True:
@@ -111,7 +111,7 @@ class TcmuDaemon:
             self._look_at_clock()
         self._end()
 
-    # --- what happens ---
+    # --- events ---
 
     def _on_event(self, event: Event) -> None:
         log.info("%s %s (uio%d)", event.what.name.lower(), event.name, event.number)
@@ -122,12 +122,12 @@ class TcmuDaemon:
             self._netlink.reply(event, -errno.EOPNOTSUPP)
         elif name is not None and name.handler == HANDLER:
             self._start(event.number, name, event)
-        elif name is None or name.handler != "obdlab":  # those are served by who made them, and wait for nobody
+        elif name is None or name.handler != "obdlab":  # obdlab serves its own devices and waits for no reply
             log.error("%s: no handler for it", event.name)
             self._netlink.reply(event, -errno.ENOENT)
 
-    # Answered when the server has closed the image, so that who removed the device may use it again at once. (Nothing
-    # in configfs is touched meanwhile: the kernel holds its directory until the answer.)
+    # Replies once the server has closed the image, so that the process that removed the device may use the image
+    # again at once. (Touches nothing in configfs meanwhile: the kernel holds its directory until the reply.)
     def _remove(self, event: Event) -> None:
         for server in self._servers.values():
             if server.number == event.number and server.ready_at is not None:
@@ -157,7 +157,7 @@ class TcmuDaemon:
         self._poll.register(pidfd, select.POLLIN)
 
     def _become_server(self, number: int, name: UioName, adopt: bool, writer: int) -> None:
-        self._netlink.close()  # another listener that never answers would only fill up
+        self._netlink.close()  # another listener that never reads would only fill up
         for server in self._servers.values():
             if server.reader >= 0:
                 os.close(server.reader)
@@ -205,14 +205,14 @@ class TcmuDaemon:
         elif code != 0 and self._is_unserved(server.number, server.name):
             self._start_again(server, code)
 
-    # Numbers are used again: one may be that of a new device by now, which comes, or came, as an event of its own.
+    # UIO numbers are reused: this one may be a new device's by now, which has an event of its own.
     def _is_unserved(self, number: int, name: UioName | None = None) -> bool:
         now = uio.devices().get(number)
         if now is None or now.handler != HANDLER or (name is not None and now != name) or not now.is_configured:
             return False
         return all(server.number != number for server in self._servers.values())
 
-    # Either it was killed, or it ended without its device: both are no reason for the device to hang.
+    # The server was killed, or ended without its device: the device must not hang in either case.
     def _start_again(self, server: _Server, code: int) -> None:
         healthy = server.ready_at is not None and time.monotonic() - server.ready_at > _HEALTHY_S
         deaths = 1 if healthy else server.deaths + 1
@@ -282,7 +282,9 @@ class TcmuDaemon:
 
 
 def result_file(config_path: Path) -> Path:
-    """Return where the outcome of opening an image is written: what its configuration names, or beside that."""
+    """Return the file for the outcome of opening an image: the configured one, or the default beside the
+    configuration.
+    """
     try:
         named = ImageConfig.load(config_path).result_file
     except ObdlabError:
@@ -291,12 +293,12 @@ def result_file(config_path: Path) -> Path:
 
 
 def open_config(config_path: Path) -> ImageConfig:
-    """Read an image's configuration; its result file is beside it if it has no full path. Raises ConfigError."""
+    """Read an image's configuration, with a full path of its result file. Raises ConfigError."""
     return replace(ImageConfig.load(config_path), result_file=str(result_file(config_path)))
 
 
 def report_failure(config_path: Path, reason: str) -> None:
-    """Write why an image was not added to its result file, for who waits for the device."""
+    """Write the reason why an image was not added to its result file, which the device's waiting maker reads."""
     try:
         result_file(config_path).write_text(f"failed:{reason}")
     except OSError as error:
@@ -304,7 +306,7 @@ def report_failure(config_path: Path, reason: str) -> None:
 
 
 def failure_of(config_path: Path) -> str:
-    """Return why an image was not added, or ''. For who waited for the device."""
+    """Return the reason why an image was not added, or ''. For the device's waiting maker."""
     try:
         text = result_file(config_path).read_text(errors="replace")
     except OSError:

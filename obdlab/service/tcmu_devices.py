@@ -1,8 +1,8 @@
-"""Devices that an overlaybd TCMU daemon serves, ours (``obdlab tcmu``) or the original: for who attaches images.
+"""Attaches images as devices of an overlaybd TCMU daemon, ours (``obdlab tcmu``) or the original.
 
-The same calls as :class:`obdlab.service.client.DeviceService` has for the devices of a run directory. State lives in
-configfs alone, under the paths and values of overlaybd-snapshotter: a device is named after its snapshot, whose
-directory its image's configuration lies in.
+Has the same calls as :class:`obdlab.service.client.DeviceService` has for the devices of a run directory. State lives
+in configfs alone, under the paths and values of overlaybd-snapshotter: a device is named after its snapshot, whose
+directory holds the image's configuration.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SECTOR = 512
 
 
 def devices_for(run_dir: Path, settings: Settings) -> Devices:
-    """Return who makes the devices that the settings ask for."""
+    """Return the maker of devices that the settings ask for."""
     return TcmuDevices(settings) if settings.device_kind == DAEMON_KIND else DeviceService(run_dir, settings)
 
 
 def take_down(target: Target) -> None:
-    """Remove a device, its disk and what it is exported as over iSCSI. None being there is fine.
+    """Remove a device, its disk and its iSCSI exports. A missing device is fine.
 
     Raises DeviceError, having changed nothing, while a file system of this host is mounted from it.
     """
@@ -45,7 +45,7 @@ def take_down(target: Target) -> None:
     if disk is not None:
         wait_unused(disk)
         numbers = [number for number, name in uio.devices().items() if name.backstore == target.backstore]
-        if not any(holders(number) for number in numbers):  # nobody would answer what removing it asks for
+        if not any(holders(number) for number in numbers):  # no server would answer the removal's requests
             configfs.set_offline(disk)
             configfs.settle(target, disk, 0.0)
     iscsi.unexport(target)
@@ -53,9 +53,9 @@ def take_down(target: Target) -> None:
 
 
 class TcmuDevices:
-    """The overlaybd devices of this host. ``tenant`` is the snapshotter's, part of every name; -1: none.
+    """The overlaybd devices of this host. ``tenant`` is the snapshotter's, part of every name; -1: no tenant.
 
-    How their images are opened is the daemon's to say; ``settings`` are for what the snapshotter does itself.
+    The daemon has its own settings for opening their images; ``settings`` are those of the snapshotter.
     """
 
     def __init__(self, settings: Settings, *, tenant: int = -1) -> None:
@@ -63,22 +63,22 @@ class TcmuDevices:
         self._tenant = tenant
 
     def start_host(self) -> None:
-        """Do nothing: the daemon is somebody else's to start."""
+        """Do nothing: the daemon is started by other means."""
 
     def prime(self, image: ImageConfig) -> None:
         """Do nothing: the daemon has a cache of its own."""
 
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
-        """Make an image a SCSI disk, or find the one that already is. ``device_id`` is not used.
+        """Make an image a SCSI disk, or find its present one. ``device_id`` is not used.
 
-        The daemon opens it and has its own deadline for that. Raises DeviceError, with what the daemon has to say, if
-        it refuses, none runs, or a device of that snapshot is another image's.
+        The daemon opens it, with its own deadline. Raises DeviceError, with the daemon's reason, if it refuses, no
+        daemon runs, or a device of that snapshot has another image.
         """
         config = config_path.absolute()
         target = Target.of(_snapshot_of(config), self._tenant)
         if target.backstore.exists():
             return self._attached(target, config)
-        result_file(config).unlink(missing_ok=True)  # of an attempt before
+        result_file(config).unlink(missing_ok=True)  # of an earlier attempt
         try:
             configfs.attach(target.device_id, config, tenant=self._tenant)
         except DeviceError as error:
@@ -91,7 +91,9 @@ class TcmuDevices:
         mount.mount(device.path, target, read_only=read_only, options=options)
 
     def detach(self, device_id: str) -> bool:
-        """Take a device away; tell whether there was one. Raises DeviceError, naming its users, if there are any."""
+        """Take a device away. Return False if it is missing. Raises DeviceError, naming its users, while it is in
+        use.
+        """
         target = Target.of(device_id, self._tenant)
         if not target.backstore.exists():
             return False
@@ -99,9 +101,9 @@ class TcmuDevices:
         return True
 
     def release(self, device_id: str) -> bool:
-        """Detach a device that this mount namespace has unmounted; tell whether it is gone.
+        """Detach a device that this mount namespace has unmounted. Return True if it is gone.
 
-        One that others still hold stays, for the next attach of its image or :meth:`detach`.
+        A device in use elsewhere stays, for the next attach of its image or :meth:`detach`.
         """
         try:
             self.detach(device_id)
@@ -124,7 +126,7 @@ class TcmuDevices:
             return None
         try:
             target = Target.of(name.device.removeprefix("dev_"), self._tenant)
-        except DeviceError:  # made by somebody with names of his own
+        except DeviceError:  # made under foreign names
             return None
         return target if target.backstore == name.backstore else None
 
@@ -142,7 +144,7 @@ class TcmuDevices:
             time.sleep(_PAUSE_S)
 
 
-# As overlaybd-snapshotter lays them out: <root>/snapshots/<id>/block/config.v1.json.
+# The layout of overlaybd-snapshotter: <root>/snapshots/<id>/block/config.v1.json.
 def _snapshot_of(config: Path) -> str:
     name = config.parent.parent.name
     if config.parent.name != "block" or not name.isdecimal():
@@ -167,5 +169,5 @@ def _description(target: Target, disk: Path, config: Path, number: int) -> Attac
 def _number(disk: Path, name: str) -> int:
     try:
         return int(Path("/sys/block", disk.name, name).read_text())
-    except (OSError, ValueError):  # going
+    except (OSError, ValueError):  # being removed
         return 0

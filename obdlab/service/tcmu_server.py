@@ -1,7 +1,7 @@
 """One TCMU device's server: a process of its own, forked from the daemon, that serves one image until it is removed.
 
-SIGTERM ends it in good order: the device stays, without a server, and its users wait for the next one. An image that
-cannot be opened again, after a crash, fails its users' requests with the reason and is tried again and again.
+SIGTERM ends it cleanly: the device stays, without a server, and its users wait for the next one. If the image cannot
+be opened again after a crash, the server fails its users' requests with the reason and keeps trying.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ log = logging.getLogger(__name__)
 _RETRY_S = 5.0
 _DRAIN_S = 20.0
 _WAIT_S = 3600.0
-#: What the kernel puts before a unit's serial number.
+#: Length of the kernel's prefix before a unit's serial number.
 _SERIAL_AT = 28
 
 
 class Reporter:
-    """Tells the daemon how the start went, once."""
+    """Reports the outcome of the start to the daemon, once."""
 
     def __init__(self, writer: int) -> None:
         self._writer = writer
 
     def ready(self) -> None:
-        """The device is served."""
+        """Report that the device is served."""
         self._tell({"ready": True})
 
     def failed(self, reason: str, *, busy: bool = False) -> None:
-        """It is not; ``busy``: since another process serves it."""
+        """Report that it is not; ``busy``: because another process serves it."""
         self._tell({"error": reason, "busy": busy})
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def serve(
         return
     if adopt:
         configfs.control(name.backstore, "block_dev", "1")
-        configfs.control(name.backstore, "reset_ring", "1")  # what was under way is asked for again
+        configfs.control(name.backstore, "reset_ring", "1")  # the kernel hands out requests under way again
     try:
         blob = _opened(name, config_path, settings, may_fail=adopt)
         disk = ScsiDisk(blob, serial=_serial(name), description=f"{name.handler}/{name.config}")
@@ -105,7 +105,7 @@ def _settle_in(device: str) -> None:
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
-    # Taken by sigtimedwait, so that no thread is interrupted by it.
+    # Received by sigwaitinfo, so that it interrupts no thread.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
@@ -123,7 +123,7 @@ def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
 
     threading.Thread(target=wait, name="end", daemon=True).start()
     number_of_signal = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1}).si_signo  # other signals' handlers run
-    if number_of_signal == signal.SIGUSR1:  # the device is being removed, and the kernel waits for us
+    if number_of_signal == signal.SIGUSR1:  # the device is being removed, and the kernel waits for this process
         server.end()
         server.wait(_DRAIN_S)
         return
@@ -131,7 +131,7 @@ def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
         if uio.devices().get(number) == name and name.is_configured:
             raise DeviceError(f"{name.device}: serving it ended, but it is still there: {server.last_error}")
         return
-    # What has come is answered; what comes from now on waits in the kernel for the next server.
+    # Answer all requests taken; new ones wait in the kernel for the next server.
     configfs.control(name.backstore, "block_dev", "1")
     if not server.drained(_DRAIN_S):
         log.warning("%s: ends with requests under way, which will be asked for again", name.device)
@@ -140,7 +140,7 @@ def _serve_until_end(server: TcmuServer, number: int, name: UioName) -> None:
     configfs.control(name.backstore, "block_dev", "0")
 
 
-# Two disks with one serial would be taken for two ways to one disk (multipath), so one without gets its name's.
+# Multipath would take two disks with one serial for two ways to one disk, so a disk without one gets its name's hash.
 def _serial(name: UioName) -> str:
     try:
         serial = (name.backstore / "wwn/vpd_unit_serial").read_text()[_SERIAL_AT:].strip()
@@ -166,7 +166,7 @@ def _opened(name: UioName, config_path: Path, settings: Settings, *, may_fail: b
 
 
 class LostImage(WritableBlob):
-    """Stands for an image that cannot be opened any more: every request fails, until it can be."""
+    """Stands for an image that cannot be opened any more: every request fails until it opens again."""
 
     def __init__(self, open_it: Callable[[], Blob], reason: str, name: str, retry_s: float = _RETRY_S) -> None:
         self.name = name

@@ -1,6 +1,6 @@
-"""A snapshotter's counters, told at a socket: ``<run dir>/snapshotters/<name>.sock``.
+"""Serves a snapshotter's counters at a socket: ``<run dir>/snapshotters/<name>.sock``.
 
-Apart from :mod:`obdlab.service.snapshotters`, which asks, as that brings Prometheus' library along.
+Separate from :mod:`obdlab.service.snapshotters`, the client side, which imports Prometheus' library.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TIMEOUT_S = 5.0
 
 
 def directory_of(run_dir: Path) -> Path:
-    """Return where the sockets are."""
+    """Return the directory of the sockets."""
     return run_dir / "snapshotters"
 
 
 class Telling:
-    """Tells ``table()`` to whoever asks, from a thread of its own."""
+    """Answers every client with ``table()``, from a thread of its own."""
 
     def __init__(self, run_dir: Path, name: str, table: Callable[[], Table]) -> None:
         """Listen. Raises OSError."""
@@ -44,7 +44,7 @@ class Telling:
         threading.Thread(target=self._run, name="counters", daemon=True).start()
 
     def close(self) -> None:
-        """Tell no more."""
+        """Stop answering."""
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
@@ -62,7 +62,7 @@ class Telling:
             wire.receive(connection, _TIMEOUT_S)
             connection.settimeout(_TIMEOUT_S)
             wire.send(connection, {"table": self._table()})
-        except (OSError, DeviceError) as error:  # the asker went away, or never asked
+        except (OSError, DeviceError) as error:  # the client went away, or never asked
             log.info("counters: %s", error)
         except Exception:
             log.exception("counters could not be told")

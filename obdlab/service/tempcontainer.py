@@ -1,7 +1,7 @@
-"""A container that is run once, straight by runc: no containerd, no network plugins, nothing left of it.
+"""A container that runs once, directly by runc: no containerd, no network plugins, no leftovers.
 
-Its root is an overlay: a mounted image below, memory above. The bundle follows the OCI runtime specification; what
-the image's configuration leaves open is as container engines have it by default.
+Its root is an overlay: a mounted image below, memory above. The bundle follows the OCI runtime specification;
+settings missing in the image's configuration get the defaults of container engines.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _RUNC_S = 30.0
-# Short: a first process without a handler does not hear of it, and what was to be recorded is.
+# Short: a first process without a handler ignores SIGTERM, and the recorded data is complete.
 _TERM_S = 2.0
-# Who does not die of a kill waits for the disk.
+# A process that survives SIGKILL waits for the disk.
 _STUCK_S = 2.0
 _KILL_S = 10.0
 _LOOK_S = 0.02
@@ -41,20 +41,21 @@ _CAPABILITIES = [
 ]
 _MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/sys/firmware"]
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-# /etc/passwd and /etc/group of an image may be anything.
+# An image's /etc/passwd and /etc/group may be of any size.
 _MOST_ACCOUNTS = 1 << 20
-# Whoever made the container writes a line when it has taken it down. If it dies before, nobody writes.
-# More than once, as runc may have been just about to start it; not for long, as its mounts are seen here, too.
+# The container's maker writes a line once it has taken the container down; if it dies before, the guard reads end of
+# file. The guard deletes twice, as runc may have been just about to start the container; not for long, as the
+# container's mounts are seen here, too.
 _GUARD = 'read -r _ || { for _ in 1 2; do runc --root "$1" delete --force "$2"; sleep 0.2; done; umount -l "$3"; }'
 
 
 class TemporaryContainer:
     """Runs the command of an image's configuration on ``image_root``, where the image is mounted, until closed.
 
-    ``place`` is an empty directory for the bundle. ``command`` replaces what the image would run; ``host_network``
-    shares the host's network, otherwise there is only a loopback. Output goes to ``output`` (a descriptor). If its
-    processes do not die in the end, ``release`` is called: what they read must let go of them. The container does
-    not outlive this process. Raises DeviceError, with what runc says.
+    ``place`` is an empty directory for the bundle. ``command`` replaces the image's own; ``host_network`` shares the
+    host's network, otherwise there is only a loopback. Output goes to ``output`` (a descriptor). If its processes do
+    not die in the end, ``release`` is called, which must end their pending reads. The container does not outlive this
+    process. Raises DeviceError, with runc's message.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class TemporaryContainer:
         return None if self._process is None else self._process.poll()
 
     def run(self, command: str) -> subprocess.Popen[bytes]:
-        """Begin ``sh -c command`` in the container; its status is not 0 also while that is only being started."""
+        """Begin ``sh -c command`` in the container; its status is also not 0 while the container is still being
+        started.
+        """
         return subprocess.Popen(
             [*self._runc, "exec", self._id, "/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,
@@ -117,7 +120,7 @@ class TemporaryContainer:
         )
 
     def wait(self, seconds: float | None, ended: Callable[[], bool]) -> bool:
-        """Wait until ``ended()``, or for so long, or for the container's end; tell whether it runs still."""
+        """Wait until ``ended()``, the timeout, or the container's end. Return True if the container still runs."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while self.status is None and not ended():
             if deadline is not None and time.monotonic() >= deadline:
@@ -126,7 +129,7 @@ class TemporaryContainer:
         return self.status is None
 
     def close(self) -> None:
-        """End it, politely first, and take its root down."""
+        """End it, by SIGTERM first, and take its root down."""
         if self._process is not None:
             self._end(self._process)
         unmount(self._root, lazy=True)
@@ -174,7 +177,7 @@ class TemporaryContainer:
 
 
 class LineWatch:
-    """Passes what is written to :attr:`descriptor` on to ``target``, and knows whether a line held ``text``."""
+    """Passes all data written to :attr:`descriptor` on to ``target``, and notices a line that holds ``text``."""
 
     def __init__(self, text: str, target: int) -> None:
         self._wanted = text.encode()
@@ -190,7 +193,7 @@ class LineWatch:
         return self._seen.is_set()
 
     def close(self) -> None:
-        """Pass on what is left, once the writers are gone."""
+        """Pass on the remaining data, once the writers are gone."""
         os.close(self.descriptor)
         self._thread.join(_KILL_S)
 
@@ -258,7 +261,7 @@ def _mounts(*, host_network: bool) -> list[dict[str, Any]]:
         ("/dev/mqueue", "mqueue", "mqueue", careful),
         ("/run", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
     ]
-    if host_network:  # sysfs shows the network of who mounts it
+    if host_network:  # sysfs shows the network of the process that mounts it
         found.append(("/sys", "none", "/sys", ["rbind", "nosuid", "noexec", "nodev", "ro"]))
         found.append(("/etc/resolv.conf", "bind", "/etc/resolv.conf", ["rbind", "ro"]))
     else:
@@ -269,7 +272,7 @@ def _mounts(*, host_network: bool) -> list[dict[str, Any]]:
     ]
 
 
-# "user", "uid", "user:group", "uid:gid" (OCI image configuration), names as the image's own files have them.
+# "user", "uid", "user:group", "uid:gid" (OCI image configuration), with names from the image's own files.
 def _user(text: str, root: Path) -> tuple[int, int, list[int]]:
     name, _, group = text.partition(":")
     if not name:
@@ -291,7 +294,7 @@ def _user(text: str, root: Path) -> tuple[int, int, list[int]]:
 
 def _accounts(root: Path, name: str) -> list[list[str]]:
     if (root / "etc").is_symlink():
-        return []  # it would lead out of the image
+        return []  # could lead out of the image
     try:
         descriptor = os.open(root / "etc" / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:

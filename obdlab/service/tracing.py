@@ -1,6 +1,6 @@
-"""What the control socket offers for recording: ``trace-start`` and ``trace-stop``, at any time, in all servers.
+"""Control socket actions for recording: ``trace-start`` and ``trace-stop``, at any time, in all servers.
 
-A mark in the device's directory tells helpers of the server, also those that come later, that reads are recorded.
+A mark in the device's directory has the server's helpers, including later ones, record their reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MARK = "recording"
 class Tracing:
     """Records one device's reads of its layers.
 
-    ``ask_helpers(op, arguments of each)`` asks all its other servers, and returns what those say that do not fail.
+    ``ask_helpers(op, arguments of each)`` asks all its helpers, and returns the answers of those that do not fail.
     """
 
     def __init__(self, blob: Blob, directory: Path, ask_helpers: Ask, *, helper: bool) -> None:
@@ -46,7 +46,7 @@ class Tracing:
         self._helper = helper
         self._changing = threading.Lock()
         self._watched: tuple[Stack, Recorder] | None = None
-        #: By the name of the request. An action gets the request, and where to tell of progress.
+        #: By the name of the request. An action gets the request, and a function that reports progress.
         self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
             "trace-start": self._start,
             "trace-stop": self._stop,
@@ -107,7 +107,7 @@ class Tracing:
             raise
 
     def _noted_by_helpers(self) -> tuple[list[bytes], int]:
-        # Through files, as it is too much for a message.
+        # Through files: too much for a message.
         answers = self._ask_helpers("trace-stop", lambda number: {"path": str(self._directory / f"noted-{number}")})
         noted = []
         for path in self._directory.glob("noted-*"):

@@ -1,4 +1,4 @@
-"""The process that unpacks a device's image, and has the device's server step aside for what came of it."""
+"""The process that unpacks a device's image, and has the device's server hand over to the resulting file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ANSWER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Graduated:
-    """The file that the kernel reads now, what it takes on disk, and how long the change held requests up."""
+    """The file that the kernel reads now, its size on disk, and how long the change delayed requests."""
 
     path: Path
     disk_bytes: int
@@ -36,11 +36,11 @@ class Graduated:
 def graduate(
     run_dir: RunDir, device_id: str, progress: Callable[[int, int], object] = lambda _, __: None
 ) -> Graduated:
-    """Unpack a device's image in this process, and have the kernel serve the device from that while it is used.
+    """Unpack a device's image in this process, and have the kernel serve the device from the file while it is used.
 
-    ``progress`` gets bytes of the disk done and to do. A device that has graduated is left as it is.
-    Raises DeviceError saying why it cannot, SourceError and FormatError of its layers, FlatFileError if there is no
-    room; the device goes on as before then.
+    ``progress`` gets the disk's bytes done and to do. A graduated device is left as it is. Raises DeviceError with
+    the reason, SourceError and FormatError of its layers, FlatFileError if space is missing; the device goes on as
+    before then.
     """
     directory = run_dir.device(device_id)
     record = DeviceRecord.load(directory)
@@ -74,7 +74,7 @@ def graduate(
         os.close(file)
 
 
-# The server may end before its answer comes through: the kernel knows.
+# The server may end before its answer arrives: the kernel knows the outcome.
 def _switch(directory: Path, name: str, path: Path) -> float:
     try:
         return float(asking.ask(directory, "graduate", {"name": name}, silence_s=_ANSWER_S)["paused_s"])

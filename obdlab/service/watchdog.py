@@ -1,10 +1,10 @@
-"""Telling that a device's server hangs: its users wait, and it does nothing about it.
+"""Detects a hanging server: the device's users wait, and the server makes no progress.
 
-The device's keeper looks now and then. While the kernel has no request in flight it wakes nobody: what the kernel
-counts for each block device (Documentation/block/stat.rst) is read from sysfs. Otherwise every server is asked at its
-control socket. One that says nothing for the time in which every read has ended, or has one request for twice that
-time, or takes none while some wait, hangs. Time counts in looks, so that a machine, a virtual machine or a control
-group that was stopped as a whole hangs nobody when it goes on.
+The device's keeper looks at intervals. If sysfs shows no request in flight (Documentation/block/stat.rst), the look
+wakes no other process. Otherwise it asks every server at its control socket. A server hangs if it stays silent for
+the time in which every read has ended, or has one request for twice that time, or takes none while some wait. Time
+counts in looks, so a pause of the whole machine, virtual machine or control group makes no server hang when it goes
+on.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A server may be as late as this beyond the deadline of reads, as a share of it and at least in seconds.
+#: A server may exceed the deadline of reads by this share of it, and by at least this many seconds.
 _MARGIN = 0.25
 _LEAST_MARGIN_S = 1.0
 _LOOKS = 8
 _LONGEST_PAUSE_S = 16.0
 #: A live server answers within milliseconds; the keeper does nothing else meanwhile.
 _LONGEST_ANSWER_S = 1.0
-#: States of threads (proc_pid_stat(5)) that say why a server is silent, and that killing it helps nobody.
+#: States of threads (proc_pid_stat(5)) that explain a server's silence: killing the server would not help.
 _EXCUSED = {"D": "it waits for the kernel", "t": "a debugger holds it"}
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What the kernel counts for a block device."""
+    """The kernel's counters of a block device."""
 
     in_flight: int
-    #: Reads, writes, discards and flushes since it exists.
+    #: Reads, writes, discards and flushes since the device exists.
     completed: int
 
     @classmethod
     def of(cls, node: Path) -> Activity | None:
-        """Read it for a device node; None if it is gone."""
+        """Read the counters of a device node; None if it is gone."""
         try:
             number = os.stat(node).st_rdev
             path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
@@ -58,7 +58,7 @@ class Activity:
 
 
 class Watchdog:
-    """Looks after the servers of the device whose directory this is."""
+    """Watches the servers of the device at ``directory``."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         longest_s = max(settings.read_deadline_s, settings.open_deadline_s)
@@ -74,11 +74,13 @@ class Watchdog:
         self.hangs = 0
 
     def pause_s(self) -> float:
-        """Return how long until the next look."""
+        """Return the time until the next look."""
         return max(0.0, self._next_look - time.monotonic())
 
     def hung(self, node: Path, servers: Mapping[int, int]) -> dict[int, str]:
-        """Look, if it is time; return which of ``servers`` (processes by number, 0 leads) hang, and what tells so."""
+        """Look, if it is time. Return the hanging ones of ``servers`` (processes by number, 0 leads), with the
+        symptom.
+        """
         if self.pause_s() > 0:
             return {}
         found = self._look(node, servers)
@@ -125,7 +127,7 @@ class Watchdog:
     def _lasts(self, looks: int) -> bool:
         return looks * self._pause_s >= self.limit_s
 
-    # Those without excuse. All that were found, or their successors, get as much time again.
+    # Returns those without excuse. All that were found, or their successors, get as much time again.
     def _convicted(self, found: Mapping[int, str], servers: Mapping[int, int]) -> dict[int, str]:
         convicted = {}
         for number, why in found.items():

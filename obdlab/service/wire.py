@@ -1,4 +1,4 @@
-"""How host, servers and clients talk: a JSON object per line over a unix socket, one request a connection."""
+"""The protocol of host, servers and clients: a JSON object per line over a unix socket, one request a connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: No message is longer.
+#: Longest message.
 _LIMIT = 1 << 20
 _LONGEST_S = 86400.0
 
@@ -27,7 +27,7 @@ _TIMEVAL = struct.Struct("ll")
 
 
 class Peer(NamedTuple):
-    """The credentials of a process when it connected."""
+    """The credentials of a process at the time it connected."""
 
     pid: int
     uid: int
@@ -35,7 +35,7 @@ class Peer(NamedTuple):
 
 
 class NoAnswerError(DeviceError):
-    """The other side did not answer. The request may have been done or not."""
+    """The other side did not answer. It may have done the request or not."""
 
 
 class ConnectionLostError(DeviceError):
@@ -46,7 +46,7 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
     """Connect to a unix socket of any path length, waiting while its queue is full. Raises OSError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # A non-blocking connect, as Python's own time limit makes it, fails at once when the queue is full.
+        # Python's own timeout makes the connect non-blocking, which fails at once when the queue is full.
         interval = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1_000_000) or 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
         directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
@@ -64,7 +64,7 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
 
 
 def listen(path: Path) -> socket.socket:
-    """Listen on a unix socket (mode 0600) that replaces any older one at once: no client finds it deaf."""
+    """Listen on a unix socket (mode 0600) that replaces an older one atomically: clients always find a listener."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
@@ -85,7 +85,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Return the process at the other end of a unix socket, as the kernel knows it. Raises OSError."""
+    """Return the process at the other end of a unix socket, from the kernel. Raises OSError."""
     return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
@@ -95,14 +95,14 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 class Messages:
-    """The messages that come in on a connection, one by one."""
+    """The messages received on a connection, one by one."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._data = bytearray()
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Return the next message. Raises DeviceError if none comes within ``timeout_s``, or if it is malformed."""
+        """Return the next message. Raises DeviceError if none arrives within ``timeout_s``, or if it is malformed."""
         deadline = time.monotonic() + timeout_s
         while (end := self._data.find(b"\n")) < 0:
             remaining = deadline - time.monotonic()
@@ -129,7 +129,7 @@ class Messages:
 
 
 def receive(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
-    """Receive the only message within ``timeout_s``. Raises DeviceError if it does not come or is malformed."""
+    """Receive the only message within ``timeout_s``. Raises DeviceError if it does not arrive or is malformed."""
     return Messages(connection).receive(timeout_s)
 
 
