@@ -1,4 +1,4 @@
-"""Records the kernel's tracepoints of a block device, in an own instance of tracefs.
+"""Records the kernel's tracepoints of a block device, in a tracefs instance of its own.
 
 Source: Documentation/trace/ftrace.rst, Documentation/trace/events.rst. Other users of tracefs are not disturbed.
 """
@@ -43,7 +43,7 @@ class BlockTrace:
             raise DeviceError(f"{node}: not a block device, whose reads the kernel would tell")
         self._device = os.major(status.st_rdev) << _MINOR_BITS | os.minor(status.st_rdev)
         self._instance: Path | None = None
-        # Descriptor of an own, unmounted tracefs, used where the host mounts none; the kernel drops it with this
+        # Descriptor of a private, unmounted tracefs, used where the host mounts none; the kernel drops it with this
         # process.
         self._tracefs = -1
 

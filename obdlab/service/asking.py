@@ -1,6 +1,6 @@
 """Sends requests to a device server's control socket (``obdlab.service.control`` answers them).
 
-A module apart from the answering side: askers need none of the imports for opening images, which take long.
+A module apart from the answering side, as clients do not need the imports for opening images, which take long.
 """
 
 from __future__ import annotations

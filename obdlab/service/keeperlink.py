@@ -71,8 +71,9 @@ class KeeperLink:
 
 
 class KeeperSeeker:
-    """Gets a server another keeper, as often as needed, until the device has ended. ``describe`` returns the
-    description.
+    """Gets a server another keeper, as often as needed, until the device has ended.
+
+    ``describe`` returns the server's description of the device.
     """
 
     def __init__(self, link: KeeperLink, directory: Path, task: Task, describe: Callable[[], dict[str, Any]]) -> None:

@@ -166,7 +166,7 @@ class DeviceRecord(Plan):
     keeper_pid: int = 0
     keeper_start_time: int = 0
     helpers: list[int] = field(default_factory=list)
-    #: Servers that died.
+    #: Number of servers that died.
     restarts: int = 0
     #: The server that opens the image to replace a dead one; 0: no such server.
     starting_pid: int = 0

@@ -55,11 +55,11 @@ class Task:
     path: Path | None = None
     #: 0: the server of the device; other numbers are helpers while it is busy.
     number: int = 0
-    #: Servers that the device had before.
+    #: Number of servers that the device had before.
     restarts: int = 0
     #: Name of the device's kind.
     kind: str = kinds.FuseLoop.name
-    #: Of the device's plan, as ``Settings.to_json`` wrote them.
+    #: Settings of the device's plan, as ``Settings.to_json`` wrote them.
     settings: str = "{}"
 
 
@@ -73,8 +73,8 @@ def serve(
 ) -> None:
     """Open the blob, make it a device at ``directory`` or go on with one, and serve until the device is taken away.
 
-    The keeper at the other end of ``channel`` gets ``{"stage": text}``, then ``{"ready": {...}}`` or ``{"error":
-    text}``, and now and then ``{"busy": true}`` while more processes would help.
+    The keeper at the other end of ``channel`` gets ``{"stage": text}``, then ``{"ready": {...}}`` or a failure as
+    ``{"error": text}``, and now and then ``{"busy": true}`` while more processes would help.
     """
     device_id, keeper = directory.name, KeeperLink(channel)
     _settle_in(device_id, Settings.from_json(task.settings).server_memory)

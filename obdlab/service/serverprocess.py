@@ -75,8 +75,9 @@ class ServerProcess:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def bury(self) -> int | None:
-        """Reap a dead server and close its descriptors; return its wait status, None if another process is its
-        parent.
+        """Reap a dead server and close its descriptors. Return its wait status.
+
+        Returns None if another process is its parent.
         """
         try:
             _, status = os.waitpid(self.pid, 0)

@@ -266,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.command = self.command or ""
         self._send(HTTPStatus(code), HTTPStatus(code).phrase)
 
-    # Logs no text from the client: it may be a token or hold escape sequences.
+    # Logs the verb alone: the rest of a request may be a token or hold escape sequences.
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         log.info("%s: %s %s", self.client_address[0], self.command, args[1] if len(args) > 1 else "")
 

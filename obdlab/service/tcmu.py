@@ -282,9 +282,7 @@ class TcmuDaemon:
 
 
 def result_file(config_path: Path) -> Path:
-    """Return the file for the outcome of opening an image: the configured one, or the default beside the
-    configuration.
-    """
+    """Return the file for the outcome of opening an image, as configured or the default beside the configuration."""
     try:
         named = ImageConfig.load(config_path).result_file
     except ObdlabError:

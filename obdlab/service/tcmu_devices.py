@@ -91,8 +91,9 @@ class TcmuDevices:
         mount.mount(device.path, target, read_only=read_only, options=options)
 
     def detach(self, device_id: str) -> bool:
-        """Take a device away. Return False if it is missing. Raises DeviceError, naming its users, while it is in
-        use.
+        """Take a device away. Return False if it is missing.
+
+        Raises DeviceError, naming its users, while it is in use.
         """
         target = Target.of(device_id, self._tenant)
         if not target.backstore.exists():

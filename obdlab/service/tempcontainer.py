@@ -109,9 +109,7 @@ class TemporaryContainer:
         return None if self._process is None else self._process.poll()
 
     def run(self, command: str) -> subprocess.Popen[bytes]:
-        """Begin ``sh -c command`` in the container; its status is also not 0 while the container is still being
-        started.
-        """
+        """Begin ``sh -c command`` in the container. Its status is also not 0 while the container still starts."""
         return subprocess.Popen(
             [*self._runc, "exec", self._id, "/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,

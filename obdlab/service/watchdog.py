@@ -78,8 +78,9 @@ class Watchdog:
         return max(0.0, self._next_look - time.monotonic())
 
     def hung(self, node: Path, servers: Mapping[int, int]) -> dict[int, str]:
-        """Look, if it is time. Return the hanging ones of ``servers`` (processes by number, 0 leads), with the
-        symptom.
+        """Look, if it is time. Return the hanging ones of ``servers``, each with its symptom.
+
+        Servers are processes by number; number 0 leads.
         """
         if self.pause_s() > 0:
             return {}

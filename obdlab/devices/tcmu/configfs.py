@@ -232,13 +232,13 @@ def _in_flight(disk: Path) -> bool:
 
 
 def unexport(target: Target) -> None:
-    """Take the SCSI disk away, if there is one."""
+    """Take the SCSI disk away, if it exists."""
     for path in (target.link, target.lun, target.group, target.loop):
         take_away(path)
 
 
 def remove(target: Target) -> None:
-    """Take all of a device away, if there is one. Raises DeviceError if the kernel refuses."""
+    """Take all of a device away, if it exists. Raises DeviceError if the kernel refuses."""
     unexport(target)
     take_away(target.backstore)
 

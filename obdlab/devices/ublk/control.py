@@ -21,8 +21,7 @@ F_USER_RECOVERY, F_USER_RECOVERY_REISSUE, F_USER_COPY = 1 << 3, 1 << 4, 1 << 7
 ATTR_READ_ONLY, ATTR_VOLATILE_CACHE = 1, 4
 PARAM_BASIC, PARAM_DISCARD = 1, 2
 OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD, OP_WRITE_ZEROES = 0, 1, 2, 3, 5
-#: Where the data of (queue 0's) requests is in the character device, and the distance between two requests' data
-#: (bits).
+#: Start of the data of (queue 0's) requests in the character device, and each request's share as a power of two.
 DATA_AT, DATA_BITS = 0x80000000, 25
 ABORTED = -errno.ENODEV
 
