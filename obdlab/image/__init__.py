@@ -1,3 +1,3 @@
-"""An image as its config.v1.json describes it, opened as one blob."""
+"""Opening an image, described by its config.v1.json, as one blob."""
 
 from __future__ import annotations

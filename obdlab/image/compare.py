@@ -1,4 +1,4 @@
-"""Where two disks differ."""
+"""Comparing two disks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _STEP_SECTORS = (1 << 20) // SECTOR
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two disks differ: byte ranges ``[begin, end)`` of whole sectors. Past its end a disk reads as zeros.
+    """The differences of two disks: byte ranges ``[begin, end)`` of whole sectors. Past its end a disk is zeros.
 
-    ``compared`` is how many bytes had to be read of each; the rest is held by neither, or by the same file for both.
+    ``compared`` is the number of bytes read of each disk. The rest is in neither, or in the same file for both.
     """
 
     old_size: int
@@ -39,12 +39,12 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the disks have the same size and content."""
+        """True if the disks have the same size and content."""
         return not self.ranges and self.old_size == self.new_size
 
 
 def compare(old: Stack, new: Stack, progress: Progress | None = None) -> Difference:
-    """Compare two disks byte by byte. ``progress`` hears of all bytes of the larger disk. Raises as reading does."""
+    """Compare two disks byte by byte. ``progress`` gets all bytes of the larger disk. Raises as reading does."""
     end_sectors = max(old.size, new.size) // SECTOR
     old_names, new_names = _names(old), _names(new)
     ranges: list[tuple[int, int]] = []
@@ -66,7 +66,7 @@ def compare(old: Stack, new: Stack, progress: Progress | None = None) -> Differe
 
 
 def _bounds(*indexes: SegmentIndex) -> list[tuple[int, int]]:
-    # The ranges that any index holds something in, joined, in sectors.
+    # Returns the ranges that have a segment in any index, joined, in sectors.
     segments = [index.segments() for index in indexes]
     begin = np.concatenate([part.offset_sectors for part in segments])
     end = np.concatenate([part.end_sectors for part in segments])
@@ -91,7 +91,7 @@ def _names(disk: Stack) -> list[str]:
 
 
 def _runs(index: SegmentIndex, names: list[str], begin: int, end: int) -> list[tuple[int, int, str, int]]:
-    # What a range is made of. Equal answers of two disks are equal bytes.
+    # Returns the sources of a range. Equal results for two disks mean equal bytes.
     return [
         (at, count, names[source] if source >= 0 else "", moffset if source >= 0 else 0)
         for at, count, source, moffset in index.lookup(begin, end)
@@ -105,7 +105,7 @@ def _read(disk: Stack, begin_sectors: int, end_sectors: int) -> bytes:
 
 
 def _differing(old: bytes, new: bytes) -> list[tuple[int, int]]:
-    # Sector numbers [first, last) of each run of sectors that differ.
+    # Returns the sector numbers [first, last) of each run of differing sectors.
     if old == new:
         return []
     differs = (np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8)).reshape(-1, SECTOR).any(axis=1)

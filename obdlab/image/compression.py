@@ -1,4 +1,4 @@
-"""Whole files into ZFiles, and out of them."""
+"""Compressing whole files into ZFiles, and extracting them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _STEP = 1 << 20
 def compress_stream(
     source: BinaryIO, sink: Sink, packing: Packing, progress: Progress | None = None, *, name: str = "stream"
 ) -> int:
-    """Compress ``source`` to its end into ``sink``; return its length. ``progress`` hears of uncompressed bytes.
+    """Compress ``source`` to its end into ``sink``; return its length. ``progress`` gets uncompressed bytes.
 
-    If both can seek, blocks of 64 KiB give way to smaller ones where they must (``write_packed``, for which ``name``
-    is). Raises ZFileWriteError for content that has no ZFile with these options, PackingError for a tar into a sink
-    that cannot seek.
+    If both can seek, blocks of 64 KiB are replaced by smaller ones where necessary (see ``write_packed``, also for
+    ``name``). Raises ZFileWriteError for content that has no ZFile with these options, PackingError for a tar into a
+    sink that cannot seek.
     """
 
     def copy(target: Sink) -> int:
         length = 0
-        # A pipe gives what it has, so that this streams.
+        # read() returns what a pipe holds at the moment, so this streams.
         while data := source.read(_STEP):
             target.write(data)
             length += len(data)
@@ -47,7 +47,7 @@ def compress_stream(
 
 
 def extract(content: Blob, file: BinaryIO, *, sparse: bool, progress: Progress | None = None) -> None:
-    """Write all of ``content`` to ``file``; ``sparse`` leaves holes where 1 MiB is zeros, in a file that can seek."""
+    """Write all of ``content`` to ``file``. ``sparse`` leaves a hole for each 1 MiB of zeros; the file must seek."""
     for offset in range(0, content.size, _STEP):
         data = content.read_at(offset, min(_STEP, content.size - offset))
         if sparse and not any(data):

@@ -1,4 +1,4 @@
-"""config.v1.json: what an image is made of, in the original's keys (overlaybd per-image configuration)."""
+"""config.v1.json: the layers of an image, in the original's keys (overlaybd per-image configuration)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MAX_SIZE = (1 << 64) - 1
 _Value = TypeVar("_Value")
 
 
-# A configuration of 255 lowers has some 100 KiB.
+# A configuration of 255 lowers takes some 100 KiB.
 _MAX_CONFIG = 4 << 20
 
 
 class ConfigError(ObdlabError):
-    """An image configuration cannot be read, is no JSON, or has a key of the wrong type."""
+    """An image configuration cannot be read, is not JSON, or has a key of the wrong type."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowerConfig:
-    """One read-only layer: a local ``file``, or one in ``dir``, or else the blob ``digest`` of ``size`` bytes."""
+    """A read-only layer: a local ``file``, or a file in ``dir``, or else the blob ``digest`` of ``size`` bytes."""
 
     file: str = ""
     dir: str = ""
@@ -39,11 +39,11 @@ class LowerConfig:
     gzip_index: str = ""
     target_file: str = ""
     target_digest: str = ""
-    #: It is fetched whole before anything else. Not the original's key, which ignores it.
+    #: The layer is fetched whole before anything else. Not a key of the original, which ignores it.
     hot: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return it with the original's keys in the original's order, without the empty ones."""
+        """Return the layer with the original's keys in the original's order, without the empty ones."""
         values = {
             "gzipIndex": self.gzip_index,
             "file": self.file,
@@ -59,7 +59,7 @@ class LowerConfig:
 
 @dataclass(frozen=True, slots=True)
 class UpperConfig:
-    """The writable layer. ``vsize_gb`` is a note of whoever made it; the layer's own header counts."""
+    """The writable layer. ``vsize_gb`` is only a note; the layer's own header counts."""
 
     index: str = ""
     data: str = ""
@@ -67,18 +67,18 @@ class UpperConfig:
 
     @property
     def active(self) -> bool:
-        """Whether there is a writable layer: both paths must be named."""
+        """True if there is a writable layer: both paths must be named."""
         return bool(self.index and self.data)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it with the original's keys, without the empty ones."""
+        """Return the layer with the original's keys, without the empty ones."""
         values = {"index": self.index, "data": self.data, "vsize": self.vsize_gb}
         return {key: value for key, value in values.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """An image: its lowers from the bottom up, perhaps a writable upper, and where remote blobs come from.
+    """An image: its lowers from the bottom up, an optional writable upper, and the URL of remote blobs.
 
     ``repo_blob_url`` is like ``https://host/v2/name/blobs``. ``result_file`` gets "success" or "failed:<reason>"
     when the image is opened.
@@ -91,11 +91,11 @@ class ImageConfig:
     download: Mapping[str, Any] | None = None
     acceleration_layer: bool = False
     record_trace_path: str = ""
-    #: A blob of the image's repository with a trace to be replayed. Not the original's, which ignores it.
+    #: A blob of the image's repository with a trace to replay. Not a key of the original, which ignores it.
     trace: LowerConfig = field(default_factory=LowerConfig)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it with the original's keys, in its order and with its rule of what is left out when empty."""
+        """Return the configuration with the original's keys, order and rule for leaving out empty ones."""
         values: dict[str, Any] = {
             "repoBlobUrl": self.repo_blob_url,
             "lowers": [lower.to_json() for lower in self.lowers],
@@ -136,7 +136,7 @@ class ImageConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a configuration file. Raises ConfigError naming the file, and the key if one is wrong."""
+        """Read a configuration file. Raises ConfigError naming the file, and the key if a key is wrong."""
         name = os.fspath(path)
         try:
             values = json.loads(read_config(name))
@@ -145,7 +145,7 @@ class ImageConfig:
         return cls.from_json(values, name=name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a file of mode 0600, replacing an old one in one step. Raises ConfigError naming the file."""
+        """Write a file of mode 0600, replacing an old one in one step. Raises ConfigError naming the file."""
         target = Path(path)
         text = json.dumps(self.to_json(), separators=(",", ":"))
         try:
@@ -155,9 +155,9 @@ class ImageConfig:
 
 
 def read_config(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a configuration file. Raises ConfigError if it cannot be had, is no file or too large.
+    """Return the bytes of a configuration file. Raises ConfigError if it is unreadable, not a file or too large.
 
-    Its path may come from anybody: a pipe must not be waited for, nor an endless device read.
+    The path is not trusted: the read must neither wait for a pipe nor read an endless device.
     """
     name = os.fspath(path)
     try:
@@ -172,7 +172,7 @@ def read_config(path: str | os.PathLike[str]) -> bytes:
 
 
 class _Table:
-    # A JSON object whose values are taken out with their type checked.
+    # A JSON object whose values are checked by type when they are read.
     def __init__(self, values: object, name: str, prefix: str) -> None:
         if not isinstance(values, dict):
             key = prefix.rstrip(".") or "the whole"

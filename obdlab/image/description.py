@@ -1,4 +1,4 @@
-"""What is in a layer file, and whether all of it can be read."""
+"""Describing layer files and verifying that they can be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STEP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TarFacts:
-    """Where the content lies in its tar, in bytes."""
+    """Place of the content in its tar, in bytes."""
 
     content_offset: int
     content_size: int
@@ -35,7 +35,7 @@ class TarFacts:
 
 @dataclass(frozen=True, slots=True)
 class ZFileFacts:
-    """A compressed file. Sizes in bytes; ``ratio`` is stored to original size."""
+    """A compressed file. Sizes in bytes; ``ratio`` is stored size by original size."""
 
     algorithm: str
     block_size: int
@@ -52,9 +52,9 @@ class ZFileFacts:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """An LSMT file. Sizes in bytes; what only a sealed layer tells is None for others.
+    """An LSMT file. Sizes in bytes; fields that only a sealed layer has are None for others.
 
-    ``mapped_size`` is held as data, ``zeroed_size`` is held as zeros (both hide the layers below).
+    ``mapped_size`` is stored as data, ``zeroed_size`` is stored as zeros (both hide the layers below).
     """
 
     kind: str
@@ -73,7 +73,7 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """One file from the outside in: a tar perhaps, a ZFile perhaps, an LSMT layer perhaps."""
+    """One file from the outside in: an optional tar, an optional ZFile, an optional LSMT layer."""
 
     path: str
     size: int
@@ -84,7 +84,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class StackFacts:
-    """Layers seen as one disk. ``visible_sizes`` is what each layer contributes, bottom first, in bytes."""
+    """Layers seen as one disk. ``visible_sizes`` are the visible bytes of each layer, bottom first."""
 
     layers: int
     virtual_size: int
@@ -94,7 +94,7 @@ class StackFacts:
 
 
 def describe(path: str | os.PathLike[str]) -> FileFacts:
-    """Say what a local file is. Raises SourceError if it cannot be read, FormatError if it is nothing known."""
+    """Describe a local file. Raises SourceError if it cannot be read, FormatError if its format is unknown."""
     with LocalFile(path) as file:
         window = read_window(file)
         content = open_tarwrap(file)
@@ -116,7 +116,7 @@ def describe(path: str | os.PathLike[str]) -> FileFacts:
 
 
 def describe_stack(paths: Sequence[str | os.PathLike[str]]) -> StackFacts:
-    """Say what sealed layers, bottom first, are together. Raises as opening them does."""
+    """Describe sealed layers, bottom first, as a stack. Raises as opening them does."""
     with ExitStack() as opened:
         layers = [LsmtLayer(opened.enter_context(_content(path))) for path in paths]
     merged = merge([layer.index for layer in layers]).segments()
@@ -134,9 +134,9 @@ def describe_stack(paths: Sequence[str | os.PathLike[str]]) -> StackFacts:
 
 
 def verify(path: str | os.PathLike[str]) -> Iterator[int]:
-    """Read all that a file holds, checking every checksum it has; yields the bytes read in each step.
+    """Read a whole file, checking every checksum in it. Yields the bytes read in each step.
 
-    :func:`content_size` is what they add up to. Raises CorruptBlobError or another FormatError at the first damage.
+    They add up to :func:`content_size`. Raises CorruptBlobError or another FormatError at the first damage.
     """
     with _content(path) as content:
         for offset in range(0, content.size, _STEP):
@@ -148,7 +148,7 @@ def verify(path: str | os.PathLike[str]) -> Iterator[int]:
 
 
 def content_size(path: str | os.PathLike[str]) -> int:
-    """Return the size of what :func:`verify` reads: the decompressed content of a ZFile, else the file's."""
+    """Return the number of bytes that :func:`verify` reads: the decompressed content of a ZFile, else the file."""
     with _content(path) as content:
         return content.size
 
@@ -165,9 +165,9 @@ def _content(path: str | os.PathLike[str]) -> Iterator[Blob]:
 
 
 def check_zfile_trailer(reader: ZFileReader) -> None:
-    """Raise CorruptBlobError unless the trailer says what the header says.
+    """Raise CorruptBlobError unless trailer and header agree.
 
-    Readers need no trailer if the header was written again at the end, so that opening does not look at it.
+    Readers need no trailer if the header was rewritten at the end, so opening does not read it.
     """
     content = reader.stored
     trailer, header = read_trailer(content), reader.header

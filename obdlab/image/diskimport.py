@@ -1,6 +1,6 @@
 """Importing disk images of virtual machines, raw or qcow2, as layers.
 
-A qcow2 file is decoded by ``qemu-img``. Its header is looked at first: an image that names other files (a backing
+A qcow2 file is decoded by ``qemu-img``. Its header is checked first: an image that names other files (a backing
 file, an external data file) could make qemu-img read any file of this host, and is refused.
 """
 
@@ -35,10 +35,10 @@ _QCOW2_MAGIC = b"QFI\xfb"
 # magic, version, backing file offset and size, cluster bits, size of the disk (docs/interop/qcow2 of QEMU)
 _QCOW2 = struct.Struct(">4sIQIIQ")
 _FEATURES_OFFSET = 72
-# Incompatible features that change nothing for a reader that takes the file as it is: dirty, corrupt, compression
-# type, extended L2 entries. Bit 2 is the external data file.
+# Incompatible features that make no difference to a reader of the file: dirty, corrupt, compression type, extended
+# L2 entries. Bit 2 is the external data file.
 _HARMLESS_FEATURES = 0b11011
-#: qemu-img is given up when it has written nothing for this long.
+#: qemu-img is stopped when it has written nothing for this long.
 STALL_TIMEOUT_S = 600.0
 _LOOK_EVERY_S = 0.1
 _CHECKED = ("corruptions", "image-end-offset", "compressed-clusters")
@@ -46,7 +46,7 @@ _NO_QEMU_IMG = (
     "qcow2 images are read by qemu-img, which is not installed (Debian and Ubuntu: apt install qemu-utils; "
     "Fedora: dnf install qemu-img)"
 )
-# qemu-img convert -p: "    (12.34/100%)" and a carriage return, again and again.
+# qemu-img convert -p prints "    (12.34/100%)" and a carriage return, repeatedly.
 _PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
 
@@ -61,13 +61,13 @@ def disk_kind(path: str | os.PathLike[str]) -> str:
 
 
 def disk_size(path: str | os.PathLike[str], kind: str) -> int:
-    """Return the bytes of the disk in an image. Raises FormatError for a qcow2 file that is not taken."""
+    """Return the bytes of the disk in an image. Raises FormatError for a qcow2 file that is refused."""
     with LocalFile(path) as file:
         return file.size if kind == "raw" else _check_qcow2(file)
 
 
 def work_size(path: str | os.PathLike[str], kind: str) -> int:
-    """Return the bytes that ``progress`` hears of: those of the disk, twice if it is unpacked first."""
+    """Return the bytes that ``progress`` gets: those of the disk, twice if it is unpacked first."""
     return disk_size(path, kind) * (1 if kind == "raw" else 2)
 
 
@@ -84,9 +84,9 @@ def import_disk(
 ) -> Committed:
     """Write a whole disk as a new base layer; blocks of 4 KiB that are all zeros are left out.
 
-    A qcow2 image is unpacked beside ``path`` first, as a sparse file that is gone afterwards. ``progress`` hears of
-    :func:`work_size` bytes, while the disk is unpacked and looked at. Raises ImportDiskError, FormatError,
-    SourceError, OutputError.
+    A qcow2 image is unpacked beside ``path`` first, into a sparse file that is deleted afterwards. ``progress`` gets
+    :func:`work_size` bytes, while the disk is unpacked and read. Raises ImportDiskError, FormatError, SourceError,
+    OutputError.
     """
     check_absent(path, force=force)
     with _as_raw(Path(source), Path(path), kind, progress) as raw, closing(RawDisk(raw, progress)) as disk:
@@ -112,13 +112,13 @@ def _as_raw(source: Path, target: Path, kind: str, progress: Progress | None) ->
 
 
 def _image_options(source: Path) -> str:
-    # --image-opts takes the name of the file literally but for commas; a plain argument could be a URL of qemu's.
+    # --image-opts takes the file name literally except for commas; a plain argument could be a URL of qemu's.
     name = str(source).replace(",", ",,")
     return f"driver=qcow2,file.driver=file,file.filename={name}"
 
 
 def _check_whole(source: Path, size: int) -> None:
-    # qemu-img reads zeros past the end of a file that was cut off.
+    # qemu-img reads zeros past the end of a truncated file.
     command = ["qemu-img", "check", "--output=json", "--image-opts", _image_options(source)]
     try:
         done = subprocess.run(
@@ -131,7 +131,7 @@ def _check_whole(source: Path, size: int) -> None:
     except subprocess.TimeoutExpired as error:
         raise ImportDiskError(f"{source}: qemu-img did not end within {STALL_TIMEOUT_S:g} s") from error
     except (ValueError, TypeError, AttributeError):
-        return  # what is wrong the unpacking says
+        return  # unpacking reports the error
     # Compressed clusters may end before the space that is counted for them.
     if wrong or (end > size and not compressed):
         raise FormatError(
@@ -163,7 +163,7 @@ def _run_qemu_img(source: Path, raw: Path, report: Callable[[int, int], int]) ->
 
 
 def _report(progress: Progress | None, size: int, descriptor: int, done: int) -> int:
-    # Tells what has come since `done` bytes of `size`, by the last percentage in the file; returns what is done now.
+    # Reports the progress since `done` bytes of `size`, by the last percentage in the file; returns the new `done`.
     end = os.fstat(descriptor).st_size
     found = _PERCENT.findall(os.pread(descriptor, 64, max(0, end - 64)))
     now = max(done, min(size, int(size * float(found[-1]) / 100))) if found else done

@@ -1,4 +1,4 @@
-"""Opening whatever a tool is pointed at: a layer of any kind, or a disk given by layers or a configuration."""
+"""Opening the argument of a tool: a layer of any kind, or a disk given by layers or a configuration."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def open_any_layer(path: str | os.PathLike[str], index_path: str | os.PathLike[str] = "") -> Layer:
-    """Open a layer file to read it: sealed (plain, compressed, in a tar) or writable.
+    """Open a layer file for reading: sealed (plain, compressed, in a tar) or writable.
 
-    A writable layer in append mode needs its ``index_path``; FormatError says so. Raises as opening either does.
+    A writable layer in append mode needs its ``index_path``; without it FormatError. Raises as opening either does.
     """
     file = LocalFile(path)
     try:
@@ -47,9 +47,9 @@ def open_any_layer(path: str | os.PathLike[str], index_path: str | os.PathLike[s
 
 @contextmanager
 def open_disk(paths: Sequence[str | os.PathLike[str]], settings: Settings) -> Iterator[Stack]:
-    """Open layers, bottom first, or the image of one ``config.v1.json``, as one disk to read.
+    """Open layers, bottom first, or the image of one ``config.v1.json``, as one disk for reading.
 
-    Lowers in a registry are read through the block cache; a writable layer on top is part of what is seen.
+    Lowers in a registry are read through the block cache; a writable layer is the top of the disk.
     """
     with ExitStack() as opened:
         if len(paths) != 1 or not _is_json(paths[0]):
@@ -58,7 +58,7 @@ def open_disk(paths: Sequence[str | os.PathLike[str]], settings: Settings) -> It
         config = ImageConfig.load(paths[0])
         layers: list[Layer] = []
         if config.lowers or not config.upper.active:
-            # The result file is for who starts devices.
+            # Only a device's start writes the result file.
             lowers = cast(
                 "Image", open_image(replace(config, upper=UpperConfig(), result_file=""), settings, traces=False)
             )

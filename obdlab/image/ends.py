@@ -1,8 +1,8 @@
-"""What opening a remote layer needs, fetched in two rounds of requests at most, and little else.
+"""Fetching the parts of a remote layer that opening it reads, in two rounds of requests at most.
 
-The first round is the blob's beginning and as much of its end as is likely to hold the compression's index and the
-layer's trailer. The second is what is missing then, in one request: the layer's index, whose place the trailer tells;
-or, if the guess was too short for that, all that lies before it and may be needed.
+The first round fetches the blob's beginning and as much of its end as is likely to hold the compression's index and
+the layer's trailer. The second round is one request for the missing part: the layer's index, whose place is in the
+trailer; or, if the guess was too short for that, everything before it that may be needed.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from obdlab.formats.zfile.layout import ZFileHeader
 
 #: The tar's header, the ZFile's, and a first block of up to 32 KiB with the layer's. Half of it is enough for most,
-#: but a start without a trace soon asks for the rest, with the extent around it (redis: 5 round trips more).
+#: but a start without a trace soon needs the rest, with the extent around it (redis: 5 round trips more).
 BEGINNING = 32 << 10
-# 4 bytes for each compressed block of 4 KiB come to a 450th to a 750th of the blob; the trailer, the tar's end and a
-# small index fit into the rest. A wrong guess costs another request, or a few KiB.
+# An index of 4 bytes per compressed block of 4 KiB is a 450th to a 750th of the blob; the trailer, the tar's end and
+# a small layer index fit into the rest. A wrong guess costs another request, or a few KiB.
 _END_SHARE = 448
 _END_LEAST = 16 << 10
-# A layer's index of 16 bytes per segment, compressed, is rarely larger.
+# A layer's index of 16 bytes per segment is rarely larger when compressed.
 _MOST_INDEX = 256 << 10
 _TAIL = 2 * HEADER_SPACE
 
 
 def guessed_end(size: int) -> int:
-    """Return how much of the end of a blob of ``size`` bytes is fetched in the first round."""
+    """Return the size of the end of a blob of ``size`` bytes that the first round fetches."""
     return min(size, size // _END_SHARE + _END_LEAST)
 
 
 def fetch_ends(blob: Blob, unit: int, threads: Executor) -> tuple[int, Future[None] | None]:
-    """Read a blob's beginning, while its end is read in one of the ``threads``: into the cache below, of such units.
+    """Read a blob's beginning, and its end in one of the ``threads``, into the cache below, of that ``unit``.
 
-    Returns how much of the beginning it was, and the future of the end, None if that is all. Raises as reading does.
+    Returns the length of the beginning and the future of the end, None if there is no more. Raises as reading does.
     """
     beginning = min(blob.size, -(-BEGINNING // unit) * unit)
     start = max(blob.size - guessed_end(blob.size), beginning)
@@ -60,7 +60,7 @@ def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) ->
 
 
 def fetch_rest_of_end(blob: Blob) -> None:
-    """Read what the guess left out, so that a cache below has it. An error comes up when the layer is opened."""
+    """Read the part of the end that the guess missed into the cache. Ignores errors: opening raises them."""
     try:
         content = open_tarwrap(blob)
         if not is_zfile(content.read_at(0, min(HEADER_SIZE, content.size))):
@@ -75,17 +75,18 @@ def fetch_rest_of_end(blob: Blob) -> None:
         return
 
 
-# Where in the compressed file that begins which opening the layer reads at its end, the part before `known` unread.
+# Returns the offset in the compressed file of the first byte that opening the layer reads at its end. Only the part
+# from `known` on has been read so far.
 def _needed(content: Blob, header: ZFileHeader, known: int) -> int:
     if header.index_offset < known:
         blocks = -(-_TAIL // header.block_size) + 1
         return max(0, header.index_offset - blocks * (header.block_size + CRC_SIZE) - _MOST_INDEX)
-    layer = open_zfile(content)  # reads its index; not closed, as the blob below is the caller's
+    layer = open_zfile(content)  # reads its index; not closed, as the blob below belongs to the caller
     tail = max(0, layer.size - _TAIL)
     begin, end = layer.stored_range(tail, layer.size - tail)
     trailer_at = layer.size - HEADER_SPACE
     if trailer_at < HEADER_SPACE or layer.stored_range(trailer_at, HEADER_SPACE)[0] < known:
-        # Of each sector of data that is left out of account here, one record at most.
+        # An upper bound: at most one record for each sector.
         return max(0, begin - min(_MOST_INDEX, layer.size // SECTOR * RECORD_SIZE))
     trailer = Trailer.from_bytes(layer.read_at(trailer_at, HEADER_SPACE), blob=layer.name, offset=trailer_at)
     check_sealed_trailer(trailer, layer.size, blob=layer.name)

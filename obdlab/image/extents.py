@@ -1,4 +1,4 @@
-"""Where a disk holds data, for readers that skip zeros."""
+"""Data extents of a disk, for readers that skip zeros."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from obdlab.layers.stack import Stack, WritableStack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: As far as one call looks.
+#: The longest range that one call examines.
 _MOST = 256 << 20
 
 
 def extents(disk: Stack | WritableStack, offset: int, length: int) -> list[tuple[int, bool]]:
-    """Return the lengths of the stretches from ``offset`` on, in turn data (True) and nothing but zeros (False).
+    """Return lengths and kinds of the extents from ``offset`` on: True for data, False for zeros, alternating.
 
-    Together they are ``length`` bytes or, of a large range, its beginning. Zeros that a layer stores count as data.
+    They add up to ``length`` bytes or, for a large range, cover its beginning. Zeros stored in a layer count as data.
     Raises OutOfRangeError if the range is not inside the disk.
     """
     check_range(disk, offset, length)
@@ -34,7 +34,7 @@ def extents(disk: Stack | WritableStack, offset: int, length: int) -> list[tuple
     return found
 
 
-# In sectors: first, one past the last, whether there is data.
+# Yields the first sector, one past the last, and True for data.
 def _runs(disk: Stack | WritableStack, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
     if isinstance(disk, Stack):
         for start, count, source, _ in disk.index.lookup(begin, end):

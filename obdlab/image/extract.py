@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAME_FOR_ALL = 0o777
-# A call of Python below each other.
+# Each level is a nested Python call.
 _MAX_DEPTH = 400
-# What file systems keep for themselves: overlayfs' own marks never belong to an image.
+# overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = b"trusted.overlay."
 
 
 class ExtractError(ObdlabError):
-    """A file cannot be written to where it was to go."""
+    """A file cannot be written to its target."""
 
 
 class Extractor:
-    """Copies files and trees. ``archive``: with owners, special files, all mode bits and attributes, as root may.
+    """Copies files and trees. ``archive`` keeps owners, special files, all mode bits and attributes, as root may.
 
-    Without, they belong to the caller, and special files are left out with a warning. Modification times are kept in
-    any case, holes stay holes. ``advance`` is told of bytes as they are written.
+    Otherwise files belong to the caller, and special files are skipped with a warning. Modification times and holes
+    are kept in any case. ``advance`` gets the bytes as they are written.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Extractor:
         self._bounds = Walk(tree.name, _MAX_DEPTH)
 
     def copy(self, number: int, target: bytes) -> None:
-        """Copy a file, or a directory with all that is in it, to ``target``; an existing directory is filled.
+        """Copy a file, or a directory with all its contents, to ``target``; an existing directory is filled.
 
-        Nothing that exists is replaced. Raises ExtractError, FormatError, or what the image's source raises.
+        Existing files are not replaced. Raises ExtractError, FormatError, or the errors of the image's source.
         """
         try:
             self._copy(number, target, b"")
@@ -55,7 +55,7 @@ class Extractor:
             where = os.fsdecode(error.filename or target)
             raise ExtractError(f"{where}: cannot be written ({error.strerror})") from error
 
-    # Every path is made here and by nobody else, so that none leads through a link of the image.
+    # Every path below the target is made here, so no path leads through a link of the image.
     def _copy(self, number: int, target: bytes, path: bytes) -> None:
         inode = self._tree.inode(number)
         kind = stat.S_IFMT(inode.mode)

@@ -1,4 +1,4 @@
-"""Which file each byte of a disk belongs to, whichever file system (ext4, EROFS) is on it."""
+"""The file of each byte of a disk, for any known file system (ext4, EROFS)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     Place = tuple[int, int, int]
 
 
-# Some 600 MB. The largest images have about a million files, nearly all in one piece.
+# Takes some 600 MB. The largest images have about a million files, nearly all in one piece.
 _MAX_ROWS = 4 << 20
 
 
 class FileVolume:
-    """The file system on a disk, as far as where it keeps what.
+    """The file system on a disk, and the places of its files.
 
-    Raises FormatError, here and in every method, for one that is damaged or not known here, and what the disk raises.
+    Raises FormatError, here and in every method, for a damaged or unknown file system, and the disk's own errors.
     """
 
     def __init__(self, disk: Blob) -> None:
@@ -36,9 +36,9 @@ class FileVolume:
         self.block_size: int = self._volume.block_size
 
     def places_of(self, path: bytes) -> list[Place] | None:
-        """Return where a file's or directory's data is; None if there is no such path. Links are not followed.
+        """Return the places of a file's or directory's data; None if the path is missing. Links are not followed.
 
-        Everything is read on the way that the kernel reads when it opens the path.
+        On the way it reads everything that the kernel reads to open the path.
         """
         number = self._volume.lookup(path)
         if number is None:
@@ -49,25 +49,25 @@ class FileVolume:
         return list(self._volume.places(inode))
 
     def real_path(self, path: bytes) -> bytes | None:
-        """Return the path without links, from "/" on, of what ``path`` names; None if that is not there."""
+        """Return the path of a file from "/" on, with links resolved; None if the file is missing."""
         try:
             return self._tree.real_path(path)
         except NoSuchFileError:
             return None
 
     def walk(self) -> Iterator[tuple[bytes, bool, int, list[Place]]]:
-        """Yield (path, whether it is a directory, size, places) of every file and directory, the root (b"") first."""
+        """Yield (path, is a directory, size, places) of every file and directory, the root (b"") first."""
         for path, _, inode in self._volume.walk():
             if inode.is_directory or stat.S_ISREG(inode.mode):
                 yield path, inode.is_directory, inode.size, list(self._volume.places(inode))
 
     def paths(self) -> Iterator[tuple[bytes, bool]]:
-        """Yield (path, whether it is a directory) of everything."""
+        """Yield (path, is a directory) of every entry."""
         return ((path, inode.is_directory) for path, _, inode in self._volume.walk())
 
 
 class FilePlaces:
-    """Every byte of the disk that is a file's or directory's, by its place."""
+    """The bytes of the disk that belong to files and directories, sorted by place."""
 
     def __init__(self, disk: Blob) -> None:
         volume = FileVolume(disk)
@@ -85,7 +85,7 @@ class FilePlaces:
         self._starts = [row[0] for row in rows]
 
     def files_in(self, begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-        """Yield (path, offset in the file, length) of what the bytes ``[begin, end)`` of the disk hold."""
+        """Yield (path, offset in the file, length) of the file data in the bytes ``[begin, end)`` of the disk."""
         number = max(0, bisect_right(self._starts, begin) - 1)
         while number < len(self._rows) and self._rows[number][0] < end:
             place, length, at, path = self._rows[number]
@@ -95,9 +95,9 @@ class FilePlaces:
             number += 1
 
     def pieces(self, sectors: Iterable[SectorRange]) -> Iterator[tuple[int, int, bytes | None]]:
-        """Yield (offset, length, path) of ranges of the disk, None for what is no file's.
+        """Yield (offset, length, path) of ranges of the disk; the path is None for bytes outside of files.
 
-        What is kept inside of a block of the file system's own (EROFS's inline data) counts as its own.
+        File data inside of a block of the file system (EROFS's inline data) counts as outside.
         """
         for begin, end in sectors:
             at, stop = begin * SECTOR, end * SECTOR
@@ -117,6 +117,6 @@ class FilePlaces:
             number += 1
         return (min(stop, self._rows[number][0]) if number < len(self._rows) else stop), None
 
-    # The rest of a file's last block is nobody else's.
+    # The rest of a file's last block belongs to the file.
     def _up(self, end: int) -> int:
         return -(-end // self.block_size) * self.block_size

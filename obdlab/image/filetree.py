@@ -1,4 +1,4 @@
-"""The files of an image, read in user space: whichever file system is on its disk, without mount or privileges."""
+"""The files of an image, read in user space from any known file system, without mount or privileges."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NOT_NAMES = (b"", b".", b"..")
 
 
 class NoSuchFileError(ObdlabError):
-    """An image has no file of that name, or a part of the path is none that can be gone through."""
+    """An image has no file of that name, or the path goes through a file that is not a directory."""
 
 
 class FileInode(Protocol):
-    """What is known of one file. Times in nanoseconds since 1970."""
+    """The inode of one file. Times in nanoseconds since 1970."""
 
     @property
     def mode(self) -> int: ...
@@ -58,7 +58,7 @@ class _Volume(Protocol):
 
 
 def open_volume(disk: Blob) -> ext4.Volume | erofs.Volume:
-    """Open the file system on a disk. Raises FormatError if it is none that is known here, or damaged."""
+    """Open the file system on a disk. Raises FormatError if it is unknown or damaged."""
     head = disk.read_at(0, min(disk.size, 4096)).ljust(4096, b"\0")
     if int.from_bytes(head[erofs.SUPER_OFFSET : erofs.SUPER_OFFSET + 4], "little") == erofs.MAGIC:
         return erofs.Volume(disk)
@@ -70,22 +70,21 @@ def open_volume(disk: Blob) -> ext4.Volume | erofs.Volume:
 class FileTree:
     """The files on a disk, by number; names and paths are bytes.
 
-    Raises FormatError, here and in every method, for a file system that is damaged or not known, and what the disk
-    raises.
+    Raises FormatError, here and in every method, for a damaged or unknown file system, and the disk's own errors.
     """
 
     def __init__(self, disk: Blob) -> None:
         self.name = disk.name
         self._disk = disk
-        #: As it was opened, for what only one kind of file system has.
+        #: The opened volume, for features that only one kind of file system has.
         self.volume = volume = open_volume(disk)
-        # Each volume's methods take inodes of its own alone, which is all they are given here.
+        # Each volume's methods take only its own inodes, and get no others here.
         self._volume: _Volume = volume  # type: ignore[assignment]
         self.kind = "erofs" if isinstance(volume, erofs.Volume) else "ext4"
         self.root = volume.root
 
     def inode(self, number: int) -> FileInode:
-        """Return what is known of a file."""
+        """Return the inode of a file."""
         return self._volume.inode(number)
 
     def entries(self, number: int) -> dict[bytes, int]:
@@ -97,17 +96,17 @@ class FileTree:
         return {name: found[name][0] for name in sorted(found)}
 
     def find(self, path: bytes, *, follow: bool = True) -> int:
-        """Return the number of the file that ``path`` names from the root, links inside the image followed.
+        """Return the number of the file at ``path`` from the root, following links inside the image.
 
         Without ``follow`` the last part may be a link. Raises NoSuchFileError.
         """
         return self._line(path, follow=follow)[-1][0]
 
     def real_path(self, path: bytes) -> bytes:
-        """Return the path without links, from "/" on, of what ``path`` names. Raises NoSuchFileError."""
+        """Return the path of a file from "/" on, with links resolved. Raises NoSuchFileError."""
         return b"/" + b"/".join(name for _, name in self._line(path, follow=True)[1:])
 
-    # Numbers and names from the root to the file.
+    # Returns numbers and names from the root to the file.
     def _line(self, path: bytes, *, follow: bool) -> list[tuple[int, bytes]]:
         root = (self.root, b"")
         line = [root]

@@ -1,4 +1,4 @@
-"""A read-only image unpacked to a plain file, which many devices of the same image share."""
+"""Unpacking a read-only image to a plain file, shared by all devices of the image."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class FlattenError(ObdlabError):
-    """An image cannot be unpacked as it is now."""
+    """An image cannot be unpacked at present."""
 
 
 def flat_files(settings: Settings) -> FlatFiles:
-    """Return the place of unpacked images that the settings name."""
+    """Return the unpacked images in the directory that the settings name."""
     return FlatFiles(CacheSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free))
 
 
 def flat_name(image: Image) -> str:
-    """Return the name of the image when unpacked: the same for images of the same layers.
+    """Return the name of the unpacked image: the same for images of the same layers.
 
-    Raises FlattenError if a layer is known by nothing that tells it from others.
+    Raises FlattenError if a layer has nothing that identifies it.
     """
     if not image.identity or not all(image.identity):
         raise FlattenError(f"{image.name}: a layer has neither a digest nor a file of its own")
@@ -41,11 +41,11 @@ def flat_name(image: Image) -> str:
 
 
 def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], object] = lambda _, __: None) -> int:
-    """Unpack the image, or find it unpacked and check it; return a descriptor that keeps the file from being removed.
+    """Unpack the image, or check the unpacked file; return a descriptor that keeps the file from being removed.
 
-    Every byte is read through the image, so that what has a checksum is checked. ``progress`` gets bytes of the disk
-    done and to do. Raises FlattenError if layers are not local whole, FlatFileError if there is no room, and what
-    reading raises; then nothing is left.
+    Every byte is read through the image, so every checksum is checked. ``progress`` gets the bytes of the disk done
+    and in total. Raises FlattenError if layers are not wholly local, FlatFileError if there is no room, and the
+    errors of reading; then nothing is left.
     """
     missing = image.unverified()
     if missing:
@@ -79,6 +79,6 @@ def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], objec
 
 
 def data_size(image: Image) -> int:
-    """Return how many bytes of the disk its layers hold, other than by saying that they are zeros."""
+    """Return the bytes of the disk that its layers store as data, without ranges stored as zeros."""
     runs = image.index.lookup(0, -(-image.size // SECTOR))
     return SECTOR * sum(count for _, count, source, _ in runs if source >= 0)

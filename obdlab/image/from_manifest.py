@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from obdlab.registry.reference import Reference, Repository
 
 
-#: What the artifact is that has an image as its subject and a trace of its start as its only layer.
+#: Type of the artifact whose subject is an image and whose only layer is a trace of the image's start.
 TRACE_ARTIFACT = "application/vnd.obdlab.trace.v1"
-#: By this annotation the newest of several is known.
+#: The annotation that shows the newest of several artifacts.
 CREATED = "org.opencontainers.image.created"
 
 
@@ -32,10 +32,10 @@ class NotOverlaybdError(ObdlabError):
 def fetch_config(
     client: RegistryClient, reference: Reference, platform: oci.Platform, *, traces: bool = False
 ) -> ImageConfig:
-    """Fetch an image's manifest (an index: the one for ``platform``) and return what to attach.
+    """Fetch an image's manifest (of an index, the one for ``platform``) and return the configuration to attach.
 
-    With ``traces`` the registry is asked for a trace that refers to the image, too. Raises NotOverlaybdError if the
-    image was not converted, RegistryError or FormatError if it cannot be had.
+    ``traces`` also asks the registry for a trace that refers to the image. Raises NotOverlaybdError if the image was
+    not converted, RegistryError or FormatError if it cannot be fetched.
     """
     fetched = client.get_manifest(reference)
     document = oci.parse_manifest(fetched.data, str(reference))
@@ -50,9 +50,9 @@ def fetch_config(
 
 
 def find_trace(client: RegistryClient, reference: Reference, digest: str) -> LowerConfig:
-    """Return the blob of the newest trace that refers to the manifest ``digest``; an empty one if there is none.
+    """Return the blob of the newest trace that refers to the manifest ``digest``; an empty one if there is no trace.
 
-    That the registry cannot tell is said in the log: an image starts without.
+    Logs a warning if the registry cannot list referrers: an image starts without a trace, too.
     """
     try:
         found = client.referrers(client.repository(reference), digest, TRACE_ARTIFACT)
@@ -73,8 +73,8 @@ def find_trace(client: RegistryClient, reference: Reference, digest: str) -> Low
 def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name: str = "image") -> ImageConfig:
     """Return the configuration of an overlaybd image whose blobs are all in ``repository``.
 
-    The annotations that mark overlaybd layers must agree with the descriptors that carry them, since the
-    descriptors are what the registry and the manifest's digest vouch for. Raises NotOverlaybdError or FormatError.
+    The annotations that mark overlaybd layers must agree with their descriptors, since the registry and the
+    manifest's digest vouch for the descriptors. Raises NotOverlaybdError or FormatError.
     """
     if not manifest.layers:
         raise NotOverlaybdError(f"{name}: not an overlaybd image (it has no layers)")
@@ -90,7 +90,7 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
 
 
 def check_native(layer: oci.Descriptor, name: str) -> None:
-    """Raise NotOverlaybdError, saying what to do, if a layer is one of turboOCI's. ``name`` is the image's."""
+    """Raise NotOverlaybdError, naming the remedy, if a layer is a turboOCI layer. ``name`` is the image's."""
     if layer.turbo_target is not None:
         raise NotOverlaybdError(
             f"{name}: layer {layer.digest} is a turboOCI layer, an index to layer {layer.turbo_target[:71]} of the "

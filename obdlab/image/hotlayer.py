@@ -1,7 +1,7 @@
-"""Hot layers: what a start reads, once more, as one small layer on top, laid out in the order of use.
+"""Hot layers: the data that a start reads, stored again in one small layer on top, in the order of use.
 
-Read from there the disk is the same. Fetching the layer is a request or two, and what they bring comes in time for
-its readers; whoever does not know it for what it is reads it like any other layer.
+The disk's contents stay the same. Fetching the layer takes a request or two, and its data arrives in the order of the
+start's reads. A reader that does not know hot layers reads it like any other layer.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What the layer's commit message says, by which it is known.
+#: The layer's commit message, which marks it as hot.
 TAG = "obdlab: hot layer"
-# One that is larger is nothing to fetch whole before a start.
+# A larger layer is not worth fetching whole before a start.
 _LARGEST = 1 << 30
-# Of a zstd frame whose beginning is looked at; blocks are smaller.
+# Bounds the window of a zstd frame whose beginning is read; blocks are smaller.
 _WINDOW = 1 << 20
 
 
-# What lies between two reads, up to so much, is in the layer as well. When threads meet in another order, the kernel
-# reads around other places: without this, four of eight starts of a JVM read 48 KiB that the recorded one had not. It
-# costs 5 % of the layer's bytes. Gaps of half the size do not cover those reads, of twice the size cost 10 %.
+# Gaps between two reads, up to this size, are in the layer as well. When threads run in another order, the kernel
+# reads around other places: without the gaps, four of eight starts of a JVM read 48 KiB that the recorded one had
+# not. They cost 5 % of the layer's bytes. Half the size does not cover those reads, twice the size costs 10 %.
 _GAP_SECTORS = (64 << 10) // SECTOR
 
 
 class NothingHotError(ObdlabError):
-    """A trace names nothing that the image has."""
+    """A trace names no data of the image."""
 
 
 def write_hot_layer(disk: Stack, trace: bytes, sink: Sink, *, name: str = "trace") -> Committed:
-    """Write to ``sink`` the LSMT layer of what the trace or priority list names of the disk, small gaps included.
+    """Write to ``sink`` an LSMT layer of the data that the trace or priority list names, small gaps included.
 
-    Raises FormatError or CorruptBlobError for a trace that is damaged or of another image, NothingHotError if nothing
-    of it is data of the disk, and what reading the disk raises.
+    Raises FormatError or CorruptBlobError for a trace that is damaged or of another image, NothingHotError if it
+    names no data of the disk, and the errors of reading the disk.
     """
     sectors = sectors_of_reads(reads_in(trace, disk, name=name), disk)
     if not sectors:
         raise NothingHotError(f"{name}: names nothing of this image")
     top = disk.layers[-1]
     parent_uuid = top.uuid if isinstance(top, LsmtLayer) else ""
-    # Last in the file: a start that reads as the recorded one does waits for none of it.
+    # The gaps come last in the file: a start that reads like the recorded one waits for none of them.
     first = [*sectors, *_gaps(sectors)]
     return commit(disk, sink, parent_uuid=parent_uuid, user_tag=TAG, first=first, only_first=True)
 
@@ -79,12 +79,12 @@ def _gaps(sectors: Sequence[SectorRange]) -> Iterator[SectorRange]:
 
 
 def is_hot(layer: Layer) -> bool:
-    """Whether the layer was made by :func:`write_hot_layer`."""
+    """Return True if :func:`write_hot_layer` made the layer."""
     return isinstance(layer, LsmtLayer) and layer.user_tag == TAG
 
 
 def trace_of_hot_layer(disk: Stack) -> Trace | None:
-    """Return what fetching the disk's hot layer ahead amounts to, in that order; None if it has none."""
+    """Return the trace that the disk's hot layer stands for, in its order; None if it has no hot layer."""
     if not disk.layers or not is_hot(disk.layers[-1]):
         return None
     segments = disk.layers[-1].index.segments()
@@ -94,35 +94,35 @@ def trace_of_hot_layer(disk: Stack) -> Trace | None:
 
 
 def stream_if_hot(layer: LsmtLayer) -> StreamAhead | None:
-    """If it is a hot layer in a registry, begin to fetch all of it; return what does."""
+    """Begin to fetch a whole layer if it is hot and in a registry; return its stream, else None."""
     blob = cached_blob_of(layer.data) if is_hot(layer) else None
     return None if blob is None else _stream(blob)
 
 
 def stream_whole(blob: Blob) -> StreamAhead | None:
-    """As :func:`stream_if_hot`, for a layer that its configuration calls hot, before anything of it is there."""
+    """Like :func:`stream_if_hot`, for a layer that its configuration calls hot, before any of it is fetched."""
     cached = cached_blob_of(blob)
     return None if cached is None else _stream(cached)
 
 
 def stream_if_begins_hot(blob: Blob, beginning: int) -> StreamAhead | None:
-    """As :func:`stream_if_hot`, by :func:`begins_hot`: a round trip earlier."""
+    """Like :func:`stream_if_hot`, but decided by :func:`begins_hot`: a round trip earlier."""
     cached = cached_blob_of(blob)
     return _stream(cached) if cached is not None and begins_hot(cached, beginning) else None
 
 
 def begins_hot(blob: Blob, beginning: int) -> bool:
-    """Whether the first ``beginning`` bytes look like a hot layer's, of which nothing is checked.
+    """Return True if the first ``beginning`` bytes, unchecked, look like a hot layer's.
 
-    Good for fetching it ahead: whatever it turns out to be, no more than its bytes have been fetched.
+    That suffices for fetching ahead: if it is wrong, only bytes of this blob were fetched in vain.
     """
     try:
         return TAG.encode() in _first_bytes(blob, beginning)
-    except (ObdlabError, zstandard.ZstdError):  # opening the layer says what is wrong with it
+    except (ObdlabError, zstandard.ZstdError):  # opening the layer reports the damage
         return False
 
 
-# The layer's header, or what it is packed into where that has the same text in it.
+# Returns the layer's header, or its compressed form if that contains the same text.
 def _first_bytes(blob: Blob, beginning: int) -> bytes:
     content = open_tarwrap(blob)
     start = content.window.offset if isinstance(content, WrappedContent) else 0
@@ -132,9 +132,9 @@ def _first_bytes(blob: Blob, beginning: int) -> bytes:
     header = ZFileHeader.from_bytes(data, blob=blob.name)
     data = data[HEADER_SIZE + header.dict_size :]
     if header.algorithm == Algorithm.ZSTD:
-        # How long the block is, only the index tells; no more than is asked for is unpacked.
+        # Only the index has the block's length. The stream reader unpacks no more than asked for.
         return zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(data).read(HEADER_SPACE)
-    return data[:HEADER_SPACE]  # LZ4 leaves a text that is there for the first time as it is
+    return data[:HEADER_SPACE]  # LZ4 stores the first occurrence of a text literally
 
 
 def _stream(blob: CachedBlob) -> StreamAhead | None:

@@ -1,4 +1,4 @@
-"""The one place that stacks blobs: source, tar window, ZFile, LSMT layer, stack of layers, writable upper."""
+"""The only place that stacks blobs: source, tar window, ZFile, LSMT layer, stack of layers, writable upper."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Opening remote layers is waiting for round trips, so that as many are under way at once.
+#: Opening remote layers mostly waits for round trips, so this many are opened at once.
 OPEN_THREADS = 32
-# What a layer kept in a directory may be called, by containerd's unpacking, a commit, or a seal.
+# Names of a layer file in a directory, from containerd's unpacking, a commit, or a seal.
 _NAMES_IN_DIR = ("overlaybd.commit", ".commit", "overlaybd.sealed")
 
 
 class ImageOpenError(ObdlabError):
-    """An image cannot be opened; tells which of its layers, and why."""
+    """An image cannot be opened; names the layer and the cause."""
 
 
 def open_zfile(path: str | os.PathLike[str]) -> Blob:
-    """Open a local ZFile, bare or tar-wrapped, as the content it was compressed from.
+    """Open a local ZFile, bare or tar-wrapped, as its uncompressed content.
 
-    Raises SourceError if the file cannot be read, FormatError if it is no ZFile or damaged.
+    Raises SourceError if the file cannot be read, FormatError if it is not a ZFile or damaged.
     """
     file = LocalFile(path)
     try:
@@ -69,7 +69,7 @@ def open_zfile(path: str | os.PathLike[str]) -> Blob:
 
 
 def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
-    """Open local layers, bottom first, as the block device they make together.
+    """Open local layers, bottom first, as one block device.
 
     Each of the 1 to 255 may be a plain LSMT file, a ZFile or tar-wrapped. Raises SourceError or FormatError naming
     the layer.
@@ -85,19 +85,19 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
 
 
 class Image(Disk):
-    """A read-only image that can say what its block cache did."""
+    """A read-only image with counters of its block cache."""
 
     def __init__(self, layers: Sequence[Layer], count: Callable[[], dict[str, int]]) -> None:
         super().__init__(layers)
-        #: Counters of the block cache since the image was opened; empty if all of it is local.
+        #: Counters of the block cache since the image was opened; empty if the image is local.
         self.statistics = count
-        #: Called when it is closed, the last one first, before the layers are.
+        #: Called by close(), last one first, before the layers are closed.
         self.before_close: list[Callable[[], None]] = []
-        #: What the content of each layer is known by, bottom first: its digest, or the very file on this machine.
+        #: The identity of each layer, bottom first: its digest, or its very file on this machine.
         self.identity: tuple[str, ...] = ()
-        #: How many layers are not on this machine whole and checked against their digests, as far as they have one.
+        #: The number of layers that are not on this machine whole and checked (if they have a digest).
         self.unverified: Callable[[], int] = int
-        #: Whether its device shall step aside when all layers are.
+        #: True if its device shall graduate when all layers are local and checked.
         self.graduates = False
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Image(Disk):
 
 
 class WritableImage(WritableStack):
-    """A writable image that can say what its block cache did."""
+    """A writable image with counters of its block cache."""
 
     def __init__(self, lowers: Stack | None, upper: Upper, count: Callable[[], dict[str, int]]) -> None:
         super().__init__(lowers, upper)
@@ -122,13 +122,13 @@ class WritableImage(WritableStack):
 
 
 def open_image(config: ImageConfig, settings: Settings, *, traces: bool = True) -> Image | WritableImage:
-    """Open the image that ``config`` describes; closing what is returned closes all of it.
+    """Open the image that ``config`` describes; closing the result closes all of it.
 
     Lowers that are not on this machine are read from their registry through the block cache. With an active upper
     the result is writable. Raises ImageOpenError naming the layer that could not be opened; nothing stays open
     then. The configuration's result file, if it names one, gets "success" or "failed:<reason>".
 
-    A trace of its reads is recorded or replayed as configuration and settings say, without ``traces`` neither.
+    With ``traces``, a trace is recorded or replayed according to configuration and settings.
     """
     try:
         image = _open(config, at_launch(settings, config.download), traces=traces)
@@ -199,10 +199,10 @@ def _use_traces(
     if remote is None:
         return  # there is nothing to fetch
     if is_hot(stack.layers[-1]) and not settings.trace_path:
-        return  # it is what a trace would have fetched
+        return  # a trace would fetch the same
     try:
         found = _trace_of(config, settings, remote, image)
-    except ObdlabError as error:  # an image works without
+    except ObdlabError as error:  # an image works without a trace
         TRACES_IGNORED.add()
         logger.warning("trace not replayed: %s", error)
         return
@@ -213,7 +213,7 @@ def _use_traces(
             image.before_close.append(prefetch.stop)
 
 
-# Where the trace to be replayed comes from: its name, and what reads it.
+# Returns name and loader of the trace to replay.
 def _trace_of(
     config: ImageConfig, settings: Settings, remote: RemoteLayers, image: Image | WritableImage
 ) -> tuple[str, Callable[[], bytes]] | None:
@@ -245,19 +245,19 @@ def _trace_of(
     return blob.name, partial(load_layer, blob)
 
 
-# A crash after the configuration of a snapshot was put in place leaves the mark that would have the seal undone.
+# A crash after a snapshot's configuration was replaced leaves the mark that makes opening undo the seal.
 def _forget_switch(lowers: Sequence[LowerConfig]) -> None:
     file = local_file(lowers[-1]) if lowers else None
     if file is None:
         return
     try:
         SwitchMark(file).remove()
-    except ObdlabError as error:  # as on a read-only directory: it harms nobody who opens the stack
+    except ObdlabError as error:  # e.g. on a read-only directory: the mark does no harm to a stack
         logger.warning("%s", error)
 
 
 def stacked_lowers(config: ImageConfig) -> Sequence[LowerConfig]:
-    """Return the lowers that make the disk, bottom first. Raises ImageOpenError if there are too many."""
+    """Return the lowers of the disk, bottom first. Raises ImageOpenError if there are too many."""
     lowers = config.lowers
     if config.acceleration_layer and lowers:
         lowers = lowers[:-1]  # holds a trace, no file system
@@ -273,7 +273,7 @@ def _open_lowers(
     opened: ExitStack,
     recorder: Recorder | None = None,
 ) -> tuple[list[LsmtLayer], tuple[str, ...], RemoteLayers | None]:
-    # Each layer is entered into `opened` at once: with several under way, one may fail while others succeed.
+    # Each layer is entered into `opened` at once: they are opened in parallel, so one may fail after others.
     files = [local_file(lower) for lower in lowers]
     identity = [lower.digest for lower in lowers]
     deadline = time.monotonic() + settings.open_deadline_s
@@ -311,7 +311,7 @@ def _open_lowers(
 
     if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
         return every([open_one(number) for number in wanted]), tuple(identity), None
-    from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all that is imported, for nothing here
+    from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all imports, not needed for local images
 
     with (
         closing(RemoteLayers(repo_blob_url, settings)) as remote,
@@ -324,8 +324,8 @@ def _open_lowers(
         return layers, tuple(identity), remote
 
 
-# What starts wait for is asked for first, before anything else keeps the processor and the link busy. What cannot be
-# opened is left to who opens it once more, and says so.
+# A start waits for the hot layer, so its request goes first, before others use the processor and the link. Errors are
+# ignored: the layer is opened again later, which reports them.
 def _begin_hot(
     lowers: Sequence[LowerConfig], files: Sequence[str | None], remote: RemoteLayers, wanted: Sequence[int]
 ) -> dict[int, tuple[Blob, StreamAhead | None]]:
@@ -339,14 +339,14 @@ def _begin_hot(
     return begun
 
 
-# For each lower, the number of the topmost one of the same content. An image may list a layer any number of times,
-# and only the topmost of them shows.
+# Returns for each lower the number of the topmost one of the same content. An image may list a layer several times,
+# and only the topmost shows.
 def _topmost(lowers: Sequence[LowerConfig], files: Sequence[str | None]) -> list[int]:
     keys: list[Hashable] = []
     for number, (lower, file) in enumerate(zip(lowers, files, strict=True)):
         try:
             found = os.stat(file) if file else None
-        except OSError:  # opening it will say why
+        except OSError:  # opening it reports the error
             keys.append(number)
             continue
         if found is not None:
@@ -364,14 +364,14 @@ def _check_kind(lower: LowerConfig) -> None:
 
 def local_file(lower: LowerConfig) -> str | None:
     """Return the file on this machine that the layer is read from, None if it must be fetched."""
-    # The first that exists counts, as in the original, even if it is damaged.
+    # As in the original, the first existing file counts, even if it is damaged.
     candidates = [lower.file] if lower.file else []
     if lower.dir:
         candidates += [os.path.join(lower.dir, name) for name in _NAMES_IN_DIR]
     return next((path for path in candidates if os.path.exists(path)), None)
 
 
-# The layer, and what tells its file from all others, also from what is in its place later.
+# Returns the layer, and an identity that no other file has, not even a later one in its place.
 def _open_local(
     path: str | os.PathLike[str], budget: Budget, watched: Callable[[Blob], Blob] | None = None
 ) -> tuple[LsmtLayer, str]:
@@ -391,7 +391,7 @@ def _open_remote(
     begun: tuple[Blob, StreamAhead | None] | None,
     budget: Budget,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
-    # And what fetches all of it ahead, if it is a hot one and nobody watches what is read.
+    # Also returns the stream that fetches all of a hot layer ahead, unless reads are being recorded.
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
@@ -404,7 +404,7 @@ def _open_remote(
             fetch_rest_of_end(blob)
         layer = open_layer(blob, watched, budget)
         if end is not None:
-            end.result()  # perhaps the blob is smaller than it should be, in what opening had no use for
+            end.result()  # fails if the blob is too short, even in a part that opening did not use
         return layer, stream or (stream_if_hot(layer) if watched is None else None)
     except BaseException:
         if stream is not None:

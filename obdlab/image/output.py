@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class OutputError(ObdlabError):
-    """A file that was to be made is there already."""
+    """A file to be made exists already."""
 
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
-    """Open a file to write that becomes ``path`` when the block ends well; otherwise nothing is left of it.
+    """Open a file for writing that becomes ``path`` when the block succeeds; otherwise nothing is left of it.
 
-    It is written under another name in the same directory, synced, and renamed. ``force`` replaces what is there;
+    It is written under another name in the same directory, synced, and renamed. ``force`` replaces an existing file;
     without it OutputError is raised if ``path`` exists, before or at the end. Raises SourceError naming ``path`` if
     the system refuses.
     """

@@ -1,4 +1,4 @@
-"""Values of a dataclass as JSON knows them, and back with their types checked."""
+"""Values of a dataclass as JSON values, and back with their types checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES: dict[Any, str] = {
 
 
 def to_plain(value: object) -> Any:
-    """Return ``value`` as JSON has it: paths become strings, tuples lists."""
+    """Return ``value`` as a JSON value: paths become strings, tuples lists."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple):
@@ -31,7 +31,7 @@ def to_plain(value: object) -> Any:
 def from_plain(value: object, hint: Any) -> Any:
     """Return a JSON value as the type ``hint``: bool, int, float, str, Path, a tuple of one type, or one or None.
 
-    Raises TypeError telling what was got and wanted. Nothing is guessed: "1" is no number, and 1 is not true.
+    Raises TypeError with the value and the wanted type. Nothing is converted: "1" is not a number, 1 is not true.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -67,7 +67,7 @@ def _is_path(text: str) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Return in words what values a type hint takes."""
+    """Return a description of the values that a type hint allows."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return f"a list, each {describe(arguments[0])}"

@@ -1,6 +1,6 @@
-"""What opening an image needs of its remote layers, fetched into the cache before anybody opens it.
+"""Fetching the parts of remote layers that opening reads into the cache, before the image is opened.
 
-These are the ends of blobs with their indexes. Pulled with the manifest, they are there when a container is made.
+These are the ends of blobs with their indexes. Fetched at the pull, they are there when a container is made.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 def prime(config: ImageConfig, settings: Settings) -> None:
-    """Fetch the ends of the image's layers that are in a registry. What is there already is not fetched again.
+    """Fetch the ends of the image's remote layers. Cached parts are not fetched again.
 
-    Raises the first error that reading some layer met, within the settings' deadline of opening; the others are
-    fetched all the same.
+    Fetches all layers even if some fail, within the settings' deadline of opening; then raises the first error.
     """
     lowers = list({lower.digest: lower for lower in stacked_lowers(config) if lower.digest}.values())
     if not lowers:
@@ -36,7 +35,7 @@ def prime(config: ImageConfig, settings: Settings) -> None:
     with (
         closing(RemoteLayers(config.repo_blob_url, settings)) as remote,
         ThreadPoolExecutor(number, "prime-end") as ends,
-        ThreadPoolExecutor(number, "prime") as threads,  # ends first, as it gives work to the other
+        ThreadPoolExecutor(number, "prime") as threads,  # after `ends`, as its threads give work to that
     ):
         for each in [threads.submit(_prime_one, lower, remote, ends, deadline) for lower in lowers]:
             each.result()

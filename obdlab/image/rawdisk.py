@@ -1,4 +1,4 @@
-"""A raw disk image seen as a layer: only the blocks that are not zero."""
+"""A raw disk image as a layer: only its blocks that are not all zeros."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _STEP = 1 << 20
 
 
 class RawDisk:
-    """A raw disk image as a layer to commit: what it holds is every 4 KiB block with a byte other than zero in it.
+    """A raw disk image as a layer to commit: every 4 KiB block with a byte other than zero is in it.
 
-    Holes of the file are not read. Raises SourceError if the file cannot be read, FormatError if its size is no
-    whole number of sectors. ``progress`` hears of all bytes of the disk.
+    Holes of the file are not read. Raises SourceError if the file cannot be read, FormatError if its size is not a
+    whole number of sectors. ``progress`` gets all bytes of the disk.
     """
 
     parent_uuid = NULL_UUID
@@ -75,7 +75,7 @@ class RawDisk:
 
 
 def _steps(file: LayerFile, size: int) -> Iterator[tuple[int, int]]:
-    # Block-aligned pieces of what the file system holds data for; each block once.
+    # Yields block-aligned pieces of the file's data extents; each block once.
     reached = 0
     for begin, end in file.data_extents(0, size):
         at = max(reached, begin - begin % _BLOCK)
@@ -85,6 +85,6 @@ def _steps(file: LayerFile, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _used_blocks(data: bytes) -> NDArray[np.int64]:
-    # Numbers of the blocks with anything in them; the last may be short.
+    # Returns the numbers of the blocks that are not all zeros; the last block may be short.
     words = np.frombuffer(data.ljust(-(-len(data) // _BLOCK) * _BLOCK, b"\0"), dtype=np.uint64)
     return np.flatnonzero(words.reshape(-1, _BLOCK // 8).any(axis=1))

@@ -1,7 +1,7 @@
-"""Recording what a start reads into a trace file, by the original's protocol of files beside it.
+"""Recording the reads of a start into a trace file, by the original's protocol of files beside it.
 
 ``recordTracePath`` names a file. If it exists and is empty, ``<file>.lock`` is made and reads are recorded until
-somebody removes that or the image is closed; then the trace is written and ``<file>.ok`` made.
+that file is removed or the image is closed; then the trace is written and ``<file>.ok`` made.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class RecordingError(ObdlabError):
 
 
 class Recording:
-    """Reads of one image on their way into the trace file ``path``, from now on. Raises RecordingError.
+    """Records the reads of one image, from now on, for the trace file ``path``. Raises RecordingError.
 
-    The lock file is there until :meth:`finish`.
+    The lock file exists until :meth:`finish`.
     """
 
     def __init__(self, path: str) -> None:
@@ -47,7 +47,7 @@ class Recording:
             raise RecordingError(f"{self._lock_path}: cannot begin to record ({error.strerror})") from error
 
     def watch_lock(self, unwatch: Callable[[], None]) -> None:
-        """End, in the background, when the lock file is gone; ``unwatch`` is called when no more is to be noted."""
+        """Finish, in the background, when the lock file is gone; calls ``unwatch`` before the trace is written."""
         self._unwatch = unwatch
         threading.Thread(target=self._wait, name="obdlab-trace", daemon=True).start()
 
@@ -57,12 +57,12 @@ class Recording:
                 self.finish()
 
     def abandon(self) -> None:
-        """Nothing was opened: leave the file as it was."""
+        """Leave the trace file as it was: the image could not be opened."""
         self._finished.set()
         self._lock_path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Write the trace. What keeps it from being written is said in the log, and the file is empty then."""
+        """Write the trace. On an error, logs it and leaves the file empty."""
         with self._finishing:
             if self._finished.is_set():
                 return
@@ -85,13 +85,13 @@ class Recording:
             raise
         logger.info("%s: %d reads recorded", self._path, len(trace))
         self._lock_path.unlink(missing_ok=True)
-        # Left by an earlier recording, it would say nothing of this one.
+        # An older recording's file must not stand for this one.
         self._ok_path.unlink(missing_ok=True)
         self._ok_path.touch(exist_ok=False)
 
 
 def wants_recording(path: str) -> bool:
-    """Whether the trace file is there and empty."""
+    """Return True if the trace file exists and is empty."""
     try:
         return bool(path) and os.path.getsize(path) == 0
     except OSError:

@@ -1,4 +1,4 @@
-"""Registries as the settings have them reached: who we are, whom we trust, who helps."""
+"""A registry client with the settings' credentials, certificates, mirrors and proxies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def open_client(settings: Settings, *, plain_http_hosts: Collection[str] = frozenset()) -> RegistryClient:
-    """Return a client that reaches registries as ``settings`` say; it opens nothing before it is used."""
+    """Return a client configured by ``settings``; it opens nothing before its first use."""
     return RegistryClient(
         credential_source(settings),
         plain_http_hosts=plain_http_hosts,
@@ -41,7 +41,7 @@ def open_client(settings: Settings, *, plain_http_hosts: Collection[str] = froze
 
 
 def credential_source(settings: Settings) -> CredentialSource | None:
-    """Return where credentials come from, if the settings name a place."""
+    """Return the source of credentials, None if the settings name none."""
     if settings.credentials_mode == "file":
         return None if settings.credentials_path is None else CredentialsFile(settings.credentials_path)
     address, unix_socket = settings.credentials_address, None

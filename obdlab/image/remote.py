@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteLayers:
-    """The blobs of one repository, over one client: they share its connections and its token.
+    """The blobs of one repository, through one client: they share its connections and its token.
 
-    The client is closed when this is and all its blobs are.
+    The client is closed when this object and all its blobs are closed.
     """
 
     def __init__(self, repo_blob_url: str, settings: Settings) -> None:
         self._repository = Repository.from_blob_url(repo_blob_url)
-        # Reads bring their own deadline: while the image is opened that of opening, then that of a read.
+        # The client's deadline is that of opening; each read of an opened blob has its own.
         self._client = open_client(replace(settings, read_deadline_s=settings.open_deadline_s))
         self._cache = BlockCache(
             settings.cache_dir,
@@ -48,7 +48,7 @@ class RemoteLayers:
             readahead_max=settings.readahead_max,
             deadline_s=settings.open_deadline_s,
         )
-        #: A blob's beginning comes in one request with so much of it.
+        #: The beginning of a blob is fetched in one request, in whole units of this size.
         self.cache_unit = settings.cache_unit
         self._settings = settings
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class RemoteLayers:
         self._layer_blobs: list[CachedBlob] = []
 
     def open(self, digest: str, size: int) -> Blob:
-        """Return a blob of ``size`` bytes; the registry is asked for the size if that is 0.
+        """Return a blob of ``size`` bytes; if ``size`` is 0, the registry is asked for it.
 
         Raises FormatError for a malformed digest, SourceError if registry or cache cannot be used.
         """
@@ -81,9 +81,9 @@ class RemoteLayers:
             raise
 
     def opened(self) -> None:
-        """The blobs opened so far are a device now: fetch what its readers miss in extents, by the reads' deadline.
+        """End the opening: from now on, misses in the blobs fetch extents, with the deadline of reads.
 
-        If the settings say so, fetch them whole in the background, unless they are more than the cache may hold.
+        If configured, begin to download them whole in the background, unless they exceed the cache's quota.
         """
         settings = self._settings
         self._layers, self._layer_blobs = len(self._origins), list(self._blobs)
@@ -111,15 +111,15 @@ class RemoteLayers:
         BackgroundDownload(self._blobs, options).start()
 
     def unverified(self) -> int:
-        """Return how many blobs of those at :meth:`opened` are not in the cache whole, or not known to be sound."""
+        """Return how many of the blobs at :meth:`opened` are not in the cache whole and verified."""
         return self._layers - sum(blob.verified for blob in self._layer_blobs)
 
     def statistics(self) -> dict[str, int]:
-        """Return the sums of what the block cache did for these blobs."""
+        """Return the sums of the block cache's counters for these blobs."""
         return self._cache.statistics()
 
     def close(self) -> None:
-        """Let go of the client: once by whoever made this, once by each blob."""
+        """Release the client: once for this object, once for each blob. The last call closes it."""
         with self._lock:
             self._users -= 1
             last = self._users == 0
@@ -128,12 +128,12 @@ class RemoteLayers:
 
 
 def cache_name(repository: Repository) -> str:
-    """Return whose word the cache takes for the repository's blobs: its registry, over TLS or not."""
+    """Return the cache's name for the origin of the repository's blobs: its registry, over TLS or not."""
     return repository.api_host.lower() + ("+http" if repository.plain_http else "")
 
 
 class _Origin(RemoteBlob):
-    # Lets go of the shared client when it is closed, once.
+    # Releases the shared client when it is closed, once.
     def __init__(
         self, client: RegistryClient, repository: Repository, digest: str, size: int, release: Callable[[], None]
     ) -> None:

@@ -1,4 +1,4 @@
-"""Replaying a trace: from an image's reads to ranges of its blobs, fetched ahead of whoever reads the disk."""
+"""Replaying a trace: an image's reads become ranges of its blobs, which are fetched ahead."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MISSING_SHOWN = 5
-#: Traces that could not be used.
+#: Counts traces that could not be used.
 TRACES_IGNORED = Counter("traces_ignored")
 
 
 def start_replay(name: str, load: Callable[[], bytes], disk: Stack) -> Prefetch | None:
-    """Begin to fetch what the trace or priority list that ``load`` returns names; None if nothing is remote.
+    """Begin to fetch the ranges of the trace or priority list that ``load`` returns; None if no layer is remote.
 
-    ``load`` is called in the background. A trace that cannot be had or is not this image's is ignored with a warning.
+    ``load`` is called in the background. A missing trace or one of another image is ignored with a warning.
     """
     blobs: list[CachedBlob] = []
     places = [_stored(layer.data, blobs) for layer in disk.layers]
@@ -56,9 +56,9 @@ def start_replay(name: str, load: Callable[[], bytes], disk: Stack) -> Prefetch 
 
 
 def reads_in(data: bytes, disk: Stack, *, name: str) -> list[Read]:
-    """Return (layer, offset, length) of what a trace or a priority list names, in order.
+    """Return (layer, offset, length) of each read in a trace or a priority list, in order.
 
-    Raises FormatError for a trace that is damaged or of another image; what a list names in vain is left out.
+    Raises FormatError for a trace that is damaged or of another image. Missing files of a list are left out.
     """
     if is_trace(data):
         trace = Trace.from_bytes(data, name=name)
@@ -71,13 +71,13 @@ def reads_in(data: bytes, disk: Stack, *, name: str) -> list[Read]:
 
 
 def load_file(path: str) -> bytes:
-    """Read a trace or a priority list. Raises SourceError or FormatError naming it."""
+    """Read a trace or a priority list. Raises SourceError or FormatError naming the file."""
     with LocalFile(path) as file:
         return _read_all(file)
 
 
 def load_blob(blob: Blob) -> bytes:
-    """Read a blob that is a trace, and close it. Raises as reading does, and FormatError."""
+    """Read a trace from its blob, and close the blob. Raises as reading does, and FormatError."""
     with blob:
         return _read_all(blob)
 
@@ -100,7 +100,7 @@ def _read_all(blob: Blob) -> bytes:
 
 
 class _Place:
-    # Where a layer's bytes are stored: the number of a cached blob, and the way there.
+    # The storage of a layer's bytes: the number of a cached blob, and the steps from the layer to it.
     def __init__(self, number: int, steps: Sequence[ZFileReader | WrappedContent]) -> None:
         self._number = number
         self._steps = steps
@@ -170,7 +170,7 @@ def _files(listed: PriorityList, volume: FileVolume, missing: list[str]) -> Iter
                 yield path
 
 
-# The kernel reads what links lead to.
+# Resolves links, as the kernel reads their targets.
 def _real_paths(names: Iterable[str], volume: FileVolume, missing: list[str]) -> Iterator[bytes]:
     for name in names:
         try:
@@ -185,7 +185,7 @@ def _real_paths(names: Iterable[str], volume: FileVolume, missing: list[str]) ->
 
 
 def reads_of_disk(disk: Stack, offset: int, length: int) -> Iterator[Read]:
-    """Yield which reads of its layers, of at most 1 MiB, a read of the disk is."""
+    """Yield the reads of layers, of at most 1 MiB, that a read of the disk consists of."""
     top = len(disk.layers) - 1
     end = min(offset + length, disk.size)
     if offset >= end:
@@ -199,7 +199,7 @@ def reads_of_disk(disk: Stack, offset: int, length: int) -> Iterator[Read]:
 
 
 def trace_beside(directory: str) -> str | None:
-    """Return the path of the trace that containerd has unpacked into an acceleration layer's directory, if any."""
+    """Return the path of the trace that containerd unpacked into an acceleration layer's directory, or None."""
     path = os.path.join(directory, "trace") if directory else ""
     try:
         return path if path and os.path.getsize(path) > 0 else None

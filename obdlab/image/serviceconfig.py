@@ -1,7 +1,7 @@
 """Settings from a file: obdlab's own keys, or those of the original's service configuration (overlaybd.json).
 
-Which of the two it is, the keys tell. A key that is not there leaves the setting as it is. What is asked for and
-cannot be had here is told in notes; what makes no sense is an error that names file and key.
+The keys show which of the two it is. A missing key leaves its setting as it is. Features that are not available here
+are reported as notes; a malformed value is an error that names file and key.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _TOP = {key.partition(".")[0] for key in KEYS}
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """What a file says: the settings it leads to, and what a reader of it should know."""
+    """The contents of a file: the settings it results in, and notes for its author."""
 
     settings: Settings
     notes: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class ServiceConfig:
 def load(path: str | os.PathLike[str], base: Settings | None = None) -> ServiceConfig:
     """Read a settings file of either kind over ``base``. Raises SettingsError naming the file and the key.
 
-    The settings remember the file: what it says of downloads is read anew whenever an image is opened.
+    The settings remember the file: its download settings are read again whenever an image is opened.
     """
     path = Path(path).absolute()
     found = parse(_read(path), str(path), base or Settings())
@@ -124,10 +124,10 @@ def parse(text: bytes, name: str, base: Settings) -> ServiceConfig:
 
 
 def at_launch(settings: Settings, download: Mapping[str, Any] | None) -> Settings:
-    """Return the settings for an image that is being opened: what holds now for its background download.
+    """Return the settings for an image that is being opened, with the current ones of its background download.
 
-    ``download`` is what the image's own configuration says; without it the settings' file is read again. A file that
-    cannot be read (any more) changes nothing.
+    ``download`` is the section in the image's own configuration; without it the settings' file is read again. A file
+    that cannot be read (any more) changes nothing.
     """
     try:
         if download is not None:
@@ -157,14 +157,14 @@ def _with_own(base: Settings, document: Mapping[str, Any], name: str) -> Setting
     for key in document:
         value = getattr(settings, key)
         for path in value if isinstance(value, tuple) else (value,):
-            # Device servers work in another directory than whoever starts them.
+            # Device servers run in another working directory than the command that starts them.
             if isinstance(path, Path) and not path.is_absolute():
                 raise SettingsError(f"{name}: {key}: wrong value (got {str(path)!r}, wanted an absolute path)")
     return settings
 
 
 class _Original:
-    # The original's keys, flattened and checked by type; each section below says what they are here.
+    # The original's keys, flattened and checked by type. Each section below translates some of them.
     def __init__(self, document: Mapping[str, Any], name: str) -> None:
         self._name = name
         self._values: dict[str, Any] = {}
@@ -187,7 +187,7 @@ class _Original:
         self._services()
         self._unsupported()
         changed = base
-        for name, value in self._changes.items():  # one by one, to tell which is wrong
+        for name, value in self._changes.items():  # one by one, so that an error names its key
             try:
                 changed = replace(changed, **value)
             except SettingsError as error:

@@ -1,4 +1,4 @@
-"""How images are opened on this host: cache, deadlines, credentials. One value, handed down from whoever starts."""
+"""How images are opened on this host: cache, deadlines, credentials. One value, passed down from the program."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 KIB = 1 << 10
 GIB = 1 << 30
 
-#: Where credentials may come from (overlaybd's credentialConfig.mode).
+#: Sources of credentials (overlaybd's credentialConfig.mode).
 CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
-#: "auto": the best that the host has.
+#: "auto": the best kind that the host has.
 DEVICE_KINDS = ("auto", "fuse+loop", "fuse+file", "ublk", "tcmu")
-#: The snapshotter's devices may also be those of an overlaybd TCMU daemon that runs beside it.
+#: The snapshotter's devices may also be made by an overlaybd TCMU daemon on the same host.
 DAEMON_KIND = "overlaybd-tcmu"
 _MOST_READAHEAD_KIB = 64 * KIB
 _LEAST_SERVER_MEMORY = 256 << 20
@@ -31,7 +31,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class SettingsError(ObdlabError):
-    """A settings text has an unknown key or a value that makes no sense."""
+    """A settings text has an unknown key or a malformed value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,74 +39,74 @@ class Settings:
     """Host-wide settings of the data path. Sizes in bytes, times in seconds."""
 
     cache_dir: Path = Path("/var/lib/obdlab/cache")
-    #: Granularity of the block cache, and the least that is asked of a registry.
+    #: Granularity of the block cache, and the smallest request to a registry.
     cache_unit: int = 16 * KIB
-    #: A miss fetches what is missing of the aligned extent around it. A start of pydata takes 1.0 request for each
+    #: A miss fetches the missing units of the aligned extent around it. A start of pydata takes 1.0 request for each
     #: 256 KiB extent it touches; with units of 64 KiB alone 2.4, and a quarter less bytes.
     cache_extent: int = 256 * KIB
-    #: That is doubled, up to this, where requests wait long for their answers (another continent, an object store)
-    #: and the link is fast, or halved, down to a quarter, where the bytes are what is slow; 0: neither.
+    #: The extent is doubled, up to this, if requests wait long for their answers (another continent, an object store)
+    #: and the link is fast; it is halved, down to a quarter, if the link is slow. 0: neither.
     cache_extent_max: int = 1024 * KIB
-    #: The cache directory holds at most this much on disk, whoever stores in it; 0: no limit.
+    #: The cache directory takes at most this much disk, of all processes together; 0: no limit.
     cache_quota: int = 4 * GIB
-    #: The cache gives back what it holds rather than leave less free on its file system (or less than a 16th of it).
+    #: The cache evicts rather than leave less free on its file system (or less than a 16th of it).
     cache_min_free: int = 1 * GIB
-    #: Sequential readers have up to this much fetched ahead of them; 0 turns it off. A start of many small reads
+    #: Most that is fetched ahead of a sequential reader; 0 turns read-ahead off. A start of many small reads
     #: (importing pandas) fetches the same with 1 and 4 MiB; a long sequential one gets 1.3 times the rate with 4 MiB
     #: at 1 Gbit/s and 5 ms (``tests/benchmarks/extents.py``, ``remote.py``).
     readahead_max: int = 4096 * KIB
-    #: Whether the snapshotter fetches the indexes of an image's layers when the image is pulled.
+    #: True if the snapshotter fetches the indexes of an image's layers when the image is pulled.
     index_at_pull: bool = True
-    #: Trace or priority list to be replayed whenever an image is opened, in place of the image's own.
+    #: Trace or priority list to replay whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
-    #: Whether images in use are fetched whole into the cache, and verified, while nobody waits for anything else.
+    #: True if images in use are fetched whole into the cache, and verified, while no reader waits for other data.
     download_enabled: bool = False
-    #: That begins so long after an image was opened, and a random part of ``download_delay_extra_s`` later.
+    #: The download begins so long after the image was opened, plus a random part of ``download_delay_extra_s``.
     download_delay_s: float = 300.0
     download_delay_extra_s: float = 30.0
-    #: Most that one image's download takes of the network; 0: no limit.
+    #: Bandwidth limit of one image's download; 0: no limit.
     download_bytes_per_s: float = 100 * 1024 * KIB
-    #: How often a blob that fails is tried.
+    #: Attempts for a blob that fails.
     download_tries: int = 5
-    #: Whether read-only devices step aside once all of their image is local and checked: it is unpacked to a plain
-    #: file in the cache directory, within ``cache_quota``, and the kernel goes on with that. It costs as much disk as
-    #: the image has data unpacked, and devices a second loop device from the beginning (docs/graduation.md).
+    #: True if read-only devices graduate once all of their image is local and checked: it is unpacked to a plain file
+    #: in the cache directory, within ``cache_quota``, and the kernel reads that. It costs as much disk as the image
+    #: has data unpacked, and each device a second loop device from the beginning (docs/graduation.md).
     graduation: bool = False
-    #: A read ends with data or an error within this time, whatever the registry does.
+    #: A read ends with data or an error within this time, in any state of the registry.
     read_deadline_s: float = 120.0
-    #: Opening an image ends within this time: whoever starts a container shall hear sooner that a registry is down.
+    #: Opening an image ends within this time, so that starting a container reports sooner that a registry is down.
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
-    #: What images are made: one of DEVICE_KINDS; or, by the snapshotter alone, DAEMON_KIND.
+    #: The kind of device for images: one of DEVICE_KINDS; or, for the snapshotter only, DAEMON_KIND.
     device_kind: str = "auto"
-    #: How far the kernel reads ahead on devices, and around page faults of what is mapped from them, in KiB. A fifth
-    #: less is read of a start with 32, which pays where the bytes are what it waits for (docs/prefetch.md).
+    #: The kernel's read-ahead on devices, and around page faults of files mapped from them, in KiB. With 32 a start
+    #: reads a fifth less, which pays on slow links (docs/prefetch.md).
     device_readahead_kib: int = 128
-    #: Where ``obdlab snapshot-api`` listens: ``http://HOST:PORT``; "": a unix socket in the run directory.
+    #: Listening address of ``obdlab snapshot-api``: ``http://HOST:PORT``; "": a unix socket in the run directory.
     snapshot_api_address: str = ""
-    #: Whether that takes requests as the original does: without a token, with any verb, from any page.
+    #: True if the API accepts requests as the original does: without a token, with any verb, from any page.
     snapshot_api_open: bool = False
-    #: Most processes that serve one read-only device while it is busy; 0: one per processor, four at most.
+    #: Most processes that serve one busy read-only device; 0: one per processor, four at most.
     server_processes: int = 0
-    #: Most memory that a process which serves a device takes for data; 0: no bound. 256 requests of 1 MiB under way,
-    #: with what is read, decompressed and answered for each, need about half of it.
+    #: Most memory that a device-serving process takes for data; 0: no bound. 256 concurrent requests of 1 MiB, with
+    #: the bytes read, decompressed and returned for each, need about half of it.
     server_memory: int = 2 * GIB
     #: Directory of containerd's hosts.toml files, which name the mirrors of registries (/etc/containerd/certs.d).
     hosts_dir: Path | None = None
-    #: P2P proxy through which blobs are read while it is healthy, as in :mod:`obdlab.registry.p2p`; "": none.
+    #: P2P proxy for reading blobs while it is healthy, see :mod:`obdlab.registry.p2p`; "": no proxy.
     p2p_address: str = ""
     #: docker config.json with registry credentials, read again when it changes.
     credentials_path: Path | None = None
-    #: "file": ``credentials_path``. Or who is asked: "http" and "https" at the URL ``credentials_address``, "uds" at
-    #: the unix socket of that path; "https" with the client certificate and trusting the CA below, if given.
+    #: "file": ``credentials_path``. Or a service: "http" and "https" at the URL ``credentials_address``, "uds" at the
+    #: unix socket of that path; "https" with the client certificate and the CA below, if given.
     credentials_mode: str = "file"
     credentials_address: str = ""
     credentials_timeout_s: float = 1.0
     credentials_client_cert: Path | None = None
     credentials_client_key: Path | None = None
     credentials_server_ca: Path | None = None
-    #: CA bundle (PEM) to trust registries by, besides the system's CAs or, with ``tls_ca_only``, in their place.
+    #: CA bundle (PEM) for registries, besides the system's CAs or, with ``tls_ca_only``, in their place.
     tls_ca_path: Path | None = None
     tls_ca_only: bool = False
     #: Client certificate and key (PEM) for registries that have none of their own in ``tls_certs_dirs``.
@@ -114,25 +114,25 @@ class Settings:
     tls_client_key: Path | None = None
     #: docker's and containerd's directories of certificates per host (:mod:`obdlab.registry.tls`).
     tls_certs_dirs: tuple[Path, ...] = (Path("/etc/docker/certs.d"), Path("/etc/containerd/certs.d"))
-    #: "host" or "host:port" whose certificates are not looked at. Whoever sits in between reads and changes all.
+    #: "host" or "host:port" whose certificates are not verified. Anyone on the path can read and change everything.
     tls_insecure_hosts: tuple[str, ...] = ()
-    #: The file these came from. What it says of downloads is read anew whenever an image is opened.
+    #: The file of these settings. Its download settings are read again whenever an image is opened.
     settings_path: Path | None = None
-    #: What registries are told who asks.
+    #: The User-Agent in requests to registries.
     user_agent: str = "obdlab"
-    #: Device servers write their operations there (:mod:`obdlab.observe.audit`); None: nowhere.
+    #: Device servers write their operations to this file (:mod:`obdlab.observe.audit`); None: no file.
     audit_path: Path | None = None
-    #: Bytes of one audit log, and how many are kept, the current one included.
+    #: Bytes of one audit log, and the number of logs kept, the current one included.
     audit_size: int = 10 * 1024 * KIB
     audit_count: int = 3
-    #: How device host and servers log: "text" or "json", into that file (None: host.log in the run directory).
+    #: Log format of device host and servers, "text" or "json", and file (None: host.log in the run directory).
     log_format: str = "text"
     log_path: Path | None = None
     log_size: int = 10 * 1024 * KIB
     log_count: int = 3
     #: "debug", "info", "warning" or "error".
     log_level: str = "info"
-    #: ADDRESS:PORT at which the snapshotter has metrics served, and below which path; "": not.
+    #: ADDRESS:PORT of the snapshotter's metrics, and their path; "": no metrics.
     exporter_listen: str = ""
     exporter_path: str = "/metrics"
 
@@ -199,7 +199,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str = "settings") -> Self:
-        """Read what :meth:`to_json` wrote, or part of it. Raises SettingsError naming ``name`` and the wrong key."""
+        """Read output of :meth:`to_json`, or part of it. Raises SettingsError naming ``name`` and the wrong key."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Live snapshots: a writable image goes on in a fresh layer, and its configuration names it from then on."""
+"""Live snapshots: a writable image continues in a fresh layer, and its configuration names that from then on."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 
 class SnapshotError(ObdlabError):
-    """A snapshot cannot be taken as asked; nothing has changed."""
+    """A snapshot cannot be taken; nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a snapshot did: the layer that it sealed, and how long writes had to wait."""
+    """The result of a snapshot: the sealed layer, and how long writes had to wait."""
 
     sealed: str
     paused_s: float
 
 
 def snapshot(image: WritableStack, config_path: Path, new_config_path: Path) -> Snapshot:
-    """Seal the image's writable layer and go on in the one that the file ``new_config_path`` names.
+    """Seal the image's writable layer and continue in the one that the file ``new_config_path`` names.
 
     That configuration must have the lowers of the present one, ``config_path``, with the writable layer's data file
-    above them, and another, empty upper. It takes the present one's place in the moment in which the layers change:
-    opening ``config_path`` after a crash at any point gives all that was flushed. Reads go on meanwhile, writes wait
-    some milliseconds.
+    above them, and another, empty upper. It replaces the present one at the moment when the layers change: opening
+    ``config_path`` after a crash at any point gives all flushed data. Reads continue meanwhile, writes wait some
+    milliseconds.
 
-    Raises SnapshotError, ConfigError, or SourceError and FormatError of the layers; then the image goes on as before.
+    Raises SnapshotError, ConfigError, or SourceError and FormatError of the layers; then the image stays as it was.
     """
     with image.snapshotting, ExitStack() as ending:
         config_path = config_path.resolve()
@@ -51,15 +51,15 @@ def snapshot(image: WritableStack, config_path: Path, new_config_path: Path) -> 
         upper = open_upper(new.upper.data, new.upper.index)
         ending.callback(lambda: None if image.upper is upper else upper.close())
         done = image.restack(upper, switch)
-    with suppress(OSError):  # what it says is in place
+    with suppress(OSError):  # its content is in place
         new_config_path.unlink()
     return Snapshot(sealed=done.layer.name, paused_s=done.paused_s)
 
 
 def make_next(config_path: Path, data: Path, index: Path | None) -> ImageConfig:
-    """Make an empty layer for a snapshot to go on in, in append mode if there is an ``index`` and sparse if not.
+    """Make an empty layer for a snapshot to continue in, in append mode if there is an ``index``, else sparse.
 
-    Returns the configuration that :func:`snapshot` wants. A sparse layer gets an empty index file, ``<data>.index``,
+    Returns the configuration that :func:`snapshot` needs. A sparse layer gets an empty index file, ``<data>.index``,
     since configurations must name one. Raises SnapshotError if the image has no writable layer, SourceError if a file
     exists already.
     """
@@ -118,8 +118,8 @@ def _place(lower: LowerConfig) -> str:
 
 @contextmanager
 def _switched(config_path: Path, new_config_path: Path) -> Iterator[Callable[[], None]]:
-    # Gives what puts the new file in place of the old: stored ahead, since writes wait while it is called, and beside
-    # it, since the new one may lie in another file system.
+    # Yields the function that replaces the old file by the new one. The new file is copied beforehand, since writes
+    # wait for the function, and into the same directory, since it may lie in another file system.
     folder = config_path.parent
     before, after = folder / f".{config_path.name}.before", folder / f".{config_path.name}.after"
 
@@ -144,7 +144,7 @@ def _switched(config_path: Path, new_config_path: Path) -> Iterator[Callable[[],
 
 
 def _copy(source: Path, target: Path, like: os.stat_result) -> None:
-    target.unlink(missing_ok=True)  # of a snapshot that was killed
+    target.unlink(missing_ok=True)  # left by a snapshot that was killed
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(read_config(source))

@@ -1,4 +1,4 @@
-"""A start as the kernel saw it: its reads of the disk, followed to files and layers, and how long each made wait."""
+"""A start as the kernel saw it: its reads of the disk, mapped to files and layers, and the waiting time of each."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What takes longer was not in memory or on a local disk.
+#: A read that takes longer was not served from memory or a local disk.
 THERE_WITHIN_MS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One piece of a read of the disk: of one file, or of none."""
+    """One piece of a read of the disk: of one file, or of no file."""
 
-    #: Of the read: since the first one, and until its end (None: not told).
+    #: Of the read: begin since the first read, and duration (None: unknown).
     at_ms: float
     took_ms: float | None
     offset: int
     length: int
-    #: From which layers, the lowest is 0; none for a hole.
+    #: The layers it comes from, 0 being the lowest; empty for a hole.
     layers: tuple[int, ...]
-    #: None: the file system's own, or of no file system whose files are known here.
+    #: None: metadata of the file system, or a file system that is unknown here.
     path: bytes | None
     process: str
     pid: int
-    #: The kernel reads ahead; nobody has asked for it yet.
+    #: True for the kernel's read-ahead, which no process has asked for yet.
     is_ahead: bool
-    #: Whether a trace names all of it; None if none was given.
+    #: True if a trace names all of it; None without a trace.
     in_trace: bool | None
-    #: ``there``, ``waited`` (by how long it took) or ``untold``; with a trace ``prefetched`` (there, and named),
-    #: ``late`` (waited for although named), ``missed`` (waited for, not named) or ``there``.
+    #: ``there``, ``waited`` (by its duration) or ``untold``; with a trace ``prefetched`` (there, and named), ``late``
+    #: (waited for although named), ``missed`` (waited for, not named) or ``there``.
     state: str
 
 
@@ -63,18 +63,18 @@ class Summary:
     size: int
     processes: int
     files: int
-    #: From the first read's begin to the last one's end, and how much of it some read made wait.
+    #: From the first read's begin to the last one's end, and the part of it in which some read waited.
     span_ms: float
     waited_ms: float
-    #: Different bytes of layers that were read, as stored (compressed), whole blocks.
+    #: Distinct bytes of layers that were read, as stored (compressed), whole blocks.
     stored_size: int
-    #: What of the bytes read the trace names.
+    #: The share of the bytes read that the trace names.
     coverage: float | None
-    #: What of the trace was not read, as a share of the trace.
+    #: The share of the trace that was not read.
     over_read: float | None
 
     def optimum_ms(self, rate_mbit: float, rtt_ms: float) -> float:
-        """Return what fetching the stored bytes once takes: the line rate, and one round trip."""
+        """Return the time for fetching the stored bytes once: at the line rate, plus one round trip."""
         return self.stored_size * 8e-3 / rate_mbit + rtt_ms
 
 
@@ -91,7 +91,7 @@ def check_inside(reads: Iterable[DiskRead], size: int, *, name: str = "events") 
 
 
 def trace_of(reads: Iterable[DiskRead], disk: Stack) -> Trace:
-    """Return the trace (reads of the disk's layers) of reads of the disk, every byte once."""
+    """Return reads of the disk as a trace (reads of its layers), every byte once."""
     return unique(Trace.from_reads(part for read in reads for part in reads_of_disk(disk, read.offset, read.length)))
 
 
@@ -100,7 +100,7 @@ def timeline(
 ) -> list[Step]:
     """Return the steps of a start in the order of its reads.
 
-    ``trace`` is what was replayed meanwhile. Raises FormatError for reads that are not of this disk.
+    ``trace`` is the trace that was replayed meanwhile. Raises FormatError for reads that are not of this disk.
     """
     check_inside(reads, disk.size)
     began_s = reads[0].at_s if reads else 0.0
@@ -131,7 +131,7 @@ def timeline(
 
 
 def summary(steps: Sequence[Step], disk: Stack, trace: Trace | None = None) -> Summary:
-    """Return what a timeline comes to."""
+    """Return the sums of a timeline."""
     read = unique(Trace.from_reads(part for step in steps for part in reads_of_disk(disk, step.offset, step.length)))
     ends = [step.at_ms + (step.took_ms or 0.0) for step in steps]
     waits = [(step.at_ms, step.at_ms + step.took_ms) for step in steps if _made_wait(step) and step.took_ms]
@@ -159,13 +159,13 @@ def frame(steps: Iterable[Step]) -> pd.DataFrame:
 
 
 def as_dict(step: Step) -> dict[str, Any]:
-    """Return a step as JSON has it."""
+    """Return a step as a JSON object."""
     path = None if step.path is None else step.path.decode(errors="backslashreplace") or "/"
     return asdict(step) | {"path": path, "layers": list(step.layers)}
 
 
 class _Files:
-    # Where there is no file system that can be read, everything is of no file.
+    # Without a readable file system, every range belongs to no file.
     def __init__(self, disk: Stack) -> None:
         self._places: FilePlaces | None = None
         try:
@@ -194,7 +194,7 @@ def _made_wait(step: Step) -> bool:
     return step.state in ("waited", "late", "missed")
 
 
-# How much of the time line intervals cover together.
+# Returns the length of the union of intervals.
 def _length(intervals: Iterable[tuple[float, float]]) -> float:
     total = until = 0.0
     for begin, end in sorted(intervals):

@@ -1,4 +1,4 @@
-"""From a trace, reads of layers' files, to the disk: which of its sectors were wanted."""
+"""From a trace, reads of layers' files, to the sectors of the disk that were read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Placed:
-    # Where a layer's data lies on the disk, by its place in the file.
+    # The places of a layer's data on the disk, sorted by place in the file.
     def __init__(self, layer: Layer) -> None:
         segments = layer.index.segments()
         data = segments[~segments.zeroed]
@@ -25,7 +25,7 @@ class _Placed:
         self._ends = [moffset + length for moffset, length, _ in rows]
 
     def on_disk(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (first sector of the disk, its sector in the file, how many) of what of the file is data."""
+        """Yield (first sector on the disk, its sector in the file, count) of the data in a range of the file."""
         number = bisect_left(self._ends, begin + 1)
         while number < len(self._rows) and self._rows[number][0] < end:
             moffset, length, offset = self._rows[number]
@@ -37,8 +37,8 @@ class _Placed:
 def sectors_of_reads(reads: Iterable[tuple[int, int, int]], disk: Stack) -> list[SectorRange]:
     """Return the disk's sectors ``[begin, end)`` that the reads (layer, offset, length) were for, in their order.
 
-    What is no data (headers, indexes), or is hidden by a layer above, is left out. The reads must lie inside of the
-    layers (:meth:`obdlab.formats.trace.Trace.check_fits`).
+    Headers, indexes and data hidden by a layer above are left out. The reads must lie inside of the layers
+    (:meth:`obdlab.formats.trace.Trace.check_fits`).
     """
     placed: dict[int, _Placed] = {}
     top = len(disk.layers) - 1

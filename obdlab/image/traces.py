@@ -1,4 +1,4 @@
-"""Traces as sets of bytes and as tables: merged, compared, cut down."""
+"""Traces as sets of bytes and as tables: merged, compared, reduced."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def frame(trace: Trace) -> pd.DataFrame:
-    """Return a trace as a table, one row a read in order: ``layer``, ``offset``, ``length``, ``end``, ``new``.
+    """Return a trace as a table, one row per read in order: ``layer``, ``offset``, ``length``, ``end``, ``new``.
 
-    ``new`` is how many bytes no row before has read. Needs the lab extra (LabExtraError).
+    ``new`` is the number of bytes that no earlier row has read. Needs the lab extra (LabExtraError).
     """
     pandas = pandas_or_error()
     reads = trace.reads()
@@ -60,7 +60,7 @@ def coverage(trace: Trace) -> dict[int, Ranges]:
 
 
 def unique(trace: Trace) -> Trace:
-    """Return the trace with every byte only once, where it is read first."""
+    """Return the trace with every byte only once, at its first read."""
     held: dict[int, Ranges] = defaultdict(list)
     return Trace.from_reads(
         (layer, begin, end - begin)
@@ -70,9 +70,9 @@ def unique(trace: Trace) -> Trace:
 
 
 def merge(traces: Sequence[Trace], *, least: int = 1) -> Trace:
-    """Return one trace of what at least ``least`` of ``traces`` read: 1 the union, all of them the intersection.
+    """Return a trace of the bytes that at least ``least`` of ``traces`` read: 1 is the union, all the intersection.
 
-    The reads come in turns, by how far each trace is: what is first in any comes early.
+    Reads are interleaved by their relative position in their trace: an early read of any trace comes early.
     """
     wanted = _read_by(traces, least)
     reads = sorted(
@@ -89,7 +89,7 @@ def merge(traces: Sequence[Trace], *, least: int = 1) -> Trace:
 
 
 def difference(one: Trace, other: Trace) -> list[tuple[int, int, int]]:
-    """Return (layer, begin, end) of what ``one`` reads and ``other`` does not."""
+    """Return (layer, begin, end) of the ranges that ``one`` reads and ``other`` does not."""
     theirs = coverage(other)
     found = []
     for layer, ranges in sorted(coverage(one).items()):
@@ -111,7 +111,7 @@ def select(
     sizes: Sequence[int] | None = None,
     first: int | None = None,
 ) -> Trace:
-    """Return the reads of these layers, of what lies inside of layers of these ``sizes``, and of them the first."""
+    """Return the reads of these ``layers`` that lie inside of layers of these ``sizes``; of them the ``first``."""
     reads = [
         (layer, offset, length)
         for layer, offset, length in trace.reads()
@@ -122,7 +122,7 @@ def select(
 
 
 def _read_by(traces: Sequence[Trace], least: int) -> dict[int, Ranges]:
-    # The ranges of each layer that so many traces read, by the edges of what each does.
+    # Returns the ranges of each layer that at least `least` traces read, by sweeping over the edges of their ranges.
     edges: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for trace in traces:
         for layer, ranges in coverage(trace).items():
@@ -151,7 +151,7 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def _overlap(ranges: Ranges, begin: int, end: int) -> Ranges:
-    # What of [begin, end) lies in the sorted ranges.
+    # Returns the parts of [begin, end) that lie in the sorted ranges.
     at = bisect_right(ranges, (begin,))
     at -= at > 0 and ranges[at - 1][1] > begin
     found = []
@@ -162,7 +162,7 @@ def _overlap(ranges: Ranges, begin: int, end: int) -> Ranges:
 
 
 def _add(ranges: Ranges, begin: int, end: int) -> Ranges:
-    # Put [begin, end) into the sorted ranges, and return what of it was not there.
+    # Adds [begin, end) to the sorted ranges, and returns the parts of it that were new.
     new, at = [], begin
     for first, last in _overlap(ranges, begin, end):
         if at < first:

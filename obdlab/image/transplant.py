@@ -1,8 +1,8 @@
-"""A trace of one image made one of another: a rebuilt image has the same files at other places.
+"""Turning a trace of one image into a trace of another: a rebuilt image has the same files at other places.
 
-What was read is followed from blocks to files by the old image's file system, and from files to blocks by the new
-one's. On the way there the new file system is read as the kernel will read it: directories, inodes and extent trees
-that its mount and the opening of these files need are part of the new trace for that reason.
+The old image's file system maps the read blocks to files, and the new one's maps files to blocks. On the way the new
+file system is read as the kernel will read it, so the directories, inodes and extent trees that its mount and the
+opening of these files need become part of the new trace.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Transplanted:
-    """``sectors`` of the new disk in the order of use; how many bytes of files were found there, and how many not.
+    """``sectors`` of the new disk in the order of use; bytes of files ``kept`` there, and ``lost``.
 
     ``missing`` has the paths of files that the new image does not have; bytes of the file system itself are in
     neither number.
@@ -40,7 +40,7 @@ class Transplanted:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Bytes read of each file and its size, in the order of first use; and bytes that are no file's."""
+    """Bytes read of each file and its size, in the order of first use; and bytes outside of files."""
 
     files: dict[bytes, tuple[int, int]]
     elsewhere: int
@@ -60,9 +60,9 @@ def files_of(sectors: Iterable[SectorRange], disk: Blob) -> Used:
 
 
 def transplant(sectors: Iterable[SectorRange], old: Blob, new: Blob) -> Transplanted:
-    """Return what corresponds on ``new`` to the ``sectors`` of ``old``, disks with an ext4 or an EROFS each.
+    """Return the sectors of ``new`` that correspond to the ``sectors`` of ``old``; both have an ext4 or an EROFS.
 
-    Raises FormatError for a disk with another or a damaged file system, and what reading the disks raises.
+    Raises FormatError for a disk with another or a damaged file system, and the errors of reading the disks.
     """
     places = FilePlaces(old)
     target = _Target(new)
@@ -81,7 +81,7 @@ def transplant(sectors: Iterable[SectorRange], old: Blob, new: Blob) -> Transpla
 
 
 class _Target:
-    # Where the new disk has it. `sectors` grows by what is read of the disk.
+    # Places on the new disk. `sectors` grows by each read of the disk.
     def __init__(self, disk: Blob) -> None:
         self.sectors: list[SectorRange] = []
         self._volume = FileVolume(_Noted(disk, self.sectors))
@@ -92,7 +92,7 @@ class _Target:
             self._files[path] = self._volume.places_of(path)
         return self._files[path] is not None
 
-    # Whole blocks, as the kernel reads them.
+    # Reads whole blocks, as the kernel does.
     def read(self, path: bytes, offset: int, length: int) -> int:
         block = self._volume.block_size
         first, stop = offset // block * block, -(-(offset + length) // block) * block
@@ -106,7 +106,7 @@ class _Target:
 
 
 class _Noted(Blob):
-    # A disk whose reads are noted.
+    # A disk that notes its reads.
     def __init__(self, disk: Blob, sectors: list[SectorRange]) -> None:
         self.name = disk.name
         self._disk = disk
@@ -121,7 +121,7 @@ class _Noted(Blob):
         return self._disk.read_at(offset, length)
 
 
-# The kernel reads pages.
+# Notes whole pages, as the kernel reads them.
 def _note(sectors: list[SectorRange], begin: int, end: int) -> None:
     first, stop = begin // _PAGE * _PAGE // SECTOR, -(-end // _PAGE) * _PAGE // SECTOR
     if sectors and sectors[-1][1] == first:

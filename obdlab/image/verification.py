@@ -1,4 +1,4 @@
-"""Reading whole disks to see that they are sound."""
+"""Verifying disks by reading them whole."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STEP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class VerifiedLayer:
-    """A layer all of which could be read.
+    """A layer that could be read whole.
 
-    ``size`` is in uncompressed bytes. ``checksums`` tells whether each had one, ``names_parent`` whether the layer
-    names the one below it as its parent (advisory: nobody insists on it).
+    ``size`` is in uncompressed bytes. ``checksums`` is True if each of them has one, ``names_parent`` if the layer
+    names the one below it as its parent (advisory: no reader insists on it).
     """
 
     name: str
@@ -36,11 +36,11 @@ class VerifiedLayer:
 
 
 def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[VerifiedLayer]:
-    """Read every layer of an open disk whole, bottom first, and tell of each that is sound.
+    """Read every layer of an open disk whole, bottom first, and yield each that is sound.
 
-    What opening the disk did not check is checked here: every block, and that headers and trailers agree. Raises
+    Checks everything that opening the disk did not: every block, and that headers and trailers agree. Raises
     CorruptBlobError at the first block that does not match its CRC, or header that contradicts its trailer, and
-    SourceError if bytes cannot be had.
+    SourceError if bytes cannot be read.
     """
     below = None
     for layer in disk.layers:
@@ -65,7 +65,7 @@ def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[Ver
 
 
 def _check_header(layer: LsmtLayer) -> None:
-    # Readers go by the trailer alone; nobody writes another header.
+    # Readers use the trailer alone; every writer makes them agree.
     header = Header.from_bytes(layer.data.read_at(0, HEADER_SPACE), blob=layer.name)
     for field in ("virtual_size", "uuid", "parent_uuid", "user_tag"):
         if getattr(header, field) != getattr(layer.trailer, field):

@@ -1,4 +1,4 @@
-"""A disk to look into: which layer holds what, as tables."""
+"""A disk to look into: the layer of each range, as tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LabExtraError(ObdlabError):
 class Owned:
     """The bytes ``[begin, end)`` of a disk, and the number of the layer they come from, 0 being the bottom.
 
-    ``layer`` is None where no layer holds anything. Of a ``zeroed`` range the layer holds only that it is zeros.
+    ``layer`` is None for a hole. A ``zeroed`` range is stored as zeros, without data.
     """
 
     begin: int
@@ -37,13 +37,13 @@ class Owned:
 
 
 class Disk(Stack):
-    """A stack of layers for a person to look into, in a notebook perhaps.
+    """A stack of layers for interactive use, for example in a notebook.
 
-    ``len(disk)`` and ``disk[a:b]`` are those of bytes, ``disk.layers`` the layers from the bottom up.
+    ``len(disk)`` and ``disk[a:b]`` are in bytes, ``disk.layers`` are the layers from the bottom up.
     """
 
     def owners(self, begin: int = 0, end: int | None = None) -> list[Owned]:
-        """Say where the bytes ``[begin, end)`` come from, in order and without gaps; all of the disk by default.
+        """Return the layer of each part of the bytes ``[begin, end)``, in order and without gaps; by default of all.
 
         Raises OutOfRangeError if the range is not inside the disk.
         """
@@ -64,7 +64,7 @@ class Disk(Stack):
         return owned
 
     def index_frame(self) -> pd.DataFrame:
-        """Return the merged index as a table: one row a segment, what no layer holds is left out.
+        """Return the merged index as a table: one row per segment, without the holes.
 
         Columns: ``begin``, ``end``, ``size`` (bytes of the disk), ``layer`` (0 is the bottom), ``name``, ``zeroed``,
         ``file_offset`` (bytes in the layer's uncompressed file; -1 if zeroed). Needs the lab extra (LabExtraError).
@@ -102,7 +102,7 @@ class Disk(Stack):
 
 
 def segment_frame(segments: Segments) -> pd.DataFrame:
-    """Return the index of one layer as a table, with the columns of :meth:`Disk.index_frame` that one layer has."""
+    """Return the index of one layer as a table, with those columns of :meth:`Disk.index_frame` that apply to it."""
     begin, length = segments.offset_sectors * SECTOR, segments.length_sectors * SECTOR
     frame: pd.DataFrame = pandas_or_error().DataFrame(
         {

@@ -1,4 +1,4 @@
-"""Writing layers to files: what is committed, how it is packed, and where it goes."""
+"""Writing layers to files: commit, packing, and target."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Called with how many bytes more are done; fewer than none if some must be done again.
+#: Called with the number of further bytes done; negative if some must be done again.
 Progress = Callable[[int], object]
 T = TypeVar("T")
 
 
 class PackingError(ObdlabError):
-    """A way of packing that cannot be: a tar around a plain layer is not what the original makes or reads."""
+    """An impossible way of packing: the original neither makes nor reads a tar around a plain layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How content is stored: compressed by ``algorithm`` ("lz4", "zstd", or "" for not at all), perhaps in a tar.
+    """How content is stored: compressed by ``algorithm`` ("lz4", "zstd", or "" for not at all), optionally in a tar.
 
     ``workers`` threads compress, zstd with this ``level``. Without ``rewrite_header`` a ZFile keeps the header that
-    was written first, as one that is streamed does, so that its readers need the trailer. ``block_crcs=False`` leaves
-    out the checksums.
+    was written first, like a streamed one, so that its readers need the trailer. ``block_crcs=False`` leaves out the
+    checksums.
     """
 
     algorithm: str = DEFAULT_ALGORITHM
@@ -62,7 +62,7 @@ class Packing:
 
     @contextmanager
     def around(self, sink: Sink) -> Iterator[Sink]:
-        """Give a sink whose content arrives in ``sink`` packed; finished when the block ends well."""
+        """Yield a sink whose content is written to ``sink`` packed; finished when the block succeeds."""
         if not self.algorithm:
             yield sink
             return
@@ -93,11 +93,11 @@ def write_packed(
     name: str,
     progress: Progress | None = None,
 ) -> tuple[T, int]:
-    """Have ``write`` fill a new, empty file, packed; return what it returns, and the size of the ZFile's blocks.
+    """Have ``write`` fill a new, empty file, packed; return its result and the size of the ZFile's blocks.
 
     If a block of 64 KiB does not compress, which the original could not read, the file is begun again with blocks of
-    32 KiB, and the log says so of ``name``; so ``write`` may be called twice. ``progress`` hears of bytes before they
-    are packed.
+    32 KiB, and a warning names ``name``; so ``write`` may be called twice. ``progress`` gets bytes before they are
+    packed.
     """
     target: CountingSink | None = None
 
@@ -134,10 +134,10 @@ def write_layer(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Committed:
-    """Commit a layer, or flatten a stack, into a new file. ``progress`` hears of bytes of the uncompressed layer.
+    """Commit a layer, or flatten a stack, into a new file. ``progress`` gets bytes of the uncompressed layer.
 
-    Raises OutputError if the file exists (unless ``force``), ValueError for a UUID or message that does not fit, and
-    what the source raises; then nothing is left of the file.
+    Raises OutputError if the file exists (unless ``force``), ValueError for a malformed UUID or a message that is too
+    long, and the errors of the source; then nothing is left of the file.
     """
 
     def write(sink: Sink) -> Committed:
@@ -154,7 +154,7 @@ def commit_size(source: Layer | Stack) -> int:
 
 
 class CountingSink:
-    """Passes everything on, and reports how much it was."""
+    """Passes all data on, and reports its length."""
 
     def __init__(self, sink: Sink, progress: Progress) -> None:
         self._sink = sink

@@ -50,7 +50,7 @@ def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
 def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
     """Make the image's device record or replay the trace that ``labels`` name. It has no container yet.
 
-    Without such labels, the trace of an earlier container is removed. The caller holds the image's lock. Raises
+    Without such labels, the path of an earlier container is cleared. The caller holds the image's lock. Raises
     FailedPreconditionError if the reads of the container could not all be recorded.
     """
     path = trace_path(labels, snapshots.options.trace_roots)
