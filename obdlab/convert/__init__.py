@@ -1,3 +1,3 @@
-"""OCI image to overlaybd image."""
+"""Conversion of OCI images to overlaybd images."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An iterator that a thread of its own keeps ahead of its reader."""
+"""An iterator over items that a thread makes ahead of their use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WAIT_S = 0.2
 
 @contextmanager
 def ahead(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
-    """Give an iterator over ``items``, of which up to ``depth`` are made before they are asked for.
+    """Give an iterator over ``items``, of which a thread makes up to ``depth`` before they are asked for.
 
-    What making them raises is raised where the item would have come. The thread has ended when the block has.
+    An error in making an item is raised in its place. The thread has ended when the block ends.
     """
     made: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()

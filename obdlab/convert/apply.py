@@ -1,22 +1,22 @@
-"""One OCI layer applied to a tree, such that the tree then shows what containerd's overlayfs would show.
+"""Applying an OCI layer to a tree, such that the tree then shows the files that containerd's overlayfs would show.
 
 containerd unpacks a layer into an empty directory of its own (the overlay's upper) without looking at the layers
-below, and the kernel merges. Here there is one tree, so the applier keeps account of what the current layer has put
-there (its *upper*) and does what the merge would do:
+below, and the kernel merges. Here there is one tree, so the applier records the paths that the current layer has made
+(its *upper*) and does the merge itself:
 
 * Symbolic links in a member's path are followed only if this layer made them. One from a layer below is replaced by
   a directory, which takes over owner, mode and attributes of the directory it pointed to.
-* A directory member over a directory from below keeps the children, but takes nothing else over: extended attributes
-  are those of the member alone.
-* A whiteout hides what is below and spares what this layer brings, wherever it stands in the tar. A directory that
-  is whited out and brought again by the same layer is merged with the one below, as overlayfs merges it.
-* Missing parents are made 0755; members that name the root itself are ignored.
+* A directory member over a directory from below keeps the children and nothing else: extended attributes are those of
+  the member alone.
+* A whiteout hides paths of the layers below and spares paths of this layer, wherever it comes in the tar. A directory
+  that one layer both whites out and contains is merged with the one below, as overlayfs merges it.
+* Missing parents are made with mode 0755; members that name the root itself are ignored.
 
-Where containerd refuses a layer that makes sense (a hard link to a file from a layer below), it is done; where it
-bends a name into the tree (``..`` beyond the root), it is an error.
+A hard link to a file from a layer below, which containerd refuses, is made. A name that leaves the tree (``..``
+beyond the root), which containerd bends back into it, is an error.
 
-Links are resolved inside the tree by this module. The tree is a file system in user space: even a mistake here
-could not lead out.
+This module resolves links inside the tree. The tree is a file system in user space, so even a mistake here could not
+reach a path outside.
 Sources: OCI image layer specification, "Applying Changesets"; kernel documentation, "Overlay Filesystem".
 """
 
@@ -42,33 +42,33 @@ if TYPE_CHECKING:
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
-# As many links as containerd follows in one path.
+# The number of links that containerd follows in one path.
 _MAX_LINKS = 255
-# What the kernel takes. Names of the tar, and links, could make paths of half a million components.
+# The kernel's limit. Names in the tar, and links, could make paths of half a million components.
 _MAX_PATH = 4095
 _TRUSTED_XATTR = b"trusted."
 _WHITEOUT_RDEV = (0, 0)
-# What the kernel calls requests that cannot be met anywhere.
+# The kernel's errors for requests that no file system can satisfy.
 _MALFORMED = frozenset(
     (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.E2BIG, errno.EFBIG)
 )
 _NO_NAMES = (b"", b".", b"..")
-# What is remembered of a layer may take about so much memory, and about so much for a name beside its length.
+# Bounds, about: memory for all paths of a layer, and for a path beside its length.
 _MOST_HELD = 1 << 30
 _DIRECTORY_OVERHEAD = 1024
 _OVERHEAD = 512
 _NODES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
-# What a parent looks like that no member describes.
+# Attributes of a parent that has no member.
 _IMPLICIT = Attributes(0o755, 0, 0, 0, 0)
 
 
 class ApplyError(ObdlabError):
-    """A layer is well-formed but cannot be written: the file system is full, or refuses what a member asks for."""
+    """A well-formed layer cannot be written: the file system is full, or refuses a member."""
 
 
 @dataclass(slots=True)
 class ApplyStatistics:
-    """What a layer did: members read, bytes of files written, paths removed for whiteouts."""
+    """Counts of one layer: members read, bytes of files written, paths removed for whiteouts."""
 
     members: int = 0
     file_bytes: int = 0
@@ -83,11 +83,11 @@ class _Times:
 
 @dataclass(slots=True)
 class _Upper:
-    # What the layer has brought so far, by canonical path (no links, no trailing slash; the root is b"").
-    # Directories come with the times they get in the end, since making their children changes them.
+    # The paths that the layer has made so far, canonical (no links, no trailing slash; the root is b"").
+    # Directories have the times to set at the end, since making their children changes them.
     directories: dict[bytes, _Times] = field(default_factory=dict)
     others: set[bytes] = field(default_factory=set)
-    # Directories of it that show nothing from below.
+    # The layer's directories that hide all of the directory below.
     opaque: set[bytes] = field(default_factory=set)
 
     def __contains__(self, path: bytes) -> bool:
@@ -99,7 +99,7 @@ def apply_layer(tar: IO[bytes] | RawIOBase, blob: str, tree: Tree) -> ApplyStati
 
     ``blob`` is the layer's name for messages. Reads the stream to its very end.
     Raises FormatError for a malformed or escaping tar (with the offset in the uncompressed stream) and ApplyError if
-    the tree cannot take it; the tree is half-changed then.
+    the tree refuses it; the tree is then half changed.
     """
     return _Applier(TarStream(tar, blob), blob, tree).run()
 
@@ -113,7 +113,8 @@ class _Applier:
         assert root is not None
         self._upper = _Upper({b"": _times(root.attributes)})
         self._whiteouts: dict[bytes, None] = {}
-        # The last member's directory as written, and where it is: members of one mostly come together.
+        # The last member's directory as written, and its resolved path: members of one directory mostly come
+        # together.
         self._last_above: bytes | None = None
         self._last_parent = b""
         self._held = 0
@@ -128,7 +129,7 @@ class _Applier:
                 raise self._refused(member, error) from error
         self._stream.drain()
         try:
-            # Last: until then the directories below still say what implicit parents look like.
+            # Last, since implicit parents take their attributes from the directories below.
             for path in (*self._whiteouts, *self._upper.opaque):
                 self._hide(path)
             self._set_directory_times()
@@ -152,7 +153,7 @@ class _Applier:
             self._whiteout(member, parent, base)
         elif member.kind is Kind.CHARACTER and member.rdev == _WHITEOUT_RDEV:
             self._hold(path, _OVERHEAD)
-            self._whiteouts[path] = None  # overlayfs' own form
+            self._whiteouts[path] = None  # overlayfs' own form of a whiteout
         elif member.kind is Kind.DIRECTORY:
             self._directory(member, path)
         else:
@@ -174,8 +175,8 @@ class _Applier:
         return parts
 
     def _resolve(self, components: Sequence[bytes], *, below: bool = False) -> bytes:
-        # The path with this layer's own symbolic links followed, inside the root; `below`: all links that there are.
-        # Need not exist yet.
+        # Returns the path with this layer's symbolic links followed, inside the root; `below`: with all links
+        # followed. The path need not exist yet.
         path = b""
         pending = list(reversed(components))
         links = 0
@@ -206,7 +207,7 @@ class _Applier:
         return seen is not None and seen.is_link
 
     def _enter(self, path: bytes) -> None:
-        # Have the directory and those above it in the upper, as they are below or new.
+        # Adds the directory and its parents to the upper, with the attributes they have below or as new ones.
         missing = []
         while path not in self._upper.directories:
             missing.append(path)
@@ -262,7 +263,7 @@ class _Applier:
             self._whiteouts[parent + b"/" + hidden] = None
 
     def _hide(self, path: bytes) -> None:
-        # Remove what layers below have at the path.
+        # Removes the path, unless this layer made it.
         pending = [path]
         while pending:
             path = pending.pop()
@@ -310,8 +311,8 @@ class _Applier:
         self._upper.others.add(path)
 
     def _remove(self, path: bytes) -> None:
-        # Take what is at the path out of the tree, and out of the upper. Only what goes is looked at: the cost of one
-        # removal must not depend on how much else the layer has brought.
+        # Removes the path from the tree and from the upper. Only removed paths are visited: the cost of one removal
+        # must not depend on the size of the rest of the layer.
         self._last_above = None
         pending = [path]
         while pending:
@@ -323,7 +324,7 @@ class _Applier:
         self._tree.remove(path)
 
     def _hold(self, path: bytes, overhead: int) -> None:
-        # Everything a layer names is remembered until its end.
+        # Every path of a layer is kept until its end.
         self._held += len(path) + overhead
         if self._held > _MOST_HELD:
             raise ApplyError(
@@ -378,7 +379,8 @@ class _Applier:
 
 
 def _attributes(member: Member) -> Attributes:
-    # A host's own attributes are no image's: overlayfs' marks are among them, and containerd takes none.
+    # A host's own attributes do not belong to an image: overlayfs' marks are among them, and containerd drops them
+    # too.
     xattrs = tuple(pair for pair in member.xattrs if not pair[0].startswith(_TRUSTED_XATTR)) if member.xattrs else ()
     return Attributes(member.mode, member.uid, member.gid, member.atime_ns, member.mtime_ns, xattrs)
 

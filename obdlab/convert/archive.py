@@ -1,7 +1,7 @@
-"""Images in tar archives: what ``docker save`` writes, and OCI layouts that were packed (skopeo's oci-archive).
+"""Images in tar archives: those of ``docker save``, and packed OCI layouts (skopeo's oci-archive).
 
 Nothing in an archive is trusted: members are found by name and never unpacked, links lead to other members only, and
-what is read is checked against its digest.
+bytes read are checked against their digest.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 _MAX_MEMBERS = 200_000
 _MAX_LINKS = 8
-# As in layers: what other readers of container archives allow for one pax or long name header.
+# As in layers: the limit that other readers of container archives have for one pax or long name header.
 _MAX_HEADER = 1 << 20
 _COPY = 1 << 20
 _MANIFEST = "manifest.json"
 
 
 class Archive:
-    """A tar file on disk, its members found by name. One that is compressed is unpacked to a nameless file.
+    """A tar file on disk, its members found by name. A compressed one is unpacked to an unnamed file.
 
-    Raises SourceError if it cannot be read, FormatError if it is no tar.
+    Raises SourceError if it cannot be read, FormatError if it is not a tar.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Archive:
             self._file: IO[bytes] = open_regular(path)
         except OSError as error:
             raise SourceError(f"cannot read the archive: {error.strerror}", blob=self.name) from error
-        #: The uncompressed tar, as a file to be opened.
+        #: Path of the uncompressed tar.
         self.path = path
         try:
             if is_compressed(self._file.read(4)):
@@ -84,7 +84,7 @@ class Archive:
         return _normal(name) in self._members
 
     def find(self, name: str) -> tuple[int, int]:
-        """Return offset and size of a file's bytes, links followed. Raises FormatError if there is no such file."""
+        """Return offset and size of a file's bytes, links followed. Raises FormatError if the file is missing."""
         at = _normal(name)
         for _ in range(_MAX_LINKS):
             member = self._members.get(at)
@@ -116,7 +116,7 @@ class Archive:
 
 
 class _Headers:
-    """The part of a file that tarfile needs to list members: it reads headers, whose sizes come from the archive."""
+    """The part of a file that tarfile needs to list members: reading headers, whose sizes come from the archive."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -148,7 +148,7 @@ def _normal(name: str) -> str:
 
 
 class ArchivedLayout(ImageLayout):
-    """An OCI layout in a tar, to be read."""
+    """An OCI layout in a tar, for reading."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -173,9 +173,9 @@ def _window(archive: Archive, start: int, size: int, descriptor: oci.Descriptor)
 
 
 class DockerArchiveSource(ImageSource):
-    """An image in a ``docker save`` archive, named by one of its tags unless it is the only one.
+    """An image in a ``docker save`` archive, named by one of its tags unless it is the only image.
 
-    It has no manifest of the registries' kind; the one made up here is the same for the same archive.
+    The archive has no manifest as registries have them. The one made here is always the same for the same archive.
     """
 
     def __init__(self, path: Path, tag: str | None) -> None:
@@ -205,7 +205,7 @@ class DockerArchiveSource(ImageSource):
 
     def fetch(self, layer: oci.Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
         start, size = self._members[layer.digest]
-        advance(layer.size)  # first: it raises where the conversion was stopped
+        advance(layer.size)  # first: it raises if the conversion was stopped
         return _window(self._archive, start, size, layer)
 
     def open_blob(self, descriptor: oci.Descriptor) -> Blob:
@@ -238,7 +238,7 @@ class DockerArchiveSource(ImageSource):
             file.seek(start)
             media_type, digest = oci.DOCKER_LAYER, diff_id
             if is_compressed(file.read(4)):
-                # Its digest stands nowhere.
+                # The archive does not contain its digest.
                 file.seek(start)
                 media_type, digest = oci.DOCKER_LAYER_GZIP, _digest(file, size)
         self._members[digest] = start, size
@@ -298,7 +298,7 @@ def _same_name(one: str, other: str) -> bool:
 
 
 class ArchiveDestination(LayoutDestination):
-    """A new OCI layout packed as a tar. The archive appears whole, when the image is named, or not at all."""
+    """A new OCI layout packed as a tar. The complete archive appears when the image is named, or not at all."""
 
     def __init__(self, path: Path, tag: str) -> None:
         self._path = path
@@ -342,7 +342,7 @@ class ArchiveDestination(LayoutDestination):
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str) -> None:
-    # Nothing that depends on who packs it when.
+    # Only values that do not depend on the user and the time of packing.
     info = tarfile.TarInfo(name)
     if path.is_dir():
         info.type, info.mode = tarfile.DIRTYPE, 0o755

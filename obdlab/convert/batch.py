@@ -1,8 +1,8 @@
-"""Many images, one after another and several at once: a list worked off, whatever happens to single images.
+"""Conversion of a list of images, one after another and several at once; a failed image does not stop the others.
 
-Each image is converted by a process of its own (:mod:`obdlab.convert.batchjob`), on this host or where Dask sends it
-(:mod:`obdlab.convert.batchpool`). What became of each is on disk at once (:mod:`obdlab.convert.batchstate`), so that
-a run that was stopped, or killed, goes on where it was.
+A process of its own converts each image (:mod:`obdlab.convert.batchjob`), on this host or on a worker of Dask
+(:mod:`obdlab.convert.batchpool`). Each outcome is stored on disk at once (:mod:`obdlab.convert.batchstate`), so that
+a stopped or killed run can continue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from obdlab.convert.batchpool import Pool
     from obdlab.convert.batchstate import BatchState
 
-#: Seconds before a temporary failure is tried again, doubled each time.
+#: Seconds before the next try after a temporary failure, doubled each time.
 FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 300.0
 _LOOK_S = 0.5
@@ -35,27 +35,27 @@ _LAYOUTS = ("oci:", "oci-archive:", "docker-archive:", "containerd:")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One image of a list: where it is, and where the converted one goes."""
+    """One image of a list: its source, and the destination of the converted image."""
 
     source: str
     destination: str
 
 
 class Watcher(Protocol):
-    """Somebody who watches a run. Called from the thread that runs it."""
+    """Observer of a run. Called from the thread that runs it."""
 
     def finished(self, pair: Pair, outcome: Outcome) -> None:
-        """An image is done, or given up."""
+        """Note that an image was converted, or has failed for good."""
 
     def postponed(self, pair: Pair, outcome: Outcome, pause_s: float) -> None:
-        """An image failed for a reason that may pass; it will be tried again."""
+        """Note that an image failed for a reason that may pass; it will be tried again."""
 
 
 def read_list(path: Path, template: str = "") -> list[Pair]:
     """Read a list: a source and a destination per line, separated by blanks; ``#`` begins a comment.
 
-    A line with a source only goes to ``template``, in which {registry}, {repository}, {name} (the last part of the
-    repository) and {tag} stand for the source's. Raises FormatError (naming the line) or SourceError.
+    ``template`` is the destination of a line with a source only; {registry}, {repository}, {name} (the last part of
+    the repository) and {tag} in it stand for the source's. Raises FormatError (naming the line) or SourceError.
     """
     try:
         if path.stat().st_size > _MOST_LIST:
@@ -86,7 +86,7 @@ def read_list(path: Path, template: str = "") -> list[Pair]:
 
 
 def filled(template: str, source: str, where: str) -> str:
-    """Return the destination that ``template`` gives for a source in a registry. Raises FormatError."""
+    """Return the destination from ``template`` for a source in a registry. Raises FormatError."""
     if source.startswith(_LAYOUTS):
         raise FormatError("destination must be given: only images in registries have a name", blob=where, got=source)
     reference = Reference.parse(source.removeprefix("docker://"))
@@ -106,7 +106,7 @@ def filled(template: str, source: str, where: str) -> str:
 
 
 class Run:
-    """A list being worked off. Images that wait for their next try do not hold up others."""
+    """Conversion of one list. Images that wait for their next try do not delay others."""
 
     def __init__(
         self, pairs: Iterable[Pair], state: BatchState, pool: Pool, job: Callable[[Pair], Job], watcher: Watcher
@@ -124,7 +124,7 @@ class Run:
     def work_off(self, *, tries: int = 3, first_pause_s: float = FIRST_PAUSE_S) -> None:
         """Return when no image is left to try, each at most ``tries`` times.
 
-        An interrupt goes through, and what the pool raises; the pool is to be stopped then.
+        Interrupts and errors of the pool pass through; the caller must stop the pool then.
         """
         while self._waiting or self._later or self._running:
             self._start()

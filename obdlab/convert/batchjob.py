@@ -1,8 +1,8 @@
-"""One image of many, converted by a process of its own.
+"""One image of a list, converted by a process of its own.
 
-So a conversion that is killed for its memory takes nothing else with it, and one that is to stop is stopped as a user
-would stop it. The process gets its job on standard input, which stays open as long as its result is wanted, and says
-what came of it as one line of JSON.
+So a conversion killed for its memory takes nothing else with it, and a conversion is stopped in the same way as a
+user would stop it. The process reads its job from standard input, which stays open as long as the result is wanted,
+and writes its outcome as one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: The job's length comes before it.
+#: Length field before the job.
 LENGTH_BYTES = 8
 _LOOK_S = 0.2
-# How long a conversion that was asked to end may take to clean up.
+# Time for a stopped conversion to clean up.
 _END_S = 30.0
 _MOST_SAID = 64 << 10
 _MOST_TOLD = 2000
@@ -31,17 +31,17 @@ _MOST_TOLD = 2000
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a conversion process is started with: a Python module to run, and its standard input."""
+    """Input of a conversion process: a Python module to run, and its standard input."""
 
     module: str
     payload: bytes
-    #: Seconds after which it is stopped.
+    #: Seconds until it is stopped.
     timeout_s: float = 7200.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one conversion. Sizes in bytes; of an index, all images together."""
+    """The outcome of one conversion. Sizes in bytes; for an index, the sum of all images."""
 
     digest: str = ""
     layers: int = 0
@@ -49,22 +49,22 @@ class Outcome:
     size: int = 0
     seconds: float = 0.0
     host: str = ""
-    #: Why it failed; empty if it did not.
+    #: The reason of a failure, else empty.
     error: str = ""
-    #: Whether trying again may help.
+    #: True if another try may succeed.
     temporary: bool = False
 
     def to_line(self) -> bytes:
-        """Return the line that a conversion process says."""
+        """Return the line that a conversion process writes."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
 def run_job(job: Job, stopped: Callable[[], bool]) -> Outcome:
-    """Run a conversion process to its end, at most until ``stopped`` or its timeout. Raises nothing but bugs."""
+    """Run a conversion process until it ends, ``stopped`` is true or its time is over. Raises nothing but bugs."""
     begin = time.monotonic()
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
         try:
-            # A session of its own: an interrupt from the terminal is for the one that has all of them.
+            # A session of its own, since an interrupt from the terminal is for the process that runs the list.
             process = subprocess.Popen(
                 [sys.executable, "-m", job.module],
                 stdin=subprocess.PIPE, stdout=said, stderr=errors, start_new_session=True,
@@ -79,7 +79,7 @@ def run_job(job: Job, stopped: Callable[[], bool]) -> Outcome:
 
 
 def _follow(process: subprocess.Popen[bytes], job: Job, deadline: float, stopped: Callable[[], bool]) -> str:
-    # Until it ends; why it was made to.
+    # Waits until the process ends. Returns the reason if it had to be stopped.
     assert process.stdin is not None
     why = ""
     try:
@@ -87,7 +87,7 @@ def _follow(process: subprocess.Popen[bytes], job: Job, deadline: float, stopped
             process.stdin.write(len(job.payload).to_bytes(LENGTH_BYTES, "big") + job.payload)
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it ended at once, and says why
+            pass  # it ended at once, and reports why
         while not why:
             try:
                 process.wait(_LOOK_S)

@@ -1,4 +1,4 @@
-"""Where conversions of a list run: in processes of this host, or on the workers of a Dask scheduler.
+"""Pools that run the conversions of a list: processes of this host, or workers of a Dask scheduler.
 
 Source: Dask.distributed documentation, "Client", "Futures", "Coordination Primitives".
 """
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CONNECT_S = 20.0
-# How often a worker asks whether the run has been stopped.
+# Seconds between a worker's checks for a stopped run.
 _ASK_S = 2.0
-# How long workers may take to end what they are at.
+# Seconds for workers to end their current job.
 _END_S = 60.0
 
 
 class Pool(Protocol):
-    """Runs jobs. A context manager: at the end of the block what still runs is stopped and waited for."""
+    """Runs jobs. A context manager: the end of the block stops running jobs and waits for them."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start the pool."""
 
     def __exit__(self, *_: object) -> None:
-        """Stop what still runs."""
+        """Stop running jobs."""
 
     def slots(self) -> int:
-        """Return how many jobs may run at once."""
+        """Return the number of jobs that may run at once."""
 
     def submit(self, job: Job, done: Callable[[Outcome], None]) -> None:
-        """Start a job; ``done`` is called once, from some thread."""
+        """Start a job; ``done`` is called once, from any thread."""
 
 
 class LocalPool:
@@ -65,10 +65,10 @@ class LocalPool:
 
 
 class DaskPool:
-    """The workers of a Dask scheduler, which must have this package installed; one job a worker thread.
+    """The workers of a Dask scheduler, which must have this package installed; one job per worker thread.
 
-    Workers may come and go: a job whose worker is lost is given to another by the scheduler. Raises ObdlabError if
-    Dask is not installed, SourceError if the scheduler does not answer.
+    Workers may come and go: the scheduler gives the job of a lost worker to another. Raises ObdlabError if Dask is
+    not installed, SourceError if the scheduler does not answer.
     """
 
     def __init__(self, address: str) -> None:
@@ -102,7 +102,7 @@ class DaskPool:
             self._client.close(timeout=_CONNECT_S)
 
     def slots(self) -> int:
-        # While no worker is there, one job waits for it at the scheduler.
+        # Without a worker, one job waits at the scheduler for the first.
         try:
             threads: dict[str, int] = self._client.nthreads()
         except (OSError, TypeError) as error:
@@ -127,7 +127,7 @@ class DaskPool:
 
 
 def run_on_worker(job: Job, stop_name: str) -> Outcome:
-    """Run a job in a Dask worker's thread, until the run that sent it is stopped or its scheduler is gone."""
+    """Run a job in a Dask worker's thread, until its run is stopped or its scheduler is gone."""
     stop = _dask().Event(stop_name)
     asked_at = time.monotonic()
 
@@ -145,7 +145,7 @@ def run_on_worker(job: Job, stop_name: str) -> Outcome:
 
 
 def _dask() -> Any:
-    # Imported late: a large package, and an optional one.
+    # Imported late, since it is large and optional.
     try:
         return importlib.import_module("distributed")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How far a list of conversions is, in one SQLite file beside it."""
+"""Progress of a list of conversions, in one SQLite file beside it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BatchInUseError(ObdlabError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image of the list as it stands; without an outcome it has not been tried."""
+    """State of one image of the list; without an outcome it has not been tried."""
 
     source: str
     destination: str
@@ -59,11 +59,11 @@ class Row:
 
 
 class BatchState:
-    """The file, for one run at a time. A context manager.
+    """The state file, for one run at a time. A context manager.
 
-    ``options`` says how images are converted: a run with others would mix two kinds of images, and is refused unless
-    ``restart``, which forgets all that was done. Raises BatchInUseError, SourceError if the file cannot be used,
-    FormatError if it is something else.
+    ``options`` describes the conversion: a run with other options would mix two kinds of images, and is refused
+    unless ``restart``, which forgets all results. Raises BatchInUseError, SourceError if the file cannot be used,
+    FormatError if it is another kind of file.
     """
 
     def __init__(self, path: Path, options: str, *, restart: bool = False) -> None:
@@ -85,7 +85,7 @@ class BatchState:
         os.close(self._lock)
 
     def rows(self, pairs: Sequence[Pair]) -> list[Row]:
-        """Return where each image of the list stands. One whose source has changed has not been tried."""
+        """Return the state of each image of the list. An image whose source has changed counts as not tried."""
         found = {}
         for source, destination, tries, *values in self._query(_SELECT):
             outcome = Outcome(**dict(zip(_OUTCOME, values, strict=True)))
@@ -93,7 +93,7 @@ class BatchState:
         return [found.get((pair.source, pair.destination)) or Row(pair.source, pair.destination) for pair in pairs]
 
     def store(self, pair: Pair, outcome: Outcome, tries: int) -> None:
-        """Note what became of an image; it is on the disk when this returns."""
+        """Store the outcome of an image; it is on the disk when this returns."""
         values = asdict(outcome)
         self._query(
             _INSERT,
@@ -101,7 +101,7 @@ class BatchState:
         )
 
     def _locked(self) -> int:
-        # A file of its own: closing any descriptor of the database would drop SQLite's locks.
+        # A lock file of its own: closing any descriptor of the database would drop SQLite's locks.
         path = f"{self._path}-lock"
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

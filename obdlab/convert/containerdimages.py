@@ -1,4 +1,4 @@
-"""Images in containerd's content store, read from it and imported into it."""
+"""Images in containerd's content store: reading from it and importing into it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _COPY = 1 << 20
-# A conversion that is killed holds what it has stored for so long; the next one finds it.
+# The lease keeps content of a killed conversion for this time; the next conversion finds it.
 _LEASE_S = 24 * 3600.0
 
 
 class ContainerdSource(ImageSource):
-    """An image of one namespace, by its name there."""
+    """An image of one namespace, by its name in containerd."""
 
     def __init__(self, address: str, namespace: str, image: str) -> None:
         self.name = f"containerd:{namespace}:{image}"
@@ -81,7 +81,7 @@ class ContainerdSource(ImageSource):
 
 
 class ContainerdDestination(ImageDestination):
-    """An image of one namespace. Content is held by a lease until the image names it."""
+    """An image of one namespace. A lease keeps its content until the image refers to it."""
 
     def __init__(self, address: str, namespace: str, image: str) -> None:
         self.name = f"containerd:{namespace}:{image}"
@@ -105,7 +105,7 @@ class ContainerdDestination(ImageDestination):
             info = self._client.content.info(descriptor.digest)
         except NotFoundError:
             return False
-        # Beginning to write what is there puts it under the lease.
+        # Beginning a write of existing content adds it to the lease.
         return info.size == descriptor.size and not self._client.content.ingest(
             descriptor.digest, descriptor.size, _nothing(descriptor.digest)
         )

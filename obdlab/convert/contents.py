@@ -1,4 +1,4 @@
-"""One piece of an image by itself: manifest, config, layer, or any blob that lies beside them."""
+"""One piece of an image: manifest, config, layer, or any blob stored beside them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ _COPY = 1 << 20
 def find_piece(source: ImageSource, what: str, platform: Platform) -> Descriptor:
     """Return the descriptor of one piece of the image.
 
-    ``what`` is "index" (the document that the image's name names, whatever it is), "manifest" or "config" (those for
-    ``platform``), a layer's number from 0, the bottom, on, or a digest. Raises FormatError if there is no such piece.
+    ``what`` is "index" (the document of any kind that the image's name refers to), "manifest" or "config" (those for
+    ``platform``), a layer's number counted from 0 at the bottom, or a digest. Raises FormatError if there is no such
+    piece.
     """
     if is_digest(what) and (beside := source.beside(what)):
         return beside
@@ -67,12 +68,12 @@ def _with_digest(descriptors: list[Descriptor], digest: str) -> Descriptor | Non
 
 
 def is_document(descriptor: Descriptor, what: str) -> bool:
-    """Return True if the piece is JSON for people."""
+    """Return True if the piece is JSON for people to read."""
     return what == CONFIG or descriptor.media_type in (*MANIFEST_TYPES, *INDEX_TYPES)
 
 
 def copy_piece(source: ImageSource, descriptor: Descriptor, what: str, sink: BinaryIO, progress: Progress) -> None:
-    """Write a whole piece into ``sink``. What is written is only known to be right when this returns.
+    """Write a whole piece into ``sink``. Its bytes are only known to be right when this returns.
 
     Raises SourceError, or CorruptBlobError if it does not match its size or digest.
     """
@@ -91,9 +92,9 @@ def copy_piece(source: ImageSource, descriptor: Descriptor, what: str, sink: Bin
 
 
 def copy_range(source: ImageSource, descriptor: Descriptor, begin: int, end: int | None, sink: BinaryIO) -> int:
-    """Write the bytes ``[begin, end)`` of a piece into ``sink``, to its end without ``end``; return their number.
+    """Write the bytes ``[begin, end)`` of a piece into ``sink``, all to the end without ``end``; return their number.
 
-    Nothing checks them. Raises SourceError, or OutOfRangeError if the piece is shorter.
+    The bytes are not checked. Raises SourceError, or OutOfRangeError if the piece is shorter.
     """
     with closing(source.open_blob(descriptor)) as blob:
         stop = blob.size if end is None else end

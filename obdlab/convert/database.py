@@ -1,12 +1,12 @@
-"""What was converted before, and where it is: so that nothing is converted twice.
+"""Database of earlier conversions, so that nothing is converted twice.
 
-Two tables. A converted layer is known by what it was made of (the OCI layer's chain ID), how (a digest of the
-options) and on what (a digest of the converted layers below it), so that layers which fit each other by name only are
-never stacked. A converted manifest is known by its original's digest and the options. Both belong to a place: a
-repository on a registry, a layout directory. What a row says is a hint: whoever uses it asks the place first.
+Two tables. The key of a converted layer is its input (the OCI layer's chain ID), the options (their digest) and its
+base (a digest of the converted layers below it), so that layers which only seem to fit by name are never stacked. The
+key of a converted manifest is its original's digest and the options. Both belong to a place: a repository on a
+registry, or a layout directory. A row is only a hint: its reader checks the place before use.
 
-The statements are plain SQL that SQLite, PostgreSQL and MySQL all take. SQLite needs nothing else; the others are
-reached through SQLAlchemy.
+The statements are plain SQL for SQLite, PostgreSQL and MySQL. SQLite needs nothing else; the others are reached
+through SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
-# How often one may be among those that a server chooses to end a deadlock by.
+# Retries of a transaction that a server aborts to end a deadlock.
 _DEADLOCKS = 20
 _SERVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 _SQLITE = "sqlite:"
-# Other repositories of a registry that are asked to share a layer.
+# Most other repositories of a registry that are asked to share a layer.
 _MOST_PLACES = 5
 _LONGEST_NAME = 255
 
@@ -73,10 +73,10 @@ class DatabaseError(ObdlabError):
 
 @dataclass(frozen=True, slots=True)
 class LayerKey:
-    """What decides a converted layer's bytes."""
+    """The inputs that determine a converted layer's bytes."""
 
     chain_id: str
-    #: Digest of all options that layers depend on.
+    #: Digest of all options that affect layers.
     options: str
     #: stack_digest() of the converted layers below.
     below: str
@@ -89,7 +89,7 @@ class LayerKey:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """A converted layer: its blob, and what is told of it. Sizes in bytes."""
+    """A converted layer: its blob and its measures. Sizes in bytes."""
 
     digest: str
     size: int
@@ -106,7 +106,7 @@ class _Backend(Protocol):
 
 
 class Database:
-    """Layers and manifests that were converted before. May be used from several threads and processes at once.
+    """Record of converted layers and manifests. May be used from several threads and processes at once.
 
     Every method raises DatabaseError; :func:`open_database` makes one.
     """
@@ -117,13 +117,13 @@ class Database:
             backend.run([statement], {})
 
     def find_layer(self, place: Place, key: LayerKey) -> list[tuple[str, LayerRecord]]:
-        """Return where on the place's host the layer may be: (repository, record), the place itself first."""
+        """Return where the layer may be on the place's host: (repository, record), the place itself first."""
         host, repository = _cut(place)
         rows = self._backend.run([_FIND_LAYER], {"host": host, "repository": repository, **asdict(key)})
         return [(str(row[0]), LayerRecord(str(row[1]), int(row[2]), int(row[3]), int(row[4]))) for row in rows]
 
     def add_layer(self, place: Place, key: LayerKey, record: LayerRecord) -> None:
-        """Note that the place has the layer, in place of what was noted of it."""
+        """Record that the place has the layer, replacing an earlier record."""
         host, repository = _cut(place)
         self._backend.run(
             [
@@ -134,7 +134,7 @@ class Database:
         )
 
     def drop_layer(self, place: Place, key: LayerKey) -> None:
-        """Forget a layer that the place has no more."""
+        """Delete the record of a layer that the place no longer has."""
         host, repository = _cut(place)
         self._backend.run(
             [f"DELETE FROM obdlab_layers WHERE {_LAYER_AT} AND below = :below"],
@@ -142,13 +142,13 @@ class Database:
         )
 
     def find_manifest(self, place: Place, source_digest: str, options: str) -> str | None:
-        """Return the digest of the manifest that the source was converted to."""
+        """Return the digest of the source's converted manifest, if recorded."""
         values = self._manifest(place, source_digest, options)
         rows = self._backend.run([f"SELECT digest FROM obdlab_manifests WHERE {_MANIFEST_AT}"], values)
         return str(rows[0][0]) if rows else None
 
     def add_manifest(self, place: Place, source_digest: str, options: str, digest: str) -> None:
-        """Note what the source was converted to, in place of what was noted of it."""
+        """Record the source's converted manifest, replacing an earlier record."""
         self._backend.run(
             [
                 f"DELETE FROM obdlab_manifests WHERE {_MANIFEST_AT}",
@@ -158,7 +158,7 @@ class Database:
         )
 
     def drop_manifest(self, place: Place, source_digest: str, options: str) -> None:
-        """Forget a manifest that the place has no more."""
+        """Delete the record of a manifest that the place no longer has."""
         values = self._manifest(place, source_digest, options)
         self._backend.run([f"DELETE FROM obdlab_manifests WHERE {_MANIFEST_AT}"], values)
 
@@ -172,7 +172,7 @@ class Database:
 
 
 def open_database(url: str) -> Database:
-    """Open the database that ``url`` names, making its tables if need be.
+    """Open the database at ``url``, making its tables if they are missing.
 
     A path (or ``sqlite:PATH``) is an SQLite file, made with its directory; ``postgresql://USER:PASSWORD@HOST/NAME``
     and ``mysql://...`` are servers. Raises DatabaseError.
@@ -187,7 +187,7 @@ def open_database(url: str) -> Database:
 
 
 class _Sqlite:
-    # A connection for each transaction: they belong to threads, and opening one costs less than what it saves.
+    # One connection per transaction: connections belong to threads, and opening one costs less than a database saves.
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
@@ -198,7 +198,7 @@ class _Sqlite:
     def run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = []
         try:
-            # Others may be writing; they are waited for.
+            # Waits for other writers.
             with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as connection:
                 connection.execute("BEGIN IMMEDIATE" if len(statements) > 1 else "BEGIN")
                 for statement in statements:
@@ -221,7 +221,7 @@ class _Server:
         self._sqlalchemy = sqlalchemy
         try:
             parsed = sqlalchemy.make_url(url)
-            #: Without its password.
+            #: The URL without its password.
             self._name = parsed.render_as_string(hide_password=True)
             self._engine: sqlalchemy.Engine = sqlalchemy.create_engine(
                 parsed, pool_pre_ping=True, connect_args={"connect_timeout": int(_BUSY_S)}
@@ -238,7 +238,7 @@ class _Server:
             try:
                 return self._run(statements, values)
             except self._sqlalchemy.exc.OperationalError as error:
-                # Two that write the same rows: the server has ended one of them.
+                # Two transactions wrote the same rows, and the server has aborted one of them.
                 if "deadlock" not in str(error).lower():
                     raise self._failed(error) from error
             time.sleep(random.uniform(0.01, 0.1))
@@ -254,10 +254,10 @@ class _Server:
         except self._sqlalchemy.exc.OperationalError:
             raise
         except self._sqlalchemy.exc.IntegrityError:
-            # Somebody else has written the same row meanwhile; one is as good as the other.
+            # Another conversion has written the same row meanwhile; either is as good.
             logger.debug("%s: a row was written by another conversion as well", self._name)
         except self._sqlalchemy.exc.ProgrammingError as error:
-            # PostgreSQL, when two make the tables at once.
+            # PostgreSQL, when two conversions make the tables at once.
             if "already exists" not in str(error) and "pg_type" not in str(error):
                 raise self._failed(error) from error
         except self._sqlalchemy.exc.SQLAlchemyError as error:
@@ -286,17 +286,17 @@ def opened(url: str) -> Iterator[Database | None]:
 
 
 def options_digest(options: Mapping[str, object]) -> str:
-    """Return 64 hex digits that stand for a set of options."""
+    """Return 64 hex digits that identify a set of options."""
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def stack_digest(digests: Sequence[str]) -> str:
-    """Return 64 hex digits that stand for a stack of blobs, bottom first."""
+    """Return 64 hex digits that identify a stack of blobs, bottom first."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _cut(place: Place) -> Place:
-    # Directories may have longer names than columns hold.
+    # Names of directories may be longer than the columns.
     host, repository = place
     if len(repository) > _LONGEST_NAME:
         repository = f"sha256:{hashlib.sha256(repository.encode(errors='surrogateescape')).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Layers as uncompressed tar bytes, whatever they are compressed with, without ever holding more than a few MiB."""
+"""Layers as uncompressed tar bytes, for each compression, with never more than a few MiB in memory."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _PIECE = 4 << 20
 
 
 class Readable(Protocol):
-    """Something read from start to end."""
+    """A file read from start to end."""
 
     def read(self, size: int = -1, /) -> bytes:
         """Return up to ``size`` bytes, b"" at the end."""
 
 
 def is_compressed(head: bytes) -> bool:
-    """Tell from the first four bytes whether :func:`decompressed` would have something to decompress."""
+    """Return True if the first four bytes are of a format that :func:`decompressed` decompresses."""
     return head.startswith(_GZIP_MAGIC) or _is_zstd(head)
 
 
 def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
-    """Yield the uncompressed bytes of a gzip, zstd or plain layer read from ``file``, told apart by their magic.
+    """Yield the uncompressed bytes of a gzip, zstd or plain layer read from ``file``; its magic decides which.
 
-    Pieces are at most 4 MiB, however well the layer compresses. Raises FormatError, naming ``blob`` and the offset
+    Pieces are at most 4 MiB, for any rate of compression. Raises FormatError, naming ``blob`` and the offset
     in it, for damaged or truncated compressed data.
     """
     head = _read_full(file, 4)
@@ -52,10 +52,10 @@ def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
 def uncompressed(
     file: VerifiedFile, blob: str, diff_id: str, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[bytes]:
-    """Yield a layer's uncompressed tar, which must be the one with the digest ``diff_id``.
+    """Yield a layer's uncompressed tar, which must have the digest ``diff_id``.
 
-    ``advance`` is told how much of the file has been read. Raises as :func:`decompressed`, and CorruptBlobError at
-    the end for another layer.
+    ``advance`` is called with the bytes read from the file. Raises as :func:`decompressed`, and CorruptBlobError at
+    the end for another digest.
     """
     digest = hashlib.sha256()
     read = 0
@@ -64,7 +64,7 @@ def uncompressed(
         advance(file.position - read)
         read = file.position
         yield piece
-    while file.read(_READ):  # what no decompressor asked for must match the blob's digest too
+    while file.read(_READ):  # bytes that the decompressor left must match the blob's digest too
         pass
     got = f"sha256:{digest.hexdigest()}"
     if got != diff_id:
@@ -82,7 +82,7 @@ def _plain(file: Readable, head: bytes) -> Iterator[bytes]:
 
 
 def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
-    # Any number of gzip members, then perhaps zeros (RFC 1952, as gzip reads it).
+    # Any number of gzip members, perhaps followed by zeros (RFC 1952, as gzip reads it).
     consumed = 0
     member = isal_zlib.decompressobj(wbits=31)
     while True:
@@ -111,7 +111,7 @@ def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
 
 
 def _unzstd(file: Readable, head: bytes, blob: str) -> Iterator[bytes]:
-    source = _Rejoined(file, head)  # all that the reader asks of a file is read()
+    source = _Rejoined(file, head)  # the reader only calls read()
     reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", source), read_across_frames=True)
     try:
         while piece := reader.read(_PIECE):
@@ -121,7 +121,7 @@ def _unzstd(file: Readable, head: bytes, blob: str) -> Iterator[bytes]:
 
 
 class _Rejoined:
-    # A file whose first bytes have been read already.
+    # A file of which the first bytes have been read already.
     def __init__(self, file: Readable, head: bytes) -> None:
         self._file = file
         self._head = head

@@ -1,4 +1,4 @@
-"""Images as they are read and stored, whatever they lie in: what every source and every destination can do."""
+"""Interfaces of every source and destination of images: reading and storing."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ _MAX_NESTED_INDEXES = 4
 
 
 class ImageSource(ABC):
-    """An image to read. Content is checked against size and digest before its last byte is given out."""
+    """An image to read. Content is checked against size and digest before its last byte is returned."""
 
-    #: The image's name for messages.
+    #: The image's name in messages.
     name: str
 
     @property
     def place(self) -> tuple[str, str] | None:
-        """Host and repository that the image's blobs lie in; None where there is no such place."""
+        """Host and repository with the image's blobs; None for sources without such a place."""
         return None
 
     def manifest(self, platform: Platform, *, overlaybd: bool = False) -> Manifest:
-        """Return the image manifest, of an index the one for ``platform``. Raises as find()."""
+        """Return the image manifest, from an index that for ``platform``. Raises as find()."""
         return self.find(platform, overlaybd=overlaybd)[1]
 
     def find(self, platform: Platform, *, overlaybd: bool = False) -> tuple[Descriptor, Manifest]:
-        """Return the image manifest and its descriptor, of an index those for ``platform``.
+        """Return the image manifest and its descriptor, from an index those for ``platform``.
 
-        An image that is an overlaybd one is refused, unless ``overlaybd``. Raises SourceError if it
-        cannot be had, FormatError if it is malformed or no container image.
+        An overlaybd image is refused, unless ``overlaybd``. Raises SourceError if the image cannot be read,
+        FormatError if it is malformed or not a container image.
         """
         descriptor, document = self.root()
         for _ in range(_MAX_NESTED_INDEXES):
@@ -67,7 +67,7 @@ class ImageSource(ABC):
         raise FormatError("indexes nested too deep", blob=self.name)
 
     def child(self, descriptor: Descriptor) -> Manifest:
-        """Return an image manifest that an index names. Raises as find()."""
+        """Return an image manifest from an index's entry. Raises as find()."""
         document = self._document(descriptor)
         if isinstance(document, Manifest):
             return self._checked(document, overlaybd=False)
@@ -89,19 +89,19 @@ class ImageSource(ABC):
     def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
         """Return the layer blob as a local file, downloaded to ``directory`` if need be.
 
-        ``advance`` is told how many bytes have come. Raises SourceError or CorruptBlobError.
+        ``advance`` is called with the number of bytes received. Raises SourceError or CorruptBlobError.
         """
 
     def read(self, descriptor: Descriptor, max_size: int = MAX_MANIFEST_SIZE) -> bytes:
-        """Return a manifest, index or config whole, checked. Raises SourceError, CorruptBlobError or FormatError."""
+        """Return a whole manifest, index or config, checked. Raises SourceError, CorruptBlobError or FormatError."""
         return self._read(descriptor, max_size)
 
     @abstractmethod
     def open_blob(self, descriptor: Descriptor) -> Blob:
-        """Return a blob to be read by position where it lies; nothing checks its digest. Raises SourceError."""
+        """Return a blob that is read in place, by position; its digest is not checked. Raises SourceError."""
 
     def beside(self, digest: str) -> Descriptor | None:
-        """Return a blob that lies where the image's do, part of it or not; None where that is not known."""
+        """Return a blob stored beside the image's, part of it or not; None if the source cannot look it up."""
         return None
 
     def trace(self, digest: str) -> Descriptor | None:
@@ -110,19 +110,19 @@ class ImageSource(ABC):
 
     @property
     def cache_name(self) -> str:
-        """Under which name the block cache keeps the image's blobs; "" if it never does."""
+        """Name of the image's blobs in the block cache; "" if it never keeps them."""
         return ""
 
     def release(self, layer: VerifiedFile) -> None:
-        """Close what fetch() returned, and remove it if it was downloaded."""
+        """Close the file of fetch(), and remove it if it was downloaded."""
         layer.close()
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing
-        """Give back what the source holds."""
+        """Release the source's resources."""
 
     @abstractmethod
     def root(self) -> tuple[Descriptor | None, Manifest | Index]:
-        """Return what the image's name names. The descriptor is None for an index made of a layout's entries.
+        """Return the document of the image's name. The descriptor is None for an index made of a layout's entries.
 
         Raises SourceError or FormatError.
         """
@@ -150,20 +150,20 @@ class ImageSource(ABC):
 
 
 class ImageDestination(ABC):
-    """Where a converted image goes. May be used from several threads; close() ends its use, whatever happened."""
+    """The destination of a converted image. Thread-safe; close() ends its use, also after errors."""
 
     name: str
 
     @property
     def place(self) -> tuple[str, str] | None:
-        """Host and repository in which blobs stay for others to use; None where there is no such place."""
+        """Host and repository in which blobs stay for reuse; None for destinations without such a place."""
         return None
 
     @abstractmethod
     def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
-        """Store a blob that is in a file; False if it was there already. Raises SourceError.
+        """Store the blob in a file; return False if it was there already. Raises SourceError.
 
-        ``advance`` is told how many bytes have gone.
+        ``advance`` is called with the number of bytes sent.
         """
 
     @abstractmethod
@@ -172,32 +172,32 @@ class ImageDestination(ABC):
 
     @abstractmethod
     def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
-        """Store a manifest or index, after what it names, under the destination's tag or only by its digest.
+        """Store a manifest or index, after its content, under the destination's tag or only by its digest.
 
         Raises SourceError.
         """
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Tell whether the blob is there now, whole, and have it stay until the manifest is stored.
+        """Return True if the whole blob is there, and keep it until the manifest is stored.
 
-        Raises SourceError if that cannot be found out.
+        Raises SourceError if the destination does not answer.
         """
         return False
 
     def share(self, descriptor: Descriptor, repository: str) -> bool:
-        """Take over a blob that another repository of the same host has, without its bytes going anywhere.
+        """Share a blob from another repository of the same host, without transferring its bytes.
 
-        False if that one has it no more, or the host does not do such. Raises SourceError.
+        Returns False if that repository no longer has it, or the host does not support sharing. Raises SourceError.
         """
         return False
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
-        """Return a blob that has() told of, or share() took over, read where it lies. Raises SourceError."""
-        raise NotImplementedError  # not called where has() and share() never say so
+        """Return a blob for which has() or share() returned True, read in place. Raises SourceError."""
+        raise NotImplementedError  # not called if has() and share() never return True
 
     def manifest(self, digest: str) -> bytes | None:
-        """Return a manifest stored before, its digest checked; None if it is gone. Raises SourceError."""
+        """Return an earlier manifest, its digest checked; None if it is gone. Raises SourceError."""
         return None
 
     def close(self) -> None:  # noqa: B027 - most destinations hold nothing
-        """Give back what the destination holds. What was not named by put_manifest() may be gone after this."""
+        """Release the destination's resources. Content without a manifest from put_manifest() may be lost."""

@@ -1,4 +1,4 @@
-"""EROFS as a tree that layers are applied to."""
+"""EROFS as a tree for applying layers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class ErofsTree:
-    """An EROFS on a disk as a :class:`obdlab.convert.tree.Tree`. :meth:`finish` writes what is still in memory.
+    """An EROFS on a disk as a :class:`obdlab.convert.tree.Tree`. :meth:`finish` writes the changes in memory.
 
-    It keeps no time of access: files have their time of modification for one.
+    EROFS stores no time of access: the time of modification stands for it.
     """
 
     def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
@@ -29,7 +29,7 @@ class ErofsTree:
         self._directories: dict[bytes, Directory] = {b"": self._editor.root}
 
     def finish(self) -> None:
-        """Write everything out; the tree cannot be used after that."""
+        """Write all changes to the disk; the tree cannot be used after that."""
         self._editor.finish()
 
     def look(self, path: bytes) -> Seen | None:
@@ -161,7 +161,7 @@ class ErofsTree:
         )
 
     def _place(self, path: bytes) -> tuple[Directory, bytes]:
-        # The parent, and the name in it.
+        # Returns the parent, and the name in it.
         parent, _, name = path.rpartition(b"/")
         return self._directories.get(parent) or self._directory(parent), name
 

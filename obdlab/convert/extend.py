@@ -1,4 +1,4 @@
-"""An overlaybd image with one more layer on top: what a start reads, as a hot layer or as a trace for replay."""
+"""An overlaybd image with one more layer on top: the data of a start as a hot layer, or a trace for replay."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _COPY = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TopLayer:
-    """A layer to be added: its blob in a file, and what it is."""
+    """A layer to add: its blob in a file, and its description."""
 
     path: Path
     digest: str
     size: int
-    #: For the image's history.
+    #: Text for the image's history.
     created_by: str
-    #: Beside those of every overlaybd layer.
+    #: Annotations beside those of every overlaybd layer.
     annotations: dict[str, str]
 
 
@@ -44,8 +44,8 @@ def add_layer(
 ) -> oci.Descriptor:
     """Store the image ``manifest`` of ``source`` with ``layer`` on top at ``destination``; return its descriptor.
 
-    What the destination lacks of the image is copied. Raises FormatError for an image that cannot get another layer,
-    and what reading and storing raise; the manifest is stored last.
+    Blobs that the destination lacks are copied. Raises FormatError for an image that cannot get another layer; errors
+    of reading and storing pass through. The manifest is stored last.
     """
     check_extendable(manifest, source.name)
     if len(manifest.layers) >= MAX_LAYERS:
@@ -67,7 +67,7 @@ def add_layer(
 
 
 def check_extendable(manifest: oci.Manifest, name: str) -> None:
-    """Raise FormatError unless the image is an overlaybd one whose top layer has a file system's blocks."""
+    """Raise FormatError unless the image is an overlaybd one whose top layer holds blocks of a file system."""
     if not manifest.is_overlaybd:
         raise FormatError("not an overlaybd image; convert it first", blob=name)
     if manifest.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes":
@@ -75,7 +75,7 @@ def check_extendable(manifest: oci.Manifest, name: str) -> None:
 
 
 def manifest_of(source: ImageSource, platform: oci.Platform | None) -> oci.Manifest:
-    """Return the manifest of an image, of an index that of the platform (this machine's if None), to be extended."""
+    """Return an image's manifest for extending it, from an index that of the platform (None: this machine's)."""
     manifest = source.manifest(platform or host_platform(), overlaybd=True)
     check_extendable(manifest, source.name)
     return manifest
@@ -94,7 +94,7 @@ def _copy_layers(
         with ExitStack() as ended, progress.task(f"layer {number}: copy", layer.size) as task:
             file = source.fetch(layer, Path(directory), task.advance)
             ended.callback(source.release, file)
-            while file.read(_COPY):  # only this checks its digest
+            while file.read(_COPY):  # reading to the end checks its digest
                 pass
             destination.put_file(layer, file.path, lambda _: None)
 
@@ -113,7 +113,7 @@ def _described(layer: TopLayer, manifest: oci.Manifest) -> oci.Descriptor:
 
 
 def _config(config: oci.Config, layer: TopLayer) -> bytes:
-    # The original puts its entry first; the order says nothing to those who read it.
+    # The original puts its entry first; readers do not depend on the order.
     document: dict[str, Any] = dict(config.with_diff_ids([*config.diff_ids, layer.digest]).document)
     if "history" in document:
         entry = {"created_by": layer.created_by}

@@ -1,4 +1,4 @@
-"""A stream that can only be read forwards, as a file that tar readers can use."""
+"""A file for tar readers over a stream that can only be read forwards."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from io import RawIOBase
 
-#: The largest piece that is handed out.
+#: Largest piece returned.
 PIECE = 1 << 20
-#: All of one member's headers together, maps of sparse files included.
+#: Most bytes of all headers of one member, maps of sparse files included.
 MAX_HEADERS_SIZE = 8 << 20
 
 
 class ForwardReader:
     """The part of a file that tarfile needs, over a pipe: seek goes forwards only.
 
-    Beyond what tarfile's own ``r|`` mode offers, it hands out large pieces without copying them, and lets one look at
-    a header before it is read. Raises tarfile.StreamError for a seek backwards and for headers without end, EOFError
-    for a seek beyond the end.
+    Beyond tarfile's own ``r|`` mode, it returns large pieces without copying them, and can peek at a header before it
+    is read. Raises tarfile.StreamError for a seek backwards and for endless headers, EOFError for a seek beyond the
+    end.
     """
 
     def __init__(self, file: IO[bytes] | RawIOBase) -> None:
@@ -31,7 +31,7 @@ class ForwardReader:
         self._allowed = 0
 
     def allow_reading(self, size: int) -> None:
-        """Let :meth:`read` give so much in all: tarfile takes what headers say of their number as it comes."""
+        """Limit the bytes that :meth:`read` returns in all: tarfile accepts any number of headers."""
         self._allowed = size
 
     def tell(self) -> int:
@@ -39,7 +39,7 @@ class ForwardReader:
         return self._position
 
     def seek(self, position: int) -> int:
-        """Go forwards."""
+        """Skip forwards to a position."""
         ahead = position - self._position
         if 0 <= ahead <= self._end - self._begin:
             self._begin += ahead
@@ -53,7 +53,7 @@ class ForwardReader:
         return self._position
 
     def peek(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, fewer only at the end, without going on. ``size`` is at most 2 PIECE."""
+        """Return the next ``size`` bytes, fewer only at the end, without consuming them; at most 2 PIECE."""
         while self._end - self._begin < size:
             rest = self._end - self._begin
             self._buffer[:rest] = self._buffer[self._begin : self._end]
@@ -76,7 +76,7 @@ class ForwardReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_some(self, size: int) -> memoryview:
-        """Return up to ``size`` bytes, at least one if there is one, valid until the next call."""
+        """Return one to ``size`` bytes, none only at the end; valid until the next call."""
         if self._begin == self._end:
             self._begin = 0
             self._end = self._file.readinto(self._buffer) or 0  # type: ignore[union-attr]

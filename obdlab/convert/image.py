@@ -28,33 +28,33 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertOptions", "ConvertStoppedError", "ConvertedImage", "ConvertedLayer", "convert_image"]
 
-# Not /tmp, which may be memory.
+# Not /tmp, which may be in memory.
 _DEFAULT_WORK_DIR = Path("/var/tmp")
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """How an image is converted."""
+    """Options of converting an image."""
 
     layer: LayerOptions = field(default_factory=LayerOptions)
-    #: Which image of an index; this machine's if not given.
+    #: The platform to take from an index; None: this machine's.
     platform: oci.Platform | None = None
-    #: Docker's media types instead of OCI's.
+    #: Write Docker's media types instead of OCI's.
     docker: bool = False
     #: Name the source as the new manifest's subject, so that a registry lists the new one as referring to it.
     referrer: bool = False
-    #: Most layers that the image may have: the lowest are kept as they are, all above become one. 0: as many as
-    #: the source has.
+    #: Most layers of the image: the lowest are kept as they are, all above are merged into one. 0: as many as the
+    #: source has.
     flatten: int = 0
-    #: Options that the image's file system is mounted with, comma separated.
+    #: Mount options of the image's file system, comma separated.
     mount_options: str = ""
-    #: What was converted before, as :func:`obdlab.convert.database.open_database` takes it; "" uses none.
+    #: Database of earlier conversions, see :func:`obdlab.convert.database.open_database`; "" uses none.
     database: str = ""
-    #: Where layers are built; takes all of them, uncompressed and compressed.
+    #: Directory for building layers; it holds all of them, uncompressed and compressed.
     work_dir: Path = _DEFAULT_WORK_DIR
 
     def digest(self) -> str:
-        """Return 64 hex digits that stand for all that decides a manifest's bytes beside its source."""
+        """Return 64 hex digits that identify all options that affect a manifest's bytes."""
         return options_digest(
             {
                 "layer": self.layer.digest(),
@@ -93,10 +93,10 @@ def convert_image(
 ) -> ConvertedImage:
     """Convert the image at ``source`` and store it at ``destination``.
 
-    Layers are built one on another; downloads of later and uploads of finished layers go on meanwhile. The manifest
-    is stored last, so the destination never names an incomplete image. Of an index, one platform is converted.
-    Raises ObdlabError of the kind that fits: SourceError and CorruptBlobError for source and destination,
-    FormatError for what is malformed (naming layer and offset), ApplyError. No file is left on this machine then.
+    Layers are built one on another; meanwhile later layers are downloaded and finished ones uploaded. The manifest is
+    stored last, so the destination never names an incomplete image. From an index, one platform is converted. Raises
+    SourceError and CorruptBlobError for source and destination, FormatError for a malformed image (naming layer and
+    offset), ApplyError. On errors all files on this machine are removed.
     """
     options = options or ConvertOptions()
     descriptor, manifest = source.find(options.platform or host_platform())
@@ -113,7 +113,7 @@ def convert_manifest(
     *,
     tagged: bool = True,
 ) -> ConvertedImage:
-    """Convert one manifest of ``source``, which ``descriptor`` names; as :func:`convert_image` otherwise.
+    """Convert one manifest of ``source``, given by ``descriptor``; otherwise as :func:`convert_image`.
 
     Without ``tagged`` it is stored by its digest only.
     """
@@ -161,7 +161,7 @@ def _convert_layers(
         return Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir).run(groups)
 
 
-# An index was asked for the platform; a manifest without one has it in its config only.
+# The platform was selected from an index; a single manifest has its platform in the config only.
 def _check_platform(name: str, got: oci.Platform, wanted: oci.Platform | None) -> None:
     if wanted is None or (got.os, got.architecture) == (wanted.os, wanted.architecture):
         return
@@ -193,7 +193,7 @@ def _store_config(
         config=config_descriptor,
         layers=tuple(_layer_descriptor(layer.built, options) for layer in layers),
         media_type=oci.DOCKER_MANIFEST if options.docker else oci.OCI_MANIFEST,
-        # Docker's type has no annotations.
+        # Docker's media type has no annotations.
         annotations={} if options.docker else source.annotations,
         artifact_type="" if subject is None else oci.NATIVE_ARTIFACT,
         subject=subject,
@@ -217,7 +217,7 @@ def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descrip
 
 
 def _merge_history(config: oci.Config, merged: Sequence[int]) -> oci.Config:
-    # Of the steps whose layers have become one, the last is said to have made it, the others none.
+    # Of the history steps of merged layers, only the last one counts as having made a layer.
     history = config.document.get("history")
     if all(count == 1 for count in merged) or not isinstance(history, list):
         return config

@@ -1,4 +1,4 @@
-"""What an image holds, path by path, whatever it is stored as: to compare a converted image with its original."""
+"""Listing an image path by path, for any way of storage, to compare a converted image with its original."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def _volume(disk: Blob) -> ReadableVolume:
 def fetched_layers(
     source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, ended: ExitStack
 ) -> list[LsmtLayer]:
-    """Fetch the layers of an overlaybd image whole, checked, into ``work_dir``, and open them until ``ended`` is."""
+    """Fetch the layers of an overlaybd image into ``work_dir``, whole and checked. ``ended`` closes them."""
     layers: list[LsmtLayer] = []
     budget = Budget()
     for number, layer in enumerate(manifest.layers):
         file = _fetch(source, number, layer, work_dir, progress, ended)
-        while file.read(_READ):  # only this checks its digest
+        while file.read(_READ):  # reading to the end checks its digest
             pass
         layers.append(open_layer(file.as_blob(), budget=budget))
         ended.callback(layers[-1].close)

@@ -1,4 +1,4 @@
-"""What an image is, told by its manifest, the beginnings of its layers and what the block cache has of them."""
+"""Description of an image, from its manifest, the beginnings of its layers and the block cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OVERLAYBD, TURBO_OCI, PLAIN = "overlaybd", "turboOCI", "plain"
 _MIXED = "mixed"
-# Up to a ZFile's header behind the header of its tar.
+# Enough for the header of a ZFile behind the header of its tar.
 _BEGINNING = 4096
 _AT_ONCE = 8
 _COPY = 1 << 20
@@ -41,8 +41,8 @@ _PLAIN_COMPRESSION = {
 class LayerFacts:
     """One layer, bottom first. Sizes in bytes.
 
-    ``compression`` is an algorithm, "none", or "unknown" for what is neither ZFile nor LSMT layer; ``block_size`` is
-    a ZFile's, else 0. ``cached_size`` is None where the block cache does not keep such layers.
+    ``compression`` is an algorithm, "none", or "unknown" for a blob that is neither ZFile nor LSMT layer;
+    ``block_size`` is a ZFile's, else 0. ``cached_size`` is None if the block cache does not keep such layers.
     """
 
     digest: str
@@ -59,9 +59,9 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """An image of one platform. ``digest`` is its manifest's; ``platforms`` are all that its name stands for.
+    """An image of one platform. ``digest`` is its manifest's; ``platforms`` are all that its name offers.
 
-    ``verified`` says what checks the bytes. ``trace`` is the blob of a trace that refers to the image, or "".
+    ``verified`` names the checks of its bytes. ``trace`` is the blob of a trace that refers to the image, or "".
     """
 
     name: str
@@ -84,9 +84,9 @@ class ImageFacts:
 
 
 def describe_image(source: ImageSource, platform: Platform, cached: Mapping[str, CacheEntry] | None) -> ImageFacts:
-    """Say what an image is. ``cached`` is what the block cache has, by digest; None if it keeps none of this source.
+    """Describe an image. ``cached`` is the content of the block cache, by digest; None if it keeps no such source.
 
-    Of each overlaybd layer the first 4 KiB are read. Raises SourceError, FormatError or CorruptBlobError.
+    The first 4 KiB of each overlaybd layer are read. Raises SourceError, FormatError or CorruptBlobError.
     """
     _, root = source.root()
     descriptor, manifest = source.find(platform, overlaybd=True)
@@ -117,9 +117,9 @@ def describe_image(source: ImageSource, platform: Platform, cached: Mapping[str,
 
 
 def verify_image(source: ImageSource, facts: ImageFacts, platform: Platform, progress: Progress) -> ImageFacts:
-    """Read every layer whole and return the facts with that noted.
+    """Read every layer whole and return the facts with ``verified`` set.
 
-    Raises CorruptBlobError if one does not match its size or digest, SourceError if it cannot be had.
+    Raises CorruptBlobError if one does not match its size or digest, SourceError if it cannot be read.
     """
     _, manifest = source.find(platform, overlaybd=True)
     for number, layer in enumerate(manifest.layers):
@@ -180,7 +180,7 @@ def _kind(manifest: Manifest) -> str:
     return kinds.pop() if len(kinds) == 1 else _MIXED
 
 
-# The original takes ext4 where nothing is noted.
+# Without an annotation the original assumes ext4.
 def _filesystem(manifest: Manifest) -> str:
     noted = {layer.annotations.get(oci.BLOB_FS_TYPE, "").partition(";")[0] for layer in manifest.layers} - {""}
     return " and ".join(sorted(noted)) or "ext4"

@@ -1,8 +1,8 @@
-"""One overlaybd layer: what an OCI layer changes on the disk of the layers below it.
+"""One overlaybd layer: the changes of an OCI layer to the disk of the layers below it.
 
 The disk is a writable layer over the layers built so far, and ext4 is written to it in user space: no mount, no
-device, no privileges. What the layer's files and the file system's own blocks changed is in the writable layer;
-committed and compressed it is the layer blob: LSMT in a ZFile in a tar. Every layer states the disk's size; the
+device, no privileges. The writable layer then holds the changed blocks, of files and of the file system itself.
+Committed and compressed it is the layer blob: LSMT in a ZFile in a tar. Every layer states the disk's size; the
 original writes 0 into all but the lowest, and reads either.
 """
 
@@ -41,43 +41,43 @@ if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.layers.lsmt import Layer
 
-#: The file systems that layers can be written in.
+#: The supported file systems of layers.
 FILE_SYSTEMS = ("ext4", "erofs")
-#: Counts the changes by which the same layer and options would give other bytes.
+#: Raised by each change that gives other bytes for the same layer and options.
 OUTPUT_VERSION = 1
 GIB = 1 << 30
-# Pieces of the tar that are decompressed and hashed while those before are applied.
+# Pieces of the tar decompressed and hashed before they are applied.
 _TAR_AHEAD = 6
 _BUFFER = 1 << 20
-# Less than this is compressed before a process would have begun to.
+# A smaller layer is compressed sooner than a process would have started.
 _SMALL = 4 << 20
-# Longest wait for a process that is being started.
+# Longest wait for a starting process to drop its copies of descriptors.
 _FORK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """How layers are written. Sizes in bytes; the defaults are the original's, but for the compression."""
+    """Options of writing layers. Sizes in bytes; the defaults are the original's, except for the compression."""
 
     #: "lz4" or "zstd".
     algorithm: str = DEFAULT_ALGORITHM
     #: A power of two from 4 KiB to 64 KiB. (A layer with a block of 64 KiB that does not compress gets 32 KiB.)
     block_size: int = DEFAULT_BLOCK_SIZE
-    #: Size of the disk that containers see. Costs nothing where it is empty.
+    #: Size of the disk that containers see. Unused space costs nothing.
     virtual_size: int = 64 * GIB
     #: One of FILE_SYSTEMS.
     filesystem: str = "ext4"
-    #: ext4 gets one inode for so many bytes of the disk.
+    #: Bytes of the disk per inode of ext4.
     inode_ratio: int = INODE_RATIO
 
     def digest(self, **more: object) -> str:
-        """Return 64 hex digits that stand for all that decides a layer's bytes beside its content."""
+        """Return 64 hex digits that identify all that decides a layer's bytes beside its content."""
         return options_digest({"version": OUTPUT_VERSION, **asdict(self), **more})
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltLayer:
-    """A finished layer blob, and what making it took. ``path`` is None for one that its place has already."""
+    """A finished layer blob, and the work it took. ``path`` is None if its place has the blob already."""
 
     path: Path | None
     digest: str
@@ -93,10 +93,10 @@ class BuiltLayer:
 class LayerBuilder:
     """Builds the layers of one image, bottom first, in ``work_dir``; each is built on all before it.
 
-    A context manager. Layers are compressed in a process of its own, so that the next is applied meanwhile; it is
-    started at once if ``large`` layers are to come, else when it is needed. Small ones do without.
-    ``work_dir`` must be on a file system with sparse files; it takes all layers, uncompressed and compressed. The
-    same layers give the same bytes, whoever builds them where and when.
+    A context manager. A process of its own compresses a layer while the next is applied. It starts at once if
+    ``large`` layers are to come, else when it is needed; small layers are compressed without it. ``work_dir`` must be
+    on a file system with sparse files; it holds all layers, uncompressed and compressed. The same layers give the
+    same bytes, on every machine and at any time.
     """
 
     def __init__(self, work_dir: Path, options: LayerOptions, *, large: bool = True) -> None:
@@ -104,7 +104,7 @@ class LayerBuilder:
         self._options = options
         self._lowers: list[Layer] = []
         self._large = large
-        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        spawn = multiprocessing.get_context("spawn")  # forking a process with threads may hang
         self._compressors = ProcessPoolExecutor(1, spawn, initializer=_begin_compressing)
         self._small_compressors = ThreadPoolExecutor(1, "convert-compress")
 
@@ -120,16 +120,16 @@ class LayerBuilder:
             lower.close()
 
     def add_lower(self, layer: Layer) -> None:
-        """Take a finished layer as the topmost so far; it belongs to the builder from then on."""
+        """Add a finished layer on top; the builder owns it from then on."""
         self._lowers.append(layer)
 
     def build(
         self, tars: Iterable[tuple[str, Iterable[Buffer]]], *, uuid: str, parent_uuid: str | None
     ) -> PendingLayer:
-        """Apply OCI layers, mostly one, to those built before: each a name for errors, and pieces of its tar.
+        """Apply one or more OCI layers on top as one layer: each a name for errors, and pieces of its tar.
 
-        Raises FormatError for a bad tar, ApplyError if it cannot be written, SourceError if the work directory fails,
-        and what ``tars`` raises. Compressing the layer goes on in the background.
+        Raises FormatError for a malformed tar, ApplyError if it cannot be written, SourceError if the work directory
+        fails; errors of ``tars`` pass through. The layer is compressed in the background.
         """
         number = len(self._lowers)
         upper = self._work_dir / f"{number:03d}.writable"
@@ -179,7 +179,7 @@ class LayerBuilder:
 
 
 def _drop_free_blocks(disk: WritableStack) -> None:
-    # What one of several OCI layers wrote and a later one removed is no part of the layer.
+    # Blocks that one of several merged OCI layers wrote and a later one freed must not be in the layer.
     upper = disk.upper
     volume = Volume(disk)
     for first, count in volume.free_blocks():
@@ -189,7 +189,7 @@ def _drop_free_blocks(disk: WritableStack) -> None:
                 upper.discard(sector * 512, length * 512)
 
 
-# Nobody else has these files. But a process that another thread starts holds copies of their descriptors, and so
+# No other opener uses these files. But a process started by another thread holds copies of their descriptors, and so
 # their locks, from its fork to its exec.
 def _open_own(path: Path, *, read_only: bool = False) -> SparseUpper:
     deadline = time.monotonic() + _FORK_S
@@ -204,7 +204,7 @@ def _open_own(path: Path, *, read_only: bool = False) -> SparseUpper:
 
 @dataclass(frozen=True, slots=True)
 class PendingLayer:
-    """A layer that has been applied and is being compressed."""
+    """An applied layer that is being compressed."""
 
     path: Path
     applied: ApplyStatistics
@@ -247,7 +247,7 @@ def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
                 file, packing, lambda sink: commit(layer, sink, uuid=layer.uuid), name=f"layer {target.stem}"
             )
         middle = time.monotonic()
-        # After the fact: the headers are rewritten at the end. The file is in the page cache still.
+        # Hashed afterwards, since the headers are rewritten at the end. The file is still in the page cache.
         digest = digest_of_file(target)
         seconds = {"commit": middle - begin, "digest": time.monotonic() - middle}
         return _Compressed(target.stat().st_size, committed.records, committed.data_sectors * 512, digest, seconds)
@@ -260,13 +260,13 @@ def _compressor_died(target: Path) -> SourceError:
 
 
 def _begin_compressing() -> None:
-    # An interrupt from the terminal is for the process that can end all of it in good order.
+    # An interrupt from the terminal is for the main process, which ends everything in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
-# A killed parent does not end the pool's queue: this process holds the queue's writing end as well. PR_SET_PDEATHSIG
-# would do for a parent with one thread; it is sent when the thread that started this process ends.
+# The pool's queue does not end with a killed parent, as this process also holds the queue's writing end.
+# PR_SET_PDEATHSIG only works for a parent with one thread: it is sent when the thread that started this process ends.
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -275,7 +275,7 @@ def _end_with_parent() -> None:
 
 
 def pieces_file(pieces: Iterable[Buffer]) -> io.RawIOBase:
-    """Return a binary file over an iterator of bytes, read once and forwards."""
+    """Return a binary file over an iterator of bytes, which can be read once, forwards."""
     return _Pieces(pieces)
 
 

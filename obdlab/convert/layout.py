@@ -31,14 +31,14 @@ _COPY = 1 << 20
 
 
 class ImageLayout:
-    """One layout directory. Nothing in it is trusted: what is read is checked against its descriptor."""
+    """One layout directory. Nothing in it is trusted: bytes read are checked against their descriptor."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @classmethod
     def create(cls, root: Path) -> Self:
-        """Open the layout at ``root``, making an empty one where there is none.
+        """Open the layout at ``root``; an empty one is made if it is missing.
 
         Raises SourceError if the directory holds something else or cannot be made.
         """
@@ -72,7 +72,7 @@ class ImageLayout:
             raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
 
     def select(self, tag: str | None) -> tuple[Descriptor, ...]:
-        """Return the index entries that ``tag`` names, or the only image's if there is no tag. Raises FormatError."""
+        """Return the index entries with ``tag``, without a tag those of the only image. Raises FormatError."""
         entries = self.index().manifests
         names = {entry.annotations.get(REF_NAME, "") for entry in entries}
         if tag is None:
@@ -90,11 +90,11 @@ class ImageLayout:
         return names.pop() or None if len(names) == 1 else None
 
     def blob_path(self, digest: str) -> Path:
-        """Return where the blob lies. Raises FormatError if ``digest`` is none."""
+        """Return the path of a blob. Raises FormatError if ``digest`` is malformed."""
         return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
 
     def open_blob(self, descriptor: Descriptor) -> VerifiedFile:
-        """Open a blob for reading once; size and digest are checked. Raises SourceError if it cannot be opened."""
+        """Open a blob for one reading, which checks size and digest. Raises SourceError if it cannot be opened."""
         return VerifiedFile(self.blob_path(descriptor.digest), descriptor)
 
     def read_blob(self, descriptor: Descriptor, max_size: int) -> bytes:
@@ -106,10 +106,10 @@ class ImageLayout:
             return file.read()
 
     def close(self) -> None:
-        """Give back what is held; nothing, for a directory."""
+        """Release resources. A layout directory holds no resources."""
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Tell whether the layout has a file of the blob's size under its digest."""
+        """Return True if the layout has a file of the blob's size under its digest."""
         try:
             return self.blob_path(descriptor.digest).stat().st_size == descriptor.size
         except FileNotFoundError:
@@ -118,7 +118,7 @@ class ImageLayout:
             raise SourceError(f"cannot look for it: {error.strerror}", blob=str(self.root)) from error
 
     def add_file(self, digest: str, source: Path) -> bool:
-        """Copy a file in as the blob ``digest``, which it is trusted to be; False if the layout had it already."""
+        """Copy a file in as the blob ``digest``, without checking it; return False if the layout has it already."""
         target = self.blob_path(digest)
         if target.exists():
             return False
@@ -130,7 +130,7 @@ class ImageLayout:
         self._replace(self.blob_path(digest), data)
 
     def set_tag(self, tag: str, descriptor: Descriptor) -> None:
-        """Have ``tag`` name ``descriptor`` and nothing else."""
+        """Make ``tag`` refer to ``descriptor`` only."""
         kept = [e for e in self.index().manifests if e.annotations.get(REF_NAME) != tag]
         named = Descriptor(
             descriptor.media_type,
@@ -173,10 +173,10 @@ class ImageLayout:
 
 
 class VerifiedFile:
-    """A blob file read from start to end. Its last byte is only given out once size and digest are right.
+    """A blob file read from start to end. Its last byte is only returned once size and digest are right.
 
-    The blob is the whole file, or lies in it at the byte ``start``. Raises CorruptBlobError when it is not what its
-    descriptor says. ``position`` is how much has been read.
+    The blob is the whole file, or begins at its byte ``start``. Raises CorruptBlobError if it does not match its
+    descriptor. ``position`` counts the bytes read.
     """
 
     def __init__(self, path: Path, descriptor: Descriptor, start: int | None = None, *, name: str = "") -> None:
@@ -220,7 +220,7 @@ class VerifiedFile:
         return data
 
     def as_blob(self) -> Blob:
-        """Return the same bytes to be read by position, as they are: only reading all of the file checks them."""
+        """Return the same bytes for reading by position, unchecked: only reading all of the file checks them."""
         return WrappedContent(LocalFile(self.path), TarWindow(self._start, self._descriptor.size))
 
     def _check(self) -> None:
@@ -229,7 +229,7 @@ class VerifiedFile:
             raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._descriptor.digest)
 
     def close(self) -> None:
-        """Close the file; what was not read is not checked."""
+        """Close the file; unread bytes stay unchecked."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -250,7 +250,7 @@ def split_tag(text: str) -> tuple[Path, str | None]:
 
 
 def is_layout(path: Path) -> bool:
-    """Tell whether a directory is an OCI layout."""
+    """Return True if a directory is an OCI layout."""
     return (path / _MARK).is_file()
 
 

@@ -29,7 +29,7 @@ class LayoutSource(ImageSource):
         self._layout.close()
 
     def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        advance(layer.size)  # first: it raises where the conversion was stopped
+        advance(layer.size)  # first: it raises if the conversion was stopped
         return self._layout.open_blob(layer)
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
@@ -45,7 +45,7 @@ class LayoutSource(ImageSource):
 
 
 class LayoutDestination(ImageDestination):
-    """A tag in an OCI layout directory, which is made if it does not exist."""
+    """A tag in an OCI layout directory, which is made if it is missing."""
 
     def __init__(self, root: Path, tag: str) -> None:
         self.name = f"oci:{root}:{tag}"

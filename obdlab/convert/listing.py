@@ -1,4 +1,4 @@
-"""What a mounted tree holds, path by path, and how two trees differ.
+"""Listing a mounted tree, path by path, and the differences of two trees.
 
 The measure of a conversion: the mounted overlaybd image must list as the original image does under overlayfs.
 """
@@ -17,36 +17,36 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-# What file systems keep for themselves: overlayfs' own marks never belong to an image.
+# Attributes that file systems use for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
 _LOST_AND_FOUND = "lost+found"
 
 
 @dataclass(frozen=True, slots=True)
 class TreeEntry:
-    """One path of a tree. Values that a kind of file does not have are empty, so that entries compare by field."""
+    """One path of a tree. Fields that do not apply to its type are empty, so that entries compare by field."""
 
     #: st_mode with its type bits.
     mode: int
     uid: int
     gid: int
-    #: Bytes of a regular file; 0 for all else (what a directory's size means depends on the file system).
+    #: Bytes of a regular file; 0 for other types (the size of a directory depends on the file system).
     size: int
     mtime_ns: int
     #: (major, minor) of a device node.
     rdev: tuple[int, int] | None
     #: Text of a symbolic link.
     target: str
-    #: Hex SHA-256 of a regular file's bytes, '' if content was not asked for.
+    #: Hex SHA-256 of a regular file's bytes, '' if not asked for.
     sha256: str
     xattrs: tuple[tuple[str, bytes], ...]
-    #: First path (in order) of the hard link group the path belongs to; '' if no other path of the tree is the same
-    #: file. st_nlink is of no use here: overlayfs still counts names that an upper layer has removed.
+    #: First path (in order) of the path's hard link group; '' if no other path of the tree is the same file. st_nlink
+    #: is useless here: overlayfs still counts names that an upper layer has removed.
     linked_to: str
 
 
 class ReadableVolume(Protocol):
-    """A file system read without a mount: ext4's and EROFS' volumes. Inodes are each one's own."""
+    """A file system read without a mount: a volume of ext4 or EROFS. The type of inodes is its own."""
 
     def walk(self) -> Iterator[tuple[bytes, int, Any]]:
         """Yield (path, inode number, inode) of everything."""
@@ -62,11 +62,10 @@ class ReadableVolume(Protocol):
 
 
 def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str, TreeEntry]:
-    """List every path below ``root``, which itself is ``"."``; stays on its file system. Needs no privileges but
-    those of reading.
+    """List every path below ``root`` on its file system; ``root`` itself is ``"."``. Needs only the right to read.
 
-    Names that are not UTF-8 come with surrogate escapes. ``content=False`` skips reading files.
-    Raises ObdlabError if the tree cannot be read or changes meanwhile.
+    Names that are not UTF-8 have surrogate escapes. ``content=False`` skips reading files. Raises ObdlabError if the
+    tree cannot be read or changes meanwhile.
     """
     top = os.fspath(root)
     try:
@@ -81,7 +80,7 @@ def list_tree(root: str | os.PathLike[str], *, content: bool = True) -> dict[str
 
 
 def list_volume(volume: ReadableVolume, *, content: bool = True) -> dict[str, TreeEntry]:
-    """List a file system as :func:`list_tree` lists its mount, without one. Raises FormatError if it is damaged."""
+    """List a file system without mounting it, as :func:`list_tree` would. Raises FormatError if it is damaged."""
     found = {os.fsdecode(path[1:]) or ".": (number, inode) for path, number, inode in volume.walk()}
     groups: dict[int, list[str]] = {}
     for path, (number, inode) in found.items():
@@ -122,9 +121,9 @@ def differences(
     ignore: Collection[str] = (),
     ignore_at: Mapping[str, Collection[str]] | None = None,
 ) -> list[str]:
-    """Return one line per path and field where ``got`` is not ``wanted``; empty when the trees are equal.
+    """Return one line per path and field where ``got`` differs from ``wanted``; empty if the trees are equal.
 
-    ``ignore`` names fields of :class:`TreeEntry` that need not agree anywhere, ``ignore_at`` those of single paths.
+    ``ignore`` names fields of :class:`TreeEntry` that are not compared, ``ignore_at`` those of single paths.
     """
     lines = [f"{path}: missing" for path in sorted(wanted.keys() - got.keys())]
     lines += [f"{path}: not wanted" for path in sorted(got.keys() - wanted.keys())]
@@ -143,9 +142,9 @@ def differences(
 def without_lost_and_found(
     listing: Mapping[str, TreeEntry], other: Mapping[str, TreeEntry]
 ) -> Mapping[str, TreeEntry]:
-    """Return ``listing`` without the ``lost+found`` that an ext4 is made with, if ``other`` has nothing of that name.
+    """Return ``listing`` without the ``lost+found`` that mkfs makes in ext4, unless ``other`` has one too.
 
-    Only the one that mkfs makes counts: in the root, empty, root's, mode 0700, without extended attributes.
+    Only one as mkfs makes it is left out: in the root, empty, owned by root, mode 0700, without extended attributes.
     """
     found = listing.get(_LOST_AND_FOUND)
     if found is None or _LOST_AND_FOUND in other:
@@ -168,7 +167,7 @@ def _walk(top: str) -> Iterator[tuple[str, os.stat_result]]:
             try:
                 status = os.lstat(os.path.join(top, path))
             except FileNotFoundError:
-                # In a directory that only one layer has, overlayfs also lists the names that the layer hides.
+                # In a directory of only one layer, overlayfs also lists the names that the layer hides.
                 continue
             yield path, status
             if stat.S_ISDIR(status.st_mode) and not _is_mountpoint(os.path.join(top, path), status, device):
@@ -176,7 +175,7 @@ def _walk(top: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _is_mountpoint(path: str, status: os.stat_result, device: int) -> bool:
-    # The device alone does not tell: under overlayfs directories have another than their files.
+    # The device number is not enough: under overlayfs directories have another one than their files.
     return status.st_dev != device and os.path.ismount(path)
 
 

@@ -1,7 +1,7 @@
-"""A tree that is only remembered: what layers make of an image, without a file system to write it to.
+"""A tree in memory: the result of applying an image's layers, without a file system to write to.
 
-Files are kept as their digests. Where :mod:`obdlab.convert.apply` writes to this tree and to ext4, comparing both
-checks the file system, the layers and everything between; the rules of applying are the same on either side.
+Files are kept as their digests. :mod:`obdlab.convert.apply` writes to this tree and to ext4; comparing both checks
+the file system, the layers and everything between. The rules of applying are the same on either side.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MemoryTree:
         self._root = _Node(stat.S_IFDIR, Attributes(0o755, 0, 0, 0, 0), children={})
 
     def listing(self) -> dict[str, TreeEntry]:
-        """Return it as :func:`obdlab.convert.listing.list_tree` lists a mounted tree."""
+        """Return the tree's listing as :func:`obdlab.convert.listing.list_tree` would make it from a mount."""
         found = dict(self._walk())
         groups: dict[int, list[str]] = {}
         for path, node in found.items():
@@ -168,10 +168,10 @@ def _entry(node: _Node, linked_to: str) -> TreeEntry:
 
 
 def kept_xattrs(kind: int, mode: int, pairs: Sequence[Xattr]) -> tuple[Xattr, ...]:
-    """Return what file systems on Linux keep of the attributes, as programs see it then.
+    """Return the attributes that Linux file systems would keep, as programs then see them.
 
-    Names of other namespaces go, and user attributes of what is neither file nor directory; the mode's bits win over
-    those of an ACL. Raises OSError (EINVAL) for a malformed ACL.
+    Left out are names of other namespaces, and user attributes of files other than regular files and directories; the
+    mode's bits win over those of an ACL. Raises OSError (EINVAL) for a malformed ACL.
     """
     kept = []
     for name, value in pairs:

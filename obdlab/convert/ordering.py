@@ -1,4 +1,4 @@
-"""An overlaybd image whose layers hold their data in the order of a trace: the same disk, read in few requests."""
+"""Reordering the data of an overlaybd image's layers by a trace: the same disk, read in few requests."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def order_layers(
     progress: Progress | None = None,
     trace_name: str = "trace",
 ) -> tuple[oci.Descriptor, bytes]:
-    """Store ``source`` with what the trace (or priority list) names first in each layer; return the new trace, too.
+    """Store ``source`` with the reads of the trace (or priority list) first in each layer; return the new trace, too.
 
-    Every layer is written again, as it was compressed before; layers that the trace does not touch keep their bytes.
-    Offsets in a trace are those of the layers' files, so that the old trace is none of the new image. Raises
-    FormatError and CorruptBlobError as trace or image deserve, and what reading and storing raise.
+    Every layer is written again with its compression; layers that the trace does not touch keep their bytes. Offsets
+    in a trace are those of the layers' files, so the old trace does not fit the new image. Raises FormatError and
+    CorruptBlobError for trace or image; errors of reading and storing pass through.
     """
     manifest = manifest_of(source, platform)
     told = progress or Silent()

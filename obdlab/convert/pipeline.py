@@ -1,4 +1,4 @@
-"""The layers of one image on their way: fetched, built one on another, compressed, pushed, all at the same time."""
+"""The layers of one image: fetched, built one on another, compressed and pushed, all at the same time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FETCHERS = 2
 _PUSHERS = 2
-# A layer of which a process of its own is worth being started.
+# Smallest layer for which starting a process pays off.
 _LARGE = 1 << 20
 
 
@@ -45,24 +45,24 @@ class Group:
 
     layers: tuple[oci.Descriptor, ...]
     diff_ids: tuple[str, ...]
-    #: Chain ID of the topmost.
+    #: Chain ID of the topmost layer.
     chain_id: str
-    #: Number of the lowest in the image.
+    #: Number of the lowest layer in the image.
     first: int
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedLayer:
-    """One layer: where it came from, and what came out. Sizes in bytes."""
+    """One layer: its source and its result. Sizes in bytes."""
 
-    #: The topmost OCI layer's digest, how many there are, and their size.
+    #: Digest of the topmost OCI layer, number of OCI layers, and their size.
     source_digest: str
     merged: int
     source_size: int
     built: BuiltLayer
     #: False if the destination had the blob already.
     stored: bool
-    #: Where a layer was found that needed no building; "" for one that was built.
+    #: The place in which a reused layer was found; "" for a built one.
     reused: str = ""
 
     @classmethod
@@ -73,13 +73,13 @@ class ConvertedLayer:
 
     @classmethod
     def known(cls, group: Group, layer: oci.Descriptor) -> ConvertedLayer:
-        """Return a layer of a manifest that the destination had, of which no more is known than its descriptor."""
+        """Return a layer of a manifest that the destination had; only its descriptor is known."""
         built = BuiltLayer(None, layer.digest, layer.size, 0, 0, ApplyStatistics())
         return cls.of(group, built, stored=False, reused="image was there")
 
 
 def groups_of(manifest: oci.Manifest, config: oci.Config, most: int) -> list[Group]:
-    """Return which OCI layers become one: each its own, but with ``most`` all from there on the last."""
+    """Group the OCI layers into the layers to make, at most ``most`` (0: no limit): the last takes all remaining."""
     chains = oci.chain_ids(config.diff_ids)
     count = len(manifest.layers)
     ends = list(range(1, count + 1))
@@ -93,7 +93,7 @@ def groups_of(manifest: oci.Manifest, config: oci.Config, most: int) -> list[Gro
 
 
 class Pipeline:
-    """One run: layers in order, with a thread or two that fetch ahead and push behind."""
+    """One run: layers in order, with threads that fetch the next and push finished ones."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Pipeline:
         self._stopped = threading.Event()
 
     def run(self, groups: Sequence[Group]) -> tuple[ConvertedLayer, ...]:
-        """Convert all layers and store them. Raises what fails first; what was built until then stays where it is."""
+        """Convert all layers and store them. Raises the first failure; layers built until then are kept."""
         found = self._find(groups)
         with ExitStack() as ended:
             ended.callback(self._release_fetched)
@@ -135,7 +135,7 @@ class Pipeline:
                 raise
 
     def _find(self, groups: Sequence[Group]) -> list[tuple[LayerKey, Reused]]:
-        # From the bottom on: above a layer that has to be built, everything has.
+        # From the bottom up: all layers above one that must be built must be built, too.
         found: list[tuple[LayerKey, Reused]] = []
         for number in range(len(groups)):
             key = self._key(groups, number, [reused.record.digest for _, reused in found])
@@ -171,7 +171,7 @@ class Pipeline:
             self._pushes.append(pushers.submit(self._push_built, groups, number, digests, tuple(pending)))
             for push in self._pushes:
                 if push.done():
-                    push.result()  # a failed upload ends all now
+                    push.result()  # raises now if the upload failed
         return tuple(push.result() for push in self._pushes)
 
     def _open(self, reused: Reused) -> Blob:
@@ -201,7 +201,7 @@ class Pipeline:
     def _push_built(
         self, groups: Sequence[Group], number: int, digests: Sequence[str], pending: Sequence[PendingLayer]
     ) -> ConvertedLayer:
-        # Layers are compressed in order: those below are finished when this one is.
+        # Layers are compressed in order: those below are finished before this one.
         *below, layer = [layer.result() for layer in pending]
         assert layer.path is not None
         key = self._key(groups, number, [*digests, *(lower.digest for lower in below)])
@@ -241,7 +241,7 @@ class Pipeline:
 
 
 class _Ahead:
-    # Layers in order, of which the next is fetched while one is built: more would only fill the disk.
+    # Layers in order: one is fetched while one is built; more would only fill the disk.
     def __init__(
         self,
         start: Callable[[int, oci.Descriptor], Future[VerifiedFile]],

@@ -1,4 +1,4 @@
-"""An image for several platforms: every image of an index, converted, and the index of them."""
+"""Converting an image for several platforms: every image of an index, and the index itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints import ImageDestination, ImageSource
 
 
-#: Most that converting one image takes, its compressing process included: 125 MiB for ``pydata``, in bytes.
+#: Most memory of converting one image, with its compressing process, in bytes: measured 125 MiB for ``pydata``.
 PLATFORM_MEMORY = 150 << 20
 
 
@@ -43,9 +43,9 @@ def convert_platforms(
 ) -> ConvertedIndex:
     """Convert the image of every platform at ``source``, and store an index of them at ``destination``.
 
-    BuildKit's attestations are left out: they speak of the original. Up to ``at_once`` images are under way, each of
-    which takes PLATFORM_MEMORY. The index comes last; if one image fails, there is none. A source that is
-    no index gives one image. Raises as :func:`obdlab.convert.image.convert_image`.
+    BuildKit's attestations are left out, as they describe the original. Up to ``at_once`` images are converted at
+    once, each with PLATFORM_MEMORY. The index is stored last, and not at all if one image fails. A source without an
+    index gives one image. Raises as :func:`obdlab.convert.image.convert_image`.
     """
     options = options or ConvertOptions()
     progress = progress or Silent()
@@ -72,7 +72,7 @@ def convert_platforms(
 
 
 def images_of(source: ImageSource) -> list[oci.Descriptor]:
-    """Return the images of an index, attestations left out; none for a source that is no index. Raises as root()."""
+    """Return the images of an index without attestations; empty for a source without an index. Raises as root()."""
     _, document = source.root()
     return _images(document) if isinstance(document, oci.Index) else []
 
@@ -89,7 +89,7 @@ def _convert_all(
     progress: Progress,
     at_once: int,
 ) -> tuple[ConvertedImage, ...]:
-    # Before any work: none is done for an index of which something is no image.
+    # Read before any work: an index with an entry that is not an image is refused at once.
     manifests = [source.child(entry) for entry in entries]
     stopped = threading.Event()
 
@@ -130,7 +130,7 @@ def _platform_name(platform: oci.Platform | None) -> str:
 
 
 class _Stoppable:
-    # Progress of one platform, by which it learns that another failed.
+    # Progress of one platform; reporting it raises once another platform has failed.
     def __init__(self, progress: Progress, name: str, stopped: threading.Event) -> None:
         self._progress = progress
         self._name = name

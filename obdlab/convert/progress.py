@@ -1,4 +1,4 @@
-"""How long work tells how far it is, without knowing who watches."""
+"""Reporting the progress of long work to any observer."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """One piece of work that is under way."""
+    """One piece of work in progress."""
 
     def advance(self, amount: int) -> None:
-        """So many bytes more are done. May raise, to end the work."""
+        """Report that so many more bytes are done. May raise, to end the work."""
 
 
 class Progress(Protocol):
-    """Somebody who watches. Called from several threads."""
+    """Observer of work. Called from several threads."""
 
     def task(self, name: str, total: int) -> AbstractContextManager[Task]:
-        """A piece of work of ``total`` bytes begins; it ends with the ``with`` block."""
+        """Report the start of ``total`` bytes of work; it ends with the ``with`` block."""
 
 
 class Silent:
-    """Watches nothing."""
+    """Ignores all reports."""
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Silent]:
-        """Let the work go on."""
+        """Ignore the report."""
         yield self
 
     def advance(self, amount: int) -> None:
-        """Let the work go on."""
+        """Ignore the report."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from obdlab.registry.reference import Reference
 
 _COPY = 1 << 20
-# Of a layer below, its metadata is read: here and there, much of it together.
+# Size and number of cached pieces. The metadata of a layer below is read in many places, much of it together.
 _PIECE = 256 << 10
 _PIECES = 64
 
@@ -103,7 +103,7 @@ class RegistrySource(ImageSource):
 
 
 class RegistryDestination(ImageDestination):
-    """A tag (or only a digest) in a registry."""
+    """A tag, or only a digest, in a registry."""
 
     def __init__(self, reference: Reference, client: RegistryClient) -> None:
         self.name = str(reference)
@@ -146,7 +146,7 @@ class RegistryDestination(ImageDestination):
 
 
 class _Recent(Blob):
-    # A blob of which the pieces read last are kept. A wrong one fails ZFile's checksums, and is asked for anew.
+    # A blob with a cache of recent pieces. A wrong piece fails ZFile's checksums, is evicted and read again.
     def __init__(self, blob: Blob) -> None:
         self.name = blob.name
         self._blob = blob
@@ -189,7 +189,7 @@ class _Recent(Blob):
 
 
 class _CountedFile(io.FileIO):
-    # A file to upload that tells how much of it has gone.
+    # A file to upload that reports the bytes sent.
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         super().__init__(path)
         self._advance = advance

@@ -1,7 +1,7 @@
-"""Finding layers and manifests that need not be made again.
+"""Finding finished layers and manifests.
 
-They may be at the destination, in another repository of its host, or left in the work directory by a conversion that
-was killed. The database says what to look for; the destination, asked each time, says what is there.
+They may be at the destination, in another repository of its host, or left in the work directory by a killed
+conversion. The database gives candidates; the destination is asked each time if it has them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reused:
-    """A finished layer: a file of the work directory that is yet to be stored, or one at the destination."""
+    """A finished layer: a file of the work directory that is not stored yet, or a blob at the destination."""
 
     record: LayerRecord
-    #: None for one at the destination.
+    #: None for a blob at the destination.
     path: Path | None
-    #: Where it was found, for people.
+    #: Description, for people, of the place it was found in.
     where: str
 
 
 class Reuse:
-    """Looks for the finished layers of one conversion, and notes those that it makes."""
+    """Finds the finished layers of one conversion, and records new ones."""
 
     def __init__(
         self,
@@ -54,20 +54,20 @@ class Reuse:
         self._options = options
 
     def key(self, chain_id: str, parent_chain_id: str, merged: int, below: Sequence[str]) -> LayerKey:
-        """Return what a layer is known by: ``merged`` OCI layers are in it, ``below`` are the digests below it."""
+        """Return the key of a layer made of ``merged`` OCI layers; ``below`` are the digests below it."""
         more = {"on": parent_chain_id} if merged > 1 else {}
         return LayerKey(chain_id, self._options.digest(**more), stack_digest(below))
 
     def find(self, key: LayerKey) -> Reused | None:
-        """Return the layer if it is anywhere. Raises what the destination raises when asked."""
+        """Return the finished layer, if found. Errors of the destination pass through."""
         return self._at_destination(key) or self._in_work_directory(key)
 
     def made(self, key: LayerKey, path: Path, record: LayerRecord) -> None:
-        """Note a layer that is finished, before it is stored."""
+        """Record a finished layer, before it is stored."""
         self._finished.add(key.name, path, record)
 
     def stored(self, key: LayerKey, record: LayerRecord) -> None:
-        """Note that the destination has the layer."""
+        """Record that the destination has the layer."""
         place = self._destination.place
         if self._database is not None and place is not None:
             with _hints():
@@ -100,7 +100,7 @@ class Reuse:
 def known_manifest(
     destination: ImageDestination, database: Database | None, source_digest: str, options: str
 ) -> oci.Manifest | None:
-    """Return what the source was converted to before, if the destination has all that it names still."""
+    """Return the manifest of an earlier conversion of the source, if the destination still has all its blobs."""
     place = destination.place
     if database is None or place is None:
         return None
@@ -127,7 +127,7 @@ def known_manifest(
 def note_manifest(
     destination: ImageDestination, database: Database | None, source_digest: str, options: str, digest: str
 ) -> None:
-    """Note what the source was converted to."""
+    """Record the source's converted manifest."""
     if database is not None and destination.place is not None:
         with _hints():
             database.add_manifest(destination.place, source_digest, options, digest)
@@ -135,7 +135,7 @@ def note_manifest(
 
 @contextmanager
 def _hints() -> Iterator[None]:
-    # The database was there when the conversion began; what it cannot tell or note now costs time, no more.
+    # The database could be opened when the conversion began; a later failure only costs time.
     try:
         yield
     except DatabaseError as error:

@@ -1,9 +1,9 @@
-"""What image names mean: the transports that sources and destinations have.
+"""Image names: the transports of sources and destinations.
 
-``docker://HOST/NAME:TAG`` (a registry; the prefix may be left out), ``oci:DIR[:TAG]`` (an OCI layout directory, which
-needs no prefix if it is one), ``oci-archive:FILE[:TAG]`` (one in a tar), ``docker-archive:FILE[:NAME:TAG]`` (what
-``docker save`` writes) and ``containerd:NAMESPACE:NAME`` (containerd's stores). The names are those of skopeo
-(containers-transports(5)), but for containerd's.
+``docker://HOST/NAME:TAG`` (a registry; the prefix may be left out), ``oci:DIR[:TAG]`` (an OCI layout directory; the
+prefix may be left out for an existing one), ``oci-archive:FILE[:TAG]`` (a layout in a tar),
+``docker-archive:FILE[:NAME:TAG]`` (output of ``docker save``) and ``containerd:NAMESPACE:NAME`` (containerd's
+stores). The names are those of skopeo (containers-transports(5)), except for containerd's.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _ARCHIVE = "oci-archive"
 _DOCKER_ARCHIVE = "docker-archive"
 _CONTAINERD = "containerd"
 _TRANSPORTS = (_REGISTRY, _LAYOUT, _ARCHIVE, _DOCKER_ARCHIVE, _CONTAINERD)
-# skopeo's others, so that their names are not taken for those of registries.
+# Other transports of skopeo, which must not be taken for registries.
 _NOT_HERE = ("dir", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
 # containerd, pkg/identifiers
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 
 
 def open_source(text: str, client: RegistryClient, *, containerd: str = DEFAULT_ADDRESS) -> ImageSource:
-    """Return the image that ``text`` names; close it after use. ``containerd`` is that one's socket.
+    """Return the image named ``text``; close it after use. ``containerd`` is the path of its socket.
 
-    Raises FormatError if ``text`` is no name of an image, or that of a file or directory which is none; and what
-    opening an archive or containerd raises.
+    Raises FormatError if ``text`` is not an image's name, or names a file or directory that is not an image. Errors
+    of opening an archive or containerd pass through.
     """
     transport, rest = _split(text)
     if transport == _LAYOUT:
@@ -71,10 +71,10 @@ def open_source(text: str, client: RegistryClient, *, containerd: str = DEFAULT_
 
 
 def open_destination(text: str, client: RegistryClient, *, containerd: str = DEFAULT_ADDRESS) -> ImageDestination:
-    """Return the place that ``text`` names; close it after use. The tag of a layout is "latest" if there is none.
+    """Return the destination named ``text``; close it after use. The default tag of a layout is "latest".
 
-    Raises FormatError if ``text`` names no place that can be written, SourceError if the directory cannot be used,
-    and what containerd raises.
+    Raises FormatError if ``text`` does not name a writable destination, SourceError if the directory cannot be used;
+    errors of containerd pass through.
     """
     transport, rest = _split(text)
     if transport == _LAYOUT:
@@ -96,7 +96,7 @@ def open_destination(text: str, client: RegistryClient, *, containerd: str = DEF
     return RegistryDestination(Reference.parse(rest), client)
 
 
-# What lies here is meant, in most cases; a reference that looks the same can be given with its registry or tag.
+# A text that looks like a path mostly is one; a reference of the same form can be given with its registry or tag.
 def _check_no_path(text: str) -> None:
     path = Path(text)
     if not names_image(text) and (path.exists() or text.startswith(("/", "./", "../"))):
@@ -111,7 +111,7 @@ def _check_no_path(text: str) -> None:
 
 
 def names_image(text: str) -> bool:
-    """Tell whether ``text`` can only mean an image: it has a transport, a tag or a host, and is no file."""
+    """Return True if ``text`` can only mean an image: it has a transport, a tag or a host, and is not a file."""
     if Path(text).is_file():
         return False
     first, slash, _ = text.partition("/")
@@ -128,7 +128,7 @@ def in_registry(text: str) -> bool:
 def check_apart(source: str, destination: str) -> None:
     """Raise FormatError if the converted image would take the name of the image it is made from.
 
-    That name would be lost, and with it, sooner or later, the image.
+    The source would lose that name and, sooner or later, be deleted.
     """
     if _name_of(source, None) == _name_of(destination, "latest"):
         raise FormatError(
@@ -136,8 +136,7 @@ def check_apart(source: str, destination: str) -> None:
         )
 
 
-# What is overwritten when something is stored under the name. A layout's only image needs no tag; an archive is
-# replaced as a whole.
+# The name that storing would overwrite. A layout's only image needs no tag; an archive is replaced as a whole.
 def _name_of(text: str, default_tag: str | None) -> tuple[object, str | None]:
     transport, rest = _split(text)
     if transport == _LAYOUT:
@@ -168,7 +167,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _split_file(rest: str) -> tuple[Path, str | None]:
-    # Both may hold colons: the file is what is there.
+    # Path and tag may hold colons. The path is the whole text if it is a file, else its shortest such prefix.
     at = rest.find(":")
     while at >= 0 and not Path(rest).is_file():
         if Path(rest[:at]).is_file():

@@ -1,8 +1,8 @@
-"""What a tar says of one member, and the quick way to read it from a plain header.
+"""A member of a tar, and a fast parser for plain headers.
 
 Most members of most layers have one plain header, and layers have tens of thousands of members. :func:`plain_member`
-takes what it understands completely, at a fraction of tarfile's cost; all else (pax and GNU extensions, base-256
-numbers, device nodes, whatever is odd or damaged) it leaves to :mod:`obdlab.convert.tarstream`.
+reads such headers at a fraction of tarfile's cost. All others (pax and GNU extensions, base-256 numbers, device
+nodes, odd or damaged headers) are left to :mod:`obdlab.convert.tarstream`.
 
 Source: POSIX.1-2024 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from zlib import adler32
 
-#: Unit of a tar: headers are one block, content is filled up to whole ones.
+#: Unit of a tar: headers are one block, content is padded to whole ones.
 BLOCK = 512
-#: Bounds of signed 64-bit nanoseconds; times outside become 0, as containerd has it.
+#: Bounds of signed 64-bit nanoseconds; times outside become 0, as in containerd.
 MAX_TIME_NS = (1 << 63) - 1
 _NS = 1_000_000_000
 
@@ -24,13 +24,13 @@ _NS = 1_000_000_000
 _HEADER = struct.Struct("100s24s12s12s8s1s100s8s80x155s12x")
 _POSIX, _GNU = b"ustar\x0000", b"ustar  \0"
 _EMPTY_PREFIX = bytes(155)
-# Mode and owner repeat from member to member: their numbers by the 24 bytes they are written in.
+# Mode and owner repeat from member to member: this caches their numbers by the 24 bytes they are written in.
 _MOST_OWNERS = 4096
 _owners: dict[bytes, tuple[int, int, int]] = {}
 
 
 class Kind(Enum):
-    """What a member makes."""
+    """Type of a member."""
 
     FILE = "file"
     DIRECTORY = "directory"
@@ -45,10 +45,10 @@ _KINDS = {b"0": Kind.FILE, b"5": Kind.DIRECTORY, b"2": Kind.SYMLINK, b"1": Kind.
 _FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
 
 
-# Not frozen: making frozen ones takes four times as long, and there is one for every file.
+# Not frozen: frozen ones take four times as long to make, and there is one for every file.
 @dataclass(slots=True)
 class Member:
-    """One member. Names are bytes as written, not yet checked for where they lead."""
+    """One member. Names are bytes as written, not yet checked for escapes."""
 
     name: bytes
     kind: Kind
@@ -64,15 +64,15 @@ class Member:
     #: (major, minor) of a device node.
     rdev: tuple[int, int]
     xattrs: tuple[tuple[bytes, bytes], ...]
-    #: Where the member's header stands in the uncompressed stream.
+    #: Offset of the member's header in the uncompressed stream.
     offset: int
     sparse: bool
 
 
 def plain_member(header: bytes, offset: int) -> Member | None:
-    """Read the header block that stands at ``offset`` of its stream.
+    """Read the header block at ``offset`` of its stream.
 
-    None for whatever is not a plain header of a file, directory or link, sound or not; never an error.
+    Returns None unless it is a sound plain header of a file, directory or link; never raises.
     """
     name, owner, size_field, mtime_field, checksum, kind_field, link, magic, prefix = _HEADER.unpack(header)
     kind = _KINDS.get(kind_field)
@@ -100,7 +100,7 @@ def plain_member(header: bytes, offset: int) -> Member | None:
 
 
 def plain_size(header: bytes) -> int | None:
-    """Return the size that a header block of any type tells; None if it is not a plain and sound one."""
+    """Return the size field of a header block of any type; None if the block is not plain and sound."""
     _, _, size_field, _, checksum, _, _, magic, _ = _HEADER.unpack(header)
     try:
         size, wanted = int(size_field.rstrip(b"\0 "), 8), int(checksum.rstrip(b"\0 "), 8)
@@ -110,7 +110,7 @@ def plain_size(header: bytes) -> int | None:
 
 
 def _read_owner(field: bytes) -> tuple[int, int, int]:
-    # Mode, user and group. Raises ValueError for what is no plain number.
+    # Mode, user and group. Raises ValueError unless all are plain numbers.
     mode, uid, gid = (int(field[at : at + 8].rstrip(b"\0 "), 8) for at in (0, 8, 16))
     if min(mode, uid, gid) < 0:
         raise ValueError("negative")
@@ -121,7 +121,7 @@ def _read_owner(field: bytes) -> tuple[int, int, int]:
 
 
 def _sum(header: bytes, checksum: bytes) -> int:
-    # The sum of all bytes, those of the checksum taken as blanks. The low half of Adler-32 is a sum modulo 65521,
+    # The sum of all bytes, with the checksum field counted as blanks. The low half of Adler-32 is a sum modulo 65521,
     # which 256 bytes do not reach; it starts at 1.
     halves = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
     return halves - sum(checksum) + 8 * 32

@@ -1,8 +1,8 @@
 """Pax headers: records beside a plain header, read strictly.
 
-tarfile stops at a record that it does not understand and goes on as if there had been none; another reader of the
-same layer may see another image then. Here every record has to be one. Of what they say, all that layers use is taken
-here; sparse files are left to tarfile.
+tarfile stops at a malformed record and continues as if there had been none; another reader of the same layer may then
+see another image. Here every record must be well-formed. All keywords that layers use are handled here; sparse files
+are left to tarfile.
 
 Source: POSIX.1-2024 pax, "pax Header Block" and "Extended Header Keywords".
 """
@@ -28,12 +28,12 @@ _SHORTEST = 5  # "5 a=\n"
 
 
 def pax_size(header: bytes) -> int | None:
-    """Return how long the records are that follow, if this is the header block of such."""
+    """Return the length of the records that follow, if this is a pax header block."""
     return plain_size(header) if header[156:157] == b"x" else None
 
 
 def parse_records(body: bytes) -> dict[bytes, bytes]:
-    """Return what the records say, of each keyword the last. Raises ValueError, with what is wrong."""
+    """Return the value of each keyword, the last one if repeated. Raises ValueError for a malformed record."""
     found: dict[bytes, bytes] = {}
     at, end = 0, len(body)
     while at < end:
@@ -55,7 +55,7 @@ def parse_records(body: bytes) -> dict[bytes, bytes]:
 
 
 def merged(member: Member, records: dict[bytes, bytes]) -> Member | None:
-    """Return the member as the records have it; None if they say that it is a sparse file. Not yet checked."""
+    """Return the member with the records' values, not yet checked; None if they describe a sparse file."""
     xattrs = []
     for key, value in records.items():
         if key.startswith(_XATTR_PREFIX):
@@ -63,7 +63,7 @@ def merged(member: Member, records: dict[bytes, bytes]) -> Member | None:
         elif key.startswith(_SPARSE_PREFIX):
             return None
         elif not value:
-            continue  # takes back what was said before
+            continue  # an empty value removes the record
         elif key == b"path":
             member.name = value.rstrip(b"/")
         elif key == b"linkpath":
@@ -83,7 +83,7 @@ def merged(member: Member, records: dict[bytes, bytes]) -> Member | None:
 
 
 def time_ns(text: str) -> int:
-    """Return a pax time in nanoseconds; 0 for one out of range, and for what is none, as containerd has it."""
+    """Return a pax time in nanoseconds; 0 if it is malformed or out of range, as in containerd."""
     match = _TIME.fullmatch(text)
     if match is None or match[1]:
         return 0

@@ -1,8 +1,8 @@
-"""Members of an untrusted tar stream, read once and forwards.
+"""Members of an untrusted tar stream, read once, forwards.
 
-The standard library's tarfile does the parsing (ustar, pax, GNU). What it lacks for input that is not trusted is
-added here: a damaged header in the middle is an error instead of the end, header sizes are bounded, pax times keep
-their nanoseconds, extended attributes their raw bytes, and global pax headers are ignored as containerd ignores them.
+The standard library's tarfile does the parsing (ustar, pax, GNU). This module adds checks for untrusted input: a
+damaged header in the middle is an error instead of the end, header sizes are bounded, pax times keep their
+nanoseconds, extended attributes their raw bytes, and global pax headers are ignored as containerd ignores them.
 
 Sources: POSIX.1-2024 pax; GNU tar manual, "Basic Tar Format"; OCI image layer specification.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NS = 1_000_000_000
 _XATTR_PREFIX = "SCHILY.xattr."
-# What other readers of container layers allow for one pax or long name header.
+# The limit that other readers of container layers have for one pax or long name header.
 _MAX_HEADER_SIZE = 1 << 20
 _HEADER_TYPES = (
     tarfile.XHDTYPE,
@@ -34,9 +34,9 @@ _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _END = bytes(BLOCK)
-# A type that nobody uses: tarfile skips the data of types it does not know.
+# An unused type: tarfile skips the data of types it does not know.
 _IGNORED_TYPE = b"\x01"
-# chown(2) takes the highest number to mean "leave as it is".
+# The highest number means "leave as it is" to chown(2).
 _MAX_ID = (1 << 32) - 2
 
 _PARSE_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, EOFError, MemoryError)
@@ -56,18 +56,18 @@ _KINDS = {
 
 
 class TarStream:
-    """Iterates over the members of a tar that comes from ``file`` (unseekable, binary).
+    """Iterates over the members of a tar from ``file`` (unseekable, binary).
 
-    ``blob`` is what errors call it. Everything wrong with the stream is a FormatError with the offset.
+    ``blob`` is its name in errors. Every defect of the stream is a FormatError with the offset.
     """
 
     def __init__(self, file: IO[bytes] | RawIOBase, blob: str) -> None:
         self._stream = ForwardReader(file)
         self._blob = blob
         self._tar: tarfile.TarFile | None = None
-        #: Where the next header is.
+        #: Offset of the next header.
         self._next = 0
-        # The current member's stored bytes: where they begin, and where in the file they belong.
+        # The current member's stored bytes: their offset in the stream, and their extents in the file.
         self._data_at = 0
         self._extents: list[tuple[int, int]] = []
 
@@ -99,9 +99,9 @@ class TarStream:
                 yield member
 
     def data(self, member: Member) -> Iterator[tuple[int, memoryview]]:
-        """Yield the current file's bytes: offset in the file, and a piece of up to 1 MiB, valid until the next.
+        """Yield the current file's bytes: offset in the file, and a piece of up to 1 MiB, valid until the next one.
 
-        A sparse file has holes where no piece comes. Raises FormatError if the stream ends first.
+        Ranges of a sparse file without a piece are holes. Raises FormatError if the stream ends first.
         """
         stream = self._stream
         stream.seek(self._data_at)
@@ -115,12 +115,12 @@ class TarStream:
                 offset += len(piece)
 
     def drain(self) -> None:
-        """Read what follows the end of the archive, so that the writer of a pipe is not cut off."""
+        """Read the rest after the end of the archive, so that the writer of a pipe does not fail."""
         while self._stream.read_some(PIECE):
             pass
 
     def _quickly(self, header: bytes) -> Member | None:
-        # The member at the current position if tarfile is not needed for it; its content begins at _next then.
+        # Returns the member at the current position if it can do without tarfile; its content then begins at _next.
         size = pax_size(header)
         if size is None or size > _MAX_HEADER_SIZE:
             member = plain_member(header, self._next)
@@ -143,11 +143,11 @@ class TarStream:
         return member
 
     def _parse(self) -> tarfile.TarInfo | None:
-        # The member at the current position, headers before it included.
+        # Returns the member at the current position, with its extension headers.
         self._stream.allow_reading(MAX_HEADERS_SIZE)
         try:
             if self._tar is None:
-                # tarfile reads a member when it is opened.
+                # Opening reads the first member.
                 self._tar = tarfile.TarFile(
                     fileobj=cast("IO[bytes]", self._stream),
                     mode="r",
@@ -161,7 +161,7 @@ class TarStream:
                 self._tar.offset = self._next
                 found = self._tar.next()
             self._next = self._tar.offset
-            # It also keeps every member it has met.
+            # tarfile keeps every member it has read.
             self._tar.members = []  # type: ignore[attr-defined]
         except _PARSE_ERRORS as error:
             raise self._error(f"not a tar or a damaged one: {error}") from error
@@ -170,7 +170,7 @@ class TarStream:
         return found
 
     def _checked_extents(self, info: tarfile.TarInfo, member: Member) -> list[tuple[int, int]]:
-        # Where the file's stored bytes belong. tarfile takes the map of a sparse file as it comes.
+        # Returns the places of the file's stored bytes. tarfile does not check the map of a sparse file.
         if not member.sparse:
             return [(0, member.size)]
         extents = cast("list[tuple[int, int]]", info.sparse)
@@ -226,23 +226,23 @@ class TarStream:
 
 
 class _CheckedInfo(tarfile.TarInfo):
-    # tarfile takes an invalid header that is not the first for the end of the archive. Errors of another class than
+    # tarfile takes an invalid header after the first for the end of the archive. Only errors of classes other than
     # HeaderError pass through it.
 
-    #: Set by the check: tells that this Python's tarfile came by here.
+    #: Set by the check, as proof that this Python's tarfile calls it.
     is_checked = False
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         return cls._checked(buf, lambda: super(_CheckedInfo, cls).frombuf(buf, encoding, errors))
 
-    # Where releases of 2026 parse headers (3.13.5 of Debian 13 among them); others have no such method.
+    # Releases of 2026 parse headers here (3.13.5 of Debian 13 among them); others have no such method.
     @classmethod
     def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Self:
         parse = super()._frombuf  # type: ignore[misc]
         return cls._checked(buf, lambda: parse(buf, encoding, errors, **options))
 
-    # Where tarfile would end reading records at one that is damaged.
+    # tarfile would stop reading records at a damaged one.
     def _proc_pax(self, tar: tarfile.TarFile) -> Self:
         reader = cast("ForwardReader", tar.fileobj)
         try:
@@ -252,7 +252,7 @@ class _CheckedInfo(tarfile.TarInfo):
         found: Self = super()._proc_pax(tar)  # type: ignore[misc]
         return found
 
-    # A pax record may bring the wrong value, a negative size above all.
+    # A pax record may bring a wrong value, such as a negative size.
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
         try:
             found: Self = super()._proc_member(tar)  # type: ignore[misc]
@@ -275,7 +275,7 @@ class _CheckedInfo(tarfile.TarInfo):
         if info.type == tarfile.XGLTYPE:
             info.type = _IGNORED_TYPE
         if buf[257:265] == tarfile.GNU_MAGIC and info.type not in tarfile.GNU_TYPES:
-            # GNU tar keeps times where ustar has the front of a long name; tarfile takes them for one.
+            # GNU tar keeps times where ustar has the front of a long name; tarfile would take them for a name.
             name = tarfile.nts(buf[:100], "utf-8", "surrogateescape")  # type: ignore[attr-defined]
             info.name = name.rstrip("/") if info.isdir() else name
         info.is_checked = True

@@ -1,6 +1,6 @@
-"""Traces of an image's starts, published: as a hot layer, an acceleration layer, or an artifact that refers to it.
+"""Publishing traces of an image's starts: as a hot layer, an acceleration layer, or an artifact that refers to it.
 
-The first two make another image, with one more layer; the third leaves the image and its digest as they are.
+The first two make another image, with one more layer; the third does not change the image or its digest.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from obdlab.image.settings import Settings
     from obdlab.registry.client import RegistryClient
 
-# The bytes of a start are what it waits for: smaller counts for more than sooner decompressed, and larger blocks
-# compress better, as does zstd's highest level short of those that take much memory: 11 % less than its third, at a
-# 70th of the speed, once. (Blocks of 64 KiB that do not compress have no room in the original's reader.)
+# A start waits for these bytes, so their number counts more than the speed of decompression. Larger blocks and higher
+# levels of zstd compress better: this level, the highest without great need of memory, gives 11 % less than level 3,
+# at a 70th of the speed, once. (Blocks of 64 KiB that do not compress have no room in the original's reader.)
 HOT_LEVEL = 19
 HOT_PACKING = Packing("zstd", 32 << 10, tar=True, workers=min(4, os.cpu_count() or 1), level=HOT_LEVEL)
-# An image in a registry is not copied.
+# Not used: an image in a registry is not copied.
 _NOWHERE = Path("/nonexistent")
 _EMPTY_CONFIG = b"{}"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -62,10 +62,10 @@ def add_hot_layer(
     progress: Progress | None = None,
     trace_name: str = "trace",
 ) -> tuple[oci.Descriptor, int]:
-    """Store ``source`` with a hot layer of what ``trace`` (or a priority list) names at ``destination``.
+    """Store ``source`` at ``destination`` with a hot layer of the reads in ``trace`` (or a priority list).
 
-    Returns the manifest's descriptor, and the size of the hot layer's blob. Of an image in a registry, read with
-    ``client``, only what is named is fetched. Raises FormatError and CorruptBlobError as the trace or image deserves.
+    Returns the manifest's descriptor, and the size of the hot layer's blob. From an image in a registry, read with
+    ``client``, only these ranges are fetched. Raises FormatError and CorruptBlobError for trace or image.
     """
     manifest = manifest_of(source, platform)
     with tempfile.TemporaryDirectory(prefix="obdlab-hot-", dir=work_dir) as directory:
@@ -114,9 +114,9 @@ def attach_trace(
     platform: oci.Platform | None,
     trace_name: str = "trace",
 ) -> str:
-    """Have the registry know ``trace`` as an artifact that refers to the image; return the artifact's digest.
+    """Store ``trace`` in the registry as an artifact that refers to the image; return the artifact's digest.
 
-    The newest one of an image counts. Raises as :func:`add_acceleration_layer` does.
+    If an image has several, the newest counts. Raises as :func:`add_acceleration_layer` does.
     """
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
@@ -142,7 +142,7 @@ def attach_trace(
 
 
 def detach_traces(client: RegistryClient, reference: Reference, *, platform: oci.Platform | None) -> list[str]:
-    """Undo every :func:`attach_trace` of an image; return the digests of the artifacts that were there."""
+    """Remove all traces that :func:`attach_trace` added to an image; return the digests of the artifacts."""
     subject, _ = RegistrySource(reference, client).find(platform or host_platform(), overlaybd=True)
     repository = client.repository(reference)
     found = [each.digest for each in client.referrers(repository, subject.digest, TRACE_ARTIFACT)]

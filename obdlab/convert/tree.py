@@ -1,7 +1,7 @@
-"""The tree that a layer is applied to: what :mod:`obdlab.convert.apply` asks of it, and ext4 in user space as one.
+"""The tree to which layers are applied: the interface for :mod:`obdlab.convert.apply`, and ext4 in user space.
 
 Paths are canonical bytes: absolute, no trailing slash, no links in them, the root being b"". Errors are OSError with
-the kernel's numbers, so that a tree in the kernel is one as well (the tests compare the two).
+the kernel's numbers, so that a directory of the kernel can be a tree, too (the tests compare the two).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 Xattr = tuple[bytes, bytes]
 
 
-# Not frozen: making frozen ones takes four times as long, and there is one for every file.
+# Not frozen: frozen ones take four times as long to make, and there is one for every file.
 @dataclass(slots=True)
 class Attributes:
-    """What a member says of a file beside its content. Times in nanoseconds."""
+    """Attributes of a file. Times in nanoseconds."""
 
     #: Permission bits with setuid, setgid and sticky.
     mode: int
@@ -41,27 +41,27 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is at a path: ``format`` is the type in st_mode's bits."""
+    """The file at a path: ``format`` is the type in st_mode's bits."""
 
     format: int
     attributes: Attributes
 
     @property
     def is_directory(self) -> bool:
-        """Whether it is a directory."""
+        """True for a directory."""
         return self.format == stat.S_IFDIR
 
     @property
     def is_link(self) -> bool:
-        """Whether it is a symbolic link."""
+        """True for a symbolic link."""
         return self.format == stat.S_IFLNK
 
 
 class Tree(Protocol):
-    """What layers are applied to. Nothing but ``look`` may be given a path that is not there, unless it makes it."""
+    """The target of applying layers. Paths must exist, except for ``look`` and paths that are made."""
 
     def look(self, path: bytes) -> Seen | None:
-        """Tell what is at the path, its extended attributes left out; None if nothing."""
+        """Return the file at the path without its extended attributes; None if it is missing."""
 
     def xattrs(self, path: bytes) -> list[Xattr]:
         """Return the extended attributes."""
@@ -73,7 +73,7 @@ class Tree(Protocol):
         """Return the names in a directory."""
 
     def remove(self, path: bytes) -> None:
-        """Remove what is there, a directory with all that is in it."""
+        """Remove the path, a directory with all its content."""
 
     def make_directory(self, path: bytes, attributes: Attributes) -> None:
         """Make a directory."""
@@ -90,24 +90,24 @@ class Tree(Protocol):
         """Make a device node (S_IFCHR, S_IFBLK) or a fifo (S_IFIFO)."""
 
     def make_hard_link(self, path: bytes, target: bytes) -> None:
-        """Give what is at ``target`` one more name."""
+        """Give the file at ``target`` one more name."""
 
     def set_attributes(self, path: bytes, attributes: Attributes, *, keep_xattrs: bool) -> None:
-        """Change all attributes; extended ones that are not named stay only with ``keep_xattrs``."""
+        """Set all attributes; with ``keep_xattrs`` extended ones that are not named stay."""
 
     def set_times(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
-        """Change the times only."""
+        """Set only the times."""
 
 
 class Ext4Tree:
-    """An ext4 file system on a disk as a tree. :meth:`finish` writes what is still in memory."""
+    """An ext4 file system on a disk as a tree. :meth:`finish` writes the changes in memory."""
 
     def __init__(self, disk: WritableBlob) -> None:
         self._editor = Editor(disk)
         self._directories: dict[bytes, int] = {b"": ROOT_INO}
 
     def finish(self) -> None:
-        """Write everything out; the tree cannot be used after that."""
+        """Write all changes to the disk; the tree cannot be used after that."""
         self._editor.finish()
 
     def look(self, path: bytes) -> Seen | None:
@@ -198,7 +198,7 @@ class Ext4Tree:
         return self._editor.add(*self._place(path), inode)
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
-        # The parent's inode number, and the name in it.
+        # Returns the parent's inode number, and the name in it.
         parent, _, name = path.rpartition(b"/")
         number = self._directories.get(parent)
         return self._number(parent) if number is None else number, name

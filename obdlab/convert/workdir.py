@@ -1,7 +1,7 @@
-"""Directories that a conversion works in: gone when it ends, or, if it was killed, when the next one begins.
+"""Work directories of conversions: removed when the conversion ends, or, if it was killed, when the next one begins.
 
-Layers that a killed conversion had finished are kept for a day, so that the next one of the same image need not make
-them again: in a directory beside the others, under names that say what they are (:class:`FinishedLayers`).
+Finished layers of a killed conversion are kept for a day, so that the next one of the same image need not make them
+again. They are in a directory beside the others, under names made of their keys (:class:`FinishedLayers`).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _MAX_RECORD = 4096
 
 @contextmanager
 def work_directory(parent: Path) -> Iterator[Path]:
-    """Make a directory below ``parent`` that is this conversion's for the block, then remove it.
+    """Make a directory below ``parent`` for this conversion, and remove it at the end of the block.
 
-    What this user's killed conversions left there is removed first, but for finished layers; directories that are in
-    use are locked. Raises SourceError if ``parent`` cannot be used.
+    First, directories of this user's killed conversions are removed, except for finished layers; directories in use
+    are locked. Raises SourceError if ``parent`` cannot be used.
     """
     try:
         _sweep(parent)
@@ -55,23 +55,23 @@ def work_directory(parent: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
         with suppress(OSError):
-            _pool(parent).rmdir()  # if nothing is left in it
+            _pool(parent).rmdir()  # only if it is empty
 
 
 class FinishedLayers:
-    """Finished layers of the conversion in ``directory``, and those that killed ones have left beside it."""
+    """Finished layers of the conversion in ``directory``, and those that killed conversions left beside it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._pool = _pool(directory.parent)
 
     def add(self, name: str, path: Path, record: LayerRecord) -> None:
-        """Note that ``path``, in the directory, is the finished layer ``name``.
+        """Record that ``path``, in the directory, is the finished layer ``name``.
 
-        Where that cannot be done (a file system without hard links), a kill costs the layer, no more.
+        If that fails (a file system without hard links), a kill only costs the layer.
         """
         try:
-            # The record comes last: there is none of a layer that is not whole.
+            # The record is written last: only a complete layer has one.
             os.link(path, self._directory / f"{name}{_BLOB}")
             temporary = self._directory / f"{name}.new"
             temporary.write_text(json.dumps(asdict(record)))
@@ -82,7 +82,7 @@ class FinishedLayers:
             logger.info("%s: would not survive a kill: %s", path, error.strerror)
 
     def take(self, name: str) -> tuple[Path, LayerRecord] | None:
-        """Return the layer ``name`` of a killed conversion, now in the directory, if it is there and whole."""
+        """Move the layer ``name`` of a killed conversion into the directory; return it if it exists and is whole."""
         blob, record = self._directory / f"{name}{_BLOB}", self._directory / f"{name}{_RECORD}"
         try:
             if not _is_own(self._pool):
@@ -93,7 +93,7 @@ class FinishedLayers:
             digest = digest_of_file(blob)
             if (digest, blob.stat().st_size) == (found.digest, found.size):
                 return blob, found
-        except (OSError, ValueError, TypeError):  # gone, another's by now, or damaged: then it is made again
+        except (OSError, ValueError, TypeError):  # gone, taken by another, or damaged: the layer is built
             pass
         for path in (blob, record):
             path.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def _pool(parent: Path) -> Path:
 
 
 def _is_own(directory: Path) -> bool:
-    # The parent may be writable for all.
+    # All users may be able to write to the parent.
     try:
         status = directory.lstat()
     except OSError:
@@ -116,7 +116,7 @@ def _is_own(directory: Path) -> bool:
 def _make(parent: Path) -> tuple[Path, int]:
     while True:
         directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Until it is locked, it looks like one that was left.
+        # Before it is locked, it looks like one of a killed conversion.
         with suppress(FileNotFoundError):
             lock = os.open(directory, _FLAGS)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -129,7 +129,7 @@ def _sweep(parent: Path) -> None:
     with os.scandir(parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(_PREFIX)]
     for name in names:
-        # Others' directories, and what is none, are none of ours.
+        # Errors skip a name that is not a directory, or is another user's.
         with suppress(OSError):
             _sweep_one(parent, parent / name)
     with suppress(OSError):
@@ -153,7 +153,7 @@ def _keep_finished(directory: Path, pool: Path) -> None:
             pool.mkdir(mode=0o700)
         if not _is_own(pool):
             return
-        with suppress(OSError):  # one that was being taken
+        with suppress(OSError):  # another conversion was taking it
             os.replace(record.with_suffix(_BLOB), pool / record.with_suffix(_BLOB).name)
             os.replace(record, pool / record.name)
 
