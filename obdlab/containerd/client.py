@@ -27,7 +27,7 @@ DEFAULT_NAMESPACE = "default"
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Version and source revision of the containerd that answers."""
+    """Version and source revision of the running containerd."""
 
     version: str
     revision: str
@@ -36,9 +36,9 @@ class Version:
 class Containerd:
     """One namespace of the containerd behind a unix socket. May be used from several threads at once.
 
-    Every method of it and its stores raises ContainerdError, of a subclass where the caller may want to act on it;
-    nothing waits longer than ``timeout_s`` except transfers, unpacking and synchronous removal, which have deadlines
-    of their own.
+    Every method of it and its stores raises ContainerdError, or a subclass if the caller may want to handle it. No
+    call waits longer than ``timeout_s`` except transfers, unpacking and synchronous removal, which have deadlines of
+    their own.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Containerd:
 
     @property
     def namespace(self) -> str:
-        """The namespace all calls are about."""
+        """The namespace of all calls."""
         return self._connection.namespace
 
     @property
     def address(self) -> str:
-        """The socket."""
+        """Path of the socket."""
         return self._connection.address
 
     def snapshots(self, snapshotter: str) -> Snapshots:
@@ -74,10 +74,10 @@ class Containerd:
 
     @contextmanager
     def lease(self, *, expire_s: float) -> Iterator[LeasedContainerd]:
-        """Hold everything made through the client that this yields until the block ends.
+        """Hold everything made through the yielded client until the block ends.
 
-        The lease also ends by itself after ``expire_s`` seconds, so that a killed client leaves nothing for ever.
-        If the block fails, what was made under the lease is collected before the error goes on.
+        The lease also ends by itself after ``expire_s`` seconds, so that a killed client leaves no content for ever.
+        If the block fails, content made under the lease is collected before the error is raised.
         """
         lease_id = f"obdlab-{secrets.token_hex(8)}"
         self.leases.create(lease_id, expire_s=expire_s)
@@ -90,7 +90,7 @@ class Containerd:
         self.leases.delete(lease_id)
 
     def close(self) -> None:
-        """Close the channel. Clients that share it (from :meth:`lease`) end with it."""
+        """Close the channel. Clients that share it (from :meth:`lease`) stop working."""
         self._connection.channel.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""One gRPC channel to containerd, and the metadata and deadline every call carries."""
+"""One gRPC channel to containerd, with the metadata and deadline of every call."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
-# containerd's own limit for what it receives; a listing may come near it in the other direction.
+# containerd's own limit for messages it receives; its answer to a listing may come near it.
 MAX_MESSAGE = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A channel with what is said along with every call: namespace, lease, deadline in seconds."""
+    """A channel with the values sent along with every call: namespace, lease, deadline in seconds."""
 
     channel: grpc.Channel
     address: str
@@ -33,7 +33,7 @@ class Connection:
 
     @classmethod
     def open(cls, address: str, namespace: str, timeout_s: float) -> Self:
-        """Return a connection to the unix socket at ``address``. Nothing is sent before the first call."""
+        """Return a connection to the unix socket at ``address``. The first call opens it."""
         channel = grpc.insecure_channel(
             f"unix:{address}",
             options=[
@@ -45,7 +45,7 @@ class Connection:
         return cls(channel, address, namespace, (("containerd-namespace", namespace),), timeout_s)
 
     def leased(self, lease_id: str) -> Self:
-        """Return the same channel, with everything made through it held by a lease."""
+        """Return the same channel with a lease that holds everything made through it."""
         return replace(self, metadata=(*self.metadata, ("containerd-lease", lease_id)))
 
     def call(
@@ -62,7 +62,7 @@ class Connection:
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Turn gRPC's errors into ours."""
+        """Turn gRPC's errors into ContainerdError."""
         try:
             yield
         except grpc.RpcError as error:

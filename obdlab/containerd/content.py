@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from obdlab.containerd.connection import Connection
 
 CHUNK = 1 << 20
-#: Larger than any document of an image may be.
+#: Larger than any valid document of an image.
 MAX_DOCUMENT = 8 << 20
-# A blob of some GB over a slow line takes this long at most; silence on the line is the source's business.
+# Deadline of one transfer: a blob of some GB over a slow line. The source itself handles silence on the line.
 TRANSFER_TIMEOUT_S = 3600.0
 _LOCK_POLL_S = 0.1
 
@@ -57,7 +57,7 @@ class ContentStore:
         return _info(answer.info)
 
     def exists(self, digest: str) -> bool:
-        """Whether the store has the blob, whole."""
+        """Return True if the store has the whole blob."""
         try:
             self.info(digest)
         except NotFoundError:
@@ -76,14 +76,14 @@ class ContentStore:
     def read(self, digest: str, max_size: int = MAX_DOCUMENT) -> bytes:
         """Return a whole blob (configurations and manifests, not layers), its digest checked.
 
-        Raises NotFoundError, or ContainerdError if it is larger than ``max_size`` or not what its digest says.
+        Raises NotFoundError, or ContainerdError if it is larger than ``max_size`` or does not match its digest.
         """
         return b"".join(self._checked(digest, None, max_size, self._connection.timeout_s))
 
     def read_range(self, digest: str, offset: int, length: int) -> bytes:
         """Return ``length`` bytes (at least 1) of a blob from ``offset``, unchecked. Raises NotFoundError.
 
-        Fewer come only where the blob ends.
+        Returns fewer only at the end of the blob.
         """
         connection = self._connection
         with connection.errors(f"reading content {digest}"):
@@ -95,15 +95,15 @@ class ContentStore:
             return b"".join(answer.data for answer in answers)
 
     def stream(self, digest: str, size: int) -> Iterator[bytes]:
-        """Give out a blob of any size in pieces, in order; the last one only if size and digest are right.
+        """Yield a blob of any size in pieces, in order; the last one only if size and digest are right.
 
-        Raises NotFoundError, or ContainerdError if the store holds something else than ``size`` bytes of that digest.
-        Closing the iterator early ends the transfer.
+        Raises NotFoundError, or ContainerdError if the blob in the store has another size or digest. Closing the
+        iterator early ends the transfer.
         """
         return self._checked(digest, size, size, TRANSFER_TIMEOUT_S)
 
     def _checked(self, digest: str, size: int | None, max_size: int, timeout_s: float) -> Iterator[bytes]:
-        # One piece stays back until the next one or the digest has shown that it may go.
+        # Each piece is held back until the next one comes, the last until the digest is checked.
         held, got_size, sha256 = b"", 0, hashlib.sha256()
         for piece in self._pieces(digest, timeout_s):
             got_size += len(piece)
@@ -132,10 +132,10 @@ class ContentStore:
                     if answer.data:
                         yield answer.data
             finally:
-                answers.cancel()  # type: ignore[no-untyped-call]  # nothing to do after the last piece
+                answers.cancel()  # type: ignore[no-untyped-call]  # no effect after the last piece
 
     def label(self, digest: str, labels: Mapping[str, str]) -> None:
-        """Set these labels of a blob and leave its others alone. Raises NotFoundError."""
+        """Set these labels of a blob and keep its others. Raises NotFoundError."""
         request = pb.UpdateRequest(
             info=pb.Info(digest=digest, labels=labels),
             update_mask=FieldMask(paths=[f"labels.{key}" for key in labels]),
@@ -147,7 +147,7 @@ class ContentStore:
         self._connection.call(self._stub.Delete, pb.DeleteContentRequest(digest=digest), f"deleting content {digest}")
 
     def write(self, digest: str, data: bytes, labels: Mapping[str, str] | None = None) -> None:
-        """Store bytes under their digest; a blob that is there keeps its labels and gains these.
+        """Store bytes under their digest; an existing blob keeps its labels and gains these.
 
         Raises FailedPreconditionError if the bytes have another digest.
         """
@@ -156,11 +156,11 @@ class ContentStore:
     def ingest(
         self, digest: str, size: int, chunks: Iterable[bytes], labels: Mapping[str, str] | None = None
     ) -> bool:
-        """Stream a blob into the store; containerd checks size and digest before anybody can see it.
+        """Stream a blob into the store; containerd checks size and digest before it can be read.
 
-        Nothing of a failed transfer stays. If another client is writing the same blob, waits for it. Returns False
-        if the blob was there already (perhaps in another namespace): ``chunks`` has not been read then, and the
-        blob has gained the labels. What ``chunks`` raises passes through.
+        A failed transfer leaves nothing behind. If another client is writing the same blob, waits for it. Returns
+        False if the blob exists already (perhaps in another namespace): then ``chunks`` has not been read, and the
+        blob has gained the labels. Errors of ``chunks`` pass through.
         """
         labels = dict(labels or {})
         deadline = time.monotonic() + TRANSFER_TIMEOUT_S
@@ -190,7 +190,7 @@ class ContentStore:
             offset = transfer.begin(ref, digest, size)
             begun = True
             if offset == size:
-                # Another namespace has it, or a client died before its commit.
+                # Another namespace has the blob, or a client died before its commit.
                 transfer.commit_whole(digest, size, labels)
                 return False
             if offset:
@@ -203,15 +203,15 @@ class ContentStore:
         except BaseException:
             transfer.cancel()
             if begun:
-                with suppress(ContainerdError):  # the error under way matters more
+                with suppress(ContainerdError):  # the error being raised matters more
                     self.abort(ref)
             raise
         return True
 
 
 class _Transfer:
-    # One Write call. Requests go one at a time, each answered before the next is made: where the data comes from is
-    # then read in the caller's thread, which can raise its errors, and not in gRPC's sender, which would log them.
+    # One Write call. Each request is answered before the next is made. So the source is read in the caller's thread,
+    # which can raise its errors, and not in gRPC's sender, which would log them.
 
     def __init__(self, connection: Connection, stub: ContentStub, doing: str) -> None:
         self._connection = connection
@@ -224,7 +224,7 @@ class _Transfer:
         self._answers: Iterator[pb.WriteContentResponse] = iter(self._call)
 
     def begin(self, ref: str, digest: str, size: int) -> int:
-        # Returns how many bytes containerd has of it.
+        # Returns the number of bytes that containerd already has.
         try:
             return self.exchange(pb.WriteContentRequest(action=pb.STAT, ref=ref, total=size, expected=digest)).offset
         except UnavailableError as error:
@@ -267,7 +267,7 @@ class _RefLockedError(UnavailableError):
 
 
 class _StaleError(ContainerdError):
-    # What a dead client left has the right size and the wrong bytes; it has been dropped.
+    # The bytes that a dead client left have the right size but are wrong; they have been dropped.
     pass
 
 

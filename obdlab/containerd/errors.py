@@ -1,4 +1,4 @@
-"""What containerd answers when it does not do as asked, as exceptions: one mapping from gRPC status codes."""
+"""containerd's failures as exceptions: one mapping from gRPC status codes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class NotFoundError(ContainerdError):
 
 
 class AlreadyExistsError(ContainerdError):
-    """It exists already. From Prepare this is also how a snapshotter says that no download is needed."""
+    """The object exists already. From Prepare it also means that the snapshotter needs no download."""
 
 
 class InvalidArgumentError(ContainerdError):
-    """The request makes no sense to containerd."""
+    """containerd does not accept the request."""
 
 
 class FailedPreconditionError(ContainerdError):
-    """The state of things forbids it: a digest that does not match, a snapshot that still has children."""
+    """The current state forbids the request: a digest that does not match, a snapshot that still has children."""
 
 
 class UnavailableError(ContainerdError):
-    """containerd cannot be reached, or what was asked for is locked by another client; later may work."""
+    """containerd cannot be reached, or another client has locked the object; a later try may work."""
 
 
 class DeadlineError(ContainerdError):
@@ -36,7 +36,7 @@ class DeadlineError(ContainerdError):
 
 
 class UnsupportedError(ContainerdError):
-    """containerd, or the snapshotter behind it, has no such call."""
+    """containerd, or the snapshotter behind it, does not support the call."""
 
 
 _KINDS: dict[grpc.StatusCode, type[ContainerdError]] = {
@@ -51,7 +51,7 @@ _KINDS: dict[grpc.StatusCode, type[ContainerdError]] = {
 
 
 def from_rpc(error: grpc.RpcError, doing: str) -> ContainerdError:
-    """Return the exception for a failed call; ``doing`` says what the call was for."""
+    """Return the exception for a failed call; ``doing`` describes the call."""
     if not isinstance(error, grpc.Call):
         return ContainerdError(f"{doing}: {error}")
     code = error.code()

@@ -1,6 +1,6 @@
-"""Labels by which containerd's garbage collector goes from an image to its documents, layers and snapshots.
+"""Labels that lead containerd's garbage collector from an image to its documents, layers and snapshots.
 
-References to blobs that are not in the store are allowed, and hold them if they come.
+A label may refer to a missing blob, and holds it if it is stored later.
 (containerd, docs/garbage-collection.md)
 """
 
@@ -28,10 +28,10 @@ def of_manifest(config: str, layers: Iterable[str]) -> dict[str, str]:
 
 
 def of_index(manifests: Iterable[str]) -> dict[str, str]:
-    """Return the labels of an index, from the digests of what it names."""
+    """Return the labels of an index, from the digests of its manifests."""
     return {f"{_CONTENT}.m.{number}": digest for number, digest in enumerate(manifests)}
 
 
 def of_source(host: str, repository: str) -> dict[str, str]:
-    """Return the label that says which registry has a blob: a push there need not send it."""
+    """Return the label with the registry that has a blob: a push to that registry need not send it."""
     return {f"{_SOURCE}.{host}": repository}

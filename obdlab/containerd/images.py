@@ -23,7 +23,7 @@ _REMOVAL_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A name, and the descriptor of the manifest or index it stands for."""
+    """A name, and the descriptor of its manifest or index."""
 
     name: str
     media_type: str
@@ -50,7 +50,7 @@ class ImageStore:
         return [_image(image) for image in answer.images]
 
     def put(self, image: Image) -> None:
-        """Create the image, or point its name at the new target and set its labels."""
+        """Create the image, or give its name the new target and labels."""
         doing = f"image {image.name}"
         target = types_pb2.Descriptor(media_type=image.media_type, digest=image.digest, size=image.size)
         record = pb.Image(name=image.name, labels=image.labels, target=target)
@@ -61,7 +61,7 @@ class ImageStore:
             self._connection.call(self._stub.Update, pb.UpdateImageRequest(image=record, update_mask=mask), doing)
 
     def delete(self, name: str, *, sync: bool = False) -> None:
-        """Forget a name; ``sync`` waits for the garbage collection that follows. Raises NotFoundError."""
+        """Delete a name; ``sync`` waits for the garbage collection that follows. Raises NotFoundError."""
         request = pb.DeleteImageRequest(name=name, sync=sync)
         self._connection.call(self._stub.Delete, request, f"removing image {name}", timeout_s=_REMOVAL_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""Leases: what is made or named under one is safe from containerd's garbage collector."""
+"""Leases: an object made or named under a lease is safe from containerd's garbage collector."""
 
 from __future__ import annotations
 

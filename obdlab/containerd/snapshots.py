@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from obdlab.containerd.connection import Connection
 
-# Unpacking a layer of some GB on a slow disk.
+# Deadline for unpacking a layer of some GB on a slow disk.
 APPLY_TIMEOUT_S = 1800.0
 
 
 class Kind(enum.IntEnum):
-    """What a snapshot is, with containerd's numbers."""
+    """Kind of a snapshot, with containerd's numbers."""
 
     UNKNOWN = 0
     VIEW = 1
@@ -52,7 +52,7 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a snapshot takes on disk, in bytes and inodes."""
+    """Disk usage of a snapshot, in bytes and inodes."""
 
     size: int
     inodes: int
@@ -67,7 +67,7 @@ class Snapshots:
         self.snapshotter = snapshotter
 
     def exists(self) -> bool:
-        """Whether containerd knows a snapshotter of this name; whether it answers shows only when it is used."""
+        """Return True if containerd knows a snapshotter of this name; it may still fail when used."""
         request = pb.StatSnapshotRequest(snapshotter=self.snapshotter, key="obdlab-probe")
         try:
             self._connection.call(self._stub.Stat, request, f"looking for snapshotter {self.snapshotter}")
@@ -78,21 +78,21 @@ class Snapshots:
         return True
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        """Make a writable snapshot and return how to mount it.
+        """Make a writable snapshot and return its mounts.
 
-        Raises AlreadyExistsError if ``key`` is taken, or if the snapshotter has provided the snapshot that the
-        label ``containerd.io/snapshot.ref`` names, so that nothing is left to do.
+        Raises AlreadyExistsError if ``key`` is taken, or if the snapshotter has provided the snapshot named by the
+        label ``containerd.io/snapshot.ref``, so that no work is left.
         """
         request = pb.PrepareSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent, labels=labels)
         return _mounts(self._connection.call(self._stub.Prepare, request, self._doing("preparing", key)).mounts)
 
     def view(self, key: str, parent: str, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        """Make a read-only snapshot and return how to mount it. Raises AlreadyExistsError, NotFoundError (parent)."""
+        """Make a read-only snapshot and return its mounts. Raises AlreadyExistsError, NotFoundError (parent)."""
         request = pb.ViewSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent, labels=labels)
         return _mounts(self._connection.call(self._stub.View, request, self._doing("viewing", key)).mounts)
 
     def mounts(self, key: str) -> list[Mount]:
-        """Return how to mount an active snapshot or view. Raises NotFoundError."""
+        """Return the mounts of an active snapshot or view. Raises NotFoundError."""
         request = pb.MountsRequest(snapshotter=self.snapshotter, key=key)
         return _mounts(self._connection.call(self._stub.Mounts, request, self._doing("mounts of", key)).mounts)
 
@@ -107,7 +107,7 @@ class Snapshots:
         self._connection.call(self._stub.Remove, request, self._doing("removing", key))
 
     def stat(self, key: str) -> SnapshotInfo:
-        """Return what is known of a snapshot. Raises NotFoundError."""
+        """Return containerd's record of a snapshot. Raises NotFoundError."""
         request = pb.StatSnapshotRequest(snapshotter=self.snapshotter, key=key)
         return _info(self._connection.call(self._stub.Stat, request, self._doing("stat of", key)).info)
 
@@ -123,13 +123,13 @@ class Snapshots:
             return [_info(info) for answer in answers for info in answer.info]
 
     def usage(self, key: str) -> Usage:
-        """Return what a snapshot takes on disk. Raises NotFoundError."""
+        """Return the disk usage of a snapshot. Raises NotFoundError."""
         request = pb.UsageRequest(snapshotter=self.snapshotter, key=key)
         answer = self._connection.call(self._stub.Usage, request, self._doing("usage of", key))
         return Usage(answer.size, answer.inodes)
 
     def cleanup(self) -> None:
-        """Have directories of removed snapshots deleted now. Raises UnsupportedError where there is no such call."""
+        """Delete the directories of removed snapshots now. Raises UnsupportedError if it has no such call."""
         request = pb.CleanupRequest(snapshotter=self.snapshotter)
         self._connection.call(self._stub.Cleanup, request, f"cleanup of {self.snapshotter}")
 

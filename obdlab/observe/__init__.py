@@ -1,3 +1,3 @@
-"""What a process counts and writes down about itself: counters, audit log, structured logs."""
+"""A process's own records: counters, audit log, structured logs."""
 
 from __future__ import annotations

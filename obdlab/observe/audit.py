@@ -1,6 +1,6 @@
-"""The audit log: one line for each operation of the data path that is worth one.
+"""The audit log: one line for each noteworthy operation of the data path.
 
-A line is a time, the word AUDIT, who wrote it, and named values:
+A line is a time, the word AUDIT, the name of the process, and named values:
 ``2026/11/24 17:30:02.120483|AUDIT|redis|[action=download][pathname=...][offset=0][size=65536][latency_us=5301]``.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Reads of the cache's disk that take this long are written down, and writes to it, and reads of local layers.
+#: Slow operations, which are logged: reads of the cache's disk, writes to it, and reads of local layers.
 SLOW_READ_S = 1e-3
 SLOW_WRITE_S = 10e-3
 SLOW_LAYER_READ_S = 10e-3
@@ -39,9 +39,9 @@ _log: _Log | None = None
 
 
 def configure(path: Path | None, *, size: int = 10 << 20, count: int = 3, who: str = "obdlab") -> None:
-    """Write this process's operations to ``path`` from now on, or nowhere (None, as it is at first).
+    """Log this process's operations to ``path`` from now on; None, the initial state, logs nothing.
 
-    ``size`` and ``count`` are those of :class:`RotatingFile`; ``who`` stands in every line.
+    ``size`` and ``count`` are those of :class:`RotatingFile`; every line has the name of the process.
     """
     global _log
     before, _log = _log, None if path is None else _Log(RotatingFile(path, size=size, count=count), who)
@@ -50,12 +50,12 @@ def configure(path: Path | None, *, size: int = 10 << 20, count: int = 3, who: s
 
 
 def enabled() -> bool:
-    """Whether operations are written down; for those who would have to measure something first."""
+    """Return True if operations are logged, so that callers can skip measuring them."""
     return _log is not None
 
 
 def record(action: str, path: str, offset: int, size: int, started: float) -> None:
-    """Write one operation that began at ``started`` (time.monotonic) and is over now. Never raises."""
+    """Log one operation that began at ``started`` (time.monotonic) and has just ended. Never raises."""
     if _log is not None:
         latency_us = int((time.monotonic() - started) * 1e6)
         _write(
@@ -64,13 +64,13 @@ def record(action: str, path: str, offset: int, size: int, started: float) -> No
 
 
 def record_slow(action: str, path: str, offset: int, size: int, started: float, slow_s: float) -> None:
-    """As :func:`record`, if the operation took ``slow_s`` at least."""
+    """Log as :func:`record`, if the operation took at least ``slow_s``."""
     if _log is not None and time.monotonic() - started >= slow_s:
         record(action, path, offset, size, started)
 
 
 def pread_of(action: str, path: str, slow_s: float) -> Callable[[int, int, int], bytes]:
-    """Return ``os.pread``, or one that records slow calls if operations are written down: free of cost if not."""
+    """Return ``os.pread``, or one that logs slow calls if operations are logged: free of cost if not."""
     if _log is None:
         return os.pread
 
@@ -84,13 +84,13 @@ def pread_of(action: str, path: str, slow_s: float) -> Callable[[int, int, int],
 
 
 def record_values(action: str, **values: int) -> None:
-    """Write one operation that is told by numbers. Never raises."""
+    """Log one operation that consists of numbers. Never raises."""
     if _log is not None:
         _write(_log, f"[action={action}]" + "".join(f"[{name}={value}]" for name, value in values.items()))
 
 
 def without_secrets(url: str) -> str:
-    """Return a URL without what may let its reader in: user and password, query, fragment."""
+    """Return a URL without its credentials: user and password, query, fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -99,7 +99,7 @@ def without_secrets(url: str) -> str:
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
-# No line end, and nothing that looks like the next value.
+# Removes line ends, and characters that could begin the next value.
 def _plain(path: str) -> str:
     if "://" in path:
         path = without_secrets(path)
@@ -114,7 +114,7 @@ def _write(log: _Log, values: str) -> None:
         log.file.write(line.encode(errors="replace"))
         log.failed = False
     except OSError as error:
-        # A disk that is full must not stop a container; once is said enough.
+        # A full disk must not stop a container. The error is logged once.
         if not log.failed:
             logger.error("%s: audit log cannot be written: %s", log.file.path, error.strerror)
         log.failed = True

@@ -1,11 +1,11 @@
 """Process-wide counters and histograms of the rare events: registry requests, misses, retries, failures.
 
-They cost about a microsecond each under a lock, so what happens on every hit is counted elsewhere, by plain integers
-of one thread. A process forked from this one begins at zero.
+They cost about a microsecond each under a lock, so events of every hit are counted elsewhere, by plain integers of
+one thread. A process forked from this one begins at zero.
 
-Everything is numbers under two names, ``{family: {label: number}}``: such tables add up, travel as JSON, and are
-told the families of the exporter only by whoever serves them. A histogram is a family too: its labels are the powers
-of two of nanoseconds (``"20"``: less than 2^20 ns, and at least half of that) and ``"sum"``, in seconds.
+Every value is a number under two names, ``{family: {label: number}}``. Such tables add up and travel as JSON; the
+exporter gives the families their descriptions. A histogram is a family too: its labels are the powers of two of
+nanoseconds (``"20"``: less than 2^20 ns, and at least half of that) and ``"sum"``, in seconds.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Counter:
         self.name = name
 
     def add(self, amount: float = 1, label: str = "") -> None:
-        """Count."""
+        """Add to the number."""
         with _lock:
             labels = _counted.setdefault(self.name, {})
             labels[label] = labels.get(label, 0) + amount
 
 
 class Histogram:
-    """How often something took how long, by powers of two."""
+    """Counts of durations, by powers of two."""
 
     __slots__ = ("name",)
 
@@ -63,7 +63,7 @@ class Histogram:
 
 
 class Moment:
-    """When something happened last."""
+    """Time of the last occurrence of an event."""
 
     __slots__ = ("name",)
 
@@ -71,25 +71,25 @@ class Moment:
         self.name = name
 
     def now(self) -> None:
-        """Note that it happens now."""
+        """Record that the event occurs now."""
         _moments[self.name] = time.monotonic()
 
 
 #: HTTP exchanges with registries and their token servers, by status, or "failed" without an answer.
 REGISTRY_REQUESTS = Counter("registry_requests")
-#: Tries after the first.
+#: Tries after the first one.
 REGISTRY_RETRIES = Counter("registry_retries")
-#: Reads of a blob where it lives, retries included: how long those took that succeeded, and their bytes.
+#: Reads of a blob at its origin, retries included: durations of the successful ones, and their bytes.
 DOWNLOAD_TIMES = Histogram("download_seconds")
 DOWNLOAD_BYTES = Counter("download_bytes")
-#: How long readers waited for what was not in the block cache.
+#: Time that readers waited for data missing from the block cache.
 MISS_TIMES = Histogram("miss_seconds")
-#: Stores into the block cache that did not work.
+#: Failed stores into the block cache.
 STORE_FAILURES = Counter("cache_store_failures")
-#: By where it was noticed: "cache" (a unit on disk), "zfile" (a block or index), "digest" (a whole blob).
+#: By the place of detection: "cache" (a unit on disk), "zfile" (a block or index), "digest" (a whole blob).
 CHECKSUM_FAILURES = Counter("checksum_failures")
 DECOMPRESSION_FAILURES = Counter("decompression_failures")
-#: Damage, by where, that was replaced by sound bytes.
+#: Damage that was replaced by sound bytes, by the place of detection.
 CORRUPTIONS_HEALED = Counter("corruptions_healed")
 
 REGISTRY_ANSWERED = Moment("registry_answered")
@@ -97,13 +97,13 @@ REGISTRY_FAILED = Moment("registry_failed")
 
 
 def counted() -> Table:
-    """Return what this process has counted so far."""
+    """Return the counts of this process so far."""
     with _lock:
         return {name: dict(labels) for name, labels in _counted.items()}
 
 
 def ages_s() -> dict[str, float]:
-    """Return how many seconds ago each moment was; those that never came are not there."""
+    """Return the seconds since each moment; moments that never came are left out."""
     now = time.monotonic()
     return {name: now - moment for name, moment in dict(_moments).items()}
 
@@ -117,13 +117,13 @@ def add_to(total: Table, table: Table) -> None:
 
 
 def times_table(counts: Sequence[int], sum_ns: int) -> dict[str, float]:
-    """Return a histogram's labels, given how many durations there were by the bit length of their nanoseconds."""
+    """Return a histogram's labels, given the counts of durations by the bit length of their nanoseconds."""
     labels: dict[str, float] = {str(bits): count for bits, count in enumerate(counts) if count}
     return labels | {_SUM: sum_ns / 1e9} if labels else {}
 
 
 def cumulated(labels: dict[str, float], bounds: Iterable[int]) -> tuple[list[float], float, float]:
-    """Return how many durations were below ``2**bits`` ns for each of the ``bounds``, of all, and their sum.
+    """Return the numbers of durations below ``2**bits`` ns for each of ``bounds``, their total number and their sum.
 
     The sum is in seconds.
     """

@@ -1,4 +1,4 @@
-"""Logs for machines and for people, in files that do not grow without end."""
+"""Logs for machines and for people, in files of bounded size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEXT_FORMAT = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
-#: What is told of an error among a message's values.
+#: Fields of an error that are logged among a message's values.
 _ERROR_FIELDS = ("blob", "offset", "tries", "status")
 
 
 class LogFormatError(ValueError):
-    """A log format that there is not."""
+    """Unknown log format."""
 
 
 class TextFormatter(logging.Formatter):
@@ -33,7 +33,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, pid, process, message; of errors blob, offset, tries."""
+    """One JSON object per line: time (UTC), level, logger, pid, process, message; for errors blob, offset, tries."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -54,12 +54,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-#: Stands in JSON lines; a device server's is its device.
+#: Process name in JSON lines; a device server uses its device.
 process_name = "obdlab"
 
 
 def set_process_name(name: str) -> None:
-    """Say whose lines these are from now on."""
+    """Set the process name in lines from now on."""
     global process_name
     process_name = name
 
@@ -84,7 +84,7 @@ class RotatingHandler(logging.Handler):
 
 @dataclass(frozen=True, slots=True)
 class LogOptions:
-    """How a process logs. ``file`` None: to standard error. Of ``count`` files each has about ``size`` bytes."""
+    """Logging options. ``file`` None: to standard error. Each of ``count`` files has about ``size`` bytes."""
 
     format: str = "text"
     file: Path | None = None
@@ -102,9 +102,9 @@ FORMATS = ("text", "json")
 
 
 def set_up(options: LogOptions, level: int, *, follow: Sequence[int] = ()) -> None:
-    """Have all records of at least ``level`` written as ``options`` say, in place of what was set up before.
+    """Write all records of at least ``level`` as ``options`` say, replacing an earlier set up.
 
-    ``follow`` are descriptors that shall lead to the log file, too, through all its rotations. Raises OSError if the
+    ``follow`` are descriptors that shall refer to the log file, too, through all its rotations. Raises OSError if the
     file cannot be opened.
     """
     global _write
@@ -121,9 +121,9 @@ def set_up(options: LogOptions, level: int, *, follow: Sequence[int] = ()) -> No
 
 
 def write_at_once(record: logging.LogRecord) -> None:
-    """Write a record of any level where the log goes, also from a signal's handler. Raises OSError.
+    """Write a record of any level to the log, also from a signal's handler. Raises OSError.
 
-    It takes no lock and no buffer that the interrupted code may be in the middle of.
+    It takes no lock and no buffer that the interrupted code may be using.
     """
     handlers = logging.getLogger().handlers
     formatter = handlers[0].formatter if handlers else None
@@ -132,7 +132,7 @@ def write_at_once(record: logging.LogRecord) -> None:
 
 
 def announce(text: str) -> None:
-    """Print a line, and write it to the log file, if there is one, whatever the level. Raises OSError."""
+    """Print a line, and write it to the log file, if there is one, at any level. Raises OSError."""
     print(text, flush=True)
     if _write is not _to_standard_error:
         write_at_once(logging.LogRecord(process_name, logging.INFO, "", 0, text, None, None))
@@ -143,11 +143,11 @@ def _to_standard_error(line: bytes) -> None:
         line = line[os.write(2, line) :]
 
 
-# Of the log that was set up last.
+# Output of the last set up.
 _write: Callable[[bytes], None] = _to_standard_error
 
 
-# An error is told by a message as its text; as "cause" where the text has been made before.
+# A message names an error by its text; a text made earlier has the error as "cause".
 def _errors_of(record: logging.LogRecord) -> list[BaseException]:
     found = [argument for argument in record.args or () if isinstance(argument, BaseException)]
     cause = getattr(record, "cause", None)

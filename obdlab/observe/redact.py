@@ -1,4 +1,4 @@
-"""Secrets that texts quote: signed URLs, users in URLs, Authorization headers. None may reach a log or an error."""
+"""Removal of secrets from texts: signed URLs, users in URLs, Authorization headers. No log or error may have them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _TOKEN = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{16,}")
 
 
 def redacted(text: str) -> str:
-    """Return the text without the queries of URLs, their users, and what authorizes a request."""
+    """Return the text without queries of URLs, users in URLs, and values of Authorization headers."""
     text = _USER.sub("…@", _QUERY.sub("?…", text))
     return _TOKEN.sub(r"\1 …", _HEADER.sub(r"\1…", text))
 
 
 class Redacting(logging.Filter):
-    """Takes secrets out of the records of a logger that is not ours."""
+    """Removes secrets from the records of a foreign logger."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record's message; let all through."""
+        """Redact the record's message; let every record pass."""
         record.msg, record.args = redacted(record.getMessage()), ()
         return True

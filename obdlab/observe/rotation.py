@@ -1,4 +1,4 @@
-"""Files that several processes append lines to, renamed aside when they have grown enough."""
+"""Files to which several processes append lines, renamed aside when they have reached a size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _MODE = 0o600
 
 
 class RotatingFile:
-    """Appends to ``path``, which any number of processes may do at a time, each line by one write.
+    """Appends lines to ``path``, each by one write; any number of processes may do so at once.
 
     A file that has reached ``size`` bytes becomes ``<path>.1``, the one before ``<path>.2`` and so on; ``count``
-    files are kept, the current one included. Whoever notices it renames, under a lock on the file itself, and the
-    others follow at their next line. ``follow`` are descriptors (standard output, say) that shall go where it goes.
+    files are kept, the current one included. The first process to notice renames, under a lock on the file itself;
+    the others follow at their next line. ``follow`` are descriptors (such as standard output) that shall refer to the
+    current file.
 
     Raises OSError if the file cannot be opened; nothing is opened before the first line.
     """
@@ -27,13 +28,13 @@ class RotatingFile:
     def __init__(self, path: Path | str, *, size: int, count: int, follow: Sequence[int] = ()) -> None:
         if size < 1 or count < 1:
             raise ValueError(f"log rotation: size and count must be at least 1 (got {size} and {count})")
-        # Absolute: servers work in another directory than whoever named it.
+        # Absolute: servers change the working directory.
         self.path = Path(path).absolute()
         self._size = size
         self._count = count
         self._follow = tuple(follow)
         self._fd = -1
-        # Re-entrant, as are logging's own: a signal's handler may log while the line it has interrupted is written.
+        # Re-entrant, like logging's own locks: a signal's handler may log while it interrupts the writing of a line.
         self._lock = threading.RLock()
 
     def write(self, line: bytes) -> None:
@@ -57,7 +58,7 @@ class RotatingFile:
                 os.close(former)
 
     def _reopen(self) -> None:
-        # The new one first: if it cannot be had, lines go on to the old one.
+        # Open the new file first: if that fails, lines still go to the old one.
         fresh = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, _MODE)
         former, self._fd = self._fd, fresh
         if former >= 0:
@@ -66,7 +67,7 @@ class RotatingFile:
             os.dup2(fresh, follower)
 
     def _rotate(self) -> None:
-        # A descriptor of our own for the lock: one that a fork has shared would let both of us in.
+        # A new descriptor for the lock: processes that share a forked one would share the lock.
         try:
             current = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # moved by hand
@@ -83,7 +84,7 @@ class RotatingFile:
                     newer.replace(self._aside(number))
             if self._count == 1:
                 os.ftruncate(current, 0)
-        except (BlockingIOError, FileNotFoundError):  # another process is about to
+        except (BlockingIOError, FileNotFoundError):  # another process is rotating
             pass
         finally:
             os.close(current)

@@ -1,8 +1,8 @@
-"""What all threads of this process are doing, written to its log at a signal.
+"""Stacks of all threads of this process, written to its log at a signal.
 
-Not by :mod:`faulthandler`: it walks the stacks of threads that run meanwhile, and a process under load died of that
-within some twenty signals (CPython 3.11). A handler in Python holds the interpreter's lock, so that no stack moves
-while it looks; the price is that a main thread which never comes back from C code writes nothing.
+Not by :mod:`faulthandler`: it walks the stacks of threads while they run, and a process under load crashed in it
+within some twenty signals (CPython 3.11). A handler in Python holds the interpreter's lock, so no stack changes while
+it reads. The price: a main thread stuck in C code writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from obdlab.observe import logs
 if TYPE_CHECKING:
     from types import FrameType
 
-#: At this signal a process writes its stacks.
+#: Signal that makes a process write its stacks.
 SIGNAL = signal.SIGUSR2
 TITLE = "stacks of all threads, as a signal asked for:"
 _MOST_FRAMES = 100
@@ -26,12 +26,12 @@ _MOST_THREADS = 1000
 
 
 def dump_on_signal() -> None:
-    """Have SIGUSR2 write the stacks, in this process and in those forked from it. Only for a main thread."""
+    """Make SIGUSR2 write the stacks, in this process and in those forked from it. Only for a main thread."""
     signal.signal(SIGNAL, _dump)
 
 
 def stacks() -> str:
-    """Return the stacks of all threads, each innermost line first."""
+    """Return the stacks of all threads, innermost line first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     frames = sys._current_frames()  # noqa: SLF001 - documented, for this
@@ -41,7 +41,7 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-# Without source lines, whose files may lie on a device that this very process serves.
+# Without source lines, since their files may lie on a device that this process serves.
 def _lines(frame: FrameType | None) -> list[str]:
     lines: list[str] = []
     while frame is not None and len(lines) < _MOST_FRAMES:
@@ -56,5 +56,5 @@ def _dump(number: int, interrupted: FrameType | None) -> None:
     try:
         message = f"{TITLE}\n{stacks()}"
         logs.write_at_once(logging.LogRecord(__name__, logging.INFO, __file__, 0, message, None, None))
-    except Exception:  # the daemon goes on whatever becomes of this
+    except Exception:  # the daemon continues after any error here
         pass

@@ -1,4 +1,4 @@
-"""What goes wrong with an image itself while it is pulled."""
+"""Errors of an image itself during a pull."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from obdlab.errors import ObdlabError
 
 
 class PullError(ObdlabError):
-    """The image cannot be pulled as it is: not for this platform, layers that do not match its config."""
+    """The image cannot be pulled: not for this platform, or layers that do not match its config."""

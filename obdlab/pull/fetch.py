@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
 
-#: As many as containerd's own clients: more do not fill a line better, and registries limit them.
+#: As many as containerd's own clients: more do not use a line better, and registries limit them.
 PARALLEL_DOWNLOADS = 3
 _GRACE_S = 1.0
 
 
 class Progress(Protocol):
-    """Who wants to know how far the download is. Called from several threads."""
+    """Observer of the download. Called from several threads."""
 
     def expect(self, size: int) -> None:
-        """So many more bytes are about to be fetched."""
+        """Report that ``size`` more bytes are about to be fetched."""
 
     def advance(self, size: int) -> None:
-        """So many bytes have come."""
+        """Report that ``size`` bytes have been received."""
 
 
 class LayerFetcher:
-    """Fetches the layers it is told of in the background; after the first failure it fetches no more.
+    """Fetches layers in the background; after the first failure it fetches no more.
 
-    Use as a context manager: leaving it stops what is under way. A thread that a silent registry holds up is not
-    waited for; it ends with its request, and stores nothing.
+    Use as a context manager: leaving it stops running downloads. It does not wait for a thread that a silent registry
+    holds up; that thread ends with its request, and stores nothing.
     """
 
     def __init__(
@@ -65,31 +65,31 @@ class LayerFetcher:
         self._lock = threading.Lock()
 
     def start(self, layers: Iterable[Descriptor]) -> None:
-        """Begin to fetch these layers, in this order; one that has begun before is left alone."""
+        """Begin to fetch these layers, in this order; layers begun before are skipped."""
         for layer in layers:
             if layer.digest in self._futures:
                 continue
             self._futures[layer.digest] = Future()
             self._queue.put(layer)
             if len(self._threads) < PARALLEL_DOWNLOADS:
-                # Daemons, since a stalled registry must not hold up the end of an interrupted program.
+                # Daemons, since a stalled registry must not delay the exit of an interrupted program.
                 thread = threading.Thread(target=self._work, name="obdlab-fetch", daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     def bring(self, layers: Sequence[Descriptor]) -> None:
-        """Have all these layers in the content store. Raises what made the first download fail."""
+        """Fetch all of these layers into the content store. Raises the error of the first failed download."""
         self.start(layers)
         for layer in layers:
             self.wait(layer)
 
     @property
     def fetched_bytes(self) -> int:
-        """Bytes of all layers that were downloaded (not of those the content store had)."""
+        """Bytes of all downloaded layers (without those the content store had)."""
         return self._fetched_bytes
 
     def wait(self, layer: Descriptor) -> None:
-        """Wait until the content store has the layer. Raises what made the first download fail."""
+        """Wait until the content store has the layer. Raises the error of the first failed download."""
         try:
             self._futures[layer.digest].result()
         except _StoppedError:

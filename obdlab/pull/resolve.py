@@ -1,4 +1,4 @@
-"""From a reference to the documents of one image: index (if there is one), manifest, config."""
+"""Resolving a reference to the documents of one image: index (if there is one), manifest, config."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """An image for one platform, its documents at hand and checked against each other.
+    """An image for one platform, with its documents checked against each other.
 
-    ``chain_ids`` are the snapshot names of ``manifest.layers``, bottom first and one for each.
+    ``chain_ids`` are the snapshot names of ``manifest.layers``, bottom first, one per layer.
     """
 
     reference: Reference
@@ -40,7 +40,7 @@ class ResolvedImage:
 
     @property
     def top(self) -> Fetched:
-        """What the reference names: the index, or the manifest where there is none."""
+        """The document of the reference: the index, or the manifest if there is no index."""
         return self.index or self.manifest
 
     @property
@@ -57,7 +57,7 @@ class ResolvedImage:
 def resolve(registry: RegistryClient, reference: Reference, platform: Platform) -> ResolvedImage:
     """Fetch the documents of the image that ``reference`` names, for ``platform``.
 
-    Raises FormatError or PullError if they make no image, SourceError if the registry does not give them.
+    Raises FormatError or PullError if they are not a valid image, SourceError if the registry fails.
     """
     repository = registry.repository(reference)
     index: Fetched | None = None

@@ -1,7 +1,7 @@
-"""A pull that fetches metadata only, wherever the snapshotter can provide the layers by itself.
+"""A pull that fetches only metadata if the snapshotter can provide the layers by itself.
 
-The flow is that of containerd's own clients (Prepare with a target snapshot, ALREADY_EXISTS means "nothing to
-download"), which is why plain images, and snapshotters that know nothing of this, work as with an ordinary pull.
+The flow is that of containerd's own clients (Prepare with a target snapshot; ALREADY_EXISTS means "nothing to
+download"). So plain images, and snapshotters without this feature, work as with an ordinary pull.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Reference
 
-# A killed pull holds what it made for so long; containerd's own clients take the same.
+# The lease keeps content of a killed pull for this time, as that of containerd's own clients.
 _LEASE_S = 24 * 3600.0
-# How the gRPC library of containerd begins what it says of a connection that it could not make or has lost.
+# Beginning of the text of containerd's gRPC library about a connection that failed or was lost.
 _NO_CONNECTION = 'desc = "transport: '
 
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """A finished pull. Bytes are those that came from the registry; metadata is index, manifest and config."""
+    """A finished pull. Bytes are those received from the registry; metadata is index, manifest and config."""
 
     name: str
     digest: str
@@ -49,16 +49,16 @@ class PullResult:
 
     @property
     def fetched_bytes(self) -> int:
-        """Everything that was downloaded."""
+        """All downloaded bytes."""
         return self.metadata_bytes + self.layer_bytes
 
     @property
     def still_lazy(self) -> tuple[LayerResult, ...]:
-        """Layers that an earlier pull has made, and whose data the snapshotter reads from a registry."""
+        """Layers made by an earlier pull, whose data the snapshotter reads from a registry."""
         return tuple(layer for layer in self.layers if layer.outcome is Outcome.PRESENT and layer.origin)
 
     def count(self, outcome: Outcome) -> int:
-        """How many layers came about this way."""
+        """Return the number of layers with this outcome."""
         return sum(layer.outcome is outcome for layer in self.layers)
 
 
@@ -72,16 +72,16 @@ def rpull(
     progress: Progress | None = None,
     download: bool = False,
 ) -> PullResult:
-    """Make the image runnable in ``snapshotter``, fetching no layer that it provides lazily.
+    """Make the image runnable in ``snapshotter``, without fetching layers that it provides lazily.
 
     With ``download`` the blobs of overlaybd layers are fetched too: the image then runs without its registry, unless
-    it was pulled lazily before (``PullResult.still_lazy``), as snapshots that others may use are not made anew.
+    it was pulled lazily before (``PullResult.still_lazy``), as snapshots that others may use are not made again.
 
-    A second call finds everything there and fetches the documents only. On failure, or KeyboardInterrupt, nothing
-    stays that was not there before: no snapshot, blob or lease.
-    Raises PullError, FormatError (the image), SourceError (the registry), ContainerdError.
+    A second call finds all layers present and fetches only the documents. A failure, or KeyboardInterrupt, leaves
+    nothing new behind: no snapshot, blob or lease. Raises PullError, FormatError (the image), SourceError (the
+    registry), ContainerdError.
     """
-    if not _exists(containerd, snapshotter):  # said before anything is fetched
+    if not _exists(containerd, snapshotter):  # checked before anything is fetched
         raise PullError(f"containerd has no snapshotter {snapshotter!r}: is it in its config.toml?")
     image = resolve(registry, reference, platform)
     with containerd.lease(expire_s=_LEASE_S) as leased:
@@ -100,7 +100,7 @@ def rpull(
     return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
 
 
-# What refers to the image may help its starts, and is none of their conditions.
+# A trace may speed up starts, but they do not depend on it.
 def _trace_of(registry: RegistryClient, image: ResolvedImage) -> str:
     if not image.layers[-1].is_overlaybd or image.layers[-1].annotations.get(ACCELERATION_LAYER) == "yes":
         return ""
@@ -115,13 +115,13 @@ def _exists(containerd: Containerd, snapshotter: str) -> bool:
         raise UnavailableError(f"is containerd running at {containerd.address}? ({error})") from error
 
 
-# containerd looks for a snapshot in its own records first, so that only making one shows who is not there.
+# containerd answers for a snapshot from its own records first, so only making one shows that the snapshotter is dead.
 @contextmanager
 def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
     try:
         yield
     except UnavailableError as error:
-        if _NO_CONNECTION not in str(error):  # the snapshotter's own word: a registry that cannot be reached
+        if _NO_CONNECTION not in str(error):  # the snapshotter's own error: a registry that cannot be reached
             raise
         raise UnavailableError(
             f"snapshotter {snapshotter!r} does not answer: is `{command('snapshotter')}` running on the socket that "
@@ -132,8 +132,8 @@ def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
 def _store_documents(
     containerd: LeasedContainerd, image: ResolvedImage, snapshotter: str, source: dict[str, str]
 ) -> None:
-    # The garbage collector goes image -> index -> manifest -> config -> snapshot; layers that were never downloaded
-    # are held if another pull brings them.
+    # The garbage collector goes image -> index -> manifest -> config -> snapshot. The labels also hold layers that
+    # were never downloaded, if another pull stores them.
     content, manifest = containerd.content, image.parsed_manifest
     top_snapshot = gclabels.of_config(snapshotter, image.chain_ids[-1])
     content.write(manifest.config.digest, image.config, source | top_snapshot)

@@ -28,15 +28,15 @@ IMAGE_LABEL = "containerd.io/snapshot/image-ref"
 CRI_IMAGE_LABEL = "containerd.io/snapshot/cri.image-ref"
 DOWNLOAD_LABEL = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
-# The snapshotter's mark of layers that it reads from a registry.
+# The snapshotter's label on layers that it reads from a registry.
 _REMOTE_LABEL = "containerd.io/snapshot/remote"
-# Those that a client gives, or a snapshotter; an image has none of them.
+# Labels set by a client or a snapshotter; annotations of an image must not set them.
 _CLIENT_LABELS = frozenset({CRI_IMAGE_LABEL, DOWNLOAD_LABEL, TRACE_LABEL, _REMOTE_LABEL})
 _PREPARE_TRIES = 3
 
 
 class Outcome(enum.Enum):
-    """How a layer came to be a snapshot."""
+    """The way a layer became a snapshot."""
 
     PRESENT = "present"
     LAZY = "lazy"
@@ -50,7 +50,7 @@ class LayerResult:
     digest: str
     size: int
     outcome: Outcome
-    #: The image as part of which the snapshotter reads the layer's data from its registry; '' if the data is here.
+    #: The image from whose registry the snapshotter reads the layer's data; '' if the data is local.
     origin: str = ""
 
 
@@ -67,9 +67,9 @@ class Unpacker:
         download: bool = False,
         trace: str = "",
     ) -> None:
-        """Prepare to fetch what the snapshotter does not provide, with ``download`` the blobs of all layers.
+        """Prepare to fetch layers that the snapshotter does not provide; ``download`` also fetches all others' blobs.
 
-        ``trace`` ("digest,size") is a blob of the image's repository that its starts shall replay.
+        ``trace`` ("digest,size") is a blob in the image's repository to replay at its starts.
         """
         self._containerd = containerd
         self._snapshots = containerd.snapshots(snapshotter)
@@ -80,16 +80,16 @@ class Unpacker:
         self._trace = trace
 
     def run(self) -> tuple[LayerResult, ...]:
-        """Have a committed snapshot for every layer, bottom first.
+        """Make a committed snapshot of every layer, bottom first.
 
-        A failure leaves no active snapshot; the committed ones go with the lease.
+        A failure leaves no active snapshot; the lease removes the committed ones.
         """
         layers, chain = self._image.layers, self._image.chain_ids
         if self._present(chain[-1]):  # it has all its parents
             return tuple(map(self._as_present, layers, chain))
         results: list[LayerResult] = []
         for number, (layer, name) in enumerate(zip(layers, chain, strict=True)):
-            # Over a layer that was missing nothing can be present; asking costs more than all else here.
+            # Over a missing layer no snapshot can be present; asking is the most expensive step here.
             above_present = not results or results[-1].outcome is Outcome.PRESENT
             if above_present and self._present(name):
                 results.append(self._as_present(layer, name))
@@ -113,12 +113,12 @@ class Unpacker:
             except AlreadyExistsError:
                 if self._committed(name):  # containerd has put it under the lease
                     return LayerResult(layer.digest, layer.size, Outcome.LAZY, str(self._image.reference))
-                # Somebody else made it and it went again; the key was taken; or only its record is there.
+                # Another client made it and it was removed again, or the key was taken, or only its record exists.
                 self._forget_lost(number)
                 continue
             if layer.is_overlaybd and not download:
                 self._refuse(layer, key)
-            # No layer above can be a snapshot yet, so all of them have to be fetched.
+            # No layer above can be a snapshot yet, so all of them must be fetched.
             self._fetcher.start(self._image.layers[number:])
             self._fill(layer, self._image.diff_ids[number], name, key, mounts, labels)
             return LayerResult(layer.digest, layer.size, Outcome.UNPACKED)
@@ -127,9 +127,10 @@ class Unpacker:
             f"(layer {layer.digest}, {_PREPARE_TRIES} tries)"
         )
 
-    # A snapshotter reads a lazy layer's blob without having seen all of it. A blob that is its own diff ID is the one
-    # that the config means, and that other images find by its name. Any other is fetched, unpacked and compared. A
-    # turboOCI layer's diff ID is that of its uncompressed blob, which would have to be fetched here first.
+    # A snapshotter reads a lazy layer's blob without having seen all of it. If the blob's digest is the diff ID, the
+    # blob is the one that the config describes, and other images find it by that name. Any other blob is fetched,
+    # unpacked and compared. A turboOCI layer's diff ID is that of its uncompressed blob, which would have to be
+    # fetched for comparing.
     def _is_proven(self, number: int) -> bool:
         layer = self._image.layers[number]
         if not layer.is_overlaybd:
@@ -142,7 +143,8 @@ class Unpacker:
             )
         return self._image.diff_ids[number] == layer.digest
 
-    # A snapshotter whose root was emptied has lost snapshots that containerd has on record: their names are taken.
+    # A snapshotter whose root was emptied has lost snapshots that containerd still has on record: their names are
+    # taken.
     def _forget_lost(self, number: int) -> None:
         for name in reversed(self._image.chain_ids[number:]):
             if self._committed(name):
@@ -158,7 +160,7 @@ class Unpacker:
                     f"({error})"
                 ) from error
 
-    # Unpacked it would be a file in an otherwise empty root file system: an image that pulls and cannot run.
+    # Unpacked it would be a file in an otherwise empty root file system: the image could be pulled, but not run.
     def _refuse(self, layer: Descriptor, key: str) -> NoReturn:
         with suppress(ContainerdError):
             self._snapshots.remove(key)
@@ -177,7 +179,7 @@ class Unpacker:
                 raise PullError(f"layer {layer.digest}: unpacks to other bytes (got {got}, wanted diff ID {diff_id})")
             self._commit(name, key, labels)
         except BaseException:
-            with suppress(ContainerdError):  # the error under way matters more
+            with suppress(ContainerdError):  # the error being raised matters more
                 self._snapshots.remove(key)
             raise
 
@@ -193,10 +195,10 @@ class Unpacker:
         if not self._committed(name):
             return False
         self._containerd.hold_snapshot(self._snapshotter, name)
-        return self._committed(name)  # it might have gone before it was held
+        return self._committed(name)  # it might have been removed before it was held
 
     def _as_present(self, layer: Descriptor, name: str) -> LayerResult:
-        # A trace is small, never needed, and never unpacked.
+        # A trace layer does not count: it is small, never needed and never unpacked.
         is_data = layer.is_overlaybd and layer.annotations.get(ACCELERATION_LAYER) != "yes"
         labels = self._snapshots.stat(name).labels if is_data else {}
         origin = labels.get(IMAGE_LABEL) or labels.get(CRI_IMAGE_LABEL, "")
@@ -210,9 +212,9 @@ class Unpacker:
 
 
 def snapshot_labels(layer: Descriptor, name: str, reference: str) -> dict[str, str]:
-    """Return the labels with which a layer's snapshot is prepared: its target name, its image, its annotations.
+    """Return the labels for preparing a layer's snapshot: its target name, its image, its annotations.
 
-    An annotation does not pass for what only a client says.
+    Annotations cannot set labels that only a client may set.
     """
     labels = {
         key: value
