@@ -53,7 +53,7 @@ _MALFORMED = frozenset(
     (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.E2BIG, errno.EFBIG)
 )
 _NO_NAMES = (b"", b".", b"..")
-# Bounds, about: memory for all paths of a layer, and for a path beside its length.
+# Approximate memory: the bound for all paths of a layer; a directory, and any other path, beside its length.
 _MOST_HELD = 1 << 30
 _DIRECTORY_OVERHEAD = 1024
 _OVERHEAD = 512

@@ -121,7 +121,7 @@ def _unzstd(file: Readable, head: bytes, blob: str) -> Iterator[bytes]:
 
 
 class _Rejoined:
-    # A file of which the first bytes have been read already.
+    # A file whose first bytes have been read already.
     def __init__(self, file: Readable, head: bytes) -> None:
         self._file = file
         self._head = head

@@ -94,7 +94,7 @@ class Editor(Changes):
         home.changed.add(name)
 
     def remove(self, parent: int, name: bytes) -> int:
-        """Remove a name, with everything below it. Frees inodes without another name; returns their number."""
+        """Remove a name and all below it, and free inodes left without a name. Returns the count of names."""
         home = self._folder(parent)
         number, _ = home.entries.pop(name)
         home.changed.add(name)

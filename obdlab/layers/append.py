@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Each piece of a write gets one record; this is the original's largest I/O.
 _PIECE = 4 << 20
-# Freed with one call: writes to the file wait for it, half a second for 1.5 GiB.
+# Most sectors freed with one call: writes to the file wait for it, half a second for 1.5 GiB.
 _PUNCH_SECTORS = (32 << 20) // SECTOR
 # Parts that a collection copies before it lets waiting writes in.
 _COPIES_AT_ONCE = 64

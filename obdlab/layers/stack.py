@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SHIFT = SECTOR.bit_length() - 1
 _MASK = SECTOR - 1
-# Answers of the usual lengths cost nothing. The pages are written, not merely allocated: the kernel copies an answer
+# Zeros of the usual lengths are made once. The pages are written, not merely allocated: the kernel copies an answer
 # out of a FUSE server's memory, and if it must fault a page in while that server is killed, it fails the request
 # instead of passing it to the next server.
 _ZEROS = {1 << bits: b"\0" * (1 << bits) for bits in range(9, 21)}

@@ -147,7 +147,7 @@ def _to_standard_error(line: bytes) -> None:
 _write: Callable[[bytes], None] = _to_standard_error
 
 
-# A message names an error by its text; a text made earlier has the error as "cause".
+# Errors of a record: among its arguments, as "cause" if its text was made earlier, or being handled.
 def _errors_of(record: logging.LogRecord) -> list[BaseException]:
     found = [argument for argument in record.args or () if isinstance(argument, BaseException)]
     cause = getattr(record, "cause", None)

@@ -147,7 +147,7 @@ class SegmentIndex:
         )
 
     def _first_ending_after(self, sector: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        # The bucket table gives where to begin; most are exact, or one too low.
+        # The bucket table gives the first guess: mostly exact, or one too low.
         bucket = np.minimum(sector, self._limit) >> self._bucket_bits
         first: NDArray[np.int64] = np.frombuffer(self._bucket, np.int32)[bucket].astype(np.int64)
         ends = np.append(ends, _NEVER)

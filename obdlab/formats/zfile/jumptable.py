@@ -1,4 +1,4 @@
-"""Where each block of a ZFile lies, computed from the stored lengths of its index."""
+"""Offsets of a ZFile's blocks, computed from the stored lengths of its index."""
 
 from __future__ import annotations
 
