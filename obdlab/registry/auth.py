@@ -1,4 +1,4 @@
-"""Who we are to a registry: WWW-Authenticate challenges and bearer tokens.
+"""Authentication at a registry: WWW-Authenticate challenges and bearer tokens.
 
 Sources: RFC 9110 section 11 (challenges), RFC 7617 (Basic), the docker registry token specification. Passwords and
 tokens appear in no message, log or ``repr``.
@@ -36,20 +36,20 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOKEN_ANSWER = 256 << 10
 _MAX_CHALLENGE = 8192
-# What a token is worth if its server does not say (docker registry token specification). One said to be worth next to
-# nothing is used until it is refused, not asked for anew by each request.
+# Life of a token if its server does not say (docker registry token specification). A token with almost no life is
+# used until it is refused, instead of asking for another one at each request.
 _DEFAULT_EXPIRY_S = 60.0
 _SHORTEST_EXPIRY_S = 0.1
 _LONGEST_EXPIRY_S = 86400.0
-# A token is renewed this part of its life before its end, so that none expires on its way.
+# A token is renewed this share of its life before its end, so that it does not expire on its way.
 _EXPIRY_MARGIN = 0.1
-# How soon to try again to renew a token that still holds.
+# Pause before the next attempt to renew a token that is still valid.
 _RENEW_AGAIN_S = 1.0
-# The first request of many is waited for so long; a slow one must not hold up the others for good.
+# Other requests wait this long for the first one; a slow one must not hold them up for longer.
 _FIRST_WAIT_S = 2.0
 _LONGEST_WAIT_S = 600.0
 _WRONG_PASSWORD = "registry refuses the credentials"
-# How token servers say that they do not like user or password.
+# Answers of token servers that refuse user or password.
 _REFUSALS = (400, 401, 403)
 
 
@@ -67,7 +67,7 @@ _TOKEN68 = re.compile(r"\s*[\w.~+/-]+=+\s*(?:,|$)", re.ASCII)
 
 
 def parse_challenges(header: str) -> list[Challenge]:
-    """Read a WWW-Authenticate header as far as it is well formed; the rest is left out. Never raises."""
+    """Parse a WWW-Authenticate header as far as it is well formed; the rest is left out. Never raises."""
     challenges: list[Challenge] = []
     text = header[:_MAX_CHALLENGE]
     position = 0
@@ -77,7 +77,7 @@ def parse_challenges(header: str) -> list[Challenge]:
             break
         position = scheme.end()
         parameters: dict[str, str] = {}
-        if (token := _TOKEN68.match(text, position)) is not None:  # "Negotiate abc==": nothing for us in it
+        if (token := _TOKEN68.match(text, position)) is not None:  # "Negotiate abc==" has no parameters
             position = token.end()
             challenges.append(Challenge(scheme[1].lower(), {}))
             continue
@@ -97,10 +97,10 @@ def parse_challenges(header: str) -> list[Challenge]:
 
 @dataclass(slots=True)
 class _Grant:
-    # What is known of one repository and set of actions: the Authorization header in use, and where it came from.
+    # State of one repository and set of actions: the Authorization header in use, and its origin.
     lock: threading.Lock = field(default_factory=threading.Lock)
     first: threading.Lock = field(default_factory=threading.Lock)
-    #: Whether an answer of the registry has shown if it wants a header.
+    #: True once an answer of the registry has shown if it wants a header.
     settled: bool = False
     header: str | None = field(default=None, repr=False)
     pair: Pair | None = field(default=None, repr=False)
@@ -111,7 +111,7 @@ class _Grant:
 
 
 class Authenticator:
-    """Answers challenges and remembers the answers, per registry, repository and actions ("pull", "pull,push")."""
+    """Answers challenges and keeps the tokens, per registry, repository and actions ("pull", "pull,push")."""
 
     def __init__(self, credentials: CredentialSource, transport: Transport) -> None:
         self._credentials = credentials
@@ -128,12 +128,12 @@ class Authenticator:
         *,
         doing: str,
     ) -> urllib3.BaseHTTPResponse:
-        """Return the answer to a request of ``url``; any status but 401 is the caller's.
+        """Return the answer to a request of ``url``. The caller handles every status but 401.
 
-        ``send`` sends it with the Authorization header it is given, a second time if the first was refused, a third
-        time if the second was one that another thread had got: two threads that are refused at once count as one.
-        Where a challenge is likely, the first request of many goes ahead alone, and the others share its token.
-        Raises RegistryError, permanent unless the token server failed for a while.
+        ``send`` sends the request with a given Authorization header: a second time if the first was refused, a third
+        time if the second header came from another thread (two threads refused at once count as one). If a challenge
+        is likely, the first of many requests goes ahead alone, and the others share its token. Raises RegistryError,
+        permanent unless the token server failed temporarily.
         """
         grant = self._grant(repository, actions)
         with self._first_contact(grant, repository):
@@ -155,7 +155,7 @@ class Authenticator:
         return response
 
     def header(self, repository: Repository, actions: str) -> str | None:
-        """Return the Authorization header in use, or None if there is none (yet) or it has expired."""
+        """Return the current Authorization header, or None if it is missing or has expired."""
         return self._header(self._grant(repository, actions), repository, actions, repository.blobs_url)
 
     def _grant(self, repository: Repository, actions: str) -> _Grant:
@@ -165,7 +165,7 @@ class Authenticator:
 
     @contextmanager
     def _first_contact(self, grant: _Grant, repository: Repository) -> Iterator[None]:
-        # An open registry would only lose a round trip, so that those likely to be open are asked by all at once.
+        # At an open registry, waiting for the first request would only cost a round trip.
         if grant.settled or (repository.plain_http and not self._credentials.likely(repository)):
             yield
             return
@@ -185,7 +185,7 @@ class Authenticator:
         now = time.monotonic()
         if grant.header is None or now < grant.renew:
             return grant.header
-        # One renews in good time, while the others go on with what they have; once it has expired they wait.
+        # One thread renews early, while the others use the old header; once it has expired they wait.
         expired = now >= grant.expires
         if not grant.lock.acquire(timeout=_left_s() if expired else 0):
             return None if expired else grant.header
@@ -202,7 +202,7 @@ class Authenticator:
         except RegistryError as error:
             now = time.monotonic()
             if now >= grant.expires:
-                grant.header = None  # the registry's challenge will tell what is wrong
+                grant.header = None  # the registry's next challenge reports the cause
             else:
                 grant.renew = min(grant.expires, now + _RENEW_AGAIN_S)
                 logger.info("%s: token not renewed yet: %s", repository, error)
@@ -216,8 +216,8 @@ class Authenticator:
         response: urllib3.BaseHTTPResponse,
         refused: str | None,
     ) -> tuple[str, bool]:
-        # Returns a new header after one (or none) was refused with this response. Threads refused at the same time
-        # share it: the second value says whether another one got it.
+        # Returns a new header after this response refused the one in use (or a request without). Threads refused at
+        # the same time share it: the second value is True if another thread got it.
         challenges = response.headers.getlist("WWW-Authenticate")
         discard(response)
         with _within_deadline(grant.lock):
@@ -285,7 +285,7 @@ class Authenticator:
 
 
 def _told(error: RegistryError, trouble: str) -> RegistryError:
-    # Why there are no (other) credentials is what the reader of a refusal needs to know.
+    # A refusal must report why there are no (other) credentials.
     if not trouble:
         return error
     return RegistryError(f"{error.what}; {trouble}", temporary=error.temporary, status=error.status)
@@ -298,7 +298,7 @@ def _left_s() -> float:
 
 @contextmanager
 def _within_deadline(lock: threading.Lock) -> Iterator[None]:
-    # Another thread may be asking a token server that does not answer, and have more time than we.
+    # Another thread may wait for a silent token server, with a later deadline than this thread's.
     if not lock.acquire(timeout=_left_s()):
         raise RegistryError("no token within the deadline", temporary=True)
     try:
@@ -331,7 +331,7 @@ def _split_realm(realm: str) -> SplitResult:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.fragment
     except ValueError:
         usable = False
-    # Characters that parsers of URLs read in different ways would send the password elsewhere.
+    # URL parsers differ on these characters; one of them could send the password to another host.
     if not usable or not realm.isprintable() or set(" \\@") & set(realm):
         raise RegistryError("challenge with a malformed realm", status=401)
     return parts

@@ -1,4 +1,4 @@
-"""Response bodies that must hold exactly what was asked for: a byte range, a whole blob, a small document."""
+"""Response bodies that must hold exactly the requested data: a byte range, a whole blob, a small document."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     import urllib3
 
-# A registry that ignores Range sends the blob from its start: up to here skipping is cheaper than failing.
+# A registry that ignores Range sends the blob from its start: up to this offset skipping is cheaper than failing.
 MAX_SKIP = 4 << 20
 _SKIP_CHUNK = 256 << 10
-# A stream is alive as long as this much comes within each deadline.
+# A stream gets a fresh deadline for each window of this size.
 _STREAM_WINDOW = 1 << 20
 
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*", re.ASCII | re.IGNORECASE)
@@ -31,7 +31,7 @@ _UNSATISFIED = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*", re.ASCII | re.IGNORECA
 
 
 def read_small(response: urllib3.BaseHTTPResponse, limit: int, doing: str) -> bytes:
-    """Return the whole body. Raises RegistryError if it is longer than ``limit`` or breaks off."""
+    """Return the whole body. Raises RegistryError if it is longer than ``limit`` or incomplete."""
     try:
         data = response.read(limit + 1)
         complete = response.length_remaining in (None, 0)
@@ -51,13 +51,13 @@ def read_range(
 ) -> bytes:
     """Return exactly the bytes ``[offset, offset + length)`` from the answer to a range request.
 
-    206 must name the very range; 200, the whole blob, is read through if what is before the range is affordable. An
-    answer of a blob of another ``size``, if that is given, is refused. Raises RegistryError.
+    A 206 must name this very range. Of a 200, the whole blob, the part before the range is skipped if it is small. An
+    answer for a blob of another ``size``, if given, is refused. Raises RegistryError.
     """
     try:
         go_to_range(response, offset, length, doing, size)
         data = _read_exactly(response, length, doing)
-        # Without a length (chunked, or until the connection closes) only its end tells that this was all.
+        # Without a length (chunked, or until the connection closes) only the end shows that the body is complete.
         if response.status == 206 and response.length_remaining is None and response.read(1):
             raise RegistryError(f"{doing}: body longer than its range", temporary=True)
     except TRANSPORT_ERRORS as error:
@@ -70,7 +70,7 @@ def read_range(
 def go_to_range(
     response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None = None
 ) -> None:
-    """Have the answer to a range request give the byte at ``offset`` next. Raises as :func:`read_range` does."""
+    """Position the answer to a range request at ``offset``, its next byte. Raises as :func:`read_range` does."""
     if is_compressed(response):
         got = response.headers.get("Content-Encoding", "")[:80]
         raise RegistryError(f"{doing}: answer with another encoding (got {got!r}, wanted identity)")
@@ -82,7 +82,7 @@ def go_to_range(
 
 
 def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
-    """Return the blob's size from the answer to a range request: 206, 200, or 416 for an empty one.
+    """Return the blob's size from the answer to a range request: 206, 200, or 416 for an empty blob.
 
     Raises RegistryError.
     """
@@ -103,11 +103,11 @@ def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
 
 
 class BlobStream(io.RawIOBase):
-    """A blob read from start to end, checked against its size and sha256 digest; picks itself up after breaks.
+    """A blob read from start to end, checked against its size and sha256 digest; reopened after breaks.
 
-    Leaving its ``with`` block without an error reads what was left and checks it; so does reading the last byte.
-    Until then nothing read is known to be right. Raises RegistryError when the registry fails for longer than the
-    deadline, CorruptBlobError when the content does not match.
+    Leaving its ``with`` block without an error reads and checks the rest; so does reading the last byte. Until then
+    the data is unverified. Raises RegistryError when the registry fails for longer than the deadline,
+    CorruptBlobError when the content does not match.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class BlobStream(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """Stop reading. What was not read is not checked."""
+        """Stop reading. Unread bytes are not checked."""
         if self._response is not None:
             discard(self._response)
             self._response = None
@@ -186,7 +186,7 @@ class BlobStream(io.RawIOBase):
         if self._position >= self._window_end:
             self._window_end = self._position + _STREAM_WINDOW
             self._window_left_s = self._deadline_s
-        started = time.monotonic()  # only the time spent here counts: our reader may be slow
+        started = time.monotonic()  # only the time spent here counts: the caller may be slow
         deadline = started + self._window_left_s
         try:
             with deadline_of_thread(deadline):
@@ -229,7 +229,7 @@ class BlobStream(io.RawIOBase):
         self._verified = True
 
     def _has_more(self) -> bool:
-        # Only an answer without a length can surprise us here; one that breaks off now has no more.
+        # Only an answer without a length can have more bytes; an answer that breaks off here has no more.
         response = self._response
         if response is None or response.length_remaining is not None:
             return False

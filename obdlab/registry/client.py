@@ -1,4 +1,4 @@
-"""The registry operations that obdlab needs: manifests, blobs, byte ranges of blobs (OCI distribution 1.1)."""
+"""The registry operations of obdlab: manifests, blobs, byte ranges of blobs (OCI distribution 1.1)."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 MANIFEST_ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 
-# Reads for a running container go on until their deadline; whoever waits at a terminal wants to know sooner.
+# Reads for a running container go on until their deadline; a command at a terminal has to report failure sooner.
 _TRIES = 5
-# So many tries of a read are broken off if they are slow. After these the link is believed to be what is slow.
+# This many tries of a read must keep a least pace. After them the link itself is taken to be slow.
 _PACED_TRIES = 3
-# What registries answer that do not delete, or not for everyone who may push.
+# Statuses of registries that do not delete, or not for every user with push rights.
 _REFUSED = (400, 401, 403, 405, 501)
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A manifest or index as the registry holds it; ``digest`` has been checked against ``data``."""
+    """A manifest or index as stored in the registry; ``digest`` has been checked against ``data``."""
 
     media_type: str
     digest: str
@@ -53,14 +53,14 @@ class Fetched:
 
 
 class RegistryClient:
-    """Talks to any number of registries over kept connections. Thread-safe; opens no connection before it is used.
+    """Talks to any number of registries over kept connections. Thread-safe; connects at the first use.
 
-    ``plain_http_hosts`` are hosts ("host" or "host:port") without TLS, beside loopback ones. ``request_timeout_s``
-    bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time
-    by their size, streams for each MiB). ``mirrors`` are asked before their registry for all that is read, the
-    ``p2p`` proxy for ranges of blobs. At most a part ``hedge_share`` of these is asked for twice, when the first
-    answer lags. Operations raise RegistryError (a SourceError), which names registry,
-    repository, digest and offset, and CorruptBlobError for content that does not match its digest.
+    ``plain_http_hosts`` are hosts ("host" or "host:port") without TLS, besides loopback ones. ``request_timeout_s``
+    bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time by
+    their size, streams for each MiB). ``mirrors`` are asked before their registry for all reads, the ``p2p`` proxy
+    for ranges of blobs. Of the latter, a share of at most ``hedge_share`` is requested twice, when the first answer
+    lags. Operations raise RegistryError (a SourceError), which names registry, repository, digest and offset, and
+    CorruptBlobError for content that does not match its digest.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class RegistryClient:
 
     @property
     def deadline_s(self) -> float:
-        """How long an operation may take, retries included."""
+        """The time that an operation may take, retries included."""
         return self._session.deadline_s
 
     def repository(self, ref: Reference) -> Repository:
-        """Return where ``ref`` lives, with its scheme: plain HTTP for loopback and listed hosts, else HTTPS."""
+        """Return the repository of ``ref``, with its scheme: plain HTTP for loopback and listed hosts, else HTTPS."""
         repository = ref.repo
         listed = bool({repository.host, repository.host.rpartition(":")[0]} & self._plain_http_hosts)
         return Repository(repository.host, repository.name, plain_http=repository.plain_http or listed)
@@ -103,7 +103,7 @@ class RegistryClient:
     def get_manifest(
         self, ref: Reference, accept: Collection[str] = MANIFEST_ACCEPT, *, helped: bool = True
     ) -> Fetched:
-        """Fetch the manifest or index ``ref`` names, at most 4 MiB, and check its digest.
+        """Fetch the manifest or index that ``ref`` names, at most 4 MiB, and check its digest.
 
         ``helped=False`` asks the registry itself, not its mirrors.
         """
@@ -131,7 +131,7 @@ class RegistryClient:
     def put_manifest(self, ref: Reference, media_type: str, data: bytes) -> str:
         """Store a manifest or index under the tag (or digest) of ``ref``, and return its digest.
 
-        One that has a subject can be found by it afterwards (:meth:`referrers`), also at registries without that API.
+        A manifest with a subject is listed by :meth:`referrers` afterwards, also at registries without that API.
         """
         repository = self.repository(ref)
         digest = digest_of(data)
@@ -166,9 +166,10 @@ class RegistryClient:
         return referrers.list_referrers(self._session, self, repository, digest, artifact_type)
 
     def remove_referrer(self, repository: Repository, subject: str, digest: str) -> None:
-        """Have a manifest whose subject is ``subject`` found by it no longer, by deleting it.
+        """Delete a manifest whose subject is ``subject``, so that :meth:`referrers` does not list it any more.
 
-        Where the list of referrers is a tag it is taken out of that, which is enough if the registry deletes nothing.
+        If the list of referrers is a tag, the manifest is removed from that, which suffices if the registry cannot
+        delete.
         """
         unlisted = referrers.drop_from_tag(self, repository, subject, digest)
         doing = "deleting manifest"
@@ -185,7 +186,7 @@ class RegistryClient:
                 raise
 
     def blob_size(self, repository: Repository, digest: str) -> int:
-        """Return a blob's size. Asked by a range request, which every registry and storage answers alike."""
+        """Return a blob's size. Uses a range request, which all registries and storages answer alike."""
         name = _name(repository, digest)
         doing = "asking for blob size"
 
@@ -248,13 +249,13 @@ class RegistryClient:
         return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
 
     def link(self, repository: Repository) -> Link:
-        """Return what is known of the way to the repository's registry."""
+        """Return the measurements of the link to the repository's registry."""
         return self._links.setdefault(repository.api_host, Link())
 
     def open_range(
         self, repository: Repository, digest: str, offset: int, length: int, *, size: int | None = None
     ) -> RangeStream:
-        """Ask once for a byte range of a blob that is to be read as it comes. Nothing is tried again.
+        """Request a byte range of a blob once, for reading it as it arrives. Nothing is retried.
 
         Raises RegistryError as :meth:`read_range` does.
         """
@@ -274,7 +275,7 @@ class RegistryClient:
         return self._session.persist(request, blob=name, offset=offset, tries=1)
 
     def distrust(self, repository: Repository, digest: str) -> None:
-        """Read this blob from the registry itself for a while: what came from elsewhere failed its checksum."""
+        """Read this blob from the registry itself for a while: bytes from elsewhere failed their checksum."""
         self._session.distrust(repository, f"blobs/{digest}")
 
     def read_blob(self, repository: Repository, digest: str, size: int, max_size: int) -> bytes:
@@ -301,7 +302,7 @@ class RegistryClient:
                 lambda response: response,
                 doing=doing,
                 wanted=(200, 206) if position else (200,),
-                helped=first,  # a mirror that breaks off in the middle is not asked for the rest
+                helped=first,  # a mirror that breaks off in the middle is not used for the rest
             )
 
         return body.BlobStream(
@@ -322,8 +323,8 @@ class RegistryClient:
     ) -> bool:
         """Make the repository hold a blob; return False if it had it already.
 
-        ``open_file`` gives the content, from its start, each time it is called (again after a failed try).
-        ``mount_from``, a repository on the same registry, is asked first to share its copy.
+        ``open_file`` returns the content from its start, each time it is called (again after a failed try). The
+        registry is first asked to mount the blob from ``mount_from``, another one of its repositories.
         """
         name = _name(repository, digest)
         doing = "pushing blob"
@@ -346,14 +347,14 @@ class RegistryClient:
         return self._session.persist(attempt, blob=name, deadline=deadline, tries=_TRIES)
 
     def has_blob(self, repository: Repository, digest: str) -> bool:
-        """Ask the registry itself whether the repository holds a blob now."""
+        """Return True if the registry itself reports that the repository holds the blob now."""
         name = _name(repository, digest)
         return self._session.persist(lambda: self._head_blob(repository, digest), blob=name, tries=_TRIES)
 
     def mount_blob(self, repository: Repository, digest: str, other: str) -> bool:
-        """Have the repository share a blob that ``other``, a repository of the same registry, holds.
+        """Make the repository share a blob that ``other``, a repository of the same registry, holds.
 
-        False if the registry does not do it: that one has no such blob, or we may not read there.
+        Returns False if the registry refuses: ``other`` has no such blob, or the user may not read it.
         """
         name = _name(repository, digest)
         doing = "mounting blob"
@@ -370,7 +371,7 @@ class RegistryClient:
                 raise
             if location is None:
                 return True
-            # An upload was begun instead. A registry that does not listen forgets it by itself.
+            # The registry began an upload instead. If it ignores the DELETE, the upload expires by itself.
             with suppress(RegistryError):
                 discard(self._session.request(repository, "DELETE", location, {}, doing=doing, actions=PUSH))
             return False
@@ -378,7 +379,7 @@ class RegistryClient:
         return self._session.persist(attempt, blob=name, tries=_TRIES)
 
     def push_stream(self, repository: Repository) -> BlobSink:
-        """Return a sink that uploads a blob in chunks while it is written, its digest and size being known last."""
+        """Return a sink that uploads a blob in chunks while it is written, before its digest and size are known."""
         return BlobSink(self._session, repository)
 
     def close(self) -> None:
@@ -392,14 +393,14 @@ class RegistryClient:
         if response.status == 404:
             discard(response)
             return False
-        # A redirect leads to the storage that has it.
+        # A redirect leads to the storage that has the blob.
         _expect(response, (200, 301, 302, 303, 307, 308), doing)
         return True
 
     def _start_upload(
         self, repository: Repository, digest: str, mount_from: Repository | None, doing: str
     ) -> str | None:
-        # Returns where to put the content, or None if the registry took the other repository's copy.
+        # Returns the upload's URL, or None if the registry mounted the other repository's copy.
         url = f"{repository.blobs_url}/uploads/"
         if mount_from is not None and mount_from.api_host == repository.api_host:
             url += f"?mount={quote(digest, safe='')}&from={quote(mount_from.name, safe='')}"

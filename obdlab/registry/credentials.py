@@ -1,4 +1,4 @@
-"""Users and passwords for registries: docker's config.json, its helper programs, and services that are asked.
+"""Users and passwords for registries: docker's config.json, its helper programs, and credential services.
 
 Sources: docker's config.json ("auths", "credHelpers", "credsStore"), its credential helper protocol, and overlaybd's
 credentialConfig (``GET <address>?remote_url=<URL>``). Passwords appear in no message, log or ``repr``.
@@ -39,27 +39,27 @@ Pair = tuple[str, str]
 
 _MAX_CONFIG = 1 << 20
 _MAX_ANSWER = 256 << 10
-#: A file is looked at whenever a registry asks for credentials, and otherwise at most so often.
+#: A file is checked for changes whenever a registry asks for credentials, and otherwise at most this often.
 _LOOK_S = 1.0
-# How long a service's or helper's answer is good: they hand out short-lived passwords.
+# How long an answer of a service or helper is valid: they give out short-lived passwords.
 _ANSWER_LIFE_S = 30.0
-# A source that failed is not asked again by every request.
+# A failed source is not asked again for this long, however many requests come.
 _FAILURE_LIFE_S = 1.0
 _MOST_ANSWERS = 1024
 _HELPER_TIMEOUT_S = 10.0
 _HELPER_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-# What helpers say instead of failing when they have nothing (docker credential helper protocol).
+# Message of helpers that have no credentials (docker credential helper protocol).
 _NOT_FOUND = "credentials not found in native keychain"
-# Docker Hub's key in "credHelpers" and for helpers.
+# Docker Hub's key in "credHelpers", and its name for helpers.
 _HUB_SERVER = "https://index.docker.io/v1/"
 
 
 class CredentialsError(ObdlabError):
-    """Credentials cannot be read, or are not what they should be."""
+    """Credentials cannot be read, or are malformed."""
 
 
 class Found(NamedTuple):
-    """What a source has: user and password, or none; and what is wrong with the source, if something is."""
+    """The answer of a source: user and password, or None; ``trouble`` is an error of the source, or ''."""
 
     pair: Pair | None
     trouble: str = ""
@@ -72,16 +72,17 @@ _NOTHING = Found(None)
 
 
 class CredentialSource(Protocol):
-    """Where credentials come from. Thread-safe."""
+    """A source of credentials. Thread-safe."""
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
-        """Return credentials for a request of ``url``. ``refused`` were just not accepted: look anew.
+        """Return credentials for a request of ``url``. If ``refused`` were just refused, look again.
 
-        Raises nothing: without credentials a registry may still let us in, and if not, ``trouble`` says why not.
+        Never raises: a registry may allow anonymous access, and if it does not, ``trouble`` is reported with its
+        refusal.
         """
 
     def likely(self, repository: Repository) -> bool:
-        """Tell, without asking anybody, whether there may be credentials for the repository."""
+        """Return True if there may be credentials for the repository, without I/O to a service or helper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,12 @@ class Credentials:
     """User names and passwords by registry host, or by host and the beginning of a repository name."""
 
     _entries: Mapping[str, Pair] = field(default_factory=dict, repr=False)
-    #: Helper programs ("ecr-login" for docker-credential-ecr-login) by host; under "" that for all others.
+    #: Helper programs ("ecr-login" for docker-credential-ecr-login) by host; "" is for all other hosts.
     helpers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | str | None) -> Self:
-        """Read a docker config.json; ``None`` gives no credentials. Raises CredentialsError."""
+        """Read a docker config.json; ``None`` means no credentials. Raises CredentialsError."""
         if path is None:
             return cls()
         try:
@@ -130,19 +131,19 @@ class Credentials:
         return None
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
-        """Return what :meth:`find` has for the repository."""
+        """Return the credentials that :meth:`find` returns for the repository."""
         return Found(self.find(repository.host, repository.name))
 
     def likely(self, repository: Repository) -> bool:
-        """Tell whether there is an entry, or a helper program to ask."""
+        """Return True if there is an entry, or a helper program to ask."""
         return self.find(repository.host, repository.name) is not None or bool(_helper_of(self, repository.host))
 
 
 class CredentialsFile:
-    """A docker config.json that is read again when it has changed."""
+    """A docker config.json that is read again when it changes."""
 
     def __init__(self, path: Path) -> None:
-        """Raises nothing: a file that is not there (yet) matters when a registry asks for credentials."""
+        """Never raises: a missing file matters only when a registry asks for credentials."""
         self._path = path
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] | None = None
@@ -155,7 +156,7 @@ class CredentialsFile:
         return f"CredentialsFile({str(self._path)!r})"
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
-        """Return the file's entry for the repository, or what the helper program that it names says."""
+        """Return the file's entry for the repository, or the answer of the helper program that it names."""
         credentials, trouble = self._current(look=True, anew=refused is not None)
         pair = credentials.find(repository.host, repository.name)
         if pair is None and (helper := _helper_of(credentials, repository.host)):
@@ -163,7 +164,7 @@ class CredentialsFile:
         return Found(pair, trouble)
 
     def likely(self, repository: Repository) -> bool:
-        """Tell whether the file has an entry for the repository, or names a helper program."""
+        """Return True if the file has an entry for the repository, or names a helper program."""
         return self._current()[0].likely(repository)
 
     def _current(self, *, look: bool = False, anew: bool = False) -> tuple[Credentials, str]:
@@ -179,23 +180,23 @@ class CredentialsFile:
             state = os.stat(self._path)
             seen = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
         except OSError:
-            seen = None  # reading it will tell why
+            seen = None  # reading it reports the error
         if seen is not None and seen == self._seen and not anew:
             return
         try:
             self._credentials, self._seen, self._trouble = Credentials.load(self._path), seen, ""
         except CredentialsError as error:
-            # Those read before stay good: a file may be caught half written, or gone for a moment.
+            # The last good entries stay in use: the file may be half written, or missing for a moment.
             if str(error) != self._trouble:
                 logger.warning("%s; going on with what was known before, if anything", error)
             self._seen, self._trouble = None, str(error)
 
 
 class CredentialsService:
-    """A service that is asked for credentials by HTTP, TLS or over a unix socket, as overlaybd does."""
+    """A service for credentials, asked by HTTP, TLS or over a unix socket, as overlaybd does."""
 
     def __init__(self, address: str, transport: Transport, *, timeout_s: float) -> None:
-        """``address`` is a URL; the transport knows which certificates or socket go with it."""
+        """``address`` is a URL; the transport has the certificates or the socket for it."""
         self._address = address
         self._transport = transport
         self._timeout_s = timeout_s
@@ -205,17 +206,17 @@ class CredentialsService:
         return f"CredentialsService({redacted(self._address)!r})"
 
     def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
-        """Ask the service, unless it answered for this repository in the last 30 s and was right."""
+        """Ask the service, unless its answer for this repository is younger than 30 s and was not refused."""
         return self._answers.get((repository.host, repository.name), refused, url)
 
     def likely(self, repository: Repository) -> bool:
-        """Whoever runs such a service has registries that want credentials."""
+        """Return True: a configured service means that registries want credentials."""
         return True
 
     def _ask(self, key: tuple[str, ...], url: str) -> Found:
         host, name = key
         doing = f"asking {redacted(self._address)} for credentials"
-        # Not URL-encoded, as the services that exist expect it; what could end the query is.
+        # Not URL-encoded, as existing services expect; only characters that would end the query are.
         asked = url.replace("&", "%26").replace("#", "%23")
         separator = "&" if "?" in self._address else "?"
         try:
@@ -230,7 +231,7 @@ class CredentialsService:
         response = self._transport.send("GET", url, {"Accept": "application/json"}, doing=doing)
         if response.status != 200:
             discard(response)
-            # What it says may well quote what it must not.
+            # The body may quote a secret.
             raise RegistryError(f"{doing}: answered {response.status}", status=response.status)
         return read_small(response, _MAX_ANSWER, doing)
 
@@ -243,7 +244,7 @@ class _Answer:
 
 
 class _Remembered:
-    # Answers of a slow source by key: asked for once at a time, good for a while, and not after a refusal.
+    # Cached answers of a slow source by key: one query at a time, valid for a while, dropped after a refusal.
     def __init__(self, ask: Callable[..., Found]) -> None:
         self._ask = ask
         self._lock = threading.Lock()
@@ -353,7 +354,7 @@ def _as_pair(user: object, password: object) -> Pair | None:
         return None
     try:
         f"{user}{password}".encode()
-    except UnicodeError:  # JSON can spell halves of characters
+    except UnicodeError:  # JSON can spell lone surrogates
         return None
     return user, password
 

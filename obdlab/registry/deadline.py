@@ -1,4 +1,4 @@
-"""A deadline that holds for all a thread does with a registry, however deep below it happens."""
+"""A deadline for everything that a thread does with a registry, at any depth of calls."""
 
 from __future__ import annotations
 

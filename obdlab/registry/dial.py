@@ -1,7 +1,7 @@
-"""Connecting to a host by name, in time: the resolver may be silent, and an address a black hole.
+"""Connecting to a host by name, in time: the resolver may be silent, and an address may swallow packets.
 
-getaddrinfo knows no time-out, so it runs in a thread of its own. Several addresses are tried in turns, the next one
-when an attempt fails or has been silent for 250 ms, and the first to answer wins (RFC 8305, "Happy Eyeballs").
+getaddrinfo has no time-out, so it runs in its own thread. Addresses are tried in order, the next one when an attempt
+fails or has been silent for 250 ms, and the first to connect wins (RFC 8305, "Happy Eyeballs").
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SocketOption = tuple[int, int, int | bytes]
 
 #: "Connection Attempt Delay" of RFC 8305.
 ATTEMPT_DELAY_S = 0.25
-# How long a resolver is waited for when it has told the name's addresses before.
+# Longest wait for a resolver if earlier addresses of the name are known.
 _PATIENCE_S = 2.0
 _MOST_ADDRESSES = 16
-# How often an attempt looks whether it is still wanted.
+# How often an attempt checks if it is still wanted.
 _LOOK_UP_S = 0.05
 _MOST_NAMES = 1024
 _FINAL_ERRORS = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
@@ -44,7 +44,7 @@ class _Query:
 
 
 class Dialer:
-    """Opens TCP connections. Thread-safe; remembers what names resolved to, for when the resolver is down."""
+    """Opens TCP connections. Thread-safe; keeps the addresses of names, for times when the resolver is down."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,22 +54,22 @@ class Dialer:
     def dial(self, host: str, port: int, deadline: float, options: Iterable[SocketOption] = ()) -> socket.socket:
         """Return a connected socket without time-out, by ``deadline`` (time.monotonic).
 
-        ``options`` are set on it before it connects (level, name, value). Raises socket.gaierror if the name has no
+        ``options`` (level, name, value) are set before it connects. Raises socket.gaierror if the name has no
         address, TimeoutError at the deadline, OSError naming each address that refused.
         """
         addresses = self.resolve(host, port, deadline)
         connection, address = _connect(addresses, deadline, tuple(options))
-        if address != addresses[0]:  # the others had their chance: first come, first asked
+        if address != addresses[0]:  # earlier ones failed or were slow: begin with this one next time
             with self._lock:
                 self._known[host, port] = [address, *(each for each in addresses if each != address)]
         return connection
 
     def resolve(self, host: str, port: int, deadline: float) -> list[Address]:
-        """Return the addresses of a name, those first that should be tried first."""
+        """Return the addresses of a name, in the order in which to try them."""
         try:
             return _lookup(host, port, socket.AI_NUMERICHOST)
         except (OSError, UnicodeError):
-            pass  # a name
+            pass  # not a literal address
         key = (host, port)
         with self._lock:
             known = self._known.get(key)
@@ -110,7 +110,7 @@ def _lookup(host: str, port: int, flags: int = 0) -> list[Address]:
     return _interleaved([(family, address) for family, _, _, _, address in found])[:_MOST_ADDRESSES]
 
 
-# Families take turns, beginning with that of the first address: one may be without a route.
+# Alternates between address families, beginning with that of the first address: one family may be without a route.
 def _interleaved(addresses: Sequence[Address]) -> list[Address]:
     first = [each for each in addresses if each[0] == addresses[0][0]]
     other = [each for each in addresses if each[0] != addresses[0][0]]
@@ -120,7 +120,7 @@ def _interleaved(addresses: Sequence[Address]) -> list[Address]:
     return result
 
 
-# The address that worked last is asked first, if it is still one.
+# Puts the address that worked last first, if the name still has it.
 def _favour(addresses: list[Address], known: list[Address] | None) -> list[Address]:
     if not known or known[0] not in addresses:
         return addresses
@@ -154,7 +154,7 @@ def _connect(
                 code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 selector.unregister(connection)
                 if code == 0:
-                    # The other attempts are closed on the way out.
+                    # The exit stack closes the other attempts.
                     winner = socket.socket(fileno=connection.detach())
                     winner.setblocking(True)
                     return winner, key.data
@@ -169,7 +169,7 @@ def _start(
     attempts: ExitStack,
     selector: selectors.BaseSelector,
 ) -> str | None:
-    # Returns why the attempt could not even begin.
+    # Returns the reason why the attempt could not begin, or None.
     family, place = address
     try:
         connection = attempts.enter_context(socket.socket(family, socket.SOCK_STREAM))

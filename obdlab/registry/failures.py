@@ -1,4 +1,4 @@
-"""What can go wrong with a registry, and the one place that says whether trying again may help."""
+"""Errors of registries, and the only place that decides if trying again may help."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: What transport and urllib3 raise when an exchange fails; every one becomes a RegistryError.
+#: Exceptions of a failed exchange from transport and urllib3; each becomes a RegistryError.
 TRANSPORT_ERRORS = (HTTPError, OSError, http.client.HTTPException)
 
 _ERROR_BODY_LIMIT = 4096
@@ -55,15 +55,15 @@ class RegistryError(SourceError):
         self.timed_out = timed_out
         self.status = status
         self.retry_after_s = retry_after_s
-        #: How often it was tried; 0: that is not known.
+        #: Number of tries; 0: unknown.
         self.tries = 0
         super().__init__(what, blob=blob, offset=offset, temporary=temporary)
 
     def at(self, blob: str, offset: int | None, tries: int, *, before: RegistryError | None = None) -> RegistryError:
-        """Return the same failure with the place it happened at.
+        """Return the same failure with its place.
 
-        That there was no answer in time says little of the last of several tries, which the deadline may have cut
-        short: the last other failure ``before`` it is told then as well.
+        A time-out alone says little about the last of several tries, which the deadline may have cut short. Then the
+        text also has the last other failure, ``before``.
         """
         what = self.what if tries < 2 else f"{self.what} (after {tries} tries)"
         if before is not None and self.timed_out:
@@ -81,12 +81,12 @@ class RegistryError(SourceError):
 
 
 def is_temporary_status(status: int) -> bool:
-    """Whether a request answered with this HTTP status may succeed later."""
+    """Return True if a request answered with this HTTP status may succeed later."""
     return status in (408, 425, 429) or status >= 500
 
 
 def from_response(response: urllib3.BaseHTTPResponse, doing: str) -> RegistryError:
-    """Return the error for an answer that is no success, and give the connection back."""
+    """Return the error for an unsuccessful answer, and give the connection back."""
     try:
         body = response.read(_ERROR_BODY_LIMIT)
     except TRANSPORT_ERRORS:
@@ -102,7 +102,7 @@ def from_response(response: urllib3.BaseHTTPResponse, doing: str) -> RegistryErr
 
 
 def from_exception(error: Exception, doing: str) -> RegistryError:
-    """Return the error for an exchange that broke off."""
+    """Return the error for an exchange that failed with an exception."""
     permanent = isinstance(error, LocationParseError | LocationValueError) or (
         isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError)
     )
@@ -112,7 +112,7 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
     if timed_out:
         text = "no answer in time"
     else:
-        # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); a reader needs the rest.
+        # urllib3 puts its pool into messages ("_PlainConnection(host=..., port=...): "); only the rest is of use.
         reason = _POOL.sub("", " ".join(str(error).split()))
         text = f"{type(error).__name__}: {reason}"
     return RegistryError(f"{doing}: {redacted(text)[:300]}", temporary=not permanent, timed_out=timed_out)
@@ -121,7 +121,7 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
 def persist(
     attempt: Callable[[], T], *, deadline: float, blob: str, offset: int | None = None, tries: int | None = None
 ) -> T:
-    """Call ``attempt`` until it succeeds, fails for good, the deadline comes or ``tries`` are used up.
+    """Call ``attempt`` until it succeeds, fails permanently, the deadline comes or ``tries`` are used up.
 
     Pauses double from 50 ms to 5 s, each shortened by a random part so that many readers do not return in step; a
     registry's Retry-After is kept if the deadline allows. Raises the last RegistryError, with its place.
@@ -148,7 +148,7 @@ def persist(
 
 
 def discard(response: urllib3.BaseHTTPResponse) -> None:
-    """Be done with a response: keep its connection if little is left of the body, else close it."""
+    """Finish with a response: keep its connection if little is left of the body, else close it."""
     try:
         left = response.length_remaining
         if left is not None and left <= _ERROR_BODY_LIMIT:
@@ -170,5 +170,5 @@ def _error_detail(body: bytes) -> str:
 
 
 def _retry_after(text: str) -> float:
-    # The other form, a date, is not used by registries.
+    # Registries do not use the other form, a date.
     return float(decimal(text.strip(), 99_999) or 0)

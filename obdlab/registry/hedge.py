@@ -1,8 +1,8 @@
-"""A second request for a range when the first one lags; whichever answers first wins, the other is broken off.
+"""A second request for a range when the first one lags; the first answer wins, the other request is broken off.
 
-When a request lags is learnt from those before it (Dean and Barroso, "The Tail at Scale", 2013): if it takes longer
-than 95 of 100 like it. The first request stays in the thread of who reads, so that requests in time cost nothing but
-a note; one thread for all of the process looks after them.
+A request lags if it takes longer than 95 of 100 similar ones before it (Dean and Barroso, "The Tail at Scale", 2013).
+The first request stays in the calling thread, so that requests in time cost only a note; one thread of the process
+watches them all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Second requests, by what became of them: "sent" counts all, "won" those that answered first.
+#: Second requests by outcome: "sent" counts all, "won" those with the first answer.
 HEDGES = Counter("registry_hedges")
 
 #: Larger ranges are not hedged: they are streams, and would cost as much again. A miss fetches up to two extents.
@@ -34,7 +34,7 @@ LARGEST = 2 << 20
 #: At most this share of requests is sent twice, beside a few to begin with.
 SHARE = 0.05
 _BURST = 4.0
-# A shorter lag is not worth a request; without experience a whole second is waited.
+# A shorter lag is not worth a request; without samples the lag is a whole second.
 _LEAST_LAG_S = 0.02
 _FIRST_LAG_S = 1.0
 _QUANTILE = 0.95
@@ -47,7 +47,7 @@ _IDLE_S = 10.0
 
 
 class Hedges:
-    """Runs requests with a second one in reserve. ``share`` of them at most are sent twice; 0: none."""
+    """Runs requests with a second one in reserve. At most a ``share`` of them is sent twice; 0 turns hedging off."""
 
     def __init__(self, share: float = SHARE) -> None:
         self._share = share
@@ -56,7 +56,7 @@ class Hedges:
         self._lags: dict[Hashable, _Lag] = {}
 
     def run(self, key: Hashable, request: Callable[[], T]) -> T:
-        """Return what ``request`` returns, which may be called twice at once; ``key`` is what alike requests share.
+        """Return the result of ``request``, which may run twice at once; similar requests share a ``key``.
 
         Raises the RegistryError of the first call if none succeeds.
         """
@@ -90,7 +90,7 @@ class Hedges:
 
 
 class _Lag:
-    # How long the latest requests took, and from when on one lags.
+    # Durations of the latest requests, and the time after which a request lags.
     __slots__ = ("_count", "_taken", "seconds")
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Lag:
         self.seconds = _FIRST_LAG_S
 
     def add(self, seconds: float) -> None:
-        # Threads may add at the same time; a lost renewal comes again.
+        # Threads may add at the same time. A renewal that is lost this way is made up by the next.
         self._taken.append(seconds)
         self._count += 1
         if self._count % _RENEW_EVERY == 0 and len(self._taken) >= _LEAST_SAMPLES:
@@ -130,7 +130,7 @@ class _Race(Generic[T]):
         self._second: Exchange | None = None
         self._finished: threading.Event | None = None
         self._result: list[T] = []
-        #: Whether nobody waits any more.
+        #: True when the caller has stopped waiting.
         self.over = False
 
     def run(self) -> T:
@@ -157,7 +157,7 @@ class _Race(Generic[T]):
         raise error
 
     def lags(self) -> None:
-        # Called by the watch.
+        # Called by the watch thread.
         with self._lock:
             if self.over or not self._take():
                 return
@@ -165,7 +165,7 @@ class _Race(Generic[T]):
             self._finished = threading.Event()
         try:
             threading.Thread(target=self._run_second, name="obdlab-hedge", daemon=True).start()
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:  # no thread available
             self._finished.set()
             return
         HEDGES.add(label="sent")
@@ -192,7 +192,7 @@ class _Race(Generic[T]):
 
 
 class _Watch:
-    # Tells races when they lag, to a hundredth of a second. Its thread ends when there was nothing for a while.
+    # Calls lags() of races that lag, accurate to 10 ms. Its thread ends after a while without races.
     _thread: threading.Thread | None
     _asleep: bool
 
@@ -213,7 +213,7 @@ class _Watch:
         thread = threading.Thread(target=self._run, name="obdlab-hedges", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no thread to be had: nothing is hedged
+        except RuntimeError:  # no thread available: nothing is hedged
             self._waiting.clear()
             return
         self._thread = thread
@@ -239,7 +239,7 @@ class _Watch:
                 time.sleep(_TICK_S)
             elif not self._wake.wait(_IDLE_S):
                 with self._lock:
-                    if self._asleep:  # else somebody has just come
+                    if self._asleep:  # no race was added meanwhile
                         self._thread = None
                         return
 

@@ -1,4 +1,4 @@
-"""Breaking off an exchange with a registry from another thread, when its answer is not wanted any more."""
+"""Breaking off an exchange with a registry from another thread, when its answer is no longer needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _local = threading.local()
 
 
 class BrokenOffError(ConnectionAbortedError):
-    """Another thread has broken off the exchange of this one."""
+    """Another thread has broken off this thread's exchange."""
 
 
 class Exchange:
-    """What one thread asks of a registry, seen from others."""
+    """The exchange of one thread with a registry, as other threads see it."""
 
     __slots__ = ("_lock", "_socket", "broken_off")
 
@@ -28,13 +28,13 @@ class Exchange:
         self.broken_off = False
 
     def break_off(self) -> None:
-        """Have whatever the thread waits for fail now, and whatever it begins."""
+        """Make the thread's current wait fail now, and all that follow."""
         with self._lock:
             self.broken_off = True
             if self._socket is None:
                 return
             try:
-                # Not SSLSocket's own: that would take the TLS state away under the thread that uses it.
+                # Not SSLSocket's own shutdown: that would remove the TLS state under the thread that uses it.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             except OSError:
                 pass  # closed, or not connected yet
@@ -52,7 +52,7 @@ class Exchange:
                 self._socket = None  # it may serve another thread next
 
     def use(self, used: socket.socket) -> None:
-        """Say which socket is waited for. Raises BrokenOffError."""
+        """Set the socket that the thread waits for. Raises BrokenOffError."""
         if self._socket is used and not self.broken_off:
             return
         with self._lock:
@@ -67,6 +67,6 @@ def exchange_of_thread() -> Exchange | None:
 
 
 def is_broken_off() -> bool:
-    """Tell whether what the calling thread asks for is not wanted any more."""
+    """Return True if the calling thread's exchange was broken off."""
     exchange = exchange_of_thread()
     return exchange is not None and exchange.broken_off

@@ -1,4 +1,4 @@
-"""What is known of the way to a registry: how long a request waits, and how much would come meanwhile."""
+"""Measurements of the link to a registry: the wait for an answer, and the bytes that arrive in that time."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import statistics
 import threading
 from collections import deque
 
-# The last answers speak for the link: it may change, and one that comes at once or late says little.
+# The median of the last answers counts: the link may change, and a single early or late answer says little.
 _SAMPLES = 8
-# The first come while a container is being made as well, which keeps the processor busy.
+# The first answers come while a container is being made, which keeps the processor busy.
 _LEAST_SAMPLES = 3
-# Of a shorter answer most has come with its first bytes, and many of them are asked for at once, on a busy processor,
-# while an image is opened.
+# Most of a shorter answer arrives with its first bytes. Also, many of them are requested at once, on a busy
+# processor, while an image is opened.
 _LEAST = 64 << 10
-# More than any link brings; a body that lay in the socket's buffer took no time at all.
+# Faster than any link: a body that lay in the socket's buffer took no time.
 _FASTEST = 10 << 30
 
 
 class Link:
-    """One registry's, from the answers to requests for ranges, which any thread may note.
+    """The link to one registry, measured by the answers to range requests. Any thread may note one.
 
-    Mirrors and proxies may answer too, each in its own time: of each answer its own wait and rate belong together.
+    Mirrors and proxies may answer too, at different speeds: so wait and rate of the same answer are kept together.
     """
 
     def __init__(self) -> None:
-        #: How long requests wait for their answer, and what would come in that time, as medians; 0: not known yet.
+        #: Medians of the wait for an answer and of the bytes that would arrive in that time; 0: not known yet.
         self.wait_s = 0.0
         self.bytes_per_wait = 0.0
         self._lock = threading.Lock()
         self._answers: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
 
     def note(self, wait_s: float, length: int, body_s: float) -> None:
-        """An answer of ``length`` bytes began ``wait_s`` after its request, and ended ``body_s`` later."""
+        """Add an answer of ``length`` bytes that began ``wait_s`` after its request and ended ``body_s`` later."""
         if length < _LEAST:
             return
         rate = length / max(body_s, length / _FASTEST)

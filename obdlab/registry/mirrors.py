@@ -1,7 +1,7 @@
-"""Other places that hold what a registry holds, asked before it. Read from containerd's hosts.toml files.
+"""Mirrors of registries, asked before the registry. Read from containerd's hosts.toml files.
 
-Source: containerd's "Registry Configuration" (``certs.d/<host>/hosts.toml``). A mirror is asked with the credentials
-that are configured for its own host, never with those of the registry it stands for.
+Source: containerd's "Registry Configuration" (``certs.d/<host>/hosts.toml``). A mirror gets the credentials that are
+configured for its own host, never those of its registry.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_FILE = 1 << 20
-# The last three are read by obdlab.registry.tls.
+# obdlab.registry.tls reads the last three.
 _KNOWN_KEYS = {"capabilities", "header", "override_path", "ca", "client", "skip_verify"}
 _KNOWN_CAPABILITIES = {"pull", "resolve", "push"}
 
 
 class HostsError(ObdlabError):
-    """A hosts.toml file or a mirror's URL is not what containerd takes."""
+    """A hosts.toml file or a mirror's URL is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """One mirror. ``base`` is its API's URL up to and with "/v2"; ``resolves``: also asked which digest a tag has."""
+    """A mirror. ``base`` is its API's URL including "/v2"; ``resolves``: it is also asked for the digest of a tag."""
 
     base: str
     resolves: bool = True
@@ -43,27 +43,27 @@ class Mirror:
 
     @classmethod
     def parse(cls, url: str, *, resolves: bool = True, headers: Mapping[str, str] | None = None) -> Self:
-        """Read ``http(s)://host[:port][/path]``; "/v2" is put behind it. Raises HostsError."""
+        """Read ``http(s)://host[:port][/path]``; appends "/v2". Raises HostsError."""
         return cls(f"{_checked(url)}/v2", resolves, headers or {})
 
     @property
     def host(self) -> str:
-        """Host and port: what its credentials are looked up by."""
+        """Host and port: the key of its credentials."""
         return urlsplit(self.base).netloc
 
     def repository(self, repository: Repository) -> Repository:
-        """Return the repository as the mirror's, for authentication."""
+        """Return the repository at the mirror, for authentication."""
         return Repository(self.host, repository.name, plain_http=self.base.startswith("http:"))
 
     def url(self, repository: Repository, path: str) -> str:
-        """Return the URL of ``<repository>/<path>``; ``ns`` tells a mirror of many registries which one is meant."""
+        """Return the URL of ``<repository>/<path>``; ``ns`` names the registry to a mirror of several registries."""
         return f"{self.base}/{repository.name}/{path}?ns={quote(repository.host, safe='')}"
 
 
 class Mirrors:
-    """The mirrors of each registry, in the order they are asked. Thread-safe.
+    """The mirrors of each registry, in the order in which they are asked. Thread-safe.
 
-    ``table`` holds them by registry host (as in references); for other hosts ``hosts_dir`` is looked into, if given,
+    ``table`` has them by registry host (as in references). For other hosts files in ``hosts_dir``, if given, are read
     when the host is first used: ``<host>/hosts.toml``, ``<host>_<port>_/hosts.toml``, else ``_default/hosts.toml``.
     """
 
@@ -83,7 +83,7 @@ class Mirrors:
             return self._table[host]
 
     def usable(self, mirror: Mirror, url: str) -> bool:
-        """Tell whether ``mirror`` is to be asked for ``url`` just now."""
+        """Return True if ``mirror`` may be asked for ``url`` at present."""
         return self._standing(mirror).usable() and url not in self._absent
 
     def worked(self, mirror: Mirror) -> None:
@@ -95,7 +95,7 @@ class Mirrors:
         self._standing(mirror).failed(cause)
 
     def lacks(self, url: str) -> None:
-        """Do not ask for ``url``, one of a mirror's, for a while."""
+        """Skip ``url``, of a mirror, for a while."""
         self._absent.add(url)
 
     def _standing(self, mirror: Mirror) -> Standing:

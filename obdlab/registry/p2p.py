@@ -1,9 +1,9 @@
 """A proxy of a peer-to-peer network, through which blobs are read while it is healthy.
 
-Three kinds are in use. One takes the wanted URL behind a prefix of its own (``http://localhost:9731/accelerator``
-of dadi-p2proxy), one is an ordinary HTTP proxy (Dragonfly's dfdaemon: write ``http-proxy://127.0.0.1:4001``), and
-one is a mirror that is told the registry in a header (dfdaemon's registry mirror), which a hosts.toml file
-describes (:mod:`obdlab.registry.mirrors`).
+There are three kinds. The first takes the target URL after its own prefix (``http://localhost:9731/accelerator``
+of dadi-p2proxy). The second is an ordinary HTTP proxy (Dragonfly's dfdaemon: write ``http-proxy://127.0.0.1:4001``).
+The third is a mirror that gets the registry's name in a header (dfdaemon's registry mirror); a hosts.toml file
+describes it (:mod:`obdlab.registry.mirrors`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PROXY_SCHEME = "http-proxy"
 
 
 class P2PAddressError(ObdlabError):
-    """A P2P proxy's address is none."""
+    """The P2P proxy address is malformed."""
 
 
 class P2PProxy:
-    """Where blobs are read through, and whether that works. Thread-safe; opens nothing before the first use."""
+    """A P2P proxy and its health. Thread-safe; connects at the first use."""
 
     def __init__(self, address: str) -> None:
         """Take ``http(s)://host[:port][/prefix]`` or ``http-proxy://host:port``. Raises P2PAddressError."""
@@ -50,11 +50,11 @@ class P2PProxy:
             logger.warning("%s: gets tokens of registries over the network without TLS", self.name)
 
     def url(self, target: str) -> str:
-        """Return what to ask for in place of ``target``."""
+        """Return the URL to request in place of ``target``."""
         return f"{self._prefix}/{target}" if self._prefix else target
 
     def usable(self, url: str) -> bool:
-        """Tell whether to read what is at ``url`` through it. Waits at the first call only, half a second at most."""
+        """Return True if ``url`` should be read through the proxy. The first call waits, at most half a second."""
         now = time.monotonic()
         with self._lock:
             due = now - self._checked >= (_CHECK_EVERY_S if self._alive else _CHECK_FAILING_EVERY_S)
@@ -68,21 +68,21 @@ class P2PProxy:
         return bool(self._alive) and self._standing.usable() and url not in self._absent
 
     def worked(self) -> None:
-        """Note that a read through it succeeded."""
+        """Note that a read through the proxy succeeded."""
         self._standing.worked()
 
     def failed(self, cause: object) -> None:
-        """Read past it for a while."""
+        """Bypass the proxy for a while."""
         self._standing.failed(cause)
 
     def lacks(self, url: str) -> None:
-        """Do not read this blob through it for a while: what came was wrong."""
+        """Bypass the proxy for this blob for a while: its data was wrong."""
         self._absent.add(url)
 
     def _check_in_background(self) -> None:
         try:
             threading.Thread(target=self._check, name="obdlab-p2p-check", daemon=True).start()
-        except RuntimeError:  # no thread to be had: the next read tries again
+        except RuntimeError:  # no thread available: the next read tries again
             with self._lock:
                 self._checking = False
 
@@ -106,7 +106,7 @@ class P2PProxy:
 
 
 def parse_address(address: str) -> tuple[str, str, tuple[str, int]]:
-    """Return scheme, network location, and where to connect to. Raises P2PAddressError."""
+    """Return scheme, network location, and the host and port to connect to. Raises P2PAddressError."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port

@@ -1,8 +1,8 @@
-"""A least speed for what a thread receives, so that one slow connection costs seconds, not half of a read's deadline.
+"""A least speed for a thread's answers, so that a slow connection costs seconds, not half of a read's deadline.
 
-A server that drips is never silent for long, and a connection whose packets get lost comes to a standstill: another
-connection is likely to do better. A link that is slow for everybody is not helped by that, hence the slowness that
-is put up with, and the few tries that have to keep pace (`registry.client`).
+A server that drips is never silent for long, and a connection that loses packets stalls: another connection is likely
+to be faster. If the whole link is slow, another connection does not help. So the least speed is low, and only a few
+tries must keep it (`registry.client`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: In each window so much must come at least. 100 kbit/s are 61 KiB in it, the share of one in fifteen connections 4.
+#: Least bytes in each window. At 100 kbit/s a window has 61 KiB; one of fifteen connections gets 4 of them.
 WINDOW_S = 5.0
 LEAST_IN_WINDOW = 4 << 10
 
@@ -23,7 +23,7 @@ _local = threading.local()
 
 
 class Pace:
-    """What has come since the window began; a request that is sent, and a window's worth of bytes, begin another."""
+    """Bytes received in the current window. A request, and every LEAST_IN_WINDOW bytes, begin another one."""
 
     __slots__ = ("_began", "_received")
 
@@ -32,24 +32,24 @@ class Pace:
         self._received = 0
 
     def sent(self) -> None:
-        """A request went out. How long its answer takes to begin is not this one's business."""
+        """Note that a request was sent. The wait for its answer does not count."""
         self._began = None
 
     def received(self, size: int) -> None:
-        """Count what came."""
+        """Count received bytes."""
         self._received += size
         if self._began is None or self._received >= LEAST_IN_WINDOW:
             self._began, self._received = time.monotonic(), 0
 
     @property
     def end(self) -> float | None:
-        """When the window is over (time.monotonic); None as long as nothing has come."""
+        """The end of the window (time.monotonic); None before the first byte."""
         return None if self._began is None else self._began + WINDOW_S
 
 
 @contextmanager
 def least_pace() -> Iterator[None]:
-    """Break off answers to this thread's requests that come too slowly: their reader gets a TimeoutError."""
+    """Break off answers to this thread's requests that come too slowly: the read raises TimeoutError."""
     outer = pace_of_thread()
     _local.pace = Pace()
     try:
@@ -59,5 +59,5 @@ def least_pace() -> Iterator[None]:
 
 
 def pace_of_thread() -> Pace | None:
-    """Return what the calling thread has to keep pace with, if anything."""
+    """Return the calling thread's pace, or None."""
     return getattr(_local, "pace", None)

@@ -1,4 +1,4 @@
-"""Which platform an image is for, in the names of Go's GOOS and GOARCH (as image indexes use them)."""
+"""The platform of an image, in the names of Go's GOOS and GOARCH (as image indexes use them)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARCHITECTURES = {
 
 
 class PlatformError(ObdlabError):
-    """A text names no platform."""
+    """The text is not a platform."""
 
 
 def host_platform() -> Platform:

@@ -1,4 +1,4 @@
-"""A byte range of a blob as it comes: one request, however long it takes to use it up."""
+"""A byte range of a blob, read as it arrives: one request, for any duration."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DOING = "streaming blob"
 class RangeStream:
     """Reads ``[offset, offset + length)`` of a blob forwards from the answer to a range request.
 
-    Nothing is tried again here: whoever reads knows what has come, and asks for the rest. A context manager; leaving
-    it before the end gives the connection up. Raises RegistryError naming the blob.
+    Nothing is retried here: the caller knows which bytes have come, and requests the rest. A context manager; leaving
+    it before the end closes the connection. Raises RegistryError naming the blob.
     """
 
     def __init__(
@@ -27,9 +27,9 @@ class RangeStream:
     ) -> None:
         self._response = response
         self._name = name
-        #: The next byte to come.
+        #: Offset of the next byte.
         self.position = offset
-        #: Where it ends.
+        #: End of the range.
         self.end = offset + length
         try:
             go_to_range(response, offset, length, _DOING, size)
@@ -37,7 +37,7 @@ class RangeStream:
             raise self._failed(error) from error
 
     def read(self, length: int) -> bytes:
-        """Return exactly so many bytes. No deadline but the thread's."""
+        """Return exactly ``length`` bytes. Only the thread's deadline applies."""
         if length > self.end - self.position:
             raise ValueError(f"read past the end (got {length}, wanted at most {self.end - self.position})")
         pieces = []
@@ -55,7 +55,7 @@ class RangeStream:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        """Give up what has not been read."""
+        """Give up the unread rest."""
         discard(self._response)
 
     def _failed(self, error: Exception) -> RegistryError:

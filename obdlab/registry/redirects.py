@@ -1,4 +1,4 @@
-"""Where an answer may send us, and whose credentials go there: only those of the very host."""
+"""Checks of redirects: the allowed targets, and the credentials for them: only those of the very host."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def redirected(url: str, location: str, doing: str) -> str:
-    """Return where a redirect of ``url`` leads.
+    """Return the target of a redirect of ``url``.
 
-    Raises RegistryError if nowhere, from TLS to plain HTTP, or from elsewhere to this machine and its neighbours.
+    Raises RegistryError if it is malformed, goes from TLS to plain HTTP, or from elsewhere to a local address.
     """
     try:
         target = urljoin(url, location)
@@ -32,9 +32,9 @@ def redirected(url: str, location: str, doing: str) -> str:
 
 
 def check_not_local(url: str, target: str, doing: str) -> None:
-    """Raise RegistryError if ``url``, on another machine, sends us to one that only this machine can reach.
+    """Raise RegistryError if ``url``, on another machine, redirects to one that only this machine can reach.
 
-    Names are not resolved: what answers under a name has a certificate for it, or plain HTTP was asked for.
+    Names are not resolved: the server behind a name has a certificate for it, or the user chose plain HTTP.
     """
     host = urlsplit(target).hostname or ""
     if _is_local(host) and not _is_local(urlsplit(url).hostname or ""):
@@ -42,7 +42,7 @@ def check_not_local(url: str, target: str, doing: str) -> None:
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of a URL: credentials for one are good for no other."""
+    """Return scheme, host and port of a URL: credentials for one origin must not go to another."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme)
 

@@ -13,9 +13,9 @@ from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest, is_digest
 
 DEFAULT_HOST = "docker.io"
-#: Clouds answer here with the machine's own credentials, as at link-local addresses.
+#: Cloud metadata services, besides link-local addresses; they give out the machine's own credentials.
 METADATA = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")})
-# Docker Hub's API lives under another name than its references.
+# Docker Hub's API has another host than its references.
 _API_HOSTS = {"docker.io": "registry-1.docker.io"}
 _HOST_ALIASES = {"index.docker.io": "docker.io", "registry-1.docker.io": "docker.io"}
 
@@ -29,7 +29,7 @@ _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A named place on a registry. ``host`` is as in references ("docker.io"), with its port if it has one."""
+    """A repository on a registry. ``host`` is as in references ("docker.io"), with its port if it has one."""
 
     host: str
     name: str
@@ -40,7 +40,7 @@ class Repository:
 
     @property
     def api_host(self) -> str:
-        """Host that answers the API."""
+        """The host that serves the API."""
         return _API_HOSTS.get(self.host, self.host)
 
     @property
@@ -55,7 +55,7 @@ class Repository:
 
     @classmethod
     def from_blob_url(cls, url: str) -> Self:
-        """Read ``scheme://host/v2/name/blobs``, with or without a digest behind. Raises FormatError."""
+        """Parse ``scheme://host/v2/name/blobs``, optionally with a digest at the end. Raises FormatError."""
         try:
             parts = urlsplit(url)
         except ValueError:
@@ -89,7 +89,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``[host/]name[:tag][@digest]``; without tag and digest the tag is "latest".
+        """Parse ``[host/]name[:tag][@digest]``; without tag and digest the tag is "latest".
 
         Docker's defaults apply: "redis" is docker.io/library/redis. Raises FormatError.
         """
@@ -118,12 +118,12 @@ class Reference:
 
     @property
     def repo(self) -> Repository:
-        """The repository, over plain HTTP if its host is this machine (RegistryClient.repository knows more)."""
+        """The repository, over plain HTTP for a loopback host (RegistryClient.repository knows configured ones)."""
         return Repository(self.host, self.repository, plain_http=is_loopback(self.host))
 
     @property
     def target(self) -> str:
-        """What stands last in a manifest's URL: the digest, else the tag."""
+        """The last part of a manifest's URL: the digest, else the tag."""
         return self.digest or self.tag or "latest"
 
     def with_digest(self, digest: str) -> Reference:
@@ -144,9 +144,9 @@ def is_metadata(host: str) -> bool:
 
 
 def literal_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that a host, without a port, is in any of the ways in which programs take one, or None.
+    """Return the address that a host without a port spells, in any form that programs accept, or None.
 
-    An IPv4 address inside an IPv6 one is returned as the former.
+    An IPv4 address inside an IPv6 one is returned as IPv4.
     """
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
     try:
@@ -172,7 +172,7 @@ def canonical_host(host: str) -> str:
 
 def _split_host(text: str) -> tuple[str, str]:
     first, slash, rest = text.partition("/")
-    # Without a dot, a port or a capital letter the first component is part of the name, as docker has it.
+    # As in docker, a first component without dot, port or capital letter is part of the name.
     if slash and (first == "localhost" or any(c in first for c in ".:[") or first != first.lower()):
         return canonical_host(first), rest if canonical_host(
             first

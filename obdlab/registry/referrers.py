@@ -1,7 +1,7 @@
-"""Which manifests refer to another one (signatures, converted images): the referrers API and the tags that stand in.
+"""Manifests that refer to another one (signatures, converted images): the referrers API, and tags in its place.
 
-Source: OCI distribution specification 1.1, "Listing Referrers" and "Referrers Tag Schema". A registry without the API
-has an index under the tag ``sha256-<hex>``, which whoever pushes a manifest with a subject brings up to date.
+Source: OCI distribution specification 1.1, "Listing Referrers" and "Referrers Tag Schema". At a registry without the
+API, the index under the tag ``sha256-<hex>`` is the list; a client that pushes a manifest with a subject updates it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def list_referrers(
         if error.status not in _NO_API:
             raise
         found = _from_tag(client, repository, digest).manifests
-    # Registries may leave the filtering to us.
+    # Registries may leave the filtering to the client.
     return tuple(each for each in found if artifact_type in (None, each.extra.get("artifactType")))
 
 
 def subject_of(data: bytes) -> str | None:
-    """Return the digest that a manifest or index refers to, if it does."""
+    """Return the digest of the subject of a manifest or index, or None."""
     try:
         subject = json.loads(data).get("subject")
         return subject["digest"] if subject is not None and is_digest(subject["digest"]) else None
@@ -57,9 +57,9 @@ def subject_of(data: bytes) -> str | None:
 
 
 def add_to_tag(client: RegistryClient, repository: Repository, subject: str, media_type: str, data: bytes) -> None:
-    """Enter a manifest into the index of those that refer to ``subject``, at a registry without the referrers API.
+    """Add a manifest to the index of referrers of ``subject``, at a registry without the referrers API.
 
-    Two that do so at the same time may lose one entry: the registry offers nothing against it. Raises RegistryError.
+    Two clients that do so at the same time may lose one entry: the registry cannot prevent it. Raises RegistryError.
     """
     entry = _descriptor(media_type, data)
     index = _from_tag(client, repository, subject)
@@ -71,7 +71,7 @@ def add_to_tag(client: RegistryClient, repository: Repository, subject: str, med
 
 
 def drop_from_tag(client: RegistryClient, repository: Repository, subject: str, digest: str) -> bool:
-    """Undo :func:`add_to_tag`; tell whether there was something to undo. Raises RegistryError."""
+    """Undo :func:`add_to_tag`. Return True if there was an entry. Raises RegistryError."""
     index = _from_tag(client, repository, subject)
     others = tuple(each for each in index.manifests if each.digest != digest)
     if len(others) == len(index.manifests):
@@ -91,7 +91,7 @@ def _from_api(
         def read(response: urllib3.BaseHTTPResponse) -> tuple[bytes, str]:
             kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
             if kind != OCI_INDEX:
-                # Some registries answer paths that they do not know with a page of their own.
+                # Some registries answer unknown paths with an HTML page.
                 raise RegistryError(f"{doing}: not an index (got {kind[:80]!r})", status=404)
             return body.read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("Link", "")
 
@@ -135,7 +135,7 @@ def _tag(digest: str) -> str:
 
 
 def _descriptor(media_type: str, data: bytes) -> Descriptor:
-    # The type of an image is that of its config.
+    # An image has no artifact type; its config's type stands for it.
     document: dict[str, Any] = json.loads(data)
     config = document.get("config")
     kind = document.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)

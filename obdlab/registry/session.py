@@ -1,7 +1,7 @@
-"""Requests to a registry with authentication and redirects; what the client's operations are made of.
+"""Requests to a registry with authentication and redirects: the base of the client's operations.
 
-What is read is asked of the registry's mirrors first, and blobs through a P2P proxy, as far as there are any and they
-work; whatever they do wrong, the registry itself is asked within the same deadline.
+Reads go to the registry's mirrors first, and reads of blobs through a P2P proxy, if there are any and they work. If
+they fail in any way, the registry itself is asked within the same deadline.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAX_REDIRECTS = 5
 _LOCATION_LIFE_S = 240.0
 _MAX_LOCATIONS = 4096
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-# A mirror or proxy gets at most this of a read's time, and a quarter of what is left: the registry needs some too.
+# A mirror or proxy gets at most this much of a read's time, and a quarter of the rest: the registry needs time too.
 _HELPER_S = 15.0
 _HELPER_SHARE = 0.25
 
@@ -74,7 +74,7 @@ class Session:
         self._transport = Transport(silence_s=request_timeout_s, user_agent=user_agent, tls=tls)
         self._auth = Authenticator(credentials, self._transport)
         self._lock = threading.Lock()
-        # Where a registry has sent us for a blob: (URL, end of validity).
+        # Redirect targets of blobs: (URL, end of validity).
         self._locations: dict[str, tuple[str, float]] = {}
 
     def persist(
@@ -86,7 +86,7 @@ class Session:
         deadline: float | None = None,
         tries: int | None = None,
     ) -> T:
-        """Run ``attempt`` under the deadline, as often as ``failures.persist`` sees fit."""
+        """Run ``attempt`` under the deadline, with the retries of ``failures.persist``."""
         if deadline is None:
             deadline = time.monotonic() + self.deadline_s
         with deadline_of_thread(deadline):
@@ -104,9 +104,9 @@ class Session:
         body: bytes | Callable[[], IO[bytes]] | None = None,
         own: Mapping[str, str] = _NO_HEADERS,
     ) -> urllib3.BaseHTTPResponse:
-        """Send a request to the registry, answering one challenge. Any status but 401 is the caller's.
+        """Send a request to the registry, answering one challenge. The caller handles every status but 401.
 
-        Another host (that of an upload, say) gets no Authorization, and none of the headers in ``own``.
+        Another host (of an upload, for example) gets no Authorization header, and no headers of ``own``.
         """
         if origin(url) != origin(repository.api_url):
             return self._send(method, url, headers, None, body, doing)
@@ -131,10 +131,10 @@ class Session:
         helped: bool = True,
         bulk: bool = False,
     ) -> T:
-        """GET ``<repository>/<path>`` and return what ``read`` makes of the answer, which has a wanted status.
+        """GET ``<repository>/<path>`` and return ``read(response)`` for an answer with a wanted status.
 
-        With ``helped`` mirrors are asked first, with ``bulk`` the P2P proxy. Where a redirect to another host led is
-        remembered for a while, and asked directly. Raises RegistryError, and what ``read`` raises.
+        ``helped`` asks mirrors first, ``bulk`` the P2P proxy. The target of a redirect to another host is remembered
+        for a while, and requested directly. Raises RegistryError, and the errors of ``read``.
         """
         for mirror in self._mirrors.of(repository) if helped else ():
             url = mirror.url(repository, path)
@@ -155,7 +155,7 @@ class Session:
         return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, bulk)
 
     def distrust(self, repository: Repository, path: str) -> None:
-        """Ask the registry itself for a while: what a mirror, a proxy or a redirect gave was wrong."""
+        """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data."""
         mirrors = self._mirrors.of(repository)
         for mirror in mirrors:
             self._mirrors.lacks(mirror.url(repository, path))
@@ -196,7 +196,7 @@ class Session:
             except RegistryError as error:
                 if is_broken_off():
                     raise
-                # The target's own refusals (a signature or token that expired) are no fault of the proxy.
+                # A refusal of the target (an expired signature or token) is no fault of the proxy.
                 if error.temporary or error.status is None:
                     proxy.failed(error)
                 self._forget(url)
@@ -230,11 +230,11 @@ class Session:
     def _resolve(
         self, repository: Repository, url: str, doing: str, own: Mapping[str, str]
     ) -> tuple[str, Mapping[str, str]]:
-        # Returns the URL that has the content, and the headers it wants: none if the registry sent us elsewhere.
-        # A proxy must be asked for the very content: what it would do with a challenge or redirect is its own affair.
+        # Returns the URL of the content, and its headers: none if the registry redirected to another host. A proxy
+        # gets the final URL, as it may handle challenges and redirects in any way.
         target = self._location(url)
         if target is None:
-            # The first byte, as a proxy's cache would keep an answer to HEAD for one to GET.
+            # Read the first byte, as a proxy's cache might keep the answer to a HEAD for a GET.
             discard(self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416), own))
             target = self._location(url)
             if target is None:
@@ -267,7 +267,7 @@ class Session:
             self._forget(url)
             if response.status >= 500 or response.status == 429:
                 raise from_response(response, doing)
-            discard(response)  # most likely the signature has expired: ask the registry again
+            discard(response)  # probably an expired signature: ask the registry again
         response = self.request(repository, "GET", url, headers, doing=doing, own=own)
         if response.status in _REDIRECTS:
             response = self._follow(repository, url, response, headers, doing, own)
@@ -293,7 +293,7 @@ class Session:
             if origin(target) == origin(url):
                 response = self.request(repository, "GET", target, headers, doing=doing, own=own)
             else:
-                # Storage behind a registry signs its URLs; our token is none of its business.
+                # Storage behind a registry signs its URLs; the registry's token must not go there.
                 response = self._send("GET", target, headers, None, None, doing)
             if response.status not in _REDIRECTS:
                 if origin(target) != origin(url) and response.status < 300:
@@ -337,7 +337,7 @@ class Session:
 
 @contextmanager
 def _helpers_share() -> Iterator[None]:
-    # What goes wrong at a mirror or proxy, silence included, leaves most of the time to the registry.
+    # Any failure of a mirror or proxy, silence included, leaves most of the time to the registry.
     now = time.monotonic()
     deadline = thread_deadline()
     share = _HELPER_S if deadline is None else min(_HELPER_S, (deadline - now) * _HELPER_SHARE)
@@ -346,5 +346,5 @@ def _helpers_share() -> Iterator[None]:
 
 
 def _is_pinned(path: str) -> bool:
-    # A tag may mean another image at a mirror; a digest may not.
+    # A tag may name another image at a mirror; a digest may not.
     return path.startswith("blobs/") or is_digest(path.rpartition("/")[2])

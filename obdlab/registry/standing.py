@@ -1,4 +1,4 @@
-"""Whether a helper between us and a registry (a mirror, a proxy) is asked just now, or passed over for a while."""
+"""The health of a helper in front of a registry (a mirror, a proxy): in use, or passed over for a while."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_ABSENT = 4096
 
 
 class Standing:
-    """Passes over what failed: for 5 s at first, then twice as long each time, up to 2 minutes. Thread-safe."""
+    """Passes over a failed helper: for 5 s at first, then twice as long each time, up to 2 minutes. Thread-safe."""
 
     def __init__(self, name: str, *, first_pause_s: float = _FIRST_PAUSE_S) -> None:
         self._name = name
@@ -26,11 +26,11 @@ class Standing:
         self._failing = False
 
     def usable(self) -> bool:
-        """Tell whether it may be asked."""
+        """Return True if the helper may be asked."""
         return time.monotonic() >= self._until
 
     def failed(self, cause: object) -> None:
-        """Pass it over for a while; said in the log once for all requests that fail at the same time."""
+        """Pass the helper over for a while. Logs once for all requests that fail at the same time."""
         with self._lock:
             if not self.usable():
                 return
@@ -53,14 +53,14 @@ class Standing:
 
 
 class Absences:
-    """What a helper does not have, or has wrong: it is not asked for that for a minute. Thread-safe."""
+    """Blobs that a helper lacks or has wrong: it is not asked for them for a minute. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._until: dict[str, float] = {}
 
     def add(self, url: str) -> None:
-        """Note one."""
+        """Add the URL of a blob."""
         now = time.monotonic()
         with self._lock:
             if len(self._until) >= _MOST_ABSENT:

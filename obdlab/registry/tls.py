@@ -1,4 +1,4 @@
-"""Whom we trust and who we are under TLS: CA bundles and client certificates, for all hosts or one.
+"""TLS configuration: CA bundles and client certificates, for all hosts or one.
 
 Per host, docker's and containerd's directories are read: ``<directory>/<host[:port]>/`` with ``*.crt`` (CAs to trust
 besides the others), ``*.cert`` and ``*.key`` (client certificate), or containerd's ``hosts.toml`` (``ca``,
@@ -31,10 +31,10 @@ _MOST_FILES = 256
 
 @dataclass(frozen=True, slots=True)
 class TLSOptions:
-    """What holds for all hosts, and where to look for what holds for one.
+    """Options for all hosts, and directories of options for single hosts.
 
     ``ca_path``, PEM, is trusted besides the system's CAs, or in their place with ``ca_only``. Certificates of
-    ``insecure_hosts`` ("host" or "host:port") are not looked at: whoever sits in between reads and writes along.
+    ``insecure_hosts`` ("host" or "host:port") are not verified: anyone on the path can read and change everything.
     """
 
     ca_path: Path | None = None
@@ -47,7 +47,7 @@ class TLSOptions:
 
 @dataclass(frozen=True, slots=True)
 class HostTLS:
-    """What holds for one host. Hosts without anything of their own are equal, and share a context."""
+    """Options of one host. Hosts without options of their own are equal, and share a context."""
 
     ca_paths: tuple[Path, ...] = ()
     ca_only: bool = False
@@ -56,7 +56,7 @@ class HostTLS:
 
 
 def tls_of_host(options: TLSOptions, host: str) -> HostTLS:
-    """Return what holds for ``host`` ("name" or "name:port"). Raises RegistryError if its files make no sense."""
+    """Return the options of ``host`` ("name" or "name:port"). Raises RegistryError if its files are malformed."""
     cert, key = options.client_cert, options.client_key
     found = HostTLS(
         ca_paths=() if options.ca_path is None else (options.ca_path,),
@@ -76,10 +76,10 @@ def tls_of_host(options: TLSOptions, host: str) -> HostTLS:
 
 
 def make_context(tls: HostTLS) -> ssl.SSLContext:
-    """Return a context that verifies certificate and name. Raises RegistryError naming the file that is no use."""
+    """Return a context that verifies certificate and name. Raises RegistryError naming the file that is unusable."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if tls.ca_only else ssl.create_default_context()
     if hasattr(ssl, "VERIFY_X509_STRICT"):
-        # From Python 3.13 on the default; refuses CAs of one's own that curl, docker and older Pythons take.
+        # The default from Python 3.13 on; refuses private CAs that curl, docker and older Pythons accept.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not tls.verify:
         context.check_hostname = False
@@ -92,7 +92,7 @@ def make_context(tls: HostTLS) -> ssl.SSLContext:
     if tls.client is not None:
         cert, key = tls.client
         try:
-            # Without a password of ours OpenSSL would ask for one at the terminal.
+            # Without a password argument OpenSSL would ask for one at the terminal.
             context.load_cert_chain(cert, key, password="")
         except OSError as error:
             raise RegistryError(f"{cert}, {key}: not a usable client certificate ({_reason(error)})") from error
@@ -100,7 +100,7 @@ def make_context(tls: HostTLS) -> ssl.SSLContext:
 
 
 def _directories(options: TLSOptions, host: str) -> Iterator[Path]:
-    # A host is somebody else's word: never a way out of the directory.
+    # The host is not trusted: it must not lead out of the directory.
     if not host or "/" in host or host.startswith(".") or len(host) > _MAX_HOST:
         return
     for name in dict.fromkeys((canonical_host(host), host)):
@@ -125,7 +125,7 @@ def _with_files(found: HostTLS, directory: Path) -> HostTLS:
     return replace(found, ca_paths=found.ca_paths + authorities, client=client)
 
 
-# All there are, since a registry's file may also say what holds for its mirrors.
+# Returns all files, since a registry's file may also configure its mirrors.
 def _hosts_files(options: TLSOptions) -> list[Path]:
     files = (path for base in options.certs_dirs if base.is_dir() for path in sorted(base.glob("*/hosts.toml")))
     return list(islice(files, _MOST_FILES))

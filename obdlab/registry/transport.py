@@ -1,4 +1,4 @@
-"""HTTP exchanges with kept connections, each under a deadline that a dripping server cannot stretch.
+"""HTTP exchanges over kept connections, each under a deadline that a dripping server cannot stretch.
 
 urllib3's timeouts count silence: a server that sends one byte a second never trips them. Here every receive waits at
 most until the deadline that the calling thread has set with :func:`obdlab.registry.deadline.deadline_of_thread`.
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from typing import IO
 
 _HOSTS_KEPT = 32
-# As many as a device has threads that wait for a registry: one more would be opened anew for each request.
+# As many as a device has threads waiting for a registry: a further one would be opened again for each request.
 _CONNECTIONS_PER_HOST = 64
 # 16 KiB, urllib3's default, costs a syscall and a TLS record set-up more often than needed.
 _SEND_BLOCK = 128 << 10
-# What a server says that dislikes our certificate, or does not speak TLS (as we want it): trying again won't help.
+# Reasons of servers that refuse our certificate, or do not speak TLS (of our version): trying again will not help.
 _FINAL_TLS_REASONS = (
     "WRONG_VERSION_NUMBER",
     "HTTP_REQUEST",
@@ -57,13 +57,13 @@ _FINAL_TLS_REASONS = (
 )
 _MOST_HOSTS = 256
 
-# At level debug urllib3 logs whole URLs, the signatures of storage URLs with them.
+# At level debug urllib3 logs whole URLs, including the signatures of storage URLs.
 for _name in ("connection", "connectionpool", "poolmanager", "response", "util.retry"):
     logging.getLogger(f"urllib3.{_name}").addFilter(Redacting())
 
 
 class Transport:
-    """Sends requests over pools of connections. Thread-safe. Redirects are the caller's business.
+    """Sends requests over pools of connections. Thread-safe. The caller handles redirects.
 
     ``silence_s`` bounds a connect and each silence. With ``unix_socket`` every plain HTTP request goes there.
     """
@@ -82,7 +82,7 @@ class Transport:
         self._lock = threading.Lock()
         self._dialer = Dialer()
         self._plain = self._pool_manager(None, unix_socket)
-        # By what holds for a host, since contexts are costly: tens of ms and some MiB with the system's CAs.
+        # By TLS options, since contexts are costly: tens of ms and some MiB with the system's CAs.
         self._tls: dict[HostTLS, urllib3.PoolManager] = {}
         self._tls_by_host: dict[str, urllib3.PoolManager] = {}
 
@@ -98,13 +98,13 @@ class Transport:
     ) -> urllib3.BaseHTTPResponse:
         """Return the response with its body unread; ``failures.discard`` it if the body is not read to its end.
 
-        ``http_proxy``, "http://host:port", is asked for the URL in its host's place.
+        ``http_proxy``, "http://host:port", gets the request in place of the URL's host.
         Raises RegistryError, temporary unless the URL or a certificate is wrong.
         """
         timeout = self._timeout(doing)
         try:
             manager = self._pools(http_proxy or url)
-            # A pool, unlike their manager, sends a URL as it is: with scheme and host, which a proxy needs.
+            # A pool, unlike its manager, sends the whole URL with scheme and host, which a proxy needs.
             pool = manager.connection_from_url(http_proxy) if http_proxy else manager
             response: urllib3.BaseHTTPResponse = pool.urlopen(
                 method,
@@ -121,7 +121,7 @@ class Transport:
             try:
                 check_framing(response)
             except FramingError:
-                response.close()  # the connection, too
+                response.close()  # closes the connection, too
                 raise
             _count_answer(response.status)
             return response
@@ -134,7 +134,7 @@ class Transport:
             raise RegistryError(f"{doing}: {_host(url)}: {refusal}") from error
 
     def close(self) -> None:
-        """Close idle connections; those in use are closed when they are given back."""
+        """Close idle connections; connections in use are closed when they are given back."""
         with self._lock:
             managers = [self._plain, *self._tls.values()]
         for manager in managers:
@@ -145,7 +145,7 @@ class Transport:
         left = self._silence_s if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise RegistryError(f"{doing}: deadline passed", temporary=True)
-        # The TLS handshake is given the connect time once more.
+        # The TLS handshake gets the connect time once more.
         return urllib3.Timeout(connect=min(self._silence_s, left / 2), read=self._silence_s)
 
     def _pools(self, url: str) -> urllib3.PoolManager:
@@ -164,7 +164,7 @@ class Transport:
                 self._tls_by_host[host] = manager
             return manager
 
-    # After a refused certificate the files are read again: they may have been renewed since.
+    # After a refused certificate its files are read again: they may have been renewed since.
     def _look_again(self, url: str) -> None:
         with self._lock:
             manager = self._tls_by_host.pop(_host(url), None)
@@ -181,7 +181,7 @@ class Transport:
         pools = urllib3.PoolManager(
             num_pools=_HOSTS_KEPT, maxsize=_CONNECTIONS_PER_HOST, block=False, blocksize=_SEND_BLOCK, **options
         )
-        # How to connect is known to the class of the connections: urllib3 hands nothing else down to them.
+        # The connection classes hold the way to connect: urllib3 passes no other values down to them.
         ways = {"dialer": self._dialer, "unix_socket": unix_socket}
         plain = type("_PlainConnection", (_PlainConnection,), ways)
         tls = type("_TLSConnection", (_TLSConnection,), ways)
@@ -195,7 +195,7 @@ class Transport:
 def _close(manager: urllib3.PoolManager) -> None:
     pools = [manager.pools.get(key) for key in manager.pools.keys()]  # noqa: SIM118 - no Mapping to iterate
     manager.clear()
-    # Left to itself a pool closes them when it is collected, and an error kept somewhere keeps the pool.
+    # A pool closes its connections only when it is collected, and an error that is kept keeps the pool alive.
     for pool in pools:
         if pool is not None:
             pool.close()
@@ -206,7 +206,7 @@ def _host(url: str) -> str:
 
 
 def _tls_refusal(error: Exception) -> str | None:
-    # What a TLS failure that will not go away means; None for any other failure.
+    # Returns the meaning of a permanent TLS failure; None for any other failure.
     cause: object = error.args[0] if isinstance(error, SSLError) and error.args else error
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"TLS certificate refused: {cause.verify_message.rstrip('.')}"
@@ -220,14 +220,14 @@ def _tls_refusal(error: Exception) -> str | None:
 
 
 class _DeadlineMixin:
-    # Shortens the time-out of each socket call to what is left until the thread's deadline.
+    # Shortens the time-out of each socket call to the time left until the thread's deadline.
     _silence: float | None = None
 
     def settimeout(self, value: float | None) -> None:
         self._silence = value
         super().settimeout(value)  # type: ignore[misc]
 
-    # What http.client reads an answer from, a new one for each.
+    # http.client calls this once per answer and reads the answer from the result.
     def makefile(self, *args: Any, **kwargs: Any) -> Any:
         if args != ("rb",) or kwargs:
             raise ValueError(f"file of a registry's socket: wanted mode rb alone (got {args} {kwargs})")
@@ -323,7 +323,7 @@ class _TLSConnection(_DialingMixin, HTTPSConnection):
 
 class _TLSPool(HTTPSConnectionPool):
     def _validate_conn(self, conn: Any) -> None:
-        # urllib3 would also warn, at each connection, that a certificate is not verified; our log says so once.
+        # urllib3 would also warn of an unverified certificate at each connection; our log does so once.
         if conn.is_closed:
             conn.connect()
 

@@ -1,8 +1,8 @@
 """Blobs uploaded while they are being made: a sink that sends chunks as they fill.
 
-Source: OCI distribution specification 1.1, "Pushing a blob in chunks" (POST, PATCH with Content-Range, PUT). What was
-written is kept in an unnamed file too, so that a chunk that broke off is sent again from where the registry has got
-to, and a lost upload begins anew, although the stream cannot be rewound.
+Source: OCI distribution specification 1.1, "Pushing a blob in chunks" (POST, PATCH with Content-Range, PUT). The
+stream cannot be rewound, so the written bytes are also kept in an unnamed file: an interrupted chunk is sent again
+from the registry's position, and a lost upload begins again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 16 << 20
 _LARGEST_CHUNK = 1 << 30
-# The slowest upload that is waited for, beside the deadline.
+# The slowest upload that the deadline allows for.
 SLOWEST_UPLOAD = 64 << 10
-# How often an upload is begun in all, and how often a chunk of it is tried.
+# Most uploads begun for a blob, and most tries of a chunk.
 _UPLOADS = 3
 _TRIES = 5
 
@@ -45,11 +45,11 @@ _RANGE = re.compile(r"(?:bytes=)?0-(\d{1,19})", re.ASCII)
 
 
 class BlobSink:
-    """Takes a blob's bytes and uploads them meanwhile, in a thread of its own. One writer; made by ``push_stream``.
+    """Takes a blob's bytes and uploads them meanwhile, in its own thread. One writer; made by ``push_stream``.
 
-    ``close`` returns digest and size once the registry has it all, and leaving the ``with`` block without an error
-    does the same; leaving it with one, or ``abort``, gives the upload up. ``write`` and ``close`` raise what the
-    upload has failed with: RegistryError naming repository and offset; and OSError if the file cannot take it.
+    ``close`` returns digest and size once the registry has the whole blob, and leaving the ``with`` block without an
+    error calls it; leaving it with one, or ``abort``, gives the upload up. ``write`` and ``close`` raise the error of
+    the upload: RegistryError naming repository and offset; and OSError if the file cannot take the bytes.
     """
 
     def __init__(self, session: Session, repository: Repository, *, chunk: int = CHUNK) -> None:
@@ -82,7 +82,7 @@ class BlobSink:
         return len(view)
 
     def close(self) -> tuple[str, int]:
-        """Upload what is left, and return the blob's digest and size. Closing again returns the same."""
+        """Upload the rest, and return the blob's digest and size. Closing again returns the same."""
         if self._done is not None:
             return self._done
         self._check_open()
@@ -99,7 +99,7 @@ class BlobSink:
         return self._done
 
     def abort(self) -> None:
-        """Give the upload up; the registry is told, if it listens."""
+        """Give the upload up, and ask the registry to cancel it."""
         if self._done is not None or self._given_up:
             return
         with self._changed:
@@ -171,7 +171,7 @@ class BlobSink:
 
 
 class _Upload:
-    # One upload at the registry, as far as it has got.
+    # One upload at the registry, and its position.
     def __init__(self, session: Session, repository: Repository) -> None:
         self.name = str(repository)
         self.sent = 0
@@ -196,7 +196,7 @@ class _Upload:
         self._session.persist(attempt, blob=self.name, tries=_TRIES)
 
     def send_chunk(self, spool: IO[bytes], stop: int) -> None:
-        """Send what lies between what the registry has and ``stop``; after a break, from where it has got to."""
+        """Send the bytes from the registry's position to ``stop``. After a break, ask for the position first."""
         doing = "uploading"
         broken = False
 
@@ -245,11 +245,11 @@ class _Upload:
                 raise from_response(response, doing)
             discard(response)
 
-        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD  # it may read it all again
+        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD  # it may be read again
         self._session.persist(attempt, blob=f"{self.name}@{digest}", deadline=deadline, tries=_TRIES)
 
     def cancel(self) -> None:
-        """Tell the registry to forget the upload; one that does not listen forgets it by itself, later."""
+        """Ask the registry to cancel the upload. If it ignores the request, the upload expires by itself."""
         location, self._location = self._location, ""
         if not location:
             return
@@ -272,7 +272,7 @@ class _Upload:
         self._follow(response, self._location, doing)
         taken = _taken(response)
         discard(response)
-        # "0-0" is also what a registry says that has nothing: the one byte is sent again then, or refused.
+        # A registry that has nothing also answers "0-0": then the one byte is sent again, or refused.
         taken = 0 if taken is None or taken == 1 else taken
         if not self.sent <= taken <= stop:
             raise RegistryError(f"{doing}: registry lost its place (got {taken}, wanted {self.sent})", status=416)
@@ -294,7 +294,7 @@ class _Upload:
 
 
 class _Section:
-    # The bytes [position, stop) of a file that another thread still writes to the end of.
+    # The bytes [position, stop) of a file that another thread is still appending to.
     def __init__(self, file: IO[bytes], position: int, stop: int) -> None:
         self._fd = file.fileno()
         self._position = position
@@ -314,11 +314,11 @@ class _Section:
 
 
 def _may_begin_anew(error: RegistryError) -> bool:
-    # An upload that the registry has forgotten, or that has lost its place, is not the end of the blob.
+    # A forgotten or misplaced upload is not fatal for the blob: it can be begun again.
     return error.temporary or error.status in (400, 404, 409, 416, 499)
 
 
 def _taken(response: urllib3.BaseHTTPResponse) -> int | None:
-    # How many bytes the registry says that it has.
+    # Returns the number of bytes that the registry reports to have.
     match = _RANGE.fullmatch(response.headers.get("Range", "").strip())
     return int(match[1]) + 1 if match else None
