@@ -1,4 +1,4 @@
-"""A picture of a disk: which layer every part of it comes from. Needs the ``lab`` extra (matplotlib)."""
+"""A picture of a disk that shows the layer of every part. Needs the ``lab`` extra (matplotlib)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = 128
 _MOST_ROWS = 96
 _NOTHING = "#eeeeee"
 _ZEROED = "#bdbdbd"
-# The most layers that can be told apart by colour; of more, the colours come again.
+# A colour for each layer; with more layers the colours repeat.
 _COLOURS = (
     "#3b6e8f",
     "#e0a458",
@@ -39,30 +39,30 @@ _COLOURS = (
 
 
 def block_map(disk: Disk, begin: int = 0, end: int | None = None) -> Figure:
-    """Draw the bytes ``[begin, end)`` of a disk, by default up to the last that a layer holds.
+    """Draw the bytes ``[begin, end)`` of a disk, by default up to the last byte that a layer holds.
 
-    Left, the disk from top to bottom and from left to right: a cell has the colour of the layer that most of what is
-    held in it comes from, however little that is, so that small things can be seen. Right, how much each layer holds,
-    and how much of that no layer above hides. Raises OutOfRangeError as :meth:`Disk.owners` does.
+    Left: the disk in rows from top to bottom. A cell has the colour of the layer with the most data in it, however
+    little that is, so that small pieces can be seen. Right: the bytes that each layer holds, and how many of them no
+    layer above hides. Raises OutOfRangeError as :meth:`Disk.owners` does.
     """
     end = _last_held(disk) if end is None else end
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), width_ratios=[2.1, 1], layout="constrained", squeeze=True)
     _map(axes[0], disk, disk.owners(begin, end), begin, end)
     _bars(axes[1], disk)
-    plt.close(figure)  # or a notebook would show it once more at the end of the cell
+    plt.close(figure)  # otherwise a notebook shows it a second time at the end of the cell
     return figure
 
 
-#: So much of a disk is read at most for its checksum: a converted image is a disk of 64 GiB, nearly all of it zeros.
+#: Most bytes read for a checksum: a converted image is a disk of 64 GiB, nearly all of it zeros.
 MOST_CHECKED = 256 << 20
 _PIECE = 1 << 20
 
 
 def checksum(disk: Disk) -> str:
-    """Return a sentence with the SHA-256 of what the layers hold, in the order of the disk, up to MOST_CHECKED bytes.
+    """Return a sentence with the SHA-256 of the layers' data in the order of the disk, up to MOST_CHECKED bytes.
 
-    Zeros that no layer holds are left out, so that a disk of any size is read in bounded time and memory. Raises what
-    reading the disk raises.
+    Zeros and holes are left out, so that a disk of any size is read in bounded time and memory. Raises the errors of
+    :meth:`Disk.read_at`.
     """
     whole, read = hashlib.sha256(), 0
     for owned in disk.owners():
@@ -111,7 +111,7 @@ def _map(axes: Axes, disk: Disk, owned: list[Owned], begin: int, end: int) -> No
 
 
 def _cell_owners(owned: list[Owned], edges: NDArray[np.int64], layers: int) -> NDArray[np.int64]:
-    # For each cell 0: nothing, 1: zeros, 2 and more: the layer, whichever has most of what is held.
+    # The value of a cell is 0 for nothing, 1 for zeros, else 2 + the number of the layer with the most bytes in it.
     shares = np.zeros((layers + 2, len(edges) - 1))
     for kind in range(1, layers + 2):
         own = [part for part in owned if part.layer is not None and (1 if part.zeroed else part.layer + 2) == kind]
@@ -120,7 +120,7 @@ def _cell_owners(owned: list[Owned], edges: NDArray[np.int64], layers: int) -> N
             sizes = np.repeat(np.cumsum([part.end - part.begin for part in own]), 2)
             before = sizes - np.array([[part.end - part.begin, 0] for part in own]).ravel()
             shares[kind] = np.diff(np.interp(edges, points, before))
-    # Data is seen before zeros, zeros before nothing.
+    # Data goes before zeros, zeros before nothing.
     data = shares[2:]
     owner = np.where(shares[1] > 0, 1, 0)
     return np.where(data.max(axis=0) > 0, data.argmax(axis=0) + 2, owner)

@@ -1,4 +1,4 @@
-"""Base file systems that images are built on: a small Debian, or one static busybox."""
+"""Base file systems of images: a small Debian, or a static busybox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Package scripts must not start services in an image ("invoke-rc.d", Debian policy 9.3.3.2: 101 means forbidden).
 _POLICY = "#!/bin/sh\nexit 101\n"
 _LOGS = ("var/log/apt", "var/log/dpkg.log", "var/log/alternatives.log", "var/log/bootstrap.log")
-# What the "slim" variants of Debian images leave out too; later layers heed it as well (dpkg.cfg.d in the image).
+# Paths that the "slim" Debian images leave out too; dpkg.cfg.d in the image excludes them from later layers as well.
 _SLIM = tuple(
     f"--dpkgopt=path-{rule}"
     for rule in (
@@ -30,9 +30,9 @@ _SLIM = tuple(
 
 
 def make_debian(target: Path, suite: str, timeout_s: float = 900.0) -> None:
-    """Fill ``target`` with a minimal Debian by mmdebstrap, from the archive that this host's own apt uses.
+    """Fill ``target`` with a minimal Debian by mmdebstrap, from the archive that this host's apt uses.
 
-    A host that has no source of that suite gets mmdebstrap's default archive. Raises LabError.
+    mmdebstrap's default archive serves if the host has no source of that suite. Raises LabError.
     """
     if shutil.which("mmdebstrap") is None:
         raise LabError("mmdebstrap is not installed (wanted to build a Debian base: apt-get install mmdebstrap)")
@@ -50,12 +50,12 @@ def make_debian(target: Path, suite: str, timeout_s: float = 900.0) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     aux_cache = target / "var/cache/ldconfig/aux-cache"
     aux_cache.unlink(missing_ok=True)
-    for node in (target / "dev").iterdir():  # the runtime makes its own
+    for node in (target / "dev").iterdir():  # the runtime makes its own nodes
         shutil.rmtree(node) if node.is_dir() and not node.is_symlink() else node.unlink()
 
 
 def host_sources(suite: str) -> list[str]:
-    """Return ``deb`` lines for the suite and its updates as configured on this host; empty if it has none."""
+    """Return the host's ``deb`` lines for the suite and its updates; [] if the host has no such source."""
     if shutil.which("apt-get") is None:
         return []
     output = run(["apt-get", "indextargets", "--format", "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"])
@@ -71,7 +71,7 @@ def _deb_lines(targets: Iterable[str], suite: str) -> list[str]:
         if kind != "Packages" or len(fields) != 3:
             continue
         uri, release, component = fields
-        # A file: archive of the host cannot be seen from inside the image.
+        # A "file:" archive of the host is not visible from inside the image.
         if release in wanted and re.match("https?://", uri) and component:
             lines.append(f"deb {uri} {release} {component}")
     has_suite = any(line.split()[2] == suite for line in lines)
@@ -106,7 +106,7 @@ def _static_busybox(scratch: Path) -> Path:
 
 
 def is_static_elf(path: Path) -> bool:
-    """Tell whether a 64-bit ELF file needs no dynamic linker (no PT_INTERP among its program headers)."""
+    """Return True if a 64-bit ELF file needs no dynamic linker (no PT_INTERP among its program headers)."""
     with path.open("rb") as stream:
         header = stream.read(64)
         if len(header) < 64 or header[:5] != b"\x7fELF\x02":

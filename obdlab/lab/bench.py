@@ -1,11 +1,11 @@
-"""The bench a cell is measured on: network, registry with the images, containerd, and one start at a time.
+"""The bench of a cell: network, registry with the images, containerd, and one start at a time.
 
-A cold start is timed from before the pull until the readiness probe answered; warm ones, and those with no page
-cache, from before ``ctr run``. Bytes and requests are the registry's own count of what was asked for until then (what
-was under way included), the link's counters are kept beside. Processor time is that of containerd, snapshotter,
-device servers, container and clients until then, not of kernel threads; memory is theirs when it is ready, by
-proportional set sizes. "Completion" is when the registry had sent all that it was asked for: of what fetches in the
-background, once it has been still for a second.
+The time of a cold start runs from before the pull until the readiness probe answers; that of warm and dropped starts
+from before ``ctr run``. Bytes and requests count the requests that the registry received until then, unfinished ones
+included; the link's counters are kept beside. Processor time is that of containerd, snapshotter, device servers,
+container and clients until then, without kernel threads. Memory is their proportional set size at that moment.
+"Completion" is the end of the registry's last answer; for a snapshotter that fetches in the background the bench
+waits until the registry has been still for a second.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
-# What fetches in the background has finished when the registry has been still for so long.
+# Background fetching counts as finished when the registry has been still for this long.
 _STILL_S = 1.0
 _MOST_BACKGROUND_S = 120.0
 _CLEAN_UP_S = 120.0
@@ -59,7 +59,7 @@ _WARM_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class LabPaths:
-    """Where an experiment keeps what outlives it."""
+    """The directories and demands of an experiment that outlive it."""
 
     #: Directories that hold ``<name>/recipe.toml``.
     datasets: tuple[Path, ...] = field(default_factory=dataset_folders)
@@ -68,13 +68,13 @@ class LabPaths:
     work: Path = Path("/var/lib/obdlab/lab")
     #: Images must hold the packages of their recipe's lock.
     locked: bool = False
-    #: Digests of the images that are measured, by name; of others there is no demand.
+    #: Demanded digests by image name; an image without an entry may have any digest.
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def image(self, name: str, say: Callable[[str], None], *, pin: str = "") -> BuiltImage:
-        """Return an image by its recipe's name, built if need be, preferably the one with the digest ``pin``.
+        """Return the image of a recipe, preferably the one with the digest ``pin``; build it if there is no image.
 
-        Raises LabError if ``digests`` demands another one, and what ``build_image`` raises.
+        Raises LabError if ``digests`` demands another digest, and the errors of ``build_image``.
         """
         demanded = self.digests.get(name, "")
         recipe = find_recipe(name, self.datasets)
@@ -86,14 +86,14 @@ class LabPaths:
 
 @dataclass(frozen=True, slots=True)
 class BenchImage:
-    """One image on the registry; ``references`` has what each adapter pulls."""
+    """One image on the registry; ``references`` holds the reference that each adapter pulls."""
 
     built: BuiltImage
     references: dict[str, str]
 
     @property
     def recipe(self) -> Recipe:
-        """What it was built from."""
+        """The recipe that the image was built from."""
         return self.built.recipe
 
 
@@ -107,7 +107,7 @@ class _Begin:
 
 
 class Bench:
-    """Everything between a cell and its rows; a context manager that leaves no process, mount or namespace."""
+    """Measures cells and returns their rows; a context manager that leaves no process, mount or namespace."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Bench:
         built = {name: self._paths.image(name, lambda line: None) for name in self._spec.images}
         with ExitStack() as stack:
             stack.enter_context(only_experiment())
-            cleanup_leftovers()  # of experiments that were killed
+            cleanup_leftovers()  # those of killed experiments
             self._say("starting network, registry and containerd")
             stack.enter_context(self._network)
             adapters = [ADAPTERS[name] for name in self._spec.snapshotters]
@@ -155,7 +155,7 @@ class Bench:
         self._stack.close()
 
     def environment(self) -> dict[str, Any]:
-        """Return what rows measured here must note about network, containerd and images."""
+        """Return the facts about network, containerd and images that the rows' environment records."""
         references = {name: image.references for name, image in self._images.items()}
         compared = {name: ADAPTERS[name].versions() for name in self._spec.snapshotters}
         return {
@@ -167,10 +167,10 @@ class Bench:
         }
 
     def measure(self, cell: Cell) -> list[Row]:
-        """Measure one cold start and the others after it; a failure becomes a row with ``error``, an interrupt never.
+        """Measure one cold start and the starts after it; a failure becomes a row with ``error``, an interrupt never.
 
-        Raises LabError if what is left of the cell cannot be taken away: then the bench is of no more use; and
-        DiskFullError if a disk was full: that leaves no row.
+        Raises LabError if the cell's remains cannot be removed; the bench cannot be used after that. Raises
+        DiskFullError if a disk was full; then there is no row.
         """
         rows: list[Row] = []
         attempt = time.time_ns()
@@ -213,9 +213,9 @@ class Bench:
         row = {"start": "cold", "warm": -1, "pause_s": self._spec.pause_s, "evidence": evidence}
         return {**row, **quiet, **_timed(times, pull_s)}
 
-    # A lazy start now and then reads blocks that no earlier start read: threads meet in another order, or another
-    # program dropped the machine's page cache and the kernel reads ahead elsewhere. That start is the one that made
-    # the image warm, so the next one is measured.
+    # Now and then a lazy start reads blocks that no earlier start read: threads run in another order, or another
+    # program dropped the machine's page cache and the kernel reads ahead elsewhere. That start has made the image
+    # warm, so the next start is measured instead.
     def _warm(self, cell: Cell, number: int) -> Row:
         for again in range(_WARM_TRIES):
             try:
@@ -239,7 +239,7 @@ class Bench:
         times, asked = self._start(cell, self._begin())
         evidence["requests"] = Traffic.of(
             asked
-        ).requests  # told among the caveats: a lazy start may read what others did not
+        ).requests  # a caveat of the report: a lazy start may read other blocks
         return {"start": "dropped", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
     @property
@@ -253,7 +253,7 @@ class Bench:
         cpu_s = self._containerd.groups.cpu_s()
         return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0], cpu_s)
 
-    # Start a container, wait until it is ready, remove it; and what the registry was asked for until it was ready.
+    # Start a container, wait until it is ready, remove it. Return its row, and the requests made until it was ready.
     def _start(self, cell: Cell, began: _Begin) -> tuple[Row, list[Request]]:
         image = self._images[cell.image]
         name = f"bench-{time.monotonic_ns()}"
@@ -265,7 +265,7 @@ class Bench:
             if adapter.background:
                 costs["background_ended"] = self._wait_for_background(adapter)
             requests = self._registry.requests(began.mark, self._registry.mark())
-        # What was asked for until it was ready; the background may have asked for more since.
+        # Requests until the container was ready; background fetching may have made more since.
         asked = [request for request in requests if request.began_s <= container.times.ready_s]
         traffic = Traffic.of(asked)
         row = {
@@ -285,7 +285,7 @@ class Bench:
         }
         return row, asked
 
-    # Until the registry is still, and what has come is unpacked, too.
+    # Wait until the registry is still and the size of the stored layers no longer changes. Return False on timeout.
     def _wait_for_background(self, adapter: Adapter) -> bool:
         deadline = time.monotonic() + _MOST_BACKGROUND_S
         ended = self._registry.wait_for_silence(_STILL_S, _MOST_BACKGROUND_S)
@@ -310,7 +310,7 @@ class Bench:
         daemons, containers = groups.pss_bytes()
         return {"cpu_s": cpu_s, "pss_bytes": daemons, "container_pss_bytes": containers}
 
-    # Store an image in every form that is compared, unless the registry kept it from an earlier run.
+    # Store an image in every compared form, unless the registry has the form from an earlier run.
     def _publish(self, image: BuiltImage) -> BenchImage:
         spec, recipe = self._spec, image.recipe
         source = Source(image, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
@@ -328,14 +328,14 @@ class Bench:
         return BenchImage(image, references)
 
 
-# When the last byte had come, after the start began; 0 if there was none.
+# "completion_s" is the time from the start's begin to the registry's last answer, 0 without requests.
 def _completion(requests: list[Request], began_s: float) -> Row:
     last_s = max((request.ended_s for request in requests), default=began_s)
     return {"completion_s": max(0.0, last_s - began_s), "completion_bytes": Traffic.of(requests).written}
 
 
 def process_cpu_s(pid: int) -> float:
-    """Return the processor time of a process and of its children that have ended, in seconds; 0 if it is gone."""
+    """Return the processor time of a process and its ended children, in seconds; 0 if the process is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -343,7 +343,7 @@ def process_cpu_s(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-# A pull is done by this process or by one that it waits for.
+# Pulls run in this process or in a child that it waits for.
 def _clients_cpu_s() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -1,8 +1,8 @@
 """Build the image of a recipe: one overlay per layer, tar of each upper directory, an OCI layout.
 
 The work directory keeps finished images by recipe and digest, base file systems, and apt's lists and archives, so
-that a second build is quick and an experiment goes on with the image that it began with. What an interrupted build
-leaves is directories only (``obdlab.lab.chroot``), removed by the build itself or the next one.
+that a second build is quick and an experiment goes on with the image that it began with. An interrupted build leaves
+only directories (``obdlab.lab.chroot``); the build itself or the next one removes them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_WORK_DIR = Path("/var/lib/obdlab/images")
 _CREATED = "2020-07-15T00:00:00Z"
-# A build may have to wait for another one in the same work directory.
+# A build waits this long for another one in the same work directory.
 _LOCK_TIMEOUT_S = 1800.0
 
 _APT_CONFIG = f"""\
@@ -54,7 +54,7 @@ Dpkg::Options {{ "--force-unsafe-io"; }};
 
 @dataclass(frozen=True, slots=True)
 class BuiltImage:
-    """An image in the work directory: its OCI layout, the digest of its manifest and the packages that it holds."""
+    """An image in the work directory: its OCI layout, its manifest's digest and its packages."""
 
     recipe: Recipe
     layout: Path
@@ -69,12 +69,12 @@ class BuiltImage:
 
     @property
     def about(self) -> str:
-        """Its digest, and its packages against the recipe's lock, in one line."""
+        """One line with the digest and the comparison of the packages with the recipe's lock."""
         told = compare_lock(self.recipe.locked, self.packages)
         return ", ".join(filter(None, (oci.short_digest(self.digest), told)))
 
     def facts(self) -> dict[str, Any]:
-        """Return what rows measured with it must note."""
+        """Return the facts about the image that the rows' environment records."""
         return {
             "digest": self.digest,
             "recipe": self.recipe.fingerprint(),
@@ -93,18 +93,18 @@ def build_image(
     locked: bool = False,
     newest: bool = False,
 ) -> BuiltImage:
-    """Return an image of the recipe, built of what the archive has now if the work directory holds none.
+    """Return an image of the recipe; build it from the archive's present packages if the work directory lacks one.
 
-    An image that was built before is taken without asking the archive: the one whose digest is ``pin``, else the one
-    built last. ``locked`` accepts only an image whose packages are those of the recipe's lock; ``newest`` builds even
-    if there is one. An image that the recipe takes from a registry is fetched instead: by ``registry``, or a client
-    without credentials. ``progress`` gets a line per step. Building needs root. Raises LabError, FormatError or
-    SourceError, and leaves nothing of a failed build behind.
+    An existing image is used without a request to the archive: the one whose digest is ``pin``, else the newest.
+    ``locked`` accepts only an image with exactly the packages of the recipe's lock; ``newest`` builds in any case. An
+    image that the recipe takes from a registry is fetched by ``registry`` (default: a client without credentials).
+    ``progress`` gets a line per step. Building needs root. Raises LabError, FormatError or SourceError, and leaves
+    nothing of a failed build behind.
     """
     if locked:
         _check_lockable(recipe)
     found = None if newest else find_image(recipe, work_dir, pin=pin, locked=locked)
-    if found is None:  # a finished image appears whole: nothing is waited for if there is one
+    if found is None:  # finished images appear whole, so finding one needs no lock
         work_dir.mkdir(parents=True, exist_ok=True)
         with _locked(work_dir, progress):
             found = None if newest else find_image(recipe, work_dir, pin=pin, locked=locked)
@@ -117,7 +117,7 @@ def build_image(
 def find_image(
     recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR, *, pin: str = "", locked: bool = False
 ) -> BuiltImage | None:
-    """Return the image that :func:`build_image` takes without building, or None."""
+    """Return the image that :func:`build_image` would use without building, or None."""
     found = list_images(recipe, work_dir)
     if locked:
         found = [image for image in found if image.packages == recipe.locked]
@@ -125,15 +125,15 @@ def find_image(
 
 
 def list_images(recipe: Recipe, work_dir: Path = DEFAULT_WORK_DIR) -> list[BuiltImage]:
-    """Return every image of the recipe in the work directory, the one built last first."""
+    """Return every image of the recipe in the work directory, the newest first."""
     layouts = [layout for layout in work_dir.glob(f"{_stem(recipe)}-*") if (layout / "index.json").is_file()]
     return [BuiltImage.of(recipe, layout) for layout in sorted(layouts, key=_built_ns, reverse=True)]
 
 
 def update_lock(recipe: Recipe, lock: Path, work_dir: Path, progress: Callable[[str], None]) -> BuiltImage:
-    """Build the image of what the archive has now and write its packages to ``lock``; return the image.
+    """Build the image from the archive's present packages, write these to ``lock`` and return the image.
 
-    Raises what :func:`build_image` does, and LabError for an image of a registry (it has no packages to lock).
+    Raises the errors of :func:`build_image`, and LabError for an image from a registry (no packages to lock).
     """
     if recipe.image:
         raise LabError(f"{recipe.name}: an image of a registry has no packages to lock (name it by digest)")
@@ -160,7 +160,7 @@ def _build(
     locked: bool,
     fresh_base: bool,
 ) -> BuiltImage:
-    for leftover in work_dir.glob("building-*"):  # of a build that was killed
+    for leftover in work_dir.glob("building-*"):  # of a killed build
         shutil.rmtree(leftover)
     building = Path(tempfile.mkdtemp(prefix="building-", dir=work_dir))
     try:
@@ -171,7 +171,7 @@ def _build(
             _Build(recipe, work_dir, building, progress, locked=locked, fresh_base=fresh_base).run()
         digest = OciLayout(made).digest
         layout = work_dir / f"{_stem(recipe)}-{oci.short_digest(digest).replace(':', '-')}"
-        if layout.is_dir():  # the archive has not moved since
+        if layout.is_dir():  # an earlier build gave the same image
             (layout / "index.json").touch()
         else:
             made.rename(layout)
@@ -200,7 +200,7 @@ def _fetch(recipe: Recipe, directory: Path, progress: Callable[[str], None], reg
 
 
 class _Build:
-    # One image in the making: layers are packed by threads (zlib lets go of the interpreter) while the next is made.
+    # One build of an image. Threads pack finished layers (zlib releases the interpreter lock) during the next layer.
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class _Build:
         self._layout = OciLayout(building / "layout")
         self._chroot = Chroot(building)
         self._began = time.monotonic()
-        # File times come from a coarser clock, which may lag behind.
+        # File times come from a coarser clock, which may lag behind time.time().
         self._started_s = time.time() - 2
         self._lists_fresh = False
 
@@ -250,7 +250,7 @@ class _Build:
         )
 
     def _base(self) -> Path:
-        # The packed base and its tree are shared by all recipes: the same layer, bit for bit, in every image.
+        # All recipes share the packed base and its tree, so that every image has the same base layer, bit for bit.
         name = f"base-{self._recipe.base}" + (f"-{self._recipe.suite}" if self._recipe.base == "debian" else "")
         base = self._work_dir / f"{name}-{BUILDER_VERSION}"
         if self._fresh_base or not base.is_dir():
@@ -265,7 +265,7 @@ class _Build:
             settle_times(made / "fs", self._started_s)
             file = write_layer(made / "fs", made / "layer.tar.gz", self._started_s)
             (made / "digests").write_text(f"{file.digest} {file.size} {file.diff_id}")
-            if base.is_dir():  # finished images hold copies of its layer
+            if base.is_dir():  # finished images have their own copy of the layer
                 base.rename(self._directory / "oldbase")
             made.rename(base)
             self._progress(f"{name}: {file.size / 1e6:.1f} MB compressed, {time.time() - began:.1f} s")
@@ -277,7 +277,7 @@ class _Build:
         apt = self._work_dir / f"apt-{self._recipe.suite}"
         for name in ("lists/partial", "archives/partial"):
             (apt / name).mkdir(parents=True, exist_ok=True)
-        # How this host reaches archives (proxies, checks) holds inside the image as well.
+        # apt inside the image uses the host's settings for reaching archives (proxies, checks).
         acquire = run(["apt-config", "dump", "Acquire"]) if shutil.which("apt-config") else ""
         (apt / "apt.conf").write_text(acquire + _APT_CONFIG)
         (self._directory / "apt").symlink_to(apt)

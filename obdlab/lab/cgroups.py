@@ -1,8 +1,8 @@
-"""The control groups of an experiment: what its processes cost, and how fast a disk they see.
+"""The control groups of an experiment: accounting of its processes, and limits of their disk.
 
-``<name>/daemons`` holds containerd, snapshotters and device servers with all they start; containers are in
-``<name>/<container>``, where ``ctr run`` puts them by itself. Version 1 and version 2 hierarchies serve alike, but
-for the disk: version 1 limits each group by itself and no buffered writing, version 2 all together and all writing.
+``<name>/daemons`` holds containerd, snapshotters and device servers with all their children; ``ctr run`` puts
+containers into ``<name>/<container>``. Version 1 and version 2 hierarchies differ only in the disk limits: version 1
+limits each group separately and no buffered writes, version 2 limits all groups together and all writes.
 (Kernel: Documentation/admin-guide/cgroup-v1/blkio-controller.rst, cgroup-v1/cpuacct.rst, cgroup-v2.rst.)
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path("/sys/fs/cgroup")
 _DAEMONS = "daemons"
-# Reads are tried for so long. What a group did not use of its last slice it may use at once: some 100 ms of it.
+# Duration of the test reads. A group may use the unused rest of its last slice at once: about 100 ms of reads.
 _PROBE_S = 0.5
 _PROBE_LEAST = 0.6
 _PROBE_BLOCK = 4096
@@ -31,7 +31,7 @@ _PROBE_BLOCK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A disk as slow as declared; 0: as fast as it is. Limits hold for reading and for writing, each."""
+    """Limits of a disk, for reads and for writes separately; 0 is no limit."""
 
     iops: int = 0
     bytes_per_s: int = 0
@@ -42,7 +42,7 @@ DISKS = {"native": Disk(), "cloud": Disk(2000, 100_000_000)}
 
 
 class ControlGroups:
-    """The groups of one experiment; :meth:`create` and :meth:`remove` them."""
+    """The control groups of one experiment."""
 
     def __init__(self, name: str, root: Path = _ROOT) -> None:
         self.name = name
@@ -51,10 +51,10 @@ class ControlGroups:
         self._limits: dict[str, str] = {}
 
     def create(self) -> None:
-        """Make them. Raises LabError where control groups cannot be had."""
+        """Make the groups. Raises LabError if this host does not allow it."""
         for hierarchy in self._hierarchies:
             if self.version == 2:
-                # Controllers that the parent does not hand down are told by what needs them.
+                # If the parent does not delegate a controller, the code that needs the controller raises the error.
                 for directory in (hierarchy, hierarchy / self.name):
                     directory.mkdir(exist_ok=True)
                     for controller in ("cpu", "io"):
@@ -63,7 +63,7 @@ class ControlGroups:
             _make(hierarchy / self.name / _DAEMONS)
 
     def remove(self) -> None:
-        """Remove those that nobody is in any more."""
+        """Remove the groups that hold no process."""
         for hierarchy in self._hierarchies:
             directory = hierarchy / self.name
             for path in (*directory.glob("*/"), directory):
@@ -71,12 +71,12 @@ class ControlGroups:
                     path.rmdir()
 
     def add(self, pid: int) -> None:
-        """Put a process, and what it starts from now on, among the daemons. Raises LabError."""
+        """Move a process into the daemons' group; its later children follow. Raises LabError."""
         for hierarchy in self._hierarchies:
             _write(hierarchy / self.name / _DAEMONS / "cgroup.procs", str(pid))
 
     def cpu_s(self) -> float:
-        """Return the processor time of all that is or was in the groups, in seconds; kernel threads are not."""
+        """Return the processor time of all present and former processes of the groups, in seconds."""
         directory = self._hierarchies[0] / self.name
         if self.version == 1:
             return int((directory / "cpuacct.usage").read_text()) / 1e9
@@ -96,24 +96,24 @@ class ControlGroups:
         for pid in procs.read_text().split():
             with suppress(OSError):
                 lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-                # address perms offset dev inode path; a data base is mapped, too, but not to be run
+                # address perms offset dev inode path; only executable mappings: a database may be mapped too
                 found |= {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line and " r-xp " in line}
         return found
 
     def set_disk(self, disk: Disk, directory: Path) -> None:
         """Limit the disk that ``directory`` is on, for the daemons and for containers prepared from now on.
 
-        Raises LabError if the kernel does not take the limits or does not heed them.
+        Raises LabError if the kernel does not accept or does not enforce the limits.
         """
         if disk == Disk() and not self._limits:
-            return  # also where there is no disk to be limited
+            return  # works also without a block device below the directory
         self._limits = _limits(disk, whole_disk(directory), self.version)
         self._apply(_DAEMONS if self.version == 1 else "")
         if disk.iops:
             self._check(disk, directory)
 
     def prepare_container(self, name: str) -> None:
-        """Make a container's group with the disk's limits, before the runtime finds it there."""
+        """Make a container's group with the disk's limits, before the runtime looks for the group."""
         if self.version == 1 and self._limits:
             _make(self._hierarchies[1] / self.name / name)
             self._apply(name)
@@ -123,7 +123,7 @@ class ControlGroups:
         for file, value in self._limits.items():
             _write(directory / file, value)
 
-    # A limit that is taken and not heeded (another I/O path, a kernel without throttling) would go unnoticed.
+    # The kernel may accept a limit and not enforce it (another I/O path, no throttling): test it with reads.
     def _check(self, disk: Disk, directory: Path) -> None:
         procs = self._hierarchies[-1] / self.name / _DAEMONS / "cgroup.procs"
         reads = max(50, int(disk.iops * _PROBE_S))
@@ -186,14 +186,14 @@ def _write(path: Path, value: str) -> None:
 def _pss_below(groups: Iterable[Path]) -> int:
     total = 0
     for group in groups:
-        with suppress(OSError):  # a container that ends
+        with suppress(OSError):  # the container has just ended
             for pid in (group / "cgroup.procs").read_text().split():
                 total += _pss(int(pid))
     return total
 
 
 def _pss(pid: int) -> int:
-    with suppress(OSError):  # it has ended
+    with suppress(OSError):  # the process has ended
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""One step of building an image: commands in a root file system made of overlays, and nothing left of it afterwards.
+"""One step of an image build: commands in a root file system of overlays.
 
-Everything runs in mount and process namespaces of its own. When the step ends, is killed, or this process dies, the
-kernel takes down its mounts and processes: there is nothing to clean up but directories.
+Each step runs in its own mount and process namespaces. When the step ends or is killed, or this process dies, the
+kernel takes down its mounts and processes; only directories remain to be removed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from obdlab.lab.recipe import RecipeLayer
 
-# A fresh /dev rather than the host's: package scripts must not reach real devices. /tmp is a tmpfs, so that what
-# the step needs itself (apt's lists and archives, staged files) never gets into the layer.
+# A fresh /dev instead of the host's: package scripts must not reach real devices. /tmp is a tmpfs, so that the
+# step's own files (apt's lists and archives, staged files) never get into the layer.
 _ENTER = r"""
 set -eu
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2,workdir=$3,redirect_dir=off,metacopy=off,index=off" root
@@ -43,8 +43,9 @@ if [ -e root/etc/resolv.conf ] && [ -e /etc/resolv.conf ]; then mount --bind /et
 exec chroot root /bin/sh -eu /tmp/obdlab/script
 """
 APT_DIRECTORY = "/tmp/obdlab/apt"
-#: Words before a command that is to have mounts and processes of its own, and to end with this process: the first
-#: hands our death down to unshare, unshare's to the namespace's init, and the kernel then kills all in it.
+#: Words before a command: it gets its own mount and process namespaces and ends with this process. setpriv passes
+#: the death of this process to unshare, unshare passes its own to the namespace's init, and then the kernel kills
+#: every process of the namespace.
 ISOLATED = (
     *("setpriv", "--pdeathsig", "KILL", "--"),
     *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--propagation", "private"),
@@ -53,15 +54,15 @@ ISOLATED = (
 
 @dataclass(frozen=True, slots=True)
 class Chroot:
-    """A place to run steps in. ``directory`` holds ``lowers`` (by relative path) and may hold ``apt``."""
+    """The directory that steps run in. ``directory`` holds ``lowers`` (by relative path) and may hold ``apt``."""
 
     directory: Path
     timeout_s: float = 900.0
 
     def run_layer(self, layer: RecipeLayer, lowers: Sequence[str], upper: str, refresh_lists: bool) -> None:
-        """Apply one layer of a recipe over ``lowers`` (bottom first); what changes is left in ``upper``.
+        """Apply one layer of a recipe over ``lowers`` (bottom first); the changes are in ``upper`` afterwards.
 
-        Paths are relative to the directory. Raises LabError with the last output of what failed.
+        Paths are relative to the directory. Raises LabError with the last output of the step if it fails.
         """
         stage = self.directory / "stage"
         stage.mkdir(exist_ok=True)
@@ -84,12 +85,12 @@ _ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
     "HOME": "/root",
-    # What the caller has may lie outside of the image, and package scripts make files there.
+    # The caller's TMPDIR may lie outside of the image, and package scripts make files there.
     "TMPDIR": "/tmp",
     "TMP": "/tmp",
     "TEMP": "/tmp",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    # The day a user was made is in /etc/shadow.
+    # /etc/shadow records the day of the last password change, which a new user takes from here.
     "SOURCE_DATE_EPOCH": str(BUILD_EPOCH_S),
 }
 
@@ -102,7 +103,7 @@ def layer_script(layer: RecipeLayer, refresh_lists: bool) -> str:
         if refresh_lists:
             lines.append("apt-get -q update")
         lines.append(f"apt-get -q install -y --no-install-recommends {shlex.join(layer.packages)}")
-        # Logs and backups hold times and would make each build differ.
+        # Logs and backups hold times, which would make each build differ.
         lines.append("rm -rf /var/log/apt /var/log/dpkg.log /var/log/alternatives.log /var/cache/ldconfig/aux-cache")
         lines.append("rm -f /var/lib/dpkg/*-old /var/cache/debconf/*-old /etc/*-")
     for number, file in enumerate(layer.files):

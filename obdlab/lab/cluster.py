@@ -1,12 +1,12 @@
 """Cells of an experiment on several test hosts, through Dask: each host measures whole blocks, one after another.
 
-A block is one repeat of everything under one network, so that what is compared was measured on one host. Hosts must
-be alike (code, kernel, processor, containerd), each with one worker of one thread; a worker is started as root from
-the same checkout: ``dask worker tcp://SCHEDULER:8786 --nthreads 1 --no-nanny``. Dask lets whoever reaches the
-scheduler run code as its workers' user: keep it to networks of your own, or use its TLS.
+A block is one repeat of all cells under one network, so that compared rows come from one host. Hosts must be alike
+(code, kernel, processor, containerd), each with one worker of one thread. Start a worker as root from the same
+checkout: ``dask worker tcp://SCHEDULER:8786 --nthreads 1 --no-nanny``. Every client that reaches the scheduler can
+run code as the workers' user: keep Dask to networks of your own, or use its TLS.
 
-On the worker a block is measured by a process of its own, which has a main thread (for time limits) and ends with
-whatever hangs in it.
+The worker measures a block in a child process: its main thread can have a time limit, and a hanging block ends with
+the process.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 Network = tuple[float, float]
 
 _CONNECT_TIMEOUT_S = 30.0
-# Publishing images and starting the bench come on top of the cells.
+# Time for publishing images and starting the bench, added to the cells' time.
 _SETUP_TIMEOUT_S = 3600.0
 _WORKER = ("-c", "from obdlab.lab.cluster import serve_block; serve_block()")
 
 
 class Cluster:
-    """A Dask scheduler's workers. Raises LabError if it cannot be reached or its hosts are not alike."""
+    """The workers of a Dask scheduler. Raises LabError if it cannot be reached or its hosts are not alike."""
 
     def __init__(self, address: str, connect_timeout_s: float = _CONNECT_TIMEOUT_S) -> None:
         try:
@@ -61,11 +61,11 @@ class Cluster:
             raise
 
     def close(self) -> None:
-        """Leave the scheduler; what workers are at ends with their block."""
+        """Leave the scheduler; workers still finish their present block."""
         self._client.close()
 
     def images(self, spec: Spec, pins: Pins, paths: LabPaths) -> Pins:
-        """Have every host build the images that it does not hold; return what all of them measure with.
+        """Have every host build the images that it lacks; return the pins that all hosts share.
 
         Raises LabError if their images differ.
         """
@@ -88,7 +88,7 @@ class Cluster:
     ) -> Generator[tuple[dict[str, Any], str, int, Cell, list[Row]]]:
         """Measure cells; yield (environment, host, position, cell, rows) as they come.
 
-        Cells of a block that could not be measured at all come with a row with ``error``.
+        Each cell of a block that failed as a whole gets a row with ``error``.
         """
         blocks = {}
         for network, cells in pending.items():
@@ -103,7 +103,7 @@ class Cluster:
             block = blocks[future]
             try:
                 measured = future.result()
-            except Exception as error:  # of any kind: a worker's death comes as an exception of Dask's
+            except Exception as error:  # any kind: a worker's death raises an exception of Dask
                 for number, cell in enumerate(block):
                     yield {}, "", number, cell, [failed_row(str(error))]
                 continue
@@ -130,21 +130,21 @@ class Cluster:
 
 
 def host_facts() -> dict[str, Any]:
-    """Return this host's environment, the digest of its obdlab included."""
+    """Return this host's environment with the digest of its obdlab code."""
     return {**environment.capture(), "code": code_digest()}
 
 
 def obtain_images(demand: str) -> Pins:
-    """Return the pins of the images of a demand (of this module's) on this host, built if need be."""
+    """Return the pins of the images in ``demand`` (JSON of this module); build missing images."""
     told = json.loads(demand)
     images = obtain(told["images"], _paths(told["paths"]), told["pins"], lambda text: None)
     return make_pins({name: image.facts() for name, image in images.items()})
 
 
 def run_block(order: str, limit_s: float) -> list[dict[str, Any]]:
-    """Measure a block (an order of this module's) in a process of its own; return what it measured.
+    """Measure a block (``order``, JSON of this module) in a child process; return its results.
 
-    Raises LabError with its last words if it fails or takes longer than ``limit_s``.
+    Raises LabError with the process's last output if it fails or takes longer than ``limit_s``.
     """
     try:
         done = subprocess.run(
@@ -158,7 +158,7 @@ def run_block(order: str, limit_s: float) -> list[dict[str, Any]]:
 
 
 def serve_block() -> None:
-    """Measure the order on standard input; write a line of JSON for each cell."""
+    """Measure the order from standard input; write a line of JSON for each cell."""
     order = json.load(sys.stdin)
     spec = Spec.from_values(order["spec"])
     cells = [Cell(**cell) for cell in order["cells"]]

@@ -1,11 +1,11 @@
-"""Cold and warm, made and proved.
+"""Making a host cold, warm or dropped, and proving it.
 
 Cold: no image, snapshot, content, device or cached block of the experiment is on this host, and the page cache was
-dropped. What is *not* meant to be measured is then read back into the page cache: the registry's blobs (its disk
-stands for a remote one), the programs that start containers and what snapshotters that run have mapped (the host is
-no newly booted one).
+dropped. Files whose reads must *not* be measured are then read back into the page cache: the registry's blobs (its
+disk stands for a remote one), the programs that start containers, and files that running snapshotters have mapped
+(the host stands for one that has run for a while).
 Warm: the image has been run on this host, and its files or blocks are in the page cache.
-Dropped: the image has been run on this host, and nothing of it is in the page cache: what the disk costs.
+Dropped: the image has been run on this host, and its data is on the disk only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from obdlab.lab.registry import RegistryHost, Request, Traffic
 
 _PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc", "ctr-remote", "soci")
-# Pages that are mapped (a device server's, another container's) stay.
+# Mapped pages (of a device server, of another container) survive the drop.
 _MOST_RESIDENT = 0.02
 _DROP_TIMEOUT_S = 30.0
 _DROP_AGAIN_S = 1.0
@@ -37,27 +37,27 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 class NotColdError(LabError):
-    """Something of an earlier start is still on this host: a start now would not be a cold one."""
+    """Remains of an earlier start are on this host, so that a start would not be cold."""
 
 
 class NotWarmError(LabError):
-    """A start that was to be warm needed the registry, or found nothing in memory."""
+    """A start that should be warm needed the registry, or found nothing in memory."""
 
 
 class NotDroppedError(LabError):
-    """The page cache still holds layers after it was dropped, or a start that was to need only the disk did not."""
+    """The page cache still holds layers after it was dropped."""
 
 
 def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
-    """Take away what earlier starts left, and return the evidence of :func:`prove_cold`.
+    """Remove the remains of earlier starts; return the evidence of :func:`prove_cold`.
 
-    Drops the page cache of the whole machine. Raises NotColdError if something stays.
+    Drops the page cache of the whole machine. Raises NotColdError if anything remains.
     """
     with closing(host.client()) as client:
         for image in client.images.list():
             host.remove_image(image.name)
     for device in host.devices.list():
-        with suppress(ObdlabError):  # what stays is told by the proof
+        with suppress(ObdlabError):  # prove_cold reports the remains
             host.devices.detach(device.device_id)
     with suppress(LabError):
         wait_until(lambda: not host.devices.list(), "end of device servers", 10.0, 0.02)
@@ -71,7 +71,7 @@ def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
 
 
 def prove_cold(host: OwnContainerd) -> dict[str, Any]:
-    """Return what is left of earlier starts, every number 0. Raises NotColdError naming what is not."""
+    """Return the counts of earlier starts' remains, all 0. Raises NotColdError naming the counts that are not."""
     with closing(host.client()) as client:
         content = len(client.content.list())
         images = len(client.images.list())
@@ -95,8 +95,8 @@ def prove_cold(host: OwnContainerd) -> dict[str, Any]:
 def prove_warm(layers: Path, traffic: Traffic, requests: Sequence[Request] = ()) -> dict[str, Any]:
     """Return the evidence that a start was warm: no request to the registry, layers in the page cache.
 
-    ``layers`` holds the data of pulled images, ``traffic`` is what the registry served during the start, of which the
-    error names ``requests``. Raises NotWarmError.
+    ``layers`` holds the data of pulled images; ``traffic`` is the registry's traffic during the start. Raises
+    NotWarmError, which names ``requests``.
     """
     resident, stored = resident_below([layers])
     evidence = {"requests": traffic.requests, "stored_bytes": stored, "resident_bytes": resident}
@@ -115,14 +115,14 @@ def prove_warm(layers: Path, traffic: Traffic, requests: Sequence[Request] = ())
 def make_dropped(host: OwnContainerd, layers: Path) -> dict[str, Any]:
     """Drop the page cache of the whole machine; return the evidence. Raises NotDroppedError.
 
-    The programs that start containers are read back, as before a cold start.
+    Programs that start containers are read back into it, as before a cold start.
     """
     deadline = time.monotonic() + _DROP_TIMEOUT_S
     while True:
         drop_page_cache()
         preload_programs(host)
         resident, stored = resident_below([layers])
-        # What is being written in the background cannot be dropped yet.
+        # Pages under background writeback cannot be dropped yet.
         if resident <= stored * _MOST_RESIDENT or time.monotonic() >= deadline:
             break
         time.sleep(_DROP_AGAIN_S)
@@ -141,15 +141,15 @@ def drop_page_cache() -> None:
 
 
 def preload_programs(host: OwnContainerd) -> None:
-    """Read the programs that start containers, and what the daemons that run have mapped, into the page cache."""
+    """Read the programs that start containers, and the mapped files of running daemons, into the page cache."""
     found = {Path(path) for path in map(shutil.which, _PROGRAMS) if path is not None}
     for path in found | host.groups.mapped_files():
-        with suppress(OSError):  # replaced since
+        with suppress(OSError):  # the file has been replaced
             path.read_bytes()
 
 
 def empty_directory(directory: Path) -> None:
-    """Delete everything in a directory, not the directory."""
+    """Delete the content of a directory, not the directory."""
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,9 +1,9 @@
-"""A containerd of the experiment's own, with our snapshotter as proxy plugin: started, used, and taken away.
+"""The experiment's own containerd, with obdlab's snapshotter as proxy plugin: started, used, and removed.
 
-Other proxy snapshotters are declared to it from the start and run only inside :meth:`OwnContainerd.serving`: an idle
-one would take its part of link, processor and memory.
-It shares nothing with other containerds but ``/run/containerd/{s,fifo,runc}``, where shims keep sockets and state by
-namespace and container name: so each has a namespace of its own.
+Its configuration declares other proxy snapshotters from the start, but they run only inside
+:meth:`OwnContainerd.serving`: an idle one would use link, processor and memory.
+It shares only ``/run/containerd/{s,fifo,runc}`` with other containerds. Shims keep sockets and state there by
+namespace and container name, so each experiment uses its own containerd namespace.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 _CGROUPS = Path("/sys/fs/cgroup")
 _RUNC_ROOT = Path("/run/containerd/runc")
 LAZY_SNAPSHOTTER = "obdlab"
-# unpigz would unpack layers on another core, where it is installed: then hosts could not be compared.
+# If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then.
 _ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
 
 
 @dataclass(frozen=True, slots=True)
 class StartTimes:
-    """When a start got where, all in Unix time (s): stamps of containerd's events, and the line on our side."""
+    """The moments of a start in Unix time (s): stamps of containerd's events, and the sight of the probe's line."""
 
     requested_s: float
     container_created_s: float
@@ -62,10 +62,10 @@ class StartTimes:
     ready_s: float
 
     def phases_s(self) -> dict[str, float]:
-        """Return how long each phase took: create (container and task), start (its process runs), ready (line).
+        """Return the seconds of each phase: create (container and task), start (its process runs), ready (line).
 
-        containerd stamps the task's start when the runtime has told it; a fast container was ready before that. Its
-        "ready" then took no time, and "start" ends with the line.
+        containerd stamps the task's start when the runtime reports it; a fast container is ready before that. Then
+        "ready" is 0, and "start" ends with the line.
         """
         started_s = min(self.task_started_s, self.ready_s)
         return {
@@ -76,11 +76,11 @@ class StartTimes:
 
 
 class OwnContainerd:
-    """containerd and our snapshotter below ``directory``; a context manager that leaves only logs behind.
+    """containerd and obdlab's snapshotter below ``directory``; a context manager that leaves only logs behind.
 
     ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
-    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` is to run. ``settings``
-    are obdlab's, whatever this host has for its own.
+    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` can run. ``settings``
+    are those of obdlab; the host's own settings are not used.
     """
 
     def __init__(
@@ -135,27 +135,27 @@ class OwnContainerd:
         self.close()
 
     def close(self) -> None:
-        """Remove containers and images, stop both daemons, unmount, delete all but logs. Twice is allowed."""
+        """Remove containers and images, stop both daemons, unmount, delete all but logs. Idempotent."""
         self._stack.close()
 
     @property
     def address(self) -> Path:
-        """containerd's socket."""
+        """The path of containerd's socket."""
         return self.state / "containerd.sock"
 
     @property
     def namespace(self) -> str:
-        """The containerd namespace that everything is in."""
+        """The containerd namespace of the experiment."""
         return self.state.name
 
     @property
     def snapshotters(self) -> tuple[str, ...]:
-        """Names of the snapshotters that can be used now."""
+        """The names of the snapshotters that run now."""
         return tuple(self.layer_directories)
 
     @property
     def layer_directories(self) -> dict[str, Path]:
-        """Where each snapshotter that can be used now keeps the data of layers on disk."""
+        """The directories of layer data on disk by snapshotter, for those that run now."""
         snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
         return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir, **self._served}
 
@@ -164,20 +164,20 @@ class OwnContainerd:
         return [self.root, self.snapshotter_root, self.files_dir, *(self.proxy_root(name) for name in self._proxies)]
 
     def proxy_socket(self, name: str) -> Path:
-        """Return where containerd looks for the snapshotter ``name``."""
+        """Return the socket at which containerd looks for the snapshotter ``name``."""
         return self.state / f"{name}.sock"
 
     def proxy_root(self, name: str) -> Path:
-        """Return the directory for all that the snapshotter ``name`` keeps."""
+        """Return the directory for all files of the snapshotter ``name``."""
         return self.directory / name
 
     @contextmanager
     def serving(
         self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
     ) -> Iterator[None]:
-        """Have the daemon of the snapshotter ``name`` at its socket, and nothing of it afterwards.
+        """Run the daemon of the snapshotter ``name`` at its socket; afterwards stop it and remove its files.
 
-        Raises LabError with its last words if it ends or does not serve in time.
+        Raises LabError with the daemon's last output if it ends or does not serve in time.
         """
         socket, root = self.proxy_socket(name), self.proxy_root(name)
         root.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,8 @@ class OwnContainerd:
             unmount_below([root])
             shutil.rmtree(root, ignore_errors=True)
 
-    # containerd tries to connect again after some seconds only; what its database answers by itself tells nothing.
+    # containerd connects again only after some seconds, and answers some calls from its database alone: only a call
+    # that reaches the daemon proves the connection.
     def _reaches(self, name: str) -> bool:
         key = f"reach-{secrets.token_hex(4)}"
         with self.client() as client:
@@ -210,11 +211,11 @@ class OwnContainerd:
 
     @property
     def ctr(self) -> tuple[str, ...]:
-        """Words that begin a ``ctr`` command for this containerd and namespace."""
+        """The first words of a ``ctr`` command for this containerd and namespace."""
         return ("ctr", "--address", str(self.address), "--namespace", self.namespace)
 
     def client(self) -> Containerd:
-        """Return a new client of it, to be closed by the caller."""
+        """Return a new client of this containerd; the caller closes it."""
         return Containerd(str(self.address), self.namespace)
 
     def pull(self, reference: str, snapshotter: str = "overlayfs", timeout_s: float = 600.0) -> None:
@@ -223,7 +224,7 @@ class OwnContainerd:
         run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=_ENVIRONMENT)
 
     def lazy_pull(self, reference: str) -> PullResult:
-        """Pull metadata only, as ``obdlab rpull`` does, but inside this process: a Python start is no part of it."""
+        """Pull metadata only, as ``obdlab rpull`` does, but in this process: no Python start is measured."""
         with self.client() as containerd, closing(RegistryClient()) as registry:
             return rpull(
                 containerd,
@@ -236,8 +237,8 @@ class OwnContainerd:
     def start(self, reference: str, name: str, snapshotter: str, probe: Probe) -> RunningContainer:
         """Run a container with ``ctr run`` and return once it is ready.
 
-        Raises LabError with its last output if it is not ready in time, ends before, or cannot be started; then
-        nothing of it is left.
+        Raises LabError with the container's last output if it cannot be started, ends, or is not ready in time; the
+        container is removed then.
         """
         words = ["--snapshotter", snapshotter, reference, name]
         return self.start_with(words, probe.command, name, probe, f"{reference} on {snapshotter}", time.time())
@@ -245,7 +246,7 @@ class OwnContainerd:
     def start_with(
         self, words: Sequence[str], command: Sequence[str], name: str, probe: Probe, what: str, requested_s: float
     ) -> RunningContainer:
-        """Run ``ctr run WORDS COMMAND``; ``requested_s`` is when the start began, ``what`` names it in errors."""
+        """Run ``ctr run WORDS COMMAND``; the start began at ``requested_s``, ``what`` names it in errors."""
         self.groups.prepare_container(name)
         child = subprocess.Popen(
             [*self.ctr, "run", *words, *command],
@@ -267,22 +268,22 @@ class OwnContainerd:
         return container
 
     def remove_image(self, reference: str, timeout_s: float = 30.0) -> None:
-        """Remove an image with its snapshots and content. Raises LabError if any stays (something still holds it)."""
+        """Remove an image with its snapshots and content. Raises LabError if some of it is still in use."""
         with self.client() as client:
-            with suppress(ObdlabError):  # not there: then only what it left is to be waited for
+            with suppress(ObdlabError):  # the image is missing: only wait for its snapshots and content
                 client.images.delete(reference, sync=True)
             if not client.images.list():
                 wait_until(lambda: not self.leftovers(client), "removal of snapshots and content", timeout_s, 0.02)
 
     def leftovers(self, client: Containerd) -> list[str]:
-        """Return snapshots and content that are there, as words for people."""
+        """Return the present snapshots and content in words."""
         found = [f"content {info.digest}" for info in client.content.list()]
         for snapshotter in self.snapshotters:
             found += [f"{snapshotter} snapshot {info.name}" for info in client.snapshots(snapshotter).list()]
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Return what a measurement with it must note."""
+        """Return the facts about containerd that the rows' environment records."""
         with self.client() as client:
             version = client.version()
         return {
@@ -304,7 +305,7 @@ class OwnContainerd:
         stack.callback(snapshotter.stop)
         self.groups.add(snapshotter.pid)
         snapshotter.wait_for(socket.exists, "socket")
-        # On a host in use it runs already: its start (a Python with all imports) is no part of a container's.
+        # A host in use has a running device host, so its start (Python with all imports) is not measured.
         self.devices.start_host()
         self.groups.add(json.loads((self.devices.run_dir.path / "host.pid").read_text())["pid"])
 
@@ -359,12 +360,12 @@ level = "info"
             self.remove_container(name)
         with self.client() as client:
             for image in client.images.list():
-                with suppress(LabError):  # told by the mounts that stay, which are looked for next
+                with suppress(LabError):  # still in use: prove_cold reports the remains
                     self.remove_image(image.name)
 
     def remove_container(self, name: str) -> None:
         """Kill a container's task if it runs and remove it with its snapshot. Raises LabError."""
-        with suppress(LabError):  # no task: it has ended, or never was
+        with suppress(LabError):  # no task: it has ended or never started
             run([*self.ctr, "tasks", "delete", "--force", name])
         run([*self.ctr, "containers", "delete", name])
 
@@ -379,7 +380,7 @@ _STAGES = (("/containers/create", "id"), ("/tasks/create", "container_id"), ("/t
 
 
 class RunningContainer:
-    """A container that ``ctr run`` keeps attached to."""
+    """A running container, with ``ctr run`` attached to it."""
 
     times: StartTimes
 
@@ -395,12 +396,12 @@ class RunningContainer:
         self._removed = False
 
     def remove(self, timeout_s: float = 30.0) -> None:
-        """Kill it and remove it with its snapshot. Raises LabError if it does not go away. Twice is allowed."""
+        """Kill the container and remove it with its snapshot. Raises LabError if it does not go away. Idempotent."""
         if self._removed:
             return
         deadline = time.monotonic() + timeout_s
         while self._child.poll() is None and time.monotonic() < deadline:
-            # Again and again: a container still on its way has no task to kill yet.
+            # Repeat the kill: a container that is still starting has no task yet.
             with suppress(LabError):
                 run(
                     [*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s
@@ -427,7 +428,7 @@ def unmount_below(directories: list[Path]) -> list[Path]:
 
 
 def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
-    """Take down the containerds of experiments that were killed, with their containers; return their names."""
+    """Take down the containerds of killed experiments with their containers; return the containerds' names."""
     removed = []
     for path, facts in orphans(state_dir, "containerd"):
         state = state_dir / str(facts["name"])
@@ -446,7 +447,7 @@ def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
 
 
 def _remove_runtime_state(namespace: str) -> None:
-    # Containers that lost their shim are runc's to kill; the namespace's cgroups are nobody's to remove.
+    # runc deletes containers that lost their shim. No other program removes the namespace's cgroups.
     state = _RUNC_ROOT / namespace
     for container in state.iterdir() if state.is_dir() else ():
         with suppress(LabError):
@@ -459,7 +460,7 @@ def _remove_runtime_state(namespace: str) -> None:
 
 
 def _kill_processes_naming(text: str) -> None:
-    # Daemons and shims name our socket in their arguments.
+    # Daemons and shims have the path of this containerd's socket among their arguments.
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in _processes_naming(text):
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Declarations of experiments of every kind: read, opened, and found again in a results directory."""
+"""Declarations of experiments of every kind: read from TOML or from a results directory, and opened."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from obdlab.lab.bench import LabPaths
 
 AnySpec = Spec | GridSpec
-#: A declaration's kind if it names none: container starts.
+#: The default kind of a declaration: container starts.
 START = "start"
 
 
 def load(path: Path, *, quick: bool = False) -> AnySpec:
-    """Read a declaration; ``quick``: with the changes that its table [quick] names. Raises SpecError."""
+    """Read a declaration; ``quick`` applies the changes of its table [quick]. Raises SpecError."""
     values = read_declaration(path)
     changes = values.pop("quick", None)
     try:
@@ -57,7 +57,7 @@ def last_spec(directory: Path) -> AnySpec:
 
 
 def open_experiment(spec: AnySpec, directory: Path, paths: LabPaths | None = None) -> Experiment | GridExperiment:
-    """Return the experiment of a spec, its results in ``directory``."""
+    """Return the experiment of a spec with the results directory ``directory``."""
     if isinstance(spec, Spec):
         return Experiment(spec, directory, paths)
     return GridExperiment(spec, directory, paths)

@@ -1,9 +1,9 @@
-"""Round-trip time where the kernel has no netem: a bridge in user space that holds every frame for half of it.
+"""Round-trip time without the kernel's netem: a bridge in user space holds every frame for half of it.
 
-Two AF_PACKET sockets, one per link. With PACKET_VNET_HDR (packet(7), linux/virtio_net.h) frames come and go as the
-kernel has them, up to 64 KiB and with checksums still to be made, so that neither side needs its offloads turned
-off and a thousand frames per second carry 500 Mbit/s. The kernel's own arrival stamp counts, not the moment we got to
-run; the process asks for real-time priority, since it must keep time beside a busy container start.
+Two AF_PACKET sockets, one per link. With PACKET_VNET_HDR (packet(7), linux/virtio_net.h) the bridge gets and sends
+frames in the kernel's form, up to 64 KiB and without checksums. So both sides keep their offloads, and a thousand
+frames per second carry 500 Mbit/s. The delay counts from the kernel's arrival stamp, not from the read. The process
+asks for real-time priority, since it must keep time beside a busy container start.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _BUFFER_SIZE = 64 << 20
 _FRAME_SIZE = 10 + 18 + 65536
 _BATCH = 64
 _TIMESPEC = struct.Struct("@qq")
-# A frame that is due this soon is sent now: a sleep as short as this would end later.
+# A frame due within this time is sent at once: so short a sleep would end too late.
 _EARLY_NS = 20_000
 
 READY = "delay bridge ready"
 
 
 def serve(first: str, second: str, one_way_s: float) -> None:
-    """Pass frames between two interfaces of this namespace, each held for ``one_way_s``. Runs until killed."""
+    """Pass frames between two interfaces of this namespace; hold each for ``one_way_s``. Runs until killed."""
     keeps_time = _ask_for_punctuality()
     ends = (_open(first), _open(second))
     print(f"{READY} (real-time priority: {'yes' if keeps_time else 'no'})", flush=True)
     one_way_ns = round(one_way_s * 1e9)
-    # Each queue is in order of time: frames are held equally long.
+    # Each queue is in order of time, as all frames are held equally long.
     queues: tuple[deque[tuple[int, bytes]], ...] = (deque(), deque())
     while True:
         readable, _, _ = select.select(ends, (), (), _wait_s(queues))
@@ -52,12 +52,12 @@ def serve(first: str, second: str, one_way_s: float) -> None:
 
 
 def command(first: str, second: str, one_way_s: float) -> list[str]:
-    """Return arguments for the Python interpreter that run :func:`serve`."""
+    """Return the Python interpreter's arguments that run :func:`serve`."""
     return ["-c", f"from obdlab.lab.delay import serve; serve({first!r}, {second!r}, {one_way_s!r})"]
 
 
 def _open(interface: str) -> socket.socket:
-    # Bound before it listens to a protocol, else it would see other interfaces' frames in between.
+    # The socket is bound before it gets a protocol; otherwise it would receive other interfaces' frames in between.
     end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     for option in (_PACKET_VNET_HDR, _PACKET_QDISC_BYPASS, _PACKET_IGNORE_OUTGOING):
         end.setsockopt(_SOL_PACKET, option, 1)
@@ -101,5 +101,5 @@ def _send_due(queue: deque[tuple[int, bytes]], target: socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError:
-            pass  # a frame the link refuses is lost, as on any link
+            pass  # the link refused the frame: it is lost, as on any link
         queue.popleft()

@@ -1,4 +1,4 @@
-"""What a measurement was made on: host, versions, code. And waiting for the host to be quiet."""
+"""The environment of a measurement (host, versions, code), and the wait for a quiet host."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _QUIET_LOAD = 1.5
 
 
 def capture(directory: Path = Path("/var/lib")) -> dict[str, Any]:
-    """Return the environment as a flat, JSON-ready dict; what cannot be found out is ''.
+    """Return the environment as a flat, JSON-ready dict; unknown values are ''.
 
-    ``directory`` is on the disk that images are kept on. Sizes in bytes; loads as the kernel has them.
+    ``directory`` is on the disk that holds the images. Sizes in bytes; loads as the kernel reports them.
     """
     commit, dirty = _git_state()
     return {
@@ -54,10 +54,9 @@ def wait_for_quiet(
     poll_s: float = 1.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Wait until the load of the last minute is below ``limit``, at most ``timeout_s``; tell what came of it.
+    """Wait until the load of the last minute is below ``limit``, at most ``timeout_s``; return the load and the wait.
 
-    Not being quiet is recorded, not an error: rows say under which load they were made. ``say`` gets one line when
-    the wait begins.
+    A busy host is no error: rows record the load. ``say`` gets one line when the wait begins.
     """
     began = time.monotonic()
     if (load := os.getloadavg()[0]) >= limit and timeout_s > 0:
@@ -130,7 +129,7 @@ def _program_version(name: str, option: str) -> str:
 
 
 def _git_state() -> tuple[str, bool | None]:
-    # Only of obdlab's own checkout: an installed package tells its version instead.
+    # Only a checkout of obdlab has a commit; an installed package has its version.
     root = checkout_directory()
     if root is None or not (root / ".git").exists() or shutil.which("git") is None:
         return "", None

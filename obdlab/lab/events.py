@@ -1,4 +1,4 @@
-"""containerd's events with its own time stamps: when a container was created, its task created and started."""
+"""containerd's events with its own time stamps: container created, task created, task started."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Event:
 
 
 def parse_event(line: str) -> Event | None:
-    """Read a line of ``ctr events``, or return None if it is none."""
+    """Parse a line of ``ctr events``; return None if the line is not an event."""
     match = _LINE.fullmatch(line.strip())
     if match is None:
         return None
@@ -42,7 +42,7 @@ def parse_event(line: str) -> Event | None:
 
 
 class EventMonitor:
-    """Collects events of one containerd from now on, through ``ctr events``."""
+    """Collects the events of one containerd from now on, through ``ctr events``."""
 
     def __init__(self, ctr: Sequence[str]) -> None:
         self._events: list[Event] = []
@@ -72,7 +72,7 @@ class EventMonitor:
                     raise LabError(f"containerd: no event {topic} for {identity} within {timeout_s:g} s")
 
     def forget(self) -> None:
-        """Drop what was collected."""
+        """Drop the collected events."""
         with self._arrived:
             self._events.clear()
 

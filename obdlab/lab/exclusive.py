@@ -1,4 +1,4 @@
-"""One experiment at a time on a host: two would share disk and page cache, and each would undo the other's cold."""
+"""One experiment at a time on a host: two would share disk and page cache, and spoil each other's cold starts."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ def only_experiment(state_dir: Path = DEFAULT_STATE_DIR) -> Iterator[None]:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        os.close(descriptor)  # the lock goes with it, also when the process is killed
+        os.close(descriptor)  # this releases the lock; so does the kernel when the process is killed

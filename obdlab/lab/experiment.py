@@ -1,6 +1,6 @@
-"""A declared experiment and its results directory: run what is not measured yet, read what is.
+"""A declared experiment and its results directory: measure the missing cells, read the stored rows.
 
-The measuring itself is in ``bench``; this module decides what to measure, keeps rows and says how far it is.
+``bench`` does the measuring; this module chooses the cells, stores rows and reports progress.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Experiment:
     def run(self, *, again: bool = False, scheduler: str = "") -> int:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
-        ``again`` measures everything anew and keeps the old rows. Needs root, and the host for itself (LabError). A
-        start that fails leaves a row with ``error`` and the run goes on; a stop (Ctrl-C) leaves every finished cell's
-        rows and nothing running. ``scheduler`` is the address of a Dask scheduler whose workers' hosts are measured
-        on in place of this one (``obdlab.lab.cluster``).
+        ``again`` measures every cell again and keeps the old rows. Needs root and the host for itself, else raises
+        LabError. A failed start leaves a row with ``error`` and the run goes on. A stop (Ctrl-C) keeps the rows of
+        finished cells and leaves no process. ``scheduler`` is the address of a Dask scheduler; its workers' hosts
+        measure instead of this one (``obdlab.lab.cluster``).
         """
         places = (self.store.directory, self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
         with (
@@ -70,10 +70,10 @@ class Experiment:
         pins = {} if again else valid_pins(read_pins(self.store.directory), self.spec.images, self._paths)
         pending = self._pending(context, pins)
         if self._paths.locked or pending:
-            # What is pending depends on the images: they are there before anything is measured.
+            # The pending cells depend on the images' digests, so images are built before anything is measured.
             pins = cluster.images(self.spec, pins, self._paths) if cluster else self._images_here(pending, pins)
             pending = self._pending(context, pins)
-        # Kept before anything is measured: what "resume" goes on with.
+        # Written before anything is measured: "resume" reads it.
         self._write_spec(context, pins)
         paths = replace(self._paths, digests=digests_of(pins))
         count = sum(map(len, pending.values()))
@@ -85,8 +85,8 @@ class Experiment:
                     if cluster
                     else self._measure_here(pending, surroundings, paths, bar)
                 )
-                # Closed here, whatever happens to its rows: else the bench would be taken down by the interpreter's
-                # end, when threads that it waits for no longer run.
+                # Close the source here on every path. Otherwise the interpreter's end would take down the bench, when
+                # the threads that it waits for no longer run.
                 with closing(source):
                     self._keep(source, context, pins, bar)
         self.store.write_csv()
@@ -103,7 +103,7 @@ class Experiment:
         }
 
     def report(self) -> list[str]:
-        """Return the lines that tell what came out: headline, table, caveats; 100 columns wide."""
+        """Return the lines of the report: headline, table, caveats; 100 columns wide."""
         return self._told(details=False)
 
     def details(self) -> list[str]:
@@ -111,7 +111,7 @@ class Experiment:
         return self._told(details=True)
 
     def facts(self) -> dict[str, Any]:
-        """Return what :meth:`details` says as values for programs: times in seconds, sizes in bytes."""
+        """Return the content of :meth:`details` as values for programs: times in seconds, sizes in bytes."""
         rows = self.rows()
         good = any(not row.get("error") for row in rows)
         summaries = summarise(rows, baseline=self.spec.snapshotters[0]) if good else []
@@ -131,7 +131,7 @@ class Experiment:
             lines += wrapped([LEGEND, *(findings(summaries) if details else ())])
         return lines + wrapped([*caveats(rows), *image_notes(self.environments())])
 
-    # Build what is not there yet, after saying what that and the measuring take.
+    # Report the plan (time, disk) of building and measuring, then build the missing images.
     def _images_here(self, pending: dict[Network, list[Cell]], pins: Pins) -> Pins:
         for name in self.spec.snapshotters:
             check_programs(ADAPTERS[name])
@@ -194,7 +194,7 @@ class Experiment:
             bar.update()
 
     def rows(self) -> list[Row]:
-        """Return the rows of the last run's cells: of each cell the last good attempt, or the last failed one."""
+        """Return the rows of the last run's cells: for each cell the last good attempt, else the last failed one."""
         context, digests = self._last_context(), digests_of(read_pins(self.store.directory))
         cells = [cell for network in self.spec.networks() for cell in self.spec.cells(*network)]
         keys = {cell.key(context, digests.get(cell.image, "")) for cell in cells}
@@ -207,6 +207,6 @@ class Experiment:
             return ""
 
     def environments(self) -> list[dict[str, Any]]:
-        """Return the environments that :meth:`rows` were measured in."""
+        """Return the environments of :meth:`rows`."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]

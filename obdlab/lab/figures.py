@@ -26,10 +26,10 @@ PAPER_LAUNCH = "#7d7d7d"
 
 
 def startup_figure(summaries: Sequence[Summary]) -> Figure:
-    """Draw one network's starts in the manner of the DADI paper's figures 14 and 15, with the paper's bars beside.
+    """Draw one network's starts like figures 14 and 15 of the DADI paper, beside the paper's bars.
 
-    Left: measured here, medians with 95 % confidence intervals, bars stacked by phase. Right: the paper's own bars
-    (its hardware, its image: compare the order and the ratios, not the seconds).
+    Left: medians measured here with 95 % confidence intervals, bars stacked by phase. Right: the paper's bars, from
+    other hardware and another image: compare the order and the ratios, not the seconds.
     """
     networks = {(summary.rate_mbit, summary.rtt_ms) for summary in summaries}
     if len(networks) != 1:
@@ -52,7 +52,7 @@ def startup_figure(summaries: Sequence[Summary]) -> Figure:
 
 
 def draw_phases(axes: Axes, summaries: list[Summary], title: str) -> None:
-    """Draw medians of totals with 95 % intervals, and each bar by phase; of one network, disk and start."""
+    """Draw medians of totals with 95 % intervals, bars stacked by phase, for one network, disk and start."""
     axes.set_title(title, loc="left", fontsize=10.5)
     if not summaries:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
@@ -63,7 +63,7 @@ def draw_phases(axes: Axes, summaries: list[Summary], title: str) -> None:
         labels = [f"{s.image}\n{label}" for s, label in zip(summaries, labels, strict=True)]
     positions = range(len(summaries))
     bottoms = [0.0] * len(summaries)
-    # Medians of phases need not add up to the median of the total: each phase gets its share of that.
+    # Medians of phases need not add up to the median of the total, so each phase gets its share of the total.
     scales = [summary.total_s.median / (sum(summary.phases_s) or 1.0) for summary in summaries]
     for index, phase in enumerate(PHASES):
         heights = [summary.phases_s[index] * scale for summary, scale in zip(summaries, scales, strict=True)]

@@ -1,7 +1,7 @@
 """Experiments over a grid of points, of any kind in ``obdlab.lab.kinds``: declaration, run, table.
 
-They share with container starts how results are kept (``rows``), the order of measuring, the gate on load, the
-environment and the statistics.
+Storage of results (``rows``), order of measuring, wait for a quiet host, environment and statistics are those of
+container starts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GridSpec:
-    """A declared grid. ``axes`` and ``options`` are whole: what a declaration leaves out has the kind's values."""
+    """A declared grid. ``axes`` and ``options`` are complete: the declaration's values over the kind's defaults."""
 
     name: str
     kind: str
@@ -102,7 +102,7 @@ class GridSpec:
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
 
     def cells(self) -> list[tuple[Point, int]]:
-        """Return points with their repeat, in the order of measuring: each repeat is a shuffled block of all."""
+        """Return (point, repeat) in the order of measuring: each repeat is a shuffled block of all points."""
         order = random.Random(self.seed)
         cells = []
         for repeat in range(self.repeats):
@@ -112,7 +112,7 @@ class GridSpec:
         return cells
 
     def image(self, point: Point) -> str:
-        """Return the name of the image that a point is measured on; "" if the kind uses none."""
+        """Return the name of a point's image; "" if the kind uses no image."""
         return str(point.get("image", self.options.get("image", "")))
 
     def images(self) -> list[str]:
@@ -120,7 +120,7 @@ class GridSpec:
         return list(dict.fromkeys(filter(None, map(self.image, self.points()))))
 
     def key(self, point: Point, repeat: int, context: str, digest: str = "") -> str:
-        """Return the identity of a cell under ``context``, the key of its row; ``digest`` is its image's."""
+        """Return a cell's identity under ``context``, the key of its row; ``digest`` is that of the cell's image."""
         about: dict[str, Any] = {"kind": self.kind, "point": point, "options": dict(self.options), "repeat": repeat}
         about |= {"image_digest": digest} if digest else {}
         text = json.dumps({**about, "context": context}, sort_keys=True)
@@ -139,7 +139,7 @@ class GridExperiment:
     def run(self, *, again: bool = False) -> int:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
-        As :meth:`obdlab.lab.experiment.Experiment.run`.
+        ``again`` and errors as in :meth:`obdlab.lab.experiment.Experiment.run`.
         """
         with space.naming_full_disks(self.store.directory, *self._places):
             return self._run(again)
@@ -180,7 +180,7 @@ class GridExperiment:
         return {self.spec.kind: (count - len(self._pending(context, pins)), count)}
 
     def rows(self) -> list[Row]:
-        """Return the rows of the last run's cells: of each the last good one, or the last failed one."""
+        """Return the rows of the last run's cells: for each cell the last good row, else the last failed one."""
         try:
             context = str(json.loads((self.store.directory / "spec.json").read_text())["context"])
         except FileNotFoundError:
@@ -194,7 +194,7 @@ class GridExperiment:
         return list(found.values())
 
     def facts(self) -> dict[str, Any]:
-        """Return the medians with their intervals as values for programs, and what a reader must know."""
+        """Return the medians with their intervals and the caveats, as values for programs."""
         rows = self.rows()
         groups: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
@@ -208,7 +208,7 @@ class GridExperiment:
         return {"points": points, "caveats": self._caveats(rows)}
 
     def report(self) -> list[str]:
-        """Return the lines that tell what came out: table, and what a reader must know."""
+        """Return the lines of the report: table and caveats."""
         rows = self.rows()
         return grid_table(self.spec, [row for row in rows if not row.get("error")]) + self._caveats(rows)
 
@@ -280,7 +280,7 @@ class GridExperiment:
 
 
 def grid_table(spec: GridSpec, rows: list[Row]) -> list[str]:
-    """Return lines: a point each, median and interval of each metric, ratio of the first against the baseline."""
+    """Return a line per point: median and interval of each metric, and the first metric's ratio to the baseline."""
     kind = KINDS[spec.kind]
     arm, *others = spec.axes
     groups: dict[tuple[Value, ...], list[Row]] = defaultdict(list)

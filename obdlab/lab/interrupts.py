@@ -1,9 +1,9 @@
 """Signals that end an experiment: Ctrl-C, SIGTERM and SIGHUP stop the run and never become a measured row.
 
-Two things can swallow the KeyboardInterrupt that a signal raises. Cleaning up raises an error of its own, which takes
-its place (found by :func:`obdlab.errors.interrupt_behind`); or it is raised inside a callback whose caller drops
-every exception (a destructor, a C library). So the handler also notes the signal, and the code that is about to turn
-an error into a row, or to begin the next cell, asks :func:`check`.
+The KeyboardInterrupt that a signal raises can get lost in two ways. Cleaning up raises an error that replaces it
+(:func:`obdlab.errors.interrupt_behind` finds it); or a callback raises it whose caller drops every exception (a
+destructor, a C library). So the handler also notes the signal. Code that is about to turn an error into a row, or to
+begin the next cell, calls :func:`check`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# A signal is the whole process's, and so is the note of it.
+# A signal goes to the whole process, so its note is global.
 _seen = threading.Event()
 
 
@@ -50,7 +50,7 @@ def ending_on_signals() -> Iterator[None]:
 def check(error: BaseException | None = None) -> None:
     """Raise KeyboardInterrupt if a signal has come, or if ``error`` took the place of an interrupt.
 
-    Raises the SystemExit instead if that is what ``error`` replaced.
+    Raises SystemExit instead if ``error`` took the place of one.
     """
     behind = None if error is None else interrupt_behind(error)
     if behind is not None:

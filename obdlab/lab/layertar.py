@@ -1,8 +1,8 @@
 """From a directory to an image layer: tar with OCI whiteouts, gzip.
 
-The directory is an overlayfs upper ("Overlay Filesystem", kernel documentation): what was deleted is a character
-device 0/0, a directory that hides the lower one has the xattr ``trusted.overlay.opaque``. An image layer says the
-same with ``.wh.<name>`` and ``.wh..wh..opq`` ("OCI image layer filesystem changeset", whiteouts).
+The directory is an overlayfs upper ("Overlay Filesystem", kernel documentation): a character device 0/0 stands for a
+deleted path, and a directory that hides the lower one has the xattr ``trusted.overlay.opaque``. An image layer has
+``.wh.<name>`` and ``.wh..wh..opq`` instead ("OCI image layer filesystem changeset", whiteouts).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WHITEOUT_PREFIX = ".wh."
 OPAQUE_WHITEOUT = ".wh..wh..opq"
-#: What a path that was changed while building is dated to, so that building again gives the same layer.
+#: The time of all paths that a build changes, so that building again gives the same layer.
 BUILD_EPOCH_S = 1594771200  # 2020-07-15
 
 _OVERLAY_XATTR = "trusted.overlay."
@@ -53,7 +53,7 @@ def write_layer(upper: Path, target: Path, changed_after_s: float) -> LayerFile:
     """
     with target.open("wb") as stream:
         sink = _GzipSink(stream)
-        write_tar(upper, cast("BinaryIO", sink), changed_after_s)  # all it does is write
+        write_tar(upper, cast("BinaryIO", sink), changed_after_s)  # the sink has no method but write
         return sink.finish()
 
 
@@ -64,7 +64,7 @@ def write_tar(upper: Path, sink: BinaryIO, changed_after_s: float) -> None:
         for path, name in _walk(upper):
             status = path.lstat()
             if stat.S_ISSOCK(status.st_mode):
-                continue  # tar has no sockets, and nobody listens in an image
+                continue  # tar cannot hold sockets, and a socket in an image is useless
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                 tar.addfile(_whiteout(name, WHITEOUT_PREFIX))
                 continue
@@ -82,9 +82,9 @@ def write_tar(upper: Path, sink: BinaryIO, changed_after_s: float) -> None:
 
 
 def settle_times(tree: Path, changed_after_s: float) -> None:
-    """Give what was changed after ``changed_after_s`` the time it gets in a layer, in the tree itself.
+    """Set the time of paths changed after ``changed_after_s`` in the tree itself to BUILD_EPOCH_S, as in the layer.
 
-    Layers above copy files up with their time, maybe in a much later build.
+    Layers above copy files up with their time, possibly in a much later build.
     """
     for path, _ in _walk(tree):
         if path.lstat().st_mtime > changed_after_s:
@@ -92,7 +92,7 @@ def settle_times(tree: Path, changed_after_s: float) -> None:
 
 
 def _walk(upper: Path) -> Iterator[tuple[Path, str]]:
-    # Sorted, parents first. The root itself is an entry: a layer may change its mode or owner.
+    # Sorted, parents first, with the root itself: a layer may change its mode or owner.
     yield upper, "."
     pending = [("", upper)]
     while pending:
@@ -143,7 +143,7 @@ def _is_opaque(directory: Path) -> bool:
 
 
 class _GzipSink:
-    # Takes tar bytes, writes gzip without name and time, and sums up both sides.
+    # Writes tar bytes as gzip without name and time, and digests both.
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

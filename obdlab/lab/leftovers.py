@@ -1,4 +1,4 @@
-"""Taking down what experiments left that were killed before they could do it themselves."""
+"""Removing the remains of killed experiments."""
 
 from __future__ import annotations
 

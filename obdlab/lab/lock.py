@@ -1,8 +1,8 @@
-"""The record of a dataset: which version of every Debian package its image held when the lock was last written.
+"""The lock of a dataset: the version of every Debian package in its image when the lock was last written.
 
-An archive holds one version at a time and moves on every few days, so the lock (``packages.lock`` beside the recipe)
-is compared with what was installed and does not stop a build, unless a build is asked to be strict (``--locked``).
-The file holds a line ``package:architecture=version`` per package, in order.
+An archive holds one version at a time and moves on every few days. So a build compares the lock (``packages.lock``
+beside the recipe) with the installed packages, and a difference is an error only with ``--locked``. The file holds a
+sorted line ``package:architecture=version`` per package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def installed_packages(roots: Iterable[Path]) -> tuple[str, ...]:
-    """Return the installed packages by the first of ``roots`` that has dpkg's status file; () if none has."""
+    """Return the installed packages of the first of ``roots`` with dpkg's status file; () without such a file."""
     for root in roots:
         status = root / "var/lib/dpkg/status"
         if status.is_file():
@@ -40,7 +40,7 @@ def write_lock(path: Path, packages: Sequence[str]) -> None:
 
 
 def compare_lock(locked: Sequence[str], installed: Sequence[str]) -> str:
-    """Say in one line how many packages are installed and how they differ from the lock; "" without any package."""
+    """Return a line: the number of installed packages and their differences from the lock; "" without packages."""
     if not installed and not locked:
         return ""
     count = f"{len(installed)} packages"

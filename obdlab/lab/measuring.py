@@ -1,4 +1,4 @@
-"""Measuring cells on this host, and under what their rows can be compared."""
+"""Measuring cells on this host, and the context within which their rows are comparable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from obdlab.lab.rows import Row
     from obdlab.lab.spec import Cell, Spec
 
-#: What of the environment makes older rows incomparable. Load, free memory and the like may differ.
+#: Keys of the environment that must be equal for rows to be comparable. Load, free memory and the like may differ.
 CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
 
 
@@ -35,7 +35,7 @@ def measure_cells(
     """
     todo = list(enumerate(cells))
     while todo:
-        # A bench that a failed cell has spoilt is made anew for the others.
+        # After a failed cell that spoilt the bench, a new bench measures the other cells.
         with Bench(spec, network, paths, say) as bench:
             about = bench.environment()
             spoilt = False
@@ -55,12 +55,12 @@ def _measure(bench: Bench, cell: Cell) -> tuple[list[Row], bool]:
 
 
 def failed_row(error: str) -> Row:
-    """Return the row of a cell that could not be measured at all."""
+    """Return the row of a cell that failed as a whole."""
     return {"start": "cold", "error": error, "attempt": time.time_ns(), "started": datetime.now(UTC).isoformat()}
 
 
 def code_digest() -> str:
-    """Return a digest of the package's own sources: a commit that changes only texts leaves rows comparable."""
+    """Return a digest of the package's Python files, so that commits to other files leave rows comparable."""
     package = Path(obdlab.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -69,7 +69,7 @@ def code_digest() -> str:
 
 
 def how_measured(spec: Spec) -> dict[str, Any]:
-    """Return what of a spec changes what a cell's rows are, without being part of the cell."""
+    """Return the values of a spec that affect a cell's rows but are not part of the cell."""
     keys = ("warm_starts", "dropped_starts", "ready_timeout_s", "pause_s")
     return {key: getattr(spec, key) for key in keys} | ({"settings": spec.settings} if spec.settings else {})
 

@@ -5,9 +5,9 @@
     host  obdlab-Nh ═══ obdlab-Nr  namespace obdlab-N (registry; token bucket on what it sends)
     host  obdlab-Nh ═══ obdlab-Nx  namespace obdlab-Nd (delay bridge)  obdlab-Ny ═══ obdlab-Nr   with a round trip
 
-The registry's address is inside 127.0.0.0/8 (sysctl route_localnet), where containerd and others speak plain HTTP
-without being told. Each network has a /24 of its own, so several can be up at once. It has a second address inside
-198.18.0.0/15, which RFC 2544 sets apart for benchmarks, for clients that insist on TLS and on a real address.
+The registry's address is inside 127.0.0.0/8 (sysctl route_localnet), where containerd and others use plain HTTP by
+default. Each network has its own /24, so several can be up at once. The registry has a second address inside
+198.18.0.0/15, which RFC 2544 reserves for benchmarks, for clients that insist on TLS and on a real address.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_RTT_MS = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class LinkCounters:
-    """What has passed the host's end of the link, in bytes and packets (large packets count once)."""
+    """Counters of the host's end of the link, in bytes and packets (a large packet counts once)."""
 
     received: int
     sent: int
@@ -56,9 +56,9 @@ class LinkCounters:
 
 
 class ExperimentNetwork:
-    """A namespace reached over a shaped link; a context manager that leaves nothing behind.
+    """A network namespace behind a shaped link; a context manager that leaves nothing behind.
 
-    ``rate_mbit`` limits what the namespace sends (0: no limit), ``rtt_ms`` is added to each round trip (0: none).
+    ``rate_mbit`` limits what the namespace sends (0: no limit); ``rtt_ms`` is added to each round trip.
     """
 
     def __init__(self, rate_mbit: float = 0.0, rtt_ms: float = 0.0, state_dir: Path = DEFAULT_STATE_DIR) -> None:
@@ -88,33 +88,33 @@ class ExperimentNetwork:
         self.close()
 
     def close(self) -> None:
-        """Take everything down, and end whatever still runs in the namespace. Closing twice is allowed."""
+        """Take the network down, and end all processes in the namespace. Idempotent."""
         self._stack.close()
 
     @property
     def namespace(self) -> str:
-        """Name of the registry's network namespace."""
+        """The name of the registry's network namespace."""
         return f"{PREFIX}{self._number}"
 
     @property
     def address(self) -> str:
-        """The registry's IP address, reached from the host."""
+        """The registry's IP address, as the host reaches it."""
         return _address(self._number, 2)
 
     @property
     def benchmark_address(self) -> str:
-        """The same host's second address, for clients that take 127.0.0.0/8 for themselves."""
+        """The registry's second address, for clients that treat 127.0.0.0/8 as local."""
         return _benchmark_address(self._number, 2)
 
     @property
     def enter(self) -> tuple[str, ...]:
-        """Words before a command that is to run in the namespace (of its network alone: mounts stay the host's)."""
-        # ip netns exec would remount /sys and take the mounts apart.
+        """The words before a command that run it in the network namespace; its mounts stay the host's."""
+        # "ip netns exec" would also remount /sys and use another mount namespace.
         return ("nsenter", f"--net=/run/netns/{self.namespace}", "--")
 
     def counters(self) -> LinkCounters:
         """Read the counters of the host's end of the link."""
-        # Not from /sys: its mount may show another network namespace than this process's (containers, unshare).
+        # /sys may show another network namespace than this process's (containers, unshare).
         name = f"{self.namespace}h:"
         for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
             if line.lstrip().startswith(name):
@@ -124,7 +124,7 @@ class ExperimentNetwork:
 
     @contextmanager
     def unshaped(self) -> Iterator[None]:
-        """Lift the rate limit for a while: to push images, not to measure."""
+        """Lift the rate limit inside the context, to push images."""
         if self.shaping is None:
             yield
             return
@@ -135,7 +135,7 @@ class ExperimentNetwork:
             limit_rate(self.enter, self._inner_interface, self.shaping)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a measurement over this link must note."""
+        """Return the facts about the link that the rows' environment records."""
         shaping = self.shaping
         return {
             "rate_mbit": shaping.rate_mbit if shaping else 0.0,
@@ -184,7 +184,7 @@ class ExperimentNetwork:
             _add_link(outer, inner, self.namespace, stack)
         _bring_up(self.enter, inner, f"{self.address}/24")
         _bring_up((), outer, f"{_address(self._number, 1)}/32")
-        # The table "local" already sends all of 127.0.0.0/8 to lo; only a narrower route in that table wins.
+        # The table "local" sends all of 127.0.0.0/8 to lo; only a narrower route in that table wins.
         route = ("ip", "route", "add", f"{self.address}/32", "dev", outer, "src", _address(self._number, 1))
         run([*route, "table", "local"])
         run([*self.enter, "ip", "addr", "add", f"{self.benchmark_address}/30", "dev", inner])
@@ -202,7 +202,7 @@ class ExperimentNetwork:
 
 
 def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
-    """Take down the networks of experiments that were killed; return their names."""
+    """Take down the networks of killed experiments; return the networks' names."""
     removed = []
     for path, facts in orphans(state_dir, "network"):
         name = str(facts["name"])
@@ -216,7 +216,7 @@ def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
 
 
 def _claim_number() -> int:
-    # Making the namespace is what claims the number: it fails if it is there.
+    # "ip netns add" claims the number: it fails if the namespace exists.
     for number in range(_MOST_NETWORKS):
         if Path(f"/run/netns/{PREFIX}{number}").exists():
             continue
@@ -245,7 +245,7 @@ def _add_link(outer: str, inner: str, namespace: str, stack: ExitStack) -> None:
 
 
 def _delete_link(outer: str) -> None:
-    # Deleted by name rather than with its namespace, which the kernel does later, when it finds the time.
+    # Delete the link by name: the kernel deletes it with the namespace only some time later.
     with contextlib.suppress(OSError):  # gone with its namespace
         socket.if_nametoindex(outer)
         run(["ip", "link", "del", outer])

@@ -1,4 +1,4 @@
-"""Images in OCI layout directories ("OCI image layout"): written by the builder, pushed to registries."""
+"""Images in OCI layout directories ("OCI image layout"); the builder writes them, adapters push them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _REF_NAME = "org.opencontainers.image.ref.name"
 
 
 class OciLayout:
-    """A layout directory with one image (its first, if it holds several)."""
+    """A layout directory with one image (the first one if it holds several)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @property
     def manifest_data(self) -> bytes:
-        """The manifest as it is stored. Raises FormatError or OSError."""
+        """The manifest's stored bytes. Raises FormatError or OSError."""
         index = oci.Index.parse((self.directory / "index.json").read_bytes(), f"{self.directory}/index.json")
         if not index.manifests:
             raise LabError(f"{self.directory}/index.json: holds no image")
@@ -46,11 +46,11 @@ class OciLayout:
         return oci.Manifest.parse(self.manifest_data, f"{self.directory}: manifest")
 
     def blob_path(self, digest: str) -> Path:
-        """Return where a blob is. Raises FormatError for what is no digest."""
+        """Return the path of a blob. Raises FormatError for a malformed digest."""
         return self.directory / "blobs" / oci.check_digest(digest).replace(":", "/")
 
     def add_document(self, media_type: str, data: bytes) -> oci.Descriptor:
-        """Store a small blob and describe it."""
+        """Store a small blob; return its descriptor."""
         digest = oci.digest_of(data)
         path = self.blob_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ class OciLayout:
     def finish(
         self, config: oci.Descriptor, layers: Iterable[oci.Descriptor], name: str, platform: oci.Platform
     ) -> None:
-        """Write manifest and index over blobs that are there already."""
+        """Write manifest and index for blobs that are stored already."""
         manifest = oci.Manifest(config, tuple(layers))
         self.name_manifest(self.add_document(oci.OCI_MANIFEST, manifest.to_bytes()), name, platform)
 
     def name_manifest(self, manifest: oci.Descriptor, name: str, platform: oci.Platform) -> None:
-        """Make a stored manifest the layout's image: with its index the layout is whole."""
+        """Make a stored manifest the layout's image. The index is written last and completes the layout."""
         named = oci.Descriptor(
             manifest.media_type, manifest.digest, manifest.size, annotations={_REF_NAME: name}, platform=platform
         )
@@ -105,7 +105,7 @@ def copy_layout(source: Path, target: Path) -> None:
     """Copy a layout to a directory that is not there yet, or empty. Raises LabError if it holds something else."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "oci-layout").is_file():
         raise LabError(f"{target}: wanted a new or empty directory, or an OCI layout to replace")
-    # Written beside the target first, so that a failed copy leaves what was there.
+    # The copy is written beside the target first, so that a failed copy leaves the target's content.
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     try:

@@ -1,6 +1,6 @@
-"""The published figures that measurements are shown beside.
+"""Published figures, shown beside measurements.
 
-``data/paper_figures.csv`` holds numbers read off the papers and their documents, each with how certain it is.
+``data/paper_figures.csv`` holds numbers read off the papers and their documents, each with its certainty.
 """
 
 from __future__ import annotations

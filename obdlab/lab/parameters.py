@@ -1,7 +1,7 @@
-"""Parameters of a notebook, checked by the notebook itself: by whatever it is run, a wrong one ends it.
+"""Parameters of a notebook, checked by the notebook itself: a wrong one ends it under every runner.
 
-papermill puts the values it is given into a cell of its own behind the declaration, and only warns about a name that
-the declaration does not have. A misspelt name would quietly measure something else.
+papermill puts the given values into a cell behind the declaration, and only warns about undeclared names. Without
+the check a misspelt name would measure something else without an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# How the cell begins that papermill puts behind the declaration.
+# The first line of the cell that papermill puts behind the declaration.
 _GIVEN = "# Parameters"
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -27,7 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 class ParameterError(ObdlabError):
-    """A notebook was given a parameter that it does not declare, or one of the wrong type."""
+    """A notebook got a parameter that it does not declare, or one of the wrong type."""
 
 
 def check_given(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def check_given(namespace: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         kind = _name(declared[name])
         wanted = _TYPES.get(kind)
-        # A bool is an int to Python, and no number to a reader.
+        # isinstance(True, int) holds in Python; a bool must not pass for a number.
         if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
             raise ParameterError(f"{name}: wanted {kind} (got {value!r})")
     return values

@@ -1,7 +1,7 @@
-"""Which images an experiment is measured with: pinned by digest, so that a stopped run goes on with the same ones.
+"""The images of an experiment, pinned by digest, so that a stopped run goes on with the same images.
 
-A results directory keeps the pins in ``spec.json``: of each image the digest, and the fingerprint of the recipe that
-it was built from. A cell's key holds the digest, so that rows of different images are never one cell.
+A results directory keeps the pins in ``spec.json``: the digest of each image, and the fingerprint of its recipe. A
+cell's key holds the digest, so that rows of different images are never one cell.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from obdlab.lab.bench import LabPaths
     from obdlab.lab.build import BuiltImage
 
-#: By the image's name in the declaration: "digest" and "recipe".
+#: "digest" and "recipe" by the image's name in the declaration.
 Pins = dict[str, dict[str, str]]
 
 _KEY = "pins"
 
 
 def read_pins(directory: Path) -> Pins:
-    """Return the pins of the last run in a results directory; {} if it has none."""
+    """Return the pins of the last run in a results directory; {} without any."""
     try:
         pins = json.loads((directory / "spec.json").read_text()).get(_KEY, {})
     except (OSError, ValueError, AttributeError):
@@ -35,25 +35,25 @@ def read_pins(directory: Path) -> Pins:
 
 
 def valid_pins(pins: Pins, names: Iterable[str], paths: LabPaths) -> Pins:
-    """Return the pins of these images whose recipes still ask for the same. Raises RecipeError for one not found."""
+    """Return the pins of the named images with an unchanged recipe. Raises RecipeError for a missing recipe."""
     found = {name: find_recipe(name, paths.datasets).fingerprint() for name in names}
     return {name: pin for name, pin in pins.items() if pin.get("recipe") == found.get(name)}
 
 
 def digests_of(pins: Pins) -> dict[str, str]:
-    """Return the digests alone."""
+    """Return the digests by image name."""
     return {name: pin["digest"] for name, pin in pins.items()}
 
 
 def make_pins(facts: Mapping[str, Mapping[str, Any]]) -> Pins:
-    """Return the pins of images by what is known of them (``BuiltImage.facts``)."""
+    """Return the pins of images from their ``BuiltImage.facts``."""
     return {name: {"digest": str(about["digest"]), "recipe": str(about["recipe"])} for name, about in facts.items()}
 
 
 def obtain(names: Iterable[str], paths: LabPaths, pins: Pins, say: Callable[[str], None]) -> dict[str, BuiltImage]:
-    """Return the pinned images, or others where there is no pin or its image is gone. ``say`` reports the latter.
+    """Return the pinned images, or others if there is no pin or the pinned image is gone (``say`` reports this).
 
-    Raises what ``build_image`` does.
+    Raises the errors of ``build_image``.
     """
     images = {}
     for name in names:
@@ -68,7 +68,7 @@ def obtain(names: Iterable[str], paths: LabPaths, pins: Pins, say: Callable[[str
 
 
 def image_notes(environments: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each image that rows were measured with, by their environments."""
+    """Return a sentence for each image in the environments of rows."""
     notes = []
     for environment in environments:
         for name, about in environment.get("built", {}).items():

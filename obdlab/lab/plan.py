@@ -1,7 +1,8 @@
-"""What a run is about to do: which images it builds, about how long it takes, how much disk it needs and has.
+"""The plan of a run: images to build, estimated time, disk space needed and free.
 
-Estimates from sizes: compressed bytes of an image (its layout's if it is built, else its recipe's ``size_mb``), the
-link's rate, and what was measured of the steps on a machine with two processors. They say minutes or hours, not more.
+Estimates come from an image's compressed bytes (its layout's if it is built, else its recipe's ``size_mb``), the
+link's rate, and times of the steps measured on a machine with two processors. They are right to the order of minutes
+or hours.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
     from obdlab.lab.recipe import Recipe
     from obdlab.lab.spec import Cell, Spec
 
-# Building: the base's tree and packed form; of an image its tree, apt's archives and the layout.
+# Bytes of a base (tree and packed form), and of an image's build (tree, apt's archives, layout) as a share.
 _BASE, _BUILD_SHARE = 150_000_000, 5.0
 _BASE_S, _BUILD_S_PER_MB = 40.0, 0.7
-# Publishing one form of an image: converting, compressing, uploading; a recorded start for some.
+# Publishing one form of an image: conversion, compression, upload; for some forms a recorded start.
 _PUBLISH_S, _PUBLISH_S_PER_MB = 3.0, 0.15
-# A bench starts in this time; a cell makes the host cold and removes what it pulled.
+# Starting a bench, one cell (which makes the host cold and removes its image), one warm and one dropped start.
 _BENCH_S, _CELL_S, _WARM_S, _DROPPED_S = 5.0, 4.0, 1.0, 2.0
 _UNPACK_MB_S = 20.0
-# Less than this share of the estimate cannot be enough.
+# A disk with less than this share of the estimate is certainly too small.
 _SURELY_TOO_LITTLE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``needs`` is bytes by directory; ``unknown`` names images whose size is not known before they are built."""
+    """The plan of a run. ``needs`` is bytes by directory; ``unknown`` names images of yet unknown size."""
 
     cells: int
     builds: tuple[str, ...]
@@ -48,7 +49,7 @@ class Plan:
     unknown: tuple[str, ...] = ()
 
     def lines(self, name: str) -> list[str]:
-        """Return what to say before the run."""
+        """Return the lines to show before the run."""
         takes = f"{name}: {self.cells} cells to measure, about {_minutes(self.seconds)} on a quiet machine"
         lines = [f"{takes}; to build first: {', '.join(self.builds)}" if self.builds else takes]
         lines += [f"disk: needs about {gigabytes(needed)} at {room(place)}" for place, needed in self._by_disk()]
@@ -56,7 +57,7 @@ class Plan:
         return lines
 
     def check(self) -> None:
-        """Raise DiskFullError if a disk plainly has not the room."""
+        """Raise DiskFullError if a disk is certainly too small."""
         for place, needed in self._by_disk():
             found = room(place)
             if found.free < needed * _SURELY_TOO_LITTLE:
@@ -64,7 +65,7 @@ class Plan:
                     f"not enough disk: {found} (wanted about {gigabytes(needed)}); nothing was built or measured"
                 )
 
-    # Directories on one file system share its room.
+    # Directories on one file system share its free space.
     def _by_disk(self) -> list[tuple[Path, int]]:
         disks: dict[int, tuple[Path, int]] = {}
         for place, needed in self.needs.items():
@@ -76,7 +77,7 @@ class Plan:
 
 
 def plan_starts(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> Plan:
-    """Return the plan of measuring these cells. Raises RecipeError, and FormatError for a damaged layout."""
+    """Return the plan of measuring ``cells``. Raises RecipeError, and FormatError for a damaged layout."""
     images = _Images(paths)
     for name in dict.fromkeys(cell.image for cell in cells):
         images.add(name)
@@ -85,7 +86,7 @@ def plan_starts(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> Plan:
     largest = max(images.sizes.values(), default=0)
     on_host = largest * max(adapter.host_share for adapter in adapters)
     status = room(paths.work)
-    # The block cache leaves so much free, and stores nothing where there is less.
+    # The block cache leaves this much free, and stores nothing on a disk with less.
     kept_free = min(spec.host_settings().cache_min_free, status.size // 16)
     seconds = images.seconds + _BENCH_S * len({(cell.rate_mbit, cell.rtt_ms) for cell in cells})
     seconds += len(adapters) * sum(_PUBLISH_S + _PUBLISH_S_PER_MB * size / 1e6 for size in images.sizes.values())
@@ -99,7 +100,7 @@ def plan_starts(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> Plan:
 
 
 def plan_grid(spec: GridSpec, kind: Kind, cells: int, paths: LabPaths) -> Plan:
-    """Return the plan of measuring so many cells of a grid. Raises as :func:`plan_starts`."""
+    """Return the plan of measuring ``cells`` cells of a grid. Raises the errors of :func:`plan_starts`."""
     images = _Images(paths)
     named = spec.axes.get("image") or ((spec.options["image"],) if "image" in spec.options else ())
     for name in named:

@@ -1,6 +1,6 @@
-"""Waiting for a container to be ready: a line of its output, seen where the container's output arrives.
+"""Waiting for a container to be ready, by a line of its output.
 
-Nothing is executed in the container and nothing polls it, so the probe costs every snapshotter the same: nothing.
+The probe executes nothing in the container and does not poll it, so it costs no snapshotter anything.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class ContainerEndedError(LabError):
 
 
 def wait_for_line(descriptor: int, probe: Probe, what: str) -> float:
-    """Read a container's output until a line holds the probe's text; return when it was seen (Unix time).
+    """Read a container's output until a line holds the probe's text; return the time of that line (Unix time).
 
-    Raises ContainerEndedError if the output ends before, LabError when the probe's time is over; both with the last
-    lines of the output.
+    Raises ContainerEndedError if the output ends before that, LabError after the probe's ``timeout_s``; both with the
+    last lines of the output.
     """
     wanted = probe.ready_line.encode()
     deadline = time.monotonic() + probe.timeout_s
@@ -41,7 +41,7 @@ def wait_for_line(descriptor: int, probe: Probe, what: str) -> float:
         seen_s = time.time()
         if not chunk:
             raise ContainerEndedError(f"{what}: ended before it was ready\n{tail(_text(output))}")
-        # The text may come in pieces, and must be on a finished line.
+        # The text may arrive in pieces; it counts once its line is finished.
         output = output[-_KEPT:] + chunk
         if any(wanted in line for line in output.split(b"\n")[:-1]):
             return seen_s

@@ -1,4 +1,4 @@
-"""Running the programs of an experiment: with deadlines, their last words in the error, nothing left behind."""
+"""Running the programs of an experiment: with deadlines, the end of their output in errors, nothing left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TAIL_LINES = 15
 
 
 class LabError(ObdlabError):
-    """A program or piece of the test bed did not do what the experiment needs of it."""
+    """A program or part of the test bed failed."""
 
 
 def run(
@@ -32,8 +32,8 @@ def run(
 ) -> str:
     """Run a program to its end and return its output. ``environment`` is added to this process's own.
 
-    It is killed, with all it started, when the time is over or this process is interrupted. Raises LabError with the
-    last lines of its output if it cannot be started, fails or takes too long.
+    On timeout, or if this process is interrupted, the program and its children are killed. Raises LabError with the
+    last lines of the output if the program cannot be started, fails or takes too long.
     """
     name = " ".join(map(str, arguments[:3]))
     try:
@@ -74,7 +74,7 @@ def _kill_group(child: subprocess.Popen[str]) -> str:
         os.killpg(child.pid, signal.SIGKILL)
     try:
         output, _ = child.communicate(timeout=10)
-    except subprocess.TimeoutExpired:  # a grandchild in a session of its own keeps the pipe
+    except subprocess.TimeoutExpired:  # a grandchild in its own session keeps the pipe open
         return ""
     return output or ""
 
@@ -89,7 +89,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, poll_
 
 
 class Daemon:
-    """A program that runs beside us, its output in a log file, in a session of its own."""
+    """A background program in its own session, with its output in a log file."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Daemon:
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """Start it. Raises LabError if that is not possible."""
+        """Start the program. Raises LabError if that fails."""
         self.name = name
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,15 +119,15 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        """Its process ID."""
+        """The process ID."""
         return self._child.pid
 
     def is_running(self) -> bool:
-        """Tell whether it has not ended."""
+        """Return True if the program has not ended."""
         return self._child.poll() is None
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-        """Return once ``condition`` holds; LabError with the log's end if it does not in time, or the daemon ends."""
+        """Return once ``condition`` holds. Raises LabError with the log's end on timeout, or if the daemon ends."""
 
         def holds() -> bool:
             if not self.is_running():
@@ -142,14 +142,14 @@ class Daemon:
             raise
 
     def log_tail(self) -> str:
-        """Return the last lines of its log."""
+        """Return the last lines of the log."""
         with self.log_path.open("rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - 16384))
             return tail(log.read().decode(errors="replace"))
 
     def stop(self, timeout_s: float = 15.0) -> None:
-        """End it: SIGTERM, and SIGKILL if it does not end in time. Stopping twice is allowed."""
+        """End the program: SIGTERM, then SIGKILL after ``timeout_s``. Idempotent."""
         if self.is_running():
             self._child.terminate()
         try:
@@ -160,11 +160,11 @@ class Daemon:
 
 
 def process_start_ticks(pid: int) -> int | None:
-    """Return when a process started (clock ticks since boot: with the PID its identity), or None if it is gone."""
+    """Return a process's start time in clock ticks since boot, or None if it is gone. With the PID it is unique."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The name in parentheses may itself hold spaces and parentheses.
+    # The process name in parentheses may hold spaces and parentheses itself.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else int(fields[19])

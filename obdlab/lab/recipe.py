@@ -1,13 +1,13 @@
-"""Image recipes: what a dataset's image is made of, and how to tell that a container of it is ready.
+"""Image recipes: the parts of a dataset's image, and the probe of its containers.
 
-A recipe is a TOML file. Its image is built from Debian packages (``obdlab.lab.build``), or is one a registry holds
+A recipe is a TOML file. Its image is built from Debian packages (``obdlab.lab.build``) or taken from a registry
 (``image = "host/name:tag"``)::
 
     name = "redis"
     description = "what it stands for"
     base = "debian"                  # or "busybox"
     suite = "trixie"                 # Debian release of the base
-    size_mb = 37                     # of its compressed layers, about: what disk and time an experiment expects
+    size_mb = 37                     # size of its compressed layers, for estimates of disk and time
 
     [[layer]]                        # one image layer each, applied in this order: packages, files, run
     comment = "the server"
@@ -20,7 +20,7 @@ A recipe is a TOML file. Its image is built from Debian packages (``obdlab.lab.b
     user = "redis"
 
     [probe]
-    ready_line = "READY"             # ready: a line of the container's output that holds this text
+    ready_line = "READY"             # ready when a line of the container's output holds this text
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 BASES = ("debian", "busybox")
-#: Part of every fingerprint: raised when the builder itself makes other layers of the same recipe.
+#: Part of every fingerprint: raise it when the builder makes other layers from the same recipe.
 BUILDER_VERSION = 2
 
 _MOST_TIMEOUT_S = 24 * 3600.0
@@ -53,7 +53,7 @@ _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 
 
 class RecipeError(ObdlabError):
-    """A recipe is not what it should be. Names the file, the key, what was got and what was wanted."""
+    """A recipe is malformed. Names the file, the key, the value and the wanted value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ class ImageConfig:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """When a container counts as ready: a line of its output holds ``ready_line``, within ``timeout_s``.
+    """A container is ready when a line of its output holds ``ready_line``, which must happen within ``timeout_s``.
 
-    ``command`` replaces what the image would run; empty leaves the image's own.
+    ``command`` replaces the image's command unless it is empty.
     """
 
     ready_line: str
@@ -101,7 +101,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A dataset's image and its probe. Either ``image`` names one, or ``base`` and ``layers`` say how to build it."""
+    """A dataset's image and its probe. Either ``image`` names one, or ``base`` and ``layers`` define its build."""
 
     name: str
     description: str
@@ -111,14 +111,14 @@ class Recipe:
     suite: str = "trixie"
     layers: tuple[RecipeLayer, ...] = ()
     config: ImageConfig = ImageConfig()
-    #: About how large its compressed layers are, in MB (10**6 bytes); 0 if that is not known before it is built.
+    #: The approximate size of its compressed layers in MB (10**6 bytes); 0 if it is unknown before the build.
     size_mb: float = 0.0
-    #: The packages that the image held when its lock was written (``obdlab.lab.lock``); empty: it has no lock.
+    #: The packages of the recipe's lock (``obdlab.lab.lock``); empty without a lock.
     locked: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a recipe file; ``source`` of a file and the lock are taken from beside it. Raises RecipeError."""
+        """Read a recipe file, the sources of its files and its lock, all in its directory. Raises RecipeError."""
         try:
             values = tomllib.loads(path.read_text())
             locked = read_lock(path.with_name(LOCK_NAME))
@@ -151,7 +151,7 @@ class Recipe:
         return recipe
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of what the recipe asks for: neither the probe nor the lock is part of it."""
+        """Return 16 hex digits that identify the image the recipe asks for, independent of probe and lock."""
         values = asdict(self)
         for key in ("name", "description", "probe", "size_mb", "locked"):
             del values[key]
@@ -161,25 +161,22 @@ class Recipe:
 
 
 def image_label(name: str, directories: Iterable[Path] = ()) -> str:
-    """Return what tables and reports call an image: its recipe's name, also for one that is given as a path."""
+    """Return an image's name for tables and reports: its recipe's name, also if ``name`` is a path."""
     if not name.endswith(".toml"):
         return name
     try:
         return find_recipe(name, directories).name
-    except RecipeError:  # stored rows outlive a recipe
+    except RecipeError:  # the recipe may be gone; stored rows outlive it
         return Path(name).parent.name or name
 
 
 def find_recipe(name: str, directories: Iterable[Path]) -> Recipe:
-    """Return the recipe ``name``: a path of a TOML file, or a dataset in one of ``directories``.
-
-    Raises RecipeError if there is none.
-    """
+    """Return the recipe ``name``: a TOML file's path, or a dataset in one of ``directories``. Raises RecipeError."""
     return Recipe.load(recipe_path(name, directories))
 
 
 def recipe_path(name: str, directories: Iterable[Path]) -> Path:
-    """Return where the recipe ``name`` is, as :func:`find_recipe` looks for it. Raises RecipeError."""
+    """Return the path of the recipe that :func:`find_recipe` reads. Raises RecipeError."""
     if name.endswith(".toml"):
         return Path(name)
     tried = [directory / name / "recipe.toml" for directory in directories]
@@ -190,7 +187,7 @@ def recipe_path(name: str, directories: Iterable[Path]) -> Path:
 
 
 def list_recipes(directories: Iterable[Path]) -> list[Recipe]:
-    """Return every recipe of ``directories``, by name."""
+    """Return every recipe in ``directories``, sorted by name."""
     paths = [path for directory in directories for path in directory.glob("*/recipe.toml")]
     return sorted((Recipe.load(path) for path in paths), key=lambda recipe: recipe.name)
 
@@ -269,7 +266,7 @@ def _probe(table: _Table) -> Probe:
 
 
 class _Table:
-    # A TOML table whose keys are taken one by one with their type checked; end() complains of what is left.
+    # A TOML table. Callers take its keys one by one, with their type checked; end() raises an error if keys are left.
 
     def __init__(self, values: object, where: str) -> None:
         self.where = where

@@ -1,7 +1,7 @@
-"""Notes on disk of what an experiment has set up on this host, so that a killed one's remains can be found.
+"""Records on disk of the networks and containerds of experiments, to find the remains of killed ones.
 
-One JSON file per thing, which names the process that owns it. The owner removes it when it has taken the thing down;
-a file whose owner is gone tells ``obdlab.lab.leftovers`` what to take down.
+Each is a JSON file that names the owning process. The owner removes the file after it has taken the network or
+containerd down; ``obdlab.lab.leftovers`` takes down those whose owner is gone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from obdlab.lab.process import process_start_ticks
 
-# Not below /run/obdlab, which a cleanup of devices empties.
+# Outside of /run/obdlab, which a cleanup of devices empties.
 DEFAULT_STATE_DIR = Path("/run/obdlab-lab")
 
 
 class Record:
-    """A note of this process's."""
+    """A record of this process."""
 
     def __init__(self, state_dir: Path, kind: str, name: str, **facts: Any) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -27,12 +27,12 @@ class Record:
         self.path.write_text(json.dumps({"kind": kind, "name": name, **facts, **owner}))
 
     def remove(self) -> None:
-        """Forget it: the thing is gone."""
+        """Remove the record after the recorded thing is gone."""
         self.path.unlink(missing_ok=True)
 
 
 def orphans(state_dir: Path, kind: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the notes of a kind whose owner is gone, with their files. Unreadable ones count as orphans."""
+    """Return (file, facts) of a kind's records whose owner is gone. Malformed records count as orphans."""
     found = []
     for path in sorted(state_dir.glob(f"{kind}-*.json")):
         facts = _read(path)
@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None  # its owner has just removed it
     except ValueError:
         facts = None
-    # Cut short by a crash: the file's name is what is left.
+    # A crash has cut the file short: take the name from the file's name.
     return facts if isinstance(facts, dict) else {"name": path.stem.partition("-")[2]}
 
 

@@ -1,7 +1,7 @@
-"""The registry of an experiment: Debian's docker-registry in the experiment's network, its requests counted.
+"""The registry of an experiment: Debian's docker-registry in the experiment's network, with a count of requests.
 
-What it served is read from its own log: one JSON line per finished request with method, path, status and the bytes
-written. A request that is still being answered is not in there yet; the link's counters know its bytes.
+The counts come from the registry's log: one JSON line per finished request with method, path, status and the bytes
+written. An unfinished request is not in the log yet; the link's counters include its bytes.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ class Request:
 
     @property
     def began_s(self) -> float:
-        """When it arrived, in Unix time."""
+        """The Unix time at which the request arrived."""
         return self.ended_s - self.duration_s
 
     @property
     def blob(self) -> str:
-        """Digest of the blob that was asked for, or ''."""
+        """The digest of the requested blob; '' if the request is for no blob."""
         match = _BLOB_URI.fullmatch(self.uri)
         return match[1] if match else ""
 
     @property
     def is_manifest(self) -> bool:
-        """Whether a manifest was asked for."""
+        """True for a request of a manifest."""
         return _MANIFEST_URI.fullmatch(self.uri) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class BlobTraffic:
-    """What was fetched of one blob. ``ranges`` are requests answered with part of it (206)."""
+    """The traffic of one blob. ``ranges`` counts partial answers (206)."""
 
     requests: int
     ranges: int
@@ -76,11 +76,11 @@ class BlobTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a registry served in a stretch of time: GET requests, body bytes, per blob.
+    """The traffic of a registry in an interval: GET requests, body bytes, per blob.
 
-    ``round_trip_waits`` is the length of the longest row of requests each of which came after the one before had been
-    answered: so many round trips followed one another, however many requests went side by side. ``busy_s`` is how
-    long at least one request was being answered.
+    ``round_trip_waits`` is the length of the longest chain of requests in which each arrived after the answer to the
+    one before: the number of successive round trips, regardless of parallel requests. ``busy_s`` is the time with at
+    least one request under way.
     """
 
     requests: int
@@ -93,17 +93,17 @@ class Traffic:
 
     @property
     def blob_requests(self) -> int:
-        """Requests for blobs."""
+        """The number of requests for blobs."""
         return sum(blob.requests for blob in self.blobs.values())
 
     @property
     def blob_written(self) -> int:
-        """Bytes of blobs."""
+        """The body bytes of blobs."""
         return sum(blob.written for blob in self.blobs.values())
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Self:
-        """Add requests up. Requests that push are not counted."""
+        """Sum up requests, without those that push."""
         fetches = [request for request in requests if request.method == "GET"]
         by_blob: dict[str, list[Request]] = defaultdict(list)
         for request in fetches:
@@ -126,7 +126,7 @@ class Traffic:
 
 
 def _longest_row(requests: list[Request]) -> int:
-    # Taking what ends first and then what begins after it is best (interval scheduling).
+    # Interval scheduling: taking the request that ends first, then the next that begins after it, is optimal.
     count, free_s = 0, float("-inf")
     for request in sorted(requests, key=lambda request: request.ended_s):
         if request.began_s >= free_s:
@@ -143,9 +143,9 @@ def _covered_s(requests: list[Request]) -> float:
 
 
 class RegistryHost:
-    """docker-registry in a network namespace; a context manager. Images are kept in ``directory`` between runs.
+    """docker-registry in a network namespace; a context manager. ``directory`` keeps images between runs.
 
-    With ``tls`` a second one serves the same images by HTTPS at ``secure_host``; both write the same log.
+    With ``tls`` a second process serves the same images by HTTPS at ``secure_host``; both write the same log.
     """
 
     def __init__(self, directory: Path, network: ExperimentNetwork, port: int = 5000, *, tls: bool = False) -> None:
@@ -175,7 +175,7 @@ class RegistryHost:
         # YAML is a superset of JSON.
         config.write_text(json.dumps(self._configuration(host, http), indent=1))
         command = [*self.network.enter, "docker-registry", "serve", str(config)]
-        # Another registry may have the address: its answer must not be taken for ours.
+        # Another registry may have the address; the log proves that this one listens.
         begun = self._listening()
         daemon = Daemon("docker-registry", command, self.log_path)
         self._daemons.append(daemon)
@@ -190,23 +190,23 @@ class RegistryHost:
         self.close()
 
     def close(self) -> None:
-        """Stop the registry; what it holds stays on disk. Closing twice is allowed."""
+        """Stop the registry; its images stay on disk. Idempotent."""
         for daemon in self._daemons:
             daemon.stop()
 
     @property
     def host(self) -> str:
-        """ "address:port", the first part of references to its images."""
+        """The "address:port" that references to the registry's images begin with."""
         return f"{self.network.address}:{self.port}"
 
     @property
     def secure_host(self) -> str:
-        """ "address:port" of the one that speaks TLS."""
+        """The "address:port" with TLS."""
         return f"{self.network.benchmark_address}:{self.port}"
 
     @property
     def certificate(self) -> Path:
-        """What clients of the secure one must trust."""
+        """The file with the certificate that clients of ``secure_host`` must trust."""
         return self.directory / "tls.crt"
 
     @property
@@ -214,11 +214,11 @@ class RegistryHost:
         return self.directory / "tls.key"
 
     def reference(self, name: str, tag: str = "latest", *, secure: bool = False) -> str:
-        """Return the reference of an image in this registry, ``secure``: by the host that speaks TLS."""
+        """Return the reference of an image in this registry; ``secure`` names the TLS host."""
         return f"{self.secure_host if secure else self.host}/{name}:{tag}"
 
     def push_layout(self, layout: Path, name: str, tag: str = "latest") -> str:
-        """Store the first image of an OCI layout directory; return its reference. The rate limit is lifted for it.
+        """Push the first image of an OCI layout directory without the rate limit; return its reference.
 
         Raises FormatError for a damaged layout, SourceError if the registry refuses.
         """
@@ -232,7 +232,7 @@ class RegistryHost:
         return str(reference)
 
     def preload(self) -> int:
-        """Read all that is stored into the page cache, so that nobody waits for this disk; return its size."""
+        """Read all stored files into the page cache, so that requests do not wait for the disk; return their size."""
         total = 0
         for path in (self.directory / "data").rglob("*"):
             if path.is_file():
@@ -242,10 +242,10 @@ class RegistryHost:
         return total
 
     def mark(self) -> int:
-        """Return a position in the log: everything that was asked for and answered before lies before it.
+        """Return a position in the log, after all requests answered before this call.
 
-        A request is logged just after its last byte was sent, so this waits until the log has been still for 30 ms
-        (at most 5 s).
+        The registry logs a request just after sending its last byte, so the call waits until the log has been still
+        for 30 ms (at most 5 s).
         """
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
         size, still_since = -1, time.monotonic()
@@ -259,7 +259,7 @@ class RegistryHost:
         return size
 
     def wait_for_silence(self, still_s: float, timeout_s: float) -> bool:
-        """Wait until nothing was served for ``still_s``, at most ``timeout_s``; tell whether it came to that."""
+        """Wait until the registry has served nothing for ``still_s``. Return False after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         size, still_since = self.log_path.stat().st_size, time.monotonic()
         while (now_s := time.monotonic()) < deadline:
@@ -271,13 +271,13 @@ class RegistryHost:
         return False
 
     def requests(self, begin: int, end: int) -> list[Request]:
-        """Return the requests that finished between two marks."""
+        """Return the requests logged between two marks."""
         with self.log_path.open("rb") as stream:
             stream.seek(begin)
             return parse_log(stream.read(end - begin).decode(errors="replace"))
 
     def traffic(self, begin: int, end: int) -> Traffic:
-        """Return what was served between two marks."""
+        """Return the traffic between two marks."""
         return Traffic.of(self.requests(begin, end))
 
     def _configuration(self, host: str, http: dict[str, Any]) -> dict[str, Any]:
@@ -304,14 +304,14 @@ def _accepts(host: str) -> bool:
 
 
 def make_certificate(certificate: Path, key: Path, address: str) -> None:
-    """Write a server certificate for an IP address, signed by itself, and its key. Raises LabError."""
+    """Write a self-signed server certificate for an IP address, and its key. Raises LabError."""
     new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30", "-keyout")
     names = ("-subj", "/CN=obdlab experiment", "-addext", f"subjectAltName=IP:{address}")
     run(["openssl", "req", "-x509", *new_key, key, "-out", certificate, *names])
 
 
 def parse_log(text: str) -> list[Request]:
-    """Read docker-registry's JSON log; lines that tell of no finished request are skipped."""
+    """Parse docker-registry's JSON log; lines without a finished request are skipped."""
     requests = []
     for line in text.splitlines():
         try:
@@ -346,7 +346,7 @@ _DURATION = re.compile(r"([0-9]+(?:[.][0-9]+)?)(ms|µs|μs|us|ns|h|m|s)")
 
 
 def parse_duration_s(text: str) -> float:
-    """Read a duration as Go prints it ("1.5ms", "1m2.5s"). Raises LabError."""
+    """Parse a duration in Go's form ("1.5ms", "1m2.5s") into seconds. Raises LabError."""
     parts = _DURATION.findall(text)
     if "".join(number + unit for number, unit in parts) != text or not parts:
         raise LabError(f"not a duration (got {text!r})")
@@ -369,7 +369,7 @@ def parse_time_s(text: str) -> float:
 
 
 def program_version() -> str:
-    """Return docker-registry's version as it tells it, or '' if it is not installed."""
+    """Return the output of ``docker-registry --version``; '' if it is not installed."""
     if shutil.which("docker-registry") is None:
         return ""
     return run(["docker-registry", "--version"]).strip()

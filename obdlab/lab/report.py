@@ -1,7 +1,7 @@
 """Running a notebook with parameters and turning it into a page. Needs the ``lab`` extra (papermill, nbconvert).
 
-papermill only warns about a parameter that the notebook does not know; here it is an error, since a misspelt name
-would quietly measure something else.
+papermill only warns about a parameter that the notebook does not declare. Here it is an error, since a run with a
+misspelt name would measure something else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-#: A cell that takes longer than this is taken for hung (papermill itself waits for ever on a killed kernel).
+#: A cell that takes longer counts as hung (papermill waits for ever for a killed kernel).
 CELL_TIMEOUT_S = 3600
 
 
@@ -28,9 +28,9 @@ class ReportError(ObdlabError):
 
 
 def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) -> Path:
-    """Run ``notebook`` with ``parameters``, keep the executed copy as ``output``; return the HTML page beside it.
+    """Run ``notebook`` with ``parameters``, store the executed copy as ``output``; return the HTML page beside it.
 
-    The page is written even when a cell fails, so that the error can be read in its place. Raises ReportError.
+    The page is written even if a cell fails, and shows the error in its place. Raises ReportError.
     """
     papermill = _papermill()
     check_parameters(notebook, parameters)
@@ -53,7 +53,7 @@ def run_notebook(notebook: Path, parameters: Mapping[str, Any], output: Path) ->
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Raise ReportError if the notebook is absent or does not declare one of ``parameters``."""
+    """Raise ReportError if the notebook is missing or does not declare one of ``parameters``."""
     if not notebook.is_file():
         raise ReportError(f"{notebook}: no such notebook")
     known = set(_papermill().inspect_notebook(str(notebook)))
@@ -78,7 +78,7 @@ def write_page(executed: Path) -> Path:
     return page
 
 
-# The kernel is a process of its own, and what it says of itself is no part of our command's output.
+# The kernel is a separate process; its log lines do not belong in the command's output.
 @contextmanager
 def _standard_error_to(path: Path) -> Iterator[None]:
     sys.stderr.flush()

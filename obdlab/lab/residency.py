@@ -1,4 +1,4 @@
-"""How much of files is in the page cache, by mincore(2).
+"""Bytes of files in the page cache, by mincore(2).
 
 mincore works on every kernel and, unlike ``fincore``, without a process per batch of files; a snapshot has thousands.
 """
@@ -22,12 +22,12 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _FAILED = ctypes.c_void_p(-1).value
-# The largest stretch looked at in one go: a vector of 256 KiB.
+# The most bytes per mincore call: a vector of 256 KiB.
 _WINDOW = 1 << 30
 
 
 def resident_bytes(path: Path) -> int:
-    """Return how many bytes of a file are in the page cache, in whole pages. Raises OSError."""
+    """Return the bytes of a file in the page cache, in whole pages. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
@@ -41,8 +41,8 @@ def resident_bytes(path: Path) -> int:
 def resident_below(directories: Iterable[Path]) -> tuple[int, int]:
     """Return (bytes in the page cache, bytes in all) of the regular files below directories.
 
-    Other file systems mounted there are left alone (looking would warm up what they serve), and so are databases
-    (``*.db``), which snapshotters have from the start. Files that vanish meanwhile count as nothing.
+    File systems mounted there are skipped (looking would warm their data up), as are databases (``*.db``), which
+    snapshotters have from the start. Files that vanish meanwhile do not count.
     """
     resident = total = 0
     for directory in directories:
@@ -75,7 +75,7 @@ def _resident(descriptor: int, offset: int, length: int, path: Path) -> int:
         vector = ctypes.create_string_buffer(pages)
         if _libc.mincore(address, length, vector) != 0:
             raise OSError(ctypes.get_errno(), "mincore failed", str(path))
-        # The lowest bit of each byte; the others are not defined.
+        # Only the lowest bit of each byte is defined.
         return sum(byte & 1 for byte in vector.raw) * mmap.PAGESIZE
     finally:
         _libc.munmap(address, length)

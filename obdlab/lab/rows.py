@@ -1,12 +1,11 @@
 """Raw results: one tidy row per measured start, appended to a JSON Lines file and never changed.
 
 A results directory holds ``rows.jsonl``, ``environments.jsonl`` (host, versions, shaping; a row names its
-environment by id) and ``spec.json``. A run that was stopped goes on where it was: a cell whose rows are all there is
-skipped. Rows of failed starts are kept too, with ``error`` set, and measured again.
+environment by id) and ``spec.json``. A stopped run goes on where it was: it skips cells that have all their rows.
+Failed starts leave rows with ``error`` as well; their cells are measured again.
 
-A crash or a full disk can cut a write short. Each row holds the number of rows of its attempt (``attempt_rows``), so
-that an attempt of which only some rows were stored counts for nothing; :meth:`RowStore.mend` moves a torn last line
-to ``rows.jsonl.torn``.
+A crash or a full disk can cut a write short. Each row holds the number of rows of its attempt (``attempt_rows``);
+an attempt with too few stored rows is ignored. :meth:`RowStore.mend` moves a torn last line to ``rows.jsonl.torn``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Row = dict[str, Any]
 
 
 class RowsError(ObdlabError):
-    """A results directory holds something that is not a row."""
+    """A results directory holds a malformed row, or rows cannot be exported."""
 
 
 class RowStore:
@@ -42,7 +41,7 @@ class RowStore:
         self.path = directory / "rows.jsonl"
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add the rows of attempts, all or none: they are on disk when this returns. Raises OSError."""
+        """Add the rows of attempts, all or none; they are on disk when this returns. Raises OSError."""
         values = list(rows)
         counts = Counter(map(_attempt, values))
         _append_lines(
@@ -51,21 +50,21 @@ class RowStore:
         )
 
     def rows(self) -> list[Row]:
-        """Return every row, without torn lines and rows of attempts that were not stored whole.
+        """Return every row, except torn lines and rows of incomplete attempts.
 
         Raises RowsError for other damage.
         """
         values = _read_lines(self.path)
         counts = Counter(map(_attempt, values))
-        # Rows of older results do not say how many there were.
+        # Rows of older results have no ``attempt_rows``.
         return [row for row in values if counts[_attempt(row)] >= row.get("attempt_rows", 0)]
 
     def mend(self) -> list[str]:
-        """Move torn last lines (the host died or its disk was full while writing) aside; return what was done."""
+        """Move torn last lines (the host died or its disk was full) aside; return a sentence for each."""
         return [text for path in (self.path, self._environments) if (text := _mend(path))]
 
     def done_keys(self) -> set[str]:
-        """Keys of cells that have an attempt without error."""
+        """Return the keys of cells that have an attempt without error."""
         failed: dict[tuple[str, int], bool] = {}
         for row in self.rows():
             attempt = (row["cell"], row["attempt"])
@@ -73,14 +72,14 @@ class RowStore:
         return {cell for (cell, _), error in failed.items() if not error}
 
     def add_environment(self, environment: dict[str, Any]) -> str:
-        """Keep an environment; return its id, the same for equal environments."""
+        """Store an environment unless it is stored; return its id, the same for equal environments."""
         identity = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
         if identity not in {line["id"] for line in _read_lines(self._environments)}:
             _append_lines(self._environments, [{"id": identity, **environment}])
         return identity
 
     def environments(self) -> dict[str, dict[str, Any]]:
-        """Environments by id."""
+        """Return the environments by id."""
         return {line["id"]: line for line in _read_lines(self._environments)}
 
     @property
@@ -88,14 +87,14 @@ class RowStore:
         return self.directory / "environments.jsonl"
 
     def write_csv(self) -> Path:
-        """Write all rows beside the JSON Lines as ``rows.csv`` (nested values as ``a.b`` columns)."""
+        """Write all rows to ``rows.csv`` with nested values as ``a.b`` columns; return its path."""
         path = self.directory / "rows.csv"
         write_rows(self.rows(), path)
         return path
 
 
 def last_attempts(rows: Iterable[Row]) -> list[Row]:
-    """Return of each cell the rows of its last good attempt, or of the last failed one."""
+    """Return the rows of each cell's last good attempt, else of its last failed one."""
     attempts: dict[str, list[Row]] = {}
     for row in rows:
         kept = attempts.get(row["cell"], [])
@@ -107,9 +106,9 @@ def last_attempts(rows: Iterable[Row]) -> list[Row]:
 
 
 def with_quiet(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows, each saying whether the host was quiet: an attempt waits for that once, at its cold start.
+    """Return the rows with "quiet" of their attempt, which waits for a quiet host once, at its cold start.
 
-    The load of the starts after it is the attempt's own as well, and says nothing about others.
+    The load at its later starts comes from the attempt itself.
     """
     found = list(rows)
     quiet = {_attempt(row): row["quiet"] for row in found if "quiet" in row}
@@ -119,8 +118,8 @@ def with_quiet(rows: Iterable[Row]) -> list[Row]:
 def write_rows(rows: list[Row], path: Path) -> int:
     """Write rows as ``.csv``, ``.jsonl`` or ``.parquet``; return their number.
 
-    Nested values become ``outer.inner`` columns, but in JSON lines. Raises RowsError for another suffix, and without
-    what Parquet needs.
+    Nested values become ``outer.inner`` columns, except in JSON lines. Raises RowsError for another suffix, or if the
+    packages for Parquet are missing.
     """
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
@@ -147,9 +146,9 @@ def write_rows(rows: list[Row], path: Path) -> int:
 
 
 def told_apart(rows: Iterable[Row]) -> list[Row]:
-    """Return rows that can be grouped by "image": where a name stands for several images, the digest is added to it.
+    """Return rows that can be grouped by "image": a name that stands for several images gets the digest appended.
 
-    Measurements of different images are never one group.
+    So measurements of different images are never one group.
     """
     found = list(rows)
     digests: dict[Any, set[str]] = defaultdict(set)
@@ -190,7 +189,7 @@ def _append_lines(path: Path, values: list[dict[str, Any]]) -> None:
             while view:
                 view = view[os.write(stream.fileno(), view) :]
             os.fsync(stream.fileno())
-        except BaseException:  # a full disk, an interrupt: not half of an attempt
+        except BaseException:  # a full disk or an interrupt must not leave half of an attempt
             os.ftruncate(stream.fileno(), size)
             raise
 
@@ -237,5 +236,5 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_torn(line: str) -> bool:
-    # Every line is one object, so a torn one starts like an object and does not end like one.
+    # Every line is one object, so a torn line starts like an object and does not end like one.
     return line.startswith("{") and not line.endswith("}")

@@ -19,7 +19,7 @@ _LEAST_QUEUE = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Shaping:
-    """One link direction. ``burst`` and ``queue_limit`` in bytes; ``rate_mbit`` in 10^6 bit/s."""
+    """Limits of one link direction. ``burst`` and ``queue_limit`` in bytes; ``rate_mbit`` in 10^6 bit/s."""
 
     rate_mbit: float
     burst: int
@@ -27,10 +27,10 @@ class Shaping:
 
     @classmethod
     def of_rate(cls, rate_mbit: float) -> Shaping:
-        """Return the shaping of a rate: a burst of 1 ms, a queue of 100 ms, each with a floor.
+        """Return the shaping of a rate: a burst of 1 ms, a queue of 100 ms, each with a minimum.
 
-        The burst passes at once after a pause, so it is what small requests get as a gift: 1 ms keeps it small
-        beside any round trip, and 16 KiB is the least that timers can serve. Raises LabError.
+        After a pause a burst passes unlimited, which favours small requests: 1 ms keeps this small beside any round
+        trip, and 16 KiB is the least that timers can serve. Raises LabError.
         """
         if not 0.1 <= rate_mbit <= 100_000:
             raise LabError(f"rate of a link: got {rate_mbit} Mbit/s, wanted between 0.1 and 100000")
@@ -41,12 +41,12 @@ class Shaping:
 
     @property
     def gso_size(self) -> int:
-        """The largest packet the link may be handed whole: one that fits into the burst (TBF splits larger ones)."""
+        """The largest packet for the link: one that fits into the burst (TBF splits larger ones)."""
         return min(_MOST_GSO_SIZE, self.burst)
 
 
 def limit_rate(enter: Sequence[str], interface: str, shaping: Shaping) -> None:
-    """Shape what leaves by ``interface`` of the network namespace that ``enter`` enters. Raises LabError."""
+    """Shape packets that leave ``interface`` in the network namespace that ``enter`` enters. Raises LabError."""
     run([*enter, "ip", "link", "set", interface, "gso_max_size", str(shaping.gso_size)])
     rate = f"{round(shaping.rate_mbit * 1000)}kbit"
     options = ("rate", rate, "burst", str(shaping.burst), "limit", str(shaping.queue_limit))
@@ -54,12 +54,12 @@ def limit_rate(enter: Sequence[str], interface: str, shaping: Shaping) -> None:
 
 
 def unlimit_rate(enter: Sequence[str], interface: str) -> None:
-    """Let ``interface`` send as fast as it can. Raises LabError."""
+    """Remove the limit of ``interface``. Raises LabError."""
     run([*enter, "tc", "qdisc", "del", "dev", interface, "root"])
     run([*enter, "ip", "link", "set", interface, "gso_max_size", str(_MOST_GSO_SIZE)])
 
 
 def drops(enter: Sequence[str], interface: str) -> int:
-    """Return how many packets the shaper of ``interface`` has dropped."""
+    """Return the number of packets that the shaper of ``interface`` has dropped."""
     disciplines = json.loads(run([*enter, "tc", "-s", "-j", "qdisc", "show", "dev", interface]))
     return sum(int(discipline.get("drops", 0)) for discipline in disciplines)

@@ -1,8 +1,8 @@
-"""Room on the disks that an experiment writes to: how much there is, and whether a failure was the want of it.
+"""Free space on the disks that an experiment writes to, and failures caused by full disks.
 
 A start on a full disk fails in many ways (containerd's text, an OSError, a cache that stores nothing and asks the
-registry again), and none of them says anything about what is measured. So such a failure ends the run with one line,
-and its cell has no row and is measured again.
+registry again), and none of them says anything about the measured programs. So such a failure ends the run with one
+line; its cell has no row and is measured again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _TEXTS = tuple(os.strerror(number).lower() for number in _ERRNOS)
-# A file system with less than this free is full: what failed there failed for want of space.
+# A file system with less free space counts as full and explains a failure.
 _NOTHING = 1 << 20
 
 
 class DiskFullError(ObdlabError):
-    """A disk is full, or has not the room that an experiment needs."""
+    """A disk is full, or too small for an experiment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes free for use and in all on the file system of a directory; ``device`` identifies that file system."""
+    """Free and total bytes of the file system of a directory; ``device`` identifies the file system."""
 
     directory: Path
     free: int
@@ -44,7 +44,7 @@ class Room:
 
 
 def room(directory: Path) -> Room:
-    """Return the room where ``directory`` is or would be made. Raises OSError."""
+    """Return the room on the file system where ``directory`` is or would be made. Raises OSError."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
@@ -53,7 +53,7 @@ def room(directory: Path) -> Room:
 
 
 def check(error: BaseException, places: Iterable[Path]) -> None:
-    """Raise DiskFullError if ``error`` came of a full disk; ``places`` are the directories written to."""
+    """Raise DiskFullError if a full disk caused ``error``; ``places`` are the directories written to."""
     if isinstance(error, DiskFullError):
         raise error
     rooms = sorted((room(place) for place in places), key=lambda each: each.free)
@@ -64,7 +64,7 @@ def check(error: BaseException, places: Iterable[Path]) -> None:
 
 @contextmanager
 def naming_full_disks(*places: Path) -> Iterator[None]:
-    """Turn an error in here that came of a full disk into a DiskFullError that says which; interrupts pass."""
+    """Turn an error caused by a full disk into a DiskFullError that names the disk; interrupts pass."""
     try:
         yield
     except (ObdlabError, OSError) as error:
@@ -78,7 +78,7 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-# Of whatever an error replaced or was made of, too: cleaning up on a full disk fails in its own words.
+# The error with its causes and contexts: cleaning up on a full disk replaces the first error by another one.
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
@@ -103,7 +103,7 @@ def _names(error: BaseException) -> Iterator[str]:
             yield each.filename
 
 
-# A program's last words are many lines: that which names the want of space, or the first.
+# A program's output has many lines: return the one that names the missing space, else the first.
 def _first_line(error: BaseException) -> str:
     lines = [line.strip(" |") for each in _chain(error) for line in str(each).splitlines() if line.strip(" |")]
     told = next((line for line in lines if any(text in line.lower() for text in _TEXTS)), "")

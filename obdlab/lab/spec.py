@@ -19,8 +19,8 @@ from obdlab.lab.cgroups import DISKS
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: What a container does before it is ready, instead of what its recipe says: read metadata, read everything (the
-#: paper's figures 23 and 24). tar is piped, as it skips reading what goes to /dev/null.
+#: Commands that replace the recipe's command until the container is ready: read all metadata, read all data (the
+#: paper's figures 23 and 24). tar writes into a pipe, as it does not read files if its output is /dev/null.
 WORKLOADS: dict[str, tuple[str, ...]] = {
     "start": (),
     "du": ("sh", "-c", "du -sx / > /dev/null; echo OBDLAB-READY"),
@@ -33,12 +33,12 @@ AA_SUFFIX = " (A/A)"
 
 
 class SpecError(ObdlabError):
-    """An experiment's declaration has an unknown key, a wrong type or a value that makes no sense."""
+    """An experiment's declaration has an unknown key, a wrong type or an invalid value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measured start to be: which image, which arm, under which network, which repeat."""
+    """One start to measure, with those after it: image, arm, network, disk, workload and repeat."""
 
     image: str
     arm: str
@@ -56,9 +56,9 @@ class Cell:
         return self.arm.removesuffix(AA_SUFFIX)
 
     def key(self, context: str, digest: str = "") -> str:
-        """Return the identity of the cell under ``context`` (code and host), the key of its rows in the store.
+        """Return the cell's identity under ``context`` (code and host), the key of its rows in the store.
 
-        ``digest`` is the image's; rows of before images were pinned have none.
+        ``digest`` is the image's; it is "" in rows from before images were pinned.
         """
         image = {"image_digest": digest} if digest else {}
         text = json.dumps({**asdict(self), **image, "context": context}, sort_keys=True)
@@ -80,25 +80,25 @@ class Spec:
     warm_starts: int = 2
     #: Starts of a pulled image with the page cache dropped, after the warm ones.
     dropped_starts: int = 0
-    #: Between a pull and the container's creation, counted nowhere: what goes on behind a pull comes to its end.
+    #: A pause between pull and container creation, not counted in any phase, for work that a pull leaves running.
     pause_s: float = 0.0
-    #: Names of disks (``obdlab.lab.cgroups.DISKS``) that everything is on.
+    #: Names of disks (``obdlab.lab.cgroups.DISKS``); every cell is measured on each.
     disks: tuple[str, ...] = ("native",)
     workload: str = "start"
     #: Measure the first snapshotter a second time under another label, to show the noise floor.
     a_a: bool = True
     seed: int = 20200715
     ready_timeout_s: float = 120.0
-    #: A cell (its cold start and the starts after it) that takes longer is ended and counts as failed.
+    #: A cell (its cold start and the starts after it) that takes longer is stopped and counts as failed.
     cell_timeout_s: float = 900.0
     #: A cold start waits until the host's load of the last minute is below this ...
     load_limit: float = 1.5
-    #: ... and all of one network together at most so long: a busy host does not get quieter for us.
+    #: ... but all cells of one network together wait at most this long: the host may stay busy.
     quiet_wait_s: float = 120.0
-    #: ZFile options of the converted images: those of obdlab convert.
+    #: ZFile options of the converted images; the defaults are those of ``obdlab convert``.
     algorithm: str = DEFAULT_ALGORITHM
     block_size: int = DEFAULT_BLOCK_SIZE
-    #: obdlab's settings (docs/configuration.md) that are not to be the defaults.
+    #: Settings of obdlab (docs/configuration.md) that differ from the defaults.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     #: Free text, shown in the report.
     description: str = field(default="", compare=False)
@@ -150,12 +150,12 @@ class Spec:
         return replace(self, **{key: _checked(key, value) for key, value in values.items()})
 
     def host_settings(self) -> Settings:
-        """Return the settings that images are opened with, but for the place of the cache."""
+        """Return the settings for opening images, without the place of the cache."""
         return Settings().with_values(self.settings, name="settings")
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Labels of what is compared; with ``a_a`` the baseline appears twice."""
+        """The labels of the compared arms; with ``a_a`` the baseline appears twice."""
         extra = (self.snapshotters[0] + AA_SUFFIX,) if self.a_a else ()
         return self.snapshotters + extra
 
@@ -164,10 +164,10 @@ class Spec:
         return list(product(self.rates_mbit, self.rtts_ms))
 
     def cells(self, rate_mbit: float, rtt_ms: float) -> list[Cell]:
-        """Return the cells under one network in the order they are to be measured.
+        """Return the cells under one network in the order of measuring.
 
-        Each repeat is a block holding every image and arm once, shuffled with the seed, so that a drift of the
-        machine meets all arms alike.
+        Each repeat is a block with every image and arm once, shuffled with the seed, so that a drift of the machine
+        affects all arms alike.
         """
         order = random.Random(f"{self.seed}/{rate_mbit}/{rtt_ms}")
         cells: list[Cell] = []
@@ -182,7 +182,7 @@ class Spec:
 
 
 def read_declaration(path: Path) -> dict[str, Any]:
-    """Return a declaration's keys, its name among them. Raises SpecError."""
+    """Return a declaration's values by key; "name" is the file's stem by default. Raises SpecError."""
     try:
         return {"name": path.stem, **tomllib.loads(path.read_text())}
     except OSError as error:
@@ -201,7 +201,7 @@ _TUPLES: dict[str, type] = {
 
 
 def _checked(key: str, value: Any) -> Any:
-    # TOML knows ints and floats apart; a rate of 100 means 100.0.
+    # TOML distinguishes ints from floats; a rate of 100 means 100.0.
     known = {entry.name: entry.type for entry in fields(Spec)}
     if key not in known:
         raise SpecError(f"unknown key (got {key!r}, wanted among {', '.join(sorted(known))})")

@@ -1,8 +1,8 @@
 """Medians, bootstrap confidence intervals, ratios and effect sizes of small samples.
 
 A percentile bootstrap with a fixed seed: no assumption about the distribution, and the same samples give the same
-interval. Nothing is left out: medians and the effect sizes here do not mind a few wild samples, and what is wild is
-told (:func:`outliers`), not thrown away.
+interval. No sample is left out: a few wild samples hardly change medians and the effect sizes here. Reports name them
+(:func:`outliers`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Samples = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
 SEED = 14_15
-# All pairs of each resample are held at once.
+# Fewer than for medians: all pairs of every resample are in memory at once.
 _PAIR_RESAMPLES = 2_000
 _LEAST_FOR_OUTLIERS = 5
 
@@ -29,7 +29,7 @@ _LEAST_FOR_OUTLIERS = 5
 class Estimate:
     """A median, the ends of its 95 % confidence interval and the number of samples.
 
-    Of one sample there is no interval: ``low`` and ``high`` are the sample itself, and no text or bar shows them.
+    A single sample has no interval: ``low`` and ``high`` are the sample itself, and no text or bar shows them.
     """
 
     median: float
@@ -39,21 +39,21 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
-        """Return True if there are samples enough for an interval."""
+        """Return True if there are enough samples for an interval."""
         return self.count > 1
 
     def __str__(self) -> str:
         return self.text(".3g")
 
     def text(self, form: str) -> str:
-        """Return "median [low, high]", each number in this format; the median alone without an interval."""
+        """Return "median [low, high]" with each number in ``form``; without an interval the median alone."""
         if not self.has_interval:
             return format(self.median, form)
         return f"{self.median:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def median_interval(samples: Sequence[float]) -> Estimate:
-    """Return the median of ``samples`` and its 95 % interval. Raises ValueError when there are none."""
+    """Return the median of ``samples`` and its 95 % interval. Raises ValueError without samples."""
     values = _checked(samples)
     medians = _resampled_medians(values, np.random.default_rng(SEED))
     low, high = np.percentile(medians, [2.5, 97.5])
@@ -73,10 +73,9 @@ def ratio_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estim
 
 
 def shift_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Return by how much ``samples`` lie above ``baseline``, and its 95 % interval.
+    """Return the shift of ``samples`` above ``baseline`` and its 95 % interval, in the samples' unit.
 
-    The Hodges-Lehmann estimate, the median of all differences of a pair (J. L. Hodges, E. L. Lehmann, 1963), in the
-    samples' own unit.
+    The Hodges-Lehmann estimate: the median of the differences of all pairs (J. L. Hodges, E. L. Lehmann, 1963).
     """
     above, below = _checked(samples), _checked(baseline)
     rng = np.random.default_rng(SEED)
@@ -89,9 +88,9 @@ def shift_interval(samples: Sequence[float], baseline: Sequence[float]) -> Estim
 
 
 def cliffs_delta(samples: Sequence[float], baseline: Sequence[float]) -> float:
-    """Return how often a sample is above a baseline's, less how often it is below: from -1 to 1 (N. Cliff, 1993).
+    """Return Cliff's delta (N. Cliff, 1993): the share of pairs with the sample above the baseline, less that below.
 
-    -1: every sample is below every one of the baseline; 0: neither is above the other.
+    -1: every sample is below every baseline sample; 0: as many pairs above as below; 1: every sample is above.
     """
     above, below = _checked(samples), _checked(baseline)
     return float(np.sign(above[:, None] - below[None, :]).mean())
@@ -100,7 +99,7 @@ def cliffs_delta(samples: Sequence[float], baseline: Sequence[float]) -> float:
 def outliers(samples: Sequence[float]) -> list[int]:
     """Return the places of samples more than three interquartile ranges outside the quartiles (Tukey's "far out").
 
-    At least five samples are needed to say so; none is found among fewer.
+    Among fewer than five samples there are no outliers.
     """
     values = _checked(samples)
     if len(values) < _LEAST_FOR_OUTLIERS:

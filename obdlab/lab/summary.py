@@ -1,4 +1,4 @@
-"""From raw rows to the table a reader wants: who is faster, by how much, and where time and bytes went."""
+"""From raw rows to the reader's table: the fastest arms, their lead, and where time and bytes went."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HEADER = (
 #: With fewer starts than this an interval says nothing.
 LEAST_STARTS = 3
 
-#: image, rate, round trip, disk, start: what is equal for everything that is compared.
+#: image, rate, round trip, disk, start: equal for all compared arms.
 Place = tuple[str, float, float, str, str]
 
 
@@ -65,29 +65,29 @@ class Summary:
     start: str
     arm: str
     total_s: Estimate
-    #: total against the baseline arm's under the same conditions; None for the baseline itself.
+    #: Ratio of totals to the baseline arm under the same conditions; None for the baseline itself.
     ratio: Estimate | None
     #: Median of each phase, in the order of PHASES.
     phases_s: tuple[float, ...]
     bytes_received: float
     requests: float
-    #: How many round trips followed one another (``obdlab.lab.registry.Traffic``).
+    #: Successive round trips (``obdlab.lab.registry.Traffic.round_trip_waits``).
     round_trip_waits: float = 0.0
     cpu_s: float = 0.0
     #: Memory of containerd, snapshotter and device servers.
     pss_bytes: float = 0.0
-    #: By how many seconds it lies above the baseline (Hodges-Lehmann), and Cliff's delta; None for the baseline.
+    #: Shift above the baseline (Hodges-Lehmann), then Cliff's delta; None for the baseline.
     shift_s: Estimate | None = None
     delta: float | None = None
 
     @property
     def place(self) -> Place:
-        """What this summary shares with those it is compared with."""
+        """The conditions that this summary shares with those it is compared with."""
         return (self.image, self.rate_mbit, self.rtt_ms, self.disk, self.start)
 
 
 def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]:
-    """Group good rows by image, network, disk, start and arm. Raises ValueError when there are none."""
+    """Group good rows by image, network, disk, start and arm. Raises ValueError without good rows."""
     groups: dict[tuple[Place, str], list[Row]] = defaultdict(list)
     for row in told_apart(rows):
         if not row.get("error"):
@@ -102,13 +102,13 @@ def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]
 
 
 def noise_floor(summaries: Iterable[Summary]) -> float | None:
-    """Return how far two identical arms were apart, as the largest |ratio - 1|, or None without an A/A arm."""
+    """Return the largest |ratio - 1| between two identical arms; None without an A/A arm."""
     ratios = [s.ratio for s in summaries if s.arm.endswith(AA_SUFFIX) and s.ratio is not None]
     return max((abs(ratio.median - 1) for ratio in ratios), default=None)
 
 
 def caveats(rows: Sequence[Row]) -> list[str]:
-    """Say what a reader must know about the rows: starts that failed, starts on a busy host."""
+    """Return sentences about failed starts, starts on a busy host and other reasons for caution."""
     sentences = [
         f"Left out: {row['image']} {row['arm']} #{row['repeat'] + 1} failed when {row['start']}: {row['error']}"
         for row in rows
@@ -155,7 +155,7 @@ def _wild(rows: Sequence[Row]) -> list[str]:
 
 
 def findings(summaries: Sequence[Summary]) -> list[str]:
-    """Say for every arm that is not a baseline who was faster, and why, in one sentence each."""
+    """Return a sentence for every arm that is not a baseline: faster or slower, and why."""
     baselines = {s.place: s for s in summaries if s.ratio is None}
     sentences = []
     for summary in summaries:
@@ -166,7 +166,7 @@ def findings(summaries: Sequence[Summary]) -> list[str]:
     return sentences
 
 
-# A difference is told only if the interval leaves no doubt and two identical arms differ by less.
+# An arm counts as faster or slower only if the interval excludes 1 and two identical arms differ by less.
 def _verdict(ratio: Estimate, floor: float) -> str:
     if ratio.count < LEAST_STARTS:
         return "not to be told apart (too few starts) from"
@@ -195,14 +195,14 @@ def _finding(summary: Summary, ratio: Estimate, base: Summary, floor: float) -> 
 
 
 def headlines(summaries: Sequence[Summary]) -> list[str]:
-    """Return for each image, under its first network, one sentence: how much sooner its best arm starts.
+    """Return one sentence for each image under its first network: how much sooner its best arm starts.
 
-    Of cold starts, beside them the warm ones; without cold starts nothing.
+    The sentence compares cold starts and adds the warm ones. An image without cold starts has no sentence.
     """
     sentences = []
     for image in dict.fromkeys(summary.image for summary in summaries):
         cold = [s for s in summaries if s.image == image and s.start == "cold"]
-        # The disk as it is before one that is throttled.
+        # The native disk goes before a throttled one.
         cold.sort(key=lambda s: s.disk != "native")
         first = [s for s in cold if s.place == cold[0].place]
         others = [s for s in first if s.ratio is not None and not s.arm.endswith(AA_SUFFIX)]
@@ -238,20 +238,20 @@ def _seconds(value: float) -> str:
 
 
 _NARROW = ("start", "arm", "seconds until ready", "n", "ratio", "pull s", "MB", "requests", "CPU s")
-#: What fits on a screen.
+#: Characters per line.
 WIDTH = 100
 
 
 def text_table(summaries: Sequence[Summary]) -> str:
     """Return the summaries as aligned text for a terminal, a block for each image and network.
 
-    All columns are in :func:`summary_records`.
+    :func:`summary_records` has all columns.
     """
     lines = [_NARROW, *map(_narrow, summaries)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_NARROW))]
 
     def aligned(cells: Sequence[str]) -> str:
-        # Words to the left, numbers to the right.
+        # Words are aligned left, numbers right.
         sides = [cell.ljust(width) if column in (0, 1, 2, 4) else cell.rjust(width)
                  for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
         return "  ".join(sides).rstrip()
@@ -270,12 +270,12 @@ LEGEND = (
 
 
 def wrapped(sentences: Iterable[str]) -> list[str]:
-    """Return sentences as lines that fit on a screen."""
+    """Return sentences as lines of at most WIDTH characters."""
     return [line for sentence in sentences for line in _wrap(sentence)]
 
 
 def _wrap(sentence: str) -> list[str]:
-    # Paths stay whole, to be copied.
+    # Paths stay whole, so that they can be copied.
     return textwrap.wrap(sentence, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -314,7 +314,7 @@ def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None
 
 
 def _median(rows: list[Row], key: str) -> float:
-    # Rows of older results know less.
+    # Rows of older results lack some keys.
     return median_interval([row.get(key, 0.0) for row in rows]).median
 
 
@@ -346,7 +346,7 @@ def _range(estimate: Estimate) -> str:
     return estimate.text(".2f")
 
 
-#: What the columns of HEADER are.
+#: The meanings of HEADER's columns.
 _MEANINGS = {
     "total s": "seconds from before the pull (cold) or from `ctr run` until the application answers its probe",
     "vs baseline": "ratio of medians to the first arm; (A/A) is that arm once more, what it differs by is noise",

@@ -1,4 +1,4 @@
-"""A start's reads as a waterfall: which file, when, by whom, and what made it wait. Needs the ``lab`` extra."""
+"""A start's reads as a waterfall: file, time, process, and the reason of each wait. Needs the ``lab`` extra."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: From what was there to what nobody had fetched.
+#: Colours by how a read found its data, from present to missing.
 COLOURS = {
     "there": "#b9c6d1",
     "prefetched": "#5f9ea0",
@@ -30,14 +30,14 @@ COLOURS = {
 }
 _NO_FILE = "(the file system itself)"
 _NAME_LENGTH = 46
-#: Narrower bars would not be seen.
+#: The least width of a bar, as a share of the axis, so that it can be seen.
 _LEAST_SHARE = 0.0015
 
 
 def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read what ``obdlab trace timeline --json`` has printed: a row for each step, and the summary.
+    """Load the output of ``obdlab trace timeline --json``: a row for each step, and the summary.
 
-    "" is the workbench's example. Raises FormatError if the file is none.
+    The default path is the workbench's example. Raises FormatError if the file is no timeline.
     """
     path = Path(path) if path else folder("experiments") / "measured" / "timeline" / "redis.json"
     try:
@@ -52,7 +52,7 @@ def load(path: str | Path = "") -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def told(summary: dict[str, Any]) -> pd.Series[Any]:
-    """Return the summary for people."""
+    """Return the summary in words."""
     lines = {
         "reads": f"{summary['reads']:,} of {summary['files']} files, by {summary['processes']} processes",
         "read": f"{summary['size'] / 1e6:.1f} MB, {summary['stored_size'] / 1e6:.1f} MB as stored",
@@ -65,7 +65,7 @@ def told(summary: dict[str, Any]) -> pd.Series[Any]:
 
 
 def by_file(steps: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each file in the order of first use: processes, reads, bytes, and how long they took."""
+    """Return a row for each file in the order of first use: processes, reads, bytes and times."""
     grouped = steps.groupby("path", sort=False)
     table = pd.DataFrame(
         {
@@ -80,7 +80,7 @@ def by_file(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(steps: pd.DataFrame, *, most_files: int = 36) -> Figure:
-    """Draw each read as a bar from its begin to its end, a line a file; of the files those that waited longest."""
+    """Draw each read as a bar from begin to end, a line for each of the ``most_files`` files that waited longest."""
     files = by_file(steps)
     shown = files.nlargest(most_files, "waited_ms").sort_values("first_ms", kind="stable")
     height = 1.6 + 0.19 * len(shown)

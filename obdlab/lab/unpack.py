@@ -1,4 +1,4 @@
-"""The tree of an image: its layers unpacked over each other, whiteouts obeyed."""
+"""Unpacking an image's layers over each other into a tree, with whiteouts applied."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unpack_image(image: OciLayout, tree: Path) -> None:
         run(["tar", *options, "-xzf", blob], timeout_s=_LAYER_TIMEOUT_S)
 
 
-# What a layer takes away from those below it.
+# The paths that a layer's whiteouts remove from the layers below.
 def _hidden(blob: Path, tree: Path) -> Iterator[Path]:
     with tarfile.open(blob, "r|gz") as tar:
         for entry in tar:

@@ -1,4 +1,4 @@
-"""A limit of time for work that is known to hang now and then: mounts, daemons, other people's programs."""
+"""A time limit for work that can hang: mounts, daemons, foreign programs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class CellTimeoutError(LabError):
-    """A cell took longer than it may."""
+    """A cell exceeded its time limit."""
 
 
 @contextmanager
 def time_limit(limit_s: float, what: str) -> Iterator[None]:
-    """Raise CellTimeoutError in here once ``limit_s`` have passed, wherever the program is.
+    """Raise CellTimeoutError in the context after ``limit_s``, at any point of the program.
 
-    Works by SIGALRM, so in the main thread alone; elsewhere nothing is limited.
+    Uses SIGALRM, so it works in the main thread only; in other threads there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,7 +40,7 @@ def time_limit(limit_s: float, what: str) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         yield
-        if over:  # swallowed in there, by code that expects LabErrors for other reasons
+        if over:  # code in the context swallowed the error, as it expects LabErrors for other reasons
             raise expired
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""Where datasets, experiments and notebooks are: in the checkout, or in the installed package.
+"""The places of datasets, experiments and notebooks: in the checkout, or in the installed package.
 
 A wheel carries the checkout's three folders as package data below ``obdlab/workbench`` (``packaging/wheel.py``).
 """
@@ -30,15 +30,15 @@ def folder(name: Folder) -> Path:
 
 
 def dataset_folders() -> tuple[Path, ...]:
-    """Return where recipes are looked for: ``datasets`` in the working directory, then the workbench's."""
+    """Return the folders of recipes: ``datasets`` in the working directory, then the workbench's."""
     return tuple(dict.fromkeys(place.resolve() for place in (Path("datasets"), folder("datasets"))))
 
 
 def find(name: Folder, given: Path) -> Path:
-    """Return the file that ``given`` names: itself if it exists, else the workbench's of this name.
+    """Return ``given`` if it exists, else the workbench's file of this name.
 
-    "experiments/quick.toml" and "quick.toml" both name the workbench's quick.toml from any working directory. A
-    file that is in neither place is returned as given: the caller's error then names what was asked for.
+    "experiments/quick.toml" and "quick.toml" both name the workbench's quick.toml from any working directory. If the
+    file is in neither place, ``given`` is returned, so that the caller's error names it.
     """
     if given.exists() or given.is_absolute():
         return given
@@ -48,5 +48,5 @@ def find(name: Folder, given: Path) -> Path:
 
 
 def default_results() -> Path:
-    """Return where results are kept by default: ``results`` in the checkout, or in the working directory."""
+    """Return the default directory of results: ``results`` in the checkout, or in the working directory."""
     return (checkout_directory() or Path.cwd()) / "results"
