@@ -1,8 +1,8 @@
 """The lock of a dataset: the version of every Debian package in its image when the lock was last written.
 
 An archive holds one version at a time and moves on every few days. So a build compares the lock (``packages.lock``
-beside the recipe) with the installed packages, and a difference is an error only with ``--locked``. The file holds a
-sorted line ``package:architecture=version`` per package.
+beside the recipe) with the installed packages, and a difference is an error only with ``--locked``. The file holds
+one line ``package:architecture=version`` per package, sorted.
 """
 
 from __future__ import annotations
