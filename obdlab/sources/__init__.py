@@ -1,3 +1,3 @@
-"""Blobs from somewhere: a local file, a registry, the shared block cache."""
+"""Sources of blobs: a local file, a registry, the shared block cache."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Block cache on local disk between a blob and where it comes from; shared by all devices and processes.
+"""Block cache on local disk between a blob and its origin; shared by all devices and processes.
 
 Layout: ``<directory>/blobs/<registry>/<digest>/{data, sums}`` (:mod:`obdlab.sources.cachelayout`). Every read from it
-is checked, by a CRC over the 4 KiB pages it lies in; what fails is dropped and fetched again. How the directory is
-kept within its limits: :mod:`obdlab.sources.cachespace`.
+is checked, by a CRC over the 4 KiB pages it lies in; a unit that fails is dropped and fetched again. The limits of
+the directory: :mod:`obdlab.sources.cachespace`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What manifests say of the sizes of an image's blobs is believed only so far: the tables of their pages take disk and
-# memory, a byte for each KiB.
+# Limits the sum of the blob sizes that an image's manifest claims: the tables of their pages take disk and memory, a
+# byte for each KiB.
 _LARGEST = 256 << 30
 
-# One component of a path, and none that begins with a dot.
+# One component of a path that does not begin with a dot.
 _REGISTRY = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9.:+\[\]-]{0,254}", re.ASCII)
 
 
 class BlockCache:
     """Cached blobs below one directory.
 
-    ``unit`` is the least that is asked of an origin, a power of two >= 4096; blobs that are in the cache already keep
-    the one they were begun with. After :meth:`CachedBlob.opened` a miss fetches what is missing of the aligned
-    ``extent`` around it; with ``extent_max`` of a smaller or larger one, as origins that know their ``link`` make it
-    worthwhile (:mod:`obdlab.sources.extent`). ``registry`` names whose word is taken for what belongs to a digest:
-    a part of a blob cannot be checked against it, so blobs are shared only between those who name the same. For
-    ``quota`` and ``min_free``, which hold for the whole directory, see :class:`CacheSpace`.
-    Sequential readers have up to ``readahead_max`` bytes fetched ahead of them (0: none). A read ends within
-    ``deadline_s``. Making one touches nothing; no thread runs before the first read.
+    ``unit`` is the smallest request to an origin, a power of two >= 4096; blobs that are in the cache already keep
+    theirs. After :meth:`CachedBlob.opened` a miss fetches the missing units of the aligned ``extent`` around it; with
+    ``extent_max``, of a smaller or larger one, as suits the ``link`` of an origin that has one
+    (:mod:`obdlab.sources.extent`). ``registry`` names the origin that is trusted for the bytes of a digest: a part of
+    a blob cannot be checked against its digest, so only users of the same name share blobs. For ``quota`` and
+    ``min_free``, which hold for the whole directory, see :class:`CacheSpace`. Up to ``readahead_max`` bytes are
+    fetched ahead of sequential readers (0: none). A read ends within ``deadline_s``. The constructor does no I/O; no
+    thread runs before the first read.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class BlockCache:
         self._demand = Demand()
 
     def open(self, origin: Blob, digest: str) -> Blob:
-        """Return ``origin`` seen through the cache; closing that closes the origin.
+        """Return ``origin`` read through the cache; closing the result closes the origin.
 
-        A cache that cannot be used (disk full, no permission, locked by others) is said in the log, reads go to the
-        origin, and it is tried again later. Raises FormatError if ``digest`` is none.
+        If the cache cannot be used (disk full, no permission, locked by others), logs it, reads from the origin and
+        tries the cache again later. Raises FormatError if ``digest`` is malformed.
         """
         check_digest(digest, origin.name)
         if origin.size == 0:
@@ -105,6 +105,6 @@ class BlockCache:
         return blob
 
     def statistics(self) -> dict[str, int]:
-        """Return the sums over all blobs opened so far (fields of :class:`Statistics`), and the bytes given back."""
+        """Return the sums over all blobs opened so far (fields of :class:`Statistics`), and the evicted bytes."""
         with self._lock:
             return total_of(self._statistics) | {"evicted_bytes": self.space.evicted_bytes}

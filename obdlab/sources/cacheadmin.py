@@ -1,4 +1,4 @@
-"""Looking after the block cache while others use it: what is there, take it away, check it."""
+"""Managing the block cache while others use it: list, remove and check blobs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class CacheEntry:
 
 @dataclass(frozen=True, slots=True)
 class CheckedBlob:
-    """What :func:`check_blob` found. ``damaged`` are offsets of units that do not match their sums."""
+    """Result of :func:`check_blob`. ``damaged`` has the offsets of units that do not match their sums."""
 
     registry: str
     digest: str
     checked_bytes: int
     damaged: tuple[int, ...]
-    #: Whether the blob matches its digest; None if not all of it is there.
+    #: True if the blob matches its digest; None if it is incomplete.
     matches: bool | None
 
     @property
@@ -62,7 +62,7 @@ def entries(space: CacheSpace, digests: Collection[str] = ()) -> list[CacheEntry
     """Return all blobs, or those with one of ``digests``, the last used first. Raises OSError."""
     found = []
     for directory in blobs_of(space, digests):
-        with space.changing(directory, patient=True):  # nobody is about to open what is asked whether it is open
+        with space.changing(directory, patient=True):  # keeps in_use stable: no process can open the blob meanwhile
             if directory.is_dir():
                 found.append(_entry(directory))
     return sorted(found, key=lambda entry: entry.last_use, reverse=True)
@@ -87,12 +87,12 @@ def _entry(directory: Path) -> CacheEntry:
 
 
 def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
-    """Take away all blobs, or those with one of ``digests``, and return how many bytes that freed on disk.
+    """Remove all blobs, or those with one of ``digests``, and return the bytes freed on disk.
 
-    Devices that read them go on, and ask their registry again. Raises OSError.
+    Devices that read them go on, and fetch from their registry again. Raises OSError.
     """
     freed = 0
-    # The lock is taken for each, so that devices can store meanwhile.
+    # Takes the lock for each blob, so that devices can store in between.
     for directory in blobs_of(space, digests):
         with space.changing(directory, patient=True):
             if directory.is_dir():
@@ -103,9 +103,9 @@ def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
 def check_blob(
     space: CacheSpace, directory: Path, *, repair: bool, progress: Callable[[int], object] = lambda _: None
 ) -> CheckedBlob | None:
-    """Read all that is cached of a blob and check it; with ``repair`` take away what is wrong.
+    """Read and check the cached units of a blob; ``repair`` drops damaged ones.
 
-    Returns None if the blob went meanwhile. ``progress`` is told the bytes read. Raises OSError.
+    Returns None if the blob was removed meanwhile. ``progress`` gets the bytes read. Raises OSError.
     """
     with space.changing(directory, patient=True):
         if not directory.is_dir():
@@ -147,11 +147,11 @@ def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callabl
 
 
 def _sound_unit(space: CacheSpace, files: CacheFiles, unit: int, repair: bool) -> bytes | None:
-    # Returns the unit's content (nothing if it went meanwhile), or None if it is damaged.
+    # Returns the unit's content (empty if it was removed meanwhile), or None if it is damaged.
     data = _matching(files, unit)
     if data is not None:
         return data
-    with space.changing(files.directory, patient=True):  # now nobody is storing it or giving it back
+    with space.changing(files.directory, patient=True):  # no process stores or evicts it now
         data = _matching(files, unit)
         if data is None and repair:
             files.drop(unit, unit + 1)

@@ -1,4 +1,4 @@
-"""A blob seen through the block cache: hits are answered here, the rest is :mod:`obdlab.sources.fetching`'s."""
+"""A blob read through the block cache: hits are answered here, misses by :mod:`obdlab.sources.fetching`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 # Pieces of this size keep 1 Gbit/s at 5 ms round trip busy with four requests under way, at a tenth of one core.
 _PIECE = 256 << 10
-# A long stream is fetched in larger ones: at 1 Gbit/s the processor is what limits it, and it pays by the request.
+# A long stream is fetched in larger pieces: at 1 Gbit/s the processor is the limit, and its cost is per request.
 _STREAM_PIECE = 1 << 20
-# A reader that came so far is believed to go on: importing pandas fetches 12 % more than it needs if half as many do.
+# A reader is sequential after this way: with half of it, importing pandas fetches 12 % more than it needs.
 _MIN_WAY_EXTENTS = 8
-# Looked through at once for what is missing.
+# Units checked at a time in a search for missing ones.
 _SCAN_UNITS = 1024
 
 
@@ -58,7 +58,7 @@ class CachedBlob(Blob):
     ) -> None:
         self.name = origin.name
         self.counters = Statistics()
-        #: Where the blob's files are.
+        #: The directory of the blob's files.
         self.directory = directory
         self._origin = origin
         self._demand = demand
@@ -66,14 +66,14 @@ class CachedBlob(Blob):
         self._deadline_s = deadline_s
         self._units = units = CachedUnits(space, directory, origin.size, unit, origin.name, self.counters)
         self._files = units.files
-        self._unit = unit = self._files.unit  # those who made the files chose it
+        self._unit = unit = self._files.unit  # chosen by the process that made the files
         self._holders = Holders(self._release)
         extent = max(1, extent // unit)
         self._extent = Extent(extent, max(1, extent_max // unit) if extent_max else 0, unit)
         min_way = {} if extent == 1 else {"min_way": _MIN_WAY_EXTENTS * extent}
         readahead = ReadAhead(self._files.units, readahead_max // unit, _STREAM_PIECE // unit, **min_way)
         self._fetches = Fetches(origin, units, self._holders, demand, readahead, deadline_s)
-        # What a hit needs, at hand.
+        # Locals of the hit path.
         self._fd = self._files.fd
         self._pread = audit.pread_of("file:read", str(directory / "data"), audit.SLOW_READ_S)
         self._sums = units.sums
@@ -99,7 +99,7 @@ class CachedBlob(Blob):
         last = end - 1 >> PAGE_SHIFT
         start = first << PAGE_SHIFT
         try:
-            # The file ends where the blob does; should it not, the slower way clips what it reads.
+            # The file ends where the blob does; if it does not, _gather clips the result.
             data = self._pread(self._fd, last - first + 1 << PAGE_SHIFT, start)
         except OSError:
             data = b""
@@ -127,15 +127,15 @@ class CachedBlob(Blob):
         self._origin.evict(offset, length)
 
     def opened(self, deadline_s: float) -> None:
-        """Have misses fetch whole extents from now on, and reads end within ``deadline_s``.
+        """Make misses fetch whole extents from now on, and reads end within ``deadline_s``.
 
-        Those who open an image read little, and know where; how long that may take is their affair.
+        Opening an image reads few, known places, and has its own deadline.
         """
         self._fetches.extent = self._extent
         self._deadline_s = self._fetches.deadline_s = deadline_s
 
     def close(self) -> None:
-        """Close cache and origin, once the last fetch under way is over."""
+        """Close cache and origin once the last fetch has ended."""
         self._holders.close()
 
     # -- for the background download ---------------------------------------------------------------------------------
@@ -146,27 +146,27 @@ class CachedBlob(Blob):
 
     @property
     def verified(self) -> bool:
-        """Whether all of it is there and matches its digest."""
+        """True if the whole blob is cached and matches its digest."""
         return self._files.header.verified
 
     def hold(self) -> bool:
-        """Keep files and origin open beyond :meth:`close`, until :meth:`let_go`; False if closed already."""
+        """Keep files and origin open beyond :meth:`close`, until :meth:`let_go`. Return False if closed already."""
         return self._holders.hold()
 
     def let_go(self) -> None:
-        """Give up what :meth:`hold` took."""
+        """Release a :meth:`hold`."""
         self._holders.let_go()
 
     def quiet_s(self) -> float:
-        """Return how long no reader of the image has waited for an origin; 0 while one does."""
+        """Return the time since a reader of the image last waited for an origin; 0 while one waits."""
         return self._demand.quiet_s()
 
     def length_of(self, first: int, stop: int) -> int:
-        """Return how many bytes the units have."""
+        """Return the number of bytes in the units."""
         return self._files.length_of(first, stop)
 
     def missing_piece(self, unit: int) -> tuple[int, int] | None:
-        """Return the next units from ``unit`` on that are not there, at most a piece; None if there are none."""
+        """Return the next missing units from ``unit`` on, at most a piece; None if all are cached."""
         most = max(1, _PIECE // self._unit)
         while unit < self._files.units:
             there = self._files.present(unit, min(unit + _SCAN_UNITS, self._files.units))
@@ -179,7 +179,7 @@ class CachedBlob(Blob):
         return None
 
     def fetch_in_background(self, first: int, stop: int) -> None:
-        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
         self._fetches.fetch_in_background(first, stop)
 
     # -- for replaying traces ----------------------------------------------------------------------------------------
@@ -191,27 +191,27 @@ class CachedBlob(Blob):
 
     @property
     def demand(self) -> Demand:
-        """Who waits for an origin, of the readers of the whole image."""
+        """The gauge of readers, of the whole image, that wait for an origin."""
         return self._demand
 
     def expect(self, units: bytes) -> None:
-        """The units that have a 1 here will be prefetched soon; none, once that is over."""
+        """Announce that the units with a 1 will be prefetched soon; empty bytes end it."""
         self._fetches.expected = units
 
     def prefetch(self, first: int, stop: int) -> None:
-        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
         self._fetches.prefetch(first, stop)
 
     def pieces_ahead(self, first: int, stop: int) -> PiecesAhead:
-        """Return what fetches the missing ones of the units in order, by as few requests as possible."""
+        """Return an object that fetches the missing units in order, by as few requests as possible."""
         return PiecesAhead(self._origin, self._fetches, first, stop, unit=self._unit, most=_PIECE)
 
     # -- the end of a download ---------------------------------------------------------------------------------------
 
     def verify(self) -> bool:
-        """Check the whole blob against its digest and mark it as verified; take all of it away if it does not match.
+        """Check the whole blob against its digest and mark it as verified; drop all of it if it does not match.
 
-        Returns False also if some of it is missing or damaged on disk, or the blob was closed.
+        Returns False also if a part is missing or damaged on disk, or the blob was closed.
         """
         generation = self._files.header.generation
         whole = hashlib.sha256()
@@ -230,11 +230,11 @@ class CachedBlob(Blob):
         self._units.drop(0, self._files.units)
         return False
 
-    # -- the slower way ----------------------------------------------------------------------------------------------
+    # -- the slow path -----------------------------------------------------------------------------------------------
 
     def _matches(self, data: bytes, first: int, last: int) -> bool:
-        # The pages of each unit by one CRC, which begins with the value before them; it is too short a work to give
-        # the interpreter away for.
+        # Checks the pages of each unit by one CRC, seeded with the sum before them. It is too short to be worth
+        # releasing the interpreter lock.
         sums, mask = self._sums, self._page_mask
         view = memoryview(data)
         page = first
@@ -249,7 +249,7 @@ class CachedBlob(Blob):
         return True
 
     def _tell(self, first: int, stop: int) -> None:
-        # Cleared first: a mark that comes meanwhile is not lost.
+        # Cleared first, so that a mark set meanwhile is not lost.
         self._attend[first:stop] = bytes(stop - first)
         self._fetches.note_use(first, stop)
         self._fetches.pass_marks(first, stop)

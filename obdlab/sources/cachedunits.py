@@ -1,4 +1,4 @@
-"""What is cached of one blob as one process knows it: checksums in memory, so that a hit is one pread and one CRC."""
+"""The cached units of one blob in one process: checksums in memory, so that a hit is one pread and one CRC."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often the blob's use is noted, and its files are looked at.
+# Interval of noting the blob's use and checking its files.
 _TICK_S = 0.25
-# How long to do without files that could not be had.
+# Pause before trying again to open the files.
 _RETRY_S = 2.0
-# What opening for writing says where reading may do.
+# Errors of opening for writing where reading may still work.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CachedUnits:
     """The units of one blob, in memory and in its files. Thread-safe.
 
-    ``sums`` holds for each page what the file ``sums`` does, or 0 if this process has not used its unit; ``attend``
-    is 1 for each unit whose next use must be told (:meth:`note_use`, read-ahead); ``tick_at`` is when the next use of
-    any must be.
+    ``sums`` has the same values as the file ``sums``, or 0 for pages of a unit that this process has not used yet.
+    ``attend`` is 1 for each unit whose next use must be reported (:meth:`note_use`, read-ahead); after ``tick_at``
+    the next use of any unit must be.
     """
 
     def __init__(self, space: CacheSpace, directory: Path, size: int, unit: int, name: str, counters: Statistics):
@@ -51,12 +51,12 @@ class CachedUnits:
         self.attend = bytearray(b"\1" * self.files.units)
         self.tick_at = 0.0
         self._sweeps = 0
-        # Units that were damaged on disk and are not there again.
+        # Units that were damaged on disk and are not cached again yet.
         self._damaged: set[int] = set()
         self._reattaching = threading.Lock()
         self._retry_at = time.monotonic() + _RETRY_S
 
-    # A cache that may not be written is the same for every blob: said once.
+    # A cache without write permission is the same for every blob, so it is logged once.
     def _say_not_cached(self, error: OSError) -> None:
         level, name = _level(error), self.name
         if error.errno in _NOT_OURS:
@@ -66,7 +66,7 @@ class CachedUnits:
         logger.log(level, "%s: not cached for now%s: %s", name, hits, error)
 
     def reattach(self) -> None:
-        """If the files could not be had, or went, try again from time to time."""
+        """If the files could not be opened, or were removed, try again from time to time."""
         if self.files.attached or time.monotonic() < self._retry_at or not self._reattaching.acquire(blocking=False):
             return
         try:
@@ -85,7 +85,7 @@ class CachedUnits:
         """Return the checked content of the units up to the first that fails; a damaged ``first`` is dropped."""
         files = self.files
         step = 1 << self.unit_shift - PAGE_SHIFT
-        for _ in range(2):  # as others may take it away and bring it back, damage is what is found twice
+        for _ in range(2):  # other processes may evict and store the unit meanwhile: only a second mismatch is damage
             sums = files.sums(first, stop)  # before the data
             started = time.monotonic()
             data = files.load(first, stop)
@@ -109,7 +109,7 @@ class CachedUnits:
         return b""
 
     def store(self, first: int, data: bytes) -> None:
-        """Keep what was fetched, if that is possible; why it is not is said in the log."""
+        """Store fetched units if possible; logs the reason if not."""
         if not self.files.attached:
             self.counters.uncached_bytes += len(data)
             return
@@ -127,7 +127,7 @@ class CachedUnits:
                 CORRUPTIONS_HEALED.add(len(healed), "cache")
 
     def drop(self, first: int, stop: int) -> None:
-        """Take the units away, for all processes."""
+        """Drop the units, for all processes."""
         self.forget(first, stop)
         try:
             self.files.drop(first, stop)
@@ -136,12 +136,12 @@ class CachedUnits:
             self._detach()
 
     def forget(self, first: int, stop: int) -> None:
-        """Have the units' next use look at the files."""
+        """Make the next use of the units check the files."""
         begin, end = first << self.unit_shift - PAGE_SHIFT, stop << self.unit_shift - PAGE_SHIFT
         self.sums[begin:end] = memoryview(bytes(4 * len(self.sums[begin:end]))).cast("I")
 
     def note_use(self, first: int, stop: int) -> None:
-        """The units are being read: tell the eviction, which spares them."""
+        """Report that the units are being read, so that the eviction spares them."""
         now = time.monotonic()
         if now >= self.tick_at:
             self.tick_at = now + _TICK_S
@@ -177,7 +177,7 @@ class CachedUnits:
         if error.errno == errno.ESTALE:
             self._went()
         else:
-            # Once is enough: a full disk fails every time.
+            # Log once: a full disk fails every time.
             level = logging.DEBUG if self.counters.uncached_bytes else _level(error)
             logger.log(level, "%s: not cached: %s", self.name, error.strerror)
         self.counters.uncached_bytes += length
@@ -203,5 +203,5 @@ def _open(space: CacheSpace, directory: Path, size: int, unit: int) -> tuple[Cac
 
 
 def _level(error: OSError) -> int:
-    # Full or busy is all in a day's work; a failing disk is not.
+    # A full or busy cache is normal; a failing disk is not.
     return logging.INFO if isinstance(error, CacheFullError | TimeoutError) else logging.WARNING

@@ -1,13 +1,15 @@
-"""The open pair of files that holds what is cached of one blob, shared by every process that has them open.
+"""The open pair of files with the cached units of one blob, shared by every process that has them open.
 
-Their layout: :mod:`obdlab.sources.cachelayout`. Nothing is mapped: whoever truncates or removes a file under a
-running device costs it the caching, no more. Who stores, makes, gives back or removes holds the lock of the whole
-cache (:mod:`obdlab.sources.cachespace`); who has a blob open holds a shared lock on its ``sums``, so that its files
-are not removed under it; who fetches units holds a lock on their range of ``data``, which the kernel takes back from
-the dead, so that others wait for them instead of fetching the same.
+Their layout: :mod:`obdlab.sources.cachelayout`. Nothing is mapped: if another process truncates or removes a file
+under a running device, the device only loses its caching. Three locks:
 
-The generation changes whenever sums were taken away. The eviction takes a unit's sums before its space, so that a
-reader who got zeros from a hole finds no sum for them when he looks again.
+* Storing, making, evicting and removing hold the lock of the whole cache (:mod:`obdlab.sources.cachespace`).
+* A process that has a blob open holds a shared lock on its ``sums``, so that its files are not removed.
+* A process that fetches units holds a lock on their range of ``data``, so that others wait instead of fetching the
+  same. The kernel releases it when the process dies.
+
+The generation changes whenever sums are dropped. The eviction drops a unit's sums before its space, so that a reader
+that got zeros from a hole finds no sum for them when it checks again.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ class CacheFiles:
         self.size = header.size
         self.units = -(-self.size // self.unit)
         self.fd = fd
-        #: Whether files are behind this that may be stored in.
+        #: True if there are files, open for storing.
         self.attached = True
-        #: Whether files are behind this that can only be read: on a read-only file system, or another user's.
+        #: True if there are files that can only be read: on a read-only file system, or another user's.
         self.read_only = False
         self._sums_fd = sums_fd
         self._pages = pages_of(self.size)
@@ -80,7 +82,7 @@ class CacheFiles:
 
     @classmethod
     def absent(cls, directory: Path, size: int, unit: int) -> Self:
-        """Return a pair in which nothing is and nothing stays, until :meth:`replace`."""
+        """Return a pair without files, which holds and keeps nothing, until :meth:`replace`."""
         fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         files = cls(directory, fd, os.dup(fd), Header.new(size, unit))
         files.attached = False
@@ -88,10 +90,10 @@ class CacheFiles:
 
     @classmethod
     def open(cls, space: CacheSpace, directory: Path, size: int, unit: int) -> Self:
-        """Open the files of a blob of ``size`` bytes, made anew if need be; those that exist keep their unit.
+        """Open the files of a blob of ``size`` bytes, making them if necessary; existing ones keep their unit.
 
-        Raises OSError if they cannot be made, other users can change the cache's directory, the cache is full, it
-        stays locked by others, or others use the blob with another size or had parts of such a one stored.
+        Raises OSError if they cannot be made, other users can change the cache's directory, the cache is full or
+        stays locked by others, or others use the blob with another size or have stored parts of it with another size.
         """
         space.check_owner()
         files = cls._open_existing(directory, size)
@@ -106,7 +108,7 @@ class CacheFiles:
 
     @classmethod
     def open_read_only(cls, directory: Path, size: int) -> Self | None:
-        """Open the files of a blob for reading alone; None if there are none, or they cannot be had."""
+        """Open the files of a blob for reading only; None if they are missing or cannot be opened."""
         try:
             pair = open_pair(directory, os.O_RDONLY)
             files = None if pair is None else cls._use(directory, pair)
@@ -122,7 +124,7 @@ class CacheFiles:
 
     @classmethod
     def _open_existing(cls, directory: Path, size: int) -> Self | None:
-        # None: there is no such pair, or it is just being removed. Needs no lock but the one on sums.
+        # Returns None if there is no such pair, or it is being removed. Needs only the lock on sums.
         pair = open_pair(directory)
         if pair is None:
             if (directory / "sums").exists():
@@ -133,11 +135,11 @@ class CacheFiles:
         except BlockingIOError:
             return None
         if files.size == size and not files.is_stale:
-            if os.fstat(files.fd).st_size < size:  # was cut
+            if os.fstat(files.fd).st_size < size:  # was truncated
                 os.ftruncate(files.fd, size)
             return files
-        # Only a registry's answers are stored, and those must be of a blob of that size. The size wanted here is
-        # the word of a label so far.
+        # Only a registry's answers are stored, and those must be of a blob of that size. The size wanted here has
+        # only a label's word so far.
         kept = files.size != size and (files.header.verified or files.in_use or files.holds_any)
         found = files.size
         files.close()
@@ -148,7 +150,7 @@ class CacheFiles:
 
     @classmethod
     def _use(cls, directory: Path, pair: tuple[int, int]) -> Self:
-        # Takes over both descriptors, also if it raises.
+        # Owns both descriptors, also if it raises.
         try:
             fcntl.flock(pair[1], fcntl.LOCK_SH | fcntl.LOCK_NB)
             return cls._made(directory, pair)
@@ -165,7 +167,7 @@ class CacheFiles:
 
     @classmethod
     def attach(cls, directory: Path) -> Self | None:
-        """Open an existing pair without using it; None if there is no sound one. Under the lock of the cache."""
+        """Open an existing pair without using it; None if there is no sound one. Needs the lock of the cache."""
         pair = open_pair(directory)
         if pair is None:
             return None
@@ -176,24 +178,24 @@ class CacheFiles:
             raise
 
     def replace(self, other: CacheFiles) -> None:
-        """Take over what ``other`` has open, under the descriptors of this; of the same size and unit."""
+        """Replace the open files by those of ``other``, keeping the descriptors' numbers; same size and unit."""
         self.attached = False
         for mine, new in ((self.fd, other.fd), (self._sums_fd, other._sums_fd)):
             os.dup2(new, mine, inheritable=False)
         self.attached, self.read_only = other.attached, other.read_only
         other.close()
 
-    # -- what is there -----------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     @property
     def header(self) -> Header:
-        """Read the header; an empty one if it is damaged."""
+        """Read the header. Returns an empty one if it is damaged."""
         found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
         return found if found is not None else Header.new(self.size, self.unit)
 
     @property
     def is_stale(self) -> bool:
-        """Whether one of the files has no name any more, or the header is another's."""
+        """True if one of the files has been unlinked, or the header is of another blob or unit."""
         found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
         return (
             found is None
@@ -203,9 +205,9 @@ class CacheFiles:
 
     @property
     def in_use(self) -> bool:
-        """Whether any other has the blob open. Under the lock of the cache.
+        """True if the blob is open elsewhere, too. Needs the lock of the cache.
 
-        If not, nobody can begin to use it until this object is closed.
+        If it is False, the blob cannot be opened elsewhere until this object is closed.
         """
         try:
             fcntl.flock(self._sums_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,37 +216,37 @@ class CacheFiles:
         return False
 
     def length_of(self, first: int, stop: int) -> int:
-        """Return how many bytes the units ``[first, stop)`` have; the blob's last unit may be short."""
+        """Return the number of bytes in the units ``[first, stop)``; the blob's last unit may be short."""
         return min(stop * self.unit, self.size) - first * self.unit
 
     def sums(self, first: int, stop: int) -> memoryview:
-        """Return the values of the units' pages; 0 where there are none."""
+        """Return the values of the units' pages; 0 for pages that are not cached."""
         begin, end = first * self._unit_pages, min(stop * self._unit_pages, self._pages)
         length = 4 * (end - begin)
         raw = self._pread(self._sums_fd, length, HEADER_SIZE + 4 * begin)
         return memoryview(raw.ljust(length, b"\0")).cast("I")
 
     def present(self, first: int, stop: int) -> list[bool]:
-        """Return which of the units are there."""
+        """Return for each unit True if it is cached."""
         sums = self.sums(first, stop)
         step = self._unit_pages
         return [sums[min(at + step, len(sums)) - 1] != 0 for at in range(0, len(sums), step)]
 
     def cached_units(self) -> int:
-        """Return how many units are there."""
+        """Return the number of cached units."""
         return int(np.count_nonzero(self._presence()))
 
     @property
     def holds_any(self) -> bool:
-        """Whether any unit is there."""
+        """True if any unit is cached."""
         return os.fstat(self.fd).st_blocks > 0 and self.cached_units() > 0
 
     def disk_bytes(self) -> int:
-        """Return what both files take on disk."""
+        """Return the bytes that both files take on disk."""
         return 512 * (os.fstat(self.fd).st_blocks + os.fstat(self._sums_fd).st_blocks)
 
     def load(self, first: int, stop: int) -> bytes:
-        """Return what the file holds for the units, unchecked; fewer bytes if it was cut short or cannot be read."""
+        """Return the file's bytes of the units, unchecked; fewer if it was truncated or cannot be read."""
         return self._pread(self.fd, self.length_of(first, stop), first * self.unit)
 
     def _pread(self, fd: int, length: int, offset: int) -> bytes:
@@ -254,12 +256,12 @@ class CacheFiles:
             logger.warning("%s: cannot read what is cached: %s", self.directory, error.strerror)
             return b""
 
-    # -- fetching, storing, taking away ------------------------------------------------------------------------------
+    # -- fetching, storing, dropping ---------------------------------------------------------------------------------
 
     def claim(self, first: int, stop: int) -> int | None:
-        """Say that this object's owner fetches the units. Returns None, or else the first unit that another does.
+        """Claim the units for a fetch by this object's owner. Returns None, or the first unit claimed elsewhere.
 
-        A claim that failed leaves nothing claimed.
+        A failed claim leaves nothing claimed.
         """
         if not self.attached:
             return None
@@ -270,7 +272,7 @@ class CacheFiles:
                 answer = fcntl.fcntl(self.fd, command, lock)
             except BlockingIOError:
                 continue
-            except OSError as error:  # a file system without locks: everybody fetches for himself
+            except OSError as error:  # a file system without locks: each process fetches by itself
                 logger.debug("%s: no lock: %s", self.directory, error.strerror)
                 return None
             if command == fcntl.F_OFD_SETLK:
@@ -279,7 +281,7 @@ class CacheFiles:
         return first if kind == fcntl.F_UNLCK else max(first, taken // self.unit)
 
     def unclaim(self, first: int, stop: int) -> None:
-        """Take back what :meth:`claim` said."""
+        """Release a :meth:`claim`."""
         if self.attached:
             lock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, first * self.unit, (stop - first) * self.unit, 0)
             try:
@@ -290,7 +292,7 @@ class CacheFiles:
     def store(self, space: CacheSpace, first: int, data: bytes) -> array[int]:
         """Write whole units, then their sums, which are returned.
 
-        Raises OSError (cache or disk full, files gone): some units may be stored then.
+        Raises OSError (cache or disk full, files removed); some units may be stored then.
         """
         view = memoryview(data)
         units = [unit_sums(view[start : start + self.unit]) for start in range(0, len(view), self.unit)]
@@ -299,7 +301,7 @@ class CacheFiles:
         with space.room(self.fd, len(view)):
             if self.is_stale:
                 raise OSError(errno.ESTALE, "cache file was changed by others", str(self.directory))
-            if self.header.verified:  # and complete: this came by another way, or too late
+            if self.header.verified:  # and complete: these units came another way, or too late
                 return sums
             there = self.sums(first, stop)
             if there != memoryview(sums):
@@ -309,7 +311,7 @@ class CacheFiles:
         return sums
 
     def _drop_others(self, first: int, there: memoryview, units: list[array[int]]) -> None:
-        # What is there with other content may be read by others while it is overwritten.
+        # Units cached with other content may be read by others while they are overwritten, so drop them first.
         step = self._unit_pages
         changed = [
             first + number
@@ -332,48 +334,48 @@ class CacheFiles:
             return
         try:
             os.pwrite(self._sums_fd, value, at)
-        except OSError as error:  # a hint for the eviction, no more
+        except OSError as error:  # only a hint for the eviction
             logger.debug("%s: cannot note the use: %s", self.directory, error.strerror)
 
     def drop(self, first: int, stop: int) -> None:
-        """Take the units' sums away."""
+        """Drop the units' sums."""
         self._take_away([(first, stop)])
 
     def mark_verified(self, generation: int) -> bool:
-        """Note that the blob matches its digest, unless sums were taken away since ``generation``."""
+        """Note that the blob matches its digest, unless sums were dropped since ``generation``."""
         with self._locked():
             if self.read_only or self.header.generation != generation or self.is_stale:
                 return False
             os.pwrite(self._sums_fd, generation_bytes(generation, verified=True), GENERATION_AT)
             return True
 
-    # -- giving back; all of it under the lock of the cache ----------------------------------------------------------
+    # -- evicting; all of it under the lock of the cache -------------------------------------------------------------
 
     def sweep(self, wanted: int, *, spare_used: bool = True) -> int:
-        """Give back up to about ``wanted`` bytes of units; return how many bytes of units it was.
+        """Evict up to about ``wanted`` bytes of units; return the evicted bytes of units.
 
-        Goes on where it last ended, once round at most. Units that were read since it last came by are left where
-        they are, and taken the next time unless they were read again. Raises OSError.
+        A clock hand goes on from its last position, one round at most. Units that were read since its last pass are
+        spared this time, and evicted the next time unless they were read again. Raises OSError.
         """
         taken, found = self._choose(-(-wanted // self.unit), spare_used)
         if len(taken):
             runs = [
                 (int(run[0]), int(run[-1]) + 1) for run in np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1)
             ]
-            # Also if none had a sum: those may be what a killed process left.
+            # Also units without a sum: a killed process may have left their data.
             self._take_away(runs)
             for run in runs:
                 self.punch(*run)
         return found * self.unit
 
     def punch(self, first: int, stop: int) -> None:
-        """Give back the space of units that were dropped. Raises OSError."""
+        """Free the disk space of dropped units. Raises OSError."""
         if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, first * self.unit, (stop - first) * self.unit):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(self.directory / "data"))
 
     def close(self) -> None:
-        """Close both. Not while another thread uses the object."""
+        """Close both files. Not while another thread uses the object."""
         self.attached = False
         close_all((self.fd, self._sums_fd))
         self.fd = self._sums_fd = -1
@@ -385,8 +387,8 @@ class CacheFiles:
         return present
 
     def _choose(self, enough: int, spare_used: bool) -> tuple[npt.NDArray[np.int64], int]:
-        # Returns the units that the hand takes, sorted, and how many of them are cached. The others have no sum;
-        # a killed process may have left their data.
+        # Returns the units that the hand takes, sorted, and how many of them are cached. The others have no sum; a
+        # killed process may have left their data.
         header = self.header
         raw = self._pread(self._sums_fd, self.units, self._used_at).ljust(self.units, b"\0")
         used = np.frombuffer(raw, np.uint8).copy()
@@ -399,7 +401,7 @@ class CacheFiles:
         order, kept = order[:stop], kept[:stop]
         used[order] = 0
         os.pwrite(self._sums_fd, used.tobytes(), self._used_at)
-        # Those who read look at the count, and say again what they read.
+        # Readers check this count, and note again what they read.
         hand, sweeps = (hand + stop) % self.units, (header.sweeps + 1) & 0xFFFFFFFF
         os.pwrite(self._sums_fd, struct.pack("=II", hand, sweeps), HAND_AT)
         return np.sort(order[~kept]), int(found[stop - 1])
@@ -414,7 +416,7 @@ class CacheFiles:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # Between processes, and held for microseconds only.
+        # Between processes; held for microseconds only.
         if not self.attached:
             yield
             return

@@ -1,12 +1,12 @@
-"""Layout of the two files that hold what is cached of one blob, and how they come and go.
+"""Layout of the two files with the cached units of one blob, and how they are made and removed.
 
-``data`` is sparse and at least as large as the blob: what is cached stands where it stands in the blob. ``sums`` says
-which units of it may be used: a header of 64 bytes, then a u32 for each 4 KiB page in this machine's byte order, then
-a byte per unit (1: read since the eviction last came by). The u32 of a page is the CRC-32C of its unit from the
-unit's beginning to the page's end, so that any run of pages within a unit is checked by one call: the CRC that starts
-with the value before the run must end with the one at its end. The value at a unit's end, never 0, says that the unit
-is there. It is written after its data: whatever was interrupted, a unit either has its data or does not match and is
-fetched again. Nothing is synced: after a power failure, too, the sums tell.
+``data`` is sparse and at least as large as the blob: units lie at their offsets in the blob. ``sums`` shows which
+units are cached: a header of 64 bytes, then a u32 for each 4 KiB page in this machine's byte order, then a byte per
+unit (1: read since the eviction's last pass). The u32 of a page is the CRC-32C of its unit from the unit's beginning
+to the page's end, so that one call checks any run of pages within a unit: the CRC seeded with the value before the
+run must give the one at its end. The value at a unit's end, never 0, marks the unit as cached. It is written after
+its data: after any interruption, a unit either has its data or does not match and is fetched again. Nothing is
+synced: the sums also find damage of a power failure.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 PAGE_SHIFT = 12
 PAGE = 1 << PAGE_SHIFT
 HEADER_SIZE = 64
-# Any seed but 0 sees a unit's leading zeros, too.
+# With any seed but 0 the CRC depends on a unit's leading zeros, too.
 SEED = 100007
-# Stands in for the checksum 0 at a unit's end.
+# Replaces the checksum 0 at a unit's end.
 _ZERO_SUM = 0xFFFFFFFF
 
 _MAGIC = b"OBDLCACH"
 _VERSION = 3
 # Magic, version, unit, blob size; the generation and the mark of a verified blob; the time of the last use (seconds
-# since 1970); where the eviction goes on, and how often it came by.
+# since 1970); the eviction's position, and the number of its passes.
 _HEADER = struct.Struct("=8sIIQIIdII")
 _VERIFIED_MARK = 0x56524659
-_FUTURE = float(1 << 33)  # a time of last use that is no time
-# One of the names is missing, or is no file of ours (a link, a pipe).
+_FUTURE = float(1 << 33)  # larger times of last use are damaged
+# One of the files is missing, or not a regular file of this user (a link, a pipe).
 _UNSOUND = (errno.ENOENT, errno.ELOOP, errno.EINVAL)
 GENERATION_AT = 24  # followed by the mark
 LAST_USE_AT = 32
@@ -51,7 +51,7 @@ HAND_AT = 40  # followed by the count
 
 
 class Header(NamedTuple):
-    """What stands at the beginning of ``sums``."""
+    """The header of ``sums``."""
 
     magic: bytes
     version: int
@@ -69,7 +69,7 @@ class Header(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self | None:
-        """Return the header; None unless it is one, of this version, and makes sense."""
+        """Return the header; None if it is malformed or of another version."""
         if len(data) < _HEADER.size:
             return None
         header = cls(*_HEADER.unpack_from(data))
@@ -86,7 +86,7 @@ class Header(NamedTuple):
 
     @property
     def verified(self) -> bool:
-        """Whether the blob was complete and matched its digest, and nothing was taken away since."""
+        """True if the blob was complete and matched its digest, and no sums were dropped since."""
         return self.mark == _VERIFIED_MARK
 
     @property
@@ -96,7 +96,7 @@ class Header(NamedTuple):
 
 
 def generation_bytes(generation: int, *, verified: bool) -> bytes:
-    """Return what stands at :data:`GENERATION_AT`."""
+    """Return the bytes at :data:`GENERATION_AT`."""
     return struct.pack("=II", generation & 0xFFFFFFFF, _VERIFIED_MARK if verified else 0)
 
 
@@ -105,12 +105,12 @@ def pages_of(size: int) -> int:
 
 
 def used_at(size: int) -> int:
-    """Return where in ``sums`` the bytes per unit begin."""
+    """Return the offset in ``sums`` of the bytes per unit."""
     return HEADER_SIZE + 4 * pages_of(size)
 
 
 def sums_size(size: int, unit: int) -> int:
-    """Return how long ``sums`` is."""
+    """Return the size of ``sums``."""
     return used_at(size) - -size // unit
 
 
@@ -127,7 +127,7 @@ def unit_sums(content: Buffer) -> array[int]:
 
 
 def last_use(directory: Path) -> float:
-    """Return when the blob in ``directory`` was last read (seconds since 1970); 0 if that is not known."""
+    """Return the time at which the blob in ``directory`` was last read (seconds since 1970); 0 if unknown."""
     try:
         with open(open_own(directory / "sums", os.O_RDONLY), "rb") as file:
             header = Header.from_bytes(file.read(HEADER_SIZE))
@@ -157,10 +157,10 @@ def open_pair(directory: Path, mode: int = os.O_RDWR) -> tuple[int, int] | None:
 
 
 def new_pair(directory: Path, size: int, unit: int) -> tuple[int, int]:
-    """Make both files, in place of others. Under the lock of the cache. Raises OSError.
+    """Make both files, replacing old ones. Needs the lock of the cache. Raises OSError.
 
-    Others may have the old files open, so they are replaced, not changed. At every moment what has the name ``sums``
-    belongs to what has the name ``data``.
+    Others may have the old files open, so they are replaced, not changed. At every moment the file named ``sums``
+    belongs to the file named ``data``.
     """
     (directory / "sums").unlink(missing_ok=True)
     descriptors: list[int] = []
@@ -172,7 +172,7 @@ def new_pair(directory: Path, size: int, unit: int) -> tuple[int, int]:
                 if name == "data":
                     os.ftruncate(fd, size)
                 else:
-                    # Its space is there from the beginning, so that storing a sum never grows it.
+                    # Its space is allocated at once, so that storing a sum never grows it.
                     os.posix_fallocate(fd, 0, sums_size(size, unit))
                     os.pwrite(fd, Header.new(size, unit).to_bytes(), 0)
                 os.rename(temporary, directory / name)
@@ -186,17 +186,17 @@ def new_pair(directory: Path, size: int, unit: int) -> tuple[int, int]:
 
 
 def remove_blob(directory: Path) -> None:
-    """Delete a blob's files and directory. Under the lock of the cache.
+    """Delete a blob's files and directory. Needs the lock of the cache.
 
-    Who has them open goes on with the deleted files, in which nothing is stored any more.
+    Processes that have them open go on with the deleted files, in which nothing is stored any more.
     """
-    for name in sorted(os.listdir(directory), reverse=True):  # sums before data: no sums, no data
+    for name in sorted(os.listdir(directory), reverse=True):  # sums before data: data without sums is not used
         (directory / name).unlink()
     directory.rmdir()
     try:
         directory.parent.rmdir()
     except OSError:
-        pass  # there are others
+        pass  # not empty: there are other blobs
 
 
 def close_all(descriptors: Iterable[int]) -> None:

@@ -1,13 +1,13 @@
-"""The cache directory as a whole: its lock, what it holds on disk, and how it is kept within its limits.
+"""The cache directory as a whole: its lock, its size on disk, and its limits.
 
-``<directory>/usage`` is the lock (flock) of everybody who makes, stores, gives back or removes, and holds the sum of
-all disk blocks below the directory. The sum is raised before a write and set right after it, so a killed process
-leaves it too large, never too small; it is counted anew from the files' block counts after a reboot, and when an
-eviction cannot bring it down.
+``<directory>/usage`` is the lock (flock) for making, storing, evicting and removing, and has the sum of all disk
+blocks below the directory. The sum is raised before a write and corrected right after it, so a killed process leaves
+it too large, never too small. It is counted again from the files' block counts after a reboot, and when an eviction
+cannot bring it down.
 
-A store that finds no room stores nothing. Whoever finds the directory fuller than its high mark starts a thread that
-gives back until it is below the low mark; the lock is held for one blob's part of that at a time, and only one
-process does it.
+A store without room stores nothing. A process that finds the directory above its high mark starts a thread that
+evicts until it is below the low mark. The thread holds the lock for one step of a blob at a time, and only one
+process evicts.
 """
 
 from __future__ import annotations
@@ -35,51 +35,51 @@ logger = logging.getLogger(__name__)
 _LEDGER = struct.Struct("=8s40sq")  # magic, boot id, bytes
 _MAGIC = b"OBDLUSED"
 _BLOCK = 4096
-# Storing is worth no long wait: a reader may stand behind it. Nor is opening: it is tried again later.
+# A store must not wait long: a reader may wait for it. Nor must opening: it is tried again later.
 _WAIT_TO_STORE_S = 0.25
 _WAIT_TO_OPEN_S = 1.0
 _WAIT_TO_EVICT_S = 10.0
-# The high mark lies so much below the limit, the low mark twice as much: room for what comes while others evict.
+# The high mark lies one spare below the limit, the low mark two: room for stores while others evict.
 _SPARE_SHARE = 16
 _FREE_SPARE_SHARE = 4
-# What the file system takes for itself when it writes files back, after their blocks were counted: ext4 a block for
-# each 340 extents, of one unit each at worst.
+# Space that the file system allocates when it writes files back, after their blocks were counted: ext4 takes a block
+# per 340 extents, of one unit each at worst.
 _FILE_SYSTEM_SHARE = 256
-# The free space kept on the file system is no more than this share of it.
+# `min_free` is limited to this share of the file system.
 _FREE_SHARE = 16
-# An eviction that did not help is not tried again at once.
+# Pause after an eviction that did not help.
 _REST_S = 1.0
 
 
 class CacheFullError(OSError):
-    """There is no room within the cache's limits, until the eviction has come by."""
+    """The cache is full, until the eviction has freed space."""
 
 
 class CacheSpace:
-    """What all blobs of one cache directory share. Making one touches nothing; it holds nothing open.
+    """The shared state of all blobs of one cache directory. The constructor does no I/O; it holds nothing open.
 
-    The directory holds at most ``quota`` bytes on disk (0: no limit), and the cache gives back what it holds rather
-    than leave less than ``min_free`` bytes (at most a 16th of it) free on the file system.
+    The directory takes at most ``quota`` bytes on disk (0: no limit), and the cache evicts rather than leave less
+    than ``min_free`` bytes (at most a 16th of it) free on the file system.
     """
 
     def __init__(self, directory: Path | str, *, quota: int = 0, min_free: int = 0) -> None:
         self.directory = Path(directory)
         self.blobs = self.directory / "blobs"
-        #: Bytes given back so far, by this object.
+        #: Bytes evicted so far, by this object.
         self.evicted_bytes = 0
-        #: Whether the log says already that this process may not write here.
+        #: True once the log says that this process may not write here.
         self.refusal_said = False
         self._quota = quota
         self._min_free = min_free
-        self._lock = threading.Lock()  # threads queue here, and do not poll for the file's lock
+        self._lock = threading.Lock()  # threads queue here instead of polling for the file's lock
         self._evicting = threading.Lock()
         self._wanted = 0
         self._no_eviction_before = 0.0
 
     def check_owner(self) -> None:
-        """Raise OSError if other users can change the directory: what is in it could be links, or theirs.
+        """Raise OSError if other users can change the directory: its entries could be links, or theirs.
 
-        A directory that is not there yet is made by the first store.
+        The first store makes a missing directory.
         """
         with suppress(FileNotFoundError):
             check_own_directory(self.directory)
@@ -88,7 +88,7 @@ class CacheSpace:
     def room(self, fd: int, length: int) -> Iterator[None]:
         """Hold the lock with room for ``length`` more bytes in the file ``fd``.
 
-        Raises CacheFullError if there is none, OSError if the file was deleted (ESTALE), or is locked too long.
+        Raises CacheFullError if there is no room, OSError if the file was deleted (ESTALE) or stays locked.
         """
         with self._locked(_WAIT_TO_STORE_S) as ledger:
             self._check_room(ledger, length)
@@ -109,7 +109,7 @@ class CacheSpace:
     def changing(self, directory: Path, length: int = 0, *, patient: bool = False) -> Iterator[None]:
         """Hold the lock to make, replace or remove files of the blob in ``directory``, with room for ``length`` more.
 
-        Raises OSError as :meth:`room`; whoever is ``patient`` waits for the lock longer.
+        Raises OSError as :meth:`room`; ``patient`` waits longer for the lock.
         """
         with self._locked(_WAIT_TO_EVICT_S if patient else _WAIT_TO_OPEN_S) as ledger:
             if length:
@@ -123,13 +123,13 @@ class CacheSpace:
                 ledger.set(max(0, used + self._usage_of(directory) - before))
 
     def count(self) -> int:
-        """Count anew what the directory holds on disk, and return it. Raises OSError."""
+        """Count the directory's bytes on disk again, and return them. Raises OSError."""
         with self._locked(_WAIT_TO_EVICT_S) as ledger:
             ledger.set(disk_usage(self.directory))
             return ledger.used
 
     def excess(self) -> int:
-        """Return how much more the directory holds than it should after an eviction; 0 or less if it is fine.
+        """Return the bytes to evict down to the low mark; 0 or less if the directory is below it.
 
         Raises OSError.
         """
@@ -137,9 +137,9 @@ class CacheSpace:
             return self._excess(ledger.used + self._wanted, 2)
 
     def start_eviction(self, wanted: int = 0) -> None:
-        """Have space given back by a thread, so that there is room for ``wanted`` bytes; returns at once.
+        """Start a thread that evicts until there is room for ``wanted`` bytes; returns at once.
 
-        Nothing happens if one does it already, or nothing came of it a moment ago.
+        Does nothing if one is running already, or the last one did not help a moment ago.
         """
         if time.monotonic() < self._no_eviction_before or not self._evicting.acquire(blocking=False):
             return
@@ -150,7 +150,7 @@ class CacheSpace:
             self._evicting.release()
 
     def wait_for_eviction(self, timeout_s: float) -> bool:
-        """Wait until this object's eviction is over, if there is one; tell whether it is."""
+        """Wait until this object's eviction is over, if there is one. Return False on timeout."""
         over = self._evicting.acquire(timeout=timeout_s)
         if over:
             self._evicting.release()
@@ -178,7 +178,7 @@ class CacheSpace:
 
     @contextmanager
     def _sole_evictor(self) -> Iterator[bool]:
-        # Between processes: two would take twice as much as is needed. Tells whether it is us.
+        # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
         fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -191,7 +191,7 @@ class CacheSpace:
             os.close(fd)
 
     def _usage_of(self, directory: Path) -> int:
-        # With the directories that lead to it, which may be new.
+        # Includes the parent directories, which may be new.
         total = disk_usage(directory) if directory.exists() else 0
         while (directory := directory.parent) != self.directory:
             total += 512 * directory.lstat().st_blocks if directory.exists() else 0
@@ -205,7 +205,7 @@ class CacheSpace:
             raise CacheFullError(errno.ENOSPC, "cache is full", str(self.directory))
 
     def _excess(self, used: int, spares: int) -> int:
-        # By how much the limits, made stricter by so many spares, are exceeded.
+        # Returns the bytes above the limits, which are lowered by so many spares.
         if not spares:
             used += used // _FILE_SYSTEM_SHARE + 2 * _BLOCK
         excess = used - self._quota + spares * self._quota // _SPARE_SHARE if self._quota else 0
@@ -231,7 +231,7 @@ class CacheSpace:
             self._lock.release()
 
     def _lock_file(self, deadline: float) -> int:
-        # A descriptor of its own for each use, so that it excludes everybody, and nothing stays open.
+        # Each use opens its own descriptor, so that it excludes all others, and nothing stays open.
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.check_owner()
         path = self.directory / "usage"
@@ -249,7 +249,7 @@ class CacheSpace:
                     continue
                 if os.fstat(fd).st_nlink:
                     return fd
-                # The cache was deleted by hand, and this is the lock of nothing.
+                # The cache was deleted by hand, and this lock file with it.
                 os.close(fd)
                 fd = -1
                 fd = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -263,7 +263,7 @@ class CacheSpace:
 
 
 class _Ledger:
-    # The file's content, while it is locked.
+    # The content of the locked file.
     def __init__(self, fd: int, directory: Path) -> None:
         self._fd = fd
         self.used: int
@@ -281,7 +281,7 @@ class _Ledger:
 
 
 def _rounded(length: int) -> int:
-    # What so many bytes may take on disk: whole blocks, and one of the file's extents.
+    # Upper bound of the disk space of so many bytes: whole blocks, and one of the file's extents.
     return length + -length % _BLOCK + _BLOCK if length else 0
 
 

@@ -1,8 +1,8 @@
-"""Fetching blobs whole into the block cache, while nobody waits for anything else.
+"""Fetching blobs whole into the block cache, while no reader waits for anything else.
 
-The cache is the store: what readers fetched is not fetched again, an interrupted download goes on where it was, and
-there is nothing to switch to: a reader finds more and more of the blob there. When all of it is there it is checked
-against its digest and marked as verified; one that does not match is taken away and fetched again.
+The cache is the store: bytes that readers fetched are not fetched again, an interrupted download continues where it
+was, and nothing is switched at the end: readers just find more and more of the blob in the cache. A complete blob is
+checked against its digest and marked as verified; one that does not match is dropped and fetched again.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often a waiting download looks whether its image was closed.
+# Interval at which a waiting download checks if its image was closed.
 _LOOK_S = 0.2
-# After somebody waited for the origin, he is likely to do so again at once.
+# A reader that has just waited for the origin is likely to do so again at once.
 _QUIET_S = 0.05
-# How long to leave a blob alone that another process downloads, or that failed.
+# Pause for a blob that another process downloads, or that failed.
 _LATER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadOptions:
-    """When and how fast. The start is put off by ``delay_s`` and a random part of ``delay_extra_s``."""
+    """Timing and rate. The start is delayed by ``delay_s`` plus a random part of ``delay_extra_s``."""
 
     delay_s: float = 300.0
     delay_extra_s: float = 30.0
@@ -46,11 +46,11 @@ class DownloadOptions:
 
 
 class _ClosedError(Exception):
-    """The image was closed; there is nobody to download for."""
+    """The image was closed, so the download ends."""
 
 
 class BackgroundDownload:
-    """Downloads the blobs of one image, one at a time, in a thread of its own that ends when they are closed."""
+    """Downloads the blobs of one image, one at a time, in its own thread, which ends when they are closed."""
 
     def __init__(self, blobs: Sequence[CachedBlob], options: DownloadOptions) -> None:
         self._options = options
@@ -63,7 +63,7 @@ class BackgroundDownload:
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end; tell whether it has come."""
+        """Wait for the end. Return False on timeout."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -100,7 +100,7 @@ class BackgroundDownload:
                 logger.warning("%s: background download given up", blob.name)
 
     def _download(self, blob: CachedBlob) -> bool:
-        # Returns whether the blob is complete and verified now.
+        # Returns True if the blob is complete and verified now.
         try:
             unit = 0
             while (piece := blob.missing_piece(unit)) is not None:
@@ -139,7 +139,7 @@ class BackgroundDownload:
 
 @contextmanager
 def _sole_downloader(blob: CachedBlob) -> Iterator[bool]:
-    # Between processes: nothing is to be downloaded twice. Tells whether it is us.
+    # Between processes: no blob is to be downloaded twice. Yields True if this process is the one.
     try:
         fd = os.open(blob.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:  # deleted by hand

@@ -1,7 +1,7 @@
-"""Which cached bytes go first: blobs in the order of their last use, and within one what was not read lately.
+"""The order of eviction: blobs by their last use, and within a blob the units not read lately.
 
-What is being read stays: of a blob that somebody has open, only units go that nobody read since the eviction last
-came by, and that is at least a while ago. If that is not enough, the cache stays full, and what comes is not stored.
+Data in use stays: of an open blob, only units go that no reader has used since the eviction's last pass, which is at
+least a while ago. If that frees too little, the cache stays full, and new data is not stored.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The lock is held while so much is given back.
+# Bytes evicted while the lock is held once.
 _STEP = 32 << 20
-# Readers tell within a quarter of a second what they read, if the eviction has come by.
+# Readers note their reads within a quarter of a second after a pass of the eviction.
 SWEEP_PAUSE_S = 0.5
 
 
@@ -34,9 +34,9 @@ def cached_blobs(blobs: Path) -> list[Path]:
 
 
 def evict(space: CacheSpace) -> int:
-    """Give back until the directory holds no more than it should, or nothing is left; return how much it was.
+    """Evict until the directory is below its low mark, or nothing is left; return the evicted bytes.
 
-    What cannot be given back is said in the log, and the next blob's turn comes. Raises OSError.
+    Logs a blob that cannot be evicted, and goes on with the next. Raises OSError.
     """
     freed = remove_unused(space) if space.excess() > 0 else 0
     freed += _come_by(space)
@@ -58,7 +58,7 @@ def _come_by(space: CacheSpace) -> int:
                 with space.changing(directory, patient=True):
                     got = shrink(directory, step)
             except FileNotFoundError:
-                break  # went meanwhile
+                break  # removed meanwhile
             except OSError as error:
                 logger.warning("%s: cannot give back space: %s", directory, error)
                 break
@@ -71,9 +71,9 @@ def _come_by(space: CacheSpace) -> int:
 
 
 def discard(directory: Path) -> int:
-    """Give back all of one blob and return how many bytes that was; it is removed if nobody has it open.
+    """Evict all of one blob and return the bytes freed; its files are removed unless a process has them open.
 
-    Under the lock of the cache. Raises OSError.
+    Needs the lock of the cache. Raises OSError.
     """
     files = CacheFiles.attach(directory)
     if files is None:
@@ -88,9 +88,9 @@ def discard(directory: Path) -> int:
 
 
 def shrink(directory: Path, wanted: int) -> int:
-    """Give back up to about ``wanted`` bytes of one blob; one that is empty then and not open is removed.
+    """Evict up to about ``wanted`` bytes of one blob; removes its files if it is empty then and not open.
 
-    Returns how many it was. Under the lock of the cache. Raises OSError.
+    Returns the bytes freed. Needs the lock of the cache. Raises OSError.
     """
     files = CacheFiles.attach(directory)
     if files is None:

@@ -1,4 +1,4 @@
-"""How much a miss fetches at once: the more, the more a request's wait costs beside its bytes."""
+"""The size of a miss's fetch: larger extents for links whose waits cost much compared to their bytes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from obdlab.registry.link import Link
 
-# A start needs half or less of what is fetched around its misses. So many times what the link brings during a wait
-# makes extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, about the best of those that
-# were tried there (docs/performance.md).
+# A start needs half or less of the bytes fetched around its misses. This many times the link's bytes per wait gives
+# extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, about the best of those that were
+# tried there (docs/performance.md).
 _WAITS = 3.4
-# Where waits are shorter, more than the usual would save next to nothing, and cost the registry bytes.
+# With shorter waits, extents above the usual would save next to nothing, and cost the registry bytes.
 _SHORT_WAIT_S = 0.005
-#: The usual extent may become smaller by this factor.
+#: The extent may be smaller than the usual by this factor.
 SMALLEST = 4
 
 
 class Extent:
-    """Aligned stretches of units, a power of two of them: ``usual`` many as long as nothing is known of the link.
+    """Aligned runs of a power of two of units: ``usual`` many as long as the link is unknown.
 
-    With ``most`` above 0 it is up to so many, or down to a quarter of the usual, as the link makes it worthwhile.
+    With ``most`` above 0 the link decides: up to ``most``, or down to a quarter of the usual.
     """
 
     def __init__(self, usual: int, most: int, unit: int) -> None:
@@ -30,7 +30,7 @@ class Extent:
         self._most = max(usual, most)
 
     def units(self, link: Link | None) -> int:
-        """Return how many units a miss fetches now."""
+        """Return the number of units that a miss fetches now."""
         if link is None or not link.bytes_per_wait or self._least == self._most:
             return self._usual
         worthwhile = _WAITS * link.bytes_per_wait / self._unit
@@ -41,9 +41,9 @@ class Extent:
         return units
 
     def growth(self, units: int) -> int:
-        """Return how many times the usual that is, at least 1."""
+        """Return the ratio of that many units to the usual, at least 1."""
         return max(1, units // self._usual)
 
 
-#: While an image is opened: those who do that read little, and know where.
+#: Used while an image is opened: opening reads few, known places.
 SINGLE = Extent(1, 0, 1)

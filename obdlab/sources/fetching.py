@@ -1,7 +1,7 @@
-"""What the block cache does when something is not there: one request for adjacent units, one fetch for all who wait.
+"""Misses of the block cache: one request for adjacent units, one fetch for all readers that wait for them.
 
-Between the threads of a process a table tells who fetches what; between processes a lock on the units' range in the
-shared file does. Another process' fetch is waited for only so long, in case that process hangs.
+Between the threads of a process a table of flights shows the fetching thread; between processes a lock on the units'
+range in the shared file does. A reader waits only a limited time for another process's fetch, in case that hangs.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Fetching ahead gives up sooner than a reader, who then still has time to try for himself.
+# Fetching ahead gives up sooner than a reader, which then still has time to fetch itself.
 _BACKGROUND_SHARE = 0.25
-# So long a reader waits for another process that fetches what he wants, looking at these intervals.
+# Longest wait of a reader for another process that fetches its units, and the intervals of checking.
 _OTHERS_S = 5.0
 _LOOK_FIRST_S, _LOOK_MOST_S = 0.0005, 0.005
 
@@ -55,9 +55,9 @@ class Fetches:
         readahead: ReadAhead,
         deadline_s: float,
     ) -> None:
-        #: A reader's miss fetches what is missing of the extent around it.
+        #: A reader's miss fetches the missing units of the extent around it.
         self.extent = SINGLE
-        #: Fetches ahead of readers have a part of it; readers come with their own.
+        #: Fetches ahead of readers get a share of it; readers have their own deadline.
         self.deadline_s = deadline_s
         self.name = origin.name
         self._origin = origin
@@ -67,13 +67,13 @@ class Fetches:
         self._readahead = readahead
         self._lock = threading.Lock()
         self._flights: dict[int, Flight] = {}
-        #: 1 for each unit that will be fetched soon: a reader who comes sooner takes just what he needs of these.
+        #: 1 for each unit that will be fetched soon: a reader that comes earlier fetches only those it needs.
         self.expected = b""
-        # Prefetched, and not used since.
+        # Prefetched units that have not been used since.
         self._unused: set[int] = set()
 
     def obtain(self, unit: int, stop: int, deadline: float) -> tuple[bytes | memoryview, bool]:
-        """Return the content of one or more units from ``unit`` on, and whether it had to be waited for.
+        """Return the content of one or more units from ``unit`` on, and True if the caller had to wait for it.
 
         Raises what the origin raises.
         """
@@ -96,7 +96,7 @@ class Fetches:
                 else:
                     if not flight.started:
                         flight.started = mine = True
-                    if flight.stop < stop:  # the rest need not wait for it
+                    if flight.stop < stop:  # the rest need not wait for this flight
                         ahead = [(flight.stop, stop)]
             self._fetch_ahead(ahead)
             if flight is None:
@@ -105,7 +105,7 @@ class Fetches:
                     return data, waited
                 self._check_deadline(unit, deadline)
                 continue
-            # Before waiting, so that the next pieces are on their way meanwhile.
+            # Before waiting, so that the next pieces are in flight meanwhile.
             self.pass_marks(unit, min(stop, flight.stop))
             with self._demand:
                 if mine:
@@ -119,7 +119,7 @@ class Fetches:
             self._check_deadline(unit, deadline)
 
     def fetch_in_background(self, first: int, stop: int) -> None:
-        """Fetch what of the units is neither there nor under way. Raises what the origin raises."""
+        """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
         unit = first
         while unit < stop:
             with self._lock:
@@ -135,7 +135,7 @@ class Fetches:
             unit = flight.stop
 
     def prefetch(self, first: int, stop: int) -> None:
-        """As :meth:`fetch_in_background`, because a reader is expected soon."""
+        """Like :meth:`fetch_in_background`, but counted as prefetch: a reader is expected soon."""
         unit = first
         while unit < stop:
             flight = self.claim_ahead(unit, stop)
@@ -145,9 +145,9 @@ class Fetches:
             unit = flight.stop
 
     def claim_ahead(self, unit: int, stop: int) -> Flight | None:
-        """Claim the next units that are neither there nor under way: whoever reads them waits for our caller.
+        """Claim the next units that are neither cached nor in flight; readers of them wait for the caller's fetch.
 
-        He must call :meth:`fetch_claimed` or :meth:`give_back` with what is returned; None: nothing is to be fetched.
+        The caller must pass the result to :meth:`fetch_claimed` or :meth:`give_back`. None: nothing is missing.
         """
         with self._lock:
             flight = self._claim_next(unit, stop)
@@ -157,23 +157,23 @@ class Fetches:
         return flight
 
     def fetch_claimed(self, flight: Flight, read: ReadUnits) -> None:
-        """Fetch what was claimed, by ``read(flight, deadline)``, and store it. Raises what that raises."""
+        """Fetch a claimed flight by ``read(flight, deadline)``, and store it. Raises what ``read`` raises."""
         stop = flight.stop
         try:
             deadline = time.monotonic() + self.deadline_s * _BACKGROUND_SHARE
             self._fetch(flight, deadline, patient=False, read=read)
         finally:
-            fetched = flight.first if flight.data is None else flight.stop  # others may fetch the rest
+            fetched = flight.first if flight.data is None else flight.stop  # other threads may fetch the rest
             with self._lock:
                 self._unused.difference_update(range(fetched, stop))
 
     def count_request(self) -> None:
-        """Count a request that brings the units of several fetches."""
+        """Count a request that brings the units of several flights."""
         with self._lock:
             self._units.counters.requests += 1
 
     def give_back(self, flight: Flight) -> None:
-        """What was claimed is not fetched: those who wait for it do."""
+        """Abandon a claimed flight; threads waiting for it fetch the units themselves."""
         with self._lock:
             self._unused.difference_update(range(flight.first, flight.stop))
         self._end(flight)
@@ -187,7 +187,7 @@ class Fetches:
         return self._units.files.length_of(0, stop)
 
     def note_use(self, first: int, stop: int) -> None:
-        """The units were read: count what was prefetched of them."""
+        """Count the prefetched ones among units that were read."""
         if not self._unused:
             return
         with self._lock:
@@ -199,7 +199,7 @@ class Fetches:
                 counters.prefetch_used_bytes += sum(self._units.files.length_of(unit, unit + 1) for unit in used)
 
     def pass_marks(self, first: int, stop: int) -> None:
-        """A reader came by these units: fetch ahead of him."""
+        """Fetch ahead of a reader that came to these units, if one of them has a mark."""
         ahead: list[tuple[int, int]] = []
         with self._lock:
             for unit in range(first, stop):
@@ -210,7 +210,7 @@ class Fetches:
     # -- between threads ---------------------------------------------------------------------------------------------
 
     def _claim_next(self, unit: int, stop: int) -> Flight | None:
-        # The next units that are neither there nor under way. Under the lock.
+        # Claims the next units that are neither cached nor in flight. Needs the lock.
         there = self._units.files.present(unit, stop)
         for number in range(unit, stop):
             if number not in self._flights and not there[number - unit]:
@@ -248,7 +248,7 @@ class Fetches:
         self._holders.let_go()
 
     def _await(self, flight: Flight, deadline: float) -> None:
-        # Returns when the other thread's fetch is over; raises its error, unless trying ourselves may help.
+        # Returns when the other thread's fetch has ended. Raises its error, unless fetching again may help.
         with waiting():
             finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
         if not finished:
@@ -260,7 +260,7 @@ class Fetches:
     # -- fetching ----------------------------------------------------------------------------------------------------
 
     def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
-        # Fetches and stores. Afterwards flight.data is there, or another process fetched it, or the error is raised.
+        # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
         claimed = False
         try:
             turn = self._take_turn(flight, deadline, patient)
@@ -268,7 +268,7 @@ class Fetches:
                 return
             claimed = turn
             flight.data = (read or self._read_origin)(flight, deadline)
-            self._settle(flight)  # nobody else waits for the disk, and the units stay claimed until they are stored
+            self._settle(flight)  # spares waiting threads the disk; the units stay claimed until stored
             self._units.store(flight.first, flight.data)
         except BaseException as error:
             if flight.data is None:
@@ -295,15 +295,16 @@ class Fetches:
         flight.done.set()
 
     def _take_turn(self, flight: Flight, deadline: float, patient: bool) -> bool | None:
-        # None: another process has fetched it, or does. Otherwise it is ours to fetch; True if others know that.
+        # Returns None if another process has fetched the units, or is doing so. Otherwise this thread fetches them;
+        # True if the claim shows that to other processes.
         files = self._units.files
         busy = files.claim(flight.first, flight.stop)
-        if busy is not None and busy > flight.first:  # what lies before is ours
+        if busy is not None and busy > flight.first:  # the units before are free
             self._shorten(flight, busy)
             busy = files.claim(flight.first, flight.stop)
         if busy is not None:
             return self._wait_for_others(flight, deadline) if patient else None
-        if any(files.present(flight.first, flight.stop)):  # since we looked
+        if any(files.present(flight.first, flight.stop)):  # stored since the check
             files.unclaim(flight.first, flight.stop)
             return None
         return True
@@ -337,7 +338,7 @@ class Fetches:
         flights = []
         with self._lock:
             for first, stop in pieces:
-                self._units.attend[first] = 1  # the reader's arrival there matters
+                self._units.attend[first] = 1  # note_use must see the reader arrive there
                 unit = first
                 while unit < stop and not self._holders.closed:
                     flight = self._claim_next(unit, stop)
@@ -355,7 +356,7 @@ class Fetches:
             return
         with self._lock:
             if flight.started:
-                return  # a reader could not wait
+                return  # a reader took it over
             flight.started = True
         try:
             self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
@@ -363,7 +364,7 @@ class Fetches:
             logger.info("fetching ahead failed: %s", error)
 
     def _abandon(self, flight: Flight) -> None:
-        # Nobody will fetch it ahead; a reader that took it over meanwhile does.
+        # The fetch ahead does not take place; if a reader took the flight over meanwhile, the reader fetches it.
         with self._lock:
             if flight.started:
                 return
@@ -380,5 +381,5 @@ class Fetches:
 
 
 def _run(there: Sequence[bool]) -> int:
-    # How many are there from the first on.
+    # Returns the number of cached units from the first one on.
     return there.index(False) if False in there else len(there)

@@ -1,4 +1,4 @@
-"""A few background threads for work that may as well not be done."""
+"""A few background threads for optional work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IDLE_S = 10.0
 
 
 class FetchPool:
-    """Runs jobs in daemon threads that start when there is work and end when there was none for a while."""
+    """Runs jobs in daemon threads, which start when there is work and end after a while without any."""
 
     def __init__(self, threads: int, queued: int) -> None:
         self._max_threads = threads
@@ -27,7 +27,7 @@ class FetchPool:
         os.register_at_fork(after_in_child=self._reset)
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Have ``job`` run soon; False if too much is queued, or no thread can be had. Jobs must not raise."""
+        """Queue ``job``. Return False if the queue is full or no thread can be started. Jobs must not raise."""
         with self._lock:
             if self._jobs.qsize() >= self._max_queued:
                 return False
@@ -41,7 +41,7 @@ class FetchPool:
     def _add_thread(self) -> None:
         try:
             threading.Thread(target=self._work, name="obdlab-fetch", daemon=True).start()
-        except RuntimeError:  # the system has no more; those that run will do
+        except RuntimeError:  # the system has no more threads; the running ones suffice
             return
         self._threads += 1
 
@@ -69,7 +69,7 @@ class FetchPool:
             with self._lock:
                 self._idle -= 1
         with self._lock:
-            # A job may have come between the time-out and here, counting on this thread.
+            # A job may have been queued since the time-out, counting on this thread.
             try:
                 return self._jobs.get_nowait()
             except queue.Empty:

@@ -1,9 +1,9 @@
-"""Disks unpacked to plain files in the cache directory, for the kernel to read without us.
+"""Disks unpacked to plain files in the cache directory, which the kernel reads directly.
 
-``<cache dir>/graduated/<name>/disk`` is a sparse file of the disk's size; ``sums`` beside it holds a CRC32C for each
-MiB of it. ``disk`` appears by a rename after both are on stable storage, so one that is there is whole, and nobody
-writes to it again. Whoever uses it keeps a shared lock (flock) on its open file, and a loop device keeps that file
-open: a disk whose lock is free is used by nobody, and the eviction takes it away when the cache needs room.
+``<cache dir>/graduated/<name>/disk`` is a sparse file of the disk's size; ``sums`` beside it has a CRC32C for each
+MiB of it. ``disk`` appears by a rename after both are on stable storage, so it is whole when it exists, and is never
+written again. Each user keeps a shared lock (flock) on its open file, and a loop device keeps that file open: a disk
+without a lock is unused, and the eviction removes it when the cache needs room.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SUM = Struct("<I")
 _MAGIC = b"OBDLFLAT"
 _TRIES = 40
 _LOCK_PAUSE_S = 0.1
-# For another process that stores the same; it goes on as long as it takes.
+# Longest wait for another process that stores the same disk.
 _LONGEST_WAIT_S = 3600.0
 
 
@@ -52,11 +52,11 @@ class FlatFiles:
         self._directory = space.directory / "graduated"
 
     def path(self, name: str) -> Path:
-        """Return where the disk of this name is, once it is there."""
+        """Return the path of the disk of this name."""
         return self._directory / name / "disk"
 
     def open(self, name: str) -> int | None:
-        """Open a disk for as long as the descriptor, or whoever gets it, lives; None if there is none.
+        """Open a disk; it stays in use until the descriptor and its copies are closed. None if it is missing.
 
         Raises FlatFileError if the system refuses.
         """
@@ -72,14 +72,14 @@ class FlatFiles:
             if os.fstat(fd).st_nlink:
                 return fd
         except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:  # being taken away
+            if error.errno != errno.EWOULDBLOCK:  # EWOULDBLOCK: it is being removed
                 os.close(fd)
                 raise FlatFileError(f"{self.path(name)}: cannot lock: {error.strerror}") from error
         os.close(fd)
         return None
 
     def check(self, name: str, fd: int) -> None:
-        """Read all of a disk and compare it with its sums. Raises CorruptBlobError if it is not as it was stored."""
+        """Read all of a disk and compare it with its sums. Raises CorruptBlobError if it is damaged."""
         path = self.path(name)
         size = os.fstat(fd).st_size
         try:
@@ -96,10 +96,10 @@ class FlatFiles:
             os.posix_fadvise(fd, number * PIECE, PIECE, os.POSIX_FADV_DONTNEED)
 
     def store(self, name: str, size: int, data_size: int, read: Callable[[int, int], bytes | None]) -> None:
-        """Store a disk of ``size`` bytes with at most ``data_size`` of data: ``read(offset, length)``, None if zeros.
+        """Store a disk of ``size`` bytes, at most ``data_size`` of data, by ``read(offset, length)`` (None: zeros).
 
-        Another process that stores the same is waited for. Raises FlatFileError if there is no room within the
-        cache's limits or the system refuses, and what ``read`` raises; then nothing is left.
+        Waits for another process that stores the same disk. Raises FlatFileError if there is no room within the
+        cache's limits or the system refuses, and the errors of ``read``; then nothing is left.
         """
         directory = self.path(name).parent
         try:
@@ -113,13 +113,13 @@ class FlatFiles:
             raise FlatFileError(f"{self.path(name)}: cannot be stored: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
-        """Take a disk away; the kernel keeps it for those that use it. Raises FlatFileError."""
+        """Remove a disk; the kernel keeps it for its users. Raises FlatFileError."""
         try:
             _remove(self._space, self.path(name).parent)
         except OSError as error:
             raise FlatFileError(f"{self.path(name)}: cannot be removed: {error.strerror}") from error
 
-    # Nothing is taken from readers for it: they would have to fetch again what this saves them to unpack.
+    # Nothing is evicted for it: readers would have to fetch again more than this saves in unpacking.
     def _check_room(self, wanted: int) -> None:
         room = max(0, -self._space.excess())
         if wanted > room:
@@ -168,7 +168,7 @@ class FlatFiles:
                 raise OSError(errno.ENOSPC, "written in part")
         return written
 
-    # The lock may be held for a moment by a store or an eviction.
+    # A store or an eviction may hold the lock for a moment.
     @contextmanager
     def _room(self, fd: int, length: int) -> Iterator[None]:
         with ExitStack() as held:
@@ -183,7 +183,7 @@ class FlatFiles:
 
 
 def remove_unused(space: CacheSpace) -> int:
-    """Take away all disks that nobody uses, half-made ones too; return how many bytes that freed. Raises OSError."""
+    """Remove all unused disks, half-made ones too; return the bytes freed. Raises OSError."""
     freed = 0
     for directory in sorted((space.directory / "graduated").glob("*")):
         lock = _try_lock(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -252,7 +252,7 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-# What is written would only take page cache from others: the loop device reads around it.
+# Drops written data from the page cache: the loop device reads around it.
 def _write_out(fd: int) -> None:
     os.fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

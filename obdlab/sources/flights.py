@@ -1,4 +1,4 @@
-"""What is under way in the block cache, and what was: fetches, waiting readers, counters."""
+"""Fetches in flight, waiting readers, and counters of the block cache."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Statistics:
-    """What a cached blob did since it was opened. Hits are not counted under a lock: a few may be lost."""
+    """Counters of a cached blob since it was opened. Hits are not counted under a lock: a few may be lost."""
 
     hits: int = 0  # reads served without waiting for the origin
-    misses: int = 0  # reads that were not
+    misses: int = 0  # reads that waited for the origin
     requests: int = 0  # reads of the origin
     demand_bytes: int = 0  # fetched because a reader waited
     readahead_bytes: int = 0  # fetched ahead
     background_bytes: int = 0  # fetched to have the blob whole
-    prefetch_bytes: int = 0  # fetched because a trace says that they will be read
+    prefetch_bytes: int = 0  # fetched because a trace names them
     prefetch_used_bytes: int = 0  # of these, in units that were read since
-    prefetch_hits: int = 0  # reads that were the first to use something prefetched
+    prefetch_hits: int = 0  # reads that were the first to use prefetched units
     failed_requests: int = 0
     corrupt_units: int = 0  # dropped because the checksum did not match
     evicted_units: int = 0  # dropped because a reader above asked for it
     uncached_bytes: int = 0  # fetched but not kept: cache or disk full
 
     def count(self, flight: Flight) -> None:
-        """Count a fetch that is over; requests that bring several are counted by who makes them."""
+        """Count a flight that has ended. A request for several flights is counted by its sender."""
         self.requests += not flight.streamed
         if flight.data is None:
             self.failed_requests += 1
@@ -54,14 +54,14 @@ def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
 
 
 class Flight:
-    """Units being fetched, by whoever set ``started``; the others wait for ``done``."""
+    """Units being fetched, by the thread that set ``started``; other threads wait for ``done``."""
 
     __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "started", "stop", "streamed")
 
     def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
         self.first = first
         self.stop = stop
-        self.ahead = ahead  # nobody waited when it was asked for
+        self.ahead = ahead  # no reader waited when it was made
         self.background = False
         self.prefetch = False
         self.streamed = False
@@ -72,7 +72,7 @@ class Flight:
 
 
 class Holders:
-    """Who still needs something that was closed: its owner, and those that hold it beyond that."""
+    """Counts the users of a closable resource: its owner, and holders that need it beyond :meth:`close`."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release = release
@@ -81,14 +81,14 @@ class Holders:
         self.closed = False
 
     def hold(self) -> bool:
-        """Put off the release until :meth:`let_go`; False if it was closed already."""
+        """Put off the release until :meth:`let_go`. Return False if it was closed already."""
         with self._lock:
             if not self.closed:
                 self._count += 1
             return not self.closed
 
     def let_go(self) -> None:
-        """Give up what :meth:`hold` took; the last one releases."""
+        """Release a :meth:`hold`; the last user releases the resource."""
         with self._lock:
             self._count -= 1
             last = self._count == 0
@@ -96,7 +96,7 @@ class Holders:
             self._release()
 
     def close(self) -> None:
-        """The owner's part, once."""
+        """Release the owner's use; later calls do nothing."""
         with self._lock:
             closed, self.closed = self.closed, True
         if not closed:
@@ -104,7 +104,7 @@ class Holders:
 
 
 class Gauge:
-    """How many are inside, and since when nobody is."""
+    """Counts the threads inside, and remembers when the last one left."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -123,20 +123,20 @@ class Gauge:
             self._last = time.monotonic()
 
     def quiet_s(self) -> float:
-        """Return how long nobody has waited; 0 while somebody does."""
+        """Return the time since the last thread left; 0 while any is inside."""
         with self._lock:
             return 0.0 if self._waiting else time.monotonic() - self._last
 
     @property
     def busy(self) -> bool:
-        """Whether somebody is inside."""
+        """True if any thread is inside."""
         return self._waiting > 0
 
 
 class Demand(Gauge):
-    """Whether readers of any blob of an image are waiting for an origin; entered while one is."""
+    """Readers of all blobs of an image that are waiting for an origin; each enters while it waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: Those among them that fetch what nobody expected them to read.
+        #: The readers among them that wait for units which no trace announced.
         self.surprised = Gauge()

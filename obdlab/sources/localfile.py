@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-# Closed with its last holder. A read under way is one: its number might be another file's by the time a late pread
-# used it. Counting readers under a lock said the same, and cost as much as the pread of a block.
+# Closed with its last reference. A read in progress holds one: after an early close, a late pread could hit another
+# file with the same number. Counting readers under a lock does the same, and costs as much as the pread of a block.
 class _Descriptor:
     __slots__ = ("number",)
 
@@ -29,10 +29,10 @@ class _Descriptor:
 
 
 def open_regular(path: str | os.PathLike[str]) -> FileIO:
-    """Open a regular file for reading, unbuffered, without ever waiting for one.
+    """Open a regular file for reading, unbuffered, without ever blocking.
 
-    A pipe, a terminal or a device may stand where a file is expected: opening one can wait for ever, and reading it
-    has no end. Raises OSError (EINVAL for what is not a regular file).
+    A pipe, a terminal or a device may be at the path: opening one can block forever, and reading it may have no end.
+    Raises OSError (EINVAL for anything but a regular file).
     """
     file = FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY))
     try:
@@ -47,15 +47,15 @@ def open_regular(path: str | os.PathLike[str]) -> FileIO:
 class LocalFile(Blob):
     """A regular file or block device, read by position.
 
-    The size is taken when it is opened. Raises SourceError naming the path if it cannot be opened or read, is
-    neither kind, or turns out shorter than it was.
+    The size is taken when it is opened. Raises SourceError naming the path if it cannot be opened or read, is neither
+    kind, or has become shorter.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         self._pread = audit.pread_of("file:pread", self.name, audit.SLOW_LAYER_READ_S)
         try:
-            # Not blocking on a FIFO: it is refused below.
+            # Does not block on a FIFO, which is refused below.
             file = _Descriptor(os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
             raise SourceError(f"cannot open ({error.strerror})", blob=self.name) from error
@@ -79,7 +79,7 @@ class LocalFile(Blob):
         return self._size
 
     def identity(self) -> str:
-        """Return what tells this very file from others, and from itself after a change. Raises SourceError."""
+        """Return an identity of this very file, which also changes with its content. Raises SourceError."""
         file = self._open_file(0)
         try:
             status = os.fstat(file.number)
@@ -105,7 +105,7 @@ class LocalFile(Blob):
         return self._file
 
     def _read_rest(self, fd: int, start: bytes, offset: int, length: int) -> bytes:
-        # Linux reads at most 2 GiB - 4 KiB in one call; a file cut short meanwhile gives nothing.
+        # Linux reads at most 2 GiB - 4 KiB in one call; a truncated file returns nothing.
         data = bytearray(start)
         while len(data) < length:
             more = os.pread(fd, length - len(data), offset + len(data))

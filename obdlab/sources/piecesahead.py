@@ -1,4 +1,4 @@
-"""Fetching much of a blob in order by one request; each piece is there for readers as soon as it has come."""
+"""Fetching a large part of a blob in order by one request; readers get each piece as soon as it has arrived."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ if TYPE_CHECKING:
     from obdlab.sources.fetching import Fetches
     from obdlab.sources.flights import Flight
 
-# Who reads what comes within so much waits for it; who is further ahead asks for himself. At 100 Mbit/s it is 80 ms.
+# Readers of the next units, up to this many bytes, wait for them; readers further ahead fetch themselves. It takes
+# 80 ms at 100 Mbit/s.
 _CLAIMED = 1 << 20
-# A piece is there for readers when all of it is. The first ones are small, as an image's opening waits for them;
-# later ones as large as comes in so long, since the processor pays by the piece.
+# Readers get a piece when all of it has arrived. The first ones are small, as an image's opening waits for them;
+# later ones are as large as arrives in this time, since the processor's cost is per piece.
 _FIRST = 32 << 10
 _LEAST = 64 << 10
 _SOONEST_S, _LATEST_S = 0.0045, 0.01
-# What is there already is read once more, and thrown away, if that is sooner than another request.
+# Units that are cached already are read and thrown away, up to this size: that is sooner than another request.
 _MOST_SKIPPED = 256 << 10
 
 
 @runtime_checkable
 class Streams(Protocol):
-    """A blob that a range of can be read as it comes."""
+    """A blob with ranges that can be read as they arrive."""
 
     def open_range(self, offset: int, length: int) -> RangeStream:
-        """Ask for the range."""
+        """Request the range."""
 
 
 class PiecesAhead:
     """The units ``[first, stop)`` of a blob, each of ``unit`` bytes, in order and in pieces of up to ``most``.
 
-    For one thread; :meth:`close` it in the end.
+    For one thread, which must :meth:`close` it in the end.
     """
 
     def __init__(self, origin: Blob, fetches: Fetches, first: int, stop: int, *, unit: int, most: int) -> None:
@@ -52,7 +53,7 @@ class PiecesAhead:
         self._stream: RangeStream | None = None
 
     def fetch_next(self) -> bool:
-        """Fetch the next piece; False if there is none left. Raises what the origin raises; may be called again."""
+        """Fetch the next piece. Return False at the end. Raises what the origin raises; may be called again."""
         self._claim()
         if not self._claimed:
             return False
@@ -60,7 +61,7 @@ class PiecesAhead:
         return True
 
     def close(self) -> None:
-        """Leave what has not come to its readers."""
+        """Abandon the pieces that have not arrived; their readers fetch them."""
         while self._claimed:
             self._fetches.give_back(self._claimed.popleft())
         self._close_stream()

@@ -1,8 +1,8 @@
-"""Fetching into the block cache what a trace says will be read, ahead of the readers, in few large requests.
+"""Fetching the reads of a trace into the block cache, ahead of the readers, in few large requests.
 
-The order is that of first use, but not to the letter: what comes within the next few hundred KiB to MiB is sorted,
-and what lies side by side becomes one request. Those batches begin small, since the first reader comes at once, and
-grow. Readers who miss what is in no trace have the network for themselves, as soon as what is under way here is over.
+The order is roughly that of first use: units within the next few hundred KiB to MiB are sorted, and adjacent ones
+become one request. These batches begin small, since the first reader comes at once, and grow. Readers that miss units
+outside of the trace get the network for themselves, as soon as the requests in flight here have ended.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ logger = logging.getLogger(__name__)
 Range = tuple[int, int, int]
 
 _REQUESTS = 8
-# Bytes under way at a time: what memory that takes, and what a reader who is not expected may have to wait for.
+# Most bytes in flight: bounds their memory, and the wait of a reader that misses another unit.
 _UNDER_WAY = 2 << 20
-# A reader who needs the last of a request waits for all of it.
+# A reader that needs the last unit of a request waits for all of it.
 _LARGEST = 1 << 20
 _FIRST_BATCH, _LARGEST_BATCH = 1 << 20, 8 << 20
-# Units between two pieces are fetched too, and save a request: the smallest gaps first, until they are so much of a
+# Units between two pieces are fetched too, which saves a request: the smallest gaps first, up to this share of a
 # batch.
 _GAP_SHARE = 0.08
 _MOST_GAP = 512 << 10
 _LOOK_S = 0.002
 _FAILURES = 3
-# So many reads that the trace does not have, and more than it has, and it is another program's.
+# If this many reads, and more than are in the trace, are not in it, it is taken to be another program's.
 _MOST_SURPRISES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Units ``[first, stop)`` of a blob, to be one request."""
+    """Units ``[first, stop)`` of a blob, for one request."""
 
     blob: int
     first: int
@@ -88,7 +88,7 @@ def _pieces(batch: list[tuple[int, int]], units: Sequence[int], seen: list[set[i
     return [Piece(blob, first, stop) for blob, first, stop, _ in runs]
 
 
-# The places before which a gap is to be fetched with what is around it.
+# Returns the units whose preceding gap is to be fetched with its neighbours.
 def _gaps_to_bridge(batch: Sequence[tuple[int, int]], units: Sequence[int]) -> set[tuple[int, int]]:
     gaps = sorted(
         ((unit - before - 1) * units[blob], blob, unit)
@@ -106,10 +106,10 @@ def _gaps_to_bridge(batch: Sequence[tuple[int, int]], units: Sequence[int]) -> s
 
 
 class Prefetch:
-    """Fetches the ranges that ``find`` returns, in threads of its own that end when all is there.
+    """Fetches the ranges that ``find`` returns, in its own threads, which end when all is cached.
 
-    ``find`` is called in one of them. Ends early when a blob is closed, when several requests in a row failed, or
-    when readers turn out to read something else; the image works on without. ``done`` is called at the end.
+    One of them calls ``find``. Ends early when a blob is closed, when several requests in a row failed, or when
+    readers read something else; the image works on without. ``done`` is called at the end.
     """
 
     def __init__(self, name: str, blobs: Sequence[CachedBlob], find: Callable[[], Iterable[Range]]) -> None:
@@ -130,11 +130,11 @@ class Prefetch:
         self._leader.start()
 
     def stop(self) -> None:
-        """Ask for nothing more; what is under way is not waited for."""
+        """Send no further requests; does not wait for those in flight."""
         self._stopped.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end; tell whether it has come."""
+        """Wait for the end. Return False on timeout."""
         self._leader.join(timeout_s)
         return not self._leader.is_alive()
 

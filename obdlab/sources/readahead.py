@@ -1,11 +1,11 @@
-"""What to fetch before it is asked for. Pure bookkeeping in units of the cache; the caller holds a lock.
+"""Deciding what to fetch ahead. Pure bookkeeping in units of the cache; the caller holds a lock.
 
-A stream is a reader that asked for one unit after another; any number of them may be interleaved. The first unit of
-each piece fetched ahead carries a mark: the reader coming by there has the next pieces fetched, so that several are
-always under way and the link never idles. The window is half of what the reader has come already, up to its maximum:
+A stream is a reader that reads one unit after another; any number of them may be interleaved. The first unit of each
+piece fetched ahead carries a mark: a reader that arrives there makes the next pieces be fetched, so that several are
+always in flight and the link never idles. The window is half of the way that the reader has come, up to its maximum:
 a long reader gets there soon, a short one leaves little unused, and a random one next to nothing. The kernel reads
-ahead on the device as well, so a few units in a row are no stream yet: importing pandas from a cold image asked for
-46 MB without read-ahead, 50 MB with this, and 57 MB with a window as wide as the way come.
+ahead on the device as well, so a few units in a row are no stream yet: importing pandas from a cold image fetched 46
+MB without read-ahead, 50 MB with this, and 57 MB with a window as wide as the way.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _STREAMS = 32
-# A reader may leave out this many units (compressed blocks it does not need) and still count as sequential.
+# A reader may skip this many units (compressed blocks that it does not need) and still count as sequential.
 _MAX_GAP = 1
-# So many pieces of what a miss fetches make a stream.
+# This many fetches of a miss in a row make a stream.
 _MIN_WAY = 4
 _MIN_PIECE = 2
 
 
 @dataclass(slots=True)
 class _Stream:
-    start: int  # where the reader was first seen
-    ahead: int  # end of what has been asked for on the reader's behalf, exclusive
+    start: int  # the reader's first position
+    ahead: int  # end of the units requested for the reader, exclusive
 
 
 class ReadAhead:
-    """Streams of one blob. Ranges it returns are lists of (first unit, end), each piece to be one request."""
+    """Streams of one blob. Ranges it returns are lists of (first unit, end), one request each."""
 
     def __init__(self, units: int, max_window: int, max_piece: int, *, min_way: int = _MIN_WAY) -> None:
         self._units = units
@@ -38,13 +38,13 @@ class ReadAhead:
         self._marks: dict[int, _Stream] = {}
 
     def is_mark(self, unit: int) -> bool:
-        """Whether the reader's arrival at ``unit`` must be told to :meth:`passed`."""
+        """Return True if the reader's arrival at ``unit`` must be reported to :meth:`passed`."""
         return unit in self._marks
 
     def missed(self, first: int, stop: int, growth: int = 1) -> list[tuple[int, int]]:
-        """The reader asked for ``[first, stop)``, which nobody had asked for. Return what to fetch ahead.
+        """Note a reader's miss of ``[first, stop)``, which was not in flight. Return the pieces to fetch ahead.
 
-        While misses fetch more than is usual, by the factor ``growth``, a stream must have come further accordingly.
+        If the miss fetches ``growth`` times the usual, a stream must have come that much further.
         """
         stream = self._find(first)
         if stream is None:
@@ -54,7 +54,7 @@ class ReadAhead:
         return self._advance(stream, stop, growth)
 
     def passed(self, unit: int) -> list[tuple[int, int]]:
-        """The reader came to a marked unit. Return what to fetch ahead."""
+        """Note that the reader came to a marked unit. Return the pieces to fetch ahead."""
         stream = self._marks.pop(unit, None)
         if stream is None or self._streams.get(stream.ahead) is not stream:
             return []
@@ -72,7 +72,7 @@ class ReadAhead:
         way = position - stream.start
         window = min(way // 2 if way >= growth * self._min_way else 0, self._max_window)
         end = min(position + window, self._units)
-        piece = min(max(_MIN_PIECE, window // 2), self._max_piece)  # two at least are to be under way
+        piece = min(max(_MIN_PIECE, window // 2), self._max_piece)  # at least two should be in flight
         pieces: list[tuple[int, int]] = []
         while stream.ahead < end:
             first = stream.ahead

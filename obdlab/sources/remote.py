@@ -1,7 +1,7 @@
 """A blob in a registry, read by HTTP range requests.
 
-The kernel asks again for what has failed, piece by piece, before it tells its user: a page that nobody could deliver
-within the deadline would take several of them. So what has just failed for want of time fails again at once.
+The kernel repeats a failed read, piece by piece, before it reports the error: a page that cannot be fetched would
+take several deadlines. So a read that has just failed for want of time fails again at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from obdlab.registry.rangestream import RangeStream
     from obdlab.registry.reference import Repository
 
-# The kernel asks again within milliseconds; longer than this, and a registry that is back would be missed.
+# The kernel repeats within milliseconds. With a longer time, a registry that is back would be missed.
 _REMEMBERED_S = 2.0
 _MOST_REMEMBERED = 64
 log = logging.getLogger(__name__)
 
-# A read that had less than this of the deadline (one ahead of its reader) does not speak for those that have all.
+# A failed read with less than this share of the deadline (one ahead of its reader) does not count for full ones.
 _FULL_SHARE = 0.5
 
 
@@ -53,9 +53,9 @@ class RemoteBlob(Blob):
         self._digest = digest
         self._url = f"{repository.blobs_url}/{digest}"
         self._size = size
-        #: How long a read may take.
+        #: The time that a read may take.
         self.deadline_s = client.deadline_s if deadline_s is None else deadline_s
-        # What could not be had in time: (when that ends to count, offset, stop, error).
+        # Ranges that could not be read in time: (end of validity, offset, stop, error).
         self._failed: tuple[tuple[float, int, int, RegistryError], ...] = ()
 
     @property
@@ -63,7 +63,7 @@ class RemoteBlob(Blob):
         return self._size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """One range request. Raises RegistryError naming the blob and the offset."""
+        """Send one range request. Raises RegistryError naming the blob and the offset."""
         check_range(self, offset, length)
         if length == 0:
             return b""
@@ -90,11 +90,11 @@ class RemoteBlob(Blob):
 
     @property
     def link(self) -> Link:
-        """What is known of the way to the registry."""
+        """Measurements of the link to the registry."""
         return self._client.link(self._repository)
 
     def open_range(self, offset: int, length: int) -> RangeStream:
-        """Ask for a range that is read as it comes, for a ``with`` block. Raises RegistryError."""
+        """Request a range to be read as it arrives, for a ``with`` block. Raises RegistryError."""
         check_range(self, offset, length)
         return self._client.open_range(self._repository, self._digest, offset, length, size=self._size)
 
@@ -104,7 +104,7 @@ class RemoteBlob(Blob):
                 raise error.at(self.name, offset, 1)
 
     def evict(self, offset: int, length: int) -> None:
-        """Nothing is kept here, but who calls this was given wrong bytes: a mirror or proxy may be to blame."""
+        """Distrust mirrors and proxies for this blob: the caller got wrong bytes. Nothing is cached here."""
         log.warning(
             "%s: wrong bytes (%d at offset %d): fetched again, past mirrors and proxies", self._url, length, offset
         )

@@ -1,4 +1,4 @@
-"""A whole blob fetched ahead of its readers, as it is laid out in the order in which they will want it."""
+"""Fetching a whole blob ahead of its readers, if it is laid out in the order of their reads."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 _FAILURES = 3
 _PAUSE_S = 0.05
 _LOOK_S = 0.002
-# So long at most a piece waits for readers of something else.
+# Longest time that a piece waits for readers of other layers.
 _MOST_YIELDED_S = 0.5
-# So much of a large blob's end is fetched beside the rest, by a request of its own: a connection takes some round
-# trips to get up to the link's speed, and until then another one finds room. More would keep readers waiting.
+# This much of a large blob's end is fetched by a second, parallel request: a connection needs some round trips to
+# reach the link's speed, and until then there is room for another one. More would keep readers waiting.
 _TAIL = 512 << 10
 _LEAST_TAIL = 128 << 10
 _TAIL_SHARE = 8
 
 
 class StreamAhead:
-    """Fetches one blob from its beginning to its end, by one request; the end of a large one beside that, by another.
+    """Fetches one blob from its beginning to its end, by one request; the end of a large one in parallel by another.
 
-    In threads of its own, which end when all is there, the blob is closed, or several tries in a row have failed; the
-    image works on without. Readers of what nobody expected (of other layers, that is) come first. The last ``left``
-    bytes are left to somebody who reads them at once, and fetched last.
+    Its threads end when all is cached, the blob is closed, or several tries in a row have failed; the image works on
+    without. Readers of unexpected units (of other layers) come first. The last ``left`` bytes are left to a reader
+    that reads them at once, and fetched last.
     """
 
     def __init__(self, name: str, blob: CachedBlob, *, left: int = 0) -> None:
@@ -42,7 +42,7 @@ class StreamAhead:
         end = max(0, blob.size - left) // blob.unit if left else units
         tail = min(_TAIL, blob.size // _TAIL_SHARE) // blob.unit if blob.size >= _LEAST_TAIL * _TAIL_SHARE else 0
         begin = max(0, end - tail)
-        # Whoever has the first part goes on to what others have left.
+        # The thread of the first part continues with the units left over.
         parts = [(0, begin), *([(begin, end)] if tail else [])]
         self._threads = [
             threading.Thread(target=self._run, args=part, name="obdlab-stream", daemon=True) for part in parts
@@ -56,11 +56,11 @@ class StreamAhead:
             thread.start()
 
     def stop(self) -> None:
-        """Ask for nothing more; what is under way is not waited for."""
+        """Send no further requests; does not wait for those in flight."""
         self._stopped.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end; tell whether it has come."""
+        """Wait for the end. Return False on timeout."""
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -92,14 +92,14 @@ class StreamAhead:
             self._count(-1)
             blob.let_go()
 
-    # Readers are told that all of it will come while any part is under way.
+    # Readers expect all of the blob while any part is being fetched.
     def _count(self, change: int) -> None:
         with self._guard:
             self._running += change
             self._blob.expect(b"\1" * self._units if self._running else b"")
 
     def _stream(self, first: int, stop: int) -> bool:
-        # Whether it came to the end.
+        # Returns True if it came to the end.
         pieces = self._blob.pieces_ahead(first, stop)
         try:
             while pieces.fetch_next():
