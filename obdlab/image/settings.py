@@ -61,7 +61,7 @@ class Settings:
     trace_path: Path | None = None
     #: True if images in use are fetched whole into the cache, and verified, while no reader waits for other data.
     download_enabled: bool = False
-    #: The download begins so long after the image was opened, plus a random part of ``download_delay_extra_s``.
+    #: The download begins this long after the image was opened, plus a random part of ``download_delay_extra_s``.
     download_delay_s: float = 300.0
     download_delay_extra_s: float = 30.0
     #: Bandwidth limit of one image's download; 0: no limit.

@@ -48,7 +48,7 @@ def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
 
 
 def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
-    """Make the image's device record or replay the trace that ``labels`` name. It has no container yet.
+    """Make the image's device, before its first container, record or replay the trace that ``labels`` name.
 
     Without such labels, the path of an earlier container is cleared. The caller holds the image's lock. Raises
     FailedPreconditionError if the reads of the container could not all be recorded.

@@ -205,7 +205,7 @@ class CacheSpace:
             raise CacheFullError(errno.ENOSPC, "cache is full", str(self.directory))
 
     def _excess(self, used: int, spares: int) -> int:
-        # Returns the bytes above the limits, which are lowered by so many spares.
+        # Returns the bytes above the limits, lowered by that number of spares.
         if not spares:
             used += used // _FILE_SYSTEM_SHARE + 2 * _BLOCK
         excess = used - self._quota + spares * self._quota // _SPARE_SHARE if self._quota else 0

@@ -109,7 +109,7 @@ class Prefetch:
     """Fetches the ranges that ``find`` returns, in its own threads, which end when all is cached.
 
     One of them calls ``find``. Ends early when a blob is closed, when several requests in a row failed, or when
-    readers read something else; the image works on without. ``done`` is called at the end.
+    readers read something else; the image works on without.
     """
 
     def __init__(self, name: str, blobs: Sequence[CachedBlob], find: Callable[[], Iterable[Range]]) -> None:

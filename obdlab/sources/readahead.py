@@ -1,7 +1,7 @@
 """Deciding what to fetch ahead. Pure bookkeeping in units of the cache; the caller holds a lock.
 
 A stream is a reader that reads one unit after another; any number of them may be interleaved. The first unit of each
-piece fetched ahead carries a mark: a reader that arrives there makes the next pieces be fetched, so that several are
+piece fetched ahead carries a mark: a reader that arrives there triggers the next pieces, so that several are
 always in flight and the link never idles. The window is half of the way that the reader has come, up to its maximum:
 a long reader gets there soon, a short one leaves little unused, and a random one next to nothing. The kernel reads
 ahead on the device as well, so a few units in a row are no stream yet: importing pandas from a cold image fetched 46
