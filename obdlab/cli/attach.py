@@ -19,6 +19,7 @@ from obdlab.cli.common import (
 )
 from obdlab.cli.numbers import real
 from obdlab.errors import DeviceError, ObdlabError, SourceError
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -225,7 +226,7 @@ def _wait_for_registry(error: SourceError, name: str, deadline: float, *, quietl
     if not error.temporary or left_s <= _PAUSE_S or _may_be_a_path(name):
         raise error
     if not quietly:
-        print(f"{error}; waiting for the registry, {left_s:.0f} s more at most", file=sys.stderr)
+        print(f"{printable(str(error))}; waiting for the registry, {left_s:.0f} s more at most", file=sys.stderr)
     time.sleep(_PAUSE_S)
 
 

@@ -13,6 +13,7 @@ from obdlab.cli.convert import Bars
 from obdlab.cli.convertoptions import ALL
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
 from obdlab.cli.numbers import whole
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from obdlab.convert.imagetree import Listing
@@ -75,7 +76,7 @@ def compare_images(source: str, destination: str, args: argparse.Namespace) -> i
     with image_client(args) as client:
         for platform_ in _platforms(source, client, args):
             if args.platform == ALL and not args.quiet and platform_ is not None:
-                print(f"{platform_.os}/{platform_.architecture}:", file=sys.stderr)
+                print(printable(f"{platform_.os}/{platform_.architecture}:"), file=sys.stderr)
             wanted = _listing(source, platform_, client, args)
             got = _listing(destination, platform_, client, args)
             status |= _report(got, wanted, args)
@@ -89,7 +90,7 @@ def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
     lines = differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
     if not args.quiet:
         for line in lines[: args.limit]:
-            print(line.encode(errors="backslashreplace").decode())
+            print(printable(line))
         if len(lines) > args.limit:
             print(f"... and {len(lines) - args.limit} more")
         print(f"{len(wanted)} paths, {len(lines) or 'no'} differences", file=sys.stderr)

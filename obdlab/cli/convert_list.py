@@ -18,6 +18,7 @@ from obdlab.cli.convertoptions import add_conversion_options, check_conversion_o
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.numbers import whole
 from obdlab.errors import SourceError
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ class _Bar:
         self._say(f"{_told(pair, outcome)}; again in {pause_s:.0f} s")
 
     def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)
 
 
 def _summarise(rows: Sequence[Row], report: Path | None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 except (ObdlabError, OSError) as error:
                     state = f"; not mended ({finding.remedy}): {error}"
             left += not mended
-            print(f"{finding.what}{state}")
+            print(printable(f"{finding.what}{state}"))
     finally:
         check.close()
     print(f"{args.root}: {found or 'nothing'} wrong" + (f", {found - left} mended" if args.repair and found else ""))

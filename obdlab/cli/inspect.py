@@ -13,6 +13,7 @@ from obdlab.cli.common import platform
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.inspect_image import inspect_image, print_image
 from obdlab.errors import ObdlabError
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from obdlab.convert.inspection import ImageFacts
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if stack is not None:
             _print_stack(stack, files)
     for message in errors:
-        print(f"obdlab inspect: {message}", file=sys.stderr)
+        print(f"obdlab inspect: {printable(message)}", file=sys.stderr)
     return 1 if errors else 0
 
 

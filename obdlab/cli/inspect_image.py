@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from obdlab.cli.packing import printable, size_text
+from obdlab.cli.packing import size_text
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError, interrupt_behind
 from obdlab.observe.logs import TextFormatter
+from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except ObdlabError as error:
         if interrupt_behind(error):  # cleaning up after Ctrl-C failed
-            print(f"obdlab {args.command}: interrupted, and then: {error}", file=sys.stderr)
+            print(f"obdlab {args.command}: interrupted, and then: {printable_lines(str(error))}", file=sys.stderr)
             return 130
-        print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"obdlab {args.command}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"obdlab {args.command}: interrupted", file=sys.stderr)
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # such as no room for our output
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
-        print(f"obdlab {args.command}: {error}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"obdlab {args.command}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
         _drop_output()
         return 1
     return status

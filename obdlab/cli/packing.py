@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
+from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +120,7 @@ def progress_bar(title: str, total: int, *, quiet: bool) -> Iterator[Progress]:
 def say(text: str, *, quiet: bool) -> None:
     """Print one line of summary on standard error."""
     if not quiet:
-        print(text, file=sys.stderr)
+        print(printable_lines(text), file=sys.stderr)
 
 
 def size_text(size: int) -> str:
@@ -130,11 +131,6 @@ def size_text(size: int) -> str:
             break
         value /= 1024
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def printable(text: str) -> str:
-    """Return foreign text for a terminal: all characters that are not printable are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def size_argument(text: str) -> int:

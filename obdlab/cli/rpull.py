@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, platform, registry_from
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -88,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print(_summary(result, time.monotonic() - began))
     for line in _warnings(result, reference, download=args.download_blobs):
-        print(f"obdlab rpull: {line}", file=sys.stderr)
+        print(f"obdlab rpull: {printable(line)}", file=sys.stderr)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
 from obdlab.errors import FormatError
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -111,7 +112,7 @@ def run_transplant(args: argparse.Namespace) -> int:
 
 def name_of(path: bytes | None) -> str:
     """Return a path for people; "-" without one."""
-    return "-" if path is None else os.fsdecode(path or b"/").encode(errors="backslashreplace").decode()
+    return "-" if path is None else printable(os.fsdecode(path or b"/"))
 
 
 @contextmanager

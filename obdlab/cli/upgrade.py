@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, device_service_from
 from obdlab.errors import DeviceError
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             done = service.upgrade(device_id, force=args.force)
         except DeviceError as error:
-            print(f"obdlab upgrade: {error}", file=sys.stderr)
+            print(f"obdlab upgrade: {printable(str(error))}", file=sys.stderr)
             failed += 1
         else:
             print(f"{device_id}: {'upgraded' if done else unchanged[device_id]}")

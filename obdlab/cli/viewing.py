@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.attach import SOURCE_HELP, image_config_of
 from obdlab.cli.common import add_registry_options, settings_from
-from obdlab.cli.packing import printable
+from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

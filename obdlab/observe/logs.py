@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from obdlab.observe.printable import printable, printable_lines
 from obdlab.observe.redact import redacted
 from obdlab.observe.rotation import RotatingFile
 
@@ -26,10 +27,22 @@ class LogFormatError(ValueError):
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people, without secrets."""
+    """Lines for people, without secrets and without characters that forge lines or control a terminal.
 
+    A record is one line. A traceback and the record's ``stack_info`` follow it as indented lines.
+    """
+
+    # Not the base class's, which joins the parts before any of them could be escaped.
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        # Secrets go first: an escaped blank no longer separates a token from the word before it.
+        parts = [printable(redacted(self.formatMessage(record)))]
+        if record.exc_info:
+            parts.append(printable_lines(redacted(self.formatException(record.exc_info))))
+        if record.stack_info:
+            parts.append(printable_lines(redacted(record.stack_info)))
+        return "\n".join(parts)
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,6 +62,8 @@ class JsonFormatter(logging.Formatter):
                 value = getattr(error, name, None)
                 if value not in (None, ""):
                     entry[name] = value
+        if record.stack_info:
+            entry["stack"] = redacted(record.stack_info)
         if record.exc_info:
             entry["trace"] = redacted(self.formatException(record.exc_info))
         return json.dumps(entry, default=str)

@@ -54,7 +54,7 @@ def _lines(frame: FrameType | None) -> list[str]:
 # Runs between two instructions of the main thread, which may hold any lock that is not re-entrant.
 def _dump(number: int, interrupted: FrameType | None) -> None:
     try:
-        message = f"{TITLE}\n{stacks()}"
-        logs.write_at_once(logging.LogRecord(__name__, logging.INFO, __file__, 0, message, None, None))
+        record = logging.LogRecord(__name__, logging.INFO, __file__, 0, TITLE, None, None, sinfo=stacks())
+        logs.write_at_once(record)
     except Exception:  # the daemon continues after any error here
         pass

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.observe.printable import printable
 from obdlab.service import wire
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ REQUEST_TIMEOUT_S = 10.0
 _IDLE_TIMEOUT_S = 60.0
 _MAX_CONNECTIONS = 64
 _MAX_BODY = 1 << 16
+#: Characters of a verb that the log shows; the longest registered one has 17.
+_MOST_OF_VERB = 20
 _JSON = "application/json"
 
 
@@ -266,9 +269,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.command = self.command or ""
         self._send(HTTPStatus(code), HTTPStatus(code).phrase)
 
-    # Logs the verb alone: the rest of a request may be a token or hold escape sequences.
+    # Logs the verb alone: the rest of a request may be a token. Clients that no check has passed yet choose the verb.
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        log.info("%s: %s %s", self.client_address[0], self.command, args[1] if len(args) > 1 else "")
+        verb = (self.command or "")[:_MOST_OF_VERB]
+        log.info("%s: %s %s", self.client_address[0], printable(verb), args[1] if len(args) > 1 else "")
 
 
 class _DeadlineReader(io.RawIOBase):

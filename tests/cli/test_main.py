@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import build_parser, main
+from obdlab.convert.layout import REF_NAME, ImageLayout
+from obdlab.formats.oci import OCI_MANIFEST
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 NOBODY = 65534
@@ -94,3 +97,16 @@ def test_without_root_mount_says_that_it_needs_it(roots_place: Path) -> None:
         (line,) = error.splitlines()
         assert line.startswith(f"obdlab {arguments[0]}: ")
         assert line.endswith("Permission denied (most commands need root)")
+
+
+def test_the_text_of_an_error_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tags = ["\x1b[2J\x1b]0;title\x07", "\u202eback\nobdlab: all is well"]
+    entry = {"mediaType": OCI_MANIFEST, "digest": f"sha256:{'0' * 64}", "size": 2}
+    entries = [{**entry, "annotations": {REF_NAME: tag}} for tag in tags]
+    layout = ImageLayout.create(tmp_path / "layout")
+    (layout.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
+    assert main(["inspect", str(layout.root)]) == 1
+    printed = capsys.readouterr().err
+    assert r"\x1b[2J\x1b]0;title\x07" in printed
+    assert r"\u202eback" in printed
+    assert printed.removesuffix("\n").isprintable()

@@ -59,6 +59,33 @@ def test_what_is_odd_stays_one_line_of_json(tmp_path: Path) -> None:
     assert "KeyError" in str(entry["trace"])
 
 
+#: Of C0, C1 and Unicode: line breaks, an escape sequence, a separator, and what reverses the order of a line.
+FORGED = "x\r\n2026-01-01 00:00:00,000 1 INFO obdlab: \x1b]0;title\x07\x9b2J\x7f\u2028\u2029\u202e\u2066\t\0end"
+ESCAPED = r"x\r\n2026-01-01 00:00:00,000 1 INFO obdlab: \x1b]0;title\x07\x9b2J\x7f\u2028\u2029\u202e\u2066\t\x00end"
+
+
+def test_a_message_forges_no_line_and_controls_no_terminal(tmp_path: Path) -> None:
+    logs.set_up(LogOptions(file=tmp_path / "log"), logging.INFO)
+    logging.getLogger("x").info("answered %s", FORGED)
+    lines = (tmp_path / "log").read_bytes().decode().split("\n")
+    assert [line.partition(" x: ")[2] for line in lines] == [f"answered {ESCAPED}", ""]
+
+
+def test_a_traceback_keeps_its_lines_and_forges_none(tmp_path: Path) -> None:
+    logs.set_up(LogOptions(file=tmp_path / "log"), logging.INFO)
+    try:
+        raise KeyError("of\nlines") from ValueError(FORGED)
+    except KeyError:
+        logging.getLogger("x").exception("Bearer\t%s", "t" * 16)
+    text = (tmp_path / "log").read_bytes().decode()
+    first, title, *lines = text.removesuffix("\n").split("\n")
+    assert first.endswith(" ERROR x: Bearer …")
+    assert title == rf"ValueError: {FORGED}".split("\n")[0].replace("\r", r"\r")
+    assert len(lines) > 4
+    assert {line[:2] for line in lines} == {"  "}
+    assert text.replace("\n", "").isprintable()
+
+
 def test_text_rotates(tmp_path: Path) -> None:
     logs.set_up(LogOptions(file=tmp_path / "log", size=200, count=2), logging.INFO)
     for number in range(20):

@@ -63,8 +63,8 @@ def test_a_busy_process_survives_hundreds_of_dumps(tmp_path: Path) -> None:
         process.stdin.close()
         assert process.wait(60) == 0
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    assert entries[0]["message"].startswith(stacks.TITLE)
-    assert {f"thread worker-{number} " in entries[0]["message"] for number in range(4)} == {True}
+    assert entries[0]["message"] == stacks.TITLE
+    assert {f"thread worker-{number} " in entries[0]["stack"] for number in range(4)} == {True}
 
 
 def test_stacks_name_threads_and_places() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import logging
 import os
 import socket
 import stat
@@ -105,6 +106,22 @@ def test_the_originals_codes_and_messages_on_one_connection(original: Served) ->
     finally:
         connection.close()
     assert served.taken[1:] == [("disk", "x"), ("disk", "y")]
+
+
+def test_a_clients_verb_cannot_control_the_terminal_that_shows_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "obdlab.service.snapshotapi")
+    for verb in (b"\x1b[2J\x1b]0;t\x07\x9b1m", b"V" * 5000):
+        with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+            connection.sendall(verb + b" /snapshot HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            while connection.recv(4096):
+                pass
+    logged = [record.getMessage() for record in caplog.records]
+    assert [text.partition(": ")[2].partition(" ")[0] for text in logged] == [
+        r"\x1b[2J\x1b]0;t\x07\x9b1m",
+        "V" * 20,
+    ]
 
 
 def test_a_snapshot_is_asked_for_by_json_or_query(served: Served) -> None:
