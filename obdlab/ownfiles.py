@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def check_own_directory(path: Path) -> None:
+def check_own_directory(path: Path, *, follow_symlinks: bool = True) -> None:
     """Raise OSError (EINVAL) unless only root and this process' user can add and change files in a directory.
 
-    Raises FileNotFoundError if the directory is missing.
+    Raises FileNotFoundError if the directory is missing, NotADirectoryError for anything else, a symbolic link among
+    them unless ``follow_symlinks``.
     """
-    status = os.stat(path)
+    status = os.stat(path, follow_symlinks=follow_symlinks)
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if not _is_ours(status):

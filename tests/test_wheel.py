@@ -71,8 +71,8 @@ def _check(installed: Installed) -> None:
     assert "cold_start " in installed.obdlab("evaluate", "--list")
     listed = installed.obdlab("dataset", "list", "--work-dir", "/nonexistent")
     assert [line.split()[0] for line in listed.splitlines()] == sorted(path.name for path in ROOT.glob("datasets/*/"))
-    assert "0 of 15 cells measured" in installed.obdlab("experiment", "status", "experiments/quick.toml", status=1)
-    assert "0 of 15 cells measured" in installed.obdlab("experiment", "status", "quick.toml", status=1)
+    assert "0 of 16 cells measured" in installed.obdlab("experiment", "status", "experiments/quick.toml", status=1)
+    assert "0 of 16 cells measured" in installed.obdlab("experiment", "status", "quick.toml", status=1)
     small = [
         "--set",
         "axes.segments=[100]",

@@ -61,11 +61,12 @@ class Stack(Blob):
         """Stack ``layers``. ``index``, if given, must equal the merge of their indexes."""
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise FormatError("a stack cannot be made", got=f"{len(layers)} layers", wanted=f"1 to {MAX_LAYERS}")
-        # Writable layers do not count: they are this machine's own.
-        segments = sum(len(layer.index) for layer in layers if isinstance(layer, LsmtLayer))
-        if index is None and segments > MOST_SEGMENTS:
-            what = "a stack has too many segments"
-            raise FormatError(what, blob=layers[-1].name, got=segments, wanted=f"at most {MOST_SEGMENTS}")
+        if index is None:
+            # Writable layers do not count: they are this machine's own.
+            segments = sum(len(layer.index) for layer in layers if isinstance(layer, LsmtLayer))
+            if segments > MOST_SEGMENTS:
+                what = "a stack has too many segments"
+                raise FormatError(what, blob=layers[-1].name, got=segments, wanted=f"at most {MOST_SEGMENTS}")
         self.layers = tuple(layers)
         self.name = layers[-1].name if len(layers) == 1 else f"stack of {len(layers)} layers up to {layers[-1].name}"
         self._size = next((layer.virtual_size for layer in reversed(layers) if layer.virtual_size), 0)

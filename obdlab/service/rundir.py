@@ -15,7 +15,6 @@ import re
 import select
 import shutil
 import signal
-import stat
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -255,13 +254,14 @@ class RunDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            check_own_directory(self.path)
-            self.devices.mkdir(exist_ok=True, mode=0o700)
             self.path = self.path.resolve()
-            for directory in (self.path, self.devices):
-                _check_own(directory)
+            # Sockets and records are trusted because of their place.
+            check_own_directory(self.path, follow_symlinks=False)
+            self.devices.mkdir(exist_ok=True, mode=0o700)
+            check_own_directory(self.devices, follow_symlinks=False)
         except OSError as error:
-            raise DeviceError(f"{self.path}: cannot make the run directory: {error.strerror}") from error
+            where = error.filename or self.path
+            raise DeviceError(f"{where}: cannot make the run directory: {error.strerror}") from error
 
     @property
     def devices(self) -> Path:
@@ -285,17 +285,6 @@ class RunDir:
             return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
         except FileNotFoundError:
             return []
-
-
-# Sockets and records are trusted because of their place.
-def _check_own(directory: Path) -> None:
-    found = os.lstat(directory)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
-        raise DeviceError(f"{directory}: not a directory of this user's (owner {found.st_uid})")
-    if found.st_mode & 0o022:
-        raise DeviceError(
-            f"{directory}: other users may write there (mode {stat.S_IMODE(found.st_mode):04o}, wanted 0700)"
-        )
 
 
 def device_id_of(config: Path) -> str:

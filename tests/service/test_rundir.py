@@ -45,13 +45,13 @@ def test_a_run_directory_that_others_may_write_to_is_refused(tmp_path: Path, mod
     run = tmp_path / "run"
     run.mkdir()
     run.chmod(mode)
-    with pytest.raises(DeviceError, match=f"run: other users may write there .mode {mode:04o}, wanted 0700"):
+    with pytest.raises(DeviceError, match=f"run: .*can be changed by other users .got owner 0, mode {mode:04o}"):
         RunDir(run).create()
     run.chmod(0o755)
     RunDir(run).create()
     assert stat.S_IMODE((run / "devices").stat().st_mode) == 0o700
     (run / "devices").chmod(0o777)
-    with pytest.raises(DeviceError, match="devices: other users may write there"):
+    with pytest.raises(DeviceError, match=r"devices: .*can be changed by other users"):
         RunDir(run).create()
 
 
@@ -68,11 +68,11 @@ def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
 def test_another_users_run_directory_is_refused(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").create()
     os.chown(tmp_path / "run", 65534, 65534)
-    with pytest.raises(DeviceError, match=r"run: not a directory of this user's .owner 65534."):
+    with pytest.raises(DeviceError, match=r"run: .*can be changed by other users .got owner 65534"):
         RunDir(tmp_path / "run").create()
     os.chown(tmp_path / "run", 0, 0)
     (tmp_path / "run" / "devices").rmdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "devices").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DeviceError, match="devices: not a directory of this user's"):
+    with pytest.raises(DeviceError, match=r"devices: .*Not a directory"):
         RunDir(tmp_path / "run").create()
