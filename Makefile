@@ -16,7 +16,8 @@ TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs
 LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver \
   golang-go golang-github-containerd-containerd-dev
 
-.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint unit pure host protos benchmarks clean
+.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint unit pure host protos
+.PHONY: benchmarks mutants clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
@@ -24,6 +25,7 @@ help:
 	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/long-tests.md"
 	@echo "make newest     the tests without devices, with the newest versions of all Python dependencies"
 	@echo "make benchmarks the speed figures, as ratios"
+	@echo "make mutants    which wrong lines the tests would not notice (hours)"
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
 
@@ -82,6 +84,14 @@ test-long: setup test-packages long-packages
 # To be run now and then, by a person or a timer: it changes nothing of .venv.
 newest: packages
 	scripts/newest $(TESTS)
+
+# Which tests notice a wrong line: hours. The page of results is docs/mutants.md.
+ROOMS ?=
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev,mutants]'
+	$(BIN)/python -m tests.mutants map
+	$(BIN)/python -m tests.mutants run $(ROOMS)
+	$(BIN)/python -m tests.mutants report --write
 
 benchmarks: setup
 	@for script in tests/benchmarks/[a-z]*.py; do \

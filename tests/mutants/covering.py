@@ -1,0 +1,104 @@
+"""Which tests run which lines, and how long each takes: a pytest plugin that records, and a reader of its file.
+
+The plugin names the running test in an environment variable that coverage's configuration takes as the context, so
+that the processes a test starts are counted for it as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import coverage
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONTEXT = "OBDLAB_TEST_CONTEXT"
+TIMES = "OBDLAB_TEST_TIMES"
+
+#: Coverage's configuration for a run; the paths are filled in. Contexts are tests' names, in children too.
+RCFILE = """
+[run]
+source = {root}/obdlab
+data_file = {data}
+parallel = true
+context = ${{{context}-}}
+patch =
+    subprocess
+    fork
+    _exit
+sigterm = true
+core = ctrace
+disable_warnings = no-data-collected, module-not-imported, module-not-measured, couldnt-parse
+"""
+
+
+class Recorder:
+    """Names each test's context, and writes down what passed and how long it took."""
+
+    def __init__(self, times: Path) -> None:
+        self._times = times
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        os.environ[CONTEXT] = item.nodeid
+        current = coverage.Coverage.current()
+        if current is not None:
+            current.switch_context(item.nodeid)
+        return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        with self._times.open("a") as stream:
+            line = {"test": report.nodeid, "when": report.when, "outcome": report.outcome, "s": report.duration}
+            stream.write(json.dumps(line) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get(TIMES):
+        config.pluginmanager.register(Recorder(Path(os.environ[TIMES])))
+
+
+class Covering:
+    """The tests that ran a line, quickest first."""
+
+    def __init__(self, data_file: Path, times: Path, root: Path) -> None:
+        self._root = root
+        self.seconds, failed = _seconds(times)
+        data = coverage.CoverageData(str(data_file))
+        data.read()
+        self._lines: dict[str, dict[int, list[str]]] = {}
+        for name in data.measured_files():
+            relative = os.path.relpath(name, root)
+            by_line: dict[int, list[str]] = defaultdict(list)
+            for line, contexts in data.contexts_by_lineno(name).items():
+                names = {context.split("|")[-1] for context in contexts}
+                by_line[line] = [test for test in names if test in self.seconds and test not in failed]
+            self._lines[relative] = by_line
+
+    def tests_of(self, file: str, line: int) -> list[str]:
+        """Return the names of the tests that ran this line, those of the file's name first.
+
+        A line that runs when its module is imported belongs to no test: then these are all tests of the module.
+        """
+        stem = Path(file).stem
+        lines = self._lines.get(file, {})
+        found = lines.get(line, [])
+        if not found and line in lines:
+            found = list({test for tests in lines.values() for test in tests})
+        return sorted(found, key=lambda test: (f"test_{stem}" not in test, self.seconds[test]))
+
+
+def _seconds(times: Path) -> tuple[dict[str, float], set[str]]:
+    seconds: dict[str, float] = defaultdict(float)
+    failed = set()
+    for line in times.read_text().splitlines():
+        entry = json.loads(line)
+        seconds[entry["test"]] += entry["s"]
+        if entry["outcome"] != "passed":
+            failed.add(entry["test"])
+    return dict(seconds), failed

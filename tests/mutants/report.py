@@ -1,0 +1,81 @@
+"""Score and survivors of the last run, as a page."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.running import read, results_dir
+from tests.mutants.sample import ROOMS
+
+_HEAD = """# Mutants
+
+Do the tests notice a wrong line? `make mutants` draws 200 places of each room (seeded), changes one operator, number,
+condition or loop there ([cosmic-ray](https://cosmic-ray.readthedocs.io)'s operators) and runs the tests that ran that
+line before. A mutant that makes no test fail has survived. A survivor that behaves like the original (`is not None`
+for `!= None`, a tuning value one larger) is equivalent: `tests/mutants/equivalent.toml` names each with its reason,
+and the score leaves it out. Lines that only annotate, log or document are not drawn.
+
+```
+make mutants                   # all rooms; hours. ROOMS="formats layers" takes some
+```
+
+"""
+
+
+def main(root: Path, *, write: bool) -> int:
+    """Print the page, or write it to docs/mutants.md. Return 1 if a room's score is below 85 %."""
+    page, worst = _page(root)
+    if write:
+        (root / "docs" / "mutants.md").write_text(page)
+    else:
+        print(page)
+    return int(worst < 0.85)
+
+
+def _page(root: Path) -> tuple[str, float]:
+    equivalent = _equivalents(root)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    table = ["| room | mutants | caught | equivalent | survived | score |", "|---|---|---|---|---|---|"]
+    survivors: list[str] = []
+    worst = 1.0
+    for room in ROOMS:
+        results = results_dir(root) / f"{room}.jsonl"
+        if not results.exists():
+            table.append(f"| {room} | not run | | | | |")
+            continue
+        entries = list({(e["file"], e["operator"], e["occurrence"]): e for e in read(results)}.values())
+        counts: Counter[str] = Counter()
+        for entry in entries:
+            key = (entry["file"], entry["was"], entry["now"])
+            outcome = "caught" if entry["outcome"] == "caught" else "equivalent" if key in equivalent else "survived"
+            counts[outcome] += 1
+            if outcome == "survived":
+                note = " (no test runs it)" if entry["outcome"] == "not run" else ""
+                survivors.append(
+                    f"| {room} | `{entry['file']}`{note} | `{_cell(entry['was'])}` | `{_cell(entry['now'])}` |"
+                )
+        score = counts["caught"] / max(1, len(entries) - counts["equivalent"])
+        worst = min(worst, score)
+        table.append(
+            f"| {room} | {len(entries)} | {counts['caught']} | {counts['equivalent']} | {counts['survived']} "
+            f"| {score:.0%} |"
+        )
+    lines = [*table, "", f"Run at commit {commit}, seed 1.", "", "## Survivors", ""]
+    lines += ["| room | file | line | mutant |", "|---|---|---|---|", *survivors]
+    return _HEAD + "\n".join(lines) + "\n", worst
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("`", "'")
+
+
+def _equivalents(root: Path) -> set[tuple[Any, ...]]:
+    file = root / "tests" / "mutants" / "equivalent.toml"
+    listed = tomllib.loads(file.read_text())["mutant"] if file.exists() else []
+    return {(entry["file"], entry["was"], entry["now"]) for entry in listed}

@@ -1,0 +1,208 @@
+"""Record which tests run which lines, then run those tests over each mutant."""
+
+from __future__ import annotations
+
+import compileall
+import hashlib
+import json
+import os
+import py_compile
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tests.mutants.covering import CONTEXT, RCFILE, TIMES, Covering
+from tests.mutants.sample import ROOMS, Mutant, sample
+
+HOST = "kernel or containerd or vm"
+#: At least this long, or three times what the chosen tests took when they were recorded.
+_LEAST_S = 30.0
+#: Tests of a mutant are cut off here: a survivor of the quickest ones counts as a survivor.
+_MOST_S = 90.0
+
+
+def results_dir(root: Path) -> Path:
+    """Return the folder of all that is recorded; git ignores it."""
+    directory = root / "results" / "mutants"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def record(root: Path, tests: list[str], *, host: bool) -> int:
+    """Run the tests under coverage, one context each. Adds to what an earlier call recorded."""
+    directory = results_dir(root)
+    rcfile = directory / "coveragerc"
+    rcfile.write_text(RCFILE.format(root=root, data=directory / "raw" / "coverage", context=CONTEXT))
+    (directory / "raw").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rcfile}", "-m", "pytest", "-q"]
+    command += ["-p", "tests.mutants.covering", "-p", "no:cacheprovider", "-o", "addopts=", "--hypothesis-seed=0"]
+    command += ["-m", HOST if host else f"not ({HOST})", *tests]
+    environment = os.environ | {TIMES: str(directory / "times.jsonl"), CONTEXT: ""}
+    status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    combine = [sys.executable, "-m", "coverage", "combine", f"--rcfile={rcfile}", "--append"]
+    combine += [f"--data-file={directory / 'coverage'}", str(directory / "raw")]
+    subprocess.run(combine, cwd=root, check=True, stdout=subprocess.DEVNULL)
+    return status
+
+
+def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, again: bool) -> int:
+    """Try a sample of each room's mutants and append the outcomes to its file."""
+    directory = results_dir(root)
+    covering = Covering(directory / "coverage", directory / "times.jsonl", root)
+    for room in rooms or list(ROOMS):
+        results = directory / f"{room}.jsonl"
+        known = {} if not results.exists() else {_key(entry): entry for entry in read(results)}
+        wanted = sample(room, root, seed=seed, count=count)
+        digests = {name: _digest(root / name) for name in {mutant.file for mutant in wanted}}
+        todo = []
+        for mutant in wanted:
+            entry = known.get(_key(asdict(mutant)))
+            stale = entry is None or entry["digest"] != digests[mutant.file]
+            if stale or (again and entry is not None and entry["outcome"] != "caught"):
+                todo.append(mutant)
+        with _copies(root, workers) as copies, results.open("a") as stream, tqdm(total=len(todo), desc=room) as bar:
+            for mutant, outcome, test in _outcomes(todo, copies, covering):
+                entry = asdict(mutant) | {"outcome": outcome, "test": test, "digest": digests[mutant.file]}
+                stream.write(json.dumps(entry | change(mutant, root)) + "\n")
+                stream.flush()
+                bar.update()
+    return 0
+
+
+def _outcomes(mutants: list[Mutant], copies: list[Copy], covering: Covering) -> Iterator[tuple[Mutant, str, str]]:
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def attempt(mutant: Mutant) -> tuple[Mutant, str, str]:
+        copy = free.get()
+        try:
+            return (mutant, *copy.attempt(mutant, covering))
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for done in as_completed([pool.submit(attempt, mutant) for mutant in mutants]):
+            yield done.result()
+
+
+def read(results: Path) -> Iterator[dict[str, object]]:
+    """Yield a room's outcomes, oldest first."""
+    for line in results.read_text().splitlines():
+        yield json.loads(line)
+
+
+def change(mutant: Mutant, root: Path) -> dict[str, str]:
+    """Return the first changed line before and after, without indentation."""
+    before = (root / mutant.file).read_text().splitlines()
+    after = mutant.source(root).splitlines()
+    for was, now in zip(before, after, strict=False):
+        if was != now:
+            return {"was": was.strip(), "now": now.strip()}
+    return {"was": "", "now": ""}
+
+
+def _key(entry: dict[str, object]) -> tuple[object, ...]:
+    return entry["file"], entry["operator"], entry["occurrence"]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Copy:
+    """A copy of the tree that mutants are written to, and the process that tests it."""
+
+    def __init__(self, root: Path, directory: Path) -> None:
+        self._root = root
+        self._tree = directory
+        ignore = shutil.ignore_patterns(".git", ".venv*", "results", "__pycache__", ".mypy_cache", ".hypothesis")
+        shutil.copytree(root, directory, ignore=ignore, dirs_exist_ok=True)
+        checked = py_compile.PycInvalidationMode.CHECKED_HASH  # times are too coarse for changes a moment apart
+        compileall.compile_dir(directory / "obdlab", quiet=2, invalidation_mode=checked)
+        compileall.compile_dir(directory / "tests", quiet=2, invalidation_mode=checked)
+        self._log = directory / "mutant.log"
+        environment = os.environ | {
+            "PYTHONPATH": str(directory),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TMPDIR": str(directory / "tmp"),
+        }
+        (directory / "tmp").mkdir(exist_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.zygote"],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def attempt(self, mutant: Mutant, covering: Covering) -> tuple[str, str]:
+        """Return "caught", "survived" or "not run" (no test runs the line), and the test that failed."""
+        tests, seconds = _affordable(covering.tests_of(mutant.file, mutant.line), covering.seconds)
+        if not tests:
+            return "not run", ""
+        path = self._tree / mutant.file
+        timeout_s = max(_LEAST_S, 3 * seconds + 15)
+        try:
+            path.write_text(mutant.source(self._root))
+            status = self._pytest(tests, timeout_s)
+            failed = [
+                line for line in self._log.read_text(errors="replace").splitlines() if line.startswith("FAILED")
+            ]
+        finally:
+            path.write_text((self._root / mutant.file).read_text())
+        if status == 0:
+            return "survived", ""
+        if not failed and self._pytest(tests, timeout_s) != 0:
+            raise RuntimeError(f"tests fail without a mutant: {self._log.read_text(errors='replace')[-2000:]}")
+        return "caught", failed[0].split()[1] if failed else f"status {status}"
+
+    def _pytest(self, tests: list[str], timeout_s: float) -> int | str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        command = {"tests": tests, "seconds": timeout_s, "log": str(self._log)}
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        status: int | str = json.loads(self._process.stdout.readline())
+        shutil.rmtree(self._tree / "tmp", ignore_errors=True)
+        (self._tree / "tmp").mkdir(exist_ok=True)
+        return status
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def _affordable(tests: list[str], seconds: dict[str, float]) -> tuple[list[str], float]:
+    chosen, total = [], 0.0
+    for test in tests:
+        if total + seconds[test] > _MOST_S:
+            continue
+        chosen.append(test)
+        total += seconds[test]
+    return chosen, total
+
+
+@contextmanager
+def _copies(root: Path, workers: int) -> Iterator[list[Copy]]:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        copies = [Copy(root, Path(directory) / f"copy{number}") for number in range(workers)]
+        everyone = list(copies)
+        try:
+            yield copies
+        finally:
+            for copy in everyone:
+                copy.close()

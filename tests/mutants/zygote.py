@@ -1,0 +1,73 @@
+"""A process that runs pytest over a changed copy of the code, forked for each mutant so that imports are paid once.
+
+Commands come as JSON lines on standard input: ``{"tests": [...], "seconds": 60, "log": "/file"}``. The answer to each
+is one line with the exit status, or ``"timeout"``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# Nothing of obdlab itself: the forks import that, changed.
+_PRELOADED = ("pytest", "hypothesis", "numpy", "urllib3", "cramjam", "crc32c", "zstandard", "isal.igzip", "pandas")
+
+
+def main() -> None:
+    """Answer commands until standard input ends."""
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), flush=True)
+
+
+def _run(command: dict[str, object]) -> int | str:
+    pid = os.fork()
+    if pid == 0:
+        _be_pytest(command)
+    deadline = time.monotonic() + float(str(command["seconds"]))
+    try:
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return "timeout"
+    finally:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def _be_pytest(command: dict[str, object]) -> None:
+    status = 70
+    try:
+        os.setsid()
+        log = os.open(str(command["log"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.path.insert(0, str(Path.cwd()))
+        import pytest
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header"]
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there before pytest
+        status = int(pytest.main([*options, *command["tests"]]))  # type: ignore[misc]
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
