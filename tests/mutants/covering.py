@@ -64,32 +64,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Covering:
-    """The tests that ran a line, quickest first."""
+    """The tests that ran a line, quickest first. Lines are known by their text: comments may change without harm.
 
-    def __init__(self, data_file: Path, times: Path, root: Path) -> None:
-        self._root = root
+    ``sources`` is the package as it was when the tests ran.
+    """
+
+    def __init__(self, data_file: Path, times: Path, sources: Path) -> None:
         self.seconds, failed = _seconds(times)
         data = coverage.CoverageData(str(data_file))
         data.read()
-        self._lines: dict[str, dict[int, list[str]]] = {}
+        self._lines: dict[str, dict[str, set[str]]] = {}
         for name in data.measured_files():
-            relative = os.path.relpath(name, root)
-            by_line: dict[int, list[str]] = defaultdict(list)
+            relative = "obdlab/" + name.rpartition("/obdlab/")[2]
+            source = sources / relative
+            texts = source.read_text().splitlines() if source.exists() else []
+            by_text: dict[str, set[str]] = defaultdict(set)
             for line, contexts in data.contexts_by_lineno(name).items():
-                names = {context.split("|")[-1] for context in contexts}
-                by_line[line] = [test for test in names if test in self.seconds and test not in failed]
-            self._lines[relative] = by_line
+                if line <= len(texts):
+                    names = {context.split("|")[-1] for context in contexts}
+                    by_text[texts[line - 1].strip()] |= {
+                        test for test in names if test in self.seconds and test not in failed
+                    }
+            self._lines[relative] = by_text
 
-    def tests_of(self, file: str, line: int) -> list[str]:
+    def tests_of(self, file: str, text: str) -> list[str]:
         """Return the names of the tests that ran this line, those of the file's name first.
 
         A line that runs when its module is imported belongs to no test: then these are all tests of the module.
         """
         stem = Path(file).stem
         lines = self._lines.get(file, {})
-        found = lines.get(line, [])
-        if not found and line in lines:
-            found = list({test for tests in lines.values() for test in tests})
+        found = lines.get(text.strip(), set())
+        if not found and text.strip() in lines:
+            found = {test for tests in lines.values() for test in tests}
         return sorted(found, key=lambda test: (f"test_{stem}" not in test, self.seconds[test]))
 
 

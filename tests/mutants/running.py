@@ -23,6 +23,7 @@ from tqdm import tqdm
 from tests.mutants.covering import CONTEXT, RCFILE, TIMES, Covering
 from tests.mutants.sample import ROOMS, Mutant, sample
 
+_NOT_SOURCES = shutil.ignore_patterns("__pycache__")
 HOST = "kernel or containerd or vm"
 #: At least this long, or three times what the chosen tests took when they were recorded.
 _LEAST_S = 30.0
@@ -48,6 +49,7 @@ def record(root: Path, tests: list[str], *, host: bool) -> int:
     command += ["-m", HOST if host else f"not ({HOST})", *tests]
     environment = os.environ | {TIMES: str(directory / "times.jsonl"), CONTEXT: ""}
     status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    shutil.copytree(root / "obdlab", directory / "sources" / "obdlab", dirs_exist_ok=True, ignore=_NOT_SOURCES)
     combine = [sys.executable, "-m", "coverage", "combine", f"--rcfile={rcfile}", "--append"]
     combine += [f"--data-file={directory / 'coverage'}", str(directory / "raw")]
     subprocess.run(combine, cwd=root, check=True, stdout=subprocess.DEVNULL)
@@ -57,7 +59,7 @@ def record(root: Path, tests: list[str], *, host: bool) -> int:
 def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, again: bool) -> int:
     """Try a sample of each room's mutants and append the outcomes to its file."""
     directory = results_dir(root)
-    covering = Covering(directory / "coverage", directory / "times.jsonl", root)
+    covering = Covering(directory / "coverage", directory / "times.jsonl", directory / "sources")
     for room in rooms or list(ROOMS):
         results = directory / f"{room}.jsonl"
         known = {} if not results.exists() else {_key(entry): entry for entry in read(results)}
@@ -149,7 +151,8 @@ class Copy:
 
     def attempt(self, mutant: Mutant, covering: Covering) -> tuple[str, str]:
         """Return "caught", "survived" or "not run" (no test runs the line), and the test that failed."""
-        tests, seconds = _affordable(covering.tests_of(mutant.file, mutant.line), covering.seconds)
+        text = (self._root / mutant.file).read_text().splitlines()[mutant.line - 1]
+        tests, seconds = _affordable(covering.tests_of(mutant.file, text), covering.seconds)
         if not tests:
             return "not run", ""
         path = self._tree / mutant.file
