@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 AnySpec = Spec | GridSpec
 #: The default kind of a declaration: container starts.
 START = "start"
+#: Keys that do not say what is measured; ``read_declaration`` always gives a name.
+_ONLY_ABOUT = {"name", "description"}
 
 
 def load(path: Path, *, quick: bool = False) -> AnySpec:
@@ -25,6 +27,7 @@ def load(path: Path, *, quick: bool = False) -> AnySpec:
     values = read_declaration(path)
     changes = values.pop("quick", None)
     try:
+        _check_declares(values)
         spec = from_values(values)
         if not quick:
             return spec
@@ -33,6 +36,15 @@ def load(path: Path, *, quick: bool = False) -> AnySpec:
         return spec.with_values(**changes)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
+
+
+# The defaults are a whole experiment: without this check an empty file would measure for minutes.
+def _check_declares(values: Mapping[str, Any]) -> None:
+    if set(values) <= _ONLY_ABOUT:
+        raise SpecError(
+            f"declares no experiment (got {', '.join(sorted(set(values) - {'name'})) or 'no key'}, wanted a kind, "
+            f"or a key of container starts, such as images, snapshotters or repeats)"
+        )
 
 
 def from_values(values: Mapping[str, Any]) -> AnySpec:

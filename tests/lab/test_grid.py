@@ -90,6 +90,24 @@ def test_bad_declarations_say_what_is_wrong(tmp_path: Path, text: str, complaint
     assert "x.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "declares no experiment .got no key, wanted a kind, or a key of container starts, such as images"),
+        ("# images = ['redis']\n", "declares no experiment .got no key"),
+        ('name = "mine"\ndescription = "x"\n', "declares no experiment .got description"),
+        ("[quick]\nrepeats = 1\n", "declares no experiment .got no key"),
+        ('[project]\nname = "mine"\n', "unknown key .got 'project', wanted among a_a, "),
+    ],
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_file_that_declares_nothing_starts_nothing(tmp_path: Path, text: str, complaint: str, quick: bool) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=f"x.toml: {complaint}"):
+        load(path, quick=quick)
+
+
 def test_a_declaration_without_a_quick_table_has_no_quick_mode(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("repeats = 3\n")
