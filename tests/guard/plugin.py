@@ -122,9 +122,10 @@ class Guard:
         if self.worker:
             return
         end = time.monotonic() + _END_S
-        while processes.members(self.territory) and time.monotonic() < end:
+        spared = processes.resource_trackers()
+        while processes.members(self.territory, spared) and time.monotonic() < end:
             time.sleep(0.1)
-        self.left = leftovers.take_down(self.territory)
+        self.left = leftovers.take_down(self.territory, spared)
         if self.left and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 VARIABLE = "OBDLAB_TEST_RUN"
 _PROC = Path("/proc")
 _PAUSE_S = 0.05
+_TRACKER = b"from multiprocessing.resource_tracker import main"
 _MOST_SHOWN = 110
 
 
@@ -62,6 +63,16 @@ def descendants() -> set[int]:
     """Return the running processes below this one."""
     states = {int(path.name): _state(int(path.name)) for path in _PROC.glob("[0-9]*")}
     return _with_descendants({os.getpid()}, {pid: state[1] for pid, state in states.items() if state}) - {os.getpid()}
+
+
+def resource_trackers() -> set[int]:
+    """Return the children of this process that are multiprocessing's resource trackers; they end after it."""
+    found = set()
+    for directory in _PROC.glob("[0-9]*"):
+        state = _state(int(directory.name))
+        if state is not None and state[1] == os.getpid() and _TRACKER in _read(directory / "cmdline"):
+            found.add(int(directory.name))
+    return found
 
 
 def _with_descendants(found: set[int], parents: dict[int, int]) -> set[int]:

@@ -186,6 +186,20 @@ def test_leftovers_fail_a_run_that_passes(tmp_path: Path) -> None:
     assert tops(tmp_path) == []
 
 
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["plain", "xdist"])
+def test_pythons_own_resource_tracker_is_no_leftover(options: tuple[str, ...], tmp_path: Path) -> None:
+    body = """
+        from multiprocessing import resource_tracker
+        def test_starts_it(): resource_tracker.ensure_running()
+        """
+    process = run(tmp_path, body, *options)
+    output = finished(process)
+    assert "2 passed" in output
+    assert "left by the tests" not in output
+    assert process.returncode == 0
+    assert tops(tmp_path) == []
+
+
 def test_temporary_files_stay_for_a_look_when_a_test_fails(tmp_path: Path) -> None:
     body = "def test_fails(tmp_path):\n    (tmp_path / 'a').touch()\n    assert False\n"
     output = finished(run(tmp_path, body))
