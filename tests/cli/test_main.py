@@ -99,14 +99,18 @@ def test_without_root_mount_says_that_it_needs_it(roots_place: Path) -> None:
         assert line.endswith("Permission denied (most commands need root)")
 
 
-def test_the_text_of_an_error_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("command", "feed"), [("inspect", r"\n"), ("convert", "\n  ")])
+def test_the_text_of_an_error_cannot_control_the_terminal(
+    command: str, feed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tags = ["\x1b[2J\x1b]0;title\x07", "\u202eback\nobdlab: all is well"]
     entry = {"mediaType": OCI_MANIFEST, "digest": f"sha256:{'0' * 64}", "size": 2}
     entries = [{**entry, "annotations": {REF_NAME: tag}} for tag in tags]
     layout = ImageLayout.create(tmp_path / "layout")
     (layout.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
-    assert main(["inspect", str(layout.root)]) == 1
+    destination = [f"oci:{tmp_path / 'converted'}"] if command == "convert" else []
+    assert main([command, str(layout.root), *destination]) == 1
     printed = capsys.readouterr().err
     assert r"\x1b[2J\x1b]0;title\x07" in printed
-    assert r"\u202eback" in printed
-    assert printed.removesuffix("\n").isprintable()
+    assert rf"\u202eback{feed}obdlab: all is well" in printed
+    assert printed.replace("\n", "").isprintable()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,24 @@ def ranges() -> list[tuple[int, int]]:
         return [(run.begin, run.end) for run in disk.owners() if run.layer is not None and not run.zeroed][:40]
 
 
+@contextmanager
+def being_read(device: AttachedDevice) -> Iterator[None]:
+    """Have the device read again and again: how long a command takes to begin recording does not matter then."""
+    position, ended = ranges()[0][0] // 4096 * 4096, threading.Event()
+
+    def read() -> None:
+        while not ended.wait(0.05):
+            read_direct(device.path, position, 4096)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reader.join()
+
+
 def test_recording_begins_and_ends_while_it_is_read(
     service: DeviceService, device: AttachedDevice, tmp_path: Path
 ) -> None:
@@ -88,10 +107,8 @@ def test_the_command(
     service: DeviceService, device: AttachedDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, one = str(service.run_dir.path), tmp_path / "one"
-    reader = threading.Timer(0.5, lambda: read_direct(device.path, ranges()[0][0] // 4096 * 4096, 4096))
-    reader.start()
-    assert main(["trace", "record", "traced", "-o", str(one), "--seconds", "3", "--run-dir", run_dir, "-q"]) == 0
-    reader.join()
+    with being_read(device):
+        assert main(["trace", "record", "traced", "-o", str(one), "--seconds", "3", "--run-dir", run_dir, "-q"]) == 0
     assert main(["trace", "show", "--json", str(one)]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["reads"] == len(Trace.from_bytes(one.read_bytes())) > 0
