@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,18 +44,31 @@ class ImageLayout:
         Raises SourceError if the directory holds something else or cannot be made.
         """
         layout = cls(root)
-        if (root / _MARK).exists():
-            return layout
+        layout.check_place()
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            if any(root.iterdir()):
-                raise SourceError("directory is neither empty nor an OCI layout", blob=str(root))
+            if (root / _MARK).exists():
+                return layout
             (root / "blobs" / "sha256").mkdir(parents=True)
             layout._replace(root / "index.json", Index(()).to_bytes())
             layout._replace(root / _MARK, json.dumps(_VERSION).encode())
         except OSError as error:
             raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(root)) from error
         return layout
+
+    def check_place(self) -> None:
+        """Raise SourceError unless the directory is a layout, or create() could make one there. Changes nothing."""
+        try:
+            if (self.root / _MARK).exists():
+                return
+            above = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+            if above == self.root and any(self.root.iterdir()):
+                raise SourceError("directory is neither empty nor an OCI layout", blob=str(self.root))
+            if not above.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(above, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(self.root)) from error
 
     def index(self) -> Index:
         """Return index.json. Raises SourceError if it cannot be read, FormatError if it is malformed."""

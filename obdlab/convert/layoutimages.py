@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from obdlab.convert.endpoints import ImageDestination, ImageSource
@@ -45,12 +46,17 @@ class LayoutSource(ImageSource):
 
 
 class LayoutDestination(ImageDestination):
-    """A tag in an OCI layout directory, which is made if it is missing."""
+    """A tag in an OCI layout directory. The first blob makes the directory if it is missing.
+
+    A conversion whose source cannot be read stores nothing, and so leaves no empty layout.
+    """
 
     def __init__(self, root: Path, tag: str) -> None:
         self.name = f"oci:{root}:{tag}"
-        self._layout = ImageLayout.create(root)
+        self._layout = ImageLayout(root)
+        self._layout.check_place()
         self._tag = tag
+        self._making = threading.Lock()
 
     @property
     def place(self) -> tuple[str, str] | None:
@@ -73,14 +79,18 @@ class LayoutDestination(ImageDestination):
         return data
 
     def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
-        stored = self._layout.add_file(descriptor.digest, path)
+        stored = self._made().add_file(descriptor.digest, path)
         advance(descriptor.size)
         return stored
 
     def put_bytes(self, descriptor: Descriptor, data: bytes) -> None:
-        self._layout.add_bytes(descriptor.digest, data)
+        self._made().add_bytes(descriptor.digest, data)
 
     def put_manifest(self, descriptor: Descriptor, data: bytes, *, tagged: bool = True) -> None:
-        self._layout.add_bytes(descriptor.digest, data)
+        self._made().add_bytes(descriptor.digest, data)
         if tagged:
             self._layout.set_tag(self._tag, descriptor)
+
+    def _made(self) -> ImageLayout:
+        with self._making:
+            return ImageLayout.create(self._layout.root)

@@ -58,7 +58,7 @@ def refused(layout: Path, work_dir: Path, kind: type[ObdlabError], **layer: int)
             f"oci:{out}:latest",
             ConvertOptions(work_dir=work_dir, layer=LayerOptions(**layer)),
         )
-    assert ImageLayout(out).index().manifests == ()
+    assert not out.exists() or ImageLayout(out).index().manifests == ()
     return caught.value
 
 
@@ -243,7 +243,7 @@ def test_stopped_by_a_signal(number: int, work_dir: Path, tmp_path: Path) -> Non
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.decode().strip().splitlines()[-1] == "obdlab convert: interrupted"
-    assert ImageLayout(tmp_path / "out").index().manifests == ()
+    assert not (tmp_path / "out").exists() or ImageLayout(tmp_path / "out").index().manifests == ()
 
 
 def slow_layout(tmp_path: Path) -> Path:

@@ -155,6 +155,34 @@ def test_archives_that_make_no_sense(
         DockerArchiveSource(path, None)
 
 
+@pytest.mark.parametrize("prefix", ["oci:", "oci-archive:"])
+def test_a_source_that_cannot_be_read_leaves_nothing_at_the_destination(prefix: str, tmp_path: Path) -> None:
+    broken = ImageLayout.create(tmp_path / "broken")
+    missing = {"mediaType": oci.OCI_MANIFEST, "digest": f"sha256:{'0' * 64}", "size": 2}
+    (broken.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [missing]}))
+    out = tmp_path / "a" / "out"
+    if prefix == "oci-archive:":
+        out.parent.mkdir()
+    for source in (f"oci:{broken.root}", f"oci:{tmp_path / 'none'}", "127.0.0.1:1/none:x"):
+        assert main(["convert", "--plain-http", "127.0.0.1:1", source, f"{prefix}{out}"]) == 1
+        assert not out.exists()
+        assert list(tmp_path.glob("a/*")) == []
+
+
+def test_a_place_where_no_layout_can_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    with closing(RegistryClient()) as client:
+        for place, message in (
+            ("full", "directory is neither empty nor an OCI layout"),
+            ("file", "cannot make an OCI layout: Not a directory"),
+            ("file/out", "cannot make an OCI layout: Not a directory"),
+        ):
+            with pytest.raises(SourceError, match=message):
+                open_destination(f"oci:{tmp_path / place}", client)
+
+
 def test_archives_that_are_damaged(tmp_path: Path) -> None:
     path = docker_archive(tmp_path / "saved.tar")
     content = bytearray(path.read_bytes())

@@ -90,7 +90,7 @@ def test_one_broken_image_leaves_no_index(tmp_path: Path) -> None:
     blob.write_bytes(blob.read_bytes()[:-1] + b"\1")
     with pytest.raises((CorruptBlobError, FormatError)):
         convert_all(layout.root, f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
-    assert ImageLayout(tmp_path / "out").index().manifests == ()
+    assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("obdlab-*"))
 
 
