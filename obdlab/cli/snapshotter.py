@@ -79,8 +79,10 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger().setLevel(config.log_level)
     hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
     wait_for_signal = catch_signals()
+    devices = devices_for(args.run_dir, settings)
+    devices.check_place()  # or every container would fail later, on a service that is ready
     layout = Layout(root)
-    images = ImageDevices(layout, devices_for(args.run_dir, settings))
+    images = ImageDevices(layout, devices)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()

@@ -82,6 +82,9 @@ class Devices(Protocol):
     def settings(self) -> Settings:
         """The settings for opening images."""
 
+    def check_place(self) -> None:
+        """Raise DeviceError if the place of the devices' files cannot be used."""
+
     def start_host(self) -> None:
         """Start all processes that the first attach needs."""
 
@@ -258,6 +261,10 @@ class DeviceService:
         self.stop_host()
         if failures:
             raise DeviceError("; ".join(failures))
+
+    def check_place(self) -> None:
+        """Make the run directory. Raises DeviceError if it cannot be made, or if other users could change it."""
+        self._run.create()
 
     def start_host(self) -> None:
         """Have the device host run before the first attach. Raises DeviceError."""

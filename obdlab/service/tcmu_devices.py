@@ -62,6 +62,9 @@ class TcmuDevices:
         self.settings = settings
         self._tenant = tenant
 
+    def check_place(self) -> None:
+        """Do nothing: the daemon keeps its own files."""
+
     def start_host(self) -> None:
         """Do nothing: the daemon is started by other means."""
 

@@ -73,6 +73,28 @@ def test_the_snapshotter_is_ready_alive_and_stops(tmp_path: Path, systemd: socke
         assert main(["cleanup", "--run-dir", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.kernel
+def test_a_snapshotter_whose_run_directory_is_refused_is_never_ready(tmp_path: Path, systemd: socket.socket) -> None:
+    require("kernel")
+    run, address = tmp_path / "run", tmp_path / "snapshotter.sock"
+    run.mkdir()
+    run.chmod(0o1777)
+    environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    command = [sys.executable, "-m", "obdlab", "snapshotter", "--root", tmp_path / "root", "--address", address]
+    command += ["--run-dir", run, "--cache-dir", tmp_path / "cache"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"obdlab snapshotter: {run}: cannot make the run directory: ")
+    assert "mode 1777" in line
+    assert not (tmp_path / "root").exists()
+    assert not address.exists()
+    systemd.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        systemd.recv(4096)
+
+
 def test_nobody_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not notify.notify("READY=1")
