@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import shutil
 import time
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices import kinds
+from obdlab.devices import kinds, mount
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.settings import Settings
 from obdlab.service import wire
@@ -287,12 +288,21 @@ def _clear_leftovers(directory: Path, device_id: str) -> None:
     try:
         kinds.take_down(directory)
     except DeviceError as error:
-        raise DeviceError(f"device {device_id}: its server is dead, but {error}") from error
+        raise DeviceError(f"device {device_id}: its server is dead, but {error}{_way_out(directory)}") from error
     if record is not None:
         for process in record.servers():
             process.end(2.0)
     for entry in directory.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+# A dead file system answers with I/O errors until it is unmounted. Only its users can tell when they do without it.
+def _way_out(directory: Path) -> str:
+    mounts = [entry for device in kinds.devices_of(directory) for entry in mount.mounts_of(device)]
+    if not mounts:
+        return ""
+    targets = dict.fromkeys(shlex.quote(str(entry.mountpoint)) for entry in mounts)
+    return f"; run: umount {' '.join(targets)} and attach again"
 
 
 def _follow(reader: int, deadline: float) -> None:

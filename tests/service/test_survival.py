@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 import obdlab
+from obdlab.devices import mount
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
@@ -319,6 +321,25 @@ def test_without_keeper_the_next_death_is_an_error_and_no_wait(service: DeviceSe
     assert caught.value.errno == errno.EIO
     with pytest.raises(DeviceError, match="device x: no such device is being served"):
         service.upgrade("x")
+
+
+def test_a_dead_device_still_mounted_is_refused_with_the_way_out(service: DeviceService, tmp_path: Path) -> None:
+    config, target = golden_config(tmp_path), tmp_path / "a mount"
+    target.mkdir()
+    device = service.attach(config, "x")
+    service.mount(device, target)
+    kill_for_good(device)
+    try:
+        with pytest.raises(DeviceError) as caught:
+            service.attach(config, "x")
+        message = str(caught.value)
+        assert f"device x: its server is dead, but {device.path}: still in use (mounted on {target})" in message
+        (told,) = re.findall(r"; run: (.*) and attach again$", message)
+        subprocess.run(told, shell=True, check=True, timeout=60)
+        assert service.attach(config, "x").alive
+    finally:
+        if mount.is_mounted(target):
+            mount.unmount(target, lazy=True)
 
 
 def test_servers_that_die_again_and_again_are_given_up(service: DeviceService, tmp_path: Path) -> None:
