@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from obdlab.convert.database import LayerRecord
 from obdlab.convert.layout import digest_of_file
 from obdlab.errors import SourceError
+from obdlab.records import known_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,11 +90,16 @@ class FinishedLayers:
                 return None
             os.replace(self._pool / f"{name}{_RECORD}", record)
             os.replace(self._pool / f"{name}{_BLOB}", blob)
-            found = LayerRecord(**json.loads(record.read_bytes()[:_MAX_RECORD]))
+            found = LayerRecord(**known_fields(LayerRecord, json.loads(record.read_bytes()[:_MAX_RECORD])))
             digest = digest_of_file(blob)
             if (digest, blob.stat().st_size) == (found.digest, found.size):
                 return blob, found
-        except (OSError, ValueError, TypeError):  # gone, taken by another, or damaged: the layer is built
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # gone, taken by another, or damaged: the layer is built
             pass
         for path in (blob, record):
             path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError
 from obdlab.image.plainvalues import from_plain, to_plain
+from obdlab.records import known_fields
 from obdlab.registry.p2p import P2PAddressError, parse_address
 
 if TYPE_CHECKING:
@@ -199,14 +200,17 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str = "settings") -> Self:
-        """Read output of :meth:`to_json`, or part of it. Raises SettingsError naming ``name`` and the wrong key."""
+        """Read output of :meth:`to_json`, or part of it. Settings of later versions are left out.
+
+        Raises SettingsError naming ``name`` and the wrong key.
+        """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SettingsError(f"{name}: not JSON ({error})") from error
         if not isinstance(values, dict):
             raise SettingsError(f"{name}: not a JSON object (got {type(values).__name__})")
-        return cls().with_values(values, name=name)
+        return cls().with_values(known_fields(cls, values), name=name)
 
     def with_values(self, values: Mapping[str, object], *, name: str) -> Self:
         """Return a copy changed by parsed JSON. Raises SettingsError naming ``name`` and the wrong key."""

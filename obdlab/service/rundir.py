@@ -17,13 +17,14 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from obdlab.devices import graduation, kinds
 from obdlab.errors import DeviceError
 from obdlab.ownfiles import check_own_directory
+from obdlab.records import known_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,7 +239,7 @@ class DeviceRecord(Plan):
         """
         if not isinstance(values, dict):
             raise TypeError(f"a device's record is not an object (got {type(values).__name__})")
-        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        return cls(**known_fields(cls, values))
 
 
 class RunDir:

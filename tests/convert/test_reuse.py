@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -239,16 +240,19 @@ def test_damaged_and_foreign_finished_layers_are_not_taken(tmp_path: Path) -> No
         (tmp_path / f"blob{number}").write_bytes(content)
     with work_directory(tmp_path) as left:
         finished = FinishedLayers(left)
-        for name, number in (("whole", 0), ("damaged", 1), ("longer", 2), ("nonsense", 0)):
+        for name, number in (("whole", 0), ("damaged", 1), ("longer", 2), ("nonsense", 0), ("list", 0)):
             finished.add(name, tmp_path / f"blob{number}", record)
+        later = json.loads((left / "whole.json").read_text()) | {"of_a_later_version": 1}
+        (left / "whole.json").write_text(json.dumps(later))
         (left / "nonsense.json").write_text('{"digest": 7}')
+        (left / "list.json").write_text("[]")
         (left / "torn.json").write_text("{}")
         shutil.copytree(left, tmp_path / "obdlab-convert-killed")
     with work_directory(tmp_path) as directory:
         pool = tmp_path / f"obdlab-finished-{os.geteuid()}"
         assert pool.stat().st_mode & 0o777 == 0o700
         finished = FinishedLayers(directory)
-        for name in ("damaged", "longer", "nonsense", "torn", "other"):
+        for name in ("damaged", "longer", "nonsense", "list", "torn", "other"):
             assert finished.take(name) is None
         found = finished.take("whole")
         assert found is not None

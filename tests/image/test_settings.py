@@ -35,7 +35,6 @@ def test_every_setting_has_a_type_that_json_can_carry() -> None:
     [
         ("", "x: not JSON"),
         ("[1]", r"x: not a JSON object \(got list\)"),
-        ('{"cache_dirr": "/a"}', r"x: no such setting \(got 'cache_dirr', wanted one of cache_dir, "),
         ('{"cache_quota": "4G"}', r"x: cache_quota: wrong value \(got '4G', wanted a whole number\)"),
         ('{"cache_extent_max": -1}', r"cache_extent_max: not below 0 \(got -1\)"),
         ('{"device_readahead_kib": 70000}', r"device_readahead_kib: 0 to 65536 \(got 70000\)"),
@@ -93,3 +92,9 @@ def test_any_document_is_read_or_refused(document: object) -> None:
     except SettingsError:
         return
     assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_a_setting_of_a_later_version_is_ignored_in_a_record_and_refused_in_a_file() -> None:
+    assert Settings.from_json('{"cache_quota": 5, "of_later": 1}') == Settings(cache_quota=5)
+    with pytest.raises(SettingsError, match=r"x: no such setting \(got 'cache_dirr', wanted one of cache_dir, "):
+        Settings().with_values({"cache_dirr": "/a"}, name="x")

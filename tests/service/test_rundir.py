@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.errors import DeviceError
-from obdlab.service.rundir import Process, RunDir
+from obdlab.service.rundir import DeviceRecord, Process, RunDir
 
 MANY = 1100  # more descriptors than select(2) takes
 
@@ -76,3 +77,15 @@ def test_another_users_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "devices").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DeviceError, match=r"devices: .*Not a directory"):
         RunDir(tmp_path / "run").create()
+
+
+def test_a_record_of_a_later_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = DeviceRecord("x", "/c", "0", path="/dev/loop0", size=1, read_only=True, pid=1, start_time=2)
+    record.save(tmp_path)
+    path = tmp_path / "disk.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": {}}))
+    assert [DeviceRecord.load(tmp_path) for _ in range(3)] == [record] * 3
+    (logged,) = [entry.getMessage() for entry in caplog.records]
+    assert (
+        logged == "DeviceRecord: a later version wrote it; unknown fields are ignored, such as 'of_a_later_version'"
+    )
