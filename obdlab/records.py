@@ -8,23 +8,26 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from _typeshed import DataclassInstance
 
 log = logging.getLogger(__name__)
 
 
-def known_fields(kind: type[DataclassInstance], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the values that are fields of the dataclass. A process logs once which others a record has."""
+def known_fields(kind: type[DataclassInstance], values: object) -> dict[str, Any]:
+    """Return those of a JSON object's values that are fields of the dataclass. The first unknown field is logged.
+
+    Raises TypeError if ``values`` is no JSON object.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__}: not a JSON object (got {type(values).__name__})")
     known = {each.name for each in fields(kind)}
     unknown = values.keys() - known
     if unknown:
-        _log_once(kind.__name__, min(unknown), len(unknown))
+        _log_once(kind.__name__, min(unknown))
     return {name: value for name, value in values.items() if name in known}
 
 
 # Records are read several times a second. The cache is bounded, because a file chooses the names.
 @functools.lru_cache(maxsize=64)
-def _log_once(kind: str, name: str, count: int) -> None:
-    log.warning("%s: %d fields are unknown and ignored, such as %.40r: a later version wrote it", kind, count, name)
+def _log_once(kind: str, name: str) -> None:
+    log.warning("%s: a later version wrote it; unknown fields are ignored, such as %.40r", kind, name)

@@ -94,12 +94,7 @@ class FinishedLayers:
             digest = digest_of_file(blob)
             if (digest, blob.stat().st_size) == (found.digest, found.size):
                 return blob, found
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ):  # gone, taken by another, or damaged: the layer is built
+        except (OSError, ValueError, TypeError):  # gone, taken by another, or damaged: the layer is built
             pass
         for path in (blob, record):
             path.unlink(missing_ok=True)

@@ -237,8 +237,6 @@ class DeviceRecord(Plan):
 
         Raises TypeError if it is malformed.
         """
-        if not isinstance(values, dict):
-            raise TypeError(f"a device's record is not an object (got {type(values).__name__})")
         return cls(**known_fields(cls, values))
 
 
