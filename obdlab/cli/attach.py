@@ -90,13 +90,15 @@ def run_attach(args: argparse.Namespace) -> int:
 
 def run_detach(args: argparse.Namespace) -> int:
     """Detach."""
+    from obdlab.devices.usage import STARTS_END_S
+
     service = device_service_from(args)
     named = next((each for each in service.list() if args.device in (each.device_id, str(each.path))), None)
     missing = DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
     if args.device.startswith("/") and named is None:
         raise missing
     device_id = args.device if named is None else named.device_id
-    gone = service.detach(device_id)
+    gone = service.detach(device_id, patience_s=STARTS_END_S)
     made = args.run_dir.absolute() / _IMAGES / device_id / _CONFIG
     forget_config(service, made if named is None else named.config)
     if not gone:

@@ -12,6 +12,8 @@ from obdlab.errors import DeviceError
 
 #: A starting container copies all mounts for a moment and drops them; only longer use counts.
 TRANSIENT_USE_S = 1.0
+#: On a busy machine that moment takes seconds: the patience of callers for which an error costs more than a wait.
+STARTS_END_S = 10.0
 
 
 def wait_unused(device: Path) -> None:

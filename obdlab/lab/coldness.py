@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.devices.usage import STARTS_END_S
 from obdlab.errors import ObdlabError
 from obdlab.lab.containerd import unmount_below
 from obdlab.lab.process import LabError, run, wait_until
@@ -58,7 +59,7 @@ def make_cold(host: OwnContainerd, registry: RegistryHost) -> dict[str, Any]:
             host.remove_image(image.name)
     for device in host.devices.list():
         with suppress(ObdlabError):  # prove_cold reports the remains
-            host.devices.detach(device.device_id)
+            host.devices.detach(device.device_id, patience_s=STARTS_END_S)
     with suppress(LabError):
         wait_until(lambda: not host.devices.list(), "end of device servers", 10.0, 0.02)
     unmount_below([host.files_dir])

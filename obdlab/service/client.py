@@ -184,18 +184,28 @@ class DeviceService:
             cause = self.last_error(device.device_id)
             raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error
 
-    def detach(self, device_id: str, *, timeout_s: float = 10.0, force: bool = False) -> bool:
+    def detach(
+        self, device_id: str, *, timeout_s: float = 10.0, force: bool = False, patience_s: float = 0.0
+    ) -> bool:
         """Take a device down; wait until device, mount and server are gone. Return False if there was no device.
 
-        Raises DeviceError, having changed nothing, while a file system is mounted from it, unless ``force``.
+        Waits up to ``patience_s`` for users elsewhere, such as a container that starts. Raises DeviceError, having
+        changed nothing, while a file system is mounted from it, unless ``force``.
         """
         directory = self._run.device(device_id)
         if not directory.is_dir():
             return False
         deadline = time.monotonic() + timeout_s
+        waits_until = time.monotonic() + patience_s
         with held(directory, timeout_s):
-            remove_device(directory, timeout_s=_left(deadline, timeout_s), force=force)
-        return True
+            while True:
+                try:
+                    remove_device(directory, timeout_s=_left(max(deadline, waits_until), timeout_s), force=force)
+                except DeviceError:  # each try waits for TRANSIENT_USE_S
+                    if time.monotonic() >= waits_until or _is_mounted_here(directory):
+                        raise
+                else:
+                    return True
 
     def release(self, device_id: str) -> bool:
         """Detach a device that this mount namespace has unmounted. Return False if other users still hold it.
@@ -211,7 +221,7 @@ class DeviceService:
         return True
 
     def _leave_to_others(self, directory: Path) -> None:
-        if any(mount.mounts_of(path) for path in kinds.devices_of(directory)):
+        if _is_mounted_here(directory):
             return
         record = DeviceRecord.load(directory)
         kind = kinds.find(record.kind if record is not None else kinds.FuseLoop.name)
@@ -379,6 +389,10 @@ class DeviceService:
         if done.returncode != 0:
             text = done.stderr.decode(errors="replace").strip()
             raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")
+
+
+def _is_mounted_here(directory: Path) -> bool:
+    return any(mount.mounts_of(path) for path in kinds.devices_of(directory))
 
 
 def _locked(lock: int) -> bool:

@@ -21,6 +21,7 @@ import pytest
 
 from obdlab.devices import loop, mount
 from obdlab.devices.fuse_loop import devices_of
+from obdlab.devices.usage import TRANSIENT_USE_S
 from obdlab.errors import DeviceError
 from obdlab.image.config import ConfigError
 from obdlab.image.settings import Settings
@@ -238,6 +239,25 @@ def test_detach_is_refused_while_mounted(bed: Bed, tmp_path: Path) -> None:
     finally:
         mount.unmount(target)
     until(lambda: bed.service.release("rw") or not bed.service.list(), timeout_s=60)
+
+
+def test_detach_waits_for_one_that_drops_its_copy_of_the_mount(bed: Bed, tmp_path: Path) -> None:
+    device = bed.service.attach(bed.config("rw", writable=True, size=16 * MIB), "rw")
+    subprocess.run(["mkfs.ext4", "-q", device.path], check=True, capture_output=True)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    bed.service.mount(device, target)
+    # A starting container on a busy machine: it keeps its copies for longer than TRANSIENT_USE_S.
+    with subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"echo; exec sleep {2 * TRANSIENT_USE_S}"],
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        mount.unmount(target)
+        assert bed.service.detach("rw", patience_s=60.0)
+        assert other.wait(60) == 0
+    assert bed.service.list() == []
 
 
 def test_release_while_another_namespace_has_a_copy_of_the_mount(bed: Bed, tmp_path: Path) -> None:

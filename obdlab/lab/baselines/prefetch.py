@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from obdlab.convert.source import open_destination, open_source
 from obdlab.convert.traces import add_acceleration_layer, add_hot_layer
 from obdlab.devices import mount
+from obdlab.devices.usage import STARTS_END_S
 from obdlab.formats import oci
 from obdlab.image.from_manifest import config_from_manifest
 from obdlab.image.settings import Settings
@@ -110,5 +111,5 @@ def _record(host: OwnContainerd, place: Path, image: ImageConfig, config: bytes,
         finally:
             mount.unmount(place / "lower")
     finally:
-        host.devices.detach(device.device_id)
+        host.devices.detach(device.device_id, patience_s=STARTS_END_S)
     wait_until((place / "trace.ok").exists, "writing of the trace", _TRACE_TIMEOUT_S)

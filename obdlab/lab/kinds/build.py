@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from obdlab.devices import mount
+from obdlab.devices.usage import STARTS_END_S
 from obdlab.ext4.mkfs import make_filesystem
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.disks import open_any_layer
@@ -169,7 +170,7 @@ class _Bench:
             finally:
                 mount.unmount(root)
         finally:
-            self.service.detach("build")
+            self.service.detach("build", patience_s=STARTS_END_S)
             root.rmdir()
 
     def _commit(self, upper: Path, target: Path) -> None:
