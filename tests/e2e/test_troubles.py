@@ -58,7 +58,9 @@ def test_wrong_bytes_and_an_outage_under_a_container(host: ObdlabHost, proxy: Ou
     image = behind(proxy, image)
     host.rpull(image)
     start(host, image, "reader")
-    execute(host, "reader", "/bin/busybox cat /bin/busybox > /dev/null")  # what else would fail is the program itself
+    execute(
+        host, "reader", "/bin/busybox cat /bin/busybox /etc/issue > /dev/null"
+    )  # what is read below, or the program fails
     wrong, gone = case("wrong bytes: a flipped bit in every 8 KiB"), case("connection closed without a word")
     proxy.always(wrong)
     said = execute(host, "reader", "/bin/busybox sha256sum /big", check=False)
