@@ -165,5 +165,5 @@ def label_below(directory: Path) -> str:
 
 # Loop devices keep 63 bytes of a label; the hash distinguishes longer run directories and ids.
 def _label(directory: Path) -> str:
-    whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
+    whole = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
     return f"{_LABEL}{whole}:{directory.name}"[:63]

@@ -233,7 +233,7 @@ def test_an_image_in_use_is_not_removed(host: ObdlabHost, wire: WireSnapshotter,
     host.rpull(image)
     name = top(wire)
     mounts = wire.prepare("container", name, {})
-    with pytest.raises(FailedPreconditionError, match="children"):
+    with pytest.raises(FailedPreconditionError, match="with child"):
         wire.remove(name)
     with mounted(mounts, tmp_path / "mnt") as root:
         wire.remove("container")
