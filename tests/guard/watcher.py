@@ -21,8 +21,10 @@ from tests.guard import fuse, leftovers, processes
 from tests.guard.processes import VARIABLE, Territory
 
 _ROOT = Path(__file__).parents[2]
+# After its FUSE connections were aborted, a test that waited for one of them may end by itself.
+_FREED_S = 20.0
 # After SIGABRT, for which python writes the stacks of all threads.
-_DUMP_S = 5.0
+_DUMP_S = 20.0
 _MOST_LINE = 1 << 16
 
 
@@ -35,6 +37,7 @@ class Watcher:
         self._territory = territory
         self._test = ""
         self._deadline: float | None = None
+        self._is_freed = False
         self._ended = False
         self._read = b""
 
@@ -49,7 +52,7 @@ class Watcher:
                 poller.unregister(0)
             if self._pidfd in ready:
                 break
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if self._deadline is not None and time.monotonic() > self._deadline and not self._free():
                 self._kill()
         if not self._ended:
             self._take_down()
@@ -65,14 +68,25 @@ class Watcher:
             self._ended = message.get("end", False)
             self._test = message.get("test", "")
             self._deadline = time.monotonic() + message["limit_s"] if self._test else None
+            self._is_freed = False
         return bool(data)
+
+    # A process that waits for its own FUSE server cannot be killed: it is freed first. Return True if that may help.
+    def _free(self) -> bool:
+        connections = set() if self._is_freed else fuse.connections_of({self._pid})
+        if not connections:
+            return False
+        _say(f"{self._test}: hangs: the FUSE connections of its process {self._pid} are aborted")
+        fuse.abort(connections)
+        self._is_freed = True
+        self._deadline = time.monotonic() + _FREED_S
+        return True
 
     def _kill(self) -> None:
         self._deadline = None
         _say(f"{self._test}: hangs, and did not end when it was interrupted: its process {self._pid} is killed")
         for pid in sorted({self._pid} | processes.members(self._territory)):
             _say(f"  {processes.describe(pid)}")
-        fuse.abort(fuse.connections_of({self._pid}))
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGABRT)
             if not select.select([self._pidfd], [], [], _DUMP_S)[0]:

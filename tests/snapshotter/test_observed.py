@@ -131,6 +131,7 @@ def test_calls_are_counted_and_health_is_told(tmp_path: Path) -> None:
     process.stop(signal.SIGKILL)
     assert snapshotters.ask_all(process.run_dir, 1.0) == []
     assert list(telling.directory_of(process.run_dir).iterdir()) == []
+    process.take_down()
 
 
 def check_health(process: SnapshotterProcess) -> None:

@@ -101,7 +101,8 @@ def test_each_container_has_its_own_limit(limited: Path, tmp_path: Path) -> None
     snapshotter.prepare("extract-1 base", "", {})
     snapshotter.commit("base", "extract-1 base", {})
     projects = set()
-    for number, (labels, limit) in enumerate((({}, 8), ({LABEL_QUOTA: "4m"}, 4), ({}, 8))):
+    # A label lowers the configured limit, and cannot raise it.
+    for number, (labels, limit) in enumerate((({}, 8), ({LABEL_QUOTA: "4m"}, 4), ({LABEL_QUOTA: "1t"}, 8))):
         with mounted(snapshotter.prepare(f"c{number}", "base", labels), tmp_path / "rootfs") as rootfs:
             (rootfs / "fits").write_bytes(bytes((limit - 2) * MIB))
             with pytest.raises(OSError, match=r"quota|space"):
@@ -113,6 +114,8 @@ def test_each_container_has_its_own_limit(limited: Path, tmp_path: Path) -> None
     for number in range(3):
         snapshotter.remove(f"c{number}")
     assert all(not any(quotas._limits(project)[:2]) for project in projects)
+    snapshotter.close()
+    snapshotter = snapshotter_on(limited)
     with pytest.raises(FailedPreconditionError, match="larger than the file system"):
         snapshotter.prepare("large", "base", {LABEL_QUOTA: "1t"})
     assert {snapshot.key for snapshot in snapshotter.walk()} == {"base"}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.image.settings import Settings
+from obdlab.service.client import DeviceService
 from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
 from obdlab.snapshotter.errors import NotFoundError
 from obdlab.snapshotter.service import SnapshotServer, SocketError
@@ -32,6 +34,13 @@ def core(tmp_path: Path) -> Iterator[Snapshotter]:
     snapshotter = open_snapshotter(tmp_path)
     yield snapshotter
     snapshotter.close()
+
+
+@pytest.fixture(autouse=True)
+def host_ends(tmp_path: Path) -> Iterator[None]:
+    """End the device host that a snapshotter started, and leaves running for the next one."""
+    yield
+    DeviceService(tmp_path / "run", Settings(cache_dir=tmp_path / "cache")).shutdown(force=True)
 
 
 def test_only_the_owner_may_connect(core: Snapshotter, tmp_path: Path) -> None:
