@@ -140,7 +140,7 @@ def test_exports_to_the_letter(tmp_path: Path) -> None:
 
 
 def test_parquet_without_its_packages_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the import system does for a package that is not installed.
+    # The import system treats None like a package that is not installed.
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(
         RowsError, match=r"out\.parquet: Parquet needs pandas and pyarrow: .*install.* pandas pyarrow"

@@ -129,7 +129,7 @@ COLD = (
 def test_a_finding_to_the_letter(count: int, total_s: float, text: str) -> None:
     (cold,) = findings(summarise(_same(BASE, 4.0, count) + _same("obdlab", total_s, count)))
     assert cold == f"redis, cold, 100 Mbit/s, 5 ms: obdlab is {text}{COLD.format(f'{total_s / 2:.2f}')}"
-    # What a warm start fetched is not told.
+    # A warm start has no sentence about traffic.
     (warm,) = findings(summarise(_same(BASE, 4.0, count, "warm") + _same("obdlab", total_s, count, "warm")))
     assert warm == f"redis, warm, 100 Mbit/s, 5 ms: obdlab is {text}"
 

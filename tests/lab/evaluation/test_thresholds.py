@@ -57,7 +57,7 @@ def test_how_small_a_ratio_must_be(
         if run == "build":
             rows = _thrice(layer="obdlab-append", build_s=ratio) + _thrice(layer="overlayfs", build_s=1.0)
         else:
-            # Starts of another kind and on another disk, which say the opposite, are not looked at.
+            # The check ignores starts of another kind and on another disk: these would refute the claim.
             rows = _start("obdlab", start, disk, ratio) + _start("overlayfs", start, disk, 1.0)
             rows += _start("obdlab", "warm", disk, 9.0) + _start("obdlab", start, "other", 9.0)
         return _check(tmp_path, key, run, rows).verdict
@@ -113,7 +113,7 @@ def test_bounds_of_numbers(
         assert _check(tmp_path, key, run, rows).verdict is verdict, value
 
 
-def test_the_largest_index_is_told_with_its_memory(tmp_path: Path) -> None:
+def test_the_largest_index_is_reported_with_its_memory(tmp_path: Path) -> None:
     rows = [{"algorithm": "lz4", "image": image, "segments": many} for image, many in (("a", 4500), ("b", 90))]
     found = _check(tmp_path, "index-size", "conversion", rows)
     assert found.measured == "4500 segments in the largest index, 70 KiB"
