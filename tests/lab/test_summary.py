@@ -190,7 +190,7 @@ def test_headlines_are_of_each_image_under_its_first_network() -> None:
             (100.0, "cold", "cloud", 9.0, 0.75),
             (100.0, "dropped", "native", 8.0, 7.0),
         ):
-            place = {"image": image, "rate_mbit": rate_mbit, "disk": disk}
+            place: dict[str, Any] = {"image": image, "rate_mbit": rate_mbit, "disk": disk}
             rows += _same(BASE, scale * base, start=start, **place)
             rows += _same("new-arm", scale * ours, start=start, **place)
     # An image with warm starts alone has no sentence, and one whose native disk has no cold start has the other's.
