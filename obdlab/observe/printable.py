@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return a text of several lines, such as a traceback: as :func:`printable`, but line feeds stay.
 
-    The second and all further lines are indented, so that none of them passes for a line of its own.
+    The second and all further lines are indented, so that they cannot pass for lines of their own.
     """
     if text.isprintable():
         return text

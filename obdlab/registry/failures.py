@@ -140,10 +140,13 @@ def persist(
             hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
             if hopeless:
                 raise error.at(blob, offset, tried, before=before) from error
-            before = before if error.timed_out else error
+            last = error
             log.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
-        REGISTRY_RETRIES.add()
         time.sleep(delay)
+        if time.monotonic() >= deadline:  # a busy machine wakes late, and a try without time says nothing
+            raise last.at(blob, offset, tried, before=before) from last
+        REGISTRY_RETRIES.add()
+        before = before if last.timed_out else last
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 

@@ -144,7 +144,7 @@ class Transport:
         deadline = thread_deadline()
         left = self._silence_s if deadline is None else deadline - time.monotonic()
         if left <= 0:
-            raise RegistryError(f"{doing}: deadline passed", temporary=True)
+            raise RegistryError(f"{doing}: no answer in time: deadline passed", temporary=True, timed_out=True)
         # The TLS handshake gets the connect time once more.
         return urllib3.Timeout(connect=min(self._silence_s, left / 2), read=self._silence_s)
 

@@ -296,7 +296,7 @@ def _clear_leftovers(directory: Path, device_id: str) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-# A dead file system answers with I/O errors until it is unmounted. Only its users can tell when they do without it.
+# A dead file system answers with I/O errors until it is unmounted. Only its users know when they can do without it.
 def _way_out(directory: Path) -> str:
     mounts = [entry for device in kinds.devices_of(directory) for entry in mount.mounts_of(device)]
     if not mounts:

@@ -1,0 +1,59 @@
+"""Trying again: the error of the last real try is raised, however late a machine wakes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from obdlab.registry import failures
+from obdlab.registry.failures import RegistryError, persist
+
+
+class Clock:
+    """Time that only sleeping moves, and too far: as on a machine with other work."""
+
+    def __init__(self, late_s: float) -> None:
+        self.now = 100.0
+        self.late_s = late_s
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.late_s
+
+
+def failing(*errors: RegistryError) -> tuple[list[RegistryError], RegistryError]:
+    """Return what is left of the errors after ``persist`` with one second to go, and the error raised."""
+    left = list(errors)
+
+    def attempt() -> None:
+        raise left.pop(0)
+
+    with pytest.raises(RegistryError) as caught:
+        persist(attempt, deadline=time.monotonic() + 1.0, blob="blob", offset=512)
+    return left, caught.value
+
+
+def test_no_try_without_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(1.0)
+    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    refused = RegistryError("registry answered 503", temporary=True, status=503)
+    left, raised = failing(refused, RegistryError("never reached", temporary=True))
+    assert [error.what for error in left] == ["never reached"]
+    assert "registry answered 503" in str(raised)
+    assert raised.tries == 1
+    assert raised.status == 503
+
+
+def test_a_time_out_names_the_failure_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    refused = RegistryError("registry answered 503", temporary=True, status=503)
+    silent = RegistryError("no answer in time: deadline passed", temporary=False, timed_out=True)
+    left, raised = failing(refused, silent)
+    assert left == []
+    assert "no answer in time: deadline passed (after 2 tries); before that: registry answered 503" in str(raised)
