@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from obdlab.service.client import DeviceService
 
 
-def convert(source: str, destination: str, options: ConvertOptions) -> ConvertedImage:
+def convert(source: str, destination: str, options: ConvertOptions, *, deadline_s: float = 60.0) -> ConvertedImage:
     with (
-        closing(RegistryClient(request_timeout_s=20.0, deadline_s=60.0)) as client,
+        closing(RegistryClient(request_timeout_s=deadline_s / 3, deadline_s=deadline_s)) as client,
         closing(open_source(source, client)) as image,
         closing(open_destination(destination, client)) as place,
     ):

@@ -224,7 +224,7 @@ def test_destination_that_does_not_answer(work_dir: Path, tmp_path: Path) -> Non
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
         destination = f"127.0.0.1:{silent.getsockname()[1]}/x:v1"
         with pytest.raises(RegistryError, match="x@sha256:"):
-            convert(str(tmp_path / "source"), destination, ConvertOptions(work_dir=work_dir))
+            convert(str(tmp_path / "source"), destination, ConvertOptions(work_dir=work_dir), deadline_s=6.0)
 
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
