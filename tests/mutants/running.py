@@ -132,7 +132,11 @@ class Copy:
         checked = py_compile.PycInvalidationMode.CHECKED_HASH  # times are too coarse for changes a moment apart
         compileall.compile_dir(directory / "obdlab", quiet=2, invalidation_mode=checked)
         compileall.compile_dir(directory / "tests", quiet=2, invalidation_mode=checked)
+        subprocess.run(["git", "init", "-q"], cwd=directory, check=True)  # tests ask git for what is ignored
         self._log = directory / "mutant.log"
+        #: Tests that pass without a mutant, and such as do not; by name, or by the status of runs without one.
+        self._sound: set[str] = set()
+        self._unsound: set[str] = set()
         environment = os.environ | {
             "PYTHONPATH": str(directory),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -150,28 +154,39 @@ class Copy:
         )
 
     def attempt(self, mutant: Mutant, covering: Covering) -> tuple[str, str]:
-        """Return "caught", "survived" or "not run" (no test runs the line), and the test that failed."""
-        text = (self._root / mutant.file).read_text().splitlines()[mutant.line - 1]
-        tests, seconds = _affordable(covering.tests_of(mutant.file, text), covering.seconds)
-        if not tests:
-            return "not run", ""
-        path = self._tree / mutant.file
-        timeout_s = max(_LEAST_S, 3 * seconds + 15)
-        try:
-            path.write_text(mutant.source(self._root))
-            status = self._pytest(tests, timeout_s)
-            failed = [
-                line for line in self._log.read_text(errors="replace").splitlines() if line.startswith("FAILED")
-            ]
-        finally:
-            path.write_text((self._root / mutant.file).read_text())
-        if status == 0:
-            return "survived", ""
-        if not failed and self._pytest(tests, timeout_s) != 0:
-            raise RuntimeError(f"tests fail without a mutant: {self._log.read_text(errors='replace')[-2000:]}")
-        return "caught", failed[0].split()[1] if failed else f"status {status}"
+        """Return "caught", "survived" or "not run" (no test runs the line), and the test that failed.
 
-    def _pytest(self, tests: list[str], timeout_s: float) -> int | str:
+        A test that fails without the mutant as well is left out from then on.
+        """
+        text = (self._root / mutant.file).read_text().splitlines()[mutant.line - 1]
+        while True:
+            known = [test for test in covering.tests_of(mutant.file, text) if test not in self._unsound]
+            tests, seconds = _affordable(known, covering.seconds)
+            if not tests:
+                return "not run", ""
+            timeout_s = max(_LEAST_S, 3 * seconds + 15)
+            path = self._tree / mutant.file
+            try:
+                path.write_text(mutant.source(self._root))
+                status, failed = self._pytest(tests, timeout_s)
+            finally:
+                path.write_text((self._root / mutant.file).read_text())
+            if status == 0:
+                return "survived", ""
+            if failed in self._sound:
+                return "caught", failed
+            again, culprit = self._pytest([failed] if failed else tests, timeout_s)
+            if again == 0:
+                self._sound.add(failed or f"status {status}")
+                return "caught", failed or f"status {status}"
+            if not (failed or culprit):
+                raise RuntimeError(
+                    f"tests do not run without a mutant: {self._log.read_text(errors='replace')[-2000:]}"
+                )
+            self._unsound.add(failed or culprit)
+
+    # Return the exit status, or "timeout", and the name of the test that failed, if one did.
+    def _pytest(self, tests: list[str], timeout_s: float) -> tuple[int | str, str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         command = {"tests": tests, "seconds": timeout_s, "log": str(self._log)}
@@ -180,7 +195,9 @@ class Copy:
         status: int | str = json.loads(self._process.stdout.readline())
         shutil.rmtree(self._tree / "tmp", ignore_errors=True)
         (self._tree / "tmp").mkdir(exist_ok=True)
-        return status
+        lines = self._log.read_text(errors="replace").splitlines()
+        failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        return status, next((name for name in tests if failed and name.startswith(failed[0])), "")
 
     def close(self) -> None:
         """End the process."""
