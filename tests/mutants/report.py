@@ -47,7 +47,7 @@ def _page(root: Path) -> tuple[str, float]:
     for room in ROOMS:
         results = results_dir(root) / f"{room}.jsonl"
         if not results.exists():
-            table.append(f"| {room} | not run | | | | |")
+            table.append(f"| {room} | not run yet | | | | |")
             continue
         entries = list({(e["file"], e["operator"], e["occurrence"]): e for e in read(results)}.values())
         counts: Counter[str] = Counter()
