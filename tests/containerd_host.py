@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.containerd.client import Containerd
-from obdlab.devices import mount
-from obdlab.image.settings import Settings
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 from tests.containerd.host import ContainerdHost, running_containerd
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from prometheus_client.core import Metric
 
+from obdlab.metrics import families
+from obdlab.metrics.exporter import Collected, ObdlabCollector, Server, Snapshot
 from obdlab.observe.counters import Table
-from obdlab.service import families
-from obdlab.service.exporter import Collected, ObdlabCollector, Server, Snapshot
-from obdlab.service.rundir import DeviceRecord
+from obdlab.server.rundir import DeviceRecord
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 

@@ -21,21 +21,21 @@ import pytest
 import urllib3
 
 import obdlab
-from obdlab.convert.tarstream import TarStream
+from obdlab.convert.tar.reader import TarStream
 from obdlab.registry import transport
 from obdlab.registry.transport import Transport
 
 #: Methods of obdlab's classes that replace a private one of a library's class, with where and of what.
 KNOWN = {
-    ("obdlab.convert.tarstream", "_frombuf", "tarfile.TarInfo"),
-    ("obdlab.convert.tarstream", "_proc_member", "tarfile.TarInfo"),
-    ("obdlab.convert.tarstream", "_proc_pax", "tarfile.TarInfo"),
+    ("obdlab.convert.tar.reader", "_frombuf", "tarfile.TarInfo"),
+    ("obdlab.convert.tar.reader", "_proc_member", "tarfile.TarInfo"),
+    ("obdlab.convert.tar.reader", "_proc_pax", "tarfile.TarInfo"),
     ("obdlab.registry.transport", "_new_conn", "urllib3.connection.HTTPConnection"),
     ("obdlab.registry.transport", "_validate_conn", "urllib3.connectionpool.HTTPConnectionPool"),
     ("obdlab.registry.transport", "_validate_conn", "urllib3.connectionpool.HTTPSConnectionPool"),
 }
-# Only some releases of Python have it (obdlab.convert.tarstream says which).
-_NOT_EVERYWHERE = {("obdlab.convert.tarstream", "_frombuf", "tarfile.TarInfo")}
+# Only some releases of Python have it (obdlab.convert.tar.reader says which).
+_NOT_EVERYWHERE = {("obdlab.convert.tar.reader", "_frombuf", "tarfile.TarInfo")}
 
 
 def _classes() -> Iterator[type]:
@@ -129,5 +129,5 @@ def test_tarfile_parses_headers_where_they_are_checked() -> None:
     wanted = ("nts", "InvalidHeaderError", "EOFHeaderError", "EmptyHeaderError", "GNU_MAGIC", "GNU_TYPES")
     missing = [name for name in wanted if not hasattr(tarfile, name)]
     assert not missing, (
-        f"tarfile of Python {sys.version.split()[0]} has no {missing}: see obdlab/convert/tarstream.py"
+        f"tarfile of Python {sys.version.split()[0]} has no {missing}: see obdlab/convert/tar/reader.py"
     )

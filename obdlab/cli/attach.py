@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obdlab.image.config import ImageConfig
-    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.server.client import AttachedDevice, DeviceService
 
 SOURCE_HELP = (
     "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
@@ -149,7 +149,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
 
     Raises DeviceError, ConfigError or the registry's error.
     """
-    from obdlab.service.rundir import RunDir
+    from obdlab.server.rundir import RunDir
 
     names = _names(source)
     if _is_config(names):
@@ -199,7 +199,7 @@ def _made_config(names: Sequence[str], args: argparse.Namespace) -> ImageConfig:
 
 def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
     from obdlab.image.from_manifest import fetch_config
-    from obdlab.registry.platforms import host_platform
+    from obdlab.registry.platform import host_platform
     from obdlab.registry.reference import Reference
 
     client = registry_from(args)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from obdlab.sources.cacheadmin import CacheEntry, CheckedBlob
+    from obdlab.cache.admin import CacheEntry, CheckedBlob
 
 
 def add(subcommands: Any) -> None:
@@ -57,8 +57,8 @@ def add(subcommands: Any) -> None:
 def _list(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from obdlab.sources.cacheadmin import entries
-    from obdlab.sources.cachespace import CacheSpace
+    from obdlab.cache.admin import entries
+    from obdlab.cache.space import CacheSpace
 
     directory = settings_from(args).cache_dir
     with _errors_told():
@@ -84,8 +84,8 @@ def _line(entry: CacheEntry) -> str:
 
 
 def _clear(args: argparse.Namespace) -> int:
-    from obdlab.sources.cacheadmin import clear
-    from obdlab.sources.cachespace import CacheSpace
+    from obdlab.cache.admin import clear
+    from obdlab.cache.space import CacheSpace
 
     _check_digests(args.digests)
     with _errors_told():
@@ -97,8 +97,8 @@ def _clear(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from obdlab.sources.cacheadmin import blobs_of, check_blob, entries
-    from obdlab.sources.cachespace import CacheSpace
+    from obdlab.cache.admin import blobs_of, check_blob, entries
+    from obdlab.cache.space import CacheSpace
 
     _check_digests(args.digests)
     space = CacheSpace(settings_from(args).cache_dir)

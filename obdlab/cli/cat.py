@@ -26,7 +26,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print."""
-    from obdlab.image.filetree import NoSuchFileError
+    from obdlab.volumes.detect import NoSuchFileError
 
     image, path = args.path
     with opened_tree(image, args) as tree:

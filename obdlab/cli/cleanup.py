@@ -36,8 +36,8 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Clean up and say what was done."""
-    from obdlab.lab.leftovers import cleanup_leftovers
-    from obdlab.service.cleanup import clean_up
+    from obdlab.lab.testbed.leftovers import cleanup_leftovers
+    from obdlab.server.cleanup import clean_up
 
     leftovers = cleanup_leftovers()
     for name in leftovers:

@@ -73,7 +73,7 @@ def add_identity_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Commit."""
-    from obdlab.image.disks import open_any_layer
+    from obdlab.layerfiles.disks import open_any_layer
 
     end_politely_on_sigterm()
     with closing(open_any_layer(args.layer, index_from(args))) as layer:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
     """Write a layer or a stack to the output that the arguments name, with a bar and a summary."""
-    from obdlab.image.writing import commit_size, write_layer
+    from obdlab.layerfiles.writing import commit_size, write_layer
     from obdlab.layers.commit import ZeroBlocks
 
     with progress_bar(args.output, commit_size(source), quiet=args.quiet) as progress:

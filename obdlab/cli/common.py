@@ -14,9 +14,9 @@ from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     from obdlab.formats.oci import Platform
-    from obdlab.image.settings import Settings
     from obdlab.registry.client import RegistryClient
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
+    from obdlab.settings.settings import Settings
 
 DEFAULT_RUN_DIR = Path("/run/obdlab")
 DEFAULT_CACHE_DIR = Path("/var/lib/obdlab/cache")
@@ -88,7 +88,7 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) -> None:
     """Add the option for the kind of device; ``daemon`` allows devices of a TCMU daemon."""
-    from obdlab.image.settings import DAEMON_KIND, DEVICE_KINDS
+    from obdlab.settings.settings import DAEMON_KIND, DEVICE_KINDS
 
     beside = f"; {DAEMON_KIND}: devices of obdlab tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
     parser.add_argument(
@@ -144,8 +144,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
     Raises SettingsError.
     """
-    from obdlab.image.serviceconfig import ServiceConfig, load
-    from obdlab.image.settings import Settings
+    from obdlab.settings.original import ServiceConfig, load
+    from obdlab.settings.settings import Settings
 
     path = getattr(args, "settings", None) or _default_settings()
     loaded = ServiceConfig(Settings()) if path is None else load(path)
@@ -175,7 +175,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def _existing(path: Path) -> Path:
-    from obdlab.image.settings import SettingsError
+    from obdlab.settings.settings import SettingsError
 
     if not path.is_file():
         raise SettingsError(f"{path}: not a file, so no trace" if path.exists() else f"{path}: no such trace")
@@ -183,7 +183,7 @@ def _existing(path: Path) -> Path:
 
 
 def _cache_options(args: argparse.Namespace) -> dict[str, Any]:
-    from obdlab.image.settings import SettingsError
+    from obdlab.settings.settings import SettingsError
 
     changes: dict[str, Any] = {}
     directory = getattr(args, "cache_dir", None) or os.environ.get("OBDLAB_CACHE_DIR")
@@ -220,14 +220,14 @@ def registry_from(args: argparse.Namespace) -> RegistryClient:
 
 def device_service_from(args: argparse.Namespace) -> DeviceService:
     """Return the client of the device host that these arguments name (started on first use)."""
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
 
     return DeviceService(args.run_dir, settings_from(args))
 
 
 def platform(text: str) -> Platform:
     """Read the argument of a --platform option."""
-    from obdlab.registry.platforms import PlatformError, parse_platform
+    from obdlab.registry.platform import PlatformError, parse_platform
 
     try:
         return parse_platform(text)

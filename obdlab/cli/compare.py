@@ -16,7 +16,7 @@ from obdlab.cli.numbers import whole
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
-    from obdlab.convert.imagetree import Listing
+    from obdlab.convert.compare.imagetree import Listing
     from obdlab.formats.oci import Platform
     from obdlab.registry.client import RegistryClient
 
@@ -84,7 +84,7 @@ def compare_images(source: str, destination: str, args: argparse.Namespace) -> i
 
 
 def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
-    from obdlab.convert.listing import differences, without_lost_and_found
+    from obdlab.convert.compare.listing import differences, without_lost_and_found
 
     # The original leaves lost+found in the images that it converts.
     lines = differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
@@ -107,8 +107,8 @@ def _platforms(text: str, client: RegistryClient, args: argparse.Namespace) -> l
 
 
 def _listing(text: str, platform_: Platform | None, client: RegistryClient, args: argparse.Namespace) -> Listing:
-    from obdlab.convert.imagetree import list_image
-    from obdlab.convert.listing import list_tree
+    from obdlab.convert.compare.imagetree import list_image
+    from obdlab.convert.compare.listing import list_tree
     from obdlab.convert.progress import Silent
 
     content = not args.no_content

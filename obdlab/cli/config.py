@@ -36,9 +36,9 @@ def run_check(args: argparse.Namespace) -> int:
     import sys
     from dataclasses import fields, replace
 
-    from obdlab.image.plainvalues import to_plain
-    from obdlab.image.serviceconfig import load
-    from obdlab.image.settings import Settings
+    from obdlab.settings.original import load
+    from obdlab.settings.plain import to_plain
+    from obdlab.settings.settings import Settings
 
     loaded = load(args.file)
     for note in loaded.notes:

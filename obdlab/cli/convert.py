@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if wrong is not None:
         print(f"obdlab convert: {wrong}", file=sys.stderr)
         return 2
-    from obdlab.convert.source import check_apart
+    from obdlab.convert.endpoints.names import check_apart
 
     check_apart(args.source, args.destination)
     # SIGTERM and the loss of the terminal (unless nohup ignores SIGHUP) also end the command through its cleanup,

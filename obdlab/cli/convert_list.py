@@ -23,10 +23,10 @@ from obdlab.observe.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from obdlab.convert.batch import Pair
-    from obdlab.convert.batchjob import Job, Outcome
-    from obdlab.convert.batchpool import Pool
-    from obdlab.convert.batchstate import Row
+    from obdlab.convert.batch.job import Job, Outcome
+    from obdlab.convert.batch.pool import Pool
+    from obdlab.convert.batch.run import Pair
+    from obdlab.convert.batch.state import Row
 
 _DESCRIPTION = f"""\
 Convert all images of a list as `obdlab convert` converts one, several at once, each in a process of its own.
@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if wrong is not None:
         print(f"obdlab convert-list: {wrong}", file=sys.stderr)
         return 2
-    from obdlab.convert.batch import Run, read_list
-    from obdlab.convert.batchstate import BatchState
+    from obdlab.convert.batch.run import Run, read_list
+    from obdlab.convert.batch.state import BatchState
 
     pairs = read_list(args.list, args.to)
     path = args.state or args.list.with_name(args.list.name + ".state.sqlite")
@@ -118,13 +118,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pool(args: argparse.Namespace) -> Pool:
-    from obdlab.convert.batchpool import DaskPool, LocalPool
+    from obdlab.convert.batch.pool import DaskPool, LocalPool
 
     return DaskPool(args.scheduler) if args.scheduler else LocalPool(args.jobs)
 
 
 def _jobs(args: argparse.Namespace) -> Callable[[Pair], Job]:
-    from obdlab.convert.batchjob import Job
+    from obdlab.convert.batch.job import Job
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
 
@@ -194,7 +194,7 @@ def _summarise(rows: Sequence[Row], report: Path | None) -> int:
 
 
 def _values(row: Row) -> dict[str, Any]:
-    from obdlab.convert.batchjob import Outcome
+    from obdlab.convert.batch.job import Outcome
 
     head = {"source": row.source, "destination": row.destination, "state": row.state, "tries": row.tries}
     return head | asdict(row.outcome or Outcome())

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
-from obdlab.convert.batchjob import LENGTH_BYTES, Outcome
+from obdlab.convert.batch.job import LENGTH_BYTES, Outcome
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main() -> int:
 def _convert(args: argparse.Namespace) -> Outcome:
     from obdlab.cli.convert import convert
     from obdlab.cli.imageoptions import image_client
-    from obdlab.convert.source import check_apart
+    from obdlab.convert.endpoints.names import check_apart
 
     check_apart(args.source, args.destination)
     with image_client(args) as client:

@@ -38,7 +38,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy."""
-    from obdlab.image.extract import Extractor
+    from obdlab.volumes.extract import Extractor
 
     image, path = args.path
     name = os.path.basename(path.rstrip(b"/"))

@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_filesystem(data: str, index: str | None) -> None:
-    from obdlab.ext4.editor import Editor
-    from obdlab.ext4.layout import ROOT_INO, Inode
-    from obdlab.ext4.mkfs import make_filesystem
     from obdlab.layers.stack import WritableStack
     from obdlab.layers.upper import open_upper
+    from obdlab.volumes.ext4.editor import Editor
+    from obdlab.volumes.ext4.layout import ROOT_INO, Inode
+    from obdlab.volumes.ext4.mkfs import make_filesystem
 
     try:
         with WritableStack(None, open_upper(data, index or "")) as disk:

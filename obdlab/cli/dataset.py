@@ -12,7 +12,7 @@ from obdlab.cli.common import add_registry_options, registry_from
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.lab.recipe import Recipe
+    from obdlab.lab.images.recipe import Recipe
 
 _LAYOUT_PREFIX = "oci:"
 
@@ -64,10 +64,10 @@ def _add_locked(parser: argparse._ActionsContainer) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from obdlab.lab.build import DEFAULT_WORK_DIR, build_image, update_lock
-    from obdlab.lab.lock import LOCK_NAME
-    from obdlab.lab.ocilayout import copy_layout, push_layout
-    from obdlab.lab.recipe import Recipe, RecipeError, find_recipe, recipe_path
+    from obdlab.lab.images.builder import DEFAULT_WORK_DIR, build_image, update_lock
+    from obdlab.lab.images.lock import LOCK_NAME
+    from obdlab.lab.images.ocilayout import copy_layout, push_layout
+    from obdlab.lab.images.recipe import Recipe, RecipeError, find_recipe, recipe_path
     from obdlab.registry.reference import Reference
 
     target = args.to or ""
@@ -96,8 +96,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from obdlab.lab.build import DEFAULT_WORK_DIR
-    from obdlab.lab.recipe import RecipeError, list_recipes
+    from obdlab.lab.images.builder import DEFAULT_WORK_DIR
+    from obdlab.lab.images.recipe import RecipeError, list_recipes
 
     directories = _directories(args)
     recipes = list_recipes(directories)
@@ -109,8 +109,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _state(recipe: Recipe, work_dir: Path) -> str:
-    from obdlab.lab.build import find_image
-    from obdlab.lab.ocilayout import OciLayout
+    from obdlab.lab.images.builder import find_image
+    from obdlab.lab.images.ocilayout import OciLayout
 
     if recipe.image:
         return f"at {recipe.image}"

@@ -14,7 +14,7 @@ from obdlab.cli.logoptions import set_up_logs
 from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
-    from obdlab.service.host import Host
+    from obdlab.server.host import Host
 
 _TRIES = 5
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     need_root("makes block devices")
     # numpy's BLAS would start threads at import; a process that forks must have no other threads.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    from obdlab.service.host import Host
+    from obdlab.server.host import Host
 
     host = Host(args.run_dir)
     if args.detach:
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 # A host holds no state: its devices do not notice, and a client that was about to send a request sends it again.
 def _take_over(host: Host, run_dir: Path) -> bool:
-    from obdlab.image.settings import Settings
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
+    from obdlab.settings.settings import Settings
 
     for _ in range(_TRIES):
         DeviceService(run_dir, Settings()).stop_host()

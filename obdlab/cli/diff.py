@@ -11,7 +11,7 @@ from obdlab.cli.packing import progress_bar, size_text
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.image.compare import Difference
+    from obdlab.layerfiles.compare import Difference
 
 #: Exit status for disks that differ: neither success nor one of the statuses for failures.
 DIFFERENT = 3
@@ -44,8 +44,8 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare."""
-    from obdlab.image.compare import compare
-    from obdlab.image.disks import open_disk
+    from obdlab.layerfiles.compare import compare
+    from obdlab.layerfiles.disks import open_disk
 
     settings = settings_from(args)
     with (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.service.capabilities import Check
+    from obdlab.cli.checks import Check
 
 
 def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +26,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; return 1 if one that is not optional failed."""
-    from obdlab.service.capabilities import run_checks
+    from obdlab.cli.checks import run_checks
 
     checks = [*run_checks(), *_baseline_checks()]
     if args.json:
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
 # Systems that experiments can compare with; obdlab itself never needs them.
 def _baseline_checks() -> Iterator[Check]:
+    from obdlab.cli.checks import Check
     from obdlab.lab.baselines import ADAPTERS
     from obdlab.lab.baselines.adapter import missing_programs
-    from obdlab.service.capabilities import Check
 
     for name, adapter in ADAPTERS.items():
         missing = missing_programs(adapter)

@@ -15,7 +15,7 @@ from obdlab.errors import ObdlabError
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.lab.evaluation.results import Results
+    from obdlab.lab.paper.results import Results
 
 _QUICK, _FULL = "evaluation-quick", "evaluation"
 
@@ -69,10 +69,10 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure, print, render; 1 if an experiment could not be run."""
-    from obdlab.lab.bench import LabPaths
-    from obdlab.lab.evaluation.questions import QUESTIONS
-    from obdlab.lab.evaluation.running import chosen_runs, run_all, specs
-    from obdlab.lab.interrupts import ending_on_signals
+    from obdlab.lab.paper.questions import QUESTIONS
+    from obdlab.lab.paper.running import chosen_runs, run_all, specs
+    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.run.interrupts import ending_on_signals
 
     chosen = chosen_runs(args.questions)
     planned = specs(chosen, quick=not args.full, changes=_changes(args.set))
@@ -97,7 +97,7 @@ def run_report(args: argparse.Namespace) -> int:
     if not results.root.is_dir():
         raise EvaluateError(f"{results.root}: no results (see: {command('evaluate')})")
     if args.json:
-        from obdlab.lab.evaluation import ledger
+        from obdlab.lab.paper import ledger
 
         for entry in ledger.ledger(results):
             print(json.dumps(entry.facts()))
@@ -109,20 +109,20 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def _results(args: argparse.Namespace) -> Results:
-    from obdlab.lab.evaluation.results import Results
+    from obdlab.lab.paper.results import Results
     from obdlab.lab.workbench import default_results
 
     return Results((args.results or default_results() / (_FULL if args.full else _QUICK)).resolve())
 
 
 def _print_ledger(results: Results) -> None:
-    from obdlab.lab.evaluation import ledger
+    from obdlab.lab.paper import ledger
 
     print(*ledger.as_text(ledger.ledger(results)), sep="\n")
 
 
 def _render(args: argparse.Namespace, results: Results) -> Path:
-    from obdlab.lab.evaluation.page import build_report
+    from obdlab.lab.paper.page import build_report
 
     target = args.output or results.root / "report.html"
     return build_report(results, target, say=lambda text: print(text, file=sys.stderr, flush=True))

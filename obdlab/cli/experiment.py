@@ -14,10 +14,10 @@ from obdlab.command import command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from obdlab.lab.declaration import AnySpec
-    from obdlab.lab.experiment import Experiment
-    from obdlab.lab.grid import GridExperiment
-    from obdlab.lab.spec import Spec
+    from obdlab.lab.run.declaration import AnySpec
+    from obdlab.lab.run.experiment import Experiment
+    from obdlab.lab.run.grid import GridExperiment
+    from obdlab.lab.run.spec import Spec
 
 NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
 
@@ -113,13 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
 def resume(args: argparse.Namespace) -> int:
     """Measure the cells that the last run of a results directory left out; print the table as ``run`` does."""
-    from obdlab.lab.declaration import last_spec
+    from obdlab.lab.run.declaration import last_spec
 
     return _measure(last_spec(_directory(args, args.name)), args)
 
 
 def _declared(args: argparse.Namespace) -> AnySpec:
-    from obdlab.lab.declaration import load
+    from obdlab.lab.run.declaration import load
     from obdlab.lab.workbench import find
 
     spec = load(find("experiments", args.spec), quick=args.quick)
@@ -129,13 +129,13 @@ def _declared(args: argparse.Namespace) -> AnySpec:
 
 
 def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
-    from obdlab.lab.bench import LabPaths
-    from obdlab.lab.declaration import open_experiment
-    from obdlab.lab.experiment import Experiment
-    from obdlab.lab.interrupts import ending_on_signals
-    from obdlab.lab.report import check_parameters
-    from obdlab.lab.space import naming_full_disks
-    from obdlab.lab.spec import Spec
+    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.run.declaration import open_experiment
+    from obdlab.lab.run.diskspace import naming_full_disks
+    from obdlab.lab.run.experiment import Experiment
+    from obdlab.lab.run.interrupts import ending_on_signals
+    from obdlab.lab.run.spec import Spec
+    from obdlab.lab.show.report import check_parameters
 
     directory = _directory(args, spec.name)
     if not isinstance(spec, Spec) and (args.report or args.scheduler):
@@ -170,7 +170,7 @@ def _notebook(args: argparse.Namespace) -> Path:
 
 
 def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
-    from obdlab.lab.report import run_notebook
+    from obdlab.lab.show.report import run_notebook
 
     return run_notebook(notebook.resolve(), _parameters(spec, directory), directory / "report.ipynb")
 
@@ -195,7 +195,7 @@ def _changes(settings: list[str]) -> dict[str, Any]:
 
 def status(args: argparse.Namespace) -> int:
     """Print how many cells are measured under today's code and host, by network; 1 if any is not."""
-    from obdlab.lab.declaration import open_experiment
+    from obdlab.lab.run.declaration import open_experiment
 
     spec = _declared(args)
     missing = 0
@@ -210,7 +210,7 @@ def status(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Print the table of a results directory, as ``run`` does at its end, with all findings; 1 if a start failed."""
-    from obdlab.lab.declaration import last_spec, open_experiment
+    from obdlab.lab.run.declaration import last_spec, open_experiment
 
     directory = _directory(args, args.name)
     experiment = open_experiment(last_spec(directory), directory)
@@ -222,14 +222,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def _details(experiment: Experiment | GridExperiment) -> list[str]:
-    from obdlab.lab.experiment import Experiment
+    from obdlab.lab.run.experiment import Experiment
 
     return experiment.details() if isinstance(experiment, Experiment) else experiment.report()
 
 
 def export(args: argparse.Namespace) -> int:
     """Write the raw rows of a results directory to a file; its name gives the format."""
-    from obdlab.lab.rows import RowStore, write_rows
+    from obdlab.lab.run.rows import RowStore, write_rows
 
     directory = _directory(args, args.name)
     if not (directory / "rows.jsonl").is_file():
@@ -248,7 +248,7 @@ def _directory(args: argparse.Namespace, name: str) -> Path:
 
 def list_results(args: argparse.Namespace) -> int:
     """Print one line per results directory."""
-    from obdlab.lab.rows import RowStore
+    from obdlab.lab.run.rows import RowStore
     from obdlab.lab.workbench import default_results
 
     results = args.results or default_results()

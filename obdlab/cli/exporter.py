@@ -61,12 +61,12 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    from obdlab.service.exporter import Collected, ObdlabCollector
-    from obdlab.service.health import health_of
-    from obdlab.service.metricsserver import MetricsServer
+    from obdlab.metrics.exporter import Collected, ObdlabCollector
+    from obdlab.metrics.health import health_of
+    from obdlab.metrics.metricsserver import MetricsServer
 
     if args.end_with_parent:
-        from obdlab.devices import abi
+        from obdlab.system import abi
 
         abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
     settings = settings_from(args)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def address(text: str) -> tuple[str, int]:
     """Read the argument of an option that takes ADDRESS:PORT."""
-    from obdlab.service.metricsserver import parse_address
+    from obdlab.metrics.metricsserver import parse_address
 
     try:
         return parse_address(text)

@@ -37,7 +37,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collect one layer."""
-    from obdlab.service.live import LiveDevice, find_by_upper
+    from obdlab.server.live import LiveDevice, find_by_upper
 
     end_politely_on_sigterm()
     service = device_service_from(args)

@@ -37,8 +37,8 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Unpack and switch; print the result."""
-    from obdlab.service.live import find_device
-    from obdlab.service.unpacking import graduate
+    from obdlab.server.live import find_device
+    from obdlab.server.unpacking import graduate
 
     service = device_service_from(args)
     device = find_device(service, args.device)

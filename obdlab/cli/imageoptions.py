@@ -14,7 +14,7 @@ from obdlab.cli.common import add_registry_options, settings_from
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
     from obdlab.registry.client import RegistryClient
 
 #: Names of images; part of the descriptions of commands that take such names.
@@ -83,7 +83,7 @@ def image_client(args: argparse.Namespace) -> Iterator[RegistryClient]:
 @contextmanager
 def opened_source(text: str, client: RegistryClient, args: argparse.Namespace) -> Iterator[ImageSource]:
     """Give the image that ``text`` names, for the block."""
-    from obdlab.convert.source import open_source
+    from obdlab.convert.endpoints.names import open_source
 
     with closing(open_source(text, client, containerd=args.containerd)) as source:
         yield source
@@ -92,7 +92,7 @@ def opened_source(text: str, client: RegistryClient, args: argparse.Namespace) -
 @contextmanager
 def opened_destination(text: str, client: RegistryClient, args: argparse.Namespace) -> Iterator[ImageDestination]:
     """Give the place that ``text`` names, for the block."""
-    from obdlab.convert.source import open_destination
+    from obdlab.convert.endpoints.names import open_destination
 
     with closing(open_destination(text, client, containerd=args.containerd)) as destination:
         yield destination

@@ -48,7 +48,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import."""
-    from obdlab.image.diskimport import disk_kind, import_disk, work_size
+    from obdlab.layerfiles.diskimport import disk_kind, import_disk, work_size
 
     end_politely_on_sigterm()
     kind = args.format or disk_kind(args.disk)

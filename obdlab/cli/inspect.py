@@ -17,7 +17,7 @@ from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from obdlab.convert.inspection import ImageFacts
-    from obdlab.image.description import FileFacts, StackFacts
+    from obdlab.layerfiles.description import FileFacts, StackFacts
 
 _DESCRIPTION = f"""\
 Shows what each name is.
@@ -61,7 +61,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe files and images, and verify them if asked. Prints the sound ones first, then the errors."""
-    from obdlab.image.description import describe, describe_stack
+    from obdlab.layerfiles.description import describe, describe_stack
 
     files: list[FileFacts] = []
     errors: list[str] = []
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _is_image(name: str) -> bool:
     if Path(name).is_file():
         return False
-    from obdlab.convert.source import names_image
+    from obdlab.convert.endpoints.names import names_image
 
     return names_image(name)
 
@@ -120,7 +120,7 @@ def _images(names: list[str], args: argparse.Namespace, errors: list[str]) -> li
 def _verify(path: str) -> None:
     from tqdm import tqdm
 
-    from obdlab.image.description import content_size, verify
+    from obdlab.layerfiles.description import content_size, verify
 
     size = content_size(path)
     # disable=None: no bar unless standard error is a terminal.

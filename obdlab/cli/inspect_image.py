@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from obdlab.convert.endpoints import ImageSource
+    from obdlab.cache.admin import CacheEntry
+    from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.inspection import ImageFacts
     from obdlab.registry.client import RegistryClient
-    from obdlab.sources.cacheadmin import CacheEntry
 
 _ANNOTATION_MOST = 200
 
@@ -26,7 +26,7 @@ def inspect_image(name: str, client: RegistryClient, args: argparse.Namespace) -
     from obdlab.cli.convert import Bars
     from obdlab.cli.imageoptions import opened_source
     from obdlab.convert.inspection import describe_image, verify_image
-    from obdlab.registry.platforms import host_platform
+    from obdlab.registry.platform import host_platform
 
     platform = args.platform or host_platform()
     with opened_source(name, client, args) as source:
@@ -37,8 +37,8 @@ def inspect_image(name: str, client: RegistryClient, args: argparse.Namespace) -
 
 
 def _cached(source: ImageSource, directory: Path, digests: set[str]) -> dict[str, CacheEntry] | None:
-    from obdlab.sources.cacheadmin import entries
-    from obdlab.sources.cachespace import CacheSpace
+    from obdlab.cache.admin import entries
+    from obdlab.cache.space import CacheSpace
 
     if not source.cache_name:
         return None

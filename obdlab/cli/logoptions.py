@@ -14,7 +14,7 @@ from obdlab.observe import logs, stacks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from obdlab.image.settings import Settings
+    from obdlab.settings.settings import Settings
 
 _LEVELS = ("debug", "info", "warning", "error")
 

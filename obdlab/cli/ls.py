@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.viewing import PATH_HELP, add_view_options, image_path, opened_tree, shown
-from obdlab.formats.filetree import Walk
+from obdlab.volumes.tree import Walk
 
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.image.filetree import FileInode, FileTree
+    from obdlab.volumes.detect import FileInode, FileTree
 
 
 def add(subcommands: Any) -> None:

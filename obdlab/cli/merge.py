@@ -36,7 +36,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge."""
-    from obdlab.image.disks import open_disk
+    from obdlab.layerfiles.disks import open_disk
 
     end_politely_on_sigterm()
     with open_disk(args.layers, settings_from(args)) as disk:

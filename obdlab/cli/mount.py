@@ -20,7 +20,7 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.server.client import AttachedDevice, DeviceService
 
 
 def add(subcommands: Any) -> None:
@@ -50,7 +50,7 @@ def add(subcommands: Any) -> None:
 
 def run_mount(args: argparse.Namespace) -> int:
     """Attach the image and mount it. A failure leaves neither device nor mount."""
-    from obdlab.devices.mount import is_mounted
+    from obdlab.system.mount import is_mounted
 
     if is_mounted(args.target):
         raise DeviceError(f"{args.target}: something is mounted there already")
@@ -87,7 +87,7 @@ def _make_directory(target: Path) -> None:
 
 def run_umount(args: argparse.Namespace) -> int:
     """Unmount and detach."""
-    from obdlab.devices.mount import mount_at, unmount
+    from obdlab.system.mount import mount_at, unmount
 
     service = device_service_from(args)
     entry = mount_at(args.target)

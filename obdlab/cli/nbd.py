@@ -49,12 +49,12 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from obdlab.blob import WritableBlob
-    from obdlab.devices import abi
     from obdlab.devices.nbd.export import NbdExport
     from obdlab.devices.nbd.server import NbdServer
     from obdlab.devices.nbd.wire import MAX_STRING
-    from obdlab.image.extents import extents
     from obdlab.image.open import open_image
+    from obdlab.layerfiles.extents import extents
+    from obdlab.system import abi
 
     if len(args.name.encode()) > MAX_STRING:
         raise DeviceError(f"the export's name is too long (wanted at most {MAX_STRING} bytes)")

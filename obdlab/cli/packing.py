@@ -16,7 +16,7 @@ from obdlab.observe.printable import printable_lines
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.image.writing import Packing, Progress
+    from obdlab.layerfiles.writing import Packing, Progress
 
 
 class LayerArgumentsError(ObdlabError):
@@ -67,7 +67,7 @@ def add_compression_options(parser: argparse._ActionsContainer, *, plain: bool =
 
 def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
     """Return the packing of these arguments."""
-    from obdlab.image.writing import Packing
+    from obdlab.layerfiles.writing import Packing
 
     algorithm = "" if args.algorithm == "none" else args.algorithm
     return Packing(algorithm, args.block_size_kib << 10, args.tar, args.workers, **more)

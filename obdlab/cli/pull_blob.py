@@ -52,9 +52,9 @@ def add(subcommands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fetch one piece."""
     from obdlab.cli.convert import Bars
-    from obdlab.convert.contents import copy_piece, copy_range, find_piece, is_document
+    from obdlab.convert.endpoints.contents import copy_piece, copy_range, find_piece, is_document
     from obdlab.convert.progress import Silent
-    from obdlab.registry.platforms import host_platform
+    from obdlab.registry.platform import host_platform
 
     end_politely_on_sigterm()
     image, what = _split(args)
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 # REPOSITORY@DIGEST: any blob of the repository, not only a manifest.
 def _split(args: argparse.Namespace) -> tuple[str, str]:
-    from obdlab.convert.contents import MANIFEST
-    from obdlab.convert.source import in_registry
+    from obdlab.convert.endpoints.contents import MANIFEST
+    from obdlab.convert.endpoints.names import in_registry
     from obdlab.formats.oci import is_digest
 
     name, at, digest = args.image.rpartition("@")
@@ -89,7 +89,7 @@ def _split(args: argparse.Namespace) -> tuple[str, str]:
 
 @contextmanager
 def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
-    from obdlab.image.output import new_file
+    from obdlab.system.newfile import new_file
 
     with (
         nullcontext(sys.stdout.buffer) if args.output == _STREAM else new_file(args.output, force=args.force) as sink

@@ -42,7 +42,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Resize."""
-    from obdlab.service.live import LiveDevice, find_by_upper, find_device
+    from obdlab.server.live import LiveDevice, find_by_upper, find_device
 
     service = device_service_from(args)
     try:
@@ -73,7 +73,7 @@ def _resize_here(args: argparse.Namespace) -> int:
 
 # A mounted file system is known to be in order; an unmounted one must be checked first.
 def _grow_filesystem(device: Path) -> None:
-    from obdlab.devices.mount import mounts_of
+    from obdlab.system.mount import mounts_of
 
     if not mounts_of(device):
         _run_tool("e2fsck", "-f", "-p", str(device), fine=(0, 1))

@@ -60,7 +60,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _run(args: argparse.Namespace) -> int:
     from obdlab.containerd.client import Containerd
     from obdlab.pull.rpull import rpull
-    from obdlab.registry.platforms import host_platform
+    from obdlab.registry.platform import host_platform
     from obdlab.registry.reference import Reference
 
     # SIGTERM, from a service manager or timeout(1), must clean up as Ctrl-C does.

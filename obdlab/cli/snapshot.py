@@ -15,8 +15,8 @@ from obdlab.observe import stacks
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.image.snapshot import Snapshot
-    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.layerfiles.snapshot import Snapshot
+    from obdlab.server.client import AttachedDevice, DeviceService
 
 _DESCRIPTION = """\
 Seals the writable layer of a device in use, and goes on in a fresh one above it: what the disk holds at this moment
@@ -81,7 +81,7 @@ def add(subcommands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Take one snapshot."""
-    from obdlab.service.live import find_device
+    from obdlab.server.live import find_device
 
     if (args.new_config is None) == (args.data is None) or (args.index and not args.data):
         raise DeviceError("either NEW_CONFIG, or --data and perhaps --index")
@@ -97,15 +97,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_config(service: DeviceService, device: AttachedDevice, config: Path) -> Snapshot:
-    from obdlab.service.live import LiveDevice
+    from obdlab.server.live import LiveDevice
 
     return LiveDevice(service, device.device_id).snapshot(config)
 
 
 # Removes the files made for a snapshot that fails.
 def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argparse.Namespace) -> Snapshot:
-    from obdlab.image.snapshot import make_next
-    from obdlab.service.wire import NoAnswerError
+    from obdlab.layerfiles.snapshot import make_next
+    from obdlab.server.wire import NoAnswerError
 
     config = make_next(device.config, args.data, args.index)
     path = args.data.with_name(f"{args.data.name}.config.v1.json")
@@ -123,9 +123,9 @@ def _with_new_layer(service: DeviceService, device: AttachedDevice, args: argpar
 def run_api(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     need_root("has the devices of root's run directory take snapshots")
-    from obdlab.service.live import LiveDevice, find_device
-    from obdlab.service.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME, check_paths, read_token
-    from obdlab.service.snapshotapi import SnapshotApi, UnknownDeviceError
+    from obdlab.server.live import LiveDevice, find_device
+    from obdlab.server.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME, check_paths, read_token
+    from obdlab.server.snapshotapi import SnapshotApi, UnknownDeviceError
 
     stacks.dump_on_signal()
     service = device_service_from(args)

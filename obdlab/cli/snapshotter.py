@@ -21,8 +21,8 @@ from obdlab.observe import logs
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.image.settings import Settings
-    from obdlab.service.telling import Telling
+    from obdlab.server.snapshottersocket import Telling
+    from obdlab.settings.settings import Settings
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.layout import Layout
 
@@ -62,10 +62,10 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     need_root("makes block devices and mounts file systems")
-    from obdlab.service.tcmu_devices import devices_for
+    from obdlab.server.tcmu.devices import devices_for
     from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
-    from obdlab.snapshotter.images import ImageDevices
+    from obdlab.snapshotter.imagemounts import ImageDevices
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.service import SnapshotServer
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 # Times and failures of calls, for exporters. The snapshotter runs also if they cannot be published.
 def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
     from obdlab.observe.counters import counted
-    from obdlab.service.telling import SNAPSHOTS, Telling
+    from obdlab.server.snapshottersocket import SNAPSHOTS, Telling
 
     def table() -> dict[str, dict[str, float]]:
         return counted() | {SNAPSHOTS: {kind: float(count) for kind, count in snapshotter.counts().items()}}

@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's BLAS would start threads, which a process that forks must not
     settings = settings_from(args)
     set_up_logs(args, logging.INFO, settings=settings)
-    from obdlab.service.forking import Signals
+    from obdlab.server.forking import Signals
 
     signals = Signals(signal.SIGINT, signal.SIGTERM)
     from obdlab.image import open as warm  # noqa: F401 - every server needs it; loaded once, here
-    from obdlab.service.tcmu import TcmuDaemon
+    from obdlab.server.tcmu.daemon import TcmuDaemon
 
     daemon = TcmuDaemon(settings)
     logs.announce("obdlab tcmu: ready")
@@ -91,7 +91,7 @@ def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node, or the name of the iSCSI target."""
     need_root("makes a block device")
     from obdlab.devices.tcmu import configfs
-    from obdlab.service.tcmu import failure_of, result_file
+    from obdlab.server.tcmu.daemon import failure_of, result_file
 
     if not args.config.is_file():
         raise DeviceError(f"{args.config}: no such file")
@@ -124,7 +124,7 @@ def run_detach(args: argparse.Namespace) -> int:
     """Detach."""
     need_root("removes a block device")
     from obdlab.devices.tcmu import configfs
-    from obdlab.service.tcmu_devices import take_down
+    from obdlab.server.tcmu.devices import take_down
 
     target = configfs.Target.of(args.id)
     there = target.backstore.exists() or target.loop.exists()

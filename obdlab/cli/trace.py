@@ -73,7 +73,7 @@ def add(subcommands: Any) -> None:
 
 def run_show(args: argparse.Namespace) -> int:
     """Print the contents of a trace."""
-    from obdlab.image.traces import summary
+    from obdlab.traces.sets import summary
 
     trace = _load(args.file)
     facts = summary(trace)
@@ -94,7 +94,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Combine traces."""
-    from obdlab.image.traces import merge
+    from obdlab.traces.sets import merge
 
     if args.least > len(args.traces):
         raise TraceCommandError(f"--least: wanted 1 to {len(args.traces)} (got {args.least})")
@@ -104,7 +104,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_diff(args: argparse.Namespace) -> int:
     """Compare two traces; the order of reads does not matter."""
-    from obdlab.image.traces import difference
+    from obdlab.traces.sets import difference
 
     one, other = _load(args.one), _load(args.other)
     differ = False
@@ -117,7 +117,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 def run_filter(args: argparse.Namespace) -> int:
     """Keep part of a trace."""
-    from obdlab.image.traces import select, unique
+    from obdlab.traces.sets import select, unique
 
     trace = _load(args.file)
     sizes = None
@@ -131,14 +131,14 @@ def run_filter(args: argparse.Namespace) -> int:
 
 def _load(path: Path) -> Trace:
     from obdlab.formats.trace import Trace
-    from obdlab.image.replay import load_file
+    from obdlab.traces.replay import load_file
 
     return Trace.from_bytes(load_file(str(path)), name=str(path))
 
 
 def save_trace(path: Path, trace: Trace) -> None:
     """Write a trace to a file, and print a summary. Raises TraceCommandError if the trace is empty."""
-    from obdlab.image.output import new_file
+    from obdlab.system.newfile import new_file
 
     if not len(trace):
         raise TraceCommandError(f"{path}: not written, as nothing is left of the trace")

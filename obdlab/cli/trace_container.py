@@ -49,7 +49,7 @@ def run_once(
 
     ``release`` is called if the container's processes hang in reads of the image.
     """
-    from obdlab.service.tempcontainer import LineWatch, TemporaryContainer
+    from obdlab.server.capture.container import LineWatch, TemporaryContainer
 
     bundle = place / "container"
     bundle.mkdir()
@@ -125,8 +125,8 @@ class _Readiness:
 
 def container_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return the image's own container configuration; {} if the source is layers or an image configuration."""
-    from obdlab.convert.source import names_image, open_source
-    from obdlab.registry.platforms import host_platform
+    from obdlab.convert.endpoints.names import names_image, open_source
+    from obdlab.registry.platform import host_platform
 
     if not names_image(args.source):
         return {}

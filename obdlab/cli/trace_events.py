@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from obdlab.cli.trace_start import EndAsked
     from obdlab.formats.blockevents import DiskRead
     from obdlab.formats.trace import Trace
-    from obdlab.image.timeline import Step, Summary
     from obdlab.layers.stack import Stack
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
+    from obdlab.traces.timeline import Step, Summary
 
 _LONGEST = 10
 _MOST_BYTES = 1 << 30
@@ -131,7 +131,7 @@ def run_watch(args: argparse.Namespace) -> int:
 
 def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
     from obdlab.cli.attach import image_config_of
-    from obdlab.service.starts import place_for_start
+    from obdlab.server.capture.directories import place_for_start
 
     image, document = image_config_of([args.source], args), container_config(args)
     with place_for_start(service.run_dir, "watch") as place:
@@ -144,7 +144,7 @@ def run_import(args: argparse.Namespace) -> int:
     """Write a trace of block events."""
     from obdlab.cli.trace import save_trace
     from obdlab.cli.trace_images import opened
-    from obdlab.image.timeline import check_inside, trace_of
+    from obdlab.traces.timeline import check_inside, trace_of
 
     reads = _reads(args)
     with opened([args.image], args) as disk:
@@ -159,7 +159,7 @@ def run_import(args: argparse.Namespace) -> int:
 def run_timeline(args: argparse.Namespace) -> int:
     """Print the reads in order, or the ones that waited longest."""
     from obdlab.cli.trace_images import opened
-    from obdlab.image.timeline import summary, timeline
+    from obdlab.traces.timeline import summary, timeline
 
     reads = _reads(args)
     with opened([args.image], args) as disk:
@@ -181,8 +181,8 @@ def run_timeline(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace, disk: Stack) -> Trace | None:
     from obdlab.formats.trace import Trace
-    from obdlab.image.hotlayer import trace_of_hot_layer
-    from obdlab.image.replay import load_file, reads_in
+    from obdlab.traces.hotlayer import trace_of_hot_layer
+    from obdlab.traces.replay import load_file, reads_in
 
     if args.trace is None:
         return trace_of_hot_layer(disk)
@@ -249,13 +249,13 @@ def _told(facts: Summary, args: argparse.Namespace) -> list[str]:
 def _print_json(steps: Sequence[Step], facts: Summary) -> None:
     from dataclasses import asdict
 
-    from obdlab.image.timeline import as_dict
+    from obdlab.traces.timeline import as_dict
 
     print(json.dumps({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]}))
 
 
 def _print_csv(steps: Sequence[Step]) -> None:
-    from obdlab.image.timeline import as_dict
+    from obdlab.traces.timeline import as_dict
 
     rows = [as_dict(step) | {"layers": " ".join(map(str, step.layers))} for step in steps]
     writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [])

@@ -57,10 +57,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run_files(args: argparse.Namespace) -> int:
     """List files, or reads."""
-    from obdlab.image.fileplaces import FilePlaces
-    from obdlab.image.replay import load_file, reads_in
-    from obdlab.image.tracemap import sectors_of_reads
-    from obdlab.image.transplant import files_of
+    from obdlab.traces.replay import load_file, reads_in
+    from obdlab.traces.sectors import sectors_of_reads
+    from obdlab.traces.transplant import files_of
+    from obdlab.volumes.places import FilePlaces
 
     data = load_file(str(args.file))
     with opened([args.image], args) as disk:
@@ -81,10 +81,10 @@ def run_transplant(args: argparse.Namespace) -> int:
     from obdlab.cli.trace import save_trace
     from obdlab.formats.lsmt.layout import SECTOR
     from obdlab.formats.trace import Trace
-    from obdlab.image.replay import load_file, reads_in, reads_of_disk
-    from obdlab.image.tracemap import sectors_of_reads
-    from obdlab.image.traces import unique
-    from obdlab.image.transplant import transplant
+    from obdlab.traces.replay import load_file, reads_in, reads_of_disk
+    from obdlab.traces.sectors import sectors_of_reads
+    from obdlab.traces.sets import unique
+    from obdlab.traces.transplant import transplant
 
     data = load_file(str(args.file))
     with opened([args.old], args) as old, opened([args.new], args) as new:

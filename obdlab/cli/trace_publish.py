@@ -71,7 +71,7 @@ def add(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Publish; print the digest of the new manifest."""
-    from obdlab.image.replay import load_file
+    from obdlab.traces.replay import load_file
 
     if (args.new is None) != (args.form == _REFERRER):
         wanted = "IMAGE alone" if args.form == _REFERRER else "IMAGE and NEW"
@@ -91,7 +91,7 @@ def run_undo(args: argparse.Namespace) -> int:
     """Remove published traces from an image."""
     from contextlib import closing
 
-    from obdlab.convert.traces import detach_traces
+    from obdlab.convert.publish.hot_and_traces import detach_traces
     from obdlab.registry.reference import Reference
 
     with closing(registry_from(args)) as client:
@@ -101,7 +101,7 @@ def run_undo(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace, client: Any, trace: bytes) -> str:
-    from obdlab.convert.traces import attach_trace
+    from obdlab.convert.publish.hot_and_traces import attach_trace
     from obdlab.registry.reference import Reference
 
     reference = Reference.parse(args.image)
@@ -114,8 +114,8 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from dataclasses import replace
 
     from obdlab.cli.convert import Bars
-    from obdlab.convert.source import check_apart, open_destination, open_source
-    from obdlab.convert.traces import HOT_PACKING, add_acceleration_layer, add_hot_layer
+    from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
+    from obdlab.convert.publish.hot_and_traces import HOT_PACKING, add_acceleration_layer, add_hot_layer
 
     check_apart(args.image, args.new)
     common = {"client": client, "platform": args.platform, "work_dir": args.work_dir, "trace_name": str(args.trace)}
@@ -123,7 +123,7 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     settings = settings_from(args)
     with closing(open_source(args.image, client)) as source, closing(open_destination(args.new, client)) as target:
         if args.form == _ORDERED:
-            from obdlab.convert.ordering import order_layers
+            from obdlab.convert.publish.ordered import order_layers
 
             _, trace = order_layers(
                 source, target, trace, **{key: value for key, value in common.items() if key != "client"}

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import argparse
 
     from obdlab.cli.trace_start import EndAsked
-    from obdlab.service.client import AttachedDevice, DeviceService
-    from obdlab.service.live import LiveDevice, RecordedTrace
+    from obdlab.server.client import AttachedDevice, DeviceService
+    from obdlab.server.live import LiveDevice, RecordedTrace
 
 _WRITTEN_S = 60.0
 # A server looks for the lock once a second.
@@ -101,7 +101,7 @@ def run_stop(args: argparse.Namespace) -> int:
 
 
 def _live(args: argparse.Namespace) -> LiveDevice:
-    from obdlab.service.live import LiveDevice, find_device
+    from obdlab.server.live import LiveDevice, find_device
 
     service = device_service_from(args)
     device = find_device(service, args.device)
@@ -114,7 +114,7 @@ def _live(args: argparse.Namespace) -> LiveDevice:
 
 
 def _record_device(args: argparse.Namespace, service: DeviceService, device: AttachedDevice, ended: EndAsked) -> int:
-    from obdlab.service.live import LiveDevice
+    from obdlab.server.live import LiveDevice
 
     live = LiveDevice(service, device.device_id)
     ended.looked_at = True
@@ -143,7 +143,7 @@ def _record_image(args: argparse.Namespace, service: DeviceService, ended: EndAs
 
     from obdlab.cli.attach import image_config_of
     from obdlab.image.config import LowerConfig
-    from obdlab.service.starts import place_for_start
+    from obdlab.server.capture.directories import place_for_start
 
     image = image_config_of([args.source], args)
     document = container_config(args)

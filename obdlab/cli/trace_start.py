@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from obdlab.service.client import AttachedDevice, DeviceService
+    from obdlab.server.client import AttachedDevice, DeviceService
 
 # At the end, a read of the disk that is under way for longer counts as hung.
 _MOST_WAITED_S = 3.0
@@ -58,7 +58,7 @@ def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevic
     Raises RecordError for an output that cannot be written, for a node that is no device of the run directory, and
     for options of images together with a device.
     """
-    from obdlab.service.live import find_device
+    from obdlab.server.live import find_device
 
     check_outputs([path for path in (args.output, getattr(args, "events", None)) if path is not None])
     if args.words == []:
@@ -140,8 +140,8 @@ def mounted(
     Yields a function that detaches the device by force, after a call of ``before_force``. At the end all is taken
     down, with that function if a read hangs.
     """
-    from obdlab.devices.abi import own_mounts
-    from obdlab.devices.mount import unmount
+    from obdlab.system.abi import own_mounts
+    from obdlab.system.mount import unmount
 
     device_id = config.parent.name
     target.mkdir()
@@ -187,7 +187,7 @@ def listening(node: Path, events: Path | None) -> Iterator[None]:
     if events is None:
         yield
         return
-    from obdlab.devices.blocktrace import BlockTrace
+    from obdlab.traces.blocktrace import BlockTrace
 
     with BlockTrace(node) as trace:
         try:

@@ -12,7 +12,7 @@ from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.packing import progress_bar
 
 if TYPE_CHECKING:
-    from obdlab.image.verification import VerifiedLayer
+    from obdlab.layerfiles.verification import VerifiedLayer
 
 _DESCRIPTION = f"""\
 obdlab verify LAYER...
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
         return compare_images(args.layers[0], args.layers[1], args)
     from dataclasses import asdict
 
-    from obdlab.image.disks import open_disk
-    from obdlab.image.verification import verification_size, verify_layers
+    from obdlab.layerfiles.disks import open_disk
+    from obdlab.layerfiles.verification import verification_size, verify_layers
 
     verified: list[VerifiedLayer] = []
     with (
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _are_images(names: list[str]) -> bool:
-    from obdlab.convert.source import names_image
+    from obdlab.convert.endpoints.names import names_image
 
     return len(names) == 2 and all(map(names_image, names))
 

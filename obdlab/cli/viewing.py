@@ -15,7 +15,7 @@ from obdlab.observe.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.image.filetree import FileTree
+    from obdlab.volumes.detect import FileTree
 
 PATH_HELP = f"IMAGE:/PATH, where IMAGE is an {SOURCE_HELP.replace(' (separate arguments or joined by commas)', '')}, "
 PATH_HELP += "joined by commas"
@@ -44,8 +44,8 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def opened_tree(image: str, args: argparse.Namespace) -> Iterator[FileTree]:
     """Give the files of an image, for the block. Reads fetch only the bytes they need."""
-    from obdlab.image.filetree import FileTree
     from obdlab.image.open import open_image
+    from obdlab.volumes.detect import FileTree
 
     config = image_config_of([image], args)
     # Looking writes neither a trace nor the result file.

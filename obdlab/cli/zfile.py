@@ -59,7 +59,7 @@ def add(subcommands: Any) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """Compress."""
-    from obdlab.image.compression import compress_stream
+    from obdlab.layerfiles.compression import compress_stream
 
     end_politely_on_sigterm()
     packing = packing_from(args, rewrite_header=not args.keep_first_header, block_crcs=not args.no_block_crcs)
@@ -77,8 +77,8 @@ def run_compress(args: argparse.Namespace) -> int:
 
 def run_extract(args: argparse.Namespace) -> int:
     """Extract."""
-    from obdlab.image.compression import extract
     from obdlab.image.open import open_zfile
+    from obdlab.layerfiles.compression import extract
 
     end_politely_on_sigterm()
     with (
@@ -93,8 +93,8 @@ def run_extract(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Verify."""
-    from obdlab.image.description import content_size, verify
     from obdlab.image.open import open_zfile
+    from obdlab.layerfiles.description import content_size, verify
 
     for path in args.sources:
         open_zfile(path).close()  # refuses files that are no ZFiles
@@ -120,7 +120,7 @@ def _input(path: str) -> Iterator[tuple[BinaryIO, int]]:
 
 @contextmanager
 def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
-    from obdlab.image.output import new_file
+    from obdlab.system.newfile import new_file
 
     if args.output != _STREAM:
         with new_file(args.output, force=args.force) as file:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from google.protobuf.empty_pb2 import Empty
 
 from obdlab.containerd._pb.version_pb2_grpc import VersionStub
-from obdlab.containerd.connection import Connection
+from obdlab.containerd.channel import Connection
 from obdlab.containerd.content import ContentStore
 from obdlab.containerd.errors import ContainerdError
 from obdlab.containerd.images import ImageStore

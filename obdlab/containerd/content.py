@@ -25,7 +25,7 @@ from obdlab.containerd.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from obdlab.containerd.connection import Connection
+    from obdlab.containerd.channel import Connection
 
 CHUNK = 1 << 20
 #: Larger than any valid document of an image.

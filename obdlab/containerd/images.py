@@ -15,7 +15,7 @@ from obdlab.containerd.errors import AlreadyExistsError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from obdlab.containerd.connection import Connection
+    from obdlab.containerd.channel import Connection
 
 # Removing an image with sync waits for the garbage collection, which deletes snapshots one by one.
 _REMOVAL_TIMEOUT_S = 300.0

@@ -9,7 +9,7 @@ from obdlab.containerd._pb import leases_pb2 as pb
 from obdlab.containerd._pb.leases_pb2_grpc import LeasesStub
 
 if TYPE_CHECKING:
-    from obdlab.containerd.connection import Connection
+    from obdlab.containerd.channel import Connection
 
 EXPIRE_LABEL = "containerd.io/gc.expire"
 

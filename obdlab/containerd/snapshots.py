@@ -15,7 +15,7 @@ from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from obdlab.containerd.connection import Connection
+    from obdlab.containerd.channel import Connection
 
 # Deadline for unpacking a layer of some GB on a slow disk.
 APPLY_TIMEOUT_S = 1800.0

@@ -28,9 +28,9 @@ import stat
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from obdlab.convert.tarmember import Kind, Member
-from obdlab.convert.tarstream import TarStream
-from obdlab.convert.tree import Attributes
+from obdlab.convert.tar.member import Kind, Member
+from obdlab.convert.tar.reader import TarStream
+from obdlab.convert.tree.target import Attributes
 from obdlab.errors import FormatError, ObdlabError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from io import RawIOBase
     from typing import IO
 
-    from obdlab.convert.tree import Seen, Tree
+    from obdlab.convert.tree.target import Seen, Tree
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"

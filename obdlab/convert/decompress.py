@@ -13,7 +13,7 @@ from obdlab.errors import CorruptBlobError, FormatError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from obdlab.convert.layout import VerifiedFile
+    from obdlab.convert.endpoints.layout import VerifiedFile
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"

@@ -17,13 +17,13 @@ from obdlab.convert.workdir import FinishedLayers, work_directory
 from obdlab.errors import FormatError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obdlab.convert.database import Database
-    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
     from obdlab.convert.layer import BuiltLayer
 
 __all__ = ["ConvertOptions", "ConvertStoppedError", "ConvertedImage", "ConvertedLayer", "convert_image"]

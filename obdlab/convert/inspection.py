@@ -18,10 +18,10 @@ from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from obdlab.convert.endpoints import ImageSource
+    from obdlab.cache.admin import CacheEntry
+    from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.progress import Progress
     from obdlab.formats.oci import Descriptor, Manifest, Platform
-    from obdlab.sources.cacheadmin import CacheEntry
 
 OVERLAYBD, TURBO_OCI, PLAIN = "overlaybd", "turboOCI", "plain"
 _MIXED = "mixed"

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Self
 from obdlab.convert.ahead import ahead
 from obdlab.convert.apply import ApplyStatistics, apply_layer
 from obdlab.convert.database import options_digest
-from obdlab.convert.erofstree import ErofsTree
-from obdlab.convert.layout import digest_of_file
-from obdlab.convert.tree import Ext4Tree
+from obdlab.convert.endpoints.layout import digest_of_file
+from obdlab.convert.tree.erofstree import ErofsTree
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import SourceError
-from obdlab.ext4.mkfs import INODE_RATIO, make_filesystem
-from obdlab.ext4.volume import Volume
 from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
-from obdlab.image.writing import Packing, write_packed
+from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import SparseUpper
+from obdlab.volumes.ext4.mkfs import INODE_RATIO, make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,7 @@ from obdlab.convert.layer import BuiltLayer, LayerBuilder, layer_uuid
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
 from obdlab.layers.lsmt import open_layer
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob, Buffer
     from obdlab.convert.database import LayerKey
-    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
+    from obdlab.convert.endpoints.layout import VerifiedFile
     from obdlab.convert.layer import LayerOptions, PendingLayer
-    from obdlab.convert.layout import VerifiedFile
     from obdlab.convert.progress import Progress
     from obdlab.convert.reuse import Reuse, Reused
 

@@ -16,7 +16,7 @@ from obdlab.formats import oci
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from obdlab.convert.endpoints import ImageDestination, ImageSource
+    from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
 
 
 #: Most memory of converting one image, with its compressing process, in bytes: measured 125 MiB for ``pydata``.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.convert.database import Database
-    from obdlab.convert.endpoints import ImageDestination
+    from obdlab.convert.endpoints.endpoint import ImageDestination
     from obdlab.convert.layer import LayerOptions
     from obdlab.convert.workdir import FinishedLayers
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.database import LayerRecord
-from obdlab.convert.layout import digest_of_file
+from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.errors import SourceError
 from obdlab.records import known_fields
 

@@ -2,7 +2,7 @@
 
 A library would call back once per file operation and copy. One file needs about ten request kinds, and a trivial read
 served this way runs at twice the rate of the fastest Python binding. The wire is described by the kernel's
-``linux/fuse.h``; see ``obdlab.devices.abi``.
+``linux/fuse.h``; see ``obdlab.system.abi``.
 
 The file system is mounted nowhere: only the server opens the file, and the file system ends with the last holder of
 that file. So no other mount namespace can copy a mount and keep it alive, and no mount can be left behind.
@@ -22,13 +22,13 @@ import time
 from typing import TYPE_CHECKING
 
 from obdlab.blob import MemoryBlob, WritableBlob
-from obdlab.devices import abi
 from obdlab.devices.crew import Crew, Member
 from obdlab.devices.device import DeviceStatistics
 from obdlab.devices.fuse_ops import DISK_ID, DISK_NAME, MAX_BACKGROUND, FuseFile, errno_of
 from obdlab.devices.load import LOOK_EVERY, Load
 from obdlab.devices.spinning import Spinning
 from obdlab.errors import DeviceError
+from obdlab.system import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable

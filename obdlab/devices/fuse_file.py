@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi, mount
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import DeviceStatistics, FuseServer
 from obdlab.devices.usage import TRANSIENT_USE_S, namespaces_that_mount
 from obdlab.errors import DeviceError
+from obdlab.system import abi, mount
 
 if TYPE_CHECKING:
     from collections.abc import Callable

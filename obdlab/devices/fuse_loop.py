@@ -7,11 +7,12 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi, loop
+from obdlab.devices import loop
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
+from obdlab.system import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +32,7 @@ class FuseLoopDevice(Device):
     With a ``connection`` (``fuse.open_connection``) that other processes hold too, the device outlives this process:
     another process given its ``path`` and the connection goes on serving it. ``on_busy``: see FuseServer. With
     ``exchangeable`` the kernel may go on without this server while a file system is mounted, see
-    ``obdlab.devices.graduation``; a read-only device then gets a second loop device below it. Raises DeviceError,
+    ``obdlab.devices.backingfile``; a read-only device then gets a second loop device below it. Raises DeviceError,
     leaving nothing behind, if the blob's size is not a multiple of the sector size or the kernel refuses.
     """
 

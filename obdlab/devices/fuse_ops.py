@@ -10,9 +10,9 @@ import stat
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
-from obdlab.devices import abi
-from obdlab.devices.abi import FuseInit, FuseOpcode
 from obdlab.errors import ObdlabError
+from obdlab.system import abi
+from obdlab.system.abi import FuseInit, FuseOpcode
 from obdlab.waiting import waiting
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import os
 import time
 from pathlib import Path
 
-from obdlab.devices import abi
 from obdlab.errors import DeviceError
+from obdlab.system import abi
 
 _CONTROL = "/dev/loop-control"
 _SYS_BLOCK = Path("/sys/block")

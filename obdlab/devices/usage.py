@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from obdlab.devices import loop
-from obdlab.devices.mount import mounts_of
 from obdlab.errors import DeviceError
+from obdlab.system.mount import mounts_of
 
 #: A starting container copies all mounts for a moment and drops them; only longer use counts.
 TRANSIENT_USE_S = 1.0

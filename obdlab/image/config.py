@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from obdlab.errors import ObdlabError
-from obdlab.sources.localfile import open_regular
+from obdlab.localfile import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

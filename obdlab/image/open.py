@@ -14,34 +14,34 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.image.ends import fetch_ends, fetch_rest_of_end
-from obdlab.image.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
-from obdlab.image.recording import Recording, RecordingError, wants_recording
-from obdlab.image.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
-from obdlab.image.serviceconfig import at_launch
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.budget import Budget
+from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
 from obdlab.layers.lsmt import RepeatedLayer, open_layer
 from obdlab.layers.seal import SwitchMark
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
+from obdlab.localfile import LocalFile
 from obdlab.registry.deadline import deadline_of_thread
-from obdlab.sources.localfile import LocalFile
+from obdlab.settings.original import at_launch
+from obdlab.traces.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
+from obdlab.traces.recording import Recording, RecordingError, wants_recording
+from obdlab.traces.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
     from concurrent.futures import Executor
 
     from obdlab.blob import Blob
+    from obdlab.cache.ahead.stream import StreamAhead
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.image.remote import RemoteLayers
-    from obdlab.image.settings import Settings
     from obdlab.layers.lsmt import Layer, LsmtLayer
     from obdlab.layers.recorder import Recorder
     from obdlab.layers.writable import Upper
-    from obdlab.sources.streamahead import StreamAhead
+    from obdlab.settings.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from obdlab.image.ends import fetch_ends, fetch_rest_of_end
 from obdlab.image.open import OPEN_THREADS, stacked_lowers
 from obdlab.image.remote import RemoteLayers
+from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
 from obdlab.registry.deadline import deadline_of_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from obdlab.image.config import ImageConfig, LowerConfig
-    from obdlab.image.settings import Settings
+    from obdlab.settings.settings import Settings
 
 
 def prime(config: ImageConfig, settings: Settings) -> None:

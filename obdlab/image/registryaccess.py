@@ -15,8 +15,8 @@ from obdlab.registry.transport import Transport
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from obdlab.image.settings import Settings
     from obdlab.registry.credentials import CredentialSource
+    from obdlab.settings.settings import Settings
 
 
 def open_client(settings: Settings, *, plain_http_hosts: Collection[str] = frozenset()) -> RegistryClient:

@@ -7,21 +7,21 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
+from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.errors import FormatError
 from obdlab.formats.oci import check_digest
 from obdlab.image.registryaccess import open_client
 from obdlab.registry.reference import Repository
-from obdlab.sources.cache import BlockCache
-from obdlab.sources.cachedblob import CachedBlob
-from obdlab.sources.download import BackgroundDownload, DownloadOptions
-from obdlab.sources.remote import RemoteBlob
+from obdlab.registry.remoteblob import RemoteBlob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.blob import Blob
-    from obdlab.image.settings import Settings
     from obdlab.registry.client import RegistryClient
+    from obdlab.settings.settings import Settings
 
 
 logger = logging.getLogger(__name__)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from obdlab.blob import check_range
-from obdlab.command import install_command
-from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.frames import pandas_or_error
 from obdlab.layers.stack import Stack
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from obdlab.formats.lsmt.layout import Segments
-
-
-class LabExtraError(ObdlabError):
-    """Something that needs pandas or matplotlib, which are not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +109,3 @@ def segment_frame(segments: Segments) -> pd.DataFrame:
         }
     )
     return frame
-
-
-def pandas_or_error() -> Any:
-    """Return pandas. Raises LabExtraError if it is not installed."""
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise LabExtraError(f"tables need the lab extra: {install_command('lab')}") from error
-    return pd

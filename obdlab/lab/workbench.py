@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from obdlab.command import checkout_directory
-from obdlab.lab.process import LabError
+from obdlab.lab.testbed.process import LabError
 
 Folder = Literal["datasets", "experiments", "notebooks"]
 

@@ -20,7 +20,7 @@ from obdlab.formats.lsmt.layout import (
     encode_record,
     encode_user_tag,
 )
-from obdlab.formats.lsmt.replay import replay
+from obdlab.formats.lsmt.logreplay import replay
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile

@@ -21,15 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi, kinds
+from obdlab.devices import kinds
 from obdlab.errors import ObdlabError
-from obdlab.image.settings import DAEMON_KIND
+from obdlab.settings.settings import DAEMON_KIND
+from obdlab.system import abi
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
-    from obdlab.image.settings import Settings
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
+    from obdlab.settings.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _run(what: dict[str, object], config: Path, settings: Settings) -> None:
 def main() -> int:
     """Run the request on standard input; an error is the last line of standard error."""
     from obdlab.image.config import ImageConfig
-    from obdlab.image.settings import Settings
+    from obdlab.settings.settings import Settings
 
     request = json.load(sys.stdin)
     # End with the service: a restarted service starts the work again, and must not meet its predecessor's process.
@@ -121,10 +122,10 @@ def main() -> int:
 
 
 def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
-    from obdlab.image.extract import Extractor
-    from obdlab.image.filetree import FileTree
     from obdlab.image.open import open_image
     from obdlab.snapshotter.trees import delete_tree
+    from obdlab.volumes.detect import FileTree
+    from obdlab.volumes.extract import Extractor
 
     unfinished = target.with_name(f"{target.name}.new")
     delete_tree(unfinished)

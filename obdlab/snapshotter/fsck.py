@@ -16,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from obdlab.command import command
-from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import chain_id_over, is_digest
 from obdlab.image.config import ConfigError, ImageConfig
@@ -27,12 +26,13 @@ from obdlab.snapshotter.layout import CONFIG_NAME, Layout, RootError
 from obdlab.snapshotter.store import Kind, Store
 from obdlab.snapshotter.trees import delete_tree
 from obdlab.snapshotter.writable import WritableDevice
+from obdlab.system import mount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
     from obdlab.snapshotter.overlaybd import ImageOptions
     from obdlab.snapshotter.store import Snapshot
 

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import mount
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.image.config import ConfigError, ImageConfig
 from obdlab.snapshotter.bolt import BoltFile, Bucket
 from obdlab.snapshotter.layout import WRITABLE_NAME
 from obdlab.snapshotter.store import Kind, Snapshot, Store, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
+from obdlab.system import mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

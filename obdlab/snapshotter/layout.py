@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
-from obdlab.service.rundir import SNAPSHOTTER_LOCK
+from obdlab.server.rundir import SNAPSHOTTER_LOCK
 from obdlab.snapshotter.store import Kind, Usage
 from obdlab.snapshotter.trees import delete_tree, statuses
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices.mount import ERRORS
 from obdlab.snapshotter.store import Kind
 from obdlab.snapshotter.writable import Mode
+from obdlab.system.mount import ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig, UpperConfig
 from obdlab.snapshotter import fallback, overlaybd, tracing, writable
@@ -28,6 +27,7 @@ from obdlab.snapshotter.mounts import Mount, device_mounts
 from obdlab.snapshotter.quota import quota_asked
 from obdlab.snapshotter.store import Kind
 from obdlab.snapshotter.writable import Mode, WritableDevice
+from obdlab.system import mount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

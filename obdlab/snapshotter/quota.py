@@ -149,7 +149,7 @@ class Quotas:
         return _LIMITS.unpack(buffer.raw)
 
     def _enforced(self) -> bool:
-        from obdlab.devices import mount
+        from obdlab.system import mount
 
         device = self._directory.stat().st_dev
         numbers = f"{os.major(device)}:{os.minor(device)}"

@@ -26,7 +26,7 @@ from obdlab.snapshotter.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from obdlab.snapshotter.health import Health
+from obdlab.snapshotter.grpchealth import Health
 from obdlab.snapshotter.store import Kind
 
 if TYPE_CHECKING:

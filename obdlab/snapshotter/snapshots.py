@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ImageMounts(Protocol):
-    """Mounts overlaybd images (``obdlab.snapshotter.images.ImageDevices``)."""
+    """Mounts overlaybd images (``obdlab.snapshotter.imagemounts.ImageDevices``)."""
 
     #: Called with the snapshot id of an image that is not read lazily, and the reason.
     on_fallback: Callable[[int, str], None]

@@ -1,7 +1,7 @@
 """Recording a container's reads of its image, or fetching the reads of a trace ahead, by the labels of a snapshot.
 
 The path goes into the image's configuration before its device is attached. The device's server then works as
-``obdlab.image.recording`` describes: it records into an empty file (``<path>.lock`` exists meanwhile, ``<path>.ok``
+``obdlab.traces.recording`` describes: it records into an empty file (``<path>.lock`` exists meanwhile, ``<path>.ok``
 once the trace is written) and replays any other.
 
 (overlaybd snapshotter, labels ``record-trace`` and ``record-trace-path``.)

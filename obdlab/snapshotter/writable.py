@@ -141,9 +141,9 @@ def make_upper(data: Path, index: Path, size_gb: int, *, sparse: bool, make_ext4
 
 
 def _make_ext4(data: Path, index: Path) -> None:
-    from obdlab.ext4.mkfs import make_filesystem
     from obdlab.layers.stack import WritableStack
     from obdlab.layers.upper import open_upper
+    from obdlab.volumes.ext4.mkfs import make_filesystem
 
     with WritableStack(None, open_upper(data, index)) as disk:
         make_filesystem(disk)

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 from obdlab.convert.apply import apply_layer
-from obdlab.convert.tree import Ext4Tree
-from obdlab.ext4.mkfs import make_filesystem
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.layers.stack import WritableStack
 from obdlab.layers.upper import SparseUpper
+from obdlab.volumes.ext4.mkfs import make_filesystem
 
 _BYTES = 300_000_000
 _CASES = ((850, False), (40_000, False), (40_000, True))

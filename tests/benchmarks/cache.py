@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 
 from obdlab.blob import MemoryBlob
+from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.cachedblob import CachedBlob
+from obdlab.cache.unitfiles import CacheFiles
 from obdlab.formats.oci import digest_of
-from obdlab.sources.cache import BlockCache
-from obdlab.sources.cachedblob import CachedBlob
-from obdlab.sources.cachefiles import CacheFiles
 
 SIZE = 32 << 20
 

@@ -17,8 +17,8 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from obdlab.image.disks import open_any_layer
-from obdlab.image.writing import Packing, write_layer
+from obdlab.layerfiles.disks import open_any_layer
+from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.commit import commit as write_commit
 from obdlab.layers.upper import SparseUpper
 from tests.benchmarks.zfile import Contest, bare_encode

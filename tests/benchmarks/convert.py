@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from obdlab.convert.layout import ImageLayout
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference

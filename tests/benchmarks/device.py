@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 from obdlab.blob import Blob, check_range
-from obdlab.devices import loop, mount
+from obdlab.devices import loop
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.settings import Settings
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"

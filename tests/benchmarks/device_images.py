@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import loop, mount
+from obdlab.devices import loop
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.diskimport import import_disk
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.writing import Packing
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 from tests.benchmarks.device import JOBS, fio
 
 if TYPE_CHECKING:

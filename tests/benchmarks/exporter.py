@@ -13,10 +13,10 @@ from prometheus_client import generate_latest
 
 from obdlab.devices.crew import Member
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.settings import Settings
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.service.exporter import Collected, ObdlabCollector, registry_of
+from obdlab.metrics.exporter import Collected, ObdlabCollector, registry_of
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 
 LAYER = Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd"
 SCRAPES = 10

@@ -25,22 +25,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obdlab.blob import Blob
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.devices.fuse_loop import FuseLoopDevice
-from obdlab.devices.mount import mount, unmount
 from obdlab.image.config import ImageConfig
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
-from obdlab.lab.bench import LabPaths
-from obdlab.lab.netns import ExperimentNetwork
-from obdlab.lab.recipe import find_recipe
-from obdlab.lab.registry import RegistryHost
+from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.testbed.netns import ExperimentNetwork
+from obdlab.lab.testbed.registry import RegistryHost
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
-from obdlab.sources.cachedblob import CachedBlob
+from obdlab.settings.settings import Settings
+from obdlab.system.mount import mount, unmount
 
-LAB = Path("/var/lib/obdlab/lab/registry/data")
+LAB = Path("/var/lib/obdlab/lab/testbed/registry/data")
 EXTENT = 256 << 10
 READ_S = 0.005
 MiB = 1 << 20

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from obdlab.lab.netns import ExperimentNetwork
+from obdlab.lab.testbed.netns import ExperimentNetwork
 
 PORT = 4000
 SERVER = """

@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 from obdlab.image.config import ImageConfig, UpperConfig
-from obdlab.image.settings import Settings
-from obdlab.image.snapshot import make_next
+from obdlab.layerfiles.snapshot import make_next
 from obdlab.layers.append import AppendUpper
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.service.live import LiveDevice
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.server.live import LiveDevice
+from obdlab.settings.settings import Settings
 from tests.devices.contract import MIB, read_direct, write_direct
-from tests.service.test_live import Load, allocated
+from tests.server.test_live import Load, allocated
 
 ROUNDS = 10
 SNAPSHOTS = 5

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from tests.layers.golden import GOLDEN
 
 LAYER = GOLDEN / "ext4" / "layer1.obd"

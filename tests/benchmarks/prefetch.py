@@ -23,16 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from obdlab.convert.source import open_destination, open_source
-from obdlab.convert.traces import add_hot_layer
+from obdlab.convert.endpoints.names import open_destination, open_source
+from obdlab.convert.publish.hot_and_traces import add_hot_layer
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing
-from obdlab.lab.bench import LabPaths
-from obdlab.lab.recipe import find_recipe
+from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.run.bench import LabPaths
+from obdlab.layerfiles.writing import Packing
 from obdlab.registry.client import RegistryClient
+from obdlab.settings.settings import Settings
 from tests.benchmarks.extents import LAB, Read, image_config, record, registry, replay
 from tests.registry.server import running_registry
 

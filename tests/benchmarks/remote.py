@@ -23,13 +23,13 @@ from pathlib import Path
 
 import urllib3
 
+from obdlab.cache.blockcache import BlockCache
 from obdlab.formats.oci import digest_of
-from obdlab.lab.netns import ExperimentNetwork
-from obdlab.lab.registry import RegistryHost
+from obdlab.lab.testbed.netns import ExperimentNetwork
+from obdlab.lab.testbed.registry import RegistryHost
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Repository
-from obdlab.sources.cache import BlockCache
-from obdlab.sources.remote import RemoteBlob
+from obdlab.registry.remoteblob import RemoteBlob
 
 MIB = 1 << 20
 PIECE = 256 << 10

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.main import main as obdlab
 from obdlab.containerd.client import Containerd
-from obdlab.devices import mount
+from obdlab.system import mount
 from tests.benchmarks.snapshotter_rpc import _pss_mib
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.registry.server import running_registry

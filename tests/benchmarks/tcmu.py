@@ -15,9 +15,9 @@ from obdlab.blob import Blob
 from obdlab.devices.crew import Member
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
-from obdlab.image.diskimport import import_disk
 from obdlab.image.open import open_stack
-from obdlab.image.writing import Packing
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.writing import Packing
 from tests.devices.tcmu.simulated import KernelRing, read_10
 
 MIB = 1 << 20

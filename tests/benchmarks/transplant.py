@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from obdlab.cli.main import main as obdlab
-from obdlab.image.settings import Settings
-from obdlab.lab.bench import LabPaths
-from obdlab.lab.recipe import find_recipe
+from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.run.bench import LabPaths
+from obdlab.settings.settings import Settings
 from tests.benchmarks.extents import LAB, Read, image_config, record, registry
 from tests.benchmarks.prefetch import Outcome, start_once
 

@@ -12,8 +12,8 @@ import pytest
 
 from obdlab.cli import common
 from obdlab.cli.main import main
-from obdlab.image.settings import Settings, SettingsError
 from obdlab.registry.credentials import CredentialsError
+from obdlab.settings.settings import Settings, SettingsError
 
 
 def credentials() -> Path | None:

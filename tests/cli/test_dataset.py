@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli import dataset
-from obdlab.lab.ocilayout import OciLayout
-from obdlab.lab.recipe import RecipeError
+from obdlab.lab.images.ocilayout import OciLayout
+from obdlab.lab.images.recipe import RecipeError
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 

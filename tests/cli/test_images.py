@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obdlab.cli.main import main
-from obdlab.convert.layout import ImageLayout
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.formats import oci
 from tests.e2e.images import file_layer, push_converted
 from tests.registry.server import RegistryServer, registry_server

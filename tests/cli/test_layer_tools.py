@@ -491,9 +491,9 @@ def test_the_index_follows_the_data_in_every_command(tmp_path: Path, capsys: pyt
 
 def test_the_default_is_zstd_in_blocks_of_16_kib_everywhere(tmp_path: Path) -> None:
     from obdlab.convert.layer import LayerOptions
-    from obdlab.image.description import describe
-    from obdlab.image.writing import Packing
-    from obdlab.lab.spec import Spec
+    from obdlab.lab.run.spec import Spec
+    from obdlab.layerfiles.description import describe
+    from obdlab.layerfiles.writing import Packing
 
     source = LSMT / "l1.lz4.lsmt"
     assert run("commit", source, tmp_path / "layer", "-q") == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import build_parser, main
-from obdlab.convert.layout import REF_NAME, ImageLayout
+from obdlab.convert.endpoints.layout import REF_NAME, ImageLayout
 from obdlab.formats.oci import OCI_MANIFEST
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
@@ -52,8 +52,8 @@ def roots_place() -> Iterator[Path]:
 def as_nobody(*arguments: str | Path) -> tuple[int, str]:
     """Run the command as nobody, who may not see the checkout: so that all is imported before."""
     script = (
-        "import os, sys; import obdlab.convert.image, obdlab.convert.source, obdlab.image.open, tqdm\n"
-        "import obdlab.registry.client, obdlab.service.cleanup, obdlab.service.client, obdlab.image.from_manifest\n"
+        "import os, sys; import obdlab.convert.image, obdlab.convert.endpoints.names, obdlab.image.open, tqdm\n"
+        "import obdlab.registry.client, obdlab.server.cleanup, obdlab.server.client, obdlab.image.from_manifest\n"
         "from obdlab.cli import main; main.build_parser(); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )

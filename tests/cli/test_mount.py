@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from obdlab.devices import mount
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from obdlab.system import mount
 from tests.registry.server import RegistryServer
 
 pytestmark = pytest.mark.kernel

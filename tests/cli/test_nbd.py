@@ -19,8 +19,8 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import open_image, open_stack
-from obdlab.image.settings import Settings
 from obdlab.layers.upper import SparseUpper
+from obdlab.settings.settings import Settings
 from tests.capabilities import require
 from tests.layers.golden import GOLDEN
 

@@ -13,10 +13,10 @@ import pytest
 
 from obdlab.blob import MemoryBlob
 from obdlab.cli.main import main
-from obdlab.convert.listing import differences, list_tree
+from obdlab.convert.compare.listing import differences, list_tree
 from obdlab.errors import FormatError
-from obdlab.image.extract import Extractor
-from obdlab.image.filetree import FileTree, NoSuchFileError
+from obdlab.volumes.detect import FileTree, NoSuchFileError
+from obdlab.volumes.extract import Extractor
 from tests.registry.server import RegistryServer, registry_server
 from tests.snapshotter import imagefiles
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.containerd.client import Containerd
 from obdlab.errors import ObdlabError
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

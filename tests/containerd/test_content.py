@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.containerd._pb import content_pb2, content_pb2_grpc
+from obdlab.containerd.channel import Connection
 from obdlab.containerd.client import Containerd
-from obdlab.containerd.connection import Connection
 from obdlab.containerd.content import CHUNK
 from obdlab.containerd.errors import ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.formats.oci import digest_of

@@ -26,7 +26,7 @@ from obdlab.containerd._pb import (
     types_pb2,
     version_pb2_grpc,
 )
-from obdlab.containerd.connection import Connection
+from obdlab.containerd.channel import Connection
 from obdlab.formats.oci import OCI_LAYER, digest_of
 from tests.containerd.test_client import tar_of
 

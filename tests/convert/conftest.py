@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from tests.convert.oracle import running_containerd
 from tests.registry.server import registry_server
 

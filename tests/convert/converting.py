@@ -6,9 +6,9 @@ import subprocess
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions, convert_image
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.source import open_destination, open_source
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.convert.image import ConvertedImage
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
 
 
 def convert(source: str, destination: str, options: ConvertOptions, *, deadline_s: float = 60.0) -> ConvertedImage:

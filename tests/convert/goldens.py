@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from obdlab.convert.listing import TreeEntry
+    from obdlab.convert.compare.listing import TreeEntry
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 

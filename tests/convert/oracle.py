@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from obdlab.convert.listing import TreeEntry, list_tree
+from obdlab.convert.compare.listing import TreeEntry, list_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import shutil
 import stat
 from typing import TYPE_CHECKING
 
-from obdlab.convert.tree import Attributes, Seen, Xattr
+from obdlab.convert.tree.target import Attributes, Seen, Xattr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

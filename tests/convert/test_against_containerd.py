@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.convert.apply import ApplyError, apply_layer
-from obdlab.convert.listing import TreeEntry, differences, list_volume
-from obdlab.convert.tree import Ext4Tree
+from obdlab.convert.compare.listing import TreeEntry, differences, list_volume
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError
-from obdlab.ext4.mkfs import make_filesystem
-from obdlab.ext4.volume import Volume
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.images import RandomImage, whole_image
 from tests.convert.layouts import make_layout, tar_bytes
 from tests.convert.oracle import RefusedError, stable
-from tests.ext4.disk import FileDisk
+from tests.volumes.ext4.disk import FileDisk
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.convert.apply import ApplyError, apply_layer
-from obdlab.convert.listing import TreeEntry, differences, list_tree, list_volume
-from obdlab.convert.tree import Ext4Tree
+from obdlab.convert.compare.listing import TreeEntry, differences, list_tree, list_volume
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError
-from obdlab.ext4.mkfs import make_filesystem
-from obdlab.ext4.volume import Volume
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.images import CAPABILITY, RandomImage, base, middle, top, whole_image
 from tests.convert.layouts import Member, directory, hardlink, member, symlink, tar_bytes
 from tests.convert.ostree import OsTree
-from tests.ext4.disk import FileDisk, fsck
+from tests.volumes.ext4.disk import FileDisk, fsck
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

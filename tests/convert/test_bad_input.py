@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.convert.apply import ApplyError
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
 from obdlab.registry.failures import RegistryError
 from tests.convert.converting import convert

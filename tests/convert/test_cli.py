@@ -15,13 +15,13 @@ import obdlab
 from obdlab.cli.convertoptions import add_conversion_options, platforms_at_once
 from obdlab.cli.imageoptions import add_image_options, image_client
 from obdlab.cli.main import main
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.source import check_apart
-from obdlab.ext4.volume import Volume
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import check_apart
 from obdlab.formats import oci
-from obdlab.image.description import describe
+from obdlab.layerfiles.description import describe
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Repository
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.layouts import make_layout, member
 from tests.registry.https import Authority, tls_registry
 

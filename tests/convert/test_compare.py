@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.convert.compare.listing import TreeEntry, differences, without_lost_and_found
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.listing import TreeEntry, differences, without_lost_and_found
 from obdlab.formats import oci
 from tests.convert.converting import convert
 from tests.convert.goldens import GOLDEN

@@ -11,22 +11,22 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.convert.apply import ApplyError, apply_layer
-from obdlab.convert.erofstree import ErofsTree
+from obdlab.convert.compare.listing import differences, list_tree, list_volume
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.listing import differences, list_tree, list_volume
-from obdlab.convert.memorytree import MemoryTree
-from obdlab.convert.tree import Attributes
-from obdlab.erofs.volume import Volume
+from obdlab.convert.tree.erofstree import ErofsTree
+from obdlab.convert.tree.memorytree import MemoryTree
+from obdlab.convert.tree.target import Attributes
 from obdlab.errors import FormatError
 from obdlab.formats.oci import BLOB_FS_TYPE
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import SparseUpper
+from obdlab.volumes.erofs.volume import Volume
 from tests.convert.converting import convert
 from tests.convert.images import RandomImage, whole_image
 from tests.convert.layouts import directory, hardlink, make_layout, member, symlink, tar_bytes
-from tests.ext4.disk import FileDisk
+from tests.volumes.ext4.disk import FileDisk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.convert.compare.listing import differences, list_tree
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.listing import differences, list_tree
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
@@ -31,7 +31,7 @@ from tests.convert.oracle import stable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
     from tests.convert.oracle import Containerd
     from tests.registry.server import RegistryServer
 

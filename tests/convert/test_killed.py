@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.service.rundir import Process
+from obdlab.server.rundir import Process
 from tests.convert.layouts import make_layout, member
-from tests.service.killing import until
+from tests.server.killing import until
 
 # More than is compressed without a process of its own, and enough to be at work for a while.
 _SIZE = 24 << 20

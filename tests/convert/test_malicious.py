@@ -15,17 +15,17 @@ import zstandard
 
 from obdlab.convert import apply as apply_module
 from obdlab.convert.apply import ApplyError, apply_layer
+from obdlab.convert.compare.listing import TreeEntry, list_volume
 from obdlab.convert.decompress import decompressed
-from obdlab.convert.listing import TreeEntry, list_volume
-from obdlab.convert.memorytree import MemoryTree
-from obdlab.convert.tarstream import TarStream
-from obdlab.convert.tree import Ext4Tree
+from obdlab.convert.tar.reader import TarStream
+from obdlab.convert.tree.memorytree import MemoryTree
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError
-from obdlab.ext4.mkfs import make_filesystem
-from obdlab.ext4.volume import Volume
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.layouts import Member, directory, hardlink, member, symlink, tar_bytes
 from tests.convert.torture import END, base256, gnu_long, padded, pax_header, pax_record, pax_sparse, raw_header
-from tests.ext4.disk import FileDisk, fsck
+from tests.volumes.ext4.disk import FileDisk, fsck
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 import obdlab
+from obdlab.convert.compare.listing import differences, list_tree, list_volume
 from obdlab.convert.layer import LayerBuilder, LayerOptions
-from obdlab.convert.listing import differences, list_tree, list_volume
-from obdlab.ext4.volume import Volume
 from obdlab.layers.lsmt import open_layer
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.goldens import GOLDEN, golden_view, wanted_view
 from tests.convert.layouts import directory, member, tar_bytes
-from tests.ext4.disk import fsck
+from tests.volumes.ext4.disk import fsck
 
 if TYPE_CHECKING:
     from pathlib import Path

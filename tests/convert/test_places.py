@@ -18,11 +18,11 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.containerd.client import Containerd
-from obdlab.convert.archive import ArchivedLayout, DockerArchiveSource
+from obdlab.convert.endpoints.archive import ArchivedLayout, DockerArchiveSource
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.source import check_apart, open_destination, open_source
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
@@ -356,8 +356,8 @@ def test_options_of_the_file_system(tmp_path: Path) -> None:
     (entry,) = layout.select(None)
     manifest = oci.Manifest.parse(layout.read_blob(entry, 1 << 20))
     assert {layer.annotations[oci.BLOB_FS_TYPE] for layer in manifest.layers} == {"ext4;noatime,nodiratime"}
-    from obdlab.ext4.volume import Volume
     from obdlab.image.open import open_stack
+    from obdlab.volumes.ext4.volume import Volume
 
     with open_stack([layout.blob_path(layer.digest) for layer in manifest.layers]) as disk:
         assert disk.size == 1 << 30

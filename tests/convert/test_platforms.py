@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions
-from obdlab.convert.layout import ImageLayout
 from obdlab.convert.platforms import convert_platforms
-from obdlab.convert.source import open_destination, open_source
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient

@@ -26,9 +26,9 @@ from obdlab.convert.database import (
     options_digest,
     stack_digest,
 )
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
 from obdlab.convert.workdir import FinishedLayers, work_directory
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
@@ -102,7 +102,7 @@ def test_the_same_image_again(place: Place, options: ConvertOptions, tmp_path: P
     assert reused(again) == ["image was there"] * 2
     assert (again.digest, again.document) == (first.digest, first.document)
     with closing(RegistryClient()) as client:
-        from obdlab.convert.source import open_source
+        from obdlab.convert.endpoints.names import open_source
 
         with closing(open_source(f"{place.prefix}b", client)) as stored:
             root, _ = stored.root()
@@ -180,7 +180,7 @@ def test_layers_that_fit_by_name_only_are_not_stacked(options: ConvertOptions, t
 
 
 def chain_id_of(layout: Path, number: int) -> str:
-    from obdlab.convert.layoutimages import LayoutSource
+    from obdlab.convert.endpoints.layoutimages import LayoutSource
 
     source = LayoutSource(ImageLayout(layout), None)
     config = source.config(source.manifest(oci.Platform("linux", "amd64")))

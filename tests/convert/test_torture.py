@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.convert.apply import apply_layer
+from obdlab.convert.compare.listing import differences, list_tree, list_volume
 from obdlab.convert.image import ConvertOptions
-from obdlab.convert.listing import differences, list_tree, list_volume
-from obdlab.convert.tree import Ext4Tree
-from obdlab.ext4.mkfs import make_filesystem
-from obdlab.ext4.volume import Volume
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.image.view import Disk
 from obdlab.layers.lsmt import open_layer
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.converting import convert, lowers_of, mounted, stacks
 from tests.convert.layouts import Layout
 from tests.convert.oracle import stable
 from tests.convert.torture import gnu_only_layer, large_file_layout, torture_tars
-from tests.ext4.disk import FileDisk, fsck
+from tests.volumes.ext4.disk import FileDisk, fsck
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from obdlab.convert.compare.listing import TreeEntry
     from obdlab.convert.image import ConvertedImage
-    from obdlab.convert.listing import TreeEntry
-    from obdlab.service.client import DeviceService
+    from obdlab.server.client import DeviceService
     from tests.convert.oracle import Containerd
 
 pytestmark = [pytest.mark.kernel, pytest.mark.containerd]

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.devices import mount
 from obdlab.errors import DeviceError
+from obdlab.system import mount
 from tests.devices.blobs import Gated, MemoryWritable, Short, Troubled
 
 if TYPE_CHECKING:

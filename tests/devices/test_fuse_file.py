@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.devices import fuse_file, mount
+from obdlab.devices import fuse_file
 from obdlab.devices.fuse_file import FuseFileDevice, take_down
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.diskimport import import_disk
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.service.rundir import DeviceRecord, Process
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.writing import Packing
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.server.rundir import DeviceRecord, Process
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 from tests.devices.blobs import MemoryWritable
-from tests.service.killing import kill, until
+from tests.server.killing import kill, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.devices import mount
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import FuseServer
 from obdlab.devices.fuse_loop import FuseLoopDevice, devices_of, take_down
 from obdlab.errors import DeviceError
+from obdlab.system import mount
 from tests.devices.blobs import Gated, MemoryWritable
 from tests.devices.contract import MIB, DeviceContract, read_direct
 

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
-from obdlab.image.diskimport import import_disk
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
-from obdlab.image.snapshot import make_next
-from obdlab.image.writing import Packing
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.service.live import LiveDevice
-from obdlab.service.rundir import DeviceRecord
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.snapshot import make_next
+from obdlab.layerfiles.writing import Packing
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.server.live import LiveDevice
+from obdlab.server.rundir import DeviceRecord
+from obdlab.settings.settings import Settings
 from tests.devices.contract import BLKDISCARD, BLKGETSIZE64, BLKZEROOUT, MIB
 from tests.layers.uppers import KINDS, Files
-from tests.service.killing import kill, kill_for_good, until
+from tests.server.killing import kill, kill_for_good, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from obdlab.devices import mount
+from obdlab.system import mount
 from tests.containerd_host import NAME
 
 if TYPE_CHECKING:

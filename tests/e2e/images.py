@@ -8,8 +8,8 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions, convert_image
-from obdlab.convert.source import open_destination, open_source
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials

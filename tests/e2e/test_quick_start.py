@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.devices import mount
-from obdlab.image.settings import Settings
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 from tests import capabilities
 from tests.containerd.host import wait_until_it_answers
 from tests.e2e.images import busybox_layer, push_plain

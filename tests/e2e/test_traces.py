@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.devices import mount
 from obdlab.formats.trace import Trace
-from obdlab.image.traces import difference
+from obdlab.system import mount
+from obdlab.traces.sets import difference
 from tests.e2e.conftest import BIG
 from tests.e2e.images import push_converted
 from tests.registry.server import RegistryServer, running_registry

@@ -18,11 +18,11 @@ import pytest
 
 from obdlab.cli import main
 from obdlab.containerd.errors import UnavailableError
-from obdlab.devices import mount
 from obdlab.formats.oci import digest_of
 from obdlab.observe import stacks
 from obdlab.pull.errors import PullError
 from obdlab.pull.unpack import Outcome
+from obdlab.system import mount
 from tests.containerd_host import NAME, ObdlabHost
 from tests.e2e.conftest import BIG
 from tests.e2e.images import busybox_layer, file_layer, push_converted, push_mixed

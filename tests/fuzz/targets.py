@@ -15,12 +15,12 @@ from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.convert.apply import apply_layer
-from obdlab.convert.erofstree import ErofsTree
-from obdlab.convert.listing import differences, list_volume
-from obdlab.convert.memorytree import MemoryTree
-from obdlab.convert.tarmember import Kind
-from obdlab.convert.tarstream import TarStream
-from obdlab.convert.tree import Ext4Tree
+from obdlab.convert.compare.listing import differences, list_volume
+from obdlab.convert.tar.member import Kind
+from obdlab.convert.tar.reader import TarStream
+from obdlab.convert.tree.erofstree import ErofsTree
+from obdlab.convert.tree.memorytree import MemoryTree
+from obdlab.convert.tree.target import Ext4Tree
 from obdlab.devices.nbd.connection import Connection, ConnectionLostError
 from obdlab.devices.nbd.export import NbdExport
 from obdlab.devices.nbd.server import Budget, Client
@@ -29,16 +29,11 @@ from obdlab.devices.tcmu import netlink, scsi
 from obdlab.devices.tcmu import ring as tcmu_ring
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.uio import UioName
-from obdlab.erofs.volume import Volume as ErofsVolume
 from obdlab.errors import ObdlabError
-from obdlab.ext4.mkfs import make_filesystem
-from obdlab.ext4.volume import Volume
 from obdlab.formats import oci
 from obdlab.formats.trace import PriorityList, Trace, content_of_layer
 from obdlab.image.config import ImageConfig
-from obdlab.image.diskimport import disk_size
-from obdlab.image.serviceconfig import parse as parse_settings
-from obdlab.image.settings import Settings
+from obdlab.layerfiles.diskimport import disk_size
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
@@ -49,18 +44,23 @@ from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
 from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
+from obdlab.settings.original import parse as parse_settings
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter.bolt import BoltFile
 from obdlab.snapshotter.importing import read_snapshots
+from obdlab.volumes.erofs.volume import Volume as ErofsVolume
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
 from tests.convert.layouts import directory, hardlink, member, tar_bytes
 from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import go, meta, option, request
 from tests.devices.tcmu import speaking as tcmu
-from tests.erofs.samples import file_system_of
-from tests.ext4.samples import MemoryDisk, large_directory, small_file_system
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
 from tests.snapshotter.boltsamples import bolt_file, snapshots
+from tests.volumes.erofs.samples import file_system_of
+from tests.volumes.ext4.samples import MemoryDisk, large_directory, small_file_system
 
 _MOST_READ = 4 << 20
 _STEP = 256 << 10

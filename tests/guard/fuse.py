@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import abi
+from obdlab.system import abi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

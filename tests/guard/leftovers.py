@@ -58,14 +58,14 @@ def remove(directories: Iterable[Path]) -> list[str]:
 
 
 def _mounts_below(directories: Iterable[Path]) -> list[Path]:
-    from obdlab.devices import mount
+    from obdlab.system import mount
 
     tops = tuple(directories)
     return [entry.mountpoint for entry in mount.mounts() if any(entry.mountpoint.is_relative_to(top) for top in tops)]
 
 
 def _unmount_below(directories: Iterable[Path]) -> list[Path]:
-    from obdlab.devices import mount
+    from obdlab.system import mount
 
     targets = _mounts_below(directories)[::-1]  # those in others first
     for target in targets:
@@ -78,7 +78,7 @@ def _unmount_below(directories: Iterable[Path]) -> list[Path]:
 def _devices_below(directories: Iterable[Path]) -> list[str]:
     from obdlab.devices import fuse_loop, kinds, loop
     from obdlab.errors import ObdlabError
-    from obdlab.lab.leftovers import cleanup_leftovers
+    from obdlab.lab.testbed.leftovers import cleanup_leftovers
 
     lines = []
     tops = tuple(directories)

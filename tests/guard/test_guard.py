@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.devices import loop
-from tests.service.killing import until
+from tests.server.killing import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,8 +144,8 @@ def test_leaves(tmp_path):
     left = {"pids": [with_variable.pid, by_path.pid], "device": ""}
     if os.environ.get("DEVICES"):
         from obdlab.image.config import ImageConfig, LowerConfig
-        from obdlab.image.settings import Settings
-        from obdlab.service.client import DeviceService
+        from obdlab.settings.settings import Settings
+        from obdlab.server.client import DeviceService
         config, service = tmp_path / "config", DeviceService(tmp_path / "run", Settings(cache_dir=tmp_path / "cache"))
         ImageConfig(lowers=(LowerConfig(file=os.environ["DEVICES"]),)).save(config)
         device = service.attach(config)

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from obdlab.cache.admin import entries
+from obdlab.cache.space import CacheSpace
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings, SettingsError
-from obdlab.sources.cacheadmin import entries
-from obdlab.sources.cachespace import CacheSpace
+from obdlab.settings.settings import Settings, SettingsError
 from tests.image.test_open_remote import LAYERS, MERGED_SHA256, push, sha256_of
 from tests.image.test_open_remote import settings as settings  # a fixture
 from tests.registry.server import RegistryServer

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, check_range
-from obdlab.erofs import pack
-from obdlab.erofs import volume as erofs
 from obdlab.errors import FormatError
-from obdlab.ext4 import volume as ext4
-from obdlab.formats import filetree
-from obdlab.image.extract import Extractor
-from obdlab.image.fileplaces import FilePlaces, FileVolume
-from obdlab.image.filetree import FileTree
+from obdlab.volumes import tree
+from obdlab.volumes.detect import FileTree
+from obdlab.volumes.erofs import pack
+from obdlab.volumes.erofs import volume as erofs
+from obdlab.volumes.ext4 import volume as ext4
+from obdlab.volumes.extract import Extractor
+from obdlab.volumes.places import FilePlaces, FileVolume
 from tests.convert.layouts import directory, member, tar_bytes
-from tests.erofs.samples import file_system_of
-from tests.ext4.samples import MemoryDisk, small_file_system
+from tests.volumes.erofs.samples import file_system_of
+from tests.volumes.ext4.samples import MemoryDisk, small_file_system
 
 BOUND = 64 << 20
 
@@ -101,16 +101,16 @@ def test_a_file_of_a_pebibyte() -> None:
 
 
 def test_a_file_in_millions_of_pieces() -> None:
-    disk = chunked(filetree.MAX_PIECES * 2 * pack.BLOCK, 0)
-    tree = FileTree(disk)
-    inode = tree.volume.inode(tree.find(b"/file"))
+    disk = chunked(tree.MAX_PIECES * 2 * pack.BLOCK, 0)
+    files = FileTree(disk)
+    inode = files.volume.inode(files.find(b"/file"))
     with bounded(), pytest.raises(FormatError, match="too many pieces"):
-        for _ in tree.volume.places(inode):  # type: ignore[arg-type]
+        for _ in files.volume.places(inode):  # type: ignore[arg-type]
             pass
 
 
 def test_files_in_too_many_pieces_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obdlab.image.fileplaces._MAX_ROWS", 100)
+    monkeypatch.setattr("obdlab.volumes.places._MAX_ROWS", 100)
     with pytest.raises(FormatError, match="too many pieces"):
         FilePlaces(chunked(200 * pack.BLOCK, 0))
     assert FilePlaces(chunked(50 * pack.BLOCK, 0)).sizes[b"/file"] == 50 * pack.BLOCK
@@ -174,7 +174,7 @@ def test_names_have_an_end(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(FormatError, match="too many names"):
         tree.entries(tree.root)
     monkeypatch.undo()
-    monkeypatch.setattr("obdlab.formats.filetree._MAX_PATHS", 100)
+    monkeypatch.setattr("obdlab.volumes.tree._MAX_PATHS", 100)
     with pytest.raises(FormatError, match="more names than an image has"):
         list(tree.volume.walk())
     with pytest.raises(FormatError, match="more names than an image has"):

@@ -16,12 +16,12 @@ from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import MAX_SEALED_RECORDS, Flags, Header, Segments, Trailer, encode_segments
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import ImageOpenError, open_image, open_stack
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing, write_layer
+from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.budget import BLOCK, MOST_SEGMENTS, TABLES, Budget
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
+from obdlab.settings.settings import Settings
 from tests.layers.lsmt_samples import layer
 from tests.layers.zfile_samples import compress
 from tests.registry.faulty import FaultyRegistry, faulty_registry
@@ -56,7 +56,7 @@ from pathlib import Path
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
+from obdlab.settings.settings import Settings
 import obdlab.image.remote
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 before, error = peak(), ""

@@ -18,9 +18,9 @@ from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.tar import wrap_header, wrap_tail
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import ImageOpenError, open_image, open_stack, open_zfile
-from obdlab.image.settings import Settings
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.upper import SparseUpper
+from obdlab.settings.settings import Settings
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
 
 ZEROS = bytes(1 << 20)

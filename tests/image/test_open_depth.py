@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.description import describe
-from obdlab.image.ends import guessed_end
 from obdlab.image.open import open_image, open_stack
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing, write_layer
+from obdlab.layerfiles.description import describe
+from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.append import AppendUpper
+from obdlab.layers.ends import guessed_end
+from obdlab.settings.settings import Settings
 from tests.layers.golden import GOLDEN, LSMT
 from tests.registry.faulty import Answer, FaultyRegistry, faulty_registry
 

@@ -16,10 +16,10 @@ from obdlab.errors import CorruptBlobError, ObdlabError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import ImageOpenError, WritableImage, open_image
-from obdlab.image.settings import Settings
 from obdlab.layers.upper import SparseUpper
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from obdlab.settings.settings import Settings
 from tests.layers.golden import GOLDEN, LSMT, manifest, sha256_of
 from tests.registry.faulty import Answer, faulty_registry, slowly
 from tests.registry.server import RegistryServer, running_registry

@@ -11,10 +11,10 @@ from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import Image, open_image
 from obdlab.image.priming import prime
-from obdlab.image.settings import Settings
-from tests.image.test_hotlayer import EXT4, EXT4_SHA256, served
+from obdlab.settings.settings import Settings
 from tests.layers.golden import sha256_of
 from tests.registry.faulty import faulty_registry, status
+from tests.traces.test_hotlayer import EXT4, EXT4_SHA256, served
 
 
 def test_opening_asks_for_nothing_more(tmp_path: Path) -> None:

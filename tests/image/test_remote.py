@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.image.remote import RemoteLayers
-from obdlab.image.settings import Settings
+from obdlab.settings.settings import Settings
 from tests.registry import faulty
 from tests.registry.faulty import faulty_registry
 

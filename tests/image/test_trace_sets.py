@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.formats.trace import Trace
-from obdlab.image.traces import coverage, difference, frame, from_frame, merge, select, summary, unique
+from obdlab.traces.sets import coverage, difference, frame, from_frame, merge, select, summary, unique
 
 READS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(1, 9)), max_size=12)
 Bytes = set[tuple[int, int]]

@@ -9,7 +9,8 @@ import pytest
 
 import obdlab
 from obdlab.errors import OutOfRangeError
-from obdlab.image.view import LabExtraError, Owned
+from obdlab.frames import LabExtraError
+from obdlab.image.view import Owned
 from tests.layers.golden import LSMT
 
 PATHS = [LSMT / "l1.lz4tar.lsmt", LSMT / "l2.sealed.lsmt", LSMT / "l1.plain.lsmt"]

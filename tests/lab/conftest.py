@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.lab.build import build_image
-from obdlab.lab.recipe import Recipe, find_recipe
+from obdlab.lab.images.builder import build_image
+from obdlab.lab.images.recipe import Recipe, find_recipe
 from tests import capabilities
 
 if TYPE_CHECKING:

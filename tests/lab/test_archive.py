@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from obdlab.lab.lock import LOCK_NAME
-from obdlab.lab.rows import RowStore
-from obdlab.lab.summary import summarise
+from obdlab.lab.images.lock import LOCK_NAME
+from obdlab.lab.run.rows import RowStore
+from obdlab.lab.run.summary import summarise
 from obdlab.lab.workbench import folder
 
 _ENTER = """

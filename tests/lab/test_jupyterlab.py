@@ -17,12 +17,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from obdlab.lab.grid import GridSpec
-from obdlab.lab.process import Daemon
-from obdlab.lab.spec import Spec
+from obdlab.lab.run.grid import GridSpec
+from obdlab.lab.run.spec import Spec
+from obdlab.lab.testbed.process import Daemon
 from obdlab.lab.workbench import folder
 from tests import capabilities
-from tests.lab.evaluation.rows import start_rows, store_grid, store_starts
+from tests.lab.paper.rows import start_rows, store_grid, store_starts
 
 # What the two programs' own event loops warn of is theirs.
 pytestmark = [

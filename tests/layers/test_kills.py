@@ -17,7 +17,7 @@ from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.writable import Upper
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 from tests.layers.uppers import KINDS, Files, copy_sparse
 
 DISK = 256 << 10

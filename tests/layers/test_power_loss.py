@@ -22,7 +22,7 @@ from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 
 DISK = 128 << 10
 

@@ -15,7 +15,7 @@ from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import Layer, LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import open_upper
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 from tests.layers.golden import LSMT
 from tests.layers.lsmt_samples import layer
 from tests.layers.uppers import KINDS, Files

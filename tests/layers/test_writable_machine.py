@@ -22,7 +22,7 @@ from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.gc import collect
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 from tests.layers.uppers import KINDS, Files
 
 SECTORS = 93  # ends inside a 4 KiB block

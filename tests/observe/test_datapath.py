@@ -16,10 +16,10 @@ from obdlab.observe import audit
 from obdlab.observe.counters import Table, ages_s, counted
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.failures import RegistryError
-from obdlab.sources.remote import RemoteBlob
+from obdlab.registry.remoteblob import RemoteBlob
+from tests.cache.origin import DATA, UNIT, Origin, open_cached
 from tests.layers.zfile_samples import compress, quadratic
 from tests.registry.faulty import close_at_once, faulty_registry, status
-from tests.sources.origin import DATA, UNIT, Origin, open_cached
 
 REPEATED = b"the same again " * 4000
 

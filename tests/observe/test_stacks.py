@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from obdlab.observe import stacks
-from tests.service.killing import until
+from tests.server.killing import until
 
 # Threads that call deeply, compile code that goes away, and threads that come and go; dumps at every signal.
 BUSY = """

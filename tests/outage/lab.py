@@ -18,9 +18,9 @@ from obdlab.errors import ObdlabError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import Image, open_image
-from obdlab.image.settings import Settings
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from obdlab.settings.settings import Settings
 from tests.outage.cases import DEADLINE_S, IMPATIENT_SILENCE_S, PATIENCE_S, SILENCE_S, Failure
 from tests.outage.proxy import OutageProxy, outage_proxy
 from tests.outage.tokens import TokenServer, token_server

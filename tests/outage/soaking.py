@@ -22,7 +22,7 @@ from pathlib import Path
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import Image, open_image
-from obdlab.image.settings import Settings
+from obdlab.settings.settings import Settings
 
 BLOCK = 4096
 BLOCKS = 256

@@ -19,9 +19,9 @@ import pytest
 
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
-from obdlab.image.rawdisk import RawDisk
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing, write_layer
+from obdlab.layerfiles.rawdisk import RawDisk
+from obdlab.layerfiles.writing import Packing, write_layer
+from obdlab.settings.settings import Settings
 from tests.outage import lab as bench
 from tests.outage.lab import Lab, Pieces, push
 from tests.outage.soaking import BLOCK, BLOCKS, Task, block

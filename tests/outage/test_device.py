@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.devices import mount
-from obdlab.image.settings import Settings
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.sources.cacheadmin import clear
-from obdlab.sources.cachespace import CacheSpace
+from obdlab.cache.admin import clear
+from obdlab.cache.space import CacheSpace
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
 from tests import capabilities
 from tests.outage import lab as bench
 from tests.outage.cases import CASES, DEADLINE_S, SLACK_S, Case, case

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from obdlab.image.config import ImageConfig
-from obdlab.image.rawdisk import RawDisk
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing, write_layer
+from obdlab.layerfiles.rawdisk import RawDisk
+from obdlab.layerfiles.writing import Packing, write_layer
+from obdlab.settings.settings import Settings
 from tests.outage.cases import CASES
 from tests.outage.lab import Lab, push
 from tests.outage.soaking import BLOCKS, Outcome, Task, block

@@ -22,7 +22,7 @@ from obdlab.formats.oci import (
     digest_of,
     to_json,
 )
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from obdlab.cli import main
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import NotFoundError, UnavailableError
 from obdlab.containerd.snapshots import Kind
-from obdlab.convert.traces import attach_trace
+from obdlab.convert.publish.hot_and_traces import attach_trace
 from obdlab.errors import SourceError
 from obdlab.formats.oci import (
     BLOB_DIGEST,
@@ -25,11 +25,11 @@ from obdlab.formats.oci import (
 )
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig
-from obdlab.image.settings import Settings
 from obdlab.pull.errors import PullError
 from obdlab.pull.rpull import PullResult, rpull
 from obdlab.pull.unpack import CRI_IMAGE_LABEL, IMAGE_LABEL, Outcome
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
+from obdlab.settings.settings import Settings
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.pull.images import BUSYBOX, GOLDEN, Layer, layer, lose_blob, push_image, shell_layer

@@ -26,7 +26,7 @@ from obdlab.formats.oci import (
 from obdlab.pull.errors import PullError
 from obdlab.pull.rpull import rpull
 from obdlab.pull.unpack import Outcome
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
 from tests.pull import images
 from tests.pull.images import Layer, layer, lose_blob, push_image, push_index, shell_layer, stored_blob

@@ -17,16 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obdlab.cache.admin import entries
+from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.space import CacheSpace
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
 from obdlab.formats.oci import DOCKER_MANIFEST, OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, digest_of
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Reference, Repository
-from obdlab.sources.cache import BlockCache
-from obdlab.sources.cacheadmin import entries
-from obdlab.sources.cachespace import CacheSpace
-from obdlab.sources.remote import RemoteBlob
+from obdlab.registry.remoteblob import RemoteBlob
 from tests.registry.server import PASSWORD, USER, RegistryServer, running_registry
 
 pytestmark = pytest.mark.registry

@@ -25,12 +25,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.image.registryaccess import credential_source, open_client
-from obdlab.image.settings import Settings
 from obdlab.registry import credentials as module
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import CredentialsError, CredentialsFile, _helper_answer, _service_credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.reference import Repository
+from obdlab.settings.settings import Settings
 from tests import capabilities
 from tests.outage.tokens import token_server
 from tests.registry.faulty import FaultyRegistry, faulty_registry

@@ -17,8 +17,8 @@ from obdlab.registry.credentials import Credentials
 from obdlab.registry.failures import RegistryError
 from obdlab.registry.mirrors import HostsError, Mirror, Mirrors, parse_hosts
 from obdlab.registry.reference import Reference, Repository
+from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.registry.standing import Standing
-from obdlab.sources.remote import RemoteBlob
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.mirrors import Mirror, Mirrors
 from obdlab.registry.p2p import P2PAddressError, P2PProxy
 from obdlab.registry.reference import Reference
-from obdlab.sources.remote import RemoteBlob
+from obdlab.registry.remoteblob import RemoteBlob
+from obdlab.settings.settings import Settings
 from tests.image.test_open_remote import EXT4, EXT4_SHA256, push, sha256_of
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry

@@ -26,8 +26,8 @@ from obdlab.registry.p2p import P2PProxy
 from obdlab.registry.redirects import origin, redirected
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.transport import Transport
+from tests.cache.origin import wait_until
 from tests.registry.proxy import running_proxy
-from tests.sources.origin import wait_until
 
 DATA = bytes(range(256)) * 40
 DIGEST = digest_of(DATA)

@@ -18,7 +18,7 @@ class Shard:
     tests: tuple[str, ...]
 
 
-_ROUNDS = "service/test_kinds.py::test_many_rounds_leave_nothing"
+_ROUNDS = "server/test_kinds.py::test_many_rounds_leave_nothing"
 _UBLK_ROUNDS = "devices/ublk/test_device.py::TestUblkDevice::test_a_thousand_rounds"
 _TCMU_ROUNDS = "devices/tcmu/test_device.py::TestTcmuDevice::test_a_thousand_rounds"
 _SECOND_HALF = (
@@ -30,12 +30,28 @@ SHARDS = (
     Shard(
         "convert",
         "conversion of large, hostile and random images, shared databases; the snapshotter under kills",
-        ("cli", "containerd", "convert", "erofs", "ext4", "pull", "snapshotter"),
+        ("cli", "containerd", "convert", "pull", "snapshotter", "volumes"),
     ),
     Shard(
         "cache",
         "cache and download under kills and damage, outages of registries, files of layers against models",
-        ("formats", "guard", "image", "layers", "observe", "outage", "registry", "shards", "sources"),
+        (
+            "cache",
+            "formats",
+            "guard",
+            "image",
+            "layerfiles",
+            "layers",
+            "metrics",
+            "observe",
+            "outage",
+            "registry",
+            "settings",
+            "shards",
+            "system",
+            "test_localfile.py",
+            "traces",
+        ),
     ),
     Shard("fuzz-1", "two minutes for each parser of texts, tables and traces", ("fuzz",)),
     Shard(
@@ -46,10 +62,10 @@ SHARDS = (
     Shard(
         "devices",
         "a thousand rounds of FUSE and loop devices, hundreds of killed servers, NBD, systemd units",
-        ("devices", "service"),
+        ("devices", "server"),
     ),
     Shard("torture", "writable devices against a model, 300 operations for each seed", ("devices/test_torture.py",)),
-    Shard("filesystems", "ext4 and xfs on writable devices, a hundred kills each", ("service/test_filesystems.py",)),
+    Shard("filesystems", "ext4 and xfs on writable devices, a hundred kills each", ("server/test_filesystems.py",)),
     Shard("containers", "containers, pods and Docker on obdlab; a thousand containers", ("e2e",)),
     Shard("lab", "experiments, datasets, notebooks in a browser; an installed wheel", ("lab", "test_wheel.py")),
     Shard(
@@ -60,8 +76,8 @@ SHARDS = (
             "devices/tcmu",
             "devices/test_blocktools.py",
             "devices/ublk",
-            "service/test_kinds.py",
-            "service/test_tcmu",
+            "server/test_kinds.py",
+            "server/tcmu",
             "vm",
         ),
     ),

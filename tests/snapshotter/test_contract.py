@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.containerd.client import Containerd
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter.core import Snapshotter
-from obdlab.snapshotter.images import ImageDevices
+from obdlab.snapshotter.imagemounts import ImageDevices
 from obdlab.snapshotter.layout import Layout
 from obdlab.snapshotter.overlaybd import ImageOptions
 from obdlab.snapshotter.service import SnapshotServer

@@ -17,8 +17,8 @@ import pytest
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
@@ -26,7 +26,7 @@ from obdlab.snapshotter.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from obdlab.snapshotter.images import ImageDevices
+from obdlab.snapshotter.imagemounts import ImageDevices
 from obdlab.snapshotter.layout import Layout, RootError
 from obdlab.snapshotter.overlaybd import ImageOptions
 from obdlab.snapshotter.store import Kind, StoreError

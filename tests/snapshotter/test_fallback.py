@@ -196,7 +196,7 @@ def test_other_failures_are_no_reason_to_fall_back(root: Root) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from obdlab.image.settings import Settings
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter import fallback
 
 fallback.unpack(Path(sys.argv[1]), Path(sys.argv[2]), Settings(cache_dir=Path(sys.argv[3])))

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.containerd.client import Containerd
-from obdlab.devices import abi, mount
 from obdlab.errors import FormatError
 from obdlab.snapshotter.bolt import BoltFile, Bucket
 from obdlab.snapshotter.errors import NotFoundError
 from obdlab.snapshotter.importing import ImportRootError, read_snapshots
 from obdlab.snapshotter.store import Kind, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE
+from obdlab.system import abi, mount
 from tests import capabilities
 from tests.containerd.host import running_containerd
 from tests.snapshotter import imagefiles

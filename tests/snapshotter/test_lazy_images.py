@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from obdlab.devices import mount
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
-from obdlab.service.cleanup import clean_up
+from obdlab.server.cleanup import clean_up
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
+from obdlab.system import mount
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server, running_registry
-from tests.service.killing import kill_for_good
+from tests.server.killing import kill_for_good
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_core import DIGESTS, pull_labels

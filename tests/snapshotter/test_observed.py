@@ -17,12 +17,13 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.settings import Settings
-from obdlab.service import snapshotters, telling
-from obdlab.service.cleanup import clean_up
-from obdlab.service.client import DeviceService
-from obdlab.service.exporter import Collected, ObdlabCollector
-from obdlab.snapshotter import health
+from obdlab.metrics import snapshotterclient
+from obdlab.metrics.exporter import Collected, ObdlabCollector
+from obdlab.server import snapshottersocket
+from obdlab.server.cleanup import clean_up
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.snapshotter import grpchealth
 from obdlab.snapshotter.errors import NotFoundError
 from tests.containerd_host import SnapshotterProcess
 from tests.snapshotter.wire import WireSnapshotter
@@ -129,8 +130,8 @@ def test_calls_are_counted_and_health_is_told(tmp_path: Path) -> None:
     check_health(process)
     process.start()
     process.stop(signal.SIGKILL)
-    assert snapshotters.ask_all(process.run_dir, 1.0) == []
-    assert list(telling.directory_of(process.run_dir).iterdir()) == []
+    assert snapshotterclient.ask_all(process.run_dir, 1.0) == []
+    assert list(snapshottersocket.directory_of(process.run_dir).iterdir()) == []
     process.take_down()
 
 
@@ -140,34 +141,34 @@ def check_health(process: SnapshotterProcess) -> None:
         "response_deserializer": UInt32Value.FromString,
     }
     with grpc.insecure_channel(f"unix:{process.address}", [("grpc.default_authority", "localhost")]) as channel:
-        check = channel.unary_unary(f"/{health.SERVICE}/Check", **forms)
-        watch = channel.unary_stream(f"/{health.SERVICE}/Watch", **forms)
+        check = channel.unary_unary(f"/{grpchealth.SERVICE}/Check", **forms)
+        watch = channel.unary_stream(f"/{grpchealth.SERVICE}/Watch", **forms)
         for service in ("", "containerd.services.snapshots.v1.Snapshots"):
-            assert check(StringValue(value=service), timeout=60).value == health.SERVING
+            assert check(StringValue(value=service), timeout=60).value == grpchealth.SERVING
         with pytest.raises(grpc.RpcError) as caught:
             check(StringValue(value="other"), timeout=60)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert next(watch(StringValue(value="other"), timeout=60)).value == health.SERVICE_UNKNOWN
+        assert next(watch(StringValue(value="other"), timeout=60)).value == grpchealth.SERVICE_UNKNOWN
         states = watch(StringValue(), timeout=60)
-        assert next(states).value == health.SERVING
+        assert next(states).value == grpchealth.SERVING
         (process.root / "snapshots").rename(process.root / "elsewhere")
-        assert next(states).value == health.NOT_SERVING
+        assert next(states).value == grpchealth.NOT_SERVING
         (process.root / "elsewhere").rename(process.root / "snapshots")
-        assert next(states).value == health.SERVING
+        assert next(states).value == grpchealth.SERVING
         assert process.stop() == 0
-        assert next(states).value == health.NOT_SERVING
+        assert next(states).value == grpchealth.NOT_SERVING
 
 
 def test_a_cleanup_takes_dead_sockets_only(tmp_path: Path) -> None:
-    directory = telling.directory_of(tmp_path)
+    directory = snapshottersocket.directory_of(tmp_path)
     directory.mkdir()
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(directory / "dead.sock"))
-    alive = telling.Telling(tmp_path, "alive", lambda: {"snapshots": {"view": 1.0}})
+    alive = snapshottersocket.Telling(tmp_path, "alive", lambda: {"snapshots": {"view": 1.0}})
     service = DeviceService(tmp_path, Settings(cache_dir=tmp_path / "cache"))
     clean_up(service)
     assert [path.name for path in directory.iterdir()] == ["alive.sock"]
-    assert snapshotters.ask_all(tmp_path, 20) == [{"snapshots": {"view": 1.0}}]
+    assert snapshotterclient.ask_all(tmp_path, 20) == [{"snapshots": {"view": 1.0}}]
     alive.close()
     clean_up(service)
     assert not directory.exists()

@@ -11,8 +11,8 @@ import pytest
 
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter.errors import AlreadyExistsError
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from tests.registry.server import running_registry

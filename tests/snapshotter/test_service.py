@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
 from obdlab.snapshotter.errors import NotFoundError
 from obdlab.snapshotter.service import SnapshotServer, SocketError

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.devices import abi, mount
 from obdlab.image.config import ImageConfig
-from obdlab.image.settings import Settings
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 from obdlab.snapshotter import writable
 from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
-from obdlab.snapshotter.images import ImageDevices
+from obdlab.snapshotter.imagemounts import ImageDevices
 from obdlab.snapshotter.layout import Layout
 from obdlab.snapshotter.overlaybd import ImageOptions
 from obdlab.snapshotter.store import Kind
@@ -34,6 +33,7 @@ from obdlab.snapshotter.writable import (
     FsSpec,
     Mode,
 )
+from obdlab.system import abi, mount
 from tests import capabilities
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted

@@ -9,7 +9,7 @@ from obdlab.lab.baselines.adapter import Adapter
 from obdlab.lab.baselines.file import Erofs, PlainLoop
 from obdlab.lab.baselines.lazy import Lazy
 from obdlab.lab.baselines.overlayfs import Overlayfs
-from obdlab.lab.baselines.prefetch import Hot, Prefetch
+from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
 from obdlab.lab.baselines.stargz import Stargz
 

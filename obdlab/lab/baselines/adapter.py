@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from obdlab.errors import ObdlabError
-from obdlab.lab.process import LabError, run
+from obdlab.lab.testbed.process import LabError, run
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from obdlab.lab.build import BuiltImage
-    from obdlab.lab.containerd import OwnContainerd, RunningContainer
-    from obdlab.lab.recipe import Probe, Recipe
-    from obdlab.lab.registry import RegistryHost
+    from obdlab.lab.images.builder import BuiltImage
+    from obdlab.lab.images.recipe import Probe, Recipe
+    from obdlab.lab.testbed.containerd import OwnContainerd, RunningContainer
+    from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
 
 

@@ -13,22 +13,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from obdlab.devices import mount
 from obdlab.formats import oci
 from obdlab.lab.baselines.adapter import Adapter, first_line
-from obdlab.lab.ocilayout import OciLayout, push_layout
-from obdlab.lab.process import run
-from obdlab.lab.unpack import unpack_image
+from obdlab.lab.images.ocilayout import OciLayout, push_layout
+from obdlab.lab.images.rootfs import unpack_image
+from obdlab.lab.testbed.process import run
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
+from obdlab.system import mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.containerd import OwnContainerd, RunningContainer
-    from obdlab.lab.recipe import Probe
+    from obdlab.lab.images.recipe import Probe
+    from obdlab.lab.testbed.containerd import OwnContainerd, RunningContainer
 
 _CHUNK = 1 << 20
 _MOST_CONFIG = 4 << 20

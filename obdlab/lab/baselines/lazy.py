@@ -5,15 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, ClassVar
 
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions, convert_image
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.source import open_destination, open_source
 from obdlab.lab.baselines.overlayfs import Overlayfs
-from obdlab.lab.containerd import LAZY_SNAPSHOTTER
+from obdlab.lab.testbed.containerd import LAZY_SNAPSHOTTER
 
 if TYPE_CHECKING:
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.containerd import OwnContainerd
+    from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.registry.client import RegistryClient
 
 #: Part of the tag: raise it when conversion gives other bytes, so that stored images are converted again.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from obdlab.lab.baselines.adapter import Adapter, first_line
-from obdlab.lab.ocilayout import push_layout
+from obdlab.lab.images.ocilayout import push_layout
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.containerd import OwnContainerd, RunningContainer
-    from obdlab.lab.recipe import Probe
+    from obdlab.lab.images.recipe import Probe
+    from obdlab.lab.testbed.containerd import OwnContainerd, RunningContainer
     from obdlab.registry.client import RegistryClient
 
 

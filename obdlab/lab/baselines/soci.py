@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, ClassVar
 from obdlab.lab.baselines.adapter import first_line
 from obdlab.lab.baselines.overlayfs import Overlayfs
 from obdlab.lab.baselines.stargz import fetched
-from obdlab.lab.ocilayout import OciLayout
-from obdlab.lab.process import LabError, run
+from obdlab.lab.images.ocilayout import OciLayout
+from obdlab.lab.testbed.process import LabError, run
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.containerd import OwnContainerd
-    from obdlab.lab.registry import RegistryHost
+    from obdlab.lab.testbed.containerd import OwnContainerd
+    from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
 
 _INDEX_TIMEOUT_S = 1800.0

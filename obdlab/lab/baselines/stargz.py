@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from obdlab.lab.baselines.adapter import first_line
 from obdlab.lab.baselines.overlayfs import Overlayfs
-from obdlab.lab.ocilayout import push_layout
-from obdlab.lab.process import run
+from obdlab.lab.images.ocilayout import push_layout
+from obdlab.lab.testbed.process import run
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.containerd import OwnContainerd
-    from obdlab.lab.registry import RegistryHost
+    from obdlab.lab.testbed.containerd import OwnContainerd
+    from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
 
 _CONVERT_TIMEOUT_S = 1800.0

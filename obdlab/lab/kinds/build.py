@@ -14,19 +14,19 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from obdlab.devices import mount
 from obdlab.devices.usage import STARTS_END_S
-from obdlab.ext4.mkfs import make_filesystem
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
-from obdlab.image.disks import open_any_layer
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing, write_layer
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.process import LabError, run
+from obdlab.lab.testbed.process import LabError, run
+from obdlab.layerfiles.disks import open_any_layer
+from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.stack import WritableStack
 from obdlab.layers.upper import SparseUpper, open_upper
-from obdlab.service.client import DeviceService
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
+from obdlab.volumes.ext4.mkfs import make_filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

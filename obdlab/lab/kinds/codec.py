@@ -8,11 +8,11 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from obdlab.lab.images.ocilayout import OciLayout
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.ocilayout import OciLayout
-from obdlab.lab.process import LabError
+from obdlab.lab.testbed.process import LabError
 from obdlab.layers.zfile import ZFileWriter, open_zfile
-from obdlab.sources.localfile import LocalFile
+from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

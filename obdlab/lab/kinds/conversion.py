@@ -8,15 +8,15 @@ import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions, convert_image
 from obdlab.convert.layer import LayerOptions
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.source import open_destination, open_source
 from obdlab.lab.kinds.kind import Kind, Metric
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
+from obdlab.localfile import LocalFile
 from obdlab.registry.client import RegistryClient
-from obdlab.sources.localfile import LocalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from obdlab.devices import loop
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.diskimport import import_disk
-from obdlab.image.settings import Settings
-from obdlab.image.writing import Packing
+from obdlab.lab.images.ocilayout import OciLayout
 from obdlab.lab.kinds.codec import layer_content
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.ocilayout import OciLayout
-from obdlab.lab.process import LabError, run
-from obdlab.service.client import DeviceService
+from obdlab.lab.testbed.process import LabError, run
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.writing import Packing
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,7 @@
 """The base class of kinds of experiments: axes whose points are measured, options of all points, and metrics.
 
-Container starts (``obdlab.lab.spec``) need networks, registries and proofs of coldness. The kinds here measure single
-parts of obdlab on this host alone, with the same store, order, environment and statistics.
+Container starts (``obdlab.lab.run.spec``) need networks, registries and proofs of coldness. The kinds here measure
+single parts of obdlab on this host alone, with the same store, order, environment and statistics.
 """
 
 from __future__ import annotations

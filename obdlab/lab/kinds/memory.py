@@ -8,22 +8,22 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from obdlab.convert.endpoints.layout import ImageLayout
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import convert_image
-from obdlab.convert.layout import ImageLayout
-from obdlab.convert.source import open_destination, open_source
 from obdlab.image.config import ImageConfig, LowerConfig
-from obdlab.image.settings import Settings
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.process import LabError
+from obdlab.lab.testbed.process import LabError
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.platforms import host_platform
-from obdlab.service.client import DeviceService
+from obdlab.registry.platform import host_platform
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from obdlab.lab.kinds.kind import Place, Point, Value
-    from obdlab.service.client import AttachedDevice
+    from obdlab.server.client import AttachedDevice
 
 _READ = 1 << 20
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import convert_image
-from obdlab.convert.source import open_destination, open_source
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.open import Image, open_image
-from obdlab.image.settings import Settings
+from obdlab.lab.images.ocilayout import push_layout
 from obdlab.lab.kinds.kind import Kind, Metric
-from obdlab.lab.netns import ExperimentNetwork
-from obdlab.lab.ocilayout import push_layout
-from obdlab.lab.process import LabError
-from obdlab.lab.registry import RegistryHost
+from obdlab.lab.testbed.netns import ExperimentNetwork
+from obdlab.lab.testbed.process import LabError
+from obdlab.lab.testbed.registry import RegistryHost
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.platforms import host_platform
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
+from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -16,7 +16,7 @@ from obdlab.devices.nbd.wire import Command, Option
 from tests.devices.blobs import MemoryWritable
 from tests.devices.nbd.speaking import Speaker, go, meta, option, request
 from tests.devices.nbd.test_server import serving
-from tests.service.killing import until
+from tests.server.killing import until
 
 MIB = 1 << 20
 #: Honest clients have the first of it, each some for itself; others may write behind it.

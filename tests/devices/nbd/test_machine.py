@@ -9,10 +9,10 @@ import pytest
 
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
-from obdlab.image.settings import Settings
+from obdlab.settings.settings import Settings
 from tests.capabilities import require
 from tests.cli.test_nbd import served
-from tests.service.test_live import new_config
+from tests.server.test_live import new_config
 from tests.vm import machine
 
 MIB = 1 << 20

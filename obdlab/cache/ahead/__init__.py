@@ -1,0 +1,3 @@
+"""Fetching into the block cache ahead of the readers."""
+
+from __future__ import annotations

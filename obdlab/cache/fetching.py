@@ -1,0 +1,385 @@
+"""Misses of the block cache: one request for adjacent units, one fetch for all readers that wait for them.
+
+Between the threads of a process a table of flights shows the fetching thread; between processes a lock on the units'
+range in the shared file does. A reader waits only a limited time for another process's fetch, in case that hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+from obdlab.cache.extent import SINGLE
+from obdlab.cache.fetchpool import FetchPool
+from obdlab.cache.flights import Flight
+from obdlab.errors import ObdlabError, SourceError
+from obdlab.observe import audit
+from obdlab.registry.deadline import deadline_of_thread
+from obdlab.waiting import waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from obdlab.blob import Blob
+    from obdlab.cache.flights import Demand, Holders
+    from obdlab.cache.readahead import ReadAhead
+    from obdlab.cache.units import CachedUnits
+
+    #: Returns the bytes of a flight's units, by the deadline.
+    ReadUnits = Callable[[Flight, float], bytes]
+
+logger = logging.getLogger(__name__)
+
+# Fetching ahead gives up sooner than a reader, which then still has time to fetch itself.
+_BACKGROUND_SHARE = 0.25
+# Longest wait of a reader for another process that fetches its units, and the intervals of checking.
+_OTHERS_S = 5.0
+_LOOK_FIRST_S, _LOOK_MOST_S = 0.0005, 0.005
+
+_pool = FetchPool(threads=8, queued=64)
+
+
+class Fetches:
+    """The fetches of one blob, from its origin into its cached units."""
+
+    def __init__(
+        self,
+        origin: Blob,
+        units: CachedUnits,
+        holders: Holders,
+        demand: Demand,
+        readahead: ReadAhead,
+        deadline_s: float,
+    ) -> None:
+        #: A reader's miss fetches the missing units of the extent around it.
+        self.extent = SINGLE
+        #: Fetches ahead of readers get a share of it; readers have their own deadline.
+        self.deadline_s = deadline_s
+        self.name = origin.name
+        self._origin = origin
+        self._units = units
+        self._holders = holders
+        self._demand = demand
+        self._readahead = readahead
+        self._lock = threading.Lock()
+        self._flights: dict[int, Flight] = {}
+        #: 1 for each unit that will be fetched soon: a reader that comes earlier fetches only those it needs.
+        self.expected = b""
+        # Prefetched units that have not been used since.
+        self._unused: set[int] = set()
+
+    def obtain(self, unit: int, stop: int, deadline: float) -> tuple[bytes | memoryview, bool]:
+        """Return the content of one or more units from ``unit`` on, and True if the caller had to wait for it.
+
+        Raises what the origin raises.
+        """
+        waited = False
+        while True:
+            self._units.reattach()
+            ahead: list[tuple[int, int]] = []
+            mine = False
+            with self._lock:
+                flight = self._flights.get(unit)
+                if flight is None:
+                    there = self._units.files.present(unit, stop)
+                    if not there[0]:
+                        expected = self._is_expected(unit)
+                        extent = 1 if expected else self.extent.units(getattr(self._origin, "link", None))
+                        flight = self._claim_extent(unit, stop, extent)
+                        if not expected:
+                            ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
+                        mine = True
+                else:
+                    if not flight.started:
+                        flight.started = mine = True
+                    if flight.stop < stop:  # the rest need not wait for this flight
+                        ahead = [(flight.stop, stop)]
+            self._fetch_ahead(ahead)
+            if flight is None:
+                data = self._units.load(unit, unit + _run(there))
+                if data:
+                    return data, waited
+                self._check_deadline(unit, deadline)
+                continue
+            # Before waiting, so that the next pieces are in flight meanwhile.
+            self.pass_marks(unit, min(stop, flight.stop))
+            with self._demand:
+                if mine:
+                    with nullcontext() if self._is_expected(unit) else self._demand.surprised:
+                        self._fetch(flight, deadline, patient=True)
+                else:
+                    self._await(flight, deadline)
+            waited = True
+            if flight.data is not None and unit < flight.stop:
+                return memoryview(flight.data)[unit - flight.first << self._units.unit_shift :], True
+            self._check_deadline(unit, deadline)
+
+    def fetch_in_background(self, first: int, stop: int) -> None:
+        """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
+        unit = first
+        while unit < stop:
+            with self._lock:
+                flight = self._claim_next(unit, stop)
+                if flight is None:
+                    return
+                flight.started = flight.background = True
+            started = time.monotonic()
+            self._fetch(flight, started + self.deadline_s * _BACKGROUND_SHARE, patient=False)
+            if flight.data is not None:
+                offset = flight.first << self._units.unit_shift
+                audit.record("bk_download", self.name, offset, len(flight.data), started)
+            unit = flight.stop
+
+    def prefetch(self, first: int, stop: int) -> None:
+        """Like :meth:`fetch_in_background`, but counted as prefetch: a reader is expected soon."""
+        unit = first
+        while unit < stop:
+            flight = self.claim_ahead(unit, stop)
+            if flight is None:
+                return
+            self.fetch_claimed(flight, self._read_origin)
+            unit = flight.stop
+
+    def claim_ahead(self, unit: int, stop: int) -> Flight | None:
+        """Claim the next units that are neither cached nor in flight; readers of them wait for the caller's fetch.
+
+        The caller must pass the result to :meth:`fetch_claimed` or :meth:`give_back`. None: nothing is missing.
+        """
+        with self._lock:
+            flight = self._claim_next(unit, stop)
+            if flight is not None:
+                flight.started = flight.prefetch = True
+                self._unused.update(range(flight.first, flight.stop))
+        return flight
+
+    def fetch_claimed(self, flight: Flight, read: ReadUnits) -> None:
+        """Fetch a claimed flight by ``read(flight, deadline)``, and store it. Raises what ``read`` raises."""
+        stop = flight.stop
+        try:
+            deadline = time.monotonic() + self.deadline_s * _BACKGROUND_SHARE
+            self._fetch(flight, deadline, patient=False, read=read)
+        finally:
+            fetched = flight.first if flight.data is None else flight.stop  # other threads may fetch the rest
+            with self._lock:
+                self._unused.difference_update(range(fetched, stop))
+
+    def count_request(self) -> None:
+        """Count a request that brings the units of several flights."""
+        with self._lock:
+            self._units.counters.requests += 1
+
+    def give_back(self, flight: Flight) -> None:
+        """Abandon a claimed flight; threads waiting for it fetch the units themselves."""
+        with self._lock:
+            self._unused.difference_update(range(flight.first, flight.stop))
+        self._end(flight)
+
+    def range_of(self, flight: Flight) -> tuple[int, int]:
+        """Return a flight's offset and length in bytes."""
+        return flight.first << self._units.unit_shift, self._units.files.length_of(flight.first, flight.stop)
+
+    def end_of(self, stop: int) -> int:
+        """Return the first byte after the units before ``stop``."""
+        return self._units.files.length_of(0, stop)
+
+    def note_use(self, first: int, stop: int) -> None:
+        """Count the prefetched ones among units that were read."""
+        if not self._unused:
+            return
+        with self._lock:
+            used = self._unused.intersection(range(first, stop))
+            self._unused -= used
+            if used:
+                counters = self._units.counters
+                counters.prefetch_hits += 1
+                counters.prefetch_used_bytes += sum(self._units.files.length_of(unit, unit + 1) for unit in used)
+
+    def pass_marks(self, first: int, stop: int) -> None:
+        """Fetch ahead of a reader that came to these units, if one of them has a mark."""
+        ahead: list[tuple[int, int]] = []
+        with self._lock:
+            for unit in range(first, stop):
+                if self._readahead.is_mark(unit):
+                    ahead += self._readahead.passed(unit)
+        self._fetch_ahead(ahead)
+
+    # -- between threads ---------------------------------------------------------------------------------------------
+
+    def _claim_next(self, unit: int, stop: int) -> Flight | None:
+        # Claims the next units that are neither cached nor in flight. Needs the lock.
+        there = self._units.files.present(unit, stop)
+        for number in range(unit, stop):
+            if number not in self._flights and not there[number - unit]:
+                return self._claim(number, there[number - unit :], ahead=True)
+        return None
+
+    def _claim(self, unit: int, there: Sequence[bool], *, ahead: bool) -> Flight:
+        if not self._holders.hold():
+            raise SourceError("read after close", blob=self.name, offset=unit << self._units.unit_shift)
+        end = unit + 1
+        while end < unit + len(there) and not there[end - unit] and end not in self._flights:
+            end += 1
+        flight = Flight(unit, end, ahead=ahead)
+        for number in range(unit, end):
+            self._flights[number] = flight
+        return flight
+
+    def _is_expected(self, unit: int) -> bool:
+        return unit < len(self.expected) and self.expected[unit] == 1
+
+    def _claim_extent(self, unit: int, stop: int, extent: int) -> Flight:
+        begin = unit - unit % extent
+        stop = min(stop + -stop % extent, self._units.files.units)
+        there = self._units.files.present(begin, stop)
+        first = unit
+        while first > begin and not there[first - 1 - begin] and first - 1 not in self._flights:
+            first -= 1
+        return self._claim(first, there[first - begin :], ahead=False)
+
+    def _end(self, flight: Flight) -> None:
+        with self._lock:
+            for unit in range(flight.first, flight.stop):
+                del self._flights[unit]
+        flight.done.set()
+        self._holders.let_go()
+
+    def _await(self, flight: Flight, deadline: float) -> None:
+        # Returns when the other thread's fetch has ended. Raises its error, unless fetching again may help.
+        with waiting():
+            finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
+        if not finished:
+            raise self._late(flight.first)
+        error = flight.error
+        if isinstance(error, ObdlabError) and not flight.ahead:
+            raise error
+
+    # -- fetching ----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
+        # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
+        claimed = False
+        try:
+            turn = self._take_turn(flight, deadline, patient)
+            if turn is None:
+                return
+            claimed = turn
+            flight.data = (read or self._read_origin)(flight, deadline)
+            self._settle(flight)  # spares waiting threads the disk; the units stay claimed until stored
+            self._units.store(flight.first, flight.data)
+        except BaseException as error:
+            if flight.data is None:
+                flight.error = error
+                self._settle(flight)
+            raise
+        finally:
+            if claimed:
+                self._units.files.unclaim(flight.first, flight.stop)
+            self._end(flight)
+
+    def _read_origin(self, flight: Flight, deadline: float) -> bytes:
+        offset, length = self.range_of(flight)
+        with waiting(), deadline_of_thread(deadline):
+            data = self._origin.read_at(offset, length)
+        if len(data) != length:
+            what = f"short read (got {len(data)} bytes, wanted {length})"
+            raise SourceError(what, blob=self.name, offset=offset)
+        return data
+
+    def _settle(self, flight: Flight) -> None:
+        with self._lock:
+            self._units.counters.count(flight)
+        flight.done.set()
+
+    def _take_turn(self, flight: Flight, deadline: float, patient: bool) -> bool | None:
+        # Returns None if another process has fetched the units, or is doing so. Otherwise this thread fetches them;
+        # True if the claim shows that to other processes.
+        files = self._units.files
+        busy = files.claim(flight.first, flight.stop)
+        if busy is not None and busy > flight.first:  # the units before are free
+            self._shorten(flight, busy)
+            busy = files.claim(flight.first, flight.stop)
+        if busy is not None:
+            return self._wait_for_others(flight, deadline) if patient else None
+        if any(files.present(flight.first, flight.stop)):  # stored since the check
+            files.unclaim(flight.first, flight.stop)
+            return None
+        return True
+
+    def _wait_for_others(self, flight: Flight, deadline: float) -> bool | None:
+        files = self._units.files
+        end = min(deadline, time.monotonic() + _OTHERS_S)
+        pause_s = _LOOK_FIRST_S
+        with waiting():
+            while time.monotonic() < end:
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, _LOOK_MOST_S)
+                if files.present(flight.first, flight.first + 1)[0]:
+                    return None
+                if files.claim(flight.first, flight.stop) is None:
+                    if not any(files.present(flight.first, flight.stop)):
+                        return True
+                    files.unclaim(flight.first, flight.stop)
+                    return None
+        return False
+
+    def _shorten(self, flight: Flight, stop: int) -> None:
+        with self._lock:
+            for unit in range(stop, flight.stop):
+                del self._flights[unit]
+            flight.stop = stop
+
+    # -- ahead of readers --------------------------------------------------------------------------------------------
+
+    def _fetch_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+        flights = []
+        with self._lock:
+            for first, stop in pieces:
+                self._units.attend[first] = 1  # note_use must see the reader arrive there
+                unit = first
+                while unit < stop and not self._holders.closed:
+                    flight = self._claim_next(unit, stop)
+                    if flight is None:
+                        break
+                    flights.append(flight)
+                    unit = flight.stop
+        for flight in flights:
+            if not _pool.submit(partial(self._run_ahead, flight)):
+                self._abandon(flight)
+
+    def _run_ahead(self, flight: Flight) -> None:
+        if self._holders.closed:
+            self._abandon(flight)
+            return
+        with self._lock:
+            if flight.started:
+                return  # a reader took it over
+            flight.started = True
+        try:
+            self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
+        except ObdlabError as error:
+            logger.info("fetching ahead failed: %s", error)
+
+    def _abandon(self, flight: Flight) -> None:
+        # The fetch ahead does not take place; if a reader took the flight over meanwhile, the reader fetches it.
+        with self._lock:
+            if flight.started:
+                return
+            flight.started = True
+        self._end(flight)
+
+    def _check_deadline(self, unit: int, deadline: float) -> None:
+        if time.monotonic() >= deadline:
+            raise self._late(unit)
+
+    def _late(self, unit: int) -> SourceError:
+        offset = unit << self._units.unit_shift
+        return SourceError("no data within the deadline", blob=self.name, offset=offset, temporary=True)
+
+
+def _run(there: Sequence[bool]) -> int:
+    # Returns the number of cached units from the first one on.
+    return there.index(False) if False in there else len(there)

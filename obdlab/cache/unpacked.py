@@ -1,0 +1,266 @@
+"""Disks unpacked to plain files in the cache directory, which the kernel reads directly.
+
+``<cache dir>/graduated/<name>/disk`` is a sparse file of the disk's size; ``sums`` beside it has a CRC32C for each
+MiB of it. ``disk`` appears by a rename after both are on stable storage, so it is whole when it exists, and is never
+written again. Each user keeps a shared lock (flock) on its open file, and a loop device keeps that file open: a disk
+without a lock is unused, and the eviction removes it when the cache needs room.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from contextlib import ExitStack, contextmanager
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from obdlab.errors import CorruptBlobError, ObdlabError
+from obdlab.formats.checksum import raw_crc32c
+from obdlab.system.ownfiles import open_own
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from obdlab.cache.space import CacheSpace
+
+#: Bytes that one sum covers, and the most that is written at a time.
+PIECE = 1 << 20
+_HOLE = 64 << 10  # zeros of this length and alignment take no space
+_ZEROS = bytes(PIECE)
+_SYNC_EVERY = 32 << 20
+_SUMS = Struct("<8sQ")  # magic, size of the disk; then a u32 for each piece
+_SUM = Struct("<I")
+_MAGIC = b"OBDLFLAT"
+_TRIES = 40
+_LOCK_PAUSE_S = 0.1
+# Longest wait for another process that stores the same disk.
+_LONGEST_WAIT_S = 3600.0
+
+
+class FlatFileError(ObdlabError):
+    """An unpacked disk cannot be stored, or not yet."""
+
+
+class FlatFiles:
+    """The unpacked disks of one cache directory."""
+
+    def __init__(self, space: CacheSpace) -> None:
+        self._space = space
+        self._directory = space.directory / "graduated"
+
+    def path(self, name: str) -> Path:
+        """Return the path of the disk of this name."""
+        return self._directory / name / "disk"
+
+    def open(self, name: str) -> int | None:
+        """Open a disk; it stays in use until the descriptor and its copies are closed. None if it is missing.
+
+        Raises FlatFileError if the system refuses.
+        """
+        try:
+            self._space.check_owner()
+            fd = open_own(self.path(name), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise FlatFileError(f"{self.path(name)}: cannot open: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:  # EWOULDBLOCK: it is being removed
+                os.close(fd)
+                raise FlatFileError(f"{self.path(name)}: cannot lock: {error.strerror}") from error
+        os.close(fd)
+        return None
+
+    def check(self, name: str, fd: int) -> None:
+        """Read all of a disk and compare it with its sums. Raises CorruptBlobError if it is damaged."""
+        path = self.path(name)
+        size = os.fstat(fd).st_size
+        try:
+            sums = path.with_name("sums").read_bytes()
+        except OSError as error:
+            raise CorruptBlobError(f"its sums cannot be read ({error.strerror})", blob=str(path)) from error
+        pieces = -(-size // PIECE)
+        if len(sums) != _SUMS.size + pieces * _SUM.size or _SUMS.unpack_from(sums) != (_MAGIC, size):
+            raise CorruptBlobError("its sums are not those of a disk of this size", blob=str(path), got=size)
+        for number, (wanted,) in enumerate(_SUM.iter_unpack(sums[_SUMS.size :])):
+            data = os.pread(fd, PIECE, number * PIECE)
+            if len(data) != min(PIECE, size - number * PIECE) or raw_crc32c(data) != wanted:
+                raise CorruptBlobError("wrong checksum", blob=str(path), offset=number * PIECE)
+            os.posix_fadvise(fd, number * PIECE, PIECE, os.POSIX_FADV_DONTNEED)
+
+    def store(self, name: str, size: int, data_size: int, read: Callable[[int, int], bytes | None]) -> None:
+        """Store a disk of ``size`` bytes, at most ``data_size`` of data, by ``read(offset, length)`` (None: zeros).
+
+        Waits for another process that stores the same disk. Raises FlatFileError if there is no room within the
+        cache's limits or the system refuses, and the errors of ``read``; then nothing is left.
+        """
+        directory = self.path(name).parent
+        try:
+            with self._space.changing(directory, patient=True):
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _sole_writer(directory):
+                if not self.path(name).exists():
+                    self._check_room(data_size)
+                    self._store(directory, size, read)
+        except OSError as error:
+            raise FlatFileError(f"{self.path(name)}: cannot be stored: {error.strerror or error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a disk; the kernel keeps it for its users. Raises FlatFileError."""
+        try:
+            _remove(self._space, self.path(name).parent)
+        except OSError as error:
+            raise FlatFileError(f"{self.path(name)}: cannot be removed: {error.strerror}") from error
+
+    # Nothing is evicted for it: readers would have to fetch again more than this saves in unpacking.
+    def _check_room(self, wanted: int) -> None:
+        room = max(0, -self._space.excess())
+        if wanted > room:
+            raise FlatFileError(
+                f"{self._directory}: no room for an unpacked image (wanted up to {wanted >> 20} MiB, got "
+                f"{room >> 20} MiB: cache_quota and cache_min_free limit the cache)"
+            )
+
+    def _store(self, directory: Path, size: int, read: Callable[[int, int], bytes | None]) -> None:
+        new, sums_path = directory / "disk.new", directory / "sums"
+        try:
+            with _opened(new) as fd:
+                os.truncate(fd, size)
+                sums = bytearray(_SUMS.pack(_MAGIC, size))
+                unsynced = 0
+                for at in range(0, size, PIECE):
+                    length = min(PIECE, size - at)
+                    data = read(at, length)
+                    sums += _SUM.pack(raw_crc32c(_ZEROS[:length] if data is None else data))
+                    if data is not None:
+                        unsynced += self._write(fd, at, data)
+                    if unsynced >= _SYNC_EVERY:
+                        unsynced = 0
+                        _write_out(fd)
+                _write_out(fd)
+            with self._space.changing(directory, len(sums), patient=True), _opened(sums_path) as fd:
+                os.write(fd, sums)
+                os.fsync(fd)
+            os.rename(new, directory / "disk")
+            _sync_directory(directory)
+            _sync_directory(directory.parent)
+        except BaseException:
+            if new.exists():
+                with self._space.changing(directory, patient=True):
+                    new.unlink(missing_ok=True)
+            raise
+
+    def _write(self, fd: int, at: int, data: bytes) -> int:
+        view, written = memoryview(data), 0
+        parts = [(start, view[start : start + _HOLE]) for start in range(0, len(view), _HOLE)]
+        parts = [(start, part) for start, part in parts if part != _ZEROS[: len(part)]]
+        if parts:
+            with self._room(fd, len(parts) * _HOLE):
+                written = sum(os.pwrite(fd, part, at + start) for start, part in parts)
+            if written != sum(len(part) for _, part in parts):
+                raise OSError(errno.ENOSPC, "written in part")
+        return written
+
+    # A store or an eviction may hold the lock for a moment.
+    @contextmanager
+    def _room(self, fd: int, length: int) -> Iterator[None]:
+        with ExitStack() as held:
+            for left in range(_TRIES, -1, -1):
+                try:
+                    held.enter_context(self._space.room(fd, length))
+                    break
+                except TimeoutError:
+                    if not left:
+                        raise
+            yield
+
+
+def remove_unused(space: CacheSpace) -> int:
+    """Remove all unused disks, half-made ones too; return the bytes freed. Raises OSError."""
+    freed = 0
+    for directory in sorted((space.directory / "graduated").glob("*")):
+        lock = _try_lock(directory, os.O_RDONLY | os.O_DIRECTORY)
+        if lock is None:
+            continue  # being made
+        try:
+            disk = directory / "disk"
+            used = _try_lock(disk, os.O_RDONLY) if disk.exists() else -1
+            if used is None:
+                continue
+            freed += _remove(space, directory)
+            if used >= 0:
+                os.close(used)
+        finally:
+            os.close(lock)
+    return freed
+
+
+def _remove(space: CacheSpace, directory: Path) -> int:
+    with space.changing(directory, patient=True):
+        freed = 0
+        for path in sorted(directory.iterdir()):  # "disk" before "sums"
+            freed += 512 * path.lstat().st_blocks
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+    return freed
+
+
+def _try_lock(path: Path, flags: int) -> int | None:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+@contextmanager
+def _sole_writer(directory: Path) -> Iterator[None]:
+    deadline = time.monotonic() + _LONGEST_WAIT_S
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOCK_PAUSE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# Drops written data from the page cache: the loop device reads around it.
+def _write_out(fd: int) -> None:
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

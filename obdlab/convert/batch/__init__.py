@@ -1,0 +1,3 @@
+"""Conversion of many images."""
+
+from __future__ import annotations

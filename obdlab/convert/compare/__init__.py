@@ -1,0 +1,3 @@
+"""Listings of trees, to compare images."""
+
+from __future__ import annotations

@@ -1,0 +1,104 @@
+"""Listing an image path by path, for any way of storage, to compare a converted image with its original."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.convert.apply import apply_layer
+from obdlab.convert.compare.listing import list_volume
+from obdlab.convert.decompress import uncompressed
+from obdlab.convert.layer import pieces_file
+from obdlab.convert.tree.memorytree import MemoryTree
+from obdlab.image.from_manifest import check_native
+from obdlab.layers.budget import Budget
+from obdlab.layers.lsmt import LsmtLayer, open_layer
+from obdlab.layers.stack import Stack
+from obdlab.registry.platform import host_platform
+from obdlab.volumes.erofs import volume as erofs
+from obdlab.volumes.ext4 import volume as ext4
+
+if TYPE_CHECKING:
+    from obdlab.blob import Blob
+    from obdlab.convert.compare.listing import ReadableVolume, TreeEntry
+    from obdlab.convert.endpoints.endpoint import ImageSource
+    from obdlab.convert.endpoints.layout import VerifiedFile
+    from obdlab.convert.progress import Progress
+    from obdlab.formats.oci import Descriptor, Manifest, Platform
+
+_READ = 1 << 20
+
+Listing = dict[str, "TreeEntry"]
+
+
+def list_image(
+    source: ImageSource, platform: Platform | None, work_dir: Path, progress: Progress, *, content: bool = True
+) -> Listing:
+    """List an image as :func:`obdlab.convert.compare.listing.list_tree` lists its mount.
+
+    An overlaybd image is read as the file system on its layers, any other by applying its layers in memory. Layers
+    are fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
+    CorruptBlobError, FormatError, ApplyError, or NotOverlaybdError for turboOCI layers.
+    """
+    manifest = source.manifest(platform or host_platform(), overlaybd=True)
+    for layer in manifest.layers:
+        check_native(layer, source.name)
+    with tempfile.TemporaryDirectory(prefix="obdlab-compare-", dir=work_dir) as directory:
+        if manifest.is_overlaybd:
+            return _list_overlaybd(source, manifest, Path(directory), progress, content=content)
+        return _list_plain(source, manifest, Path(directory), progress, content=content)
+
+
+def _list_plain(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
+) -> Listing:
+    config = source.config(manifest)
+    tree = MemoryTree(content=content)
+    for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
+        name = f"{source.name} layer {number} ({layer.digest})"
+        with ExitStack() as ended:
+            file = _fetch(source, number, layer, work_dir, progress, ended)
+            with pieces_file(uncompressed(file, name, diff_id)) as tar:
+                apply_layer(tar, name, tree)
+    return tree.listing()
+
+
+def _list_overlaybd(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, *, content: bool
+) -> Listing:
+    with ExitStack() as ended:
+        layers = fetched_layers(source, manifest, work_dir, progress, ended)
+        return list_volume(_volume(Stack(layers)), content=content)
+
+
+def _volume(disk: Blob) -> ReadableVolume:
+    magic = disk.read_at(erofs.SUPER_OFFSET, 4) if disk.size >= erofs.SUPER_OFFSET + 4 else b""
+    return erofs.Volume(disk) if int.from_bytes(magic, "little") == erofs.MAGIC else ext4.Volume(disk)
+
+
+def fetched_layers(
+    source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, ended: ExitStack
+) -> list[LsmtLayer]:
+    """Fetch the layers of an overlaybd image into ``work_dir``, whole and checked. ``ended`` closes them."""
+    layers: list[LsmtLayer] = []
+    budget = Budget()
+    for number, layer in enumerate(manifest.layers):
+        file = _fetch(source, number, layer, work_dir, progress, ended)
+        while file.read(_READ):  # reading to the end checks its digest
+            pass
+        layers.append(open_layer(file.as_blob(), budget=budget))
+        ended.callback(layers[-1].close)
+    return layers
+
+
+def _fetch(
+    source: ImageSource, number: int, layer: Descriptor, work_dir: Path, progress: Progress, ended: ExitStack
+) -> VerifiedFile:
+    directory = work_dir / f"{number:03d}"
+    directory.mkdir()
+    with progress.task(f"{source.name}: layer {number}", layer.size) as task:
+        file = source.fetch(layer, directory, task.advance)
+    ended.callback(source.release, file)
+    return file

@@ -1,0 +1,3 @@
+"""Sources and destinations of images."""
+
+from __future__ import annotations

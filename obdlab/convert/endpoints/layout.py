@@ -1,0 +1,279 @@
+"""OCI image layout directories: blobs by digest and an index with tags (OCI image layout specification)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from obdlab.errors import CorruptBlobError, FormatError, SourceError
+from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
+from obdlab.formats.tar import TarWindow
+from obdlab.layers.tarwrap import WrappedContent
+from obdlab.localfile import LocalFile, open_regular
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from obdlab.blob import Blob
+
+REF_NAME = "org.opencontainers.image.ref.name"
+_MARK = "oci-layout"
+_VERSION = {"imageLayoutVersion": "1.0.0"}
+_TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
+_COPY = 1 << 20
+
+
+class ImageLayout:
+    """One layout directory. Nothing in it is trusted: bytes read are checked against their descriptor."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> Self:
+        """Open the layout at ``root``; an empty one is made if it is missing.
+
+        Raises SourceError if the directory holds something else or cannot be made.
+        """
+        layout = cls(root)
+        layout.check_place()
+        try:
+            if (root / _MARK).exists():
+                return layout
+            (root / "blobs" / "sha256").mkdir(parents=True)
+            layout._replace(root / "index.json", Index(()).to_bytes())
+            layout._replace(root / _MARK, json.dumps(_VERSION).encode())
+        except OSError as error:
+            raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(root)) from error
+        return layout
+
+    def check_place(self) -> None:
+        """Raise SourceError unless the directory is a layout, or create() could make one there. Changes nothing."""
+        try:
+            if (self.root / _MARK).exists():
+                return
+            above = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+            if above == self.root and any(self.root.iterdir()):
+                raise SourceError("directory is neither empty nor an OCI layout", blob=str(self.root))
+            if not above.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(above, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(self.root)) from error
+
+    def index(self) -> Index:
+        """Return index.json. Raises SourceError if it cannot be read, FormatError if it is malformed."""
+        path = self.root / "index.json"
+        return Index.parse(self._index_bytes(), str(path))
+
+    def _index_bytes(self) -> bytes:
+        path = self.root / "index.json"
+        try:
+            with open_regular(path) as file:
+                return file.read(MAX_MANIFEST_SIZE + 1)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SourceError("no OCI layout (it has no index.json)", blob=str(self.root)) from error
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=str(path)) from error
+
+    def select(self, tag: str | None) -> tuple[Descriptor, ...]:
+        """Return the index entries with ``tag``, without a tag those of the only image. Raises FormatError."""
+        entries = self.index().manifests
+        names = {entry.annotations.get(REF_NAME, "") for entry in entries}
+        if tag is None:
+            if not entries or len(names) > 1:
+                raise self._unclear("names no single image without a tag", names, "oci:DIR:TAG")
+            return entries
+        chosen = tuple(e for e in entries if _is_named(e.annotations.get(REF_NAME, ""), tag))
+        if not chosen:
+            raise self._unclear("has no such tag", names, tag)
+        return chosen
+
+    def only_tag(self) -> str | None:
+        """Return the tag of the layout's only image, or None. Raises as index() does."""
+        names = {entry.annotations.get(REF_NAME, "") for entry in self.index().manifests}
+        return names.pop() or None if len(names) == 1 else None
+
+    def blob_path(self, digest: str) -> Path:
+        """Return the path of a blob. Raises FormatError if ``digest`` is malformed."""
+        return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
+
+    def open_blob(self, descriptor: Descriptor) -> VerifiedFile:
+        """Open a blob for one reading, which checks size and digest. Raises SourceError if it cannot be opened."""
+        return VerifiedFile(self.blob_path(descriptor.digest), descriptor)
+
+    def read_blob(self, descriptor: Descriptor, max_size: int) -> bytes:
+        """Return a whole blob of at most ``max_size`` bytes, checked."""
+        if descriptor.size > max_size:
+            path = self.blob_path(descriptor.digest)
+            raise FormatError("blob too large", blob=str(path), got=descriptor.size, wanted=f"at most {max_size}")
+        with self.open_blob(descriptor) as file:
+            return file.read()
+
+    def close(self) -> None:
+        """Release resources. A layout directory holds no resources."""
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        """Return True if the layout has a file of the blob's size under its digest."""
+        try:
+            return self.blob_path(descriptor.digest).stat().st_size == descriptor.size
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise SourceError(f"cannot look for it: {error.strerror}", blob=str(self.root)) from error
+
+    def add_file(self, digest: str, source: Path) -> bool:
+        """Copy a file in as the blob ``digest``, without checking it; return False if the layout has it already."""
+        target = self.blob_path(digest)
+        if target.exists():
+            return False
+        self._replace(target, source)
+        return True
+
+    def add_bytes(self, digest: str, data: bytes) -> None:
+        """Store a small blob."""
+        self._replace(self.blob_path(digest), data)
+
+    def set_tag(self, tag: str, descriptor: Descriptor) -> None:
+        """Make ``tag`` refer to ``descriptor`` only."""
+        kept = [e for e in self.index().manifests if e.annotations.get(REF_NAME) != tag]
+        named = Descriptor(
+            descriptor.media_type,
+            descriptor.digest,
+            descriptor.size,
+            annotations={**descriptor.annotations, REF_NAME: tag},
+            platform=descriptor.platform,
+        )
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [entry.to_json() for entry in (*kept, named)],
+        }
+        self._replace(self.root / "index.json", to_json(document))
+
+    def _replace(self, target: Path, content: bytes | Path) -> None:
+        # In one step: a reader finds the whole file or none.
+        descriptor, temporary = -1, ""
+        try:
+            descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                if isinstance(content, Path):
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, file, _COPY)
+                else:
+                    file.write(content)
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(temporary, target)
+        except BaseException as error:
+            if temporary:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise SourceError(f"cannot write it: {error.strerror}", blob=str(target)) from error
+            raise
+
+    def _unclear(self, what: str, names: set[str], wanted: str) -> FormatError:
+        got = ", ".join(sorted(filter(None, names))) or "no tags"
+        return FormatError(f"OCI layout {what}", blob=str(self.root), got=got, wanted=wanted)
+
+
+class VerifiedFile:
+    """A blob file read from start to end. Its last byte is only returned once size and digest are right.
+
+    The blob is the whole file, or begins at its byte ``start``. Raises CorruptBlobError if it does not match its
+    descriptor. ``position`` counts the bytes read.
+    """
+
+    def __init__(self, path: Path, descriptor: Descriptor, start: int | None = None, *, name: str = "") -> None:
+        self.path = path
+        self._name = name or str(path)
+        self.position = 0
+        self._start = start or 0
+        self._left = descriptor.size
+        self._descriptor = descriptor
+        self._hash = hashlib.sha256()
+        try:
+            self._file = open_regular(path)
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=self._name) from error
+        size = os.fstat(self._file.fileno()).st_size
+        if start is not None:
+            self._file.seek(start)
+            size = min(size - start, descriptor.size)
+        if size != descriptor.size:
+            self._file.close()
+            raise CorruptBlobError("blob has a wrong size", blob=self._name, got=size, wanted=descriptor.size)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to ``size`` bytes, b"" at the end."""
+        if size < 0:
+            parts = []
+            while part := self.read(_COPY):
+                parts.append(part)
+            return b"".join(parts)
+        try:
+            data = self._file.read(min(size, self._left))
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", blob=self._name) from error
+        if not data and self._left and size:
+            raise CorruptBlobError("blob became shorter", blob=self._name, wanted=self._descriptor.size)
+        self._hash.update(data)
+        self.position += len(data)
+        self._left -= len(data)
+        if self._left == 0:
+            self._check()
+        return data
+
+    def as_blob(self) -> Blob:
+        """Return the same bytes for reading by position, unchecked: only reading all of the file checks them."""
+        return WrappedContent(LocalFile(self.path), TarWindow(self._start, self._descriptor.size))
+
+    def _check(self) -> None:
+        digest = f"sha256:{self._hash.hexdigest()}"
+        if digest != self._descriptor.digest:
+            raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._descriptor.digest)
+
+    def close(self) -> None:
+        """Close the file; unread bytes stay unchecked."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def split_tag(text: str) -> tuple[Path, str | None]:
+    """Read ``PATH[:TAG]``."""
+    directory, colon, tag = text.rpartition(":")
+    if colon and _TAG.fullmatch(tag):
+        return Path(directory), tag
+    return Path(text), None
+
+
+def is_layout(path: Path) -> bool:
+    """Return True if a directory is an OCI layout."""
+    return (path / _MARK).is_file()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the digest of a whole file. Raises OSError."""
+    with open_regular(path) as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_named(name: str, tag: str) -> bool:
+    # Some tools write the tag, others the whole reference.
+    return name == tag or name.endswith(":" + tag)

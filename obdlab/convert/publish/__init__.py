@@ -1,0 +1,3 @@
+"""Layers and traces added to converted images."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Members of untrusted tars."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""The trees to which layers are applied."""
+
+from __future__ import annotations

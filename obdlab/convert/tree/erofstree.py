@@ -1,0 +1,201 @@
+"""EROFS as a tree for applying layers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from obdlab.convert.tree.memorytree import kept_xattrs
+from obdlab.convert.tree.target import Attributes, Seen
+from obdlab.volumes.erofs.editor import Directory, Editor, File
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from obdlab.blob import Buffer, WritableBlob
+    from obdlab.convert.tree.target import Xattr
+
+
+class ErofsTree:
+    """An EROFS on a disk as a :class:`obdlab.convert.tree.target.Tree`. :meth:`finish` writes the changes in memory.
+
+    EROFS stores no time of access: the time of modification stands for it.
+    """
+
+    def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
+        self._editor = Editor(disk, fresh=fresh)
+        self._directories: dict[bytes, Directory] = {b"": self._editor.root}
+
+    def finish(self) -> None:
+        """Write all changes to the disk; the tree cannot be used after that."""
+        self._editor.finish()
+
+    def look(self, path: bytes) -> Seen | None:
+        node = self._find(path)
+        if node is None:
+            return None
+        held = node if isinstance(node, Directory) else self._editor.inode(node)
+        attributes = Attributes(held.mode & 0o7777, held.uid, held.gid, held.mtime_ns, held.mtime_ns)
+        return Seen(stat.S_IFMT(held.mode), attributes)
+
+    def xattrs(self, path: bytes) -> list[Xattr]:
+        return self._editor.xattrs(self._node(path))
+
+    def readlink(self, path: bytes) -> bytes:
+        return self._editor.readlink(self._file(path))
+
+    def names(self, path: bytes) -> list[bytes]:
+        return list(self._editor.entries(self._directory(path)))
+
+    def remove(self, path: bytes) -> None:
+        parent, name = self._place(path)
+        self._editor.remove(parent, name)
+        if path in self._directories:
+            below = path + b"/"
+            self._directories = {
+                known: directory
+                for known, directory in self._directories.items()
+                if known != path and not known.startswith(below)
+            }
+
+    def make_directory(self, path: bytes, attributes: Attributes) -> None:
+        parent, name = self._place(path)
+        self._directories[path] = self._editor.add_directory(
+            parent,
+            name,
+            mode=stat.S_IFDIR | attributes.mode,
+            uid=attributes.uid,
+            gid=attributes.gid,
+            mtime_ns=attributes.mtime_ns,
+            xattrs=_kept(stat.S_IFDIR, attributes.mode, attributes.xattrs),
+        )
+
+    def make_file(
+        self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
+    ) -> None:
+        self._add(path, stat.S_IFREG, attributes, size=size, pieces=pieces, sparse=sparse)
+
+    def make_link(self, path: bytes, attributes: Attributes, target: bytes) -> None:
+        self._add(path, stat.S_IFLNK, attributes, target=target)
+
+    def make_node(self, path: bytes, attributes: Attributes, kind: int, rdev: tuple[int, int]) -> None:
+        self._add(path, kind, attributes, rdev=rdev)
+
+    def make_hard_link(self, path: bytes, target: bytes) -> None:
+        self._editor.link(*self._place(path), self._file(target))
+
+    def set_attributes(self, path: bytes, attributes: Attributes, *, keep_xattrs: bool) -> None:
+        node = self._node(path)
+        xattrs = dict(self._editor.xattrs(node)) if keep_xattrs else {}
+        xattrs.update(attributes.xattrs)
+        old_mode = node.mode if isinstance(node, Directory) else self._editor.inode(node).mode
+        kind = stat.S_IFMT(old_mode)
+        mode = old_mode if kind == stat.S_IFLNK else kind | attributes.mode
+        kept = _kept(kind, mode & 0o7777, list(xattrs.items()))
+        self._set(path, node, mode, attributes.uid, attributes.gid, attributes.mtime_ns, kept)
+
+    def _set(
+        self,
+        path: bytes,
+        node: File | Directory,
+        mode: int,
+        uid: int,
+        gid: int,
+        mtime_ns: int,
+        xattrs: Sequence[Xattr],
+    ) -> None:
+        if isinstance(node, Directory):
+            self._editor.set_directory(node, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns, xattrs=xattrs)
+            return
+        parent = self._place(path)[0]
+        self._editor.set_file(parent, node, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns, xattrs=xattrs)
+
+    def set_times(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
+        node = self._node(path)
+        xattrs = self._editor.xattrs(node)
+        if isinstance(node, Directory):
+            self._editor.set_directory(
+                node, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=mtime_ns, xattrs=xattrs
+            )
+            return
+        inode = self._editor.inode(node)
+        self._editor.set_file(
+            self._place(path)[0],
+            node,
+            mode=inode.mode,
+            uid=inode.uid,
+            gid=inode.gid,
+            mtime_ns=mtime_ns,
+            xattrs=xattrs,
+        )
+
+    def _add(
+        self,
+        path: bytes,
+        kind: int,
+        attributes: Attributes,
+        *,
+        size: int = 0,
+        pieces: Iterable[tuple[int, Buffer]] = (),
+        sparse: bool = False,
+        rdev: tuple[int, int] = (0, 0),
+        target: bytes = b"",
+    ) -> None:
+        parent, name = self._place(path)
+        mode = 0o777 if kind == stat.S_IFLNK else attributes.mode
+        self._editor.add_file(
+            parent,
+            name,
+            mode=kind | mode,
+            uid=attributes.uid,
+            gid=attributes.gid,
+            mtime_ns=attributes.mtime_ns,
+            xattrs=_kept(kind, mode, attributes.xattrs),
+            size=size,
+            pieces=pieces,
+            sparse=sparse,
+            rdev=rdev,
+            target=target,
+        )
+
+    def _place(self, path: bytes) -> tuple[Directory, bytes]:
+        # Returns the parent, and the name in it.
+        parent, _, name = path.rpartition(b"/")
+        return self._directories.get(parent) or self._directory(parent), name
+
+    def _node(self, path: bytes) -> File | Directory:
+        node = self._find(path)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return node
+
+    def _file(self, path: bytes) -> File:
+        node = self._node(path)
+        if isinstance(node, Directory):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        return node
+
+    def _directory(self, path: bytes) -> Directory:
+        node = self._node(path)
+        if not isinstance(node, Directory):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return node
+
+    def _find(self, path: bytes) -> File | Directory | None:
+        known = self._directories.get(path)
+        if known is not None:
+            return known
+        parent, _, name = path.rpartition(b"/")
+        above = self._directories.get(parent) or self._find(parent)
+        if not isinstance(above, Directory):
+            return None
+        found = self._editor.entries(above).get(name)
+        if isinstance(found, Directory):
+            self._directories[path] = found
+        return found
+
+
+def _kept(kind: int, mode: int, xattrs: Sequence[Xattr]) -> Sequence[Xattr]:
+    return kept_xattrs(kind, mode, xattrs) if xattrs else ()

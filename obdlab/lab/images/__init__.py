@@ -1,0 +1,3 @@
+"""The images of the datasets: recipes, builds, locks."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Experiments: declaration, run, rows, statistics."""
+
+from __future__ import annotations

@@ -1,0 +1,355 @@
+"""The bench of a cell: network, registry with the images, containerd, and one start at a time.
+
+The time of a cold start runs from before the pull until the readiness probe answers; that of warm and dropped starts
+from before ``ctr run``. Bytes and requests count the requests that the registry received until then, unfinished ones
+included; the link's counters are kept beside. Processor time is that of containerd, snapshotter, device servers,
+container and clients until then, without kernel threads. Memory is their proportional set size at that moment.
+"Completion" is the end of the registry's last answer; for a snapshotter that fetches in the background the bench
+waits until the registry has been still for a second.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.errors import ObdlabError
+from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.baselines.adapter import Source, check_programs, is_published
+from obdlab.lab.images.builder import DEFAULT_WORK_DIR, BuiltImage, build_image
+from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.run import diskspace, interrupts
+from obdlab.lab.run.spec import WORKLOAD_LINE, WORKLOADS
+from obdlab.lab.testbed import coldness, environment
+from obdlab.lab.testbed.cgroups import DISKS
+from obdlab.lab.testbed.containerd import OwnContainerd
+from obdlab.lab.testbed.exclusive import only_experiment
+from obdlab.lab.testbed.leftovers import cleanup_leftovers
+from obdlab.lab.testbed.netns import ExperimentNetwork
+from obdlab.lab.testbed.process import LabError
+from obdlab.lab.testbed.registry import RegistryHost, Traffic
+from obdlab.lab.testbed.residency import resident_below
+from obdlab.lab.testbed.timelimit import time_limit
+from obdlab.lab.workbench import dataset_folders
+from obdlab.registry.client import RegistryClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from obdlab.lab.baselines import Adapter
+    from obdlab.lab.images.recipe import Probe, Recipe
+    from obdlab.lab.run.rows import Row
+    from obdlab.lab.run.spec import Cell, Spec
+    from obdlab.lab.testbed.containerd import RunningContainer
+    from obdlab.lab.testbed.netns import LinkCounters
+    from obdlab.lab.testbed.registry import Request
+
+# Background fetching counts as finished when the registry has been still for this long.
+_STILL_S = 1.0
+_MOST_BACKGROUND_S = 120.0
+_CLEAN_UP_S = 120.0
+_WARM_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LabPaths:
+    """The directories and demands of an experiment that outlive it."""
+
+    #: Directories that hold ``<name>/recipe.toml``.
+    datasets: tuple[Path, ...] = field(default_factory=dataset_folders)
+    images: Path = DEFAULT_WORK_DIR
+    #: The registry's storage and containerd's directories; on a real disk.
+    work: Path = Path("/var/lib/obdlab/lab")
+    #: Images must hold the packages of their recipe's lock.
+    locked: bool = False
+    #: Demanded digests by image name; an image without an entry may have any digest.
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def image(self, name: str, say: Callable[[str], None], *, pin: str = "") -> BuiltImage:
+        """Return the image of a recipe, preferably the one with the digest ``pin``; build it if there is no image.
+
+        Raises LabError if ``digests`` demands another digest, and the errors of ``build_image``.
+        """
+        demanded = self.digests.get(name, "")
+        recipe = find_recipe(name, self.datasets)
+        image = build_image(recipe, self.images, say, pin=demanded or pin, locked=self.locked)
+        if demanded and image.digest != demanded:
+            raise LabError(f"image {name}: got {image.digest} (wanted {demanded}, which is not in {self.images})")
+        return image
+
+
+@dataclass(frozen=True, slots=True)
+class BenchImage:
+    """One image on the registry; ``references`` holds the reference that each adapter pulls."""
+
+    built: BuiltImage
+    references: dict[str, str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the image was built from."""
+        return self.built.recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    mark: int
+    link: LinkCounters
+    time: datetime
+    load_1m: float
+    cpu_s: float
+
+
+class Bench:
+    """Measures cells and returns their rows; a context manager that leaves no process, mount or namespace."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        network: tuple[float, float],
+        paths: LabPaths,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._spec = spec
+        self._paths = paths
+        self._say = say
+        self._network = ExperimentNetwork(*network)
+        self._stack = ExitStack()
+        self._images: dict[str, BenchImage] = {}
+        self._quiet_budget_s = spec.quiet_wait_s
+
+    def __enter__(self) -> Self:
+        for name in self._spec.snapshotters:
+            check_programs(ADAPTERS[name])
+        built = {name: self._paths.image(name, lambda line: None) for name in self._spec.images}
+        with ExitStack() as stack:
+            stack.enter_context(only_experiment())
+            cleanup_leftovers()  # those of killed experiments
+            self._say("starting network, registry and containerd")
+            stack.enter_context(self._network)
+            adapters = [ADAPTERS[name] for name in self._spec.snapshotters]
+            self._registry = stack.enter_context(
+                RegistryHost(
+                    self._paths.work / "registry", self._network, tls=any(adapter.secure for adapter in adapters)
+                )
+            )
+            proxies = [adapter.name for adapter in adapters if adapter.proxy]
+            self._containerd = stack.enter_context(
+                OwnContainerd(self._paths.work / "host", proxies=proxies, settings=self._spec.host_settings())
+            )
+            for name, image in built.items():
+                self._images[name] = self._publish(image)
+            self._registry.preload()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def environment(self) -> dict[str, Any]:
+        """Return the facts about network, containerd and images that the rows' environment records."""
+        references = {name: image.references for name, image in self._images.items()}
+        compared = {name: ADAPTERS[name].versions() for name in self._spec.snapshotters}
+        return {
+            "compared": compared,
+            "network": self._network.facts(),
+            "containerd_setup": self._containerd.facts(),
+            "images": references,
+            "built": {name: image.built.facts() for name, image in self._images.items()},
+        }
+
+    def measure(self, cell: Cell) -> list[Row]:
+        """Measure one cold start and the starts after it; a failure becomes a row with ``error``, an interrupt never.
+
+        Raises LabError if the cell's remains cannot be removed; the bench cannot be used after that. Raises
+        DiskFullError if a disk was full; then there is no row.
+        """
+        rows: list[Row] = []
+        attempt = time.time_ns()
+        adapter = ADAPTERS[cell.snapshotter]
+        spec = self._spec
+        what = f"{self._images[cell.image].recipe.name} {cell.arm}"
+        try:
+            self._containerd.groups.set_disk(DISKS[cell.disk], self._containerd.directory)
+            with time_limit(spec.cell_timeout_s, what), adapter.serving(self._containerd, self._registry):
+                try:
+                    rows.append(self._cold(cell))
+                    rows += [self._warm(cell, number) for number in range(spec.warm_starts)]
+                    rows += [self._dropped(cell, number) for number in range(spec.dropped_starts)]
+                finally:
+                    adapter.remove(self._containerd, self._reference(cell))
+        except (ObdlabError, OSError) as error:
+            interrupts.check(error)
+            diskspace.check(error, self._places)
+            starts = ["cold", *["warm"] * spec.warm_starts, *["dropped"] * spec.dropped_starts]
+            start = starts[min(len(rows), len(starts) - 1)]
+            rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
+            with time_limit(_CLEAN_UP_S, f"{what}: taking away what is left"):
+                self._containerd.remove_everything()
+        interrupts.check()
+        return [{**row, "attempt": attempt} for row in rows]
+
+    def _cold(self, cell: Cell) -> Row:
+        quiet = environment.wait_for_quiet(self._spec.load_limit, self._quiet_budget_s, say=self._say)
+        self._quiet_budget_s -= quiet["waited_s"]
+        evidence = coldness.make_cold(self._containerd, self._registry)
+        began = self._begin()
+        pull_began_s = time.monotonic()
+        clients_s = _clients_cpu_s()
+        ADAPTERS[cell.snapshotter].pull(self._containerd, self._reference(cell))
+        pull_s = time.monotonic() - pull_began_s
+        clients_s = _clients_cpu_s() - clients_s
+        time.sleep(self._spec.pause_s)
+        times, _ = self._start(cell, began)
+        times["cpu_s"] += clients_s
+        row = {"start": "cold", "warm": -1, "pause_s": self._spec.pause_s, "evidence": evidence}
+        return {**row, **quiet, **_timed(times, pull_s)}
+
+    # Now and then a lazy start reads blocks that no earlier start read: threads run in another order, or another
+    # program dropped the machine's page cache and the kernel reads ahead elsewhere. That start has made the image
+    # warm, so the next start is measured instead.
+    def _warm(self, cell: Cell, number: int) -> Row:
+        for again in range(_WARM_TRIES):
+            try:
+                row = self._warm_once(cell, number)
+            except coldness.NotWarmError as error:
+                if again == _WARM_TRIES - 1:
+                    raise
+                self._say(f"{error}: started again")
+            else:
+                return {**row, "again": again}
+        raise AssertionError
+
+    def _warm_once(self, cell: Cell, number: int) -> Row:
+        times, asked = self._start(cell, self._begin())
+        layers = ADAPTERS[cell.snapshotter].layers(self._containerd)
+        evidence = coldness.prove_warm(layers, Traffic.of(asked), asked)
+        return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
+
+    def _dropped(self, cell: Cell, number: int) -> Row:
+        evidence = coldness.make_dropped(self._containerd, ADAPTERS[cell.snapshotter].layers(self._containerd))
+        times, asked = self._start(cell, self._begin())
+        evidence["requests"] = Traffic.of(
+            asked
+        ).requests  # a caveat of the report: a lazy start may read other blocks
+        return {"start": "dropped", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self._paths.work, Path(tempfile.gettempdir()))
+
+    def _reference(self, cell: Cell) -> str:
+        return self._images[cell.image].references[cell.snapshotter]
+
+    def _begin(self) -> _Begin:
+        cpu_s = self._containerd.groups.cpu_s()
+        return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0], cpu_s)
+
+    # Start a container, wait until it is ready, remove it. Return its row, and the requests made until it was ready.
+    def _start(self, cell: Cell, began: _Begin) -> tuple[Row, list[Request]]:
+        image = self._images[cell.image]
+        name = f"bench-{time.monotonic_ns()}"
+        adapter = ADAPTERS[cell.snapshotter]
+        with adapter.running(self._containerd, self._reference(cell), name, self._probe(image, cell)) as container:
+            costs = self._costs(container, began)
+            link = self._network.counters().since(began.link)
+            phases = container.times.phases_s()
+            if adapter.background:
+                costs["background_ended"] = self._wait_for_background(adapter)
+            requests = self._registry.requests(began.mark, self._registry.mark())
+        # Requests until the container was ready; background fetching may have made more since.
+        asked = [request for request in requests if request.began_s <= container.times.ready_s]
+        traffic = Traffic.of(asked)
+        row = {
+            "started": began.time.isoformat(timespec="milliseconds"),
+            "create_s": phases["create"],
+            "start_s": phases["start"],
+            "ready_s": phases["ready"],
+            "bytes_received": traffic.written,
+            "requests": traffic.requests,
+            "registry_errors": traffic.errors,
+            "link_bytes": link.received,
+            "round_trip_waits": traffic.round_trip_waits,
+            "network_s": traffic.busy_s,
+            "load_1m": began.load_1m,
+            **_completion(requests, began.time.timestamp()),
+            **costs,
+        }
+        return row, asked
+
+    # Wait until the registry is still and the size of the stored layers no longer changes. Return False on timeout.
+    def _wait_for_background(self, adapter: Adapter) -> bool:
+        deadline = time.monotonic() + _MOST_BACKGROUND_S
+        ended = self._registry.wait_for_silence(_STILL_S, _MOST_BACKGROUND_S)
+        directory = adapter.layers(self._containerd)
+        _, stored = resident_below([directory])
+        while ended:
+            time.sleep(_STILL_S)
+            _, now = resident_below([directory])
+            if now == stored:
+                break
+            stored, ended = now, time.monotonic() < deadline
+        return ended
+
+    def _probe(self, image: BenchImage, cell: Cell) -> Probe:
+        probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)
+        command = WORKLOADS[cell.workload]
+        return replace(probe, ready_line=WORKLOAD_LINE, command=command) if command else probe
+
+    def _costs(self, container: RunningContainer, began: _Begin) -> Row:
+        groups = self._containerd.groups
+        cpu_s = groups.cpu_s() - began.cpu_s + process_cpu_s(container.client_pid)
+        daemons, containers = groups.pss_bytes()
+        return {"cpu_s": cpu_s, "pss_bytes": daemons, "container_pss_bytes": containers}
+
+    # Store an image in every compared form, unless the registry has the form from an earlier run.
+    def _publish(self, image: BuiltImage) -> BenchImage:
+        spec, recipe = self._spec, image.recipe
+        source = Source(image, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
+        references = {}
+        with closing(RegistryClient()) as client:
+            for name in self._spec.snapshotters:
+                adapter = ADAPTERS[name]
+                references[name] = self._registry.reference(recipe.name, adapter.tag(source))
+                if not is_published(client, references[name]):
+                    self._say(f"{recipe.name}: publishing for {name}")
+                    with self._network.unshaped():
+                        adapter.publish(self._containerd, source, client, references[name])
+                if adapter.secure:
+                    references[name] = self._registry.reference(recipe.name, adapter.tag(source), secure=True)
+        return BenchImage(image, references)
+
+
+# "completion_s" is the time from the start's begin to the registry's last answer, 0 without requests.
+def _completion(requests: list[Request], began_s: float) -> Row:
+    last_s = max((request.ended_s for request in requests), default=began_s)
+    return {"completion_s": max(0.0, last_s - began_s), "completion_bytes": Traffic.of(requests).written}
+
+
+def process_cpu_s(pid: int) -> float:
+    """Return the processor time of a process and its ended children, in seconds; 0 if the process is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+# Pulls run in this process or in a child that it waits for.
+def _clients_cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _timed(row: Row, pull_s: float) -> Row:
+    total_s = pull_s + row["create_s"] + row["start_s"] + row["ready_s"]
+    return {**row, "pull_s": pull_s, "total_s": total_s}

@@ -1,0 +1,3 @@
+"""Figures, reports and notebooks."""
+
+from __future__ import annotations

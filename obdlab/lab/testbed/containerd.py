@@ -1,0 +1,479 @@
+"""The experiment's own containerd, with obdlab's snapshotter as proxy plugin: started, used, and removed.
+
+Its configuration declares other proxy snapshotters from the start, but they run only inside
+:meth:`OwnContainerd.serving`: an idle one would use link, processor and memory.
+It shares only ``/run/containerd/{s,fifo,runc}`` with other containerds. Shims keep sockets and state there by
+namespace and container name, so each experiment uses its own containerd namespace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from obdlab.containerd.client import Containerd
+from obdlab.containerd.errors import UnavailableError
+from obdlab.errors import ObdlabError
+from obdlab.lab.testbed.cgroups import ControlGroups
+from obdlab.lab.testbed.events import EventMonitor
+from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record, orphans
+from obdlab.lab.testbed.probe import wait_for_line
+from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
+from obdlab.pull.rpull import rpull
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.platform import host_platform
+from obdlab.registry.reference import Reference
+from obdlab.server.client import DeviceService
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from obdlab.lab.images.recipe import Probe
+    from obdlab.pull.rpull import PullResult
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_RUNC_ROOT = Path("/run/containerd/runc")
+LAZY_SNAPSHOTTER = "obdlab"
+# If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then.
+_ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimes:
+    """The moments of a start in Unix time (s): stamps of containerd's events, and the sight of the probe's line."""
+
+    requested_s: float
+    container_created_s: float
+    task_created_s: float
+    task_started_s: float
+    ready_s: float
+
+    def phases_s(self) -> dict[str, float]:
+        """Return the seconds of each phase: create (container and task), start (its process runs), ready (line).
+
+        containerd stamps the task's start when the runtime reports it; a fast container is ready before that. Then
+        "ready" is 0, and "start" ends with the line.
+        """
+        started_s = min(self.task_started_s, self.ready_s)
+        return {
+            "create": self.task_created_s - self.requested_s,
+            "start": started_s - self.task_created_s,
+            "ready": self.ready_s - started_s,
+        }
+
+
+class OwnContainerd:
+    """containerd and obdlab's snapshotter below ``directory``; a context manager that leaves only logs behind.
+
+    ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
+    below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` can run. ``settings``
+    are those of obdlab; the host's own settings are not used.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        state_dir: Path = DEFAULT_STATE_DIR,
+        proxies: Sequence[str] = (),
+        settings: Settings | None = None,
+    ) -> None:
+        self.directory = directory
+        self.cache_dir = directory / "cache"
+        self.files_dir = directory / "files"
+        self.root = directory / "containerd"
+        self.snapshotter_root = directory / "snapshotter"
+        self.logs = directory / "logs"
+        self._state_dir = state_dir
+        self._proxies = tuple(proxies)
+        self._settings = replace(settings or Settings(), cache_dir=self.cache_dir)
+        self._served: dict[str, Path] = {}
+        self._stack = ExitStack()
+        self._running: list[RunningContainer] = []
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for path in (self._state_dir, self.logs, self.cache_dir, self.files_dir):
+                path.mkdir(parents=True, exist_ok=True)
+            self.state = self._state_dir / f"ctd-{secrets.token_hex(4)}"
+            self.state.mkdir()
+            record = Record(
+                self._state_dir,
+                "containerd",
+                self.state.name,
+                state=str(self.state),
+                roots=[str(path) for path in self._roots],
+            )
+            stack.callback(record.remove)
+            stack.callback(self._remove_directories)
+            self.groups = ControlGroups(self.namespace)
+            stack.callback(self.groups.remove)
+            self.groups.create()
+            self.devices = DeviceService(self.state / "run", self._settings)
+            stack.callback(self.devices.shutdown, force=True)
+            self._start_snapshotter(stack)
+            self._start_containerd(stack)
+            stack.callback(self.remove_everything)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove containers and images, stop both daemons, unmount, delete all but logs. Idempotent."""
+        self._stack.close()
+
+    @property
+    def address(self) -> Path:
+        """The path of containerd's socket."""
+        return self.state / "containerd.sock"
+
+    @property
+    def namespace(self) -> str:
+        """The containerd namespace of the experiment."""
+        return self.state.name
+
+    @property
+    def snapshotters(self) -> tuple[str, ...]:
+        """The names of the snapshotters that run now."""
+        return tuple(self.layer_directories)
+
+    @property
+    def layer_directories(self) -> dict[str, Path]:
+        """The directories of layer data on disk by snapshotter, for those that run now."""
+        snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
+        return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir, **self._served}
+
+    @property
+    def _roots(self) -> list[Path]:
+        return [self.root, self.snapshotter_root, self.files_dir, *(self.proxy_root(name) for name in self._proxies)]
+
+    def proxy_socket(self, name: str) -> Path:
+        """Return the socket at which containerd looks for the snapshotter ``name``."""
+        return self.state / f"{name}.sock"
+
+    def proxy_root(self, name: str) -> Path:
+        """Return the directory for all files of the snapshotter ``name``."""
+        return self.directory / name
+
+    @contextmanager
+    def serving(
+        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Run the daemon of the snapshotter ``name`` at its socket; afterwards stop it and remove its files.
+
+        Raises LabError with the daemon's last output if it ends or does not serve in time.
+        """
+        socket, root = self.proxy_socket(name), self.proxy_root(name)
+        root.mkdir(parents=True, exist_ok=True)
+        daemon = Daemon(name, command, self.logs / f"{name}.log", environment)
+        try:
+            self.groups.add(daemon.pid)
+            daemon.wait_for(socket.exists, "socket")
+            daemon.wait_for(lambda: self._reaches(name), "connection from containerd")
+            self._served[name] = root
+            yield
+        finally:
+            self._served.pop(name, None)
+            daemon.stop()
+            socket.unlink(missing_ok=True)
+            unmount_below([root])
+            shutil.rmtree(root, ignore_errors=True)
+
+    # containerd connects again only after some seconds, and answers some calls from its database alone: only a call
+    # that reaches the daemon proves the connection.
+    def _reaches(self, name: str) -> bool:
+        key = f"reach-{secrets.token_hex(4)}"
+        with self.client() as client:
+            snapshots = client.snapshots(name)
+            try:
+                snapshots.prepare(key, "")
+            except UnavailableError:
+                time.sleep(0.1)
+                return False
+            snapshots.remove(key)
+        return True
+
+    @property
+    def ctr(self) -> tuple[str, ...]:
+        """The first words of a ``ctr`` command for this containerd and namespace."""
+        return ("ctr", "--address", str(self.address), "--namespace", self.namespace)
+
+    def client(self) -> Containerd:
+        """Return a new client of this containerd; the caller closes it."""
+        return Containerd(str(self.address), self.namespace)
+
+    def pull(self, reference: str, snapshotter: str = "overlayfs", timeout_s: float = 600.0) -> None:
+        """Pull everything and unpack it, as ``ctr images pull`` does. Raises LabError."""
+        options = ("--plain-http", "--snapshotter", snapshotter)
+        run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=_ENVIRONMENT)
+
+    def lazy_pull(self, reference: str) -> PullResult:
+        """Pull metadata only, as ``obdlab rpull`` does, but in this process: no Python start is measured."""
+        with self.client() as containerd, closing(RegistryClient()) as registry:
+            return rpull(
+                containerd,
+                registry,
+                Reference.parse(reference),
+                snapshotter=LAZY_SNAPSHOTTER,
+                platform=host_platform(),
+            )
+
+    def start(self, reference: str, name: str, snapshotter: str, probe: Probe) -> RunningContainer:
+        """Run a container with ``ctr run`` and return once it is ready.
+
+        Raises LabError with the container's last output if it cannot be started, ends, or is not ready in time; the
+        container is removed then.
+        """
+        words = ["--snapshotter", snapshotter, reference, name]
+        return self.start_with(words, probe.command, name, probe, f"{reference} on {snapshotter}", time.time())
+
+    def start_with(
+        self, words: Sequence[str], command: Sequence[str], name: str, probe: Probe, what: str, requested_s: float
+    ) -> RunningContainer:
+        """Run ``ctr run WORDS COMMAND``; the start began at ``requested_s``, ``what`` names it in errors."""
+        self.groups.prepare_container(name)
+        child = subprocess.Popen(
+            [*self.ctr, "run", *words, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        container = RunningContainer(self, name, child)
+        self._running.append(container)
+        try:
+            assert child.stdout is not None
+            ready_s = wait_for_line(child.stdout.fileno(), probe, what)
+            stamps = [self._events.wait_for(topic, key, name).time_s for topic, key in _STAGES]
+        except BaseException:
+            container.remove()
+            raise
+        container.times = StartTimes(requested_s, stamps[0], stamps[1], stamps[2], ready_s)
+        return container
+
+    def remove_image(self, reference: str, timeout_s: float = 30.0) -> None:
+        """Remove an image with its snapshots and content. Raises LabError if some of it is still in use."""
+        with self.client() as client:
+            with suppress(ObdlabError):  # the image is missing: only wait for its snapshots and content
+                client.images.delete(reference, sync=True)
+            if not client.images.list():
+                wait_until(lambda: not self.leftovers(client), "removal of snapshots and content", timeout_s, 0.02)
+
+    def leftovers(self, client: Containerd) -> list[str]:
+        """Return the present snapshots and content in words."""
+        found = [f"content {info.digest}" for info in client.content.list()]
+        for snapshotter in self.snapshotters:
+            found += [f"{snapshotter} snapshot {info.name}" for info in client.snapshots(snapshotter).list()]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts about containerd that the rows' environment records."""
+        with self.client() as client:
+            version = client.version()
+        return {
+            "containerd_version": version.version,
+            "unpigz": False,
+            "cri": False,
+            "pull_client": "ctr images pull",
+        }
+
+    def _start_snapshotter(self, stack: ExitStack) -> None:
+        socket = self.proxy_socket(LAZY_SNAPSHOTTER)
+        arguments = ["--root", str(self.snapshotter_root), "--address", str(socket)]
+        settings = self.state / "obdlab.json"
+        settings.write_text(self._settings.to_json())
+        arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
+        arguments += ["--settings", str(settings)]
+        command = [sys.executable, "-m", "obdlab", "-v", "snapshotter", *arguments]
+        snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
+        stack.callback(snapshotter.stop)
+        self.groups.add(snapshotter.pid)
+        snapshotter.wait_for(socket.exists, "socket")
+        # A host in use has a running device host, so its start (Python with all imports) is not measured.
+        self.devices.start_host()
+        self.groups.add(json.loads((self.devices.run_dir.path / "host.pid").read_text())["pid"])
+
+    def _start_containerd(self, stack: ExitStack) -> None:
+        config = self.state / "config.toml"
+        config.write_text(self._configuration())
+        daemon = Daemon(
+            "containerd", ["containerd", "--config", config], self.logs / "containerd.log", environment=_ENVIRONMENT
+        )
+        stack.callback(daemon.stop)
+        self.groups.add(daemon.pid)
+        daemon.wait_for(self._answers, "answer on its socket")
+        self._events = EventMonitor(self.ctr)
+        stack.callback(self._events.close)
+
+    def _configuration(self) -> str:
+        # JSON strings are TOML strings.
+        proxies = "".join(
+            f"""\
+[proxy_plugins.{name}]
+type = "snapshot"
+address = {json.dumps(str(self.proxy_socket(name)))}
+"""
+            for name in (LAZY_SNAPSHOTTER, *self._proxies)
+        )
+        return f"""\
+version = 2
+root = {json.dumps(str(self.root))}
+state = {json.dumps(str(self.state / "state"))}
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = {json.dumps(str(self.address))}
+[debug]
+level = "info"
+{proxies}"""
+
+    def _answers(self) -> bool:
+        if not self.address.exists():
+            return False
+        try:
+            with Containerd(str(self.address), self.namespace, timeout_s=2.0) as client:
+                client.version()
+        except ObdlabError:
+            return False
+        return True
+
+    def remove_everything(self) -> None:
+        """Remove all containers and images, also those of a start that failed. Raises LabError."""
+        for container in self._running:
+            container.remove()
+        for name in run([*self.ctr, "containers", "list", "-q"]).split():
+            self.remove_container(name)
+        with self.client() as client:
+            for image in client.images.list():
+                with suppress(LabError):  # still in use: prove_cold reports the remains
+                    self.remove_image(image.name)
+
+    def remove_container(self, name: str) -> None:
+        """Kill a container's task if it runs and remove it with its snapshot. Raises LabError."""
+        with suppress(LabError):  # no task: it has ended or never started
+            run([*self.ctr, "tasks", "delete", "--force", name])
+        run([*self.ctr, "containers", "delete", name])
+
+    def _remove_directories(self) -> None:
+        unmount_below([self.state, *self._roots])
+        _remove_runtime_state(self.namespace)
+        for path in (self.state, *self._roots, self.cache_dir):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_STAGES = (("/containers/create", "id"), ("/tasks/create", "container_id"), ("/tasks/start", "container_id"))
+
+
+class RunningContainer:
+    """A running container, with ``ctr run`` attached to it."""
+
+    times: StartTimes
+
+    @property
+    def client_pid(self) -> int:
+        """The process ID of ``ctr run``."""
+        return self._child.pid
+
+    def __init__(self, host: OwnContainerd, name: str, child: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self._host = host
+        self._child = child
+        self._removed = False
+
+    def remove(self, timeout_s: float = 30.0) -> None:
+        """Kill the container and remove it with its snapshot. Raises LabError if it does not go away. Idempotent."""
+        if self._removed:
+            return
+        deadline = time.monotonic() + timeout_s
+        while self._child.poll() is None and time.monotonic() < deadline:
+            # Repeat the kill: a container that is still starting has no task yet.
+            with suppress(LabError):
+                run(
+                    [*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s
+                )
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(0.1)
+        if self._child.poll() is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait(timeout_s)
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+        if self.name in run([*self._host.ctr, "containers", "list", "-q"]).split():
+            self._host.remove_container(self.name)
+        self._removed = True
+
+
+def unmount_below(directories: list[Path]) -> list[Path]:
+    """Unmount everything below the directories, newest first, lazily; return what was mounted."""
+    roots = [directory.resolve() for directory in directories]
+    entries = [entry for entry in mount.mounts() if any(entry.mountpoint.is_relative_to(root) for root in roots)]
+    for entry in reversed(entries):
+        mount.unmount(entry.mountpoint, lazy=True)
+    return [entry.mountpoint for entry in entries]
+
+
+def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
+    """Take down the containerds of killed experiments with their containers; return the containerds' names."""
+    removed = []
+    for path, facts in orphans(state_dir, "containerd"):
+        state = state_dir / str(facts["name"])
+        _kill_processes_naming(str(state))
+        _remove_runtime_state(state.name)
+        if state.is_dir():
+            with suppress(ObdlabError):
+                DeviceService(state / "run", Settings()).shutdown(force=True)
+        roots = [Path(root) for root in facts.get("roots", [])]
+        unmount_below([state, *roots])
+        for directory in (state, *roots):
+            shutil.rmtree(directory, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        removed.append(state.name)
+    return removed
+
+
+def _remove_runtime_state(namespace: str) -> None:
+    # runc deletes containers that lost their shim. No other program removes the namespace's cgroups.
+    state = _RUNC_ROOT / namespace
+    for container in state.iterdir() if state.is_dir() else ():
+        with suppress(LabError):
+            run(["runc", "--root", state, "delete", "--force", container.name])
+    shutil.rmtree(state, ignore_errors=True)
+    for directory in (*_CGROUPS.glob(f"*/{namespace}"), _CGROUPS / namespace):
+        for path in (*directory.glob("*/"), directory):
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _kill_processes_naming(text: str) -> None:
+    # Daemons and shims have the path of this containerd's socket among their arguments.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _processes_naming(text):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        with suppress(LabError):
+            wait_until(lambda: not _processes_naming(text), "end of processes", 5.0, 0.05)
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
+            with suppress(OSError):
+                if text.encode() in (directory / "cmdline").read_bytes():
+                    found.append(int(directory.name))
+    return found

@@ -1,0 +1,3 @@
+"""Tools for layer files: describe, verify, compare, write, import."""
+
+from __future__ import annotations

@@ -1,0 +1,84 @@
+"""Unpacking a read-only image to a plain file, shared by all devices of the image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from obdlab.cache.space import CacheSpace
+from obdlab.cache.unpacked import FlatFileError, FlatFiles
+from obdlab.errors import CorruptBlobError, ObdlabError
+from obdlab.formats.lsmt.layout import SECTOR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.image.open import Image
+    from obdlab.settings.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class FlattenError(ObdlabError):
+    """An image cannot be unpacked at present."""
+
+
+def flat_files(settings: Settings) -> FlatFiles:
+    """Return the unpacked images in the directory that the settings name."""
+    return FlatFiles(CacheSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free))
+
+
+def flat_name(image: Image) -> str:
+    """Return the name of the unpacked image: the same for images of the same layers.
+
+    Raises FlattenError if a layer has nothing that identifies it.
+    """
+    if not image.identity or not all(image.identity):
+        raise FlattenError(f"{image.name}: a layer has neither a digest nor a file of its own")
+    return hashlib.sha256(json.dumps([image.size, *image.identity]).encode()).hexdigest()
+
+
+def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], object] = lambda _, __: None) -> int:
+    """Unpack the image, or check the unpacked file; return a descriptor that keeps the file from being removed.
+
+    Every byte is read through the image, so every checksum is checked. ``progress`` gets the bytes of the disk done
+    and in total. Raises FlattenError if layers are not wholly local, FlatFileError if there is no room, and the
+    errors of reading; then nothing is left.
+    """
+    missing = image.unverified()
+    if missing:
+        raise FlattenError(
+            f"{image.name}: {missing} of {len(image.layers)} layers are not in the cache whole and checked yet"
+        )
+    name = flat_name(image)
+    fd = files.open(name)
+    if fd is not None:
+        try:
+            files.check(name, fd)
+        except CorruptBlobError as error:
+            logger.error("%s: made anew", error)
+            files.remove(name)
+        else:
+            return fd
+
+    def read(offset: int, length: int) -> bytes | None:
+        progress(offset, image.size)
+        runs = image.index.lookup(offset // SECTOR, -(-(offset + length) // SECTOR))
+        if all(source < 0 for _, _, source, _ in runs):
+            return None
+        return image.read_at(offset, length)
+
+    files.store(name, image.size, data_size(image), read)
+    progress(image.size, image.size)
+    fd = files.open(name)
+    if fd is None:
+        raise FlatFileError(f"{files.path(name)}: was removed at once")
+    return fd
+
+
+def data_size(image: Image) -> int:
+    """Return the bytes of the disk that its layers store as data, without ranges stored as zeros."""
+    runs = image.index.lookup(0, -(-image.size // SECTOR))
+    return SECTOR * sum(count for _, count, source, _ in runs if source >= 0)

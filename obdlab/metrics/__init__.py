@@ -1,0 +1,3 @@
+"""Counters and health over HTTP."""
+
+from __future__ import annotations

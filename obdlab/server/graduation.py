@@ -1,0 +1,123 @@
+"""Graduation: once its whole image is local, a read-only device goes on without its server.
+
+A process of its own unpacks the image to a plain file (``obdlab.server.unpacking``; every byte is checked as it is
+read), and has the server put that file in its own place. The kernel then closes the served file, so server and keeper
+end as if the device were taken away. The device's record names the file before the change: readers of the record ask
+the kernel whether the change happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from obdlab.blob import WritableBlob
+from obdlab.devices import backingfile
+from obdlab.errors import DeviceError
+from obdlab.image.open import Image
+from obdlab.layerfiles.flatten import flat_files, flat_name
+from obdlab.server.rundir import DeviceRecord
+from obdlab.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from obdlab.blob import Blob
+    from obdlab.devices.device import Device
+
+    Answer = dict[str, Any]
+    Tell = Callable[[dict[str, Any]], None]
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_FIRST_PAUSE_S = 60.0
+_LONGEST_PAUSE_S = 3600.0
+# The change waits for the requests under way; later requests wait for the change.
+_LONG_REQUEST_S = 0.02
+_QUIET_DEADLINE_S = 30.0
+
+
+class Graduation:
+    """Control socket actions for graduation."""
+
+    def __init__(self, device: Device, blob: Blob, directory: Path, is_recorded: Callable[[], bool]) -> None:
+        self._device = device
+        self._blob = blob
+        self._directory = directory
+        self._is_recorded = is_recorded
+        self._changing = threading.Lock()
+        self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {"graduate": self._graduate}
+
+    def _graduate(self, request: dict[str, Any], _: Tell) -> Answer:
+        image = _image_of(self._device, self._blob)
+        if self._is_recorded():
+            raise DeviceError("its reads are being recorded, which the kernel would not do")
+        if flat_name(image) != request.get("name"):
+            raise DeviceError("its layers are other files than those that were unpacked")
+        with self._changing:
+            record = DeviceRecord.load(self._directory)
+            if record is None:
+                raise DeviceError("it is being taken down")
+            files = flat_files(Settings.from_json(record.settings))
+            path = files.path(flat_name(image))
+            file = files.open(path.parent.name)
+            if file is None:
+                raise DeviceError(f"{path}: not there any more")
+            try:
+                if os.fstat(file).st_size != self._device.size:
+                    raise DeviceError(f"{path}: not of the device's size ({self._device.size} bytes)")
+                self._wait_for_quiet()
+                replace(record, graduated=str(path)).save(self._directory)
+                began = time.monotonic()
+                backingfile.go_on_with(self._directory, file)
+                paused_s = time.monotonic() - began
+            finally:
+                os.close(file)
+        log.info("%s: the kernel goes on alone with %s", self._directory.name, path)
+        return {"paused_s": paused_s}
+
+    def _wait_for_quiet(self) -> None:
+        deadline = time.monotonic() + _QUIET_DEADLINE_S
+        while max(self._device.statistics().under_way_s, default=0.0) > _LONG_REQUEST_S:
+            if time.monotonic() > deadline:
+                raise DeviceError(f"requests have waited for more than {_LONG_REQUEST_S:g} s all the time")
+            time.sleep(_LONG_REQUEST_S / 4)
+
+    def start_by_itself(self) -> None:
+        """Graduate in the background once all layers are local, if the image was opened to do so."""
+        if isinstance(self._blob, Image) and self._blob.graduates and self._device.kind == "fuse+loop":
+            threading.Thread(target=self._by_itself, args=(self._blob,), name="graduation", daemon=True).start()
+
+    def _by_itself(self, image: Image) -> None:
+        command = [sys.executable, "-m", "obdlab", "graduate", "--run-dir", str(self._directory.parents[1])]
+        command += ["--low-priority", self._directory.name]
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            while image.unverified():
+                time.sleep(_LOOK_S)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+            if done.returncode == 0:
+                return
+            log.warning("%s: not graduated; tried again in %g s", self._directory.name, pause_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _image_of(device: Device, blob: Blob) -> Image:
+    if isinstance(blob, WritableBlob) or not device.read_only:
+        raise DeviceError(
+            "writable: what is written goes through its server (commit it, and attach the result read-only)"
+        )
+    if not isinstance(blob, Image):
+        raise DeviceError("serves no image of layers")
+    if device.kind != "fuse+loop":
+        raise DeviceError(f"a {device.kind} device has no file behind it that could be exchanged")
+    return blob

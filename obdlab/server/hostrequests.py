@@ -1,0 +1,328 @@
+"""The requests to a device host, each in a process of its own: attach, upgrade, keep, prime.
+
+The process forks the device's keeper (``obdlab.server.keeper``), follows it until the device is ready, answers and
+ends. It holds the lock of the device's directory meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import shlex
+import shutil
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.devices import kinds
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.server import wire
+from obdlab.server.forking import fork_to
+from obdlab.server.keeper import Keeper, Orphan
+from obdlab.server.rundir import DeviceRecord, Plan, Process, RunDir, held, remove_device
+from obdlab.server.takeover import Former, connection_of
+from obdlab.settings.settings import Settings
+from obdlab.system import mount
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+    from obdlab.server.installed import InstalledCode
+    from obdlab.server.keeper import Opener
+
+log = logging.getLogger(__name__)
+
+#: A client sends its request at once; a slower client is dropped.
+REQUEST_TIMEOUT_S = 10.0
+_FAILED_KEEPER_S = 5.0
+_REVIVAL_S = 10.0
+
+
+class HostRequests:
+    """Answers for the host of one run directory. ``opener`` turns a config path and settings into a blob."""
+
+    def __init__(self, run: RunDir, opener: Opener, installed: InstalledCode) -> None:
+        self._run = run
+        self._opener = opener
+        self._installed = installed
+        self._code = installed.digest
+
+    def handle(self, connection: socket.socket) -> None:
+        """Receive one request, do it, answer."""
+        answer: dict[str, Any]
+        try:
+            request = wire.receive(connection, REQUEST_TIMEOUT_S)
+            stale = request.get("op") in ("attach", "upgrade") and self._installed.changed()
+            self._installed.close()  # no server needs it
+            if stale:
+                answer = {"stale": True}  # the client then starts a new host, which runs the installed code
+            elif request.get("op") == "attach":
+                answer = {"device": self._attach(request, connection)}
+            elif request.get("op") == "prime":
+                answer = _prime(request)
+            elif request.get("op") == "upgrade":
+                answer = {"upgraded": self._upgrade(request)}
+            elif request.get("op") == "keep":
+                answer = {"kept": self._keep(request, connection)}
+            else:
+                answer = {"error": f"unknown request (got {request.get('op')!r})"}
+        except ObdlabError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            log.exception("request failed")
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            wire.send(connection, answer)
+        except OSError as error:  # the client is gone
+            log.warning("client gone before its answer (%s): %s", error.strerror, answer)
+
+    def _attach(self, request: dict[str, Any], connection: socket.socket) -> dict[str, Any]:
+        try:
+            config, device_id = Path(request["config"]), str(request["device_id"])
+            settings, timeout_s = str(request["settings"]), wire.timeout_of(request)
+            sha256, readahead_kib = str(request["config_sha256"]), int(request["readahead_kib"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(f"attach request: {error!r}") from error
+        deadline = time.monotonic() + timeout_s
+        directory = self._run.device(device_id)
+        kind = _kind_of(settings)
+        with held(directory, timeout_s) as lock:
+            if _still_attached(directory, config, sha256, settings) is None:
+                _clear_leftovers(directory, device_id)
+                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code, kind=kind.name)
+                with closed_at_end(kind.connect()) as handed_on:
+                    try:
+                        self._start_keeper(plan, directory, deadline, handed_on, (connection.fileno(), lock))
+                    except BaseException:
+                        remove_device(directory, force=True)
+                        raise
+                if _has_hung_up(connection):  # no client knows of the device: it was killed or gave up
+                    remove_device(directory, force=True)
+                    raise DeviceError(f"device {device_id}: its client went away during the attach")
+            record = DeviceRecord.load(directory)
+            if record is None:
+                raise DeviceError(f"device {device_id}: gone again")
+            return asdict(record)
+
+    def _upgrade(self, request: dict[str, Any]) -> bool:
+        deadline, directory = self._deadline_and_directory(request)
+        device_id, force = directory.name, request.get("force") is True
+        with self._held_if_there(directory, deadline) as (lock, record):
+            if not record.alive:
+                raise DeviceError(f"device {device_id}: no such device is being served")
+            if record.is_graduated or (record.code == self._code and record.is_kept and not force):
+                return False
+            kind = kinds.find(record.kind)
+            if record.keeper is None and not kind.can_change_servers():
+                raise DeviceError(
+                    f"device {device_id}: the kernel lets no other server go on with it (Linux 6.9 does)"
+                )
+            former = Former(record)
+            with closed_at_end(former.connection() if kind.is_shared else kinds.NO_CONNECTION) as handed_on:
+                try:
+                    self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), former=former)
+                except BaseException:
+                    former.go_on()  # the new keeper does that unless it was killed
+                    raise
+        return True
+
+    def revive(self, directory: Path) -> None:
+        """Give a device without keeper and server both again. Raises DeviceError."""
+        with self._held_if_there(directory, time.monotonic() + _REVIVAL_S) as (lock, record):
+            if is_revivable(directory, record):
+                self._start_keeper(
+                    self._plan_of(record),
+                    directory,
+                    time.monotonic() + _REVIVAL_S,
+                    kinds.NO_CONNECTION,
+                    (lock,),
+                    revived=record,
+                )
+
+    def _deadline_and_directory(self, request: dict[str, Any]) -> tuple[float, Path]:
+        timeout_s = wire.timeout_of(request)
+        return time.monotonic() + timeout_s, self._run.device(str(request.get("device_id")))
+
+    # Yields the lock and the record of a known device. Raises DeviceError if the device is unknown.
+    @contextmanager
+    def _held_if_there(self, directory: Path, deadline: float) -> Iterator[tuple[int, DeviceRecord]]:
+        with held(directory, deadline - time.monotonic()) as lock:
+            record = DeviceRecord.load(directory)
+            if record is None:
+                with suppress(OSError):
+                    directory.rmdir()  # was made only for the lock
+                raise DeviceError(f"device {directory.name}: no such device is being served")
+            yield lock, record
+
+    def _plan_of(self, record: DeviceRecord) -> Plan:
+        return Plan(**{each.name: getattr(record, each.name) for each in fields(Plan)} | {"code": self._code})
+
+    # A server whose keeper was killed asks for another keeper, which adopts it; the connection becomes their channel.
+    def _keep(self, request: dict[str, Any], connection: socket.socket) -> bool:
+        deadline, directory = self._deadline_and_directory(request)
+        peer = wire.peer_of(connection)
+        description = _described(request.get("server"), peer.pid)
+        with self._held_if_there(directory, deadline) as (lock, record):
+            if record.is_kept or (record.process.alive and record.pid != peer.pid):
+                raise DeviceError(f"device {directory.name}: is served by others (server {record.pid})")
+            orphan = Orphan(peer.pid, connection, description | {"code": record.code})
+            is_shared = kinds.find(record.kind).is_shared
+            with closed_at_end(connection_of(peer.pid) if is_shared else kinds.NO_CONNECTION) as handed_on:
+                self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
+        return True
+
+    # Forks the keeper and follows it until the device is ready. A keeper whose pipe is closed ends, with its
+    # processes.
+    def _start_keeper(
+        self,
+        plan: Plan,
+        directory: Path,
+        deadline: float,
+        handed_on: int,
+        not_its: tuple[int, ...],
+        **there: Any,
+    ) -> None:
+        reader, writer = os.pipe()
+
+        def keep() -> None:
+            for fd in (reader, *not_its):
+                os.close(fd)
+            Keeper(plan, directory, self._opener, handed_on, writer, **there).run()
+
+        pid = None
+        try:
+            try:
+                pid = fork_to(keep)
+            finally:
+                os.close(writer)
+            _follow(reader, deadline)
+        except BaseException:
+            os.close(reader)  # the keeper ends then
+            keeper = None if pid is None else Process.of(pid)
+            if keeper is not None:
+                keeper.end(_FAILED_KEEPER_S)
+            raise
+        os.close(reader)
+
+
+def stays_without_server(record: DeviceRecord) -> bool:
+    """Return True if the kernel keeps such a device after the death of all its processes; its users wait then.
+
+    A FUSE connection ends with the last process that holds it; TCMU and ublk devices stay.
+    """
+    kind = kinds.KINDS.get(record.kind)
+    return kind is not None and not kind.is_shared
+
+
+def is_revivable(directory: Path, record: DeviceRecord) -> bool:
+    """Return True if a device is still in the kernel and waits for a server that no process will start."""
+    if record.alive or not stays_without_server(record):
+        return False
+    return Path(record.path) in kinds.KINDS[record.kind].devices_of(directory)
+
+
+def _described(server: object, pid: int) -> dict[str, Any]:
+    process = Process.of(pid)
+    if not isinstance(server, dict) or process is None:
+        raise DeviceError(f"keep request: no server (got {server!r} of process {pid})")
+    wanted = {"kind": str, "path": str, "size": int, "read_only": bool, "can_change_servers": bool}
+    wrong = [name for name, type_ in wanted.items() if type(server.get(name)) is not type_]
+    if wrong:
+        raise DeviceError(f"keep request: malformed {', '.join(wrong)}")
+    return {name: server[name] for name in wanted} | {"pid": process.pid, "start_time": process.start_time}
+
+
+def _prime(request: dict[str, Any]) -> dict[str, Any]:
+    from obdlab.image.config import ImageConfig
+    from obdlab.image.priming import prime
+
+    prime(ImageConfig.from_json(request.get("image")), Settings.from_json(str(request.get("settings"))))
+    return {}
+
+
+@contextmanager
+def closed_at_end(fd: int) -> Iterator[int]:
+    """Close a descriptor, unless it is negative, at the end of a ``with``."""
+    try:
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+    return bool(poller.poll(0))
+
+
+# Raises DeviceError if this host has no devices of the kind in the settings.
+def _kind_of(settings: str) -> kinds.Kind:
+    kind = kinds.find(Settings.from_json(settings).device_kind)
+    kinds.check(kind)
+    return kind
+
+
+def _still_attached(directory: Path, config: Path, sha256: str, settings: str) -> DeviceRecord | None:
+    record = DeviceRecord.load(directory)
+    if record is None or not record.alive:
+        return None
+    if Path(record.path) not in kinds.devices_of(directory):
+        return None  # the device was taken away: worth no more than a dead server
+    if record.config != str(config):
+        raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")
+    if record.config_sha256 != sha256:
+        raise DeviceError(f"device {record.device_id}: {config} has changed since it was attached; detach it first")
+    wanted = Settings.from_json(settings).device_kind
+    if wanted not in (kinds.AUTOMATIC, record.kind):
+        raise DeviceError(f"device {record.device_id}: attached as {record.kind} (wanted {wanted}); detach it first")
+    return record
+
+
+def _clear_leftovers(directory: Path, device_id: str) -> None:
+    record = DeviceRecord.load(directory)
+    try:
+        kinds.take_down(directory)
+    except DeviceError as error:
+        raise DeviceError(f"device {device_id}: its server is dead, but {error}{_way_out(directory)}") from error
+    if record is not None:
+        for process in record.servers():
+            process.end(2.0)
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+# A dead file system answers with I/O errors until it is unmounted. Only its users know when they can do without it.
+def _way_out(directory: Path) -> str:
+    mounts = [entry for device in kinds.devices_of(directory) for entry in mount.mounts_of(device)]
+    if not mounts:
+        return ""
+    targets = dict.fromkeys(shlex.quote(str(entry.mountpoint)) for entry in mounts)
+    return f"; run: umount {' '.join(targets)} and attach again"
+
+
+def _follow(reader: int, deadline: float) -> None:
+    stage, buffered = "starting", b""
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    while True:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not poller.poll(remaining * 1000):
+            raise DeviceError(f"gave up at the deadline of the attach, while {stage}")
+        part = os.read(reader, 1 << 16)
+        if not part:
+            raise DeviceError(f"the device server ended unexpectedly while {stage} (its log says more)")
+        buffered += part
+        *lines, buffered = buffered.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                raise DeviceError(message["error"])
+            if "ready" in message:
+                return
+            stage = message["stage"]

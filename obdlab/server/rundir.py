@@ -1,0 +1,386 @@
+"""The run directory: the host's socket, and one directory per device with the device's record.
+
+State lives in the kernel (loop devices, mounts, processes); the files here only point to it. So a killed host or
+client loses nothing, and leftovers of a killed server are found by their directory.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from obdlab.devices import backingfile, kinds
+from obdlab.errors import DeviceError
+from obdlab.records import known_fields
+from obdlab.system.ownfiles import check_own_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: The device host's socket.
+SOCKET_NAME = "host.sock"
+#: Locked by the client that starts the host.
+START_LOCK_NAME = "host.start.lock"
+#: Has a keeper take its device down once it is unused.
+TAKE_DOWN_SIGNAL = signal.SIGUSR1
+#: In a snapshotter's root: the file that the snapshotter locks while it runs.
+SNAPSHOTTER_LOCK = "lock"
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_LOCK_PAUSE_S = 0.01
+_FLUSH_TIMEOUT_S = 120.0
+#: A keeper ends last, unless it was killed.
+_KEEPERLESS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process; its start time (clock ticks since boot) distinguishes it from later ones with the same number."""
+
+    pid: int
+    start_time: int
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Return the running process ``pid``, or None; a zombie is not running."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        state, start_time = _state_and_start(text)
+        return None if state in (b"Z", b"X") else cls(pid, start_time)
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return Process.of(self.pid) == self
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal to this very process. Return False if it is gone."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if not self._is_there():
+                return False
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
+
+    def end(self, timeout_s: float) -> None:
+        """Wait for the process to end by itself; after ``timeout_s`` kill it. Raises DeviceError if it survives."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:  # gone
+            return
+        try:
+            # Not "alive": threads of a killed process may outlive its first one, which is a zombie then.
+            if not self._is_there() or _ended(pidfd, timeout_s):
+                return
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if not _ended(pidfd, 5.0):
+                raise DeviceError(f"process {self.pid}: still there 5 s after SIGKILL")
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(pidfd)
+
+    def _is_there(self) -> bool:
+        try:
+            return _state_and_start(Path(f"/proc/{self.pid}/stat").read_bytes())[1] == self.start_time
+        except OSError:
+            return False
+
+
+# Not by select, which fails on descriptors from 1024 on: a snapshotter has one for each of its images.
+def _ended(pidfd: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
+
+
+# Parses /proc/PID/stat. The process's name comes before and may hold any characters, blanks and parentheses included.
+def _state_and_start(text: bytes) -> tuple[bytes, int]:
+    fields = text.rpartition(b") ")[2].split()
+    return fields[0], int(fields[19])
+
+
+class DeviceState(enum.StrEnum):
+    """State of an attached device."""
+
+    #: Served; a death of its server or keeper will be repaired.
+    WHOLE = "whole"
+    #: Served. Its keeper was killed; the server is getting another one, or the kernel is too old for keepers.
+    UNKEPT = "without keeper"
+    #: A server is being started; its users wait.
+    RESTARTING = "restarting"
+    #: The kernel serves it alone, from a local file.
+    GRADUATED = "graduated"
+    #: Keeper and server are dead.
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of a device: enough to start a server for it at any time."""
+
+    device_id: str
+    config: str
+    config_sha256: str
+    #: As ``Settings.to_json`` wrote them.
+    settings: str = "{}"
+    readahead_kib: int = 128
+    #: Digest of the code that its servers run.
+    code: str = ""
+    #: The local file that was to replace the server; the kernel knows whether it did. "": no file.
+    graduated: str = ""
+    #: Name of the device's kind (``devices.kinds``).
+    kind: str = "fuse+loop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecord(Plan):
+    """Record of an attached device: written when its servers change, read by all processes."""
+
+    path: str
+    size: int
+    read_only: bool
+    pid: int
+    start_time: int
+    #: The process that replaces servers; 0: no keeper.
+    keeper_pid: int = 0
+    keeper_start_time: int = 0
+    helpers: list[int] = field(default_factory=list)
+    #: Number of servers that died.
+    restarts: int = 0
+    #: The server that opens the image to replace a dead one; 0: no such server.
+    starting_pid: int = 0
+    starting_start_time: int = 0
+
+    @property
+    def process(self) -> Process:
+        """The device's server."""
+        return Process(self.pid, self.start_time)
+
+    def servers(self) -> list[Process]:
+        """The device's server, and the living ones among its helpers and starting servers."""
+        helpers = (Process.of(pid) for pid in self.helpers)
+        starting = [self.starting] if self.starting is not None else []
+        return [self.process, *(each for each in helpers if each is not None), *starting]
+
+    @property
+    def keeper(self) -> Process | None:
+        """The process that replaces the server when it dies."""
+        return Process(self.keeper_pid, self.keeper_start_time) if self.keeper_pid else None
+
+    @property
+    def starting(self) -> Process | None:
+        """The process that is about to be the server."""
+        return Process(self.starting_pid, self.starting_start_time) if self.starting_pid else None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the server is replaced when it dies."""
+        return self.keeper is not None and self.keeper.alive
+
+    @property
+    def is_graduated(self) -> bool:
+        """Whether the kernel serves it alone, from a local file: it has no processes then."""
+        return bool(self.graduated) and backingfile.is_behind(self.graduated, Path(self.path))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is served, or will be in a moment."""
+        return self.state is not DeviceState.DEAD
+
+    @property
+    def state(self) -> DeviceState:
+        """The device's state at this moment."""
+        if self.process.alive:
+            return DeviceState.WHOLE if self.is_kept else DeviceState.UNKEPT
+        if self.is_kept or (self.starting is not None and self.starting.alive):
+            return DeviceState.RESTARTING
+        return DeviceState.GRADUATED if self.is_graduated else DeviceState.DEAD
+
+    def save(self, directory: Path) -> None:
+        """Write the record into a device's directory, all or nothing."""
+        temporary = directory / "disk.json.new"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.replace(directory / "disk.json")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """Read a directory's record; None if it is missing or malformed."""
+        try:
+            return cls.from_json(json.loads((directory / "disk.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return the record from another process. Fields of later versions are left out.
+
+        Raises TypeError if it is malformed.
+        """
+        return cls(**known_fields(cls, values))
+
+
+class RunDir:
+    """Paths below one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    def create(self) -> None:
+        """Make the directories, readable by this user only.
+
+        Raises DeviceError if they cannot be made, or if other users could change their content.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path = self.path.resolve()
+            # Sockets and records are trusted because of their place.
+            check_own_directory(self.path, follow_symlinks=False)
+            self.devices.mkdir(exist_ok=True, mode=0o700)
+            check_own_directory(self.devices, follow_symlinks=False)
+        except OSError as error:
+            where = error.filename or self.path
+            raise DeviceError(f"{where}: cannot make the run directory: {error.strerror}") from error
+
+    @property
+    def devices(self) -> Path:
+        """Holds one directory per device."""
+        return self.path / "devices"
+
+    @property
+    def host_log(self) -> Path:
+        """The log file of the host and all servers."""
+        return self.path / "host.log"
+
+    def device(self, device_id: str) -> Path:
+        """Return the directory of a device. Raises DeviceError if the id is not a plain name."""
+        if not _DEVICE_ID.fullmatch(device_id):
+            raise DeviceError(f"device id: letters, digits, '_', '.' and '-' only, 128 at most (got {device_id!r})")
+        return self.devices / device_id
+
+    def device_directories(self) -> list[Path]:
+        """Return the directories of all devices, including unfinished and abandoned ones."""
+        try:
+            return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
+        except FileNotFoundError:
+            return []
+
+
+def device_id_of(config: Path) -> str:
+    """Return the id of a device attached without one: the same for the same config file."""
+    return hashlib.sha256(os.fsencode(config.resolve())).hexdigest()[:16]
+
+
+def running_snapshotter(config: Path) -> Path | None:
+    """Return the root of the running snapshotter that made this device's configuration, or None.
+
+    Its configurations are ``<root>/snapshots/<id>/block/config.v1.json``.
+    """
+    if len(config.parents) < 4 or (config.parent.name, config.parents[2].name) != ("block", "snapshots"):
+        return None
+    root = config.parents[3]
+    try:
+        descriptor = os.open(root / SNAPSHOTTER_LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return root
+    finally:
+        os.close(descriptor)
+    return None
+
+
+@contextmanager
+def held(directory: Path, timeout_s: float) -> Iterator[int]:
+    """Make the device's directory if needed and keep every other attach or detach out; yields the lock's descriptor.
+
+    The lock is on the directory itself and goes with it: a process that waited for a removed directory starts over.
+    Raises DeviceError after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            os.mkdir(directory, 0o700)
+        except FileExistsError:  # exist_ok would check again, and fail if the directory was removed in between
+            pass
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            _lock_until(lock, directory, deadline)
+            if _is_still(lock, directory):
+                yield lock
+                return
+        finally:
+            os.close(lock)
+
+
+def _lock_until(lock: int, directory: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"device {directory.name}: another attach or detach of it is still going on"
+                ) from None
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return
+
+
+def _is_still(lock: int, directory: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(directory))
+    except FileNotFoundError:
+        return False
+
+
+def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+    """Take down in order: the device, its server, its directory. The caller holds the device's lock.
+
+    Works the same whether the server runs, hangs or was killed. Raises DeviceError, having changed nothing, while a
+    file system is mounted from the device, unless ``force``.
+    """
+    record = DeviceRecord.load(directory)
+    kinds.take_down(directory, timeout_s=timeout_s, force=force)
+    if record is not None:
+        patience_s = _patience_s(record, timeout_s, force)
+        if record.keeper is not None:
+            record.keeper.end(patience_s)  # after its servers
+            record = DeviceRecord.load(directory) or record  # the last server may have been replaced since
+            patience_s = min(patience_s, _KEEPERLESS_S)
+        for process in record.servers():
+            process.end(patience_s)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+# With force the device may have vanished under its users, and then its server never notices the end. Otherwise a
+# server of a writable device may have much data to flush before it ends.
+def _patience_s(record: DeviceRecord, timeout_s: float, force: bool) -> float:
+    if force:
+        return min(timeout_s, 2.0)
+    return timeout_s if record.read_only else max(timeout_s, _FLUSH_TIMEOUT_S)

@@ -1,0 +1,105 @@
+"""The keeper's view of a device's server: the process, its channel, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import socket
+
+    from obdlab.server.deaths import Start
+
+log = logging.getLogger(__name__)
+
+#: Longest message of a server.
+_LIMIT = 1 << 20
+
+
+class ServerProcess:
+    """A process that this keeper forked, or adopted after its own keeper's death.
+
+    ``number`` is 0 for the device's server; other numbers are helpers. Raises OSError if the process is gone.
+    """
+
+    def __init__(self, pid: int, channel: socket.socket, number: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.channel = channel
+        self.number = number
+        #: When it became ready; None before that.
+        self.start: Start | None = None
+        #: The server's own reason why it cannot serve.
+        self.error = ""
+        self._received = bytearray()
+
+    def listen(self) -> list[dict[str, Any]] | None:
+        """Return the received messages, or None if its end of the channel is closed.
+
+        A server that sends a malformed message is not read any more.
+        """
+        try:
+            part = self.channel.recv(1 << 16)
+        except ConnectionResetError:  # it died before it read the host's answer on an adopted channel
+            part = b""
+        if not part:
+            return None
+        self._received += part
+        *lines, rest = self._received.split(b"\n")
+        self._received = bytearray(rest)
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            messages = [None]
+        if len(rest) > _LIMIT or not all(isinstance(each, dict) for each in messages):
+            log.error("server %d: malformed messages on its channel: not read any more", self.pid)
+            return None
+        return messages
+
+    def last_messages(self) -> list[dict[str, Any]]:
+        """Return a dead server's unread messages."""
+        os.set_blocking(self.channel.fileno(), False)
+        messages: list[dict[str, Any]] = []
+        with suppress(BlockingIOError, OSError):
+            while (more := self.listen()) is not None:
+                messages += more
+        return messages
+
+    def kill(self) -> None:
+        """Kill it, unless it is gone."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def bury(self) -> int | None:
+        """Reap a dead server and close its descriptors. Return its wait status.
+
+        Returns None if another process is its parent.
+        """
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            return None
+        finally:
+            self.channel.close()
+            os.close(self.pidfd)
+        return status
+
+
+def killed_by(status: int | None) -> int | None:
+    """Return the signal of a wait status, 0 if the process exited, None if the status is unknown."""
+    if status is None:
+        return None
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def how_ended(status: int | None) -> str:
+    """Describe a wait status in words."""
+    if status is None:
+        return "in a way that only its parent knows"
+    if os.WIFSIGNALED(status):
+        return f"by signal {os.WTERMSIG(status)}"
+    return f"with status {os.waitstatus_to_exitcode(status)}"

@@ -1,3 +1,0 @@
-"""Device servers as processes of their own."""
-
-from __future__ import annotations

@@ -1,0 +1,3 @@
+"""File systems of images, read and written in user space."""
+
+from __future__ import annotations

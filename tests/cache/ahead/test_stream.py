@@ -1,0 +1,172 @@
+"""A blob fetched in order by one request, and readers beside it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from obdlab.blob import Blob
+from obdlab.cache.ahead.stream import StreamAhead
+from obdlab.errors import SourceError
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.remoteblob import RemoteBlob
+from tests.cache.origin import DATA, UNIT, Origin, open_cached, wait_until
+from tests.registry.faulty import (
+    Fault,
+    faulty_registry,
+    no_content_range,
+    other_range,
+    reset,
+    short_body,
+    status,
+    whole_blob,
+)
+
+
+class Streamed(Origin):
+    """An origin that can be read as it comes; it counts requests, and may fail at a byte, once."""
+
+    def __init__(self, break_at: int | None = None) -> None:
+        super().__init__()
+        self.opened: list[tuple[int, int]] = []
+        self.break_at = break_at
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def open_range(self, offset: int, length: int) -> Comes:
+        self.opened.append((offset, length))
+        return Comes(self, offset)
+
+
+class Comes:
+    def __init__(self, origin: Streamed, offset: int) -> None:
+        self._origin = origin
+        self.position = offset
+        self.closed = False
+
+    def read(self, length: int) -> bytes:
+        assert self._origin.go_on.wait(60)
+        end = self.position + length
+        if self._origin.break_at is not None and end > self._origin.break_at:
+            self._origin.break_at = None
+            raise SourceError("broke off", temporary=True)
+        data = DATA[self.position : end]
+        assert len(data) == length
+        self.position = end
+        return data
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def stream(blob: Blob) -> StreamAhead:
+    made = StreamAhead("hot", blob)  # type: ignore[arg-type]
+    made.start()
+    return made
+
+
+def test_one_request_brings_all_of_it(tmp_path: Path) -> None:
+    origin = Streamed()
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, 10) == DATA[:10]
+        assert stream(blob).wait(60)
+        assert origin.opened == [(UNIT, len(DATA) - UNIT)]
+        assert blob.read_at(0, len(DATA)) == DATA
+        assert origin.reads == [(0, UNIT)]
+        assert blob.statistics()["prefetch_bytes"] == len(DATA) - UNIT
+        assert blob.statistics()["prefetch_used_bytes"] == len(DATA) - UNIT
+        assert stream(blob).wait(60)
+        assert len(origin.opened) == 1
+
+
+def test_after_a_break_the_rest_is_asked_for(tmp_path: Path) -> None:
+    origin = Streamed(break_at=20 * UNIT)
+    with open_cached(tmp_path, origin) as blob:
+        assert stream(blob).wait(60)
+        assert len(origin.opened) == 2
+        assert origin.opened[0] == (0, len(DATA))
+        assert blob.read_at(0, len(DATA)) == DATA
+        assert origin.reads == []
+
+
+def test_a_reader_waits_for_what_is_about_to_come(tmp_path: Path) -> None:
+    origin = Streamed()
+    origin.go_on.clear()
+    with open_cached(tmp_path, origin) as blob:
+        running = stream(blob)
+        wait_until(lambda: len(origin.opened) > 0)
+        got: list[bytes] = []
+        near = threading.Thread(target=lambda: got.append(blob.read_at(0, 5)))
+        near.start()
+        near.join(0.2)
+        assert near.is_alive()
+        origin.go_on.set()
+        near.join(60)
+        assert got == [DATA[:5]]
+        assert running.wait(60)
+        assert origin.reads == []
+
+
+def test_closing_ends_it(tmp_path: Path) -> None:
+    origin = Streamed()
+    origin.go_on.clear()
+    blob = open_cached(tmp_path, origin)
+    running = stream(blob)
+    wait_until(lambda: len(origin.opened) > 0)
+    blob.close()
+    origin.go_on.set()
+    assert running.wait(60)
+    wait_until(lambda: origin.closed == 1)
+
+
+def test_it_is_given_up_after_several_failures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Streamed):
+        def open_range(self, offset: int, length: int) -> Comes:
+            self.opened.append((offset, length))
+            raise SourceError("refused", temporary=True)
+
+    origin = Failing()
+    with open_cached(tmp_path, origin) as blob:
+        assert stream(blob).wait(60)
+        assert len(origin.opened) == 3
+        assert "streaming failed" in caplog.text
+        assert blob.read_at(0, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize(
+    "fault", [short_body(50 * UNIT), reset(50 * UNIT), status(503), other_range, no_content_range, whole_blob]
+)
+def test_real_answers_that_are_not_what_was_asked_for(tmp_path: Path, fault: Fault) -> None:
+    data = DATA * 4
+    with faulty_registry() as registry:
+        client = RegistryClient()
+        registry.next(None, fault)
+        digest = registry.add_blob(data)
+        with open_cached(tmp_path, RemoteBlob(client, registry.repository(), digest, len(data))) as blob:
+            assert blob.read_at(0, UNIT) == data[:UNIT]
+            assert stream(blob).wait(60)
+            assert blob.read_at(0, len(data)) == data
+            assert blob.statistics()["demand_bytes"] == UNIT
+            assert len(registry.requests) == (2 if fault is whole_blob else 3)
+        client.close()
+
+
+def test_the_end_of_a_large_one_comes_by_a_request_of_its_own(tmp_path: Path) -> None:
+    data = DATA * (1 + (6 << 20) // len(DATA))
+    tail = 512 << 10
+    with faulty_registry() as registry:
+        client = RegistryClient()
+        digest = registry.add_blob(data)
+        with open_cached(tmp_path, RemoteBlob(client, registry.repository(), digest, len(data))) as blob:
+            running = StreamAhead("hot", blob, left=100_000)  # type: ignore[arg-type]
+            running.start()
+            assert running.wait(60)
+            assert blob.read_at(0, len(data)) == data
+            assert blob.statistics()["demand_bytes"] == 0
+            end = (len(data) - 100_000) // UNIT * UNIT
+            asked = {str(request.range) for request in registry.requests}
+            begin = end - tail
+            assert asked == {f"bytes=0-{begin - 1}", f"bytes={begin}-{end - 1}", f"bytes={end}-{len(data) - 1}"}
+        client.close()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from obdlab.cache.fetchpool import FetchPool
+
+
+def test_jobs_run_and_a_full_queue_says_so() -> None:
+    pool = FetchPool(threads=1, queued=2)
+    gate, ran = threading.Event(), threading.Semaphore(0)
+
+    def job() -> None:
+        gate.wait(60)
+        ran.release()
+
+    accepted = [pool.submit(job) for _ in range(10)]
+    assert accepted.count(True) in (2, 3)  # one may have left the queue already
+    gate.set()
+    for _ in range(accepted.count(True)):
+        assert ran.acquire(timeout=60)
+
+
+def test_no_thread_to_be_had_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = FetchPool(threads=2, queued=8)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert not pool.submit(lambda: None)
+    done = threading.Event()
+    assert pool.submit(done.set)
+    assert done.wait(60)

@@ -1,0 +1,151 @@
+"""Unpacked disks in the cache directory: whole or not there, within the limits, and never taken from their users."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from obdlab.cache.eviction import evict
+from obdlab.cache.space import CacheSpace, disk_usage
+from obdlab.cache.unpacked import PIECE, FlatFileError, FlatFiles, remove_unused
+from obdlab.errors import CorruptBlobError, SourceError
+
+SIZE = 5 * PIECE + 4096
+#: A disk with zeros of every kind: told as such, stored, and in the middle of a piece.
+CONTENT = (
+    random.Random(1).randbytes(PIECE) + bytes(2 * PIECE) + bytes(PIECE // 2) + b"x" * (PIECE // 2) + bytes(PIECE)
+).ljust(SIZE, b"y")
+
+
+def read(offset: int, length: int) -> bytes | None:
+    return None if offset == PIECE else CONTENT[offset : offset + length]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> CacheSpace:
+    return CacheSpace(tmp_path / "cache", quota=64 * PIECE)
+
+
+def content_of(fd: int) -> bytes:
+    return os.pread(fd, SIZE + 1, 0)
+
+
+def test_is_what_was_read_and_takes_no_space_for_zeros(space: CacheSpace) -> None:
+    files = FlatFiles(space)
+    assert files.open("one") is None
+    files.store("one", SIZE, 2 * PIECE, read)
+    fd = files.open("one")
+    assert fd is not None
+    assert content_of(fd) == CONTENT
+    files.check("one", fd)
+    assert os.fstat(fd).st_blocks * 512 < 2 * PIECE
+    assert space.count() == disk_usage(space.directory)
+    files.store("one", SIZE, 2 * PIECE, lambda *_: pytest.fail("stored twice"))
+    os.close(fd)
+
+
+def test_the_ledger_knows_what_it_takes(space: CacheSpace) -> None:
+    FlatFiles(space).store("one", SIZE, 2 * PIECE, read)
+    counted = 64 * PIECE + space.excess() - 2 * 64 * PIECE // 16
+    assert abs(counted - disk_usage(space.directory)) <= 64 << 10
+
+
+@pytest.mark.parametrize("at", [0, PIECE + 5, SIZE - 1])
+def test_a_changed_byte_is_found(space: CacheSpace, at: int) -> None:
+    files = FlatFiles(space)
+    files.store("one", SIZE, 2 * PIECE, read)
+    with files.path("one").open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([CONTENT[at] ^ 1]))
+    fd = files.open("one")
+    assert fd is not None
+    with pytest.raises(CorruptBlobError, match="wrong checksum"):
+        files.check("one", fd)
+    os.close(fd)
+
+
+def test_sums_that_are_cut_off_or_gone(space: CacheSpace) -> None:
+    files = FlatFiles(space)
+    files.store("one", SIZE, 2 * PIECE, read)
+    fd, sums = files.open("one"), files.path("one").with_name("sums")
+    assert fd is not None
+    os.truncate(sums, sums.stat().st_size - 1)
+    with pytest.raises(CorruptBlobError, match="not those of a disk of this size"):
+        files.check("one", fd)
+    sums.unlink()
+    with pytest.raises(CorruptBlobError, match="cannot be read"):
+        files.check("one", fd)
+    os.close(fd)
+
+
+def test_nothing_is_left_if_reading_fails(space: CacheSpace) -> None:
+    def fail(offset: int, length: int) -> bytes | None:
+        if offset == 3 * PIECE:
+            raise SourceError("gone")
+        return read(offset, length)
+
+    files = FlatFiles(space)
+    with pytest.raises(SourceError, match="gone"):
+        files.store("one", SIZE, 2 * PIECE, fail)
+    assert files.open("one") is None
+    assert os.listdir(files.path("one").parent) == []
+    files.store("one", SIZE, 2 * PIECE, read)
+
+
+def test_what_a_killed_process_left_is_made_anew(space: CacheSpace) -> None:
+    files = FlatFiles(space)
+    directory = files.path("one").parent
+    directory.mkdir(parents=True)
+    (directory / "disk.new").write_bytes(b"half" * PIECE * 2)
+    assert files.open("one") is None
+    files.store("one", SIZE, 2 * PIECE, read)
+    fd = files.open("one")
+    assert fd is not None
+    assert content_of(fd) == CONTENT
+    os.close(fd)
+
+
+def test_no_room_is_said_before_anything_is_read(space: CacheSpace) -> None:
+    with pytest.raises(FlatFileError, match=r"no room for an unpacked image .wanted up to 60 MiB, got 5[0-9] MiB"):
+        FlatFiles(space).store("one", 60 * PIECE, 60 * PIECE, lambda *_: pytest.fail("read"))
+
+
+def test_disks_in_use_stay(space: CacheSpace) -> None:
+    files = FlatFiles(space)
+    for name in ("used", "unused"):
+        files.store(name, SIZE, 2 * PIECE, read)
+    fd = files.open("used")
+    assert remove_unused(space) >= PIECE
+    assert files.open("unused") is None
+    assert not files.path("unused").parent.exists()
+    assert files.path("used").exists()
+    assert fd is not None
+    os.close(fd)
+    remove_unused(space)
+    assert not files.path("used").exists()
+
+
+def test_one_being_made_stays(space: CacheSpace) -> None:
+    files, directory = FlatFiles(space), FlatFiles(space).path("one").parent
+
+    def look(offset: int, length: int) -> bytes | None:
+        assert remove_unused(space) == 0
+        return read(offset, length)
+
+    files.store("one", SIZE, 2 * PIECE, look)
+    assert files.path("one").exists()
+    lock = os.open(directory, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it any more
+    os.close(lock)
+
+
+def test_the_eviction_takes_unused_ones_when_there_is_no_room(tmp_path: Path) -> None:
+    files = FlatFiles(CacheSpace(tmp_path / "cache", quota=64 * PIECE))
+    files.store("one", SIZE, 2 * PIECE, read)
+    small = CacheSpace(tmp_path / "cache", quota=PIECE)
+    assert evict(small) > PIECE
+    assert files.open("one") is None

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from obdlab.errors import ObdlabError
+from obdlab.lab.images.recipe import Recipe, RecipeError, find_recipe, image_label, list_recipes
+from tests.lab.conftest import DATASETS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = """
+name = "thing"
+description = "a thing"
+base = "debian"
+[[layer]]
+comment = "one"
+packages = ["libc6", "gcc-14-base"]
+files = [{ path = "/etc/thing", content = "text", mode = "0640" }, { path = "/bin/start", source = "start" }]
+run = ["true"]
+[config]
+command = ["/bin/start"]
+environment = { B = "2", A = "1" }
+user = "nobody"
+ports = ["80/tcp"]
+[probe]
+ready_line = "READY"
+timeout_s = 5
+"""
+
+
+def load(directory: Path, text: str) -> Recipe:
+    (directory / "start").write_text("#!/bin/sh\n")
+    path = directory / "recipe.toml"
+    path.write_text(text)
+    return Recipe.load(path)
+
+
+def test_a_recipe_is_read_whole(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert recipe.name == "thing"
+    (layer,) = recipe.layers
+    assert layer.packages == ("libc6", "gcc-14-base")
+    assert [(file.path, file.content, file.mode) for file in layer.files] == [
+        ("/etc/thing", b"text", 0o640),
+        ("/bin/start", b"#!/bin/sh\n", 0o644),
+    ]
+    assert recipe.config.environment == (("A", "1"), ("B", "2"))
+    assert recipe.probe.timeout_s == 5.0
+
+
+def test_the_datasets_have_at_least_five_layers_over_their_base() -> None:
+    recipes = {recipe.name: recipe for recipe in list_recipes([DATASETS])}
+    assert {"redis", "pydata", "tiny"} <= set(recipes)
+    for recipe in recipes.values():
+        assert len(recipe.layers) >= 5, recipe.name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "thing"', 'name = "Thing!"', "name: wanted text like"),
+        ('name = "thing"', "", "name: missing"),
+        ('base = "debian"', 'base = "arch"', "base: unknown"),
+        ('base = "debian"', 'base = "busybox"', "no package manager"),
+        ('base = "debian"', 'image = "host/name:tag"', "no base and no layers"),
+        ('comment = "one"', 'coment = "one"', "unknown key (got 'coment')"),
+        ('"gcc-14-base"', '"gcc 14; rm -rf /"', "packages: wanted texts like"),
+        ('"gcc-14-base"', '"--allow-unauthenticated"', "packages: wanted texts like"),
+        ('"gcc-14-base"', "7", "wanted a list of strings"),
+        ('"/etc/thing"', '"etc/thing"', "absolute path"),
+        ('"/etc/thing"', '"/etc/../thing"', "absolute path"),
+        ('source = "start"', 'source = "../start"', "beside the recipe"),
+        ('source = "start"', 'source = "/etc/passwd"', "beside the recipe"),
+        ('source = "start"', 'source = "missing"', "No such file"),
+        ('"0640"', '"0999"', "mode: wanted text like"),
+        ('"80/tcp"', '"http"', "ports: wanted texts like"),
+        ('ready_line = "READY"', 'ready_line = "  "', "not blank"),
+        ("timeout_s = 5", "timeout_s = 0", "positive"),
+        ("timeout_s = 5", "timeout_s = true", "wanted a number"),
+        ("timeout_s = 5", "timeout_s = nan", "finite"),
+        ("[config]", "[config", "recipe.toml: "),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, GOOD.replace(old, new, 1))
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_empty_layer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="empty layer"):
+        load(tmp_path, GOOD.replace("[config]", '[[layer]]\ncomment = "nothing"\n[config]'))
+
+
+def test_a_source_that_leads_out_through_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    inside = tmp_path / "recipes"
+    inside.mkdir()
+    (inside / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(RecipeError, match="beside the recipe"):
+        load(inside, GOOD.replace('source = "start"', 'source = "link"'))
+
+
+def test_the_fingerprint_follows_the_image_and_not_the_probe(tmp_path: Path) -> None:
+    first = load(tmp_path, GOOD).fingerprint()
+    assert load(tmp_path, GOOD.replace("READY", "DONE")).fingerprint() == first
+    assert load(tmp_path, GOOD.replace('"text"', '"other"')).fingerprint() != first
+    assert load(tmp_path, GOOD.replace('A = "1"', 'A = "3"')).fingerprint() != first
+
+
+def test_a_registry_image_needs_only_a_probe(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path, 'name = "x"\nimage = "host.example/x:1"\n[probe]\nready_line = "up"\ncommand = ["serve"]\n'
+    )
+    assert (recipe.image, recipe.probe.command) == ("host.example/x:1", ("serve",))
+
+
+def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:
+    assert find_recipe("tiny", [tmp_path, DATASETS]) == find_recipe(str(DATASETS / "tiny/recipe.toml"), [])
+    with pytest.raises(RecipeError, match="no recipe named 'nothing'"):
+        find_recipe("nothing", [DATASETS])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_text_gives_a_recipe_or_a_recipe_error(data: st.DataObject) -> None:
+    text = bytearray(GOOD.replace(', { path = "/bin/start", source = "start" }', "").encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text[at : at + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=4))
+    path = DATASETS / "recipe.toml"
+    try:
+        values = tomllib.loads(text.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return
+    try:
+        Recipe.from_values(values, path).fingerprint()
+    except ObdlabError as error:
+        assert str(path) in str(error)
+
+
+_TOML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(["name", "base", "suite", "image", "layer", "config", "probe", "other"]), value=_TOML)
+def test_any_value_of_any_key_gives_a_recipe_or_a_recipe_error(key: str, value: object) -> None:
+    values = tomllib.loads(GOOD.replace(', { path = "/bin/start", source = "start" }', ""))
+    values[key] = value
+    try:
+        Recipe.from_values(values, DATASETS / "recipe.toml").fingerprint()
+    except RecipeError:
+        pass
+
+
+def test_an_image_is_called_by_its_recipes_name(tmp_path: Path) -> None:
+    assert image_label("redis") == "redis"
+    assert image_label(str(DATASETS / "tiny" / "recipe.toml")) == "tiny"
+    assert image_label(str(tmp_path / "gone" / "recipe.toml")) == "gone"

@@ -1,0 +1,114 @@
+"""Results as if measured: rows of every experiment, with the numbers a test wants."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from obdlab.lab.kinds import KINDS
+from obdlab.lab.paper import questions as q
+from obdlab.lab.paper.results import Results
+from obdlab.lab.run.grid import GridSpec
+from obdlab.lab.run.rows import Row, RowStore
+from obdlab.lab.run.spec import Spec
+
+_CONTEXT = "as if measured"
+
+#: Seconds of a start by arm and kind; those of the paper, about.
+TOTALS = {
+    ("overlayfs", "cold"): 11.0,
+    ("obdlab", "cold"): 2.1,
+    ("obdlab-prefetch", "cold"): 0.6,
+    ("obdlab-hot", "cold"): 0.5,
+    **{(arm, start): 0.4 for arm in ("obdlab", "obdlab-prefetch", "obdlab-hot") for start in ("warm", "dropped")},
+    ("overlayfs", "warm"): 0.5,
+    ("overlayfs", "dropped"): 0.5,
+}
+
+
+def start_rows(totals: dict[tuple[str, str], float] = TOTALS, repeats: int = 3, **more: Any) -> list[Row]:
+    """Rows of starts, each repeat a little slower than the one before."""
+    rows = []
+    for (arm, start), disk, repeat in product(totals, ("native", "cloud"), range(repeats)):
+        total = totals[arm, start] * (1 + 0.01 * repeat) * (1 if disk == "native" else 1.5)
+        pull = 0.8 * total if arm == "overlayfs" and start == "cold" else 0.01
+        rest = total - pull
+        about = {"image": "redis", "arm": arm, "start": start, "disk": disk, "rate_mbit": 100.0, "rtt_ms": 5.0}
+        times = {"pull_s": pull, "create_s": 0.2 * rest, "start_s": 0.2 * rest, "ready_s": 0.6 * rest}
+        traffic = {"bytes_received": 1e6, "requests": 10, "cpu_s": 0.3, "quiet": True}
+        rows.append({**about, **times, **traffic, "repeat": repeat, "total_s": total, "environment": "e", **more})
+    return rows
+
+
+def grid_rows(kind: str, axes: dict[str, tuple[Any, ...]], values: dict[str, float]) -> list[Row]:
+    """Rows of a grid: the same values at every point, thrice."""
+    names = [metric.key for metric in KINDS[kind].metrics]
+    return [
+        {"kind": kind, **dict(zip(axes, point, strict=True)), **dict.fromkeys(names, 1.0), **values, "quiet": True}
+        for point in product(*axes.values())
+        for _ in range(3)
+    ]
+
+
+class Given(Results):
+    """Results that a test gives."""
+
+    def __init__(self, root: Path, rows: dict[str, list[Row]]) -> None:
+        super().__init__(root)
+        self._rows = {run.name: [] for run in q.runs()} | rows
+
+
+def everything(root: Path) -> Given:
+    """Rows of every experiment."""
+    depths = {"device": ("loop", "obdlab-raw", "obdlab-lz4", "obdlab-zstd"), "iodepth": (1, 16, 128)}
+    return Given(
+        root,
+        {
+            "start": start_rows(),
+            "random_read": grid_rows("fio", depths, {"iops": 1000.0}),
+            "scan_du": start_rows(),
+            "scan_tar": start_rows(),
+            "build": grid_rows("build", {"layer": ("overlayfs", "obdlab-append")}, {}),
+            "index": grid_rows("index", {"segments": (1000, 4500, 100000), "layers": (1, 50)}, {"batch_m_s": 7.0}),
+            "codec": grid_rows("codec", {"algorithm": ("lz4", "zstd"), "block_size": (4096,), "workers": (1,)}, {}),
+            "conversion": grid_rows(
+                "conversion",
+                {"algorithm": ("lz4", "zstd"), "image": ("redis",), "block_size": (4096,)},
+                {"segments": 4000.0, "of_source": 1.6},
+            ),
+            "misses": grid_rows("misses", {"rtt_ms": (0, 20), "size": (4096,)}, {}),
+            "memory": grid_rows("memory", {"devices": (1, 10)}, {}),
+        },
+    )
+
+
+def store_starts(directory: Path, spec: Spec, rows: list[Row]) -> Path:
+    """Keep rows as if ``spec`` had been run in ``directory``: of each cell all rows with its values."""
+    store = RowStore(directory)
+    cells = [cell for network in spec.networks() for cell in spec.cells(*network)]
+    for cell in cells:
+        about = {**asdict(cell), "cell": cell.key(_CONTEXT), "context": _CONTEXT, "attempt": 1}
+        keys = ("image", "arm", "disk", "rate_mbit", "rtt_ms", "repeat")
+        found = [row for row in rows if all(row[key] == about[key] for key in keys)]
+        store.append([{**about, **row} for row in found])
+    return _declared(directory, spec)
+
+
+def store_grid(directory: Path, spec: GridSpec, values: dict[str, float]) -> Path:
+    """Keep rows with these values as if the grid had been measured in ``directory``."""
+    store = RowStore(directory)
+    about = {"context": _CONTEXT, "attempt": 1, "kind": spec.kind, "quiet": True, "environment": "e"}
+    numbers = {**dict.fromkeys((metric.key for metric in KINDS[spec.kind].metrics), 1.0), **values}
+    store.append(
+        {**about, **point, "repeat": repeat, "cell": spec.key(point, repeat, _CONTEXT), **numbers}
+        for point, repeat in spec.cells()
+    )
+    return _declared(directory, spec)
+
+
+def _declared(directory: Path, spec: Spec | GridSpec) -> Path:
+    (directory / "spec.json").write_text(json.dumps({**asdict(spec), "context": _CONTEXT}))
+    return directory

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.patches import Rectangle
+
+from obdlab.lab.paper.published import paper_values
+from obdlab.lab.run.rows import Row
+from obdlab.lab.run.summary import findings, summarise
+from obdlab.lab.show.figures import startup_figure
+from tests.lab.run.test_statistics import _row
+
+
+@pytest.fixture(autouse=True)
+def _no_window() -> Iterator[None]:
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
+def _rows() -> list[Row]:
+    rows = []
+    for start, seconds, factor in (("cold", 4.0, 0.25), ("warm", 0.3, 1.05)):
+        for repeat in range(5):
+            drift = 1 + repeat / 50
+            rows.append(_row("overlayfs", start, seconds * drift))
+            rows.append(_row("overlayfs (A/A)", start, seconds * drift * 1.01))
+            rows.append(_row("obdlab", start, seconds * drift * factor))
+    return rows
+
+
+def test_bars_are_the_medians_and_the_papers_numbers() -> None:
+    figure = startup_figure(summarise(_rows()))
+    cold, paper_cold, warm, paper_warm = figure.axes
+    texts = [text.get_text() for text in cold.texts]
+    assert texts[0] == "4.16 s"
+    assert texts[1] == "1.04 s\n×0.25"
+    assert "×1.05" in warm.texts[1].get_text()
+    assert paper_cold.texts[0].get_text() == "11.06 s"
+    assert "0.43" in [text.get_text() for text in paper_warm.texts]
+    # The stack of one bar ends at the median total.
+    bars = [patch for patch in cold.patches if isinstance(patch, Rectangle)]
+    tops = [bar.get_y() + bar.get_height() for bar in bars if bar.get_x() < 0.5]
+    assert max(tops) == pytest.approx(4.16)
+
+
+def test_one_start_has_no_error_bar() -> None:
+    one, several = (
+        startup_figure(summarise([row for row in _rows() if row["start"] == "cold"][:count])).axes[0]
+        for count in (3, 6)
+    )
+    assert not [each for each in one.containers if isinstance(each, ErrorbarContainer)]
+    assert len([each for each in several.containers if isinstance(each, ErrorbarContainer)]) == 3
+
+
+def test_two_networks_do_not_share_a_figure() -> None:
+    rows = [*_rows(), _row("obdlab", "cold", 1.0, rtt_ms=20.0)]
+    with pytest.raises(ValueError, match="one network a figure"):
+        startup_figure(summarise(rows))
+
+
+def test_cold_only_is_drawn_too() -> None:
+    figure = startup_figure(summarise([row for row in _rows() if row["start"] == "cold"]))
+    assert figure.axes[2].texts[0].get_text() == "not measured"
+
+
+def test_findings_name_winner_ratio_and_reason() -> None:
+    cold, warm = findings(summarise(_rows()))
+    assert "obdlab is faster than overlayfs" in cold
+    assert "×0.25" in cold
+    assert "received" in cold
+    assert "received" not in warm
+
+
+def test_paper_values_are_of_that_figure_only() -> None:
+    values = paper_values("Fig14")
+    assert len(values) >= 7
+    assert {value.figure.split()[0] for value in values} == {"Fig14"}
+    assert paper_values("Fig1") == []

@@ -1,0 +1,93 @@
+"""Waiting for processes; run directories and to whom they belong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from obdlab import records
+from obdlab.errors import DeviceError
+from obdlab.server.rundir import DeviceRecord, Process, RunDir
+
+MANY = 1100  # more descriptors than select(2) takes
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2 * MANY:
+        pytest.skip(f"no {2 * MANY} open files allowed here (hard limit {hard})")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * MANY), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(MANY)]
+    yield
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_a_process_is_ended_by_one_with_many_descriptors() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        process = Process.of(sleeper.pid)
+        assert process is not None
+        process.end(0.05)
+        assert sleeper.wait(60) == -9
+    assert not process.alive
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_a_run_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(mode)
+    with pytest.raises(DeviceError, match=f"run: .*can be changed by other users .got owner 0, mode {mode:04o}"):
+        RunDir(run).create()
+    run.chmod(0o755)
+    RunDir(run).create()
+    assert stat.S_IMODE((run / "devices").stat().st_mode) == 0o700
+    (run / "devices").chmod(0o777)
+    with pytest.raises(DeviceError, match=r"devices: .*can be changed by other users"):
+        RunDir(run).create()
+
+
+def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        RunDir(tmp_path / "run").create()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
+def test_another_users_run_directory_is_refused(tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").create()
+    os.chown(tmp_path / "run", 65534, 65534)
+    with pytest.raises(DeviceError, match=r"run: .*can be changed by other users .got owner 65534"):
+        RunDir(tmp_path / "run").create()
+    os.chown(tmp_path / "run", 0, 0)
+    (tmp_path / "run" / "devices").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "devices").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DeviceError, match=r"devices: .*Not a directory"):
+        RunDir(tmp_path / "run").create()
+
+
+def test_a_record_of_a_later_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records._log_once.cache_clear()  # another test of this process may have read such a record
+    record = DeviceRecord("x", "/c", "0", path="/dev/loop0", size=1, read_only=True, pid=1, start_time=2)
+    record.save(tmp_path)
+    path = tmp_path / "disk.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": {}}))
+    assert [DeviceRecord.load(tmp_path) for _ in range(3)] == [record] * 3
+    (logged,) = [entry.getMessage() for entry in caplog.records]
+    assert (
+        logged == "DeviceRecord: a later version wrote it; unknown fields are ignored, such as 'of_a_later_version'"
+    )

@@ -1,0 +1,178 @@
+"""Changing file systems, beside a model; e2fsck and the kernel have the last word."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from obdlab.convert.compare.listing import differences, list_tree, list_volume
+from obdlab.volumes.ext4 import changes
+from obdlab.volumes.ext4.editor import Editor
+from obdlab.volumes.ext4.layout import ROOT_INO, Inode
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume
+from tests.volumes.ext4.disk import FileDisk, fsck
+from tests.volumes.ext4.model import FILE, FOLDER, change, file_of, model_of
+from tests.volumes.ext4.samples import ACL, MemoryDisk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_against_a_model(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    draw = random.Random(seed)
+    path = tmp_path_factory.mktemp("model") / "disk"
+    model: dict[bytes, str] = {}
+    with FileDisk(path, 96 << 20) as disk:
+        make_filesystem(disk, inode_ratio=draw.choice([4096, 8192]))
+        for _ in range(draw.randint(1, 4)):
+            editor = Editor(disk)
+            for _ in range(draw.randint(1, 40)):
+                change(draw, editor, model)
+            editor.finish()
+            assert model_of(disk) == model
+    assert fsck(path) == ""
+
+
+def test_a_small_change_writes_little(tmp_path: Path) -> None:
+    with FileDisk(tmp_path / "disk", 64 << 30) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        for number in range(3000):
+            editor.add(ROOT_INO, b"file %d" % number, file_of(editor, b"x" * 100))
+        editor.finish()
+        before = disk.written
+        editor = Editor(disk)
+        editor.remove(ROOT_INO, b"file 7")
+        editor.add(ROOT_INO, b"file 7", file_of(editor, os.urandom(8192)))
+        editor.finish()
+        assert disk.written - before <= 65536
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_same_calls_same_bytes() -> None:
+    images = []
+    for _ in range(2):
+        disk = MemoryDisk(8 << 20)
+        make_filesystem(disk)
+        for layer in range(3):
+            editor = Editor(disk)
+            for number in range(50):
+                editor.add(ROOT_INO, b"%d.%d" % (layer, number), file_of(editor, b"y" * 500 * number))
+            editor.finish()
+        images.append(bytes(disk.data))
+    assert images[0] == images[1]
+
+
+def test_metadata_that_is_written_early_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = []
+    for number, held in enumerate((1 << 20, 5)):
+        monkeypatch.setattr(changes, "_MOST_HELD", held)
+        with FileDisk(tmp_path / f"disk{number}", 96 << 20) as disk:
+            make_filesystem(disk)
+            for layer in range(3):
+                editor = Editor(disk)
+                folder = editor.add(ROOT_INO, b"folder %d" % layer, FOLDER)
+                for file in range(300):
+                    editor.add(folder, b"file %d" % file, file_of(editor, b"%d %d" % (layer, file)))
+                if layer:
+                    editor.remove(ROOT_INO, b"folder %d" % (layer - 1))
+                holes = [(at * 8192, b"x") for at in range(2000)]
+                editor.add(ROOT_INO, b"holes %d" % layer, editor.with_content(FILE, 1 << 24, holes, sparse=True))
+                editor.finish()
+            contents.append(list_volume(Volume(disk)))
+        assert fsck(tmp_path / f"disk{number}") == ""
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.kernel
+def test_the_kernel_sees_the_same(tmp_path: Path) -> None:
+    image, mounted = tmp_path / "disk", tmp_path / "mounted"
+    mounted.mkdir()
+    with FileDisk(image, 1 << 30) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        folder = editor.add(ROOT_INO, b"large", FOLDER)
+        for number in range(30_000):
+            editor.add(folder, b"name %d" % number, FILE)
+        pieces = [(number * 8192, b"%d" % number) for number in range(3000)]
+        editor.add(ROOT_INO, b"fragments", editor.with_content(FILE, 3000 * 8192, pieces, sparse=True))
+        attributes = [(b"user.a", b"1"), (b"user.big", b"2" * 3000), (b"system.posix_acl_access", ACL)]
+        editor.add(ROOT_INO, b"attributes", editor.with_xattrs(FILE.changed(mode=0o100674), attributes))
+        editor.finish()
+        editor = Editor(disk)
+        for number in range(0, 30_000, 7):
+            editor.remove(folder, b"name %d" % number)
+        for number in range(500):
+            editor.add(folder, b"added %d" % number, FILE)
+        editor.finish()
+        got = list_volume(Volume(disk))
+    assert fsck(image) == ""
+    subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+    try:
+        assert differences(got, list_tree(mounted)) == []
+        assert (mounted / "large" / "name 29999").exists()
+        assert not (mounted / "large" / "name 21").exists()
+        for number in range(300):  # the kernel goes on from there
+            (mounted / "large" / f"by the kernel {number}").touch()
+        (mounted / "large" / "name 1").unlink()
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+    assert fsck(image) == ""
+
+
+def test_what_a_file_system_cannot_do() -> None:
+    disk = MemoryDisk(1 << 20)
+    make_filesystem(disk)
+    editor = Editor(disk)
+    number = editor.add(ROOT_INO, b"file", FILE)
+    wrong: list[tuple[int, Callable[[], object]]] = [
+        (errno.EEXIST, lambda: editor.add(ROOT_INO, b"file", FILE)),
+        (errno.ENAMETOOLONG, lambda: editor.add(ROOT_INO, b"n" * 256, FILE)),
+        (errno.EPERM, lambda: editor.link(ROOT_INO, b"again", ROOT_INO)),
+        (errno.ENOSPC, lambda: editor.with_content(FILE, 1 << 20, [])),
+        (errno.EFBIG, lambda: editor.with_content(FILE, 1 << 60, [], sparse=True)),
+        (errno.ENAMETOOLONG, lambda: editor.with_link(Inode(mode=0o120777), b"t" * 4096)),
+        (errno.E2BIG, lambda: editor.with_xattrs(FILE, [(b"user.a", bytes(5000))])),
+        (errno.EINVAL, lambda: editor.with_xattrs(FILE, [(b"system.posix_acl_access", b"nonsense")])),
+    ]
+    for code, call in wrong:
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == code
+    editor.set_inode(number, editor.inode(number).changed(links=65000))
+    with pytest.raises(OSError, match="Too many links"):
+        editor.link(ROOT_INO, b"one more", number)
+    while editor.inodes.left:
+        editor.add(ROOT_INO, b"inode %d" % editor.inodes.left, FILE)
+    with pytest.raises(OSError, match="No space left"):
+        editor.add(ROOT_INO, b"one more", FILE)
+
+
+def test_attributes_come_back() -> None:
+    disk = MemoryDisk(1 << 20)
+    make_filesystem(disk)
+    editor = Editor(disk)
+    pairs = [
+        (b"user.a", b"1"),
+        (b"security.capability", b"\1\0\0\2" + bytes(16)),
+        (b"user.b", b"v" * 2000),
+        (b"user.e", b""),
+    ]
+    number = editor.add(ROOT_INO, b"file", editor.with_xattrs(FILE, [*pairs, (b"odd.name", b"left out")]))
+    link = editor.with_xattrs(Inode(mode=0o120777), [(b"user.refused", b"1"), (b"security.kept", b"2")])
+    editor.add(ROOT_INO, b"link", editor.with_link(link, b"target"))
+    editor.finish()
+    volume = Volume(disk)
+    assert sorted(volume.xattrs(volume.inode(number))) == sorted(pairs)
+    assert volume.xattrs(volume.inode(volume.lookup(b"link") or 0)) == [(b"security.kept", b"2")]
