@@ -28,7 +28,7 @@ HOST = "kernel or containerd or vm"
 #: At least this long, or three times what the chosen tests took when they were recorded.
 _LEAST_S = 30.0
 #: Tests of a mutant are cut off here: a survivor of the quickest ones counts as a survivor.
-_MOST_S = 90.0
+_MOST_S = 45.0
 
 
 def results_dir(root: Path) -> Path:
