@@ -82,6 +82,34 @@ def test_nothing_is_begun_while_an_unexpected_reader_waits(tmp_path: Path) -> No
     assert source.reads == [(0, UNIT), (3 * UNIT, UNIT)]
 
 
+class Gauge(Origin):
+    """Counts the bytes of the reads in flight; the first waits for a second one."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.in_flight = self.most = 0
+        self._lock, self._second = threading.Lock(), threading.Event()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        with self._lock:
+            self.in_flight += length
+            self.most = max(self.most, self.in_flight)
+            if self.in_flight > length:
+                self._second.set()
+        assert self._second.wait(60)
+        time.sleep(0.02)  # time for the others to begin, if they may
+        with self._lock:
+            self.in_flight -= length
+        return super().read_at(offset, length)
+
+
+def test_several_requests_are_in_flight_but_few_bytes(tmp_path: Path) -> None:
+    with open_cached(tmp_path, source := Gauge(bytes(12 << 20))) as blob:
+        assert prefetched(blob, [(0, 0, 12 << 20)]).wait(60)
+        assert blob.statistics()["prefetch_bytes"] == 12 << 20
+    assert max(length for _, length in source.reads) < source.most <= 2 << 20
+
+
 def test_a_reader_ahead_takes_only_what_he_needs(tmp_path: Path) -> None:
     with open_cached(tmp_path, source := Origin(), extent=8 * UNIT) as blob:
         blob.opened(120.0)
