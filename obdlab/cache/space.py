@@ -13,7 +13,6 @@ process evicts.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import struct
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cache.eviction import evict
 from obdlab.observe import audit
+from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.ownfiles import check_own_directory, open_own
 
 if TYPE_CHECKING:
@@ -181,12 +181,7 @@ class CacheSpace:
         # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
         fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine = True
-            except BlockingIOError:
-                mine = False
-            yield mine
+            yield try_lock(fd)
         finally:
             os.close(fd)
 
@@ -235,18 +230,11 @@ class CacheSpace:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.check_owner()
         path = self.directory / "usage"
-        pause_s = 0.0001
         fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise self._locked_too_long() from None
-                    time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, 0.005)
-                    continue
+                if not lock_until(fd, deadline):
+                    raise self._locked_too_long()
                 if os.fstat(fd).st_nlink:
                     return fd
                 # The cache was deleted by hand, and this lock file with it.

@@ -9,15 +9,15 @@ without a lock is unused, and the eviction removes it when the cache needs room.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from obdlab.errors import CorruptBlobError, ObdlabError
 from obdlab.formats.checksum import raw_crc32c
+from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.ownfiles import open_own
 
 if TYPE_CHECKING:
@@ -68,13 +68,11 @@ class FlatFiles:
         except OSError as error:
             raise FlatFileError(f"{self.path(name)}: cannot open: {error.strerror}") from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
+            if try_lock(fd, shared=True) and os.fstat(fd).st_nlink:  # else it is being removed
                 return fd
         except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:  # EWOULDBLOCK: it is being removed
-                os.close(fd)
-                raise FlatFileError(f"{self.path(name)}: cannot lock: {error.strerror}") from error
+            os.close(fd)
+            raise FlatFileError(f"{self.path(name)}: cannot lock: {error.strerror}") from error
         os.close(fd)
         return None
 
@@ -217,27 +215,19 @@ def _try_lock(path: Path, flags: int) -> int | None:
         fd = os.open(path, flags | os.O_CLOEXEC)
     except OSError:
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+    with suppress(OSError):
+        if try_lock(fd):
+            return fd
+    os.close(fd)
+    return None
 
 
 @contextmanager
 def _sole_writer(directory: Path) -> Iterator[None]:
-    deadline = time.monotonic() + _LONGEST_WAIT_S
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_LOCK_PAUSE_S)
+        if not lock_until(fd, time.monotonic() + _LONGEST_WAIT_S, longest_pause_s=_LOCK_PAUSE_S):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process unpacks it", str(directory))
         yield
     finally:
         os.close(fd)

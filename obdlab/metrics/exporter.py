@@ -25,7 +25,8 @@ from obdlab.metrics import snapshotterclient
 from obdlab.metrics.families import Interval, gauge, hit_ratio, original_metrics, table_metrics
 from obdlab.observe.counters import Table, add_to
 from obdlab.server import controlclient, counterfiles
-from obdlab.server.rundir import DeviceRecord, Process, RunDir
+from obdlab.server.rundir import DeviceRecord, RunDir
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from obdlab.server import wire
-from obdlab.server.rundir import SOCKET_NAME, Process
+from obdlab.server.rundir import SOCKET_NAME
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,6 @@ run directory, even when host and servers are dead.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,13 +28,14 @@ from obdlab.server.rundir import (
     TAKE_DOWN_SIGNAL,
     DeviceRecord,
     DeviceState,
-    Process,
     RunDir,
     device_id_of,
     held,
     remove_device,
 )
 from obdlab.system import mount
+from obdlab.system.locks import lock_until
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig
@@ -49,7 +49,6 @@ _ANSWER_SHARE = 0.2
 _MOST_FOR_ANSWER_S = 10.0
 _CONNECT_S = 5.0
 _SHORTEST_S = 0.01
-_LOCK_PAUSE_S = 0.02
 _KEEPER_S = 60.0
 _HOST_END_S = 5.0
 
@@ -342,9 +341,7 @@ class DeviceService:
         except OSError as error:
             raise DeviceError(f"{self._run.path}: cannot start the device host: {error.strerror}") from error
         try:
-            waited_until = time.monotonic() + _left(deadline, _HOST_START_TIMEOUT_S)
-            while not _locked(lock) and time.monotonic() < waited_until:
-                time.sleep(_LOCK_PAUSE_S)
+            lock_until(lock, time.monotonic() + _left(deadline, _HOST_START_TIMEOUT_S))  # or start one all the same
             try:
                 wire.connect(self._run.path / SOCKET_NAME, _left(deadline, _CONNECT_S)).close()
             except OSError:
@@ -394,14 +391,6 @@ class DeviceService:
 
 def _is_mounted_here(directory: Path) -> bool:
     return any(mount.mounts_of(path) for path in kinds.devices_of(directory))
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # Sends the request and receives one message, by a deadline. Raises DeviceError.

@@ -23,7 +23,7 @@ from obdlab.server.controltrace import Tracing
 from obdlab.server.controlwritable import Changes
 from obdlab.server.counterfiles import server_table
 from obdlab.server.graduation import Graduation
-from obdlab.server.rundir import Process
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     import socket

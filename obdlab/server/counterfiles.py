@@ -6,7 +6,6 @@ counts after that reading are lost.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from obdlab.observe.counters import Table, add_to, counted
+from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import open_own
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def changing(run_dir: Path) -> Iterator[Tally]:
     """
     lock = open_own(run_dir / TALLY_LOCK_NAME, os.O_RDWR | os.O_CREAT)
     try:
-        _lock(lock)
+        if not lock_until(lock, time.monotonic() + _LOCK_WAIT_S):
+            raise TimeoutError(f"{TALLY_NAME}: locked by another process")
         text = _read(run_dir)
         tally = _parsed(text, run_dir)
         yield tally
@@ -120,19 +121,6 @@ def leave(run_dir: Path, device_id: str, server: str, table: Table) -> None:
             tally.add(device_id, server, table)
     except OSError as error:
         log.warning("%s: counters of its last server are lost: %s", device_id, error)
-
-
-def _lock(fd: int) -> None:
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"{TALLY_NAME}: locked by another process") from None
-            time.sleep(0.005)
-        else:
-            return
 
 
 def _read(run_dir: Path) -> str:

@@ -9,7 +9,6 @@ devices that wait in the kernel while keeper and server are both dead, and has t
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import importlib
 import json
@@ -31,10 +30,12 @@ from obdlab.server.forking import Signals, fork_to
 from obdlab.server.hostrequests import HostRequests, is_revivable, stays_without_server
 from obdlab.server.installed import InstalledCode
 from obdlab.server.protection import bound_memory, unprotect
-from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, Process, RunDir
+from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, RunDir
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
+from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import open_own
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +52,7 @@ WAITING_CHECK_S = 2.0
 #: Requests under way at a time, one process each. Further clients wait in the listener's queue.
 MAX_REQUESTS = 128
 _TROUBLE_PAUSE_S = 0.2
+_LOOK_FOR_HOST_S = 0.02
 #: Imported before the first fork, so that no server has to.
 _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.settings.settings")
 #: Imported when the host is idle: the first attach, which starts the host, must not wait for it.
@@ -98,18 +100,13 @@ class Host:
         path = self._run.path / SOCKET_NAME
         deadline = time.monotonic() + timeout_s
         lock = open_own(self._run.path / "host.lock", os.O_RDWR | os.O_CREAT)
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if _answers(path):
-                    os.close(lock)
-                    return False
-                if time.monotonic() > deadline:
-                    os.close(lock)
-                    raise DeviceError(f"{path}: another device host has the lock but does not answer") from None
-                time.sleep(0.02)
+        while not lock_until(lock, min(deadline, time.monotonic() + _LOOK_FOR_HOST_S)):
+            if _answers(path):
+                os.close(lock)
+                return False
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise DeviceError(f"{path}: another device host has the lock but does not answer")
         self._lock = lock
         me = Process.of(os.getpid())
         (self._run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))

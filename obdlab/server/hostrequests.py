@@ -23,10 +23,11 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.server import wire
 from obdlab.server.forking import fork_to
 from obdlab.server.keeper import Keeper, Orphan
-from obdlab.server.rundir import DeviceRecord, Plan, Process, RunDir, held, remove_device
+from obdlab.server.rundir import DeviceRecord, Plan, RunDir, held, remove_device
 from obdlab.server.takeover import Former, connection_of
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     import socket

@@ -34,11 +34,12 @@ from obdlab.server.deaths import Deaths, Start
 from obdlab.server.forking import Signals, become
 from obdlab.server.keeperstate import KEPT, TRANSITIONS, State
 from obdlab.server.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
-from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, Process
+from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan
 from obdlab.server.serverprocess import ServerProcess, how_ended, killed_by
 from obdlab.server.watchdog import Watchdog
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,12 +7,10 @@ client loses nothing, and leftovers of a killed server are found by their direct
 from __future__ import annotations
 
 import enum
-import fcntl
 import hashlib
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import time
@@ -24,7 +22,9 @@ from typing import TYPE_CHECKING, Self
 from obdlab.devices import backingfile, kinds
 from obdlab.errors import DeviceError
 from obdlab.records import known_fields
+from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.ownfiles import check_own_directory
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,86 +38,9 @@ TAKE_DOWN_SIGNAL = signal.SIGUSR1
 #: In a snapshotter's root: the file that the snapshotter locks while it runs.
 SNAPSHOTTER_LOCK = "lock"
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_LOCK_PAUSE_S = 0.01
 _FLUSH_TIMEOUT_S = 120.0
 #: A keeper ends last, unless it was killed.
 _KEEPERLESS_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process; its start time (clock ticks since boot) distinguishes it from later ones with the same number."""
-
-    pid: int
-    start_time: int
-
-    @classmethod
-    def of(cls, pid: int) -> Self | None:
-        """Return the running process ``pid``, or None; a zombie is not running."""
-        try:
-            text = Path(f"/proc/{pid}/stat").read_bytes()
-        except OSError:
-            return None
-        state, start_time = _state_and_start(text)
-        return None if state in (b"Z", b"X") else cls(pid, start_time)
-
-    @property
-    def alive(self) -> bool:
-        """Whether this very process still runs."""
-        return Process.of(self.pid) == self
-
-    def signal(self, number: signal.Signals) -> bool:
-        """Send a signal to this very process. Return False if it is gone."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except OSError:
-            return False
-        try:
-            if not self._is_there():
-                return False
-            signal.pidfd_send_signal(pidfd, number)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(pidfd)
-        return True
-
-    def end(self, timeout_s: float) -> None:
-        """Wait for the process to end by itself; after ``timeout_s`` kill it. Raises DeviceError if it survives."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except OSError:  # gone
-            return
-        try:
-            # Not "alive": threads of a killed process may outlive its first one, which is a zombie then.
-            if not self._is_there() or _ended(pidfd, timeout_s):
-                return
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            if not _ended(pidfd, 5.0):
-                raise DeviceError(f"process {self.pid}: still there 5 s after SIGKILL")
-        except ProcessLookupError:
-            return
-        finally:
-            os.close(pidfd)
-
-    def _is_there(self) -> bool:
-        try:
-            return _state_and_start(Path(f"/proc/{self.pid}/stat").read_bytes())[1] == self.start_time
-        except OSError:
-            return False
-
-
-# Not by select, which fails on descriptors from 1024 on: a snapshotter has one for each of its images.
-def _ended(pidfd: int, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
-
-
-# Parses /proc/PID/stat. The process's name comes before and may hold any characters, blanks and parentheses included.
-def _state_and_start(text: bytes) -> tuple[bytes, int]:
-    fields = text.rpartition(b") ")[2].split()
-    return fields[0], int(fields[19])
 
 
 class DeviceState(enum.StrEnum):
@@ -304,12 +227,11 @@ def running_snapshotter(config: Path) -> Path | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        return None if try_lock(descriptor, shared=True) else root
+    except OSError:  # a file system without locks: another process cannot be excluded
         return root
     finally:
         os.close(descriptor)
-    return None
 
 
 @contextmanager
@@ -330,26 +252,13 @@ def held(directory: Path, timeout_s: float) -> Iterator[int]:
         except FileNotFoundError:
             continue
         try:
-            _lock_until(lock, directory, deadline)
+            if not lock_until(lock, deadline):
+                raise DeviceError(f"device {directory.name}: another attach or detach of it is still going on")
             if _is_still(lock, directory):
                 yield lock
                 return
         finally:
             os.close(lock)
-
-
-def _lock_until(lock: int, directory: Path, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise DeviceError(
-                    f"device {directory.name}: another attach or detach of it is still going on"
-                ) from None
-            time.sleep(_LOCK_PAUSE_S)
-        else:
-            return
 
 
 def _is_still(lock: int, directory: Path) -> bool:

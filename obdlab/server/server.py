@@ -23,9 +23,9 @@ from obdlab.observe import logs
 from obdlab.server import controlsocket
 from obdlab.server.keeperlink import KeeperLink, KeeperSeeker
 from obdlab.server.protection import SERVER_OOM_SCORE_ADJUST, bound_memory, protect
-from obdlab.server.rundir import Process
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     import socket

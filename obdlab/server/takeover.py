@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
-from obdlab.server.rundir import Process
 from obdlab.system import abi
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from obdlab.server.rundir import DeviceRecord

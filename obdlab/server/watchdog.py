@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import DeviceError
 from obdlab.server import controlclient
+from obdlab.system.processes import thread_states
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,11 +145,4 @@ class Watchdog:
 
 
 def _excuse_of(pid: int) -> str:
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            state = task.read_text().rpartition(") ")[2][:1]
-        except OSError:
-            continue
-        if state in _EXCUSED:
-            return _EXCUSED[state]
-    return ""
+    return next((_EXCUSED[state] for state in thread_states(pid) if state in _EXCUSED), "")

@@ -8,7 +8,6 @@ changed the root since.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from obdlab.snapshotter.layout import WRITABLE_NAME
 from obdlab.snapshotter.store import Kind, Snapshot, Store, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
 from obdlab.system import mount
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -138,10 +138,8 @@ def _parents_first(name: str, found: dict[str, Snapshot]) -> list[Snapshot]:
 def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ImportRootError(f"{path.parent}: overlaybd-snapshotter still runs on this root: stop it") from error
+        if not try_lock(descriptor, shared=True):
+            raise ImportRootError(f"{path.parent}: overlaybd-snapshotter still runs on this root: stop it")
         yield
     finally:
         os.close(descriptor)

@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import tempfile
@@ -30,6 +29,7 @@ from obdlab.errors import ObdlabError
 from obdlab.server.rundir import SNAPSHOTTER_LOCK
 from obdlab.snapshotter.store import Kind, Usage
 from obdlab.snapshotter.trees import delete_tree, statuses
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -196,9 +196,11 @@ def _make(path: Path, mode: int) -> None:
 
 def _lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    why = "another snapshotter uses this root"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor):
+            return descriptor
     except OSError as error:
-        os.close(descriptor)
-        raise RootError(f"{path.parent}: another snapshotter uses this root") from error
-    return descriptor
+        why = f"cannot lock this root: {error.strerror}"
+    os.close(descriptor)
+    raise RootError(f"{path.parent}: {why}")

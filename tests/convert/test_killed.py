@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.server.rundir import Process
+from obdlab.system.processes import Process
 from tests.convert.layouts import make_layout, member
 from tests.server.killing import until
 

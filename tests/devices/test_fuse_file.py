@@ -19,9 +19,10 @@ from obdlab.layerfiles.diskimport import import_disk
 from obdlab.layerfiles.writing import Packing
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import DeviceRecord, Process
+from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from obdlab.system.processes import Process
 from tests.devices.blobs import MemoryWritable
 from tests.server.killing import kill, until
 

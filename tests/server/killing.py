@@ -7,7 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from obdlab.server.rundir import Process
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,9 +27,10 @@ from obdlab.image.config import ConfigError
 from obdlab.server import wire
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import DeviceRecord, Process, device_id_of, held
+from obdlab.server.rundir import DeviceRecord, device_id_of, held
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from obdlab.system.processes import Process
 from tests.devices.contract import MIB, read_direct
 from tests.server.hosting import content_of
 from tests.server.killing import kill_for_good, until

@@ -26,10 +26,11 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import DeviceRecord, Process
+from obdlab.server.rundir import DeviceRecord
 from obdlab.server.unpacking import graduate
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from obdlab.system.processes import Process
 from tests.devices.contract import MIB, read_direct
 from tests.registry.server import running_registry
 from tests.server.killing import kill, until

@@ -24,10 +24,11 @@ from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.deaths import MAX_DEATHS, Deaths, Start
 from obdlab.server.keeperstate import TRANSITIONS, State
-from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState, Process
+from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState
 from obdlab.server.serverprocess import ServerProcess
 from obdlab.server.watchdog import Activity
 from obdlab.settings.settings import Settings
+from obdlab.system.processes import Process
 from tests.devices.contract import MIB, read_direct, write_direct
 from tests.server.killing import kill, until
 from tests.server.test_attach import start_host

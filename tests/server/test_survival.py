@@ -34,9 +34,10 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import DeviceRecord, Process
+from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from obdlab.system.processes import Process
 from obdlab.traces.replay import reads_of_disk
 from obdlab.traces.sets import difference
 from tests.devices.contract import MIB, read_direct, write_direct

@@ -19,10 +19,10 @@ from obdlab.observe import stacks
 from obdlab.server import controlclient, watchdog
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import Process
 from obdlab.server.watchdog import Activity, Watchdog
 from obdlab.server.wire import NoAnswerError
 from obdlab.settings.settings import Settings
+from obdlab.system.processes import Process
 from tests.devices.contract import MIB, read_direct
 from tests.server.killing import until
 

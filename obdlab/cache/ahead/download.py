@@ -7,7 +7,6 @@ checked against its digest and marked as verified; one that does not match is dr
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -146,11 +146,6 @@ def _sole_downloader(blob: CachedBlob) -> Iterator[bool]:
         yield False
         return
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+        yield try_lock(fd)
     finally:
         os.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.convert.batch.job import Outcome
 from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,11 +107,9 @@ class BatchState:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise SourceError(f"cannot keep the state of the list: {error.strerror}", blob=path) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(lock):
             os.close(lock)
-            raise BatchInUseError(f"{self._path}: another run works on this list") from error
+            raise BatchInUseError(f"{self._path}: another run works on this list")
         return lock
 
     def _open(self, options: str, restart: bool) -> None:

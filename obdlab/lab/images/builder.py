@@ -7,7 +7,6 @@ only directories (``obdlab.lab.images.chroot``); the build itself or the next on
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import tempfile
 import time
@@ -25,10 +24,11 @@ from obdlab.lab.images.layertar import LayerFile, settle_times, write_layer
 from obdlab.lab.images.lock import LOCK_NAME, check_lock, compare_lock, installed_packages, read_lock, write_lock
 from obdlab.lab.images.ocilayout import OciLayout, fetch_layout
 from obdlab.lab.images.recipe import BUILDER_VERSION, Recipe, RecipeLayer
-from obdlab.lab.testbed.process import LabError, run, wait_until
+from obdlab.lab.testbed.process import LabError, run
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
+from obdlab.system.locks import lock_until, try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -338,15 +338,8 @@ def _config_document(recipe: Recipe, files: list[LayerFile]) -> dict[str, Any]:
 @contextmanager
 def _locked(work_dir: Path, progress: Callable[[str], None]) -> Iterator[None]:
     with (work_dir / "lock").open("a") as lock:
-        if not _try_lock(lock.fileno()):
+        if not try_lock(lock.fileno()):
             progress(f"waiting for another build in {work_dir}")
-            wait_until(lambda: _try_lock(lock.fileno()), f"{work_dir}: locked by another build", _LOCK_TIMEOUT_S, 0.2)
+            if not lock_until(lock.fileno(), time.monotonic() + _LOCK_TIMEOUT_S, longest_pause_s=0.2):
+                raise LabError(f"{work_dir}: locked by another build for {_LOCK_TIMEOUT_S:g} s")
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -38,6 +38,7 @@ from obdlab.lab.testbed.residency import resident_below
 from obdlab.lab.testbed.timelimit import time_limit
 from obdlab.lab.workbench import dataset_folders
 from obdlab.registry.client import RegistryClient
+from obdlab.system.processes import stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -337,11 +338,8 @@ def _completion(requests: list[Request], began_s: float) -> Row:
 
 def process_cpu_s(pid: int) -> float:
     """Return the processor time of a process and its ended children, in seconds; 0 if the process is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    found = stat_of(pid)
+    return 0.0 if found is None else found.cpu_s
 
 
 # Pulls run in this process or in a child that it waits for.

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from obdlab.lab.testbed.process import process_start_ticks
+from obdlab.system.processes import Process
 
 # Outside of /run/obdlab, which a cleanup of devices empties.
 DEFAULT_STATE_DIR = Path("/run/obdlab-lab")
@@ -22,8 +22,9 @@ class Record:
 
     def __init__(self, state_dir: Path, kind: str, name: str, **facts: Any) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
+        me = Process.of(os.getpid())
         self.path = state_dir / f"{kind}-{name}.json"
-        owner = {"owner_pid": os.getpid(), "owner_start_ticks": process_start_ticks(os.getpid())}
+        owner = {"owner_pid": os.getpid(), "owner_start_ticks": me and me.start_time}
         self.path.write_text(json.dumps({"kind": kind, "name": name, **facts, **owner}))
 
     def remove(self) -> None:
@@ -54,4 +55,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _owner_lives(facts: dict[str, Any]) -> bool:
     pid = facts.get("owner_pid")
-    return isinstance(pid, int) and process_start_ticks(pid) == facts.get("owner_start_ticks")
+    owner = Process.of(pid) if isinstance(pid, int) else None
+    return owner is not None and owner.start_time == facts.get("owner_start_ticks")

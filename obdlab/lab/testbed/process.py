@@ -157,14 +157,3 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait(timeout_s)
-
-
-def process_start_ticks(pid: int) -> int | None:
-    """Return a process's start time in clock ticks since boot, or None if it is gone. With the PID it is unique."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The process name in parentheses may hold spaces and parentheses itself.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.server.rundir import Process
+from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ import obdlab
 from obdlab.lab.testbed import environment, residency
 from obdlab.lab.testbed.coldness import empty_directory
 from obdlab.lab.testbed.ownership import Record, orphans
-from obdlab.lab.testbed.process import Daemon, LabError, process_start_ticks, run, wait_until
+from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
+from obdlab.system.processes import Process
 
 
 def test_the_environment_names_host_and_code() -> None:
@@ -68,7 +69,7 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children() -> None:
     with pytest.raises(LabError, match=r"(?s)not done after 0\.3 s.*child (\d+)") as caught:
         run(["sh", "-c", "sleep 500 & echo child $!; wait"], timeout_s=0.3)
     child = int(str(caught.value).split()[-1])
-    wait_until(lambda: process_start_ticks(child) is None, "end of the child", 60)
+    wait_until(lambda: Process.of(child) is None, "end of the child", 60)
 
 
 def test_a_daemon_that_ends_tells_its_log(tmp_path: Path) -> None:

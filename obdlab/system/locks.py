@@ -1,0 +1,37 @@
+"""Locks of whole files between processes (flock(2)), at once or by a deadline.
+
+The kernel releases a lock when its last descriptor is closed, so a killed process leaves none behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+
+_FIRST_PAUSE_S = 0.0001
+_LONGEST_PAUSE_S = 0.005
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file. Return False if another process has it locked. Raises OSError where there are no locks."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock_until(descriptor: int, deadline: float, *, longest_pause_s: float = _LONGEST_PAUSE_S) -> bool:
+    """Lock an open file, trying again until ``deadline`` (time.monotonic()). Return False if it is still locked.
+
+    Raises OSError where there are no locks.
+    """
+    # A waiting flock has no deadline, and a signal would interrupt the main thread alone.
+    pause_s = _FIRST_PAUSE_S
+    while not try_lock(descriptor):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, longest_pause_s)
+    return True
