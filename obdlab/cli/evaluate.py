@@ -71,7 +71,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure, print, render; 1 if an experiment could not be run."""
     from obdlab.lab.paper.questions import QUESTIONS
     from obdlab.lab.paper.running import chosen_runs, run_all, specs
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.interrupts import ending_on_signals
 
     chosen = chosen_runs(args.questions)

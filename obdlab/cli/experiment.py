@@ -129,7 +129,7 @@ def _declared(args: argparse.Namespace) -> AnySpec:
 
 
 def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.declaration import open_experiment
     from obdlab.lab.run.diskspace import naming_full_disks
     from obdlab.lab.run.experiment import Experiment

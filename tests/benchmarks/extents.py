@@ -31,7 +31,7 @@ from obdlab.image.config import ImageConfig
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.open import open_image
 from obdlab.lab.images.recipe import find_recipe
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.registry import RegistryHost
 from obdlab.registry.client import RegistryClient

@@ -29,7 +29,7 @@ from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
 from obdlab.lab.images.recipe import find_recipe
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.layerfiles.writing import Packing
 from obdlab.registry.client import RegistryClient
 from obdlab.settings.settings import Settings

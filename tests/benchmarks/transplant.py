@@ -28,7 +28,7 @@ from typing import Any
 
 from obdlab.cli.main import main as obdlab
 from obdlab.lab.images.recipe import find_recipe
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.settings.settings import Settings
 from tests.benchmarks.extents import LAB, Read, image_config, record, registry
 from tests.benchmarks.prefetch import Outcome, start_once

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.lab.images.builder import BuiltImage
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
 
 #: "digest" and "recipe" by the image's name in the declaration.
 Pins = dict[str, dict[str, str]]

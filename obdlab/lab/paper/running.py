@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.lab.paper.results import Results
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.declaration import AnySpec
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.command import command, install_command
 from obdlab.lab.images.pins import Pins, make_pins, obtain
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run.measuring import CONTEXT_KEYS, code_digest, failed_row, measure_cells
 from obdlab.lab.run.spec import Cell, Spec
 from obdlab.lab.testbed import environment

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
 
 AnySpec = Spec | GridSpec
 #: The default kind of a declaration: container starts.

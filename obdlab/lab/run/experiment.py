@@ -21,8 +21,8 @@ from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.images.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.images.recipe import image_label
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import interrupts
-from obdlab.lab.run.bench import LabPaths
 from obdlab.lab.run.cluster import Cluster
 from obdlab.lab.run.diskspace import naming_full_disks
 from obdlab.lab.run.measuring import code_digest, context_of, how_measured, measure_cells

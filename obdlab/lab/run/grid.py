@@ -29,8 +29,8 @@ from obdlab.lab.images.pins import Pins, digests_of, image_notes, make_pins, obt
 from obdlab.lab.images.recipe import image_label
 from obdlab.lab.kinds import KINDS
 from obdlab.lab.kinds.kind import Place, is_value
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import diskspace, interrupts
-from obdlab.lab.run.bench import LabPaths
 from obdlab.lab.run.measuring import code_digest, context_of
 from obdlab.lab.run.plan import plan_grid
 from obdlab.lab.run.rows import Row, RowStore

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import obdlab
 from obdlab.lab.images.recipe import image_label
+from obdlab.lab.kinds.startbench import Bench
 from obdlab.lab.run import interrupts
-from obdlab.lab.run.bench import Bench
 from obdlab.lab.testbed.process import LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.rows import Row
     from obdlab.lab.run.spec import Cell, Spec
 

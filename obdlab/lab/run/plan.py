@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from obdlab.lab.images.recipe import Recipe
     from obdlab.lab.kinds.kind import Kind
-    from obdlab.lab.run.bench import LabPaths
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.grid import GridSpec
     from obdlab.lab.run.spec import Cell, Spec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run.cluster import Cluster
 from obdlab.lab.run.experiment import Experiment
 from obdlab.lab.run.spec import Spec

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import diskspace
-from obdlab.lab.run.bench import LabPaths
 from obdlab.lab.run.diskspace import DiskFullError
 from obdlab.lab.run.experiment import Experiment
 from obdlab.lab.run.plan import Plan, plan_starts

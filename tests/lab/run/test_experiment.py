@@ -15,7 +15,7 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import check_programs
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run.declaration import last_spec
 from obdlab.lab.run.experiment import Experiment
 from obdlab.lab.run.rows import RowStore

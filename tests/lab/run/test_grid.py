@@ -10,7 +10,7 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.lab.kinds import KINDS
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.run.declaration import last_spec, load
 from obdlab.lab.run.grid import GridExperiment, GridSpec, grid_table
 from obdlab.lab.run.spec import Spec, SpecError

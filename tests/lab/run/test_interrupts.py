@@ -145,22 +145,24 @@ _STARTS = """
 import sys, time
 from pathlib import Path
 from obdlab.cli.main import main
-from obdlab.lab import bench, experiment
-from obdlab.lab.run.bench import LabPaths
+from obdlab.lab.kinds import startbench
+from obdlab.lab import paths
+from obdlab.lab.paths import LabPaths
 from obdlab.lab.testbed.containerd import OwnContainerd
 from obdlab.lab.testbed.process import LabError
 
 # Removing the image while the pull goes on fails: what happened to two of seven interrupted runs.
 def remove(self, host, reference):
     raise LabError("removal of snapshots and content: not after 30 s")
-type(bench.ADAPTERS["overlayfs"]).remove = remove
+type(startbench.ADAPTERS["overlayfs"]).remove = remove
 at = sys.argv[3]
 
 def wait(self, *words, **more):
     print("measuring", flush=True)
     time.sleep(60)
 setattr(OwnContainerd, at, wait)
-experiment.LabPaths = lambda: LabPaths((Path(sys.argv[4]),), Path(sys.argv[2]) / "images", Path(sys.argv[2]) / "work")
+results = Path(sys.argv[2])
+paths.LabPaths = lambda locked: LabPaths((Path(sys.argv[4]),), results / "images", results / "work")
 words = ["--set", "quiet_wait_s=0", "--set", "a_a=false", "--set", 'snapshotters=["overlayfs"]', "--set", "repeats=2"]
 raise SystemExit(main(["experiment", "run", sys.argv[1], "--results", sys.argv[2], *words]))
 """

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any, Self
 from obdlab.errors import ObdlabError
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import Source, check_programs, is_published
-from obdlab.lab.images.builder import DEFAULT_WORK_DIR, BuiltImage, build_image
-from obdlab.lab.images.recipe import find_recipe
 from obdlab.lab.run import diskspace, interrupts
 from obdlab.lab.run.spec import WORKLOAD_LINE, WORKLOADS
 from obdlab.lab.testbed import coldness, environment
@@ -32,20 +30,20 @@ from obdlab.lab.testbed.containerd import OwnContainerd
 from obdlab.lab.testbed.exclusive import only_experiment
 from obdlab.lab.testbed.leftovers import cleanup_leftovers
 from obdlab.lab.testbed.netns import ExperimentNetwork
-from obdlab.lab.testbed.process import LabError
 from obdlab.lab.testbed.registry import RegistryHost, Traffic
 from obdlab.lab.testbed.residency import resident_below
 from obdlab.lab.testbed.timelimit import time_limit
-from obdlab.lab.workbench import dataset_folders
 from obdlab.registry.client import RegistryClient
 from obdlab.system.processes import stat_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
 
     from obdlab.lab.baselines import Adapter
+    from obdlab.lab.images.builder import BuiltImage
     from obdlab.lab.images.recipe import Probe, Recipe
+    from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.rows import Row
     from obdlab.lab.run.spec import Cell, Spec
     from obdlab.lab.testbed.containerd import RunningContainer
@@ -57,33 +55,6 @@ _STILL_S = 1.0
 _MOST_BACKGROUND_S = 120.0
 _CLEAN_UP_S = 120.0
 _WARM_TRIES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class LabPaths:
-    """The directories and demands of an experiment that outlive it."""
-
-    #: Directories that hold ``<name>/recipe.toml``.
-    datasets: tuple[Path, ...] = field(default_factory=dataset_folders)
-    images: Path = DEFAULT_WORK_DIR
-    #: The registry's storage and containerd's directories; on a real disk.
-    work: Path = Path("/var/lib/obdlab/lab")
-    #: Images must hold the packages of their recipe's lock.
-    locked: bool = False
-    #: Demanded digests by image name; an image without an entry may have any digest.
-    digests: Mapping[str, str] = field(default_factory=dict)
-
-    def image(self, name: str, say: Callable[[str], None], *, pin: str = "") -> BuiltImage:
-        """Return the image of a recipe, preferably the one with the digest ``pin``; build it if there is no image.
-
-        Raises LabError if ``digests`` demands another digest, and the errors of ``build_image``.
-        """
-        demanded = self.digests.get(name, "")
-        recipe = find_recipe(name, self.datasets)
-        image = build_image(recipe, self.images, say, pin=demanded or pin, locked=self.locked)
-        if demanded and image.digest != demanded:
-            raise LabError(f"image {name}: got {image.digest} (wanted {demanded}, which is not in {self.images})")
-        return image
 
 
 @dataclass(frozen=True, slots=True)
