@@ -24,6 +24,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="build the images of the datasets",
         description="Builds real multi-layer images from Debian packages, by the recipes under datasets/.",
     )
+    parser.set_defaults(bounded=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     build = verbs.add_parser("build", help="build a recipe's image (needs root)")
     build.add_argument("recipe", metavar="RECIPE", help="name of a dataset, or a path of a TOML file")

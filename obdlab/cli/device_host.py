@@ -26,7 +26,7 @@ def add(subcommands: Any) -> None:
         description="The process that forks device servers. Other commands start it on demand; rarely by hand.",
     )
     _add_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, bounded=False)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -48,7 +48,7 @@ def add(subcommands: Any) -> None:
     add_locked(evaluate)
     evaluate.add_argument("--no-report", action="store_true", help="measure and print the ledger only")
     _add_places(evaluate)
-    evaluate.set_defaults(run=run_evaluate)
+    evaluate.set_defaults(run=run_evaluate, bounded=False)
 
     report = subcommands.add_parser(
         "report",
@@ -59,7 +59,7 @@ def add(subcommands: Any) -> None:
     report.add_argument("--ledger", action="store_true", help="only print the ledger")
     report.add_argument("--json", action="store_true", help="only print the ledger, one JSON object a claim")
     _add_places(report)
-    report.set_defaults(run=run_report)
+    report.set_defaults(run=run_report, bounded=False)
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ def add(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "experiment",
         help="measure declared experiments, see how far they are, list and export what has been measured",
     )
+    parser.set_defaults(bounded=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run_parser = actions.add_parser(
         "run",

@@ -1,8 +1,9 @@
 """The ``obdlab`` command.
 
 Each subcommand is a module of this package with ``add(subcommands)``, which declares its arguments and sets
-``run=<function(args) -> exit status>``. Modules import their implementation inside that function, so that ``--help``
-and shell completion stay fast.
+``run=<function(args) -> exit status>``, and ``bounded=False`` if its memory must have no bound (``memory``): either
+its processes have bounds of their own, or it runs other programs, which would inherit the bound. Modules import their
+implementation inside that function, so that ``--help`` and shell completion stay fast.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from obdlab.cli.memory import bounded_memory
 from obdlab.errors import ObdlabError, interrupt_behind
 from obdlab.observe.logs import TextFormatter
 from obdlab.observe.printable import printable_lines
@@ -95,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     try:
-        status: int = args.run(args)
+        with bounded_memory() if getattr(args, "bounded", True) else nullcontext():
+            status: int = args.run(args)
         sys.stdout.flush()
     except ObdlabError as error:
         if interrupt_behind(error):  # cleaning up after Ctrl-C failed

@@ -32,7 +32,7 @@ def add(subcommands: Any) -> None:
     add_runtime_options(parser)
     add_registry_options(parser)
     add_log_options(parser, default_file="standard error")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, bounded=False)
 
     attach = subcommands.add_parser(
         "tcmu-attach",

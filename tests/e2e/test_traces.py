@@ -100,6 +100,9 @@ def test_a_command_says_when_it_is_ready_or_how_it_ended(tool: Tool, image: str,
     assert "status 7" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", "exit 7", status=1)
     assert "its command has ended" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", "exit 0")
     assert "no-such" in tool("trace", "record", image, *out, "--run", "/no-such", status=1)
+    # The bound on the command's own memory is not the container's.
+    script = "grep -q '^Max data size *unlimited *unlimited' /proc/self/limits"
+    assert "its command has ended" in tool("trace", "record", image, *out, "--run", "/bin/sh", "-c", script)
     assert devices(tool) == []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,8 @@ def _bundle(root: Path, arguments: list[str], config: Mapping[str, Any], *, host
         environment.insert(0, _PATH)
     user, group, groups = _user(str(config.get("User") or ""), root)
     namespaces = ["pid", "ipc", "uts", "mount", *([] if host_network else ["network"])]
+    # The soft limit is the recording command's own bound (cli/memory.py).
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1] & (2**64 - 1)
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -237,6 +240,7 @@ def _bundle(root: Path, arguments: list[str], config: Mapping[str, Any], *, host
             "cwd": config.get("WorkingDir") or "/",
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _CAPABILITIES),
             "noNewPrivileges": False,
+            "rlimits": [{"type": "RLIMIT_DATA", "soft": most, "hard": most}],
         },
         "root": {"path": str(root), "readonly": False},
         "hostname": "obdlab",
