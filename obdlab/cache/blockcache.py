@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.flights import Demand, Statistics, total_of
-from obdlab.cache.space import CacheSpace
 from obdlab.formats.oci import check_digest
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BlockCache:
     ``extent_max``, of a smaller or larger one, as suits the ``link`` of an origin that has one
     (:mod:`obdlab.cache.extent`). ``registry`` names the origin that is trusted for the bytes of a digest: a part of
     a blob cannot be checked against its digest, so only users of the same name share blobs. For ``quota`` and
-    ``min_free``, which hold for the whole directory, see :class:`CacheSpace`. Up to ``readahead_max`` bytes are
+    ``min_free``, which hold for the whole directory, see :class:`EvictingSpace`. Up to ``readahead_max`` bytes are
     fetched ahead of sequential readers (0: none). A read ends within ``deadline_s``. The constructor does no I/O; no
     thread runs before the first read.
     """
@@ -61,7 +61,7 @@ class BlockCache:
             raise ValueError(f"cache unit: not a power of two of at least 4096 (got {unit})")
         if _REGISTRY.fullmatch(registry) is None:
             raise ValueError(f"cache: not a registry's name (got {registry!r})")
-        self.space = CacheSpace(directory, quota=quota, min_free=min_free)
+        self.space = EvictingSpace(directory, quota=quota, min_free=min_free)
         self._blobs = self.space.blobs / registry
         self._unit = unit
         self._extent = extent

@@ -1,4 +1,7 @@
-"""The order of eviction: blobs by their last use, and within a blob the units not read lately.
+"""Eviction: a thread of a full cache, and its order: blobs by their last use, in a blob the units not read lately.
+
+A process that finds the directory above its high mark starts a thread that evicts until it is below the low mark. The
+thread holds the lock for one step of a blob at a time, and only one process evicts.
 
 Data in use stays: of an open blob, only units go that no reader has used since the eviction's last pass, which is at
 least a while ago. If that frees too little, the cache stays full, and new data is not stored.
@@ -7,18 +10,22 @@ least a while ago. If that frees too little, the cache stays full, and new data 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from obdlab.cache.layout import last_use, remove_blob
+from obdlab.cache.space import CacheSpace
 from obdlab.cache.unitfiles import CacheFiles
 from obdlab.cache.unpacked import remove_unused
+from obdlab.observe import audit
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from obdlab.cache.space import CacheSpace
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,68 @@ logger = logging.getLogger(__name__)
 _STEP = 32 << 20
 # Readers note their reads within a quarter of a second after a pass of the eviction.
 SWEEP_PAUSE_S = 0.5
+# Pause after an eviction that did not help.
+_REST_S = 1.0
+
+
+class EvictingSpace(CacheSpace):
+    """A cache directory that stays within its limits: a store that finds it too full starts an eviction."""
+
+    def __init__(self, directory: Path | str, *, quota: int = 0, min_free: int = 0) -> None:
+        super().__init__(directory, quota=quota, min_free=min_free)
+        #: Bytes evicted so far, by this object.
+        self.evicted_bytes = 0
+        self._evicting = threading.Lock()
+        self._no_eviction_before = 0.0
+
+    def start_eviction(self, wanted: int = 0) -> None:
+        """Start a thread that evicts until there is room for ``wanted`` bytes; returns at once.
+
+        Does nothing if one is running already, or the last one did not help a moment ago.
+        """
+        if time.monotonic() < self._no_eviction_before or not self._evicting.acquire(blocking=False):
+            return
+        self._wanted = wanted
+        try:
+            threading.Thread(target=self._evict, name="obdlab-evict", daemon=True).start()
+        except RuntimeError:  # the system has no more threads: the next store tries again
+            self._evicting.release()
+
+    def wait_for_eviction(self, timeout_s: float) -> bool:
+        """Wait until this object's eviction is over, if there is one. Return False on timeout."""
+        over = self._evicting.acquire(timeout=timeout_s)
+        if over:
+            self._evicting.release()
+        return over
+
+    def _evict(self) -> None:
+        try:
+            with self._sole_evictor() as mine:
+                if mine:
+                    freed = evict(self)
+                    self.evicted_bytes += freed
+                    logger.info("%s: gave back %d bytes", self.directory, freed)
+                    if audit.enabled():
+                        audit.record_values("eviction", actualEvict=freed, totalUsed=self.count())
+                if not mine or not freed:
+                    self._no_eviction_before = time.monotonic() + _REST_S
+        except OSError as error:
+            logger.warning("%s: eviction failed: %s", self.directory, error)
+            self._no_eviction_before = time.monotonic() + _REST_S
+        except Exception:
+            logger.exception("%s: eviction failed unexpectedly", self.directory)
+            self._no_eviction_before = time.monotonic() + _REST_S
+        finally:
+            self._evicting.release()
+
+    @contextmanager
+    def _sole_evictor(self) -> Iterator[bool]:
+        # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
+        fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield try_lock(fd)
+        finally:
+            os.close(fd)
 
 
 def cached_blobs(blobs: Path) -> list[Path]:

@@ -5,15 +5,13 @@ blocks below the directory. The sum is raised before a write and corrected right
 it too large, never too small. It is counted again from the files' block counts after a reboot, and when an eviction
 cannot bring it down.
 
-A store without room stores nothing. A process that finds the directory above its high mark starts a thread that
-evicts until it is below the low mark. The thread holds the lock for one step of a blob at a time, and only one
-process evicts.
+A store without room stores nothing. A store that finds the directory above its high mark calls ``start_eviction``
+(:mod:`obdlab.cache.eviction`).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import struct
 import threading
@@ -22,15 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cache.eviction import evict
-from obdlab.observe import audit
-from obdlab.system.locks import lock_until, try_lock
+from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import check_own_directory, open_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-logger = logging.getLogger(__name__)
 
 _LEDGER = struct.Struct("=8s40sq")  # magic, boot id, bytes
 _MAGIC = b"OBDLUSED"
@@ -47,8 +41,6 @@ _FREE_SPARE_SHARE = 4
 _FILE_SYSTEM_SHARE = 256
 # `min_free` is limited to this share of the file system.
 _FREE_SHARE = 16
-# Pause after an eviction that did not help.
-_REST_S = 1.0
 
 
 class CacheFullError(OSError):
@@ -65,16 +57,13 @@ class CacheSpace:
     def __init__(self, directory: Path | str, *, quota: int = 0, min_free: int = 0) -> None:
         self.directory = Path(directory)
         self.blobs = self.directory / "blobs"
-        #: Bytes evicted so far, by this object.
-        self.evicted_bytes = 0
         #: True once the log says that this process may not write here.
         self.refusal_said = False
         self._quota = quota
         self._min_free = min_free
         self._lock = threading.Lock()  # threads queue here instead of polling for the file's lock
-        self._evicting = threading.Lock()
+        #: Bytes for which a store found no room.
         self._wanted = 0
-        self._no_eviction_before = 0.0
 
     def check_owner(self) -> None:
         """Raise OSError if other users can change the directory: its entries could be links, or theirs.
@@ -137,53 +126,7 @@ class CacheSpace:
             return self._excess(ledger.used + self._wanted, 2)
 
     def start_eviction(self, wanted: int = 0) -> None:
-        """Start a thread that evicts until there is room for ``wanted`` bytes; returns at once.
-
-        Does nothing if one is running already, or the last one did not help a moment ago.
-        """
-        if time.monotonic() < self._no_eviction_before or not self._evicting.acquire(blocking=False):
-            return
-        self._wanted = wanted
-        try:
-            threading.Thread(target=self._evict, name="obdlab-evict", daemon=True).start()
-        except RuntimeError:  # the system has no more threads: the next store tries again
-            self._evicting.release()
-
-    def wait_for_eviction(self, timeout_s: float) -> bool:
-        """Wait until this object's eviction is over, if there is one. Return False on timeout."""
-        over = self._evicting.acquire(timeout=timeout_s)
-        if over:
-            self._evicting.release()
-        return over
-
-    def _evict(self) -> None:
-        try:
-            with self._sole_evictor() as mine:
-                if mine:
-                    freed = evict(self)
-                    self.evicted_bytes += freed
-                    logger.info("%s: gave back %d bytes", self.directory, freed)
-                    if audit.enabled():
-                        audit.record_values("eviction", actualEvict=freed, totalUsed=self.count())
-                if not mine or not freed:
-                    self._no_eviction_before = time.monotonic() + _REST_S
-        except OSError as error:
-            logger.warning("%s: eviction failed: %s", self.directory, error)
-            self._no_eviction_before = time.monotonic() + _REST_S
-        except Exception:
-            logger.exception("%s: eviction failed unexpectedly", self.directory)
-            self._no_eviction_before = time.monotonic() + _REST_S
-        finally:
-            self._evicting.release()
-
-    @contextmanager
-    def _sole_evictor(self) -> Iterator[bool]:
-        # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
-        fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield try_lock(fd)
-        finally:
-            os.close(fd)
+        """Do nothing: :class:`obdlab.cache.eviction.EvictingSpace` makes room for ``wanted`` bytes here."""
 
     def _usage_of(self, directory: Path) -> int:
         # Includes the parent directories, which may be new.

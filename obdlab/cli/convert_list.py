@@ -23,9 +23,8 @@ from obdlab.observe.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from obdlab.convert.batch.job import Job, Outcome
+    from obdlab.convert.batch.job import Job, Outcome, Pair
     from obdlab.convert.batch.pool import Pool
-    from obdlab.convert.batch.run import Pair
     from obdlab.convert.batch.state import Row
 
 _DESCRIPTION = f"""\

@@ -91,7 +91,7 @@ def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node, or the name of the iSCSI target."""
     need_root("makes a block device")
     from obdlab.devices.tcmu import configfs
-    from obdlab.server.tcmu.daemon import failure_of, result_file
+    from obdlab.server.tcmu.devconfig import failure_of, result_file
 
     if not args.config.is_file():
         raise DeviceError(f"{args.config}: no such file")

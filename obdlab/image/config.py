@@ -16,6 +16,10 @@ from obdlab.localfile import open_regular
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+#: Names of a layer file in a directory: unpacked by containerd, sealed in place, or committed.
+COMMIT_FILE, SEALED_FILE = "overlaybd.commit", "overlaybd.sealed"
+LAYER_FILES = (COMMIT_FILE, ".commit", SEALED_FILE)
+
 _MAX_SIZE = (1 << 64) - 1
 _Value = TypeVar("_Value")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
+from obdlab.image.config import LAYER_FILES
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.budget import Budget
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 #: Opening remote layers mostly waits for round trips, so this many are opened at once.
 OPEN_THREADS = 32
-# Names of a layer file in a directory, from containerd's unpacking, a commit, or a seal.
-_NAMES_IN_DIR = ("overlaybd.commit", ".commit", "overlaybd.sealed")
 
 
 class ImageOpenError(ObdlabError):
@@ -367,7 +366,7 @@ def local_file(lower: LowerConfig) -> str | None:
     # As in the original, the first existing file counts, even if it is damaged.
     candidates = [lower.file] if lower.file else []
     if lower.dir:
-        candidates += [os.path.join(lower.dir, name) for name in _NAMES_IN_DIR]
+        candidates += [os.path.join(lower.dir, name) for name in LAYER_FILES]
     return next((path for path in candidates if os.path.exists(path)), None)
 
 

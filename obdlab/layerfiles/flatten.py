@@ -7,7 +7,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from obdlab.cache.space import CacheSpace
+from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.unpacked import FlatFileError, FlatFiles
 from obdlab.errors import CorruptBlobError, ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
@@ -27,7 +27,7 @@ class FlattenError(ObdlabError):
 
 def flat_files(settings: Settings) -> FlatFiles:
     """Return the unpacked images in the directory that the settings name."""
-    return FlatFiles(CacheSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free))
+    return FlatFiles(EvictingSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free))
 
 
 def flat_name(image: Image) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from obdlab.errors import FormatError
@@ -20,9 +20,10 @@ from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import urllib3
 
-    from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
     from obdlab.registry.session import Session
 
@@ -32,8 +33,23 @@ _NEXT = re.compile(r'<([^<>]{1,4096})>\s*;\s*rel="?next"?', re.ASCII)
 _NO_API = (400, 404, 405, 501)
 
 
+class Manifest(Protocol):
+    """A fetched manifest."""
+
+    @property
+    def data(self) -> bytes: ...
+
+
+class Manifests(Protocol):
+    """The manifests of a registry's repositories (:class:`obdlab.registry.client.RegistryClient`)."""
+
+    def get_manifest(self, ref: Reference, accept: Collection[str] = ..., *, helped: bool = True) -> Manifest: ...
+
+    def put_manifest(self, ref: Reference, media_type: str, data: bytes) -> str: ...
+
+
 def list_referrers(
-    session: Session, client: RegistryClient, repository: Repository, digest: str, artifact_type: str | None
+    session: Session, client: Manifests, repository: Repository, digest: str, artifact_type: str | None
 ) -> tuple[Descriptor, ...]:
     """Return the descriptors of the manifests whose subject is ``digest``. Raises RegistryError or FormatError."""
     check_digest(digest, str(repository))
@@ -56,7 +72,7 @@ def subject_of(data: bytes) -> str | None:
         return None
 
 
-def add_to_tag(client: RegistryClient, repository: Repository, subject: str, media_type: str, data: bytes) -> None:
+def add_to_tag(client: Manifests, repository: Repository, subject: str, media_type: str, data: bytes) -> None:
     """Add a manifest to the index of referrers of ``subject``, at a registry without the referrers API.
 
     Two clients that do so at the same time may lose one entry: the registry cannot prevent it. Raises RegistryError.
@@ -70,7 +86,7 @@ def add_to_tag(client: RegistryClient, repository: Repository, subject: str, med
     client.put_manifest(_tagged(repository, subject), OCI_INDEX, changed.to_bytes())
 
 
-def drop_from_tag(client: RegistryClient, repository: Repository, subject: str, digest: str) -> bool:
+def drop_from_tag(client: Manifests, repository: Repository, subject: str, digest: str) -> bool:
     """Undo :func:`add_to_tag`. Return True if there was an entry. Raises RegistryError."""
     index = _from_tag(client, repository, subject)
     others = tuple(each for each in index.manifests if each.digest != digest)
@@ -116,7 +132,7 @@ def _next_path(repository: Repository, path: str, link: str, doing: str) -> str:
     return target.removeprefix(f"{repository.api_url}/")
 
 
-def _from_tag(client: RegistryClient, repository: Repository, digest: str) -> Index:
+def _from_tag(client: Manifests, repository: Repository, digest: str) -> Index:
     try:
         fetched = client.get_manifest(_tagged(repository, digest), (OCI_INDEX,), helped=False)
     except RegistryError as error:

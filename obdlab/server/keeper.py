@@ -35,7 +35,7 @@ from obdlab.server.forking import Signals, become
 from obdlab.server.keeperstate import KEPT, TRANSITIONS, State
 from obdlab.server.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan
-from obdlab.server.serverprocess import ServerProcess, how_ended, killed_by
+from obdlab.server.serverprocess import ServerProcess, Task, how_ended, killed_by
 from obdlab.server.watchdog import Watchdog
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
@@ -218,7 +218,7 @@ class Keeper:
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
-        task = server.Task(self._connection, self._path, number, self._restarts, self._plan.kind, self._plan.settings)
+        task = Task(self._connection, self._path, number, self._restarts, self._plan.kind, self._plan.settings)
         settings = self._helper_settings if number else self._plan.settings
         try:
             pid = os.fork()
@@ -248,7 +248,7 @@ class Keeper:
             self._fail(why)
 
     # Runs in the new process. Descriptors that belong to the keeper alone must not live on in it.
-    def _serve(self, ours: socket.socket, theirs: socket.socket, task: server.Task, settings: str) -> None:
+    def _serve(self, ours: socket.socket, theirs: socket.socket, task: Task, settings: str) -> None:
         ours.close()
         if self._signals is not None:
             self._signals.forget()

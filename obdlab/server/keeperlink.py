@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from obdlab.server.server import Task
+    from obdlab.server.serverprocess import Task
 
 log = logging.getLogger(__name__)
 

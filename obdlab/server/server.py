@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Blob
     from obdlab.devices.device import Device
+    from obdlab.server.serverprocess import Task
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +44,6 @@ _ANSWERS_S = 1.0
 
 class _Terminated(BaseException):
     """SIGTERM has come while the device is not in use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A server's task."""
-
-    #: Connection that the device's keeper holds too (``Kind.connect``): an open /dev/fuse, or NO_CONNECTION.
-    connection: int
-    #: The device, if it exists and this server goes on with it.
-    path: Path | None = None
-    #: 0: the server of the device; other numbers are helpers while it is busy.
-    number: int = 0
-    #: Number of servers that the device had before.
-    restarts: int = 0
-    #: Name of the device's kind.
-    kind: str = kinds.FuseLoop.name
-    #: Settings of the device's plan, as ``Settings.to_json`` wrote them.
-    settings: str = "{}"
 
 
 def serve(

@@ -1,4 +1,4 @@
-"""The keeper's view of a device's server: the process, its channel, and how it ended."""
+"""The keeper's view of a device's server: its task, the process, its channel, and how it ended."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import logging
 import os
 import signal
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from obdlab.devices import kinds
 
 if TYPE_CHECKING:
     import socket
+    from pathlib import Path
 
     from obdlab.server.deaths import Start
 
@@ -18,6 +22,24 @@ log = logging.getLogger(__name__)
 
 #: Longest message of a server.
 _LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A server's task."""
+
+    #: Connection that the device's keeper holds too (``Kind.connect``): an open /dev/fuse, or NO_CONNECTION.
+    connection: int
+    #: The device, if it exists and this server goes on with it.
+    path: Path | None = None
+    #: 0: the server of the device; other numbers are helpers while it is busy.
+    number: int = 0
+    #: Number of servers that the device had before.
+    restarts: int = 0
+    #: Name of the device's kind.
+    kind: str = kinds.FuseLoop.name
+    #: Settings of the device's plan, as ``Settings.to_json`` wrote them.
+    settings: str = "{}"
 
 
 class ServerProcess:

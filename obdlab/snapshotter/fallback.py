@@ -154,7 +154,7 @@ def _fetch(config: ImageConfig, settings: Settings) -> None:
 
 
 def _fetch_one(client: RegistryClient, repository: Repository, lower: LowerConfig) -> None:
-    from obdlab.snapshotter.overlaybd import COMMIT_FILE
+    from obdlab.image.config import COMMIT_FILE
 
     if not lower.digest or not lower.dir:
         raise FallbackError(f"layer {lower.digest or lower.dir or 'unnamed'}: nowhere to be fetched from or to")

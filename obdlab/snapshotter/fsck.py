@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from obdlab.command import command
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import chain_id_over, is_digest
-from obdlab.image.config import ConfigError, ImageConfig
-from obdlab.snapshotter import overlaybd, writable
+from obdlab.image.config import COMMIT_FILE, SEALED_FILE, ConfigError, ImageConfig
+from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.importing import ORIGINAL_NAME
 from obdlab.snapshotter.layout import CONFIG_NAME, Layout, RootError
@@ -186,7 +186,7 @@ class RootCheck:
 
     def _blob(self, snapshot: Snapshot, name: str, remote: overlaybd.RemoteLayer | None) -> Iterator[Finding]:
         fs = self._layout.fs(snapshot.id)
-        there = [file for file in (fs / overlaybd.COMMIT_FILE, fs / writable.SEALED_FILE) if file.is_file()]
+        there = [file for file in (fs / COMMIT_FILE, fs / SEALED_FILE) if file.is_file()]
         for file in there:
             trouble = _trouble_of(file)
             if trouble and remote is not None:

@@ -26,7 +26,7 @@ from obdlab.formats.oci import (
     chain_id_over,
     is_digest,
 )
-from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.config import COMMIT_FILE, ImageConfig, LowerConfig, UpperConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback, is_metadata
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
@@ -45,8 +45,6 @@ LABEL_DOWNLOAD = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
 #: Only this service sets them: repairs make configurations from them, builders run programs on the path.
 _OWN_LABELS = frozenset({LABEL_REMOTE, LABEL_COMMIT_PATH, LABEL_FALLBACK})
-
-COMMIT_FILE = "overlaybd.commit"
 
 # The original's converter names the layers it remembers in a database like this. containerd computes the names of
 # pulled layers, "sha256:<hex>", so no image can ask for such a name.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
-from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.image.config import SEALED_FILE, ImageConfig, UpperConfig
 from obdlab.snapshotter import fallback, overlaybd, tracing, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
@@ -119,7 +119,7 @@ class OwnDevices:
                     raise AlreadyExistsError(f"snapshot {name!r} already exists")
             if not self._images.release(own_id):
                 raise FailedPreconditionError(f"snapshot {key!r}: its device is still in use")
-            sealed = self._layout.fs(own_id) / writable.SEALED_FILE
+            sealed = self._layout.fs(own_id) / SEALED_FILE
             sealed.unlink(missing_ok=True)
             writable.seal(device.upper, sealed)
             active = ImageConfig.load(self._layout.config(own_id))
@@ -152,7 +152,7 @@ class OwnDevices:
             except FailedPreconditionError as error:  # calls for this snapshot fail with it; the others must go on
                 logger.error("snapshot %r: %s", snapshot.key, error)
                 continue
-            sealed = self._layout.fs(snapshot.id) / writable.SEALED_FILE
+            sealed = self._layout.fs(snapshot.id) / SEALED_FILE
             if device is None:
                 continue
             if snapshot.kind is Kind.COMMITTED:

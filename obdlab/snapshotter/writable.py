@@ -33,7 +33,6 @@ LABEL_VSIZE = "containerd.io/snapshot/overlaybd/vsize"
 LABEL_COMMIT_PATH = "containerd.io/snapshot/overlaybd.localcommitpath"
 LABEL_TYPE = "containerd.io/snapshot/type"
 
-SEALED_FILE = "overlaybd.sealed"
 _DATA, _INDEX = "writable_data", "writable_index"
 _DEFAULT_SIZE_GB = 64
 _MAX_SIZE_GB = 1 << 14

@@ -75,7 +75,7 @@ def take_back(directory: Path, wanted: int = 1 << 40) -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eviction, "SWEEP_PAUSE_S", 0.05)
-    monkeypatch.setattr(space, "_REST_S", 0.05)
+    monkeypatch.setattr(eviction, "_REST_S", 0.05)
 
 
 def du(directory: Path) -> int:

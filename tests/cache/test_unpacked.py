@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cache.eviction import evict
-from obdlab.cache.space import CacheSpace, disk_usage
+from obdlab.cache.eviction import EvictingSpace, evict
+from obdlab.cache.space import disk_usage
 from obdlab.cache.unpacked import PIECE, FlatFileError, FlatFiles, remove_unused
 from obdlab.errors import CorruptBlobError, SourceError
 
@@ -26,15 +26,15 @@ def read(offset: int, length: int) -> bytes | None:
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> CacheSpace:
-    return CacheSpace(tmp_path / "cache", quota=64 * PIECE)
+def space(tmp_path: Path) -> EvictingSpace:
+    return EvictingSpace(tmp_path / "cache", quota=64 * PIECE)
 
 
 def content_of(fd: int) -> bytes:
     return os.pread(fd, SIZE + 1, 0)
 
 
-def test_is_what_was_read_and_takes_no_space_for_zeros(space: CacheSpace) -> None:
+def test_is_what_was_read_and_takes_no_space_for_zeros(space: EvictingSpace) -> None:
     files = FlatFiles(space)
     assert files.open("one") is None
     files.store("one", SIZE, 2 * PIECE, read)
@@ -48,14 +48,14 @@ def test_is_what_was_read_and_takes_no_space_for_zeros(space: CacheSpace) -> Non
     os.close(fd)
 
 
-def test_the_ledger_knows_what_it_takes(space: CacheSpace) -> None:
+def test_the_ledger_knows_what_it_takes(space: EvictingSpace) -> None:
     FlatFiles(space).store("one", SIZE, 2 * PIECE, read)
     counted = 64 * PIECE + space.excess() - 2 * 64 * PIECE // 16
     assert abs(counted - disk_usage(space.directory)) <= 64 << 10
 
 
 @pytest.mark.parametrize("at", [0, PIECE + 5, SIZE - 1])
-def test_a_changed_byte_is_found(space: CacheSpace, at: int) -> None:
+def test_a_changed_byte_is_found(space: EvictingSpace, at: int) -> None:
     files = FlatFiles(space)
     files.store("one", SIZE, 2 * PIECE, read)
     with files.path("one").open("r+b") as file:
@@ -68,7 +68,7 @@ def test_a_changed_byte_is_found(space: CacheSpace, at: int) -> None:
     os.close(fd)
 
 
-def test_sums_that_are_cut_off_or_gone(space: CacheSpace) -> None:
+def test_sums_that_are_cut_off_or_gone(space: EvictingSpace) -> None:
     files = FlatFiles(space)
     files.store("one", SIZE, 2 * PIECE, read)
     fd, sums = files.open("one"), files.path("one").with_name("sums")
@@ -82,7 +82,7 @@ def test_sums_that_are_cut_off_or_gone(space: CacheSpace) -> None:
     os.close(fd)
 
 
-def test_nothing_is_left_if_reading_fails(space: CacheSpace) -> None:
+def test_nothing_is_left_if_reading_fails(space: EvictingSpace) -> None:
     def fail(offset: int, length: int) -> bytes | None:
         if offset == 3 * PIECE:
             raise SourceError("gone")
@@ -96,7 +96,7 @@ def test_nothing_is_left_if_reading_fails(space: CacheSpace) -> None:
     files.store("one", SIZE, 2 * PIECE, read)
 
 
-def test_what_a_killed_process_left_is_made_anew(space: CacheSpace) -> None:
+def test_what_a_killed_process_left_is_made_anew(space: EvictingSpace) -> None:
     files = FlatFiles(space)
     directory = files.path("one").parent
     directory.mkdir(parents=True)
@@ -109,12 +109,12 @@ def test_what_a_killed_process_left_is_made_anew(space: CacheSpace) -> None:
     os.close(fd)
 
 
-def test_no_room_is_said_before_anything_is_read(space: CacheSpace) -> None:
+def test_no_room_is_said_before_anything_is_read(space: EvictingSpace) -> None:
     with pytest.raises(FlatFileError, match=r"no room for an unpacked image .wanted up to 60 MiB, got 5[0-9] MiB"):
         FlatFiles(space).store("one", 60 * PIECE, 60 * PIECE, lambda *_: pytest.fail("read"))
 
 
-def test_disks_in_use_stay(space: CacheSpace) -> None:
+def test_disks_in_use_stay(space: EvictingSpace) -> None:
     files = FlatFiles(space)
     for name in ("used", "unused"):
         files.store(name, SIZE, 2 * PIECE, read)
@@ -129,7 +129,7 @@ def test_disks_in_use_stay(space: CacheSpace) -> None:
     assert not files.path("used").exists()
 
 
-def test_one_being_made_stays(space: CacheSpace) -> None:
+def test_one_being_made_stays(space: EvictingSpace) -> None:
     files, directory = FlatFiles(space), FlatFiles(space).path("one").parent
 
     def look(offset: int, length: int) -> bytes | None:
@@ -144,8 +144,8 @@ def test_one_being_made_stays(space: CacheSpace) -> None:
 
 
 def test_the_eviction_takes_unused_ones_when_there_is_no_room(tmp_path: Path) -> None:
-    files = FlatFiles(CacheSpace(tmp_path / "cache", quota=64 * PIECE))
+    files = FlatFiles(EvictingSpace(tmp_path / "cache", quota=64 * PIECE))
     files.store("one", SIZE, 2 * PIECE, read)
-    small = CacheSpace(tmp_path / "cache", quota=PIECE)
+    small = EvictingSpace(tmp_path / "cache", quota=PIECE)
     assert evict(small) > PIECE
     assert files.open("one") is None

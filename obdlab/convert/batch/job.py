@@ -1,4 +1,4 @@
-"""One image of a list, converted by a process of its own.
+"""One image of a list, and its conversion by a process of its own.
 
 So a conversion killed for its memory takes nothing else with it, and a conversion is stopped in the same way as a
 user would stop it. The process reads its job from standard input, which stays open as long as the result is wanted,
@@ -27,6 +27,14 @@ _LOOK_S = 0.2
 _END_S = 30.0
 _MOST_SAID = 64 << 10
 _MOST_TOLD = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One image of a list: its source, and the destination of the converted image."""
+
+    source: str
+    destination: str
 
 
 @dataclass(frozen=True, slots=True)

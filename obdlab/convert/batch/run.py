@@ -11,10 +11,9 @@ import heapq
 import queue
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from obdlab.convert.batch.job import Job, Outcome
+from obdlab.convert.batch.job import Job, Outcome, Pair
 from obdlab.errors import FormatError, SourceError
 from obdlab.registry.reference import Reference
 
@@ -31,14 +30,6 @@ _LONGEST_PAUSE_S = 300.0
 _LOOK_S = 0.5
 _MOST_LIST = 16 << 20
 _LAYOUTS = ("oci:", "oci-archive:", "docker-archive:", "containerd:")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One image of a list: its source, and the destination of the converted image."""
-
-    source: str
-    destination: str
 
 
 class Watcher(Protocol):

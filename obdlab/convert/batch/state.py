@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from obdlab.convert.batch.run import Pair
+    from obdlab.convert.batch.job import Pair
 
 _VERSION = 1
 _BUSY_S = 10.0

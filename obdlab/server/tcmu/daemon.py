@@ -15,15 +15,14 @@ import select
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices.tcmu import netlink, uio
 from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
-from obdlab.errors import ObdlabError
-from obdlab.image.config import ImageConfig
 from obdlab.server.forking import Signals, fork_to
+from obdlab.server.tcmu.devconfig import HANDLER, image_of, report_failure
 from obdlab.server.tcmu.server import Reporter, serve
 
 if TYPE_CHECKING:
@@ -32,22 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The handler's name in dev_config.
-HANDLER = "overlaybd"
-#: File for the reason of a failed add if the image's configuration names no result file.
-DEFAULT_RESULT = "init-debug.log"
 _RESTART_FIRST_S, _RESTART_MOST_S = 0.05, 30.0
 #: A server that has served this long did not die at once.
 _HEALTHY_S = 5.0
 #: An opening has its own deadline; a server that exceeds it is killed.
 _OPEN_GRACE_S = 10.0
 _END_S = 30.0
-
-
-def image_of(config: str) -> tuple[Path, str]:
-    """Split the handler's part of a dev_config: the image's configuration, and its id for live snapshots."""
-    path, _, live_id = config.partition(";")
-    return Path(path), live_id
 
 
 @dataclass(slots=True, eq=False)
@@ -279,37 +268,6 @@ class TcmuDaemon:
             os.waitpid(server.pid, 0)
             self._forget(server)
         self._netlink.close()
-
-
-def result_file(config_path: Path) -> Path:
-    """Return the file for the outcome of opening an image, as configured or the default beside the configuration."""
-    try:
-        named = ImageConfig.load(config_path).result_file
-    except ObdlabError:
-        named = ""
-    return config_path.parent / (named or DEFAULT_RESULT)
-
-
-def open_config(config_path: Path) -> ImageConfig:
-    """Read an image's configuration, with a full path of its result file. Raises ConfigError."""
-    return replace(ImageConfig.load(config_path), result_file=str(result_file(config_path)))
-
-
-def report_failure(config_path: Path, reason: str) -> None:
-    """Write the reason why an image was not added to its result file, which the device's waiting maker reads."""
-    try:
-        result_file(config_path).write_text(f"failed:{reason}")
-    except OSError as error:
-        log.warning("%s: cannot write the reason (%s)", result_file(config_path), error.strerror)
-
-
-def failure_of(config_path: Path) -> str:
-    """Return the reason why an image was not added, or ''. For the device's waiting maker."""
-    try:
-        text = result_file(config_path).read_text(errors="replace")
-    except OSError:
-        return ""
-    return text.removeprefix("failed:") if text.startswith("failed:") else ""
 
 
 def holders(number: int) -> list[int]:

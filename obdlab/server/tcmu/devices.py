@@ -16,7 +16,8 @@ from obdlab.devices.tcmu.configfs import Target
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 from obdlab.server.client import AttachedDevice, DeviceService
-from obdlab.server.tcmu.daemon import HANDLER, failure_of, holders, image_of, result_file
+from obdlab.server.tcmu.daemon import holders
+from obdlab.server.tcmu.devconfig import HANDLER, failure_of, image_of, result_file
 from obdlab.settings.settings import DAEMON_KIND
 from obdlab.system import mount
 

@@ -151,7 +151,7 @@ def _serial(name: UioName) -> str:
 
 def _opened(name: UioName, config_path: Path, settings: Settings, *, may_fail: bool) -> Blob:
     from obdlab.image.open import open_image
-    from obdlab.server.tcmu.daemon import open_config
+    from obdlab.server.tcmu.devconfig import open_config
 
     def open_it() -> Blob:
         return open_image(open_config(config_path), settings)
