@@ -16,13 +16,14 @@ TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs
 LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver \
   golang-go golang-github-containerd-containerd-dev
 
-.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint unit pure host protos
+.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint docs unit pure host protos
 .PHONY: benchmarks mutants clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
 	@echo "make test       set up, then lint and run the tests"
-	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/long-tests.md"
+	@echo "make test-long  the tests with full counts (kills, fuzzing, real images): SHARD=name for a part, see docs/develop/long-tests.md"
+	@echo "make docs       the documentation as a site: build/docs/index.html"
 	@echo "make newest     the tests without devices, with the newest versions of all Python dependencies"
 	@echo "make benchmarks the speed figures, as ratios"
 	@echo "make mutants    which wrong lines the tests would not notice (hours)"
@@ -53,7 +54,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/obdlab experiment run experiments/quick.toml --report
 
-test: setup test-packages lint unit
+test: setup test-packages lint docs unit
 
 lint:
 	$(BIN)/ruff check .
@@ -61,6 +62,11 @@ lint:
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb notebooks/*/*.ipynb
+
+# Warnings are errors: a page that no table of contents names, a link to a missing page, a malformed docstring.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "docs: build/docs/index.html"
 
 # Devices, mounts and containers are the whole host's: tests that use them run alone, the others on all processors.
 # Both in workers of pytest-xdist: a worker that a hanging test took along is replaced (tests/guard).
@@ -77,7 +83,7 @@ pure:
 host:
 	$(PYTEST) -n 1 -m "$(HOST_TESTS)" $(TESTS) || test $$? -eq 5
 
-# SHARD: one of docs/long-tests.md, "oldest" (whose last pass is longest ago) or "all". LIMIT: minutes for each.
+# SHARD: one of docs/develop/long-tests.md, "oldest" (whose last pass is longest ago) or "all". LIMIT: minutes for each.
 test-long: setup test-packages long-packages
 	$(BIN)/python -m tests.shards run $(or $(SHARD),all) $(if $(LIMIT),--limit $(LIMIT))
 
@@ -85,7 +91,7 @@ test-long: setup test-packages long-packages
 newest: packages
 	scripts/newest $(TESTS)
 
-# Which tests notice a wrong line: hours. The page of results is docs/mutants.md.
+# Which tests notice a wrong line: hours. The page of results is docs/develop/mutants.md.
 ROOMS ?=
 mutants: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev,mutants]'

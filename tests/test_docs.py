@@ -1,4 +1,7 @@
-"""The docs hold together: every page is in the index, every link leads somewhere, the citation is of this version."""
+"""The docs hold together: every link leads somewhere, the citation is of this version.
+
+``make docs`` checks that every page is in a table of contents.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -17,12 +20,9 @@ def links(page: Path) -> list[str]:
     return [link for link in _LINK.findall(page.read_text()) if "://" not in link and not link.startswith("mailto:")]
 
 
-def test_every_page_is_in_the_index() -> None:
-    index = ROOT / "docs" / "README.md"
-    listed = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
-    assert {page for page in PAGES if page != index} <= listed
-    assert "docs/README.md" in links(ROOT / "README.md")
-    assert "docs/run-containers.md" in links(ROOT / "README.md")
+def test_the_readme_leads_to_the_docs() -> None:
+    assert "docs/index.md" in links(ROOT / "README.md")
+    assert "docs/tutorial/run-containers.md" in links(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

@@ -16,7 +16,7 @@ from obdlab.layers.commit import commit
 from tests.layers.golden import GOLDEN, LSMT, manifest
 from tests.layers.golden import entry as entry_of_layer
 
-PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "formats.md").read_text()
 ZFILES = [e for e in manifest("zfile")["entries"] if ".lz4." in e["file"]]
 
 
@@ -24,7 +24,7 @@ ZFILES = [e for e in manifest("zfile")["entries"] if ".lz4." in e["file"]]
 def program() -> dict[str, Any]:
     names: dict[str, Any] = {}
     for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(compile(text, "docs/formats.md", "exec", dont_inherit=True), names)
+        exec(compile(text, "docs/reference/formats.md", "exec", dont_inherit=True), names)
     return names
 
 
@@ -98,7 +98,7 @@ def test_the_example_is_the_file() -> None:
     assert header <= shown, "lines of zeros only are left out"
 
 
-FEATURES = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+FEATURES = (Path(__file__).parents[1] / "docs" / "reference" / "features.md").read_text()
 REFERENCES = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", FEATURES)))
 
 

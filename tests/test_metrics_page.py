@@ -1,4 +1,4 @@
-"""docs/metrics.md names exactly what the exporter serves, with its kind and labels."""
+"""docs/reference/metrics.md names exactly what the exporter serves, with its kind and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from obdlab.metrics.exporter import Collected, ObdlabCollector, Server, Snapshot
 from obdlab.observe.counters import Table
 from obdlab.server.rundir import DeviceRecord
 
-PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "metrics.md").read_text()
 
 
 class OneDevice(Collected):

@@ -15,7 +15,7 @@ def add(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "config",
         help="check a settings file and show what it leads to",
-        description="Settings files: obdlab's own keys, or the original's overlaybd.json (docs/configuration.md).",
+        description="Settings files: obdlab's own keys, or overlaybd.json (docs/reference/configuration.md).",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     check = verbs.add_parser(

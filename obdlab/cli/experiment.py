@@ -99,7 +99,7 @@ def _add_scheduler(parser: argparse.ArgumentParser) -> None:
         "--scheduler",
         default="",
         metavar="ADDRESS",
-        help="measure on the hosts of a Dask scheduler's workers, e.g. tcp://host:8786 (docs/own-hosts.md)",
+        help="measure on the hosts of a Dask scheduler's workers, e.g. tcp://host:8786 (docs/how-to/own-hosts.md)",
     )
 
 

@@ -27,8 +27,8 @@ def add(subcommands: Any) -> None:
         "exporter",
         help="serve metrics for Prometheus, and a health check",
         description=(
-            "Serve the metrics of all devices of a run directory (docs/metrics.md) and, at /healthz, whether host, "
-            "devices, registries and cache are well (503 if not). Ends at SIGINT and SIGTERM."
+            "Serve the metrics of a run directory (docs/reference/metrics.md) and, at /healthz, whether host,"
+            " devices, registries and cache are well (503 if not). Ends at SIGINT and SIGTERM."
         ),
     )
     parser.add_argument(

@@ -46,7 +46,7 @@ def add(subcommands: Any) -> None:
         "--iscsi",
         metavar="IQN",
         default="",
-        help="export it over iSCSI under this name, in place of a disk of this host (no passwords: docs/tcmu.md)",
+        help="export it over iSCSI under this name, in place of a disk here (no passwords: docs/how-to/tcmu.md)",
     )
     attach.add_argument(
         "--portal",

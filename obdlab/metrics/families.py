@@ -1,7 +1,7 @@
 """The metric families that the exporter serves, and their samples from the servers' counters.
 
 Each counter and histogram appears twice: ``obdlab_device_<name>`` with a label ``device``, and ``obdlab_<name>``, the
-sum over all devices there ever were. ``docs/metrics.md`` describes them all; a test compares.
+sum over all devices there ever were. ``docs/reference/metrics.md`` describes them all; a test compares.
 """
 
 from __future__ import annotations

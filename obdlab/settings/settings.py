@@ -71,7 +71,7 @@ class Settings:
     download_tries: int = 5
     #: True if read-only devices graduate once all of their image is local and checked: it is unpacked to a plain file
     #: in the cache directory, within ``cache_quota``, and the kernel reads that. It costs as much disk as the image
-    #: has data unpacked, and each device a second loop device from the beginning (docs/graduation.md).
+    #: has data unpacked, and each device a second loop device from the beginning (docs/explanation/graduation.md).
     graduation: bool = False
     #: A read ends with data or an error within this time, in any state of the registry.
     read_deadline_s: float = 120.0
@@ -82,7 +82,7 @@ class Settings:
     #: The kind of device for images: one of DEVICE_KINDS; or, for the snapshotter only, DAEMON_KIND.
     device_kind: str = "auto"
     #: The kernel's read-ahead on devices, and around page faults of files mapped from them, in KiB. With 32 a start
-    #: reads a fifth less, which pays on slow links (docs/prefetch.md).
+    #: reads a fifth less, which pays on slow links (docs/how-to/prefetch.md).
     device_readahead_kib: int = 128
     #: Listening address of ``obdlab snapshot-api``: ``http://HOST:PORT``; "": a unix socket in the run directory.
     snapshot_api_address: str = ""

@@ -1,4 +1,4 @@
-"""The page ``docs/run-containers.md``, followed to the letter: every command, and what it prints.
+"""The page ``docs/tutorial/run-containers.md``, followed to the letter: every command, and what it prints.
 
 Only places differ (directories and the registry's port are the test's own), and the image, which on the page comes
 from Docker Hub. Packages are installed here already, and there is no systemd.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.containerd, pytest.mark.registry]
 
-PAGE = Path(__file__).parents[2] / "docs" / "run-containers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial" / "run-containers.md"
 #: What the machine has done already, or does by other means.
 ELSEWHERE = ("apt-get install containerd docker-registry", "systemctl start docker-registry")
 RESTART = "systemctl restart containerd"

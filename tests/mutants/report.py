@@ -27,10 +27,10 @@ make mutants                   # all rooms; hours. ROOMS="formats layers" takes 
 
 
 def main(root: Path, *, write: bool) -> int:
-    """Print the page, or write it to docs/mutants.md. Return 1 if a room's score is below 85 %."""
+    """Print the page, or write it to docs/develop/mutants.md. Return 1 if a room's score is below 85 %."""
     page, worst = _page(root)
     if write:
-        (root / "docs" / "mutants.md").write_text(page)
+        (root / "docs" / "develop" / "mutants.md").write_text(page)
     else:
         print(page)
     return int(worst < 0.85)

@@ -1,6 +1,6 @@
 """Every fault of a registry that answers, and what a reader gets: the table that the tests run and the docs show.
 
-``python -m tests.outage.cases`` prints the table of docs/outages.md.
+``python -m tests.outage.cases`` prints the table of docs/explanation/outages.md.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def case(name: str) -> Case:
 
 
 def table() -> str:
-    """Return the table of docs/outages.md."""
+    """Return the table of docs/explanation/outages.md."""
     head = ["| fault | if it happens once, a reader gets | while it lasts, a reader gets |", "|---|---|---|"]
     return "\n".join([*head, *(one.row for one in [*CASES, *SITUATIONS])]) + "\n"
 

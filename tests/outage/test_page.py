@@ -1,4 +1,4 @@
-"""docs/outages.md says what the tests do."""
+"""docs/explanation/outages.md says what the tests do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.outage.cases import CASES, SITUATIONS, table
 from tests.outage.situations import MAKING
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "outages.md").read_text()
+PAGE = (ROOT / "docs" / "explanation" / "outages.md").read_text()
 
 
 def test_the_table_is_the_one_of_the_tests() -> None:

@@ -16,7 +16,7 @@ from obdlab.settings.original import KEYS, at_launch, load, parse
 from obdlab.settings.plain import describe, to_plain
 from obdlab.settings.settings import GIB, Settings, SettingsError
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
 DEFAULT = Settings()
 
 

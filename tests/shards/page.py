@@ -1,4 +1,4 @@
-"""The page that says when each shard passed last (``docs/long-tests.md``)."""
+"""The page that says when each shard passed last (``docs/develop/long-tests.md``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.shards import table
 
-PAGE = Path(__file__).parents[2] / "docs" / "long-tests.md"
+PAGE = Path(__file__).parents[2] / "docs" / "develop" / "long-tests.md"
 _NEVER = "never"
 _HEAD = "| shard | covers | passed | commit | minutes |\n|---|---|---|---|---|\n"
 _ROW = re.compile(

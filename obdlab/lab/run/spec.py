@@ -98,7 +98,7 @@ class Spec:
     #: ZFile options of the converted images; the defaults are those of ``obdlab convert``.
     algorithm: str = DEFAULT_ALGORITHM
     block_size: int = DEFAULT_BLOCK_SIZE
-    #: Settings of obdlab (docs/configuration.md) that differ from the defaults.
+    #: Settings of obdlab (docs/reference/configuration.md) that differ from the defaults.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     #: Free text, shown in the report.
     description: str = field(default="", compare=False)

@@ -180,7 +180,7 @@ def test_tables_have_numbers_right_and_say_once_what_is_the_same(root: Path) -> 
 
 
 MEASURED = Path(__file__).parents[3] / "experiments" / "measured"
-DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
+DOCS = Path(__file__).parents[3] / "docs" / "explanation" / "evaluation.md"
 
 
 def test_all_that_was_measured_is_shown_and_what_is_not_is_said() -> None:
