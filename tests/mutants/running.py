@@ -41,18 +41,18 @@ def results_dir(root: Path) -> Path:
 def record(root: Path, tests: list[str], *, host: bool) -> int:
     """Run the tests under coverage, one context each. Adds to what an earlier call recorded."""
     directory = results_dir(root)
-    rcfile = directory / "coveragerc"
-    rcfile.write_text(RCFILE.format(root=root, data=directory / "raw" / "coverage", context=CONTEXT))
-    (directory / "raw").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rcfile}", "-m", "pytest", "-q"]
-    command += ["-p", "tests.mutants.covering", "-p", "no:cacheprovider", "-o", "addopts=", "--hypothesis-seed=0"]
-    command += ["-m", HOST if host else f"not ({HOST})", *tests]
-    environment = os.environ | {TIMES: str(directory / "times.jsonl"), CONTEXT: ""}
-    status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
-    shutil.copytree(root / "obdlab", directory / "sources" / "obdlab", dirs_exist_ok=True, ignore=_NOT_SOURCES)
-    combine = [sys.executable, "-m", "coverage", "combine", f"--rcfile={rcfile}", "--append"]
-    combine += [f"--data-file={directory / 'coverage'}", str(directory / "raw")]
-    subprocess.run(combine, cwd=root, check=True, stdout=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(dir=directory) as raw:  # two calls at once would combine each other's halves
+        rcfile = Path(raw) / "coveragerc"
+        rcfile.write_text(RCFILE.format(root=root, data=Path(raw) / "coverage", context=CONTEXT))
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={rcfile}", "-m", "pytest", "-q"]
+        command += ["-p", "tests.mutants.covering", "-p", "no:cacheprovider", "-o", "addopts=", "--hypothesis-seed=0"]
+        command += ["-m", HOST if host else f"not ({HOST})", *tests]
+        environment = os.environ | {TIMES: str(directory / "times.jsonl"), CONTEXT: ""}
+        status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+        shutil.copytree(root / "obdlab", directory / "sources" / "obdlab", dirs_exist_ok=True, ignore=_NOT_SOURCES)
+        combine = [sys.executable, "-m", "coverage", "combine", f"--rcfile={rcfile}", "--append"]
+        combine += [f"--data-file={directory / 'coverage'}", *map(str, Path(raw).glob("coverage.*"))]
+        subprocess.run(combine, cwd=root, check=True, stdout=subprocess.DEVNULL)
     return status
 
 
