@@ -139,7 +139,6 @@ class Copy:
         self._unsound: set[str] = set()
         environment = os.environ | {
             "PYTHONPATH": str(directory),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "TMPDIR": str(directory / "tmp"),
         }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 # Nothing of obdlab itself: the forks import that, changed.
 _PRELOADED = ("pytest", "hypothesis", "numpy", "urllib3", "cramjam", "crc32c", "zstandard", "isal.igzip", "pandas")
+_PRELOADED += ("anyio.pytest_plugin", "trio", "xdist.plugin", "pytest_timeout", "grpc", "google.protobuf.empty_pb2")
 
 
 def main() -> None:
