@@ -277,7 +277,7 @@ class Snapshotter:
             yield
             return
         asked_s = time.monotonic()
-        with self._locks.hold(image.id):
+        with self._images.admitted(image.id), self._locks.hold(image.id):
             if not self._layout.is_image(image.id):
                 raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
             if labels is not None and not overlaybd.pull_target(labels):  # labels of a new container

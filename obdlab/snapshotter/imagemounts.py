@@ -9,6 +9,7 @@ import select
 import subprocess
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,12 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.indexfetch import Priming
+from obdlab.snapshotter.shares import Shares, registry_of
 from obdlab.snapshotter.writable import MkfsError, Mode
 from obdlab.system import abi, mount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from obdlab.image.config import LowerConfig
     from obdlab.server.client import AttachedDevice, Devices
@@ -63,6 +65,7 @@ class ImageDevices:
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
         self._priming = Priming(devices)
+        self._shares = Shares()
         #: Called with the snapshot id of an image that is not read lazily, and the reason.
         self.on_fallback: Callable[[int, str], None] = lambda _, __: None
 
@@ -75,6 +78,21 @@ class ImageDevices:
         """Fetch a pulled layer's index in the background, unless the settings forbid it. Returns at once."""
         if self._devices.settings.index_at_pull:
             self._priming.add(repo_blob_url, layer)
+
+    @contextmanager
+    def admitted(self, snapshot_id: int) -> Iterator[None]:
+        """Count the caller among those that may wait for the image's registry, for the block.
+
+        To be held around the lock of the snapshot, as callers wait for that lock, too. Raises BusyRegistryError.
+        """
+        with self._guard:
+            is_there = snapshot_id in self._live
+        registry = "" if is_there else registry_of(self._layout.config(snapshot_id))
+        if not registry:
+            yield
+            return
+        with self._shares.call(registry):
+            yield
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False
@@ -95,7 +113,9 @@ class ImageDevices:
         if failure is not None and asked_s <= failure.ended_s:
             raise DeviceError(failure.cause)
         try:
-            path = self._mount_anew(snapshot_id, target, spec, mode, make=make)
+            registry = registry_of(self._layout.config(snapshot_id))
+            with self._shares.attach(registry, self._devices.settings.open_deadline_s) if registry else nullcontext():
+                path = self._mount_anew(snapshot_id, target, spec, mode, make=make)
         except ObdlabError as error:
             self._failures[snapshot_id] = _Failure(str(error), time.monotonic())
             raise

@@ -97,7 +97,7 @@ class OwnDevices:
         """Attach the device if needed and return how to mount it."""
         asked_s = time.monotonic()
         spec = overlaybd.fs_spec(snapshot.labels, self._options, image.labels if image else None)
-        with self._locks.hold(snapshot.id):
+        with self._images.admitted(snapshot.id), self._locks.hold(snapshot.id):
             device = WritableDevice.load(self._layout.writable(snapshot.id))
             if device is None:
                 raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")

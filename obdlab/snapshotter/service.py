@@ -44,8 +44,8 @@ RPC_ERRORS = Counter("rpc_errors")
 RPC_SECONDS = "rpc_seconds"
 _SERVICE = "containerd.services.snapshots.v1.Snapshots"
 
-#: An attach waits for a registry. A few dozen of them must not delay Stat and Mounts of other snapshots.
-_WORKERS = 64
+#: Threads, made as they are needed. Of these, calls that wait for registries take a part only (``shares``).
+_WORKERS = 512
 _LIST_BATCH = 100
 _LIST_BYTES = 1 << 20
 _MAX_ERROR_SIZE = 2000

@@ -19,6 +19,7 @@ from obdlab.snapshotter.writable import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from obdlab.image.config import LowerConfig
@@ -32,6 +33,9 @@ class ImageMounts(Protocol):
 
     #: Called with the snapshot id of an image that is not read lazily, and the reason.
     on_fallback: Callable[[int, str], None]
+
+    def admitted(self, snapshot_id: int) -> AbstractContextManager[None]:
+        """Return a context manager around all that may wait for the image's registry. Raises BusyRegistryError."""
 
     def mount(
         self, snapshot_id: int, spec: FsSpec, asked_s: float, mode: Mode = Mode.OVERLAYFS, *, make: bool = False

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -276,6 +277,9 @@ def test_a_downloaded_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter
 
 class StuckImages:
     """Mounts nothing, and has devices that cannot be taken away."""
+
+    def admitted(self, snapshot_id: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def mount(
         self, snapshot_id: int, spec: object, asked_s: float, mode: object = None, *, make: bool = False
