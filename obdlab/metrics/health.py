@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cache.space import CacheSpace
 from obdlab.server import wire
 from obdlab.server.rundir import SOCKET_NAME
 from obdlab.system.processes import Process
@@ -70,7 +71,11 @@ def registry_health(servers: Iterable[Server]) -> dict[str, Any]:
 
 
 def cache_health(cache_dir: Path) -> dict[str, Any]:
-    """Check that a file can be written in the cache directory, or in the nearest existing parent."""
+    """Check that only we can write in the cache directory, and can: there or in the nearest existing parent."""
+    try:
+        CacheSpace(cache_dir).check_owner()
+    except OSError as error:
+        return {"ok": False, "directory": str(cache_dir), "error": error.strerror}
     directory = cache_dir
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +36,7 @@ from obdlab.server.rundir import (
 )
 from obdlab.system import mount
 from obdlab.system.locks import lock_until
+from obdlab.system.ownfiles import check_own_directory
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
@@ -273,8 +275,13 @@ class DeviceService:
             raise DeviceError("; ".join(failures))
 
     def check_place(self) -> None:
-        """Make the run directory. Raises DeviceError if it cannot be made, or if other users could change it."""
+        """Make the run directory. Raises DeviceError if this fails, or if others can change it or the cache's."""
         self._run.create()
+        try:  # as the cache itself does, whose modules need much memory (numpy)
+            with suppress(FileNotFoundError):
+                check_own_directory(self._settings.cache_dir)
+        except OSError as error:
+            raise DeviceError(f"cache directory {self._settings.cache_dir}: {error.strerror}") from error
 
     def start_host(self) -> None:
         """Have the device host run before the first attach. Raises DeviceError."""

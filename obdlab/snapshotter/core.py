@@ -207,8 +207,9 @@ class Snapshotter:
             self._snapshots.delete_directory(directory)
 
     def is_well(self) -> bool:
-        """Return True if calls can be answered: the root exists and its metadata can be read."""
+        """Return True if calls can be answered: the metadata can be read, and the devices' directories are safe."""
         try:
+            self._images.check_place()
             return self._layout.snapshots.is_dir() and bool(self.counts())
         except (ObdlabError, OSError) as error:
             logger.error("not well: %s", error)

@@ -74,6 +74,10 @@ class ImageDevices:
         self._host_start = threading.Thread(target=self._start_host, name="start-host")
         self._host_start.start()
 
+    def check_place(self) -> None:
+        """Raise DeviceError if the run directory or the cache directory is refused."""
+        self._devices.check_place()
+
     def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
         """Fetch a pulled layer's index in the background, unless the settings forbid it. Returns at once."""
         if self._devices.settings.index_at_pull:

@@ -42,6 +42,9 @@ class ImageMounts(Protocol):
     ) -> Path:
         """Attach and mount the snapshot's device according to ``mode``; the request came at ``asked_s``."""
 
+    def check_place(self) -> None:
+        """Raise ObdlabError if the devices' directories are refused, so that no image can be mounted."""
+
     def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
         """Fetch a pulled layer's index in the background, so that its image opens sooner."""
 

@@ -74,19 +74,24 @@ def test_the_snapshotter_is_ready_alive_and_stops(tmp_path: Path, systemd: socke
 
 
 @pytest.mark.kernel
-def test_a_snapshotter_whose_run_directory_is_refused_is_never_ready(tmp_path: Path, systemd: socket.socket) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"), [("run", "{}: cannot make the run directory: "), ("cache", "cache directory {}: ")]
+)
+def test_a_snapshotter_whose_directory_is_refused_is_never_ready(
+    name: str, words: str, tmp_path: Path, systemd: socket.socket
+) -> None:
     require("kernel")
-    run, address = tmp_path / "run", tmp_path / "snapshotter.sock"
-    run.mkdir()
-    run.chmod(0o1777)
+    address, refused = tmp_path / "snapshotter.sock", tmp_path / name
+    refused.mkdir()
+    refused.chmod(0o1777)
     environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
     command = [sys.executable, "-m", "obdlab", "snapshotter", "--root", tmp_path / "root", "--address", address]
-    command += ["--run-dir", run, "--cache-dir", tmp_path / "cache"]
+    command += ["--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"obdlab snapshotter: {run}: cannot make the run directory: ")
+    assert line.startswith(f"obdlab snapshotter: {words.format(refused)}")
     assert "mode 1777" in line
     assert not (tmp_path / "root").exists()
     assert not address.exists()

@@ -251,3 +251,14 @@ def test_without_devices_or_directories_there_is_still_an_answer(tmp_path: Path)
     assert not (tmp_path / "none").exists()
     health = health_of(tmp_path / "none", tmp_path / "cache", collected.look())
     assert health["ok"] is True
+
+
+def test_a_cache_that_others_can_change_is_not_healthy(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    collected = Collected(tmp_path / "none")
+    assert health_of(tmp_path / "none", cache, collected.look())["cache"]["ok"] is True
+    cache.chmod(0o777)
+    health = health_of(tmp_path / "none", cache, collected.look())
+    assert health["ok"] is False
+    assert "can be changed by other users (got owner 0, mode 0777" in health["cache"]["error"]

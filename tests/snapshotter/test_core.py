@@ -278,6 +278,9 @@ def test_a_downloaded_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter
 class StuckImages:
     """Mounts nothing, and has devices that cannot be taken away."""
 
+    def check_place(self) -> None:
+        pass
+
     def admitted(self, snapshot_id: int) -> AbstractContextManager[None]:
         return nullcontext()
 

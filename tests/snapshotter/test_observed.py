@@ -155,6 +155,12 @@ def check_health(process: SnapshotterProcess) -> None:
         assert next(states).value == grpchealth.NOT_SERVING
         (process.root / "elsewhere").rename(process.root / "snapshots")
         assert next(states).value == grpchealth.SERVING
+        cache = process.devices.settings.cache_dir
+        cache.mkdir(exist_ok=True)
+        cache.chmod(0o777)
+        assert next(states).value == grpchealth.NOT_SERVING
+        cache.chmod(0o755)
+        assert next(states).value == grpchealth.SERVING
         assert process.stop() == 0
         assert next(states).value == grpchealth.NOT_SERVING
 
