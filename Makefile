@@ -52,7 +52,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/obdlab experiment run experiments/quick.toml --report
+	$(BIN)/obdlab lab run experiments/quick.toml --report
 
 test: setup test-packages lint docs unit
 

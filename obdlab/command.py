@@ -11,10 +11,10 @@ _NAME = "obdlab"
 
 
 def command(*words: str) -> str:
-    """Return the command line of this installation's ``obdlab``, such as "obdlab dataset build redis".
+    """Return the command line of this installation's ``obdlab``, such as "obdlab lab dataset build redis".
 
     A virtual environment that is not on PATH is named by its path, relative if it is below the working directory:
-    ".venv/bin/obdlab dataset build redis".
+    ".venv/bin/obdlab lab dataset build redis".
     """
     return " ".join([_program(_NAME, "-m", _NAME), *words])
 

@@ -36,7 +36,7 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class SnapshotterProcess:
-    """``obdlab snapshotter`` with root, socket, run directory and cache below one directory."""
+    """``obdlab serve snapshotter`` with root, socket, run directory and cache below one directory."""
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class SnapshotterProcess:
 
     def command(self) -> list[str]:
         """What is run."""
-        return [sys.executable, "-m", "obdlab", "-v", "snapshotter", *self._arguments]
+        return [sys.executable, "-m", "obdlab", "-v", "serve", "snapshotter", *self._arguments]
 
     def start(self) -> None:
         """Start it and wait for its ready line."""

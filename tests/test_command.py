@@ -31,7 +31,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_environment_that_is_not_on_path_is_named(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command("dataset", "build", "redis") == ".venv/bin/obdlab dataset build redis"
+    assert command("lab", "dataset", "build", "redis") == ".venv/bin/obdlab lab dataset build redis"
     monkeypatch.chdir("/")
     assert command("doctor") == f"{environment}/obdlab doctor"
 

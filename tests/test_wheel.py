@@ -68,11 +68,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _check(installed: Installed) -> None:
     home = installed.run(str(installed.bin / "python"), "-c", "import obdlab; print(obdlab.__file__)").strip()
     assert Path(home).is_relative_to(installed.environment)
-    assert "cold_start " in installed.obdlab("evaluate", "--list")
-    listed = installed.obdlab("dataset", "list", "--work-dir", "/nonexistent")
+    assert "cold_start " in installed.obdlab("lab", "evaluate", "--list")
+    listed = installed.obdlab("lab", "dataset", "list", "--work-dir", "/nonexistent")
     assert [line.split()[0] for line in listed.splitlines()] == sorted(path.name for path in ROOT.glob("datasets/*/"))
-    assert "0 of 16 cells measured" in installed.obdlab("experiment", "status", "experiments/quick.toml", status=1)
-    assert "0 of 16 cells measured" in installed.obdlab("experiment", "status", "quick.toml", status=1)
+    assert "0 of 16 cells measured" in installed.obdlab("lab", "status", "experiments/quick.toml", status=1)
+    assert "0 of 16 cells measured" in installed.obdlab("lab", "status", "quick.toml", status=1)
     small = [
         "--set",
         "axes.segments=[100]",
@@ -83,9 +83,9 @@ def _check(installed: Installed) -> None:
         "--set",
         "load_limit=1e3",
     ]
-    assert "raw rows: " in installed.obdlab("experiment", "run", "index.toml", *small)
-    told = installed.obdlab("experiment", "export", "absent", "rows.csv", status=1)
-    assert f"see: {installed.bin}/obdlab experiment list" in told
+    assert "raw rows: " in installed.obdlab("lab", "run", "index.toml", *small)
+    told = installed.obdlab("lab", "export", "absent", "rows.csv", status=1)
+    assert f"see: {installed.bin}/obdlab lab list" in told
     # What notebooks show without results of one's own.
     places = "from obdlab.lab.workbench import folder; print(*sorted(p.name for p in folder('notebooks').iterdir()))"
     notebooks = installed.run(str(installed.bin / "python"), "-c", places).split()

@@ -1,11 +1,11 @@
-"""``obdlab cache``: look after the block cache that all devices share; also while they run."""
+"""``obdlab cache list``, ``clear`` and ``verify``: the block cache that all devices share, also while they run."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.packing import progress_bar, size_text
@@ -17,41 +17,46 @@ if TYPE_CHECKING:
     from obdlab.cache.admin import CacheEntry, CheckedBlob
 
 
-def add(subcommands: Any) -> None:
-    """Declare the command."""
-    parser = subcommands.add_parser(
-        "cache",
-        help="list, clear or check the block cache",
-        description="Lists, clears or checks the block cache. All of it may be done while devices are running.",
+def declare_list(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = "Lists the blobs in the block cache, the last used first."
+    _add_common(parser)
+    parser.set_defaults(run=_list)
+
+
+def declare_clear(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Removes all blobs from the block cache, or those named. Devices that read them fetch them again from their "
+        "registry."
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    listing = verbs.add_parser("ls", help="list what is cached, the last used first")
-    clearing = verbs.add_parser(
-        "clear",
-        help="take away all that is cached, or some blobs",
-        description=(
-            "Takes away all that is cached, or the blobs named; devices that read them ask their registry again."
-        ),
+    _add_digests(parser)
+    _add_common(parser)
+    parser.set_defaults(run=_clear)
+
+
+def declare_verify(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Reads all blobs in the block cache, or those named, and checks their bytes against their checksums, and "
+        "against their digest where the whole blob is present. The exit status is 1 if damage was found and not "
+        "repaired."
     )
-    checking = verbs.add_parser(
-        "verify",
-        help="read all that is cached and check it",
-        description=(
-            "Reads all that is cached, or the blobs named, and checks it against its checksums, and against its "
-            "digest where the whole blob is there. The exit status is 1 if damage was found and not repaired."
-        ),
+    _add_digests(parser)
+    parser.add_argument(
+        "--repair", action="store_true", help="remove damaged units, which are fetched again when read"
     )
-    for verb in (clearing, checking):
-        verb.add_argument("digests", nargs="*", metavar="DIGEST", help="blobs (default: all)")
-    checking.add_argument(
-        "--repair", action="store_true", help="take away what is damaged; it is fetched again when read"
-    )
-    for verb in (listing, clearing, checking):
-        verb.add_argument("--json", action="store_true", help="print JSON")
-        add_runtime_options(verb)
-    listing.set_defaults(run=_list)
-    clearing.set_defaults(run=_clear)
-    checking.set_defaults(run=_verify)
+    _add_common(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _add_digests(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("digests", nargs="*", metavar="DIGEST", help="blobs (default: all)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_runtime_options(parser)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -61,7 +66,7 @@ def _list(args: argparse.Namespace) -> int:
     from obdlab.cache.space import CacheSpace
 
     directory = settings_from(args).cache_dir
-    with _errors_told():
+    with _readable_errors():
         found = entries(CacheSpace(directory))
     if args.json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
@@ -88,7 +93,7 @@ def _clear(args: argparse.Namespace) -> int:
     from obdlab.cache.space import CacheSpace
 
     _check_digests(args.digests)
-    with _errors_told():
+    with _readable_errors():
         freed = clear(CacheSpace(settings_from(args).cache_dir), args.digests)
     print(json.dumps({"freed_bytes": freed}) if args.json else f"freed {size_text(freed)}")
     return 0
@@ -103,7 +108,7 @@ def _verify(args: argparse.Namespace) -> int:
     _check_digests(args.digests)
     space = CacheSpace(settings_from(args).cache_dir)
     checked: list[CheckedBlob] = []
-    with _errors_told():
+    with _readable_errors():
         total = sum(e.cached_bytes for e in entries(space) if not args.digests or e.digest in args.digests)
         with progress_bar("verifying", total, quiet=args.json) as progress:
             for directory in blobs_of(space, args.digests):
@@ -137,7 +142,7 @@ def _check_digests(digests: list[str]) -> None:
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _readable_errors() -> Iterator[None]:
     from obdlab.errors import SourceError
 
     try:

@@ -90,7 +90,9 @@ def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) 
     """Add the option for the kind of device; ``daemon`` allows devices of a TCMU daemon."""
     from obdlab.settings.settings import DAEMON_KIND, DEVICE_KINDS
 
-    beside = f"; {DAEMON_KIND}: devices of obdlab tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
+    beside = (
+        f"; {DAEMON_KIND}: devices of obdlab serve tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
+    )
     parser.add_argument(
         "--device",
         choices=(*DEVICE_KINDS, DAEMON_KIND) if daemon else DEVICE_KINDS,

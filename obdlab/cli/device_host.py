@@ -1,4 +1,4 @@
-"""``obdlab device-host``: the process that forks device servers. Started on demand; rarely by hand."""
+"""``obdlab serve device-host``: the process that forks device servers. Started on demand; rarely by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.cli import notify
 from obdlab.cli.logoptions import set_up_logs
@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 _TRIES = 5
 
 
-def add(subcommands: Any) -> None:
+def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command (hidden: clients start it themselves)."""
-    parser = subcommands.add_parser(
-        "device-host",
-        description="The process that forks device servers. Other commands start it on demand; rarely by hand.",
-    )
+    parser.description = "The process that forks device servers. Other commands start it on demand; rarely by hand."
     _add_options(parser)
     parser.set_defaults(run=run, bounded=False)
 
@@ -101,7 +98,7 @@ def _run_detached(host: Host, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    own = argparse.ArgumentParser(prog="obdlab device-host")
+    own = argparse.ArgumentParser(prog="obdlab serve device-host")
     _add_options(own)
     try:
         sys.exit(run(own.parse_args()))

@@ -1,90 +1,103 @@
-"""The ``obdlab`` command.
-
-Each subcommand is a module of this package with ``add(subcommands)``, which declares its arguments and sets
-``run=<function(args) -> exit status>``, and ``bounded=False`` if its memory must have no bound (``memory``): either
-its processes have bounds of their own, or it runs other programs, which would inherit the bound. Modules import their
-implementation inside that function, so that ``--help`` and shell completion stay fast.
-"""
+"""The ``obdlab`` command: argv to one call. The commands and their groups: obdlab/cli/groups.py."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import logging
 import os
 import sys
+import textwrap
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from obdlab.cli.memory import bounded_memory
+from obdlab.cli.groups import GROUPS, SINGLE, Command, Group
+from obdlab.cli.oldnames import renamed
 from obdlab.errors import ObdlabError, interrupt_behind
 from obdlab.observe.logs import TextFormatter
 from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
-COMMANDS = (
-    "convert",
-    "convert_list",
-    "compare",
-    "rpull",
-    "snapshotter",
-    "fsck",
-    "mount",
-    "attach",
-    "nbd",
-    "ls",
-    "cat",
-    "cp",
-    "upgrade",
-    "graduate",
-    "inspect",
-    "pull_blob",
-    "verify",
-    "diff",
-    "create",
-    "commit",
-    "seal",
-    "merge",
-    "gc",
-    "zfile",
-    "import_",
-    "resize",
-    "snapshot",
-    "trace",
-    "cache",
-    "config",
-    "exporter",
-    "tcmu",
-    "cleanup",
-    "experiment",
-    "evaluate",
-    "dataset",
-    "doctor",
-)
-# Started by other commands; hidden from the help.
-_HIDDEN_COMMANDS = ("device_host",)
+_WIDTH = 100
+_INDENT = " " * 14
 
 
-def build_parser(*, hidden: bool = False) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line; ``hidden`` adds the commands that only other commands start."""
+def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser for a command line that starts with these ``words``; of None, for any command line.
+
+    Only the command that ``words`` name gets its arguments, as declaring them imports the command's module.
+    """
+    named = None if words is None else [word for word in words if not word.startswith("-")][:2]
     parser = argparse.ArgumentParser(
-        prog="obdlab", description="Lazily started container images, and the workbench that measures them."
+        prog="obdlab", usage="obdlab [-h] [-v] [--version] COMMAND ...", formatter_class=_Map, add_help=False
     )
+    parser.description = "Lazily started container images, and the workbench that measures them."
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name in COMMANDS + (_HIDDEN_COMMANDS if hidden else ()):
-        importlib.import_module(f"obdlab.cli.{name}").add(subcommands)
+    # The map takes the place of argparse's list.
+    listed = None if words is None else argparse.SUPPRESS
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=listed)
+    for entry in (*GROUPS, *SINGLE):
+        child = commands.add_parser(entry.name, help=entry.summary)
+        if named is None or named[:1] == [entry.name]:
+            _fill(child, entry, None if named is None else named[1:])
+    if not named:
+        parser.epilog = _map()
     return parser
+
+
+def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequence[str] | None) -> None:
+    parser.set_defaults(prog=parser.prog)
+    if isinstance(entry, Command):
+        entry.build(parser)
+        return
+    parser.usage = f"{parser.prog} [-h] COMMAND ..."
+    parser.formatter_class = _Map
+    parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}."
+    parser.epilog = entry.example
+    commands = parser.add_subparsers(
+        dest="verb", metavar="COMMAND", prog=parser.prog, title="commands", required=True
+    )
+    if named is None or not entry.has(named[0] if named else ""):
+        entry = entry.with_added()
+    for command in entry.commands:
+        child = commands.add_parser(command.name, help=command.summary)
+        if named is None or named[:1] == [command.name]:
+            child.set_defaults(prog=child.prog)
+            command.build(child)
+
+
+class _Map(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24, width=_WIDTH)
+
+
+# The groups with the names of their commands. Fits a screen of 30 lines.
+def _map() -> str:
+    lines = ["groups (obdlab GROUP --help lists the group's commands and shows an example):"]
+    for group in GROUPS:
+        lines.append(f"  {group.name:<11} {group.summary}")
+        lines += textwrap.wrap(
+            " ".join(group.names()),
+            _WIDTH,
+            initial_indent=_INDENT,
+            subsequent_indent=_INDENT,
+            break_on_hyphens=False,
+        )
+    lines.append("commands:")
+    lines += [f"  {command.name:<11} {command.summary}" for command in SINGLE]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status (0 done, 1 failed, 2 bad arguments, 130 interrupted)."""
-    parser = build_parser(hidden="device-host" in (sys.argv[1:] if argv is None else argv))
-    args = parser.parse_args(argv)
+    words = renamed(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(words)
+    args = parser.parse_args(words)
     if args.version:
         from importlib.metadata import version
 
@@ -98,27 +111,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     try:
-        with bounded_memory() if getattr(args, "bounded", True) else nullcontext():
+        with _bounded_memory() if getattr(args, "bounded", True) else nullcontext():
             status: int = args.run(args)
         sys.stdout.flush()
     except ObdlabError as error:
         if interrupt_behind(error):  # cleaning up after Ctrl-C failed
-            print(f"obdlab {args.command}: interrupted, and then: {printable_lines(str(error))}", file=sys.stderr)
+            print(f"{args.prog}: interrupted, and then: {printable_lines(str(error))}", file=sys.stderr)
             return 130
-        print(f"obdlab {args.command}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"obdlab {args.command}: interrupted", file=sys.stderr)
+        print(f"{args.prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has ended
         _drop_output()
         return 141
     except OSError as error:  # such as no room for our output
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
-        print(f"obdlab {args.command}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
         _drop_output()
         return 1
     return status
+
+
+def _bounded_memory() -> AbstractContextManager[None]:
+    from obdlab.cli.memory import bounded_memory
+
+    return bounded_memory()
 
 
 # Otherwise the interpreter would flush the buffer at its end, and fail again.

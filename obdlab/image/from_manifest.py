@@ -82,7 +82,7 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
     if plain:
         raise NotOverlaybdError(
             f"{name}: not an overlaybd image (layer {plain[0]} is an ordinary one); "
-            f"convert it first: {command('convert', name, 'NEW')}"
+            f"convert it first: {command('image', 'convert', name, 'NEW')}"
         )
     lowers = tuple(_lower(layer, name) for layer in manifest.layers)
     accelerated = manifest.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes"
@@ -95,7 +95,7 @@ def check_native(layer: oci.Descriptor, name: str) -> None:
         raise NotOverlaybdError(
             f"{name}: layer {layer.digest} is a turboOCI layer, an index to layer {layer.turbo_target[:71]} of the "
             "original image; these are not supported yet. Convert the original image instead: "
-            "obdlab convert ORIGINAL NEW"
+            "obdlab image convert ORIGINAL NEW"
         )
 
 

@@ -124,8 +124,8 @@ def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
         if _NO_CONNECTION not in str(error):  # the snapshotter's own error: a registry that cannot be reached
             raise
         raise UnavailableError(
-            f"snapshotter {snapshotter!r} does not answer: is `{command('snapshotter')}` running on the socket that "
-            f"containerd's proxy plugin names? ({error})"
+            f"snapshotter {snapshotter!r} does not answer: is `{command('serve', 'snapshotter')}` running on the "
+            f"socket that containerd's proxy plugin names? ({error})"
         ) from error
 
 

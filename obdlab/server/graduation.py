@@ -97,7 +97,7 @@ class Graduation:
             threading.Thread(target=self._by_itself, args=(self._blob,), name="graduation", daemon=True).start()
 
     def _by_itself(self, image: Image) -> None:
-        command = [sys.executable, "-m", "obdlab", "graduate", "--run-dir", str(self._directory.parents[1])]
+        command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
         command += ["--low-priority", self._directory.name]
         pause_s = _FIRST_PAUSE_S
         while True:

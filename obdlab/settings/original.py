@@ -330,4 +330,6 @@ class _Original:
         if self._values.get("serviceConfig.enable"):
             address = self._values.get("serviceConfig.address") or _SNAPSHOT_ADDRESS
             self._set("serviceConfig.address", snapshot_api_address=address)
-            self._note("serviceConfig", "not started by this file; obdlab snapshot-api listens there, for a token")
+            self._note(
+                "serviceConfig", "not started by this file; obdlab serve snapshot-api listens there, for a token"
+            )

@@ -84,7 +84,7 @@ class Settings:
     #: The kernel's read-ahead on devices, and around page faults of files mapped from them, in KiB. With 32 a start
     #: reads a fifth less, which pays on slow links (docs/how-to/prefetch.md).
     device_readahead_kib: int = 128
-    #: Listening address of ``obdlab snapshot-api``: ``http://HOST:PORT``; "": a unix socket in the run directory.
+    #: Address of ``obdlab serve snapshot-api``: ``http://HOST:PORT``; "": a unix socket in the run directory.
     snapshot_api_address: str = ""
     #: True if the API accepts requests as the original does: without a token, with any verb, from any page.
     snapshot_api_open: bool = False

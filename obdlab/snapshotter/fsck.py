@@ -57,7 +57,7 @@ class RootCheck:
         """Open the root. Raises RootError if it is not a root or a snapshotter has it ``lock``ed, and StoreError."""
         metadata = root / "metadata.sqlite"
         if not metadata.exists():
-            note = f"; {ORIGINAL_NAME} is there: `{command('snapshotter')}` takes it over at its first start"
+            note = f"; {ORIGINAL_NAME} is there: `{command('serve', 'snapshotter')}` takes it over at its first start"
             raise RootError(f"{root}: no root of a snapshotter{note if (root / ORIGINAL_NAME).exists() else ''}")
         self._layout = Layout(root, lock=lock)
         self._options = options

@@ -148,7 +148,7 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
         if label in labels:
             raise FailedPreconditionError(
                 f"layer {digest} is a turboOCI layer, an index to the ordinary layer {labels[label]}, which this "
-                "snapshotter cannot serve (wanted the ordinary image, or one made by obdlab convert)"
+                "snapshotter cannot serve (wanted the ordinary image, or one made by obdlab image convert)"
             )
     if not is_digest(digest):
         raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")

@@ -69,7 +69,7 @@ def opener(path: Path) -> Callable[[], IO[bytes]]:
 
 def converted(source: str, destination: str, work: Path) -> tuple[float, float]:
     """Seconds of a conversion, and the peak of its memory in MiB."""
-    command = [sys.executable, "-m", "obdlab", "convert", "-q", source, destination, "--work-dir", str(work)]
+    command = [sys.executable, "-m", "obdlab", "image", "convert", "-q", source, destination, "--work-dir", str(work)]
     begin = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         peak = Peak(process.pid)

@@ -6,7 +6,7 @@ First the image's program is started once from a device whose reads take 5 ms ea
 of them wait for each other. Then they are replayed against a cold cache over each link: a read begins when those are
 over that were over when it began. "Extents" are the distinct 256 KiB pieces of the layers that the device's reads
 touched; requests and bytes are all that was fetched, opening the image included, as shares of them. The image must
-have been converted into the lab's registry (obdlab experiment run).
+have been converted into the lab's registry (obdlab lab run).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NBD servers against each other on the same file, interleaved: `obdlab nbd`, nbdkit's Python and file plugins.
+"""NBD servers against each other on the same file, interleaved: `obdlab serve nbd`, nbdkit's Python and file plugins.
 
 The client is fio's nbd engine on a unix socket. The Python plugin reads the file by pread, as ours does, so that what
 differs is the server around it; nbdkit's file plugin is the C server that a Python one cannot reach. Needs the Debian

@@ -44,7 +44,7 @@ def main() -> None:
             plain = imagefiles.push(server.host, "bench/plain", *imagefiles.image_documents(_layers()))
             converted = f"{server.host}/bench/converted:latest"
             work = ["--work-dir", text, "--database", "none"]
-            if obdlab(["convert", *work, plain, converted]) != 0:
+            if obdlab(["image", "convert", *work, plain, converted]) != 0:
                 raise SystemExit("the conversion failed")
             host.ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", plain)
             host.rpull(converted)

@@ -33,7 +33,7 @@ def flip(path: Path, offset: int) -> None:
 
 def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing"
-    assert obdlab(capsys, "cache", "ls", "--json", "--cache-dir", missing) == (0, "[]\n")
+    assert obdlab(capsys, "cache", "list", "--json", "--cache-dir", missing) == (0, "[]\n")
     assert not missing.exists()
     cache = small_cache(tmp_path)
     fill(cache, 0)
@@ -41,8 +41,8 @@ def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (blob_files(tmp_path, 2) / "sums").write_bytes(b"garbage")
     with open_blob(cache, 1) as blob:
         blob.read_at(0, 3 * UNIT)
-        _, output = obdlab(capsys, "cache", "ls", "--json", "--cache-dir", tmp_path)
-        _, table = obdlab(capsys, "cache", "ls", "--cache-dir", tmp_path)
+        _, output = obdlab(capsys, "cache", "list", "--json", "--cache-dir", tmp_path)
+        _, table = obdlab(capsys, "cache", "list", "--cache-dir", tmp_path)
     found = {entry["digest"]: entry for entry in json.loads(output)}
     assert found.keys() == set(DIGESTS[:3])
     wanted = {"size": SIZE, "cached_bytes": SIZE, "in_use": False, "verified": False, "registry": "local"}
@@ -147,7 +147,7 @@ def test_all_of_it_while_several_processes_store_and_evict(
         rounds = 0
         while any(worker.poll() is None for worker in workers):
             rounds += 1
-            status, output = obdlab(capsys, "cache", "ls", "--json", "--cache-dir", tmp_path)
+            status, output = obdlab(capsys, "cache", "list", "--json", "--cache-dir", tmp_path)
             assert status == 0
             assert all(0 <= entry["cached_bytes"] <= entry["size"] for entry in json.loads(output))
             status, output = obdlab(capsys, "cache", "verify", "--json", "--cache-dir", tmp_path)
@@ -177,5 +177,5 @@ def test_a_lock_held_by_others_is_told(
     fill(small_cache(tmp_path), 0)
     monkeypatch.setattr(space, "_WAIT_TO_EVICT_S", 0.05)
     with locked(tmp_path):
-        assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 1
+        assert main(["cache", "list", "--cache-dir", str(tmp_path)]) == 1
     assert "locked by another process" in capsys.readouterr().err

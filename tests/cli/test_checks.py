@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli import checks
+from obdlab.cli.host import checks
 from obdlab.cli.main import build_parser
 
 
@@ -54,7 +54,7 @@ def test_doctor_prints_findings_and_fails_on_a_needed_one(
         checks.Check("device kinds", "ublk", ok=False, detail="absent", fix="modprobe", optional=True),
     ]
     monkeypatch.setattr(checks, "run_checks", lambda: findings)
-    from obdlab.cli import doctor
+    from obdlab.cli.host import doctor
 
     args = type("Args", (), {"json": False})()
     assert doctor.run(args) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli import dataset
+from obdlab.cli.lab import dataset
 from obdlab.lab.images.ocilayout import OciLayout
 from obdlab.lab.images.recipe import RecipeError
 
@@ -14,8 +14,8 @@ DATASETS = Path(__file__).parents[2] / "datasets"
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    dataset.add(parser.add_subparsers())
-    args = parser.parse_args(["dataset", *words])
+    dataset.declare(parser)
+    args = parser.parse_args(words)
     status: int = args.run(args)
     return status
 

@@ -1,4 +1,4 @@
-"""``obdlab inspect`` and ``pull-blob`` of images, wherever they lie."""
+"""``obdlab image inspect`` and ``pull-blob`` of images, wherever they lie."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def image(registry_server: RegistryServer, tmp_path_factory: pytest.TempPathFact
 def layout(image: str, tmp_path: Path) -> Path:
     """The same image in an OCI layout."""
     plain = image.replace("/two:obd", "/two-plain:latest")
-    assert main(["convert", "-q", "--database", "none", plain, f"oci:{tmp_path / 'layout'}:obd"]) == 0
+    assert main(["image", "convert", "-q", "--database", "none", plain, f"oci:{tmp_path / 'layout'}:obd"]) == 0
     return tmp_path / "layout"
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
     capsys.readouterr()
-    assert main(["inspect", "--json", *map(str, arguments)]) == 0
+    assert main(["image", "inspect", "--json", *map(str, arguments)]) == 0
     (found,) = json.loads(capsys.readouterr().out)["images"]
     return dict(found)
 
@@ -58,14 +58,14 @@ def test_an_image_in_a_registry(image: str, tmp_path: Path, capsys: pytest.Captu
     assert first["annotations"][oci.BLOB_DIGEST] == first["digest"] != second["digest"]
     assert found["size"] == first["size"] + second["size"]
     # What is read of it is cached, and told of.
-    assert main(["cat", f"{image}:/b", *map(str, cache)]) == 0
+    assert main(["image", "cat", f"{image}:/b", *map(str, cache)]) == 0
     assert capsys.readouterr().out == "top\n"
     again = inspected(capsys, image, *cache)
     assert again["cached_size"] == sum(layer["cached_size"] for layer in again["layers"]) > 0
     assert inspected(capsys, image, *cache, "--verify")["verified"] == (
         "verified: every layer was read whole and matches its digest"
     )
-    assert main(["inspect", image, *map(str, cache)]) == 0
+    assert main(["image", "inspect", image, *map(str, cache)]) == 0
     text = capsys.readouterr().out
     for wanted in (
         f"{image}: overlaybd image for linux/",
@@ -87,6 +87,7 @@ def test_images_in_layouts_and_archives_and_plain_ones(
     assert (
         main(
             [
+                "image",
                 "convert",
                 "-q",
                 "--database",
@@ -116,8 +117,8 @@ def test_verify_finds_damage(layout: Path, capsys: pytest.CaptureFixture[str]) -
     content = bytearray(blob.read_bytes())
     content[2000] ^= 1
     blob.write_bytes(content)
-    assert main(["inspect", str(layout)]) == 0
-    assert main(["inspect", "--verify", str(layout)]) == 1
+    assert main(["image", "inspect", str(layout)]) == 0
+    assert main(["image", "inspect", "--verify", str(layout)]) == 1
     assert "wrong content" in capsys.readouterr().err
 
 
@@ -130,7 +131,7 @@ def test_a_hot_layer_is_told(layout: Path, capsys: pytest.CaptureFixture[str]) -
     ImageLayout(layout).set_tag("hot", oci.Descriptor(oci.OCI_MANIFEST, oci.digest_of(data), len(data)))
     found = inspected(capsys, f"oci:{layout}:hot")
     assert (found["hot_layer"], [layer["hot"] for layer in found["layers"]]) == (True, [False, True])
-    assert main(["inspect", f"oci:{layout}:hot"]) == 0
+    assert main(["image", "inspect", f"oci:{layout}:hot"]) == 0
     assert "hot layer    yes, the top layer" in capsys.readouterr().out
 
 
@@ -150,11 +151,11 @@ def test_turbo_oci_images_are_named_and_refused(layout: Path, capsys: pytest.Cap
         assert (
             f"is a turboOCI layer, an index to layer {target} of the original image; these are not supported" in line
         )
-        assert line.endswith("obdlab convert ORIGINAL NEW")
+        assert line.endswith("obdlab image convert ORIGINAL NEW")
 
 
 def pulled(path: Path, *arguments: str) -> bytes:
-    assert main(["pull-blob", "-q", "--force", "-o", str(path), *arguments]) == 0
+    assert main(["image", "pull-blob", "-q", "--force", "-o", str(path), *arguments]) == 0
     return path.read_bytes()
 
 
@@ -180,7 +181,7 @@ def test_every_piece_of_an_image(
     assert oci.digest_of(pulled(out, f"{repository}@{layer}")) == layer
     assert oci.digest_of(pulled(out, f"{repository}@{found['digest']}")) == found["digest"]
     assert oci.digest_of(pulled(out, f"{repository}@{found['config']}")) == found["config"]
-    assert main(["pull-blob", image]) == 0
+    assert main(["image", "pull-blob", image]) == 0
     assert oci.digest_of(capsys.readouterr().out.encode()) == found["digest"]
 
 
@@ -200,12 +201,12 @@ def test_a_blob_that_cannot_be_had_leaves_no_file(
         ([f"{image.rpartition(':')[0]}@{absent}"], "404"),
         ([image, "0", "--range", "5-999999999"], "no such range"),
     ):
-        assert main(["pull-blob", "-o", str(out), *arguments]) == 1
+        assert main(["image", "pull-blob", "-o", str(out), *arguments]) == 1
         error = capsys.readouterr().err
         assert text in error
         assert len(error.splitlines()) == 1
         assert not out.exists()
     out.write_bytes(b"mine")
-    assert main(["pull-blob", "-o", str(out), image]) == 1
+    assert main(["image", "pull-blob", "-o", str(out), image]) == 1
     assert out.read_bytes() == b"mine"
     assert {path.name for path in tmp_path.iterdir()} == {"layout", "out"}

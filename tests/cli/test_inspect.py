@@ -1,8 +1,7 @@
-"""``obdlab inspect`` on golden files: table, JSON, verification."""
+"""``obdlab image inspect`` on golden files: table, JSON, verification."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -10,17 +9,13 @@ from typing import Any
 
 import pytest
 
-from obdlab.cli import inspect
+from obdlab.cli.main import main
 from obdlab.layers.upper import SparseUpper
 from tests.layers.golden import GOLDEN, LSMT, manifest
 
 
 def run(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    inspect.add(parser.add_subparsers())
-    args = parser.parse_args(["inspect", *map(str, arguments)])
-    status: int = args.run(args)
-    return status
+    return main(["layer", "inspect", *map(str, arguments)])
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
@@ -123,7 +118,7 @@ def test_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path.write_bytes(data)
     assert run(path) == 0
     assert run("--verify", path) == 1
-    assert re.search(rf"^obdlab inspect: {path}: CRC of ZFile block", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(rf"^obdlab layer inspect: {path}: CRC of ZFile block", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_verify_compares_header_and_trailer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +152,7 @@ def test_other_files_are_named_after_the_good_ones(
         f"{good[1]}: 190464 B (186.0 KiB)",
     ], "and no stack, of which one layer is missing"
     (error,) = printed.err.splitlines()
-    assert error.startswith("obdlab inspect: ")
+    assert error.startswith("obdlab layer inspect: ")
     assert message in error
     assert run("--json", "--verify", good[0], path) == 1
     document = json.loads(capsys.readouterr().out)

@@ -126,21 +126,23 @@ def obdlab_process(*arguments: str | Path, **options: Any) -> subprocess.Complet
 
 def test_streams() -> None:
     source = (GOLDEN / "zfile" / "text.bin").read_bytes()
-    packed = obdlab_process("zfile", "compress", *ORIGINAL.split(), "-", "-", input=source)
+    packed = obdlab_process("layer", "zfile", "compress", *ORIGINAL.split(), "-", "-", input=source)
     assert (packed.returncode, packed.stderr) == (0, b"")
     assert packed.stdout == (GOLDEN / "zfile" / "text.lz4.4.zfile").read_bytes()
-    back = obdlab_process("zfile", "extract", "-", "-", input=packed.stdout)
+    back = obdlab_process("layer", "zfile", "extract", "-", "-", input=packed.stdout)
     assert (back.returncode, back.stdout, back.stderr) == (0, source, b"")
-    refused = obdlab_process("zfile", "compress", "--tar", "-", "-", input=source)
+    refused = obdlab_process("layer", "zfile", "compress", "--tar", "-", "-", input=source)
     assert (refused.returncode, refused.stdout) == (1, b"")
     assert b"only go where one can seek back" in refused.stderr
 
 
 def test_a_broken_pipe_is_no_traceback() -> None:
-    command = f"{sys.executable} -m obdlab zfile compress {GOLDEN / 'zfile' / 'input.bin'} - | head -c 10 >/dev/null"
+    command = (
+        f"{sys.executable} -m obdlab layer zfile compress {GOLDEN / 'zfile' / 'input.bin'} - | head -c 10 >/dev/null"
+    )
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr.decode().strip() == "obdlab zfile: standard output: nobody reads it any more"
+    assert done.stderr.decode().strip() == "obdlab layer zfile: standard output: its reader has ended"
 
 
 def test_extracting_leaves_holes(tmp_path: Path) -> None:
@@ -332,7 +334,7 @@ def test_content_that_does_not_fit_into_64_kib_blocks_gets_smaller_ones(
 
 
 def test_a_stream_that_does_not_fit_into_64_kib_blocks_is_refused() -> None:
-    done = obdlab_process("zfile", "compress", "--block-size-kib", "64", "-", "-", input=os.urandom(1 << 20))
+    done = obdlab_process("layer", "zfile", "compress", "--block-size-kib", "64", "-", "-", input=os.urandom(1 << 20))
     assert done.returncode == 1
     assert b"use a block size of at most 32768" in done.stderr
 
@@ -357,6 +359,7 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
         sys.executable,
         "-m",
         "obdlab",
+        "layer",
         "zfile",
         "compress",
         "/dev/stdin",
@@ -378,7 +381,7 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
             assert process.wait(30) == 130
         finally:
             process.kill()
-        assert process.stderr.read() == b"obdlab zfile: interrupted\n"
+        assert process.stderr.read() == b"obdlab layer zfile: interrupted\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -396,7 +399,7 @@ def test_an_interrupted_import_ends_qemu_img_and_leaves_nothing(tmp_path: Path) 
     tool.write_text("\n".join([*script, ""]))
     tool.chmod(0o755)
     image.write_bytes(b"QFI\xfb" + (2).to_bytes(4, "big") + bytes(100))
-    command = [sys.executable, "-m", "obdlab", "import", str(image), str(out / "layer")]
+    command = [sys.executable, "-m", "obdlab", "layer", "import", str(image), str(out / "layer")]
     environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
         deadline = time.monotonic() + 30
@@ -430,7 +433,7 @@ def test_create_refuses_what_contradicts_itself(tmp_path: Path, capsys: pytest.C
     assert os.listdir(tmp_path) == []
     assert run("create", tmp_path / "a", "--sparse", "--vsize", "1m", "-q") == 0
     assert run("create", tmp_path / "a", "--sparse", "--vsize", "1m", "-q") == 1
-    assert capsys.readouterr().err.count("obdlab create: ") >= 5
+    assert capsys.readouterr().err.count("obdlab layer create: ") >= 5
 
 
 @pytest.mark.kernel

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli.main import build_parser, main
+from obdlab.cli.main import main
 from obdlab.convert.endpoints.layout import REF_NAME, ImageLayout
 from obdlab.formats.oci import OCI_MANIFEST
 
@@ -26,17 +26,8 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[s
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "doctor" in error
-    assert "device-host" not in error
-
-
-def test_the_hidden_command_is_there_and_its_help_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["device-host", "--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert "forks device servers" in printed
-    assert "`" not in printed
-    assert "device-host" not in build_parser().format_help()
+    assert "image" in error
+    assert "convert-list" not in error  # an old name
 
 
 @pytest.fixture
@@ -66,19 +57,19 @@ def as_nobody(*arguments: str | Path) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("snapshotter", "--root", "snapshots", "--address", "s.sock", "--run-dir", "run"),
-        ("device-host", "--run-dir", "run"),
-        ("snapshot-api", "--run-dir", "run"),
-        ("tcmu", "--run-dir", "run"),
-        ("tcmu-attach", "config.v1.json", "--id", "x"),
-        ("tcmu-detach", "x"),
+        ("serve", "snapshotter", "--root", "snapshots", "--address", "s.sock", "--run-dir", "run"),
+        ("serve", "device-host", "--run-dir", "run"),
+        ("serve", "snapshot-api", "--run-dir", "run"),
+        ("serve", "tcmu", "--run-dir", "run"),
+        ("device", "tcmu-attach", "config.v1.json", "--id", "x"),
+        ("device", "tcmu-detach", "x"),
     ],
-    ids=lambda arguments: arguments[0],
+    ids=lambda arguments: arguments[1],
 )
 def test_daemons_that_need_root_refuse_to_start_without(arguments: tuple[str, ...], roots_place: Path) -> None:
     status, error = as_nobody(*arguments)
     assert (status, len(error.splitlines())) == (1, 1), error
-    assert error.startswith(f"obdlab {arguments[0]}: must be run as root, as it ")
+    assert error.startswith(f"obdlab {arguments[0]} {arguments[1]}: must be run as root, as it ")
     assert f"(got user {NOBODY})" in error
     assert list(roots_place.iterdir()) == []
 
@@ -89,13 +80,13 @@ def test_without_root_mount_says_that_it_needs_it(roots_place: Path) -> None:
     work_dir.mkdir(mode=0o777)
     work_dir.chmod(0o777)
     for arguments in (
-        ("mount", GOLDEN / "layer1.obd", work_dir / "mnt", *places),
-        ("mount", GOLDEN / "layer1.obd", roots_place / "mnt", "--run-dir", work_dir / "run"),
+        ("device", "mount", GOLDEN / "layer1.obd", work_dir / "mnt", *places),
+        ("device", "mount", GOLDEN / "layer1.obd", roots_place / "mnt", "--run-dir", work_dir / "run"),
     ):
         status, error = as_nobody(*arguments)
         assert (status, len(error.splitlines())) == (1, 1), error
         (line,) = error.splitlines()
-        assert line.startswith(f"obdlab {arguments[0]}: ")
+        assert line.startswith("obdlab device mount: ")
         assert line.endswith("Permission denied (most commands need root)")
 
 
@@ -109,7 +100,7 @@ def test_the_text_of_an_error_cannot_control_the_terminal(
     layout = ImageLayout.create(tmp_path / "layout")
     (layout.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": entries}))
     destination = [f"oci:{tmp_path / 'converted'}"] if command == "convert" else []
-    assert main([command, str(layout.root), *destination]) == 1
+    assert main(["image", command, str(layout.root), *destination]) == 1
     printed = capsys.readouterr().err
     assert r"\x1b[2J\x1b]0;title\x07" in printed
     assert rf"\u202eback{feed}obdlab: all is well" in printed

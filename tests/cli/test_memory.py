@@ -106,7 +106,7 @@ def test_a_layer_of_a_crowd_is_refused(argv: str, crowd: Path, tmp_path: Path) -
 
 def test_the_bound_is_there_without_a_word_and_ends_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA), threading.stack_size()
-    assert main(["inspect", str(GOLDEN / "layer1.obd")]) == 0
+    assert main(["image", "inspect", str(GOLDEN / "layer1.obd")]) == 0
     assert (resource.getrlimit(resource.RLIMIT_DATA), threading.stack_size()) == before
     assert capsys.readouterr().err == ""
     assert DEFAULT_MEMORY >= 2 << 30
@@ -115,5 +115,5 @@ def test_the_bound_is_there_without_a_word_and_ends_with_the_command(capsys: pyt
 @pytest.mark.parametrize("text", ["", "much", "-1", "1.5G"])
 def test_a_malformed_bound(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(VARIABLE, text)
-    assert main(["inspect", str(GOLDEN / "layer1.obd")]) == 1
+    assert main(["image", "inspect", str(GOLDEN / "layer1.obd")]) == 1
     assert f"${VARIABLE}: not a size" in capsys.readouterr().err

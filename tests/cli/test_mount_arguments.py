@@ -1,4 +1,4 @@
-"""What ``obdlab mount`` says of arguments that name nothing it could mount, or no place to mount it."""
+"""What ``obdlab device mount`` says of arguments that name nothing it could mount, or no place to mount it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli.attach import _may_be_a_path
+from obdlab.cli.device.attach import _may_be_a_path
 from obdlab.cli.main import main
 from obdlab.registry.failures import RegistryError
 
@@ -16,9 +16,9 @@ LAYER = str(Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd")
 def failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """Return the only line of the failed command's error."""
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    assert main(["mount", *map(str, arguments), *places]) == 1
+    assert main(["device", "mount", *map(str, arguments), *places]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("obdlab mount: ")
+    assert line.startswith("obdlab device mount: ")
     return line
 
 
@@ -48,17 +48,17 @@ def test_a_registry_that_is_down_is_waited_for_until_the_deadline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = iter(["refused", "refused", "no such image"])
-    monkeypatch.setattr("obdlab.cli.attach._PAUSE_S", 0.0)
+    monkeypatch.setattr("obdlab.cli.device.attach._PAUSE_S", 0.0)
 
     def fetch(*_: object, **__: object) -> None:
         what = next(tries)
         raise RegistryError(what, temporary=what == "refused")
 
     monkeypatch.setattr("obdlab.image.from_manifest.fetch_config", fetch)
-    assert main(["attach", "127.0.0.1:1/image", "--run-dir", str(tmp_path / "run")]) == 1
+    assert main(["device", "attach", "127.0.0.1:1/image", "--run-dir", str(tmp_path / "run")]) == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first == "refused; waiting for the registry, 150 s more at most"
-    assert last == "obdlab attach: no such image"
+    assert last == "obdlab device attach: no such image"
 
 
 @pytest.mark.parametrize("name", ["a.obd", "h.example/a.obd", "config.v1.json", "x/./y", "layer", "layers/bottom"])

@@ -1,4 +1,4 @@
-"""``obdlab nbd`` with qemu's tools as its clients."""
+"""``obdlab serve nbd`` with qemu's tools as its clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYERS = [GOLDEN / "lsmt" / name for name in ("l1.lz4.lsmt", "l2.lz4.lsmt")]
 @contextmanager
 def served(tmp_path: Path, *arguments: str | Path, environment: dict[str, str] | None = None) -> Iterator[str]:
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    command = [sys.executable, "-m", "obdlab", "nbd", *map(str, arguments), *places]
+    command = [sys.executable, "-m", "obdlab", "serve", "nbd", *map(str, arguments), *places]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     try:
         assert server.stdout is not None
@@ -136,11 +136,11 @@ def test_systemd_is_told(tmp_path: Path) -> None:
 
 def test_what_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    assert main(["nbd", str(tmp_path / "none.obd"), "--socket", str(tmp_path / "s"), *places]) == 1
+    assert main(["serve", "nbd", str(tmp_path / "none.obd"), "--socket", str(tmp_path / "s"), *places]) == 1
     assert f"{tmp_path}/none.obd: no such layer file" in capsys.readouterr().err
     (tmp_path / "s").write_text("mine")
-    assert main(["nbd", *map(str, LAYERS), "--socket", str(tmp_path / "s"), *places]) == 1
+    assert main(["serve", "nbd", *map(str, LAYERS), "--socket", str(tmp_path / "s"), *places]) == 1
     assert f"cannot listen on {tmp_path}/s: there is a file that is no socket" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["nbd", str(LAYERS[0]), "--listen", "9", *places])
+        main(["serve", "nbd", str(LAYERS[0]), "--listen", "9", *places])
     assert "wanted ADDRESS:PORT" in capsys.readouterr().err

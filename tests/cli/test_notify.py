@@ -38,7 +38,7 @@ def start(tmp_path: Path, *arguments: str | Path, bounded: bool = True) -> subpr
 
 
 def test_the_exporter_is_ready_alive_and_stops_without_capabilities(tmp_path: Path, systemd: socket.socket) -> None:
-    exporter = start(tmp_path, "exporter", "--listen", "127.0.0.1:0")
+    exporter = start(tmp_path, "serve", "exporter", "--listen", "127.0.0.1:0")
     try:
         assert systemd.recv(4096).split(b"\n") == [b"READY=1", b"MAINPID=%d" % exporter.pid]
         assert [systemd.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
@@ -58,7 +58,9 @@ def test_the_exporter_is_ready_alive_and_stops_without_capabilities(tmp_path: Pa
 def test_the_snapshotter_is_ready_alive_and_stops(tmp_path: Path, systemd: socket.socket) -> None:
     require("kernel")
     address = tmp_path / "snapshotter.sock"
-    snapshotter = start(tmp_path, "snapshotter", "--root", tmp_path / "root", "--address", address, bounded=False)
+    snapshotter = start(
+        tmp_path, "serve", "snapshotter", "--root", tmp_path / "root", "--address", address, bounded=False
+    )
     try:
         assert systemd.recv(4096).split(b"\n")[0] == b"READY=1"
         assert address.is_socket()
@@ -85,13 +87,23 @@ def test_a_snapshotter_whose_directory_is_refused_is_never_ready(
     refused.mkdir()
     refused.chmod(0o1777)
     environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
-    command = [sys.executable, "-m", "obdlab", "snapshotter", "--root", tmp_path / "root", "--address", address]
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "serve",
+        "snapshotter",
+        "--root",
+        tmp_path / "root",
+        "--address",
+        address,
+    ]
     command += ["--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"obdlab snapshotter: {words.format(refused)}")
+    assert line.startswith(f"obdlab serve snapshotter: {words.format(refused)}")
     assert "mode 1777" in line
     assert not (tmp_path / "root").exists()
     assert not address.exists()

@@ -1,4 +1,4 @@
-"""``obdlab ls``, ``cat`` and ``cp``: files of images that nobody mounts."""
+"""``obdlab image ls``, ``cat`` and ``cp``: files of images that nobody mounts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_is_not_there_is_told(capsys: pytest.CaptureFixture[str], argv: lis
 def test_trees_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = ["-a"] if os.geteuid() == 0 else []
     target = tmp_path / "copy"
-    assert main(["cp", *archive, f"{IMAGE}:/", str(target)]) == 0
+    assert main(["image", "cp", *archive, f"{IMAGE}:/", str(target)]) == 0
     for path, entry in EXPECTED.items():
         copied = target / path.lstrip("/")
         status = copied.lstat()
@@ -81,9 +81,9 @@ def test_trees_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         if "sha256" in entry:
             assert hashlib.sha256(copied.read_bytes()).hexdigest() == entry["sha256"]
     # A file into a directory; nothing is replaced.
-    assert main(["cp", f"{IMAGE}:/big", str(tmp_path)]) == 0
+    assert main(["image", "cp", f"{IMAGE}:/big", str(tmp_path)]) == 0
     assert (tmp_path / "big").stat().st_mtime_ns == (target / "big").stat().st_mtime_ns
-    assert main(["cp", f"{IMAGE}:/big", str(tmp_path)]) == 1
+    assert main(["image", "cp", f"{IMAGE}:/big", str(tmp_path)]) == 1
     assert "File exists" in capsys.readouterr().err
 
 
@@ -91,7 +91,7 @@ def test_an_image_in_a_registry_needs_no_root(registry_server: RegistryServer, t
     layers, annotations = imagefiles.golden_layers()
     documents = imagefiles.image_documents(layers, annotations, compress=False)
     image = imagefiles.push(registry_server.host, "view/golden", *documents)
-    command = [sys.executable, "-m", "obdlab.cli.main", "cat", f"{image}:/big"]
+    command = [sys.executable, "-m", "obdlab.cli.main", "image", "cat", f"{image}:/big"]
     environment = {**os.environ, "HOME": "/nonexistent", "OBDLAB_CACHE_DIR": str(tmp_path / "cache")}
     if os.geteuid() == 0:  # the interpreter may lie where only root looks, so root without its powers it is
         command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
@@ -110,7 +110,16 @@ def test_without_rights_to_the_cache_one_line_says_so(
     )
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    words = [sys.executable, "-m", "obdlab.cli.main", command, "--cache-dir", str(closed / "cache"), f"{image}:/one"]
+    words = [
+        sys.executable,
+        "-m",
+        "obdlab.cli.main",
+        "image",
+        command,
+        "--cache-dir",
+        str(closed / "cache"),
+        f"{image}:/one",
+    ]
     words += [str(tmp_path / "copy")] if command == "cp" else []
     if os.geteuid() == 0:
         os.chown(closed, 65534, 65534)

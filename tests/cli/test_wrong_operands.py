@@ -32,17 +32,17 @@ def operands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Each with "{}" for the operand, and the kinds of operand that it does take.
 COMMANDS = {
-    "inspect {}": "layer zfile",
-    "verify {}": "layer",
-    "diff --old layer --new {}": "layer",
-    "commit {} out": "layer",
-    "seal {}": "",
-    "merge {} layer -o out": "layer",
-    "gc {} --run-dir run": "",
-    "resize {} --vsize 1G --run-dir run": "",
-    "zfile compress {} out": "empty text json random trace layer zfile",
-    "zfile extract {} out": "layer zfile",
-    "zfile verify {}": "layer zfile",
+    "image inspect {}": "layer zfile",
+    "image verify {}": "layer",
+    "layer diff --old layer --new {}": "layer",
+    "layer commit {} out": "layer",
+    "layer seal {}": "",
+    "layer merge {} layer -o out": "layer",
+    "layer gc {} --run-dir run": "",
+    "layer resize {} --vsize 1G --run-dir run": "",
+    "layer zfile compress {} out": "empty text json random trace layer zfile",
+    "layer zfile extract {} out": "layer zfile",
+    "layer zfile verify {}": "layer zfile",
     "trace show {}": "trace",
     "trace merge {} -o out": "trace",
     "trace diff {} trace": "trace",
@@ -50,17 +50,17 @@ COMMANDS = {
     "trace import {} layer -o out": "",
     "trace timeline {} layer": "",
     "trace files {} layer": "trace",
-    "ls {}:/": "layer",
-    "cat {}:/one": "layer",
-    "cp {}:/ copied": "layer",
+    "image ls {}:/": "layer",
+    "image cat {}:/one": "layer",
+    "image cp {}:/ copied": "layer",
     "config check {}": "",
-    "convert {} oci:out": "",
-    "convert oci:{} oci:out": "",
-    "convert oci-archive:{} oci:out": "",
-    "convert docker-archive:{} oci:out": "",
-    "compare {} layer": "",
-    "inspect oci:{}": "",
-    "pull-blob {}": "",
+    "image convert {} oci:out": "",
+    "image convert oci:{} oci:out": "",
+    "image convert oci-archive:{} oci:out": "",
+    "image convert docker-archive:{} oci:out": "",
+    "image compare {} layer": "",
+    "image inspect oci:{}": "",
+    "image pull-blob {}": "",
     "fsck {}": "",
 }
 KINDS = ("missing", "directory", "empty", "text", "json", "random", "trace", "layer", "zfile")
@@ -73,7 +73,7 @@ def test_one_line_says_what_is_wrong(command: str, capfd: pytest.CaptureFixture[
         if kind in COMMANDS[command].split():
             continue
         operand = f"./{kind}"
-        if command.startswith(("ls", "cat", "cp")) and kind == "directory":
+        if command.startswith(("image ls", "image cat", "image cp")) and kind == "directory":
             operand = str(LSMT)
         status = main(command.format(operand).split())
         captured = capfd.readouterr()
@@ -100,13 +100,17 @@ def test_files_that_are_no_images_are_not_asked_of_docker_hub(capsys: pytest.Cap
         ("directory", "a directory, but no OCI layout"),
         ("./x", "no such directory"),
     ):
-        for arguments in (["convert", name, "oci:out"], ["compare", name, "oci:x"], ["pull-blob", name]):
+        for arguments in (
+            ["image", "convert", name, "oci:out"],
+            ["image", "compare", name, "oci:x"],
+            ["image", "pull-blob", name],
+        ):
             assert main(arguments) == 1
             assert f"{name}: {kind} (wanted oci:DIR, oci-archive:FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "command", [["inspect", str(LAYER)], ["config", "check", "/dev/stdin"], ["ls", f"{LAYER}:/"]]
+    "command", [["image", "inspect", str(LAYER)], ["config", "check", "/dev/stdin"], ["image", "ls", f"{LAYER}:/"]]
 )
 def test_output_that_finds_no_room_is_an_error(command: list[str]) -> None:
     with open("/dev/full", "wb") as full:
@@ -120,4 +124,4 @@ def test_output_that_finds_no_room_is_an_error(command: list[str]) -> None:
         )
     assert done.returncode == 1
     (line,) = done.stderr.decode().splitlines()
-    assert line == f"obdlab {command[0]}: [Errno 28] {os.strerror(28)}"
+    assert line == f"obdlab {' '.join(word for word in command[:2] if word != 'check')}: [Errno 28] {os.strerror(28)}"

@@ -228,7 +228,7 @@ def test_destination_that_does_not_answer(work_dir: Path, tmp_path: Path) -> Non
 
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "obdlab", "convert", *arguments, "--work-dir", str(tmp_path / "work")]
+    return [sys.executable, "-m", "obdlab", "image", "convert", *arguments, "--work-dir", str(tmp_path / "work")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -242,7 +242,7 @@ def test_stopped_by_a_signal(number: int, work_dir: Path, tmp_path: Path) -> Non
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.decode().strip().splitlines()[-1] == "obdlab convert: interrupted"
+    assert said.decode().strip().splitlines()[-1] == "obdlab image convert: interrupted"
     assert not (tmp_path / "out").exists() or ImageLayout(tmp_path / "out").index().manifests == ()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import obdlab
-from obdlab.cli.convertoptions import add_conversion_options, platforms_at_once
+from obdlab.cli.image.convertoptions import add_conversion_options, platforms_at_once
 from obdlab.cli.imageoptions import add_image_options, image_client
 from obdlab.cli.main import main
 from obdlab.convert.endpoints.layout import ImageLayout
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def test_prints_table_and_digest(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = make_layout(tmp_path / "source", [[member("a", b"1" * 100_000)], [member("b", b"2")]])
     options = ["--algorithm", "zstd", "--block-size-kib", "16", "--vsize-gib", "1", "--work-dir", str(work_dir)]
-    assert main(["convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options]) == 0
+    assert main(["image", "convert", str(layout.root), f"oci:{tmp_path / 'out'}:v1", *options]) == 0
     printed = capsys.readouterr()
     (entry,) = ImageLayout(tmp_path / "out").select("v1")
     assert printed.out == f"{entry.digest}\n"
@@ -47,7 +47,17 @@ def test_layers_that_do_not_fit_into_64_kib_blocks_get_smaller_ones(work_dir: Pa
     noise = [os.urandom(300_000), os.urandom(6 << 20)]  # the second is compressed in another process
     layers = [[member("text", b"1" * 100_000)], *([member(f"{len(each)}", each)] for each in noise)]
     source = f"oci:{make_layout(tmp_path / 'source', layers).root}"
-    command = [sys.executable, "-m", "obdlab", "convert", "--block-size-kib", "64", "--work-dir", str(work_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "image",
+        "convert",
+        "--block-size-kib",
+        "64",
+        "--work-dir",
+        str(work_dir),
+    ]
     command += ["--database", "none", source, f"oci:{tmp_path / 'out'}:v1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -70,7 +80,7 @@ def test_json(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     layout = make_layout(tmp_path / "source", [[member("a", b"1" * 100_000)], [member("b", b"2")]])
     out = f"oci:{tmp_path / 'out'}:v1"
     options = ["--json", "--vsize-gib", "1", "--work-dir", str(work_dir), "--database", "none"]
-    assert main(["convert", str(layout.root), out, *options]) == 0
+    assert main(["image", "convert", str(layout.root), out, *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     document = json.loads(printed.out)
@@ -87,14 +97,14 @@ def test_json(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_layout(tmp_path / "source", [[member("a")]])
-    assert main(["convert", f"oci:{tmp_path / 'source'}:other", f"oci:{tmp_path / 'out'}"]) == 1
+    assert main(["image", "convert", f"oci:{tmp_path / 'source'}:other", f"oci:{tmp_path / 'out'}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("obdlab convert: ")
+    assert line.startswith("obdlab image convert: ")
     assert line.endswith("OCI layout has no such tag (got latest, wanted other)")
 
 
 def failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["convert", *arguments]) == 1
+    assert main(["image", "convert", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -113,7 +123,7 @@ def test_the_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixt
         ("redis", "docker.io/library/redis"),
     ):
         line = failure(tmp_path, capsys, source, destination)
-        assert line.startswith(f"obdlab convert: {destination}: the converted image would replace its source")
+        assert line.startswith(f"obdlab image convert: {destination}: the converted image would replace its source")
     assert (layout.root / "index.json").read_bytes() == before
     for source, destination in (("a.example/b:1", "a.example/b:2"), (f"oci:{layout.root}", f"oci:{layout.root}:obd")):
         check_apart(source, destination)
@@ -138,7 +148,7 @@ def test_an_image_for_another_platform_is_refused(tmp_path: Path, capsys: pytest
 )
 def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["convert", "a", "b", *wrong])
+        main(["image", "convert", "a", "b", *wrong])
     assert ended.value.code == 2
     assert wrong[0] in capsys.readouterr().err
 

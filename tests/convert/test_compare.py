@@ -26,7 +26,7 @@ def test_a_converted_image_is_its_original(tmp_path: Path, capsys: pytest.Captur
     make_layout(tmp_path / "source", whole_image(), how=["gzip", "zstd", "plain", "gzip"])
     convert(str(tmp_path / "source"), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
     arguments = ["--work-dir", str(tmp_path), f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}"]
-    assert main(["compare", *arguments]) == 0
+    assert main(["image", "compare", *arguments]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.endswith(" paths, no differences\n")
@@ -39,15 +39,15 @@ def test_each_difference_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture
     make_layout(tmp_path / "one", [one])
     make_layout(tmp_path / "two", [two])
     convert(str(tmp_path / "two"), f"oci:{tmp_path / 'out'}", ConvertOptions(work_dir=tmp_path))
-    assert main(["compare", "-q", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
+    assert main(["image", "compare", "-q", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
     assert capsys.readouterr().out == ""
-    assert main(["compare", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
+    assert main(["image", "compare", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["only: missing", "ö\\udcff: not wanted"]
     assert [line.split(" differs")[0] for line in lines[2:]] == [
         "a: sha256", "a: linked_to", "b: linked_to", "l: target",
     ]  # fmt: skip
-    assert main(["compare", "--limit", "1", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
+    assert main(["image", "compare", "--limit", "1", f"oci:{tmp_path / 'one'}", f"oci:{tmp_path / 'out'}"]) == 1
     assert capsys.readouterr().out == "only: missing\n... and 5 more\n"
 
 
@@ -78,11 +78,11 @@ def test_an_image_that_the_original_converted(tmp_path: Path, capsys: pytest.Cap
     converted = original_image(tmp_path / "out")
     # The original sets trusted.* as well, which containerd leaves out.
     options = ["--work-dir", str(tmp_path), "--ignore", "xattrs"]
-    main(["verify", f"oci:{source.root}", converted, *options])
+    main(["image", "verify", f"oci:{source.root}", converted, *options])
     # What remains is true: the original shortens the text of a link.
     assert capsys.readouterr().out == "usr/odd1: target differs (got '../lib/y', wanted '../lib//./y/')\n"
     # On the side that is right, lost+found counts.
-    assert main(["verify", converted, f"oci:{source.root}", *options]) == 1
+    assert main(["image", "verify", converted, f"oci:{source.root}", *options]) == 1
     assert capsys.readouterr().out.splitlines()[0] == "lost+found: missing"
 
 
@@ -114,10 +114,10 @@ def test_an_image_compared_with_a_directory(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "tree" / "a").write_bytes(b"1")
     arguments = [f"oci:{tmp_path / 'source'}", f"dir:{tmp_path / 'tree'}", "--ignore", "mtime_ns"]
     owners = ["--ignore", "uid", "--ignore", "gid"]
-    assert main(["compare", *arguments, *owners]) == 0
+    assert main(["image", "compare", *arguments, *owners]) == 0
     (tmp_path / "tree" / "a").write_bytes(b"2")
-    assert main(["compare", *arguments, *owners]) == 1
-    assert main(["compare", *arguments, *owners, "--no-content"]) == 0
+    assert main(["image", "compare", *arguments, *owners]) == 1
+    assert main(["image", "compare", *arguments, *owners, "--no-content"]) == 0
     capsys.readouterr()
-    assert main(["compare", str(tmp_path / "source"), f"dir:{tmp_path / 'none'}"]) == 1
+    assert main(["image", "compare", str(tmp_path / "source"), f"dir:{tmp_path / 'none'}"]) == 1
     assert "cannot list the tree" in capsys.readouterr().err

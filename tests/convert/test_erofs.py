@@ -238,8 +238,8 @@ def test_an_erofs_made_elsewhere_is_not_changed(tmp_path: Path) -> None:
 def test_converted_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_layout(tmp_path / "source", whole_image(), how=["gzip", "zstd", "plain", "gzip"])
     names = [f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}"]
-    assert main(["convert", "-q", "--fs", "erofs", "--work-dir", str(tmp_path), *names]) == 0
-    assert main(["verify", "--work-dir", str(tmp_path), *names]) == 0
+    assert main(["image", "convert", "-q", "--fs", "erofs", "--work-dir", str(tmp_path), *names]) == 0
+    assert main(["image", "verify", "--work-dir", str(tmp_path), *names]) == 0
     assert capsys.readouterr().err.endswith(" paths, no differences\n")
     (entry,) = ImageLayout(tmp_path / "out").select(None)
     image = convert(names[0], f"oci:{tmp_path / 'again'}", ConvertOptions(layer=EROFS, work_dir=tmp_path))

@@ -167,6 +167,7 @@ def test_needs_no_privileges(tmp_path: Path, filesystem: str) -> None:
         sys.executable,
         "-m",
         "obdlab",
+        "image",
         "convert",
         "-q",
         "--fs",

@@ -27,7 +27,16 @@ def _children(pid: int) -> list[Process]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_a_conversion(number: signal.Signals, tmp_path: Path) -> None:
     layout = make_layout(tmp_path / "source", [[member("a", random.Random(1).randbytes(_SIZE))]])
-    command = [sys.executable, "-m", "obdlab", "convert", str(layout.root), f"oci:{tmp_path / 'out'}", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "image",
+        "convert",
+        str(layout.root),
+        f"oci:{tmp_path / 'out'}",
+        "--quiet",
+    ]
     (tmp_path / "work").mkdir()
     with subprocess.Popen([*command, "--work-dir", str(tmp_path / "work")], stderr=subprocess.DEVNULL) as process:
         # The compressing process, and multiprocessing's resource tracker.

@@ -93,8 +93,8 @@ def test_docker_archives(tmp_path: Path, how: str, capsys: pytest.CaptureFixture
     ):
         image = convert(name, f"oci:{tmp_path / 'out'}", small(tmp_path))
         assert len(image.layers) == 3
-    assert main(["verify", wanted, f"docker-archive:{path}"]) == 0
-    assert main(["verify", f"docker-archive:{path}", f"oci:{tmp_path / 'out'}"]) == 0
+    assert main(["image", "verify", wanted, f"docker-archive:{path}"]) == 0
+    assert main(["image", "verify", f"docker-archive:{path}", f"oci:{tmp_path / 'out'}"]) == 0
     capsys.readouterr()
 
 
@@ -115,7 +115,7 @@ def test_an_archive_converts_to_what_its_layout_does(tmp_path: Path) -> None:
     # The same bytes whoever packs it when.
     assert (tmp_path / "out0.tar").read_bytes() == (tmp_path / "out1.tar").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layout", "layout.tar", "out", "out0.tar", "out1.tar"]
-    assert main(["verify", "-q", f"oci-archive:{packed}", f"oci-archive:{target}"]) == 0
+    assert main(["image", "verify", "-q", f"oci-archive:{packed}", f"oci-archive:{target}"]) == 0
 
 
 def test_an_archive_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing_at_the_destination(prefix: 
     if prefix == "oci-archive:":
         out.parent.mkdir()
     for source in (f"oci:{broken.root}", f"oci:{tmp_path / 'none'}", "127.0.0.1:1/none:x"):
-        assert main(["convert", "--plain-http", "127.0.0.1:1", source, f"{prefix}{out}"]) == 1
+        assert main(["image", "convert", "--plain-http", "127.0.0.1:1", source, f"{prefix}{out}"]) == 1
         assert not out.exists()
         assert list(tmp_path.glob("a/*")) == []
 
@@ -228,7 +228,7 @@ def test_a_pipe_instead_of_a_file_is_not_waited_for(tmp_path: Path, place: str) 
         path = layout.root / place if place != "blob" else next(p for p in blobs if p.read_bytes()[:2] == b"\x1f\x8b")
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    command = [sys.executable, "-m", "obdlab", "convert", source, f"oci:{tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "obdlab", "image", "convert", source, f"oci:{tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "not a regular file" in done.stderr
@@ -268,8 +268,8 @@ def test_from_containerd_to_containerd(containerd: OwnContainerd, tmp_path: Path
     arguments = ["--containerd", address, "--database", str(tmp_path / "db"), "--vsize-gib", "1"]
     arguments += ["--work-dir", str(tmp_path)]
     names = [f"containerd:default:{plain}", f"containerd:default:{converted}"]
-    assert main(["convert", "-q", *arguments, *names]) == 0
-    assert main(["verify", "-q", "--containerd", address, *names]) == 0
+    assert main(["image", "convert", "-q", *arguments, *names]) == 0
+    assert main(["image", "verify", "-q", "--containerd", address, *names]) == 0
     digest = convert(f"oci:{layout.root}", f"oci:{tmp_path / 'out'}", small(tmp_path)).digest
     with closing(Containerd(address)) as client:
         assert client.images.get(converted).digest == digest
@@ -278,12 +278,24 @@ def test_from_containerd_to_containerd(containerd: OwnContainerd, tmp_path: Path
         labels = client.content.info(digest).labels
         assert sorted(labels) == [f"containerd.io/gc.ref.content.{part}" for part in ("config", "l.0", "l.1")]
     # Again: there already.
-    assert main(["convert", "-q", *arguments, *names]) == 0
+    assert main(["image", "convert", "-q", *arguments, *names]) == 0
     # A layer of it is the base of another image.
     more = make_layout(tmp_path / "more", [*LAYERS, [member("d", b"4")]])
-    assert main(["convert", "-q", *arguments, f"oci:{more.root}", f"containerd:default:{converted}-more"]) == 0
     assert (
-        main(["verify", "-q", "--containerd", address, f"oci:{more.root}", f"containerd:default:{converted}-more"])
+        main(["image", "convert", "-q", *arguments, f"oci:{more.root}", f"containerd:default:{converted}-more"]) == 0
+    )
+    assert (
+        main(
+            [
+                "image",
+                "verify",
+                "-q",
+                "--containerd",
+                address,
+                f"oci:{more.root}",
+                f"containerd:default:{converted}-more",
+            ]
+        )
         == 0
     )
     containerd.ctr("images", "rm", plain, converted, f"{converted}-more")
@@ -292,6 +304,7 @@ def test_from_containerd_to_containerd(containerd: OwnContainerd, tmp_path: Path
 @pytest.mark.containerd
 def test_errors_of_containerd(containerd: OwnContainerd, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
+        "image",
         "convert",
         "--containerd",
         str(containerd.socket),
@@ -301,7 +314,16 @@ def test_errors_of_containerd(containerd: OwnContainerd, tmp_path: Path, capsys:
     assert main(arguments) == 1
     assert "containerd has no such image" in capsys.readouterr().err
     assert (
-        main(["convert", "--containerd", str(tmp_path / "none"), "containerd:default:x", f"oci:{tmp_path / 'out'}"])
+        main(
+            [
+                "image",
+                "convert",
+                "--containerd",
+                str(tmp_path / "none"),
+                "containerd:default:x",
+                f"oci:{tmp_path / 'out'}",
+            ]
+        )
         == 1
     )
     assert str(tmp_path / "none") in capsys.readouterr().err
@@ -320,8 +342,8 @@ def test_flatten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for most in (1, 3) if filesystem == "ext4" else (2,):
             out = f"oci:{tmp_path / 'out'}:{filesystem}{most}"
             options = ["--fs", filesystem, "--flatten", str(most), "--vsize-gib", "1", "--work-dir", str(tmp_path)]
-            assert main(["convert", "-q", *options, source, out]) == 0
-            assert main(["verify", "-q", "--work-dir", str(tmp_path), source, out]) == 0
+            assert main(["image", "convert", "-q", *options, source, out]) == 0
+            assert main(["image", "verify", "-q", "--work-dir", str(tmp_path), source, out]) == 0
             layout = ImageLayout(tmp_path / "out")
             (entry,) = layout.select(f"{filesystem}{most}")
             manifest = oci.Manifest.parse(layout.read_blob(entry, 1 << 20))
@@ -351,7 +373,7 @@ def test_options_of_the_file_system(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--mount-options", "noatime,nodiratime", "--bytes-per-inode", "65536", "--vsize-gib", "1"]
     places = [f"oci:{tmp_path / 'source'}", f"oci:{out}"]
-    assert main(["convert", "-q", *options, "--work-dir", str(tmp_path), *places]) == 0
+    assert main(["image", "convert", "-q", *options, "--work-dir", str(tmp_path), *places]) == 0
     layout = ImageLayout(out)
     (entry,) = layout.select(None)
     manifest = oci.Manifest.parse(layout.read_blob(entry, 1 << 20))
@@ -377,7 +399,7 @@ def test_options_that_make_no_sense(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        status = main(["convert", *options, "x:1", f"oci:{tmp_path / 'out'}"])
+        status = main(["image", "convert", *options, "x:1", f"oci:{tmp_path / 'out'}"])
     except SystemExit as end:
         status = int(str(end.code))
     assert status == 2
@@ -395,10 +417,10 @@ def test_attestations_and_docker_types_from_an_index_in_an_archive(tmp_path: Pat
         tar.add(layout.root, ".")
     places = [f"oci-archive:{tmp_path / 'layout.tar'}", f"oci-archive:{tmp_path / 'out.tar'}"]
     options = ["--platform", "all", "--docker", "--work-dir", str(tmp_path)]
-    assert main(["convert", "-q", *options, *places]) == 0
+    assert main(["image", "convert", "-q", *options, *places]) == 0
     out = ArchivedLayout(tmp_path / "out.tar")
     (entry,) = out.select("latest")
     assert entry.media_type == oci.DOCKER_INDEX
     assert len(oci.Index.parse(out.read_blob(entry, 1 << 20)).manifests) == 1
     out.close()
-    assert main(["verify", "-q", "--platform", "all", *places]) == 0
+    assert main(["image", "verify", "-q", "--platform", "all", *places]) == 0

@@ -75,10 +75,10 @@ def test_each_platform_compares_equal(tmp_path: Path, capsys: pytest.CaptureFixt
     places = [f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}"]
     dump = tmp_path / "manifest.json"
     options = ["--platform", "all", "--work-dir", str(tmp_path), "--dump-manifest", str(dump), "-q"]
-    assert main(["convert", *places, *options]) == 0
+    assert main(["image", "convert", *places, *options]) == 0
     assert oci.digest_of(dump.read_bytes()) == capsys.readouterr().out.strip()
     for name in PLATFORMS:
-        assert main(["compare", *places, "--platform", f"linux/{name}"]) == 0
+        assert main(["image", "compare", *places, "--platform", f"linux/{name}"]) == 0
 
 
 def test_one_broken_image_leaves_no_index(tmp_path: Path) -> None:
@@ -120,5 +120,5 @@ def test_referrers_are_found_by_their_subject(tmp_path: Path, registry_server: R
 
 
 def test_docker_has_no_referrers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--docker", "--referrer", "a", "b"]) == 2
+    assert main(["image", "convert", "--docker", "--referrer", "a", "b"]) == 2
     assert "--referrer needs" in capsys.readouterr().err

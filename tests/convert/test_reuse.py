@@ -200,7 +200,7 @@ def stuck(self, builder, group, *rest):
         time.sleep(600)
     return build(self, builder, group, *rest)
 Pipeline._build = stuck
-sys.exit(main(["convert", "-q", *sys.argv[1:]]))
+sys.exit(main(["image", "convert", "-q", *sys.argv[1:]]))
 """
 THREE = (BASE, [member("second", b"2")], [member("third", b"3")])
 

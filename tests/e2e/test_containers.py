@@ -38,7 +38,7 @@ def test_what_a_container_wrote_becomes_a_layer(host: ObdlabHost, image: str, tm
     with Containerd(host.containerd.address, "test") as client:
         labels = client.snapshots(NAME).stat("committed").labels
     sealed, layer = labels["containerd.io/snapshot/overlaybd.localcommitpath"], tmp_path / "layer.obd"
-    assert main.main(["commit", "--quiet", "--tar", sealed, str(layer)]) == 0
+    assert main.main(["layer", "commit", "--quiet", "--tar", sealed, str(layer)]) == 0
     changed = push_on_top(image, "committed", layer.read_bytes())
     host.ctr("containers", "rm", own("writer"))
     host.ctr("snapshots", "--snapshotter", NAME, "rm", "committed")

@@ -182,7 +182,7 @@ def test_the_page(registry_server: RegistryServer, tmp_path: Path) -> None:
             assert agrees(printed, wanted), "\n".join([command, "--- printed:", *printed, "--- page:", *wanted])
             done.append(command.split()[0])
             if command.startswith("ctr images rm"):
-                wait_for(lambda: not machine.run("obdlab ls-devices"))
+                wait_for(lambda: not machine.run("obdlab device list"))
     finally:
         machine.end()
     assert {"obdlab", "ctr", "cat", "kill", "systemctl"} <= set(done)

@@ -98,10 +98,10 @@ class HeldUp:
 
 @contextmanager
 def pulling(host: ObdlabHost, image: str) -> Iterator[subprocess.Popen[str]]:
-    """``obdlab rpull``, as a user runs it."""
+    """``obdlab image pull``, as a user runs it."""
     where = ("--address", host.containerd.address, "--namespace", "test", "--snapshotter", NAME)
     process = subprocess.Popen(
-        [sys.executable, "-m", "obdlab", "rpull", *where, image],
+        [sys.executable, "-m", "obdlab", "image", "pull", *where, image],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -142,7 +142,7 @@ def test_services_are_killed_in_mid_pull(
         assert process.returncode == 0, errors
     else:
         assert process.returncode == 1
-        assert re.fullmatch(r"obdlab rpull: (is containerd running at|containerd at) .*\n", errors), errors
+        assert re.fullmatch(r"obdlab image pull: (is containerd running at|containerd at) .*\n", errors), errors
     wait_for(lambda: succeeds(lambda: host.rpull(image)))
     assert run(host, image, "after", "/bin/busybox cat /etc/issue; /bin/busybox wc -c < /plain") == "on top\n100000\n"
     for lease in host.ctr("leases", "ls", "-q").split():  # of a pull whose containerd was killed: it expires in a day

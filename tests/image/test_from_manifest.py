@@ -49,7 +49,9 @@ def with_annotations(**changes: str | None) -> oci.Manifest:
 
 def test_an_ordinary_layer_among_them_is_named() -> None:
     manifest = with_annotations(digest=None)
-    with pytest.raises(NotOverlaybdError, match=rf"^name: .*{manifest.layers[1].digest}.*obdlab convert name NEW"):
+    with pytest.raises(
+        NotOverlaybdError, match=rf"^name: .*{manifest.layers[1].digest}.*obdlab image convert name NEW"
+    ):
         config_from_manifest(manifest, REPOSITORY, name="name")
 
 

@@ -32,7 +32,16 @@ _TIMEOUT_S = 900.0
 
 #: What measures little of each experiment: one start of every arm, one point of the grid.
 _LITTLE = ("--set", "repeats=1", "--set", "load_limit=1000.0")
-_EVALUATE = ("evaluate", "cold_start", "--no-report", "--set", "start.repeats=1", "--set", "start.load_limit=1000.0")
+_EVALUATE = (
+    "lab",
+    "evaluate",
+    "cold_start",
+    "--no-report",
+    "--set",
+    "start.repeats=1",
+    "--set",
+    "start.load_limit=1000.0",
+)
 _EVALUATE_LESS = ("--set", 'start.snapshotters=["overlayfs", "obdlab"]', "--set", 'start.disks=["native"]')
 
 
@@ -78,7 +87,7 @@ class Machine:
 
     def experiment(self, name: str, *words: str, status: int = 0) -> str:
         """Run a declared experiment at its smallest."""
-        return self.run("experiment", "run", name, *_LITTLE, "--results", str(self.results), *words, status=status)
+        return self.run("lab", "run", name, *_LITTLE, "--results", str(self.results), *words, status=status)
 
     def demo(self, *words: str, status: int = 0) -> str:
         """Run what ``make demo`` does, at its smallest."""
@@ -110,7 +119,7 @@ def test_locks_out_of_date_and_then_no_network(image: str, tmp_path: Path) -> No
         rf"{image}: .*sha256:[0-9a-f]{{12}}, \d+ packages, \d+ differs? from packages\.lock: \S+ "
     )
 
-    assert difference.search(machine.run("dataset", "build", image))
+    assert difference.search(machine.run("lab", "dataset", "build", image))
     assert difference.search(machine.demo("--report"))
     assert (machine.results / "quick" / "report.html").is_file()
     assert difference.search(machine.codec())
@@ -129,10 +138,10 @@ def test_locks_out_of_date_and_then_no_network(image: str, tmp_path: Path) -> No
 
     # Strict is strict: nothing is measured, and the first package that differs is named.
     assert "--locked: " in machine.demo("--locked", "--again", status=1)
-    assert "--locked: " in machine.run("dataset", "build", image, "--locked", status=1)
+    assert "--locked: " in machine.run("lab", "dataset", "build", image, "--locked", status=1)
     assert "--locked: " in machine.evaluate("--locked", status=1)
     machine.network = False
-    assert "built before" in machine.run("dataset", "build", image)
+    assert "built before" in machine.run("lab", "dataset", "build", image)
     assert "everything was measured already" in machine.demo()
     machine.demo("--again")
     machine.codec("--again")
@@ -149,7 +158,7 @@ def test_an_experiment_keeps_its_image_and_rows_of_two_are_not_mixed(tmp_path: P
     # Each build gives another image, as with an archive that moves.
     machine.append_to_recipe('[[layer]]\nrun = ["cat /proc/uptime > /srv/uptime"]\n')
     machine.demo()
-    machine.run("dataset", "build", "tiny", "--newest")
+    machine.run("lab", "dataset", "build", "tiny", "--newest")
     machine.demo("--set", "repeats=2")
     (first,) = {row["image_digest"] for row in machine.rows("quick")}
     count = len(machine.rows("quick"))

@@ -174,7 +174,7 @@ def test_reads_that_hang_are_seen(devices: Devices, registry_server: RegistrySer
 def test_that_it_is_ready_is_logged(tmp_path: Path, how: str) -> None:
     log = tmp_path / "log"
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    command = [sys.executable, "-m", "obdlab", "exporter", "--listen", "127.0.0.1:0", *places]
+    command = [sys.executable, "-m", "obdlab", "serve", "exporter", "--listen", "127.0.0.1:0", *places]
     command += ["--log-file", str(log), "--log-format", how, "--log-level", "error"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -191,7 +191,7 @@ def test_that_it_is_ready_is_logged(tmp_path: Path, how: str) -> None:
 def test_the_command(devices: Devices) -> None:
     devices.attach("local")
     places = ["--run-dir", str(devices.directory / "run"), "--cache-dir", str(devices.directory / "cache")]
-    command = [sys.executable, "-m", "obdlab", "exporter", "--listen", "127.0.0.1:0", *places]
+    command = [sys.executable, "-m", "obdlab", "serve", "exporter", "--listen", "127.0.0.1:0", *places]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         ready = process.stdout.readline()

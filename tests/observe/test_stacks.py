@@ -89,9 +89,9 @@ def test_every_daemon_that_needs_no_rights_dumps_and_goes_on(tmp_path: Path) -> 
     layer = Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd"
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     for name, *arguments in (
-        ("exporter", "--listen", "127.0.0.1:0"),
-        ("snapshot-api", "--address", "http://127.0.0.1:0"),
-        ("nbd", "--socket", str(tmp_path / "nbd.sock"), str(layer)),
+        ("serve", "exporter", "--listen", "127.0.0.1:0"),
+        ("serve", "snapshot-api", "--address", "http://127.0.0.1:0"),
+        ("serve", "nbd", "--socket", str(tmp_path / "nbd.sock"), str(layer)),
     ):
         log = tmp_path / f"{name}.log"
         with (

@@ -1,4 +1,4 @@
-"""The command ``obdlab rpull``."""
+"""The command ``obdlab image pull``."""
 
 from __future__ import annotations
 
@@ -30,17 +30,10 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.containerd, pytest.mark.registry]
 
-_ONLY_RPULL = "import sys; from obdlab.cli import main; main.COMMANDS = ('rpull',); sys.exit(main.main(sys.argv[1:]))"
-
-
-@pytest.fixture(autouse=True)
-def only_rpull(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "COMMANDS", ("rpull",))
-
 
 def arguments(host: ContainerdHost, containerd: Containerd, reference: str) -> list[str]:
     where = ["--address", host.address, "--namespace", containerd.namespace]
-    return ["rpull", *where, "--snapshotter", "overlayfs", reference]
+    return ["image", "pull", *where, "--snapshotter", "overlayfs", reference]
 
 
 def test_summary(
@@ -79,7 +72,7 @@ def test_environment_names_containerd(
     monkeypatch.setenv("CONTAINERD_ADDRESS", f"unix://{containerd_host.address}")
     monkeypatch.setenv("CONTAINERD_NAMESPACE", containerd.namespace)
     monkeypatch.setenv("CONTAINERD_SNAPSHOTTER", "overlayfs")
-    assert main.main(["rpull", str(reference)]) == 0
+    assert main.main(["image", "pull", str(reference)]) == 0
     assert containerd.images.get(str(reference)).name == str(reference)
 
 
@@ -143,7 +136,7 @@ def test_pull_after_a_killed_one(containerd: Containerd, containerd_host: Contai
 def signal_while_stalled(command: list[str], stalled: threading.Event, number: signal.Signals) -> tuple[int, str]:
     """Run the command until the registry stalls, send the signal; return its exit status and errors."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _ONLY_RPULL, *command],
+        [sys.executable, "-m", "obdlab", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -207,6 +200,6 @@ def stalling_registry() -> Iterator[tuple[str, threading.Event, threading.Event]
 
 def test_a_malformed_platform_is_a_wrong_argument(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main.main(["rpull", "127.0.0.1:1/no/registry", "--platform", "linux"])
+        main.main(["image", "pull", "127.0.0.1:1/no/registry", "--platform", "linux"])
     assert ended.value.code == 2
     assert "malformed platform" in capsys.readouterr().err

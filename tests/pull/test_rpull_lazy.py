@@ -224,7 +224,7 @@ def test_blobs_of_an_image_pulled_lazily_before(
     pull(containerd, registry, reference)
     assert "not found" in host.ctr("images", "export", str(tmp_path / "lazy.tar"), str(reference), check=False)
     where = ("--address", host.containerd.address, "--namespace", "test")
-    assert main.main(["rpull", *where, "--download-blobs", str(reference)]) == 0
+    assert main.main(["image", "pull", *where, "--download-blobs", str(reference)]) == 0
     printed = capsys.readouterr()
     assert "2 present; fetched 1.5" in printed.out
     assert "2 of 2 layers were pulled lazily before, and containers go on reading them" in printed.err
@@ -249,9 +249,9 @@ def test_layers_go_on_being_read_where_they_were_pulled_first(
     other = registry_server.host.replace("127.0.0.1", "localhost")
     pull(containerd, registry, first)
     where = ("--address", host.containerd.address, "--namespace", "test")
-    assert main.main(["rpull", *where, f"{registry_server.host}/lazy/first"]) == 0
+    assert main.main(["image", "pull", *where, f"{registry_server.host}/lazy/first"]) == 0
     assert capsys.readouterr().err == ""
-    assert main.main(["rpull", *where, f"{other}/lazy/first"]) == 0
+    assert main.main(["image", "pull", *where, f"{other}/lazy/first"]) == 0
     assert f"2 of 2 layers were pulled before as part of {first}, and containers go on" in capsys.readouterr().err
 
 
@@ -348,7 +348,7 @@ def test_snapshotter_that_is_gone(
     host.snapshotter.stop()
     try:
         with pytest.raises(
-            UnavailableError, match=rf"'{NAME}' does not answer: is `.*obdlab snapshotter` running .* \("
+            UnavailableError, match=rf"'{NAME}' does not answer: is `.*obdlab serve snapshotter` running .* \("
         ):
             pull(containerd, registry, reference)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli import checks
+from obdlab.cli.host import checks
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
@@ -321,7 +321,7 @@ def test_doctor_names_what_the_host_has_and_the_choice_can_be_forced(tmp_path: P
     with serving(run_dir, "auto") as service:
         config = golden_config(tmp_path)
         assert service.attach(config).kind == kinds.best().name
-        command = [sys.executable, "-m", "obdlab", "attach", "--device", "ublk", "--id", "forced"]
+        command = [sys.executable, "-m", "obdlab", "device", "attach", "--device", "ublk", "--id", "forced"]
         command += ["--run-dir", str(service.run_dir.path), "--cache-dir", str(tmp_path / "cache"), str(config)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout.startswith("/dev/ublkb"), done.stderr

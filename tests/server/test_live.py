@@ -119,7 +119,7 @@ def test_collection_of_a_layer_in_use(
     load = Load(device, SIZE // 4096)
     with load.going_on():
         run_dir = ("--run-dir", str(service.run_dir.path))
-        assert main(["gc", str(data), *run_dir]) == 0
+        assert main(["layer", "gc", str(data), *run_dir]) == 0
         printed = capsys.readouterr().out
     assert printed.startswith(f"{data}: ")
     assert " freed, " in printed
@@ -129,8 +129,8 @@ def test_collection_of_a_layer_in_use(
     service.detach("gc")
     with AppendUpper.open(data, tmp_path / "upper.index") as upper:
         assert upper.read_at(0, SIZE) == load.content(before)
-    assert main(["gc", str(data), *run_dir]) == 1  # offline it wants the index
-    assert main(["gc", str(data), str(tmp_path / "upper.index"), *run_dir]) == 0
+    assert main(["layer", "gc", str(data), *run_dir]) == 1  # offline it wants the index
+    assert main(["layer", "gc", str(data), str(tmp_path / "upper.index"), *run_dir]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,9 +145,9 @@ def test_growing(service: DeviceService, tmp_path: Path, kind: str, capsys: pyte
         (target / "before").write_bytes(b"x" * MIB)
         blocks = os.statvfs(target).f_blocks
         run_dir = ("--run-dir", str(service.run_dir.path))
-        assert main(["resize", str(device.path), "--vsize", "64M", "-q", *run_dir]) == 0
+        assert main(["layer", "resize", str(device.path), "--vsize", "64M", "-q", *run_dir]) == 0
         # Growing a mounted ext4 takes CAP_SYS_RESOURCE, which root may lack in a container.
-        grown = main(["resize", "grow", "--vsize", "64M", "--filesystem", "-q", *run_dir])
+        grown = main(["layer", "resize", "grow", "--vsize", "64M", "--filesystem", "-q", *run_dir])
         refusal = capsys.readouterr().err
         assert grown == 0 or "Permission denied to resize" in refusal
         if grown == 0:
@@ -161,7 +161,7 @@ def test_growing(service: DeviceService, tmp_path: Path, kind: str, capsys: pyte
         mount.unmount(target)
     subprocess.run(["e2fsck", "-f", "-n", str(device.path)], check=True, capture_output=True)
     data = tmp_path / "upper.data"
-    assert main(["resize", str(data), "--vsize", "80M", "--filesystem", "-q", *run_dir]) == 0
+    assert main(["layer", "resize", str(data), "--vsize", "80M", "--filesystem", "-q", *run_dir]) == 0
     service.detach("grow")
     device = service.attach(config, "grow")
     assert device.size == 80 * MIB
@@ -209,7 +209,7 @@ def test_snapshots_with_io_going_on(service: DeviceService, tmp_path: Path, kind
         for number in range(3):
             data = tmp_path / f"next{number}.data"
             index = [] if number == 1 else ["--index", str(tmp_path / f"next{number}.index")]
-            assert main(["snapshot", "snap", "--data", str(data), *index, "-q", *run_dir]) == 0
+            assert main(["device", "snapshot", "snap", "--data", str(data), *index, "-q", *run_dir]) == 0
             time.sleep(0.1)
     assert read_direct(device.path, 0, SIZE) == load.content(before)
     assert service.attach(config, "snap") == service.list()[0]  # still what is attached
@@ -324,7 +324,7 @@ def test_the_http_interface(service: DeviceService, tmp_path: Path, how: str) ->
     device = service.attach(config, "http")
     write_direct(device.path, 0, b"h" * 4096)
     options = {"token": ["--address", "http://127.0.0.1:0"], "open": ["--address", "http://127.0.0.1:0", "--open"]}
-    command = [sys.executable, "-m", "obdlab", "snapshot-api", *options.get(how, [])]
+    command = [sys.executable, "-m", "obdlab", "serve", "snapshot-api", *options.get(how, [])]
     with subprocess.Popen(
         [*command, "--run-dir", str(service.run_dir.path)], stdout=subprocess.PIPE, text=True
     ) as server:

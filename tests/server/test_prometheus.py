@@ -84,7 +84,7 @@ def test_a_real_prometheus_has_the_right_values(tmp_path: Path, registry_server:
     config = tmp_path / "prometheus.yml"
     config.write_text(CONFIG.format(target=target, rules=tmp_path / "rules.yml"))
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
-    exporter = [sys.executable, "-m", "obdlab", "exporter", "--listen", target, "--deadline", "0.3", *places]
+    exporter = [sys.executable, "-m", "obdlab", "serve", "exporter", "--listen", target, "--deadline", "0.3", *places]
     prometheus = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
     prometheus += [f"--web.listen-address=127.0.0.1:{port}"]
     asked = Prometheus(port)

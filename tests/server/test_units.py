@@ -53,11 +53,11 @@ def capabilities(init: Init, unit: str) -> set[int]:
 def test_devices_live_on_while_their_host_is_restarted(init: Init, tmp_path: Path) -> None:
     # The kernel knows devices by run directory and id, and somebody may have some of the real one's.
     first, second = f"units-{os.getpid()}", f"units-rw-{os.getpid()}"
-    init.obdlab("attach", LAYERS[0], "--id", first)  # a host is started on demand, and then replaced
+    init.obdlab("device", "attach", LAYERS[0], "--id", first)  # a host is started on demand, and then replaced
     init.ctl("start", HOST)
     assert capabilities(init, HOST) <= CAPABILITIES[HOST]
     config = new_config(tmp_path, "append", size=64 * MIB)
-    (node,) = init.obdlab("attach", str(config), "--id", second).split()
+    (node,) = init.obdlab("device", "attach", str(config), "--id", second).split()
     init.run("mkfs.ext4", "-q", node)
     init.run("sh", "-ec", f"mkdir /run/m; mount {node} /run/m; head -c 1000000 /dev/urandom > /run/m/file; sync")
     wanted = init.run("sha256sum", "/run/m/file")
@@ -68,15 +68,15 @@ def test_devices_live_on_while_their_host_is_restarted(init: Init, tmp_path: Pat
     init.run("sh", "-ec", f"umount /run/m; mount {node} /run/m")
     assert init.run("sha256sum", "/run/m/file") == wanted
     data, index = str(tmp_path / "next.data"), str(tmp_path / "next.index")
-    init.obdlab("snapshot", second, "--data", data, "--index", index)
-    init.obdlab("upgrade", "--force", second)
+    init.obdlab("device", "snapshot", second, "--data", data, "--index", index)
+    init.obdlab("device", "upgrade", "--force", second)
     init.run("umount", "/run/m")
-    init.obdlab("mount", *LAYERS, "/mnt")
+    init.obdlab("device", "mount", *LAYERS, "/mnt")
     assert "big" in init.run("ls", "/mnt").split()
-    init.obdlab("umount", "/mnt")
-    assert init.obdlab("ls-devices").count("pid ") == 2
-    init.obdlab("detach", second)
-    init.obdlab("detach", first)
+    init.obdlab("device", "umount", "/mnt")
+    assert init.obdlab("device", "list").count("pid ") == 2
+    init.obdlab("device", "detach", second)
+    init.obdlab("device", "detach", first)
     assert init.show(HOST, "ActiveState") == "active"
     init.ctl("stop", HOST)
 

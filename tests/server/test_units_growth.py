@@ -1,4 +1,4 @@
-"""What the kernel wants of who grows a mounted ext4, which decides where ``obdlab resize --filesystem`` works."""
+"""Where the kernel lets a mounted ext4 grow, and so where ``obdlab layer resize --filesystem`` works."""
 
 from __future__ import annotations
 

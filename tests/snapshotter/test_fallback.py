@@ -107,7 +107,7 @@ def large_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]
     disk, layer = directory / "disk", directory / "layer"
     command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(directory / "top"), str(disk), "16M"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
-    assert main(["import", str(disk), str(layer)]) == 0
+    assert main(["layer", "import", str(disk), str(layer)]) == 0
     return layer.read_bytes(), noise
 
 

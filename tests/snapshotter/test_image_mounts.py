@@ -35,7 +35,7 @@ def setuid_image(registry_server: RegistryServer) -> str:
     layer.add("null", kind=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
     plain = imagefiles.push(registry_server.host, "snapshotter/setuid", *imagefiles.image_documents([layer.bytes()]))
     converted = f"{plain}_obd"
-    assert main(["convert", plain, converted]) == 0
+    assert main(["image", "convert", plain, converted]) == 0
     return converted
 
 
@@ -74,7 +74,7 @@ def test_a_hostile_superblock_starts_no_container(
         file.truncate(32 << 20)
     subprocess.run(["mkfs.ext4", "-q", disk], check=True, timeout=60)
     subprocess.run(["tune2fs", "-E", "mount_opts=errors=panic", disk], check=True, timeout=60)
-    assert main(["import", str(disk), str(layer)]) == 0
+    assert main(["layer", "import", str(disk), str(layer)]) == 0
     data = layer.read_bytes()
     annotations = [{oci.BLOB_DIGEST: oci.digest_of(data), oci.BLOB_SIZE: str(len(data))}]
     documents = imagefiles.image_documents([data], annotations, compress=False)

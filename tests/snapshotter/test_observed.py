@@ -65,7 +65,7 @@ def until_refused(port: int) -> None:
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_an_exporter_lives_as_long_as_its_snapshotter(tmp_path: Path, end: signal.Signals) -> None:
     port, run_dir = free_port(), tmp_path / "run"
-    command = [sys.executable, "-m", "obdlab", "snapshotter", "--root", str(tmp_path / "root")]
+    command = [sys.executable, "-m", "obdlab", "serve", "snapshotter", "--root", str(tmp_path / "root")]
     command += ["--address", str(tmp_path / "s.sock"), "--run-dir", str(run_dir), "--exporter", f"127.0.0.1:{port}"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--log-format", "json", "--log-file", str(tmp_path / "log")]
     command += ["--log-level", "debug"]

@@ -146,7 +146,7 @@ def _check_lockable(recipe: Recipe) -> None:
     if recipe.image and "@" not in recipe.image:
         raise LabError(f"{recipe.name}: --locked: wanted an image named by digest (got {recipe.image})")
     if not recipe.locked and any(layer.packages for layer in recipe.layers):
-        update = command("dataset", "build", recipe.name, "--update-lock")
+        update = command("lab", "dataset", "build", recipe.name, "--update-lock")
         raise LabError(f"{recipe.name}: --locked: the recipe has no {LOCK_NAME} (to make one: {update})")
 
 

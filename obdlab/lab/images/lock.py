@@ -58,10 +58,10 @@ def check_lock(name: str, locked: Sequence[str], installed: Sequence[str]) -> No
     """Raise LabError naming the first packages of the recipe ``name`` that differ from its lock."""
     if not _changes(locked, installed):
         return
+    build = command("lab", "dataset", "build", name)
     raise LabError(
         f"{name}: --locked: {compare_lock(locked, installed)} (wanted every package as locked); to build what the "
-        f"archive has: {command('dataset', 'build', name)}, to lock it: {command('dataset', 'build', name)} "
-        "--update-lock"
+        f"archive has: {build}, to lock it: {build} --update-lock"
     )
 
 

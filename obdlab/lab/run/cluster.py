@@ -79,7 +79,7 @@ class Cluster:
                     raise LabError(
                         f"hosts are not alike: image {name} is {found[0][name]['digest']} at {workers[0]} and "
                         f"{other[name]['digest']} at {worker} (to build it again on each: "
-                        f"{command('dataset', 'build', name, '--newest')})"
+                        f"{command('lab', 'dataset', 'build', name, '--newest')})"
                     )
         return found[0]
 

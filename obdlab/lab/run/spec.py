@@ -95,7 +95,7 @@ class Spec:
     load_limit: float = 1.5
     #: ... but all cells of one network together wait at most this long: the host may stay busy.
     quiet_wait_s: float = 120.0
-    #: ZFile options of the converted images; the defaults are those of ``obdlab convert``.
+    #: ZFile options of the converted images; the defaults are those of ``obdlab image convert``.
     algorithm: str = DEFAULT_ALGORITHM
     block_size: int = DEFAULT_BLOCK_SIZE
     #: Settings of obdlab (docs/reference/configuration.md) that differ from the defaults.

@@ -141,7 +141,7 @@ class Explorer:
         if not self.experiments and find_experiments(places[-1]):
             self.root, self.experiments = places[-1], find_experiments(places[-1])
         if not self.experiments:
-            how = f"see: {command('experiment')}, {command('evaluate')}"
+            how = f"see: {command('lab', 'run')}, {command('lab', 'evaluate')}"
             raise ExplorerError(f"{self.root}: no results of container starts ({how})")
         self.open(experiment or next(iter(self.experiments)))
 

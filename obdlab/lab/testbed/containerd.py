@@ -224,7 +224,7 @@ class OwnContainerd:
         run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=_ENVIRONMENT)
 
     def lazy_pull(self, reference: str) -> PullResult:
-        """Pull metadata only, as ``obdlab rpull`` does, but in this process: no Python start is measured."""
+        """Pull metadata only, as ``obdlab image pull`` does, but in this process: no Python start is measured."""
         with self.client() as containerd, closing(RegistryClient()) as registry:
             return rpull(
                 containerd,
@@ -300,8 +300,8 @@ class OwnContainerd:
         settings.write_text(self._settings.to_json())
         arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
         arguments += ["--settings", str(settings)]
-        command = [sys.executable, "-m", "obdlab", "-v", "snapshotter", *arguments]
-        snapshotter = Daemon("obdlab snapshotter", command, self.logs / "snapshotter.log")
+        command = [sys.executable, "-m", "obdlab", "-v", "serve", "snapshotter", *arguments]
+        snapshotter = Daemon("obdlab serve snapshotter", command, self.logs / "snapshotter.log")
         stack.callback(snapshotter.stop)
         self.groups.add(snapshotter.pid)
         snapshotter.wait_for(socket.exists, "socket")

@@ -306,7 +306,7 @@ def _accepts(host: str) -> bool:
 def make_certificate(certificate: Path, key: Path, address: str) -> None:
     """Write a self-signed server certificate for an IP address, and its key. Raises LabError."""
     new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30", "-keyout")
-    names = ("-subj", "/CN=obdlab experiment", "-addext", f"subjectAltName=IP:{address}")
+    names = ("-subj", "/CN=obdlab lab", "-addext", f"subjectAltName=IP:{address}")
     run(["openssl", "req", "-x509", *new_key, key, "-out", certificate, *names])
 
 

@@ -1,4 +1,4 @@
-"""Attaches images as devices of an overlaybd TCMU daemon, ours (``obdlab tcmu``) or the original.
+"""Attaches images as devices of an overlaybd TCMU daemon, ours (``obdlab serve tcmu``) or the original.
 
 Has the same calls as :class:`obdlab.server.client.DeviceService` has for the devices of a run directory. State lives
 in configfs alone, under the paths and values of overlaybd-snapshotter: a device is named after its snapshot, whose

@@ -75,7 +75,7 @@ def test_a_list_with_broken_images(
     bad = [f"{broken(tmp_path / 'broken')} {host}/broken:v1", f"oci:{tmp_path / 'absent'} {host}/absent:v1"]
     listed, report = tmp_path / "list", tmp_path / "report.csv"
     listed.write_text("\n".join(["# images", lines[0], *bad, *lines[1:], ""]))
-    command = ["convert-list", str(listed), "--work-dir", str(tmp_path), "--report", str(report), "-j", "2"]
+    command = ["image", "convert-list", str(listed), "--work-dir", str(tmp_path), "--report", str(report), "-j", "2"]
     assert main(command) == 1
     with report.open() as file:
         rows = {row["destination"]: row for row in csv.DictReader(file)}
@@ -104,14 +104,25 @@ def test_interrupted_and_resumed(long_image: Path, tmp_path: Path) -> None:
     listed.write_text("".join(f"oci:{tmp_path / name} oci:{out}:v{name}\n" for name in ("0", "long")))
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, "-m", "obdlab", "convert-list", str(listed), "--work-dir", str(work), "-j", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "image",
+        "convert-list",
+        str(listed),
+        "--work-dir",
+        str(work),
+        "-j",
+        "1",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: tags(out) == {"v0"} and bool(list(work.glob("*/*.writable"))))
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=_WAIT_S)
     assert process.returncode == 130
     assert "2 images: 1 done, 1 open" in said
-    assert errors.strip().splitlines()[-1] == "obdlab convert-list: interrupted"
+    assert errors.strip().splitlines()[-1] == "obdlab image convert-list: interrupted"
     assert list(work.iterdir()) == []
     assert tags(out) == {"v0"}
     (tmp_path / "long").unlink()  # so that the rest of this test does not take long
@@ -126,7 +137,16 @@ def test_what_a_killed_run_started_ends(long_image: Path, tmp_path: Path) -> Non
     (tmp_path / "list").write_text(f"oci:{long_image} oci:{tmp_path / 'out'}\n")
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, "-m", "obdlab", "convert-list", str(tmp_path / "list"), "--work-dir", str(work)]
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "image",
+        "convert-list",
+        str(tmp_path / "list"),
+        "--work-dir",
+        str(work),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: bool(list(work.glob("*/*.writable"))))
         process.kill()
@@ -271,7 +291,15 @@ def test_spread_by_dask(count: int, registry_server: RegistryServer, tmp_path: P
     (tmp_path / "list").write_text("".join(lines) + f"{broken(tmp_path / 'broken')} {host}/broken:v1\n")
     report = tmp_path / "report.json"
     with dask_cluster(tmp_path, 2) as (address, workers):
-        command = ["convert-list", str(tmp_path / "list"), "--work-dir", str(tmp_path), "--report", str(report)]
+        command = [
+            "image",
+            "convert-list",
+            str(tmp_path / "list"),
+            "--work-dir",
+            str(tmp_path),
+            "--report",
+            str(report),
+        ]
         with subprocess.Popen([sys.executable, "-m", "obdlab", *command, "--scheduler", address]) as process:
             if count > 3:  # a worker is lost: the other one does its work
                 wait_for(lambda: any(digests_at(registry_server, names)))
@@ -288,5 +316,5 @@ def test_a_scheduler_that_does_not_answer(
 ) -> None:
     monkeypatch.setattr("obdlab.convert.batch.pool._CONNECT_S", 1.0)
     (tmp_path / "list").write_text("oci:a oci:b\n")
-    assert main(["convert-list", str(tmp_path / "list"), "--scheduler", "tcp://127.0.0.1:9"]) == 1
+    assert main(["image", "convert-list", str(tmp_path / "list"), "--scheduler", "tcp://127.0.0.1:9"]) == 1
     assert "Dask scheduler does not answer" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A virtual machine whose disk is an image, served by ``obdlab nbd``."""
+"""A virtual machine whose disk is an image, served by ``obdlab serve nbd``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def test_how_an_image_differs_from_its_lock_is_one_line() -> None:
     assert compare_lock([f"{name}:all=1" for name in "abcde"], []).endswith("c:all absent (locked 1) and 2 more")
     assert compare_lock([], installed) == "2 packages, no packages.lock"
     assert compare_lock([], []) == ""
-    with pytest.raises(LabError, match=r"x: --locked: 2 packages, 3 differ.*obdlab dataset build x --update-lock"):
+    with pytest.raises(
+        LabError, match=r"x: --locked: 2 packages, 3 differ.*obdlab lab dataset build x --update-lock"
+    ):
         check_lock("x", locked, installed)
 
 

@@ -24,7 +24,7 @@ NOTEBOOKS = folder("notebooks") / "evaluation"
 
 
 def evaluate(results: Path, *words: str) -> int:
-    return main(["evaluate", "index", "--no-report", "--results", str(results), *SMALL, *words])
+    return main(["lab", "evaluate", "index", "--no-report", "--results", str(results), *SMALL, *words])
 
 
 def test_declarations_and_notebooks_are_there() -> None:
@@ -45,7 +45,7 @@ def test_changes_are_checked_before_anything_is_measured(tmp_path: Path, capsys:
 
 def test_the_ledger_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     measured = Path(__file__).parents[3] / "experiments" / "measured" / "evaluation"
-    assert main(["report", "--json", "--results", str(measured)]) == 0
+    assert main(["lab", "report", "--json", "--results", str(measured)]) == 0
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["key"] for entry in entries] == [claim.key for claim in CLAIMS]
     assert entries[0]["rows"] > 0
@@ -61,7 +61,7 @@ def test_a_parameter_that_a_notebook_does_not_know_fails() -> None:
 def test_measured_once_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     # Only the index: converting images takes longer than this test may.
-    assert main(["evaluate", "--list"]) == 0
+    assert main(["lab", "evaluate", "--list"]) == 0
     assert "cold_start" in capsys.readouterr().out
     planned = specs([run for run in runs() if run.name == "index"], quick=True, changes={})
     assert planned["index"].repeats == 3

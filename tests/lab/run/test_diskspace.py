@@ -132,9 +132,9 @@ def test_rows_that_find_no_room_are_one_line_and_no_half_row(
         'kind = "index"\nrepeats = 40\nload_limit = 1000\n[axes]\nsegments = [100]\nlayers = [1]\n'
     )
     with small_disk(tmp_path / "disk", "24k") as disk:
-        words = ["experiment", "run", str(declaration), "--results", str(disk)]
+        words = ["lab", "run", str(declaration), "--results", str(disk)]
         assert main(words) == 1
-        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obdlab experiment:")]
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obdlab lab run:")]
         assert f"disk full: {disk}" in told
         store = RowStore(disk / "index")
         stored = store.path.read_bytes()

@@ -194,36 +194,36 @@ def test_of_a_cell_the_last_good_attempt_counts(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_on_the_command_line_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("repeats = 1\n")
-    assert main(["experiment", "run", str(tmp_path / "x.toml"), "--set", "repeat=2"]) == 1
+    assert main(["lab", "run", str(tmp_path / "x.toml"), "--set", "repeat=2"]) == 1
     assert "unknown key" in capsys.readouterr().err
-    assert main(["experiment", "run", str(tmp_path / "x.toml"), "--set", "repeats"]) == 1
+    assert main(["lab", "run", str(tmp_path / "x.toml"), "--set", "repeats"]) == 1
     assert "KEY=VALUE" in capsys.readouterr().err
-    assert main(["experiment", "run", str(tmp_path / "absent.toml")]) == 1
+    assert main(["lab", "run", str(tmp_path / "absent.toml")]) == 1
     assert "absent.toml" in capsys.readouterr().err
 
 
 def test_nothing_measured_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["experiment", "list", "--results", str(tmp_path)]) == 0
+    assert main(["lab", "list", "--results", str(tmp_path)]) == 0
     assert "nothing measured yet" in capsys.readouterr().out
 
 
 def test_how_far_a_run_is_and_what_it_goes_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.toml").write_text("repeats = 2\na_a = false\n")
     spec = ["status", str(tmp_path / "x.toml"), "--results", str(tmp_path)]
-    assert main(["experiment", *spec]) == 1
+    assert main(["lab", *spec]) == 1
     assert "100 Mbit/s, 5 ms: 0 of 4 cells measured" in capsys.readouterr().out
     with pytest.raises(SpecError, match=r"spec\.json"):
         last_spec(tmp_path / "x")
     (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(SPEC), "context": "here"}))
     assert last_spec(tmp_path / "x") == SPEC
-    assert main(["experiment", "resume", "absent", "--results", str(tmp_path)]) == 1
+    assert main(["lab", "resume", "absent", "--results", str(tmp_path)]) == 1
     assert "not the spec of a run" in capsys.readouterr().err
 
 
 def test_status_report_and_list_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.toml").write_text('images = ["tiny"]\nrepeats = 1\na_a = false\nrtts_ms = [2]\n')
     where = ["--results", str(tmp_path), "--json"]
-    assert main(["experiment", "status", str(tmp_path / "x.toml"), *where]) == 1
+    assert main(["lab", "status", str(tmp_path / "x.toml"), *where]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told == {"experiment": "x", "conditions": "100 Mbit/s, 2 ms", "measured": 0, "cells": 2}
     spec = SPEC.with_values(a_a=False)
@@ -231,13 +231,13 @@ def test_status_report_and_list_for_programs(tmp_path: Path, capsys: pytest.Capt
     for total_s, cell in enumerate(spec.cells(100.0, 2.0), 1):
         Experiment(spec, tmp_path / "x").store.append([_attempt(cell, 1, total_s=total_s, environment="e", **times)])
     (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(spec), "context": "here"}))
-    assert main(["experiment", "report", "x", *where]) == 0
+    assert main(["lab", "show", "x", *where]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {each["arm"] for each in told["summaries"]} == {"overlayfs", "obdlab"}
     assert told["headlines"]
-    assert main(["experiment", "report", "x", "--results", str(tmp_path)]) == 0
+    assert main(["lab", "show", "x", "--results", str(tmp_path)]) == 0
     assert told["findings"][0][:30] in capsys.readouterr().out
-    assert main(["experiment", "list", *where]) == 0
+    assert main(["lab", "list", *where]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert (listed["name"], listed["rows"], listed["failed"]) == ("x", 2, 0)
 
@@ -246,11 +246,11 @@ def test_rows_are_exported_in_the_format_of_the_name(tmp_path: Path, capsys: pyt
     store = RowStore(tmp_path / "x")
     store.append([{"cell": "a", "evidence": {"images": 0}}, {"cell": "b"}])
     for name in ("rows.csv", "rows.jsonl"):
-        assert main(["experiment", "export", "x", str(tmp_path / name), "--results", str(tmp_path)]) == 0
+        assert main(["lab", "export", "x", str(tmp_path / name), "--results", str(tmp_path)]) == 0
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["cell,evidence.images", "a,0", "b,"]
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["evidence"] == {"images": 0}
-    assert main(["experiment", "export", "x", str(tmp_path / "rows.txt"), "--results", str(tmp_path)]) == 1
-    assert main(["experiment", "export", "y", str(tmp_path / "rows.csv"), "--results", str(tmp_path)]) == 1
+    assert main(["lab", "export", "x", str(tmp_path / "rows.txt"), "--results", str(tmp_path)]) == 1
+    assert main(["lab", "export", "y", str(tmp_path / "rows.csv"), "--results", str(tmp_path)]) == 1
     assert "holds no rows" in capsys.readouterr().err
 
 
@@ -268,7 +268,7 @@ def run(self, **options):
     finally:
         print("taken down", flush=True)
 Experiment.run = run
-raise SystemExit(main(["experiment", "run", {str(QUICK)!r}, "--results", {str(tmp_path)!r}]))
+raise SystemExit(main(["lab", "run", {str(QUICK)!r}, "--results", {str(tmp_path)!r}]))
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None

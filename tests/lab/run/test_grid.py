@@ -147,6 +147,6 @@ def test_points_are_measured_in_another_order_each_time_and_changed_by_name() ->
 
 def test_starts_alone_have_reports_and_schedulers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.toml").write_text('kind = "index"\n')
-    command = ["experiment", "run", str(tmp_path / "x.toml"), "--results", str(tmp_path), "--report"]
+    command = ["lab", "run", str(tmp_path / "x.toml"), "--results", str(tmp_path), "--report"]
     assert main(command) == 1
     assert "for container starts" in capsys.readouterr().err

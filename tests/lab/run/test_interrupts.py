@@ -119,7 +119,7 @@ class Stubborn(Index):
 
 import obdlab.lab.run.grid
 obdlab.lab.run.grid.KINDS["index"] = Stubborn()
-raise SystemExit(main(["experiment", "run", sys.argv[1], "--results", sys.argv[2], "--set", "quiet_wait_s=0"]))
+raise SystemExit(main(["lab", "run", sys.argv[1], "--results", sys.argv[2], "--set", "quiet_wait_s=0"]))
 """
 
 
@@ -164,7 +164,7 @@ setattr(OwnContainerd, at, wait)
 results = Path(sys.argv[2])
 paths.LabPaths = lambda locked: LabPaths((Path(sys.argv[4]),), results / "images", results / "work")
 words = ["--set", "quiet_wait_s=0", "--set", "a_a=false", "--set", 'snapshotters=["overlayfs"]', "--set", "repeats=2"]
-raise SystemExit(main(["experiment", "run", sys.argv[1], "--results", sys.argv[2], *words]))
+raise SystemExit(main(["lab", "run", sys.argv[1], "--results", sys.argv[2], *words]))
 """
 
 

@@ -35,7 +35,7 @@ PATIENCE_S = 90.0
 
 
 class Daemon:
-    """``obdlab tcmu`` as a process of its own."""
+    """``obdlab serve tcmu`` as a process of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "daemon.log"
@@ -44,7 +44,7 @@ class Daemon:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "obdlab", "tcmu", "--cache-dir", str(self._cache)]
+        command = [sys.executable, "-m", "obdlab", "serve", "tcmu", "--cache-dir", str(self._cache)]
         with self.errors.open("ab") as errors:
             self.process = subprocess.Popen(
                 [*command, "--log-file", str(self.log)], stdout=subprocess.PIPE, stderr=errors
@@ -224,7 +224,9 @@ def test_a_device_without_a_daemon_is_taken_away_and_its_readers_fail(daemon: Da
     reader = subprocess.Popen(["dd", f"if={disk}", "of=/dev/null", "bs=1M", "count=1", "iflag=direct"])
     time.sleep(1)
     assert reader.poll() is None
-    done = subprocess.run([sys.executable, "-m", "obdlab", "tcmu-detach", "orphan"], check=False, timeout=PATIENCE_S)
+    done = subprocess.run(
+        [sys.executable, "-m", "obdlab", "device", "tcmu-detach", "orphan"], check=False, timeout=PATIENCE_S
+    )
     assert done.returncode == 0
     assert reader.wait(PATIENCE_S) != 0
     assert not configfs.Target.of("orphan").backstore.exists()
@@ -259,7 +261,7 @@ def test_why_an_add_failed_is_told(daemon: Daemon, tmp_path: Path, trouble: str)
     result = tmp_path / ("result" if trouble == "no layer" else "init-debug.log")
     assert result.read_text().startswith("failed:")
     if config.exists():
-        command = [sys.executable, "-m", "obdlab", "tcmu-attach", "--id", "bad", str(config)]
+        command = [sys.executable, "-m", "obdlab", "device", "tcmu-attach", "--id", "bad", str(config)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert ("/nowhere/layer" if trouble == "no layer" else "JSON") in done.stderr

@@ -49,7 +49,20 @@ def test_an_image_is_read_over_iscsi_by_whom_it_is_for(tmp_path: Path, initiator
         pytest.skip("open-iscsi is not installed")
     daemon = Daemon(tmp_path)
     config = golden_config(tmp_path, result_file="result")
-    attach = [sys.executable, "-m", "obdlab", "tcmu-attach", "--id", "77", "--iscsi", IQN, "--portal", PORTAL, config]
+    attach = [
+        sys.executable,
+        "-m",
+        "obdlab",
+        "device",
+        "tcmu-attach",
+        "--id",
+        "77",
+        "--iscsi",
+        IQN,
+        "--portal",
+        PORTAL,
+        config,
+    ]
     assert run(*attach, "--initiator", INITIATOR).strip() == IQN
     run("iscsiadm", "-m", "discovery", "-t", "sendtargets", "-p", PORTAL)
     before = set(os.listdir("/sys/block"))
@@ -64,7 +77,7 @@ def test_an_image_is_read_over_iscsi_by_whom_it_is_for(tmp_path: Path, initiator
     over_iscsi = {path.name: path.read_bytes() for path in (tmp_path / "mnt").iterdir() if path.is_file()}
     mount.unmount(tmp_path / "mnt")
     run("iscsiadm", "-m", "node", "-T", IQN, "-p", PORTAL, "--logout")
-    run(sys.executable, "-m", "obdlab", "tcmu-detach", "77")
+    run(sys.executable, "-m", "obdlab", "device", "tcmu-detach", "77")
     assert not (configfs.TARGET / "iscsi" / IQN).exists()
     assert not configfs.Target.of("77").backstore.exists()
     here = configfs.attach("78", config)
@@ -75,7 +88,7 @@ def test_an_image_is_read_over_iscsi_by_whom_it_is_for(tmp_path: Path, initiator
     # Somebody else is not let in.
     assert run(*attach, "--initiator", "iqn.2026-01.example.obdlab:another").strip() == IQN
     assert "failure" in run("iscsiadm", "-m", "node", "-T", IQN, "-p", PORTAL, "--login", check=False)
-    run(sys.executable, "-m", "obdlab", "tcmu-detach", "77")
+    run(sys.executable, "-m", "obdlab", "device", "tcmu-detach", "77")
     daemon.end()
 
 

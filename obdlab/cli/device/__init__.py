@@ -1,0 +1,3 @@
+"""Commands about block devices and mounts."""
+
+from __future__ import annotations

@@ -1,0 +1,248 @@
+"""The command line as a table: groups, their commands, and where each command declares its arguments.
+
+A command is a function ``declare(parser)`` in a module of this package. It adds the arguments and sets
+``run=<function(args) -> exit status>``, and ``bounded=False`` if its memory must have no bound (``memory``):
+either its processes have bounds of their own, or it runs other programs, which would inherit the bound. The module is
+imported only when the command line names the command, so that ``obdlab --version`` and help stay fast.
+
+Other packages add commands to a group by an entry point of the group ``obdlab.commands``: its name is
+"GROUP.COMMAND", its value a :class:`Command`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+    from importlib.metadata import EntryPoint
+
+#: The group of entry points that add commands.
+ENTRY_POINTS = "obdlab.commands"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command. ``declare`` is "module:function"; the function adds the arguments to a parser."""
+
+    name: str
+    summary: str
+    declare: str
+
+    def build(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments. Raises ImportError or AttributeError if ``declare`` names nothing."""
+        module, _, function = self.declare.partition(":")
+        getattr(importlib.import_module(module), function)(parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Commands about one kind of thing. ``example`` is a worked example, shown below the list of commands."""
+
+    name: str
+    summary: str
+    example: str
+    commands: tuple[Command, ...]
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all commands, added ones included; imports none of them."""
+        return (*(each.name for each in self.commands), *(_command_name(each) for each in _added(self.name)))
+
+    def with_added(self) -> Group:
+        """Return the group with the commands that entry points add. Logs and leaves out those that fail to load."""
+        added = []
+        for point in _added(self.name):
+            try:
+                command = point.load()
+            except Exception as error:  # a broken package must not take the other commands away
+                logging.getLogger(__name__).warning("%s of %s: cannot load: %s", point.name, ENTRY_POINTS, error)
+                continue
+            added.append(replace(command, name=_command_name(point)))
+        return replace(self, commands=(*self.commands, *added))
+
+    def has(self, name: str) -> bool:
+        """Return True if the table has a command of that name."""
+        return any(each.name == name for each in self.commands)
+
+
+@cache
+def _entry_points() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=ENTRY_POINTS))
+
+
+def _added(group: str) -> list[EntryPoint]:
+    return [point for point in _entry_points() if point.name.partition(".")[0] == group]
+
+
+def _command_name(point: EntryPoint) -> str:
+    return point.name.partition(".")[2]
+
+
+IMAGE = Group(
+    "image",
+    "convert images, pull them lazily, look into them",
+    """\
+example: convert an image, compare the two, look into the new one, make it runnable by containerd
+  obdlab image convert registry.example/redis:7 registry.example/redis:7-obd
+  obdlab image compare registry.example/redis:7 registry.example/redis:7-obd
+  obdlab image ls registry.example/redis:7-obd:/etc
+  obdlab image pull registry.example/redis:7-obd
+  ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
+    (
+        Command("convert", "convert an OCI image to an overlaybd image", "obdlab.cli.image.convert:declare"),
+        Command(
+            "convert-list",
+            "convert many images, on one host or several",
+            "obdlab.cli.image.convert_list:declare",
+        ),
+        Command("pull", "pull an image lazily into containerd", "obdlab.cli.image.pull:declare"),
+        Command("compare", "compare two images, or an image and a directory", "obdlab.cli.image.compare:declare"),
+        Command("inspect", "describe images: layers, sizes, annotations", "obdlab.cli.image.inspect:declare"),
+        Command("verify", "read an image whole and check every checksum", "obdlab.cli.image.verify:declare"),
+        Command("ls", "list files without mounting the image", "obdlab.cli.image.ls:declare"),
+        Command("cat", "print a file without mounting the image", "obdlab.cli.image.cat:declare"),
+        Command("cp", "copy files out of an image without mounting it", "obdlab.cli.image.cp:declare"),
+        Command("pull-blob", "fetch one manifest, config, layer or blob", "obdlab.cli.image.pull_blob:declare"),
+        Command("publish", "publish an image's trace: hot layers", "obdlab.cli.image.publish:declare_publish"),
+        Command("unpublish", "undo publish --as referrer", "obdlab.cli.image.publish:declare_unpublish"),
+    ),
+)
+LAYER = Group(
+    "layer",
+    "make, write, seal, compact and check layer files",
+    """\
+example: a writable layer, used as a disk, then stored as one compact layer
+  obdlab layer create data index --vsize 1G --mkfs
+  echo '{"upper": {"data": "'$PWD'/data", "index": "'$PWD'/index"}}' >config.v1.json
+  obdlab device attach config.v1.json --id disk
+  obdlab device detach disk
+  obdlab layer commit data index layer.obd --tar
+  obdlab layer inspect layer.obd --verify""",
+    (
+        Command("create", "make an empty writable layer", "obdlab.cli.layer.create:declare"),
+        Command("commit", "write a layer as a compact, sealed layer file", "obdlab.cli.layer.commit:declare"),
+        Command("seal", "turn a writable layer into a sealed one in place", "obdlab.cli.layer.seal:declare"),
+        Command("merge", "write a stack of layers as one layer", "obdlab.cli.layer.merge:declare"),
+        Command("gc", "free the space of overwritten data", "obdlab.cli.layer.gc:declare"),
+        Command("resize", "make the disk of a writable layer larger", "obdlab.cli.layer.resize:declare"),
+        Command("import", "make a base layer of a raw or qcow2 disk image", "obdlab.cli.layer.import_:declare"),
+        Command("inspect", "describe layer files; --verify reads them whole", "obdlab.cli.image.inspect:declare"),
+        Command("diff", "list the ranges in which two disks differ", "obdlab.cli.layer.diff:declare"),
+        Command("zfile", "compress a file to a ZFile, extract or verify one", "obdlab.cli.layer.zfile:declare"),
+    ),
+)
+DEVICE = Group(
+    "device",
+    "images as block devices and mounts, on this host",
+    """\
+example: mount an image, read a file of it, take everything down again (as root)
+  obdlab device mount registry.example/redis:7-obd /mnt
+  cat /mnt/etc/os-release
+  obdlab device list
+  obdlab device umount /mnt""",
+    (
+        Command("attach", "make an image a block device", "obdlab.cli.device.attach:declare_attach"),
+        Command("detach", "remove a device", "obdlab.cli.device.attach:declare_detach"),
+        Command("mount", "mount an image read-only", "obdlab.cli.device.mount:declare_mount"),
+        Command("umount", "undo a mount, and remove its unused device", "obdlab.cli.device.mount:declare_umount"),
+        Command("list", "list the devices and their servers", "obdlab.cli.device.attach:declare_list"),
+        Command("snapshot", "take a live snapshot of a writable device", "obdlab.cli.device.snapshot:declare"),
+        Command("upgrade", "serve devices in use with the installed code", "obdlab.cli.device.upgrade:declare"),
+        Command("graduate", "serve a device from an unpacked copy", "obdlab.cli.device.graduate:declare"),
+        Command("tcmu-attach", "attach as overlaybd-attacher does", "obdlab.cli.device.tcmu:declare_attach"),
+        Command("tcmu-detach", "remove such a device", "obdlab.cli.device.tcmu:declare_detach"),
+    ),
+)
+TRACE = Group(
+    "trace",
+    "record the reads of a start, to fetch them ahead the next time",
+    """\
+A trace lists the reads of an image's layers in order, in the original's file format. Devices fetch ahead what it
+lists if the image is attached with --trace, has the trace in an acceleration layer, or names it as recordTracePath
+in its config.v1.json.
+
+example: record a start, look at it, publish the image with a hot layer made of it
+  obdlab trace record registry.example/redis:7-obd -o redis.trace --until-line "Ready to accept"
+  obdlab trace files redis.trace registry.example/redis:7-obd
+  obdlab image publish registry.example/redis:7-obd registry.example/redis:7-hot --trace redis.trace""",
+    (
+        Command("record", "record a device in use, or a start of an image", "obdlab.cli.trace.record:declare_record"),
+        Command("start", "record a device in use until trace stop", "obdlab.cli.trace.record:declare_start"),
+        Command("stop", "end a recording, and write the trace", "obdlab.cli.trace.record:declare_stop"),
+        Command("show", "print a trace", "obdlab.cli.trace.sets:declare_show"),
+        Command("merge", "make one trace of several runs", "obdlab.cli.trace.sets:declare_merge"),
+        Command("diff", "compare two traces; status 1 if they differ", "obdlab.cli.trace.sets:declare_diff"),
+        Command("filter", "keep part of a trace", "obdlab.cli.trace.sets:declare_filter"),
+        Command("files", "list the files that a trace reads", "obdlab.cli.trace.files:declare_files"),
+        Command("transplant", "carry a trace over to a rebuilt image", "obdlab.cli.trace.files:declare_transplant"),
+        Command("watch", "record the kernel's block events of a start", "obdlab.cli.trace.events:declare_watch"),
+        Command("import", "make a trace of block events", "obdlab.cli.trace.events:declare_import"),
+        Command("timeline", "explain a start, read by read", "obdlab.cli.trace.events:declare_timeline"),
+    ),
+)
+CACHE = Group(
+    "cache",
+    "the block cache that all devices share, also while they run",
+    """\
+example: list the cached blobs, check them all, fetch damaged parts again when they are read
+  obdlab cache list
+  obdlab cache verify --repair""",
+    (
+        Command("list", "list the cached blobs, the last used first", "obdlab.cli.cache:declare_list"),
+        Command("clear", "remove all cached blobs, or some", "obdlab.cli.cache:declare_clear"),
+        Command("verify", "read all cached bytes and check them", "obdlab.cli.cache:declare_verify"),
+    ),
+)
+SERVE = Group(
+    "serve",
+    "services that run until SIGTERM",
+    """\
+example: the snapshotter with metrics, and containerd told to use it in /etc/containerd/config.toml
+  obdlab serve snapshotter --root /var/lib/obdlab/snapshotter --address /run/obdlab/snapshotter.sock \\
+    --exporter 127.0.0.1:9863
+  ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
+    (
+        Command("snapshotter", "serve containerd as a proxy snapshotter", "obdlab.cli.serve.snapshotter:declare"),
+        Command("tcmu", "serve TCMU devices, in place of overlaybd-tcmu", "obdlab.cli.serve.tcmu:declare"),
+        Command("exporter", "serve metrics for Prometheus, and health", "obdlab.cli.serve.exporter:declare"),
+        Command("snapshot-api", "take live snapshots by HTTP requests", "obdlab.cli.serve.snapshot_api:declare"),
+        Command("nbd", "serve an image over NBD, as to qemu", "obdlab.cli.serve.nbd:declare"),
+        Command("device-host", "fork device servers; started on demand", "obdlab.cli.device_host:declare"),
+    ),
+)
+LAB = Group(
+    "lab",
+    "the workbench: build datasets, run experiments, evaluate the paper's claims",
+    """\
+example: measure cold starts in two minutes, see the rows, export them (as root, in a checkout)
+  obdlab lab dataset list
+  obdlab lab run experiments/quick.toml --report
+  obdlab lab list
+  obdlab lab export quick rows.csv""",
+    (
+        Command("dataset", "build the images of the datasets", "obdlab.cli.lab.dataset:declare"),
+        Command("run", "measure the cells that have no rows yet", "obdlab.cli.lab.experiment:declare_run"),
+        Command("resume", "continue a run that was stopped", "obdlab.cli.lab.experiment:declare_resume"),
+        Command("status", "count the measured cells", "obdlab.cli.lab.experiment:declare_status"),
+        Command("show", "print the table of one experiment's results", "obdlab.cli.lab.experiment:declare_show"),
+        Command("list", "list results", "obdlab.cli.lab.experiment:declare_list"),
+        Command("export", "write raw rows as CSV, JSON lines or Parquet", "obdlab.cli.lab.experiment:declare_export"),
+        Command("evaluate", "measure what the paper's figures need", "obdlab.cli.lab.evaluate:declare_evaluate"),
+        Command("report", "render the evaluation's report from rows", "obdlab.cli.lab.evaluate:declare_report"),
+    ),
+)
+GROUPS = (IMAGE, LAYER, DEVICE, TRACE, CACHE, SERVE, LAB)
+#: Commands that stand in no group.
+SINGLE = (
+    Command("doctor", "check this host, and name the fix of each missing ability", "obdlab.cli.host.doctor:declare"),
+    Command("cleanup", "unmount and detach everything, also after a crash", "obdlab.cli.host.cleanup:declare"),
+    Command("config", "check a settings file and show the settings", "obdlab.cli.host.config:declare"),
+    Command("fsck", "check a snapshotter's root, and repair it", "obdlab.cli.host.fsck:declare"),
+    Command("completion", "print a shell's completion script", "obdlab.cli.completion:declare"),
+)

@@ -1,0 +1,52 @@
+"""``obdlab config``: the settings that result from a settings file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = "Settings files: obdlab's own keys, or overlaybd.json (docs/reference/configuration.md)."
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    check = verbs.add_parser(
+        "check",
+        help="check a file and show the effective settings",
+        description=(
+            "Checks a settings file and shows all settings it leads to, those that differ from their default marked. "
+            "What has no effect is told on standard error; the exit status is 1 if the file cannot be used."
+        ),
+    )
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.add_argument("--json", action="store_true", help="print the settings as a file that --settings takes")
+    check.set_defaults(run=run_check)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print the settings; the notes go to standard error."""
+    import sys
+    from dataclasses import fields, replace
+
+    from obdlab.settings.original import load
+    from obdlab.settings.plain import to_plain
+    from obdlab.settings.settings import Settings
+
+    loaded = load(args.file)
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
+    settings, default = replace(loaded.settings, settings_path=None), Settings()
+    if args.json:
+        print(json.dumps(json.loads(settings.to_json()), indent=2))
+        return 0
+    for field in fields(Settings):
+        if field.name == "settings_path":  # the file's own path is no setting
+            continue
+        value = getattr(settings, field.name)
+        mark = "*" if value != getattr(default, field.name) else " "
+        print(f"{mark} {field.name} = {json.dumps(to_plain(value))}")
+    return 0

@@ -1,0 +1,3 @@
+"""Commands about images: convert them, pull them lazily, look into them."""
+
+from __future__ import annotations

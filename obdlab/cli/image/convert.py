@@ -1,0 +1,199 @@
+"""``obdlab image convert``: an OCI image to an overlaybd image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from obdlab.cli.image.convertoptions import (
+    ALL,
+    add_conversion_options,
+    check_conversion_options,
+    conversion_options,
+    platforms_at_once,
+)
+from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
+from obdlab.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from obdlab.convert.image import ConvertedImage, ConvertedLayer
+    from obdlab.convert.platforms import ConvertedIndex
+    from obdlab.convert.progress import Task
+    from obdlab.registry.client import RegistryClient
+
+_DESCRIPTION = f"""\
+Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, layer by layer, and store it.
+
+{NAMES}
+
+Of a multi-platform image one platform is converted, this machine's unless --platform names another; "all" converts
+every image of it and stores an index of them.
+Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = _DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", metavar="SRC", help="image to convert")
+    parser.add_argument("destination", metavar="DST", help="where the converted image goes")
+    add_conversion_options(parser)
+    parser.add_argument("--dump-manifest", type=Path, metavar="FILE", help="also write the new manifest to FILE")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no table, only the digest")
+    parser.add_argument(
+        "--json", action="store_true", help="print what was made as JSON, in place of table and digest"
+    )
+    add_image_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; print a table and the digest of the new manifest."""
+    wrong = check_conversion_options(args)
+    if wrong is not None:
+        print(f"{args.prog}: {wrong}", file=sys.stderr)
+        return 2
+    from obdlab.convert.endpoints.names import check_apart
+
+    check_apart(args.source, args.destination)
+    # SIGTERM and the loss of the terminal (unless nohup ignores SIGHUP) also end the command through its cleanup,
+    # which takes devices and mounts down.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        with image_client(args) as client:
+            converted = convert(args, client)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if args.dump_manifest is not None:
+        _dump(args.dump_manifest, converted.document)
+    if args.json:
+        print(json.dumps(_as_dict(converted), indent=2))
+        return 0
+    if not args.quiet:
+        for image in converted.images:
+            print_table(image)
+    print(converted.digest)
+    return 0
+
+
+def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
+    """Convert the image or images that the arguments name. Raises ObdlabError."""
+    from obdlab.convert.image import convert_image
+    from obdlab.convert.platforms import ConvertedIndex, convert_platforms
+
+    options, progress = conversion_options(args), None if args.quiet else Bars()
+    with (
+        opened_source(args.source, client, args) as source,
+        opened_destination(args.destination, client, args) as destination,
+    ):
+        if args.platform == ALL:
+            return convert_platforms(
+                source, destination, options=options, progress=progress, at_once=platforms_at_once(args)
+            )
+        image = convert_image(source, destination, options=options, progress=progress)
+        return ConvertedIndex(image.name, image.digest, image.document, (image,))
+
+
+def _as_dict(converted: ConvertedIndex) -> dict[str, Any]:
+    return {
+        "name": converted.name,
+        "digest": converted.digest,
+        "images": [
+            {
+                "digest": image.digest,
+                "platform": asdict(image.platform),
+                "size": image.size,
+                "seconds": round(image.seconds, 3),
+                "layers": [_layer_dict(layer) for layer in image.layers],
+            }
+            for image in converted.images
+        ],
+    }
+
+
+def _layer_dict(layer: ConvertedLayer) -> dict[str, Any]:
+    built = layer.built
+    return {
+        "source_digest": layer.source_digest,
+        "source_layers": layer.merged,
+        "source_size": layer.source_size,
+        "digest": built.digest,
+        "size": built.size,
+        "data_size": built.data_size,
+        "segments": built.segments,
+        "stored": layer.stored,
+        "reused": layer.reused,
+        "seconds": {phase: round(seconds, 3) for phase, seconds in built.seconds.items()},
+    }
+
+
+def _dump(path: Path, document: bytes) -> None:
+    try:
+        path.write_bytes(document)
+    except OSError as error:
+        raise SourceError(f"cannot write the manifest: {error.strerror}", blob=str(path)) from error
+
+
+def print_table(image: ConvertedImage) -> None:
+    """Print the new layers on standard error."""
+    print(f"{'layer':<22}{'source':>10}{'blob':>10}{'on disk':>10}{'segments':>10}{'seconds':>9}", file=sys.stderr)
+    for layer in image.layers:
+        built = layer.built
+        print(
+            f"{layer.source_digest[:19]:<22}{_mb(layer.source_size):>10}{_mb(built.size):>10}"
+            f"{_mb(built.data_size) if built.segments else '':>10}{built.segments or '':>10}"
+            f"{sum(built.seconds.values()):>9.2f}"
+            f"{_note(layer)}",
+            file=sys.stderr,
+        )
+    total = sum(layer.source_size for layer in image.layers)
+    print(f"{'all':<22}{_mb(total):>10}{_mb(image.size):>10}{'':>20}{image.seconds:>9.2f}", file=sys.stderr)
+    print(f"stored as {image.name}", file=sys.stderr)
+
+
+class Bars:
+    """Progress on a terminal: one bar for each task under way, removed when the task ends."""
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        from tqdm import tqdm
+
+        with tqdm(
+            total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr
+        ) as bar:
+            yield _Bar(bar.update)
+
+
+class _Bar:
+    def __init__(self, update: Callable[[int], object]) -> None:
+        self._update = update
+
+    def advance(self, amount: int) -> None:
+        self._update(amount)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _note(layer: ConvertedLayer) -> str:
+    notes = [f"{layer.merged} layers"] if layer.merged > 1 else []
+    if layer.reused or not layer.stored:
+        notes.append(layer.reused or "was there")
+    return f"  ({', '.join(notes)})" if notes else ""
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,57 @@
+"""``obdlab image cp``: files out of an image, without mounting it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.cli.image.viewing import PATH_HELP, add_view_options, image_path, opened_tree
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = (
+        "Copy a file, or a directory with all below it, out of an overlaybd image; what that takes is fetched, "
+        "no more. Nothing that exists is replaced. Needs no root, but for --archive."
+    )
+    parser.add_argument("path", type=image_path, metavar="IMAGE:/PATH", help=PATH_HELP)
+    parser.add_argument(
+        "target", type=Path, metavar="TARGET", help="new file or directory, or one that exists to put it into"
+    )
+    parser.add_argument(
+        "-a", "--archive", action="store_true", help="owners, special files, all modes and attributes too (root)"
+    )
+    add_view_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy."""
+    from obdlab.volumes.extract import Extractor
+
+    image, path = args.path
+    name = os.path.basename(path.rstrip(b"/"))
+    target = os.fsencode(args.target)
+    if name and args.target.is_dir():
+        target = os.path.join(target, name)
+    with opened_tree(image, args) as tree, _bar() as bar:
+        number = tree.find(path, follow=path.endswith(b"/"))
+        if stat.S_ISREG(tree.inode(number).mode) and bar is not None:
+            bar.total = tree.inode(number).size
+        Extractor(tree, archive=args.archive, advance=bar.update if bar is not None else None).copy(number, target)
+    return 0
+
+
+def _bar() -> Any:
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(unit="B", unit_scale=True, unit_divisor=1024, delay=1)

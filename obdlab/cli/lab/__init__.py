@@ -1,0 +1,3 @@
+"""The workbench: datasets, experiments, the evaluation."""
+
+from __future__ import annotations

@@ -1,0 +1,278 @@
+"""``obdlab lab run|resume|status|report|list|export``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obdlab.command import command
+from obdlab.errors import ObdlabError
+
+if TYPE_CHECKING:
+    from obdlab.lab.run.declaration import AnySpec
+    from obdlab.lab.run.experiment import Experiment
+    from obdlab.lab.run.grid import GridExperiment
+    from obdlab.lab.run.spec import Spec
+
+NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
+
+
+def declare_run(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Measures the cells of an experiment (see experiments/README.md) that have no rows yet under "
+        "today's code and host, prints the table, and with --report renders the notebook. Needs root."
+    )
+    _add_spec(parser)
+    _add_scheduler(parser)
+    parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
+    add_locked(parser)
+    parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
+    parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
+    parser.set_defaults(run=run, bounded=False)
+
+
+def declare_resume(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Goes on with a stopped experiment as it was declared when it began, changes by --set included."
+    )
+    parser.add_argument("name", help="name of its results directory")
+    _add_scheduler(parser)
+    add_locked(parser)
+    _add_results(parser)
+    parser.set_defaults(run=resume, bounded=False, again=False, report=False)
+
+
+def declare_status(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = "Prints how many of an experiment's cells are measured; the status is 1 if any is not."
+    _add_spec(parser)
+    _add_json(parser)
+    parser.set_defaults(run=status, bounded=False)
+
+
+def declare_show(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = "Prints headline, table, findings and caveats of a results directory; measures nothing."
+    parser.add_argument("name", help="name of its results directory")
+    _add_json(parser)
+    _add_results(parser)
+    parser.set_defaults(run=report, bounded=False)
+
+
+def declare_list(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.set_defaults(run=list_results, bounded=False)
+    _add_json(parser)
+    _add_results(parser)
+
+
+def declare_export(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("name", help="name of its results directory")
+    parser.add_argument("file", type=Path, metavar="FILE.csv|FILE.jsonl|FILE.parquet")
+    parser.set_defaults(run=export, bounded=False)
+    _add_results(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", type=Path, help="declaration, e.g. experiments/quick.toml")
+    parser.add_argument("--quick", action="store_true", help="as the declaration's table [quick] says: two minutes")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key (TOML value; of grids also axes.NAME and options.NAME)",
+    )
+    _add_results(parser)
+
+
+def add_locked(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that makes the datasets' locks binding."""
+    parser.add_argument(
+        "--locked", action="store_true", help="measure only images whose packages are those of packages.lock"
+    )
+
+
+def _add_scheduler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scheduler",
+        default="",
+        metavar="ADDRESS",
+        help="measure on the hosts of a Dask scheduler's workers, e.g. tcp://host:8786 (docs/how-to/own-hosts.md)",
+    )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, help="where results are kept (default: results in the checkout)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table and, if asked, render the report; 1 if a start failed."""
+    return _measure(_declared(args), args)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Measure the cells that the last run of a results directory left out; print the table as ``run`` does."""
+    from obdlab.lab.run.declaration import last_spec
+
+    return _measure(last_spec(_directory(args, args.name)), args)
+
+
+def _declared(args: argparse.Namespace) -> AnySpec:
+    from obdlab.lab.run.declaration import load
+    from obdlab.lab.workbench import find
+
+    spec = load(find("experiments", args.spec), quick=args.quick)
+    # A run with fewer cells must not pass for the whole experiment.
+    named = {"name": f"{spec.name}-quick"} if args.quick else {}
+    return spec.with_values(**named, **_changes(args.set))
+
+
+def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
+    from obdlab.lab.paths import LabPaths
+    from obdlab.lab.run.declaration import open_experiment
+    from obdlab.lab.run.diskspace import naming_full_disks
+    from obdlab.lab.run.experiment import Experiment
+    from obdlab.lab.run.interrupts import ending_on_signals
+    from obdlab.lab.run.spec import Spec
+    from obdlab.lab.show.report import check_parameters
+
+    directory = _directory(args, spec.name)
+    if not isinstance(spec, Spec) and (args.report or args.scheduler):
+        raise ObdlabError(f"{spec.name}: --report and --scheduler are for container starts (got kind {spec.kind!r})")
+    if isinstance(spec, Spec) and args.report:  # errors here must not appear only after an hour of measuring
+        check_parameters(_notebook(args), _parameters(spec, directory))
+    experiment = open_experiment(spec, directory, LabPaths(locked=args.locked))
+    try:
+        with ending_on_signals():
+            if isinstance(experiment, Experiment):
+                measured = experiment.run(again=args.again, scheduler=args.scheduler)
+            else:
+                measured = experiment.run(again=args.again)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        raise
+    if measured == 0:
+        print("everything was measured already under this code and host (--again measures anew)")
+    print(*experiment.report(), sep="\n")
+    with naming_full_disks(directory):
+        (directory / "table.txt").write_text("\n".join(_details(experiment)) + "\n")
+        print(f"raw rows: {directory / 'rows.csv'}")
+        if isinstance(spec, Spec) and args.report:
+            print(f"report:   {_report(_notebook(args), spec, directory)}")
+    return int(any(row.get("error") for row in experiment.rows()))
+
+
+def _notebook(args: argparse.Namespace) -> Path:
+    from obdlab.lab.workbench import find
+
+    return find("notebooks", args.notebook)
+
+
+def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
+    from obdlab.lab.show.report import run_notebook
+
+    return run_notebook(notebook.resolve(), _parameters(spec, directory), directory / "report.ipynb")
+
+
+def _parameters(spec: Spec, directory: Path) -> dict[str, Any]:
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}
+    return {**values, "results": str(directory.parent), "measure": False}
+
+
+def _changes(settings: list[str]) -> dict[str, Any]:
+    changes = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ObdlabError(f"--set: wanted KEY=VALUE (got {setting!r})")
+        try:
+            changes[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key] = text
+    return changes
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print how many cells are measured under today's code and host, by network; 1 if any is not."""
+    from obdlab.lab.run.declaration import open_experiment
+
+    spec = _declared(args)
+    missing = 0
+    for label, (done, count) in open_experiment(spec, _directory(args, spec.name)).progress().items():
+        if args.json:
+            print(json.dumps({"experiment": spec.name, "conditions": label, "measured": done, "cells": count}))
+        else:
+            print(f"{label}: {done} of {count} cells measured")
+        missing += count - done
+    return int(missing > 0)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print the table of a results directory, as ``run`` does at its end, with all findings; 1 if a start failed."""
+    from obdlab.lab.run.declaration import last_spec, open_experiment
+
+    directory = _directory(args, args.name)
+    experiment = open_experiment(last_spec(directory), directory)
+    if args.json:
+        print(json.dumps({"experiment": args.name, **experiment.facts()}))
+    else:
+        print(*_details(experiment), sep="\n")
+    return int(any(row.get("error") for row in experiment.rows()))
+
+
+def _details(experiment: Experiment | GridExperiment) -> list[str]:
+    from obdlab.lab.run.experiment import Experiment
+
+    return experiment.details() if isinstance(experiment, Experiment) else experiment.report()
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the raw rows of a results directory to a file; its name gives the format."""
+    from obdlab.lab.run.rows import RowStore, write_rows
+
+    directory = _directory(args, args.name)
+    if not (directory / "rows.jsonl").is_file():
+        raise ObdlabError(f"{directory}: holds no rows (see: {command('lab', 'list')})")
+    count = write_rows(RowStore(directory).rows(), args.file)
+    print(f"{args.file}: {count} rows")
+    return 0
+
+
+def _directory(args: argparse.Namespace, name: str) -> Path:
+    from obdlab.lab.workbench import default_results
+
+    results: Path = args.results or default_results()
+    return results.resolve() / name
+
+
+def list_results(args: argparse.Namespace) -> int:
+    """Print one line per results directory."""
+    from obdlab.lab.run.rows import RowStore
+    from obdlab.lab.workbench import default_results
+
+    results = args.results or default_results()
+    found = sorted(path.parent for path in results.glob("*/rows.jsonl"))
+    if not found and not args.json:
+        print(f"nothing measured yet below {results}")
+    for directory in found:
+        rows = RowStore(directory).rows()
+        failed = sum(1 for row in rows if row.get("error"))
+        last = max((row.get("started", "") for row in rows), default="")
+        if args.json:
+            print(json.dumps({"name": directory.name, "rows": len(rows), "failed": failed, "last": last}))
+        else:
+            print(f"{directory.name}: {len(rows)} starts, {failed} failed, last {last}")
+    return 0

@@ -1,0 +1,3 @@
+"""Commands about layer files."""
+
+from __future__ import annotations

@@ -1,0 +1,111 @@
+"""``obdlab layer commit``: a writable or sealed layer as one compact layer file."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from obdlab.cli.packing import (
+    add_index_argument,
+    add_output_options,
+    add_packing_options,
+    end_politely_on_sigterm,
+    index_from,
+    message_argument,
+    packing_from,
+    progress_bar,
+    say,
+    size_text,
+    uuid_argument,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.layers.commit import Committed
+    from obdlab.layers.lsmt import Layer
+    from obdlab.layers.stack import Stack
+
+_DESCRIPTION = """\
+Writes the layer's data in disk order, without what was overwritten, and seals it. The layer itself is left as it is.
+LAYER is the data file of a writable layer (in append mode its index file follows), or a sealed layer of any kind,
+which is compacted or packed again. Its bytes are those of the original's commit with the same algorithm and block
+size."""
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = _DESCRIPTION
+    parser.add_argument("layer", metavar="LAYER", help="data file of a writable layer, or a sealed layer")
+    add_index_argument(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
+    add_identity_options(parser)
+    add_zero_blocks_option(parser)
+    add_packing_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_zero_blocks_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option for blocks that are all zeros."""
+    parser.add_argument(
+        "--zero-blocks",
+        choices=("keep", "mark", "drop"),
+        default="keep",
+        help="4 KiB blocks of zeros: stored (default, as the original does), marked as zeros, which takes no space, "
+        "or left out, which is right only if no layer will lie below",
+    )
+
+
+def add_identity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for UUIDs and message of the written layer."""
+    group = parser.add_argument_group("what it is called")
+    group.add_argument(
+        "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the new layer (default: all zeros)"
+    )
+    group.add_argument(
+        "--parent-uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer below (default: kept)"
+    )
+    group.add_argument("-m", "--message", type=message_argument, default="", help="up to 256 bytes kept in the layer")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Commit."""
+    from obdlab.layerfiles.disks import open_any_layer
+
+    end_politely_on_sigterm()
+    with closing(open_any_layer(args.layer, index_from(args))) as layer:
+        write_as_asked(layer, args)
+    return 0
+
+
+def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
+    """Write a layer or a stack to the output that the arguments name, with a bar and a summary."""
+    from obdlab.layerfiles.writing import commit_size, write_layer
+    from obdlab.layers.commit import ZeroBlocks
+
+    with progress_bar(args.output, commit_size(source), quiet=args.quiet) as progress:
+        committed = write_layer(
+            source,
+            args.output,
+            packing_from(args),
+            uuid=args.uuid,
+            parent_uuid=args.parent_uuid,
+            user_tag=args.message,
+            zero_blocks=ZeroBlocks(args.zero_blocks),
+            force=args.force,
+            progress=progress,
+        )
+    say_what_was_written(args, committed)
+
+
+def say_what_was_written(args: argparse.Namespace, committed: Committed) -> None:
+    """Print the sizes of the layer file."""
+    from pathlib import Path
+
+    stored = Path(args.output).stat().st_size
+    say(
+        f"{args.output}: {size_text(committed.data_sectors * 512)} of data in {committed.records} segments, "
+        f"stored in {size_text(stored)}",
+        quiet=args.quiet,
+    )

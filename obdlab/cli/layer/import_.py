@@ -1,0 +1,63 @@
+"""``obdlab layer import``: a virtual machine's disk image as a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.cli.layer.commit import say_what_was_written
+from obdlab.cli.packing import (
+    add_output_options,
+    add_packing_options,
+    end_politely_on_sigterm,
+    message_argument,
+    packing_from,
+    progress_bar,
+    uuid_argument,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = (
+        "Writes a whole disk, partition table and all, as a layer. Blocks that are all zeros are left out. qcow2 "
+        "images are read by qemu-img (Debian package qemu-utils), and need room for the unpacked disk beside "
+        "OUTPUT meanwhile. Images with backing files are refused."
+    )
+    parser.add_argument("disk", metavar="DISK", help="disk image, or a block device")
+    parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
+    parser.add_argument(
+        "--format", choices=("raw", "qcow2"), help="of the image (default: seen from its first bytes)"
+    )
+    parser.add_argument(
+        "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the layer (default: zeros)"
+    )
+    parser.add_argument(
+        "-m", "--message", type=message_argument, default="", help="up to 256 bytes kept in the layer"
+    )
+    add_packing_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import."""
+    from obdlab.layerfiles.diskimport import disk_kind, import_disk, work_size
+
+    end_politely_on_sigterm()
+    kind = args.format or disk_kind(args.disk)
+    with progress_bar(args.output, work_size(args.disk, kind), quiet=args.quiet) as progress:
+        committed = import_disk(
+            args.disk,
+            args.output,
+            packing_from(args),
+            kind=kind,
+            uuid=args.uuid,
+            user_tag=args.message,
+            force=args.force,
+            progress=progress,
+        )
+    say_what_was_written(args, committed)
+    return 0

@@ -1,0 +1,44 @@
+"""``obdlab layer merge``: a stack of layers as one layer file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.layer.commit import add_identity_options, add_zero_blocks_option, write_as_asked
+from obdlab.cli.packing import (
+    add_output_options,
+    add_packing_options,
+    end_politely_on_sigterm,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+_DESCRIPTION = """\
+Flattens a stack: what its layers show together is written as one sealed layer, without what is hidden.
+Layers are given bottom first. A single config.v1.json names a whole image instead; its lowers may lie in a registry,
+and its writable layer is flattened too."""
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = _DESCRIPTION
+    parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or a config.v1.json")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the layer file to make")
+    add_identity_options(parser)
+    add_zero_blocks_option(parser)
+    add_packing_options(parser)
+    add_output_options(parser)
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge."""
+    from obdlab.layerfiles.disks import open_disk
+
+    end_politely_on_sigterm()
+    with open_disk(args.layers, settings_from(args)) as disk:
+        write_as_asked(disk, args)
+    return 0

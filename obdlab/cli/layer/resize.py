@@ -1,0 +1,87 @@
+"""``obdlab layer resize``: a larger disk for a writable layer, or for a device in use."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.packing import add_index_argument, index_from, say, size_argument, size_text
+from obdlab.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+_RESIZE_TIMEOUT_S = 3600.0
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = (
+        "Grows the disk that a writable layer makes, with or without layers below; if it is attached, the device "
+        "grows too, in use or not. The file system on it is as large as before: with --filesystem, or resize2fs "
+        "(xfs_growfs) on the device, it follows. Disks never shrink."
+    )
+    parser.add_argument(
+        "layer", metavar="DATA", help="data file of the writable layer, or the id or node of its device"
+    )
+    add_index_argument(parser, " and not attached")
+    parser.add_argument(
+        "--vsize", type=size_argument, required=True, metavar="SIZE", help="new size in bytes, or as 512M, 64G, 1T"
+    )
+    parser.add_argument("--filesystem", action="store_true", help="grow the ext4 on the attached device as well")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_runtime_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Resize."""
+    from obdlab.server.live import LiveDevice, find_by_upper, find_device
+
+    service = device_service_from(args)
+    try:
+        device = find_device(service, args.layer) or find_by_upper(service, args.layer)
+    except PermissionError:  # the run directory is another user's
+        device = None
+    if device is not None:
+        before = LiveDevice(service, device.device_id).resize(args.vsize)
+        if args.filesystem:
+            _grow_filesystem(device.path)
+    elif args.filesystem:
+        raise DeviceError(f"{args.layer}: no device of this run directory, so its file system cannot be grown")
+    else:
+        before = _resize_here(args)
+    say(f"{args.layer}: a disk of {size_text(args.vsize)} (was {size_text(before)})", quiet=args.quiet)
+    return 0
+
+
+def _resize_here(args: argparse.Namespace) -> int:
+    from obdlab.layers.upper import open_upper
+
+    with open_upper(args.layer, index_from(args)) as upper:
+        before = upper.virtual_size
+        upper.set_virtual_size(args.vsize)
+        upper.flush()
+    return before
+
+
+# A mounted file system is known to be in order; an unmounted one must be checked first.
+def _grow_filesystem(device: Path) -> None:
+    from obdlab.system.mount import mounts_of
+
+    if not mounts_of(device):
+        _run_tool("e2fsck", "-f", "-p", str(device), fine=(0, 1))
+    _run_tool("resize2fs", str(device))
+
+
+def _run_tool(*command: str, fine: tuple[int, ...] = (0,)) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_RESIZE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceError(f"the disk has grown, its file system has not: {error}") from error
+    if done.returncode not in fine:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
+        hint = " (a mounted ext4 grows only with CAP_SYS_RESOURCE)" if "Permission denied" in said[-1] else ""
+        raise DeviceError(f"the disk has grown, its file system has not: {command[0]}: {said[-1]}{hint}")

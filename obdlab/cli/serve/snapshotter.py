@@ -1,0 +1,136 @@
+"""``obdlab serve snapshotter``: serve containerd's snapshots API in the foreground."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.cli import notify
+from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, need_root, settings_from
+from obdlab.cli.logoptions import add_log_options, log_settings, set_up_logs
+from obdlab.cli.signals import catch_signals
+from obdlab.observe import logs
+
+if TYPE_CHECKING:
+    import argparse
+
+    from obdlab.server.snapshottersocket import Telling
+    from obdlab.settings.settings import Settings
+    from obdlab.snapshotter.core import Snapshotter
+    from obdlab.snapshotter.layout import Layout
+
+_GRACE_S = 10.0
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.description = (
+        "Serve containerd's snapshots API: plain OCI images as the built-in overlayfs snapshotter does, "
+        "overlaybd images as lazily read block devices. Ends at SIGINT and SIGTERM; containers keep running."
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="state directory, made if need be")
+    parser.add_argument("--address", type=Path, metavar="SOCKET", help="unix socket to answer on")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with the keys of overlaybd-snapshotter's config.json; options given here win over it",
+    )
+    parser.add_argument(
+        "--exporter",
+        metavar="ADDRESS:PORT",
+        help="also run an exporter there: metrics for Prometheus, and a health check (as by: exporter)",
+    )
+    add_device_option(parser, daemon=True)
+    add_runtime_options(parser)
+    add_log_options(parser, default_level="warning, or what -v and --config say")
+    add_registry_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    need_root("makes block devices and mounts file systems")
+    from obdlab.server.tcmu.devices import devices_for
+    from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
+    from obdlab.snapshotter.core import Snapshotter
+    from obdlab.snapshotter.imagemounts import ImageDevices
+    from obdlab.snapshotter.layout import Layout
+    from obdlab.snapshotter.service import SnapshotServer
+
+    config = SnapshotterConfig() if args.config is None else SnapshotterConfig.load(args.config)
+    root, address = args.root or config.root, args.address or config.address
+    if root is None or address is None:
+        raise ConfigError("both --root and --address are wanted, here or in the --config file")
+    settings = replace(settings_from(args), **log_settings(args))
+    set_up_logs(args, logging.getLogger().level, settings=settings)
+    if config.log_level is not None and not args.verbose and args.log_level is None:
+        logging.getLogger().setLevel(config.log_level)
+    hosts = config.images.plain_http_hosts | frozenset(args.plain_http)
+    wait_for_signal = catch_signals()
+    devices = devices_for(args.run_dir, settings)
+    devices.check_place()  # or every container would fail later, on a service that is ready
+    layout = Layout(root)
+    images = ImageDevices(layout, devices)
+    snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
+    server = SnapshotServer(snapshotter, address.absolute())
+    server.start()
+    images.start_host()
+    telling = _tell_counters(args.run_dir.absolute(), layout, snapshotter)
+    if config.exporter_listen and not args.exporter:
+        settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
+    exporter = _start_exporter(args, settings)
+    logs.announce(f"obdlab snapshotter: ready on {server.address}")
+    notify.ready()
+    wait_for_signal()
+    notify.stopping()
+    if telling is not None:
+        telling.close()
+    if exporter is not None:
+        exporter.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            exporter.wait(_GRACE_S)
+    if not server.stop(_GRACE_S):
+        # A normal exit would wait for an attach whose registry does not answer. That attach changes nothing of ours
+        # any more, and the device host finishes it.
+        logging.getLogger(__name__).warning("ending while a call still waits for its device")
+        logging.shutdown()
+        os._exit(0)
+    snapshotter.close()
+    return 0
+
+
+# Times and failures of calls, for exporters. The snapshotter runs also if they cannot be published.
+def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
+    from obdlab.observe.counters import counted
+    from obdlab.server.snapshottersocket import SNAPSHOTS, Telling
+
+    def table() -> dict[str, dict[str, float]]:
+        return counted() | {SNAPSHOTS: {kind: float(count) for kind, count in snapshotter.counts().items()}}
+
+    name = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
+    try:
+        return Telling(run_dir, name, table)
+    except OSError as error:
+        logging.getLogger(__name__).warning("no counters for exporters: %s", error)
+        return None
+
+
+# The exporter is a process of its own: it answers also while this one is busy, and a scrape takes none of this
+# process's time. It ends with this process, also if that is killed.
+def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
+    listen = args.exporter or settings.exporter_listen
+    if not listen:
+        return None
+    command = [sys.executable, "-m", "obdlab.cli.main", "serve", "exporter", "--listen", listen]
+    command += ["--path", settings.exporter_path, "--end-with-parent"]
+    command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
+    command += ["--log-format", settings.log_format]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)

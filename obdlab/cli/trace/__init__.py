@@ -1,0 +1,3 @@
+"""Commands about traces of reads."""
+
+from __future__ import annotations
