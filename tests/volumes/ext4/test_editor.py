@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import struct
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,75 @@ def test_metadata_that_is_written_early_is_the_same(tmp_path: Path, monkeypatch:
             contents.append(list_volume(Volume(disk)))
         assert fsck(tmp_path / f"disk{number}") == ""
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_file_that_one_extent_cannot_map(tmp_path: Path, sparse: bool) -> None:
+    # An extent maps 32,768 blocks (128 MiB) at most; a longer one would be read as unwritten.
+    pieces = [(number << 20, bytes([number]) * (1 << 20)) for number in range(130)]
+    size = len(pieces) << 20
+    with FileDisk(tmp_path / "disk", 1 << 30) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        number = editor.add(ROOT_INO, b"file", editor.with_content(FILE, size, pieces, sparse=sparse))
+        editor.finish()
+        volume = Volume(disk)
+        extents = volume.extents(volume.inode(number))
+        assert max(extent.length for extent in extents) == 32768
+        assert sum(extent.length for extent in extents) == size // 4096
+        content = volume.content(volume.inode(number))
+        assert all(piece == next(content) for _, piece in pieces)
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_a_block_of_attributes_is_freed_with_its_last_use(tmp_path: Path) -> None:
+    # Attributes that do not fit into the inode take a block: one that nothing frees is lost to the file system.
+    with FileDisk(tmp_path / "disk", 4 << 20) as disk:
+        make_filesystem(disk)
+        large, larger = [(b"user.a", b"1" * 2000)], [(b"user.a", b"2" * 3000)]
+        editor = Editor(disk)
+        unused = editor.blocks.left
+        editor.add(ROOT_INO, b"removed", editor.with_xattrs(FILE, large))
+        changed = editor.add(ROOT_INO, b"changed", editor.with_xattrs(FILE, large))
+        cleared = editor.add(ROOT_INO, b"cleared", editor.with_xattrs(FILE, large))
+        assert editor.blocks.left == unused - 3
+        editor.finish()
+        editor = Editor(disk)
+        editor.remove(ROOT_INO, b"removed")
+        editor.set_inode(changed, editor.with_xattrs(editor.inode(changed), larger))
+        editor.set_inode(cleared, editor.with_xattrs(editor.inode(cleared), []))
+        assert editor.blocks.left == unused - 1
+        editor.finish()
+        volume = Volume(disk)
+        assert volume.xattrs(volume.inode(changed)) == larger
+        assert (volume.inode(changed).sectors, volume.inode(cleared).sectors) == (8, 0)
+        assert volume.xattrs(volume.inode(cleared)) == []
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_a_shared_block_of_attributes_stays_for_the_others(tmp_path: Path) -> None:
+    # The kernel lets files of the same attributes share a block, and counts its users there.
+    pairs = [(b"user.a", b"1" * 2000)]
+    with FileDisk(tmp_path / "disk", 4 << 20) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        inode = editor.with_xattrs(FILE, pairs)
+        names = [b"one", b"two", b"three"]
+        for name in names:
+            editor.add(ROOT_INO, name, inode)
+        struct.pack_into("<I", editor.writable(inode.acl_block), 4, len(names))
+        editor.finish()
+        assert fsck(tmp_path / "disk") == ""
+        for name in names:
+            editor = Editor(disk)
+            unused = editor.blocks.left
+            editor.remove(ROOT_INO, name)
+            assert editor.blocks.left == unused + (name == names[-1])
+            editor.finish()
+            assert fsck(tmp_path / "disk") == ""
+            volume = Volume(disk)
+            for number, _ in volume.entries(ROOT_INO).values():
+                assert volume.xattrs(volume.inode(number)) == pairs
 
 
 @pytest.mark.kernel
