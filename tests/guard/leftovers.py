@@ -76,9 +76,8 @@ def _unmount_below(directories: Iterable[Path]) -> list[Path]:
 
 # The devices of killed servers stay attached. What they were is known to the product, by their directories.
 def _devices_below(directories: Iterable[Path]) -> list[str]:
-    from obdlab.devices import fuse_loop, kinds, loop
+    from obdlab.devices import loop
     from obdlab.errors import ObdlabError
-    from obdlab.lab.testbed.leftovers import cleanup_leftovers
 
     lines = []
     tops = tuple(directories)
@@ -94,12 +93,27 @@ def _devices_below(directories: Iterable[Path]) -> list[str]:
     for directory in (Path(name) for top in tops for name, _, _ in os.walk(top)):
         with suppress(ObdlabError, OSError):
             if search:
-                for owner in kinds.directories_below(directory):
-                    fuse_loop.take_down(owner, force=True, timeout_s=1.0)
-                    lines.append(f"device of {owner}")
+                lines += _kernel_devices_of(directory)
             if any(directory.glob("network-*.json")) or any(directory.glob("containerd-*.json")):
-                lines += [f"experiment's {name}" for name in cleanup_leftovers(directory)]
+                lines += _experiments_in(directory)
     return lines
+
+
+# Imports here, not above: most runs leave nothing, and these take half a second.
+def _kernel_devices_of(directory: Path) -> list[str]:
+    from obdlab.devices import fuse_loop, kinds
+
+    lines = []
+    for owner in kinds.directories_below(directory):
+        fuse_loop.take_down(owner, force=True, timeout_s=1.0)
+        lines.append(f"device of {owner}")
+    return lines
+
+
+def _experiments_in(directory: Path) -> list[str]:
+    from obdlab.lab.testbed.leftovers import cleanup_leftovers
+
+    return [f"experiment's {name}" for name in cleanup_leftovers(directory)]
 
 
 def _container_of(pid: int) -> list[str]:

@@ -6,6 +6,7 @@ is one line with the exit status, or ``"timeout"``.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -18,12 +19,16 @@ from pathlib import Path
 # Nothing of obdlab itself: the forks import that, changed.
 _PRELOADED = ("pytest", "hypothesis", "numpy", "urllib3", "cramjam", "crc32c", "zstandard", "isal.igzip", "pandas")
 _PRELOADED += ("anyio.pytest_plugin", "trio", "xdist.plugin", "pytest_timeout", "grpc", "google.protobuf.empty_pb2")
+_PRELOADED += ("_hypothesis_pytestplugin", "_pytest.junitxml")
+# Rewriting the assertions of a test file takes longer than most tests.
+_QUICK = ("--assert=plain", "-p", "no:xdist")
 
 
 def main() -> None:
     """Answer commands until standard input ends."""
     for name in _PRELOADED:
         importlib.import_module(name)
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 
@@ -59,7 +64,7 @@ def _be_pytest(command: dict[str, object]) -> None:
         sys.path.insert(0, str(Path.cwd()))
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header", *_QUICK]
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there before pytest
         status = int(pytest.main([*options, *command["tests"]]))  # type: ignore[misc]
     except BaseException:
