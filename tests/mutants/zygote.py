@@ -24,10 +24,19 @@ _PRELOADED += ("_hypothesis_pytestplugin", "_pytest.junitxml")
 _QUICK = ("--assert=plain", "-p", "no:xdist")
 
 
+# Of the usual 100 examples of a property nearly all mutants need a few; those that survive pay for all.
+_EXAMPLES = 25
+
+
 def main() -> None:
     """Answer commands until standard input ends."""
     for name in _PRELOADED:
         importlib.import_module(name)
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "mutants", deadline=None, max_examples=_EXAMPLES, suppress_health_check=list(HealthCheck)
+    )
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
@@ -64,7 +73,16 @@ def _be_pytest(command: dict[str, object]) -> None:
         sys.path.insert(0, str(Path.cwd()))
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header", *_QUICK]
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--no-header",
+            "--hypothesis-seed=0",
+            "--hypothesis-profile=mutants",
+        ]
+        options += _QUICK
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there before pytest
         status = int(pytest.main([*options, *command["tests"]]))  # type: ignore[misc]
     except BaseException:
