@@ -327,13 +327,15 @@ class Editor:
     def _make_room(self, directory: Directory) -> None:
         # Extended attributes that do not fit at the inode's place move it, and every entry with its number changes.
         assert directory.number is not None
+        body = pack.xattrs(self.xattrs(directory))
+        if directory.parent is None:
+            if len(body) > BLOCK - INODE_SIZE:
+                raise OSError(errno.ENOSPC, "the root directory's attributes take too much room")
+            return
         inode = self._volume.inode(directory.number)
         tail = inode.size % BLOCK if inode.layout == pack.INLINE else 0
-        body = pack.xattrs(self.xattrs(directory))
         if len(body) <= inode.xattrs_size + tail:
             return
-        if directory.parent is None:
-            raise OSError(errno.ENOSPC, "the root directory's attributes take too much room")
         for node in self.entries(directory).values():
             if isinstance(node, Directory):
                 node.listed = True
