@@ -170,7 +170,7 @@ def test_names_have_an_end(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         disk = Vast(file_system_of(tar_bytes([member("one", b"1"), member("two", b"2")])), 2 << 20)
     tree = FileTree(disk)
     assert list(tree.volume.walk())
-    monkeypatch.setattr(f"obdlab.{kind}.volume.MAX_NAMES", 1)
+    monkeypatch.setattr(f"obdlab.volumes.{kind}.volume.MAX_NAMES", 1)
     with pytest.raises(FormatError, match="too many names"):
         tree.entries(tree.root)
     monkeypatch.undo()
