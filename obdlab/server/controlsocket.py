@@ -14,7 +14,6 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from obdlab.devices.fuse_file import FuseFileDevice
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.server import counterfiles, wire
@@ -160,8 +159,7 @@ class Control:
 
     # Notes that the client has mounted a device that is a file.
     def _mounted(self, _: dict[str, Any], __: Tell) -> Answer:
-        if isinstance(self._device, FuseFileDevice):
-            self._device.is_mounted_now()
+        self._device.is_mounted_now()
         return {}
 
     # Counters of this process alone; a helper answers at its own socket.

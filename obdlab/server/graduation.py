@@ -93,7 +93,7 @@ class Graduation:
 
     def start_by_itself(self) -> None:
         """Graduate in the background once all layers are local, if the image was opened to do so."""
-        if isinstance(self._blob, Image) and self._blob.graduates and self._device.kind == "fuse+loop":
+        if isinstance(self._blob, Image) and self._blob.graduates and self._device.can_graduate:
             threading.Thread(target=self._by_itself, args=(self._blob,), name="graduation", daemon=True).start()
 
     def _by_itself(self, image: Image) -> None:
@@ -118,6 +118,6 @@ def _image_of(device: Device, blob: Blob) -> Image:
         )
     if not isinstance(blob, Image):
         raise DeviceError("serves no image of layers")
-    if device.kind != "fuse+loop":
+    if not device.can_graduate:
         raise DeviceError(f"a {device.kind} device has no file behind it that could be exchanged")
     return blob

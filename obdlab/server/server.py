@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import WritableBlob
 from obdlab.devices import kinds
+from obdlab.devices.kind import Place
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
@@ -70,15 +71,16 @@ def serve(
         keeper.say({"stage": "making the device"})
         # From here on a SIGTERM waits until this process can handle it cleanly.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        device = kinds.find(task.kind).make(
-            blob,
+        place = Place(
             directory,
             name=device_id,
             readahead_kib=readahead_kib,
             connection=task.connection,
             path=task.path,
             on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_say_busy, keeper, blob),
+            exchangeable=bool(getattr(blob, "graduates", False)),
         )
+        device = kinds.find(task.kind).open(blob, place)
     except ObdlabError as error:
         keeper.say({"error": str(error)})
         return

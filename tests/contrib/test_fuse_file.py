@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.devices import fuse_file
-from obdlab.devices.fuse_file import FuseFileDevice, take_down
+from obdlab.contrib import fuse_file
+from obdlab.contrib.fuse_file import FuseFileDevice, take_down
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.layerfiles.diskimport import import_disk

@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.contrib.ublk import control
+from obdlab.contrib.ublk.server import UblkServer
 from obdlab.devices import loop
 from obdlab.devices.device import Device, DeviceStatistics
-from obdlab.devices.ublk import control
-from obdlab.devices.ublk.server import UblkServer
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from obdlab.devices.ublk.uring import Ring
+from obdlab.contrib.ublk.uring import Ring
 
 
 @pytest.fixture

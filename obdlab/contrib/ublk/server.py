@@ -19,10 +19,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
+from obdlab.contrib.ublk import control
+from obdlab.contrib.ublk.uring import Ring
 from obdlab.devices.crew import Crew, Member
 from obdlab.devices.fuse_ops import errno_of
-from obdlab.devices.ublk import control
-from obdlab.devices.ublk.uring import Ring
 from obdlab.waiting import waiting
 
 if TYPE_CHECKING:

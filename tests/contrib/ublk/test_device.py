@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.contrib.ublk.device import UblkDevice, devices_of, take_down
 from obdlab.devices.device import Device
-from obdlab.devices.ublk.device import UblkDevice, devices_of, take_down
 from obdlab.errors import DeviceError
 from tests.devices.contract import MIB, DeviceContract
 from tests.devices.verifying import verified
@@ -41,7 +41,7 @@ class TestUblkDevice(DeviceContract):
             file.truncate(32 * MIB)
 
         def serve(*how: str) -> tuple[subprocess.Popen[bytes], str]:
-            command = [sys.executable, "-m", "tests.devices.ublk.serving", str(disk), str(tmp_path), *how]
+            command = [sys.executable, "-m", "tests.contrib.ublk.serving", str(disk), str(tmp_path), *how]
             process = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert process.stdout is not None
             with process.stdout as stream:

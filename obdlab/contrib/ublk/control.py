@@ -7,7 +7,7 @@ import errno
 import os
 from struct import Struct
 
-from obdlab.devices.ublk.uring import Ring
+from obdlab.contrib.ublk.uring import Ring
 from obdlab.errors import DeviceError
 
 CONTROL = "/dev/ublk-control"

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import DeviceStatistics, FuseServer
+from obdlab.devices.fuse_loop import FuseLoop
+from obdlab.devices.kind import Place, cannot_open
 from obdlab.devices.usage import TRANSIENT_USE_S, namespaces_that_mount
 from obdlab.errors import DeviceError
 from obdlab.system import abi, mount
@@ -175,3 +177,39 @@ def kernel_refuses() -> str:
 
 def _link(directory: Path) -> Path:
     return directory / _LINK
+
+
+class FuseFile(FuseLoop):
+    """A file over FUSE from which EROFS is mounted (Linux 6.12): no block device, for read-only images alone."""
+
+    name = FuseFileDevice.kind
+    fix = "Linux 6.12 or later with CONFIG_EROFS_FS_BACKED_BY_FILE"
+    is_file = True
+
+    def missing(self) -> str:
+        return cannot_open(Path("/dev/fuse")) or kernel_refuses()
+
+    def open(self, blob: Blob, place: Place) -> Device:
+        return FuseFileDevice(
+            blob,
+            place.directory,
+            name=place.name,
+            connection=place.connection,
+            path=place.path,
+            on_busy=place.on_busy,
+        )
+
+    def devices_of(self, directory: Path) -> list[Path]:
+        return devices_of(directory)
+
+    def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+        take_down(directory, force=force)
+
+    def take_down_when_unused(self, directory: Path) -> bool:
+        return True  # it goes by itself
+
+    def directories_below(self, parent: Path) -> set[Path]:
+        return set()
+
+
+KIND = FuseFile()
