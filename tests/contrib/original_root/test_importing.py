@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.containerd.client import Containerd
+from obdlab.contrib.original_root.bolt import BoltFile, Bucket
+from obdlab.contrib.original_root.importing import ImportRootError, read_snapshots
 from obdlab.errors import FormatError
-from obdlab.snapshotter.bolt import BoltFile, Bucket
 from obdlab.snapshotter.errors import NotFoundError
-from obdlab.snapshotter.importing import ImportRootError, read_snapshots
+from obdlab.snapshotter.layout import RootError
 from obdlab.snapshotter.store import Kind, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from obdlab.system import abi, mount
@@ -272,7 +273,7 @@ def test_a_kill_at_every_step_loses_nothing(original: Path, tmp_path: Path, step
             if path.name != "metadata.db":
                 path.unlink()
         command = [sys.executable, "-c", KILLED, step, str(count), str(tmp_path)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, timeout=60, check=False)
         snapshotter = open_snapshotter(tmp_path)
         assert len(snapshotter.walk()) == 84
         assert (original / "snapshots/1/fs/file").read_text() == "kept"
@@ -282,3 +283,14 @@ def test_a_kill_at_every_step_loses_nothing(original: Path, tmp_path: Path, step
         assert done.returncode == -signal.SIGKILL, done.stderr
         kills += 1
     assert kills
+
+
+def test_an_original_root_is_not_ignored_where_nothing_takes_it_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "metadata.db").write_bytes(b"")
+    monkeypatch.setattr("obdlab.plugins._entries", lambda group: {})
+    with pytest.raises(RootError, match=r"no installed package takes over metadata\.db"):
+        open_snapshotter(tmp_path)
+    assert not (tmp_path / "root" / "metadata.sqlite").exists()

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.contrib.original_root.bolt import BoltFile, Bucket
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.image.config import ConfigError, ImageConfig
-from obdlab.snapshotter.bolt import BoltFile, Bucket
-from obdlab.snapshotter.layout import WRITABLE_NAME
+from obdlab.snapshotter.layout import ORIGINAL_NAME, WRITABLE_NAME
 from obdlab.snapshotter.store import Kind, Snapshot, Store, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
 from obdlab.system import mount
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_NAME = "metadata.db"
 _NOTE_NAME = "metadata.db.imported"
 _UNFINISHED = "metadata.sqlite.importing"
 #: Seconds from the year 1, which Go counts from, to 1970.
@@ -44,15 +43,13 @@ class ImportRootError(ObdlabError):
 
 
 def take_over(layout: Layout, default_mode: Mode) -> int | None:
-    """Make a store from the original's, if it exists and ours does not; return the number of its snapshots.
+    """Make a store from the original's if ours does not exist; return the number of its snapshots.
 
-    Writable devices get the mode of their label, or ``default_mode``. Returns None if there was nothing to do.
+    Writable devices get the mode of their label, or ``default_mode``. Returns None if our store exists.
     Raises ImportRootError while the original or one of its mounts still uses the root, if it has changed the root
     since it was taken over, or if its metadata cannot be read.
     """
     original = layout.root / ORIGINAL_NAME
-    if not original.exists():
-        return None
     with _locked(original):
         try:
             with BoltFile(original) as file:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.contrib.original_root.bolt import BoltFile, Bucket
+from obdlab.contrib.original_root.importing import read_snapshots
 from obdlab.errors import FormatError
-from obdlab.snapshotter.bolt import BoltFile, Bucket
-from obdlab.snapshotter.importing import read_snapshots
-from tests.snapshotter.boltsamples import Tree, bolt_file, snapshots
+from tests.contrib.original_root.boltsamples import Tree, bolt_file, snapshots
 
 
 def tree_of(bucket: Bucket) -> Tree:
