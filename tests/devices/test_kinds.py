@@ -60,14 +60,14 @@ def test_another_package_adds_a_kind(caplog: pytest.LogCaptureFixture) -> None:
         kinds.find("broken")
     with pytest.raises(DeviceError, match=r"no such kind of device .got 'other', wanted auto or one of .*foreign"):
         kinds.find("other")
-    assert build_parser().parse_args(["attach", "--device", "foreign", "x"]).device_kind == "foreign"
+    assert build_parser().parse_args(["device", "attach", "--device", "foreign", "x"]).device_kind == "foreign"
 
 
 def test_a_wrong_kind_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        build_parser().parse_args(["attach", "--device", "nbd", "x"])
+        build_parser().parse_args(["device", "attach", "--device", "nbd", "x"])
     assert "--device: device_kind: wanted one of auto, fuse+loop, tcmu," in capsys.readouterr().err
     (tmp_path / "settings.json").write_text('{"device_kind": "nbd"}')
-    args = build_parser().parse_args(["attach", "--settings", str(tmp_path / "settings.json"), "x"])
+    args = build_parser().parse_args(["device", "attach", "--settings", str(tmp_path / "settings.json"), "x"])
     with pytest.raises(SettingsError, match=r"device_kind: wanted one of auto, .*overlaybd-tcmu .got 'nbd'"):
         common.settings_from(args)
