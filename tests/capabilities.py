@@ -86,6 +86,14 @@ def missing_for_block_tools() -> str:
     return ""
 
 
+def missing_for_shells() -> str:
+    """Why completion cannot be tried in every shell here, or ''."""
+    for tool in ("bash", "zsh", "fish"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return ""
+
+
 def missing_for_go() -> str:
     """Why containerd's own suite for snapshotters cannot be compiled here, or ''."""
     if shutil.which("go") is None:
@@ -106,6 +114,7 @@ _PROBES = {
     "browser": missing_for_browser,
     "blocktools": missing_for_block_tools,
     "go": missing_for_go,
+    "shells": missing_for_shells,
 }
 
 

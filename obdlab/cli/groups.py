@@ -203,7 +203,7 @@ SERVE = Group(
     "serve",
     "services that run until SIGTERM",
     """\
-example: the snapshotter with metrics, and containerd told to use it in /etc/containerd/config.toml
+example: the snapshotter with metrics; containerd's configuration names its socket as a proxy plugin
   obdlab serve snapshotter --root /var/lib/obdlab/snapshotter --address /run/obdlab/snapshotter.sock \\
     --exporter 127.0.0.1:9863
   ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
