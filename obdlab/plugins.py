@@ -32,7 +32,7 @@ def load(group: str, name: str) -> Any:
         return None
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever another package raises
         raise PluginError(f"{group}: {name}: cannot be imported ({entry.value}): {error}") from error
 
 

@@ -72,7 +72,7 @@ SHARDS = (
         "vm",
         "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
         (
-            "devices/nbd/test_machine.py",
+            "contrib/nbd/test_machine.py",
             "devices/tcmu",
             "devices/test_blocktools.py",
             "devices/ublk",

@@ -7,8 +7,8 @@ import struct
 from pathlib import Path
 from typing import Self
 
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.wire import Command, Option, Reply
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.wire import Command, Option, Reply
 
 
 def option(number: int, data: bytes = b"") -> bytes:

@@ -45,9 +45,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from obdlab.blob import WritableBlob
-    from obdlab.devices.nbd.export import NbdExport
-    from obdlab.devices.nbd.server import NbdServer
-    from obdlab.devices.nbd.wire import MAX_STRING
+    from obdlab.contrib.nbd.export import NbdExport
+    from obdlab.contrib.nbd.server import NbdServer
+    from obdlab.contrib.nbd.wire import MAX_STRING
     from obdlab.image.open import open_image
     from obdlab.layerfiles.extents import extents
     from obdlab.system import abi

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.wire import Command, Export, Flag
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.wire import Command, Export, Flag
 from obdlab.errors import ObdlabError
 from obdlab.waiting import waiting
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.contrib.transplant.transplant import transplant
 from obdlab.convert.tree.target import Attributes, Ext4Tree
 from obdlab.errors import FormatError
-from obdlab.traces.transplant import files_of, transplant
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
-from obdlab.volumes.places import FilePlaces, FileVolume
+from obdlab.volumes.places import FilePlaces, FileVolume, files_of
 from tests.volumes.ext4.samples import MemoryDisk
 
 ROOT = Attributes(0o755, 0, 0, 0, 0)

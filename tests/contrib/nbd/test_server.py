@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.devices.nbd import server as nbd_server
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.connection import Connection, ConnectionLostError
-from obdlab.devices.nbd.export import Extents, NbdExport
-from obdlab.devices.nbd.server import Budget, NbdServer
-from obdlab.devices.nbd.wire import Chunk, Command, Export, Flag, Option, Reply
+from obdlab.contrib.nbd import server as nbd_server
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
+from obdlab.contrib.nbd.export import Extents, NbdExport
+from obdlab.contrib.nbd.server import Budget, NbdServer
+from obdlab.contrib.nbd.wire import Chunk, Command, Export, Flag, Option, Reply
 from obdlab.errors import DeviceError
+from tests.contrib.nbd.speaking import Speaker, go, meta, option, request
 from tests.devices.blobs import Gated, MemoryWritable, Short, Troubled
-from tests.devices.nbd.speaking import Speaker, go, meta, option, request
 
 CONTENT = random.Random(5).randbytes(1 << 20)
 

@@ -12,18 +12,18 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.connection import Connection, ConnectionLostError, Negotiation
+from obdlab.contrib.nbd.export import errno_of
+from obdlab.contrib.nbd.wire import Chunk, Command
 from obdlab.devices.crew import Crew, Member
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.connection import Connection, ConnectionLostError, Negotiation
-from obdlab.devices.nbd.export import errno_of
-from obdlab.devices.nbd.wire import Chunk, Command
 from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from obdlab.devices.nbd.export import NbdExport
+    from obdlab.contrib.nbd.export import NbdExport
 
 log = logging.getLogger(__name__)
 

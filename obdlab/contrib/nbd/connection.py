@@ -7,12 +7,12 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.wire import Option, Reply
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.wire import Option, Reply
 from obdlab.errors import DeviceError, FormatError
 
 if TYPE_CHECKING:
-    from obdlab.devices.nbd.export import NbdExport
+    from obdlab.contrib.nbd.export import NbdExport
 
 _POLL_S = 1.0
 _TIMEVAL = struct.Struct("ll")

@@ -38,27 +38,6 @@ class Transplanted:
     missing: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
-    """Bytes read of each file and its size, in the order of first use; and bytes outside of files."""
-
-    files: dict[bytes, tuple[int, int]]
-    elsewhere: int
-
-
-def files_of(sectors: Iterable[SectorRange], disk: Blob) -> Used:
-    """Return which files the sectors of a disk belong to. Raises as :func:`transplant`."""
-    places = FilePlaces(disk)
-    files: dict[bytes, int] = {}
-    elsewhere = 0
-    for _, length, path in places.pieces(sectors):
-        if path is None:
-            elsewhere += length
-        else:
-            files[path] = files.get(path, 0) + length
-    return Used({path: (size, places.sizes[path]) for path, size in files.items()}, elsewhere)
-
-
 def transplant(sectors: Iterable[SectorRange], old: Blob, new: Blob) -> Transplanted:
     """Return the sectors of ``new`` that correspond to the ``sectors`` of ``old``; both have an ext4 or an EROFS.
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.devices.nbd import wire
-from obdlab.devices.nbd.wire import Command, Option
+from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd.wire import Command, Option
+from tests.contrib.nbd.speaking import Speaker, go, meta, option, request
+from tests.contrib.nbd.test_server import serving
 from tests.devices.blobs import MemoryWritable
-from tests.devices.nbd.speaking import Speaker, go, meta, option, request
-from tests.devices.nbd.test_server import serving
 from tests.server.killing import until
 
 MIB = 1 << 20
