@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
+from tests import capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ def _program(name: str, *patterns: str) -> str:
     found = shutil.which(name)
     if found is None:
         found = next((str(path) for pattern in patterns for path in sorted(Path("/").glob(pattern))), None)
-    if found is None or os.geteuid() != 0:
-        pytest.skip(f"{name} is not installed, or not root")
+    capabilities.require("root")
+    if found is None:
+        capabilities.missing("tools", f"not installed: {name}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed"),
+    pytest.mark.tools("mkfs.erofs"),
     pytest.mark.skipif(bool(os.geteuid()) or bool(fuse_file.kernel_refuses()), reason="no EROFS from a file here"),
 ]
 CONTENT = {f"file{number}": os.urandom(70_000) for number in range(30)}

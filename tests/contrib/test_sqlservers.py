@@ -10,6 +10,7 @@ import pytest
 
 from obdlab.convert.database import DatabaseError, open_database
 from obdlab.convert.endpoints.layout import ImageLayout
+from tests import capabilities
 from tests.contrib.databases import mariadb, postgresql
 from tests.convert.test_reuse import BASE, contract, convert, image_of, many_writers, member, options, reused
 
@@ -27,7 +28,7 @@ __all__ = ["options"]
 def test_shared_database(
     server: Callable[[], AbstractContextManager[str]], options: ConvertOptions, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sqlalchemy")
+    capabilities.require_package("sqlalchemy")
     with server() as url:
         many_writers(url)
         contract(url)
@@ -50,7 +51,7 @@ def test_shared_database(
     ],
 )
 def test_servers_that_cannot_be_reached(url: str, message: str) -> None:
-    pytest.importorskip("sqlalchemy")
+    capabilities.require_package("sqlalchemy")
     with pytest.raises(DatabaseError, match=message) as caught:
         open_database(url)
     assert "secret" not in str(caught.value)

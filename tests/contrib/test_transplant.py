@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def placed(disk: MemoryBlob | MemoryDisk, path: bytes) -> list[tuple[int, int]]:
     return [(place // 512, -(-(place + length) // 512)) for _, length, place in places]
 
 
-@pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+@pytest.mark.tools("mkfs.erofs")
 def test_between_file_systems(tmp_path: Path) -> None:
     old = erofs_of(FILES | {b"/lib/small": b"inline"}, tmp_path, "old")
     grown = FILES | {b"/etc/aaa": b"x" * 100_000, b"/lib/small": b"inline"}
@@ -141,7 +140,7 @@ def test_between_file_systems(tmp_path: Path) -> None:
     assert covered(placed(old, b"/lib/small")) <= covered(small.sectors)
 
 
-@pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+@pytest.mark.tools("mkfs.erofs")
 def test_places_hold_the_files_content(tmp_path: Path) -> None:
     disk = erofs_of(FILES | {b"/lib/small": b"inline"}, tmp_path, "tree")
     for path, content in (FILES | {b"/lib/small": b"inline"}).items():

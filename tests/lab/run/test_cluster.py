@@ -16,8 +16,9 @@ from obdlab.lab.run.spec import Spec
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR
 from obdlab.lab.testbed.process import Daemon, LabError, run
+from tests import capabilities
 
-distributed = pytest.importorskip("distributed")
+distributed = capabilities.require_package("distributed")
 
 # No warm starts: these hosts share a page cache, which each drops before a cold start.
 SPEC = Spec("tiny", images=("tiny",), repeats=2, warm_starts=0, rtts_ms=(2.0,), load_limit=1000.0, a_a=False)

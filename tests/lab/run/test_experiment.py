@@ -23,6 +23,7 @@ from obdlab.lab.run.spec import Cell, Spec, SpecError
 from obdlab.lab.run.summary import caveats, findings, summarise
 from obdlab.lab.testbed.exclusive import only_experiment
 from obdlab.lab.testbed.process import LabError
+from tests import capabilities
 
 QUICK = Path(__file__).parents[3] / "experiments" / "quick.toml"
 SPEC = Spec("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
@@ -107,7 +108,7 @@ def test_lazy_peers_start_the_same_image(tmp_path: Path, paths: LabPaths) -> Non
         try:
             check_programs(ADAPTERS[name])
         except LabError as error:
-            pytest.skip(str(error))
+            capabilities.missing("peers", str(error))
     experiment = Experiment(SPEC.with_values(snapshotters=names, a_a=False), tmp_path / "results", paths)
     experiment.run()
     rows = experiment.rows()
