@@ -227,6 +227,15 @@ def test_redirect_on_the_same_host_keeps_the_token() -> None:
         client.close()
 
 
+@pytest.mark.parametrize("code", [200, 301, 302, 303, 307, 308])
+def test_a_blob_in_storage_elsewhere_is_there(registry: FaultyRegistry, client: RegistryClient, code: int) -> None:
+    registry.always(faulty.status(code, Location="http://127.0.0.1:1/not-asked"))
+    assert client.has_blob(registry.repository(), faulty.digest_of(DATA))
+    registry.always(faulty.status(404))
+    assert not client.has_blob(registry.repository(), faulty.digest_of(DATA))
+    assert len(registry.requests) == 2
+
+
 @pytest.mark.parametrize("location", ["", "ftp://127.0.0.1/x", "https:///x", "//[", "http://[::1/"])
 def test_redirect_to_nowhere(registry: FaultyRegistry, client: RegistryClient, location: str) -> None:
     registry.always(faulty.redirect(location))

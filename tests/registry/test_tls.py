@@ -143,6 +143,8 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
     shutil.copy(good[0], tmp_path / "host" / "client.cert")
     (tmp_path / "toml").mkdir()
     (tmp_path / "toml" / "hosts.toml").write_text("skip_verify = 3")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "hosts.toml").write_text("a = " + "[" * 5000)
     per_host = TLSOptions(certs_dirs=(tmp_path,))
     for options, host, message in (
         (TLSOptions(ca_path=garbage), "h", "garbage.pem: not a usable CA bundle"),
@@ -151,6 +153,7 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
         (TLSOptions(client_cert=good[0]), "h", "server.crt: not a usable client certificate"),
         (per_host, "host", "client.cert: no key beside it .wanted client.key"),
         (per_host, "toml", "hosts.toml: skip_verify: wrong value .got 3"),
+        (per_host, "deep", "hosts.toml: cannot be read"),
     ):
         with pytest.raises(RegistryError, match=message) as caught:
             make_context(tls_of_host(options, host))
@@ -160,6 +163,7 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
 @pytest.mark.parametrize("host", ["", "..", ".", "../etc", "a/b", "x" * 300])
 def test_no_host_leads_out_of_the_directory(host: str, tmp_path: Path) -> None:
     inner = tmp_path / "certs.d"
-    inner.mkdir()
-    (tmp_path / "ca.crt").write_text("x")
+    (inner / "a" / "b").mkdir(parents=True)
+    for directory in (tmp_path, inner, inner / "a" / "b"):
+        (directory / "ca.crt").write_text("x")
     assert tls_of_host(TLSOptions(certs_dirs=(inner,)), host) == tls_of_host(TLSOptions(), "x")

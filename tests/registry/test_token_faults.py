@@ -226,6 +226,38 @@ def test_while_a_token_is_renewed_others_go_on_with_what_there_is(monkeypatch: p
         client.close()
 
 
+def test_after_its_end_one_thread_renews_it_for_all(clock: Clock) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(reply: faulty.Answer) -> None:
+        asked.set()
+        assert answer.wait(60)
+        reply.send()
+
+    with faulty_registry(auth="bearer", token_life_s=1000) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        clock.ahead_s = -1001  # deadlines are by the true time
+        assert read(client, registry) == WANTED
+        registry.token_fault = slow
+        clock.ahead_s = 0
+        results: list[bytes] = []
+        readers = [threading.Thread(target=lambda: results.append(read(client, registry))) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        try:
+            assert asked.wait(60)
+            time.sleep(0.2)  # time for the others to come to the lock
+        finally:
+            answer.set()
+            for reader in readers:
+                reader.join(60)
+        assert results == [WANTED] * 4
+        assert registry.tokens_issued == 2
+        assert {request.authorization for request in registry.blob_requests()[2:]} == {"Bearer token-2"}
+        client.close()
+
+
 def test_a_token_that_cannot_be_renewed_yet_is_used_until_it_expires(clock: Clock) -> None:
     with faulty_registry(auth="bearer", token_life_s=1000) as registry:
         registry.add_blob(DATA)
