@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+import struct
+from datetime import date
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from obdlab.contrib.original_root import importing
 from obdlab.contrib.original_root.bolt import BoltFile, Bucket
 from obdlab.contrib.original_root.importing import read_snapshots
 from obdlab.errors import FormatError
@@ -36,6 +41,38 @@ def test_a_tree_is_as_it_was(tmp_path: Path) -> None:
         assert list(file.root.bucket(b"none").items()) == []
         with pytest.raises(FormatError, match="no bucket"):
             file.root.bucket(b"value")
+
+
+@pytest.mark.parametrize("text", [b"", b"x", bytes(16), bytes(4096), b"\0" * 16 + b"\xed\xda\x0c\xed"])
+def test_what_is_no_bolt_file(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "meta.db").write_bytes(text)
+    with pytest.raises(FormatError, match=r"meta\.db"):
+        BoltFile(tmp_path / "meta.db")
+
+
+@given(st.integers(-(1 << 63), (1 << 63) - 1))
+def test_gos_numbers(number: int) -> None:
+    """encoding/binary's varint: zigzag, seven bits a byte, the last one below 128."""
+    left, coded = (number << 1) ^ (number >> 63), bytearray()
+    while left >= 128:
+        coded.append(left & 127 | 128)
+        left >>= 7
+    coded.append(left)
+    assert importing._varint(bytes(coded)) == number
+    assert importing._varint(bytes(coded) + b"more") == number
+    with pytest.raises(ValueError, match="not a number"):
+        importing._uvarint(bytes(each | 128 for each in coded))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanoseconds"), [(0, 0), (1, 0), (1_700_000_000, 1), (1_700_000_000, 999_999_999), (-5, 0)]
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_gos_times(seconds: int, nanoseconds: int, version: int) -> None:
+    since_year_one = seconds + (date(1970, 1, 1) - date(1, 1, 1)).days * 86400
+    data = bytes([version]) + struct.pack(">qih", since_year_one, nanoseconds, -1) + bytes(version - 1)
+    assert importing._time_ns(data) == max(0, seconds * 10**9 + nanoseconds)
+    assert importing._time_ns(b"\7" + data[1:]) == importing._time_ns(data[:-2]) == importing._time_ns(b"") == 0
 
 
 def test_snapshots_come_parents_first(tmp_path: Path) -> None:
