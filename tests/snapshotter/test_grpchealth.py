@@ -28,9 +28,9 @@ class Served:
         self.server.add_insecure_port(address)
         self.server.start()
         self.channel = grpc.insecure_channel(address, [("grpc.default_authority", "localhost")])
-        forms = {"request_serializer": StringValue.SerializeToString, "response_deserializer": UInt32Value.FromString}
-        self._check = self.channel.unary_unary(f"/{grpchealth.SERVICE}/Check", **forms)
-        self._watch = self.channel.unary_stream(f"/{grpchealth.SERVICE}/Watch", **forms)
+        forms = StringValue.SerializeToString, UInt32Value.FromString
+        self._check = self.channel.unary_unary(f"/{grpchealth.SERVICE}/Check", *forms)
+        self._watch = self.channel.unary_stream(f"/{grpchealth.SERVICE}/Watch", *forms)
 
     def check(self, service: str = "") -> int:
         return int(self._check(StringValue(value=service), timeout=60).value)

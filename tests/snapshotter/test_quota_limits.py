@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 from collections import defaultdict
@@ -16,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdlab.snapshotter import quota
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.quota import LABEL_QUOTA, QuotaError, Quotas, parse_size, quota_asked
 
@@ -35,7 +35,7 @@ class Kernel:
         self.enforced = True
         monkeypatch.setattr(Quotas, "_control", lambda _, *arguments: self._quotactl(*arguments))
         monkeypatch.setattr(Quotas, "_enforced", lambda _: self.enforced)
-        monkeypatch.setattr(quota.fcntl, "ioctl", self._ioctl)
+        monkeypatch.setattr(fcntl, "ioctl", self._ioctl)
 
     def _quotactl(self, command: int, project: int, buffer: Any) -> None:
         if command == GET:
