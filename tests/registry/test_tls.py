@@ -136,6 +136,21 @@ def test_renewed_files_are_read_again(authority: Authority, good: tuple[Path, Pa
         client.close()
 
 
+def test_a_certificate_is_checked_unless_a_file_says_otherwise(tmp_path: Path) -> None:
+    options = TLSOptions(certs_dirs=(tmp_path,))
+    for host, text, verify in (
+        ("a", "", True),
+        ("b", "skip_verify = false", True),
+        ("c", "skip_verify = true", False),
+        ("d", '[host."https://d"]\nskip_verify = true', False),
+        ("e", '[host."https://other"]\nskip_verify = true', True),
+        ("f", 'skip_verify = true\n[host."https://f"]\nskip_verify = false', False),
+    ):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "hosts.toml").write_text(text)
+        assert tls_of_host(options, host).verify is verify, host
+
+
 def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path], tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("nothing")

@@ -77,6 +77,24 @@ def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
         client.close()
 
 
+@pytest.mark.parametrize(("size", "good"), [(256 << 10, True), ((256 << 10) + 1, False)])
+def test_a_tokens_answer_has_a_bound(size: int, good: bool) -> None:
+    def padded(answer: faulty.Answer) -> None:
+        answer.body += b" " * (size - len(answer.body))
+        answer.send()
+
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = padded
+        client = with_password(registry)
+        if good:
+            assert read(client, registry) == WANTED
+        else:
+            with pytest.raises(RegistryError, match=f"longer than {256 << 10} bytes"):
+                read(client, registry)
+        client.close()
+
+
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
 def test_wrong_password_and_none(auth: str) -> None:
     with faulty_registry(auth=auth) as registry:
