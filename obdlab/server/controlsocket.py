@@ -56,7 +56,7 @@ def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Co
 def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
     """Save this process's counters beyond its end. Call before the blob is closed; never raises."""
     counterfiles.leave(
-        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), _source_of(blob))
+        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), blob.statistics())
     )
 
 
@@ -64,11 +64,6 @@ def server_name() -> str:
     """Return a name that no other process has had since the machine started."""
     me = Process.of(os.getpid())
     return f"{os.getpid()}:{me.start_time if me else 0}"
-
-
-def _source_of(blob: Blob) -> dict[str, float]:
-    counters = getattr(blob, "statistics", None)
-    return counters() if callable(counters) else {}
 
 
 class Control:
@@ -167,16 +162,14 @@ class Control:
         statistics = self._device.statistics()
         return {
             "server": server_name(),
-            "table": server_table(statistics, _source_of(self._blob)),
+            "table": server_table(statistics, self._blob.statistics()),
             "under_way_s": statistics.under_way_s,
             "threads": statistics.threads,
             "ages_s": ages_s(),
         }
 
-    # A blob with counters (a cache, a registry blob) has a method ``statistics() -> dict``.
     def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
-        counters = getattr(self._blob, "statistics", None)
-        mine = asdict(self._device.statistics()) | ({"source": counters()} if callable(counters) else {})
+        mine = asdict(self._device.statistics()) | {"source": self._blob.statistics()}
         for theirs in self._ask_helpers("statistics", lambda _: {}):
             mine = _added(mine, theirs)
         return mine

@@ -133,14 +133,14 @@ def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
 def _fetch(config: ImageConfig, settings: Settings) -> None:
     from contextlib import closing
 
-    from obdlab.image.open import local_file, stacked_lowers
+    from obdlab.image.open import stacked_lowers
     from obdlab.image.registryaccess import open_client
     from obdlab.registry.reference import Repository
 
     repository = Repository.from_blob_url(config.repo_blob_url)
     with closing(open_client(settings)) as client:
         for lower in stacked_lowers(config):
-            if local_file(lower) is None:
+            if lower.local_file() is None:
                 _fetch_one(client, repository, lower)
 
 

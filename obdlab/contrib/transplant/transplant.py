@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from obdlab.blob import Blob
+from obdlab.blob import Wrapper
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.volumes.places import FilePlaces, FileVolume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from obdlab.blob import Blob
     from obdlab.layers.ordering import SectorRange
     from obdlab.volumes.places import Place
 
@@ -84,20 +85,15 @@ class _Target:
         return min(length, found)
 
 
-class _Noted(Blob):
+class _Noted(Wrapper):
     # A disk that notes its reads.
     def __init__(self, disk: Blob, sectors: list[SectorRange]) -> None:
-        self.name = disk.name
-        self._disk = disk
+        super().__init__(disk)
         self._sectors = sectors
-
-    @property
-    def size(self) -> int:
-        return self._disk.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         _note(self._sectors, offset, offset + length)
-        return self._disk.read_at(offset, length)
+        return self.below.read_at(offset, length)
 
 
 # Notes whole pages, as the kernel reads them.
