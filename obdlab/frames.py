@@ -8,7 +8,7 @@ from obdlab.command import install_command
 from obdlab.errors import ObdlabError
 
 
-class LabExtraError(ObdlabError):
+class LabExtraError(ObdlabError, code="lab-extra"):
     """A package of the lab extra (pandas or matplotlib) is missing."""
 
 

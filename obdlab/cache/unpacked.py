@@ -40,7 +40,7 @@ _LOCK_PAUSE_S = 0.1
 _LONGEST_WAIT_S = 3600.0
 
 
-class FlatFileError(ObdlabError):
+class FlatFileError(ObdlabError, code="flat-file"):
     """An unpacked disk cannot be stored, or not yet."""
 
 

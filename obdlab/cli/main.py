@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.groups import GROUPS, SINGLE, Command, Group
 from obdlab.cli.oldnames import renamed
-from obdlab.errors import ObdlabError, interrupt_behind
+from obdlab.errors import ObdlabError, caused_by, interrupt_behind
 from obdlab.observe.logs import TextFormatter
 from obdlab.observe.printable import printable_lines
 
@@ -38,7 +37,9 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=_list_of_argparse(named))
+    # The map takes the place of argparse's list.
+    listed = None if words is None else argparse.SUPPRESS
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=listed)
     for entry in (*GROUPS, *SINGLE):
         child = commands.add_parser(entry.name, help=entry.summary)
         if named is None or named[:1] == [entry.name]:
@@ -53,15 +54,15 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
     if isinstance(entry, Command):
         entry.build(parser)
         return
-    if named is None or not entry.has(named[0] if named else ""):
-        entry = entry.with_added()
     parser.usage = f"{parser.prog} [-h] COMMAND ..."
     parser.formatter_class = _Map
-    parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}.\n\ncommands:\n{_listed(entry.commands)}"
+    parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}."
     parser.epilog = entry.example
     commands = parser.add_subparsers(
-        dest="verb", metavar="COMMAND", prog=parser.prog, required=True, help=_list_of_argparse(named)
+        dest="verb", metavar="COMMAND", prog=parser.prog, title="commands", required=True
     )
+    if named is None or not entry.has(named[0] if named else ""):
+        entry = entry.with_added()
     for command in entry.commands:
         child = commands.add_parser(command.name, help=command.summary)
         if named is None or named[:1] == [command.name]:
@@ -69,25 +70,16 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
             command.build(child)
 
 
-# Our lists take the place of argparse's. Completion takes its words from argparse's.
-def _list_of_argparse(named: Sequence[str] | None) -> str | None:
-    return None if named is None else argparse.SUPPRESS
-
-
-def _listed(commands: Sequence[Command]) -> str:
-    return "\n".join(f"  {command.name:<12} {command.summary}" for command in commands)
-
-
 class _Map(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_WIDTH)
+        super().__init__(prog, max_help_position=24, width=_WIDTH)
 
 
 # The groups with the names of their commands. Fits a screen of 30 lines.
 def _map() -> str:
     lines = ["groups (obdlab GROUP --help lists the group's commands and shows an example):"]
     for group in GROUPS:
-        lines.append(f"  {group.name:<12} {group.summary}")
+        lines.append(f"  {group.name:<11} {group.summary}")
         lines += textwrap.wrap(
             " ".join(group.names()),
             _WIDTH,
@@ -96,7 +88,8 @@ def _map() -> str:
             break_on_hyphens=False,
         )
     lines.append("commands:")
-    return "\n".join([*lines, _listed(SINGLE)])
+    lines += [f"  {command.name:<11} {command.summary}" for command in SINGLE]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if interrupt_behind(error):  # cleaning up after Ctrl-C failed
             print(f"{args.prog}: interrupted, and then: {printable_lines(str(error))}", file=sys.stderr)
             return 130
-        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{args.prog}: interrupted", file=sys.stderr)
@@ -134,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # such as no room for our output
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
-        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(str(error))}", file=sys.stderr)
+        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(error)}", file=sys.stderr)
         _drop_output()
         return 1
     return status
@@ -154,8 +147,8 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _root_hint(message: str) -> str:
-    refused = any(os.strerror(number) in message for number in (errno.EACCES, errno.EPERM))
+def _root_hint(error: Exception) -> str:
+    refused = caused_by(error, PermissionError)
     return " (most commands need root)" if refused and os.geteuid() != 0 else ""
 
 

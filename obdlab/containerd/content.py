@@ -21,6 +21,7 @@ from obdlab.containerd.errors import (
     NotFoundError,
     UnavailableError,
 )
+from obdlab.foreign import is_ref_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -228,7 +229,7 @@ class _Transfer:
         try:
             return self.exchange(pb.WriteContentRequest(action=pb.STAT, ref=ref, total=size, expected=digest)).offset
         except UnavailableError as error:
-            if "locked" in str(error):
+            if is_ref_locked(str(error)):
                 raise _RefLockedError(str(error)) from error
             raise
 

@@ -28,7 +28,7 @@ _Value = TypeVar("_Value")
 _MAX_CONFIG = 4 << 20
 
 
-class ConfigError(ObdlabError):
+class ConfigError(ObdlabError, code="config"):
     """An image configuration cannot be read, is not JSON, or has a key of the wrong type."""
 
 
@@ -45,14 +45,6 @@ class LowerConfig:
     target_digest: str = ""
     #: The layer is fetched whole before anything else. Not a key of the original, which ignores it.
     hot: bool = False
-
-    def local_file(self) -> str | None:
-        """Return the file on this machine that the layer is read from, None if it must be fetched."""
-        # As in the original, the first existing file counts, even if it is damaged.
-        candidates = [self.file] if self.file else []
-        if self.dir:
-            candidates += [os.path.join(self.dir, name) for name in LAYER_FILES]
-        return next((path for path in candidates if os.path.exists(path)), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the layer with the original's keys in the original's order, without the empty ones."""

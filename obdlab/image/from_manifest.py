@@ -25,7 +25,7 @@ CREATED = "org.opencontainers.image.created"
 logger = logging.getLogger(__name__)
 
 
-class NotOverlaybdError(ObdlabError):
+class NotOverlaybdError(ObdlabError, code="not-overlaybd"):
     """The image's layers are ordinary tars, or of a kind that this package cannot serve."""
 
 

@@ -50,7 +50,7 @@ _NO_QEMU_IMG = (
 _PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
 
-class ImportDiskError(ObdlabError):
+class ImportDiskError(ObdlabError, code="import-disk"):
     """A disk image cannot be imported: qemu-img is missing, or failed."""
 
 

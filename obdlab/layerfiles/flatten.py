@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FlattenError(ObdlabError):
+class FlattenError(ObdlabError, code="flatten"):
     """An image cannot be unpacked at present."""
 
 

@@ -35,7 +35,7 @@ Progress = Callable[[int], object]
 T = TypeVar("T")
 
 
-class PackingError(ObdlabError):
+class PackingError(ObdlabError, code="packing"):
     """An impossible way of packing: the original neither makes nor reads a tar around a plain layer."""
 
 

@@ -6,11 +6,10 @@ import struct
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-from obdlab.blob import Wrapper
+from obdlab.blob import Blob
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
-    from obdlab.blob import Blob
     from obdlab.layers.stack import ReadAt
 
 # Nanoseconds, layer, offset, length.
@@ -54,13 +53,21 @@ class Recorder:
         return bytes(self._noted)
 
 
-class _Watched(Wrapper):
+class _Watched(Blob):
     def __init__(self, blob: Blob, read_at: ReadAt) -> None:
-        super().__init__(blob)
+        self.name = blob.name
+        self._blob = blob
         self._read = read_at
+
+    @property
+    def size(self) -> int:
+        return self._blob.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         return self._read(offset, length)
+
+    def evict(self, offset: int, length: int) -> None:
+        self._blob.evict(offset, length)
 
 
 def reads_of(*noted: bytes) -> list[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from obdlab.layers.sink import SeekableSink, Sink
 
 
-class TarWrapError(ObdlabError):
+class TarWrapError(ObdlabError, code="tar-wrap"):
     """Content of another size than announced, a sink that cannot seek, or a writer used after its end."""
 
 
@@ -49,27 +49,34 @@ def read_window(blob: Blob) -> TarWindow | None:
 
 
 class WrappedContent(Blob):
-    """The one file inside a tar, as a blob; the tar is the blob below."""
-
-    below: Blob
+    """The one file inside a tar, as a blob."""
 
     def __init__(self, blob: Blob, window: TarWindow) -> None:
         self.name = blob.name
-        self.below = blob
+        self.window = window
+        self._blob = blob
         self._offset, self._size = window
 
     @property
     def size(self) -> int:
         return self._size
 
+    @property
+    def stored(self) -> Blob:
+        """The tar."""
+        return self._blob
+
     def read_at(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)
-        return self.below.read_at(self._offset + offset, length)
+        return self._blob.read_at(self._offset + offset, length)
 
-    def map_range(self, begin: int, end: int) -> tuple[int, int]:
-        check_range(self, begin, end - begin)
-        return self._offset + begin, self._offset + end
+    def evict(self, offset: int, length: int) -> None:
+        check_range(self, offset, length)
+        self._blob.evict(self._offset + offset, length)
+
+    def close(self) -> None:
+        self._blob.close()
 
 
 class TarWrapWriter:

@@ -44,11 +44,11 @@ FITTING_BLOCK_SIZE = 32 << 10
 _Batch = tuple["Buffer", list[int]]
 
 
-class ZFileWriteError(ObdlabError):
+class ZFileWriteError(ObdlabError, code="zfile-write"):
     """These options allow no readable ZFile of the content, or the writer was used after its end."""
 
 
-class IncompressibleError(ZFileWriteError):
+class IncompressibleError(ZFileWriteError, code="incompressible"):
     """A block of 64 KiB does not compress: blocks of ``FITTING_BLOCK_SIZE`` can hold the content."""
 
 

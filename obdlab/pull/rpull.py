@@ -14,6 +14,7 @@ from obdlab.command import command
 from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
+from obdlab.foreign import is_proxy_unconnected
 from obdlab.formats.oci import ACCELERATION_LAYER
 from obdlab.image.from_manifest import find_trace
 from obdlab.pull.errors import PullError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 # The lease keeps content of a killed pull for this time, as that of containerd's own clients.
 _LEASE_S = 24 * 3600.0
 # Beginning of the text of containerd's gRPC library about a connection that failed or was lost.
-_NO_CONNECTION = 'desc = "transport: '
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _naming_a_dead_snapshotter(snapshotter: str) -> Iterator[None]:
     try:
         yield
     except UnavailableError as error:
-        if _NO_CONNECTION not in str(error):  # the snapshotter's own error: a registry that cannot be reached
+        if not is_proxy_unconnected(str(error)):  # the snapshotter's own error: a registry that cannot be reached
             raise
         raise UnavailableError(
             f"snapshotter {snapshotter!r} does not answer: is `{command('serve', 'snapshotter')}` running on the "

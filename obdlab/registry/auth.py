@@ -19,7 +19,8 @@ from urllib.parse import urlencode, urlsplit
 
 from obdlab.registry.body import read_small
 from obdlab.registry.deadline import thread_deadline
-from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import discard, from_response
 from obdlab.registry.redirects import check_not_local
 
 if TYPE_CHECKING:

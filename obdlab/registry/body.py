@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.decimal import decimal
 from obdlab.registry.deadline import deadline_of_thread
-from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, discard, from_exception, persist
+from obdlab.registry.errors import RangesIgnoredError, RegistryError
+from obdlab.registry.failures import TRANSPORT_ERRORS, discard, from_exception, persist
 from obdlab.registry.framing import is_compressed
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class BlobStream(io.RawIOBase):
         self._response: urllib3.BaseHTTPResponse | None = None
         self._window_end = 0
         self._window_left_s = 0.0
+        self._verified = False
 
     @property
     def position(self) -> int:
@@ -218,11 +220,14 @@ class BlobStream(io.RawIOBase):
             _skip(response, self._position, doing, limit=self._position)
 
     def _verify(self) -> None:
+        if self._verified:
+            return
         if self._has_more():
             raise CorruptBlobError("blob longer than it should be", blob=self._name, wanted=self._size)
         digest = f"sha256:{self._hash.hexdigest()}"
         if digest != self._digest:
             raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._digest)
+        self._verified = True
 
     def _has_more(self) -> bool:
         # Only an answer without a length can have more bytes; an answer that breaks off here has no more.
@@ -262,7 +267,7 @@ def _check_size(got: int | None, wanted: int | None, doing: str) -> None:
 
 def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int = MAX_SKIP) -> None:
     if count > limit:
-        raise RegistryError(f"{doing}: registry ignores ranges (answered 200 to a range far inside the blob)")
+        raise RangesIgnoredError(f"{doing}: registry ignores ranges (answered 200 to a range far inside the blob)")
     while count:
         chunk = response.read(min(count, _SKIP_CHUNK))
         if not chunk:

@@ -13,7 +13,8 @@ from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, c
 from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.deadline import one_try
-from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import discard, from_response
 from obdlab.registry.link import Link
 from obdlab.registry.pace import least_pace
 from obdlab.registry.rangestream import RangeStream

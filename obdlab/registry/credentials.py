@@ -24,7 +24,8 @@ from obdlab.errors import ObdlabError
 from obdlab.observe.redact import redacted
 from obdlab.registry.body import read_small
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
-from obdlab.registry.failures import RegistryError, discard
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import discard
 from obdlab.registry.reference import canonical_host
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _NOT_FOUND = "credentials not found in native keychain"
 _HUB_SERVER = "https://index.docker.io/v1/"
 
 
-class CredentialsError(ObdlabError):
+class CredentialsError(ObdlabError, code="credentials"):
     """Credentials cannot be read, or are malformed."""
 
 

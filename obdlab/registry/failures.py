@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, TypeVar
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, NewConnectionError, SSLError
 
-from obdlab.errors import SourceError
 from obdlab.formats.decimal import decimal
 from obdlab.observe.counters import REGISTRY_RETRIES
 from obdlab.observe.redact import redacted
 from obdlab.registry.deadline import thread_deadline
+from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,49 +35,6 @@ _POOL = re.compile(r"^[\w.]+\(host=.*?\): ")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_RETRY_AFTER_S = 60.0
-
-
-class RegistryError(SourceError):
-    """A registry refused, failed or did not answer. ``status`` is the HTTP status, if there was an answer."""
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        blob: str = "",
-        offset: int | None = None,
-        temporary: bool = False,
-        status: int | None = None,
-        retry_after_s: float = 0.0,
-        timed_out: bool = False,
-    ) -> None:
-        self.what = what
-        self.timed_out = timed_out
-        self.status = status
-        self.retry_after_s = retry_after_s
-        #: Number of tries; 0: unknown.
-        self.tries = 0
-        super().__init__(what, blob=blob, offset=offset, temporary=temporary)
-
-    def at(self, blob: str, offset: int | None, tries: int, *, before: RegistryError | None = None) -> RegistryError:
-        """Return the same failure with its place.
-
-        A time-out alone says little about the last of several tries, which the deadline may have cut short. Then the
-        text also has the last other failure, ``before``.
-        """
-        what = self.what if tries < 2 else f"{self.what} (after {tries} tries)"
-        if before is not None and self.timed_out:
-            what = f"{what}; before that: {before.what}"
-        error = RegistryError(
-            what,
-            blob=blob,
-            offset=offset,
-            temporary=self.temporary,
-            status=self.status,
-            timed_out=self.timed_out,
-        )
-        error.tries = tries
-        return error
 
 
 def is_temporary_status(status: int) -> bool:

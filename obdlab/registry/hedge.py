@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from obdlab.observe.counters import Counter
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.interrupt import Exchange
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ _KNOWN_KEYS = {"capabilities", "header", "override_path", "ca", "client", "skip_
 _KNOWN_CAPABILITIES = {"pull", "resolve", "push"}
 
 
-class HostsError(ObdlabError):
+class HostsError(ObdlabError, code="hosts"):
     """A hosts.toml file or a mirror's URL is malformed."""
 
 

@@ -26,7 +26,7 @@ _CHECK_FAILING_EVERY_S = 1.0
 _PROXY_SCHEME = "http-proxy"
 
 
-class P2PAddressError(ObdlabError):
+class P2PAddressError(ObdlabError, code="p2p-address"):
     """The P2P proxy address is malformed."""
 
 

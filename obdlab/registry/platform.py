@@ -17,7 +17,7 @@ _ARCHITECTURES = {
 }
 
 
-class PlatformError(ObdlabError):
+class PlatformError(ObdlabError, code="platform"):
     """The text is not a platform."""
 
 

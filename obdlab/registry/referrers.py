@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 from obdlab.errors import FormatError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, digest_of, is_digest
 from obdlab.registry import body
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference
 

@@ -14,7 +14,7 @@ from obdlab.blob import Blob, check_range
 from obdlab.formats.oci import check_digest
 from obdlab.observe import audit
 from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.waiting import waiting
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class RemoteBlob(Blob):
         """Measurements of the link to the registry."""
         return self._client.link(self._repository)
 
-    def stream(self, offset: int, length: int) -> RangeStream:
-        """Request a range, to be read as it arrives. Raises RegistryError."""
+    def open_range(self, offset: int, length: int) -> RangeStream:
+        """Request a range to be read as it arrives, for a ``with`` block. Raises RegistryError."""
         check_range(self, offset, length)
         return self._client.open_range(self._repository, self._digest, offset, length, size=self._size)
 

@@ -18,7 +18,8 @@ from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import is_digest
 from obdlab.registry.auth import Authenticator
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
-from obdlab.registry.failures import RegistryError, discard, from_response, persist
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import discard, from_response, persist
 from obdlab.registry.interrupt import is_broken_off
 from obdlab.registry.mirrors import Mirrors
 from obdlab.registry.redirects import origin, redirected

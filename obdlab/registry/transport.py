@@ -23,7 +23,8 @@ from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY
 from obdlab.observe.redact import Redacting
 from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.dial import Dialer
-from obdlab.registry.failures import TRANSPORT_ERRORS, RegistryError, from_exception
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import TRANSPORT_ERRORS, from_exception
 from obdlab.registry.framing import BoundedReader, FramingError, check_framing
 from obdlab.registry.interrupt import exchange_of_thread, is_broken_off
 from obdlab.registry.pace import pace_of_thread

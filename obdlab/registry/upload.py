@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Self, cast
 from urllib.parse import quote
 
 from obdlab.formats.decimal import decimal
-from obdlab.registry.failures import RegistryError, discard, from_response
+from obdlab.registry.errors import RegistryError
+from obdlab.registry.failures import discard, from_response
 from obdlab.registry.redirects import redirected
 from obdlab.registry.session import PUSH
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
-from obdlab.errors import ObdlabError
+from obdlab.errors import ObdlabError, caused_by
+from obdlab.registry.errors import RangesIgnoredError
 from obdlab.settings.settings import DAEMON_KIND
 from obdlab.system import abi
 
@@ -40,9 +41,9 @@ LABEL_FALLBACK = "containerd.io/snapshot/obdlab.fallback"
 NO_DEVICES, NO_RANGES, NOT_OVERLAYBD = "no-block-devices", "registry-without-ranges", "not-overlaybd"
 UNPROVEN = "unproven-layer"
 
+DEVICE_NODES = ("/dev/fuse", "/dev/loop-control")
 #: Pulling a whole image may take long. If the client gives up earlier, its next attempt finds the image there.
 _TIMEOUT_S = 3600.0
-_WITHOUT_RANGES = "registry ignores ranges"
 _CHUNK = 1 << 20
 
 
@@ -52,12 +53,20 @@ class FallbackError(ObdlabError):
 
 def missing_devices(kind: str = kinds.AUTOMATIC) -> str:
     """Return the reason why block devices of that kind (``Settings.device_kind``) cannot be made here, or ''."""
-    return kinds.find(kinds.TCMU if kind == DAEMON_KIND else kind).missing()
+    wanted = kinds.KINDS[kinds.Tcmu.name] if kind == DAEMON_KIND else kinds.find(kind)
+    if wanted.name != kinds.FuseLoop.name:
+        return wanted.missing()
+    for node in DEVICE_NODES:
+        try:
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            return f"{node}: {error.strerror}"
+    return ""
 
 
 def is_without_ranges(error: ObdlabError) -> bool:
     """Return True if an attach failed because the registry serves blobs only whole."""
-    return _WITHOUT_RANGES in str(error)
+    return caused_by(error, RangesIgnoredError)
 
 
 def unpack(config: Path, target: Path, settings: Settings) -> None:
@@ -133,14 +142,14 @@ def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
 def _fetch(config: ImageConfig, settings: Settings) -> None:
     from contextlib import closing
 
-    from obdlab.image.open import stacked_lowers
+    from obdlab.image.open import local_file, stacked_lowers
     from obdlab.image.registryaccess import open_client
     from obdlab.registry.reference import Repository
 
     repository = Repository.from_blob_url(config.repo_blob_url)
     with closing(open_client(settings)) as client:
         for lower in stacked_lowers(config):
-            if lower.local_file() is None:
+            if local_file(lower) is None:
                 _fetch_one(client, repository, lower)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.errors import DeviceError, ObdlabError
+from obdlab.errors import DeviceError, ObdlabError, restored
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.indexfetch import Priming
@@ -44,7 +44,7 @@ class _Live:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    cause: str
+    cause: ObdlabError
     ended_s: float
 
 
@@ -115,13 +115,13 @@ class ImageDevices:
             return live
         failure = self._failures.get(snapshot_id)
         if failure is not None and asked_s <= failure.ended_s:
-            raise DeviceError(failure.cause)
+            raise restored(failure.cause.code, str(failure.cause)) from failure.cause
         try:
             registry = registry_of(self._layout.config(snapshot_id))
             with self._shares.attach(registry, self._devices.settings.open_deadline_s) if registry else nullcontext():
                 path = self._mount_anew(snapshot_id, target, spec, mode, make=make)
         except ObdlabError as error:
-            self._failures[snapshot_id] = _Failure(str(error), time.monotonic())
+            self._failures[snapshot_id] = _Failure(error, time.monotonic())
             raise
         self._failures.pop(snapshot_id, None)
         return path
@@ -133,7 +133,7 @@ class ImageDevices:
                 return self._mount_unpacked(snapshot_id, target, cause)
         try:
             device = self._attach(snapshot_id, target)
-        except DeviceError as error:
+        except ObdlabError as error:
             if not fallback.is_without_ranges(error):
                 raise
             config = self._layout.config(snapshot_id)

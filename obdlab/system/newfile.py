@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class OutputError(ObdlabError):
+class OutputError(ObdlabError, code="output"):
     """A file to be made exists already."""
 
 

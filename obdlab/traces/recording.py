@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
 
 
-class RecordingError(ObdlabError):
+class RecordingError(ObdlabError, code="recording"):
     """A trace cannot be recorded or written."""
 
 

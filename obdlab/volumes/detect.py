@@ -23,7 +23,7 @@ _EXT4_MAGIC_AT, _EXT4_MAGIC = 1080, 0xEF53
 _NOT_NAMES = (b"", b".", b"..")
 
 
-class NoSuchFileError(ObdlabError):
+class NoSuchFileError(ObdlabError, code="no-such-file"):
     """An image has no file of that name, or the path goes through a file that is not a directory."""
 
 

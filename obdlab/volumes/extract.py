@@ -24,7 +24,7 @@ _MAX_DEPTH = 400
 _HIDDEN_XATTRS = b"trusted.overlay."
 
 
-class ExtractError(ObdlabError):
+class ExtractError(ObdlabError, code="extract"):
     """A file cannot be written to its target."""
 
 

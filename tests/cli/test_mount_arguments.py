@@ -8,7 +8,7 @@ import pytest
 
 from obdlab.cli.device.attach import _may_be_a_path
 from obdlab.cli.main import main
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 
 LAYER = str(Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd")
 

@@ -23,7 +23,7 @@ from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from tests.convert.converting import convert
 from tests.convert.layouts import (
     CONFIG,

@@ -19,7 +19,7 @@ from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.endpoints.names import check_apart
 from obdlab.formats import oci
 from obdlab.layerfiles.description import describe
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Repository
 from obdlab.volumes.ext4.volume import Volume
 from tests.convert.layouts import make_layout, member

@@ -15,7 +15,7 @@ from obdlab.layers.zfile import open_zfile
 from obdlab.observe import audit
 from obdlab.observe.counters import Table, ages_s, counted
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
 from tests.cache.origin import DATA, UNIT, Origin, open_cached
 from tests.layers.zfile_samples import compress, quadratic

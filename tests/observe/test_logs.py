@@ -11,7 +11,7 @@ import pytest
 
 from obdlab.observe import logs
 from obdlab.observe.logs import LogFormatError, LogOptions
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from obdlab.errors import CorruptBlobError, ObdlabError
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from tests.outage.proxy import redirect_to_storage, token_refused
 from tests.registry import faulty
 from tests.registry.faulty import Fault

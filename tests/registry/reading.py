@@ -10,7 +10,7 @@ from obdlab.registry.credentials import Credentials
 from tests.registry import faulty
 
 if TYPE_CHECKING:
-    from obdlab.registry.failures import RegistryError
+    from obdlab.registry.errors import RegistryError
     from tests.registry.faulty import FaultyRegistry
 
 DATA = random.Random(1).randbytes(300_000)

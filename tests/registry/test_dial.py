@@ -14,7 +14,7 @@ import pytest
 from obdlab.registry import dial
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.dial import Dialer, _interleaved
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Repository
 from tests.registry.faulty import faulty_registry
 

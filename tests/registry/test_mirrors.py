@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.mirrors import HostsError, Mirror, Mirrors, parse_hosts
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.remoteblob import RemoteBlob

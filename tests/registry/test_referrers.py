@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from obdlab.errors import FormatError
 from obdlab.formats.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor, Index, digest_of
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.referrers import subject_of
 from tests.registry import faulty
@@ -87,16 +87,13 @@ def test_one_is_removed(client: RegistryClient, registry_server: RegistryServer)
     assert client.get_manifest(Reference.parse(f"{repository}@{subject}")).data == image
 
 
-@pytest.mark.parametrize("refusal", [400, 401, 403, 405, 501])
-def test_where_nothing_is_deleted(client: RegistryClient, registry: FaultyRegistry, refusal: int) -> None:
+def test_where_nothing_is_deleted(client: RegistryClient, registry: FaultyRegistry) -> None:
     repository = registry.repository()
     tag = SUBJECT.replace(":", "-")
     one, other = digest_of(b"a"), digest_of(b"b")
     registry.add_manifest(tag, index_of("a", "b"), OCI_INDEX)
-    registry.next(None)
-    registry.always(faulty.status(refusal))
+    registry.next(None, faulty.status(405))
     client.remove_referrer(repository, SUBJECT, one)
-    registry.always(None)
     assert [each.digest for each in client.referrers(repository, SUBJECT)] == [other]
     # Where the registry itself keeps the list it would stay in it.
     registry.next(None, faulty.status(405))

@@ -10,7 +10,7 @@ import pytest
 
 from obdlab.registry import remoteblob
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
@@ -77,5 +77,5 @@ def test_a_registry_that_knows_another_size_is_believed(size: int, fault: faulty
         with pytest.raises(RegistryError, match=wanted):
             blob.read_at(0, 100)
         with pytest.raises(RegistryError, match=wanted):
-            blob.stream(0, 100)
+            blob.open_range(0, 100)
         assert len(registry.requests) == 2  # trying again would not help

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from obdlab.formats.oci import digest_of
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Repository
 
 DATA = random.Random(3).randbytes(5000)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import capabilities
 from tests.vm.kernel import PACKAGE, VmError, cached_kernel, get_kernel
 
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb", "depmod")
@@ -70,8 +69,10 @@ class Archive:
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
-    capabilities.require("root")
-    capabilities.require_tools(*_TOOLS)
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [tool for tool in _TOOLS if shutil.which(tool, path=path) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"not root, or not installed: {', '.join(missing)}")
     return Archive(tmp_path, monkeypatch)
 
 

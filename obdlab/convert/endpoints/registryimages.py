@@ -25,7 +25,7 @@ from obdlab.formats.oci import (
 )
 from obdlab.image.from_manifest import TRACE_ARTIFACT, find_trace
 from obdlab.image.remote import cache_name
-from obdlab.registry.failures import RegistryError
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
 
 if TYPE_CHECKING:
@@ -147,17 +147,15 @@ class RegistryDestination(ImageDestination):
 
 class _Recent(Blob):
     # A blob with a cache of recent pieces. A wrong piece fails ZFile's checksums, is evicted and read again.
-    below: Blob
-
     def __init__(self, blob: Blob) -> None:
         self.name = blob.name
-        self.below = blob
+        self._blob = blob
         self._pieces: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
-        return self.below.size
+        return self._blob.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         check_range(self, offset, length)
@@ -170,7 +168,10 @@ class _Recent(Blob):
     def evict(self, offset: int, length: int) -> None:
         with self._lock:
             self._pieces.clear()
-        self.below.evict(offset, length)
+        self._blob.evict(offset, length)
+
+    def close(self) -> None:
+        self._blob.close()
 
     def _piece(self, number: int) -> bytes:
         with self._lock:
@@ -179,7 +180,7 @@ class _Recent(Blob):
                 self._pieces.move_to_end(number)
                 return piece
         begin = number * _PIECE
-        piece = self.below.read_at(begin, min(_PIECE, self.size - begin))
+        piece = self._blob.read_at(begin, min(_PIECE, self.size - begin))
         with self._lock:
             self._pieces[number] = piece
             if len(self._pieces) > _PIECES:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.blob import find
 from obdlab.convert.compare.imagetree import fetched_layers
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.progress import Silent
@@ -84,10 +83,9 @@ def _write(layer: LsmtLayer, first: Sequence[SectorRange], path: Path) -> None:
 
 
 def _packing_of(layer: LsmtLayer) -> Packing:
-    zfile = find(layer.data, ZFileReader)
-    if zfile is None:
+    if not isinstance(layer.data, ZFileReader):
         return Packing("")
-    header = zfile.header
+    header = layer.data.header
     return Packing("zstd" if header.algorithm == Algorithm.ZSTD else "lz4", header.block_size, tar=True)
 
 

@@ -61,7 +61,7 @@ _ANSWER = Struct("=HBBB")
 _GOOD = Struct("=H3x")
 
 
-class RingError(DeviceError):
+class RingError(DeviceError, code="ring"):
     """The shared memory does not hold the kernel's structures: nothing in it can be trusted any more."""
 
 

@@ -75,7 +75,7 @@ class Sense(Enum):
         return bytes((0x70, 0, key, 0, 0, 0, 0, 0x0A, 0, 0, 0, 0, code >> 8, code & 0xFF, 0, 0, 0, 0))
 
 
-class ScsiError(ObdlabError):
+class ScsiError(ObdlabError, code="scsi"):
     """A refused command; ``sense`` goes to the initiator."""
 
     def __init__(self, sense: Sense, reason: str) -> None:

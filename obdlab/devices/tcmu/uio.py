@@ -15,7 +15,7 @@ _SYS_UIO = Path("/sys/class/uio")
 _SUBTYPE = "tcm-user"
 
 
-class DeviceBusyError(DeviceError):
+class DeviceBusyError(DeviceError, code="busy"):
     """Another process serves the device."""
 
 

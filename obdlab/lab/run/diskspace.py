@@ -7,21 +7,19 @@ line; its cell has no row and is measured again.
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.errors import ObdlabError
+from obdlab.errors import ObdlabError, causes
+from obdlab.foreign import NO_SPACE_ERRNOS, says_no_space
 from obdlab.lab.run import interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-_TEXTS = tuple(os.strerror(number).lower() for number in _ERRNOS)
 # A file system with less free space counts as full and explains a failure.
 _NOTHING = 1 << 20
 
@@ -78,33 +76,22 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-# The error with its causes and contexts: cleaning up on a full disk replaces the first error by another one.
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        found = pending.pop(0)
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            yield found
-            pending += [found.__cause__, found.__context__]
-
-
+# Cleaning up on a full disk replaces the first error by another one, so all causes count.
 def _is_about_space(error: BaseException) -> bool:
     return any(
-        (isinstance(each, OSError) and each.errno in _ERRNOS) or any(text in str(each).lower() for text in _TEXTS)
-        for each in _chain(error)
+        (isinstance(each, OSError) and each.errno in NO_SPACE_ERRNOS) or says_no_space(str(each))
+        for each in causes(error)
     )
 
 
 def _names(error: BaseException) -> Iterator[str]:
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.errno in _ERRNOS and isinstance(each.filename, str):
+    for each in causes(error):
+        if isinstance(each, OSError) and each.errno in NO_SPACE_ERRNOS and isinstance(each.filename, str):
             yield each.filename
 
 
 # A program's output has many lines: return the one that names the missing space, else the first.
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip(" |") for each in _chain(error) for line in str(each).splitlines() if line.strip(" |")]
-    told = next((line for line in lines if any(text in line.lower() for text in _TEXTS)), "")
+    lines = [line.strip(" |") for each in causes(error) for line in str(each).splitlines() if line.strip(" |")]
+    told = next((line for line in lines if says_no_space(line)), "")
     return (told or (lines[0] if lines else type(error).__name__))[:200]

@@ -22,7 +22,7 @@ from obdlab.errors import ObdlabError
 from obdlab.formats.oci import short_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
 
 Row = dict[str, Any]
@@ -93,19 +93,15 @@ class RowStore:
         return path
 
 
-def last_attempts(rows: Iterable[Row], cells: Mapping[str, str] | None = None) -> list[Row]:
-    """Return the rows of each cell's last good attempt, else of its last failed one.
-
-    ``cells`` maps keys to the key that stands for the cell, for cells that have several.
-    """
+def last_attempts(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of each cell's last good attempt, else of its last failed one."""
     attempts: dict[str, list[Row]] = {}
     for row in rows:
-        cell = (cells or {}).get(row["cell"], row["cell"])
-        kept = attempts.get(cell, [])
+        kept = attempts.get(row["cell"], [])
         if kept and kept[0]["attempt"] == row["attempt"]:
             kept.append(row)
         elif not kept or any(each.get("error") for each in kept):
-            attempts[cell] = [row]
+            attempts[row["cell"]] = [row]
     return [row for kept in attempts.values() for row in kept]
 
 

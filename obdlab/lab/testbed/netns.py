@@ -222,8 +222,8 @@ def _claim_number() -> int:
             continue
         try:
             run(["ip", "netns", "add", f"{PREFIX}{number}"])
-        except LabError as error:
-            if "File exists" in str(error):
+        except LabError:
+            if Path(f"/run/netns/{PREFIX}{number}").exists():  # another experiment was faster
                 continue
             raise
         return number

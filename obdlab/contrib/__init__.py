@@ -1,1 +1,0 @@
-"""Parts that the core does not need: found through entry points, described in docs/develop/contrib.md."""

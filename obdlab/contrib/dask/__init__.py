@@ -1,1 +1,0 @@
-"""Work spread over the workers of a Dask scheduler (the extra ``mass``)."""

@@ -1,1 +1,0 @@
-"""A root of the original snapshotter, taken over with its snapshots."""
