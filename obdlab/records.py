@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 
-def known_fields(kind: type[DataclassInstance], values: object) -> dict[str, Any]:
-    """Return those of a JSON object's values that are fields of the dataclass. The first unknown field is logged.
+def known_fields(kind: type[Any], values: object) -> dict[str, Any]:
+    """Return those of a JSON object's values that are fields of a dataclass or msgspec.Struct.
 
-    Raises TypeError if ``values`` is no JSON object.
+    The first unknown field is logged. Raises TypeError if ``values`` is no JSON object.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__}: not a JSON object (got {type(values).__name__})")
-    known = {each.name for each in fields(kind)}
+    known = {each.name for each in fields(kind)} if is_dataclass(kind) else set(kind.__struct_fields__)
     unknown = values.keys() - known
     if unknown:
         _log_once(kind.__name__, min(unknown))

@@ -14,17 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from obdlab.cache.space import disk_usage
-from obdlab.errors import DeviceError
+from obdlab.errors import ObdlabError
 from obdlab.metrics import snapshotterclient
 from obdlab.metrics.families import Interval, gauge, hit_ratio, original_metrics, table_metrics
 from obdlab.observe.counters import Table, add_to
 from obdlab.server import controlclient, counterfiles
+from obdlab.server.messages import Counters, GetCounters
 from obdlab.server.rundir import DeviceRecord, RunDir
 from obdlab.system.processes import Process
 
@@ -52,7 +53,7 @@ class Server:
     name: str
     table: Table
     ages_s: dict[str, float]
-    under_way_s: list[float]
+    under_way_s: tuple[float, ...]
     threads: int
     at: float = field(default_factory=time.monotonic)
 
@@ -135,9 +136,11 @@ class Collected:
 
     def _ask(self, path: Path) -> Server | None:
         try:
-            answer = controlclient.ask(path.parent, "counters", silence_s=self._deadline_s, socket_name=path.name)
-            return _parsed(path.parent.name, answer)
-        except (DeviceError, ValueError, TypeError, KeyError, AttributeError) as error:
+            answer = controlclient.ask(
+                path.parent, GetCounters(), Counters, silence_s=self._deadline_s, socket_name=path.name
+            )
+            return _server(path.parent.name, answer)
+        except (ObdlabError, ValueError) as error:
             log.info("%s: no counters: %s", path, error)
             return None
 
@@ -269,14 +272,7 @@ def _used(cache_dir: Path) -> dict[tuple[str, ...], float]:
         return {}
 
 
-def _parsed(device_id: str, answer: dict[str, Any]) -> Server:
-    server = Server(
-        device_id=device_id,
-        name=str(answer["server"]),
-        table=counterfiles.as_table(answer["table"]),
-        ages_s={str(name): float(age) for name, age in answer["ages_s"].items()},
-        under_way_s=[float(age) for age in answer["under_way_s"]],
-        threads=int(answer["threads"]),
-    )
+def _server(device_id: str, answer: Counters) -> Server:
+    server = Server(device_id, answer.server, answer.table, answer.ages_s, answer.under_way_s, answer.threads)
     _ = server.process  # raises if the name is malformed
     return server

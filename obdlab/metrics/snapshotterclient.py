@@ -14,7 +14,7 @@ from obdlab.errors import DeviceError
 from obdlab.metrics.families import BOUND_TEXTS, BOUNDS, gauge
 from obdlab.observe.counters import add_to, cumulated
 from obdlab.server import wire
-from obdlab.server.counterfiles import as_table
+from obdlab.server.messages import GetCounters, Tables
 from obdlab.server.snapshottersocket import SNAPSHOTS, directory_of
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ def ask_all(run_dir: Path, deadline_s: float) -> list[Table]:
 def _ask(path: Path, deadline_s: float) -> Table | None:
     try:
         with wire.connect(path, deadline_s) as connection:
-            wire.send(connection, {"op": "counters"})
-            return as_table(wire.receive(connection, deadline_s)["table"])
+            wire.send(connection, GetCounters())
+            answer = wire.receive(connection, deadline_s, (Tables,))
+            return answer.table if isinstance(answer, Tables) else None
     except ConnectionRefusedError:  # killed
         path.unlink(missing_ok=True)
-    except (OSError, DeviceError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, DeviceError) as error:
         log.info("%s: no counters: %s", path, error)
     return None
 

@@ -15,14 +15,36 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from msgspec import structs
 
 from obdlab.devices import kinds
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import read_config
 from obdlab.server import controlclient, wire
+from obdlab.server.messages import (
+    OF_HOST,
+    Attach,
+    Attached,
+    Description,
+    Done,
+    Failed,
+    GetStatistics,
+    HostRequest,
+    Keep,
+    Kept,
+    Message,
+    Mounted,
+    Prime,
+    Primed,
+    ServerStatistics,
+    Stale,
+    Upgrade,
+    Upgraded,
+)
 from obdlab.server.rundir import (
     SOCKET_NAME,
     START_LOCK_NAME,
@@ -42,6 +64,8 @@ from obdlab.system.processes import Process
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig
     from obdlab.settings.settings import Settings
+
+T = TypeVar("T")
 
 #: Time for Python to start and the host to listen, on a busy machine.
 _HOST_START_TIMEOUT_S = 30.0
@@ -126,48 +150,42 @@ class DeviceService:
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
         """Make the image of a config.v1.json a block device, or find its present one.
 
-        Attaching the same config under the same id again returns the same device. Raises DeviceError with the cause
-        if the image cannot be opened, the id is taken by another config, or ``timeout_s`` has passed; nothing is left
-        behind then.
+        Attaching the same config under the same id again returns the same device. Raises ObdlabError; nothing is left
+        behind then. If the image cannot be opened, it is the error of opening it, of the same class; if the id is
+        taken by another config, or ``timeout_s`` has passed, a DeviceError.
         """
         config = config_path.absolute()
         digest = hashlib.sha256(read_config(config)).hexdigest()
         device_id = device_id or device_id_of(config)
         self._run.create()
         self._run.device(device_id)
-        request = {
-            "op": "attach",
-            "config": str(config),
-            "config_sha256": digest,
-            "device_id": device_id,
-            "settings": self._settings.to_json(),
-            "readahead_kib": self._settings.device_readahead_kib,
-        }
-        answer = self._ask_fresh_host(request, timeout_s)
-        if "error" in answer:
-            raise DeviceError(f"cannot attach {config}: {answer['error']}")
-        return _as_device(DeviceRecord.from_json(answer["device"]))
+        request = Attach(
+            device_id=device_id,
+            config=str(config),
+            config_sha256=digest,
+            settings=self._settings.to_json(),
+            readahead_kib=self._settings.device_readahead_kib,
+        )
+        doing = f"cannot attach {config}: "
+        return _as_device(_expected(Attached, self._ask_fresh_host(request, device_id, timeout_s), doing).device)
 
     def prime(self, image: ImageConfig) -> None:
-        """Cache the parts of an image that opening it reads from its registry. Raises DeviceError with the cause."""
+        """Cache the parts of an image that opening it reads from its registry. Raises ObdlabError with the cause."""
         self._run.create()
-        request = {"op": "prime", "image": image.to_json(), "settings": self._settings.to_json()}
+        request = Prime(image=image.to_json(), settings=self._settings.to_json())
         answer = self._ask_host(request, time.monotonic() + self._settings.open_deadline_s)
-        if "error" in answer:
-            raise DeviceError(f"cannot prime the cache: {answer['error']}")
+        _expected(Primed, answer, "cannot prime the cache: ")
 
     def upgrade(self, device_id: str, *, force: bool = False, timeout_s: float = 150.0) -> bool:
         """Have a device in use served by the installed code. Return False if it was already.
 
         A device whose keeper was killed gets a new keeper. With ``force`` the server is replaced in any case, even if
-        it hangs. The device's users see a pause at most. Raises DeviceError with the cause if the new server cannot
+        it hangs. The device's users see a pause at most. Raises ObdlabError with the cause if the new server cannot
         be started; the old one goes on then.
         """
         self._run.device(device_id)
-        answer = self._ask_fresh_host({"op": "upgrade", "device_id": device_id, "force": force}, timeout_s)
-        if "error" in answer:
-            raise DeviceError(f"cannot upgrade: {answer['error']}")
-        return bool(answer["upgraded"])
+        answer = self._ask_fresh_host(Upgrade(device_id=device_id, force=force), device_id, timeout_s)
+        return _expected(Upgraded, answer, "cannot upgrade: ").upgraded
 
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount the device's file system on the directory ``target``.
@@ -175,14 +193,13 @@ class DeviceService:
         Raises DeviceError; if the kernel could not read the device, with the cause from its server.
         """
         try:
-            is_file = kinds.find(device.kind).is_file
-            already = mount.mounts_of(device.path) if is_file else []
+            already = mount.mounts_of(device.path) if device.kind == kinds.FuseFile.name else []
             if already:  # once the file is mounted, its server does not keep it open for others
                 mount.bind(already[0].mountpoint, target, read_only=read_only)
                 return
             mount.mount(device.path, target, read_only=read_only, options=options)
-            if is_file:
-                controlclient.ask(self._run.device(device.device_id), "mounted")
+            if device.kind == kinds.FuseFile.name:
+                controlclient.ask(self._run.device(device.device_id), Mounted(), Done)
         except DeviceError as error:
             cause = self.last_error(device.device_id)
             raise DeviceError(f"{error}: {cause}" if cause else str(error)) from error
@@ -227,7 +244,7 @@ class DeviceService:
         if _is_mounted_here(directory):
             return
         record = DeviceRecord.load(directory)
-        kind = kinds.find(record.kind if record is not None else kinds.FIRST)
+        kind = kinds.find(record.kind if record is not None else kinds.FuseLoop.name)
         if not kind.take_down_when_unused(directory) and record is not None and record.keeper is not None:
             record.keeper.signal(TAKE_DOWN_SIGNAL)
 
@@ -248,7 +265,8 @@ class DeviceService:
 
         Raises DeviceError if there is no such device or its server does not answer; a graduated device has no server.
         """
-        return controlclient.ask(self._run.device(device_id), "statistics")
+        found = asdict(controlclient.ask(self._run.device(device_id), GetStatistics(), ServerStatistics))
+        return {name: value for name, value in found.items() if value is not None}
 
     def last_error(self, device_id: str) -> str:
         """Return the cause of the device's last I/O error, or ''; never raises DeviceError.
@@ -260,7 +278,7 @@ class DeviceService:
             return f"the kernel reads {record.graduated} itself"
         try:
             return str(self.statistics(device_id).get("last_error", ""))
-        except DeviceError as error:
+        except ObdlabError as error:
             return str(error)
 
     def shutdown(self, *, force: bool = False) -> None:
@@ -302,18 +320,16 @@ class DeviceService:
         process.end(timeout_s)
         return True
 
-    def ask_for_keeper(self, device_id: str, description: dict[str, Any]) -> socket.socket:
+    def ask_for_keeper(self, device_id: str, description: Description) -> socket.socket:
         """Have a new keeper adopt this process, the server of a device. Return the connection to the keeper.
 
-        Raises DeviceError if no keeper comes within a minute.
+        Raises ObdlabError if no keeper comes within a minute.
         """
-        request = {"op": "keep", "device_id": device_id, "server": description}
+        request = Keep(device_id=device_id, server=description)
         deadline = time.monotonic() + _KEEPER_S
         connection = self._connect_to_host(deadline)
         try:
-            answer = _exchange(connection, request, deadline)
-            if "error" in answer:
-                raise DeviceError(str(answer["error"]))
+            _expected(Kept, _exchange(connection, request, deadline))
         except BaseException:
             connection.close()
             raise
@@ -357,28 +373,28 @@ class DeviceService:
         finally:
             os.close(lock)
 
-    def _ask_fresh_host(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def _ask_fresh_host(self, request: HostRequest, device_id: str, timeout_s: float) -> Message:
         deadline = time.monotonic() + timeout_s
-        answer = self._ask_host(request, deadline)
-        if "stale" in answer:  # the package was changed since the host started; devices survive the host's end
+        answer = self._ask_host(request, deadline, device_id)
+        if isinstance(answer, Stale):  # the package was changed since the host started; devices survive its end
             self.stop_host(timeout_s=_left(deadline, _HOST_END_S))
-            answer = self._ask_host(request, deadline)
-        if "stale" in answer:
-            return {"error": f"device {request['device_id']}: the installed package keeps changing"}
+            answer = self._ask_host(request, deadline, device_id)
+        if isinstance(answer, Stale):
+            return Failed(f"device {device_id}: the installed package keeps changing")
         return answer
 
     # A host that dies before it answers is replaced once: repeating an attach is safe.
-    def _ask_host(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+    def _ask_host(self, request: HostRequest, deadline: float, device_id: str = "") -> Message:
         try:
             try:
                 return self._ask_host_once(request, deadline)
             except wire.ConnectionLostError:
                 return self._ask_host_once(request, deadline)
         except DeviceError as error:
-            what = f"device {request['device_id']}: " if "device_id" in request else ""
+            what = f"device {device_id}: " if device_id else ""
             raise DeviceError(f"{what}device host: {error} (see {self._run.host_log})") from error
 
-    def _ask_host_once(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+    def _ask_host_once(self, request: HostRequest, deadline: float) -> Message:
         with self._connect_to_host(deadline) as connection:
             return _exchange(connection, request, deadline)
 
@@ -402,15 +418,24 @@ def _is_mounted_here(directory: Path) -> bool:
 
 
 # Sends the request and receives one message, by a deadline. Raises DeviceError.
-def _exchange(connection: socket.socket, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+def _exchange(connection: socket.socket, request: HostRequest, deadline: float) -> Message:
     left_s = _left(deadline, float("inf"))
-    request = request | {"timeout_s": left_s - min(_MOST_FOR_ANSWER_S, left_s * _ANSWER_SHARE)}
+    request = structs.replace(request, timeout_s=left_s - min(_MOST_FOR_ANSWER_S, left_s * _ANSWER_SHARE))
     connection.settimeout(left_s)
     try:
         wire.send(connection, request)
     except OSError as error:
         raise wire.ConnectionLostError(f"connection lost: {error.strerror or error}") from error
-    return wire.receive(connection, _left(deadline, left_s))
+    return wire.receive(connection, _left(deadline, left_s), OF_HOST)
+
+
+# Raises the error that the other side reports instead.
+def _expected(kind: type[T], answer: Message, doing: str = "") -> T:
+    if isinstance(answer, Failed):
+        raise answer.restore(doing)
+    if not isinstance(answer, kind):
+        raise DeviceError(f"{doing}the device host answers {type(answer).__name__} (wanted {kind.__name__})")
+    return answer
 
 
 # At most ``most_s``; never 0, so that the call itself reports the timeout.

@@ -5,17 +5,19 @@ A module apart from the answering side, as clients do not need the imports for o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from obdlab.errors import DeviceError
 from obdlab.server import wire
+from obdlab.server.messages import OF_CONTROL, Failed, Progress, Result, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    Answer = dict[str, Any]
-    Tell = Callable[[dict[str, Any]], None]
+    from obdlab.server.messages import ControlRequest
+
+T = TypeVar("T")
 
 CONTROL_NAME = "control.sock"
 #: A client sends its request at once and takes the answer; a slower client is dropped.
@@ -24,27 +26,29 @@ PEER_TIMEOUT_S = 5.0
 
 def ask(
     directory: Path,
-    op: str,
-    arguments: dict[str, Any] | None = None,
+    request: ControlRequest,
+    kind: type[T],
     *,
     silence_s: float = 5.0,
-    progress: Tell | None = None,
+    progress: Callable[[Step], None] | None = None,
     socket_name: str = CONTROL_NAME,
-) -> Answer:
-    """Ask the server of the device at ``directory``, or one of its helpers; return the result.
+) -> T:
+    """Ask the server of the device at ``directory``, or one of its helpers; return the result, a value of ``kind``.
 
-    Raises DeviceError if the server is missing, sends nothing for ``silence_s``, or refuses (with its reason).
+    Raises DeviceError if the server is missing, sends nothing for ``silence_s``, or sends something else. If it
+    refuses, raises its error.
     """
     who = f"device {directory.name}"
     try:
         with wire.connect(directory / socket_name, min(silence_s, PEER_TIMEOUT_S)) as connection:
-            wire.send(connection, {"op": op} | (arguments or {}))
-            messages = wire.Messages(connection)
-            while "progress" in (answer := messages.receive(silence_s)):
+            wire.send(connection, request)
+            messages = wire.Messages(connection, OF_CONTROL)
+            while isinstance(answer := messages.receive(silence_s), Progress):
                 if progress is not None:
-                    progress(answer["progress"])
+                    progress(answer.progress)
     except (OSError, DeviceError) as error:
         raise wire.NoAnswerError(f"{who}: its server does not answer: {error}") from error
-    if "result" in answer:
-        return answer["result"]  # type: ignore[no-any-return]
-    raise DeviceError(f"{who}: {answer.get('error', 'an answer without result')}")
+    if isinstance(answer, Result):
+        return wire.typed(answer.result, kind)
+    assert isinstance(answer, Failed)
+    raise answer.restore(f"{who}: ")

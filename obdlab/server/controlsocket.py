@@ -1,8 +1,7 @@
 """A device server's control socket, in the device's directory: answers requests about a running device.
 
-A connection carries one request, ``{"op": name, ...}``, and its answer: any number of ``{"progress": {...}}``, then
-``{"result": {...}}`` or ``{"error": text}``. A client that hangs up early cancels a collection; no other action stops
-midway.
+A connection carries one request and its answer: any number of Progress messages, then Result or Failed
+(``obdlab.server.messages``). A client that hangs up early cancels a collection; no other action stops midway.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import os
 import threading
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from obdlab.devices.fuse_file import FuseFileDevice
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.server import counterfiles, wire
@@ -22,6 +22,21 @@ from obdlab.server.controltrace import Tracing
 from obdlab.server.controlwritable import Changes
 from obdlab.server.counterfiles import server_table
 from obdlab.server.graduation import Graduation
+from obdlab.server.messages import (
+    OF_CONTROL_CLIENT,
+    ControlRequest,
+    Counters,
+    Done,
+    Failed,
+    GetCounters,
+    GetStatistics,
+    Message,
+    Mounted,
+    Progress,
+    Result,
+    ServerStatistics,
+    Step,
+)
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
@@ -32,8 +47,9 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.devices.device import Device
 
-    Answer = dict[str, Any]
-    Tell = Callable[[dict[str, Any]], None]
+    Tell = Callable[[Step], None]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +72,7 @@ def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Co
 def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
     """Save this process's counters beyond its end. Call before the blob is closed; never raises."""
     counterfiles.leave(
-        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), blob.statistics())
+        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), _source_of(blob))
     )
 
 
@@ -64,6 +80,11 @@ def server_name() -> str:
     """Return a name that no other process has had since the machine started."""
     me = Process.of(os.getpid())
     return f"{os.getpid()}:{me.start_time if me else 0}"
+
+
+def _source_of(blob: Blob) -> dict[str, float]:
+    counters = getattr(blob, "statistics", None)
+    return counters() if callable(counters) else {}
 
 
 class Control:
@@ -76,10 +97,10 @@ class Control:
         self._directory = directory
         self._free = threading.Semaphore(_MAX_REQUESTS)
         self.tracing = Tracing(blob, directory, self._ask_helpers, helper=not with_helpers)
-        self._actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
-            "statistics": self._statistics,
-            "counters": self._counters,
-            "mounted": self._mounted,
+        self._actions: dict[type[ControlRequest], Callable[[Any, Tell], object]] = {
+            GetStatistics: self._statistics,
+            GetCounters: self._counters,
+            Mounted: self._mounted,
             **self.tracing.actions,
             **Changes(device, blob, directory).actions,
         }
@@ -121,12 +142,12 @@ class Control:
             with connection:
                 self._answering.add(connection)
                 try:
-                    request = wire.receive(connection, PEER_TIMEOUT_S)
+                    request = wire.receive(connection, PEER_TIMEOUT_S, OF_CONTROL_CLIENT)
                 except wire.ConnectionLostError:
                     raise
                 except DeviceError as error:
                     log.info("%s: control: %s", self._directory.name, error)
-                    answer = {"error": str(error)}
+                    answer: Message = Failed.of(error)
                 else:
                     connection.settimeout(PEER_TIMEOUT_S)
                     answer = self._answer(request, connection)
@@ -137,65 +158,69 @@ class Control:
             self._answering.discard(connection)
             self._free.release()
 
-    def _answer(self, request: dict[str, Any], connection: socket.socket) -> Answer:
-        op = request.get("op")
-        action = self._actions.get(op) if isinstance(op, str) else None
+    def _answer(self, request: Message, connection: socket.socket) -> Message:
+        action = self._actions.get(type(request)) if isinstance(request, ControlRequest) else None
         if action is None:
-            return {"error": f"unknown request (got {op!r})"}
+            return Failed(f"request that this process does not answer (got {type(request).__name__})")
         try:
-            return {"result": action(request, lambda state: wire.send(connection, {"progress": state}))}
+            return Result(action(request, lambda step: wire.send(connection, Progress(step))))
         except ObdlabError as error:
-            return {"error": str(error)}
+            return Failed.of(error)
         except OSError:  # the client is gone
             raise
         except Exception as error:
-            log.exception("%s: %s failed", self._directory.name, op)
-            return {"error": f"{type(error).__name__}: {error}"}
+            log.exception("%s: %s failed", self._directory.name, type(request).__name__)
+            return Failed.of(error)
 
     # Notes that the client has mounted a device that is a file.
-    def _mounted(self, _: dict[str, Any], __: Tell) -> Answer:
-        self._device.is_mounted_now()
-        return {}
+    def _mounted(self, _: Mounted, __: Tell) -> Done:
+        if isinstance(self._device, FuseFileDevice):
+            self._device.is_mounted_now()
+        return Done()
 
     # Counters of this process alone; a helper answers at its own socket.
-    def _counters(self, _: dict[str, Any], __: Tell) -> Answer:
+    def _counters(self, _: GetCounters, __: Tell) -> Counters:
         statistics = self._device.statistics()
-        return {
-            "server": server_name(),
-            "table": server_table(statistics, self._blob.statistics()),
-            "under_way_s": statistics.under_way_s,
-            "threads": statistics.threads,
-            "ages_s": ages_s(),
-        }
+        return Counters(
+            server=server_name(),
+            table=server_table(statistics, _source_of(self._blob)),
+            under_way_s=statistics.under_way_s,
+            threads=statistics.threads,
+            ages_s=ages_s(),
+        )
 
-    def _statistics(self, _: dict[str, Any], __: Tell) -> Answer:
-        mine = asdict(self._device.statistics()) | {"source": self._blob.statistics()}
-        for theirs in self._ask_helpers("statistics", lambda _: {}):
-            mine = _added(mine, theirs)
-        return mine
+    # A blob with counters (a cache, a registry blob) has a method ``statistics() -> dict``.
+    def _statistics(self, _: GetStatistics, __: Tell) -> ServerStatistics:
+        counters = getattr(self._blob, "statistics", None)
+        total = asdict(self._device.statistics()) | {"source": counters() if callable(counters) else None}
+        for theirs in self._ask_helpers(lambda _: GetStatistics(), ServerStatistics):
+            total = _added(total, asdict(theirs))
+        return ServerStatistics(**total)
 
-    def _ask_helpers(self, op: str, arguments: Callable[[int], dict[str, Any]]) -> list[Answer]:
+    def _ask_helpers(self, request: Callable[[int], ControlRequest], kind: type[T]) -> list[T]:
         answers = []
         for number, path in enumerate(self._directory.glob("helper-*.sock") if self._with_helpers else ()):
             try:
-                answers.append(ask(self._directory, op, arguments(number), socket_name=path.name, silence_s=1.0))
+                answers.append(ask(self._directory, request(number), kind, socket_name=path.name, silence_s=1.0))
             except wire.NoAnswerError:  # it has ended
                 path.unlink(missing_ok=True)
-            except DeviceError as error:
+            except ObdlabError as error:
                 log.warning("%s: %s: %s", self._directory.name, path.name, error)
         return answers
 
 
-def _added(one: Answer, other: Answer) -> Answer:
+def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     total = one | {key: value for key, value in other.items() if key not in one}
     for key in one.keys() & other.keys():
         mine, others = one[key], other[key]
-        if isinstance(mine, dict):
+        if mine is None or others is None:
+            total[key] = mine if others is None else others
+        elif isinstance(mine, dict):
             total[key] = _added(mine, others)
         elif isinstance(mine, str):
             total[key] = mine or others
         elif isinstance(mine, tuple | list):
-            total[key] = sorted([*mine, *others], reverse=True)
+            total[key] = tuple(sorted([*mine, *others], reverse=True))
         else:
             total[key] = max(mine, others) if key == "slowest_ms" else mine + others
     return total

@@ -10,23 +10,31 @@ import os
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from obdlab.blob import find
 from obdlab.command import command
 from obdlab.errors import DeviceError
 from obdlab.formats.trace import Trace
 from obdlab.layers.recorder import Recorder, reads_of
 from obdlab.layers.stack import Stack, WritableStack
+from obdlab.server.messages import Done, Recorded, TraceStart, TraceStop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from obdlab.blob import Blob
+    from obdlab.server.messages import ControlRequest, Step
 
-    Answer = dict[str, Any]
-    Tell = Callable[[dict[str, Any]], None]
-    Ask = Callable[[str, Callable[[int], dict[str, Any]]], list[Answer]]
+    Tell = Callable[[Step], None]
+
+    class Ask(Protocol):
+        """Asks all helpers."""
+
+        def __call__(self, request: Callable[[int], ControlRequest], kind: type[T], /) -> list[T]:
+            """Return the answers, of that kind."""
+
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ _MARK = "recording"
 class Tracing:
     """Records one device's reads of its layers.
 
-    ``ask_helpers(op, arguments of each)`` asks all its helpers, and returns the answers of those that do not fail.
+    ``ask_helpers(request of each, kind)`` asks all its helpers, and returns the answers of those that do not fail.
     """
 
     def __init__(self, blob: Blob, directory: Path, ask_helpers: Ask, *, helper: bool) -> None:
@@ -47,10 +55,10 @@ class Tracing:
         self._helper = helper
         self._changing = threading.Lock()
         self._watched: tuple[Stack, Recorder] | None = None
-        #: By the name of the request. An action gets the request, and a function that reports progress.
-        self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
-            "trace-start": self._start,
-            "trace-stop": self._stop,
+        #: By the request's class. An action gets the request, and a function that reports progress.
+        self.actions: dict[type[ControlRequest], Callable[[Any, Tell], object]] = {
+            TraceStart: self._start,
+            TraceStop: self._stop,
         }
         if helper and self._mark.exists():
             self._watch()
@@ -60,7 +68,7 @@ class Tracing:
         """Whether reads are recorded now."""
         return self._watched is not None
 
-    def _start(self, _: dict[str, Any], __: Tell) -> Answer:
+    def _start(self, _: TraceStart, __: Tell) -> Done:
         with self._changing:
             if self._watched is not None:
                 raise DeviceError(f"is being recorded already ({command('trace', 'stop')} ends that)")
@@ -68,11 +76,11 @@ class Tracing:
             if not self._helper:
                 with self._or_unwatch():
                     self._mark.touch()
-                    self._ask_helpers("trace-start", lambda _: {})
-        return {}
+                    self._ask_helpers(lambda _: TraceStart(), Done)
+        return Done()
 
-    def _stop(self, request: dict[str, Any], _: Tell) -> Answer:
-        path = Path(str(request.get("path", "")))
+    def _stop(self, request: TraceStop, _: Tell) -> Recorded:
+        path = Path(request.path)
         with self._changing:
             if self._watched is None:
                 raise DeviceError("is not being recorded")
@@ -81,17 +89,16 @@ class Tracing:
             self._watched = None
         if self._helper:
             _write(path, recorder.to_bytes())
-            return {"left_out": recorder.left_out}
+            return Recorded(left_out=recorder.left_out)
         self._mark.unlink(missing_ok=True)
         noted, left_out = self._noted_by_helpers()
         trace = Trace.from_reads(reads_of(recorder.to_bytes(), *noted))
         _write(path, trace.to_bytes())
-        return {"reads": len(trace), "size": trace.size, "left_out": recorder.left_out + left_out}
+        return Recorded(len(trace), trace.size, recorder.left_out + left_out)
 
     def _watch(self) -> None:
-        writable = find(self._blob, WritableStack)
-        stack = find(self._blob, Stack) if writable is None else writable.lowers
-        if stack is None:
+        stack = self._blob.lowers if isinstance(self._blob, WritableStack) else self._blob
+        if not isinstance(stack, Stack):
             raise DeviceError("has no read-only layers to record the reads of")
         recorder = Recorder()
         stack.watch(recorder.around)
@@ -110,13 +117,13 @@ class Tracing:
 
     def _noted_by_helpers(self) -> tuple[list[bytes], int]:
         # Through files: too much for a message.
-        answers = self._ask_helpers("trace-stop", lambda number: {"path": str(self._directory / f"noted-{number}")})
+        answers = self._ask_helpers(lambda number: TraceStop(str(self._directory / f"noted-{number}")), Recorded)
         noted = []
         for path in self._directory.glob("noted-*"):
             with suppress(OSError):
                 noted.append(path.read_bytes())
                 path.unlink()
-        return noted, sum(int(answer.get("left_out", 0)) for answer in answers)
+        return noted, sum(answer.left_out for answer in answers)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.blob import find
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
-from obdlab.layerfiles.snapshot import snapshot
+from obdlab.layerfiles.snapshot import Snapshot, snapshot
 from obdlab.layers.append import AppendUpper
-from obdlab.layers.gc import collect
+from obdlab.layers.gc import Collected, collect
 from obdlab.layers.stack import WritableStack
+from obdlab.server.messages import Collect, ControlRequest, Done, Flush, Resize, Resized, Step, TakeSnapshot
 from obdlab.server.rundir import DeviceRecord
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.devices.device import Device
 
-    Answer = dict[str, Any]
-    Tell = Callable[[dict[str, Any]], None]
+    Tell = Callable[[Step], None]
 
 
 class Changes:
@@ -33,51 +32,47 @@ class Changes:
         self._device = device
         self._blob = blob
         self._directory = directory
-        #: By the name of the request. An action gets the request, and a function that reports progress.
-        self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {
-            "flush": self._flush,
-            "gc": self._collect,
-            "resize": self._resize,
-            "snapshot": self._snapshot,
+        #: By the request's class. An action gets the request, and a function that reports progress.
+        self.actions: dict[type[ControlRequest], Callable[[Any, Tell], object]] = {
+            Flush: self._flush,
+            Collect: self._collect,
+            Resize: self._resize,
+            TakeSnapshot: self._snapshot,
         }
 
-    def _flush(self, _: dict[str, Any], __: Tell) -> Answer:
+    def _flush(self, _: Flush, __: Tell) -> Done:
         self._stack.flush()
-        return {}
+        return Done()
 
-    def _collect(self, _: dict[str, Any], tell: Tell) -> Answer:
+    def _collect(self, _: Collect, tell: Tell) -> Collected | Done:
         upper = self._stack.upper
         if not isinstance(upper, AppendUpper):
-            return {}
-        return asdict(collect(upper, lambda step, done, total: tell({"step": step, "done": done, "total": total})))
+            return Done()
+        return collect(upper, lambda step, done, total: tell(Step(step, done, total)))
 
-    def _resize(self, request: dict[str, Any], _: Tell) -> Answer:
-        size = request.get("size")
-        if not isinstance(size, int):
-            raise DeviceError(f"no size to grow to (got {size!r})")
+    def _resize(self, request: Resize, _: Tell) -> Resized:
         before = self._stack.size
-        self._stack.set_virtual_size(size)
+        self._stack.set_virtual_size(request.size)
         self._stack.flush()
         self._device.take_on_size()
-        self._change_record(size=size)
-        return {"before": before}
+        self._change_record(size=request.size)
+        return Resized(before)
 
-    def _snapshot(self, request: dict[str, Any], tell: Tell) -> Answer:
+    def _snapshot(self, request: TakeSnapshot, tell: Tell) -> Snapshot:
         config = Path(self._record().config)
-        new_config = Path(str(request.get("config", "")))
+        new_config = Path(request.config)
         for path in (config, new_config):
             self._refuse_own_disk(path)
-        tell({"step": "begun"})  # raises OSError if the client went away while it waited its turn
+        tell(Step("begun"))  # raises OSError if the client went away while it waited its turn
         done = snapshot(self._stack, config, new_config)
         self._change_record(config_sha256=hashlib.sha256(read_config(config)).hexdigest())
-        return asdict(done)
+        return done
 
     @property
     def _stack(self) -> WritableStack:
-        stack = find(self._blob, WritableStack)
-        if stack is None:
+        if not isinstance(self._blob, WritableStack):
             raise DeviceError("its image has no writable layer")
-        return stack
+        return self._blob
 
     # Storing a file on the device itself takes writes, which wait until the layers have changed.
     def _refuse_own_disk(self, path: Path) -> None:

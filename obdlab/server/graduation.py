@@ -17,11 +17,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from obdlab.blob import WritableBlob, find
+from obdlab.blob import WritableBlob
 from obdlab.devices import backingfile
 from obdlab.errors import DeviceError
 from obdlab.image.open import Image
 from obdlab.layerfiles.flatten import flat_files, flat_name
+from obdlab.server.messages import ControlRequest, Graduate, Step, Switched
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.devices.device import Device
 
-    Answer = dict[str, Any]
-    Tell = Callable[[dict[str, Any]], None]
+    Tell = Callable[[Step], None]
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ class Graduation:
         self._directory = directory
         self._is_recorded = is_recorded
         self._changing = threading.Lock()
-        self.actions: dict[str, Callable[[dict[str, Any], Tell], Answer]] = {"graduate": self._graduate}
+        self.actions: dict[type[ControlRequest], Callable[[Any, Tell], object]] = {Graduate: self._graduate}
 
-    def _graduate(self, request: dict[str, Any], _: Tell) -> Answer:
+    def _graduate(self, request: Graduate, _: Tell) -> Switched:
         image = _image_of(self._device, self._blob)
         if self._is_recorded():
             raise DeviceError("its reads are being recorded, which the kernel would not do")
-        if flat_name(image) != request.get("name"):
+        if flat_name(image) != request.name:
             raise DeviceError("its layers are other files than those that were unpacked")
         with self._changing:
             record = DeviceRecord.load(self._directory)
@@ -82,7 +82,7 @@ class Graduation:
             finally:
                 os.close(file)
         log.info("%s: the kernel goes on alone with %s", self._directory.name, path)
-        return {"paused_s": paused_s}
+        return Switched(paused_s)
 
     def _wait_for_quiet(self) -> None:
         deadline = time.monotonic() + _QUIET_DEADLINE_S
@@ -93,9 +93,8 @@ class Graduation:
 
     def start_by_itself(self) -> None:
         """Graduate in the background once all layers are local, if the image was opened to do so."""
-        image = find(self._blob, Image)
-        if image is not None and image.graduates and self._device.can_graduate:
-            threading.Thread(target=self._by_itself, args=(image,), name="graduation", daemon=True).start()
+        if isinstance(self._blob, Image) and self._blob.graduates and self._device.kind == "fuse+loop":
+            threading.Thread(target=self._by_itself, args=(self._blob,), name="graduation", daemon=True).start()
 
     def _by_itself(self, image: Image) -> None:
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
@@ -112,20 +111,13 @@ class Graduation:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def graduates(blob: Blob) -> bool:
-    """Return True if a device of the blob shall go on without its server some day."""
-    image = find(blob, Image)
-    return image is not None and image.graduates
-
-
 def _image_of(device: Device, blob: Blob) -> Image:
     if isinstance(blob, WritableBlob) or not device.read_only:
         raise DeviceError(
             "writable: what is written goes through its server (commit it, and attach the result read-only)"
         )
-    image = find(blob, Image)
-    if image is None:
+    if not isinstance(blob, Image):
         raise DeviceError("serves no image of layers")
-    if not device.can_graduate:
+    if device.kind != "fuse+loop":
         raise DeviceError(f"a {device.kind} device has no file behind it that could be exchanged")
-    return image
+    return blob

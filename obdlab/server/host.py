@@ -29,6 +29,7 @@ from obdlab.server import wire
 from obdlab.server.forking import Signals, fork_to
 from obdlab.server.hostrequests import HostRequests, is_revivable, stays_without_server
 from obdlab.server.installed import InstalledCode
+from obdlab.server.messages import OF_HOST_CLIENT, Failed
 from obdlab.server.protection import bound_memory, unprotect
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, RunDir
 from obdlab.settings.settings import Settings
@@ -38,10 +39,9 @@ from obdlab.system.ownfiles import open_own
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from obdlab.blob import Blob
-    from obdlab.devices.kind import Kind
     from obdlab.server.keeper import Opener
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.settings.settings")
 #: Imported when the host is idle: the first attach, which starts the host, must not wait for it.
 _WARM_LATER = ("obdlab.image.remote",)
 _AT_ONCE_S = 0.001
+_WARM_KINDS = {
+    "fuse+loop": "obdlab.devices.fuse_loop",
+    "ublk": "obdlab.devices.ublk.device",
+    "tcmu": "obdlab.devices.tcmu.device",
+}
 
 
 def open_configured(config_path: Path, settings_json: str) -> Blob:
@@ -115,7 +120,7 @@ class Host:
         assert self._listener is not None, "bind first"
         self._signals = _settle_in()
         if self._opener is open_configured:
-            _warm_up(_WARM, [kinds.best()])
+            _warm_up(_WARM)
             self._to_warm = _WARM_LATER
         self._listener.setblocking(False)
         while True:
@@ -132,7 +137,7 @@ class Host:
             if any(fd == self._listener.fileno() for fd, _ in events):
                 self._accept(self._listener)
             elif self._to_warm:
-                _warm_up(self._to_warm, kinds.every())
+                _warm_up(self._to_warm)
                 self._to_warm = ()
             elif self._is_unreachable():
                 return
@@ -230,12 +235,12 @@ class Host:
 
 def _refuse(connection: socket.socket, reason: str) -> None:
     log.error("request refused: %s", reason)
-    try:
-        wire.receive(connection, _TROUBLE_PAUSE_S)  # closing with the request unread could lose the answer
+    try:  # closing with the request unread could lose the answer
+        wire.receive(connection, _TROUBLE_PAUSE_S, OF_HOST_CLIENT)
     except DeviceError:
         pass
     try:
-        wire.send(connection, {"error": reason})
+        wire.send(connection, Failed(reason))
     except OSError as error:
         log.warning("client gone before its answer: %s", error.strerror)
 
@@ -255,8 +260,8 @@ def _settle_in() -> Signals:
     return signals
 
 
-def _warm_up(names: Iterable[str], found: Iterable[Kind]) -> None:
-    present = [module for kind in found if not kind.missing() for module in kind.warm]
+def _warm_up(names: tuple[str, ...]) -> None:
+    present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
     for name in (*names, *present):
         importlib.import_module(name)
     gc.collect()

@@ -6,7 +6,6 @@ ends. It holds the lock of the device's directory meanwhile.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
@@ -14,16 +13,34 @@ import shlex
 import shutil
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from obdlab.devices import kinds
-from obdlab.devices.kind import NO_CONNECTION
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.server import wire
 from obdlab.server.forking import fork_to
 from obdlab.server.keeper import Keeper, Orphan
+from obdlab.server.messages import (
+    OF_HOST_CLIENT,
+    OF_KEEPER,
+    Attach,
+    Attached,
+    Failed,
+    Keep,
+    Kept,
+    Message,
+    Prime,
+    Primed,
+    Ready,
+    Stage,
+    Stale,
+    Upgrade,
+    Upgraded,
+)
 from obdlab.server.rundir import DeviceRecord, Plan, RunDir, held, remove_device
 from obdlab.server.takeover import Former, connection_of
 from obdlab.settings.settings import Settings
@@ -34,7 +51,6 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from obdlab.devices.kind import Kind
     from obdlab.server.installed import InstalledCode
     from obdlab.server.keeper import Opener
 
@@ -57,47 +73,51 @@ class HostRequests:
 
     def handle(self, connection: socket.socket) -> None:
         """Receive one request, do it, answer."""
-        answer: dict[str, Any]
+        answer: Message
         try:
-            request = wire.receive(connection, REQUEST_TIMEOUT_S)
-            stale = request.get("op") in ("attach", "upgrade") and self._installed.changed()
+            request = wire.receive(connection, REQUEST_TIMEOUT_S, OF_HOST_CLIENT)
+            stale = isinstance(request, Attach | Upgrade) and self._installed.changed()
             self._installed.close()  # no server needs it
-            if stale:
-                answer = {"stale": True}  # the client then starts a new host, which runs the installed code
-            elif request.get("op") == "attach":
-                answer = {"device": self._attach(request, connection)}
-            elif request.get("op") == "prime":
-                answer = _prime(request)
-            elif request.get("op") == "upgrade":
-                answer = {"upgraded": self._upgrade(request)}
-            elif request.get("op") == "keep":
-                answer = {"kept": self._keep(request, connection)}
-            else:
-                answer = {"error": f"unknown request (got {request.get('op')!r})"}
+            # After a stale answer the client starts a new host, which runs the installed code.
+            answer = Stale(True) if stale else self._answer(request, connection)
         except ObdlabError as error:
-            answer = {"error": str(error)}
+            answer = Failed.of(error)
         except Exception as error:
             log.exception("request failed")
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = Failed.of(error)
         try:
             wire.send(connection, answer)
         except OSError as error:  # the client is gone
             log.warning("client gone before its answer (%s): %s", error.strerror, answer)
 
-    def _attach(self, request: dict[str, Any], connection: socket.socket) -> dict[str, Any]:
-        try:
-            config, device_id = Path(request["config"]), str(request["device_id"])
-            settings, timeout_s = str(request["settings"]), wire.timeout_of(request)
-            sha256, readahead_kib = str(request["config_sha256"]), int(request["readahead_kib"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DeviceError(f"attach request: {error!r}") from error
-        deadline = time.monotonic() + timeout_s
+    def _answer(self, request: Message, connection: socket.socket) -> Message:
+        match request:
+            case Attach():
+                return Attached(self._attach(request, connection))
+            case Upgrade():
+                return Upgraded(self._upgrade(request))
+            case Keep():
+                return Kept(self._keep(request, connection))
+            case Prime():
+                return _prime(request)
+        raise DeviceError(f"unknown request (got {request!r})")
+
+    def _attach(self, request: Attach, connection: socket.socket) -> DeviceRecord:
+        device_id, deadline = request.device_id, time.monotonic() + request.timeout_s
         directory = self._run.device(device_id)
-        kind = _kind_of(settings)
-        with held(directory, timeout_s) as lock:
-            if _still_attached(directory, config, sha256, settings) is None:
+        kind = _kind_of(request.settings)
+        with held(directory, request.timeout_s) as lock:
+            if _still_attached(directory, request) is None:
                 _clear_leftovers(directory, device_id)
-                plan = Plan(device_id, str(config), sha256, settings, readahead_kib, self._code, kind=kind.name)
+                plan = Plan(
+                    device_id,
+                    str(Path(request.config)),
+                    request.config_sha256,
+                    request.settings,
+                    request.readahead_kib,
+                    self._code,
+                    kind=kind.name,
+                )
                 with closed_at_end(kind.connect()) as handed_on:
                     try:
                         self._start_keeper(plan, directory, deadline, handed_on, (connection.fileno(), lock))
@@ -110,15 +130,15 @@ class HostRequests:
             record = DeviceRecord.load(directory)
             if record is None:
                 raise DeviceError(f"device {device_id}: gone again")
-            return asdict(record)
+            return record
 
-    def _upgrade(self, request: dict[str, Any]) -> bool:
-        deadline, directory = self._deadline_and_directory(request)
-        device_id, force = directory.name, request.get("force") is True
+    def _upgrade(self, request: Upgrade) -> bool:
+        deadline, directory = time.monotonic() + request.timeout_s, self._run.device(request.device_id)
+        device_id = directory.name
         with self._held_if_there(directory, deadline) as (lock, record):
             if not record.alive:
                 raise DeviceError(f"device {device_id}: no such device is being served")
-            if record.is_graduated or (record.code == self._code and record.is_kept and not force):
+            if record.is_graduated or (record.code == self._code and record.is_kept and not request.force):
                 return False
             kind = kinds.find(record.kind)
             if record.keeper is None and not kind.can_change_servers():
@@ -126,7 +146,7 @@ class HostRequests:
                     f"device {device_id}: the kernel lets no other server go on with it (Linux 6.9 does)"
                 )
             former = Former(record)
-            with closed_at_end(former.connection() if kind.is_shared else NO_CONNECTION) as handed_on:
+            with closed_at_end(former.connection() if kind.is_shared else kinds.NO_CONNECTION) as handed_on:
                 try:
                     self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), former=former)
                 except BaseException:
@@ -142,14 +162,10 @@ class HostRequests:
                     self._plan_of(record),
                     directory,
                     time.monotonic() + _REVIVAL_S,
-                    NO_CONNECTION,
+                    kinds.NO_CONNECTION,
                     (lock,),
                     revived=record,
                 )
-
-    def _deadline_and_directory(self, request: dict[str, Any]) -> tuple[float, Path]:
-        timeout_s = wire.timeout_of(request)
-        return time.monotonic() + timeout_s, self._run.device(str(request.get("device_id")))
 
     # Yields the lock and the record of a known device. Raises DeviceError if the device is unknown.
     @contextmanager
@@ -166,16 +182,19 @@ class HostRequests:
         return Plan(**{each.name: getattr(record, each.name) for each in fields(Plan)} | {"code": self._code})
 
     # A server whose keeper was killed asks for another keeper, which adopts it; the connection becomes their channel.
-    def _keep(self, request: dict[str, Any], connection: socket.socket) -> bool:
-        deadline, directory = self._deadline_and_directory(request)
+    def _keep(self, request: Keep, connection: socket.socket) -> bool:
+        deadline, directory = time.monotonic() + request.timeout_s, self._run.device(request.device_id)
         peer = wire.peer_of(connection)
-        description = _described(request.get("server"), peer.pid)
+        process = Process.of(peer.pid)
+        if process is None:
+            raise DeviceError(f"device {directory.name}: server {peer.pid} is gone")
+        description = structs.replace(request.server, pid=process.pid, start_time=process.start_time)
         with self._held_if_there(directory, deadline) as (lock, record):
             if record.is_kept or (record.process.alive and record.pid != peer.pid):
                 raise DeviceError(f"device {directory.name}: is served by others (server {record.pid})")
-            orphan = Orphan(peer.pid, connection, description | {"code": record.code})
+            orphan = Orphan(connection, description, record.code)
             is_shared = kinds.find(record.kind).is_shared
-            with closed_at_end(connection_of(peer.pid) if is_shared else NO_CONNECTION) as handed_on:
+            with closed_at_end(connection_of(peer.pid) if is_shared else kinds.NO_CONNECTION) as handed_on:
                 self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
         return True
 
@@ -218,36 +237,23 @@ def stays_without_server(record: DeviceRecord) -> bool:
 
     A FUSE connection ends with the last process that holds it; TCMU and ublk devices stay.
     """
-    try:
-        return not kinds.find(record.kind).is_shared
-    except DeviceError:  # a kind of another version
-        return False
+    kind = kinds.KINDS.get(record.kind)
+    return kind is not None and not kind.is_shared
 
 
 def is_revivable(directory: Path, record: DeviceRecord) -> bool:
     """Return True if a device is still in the kernel and waits for a server that no process will start."""
     if record.alive or not stays_without_server(record):
         return False
-    return Path(record.path) in kinds.find(record.kind).devices_of(directory)
+    return Path(record.path) in kinds.KINDS[record.kind].devices_of(directory)
 
 
-def _described(server: object, pid: int) -> dict[str, Any]:
-    process = Process.of(pid)
-    if not isinstance(server, dict) or process is None:
-        raise DeviceError(f"keep request: no server (got {server!r} of process {pid})")
-    wanted = {"kind": str, "path": str, "size": int, "read_only": bool, "can_change_servers": bool}
-    wrong = [name for name, type_ in wanted.items() if type(server.get(name)) is not type_]
-    if wrong:
-        raise DeviceError(f"keep request: malformed {', '.join(wrong)}")
-    return {name: server[name] for name in wanted} | {"pid": process.pid, "start_time": process.start_time}
-
-
-def _prime(request: dict[str, Any]) -> dict[str, Any]:
+def _prime(request: Prime) -> Primed:
     from obdlab.image.config import ImageConfig
     from obdlab.image.priming import prime
 
-    prime(ImageConfig.from_json(request.get("image")), Settings.from_json(str(request.get("settings"))))
-    return {}
+    prime(ImageConfig.from_json(request.image), Settings.from_json(request.settings))
+    return Primed()
 
 
 @contextmanager
@@ -267,23 +273,27 @@ def _has_hung_up(connection: socket.socket) -> bool:
 
 
 # Raises DeviceError if this host has no devices of the kind in the settings.
-def _kind_of(settings: str) -> Kind:
+def _kind_of(settings: str) -> kinds.Kind:
     kind = kinds.find(Settings.from_json(settings).device_kind)
     kinds.check(kind)
     return kind
 
 
-def _still_attached(directory: Path, config: Path, sha256: str, settings: str) -> DeviceRecord | None:
+def _still_attached(directory: Path, request: Attach) -> DeviceRecord | None:
     record = DeviceRecord.load(directory)
     if record is None or not record.alive:
         return None
     if Path(record.path) not in kinds.devices_of(directory):
         return None  # the device was taken away: worth no more than a dead server
-    if record.config != str(config):
-        raise DeviceError(f"device {record.device_id}: already attached for {record.config} (wanted {config})")
-    if record.config_sha256 != sha256:
-        raise DeviceError(f"device {record.device_id}: {config} has changed since it was attached; detach it first")
-    wanted = Settings.from_json(settings).device_kind
+    if record.config != str(Path(request.config)):
+        raise DeviceError(
+            f"device {record.device_id}: already attached for {record.config} (wanted {request.config})"
+        )
+    if record.config_sha256 != request.config_sha256:
+        raise DeviceError(
+            f"device {record.device_id}: {request.config} has changed since it was attached; detach it first"
+        )
+    wanted = Settings.from_json(request.settings).device_kind
     if wanted not in (kinds.AUTOMATIC, record.kind):
         raise DeviceError(f"device {record.device_id}: attached as {record.kind} (wanted {wanted}); detach it first")
     return record
@@ -312,7 +322,7 @@ def _way_out(directory: Path) -> str:
 
 
 def _follow(reader: int, deadline: float) -> None:
-    stage, buffered = "starting", b""
+    stage, lines = "starting", wire.Lines()
     poller = select.poll()
     poller.register(reader, select.POLLIN)
     while True:
@@ -322,12 +332,12 @@ def _follow(reader: int, deadline: float) -> None:
         part = os.read(reader, 1 << 16)
         if not part:
             raise DeviceError(f"the device server ended unexpectedly while {stage} (its log says more)")
-        buffered += part
-        *lines, buffered = buffered.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            if "error" in message:
-                raise DeviceError(message["error"])
-            if "ready" in message:
-                return
-            stage = message["stage"]
+        lines.add(part)
+        while (line := lines.take()) is not None:
+            match wire.decode(line, OF_KEEPER):
+                case Failed() as failed:
+                    raise failed.restore()
+                case Ready():
+                    return
+                case Stage(now):
+                    stage = now

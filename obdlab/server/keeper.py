@@ -14,7 +14,6 @@ which adopts the server (``obdlab.server.keeperlink``).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import select
@@ -22,17 +21,18 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
-from obdlab.server import server
+from obdlab.server import server, wire
 from obdlab.server.deaths import Deaths, Start
 from obdlab.server.forking import Signals, become
 from obdlab.server.keeperstate import KEPT, TRANSITIONS, State
+from obdlab.server.messages import Busy, Description, Failed, Message, Ready, Stage
 from obdlab.server.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan
 from obdlab.server.serverprocess import ServerProcess, Task, how_ended, killed_by
@@ -56,18 +56,15 @@ _LEAVE_PAUSE_S = 1.0
 MAX_HANGS = 3
 
 
-#: Fields of a server's description of its device that the record keeps.
-DESCRIBED = ("kind", "path", "size", "read_only", "pid", "start_time")
-
-
 @dataclass(frozen=True, slots=True)
 class Orphan:
     """A running server whose keeper was killed."""
 
-    pid: int
     channel: socket.socket
     #: The same description that a ready server sends.
-    description: dict[str, Any]
+    description: Description
+    #: Digest of the code that it runs.
+    code: str
 
 
 class Keeper:
@@ -111,7 +108,9 @@ class Keeper:
         self._poller = select.poll()
         self._next_start: float | None = None
         self._deaths = Deaths(settings.read_deadline_s)
-        self._description: dict[str, Any] = {}
+        self._description: Description | None = None
+        #: Digest of the code that the server runs.
+        self._code = plan.code if orphan is None else orphan.code
         self._watchdog = Watchdog(directory, settings)
         self._signals: Signals | None = None
 
@@ -195,24 +194,26 @@ class Keeper:
     def _adopt(self, orphan: Orphan) -> None:
         orphan.channel.settimeout(None)
         try:
-            one = ServerProcess(orphan.pid, orphan.channel, 0)
+            one = ServerProcess(orphan.description.pid, orphan.channel, 0)
         except OSError as error:
-            self._say({"error": f"server {orphan.pid}: {error.strerror}"})
-            self._fail(f"its server {orphan.pid} is gone: {error.strerror}")
+            self._say(Failed(f"server {orphan.description.pid}: {error.strerror}"))
+            self._fail(f"its server {orphan.description.pid} is gone: {error.strerror}")
             return
         self._watch(one)
-        one.start = Start.now(Path(orphan.description["path"]))
-        self._is_served(dict(orphan.description))
-        if orphan.description["read_only"]:  # helpers not yet recorded died with their keeper
+        one.start = Start.now(Path(orphan.description.path))
+        self._is_served(orphan.description)
+        if orphan.description.read_only:  # helpers not yet recorded died with their keeper
             self._kind.send_again(self._connection)
 
     # The host's child waits for the record alone: the image may take long to open, and the device exists.
     def _revive(self, record: DeviceRecord) -> None:
         log.error("%s: keeper and server are gone: starting a server", self._directory.name)
         self._become(State.RESTARTING)
-        self._description = {name: getattr(record, name) for name in DESCRIBED}
+        self._description = Description(
+            record.kind, record.path, record.size, record.read_only, True, record.pid, record.start_time
+        )
         self._save()
-        self._say({"ready": True})
+        self._say(Ready(None))
         self._stop_telling()
         self._start(0)
 
@@ -244,7 +245,7 @@ class Keeper:
         if number == 0 and self._state in KEPT:
             self._start_again(why, reported=True)
         elif number == 0:
-            self._say({"error": why})
+            self._say(Failed(why))
             self._fail(why)
 
     # Runs in the new process. Descriptors that belong to the keeper alone must not live on in it.
@@ -287,32 +288,34 @@ class Keeper:
         with suppress(KeyError):  # done before
             self._poller.unregister(fd)
 
-    def _hear(self, one: ServerProcess, message: dict[str, Any]) -> None:
-        if "busy" in message:
-            self._help()
-        elif "ready" in message:
-            if one.number == 0:
-                self._is_served(message["ready"])
-            else:
-                self._save()
-            one.start = Start.now(self._path) if self._path is not None else None
-        elif "error" in message:
-            one.error = message["error"]
-            if self._state in KEPT:
-                log.error("%s: server %d cannot serve: %s", self._directory.name, one.number, one.error)
-            else:
+    def _hear(self, one: ServerProcess, message: Message) -> None:
+        match message:
+            case Busy():
+                self._help()
+            case Ready(description):
+                if one.number:
+                    self._save()
+                elif description is not None:
+                    self._code = self._plan.code
+                    self._is_served(description)
+                one.start = Start.now(self._path) if self._path is not None else None
+            case Failed() as failed:
+                one.failed = failed
+                if self._state in KEPT:
+                    log.error("%s: server %d cannot serve: %s", self._directory.name, one.number, failed.error)
+                else:
+                    self._say(failed)
+            case Stage() if self._state not in KEPT:
                 self._say(message)
-        elif self._state not in KEPT:
-            self._say(message)
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, message: Message) -> None:
         if self._tell is not None:
             with suppress(BrokenPipeError):  # the poller reports it
-                os.write(self._tell, json.dumps(message).encode() + b"\n")
+                os.write(self._tell, wire.encode(message))
 
-    def _is_served(self, description: dict[str, Any]) -> None:
-        self._path = Path(description["path"])
-        can_go_on = description.pop("can_change_servers")
+    def _is_served(self, description: Description) -> None:
+        self._path = Path(description.path)
+        can_go_on = description.can_change_servers
         self._description = description
         if self._former is not None:
             self._former.end()
@@ -322,7 +325,7 @@ class Keeper:
             log.warning("%s: the kernel is too old to let another server go on with it", self._directory.name)
         self._become(State.SERVED)
         self._save(kept=can_go_on)
-        self._say({"ready": True})
+        self._say(Ready(None))
         self._stop_telling()
         if not can_go_on:  # an open connection would only keep its readers waiting after a death
             self._become(State.OVER)
@@ -339,9 +342,23 @@ class Keeper:
         starting = (
             Process.of(self._servers[0].pid) if self._state is State.RESTARTING and 0 in self._servers else None
         )
-        plan = {key: getattr(known or self._plan, key) for key in asdict(self._plan)}  # a snapshot changes the config
+        described = self._description
+        assert described is not None, "no server was ready yet"
+        plan = known or self._plan  # a snapshot changes the config
         record = DeviceRecord(
-            **plan | {"code": self._plan.code} | self._description,
+            device_id=plan.device_id,
+            config=plan.config,
+            config_sha256=plan.config_sha256,
+            settings=plan.settings,
+            readahead_kib=plan.readahead_kib,
+            code=self._code,
+            graduated=plan.graduated,
+            kind=described.kind,
+            path=described.path,
+            size=described.size,
+            read_only=described.read_only,
+            pid=described.pid,
+            start_time=described.start_time,
             keeper_pid=me.pid if me else 0,
             keeper_start_time=me.start_time if me else 0,
             helpers=[one.pid for one in self._servers.values() if one.number],
@@ -356,7 +373,7 @@ class Keeper:
 
     def _help(self) -> None:
         free = set(range(1, self._most_servers)) - set(self._servers)
-        if free and self._state in KEPT and self._description["read_only"]:
+        if free and self._state in KEPT and self._description is not None and self._description.read_only:
             self._start(min(free))
 
     def _bury(self, one: ServerProcess) -> None:
@@ -375,7 +392,7 @@ class Keeper:
                 self._become(State.ENDING)
                 self._kill_servers()  # helpers have no data to flush
             return
-        name, why = self._directory.name, one.error or f"ended {how_ended(status)}"
+        name, why = self._directory.name, one.failed.error if one.failed else f"ended {how_ended(status)}"
         log.log(
             logging.INFO if one.number and status == 0 else logging.ERROR, "%s: server %d %s", name, one.number, why
         )
@@ -386,7 +403,7 @@ class Keeper:
         if one.start is not None and self._path is not None and one.start.was_healthy(self._path, killed_by(status)):
             self._deaths.forget()
         self._restarts += 1
-        self._start_again(why, reported=bool(one.error))
+        self._start_again(why, reported=one.failed is not None)
 
     def _start_again(self, why: str, *, reported: bool) -> None:
         self._become(State.RESTARTING)

@@ -7,18 +7,19 @@ them is replaced. Its users then get I/O errors at once, because the last holder
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.server import wire
 from obdlab.server.client import DeviceService
+from obdlab.server.messages import Busy
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from obdlab.server.messages import Description, Message
     from obdlab.server.serverprocess import Task
 
 log = logging.getLogger(__name__)
@@ -43,18 +45,18 @@ class KeeperLink:
         self._channel = channel
         self._lock = threading.Lock()
 
-    def say(self, message: dict[str, Any]) -> bool:
+    def say(self, message: Message) -> bool:
         """Send one message. Return False if the keeper is gone."""
         try:
             with self._lock:
-                self._channel.sendall(json.dumps(message).encode() + b"\n")
+                wire.send(self._channel, message)
         except OSError:
             return False
         return True
 
     def say_busy(self) -> None:
         """Ask for a helper."""
-        self.say({"busy": True})
+        self.say(Busy(True))
 
     def wait_for_end(self) -> None:
         """Return when the keeper is gone."""
@@ -76,7 +78,7 @@ class KeeperSeeker:
     ``describe`` returns the server's description of the device.
     """
 
-    def __init__(self, link: KeeperLink, directory: Path, task: Task, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, link: KeeperLink, directory: Path, task: Task, describe: Callable[[], Description]) -> None:
         self._link = link
         self._directory = directory
         self._task = task
@@ -125,7 +127,7 @@ class KeeperSeeker:
                 if not self._directory.is_dir():
                     raise DeviceError("its directory was removed")  # a host would make the run directory again
                 self._link.renew(self._service.ask_for_keeper(self._directory.name, self._describe()))
-            except DeviceError as error:
+            except ObdlabError as error:
                 log.warning("%s: no keeper yet: %s", self._directory.name, error)
                 time.sleep(pause_s)
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)

@@ -5,77 +5,82 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.layerfiles.snapshot import Snapshot
 from obdlab.layers.gc import Collected
-from obdlab.server import controlclient
+from obdlab.server import controlclient, wire
+from obdlab.server.messages import (
+    Collect,
+    Done,
+    Flush,
+    Recorded,
+    Resize,
+    Resized,
+    TakeSnapshot,
+    TraceStart,
+    TraceStop,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.server.client import AttachedDevice, DeviceService
+    from obdlab.server.messages import ControlRequest, Step
+
+T = TypeVar("T")
 
 #: Every change begins or ends with a flush, which may take long on a busy disk.
 _TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedTrace:
-    """Content of a trace: how many reads, of how many bytes; ``left_out`` reads came after it was full."""
-
-    reads: int
-    size: int
-    left_out: int
-
-
-@dataclass(frozen=True, slots=True)
 class LiveDevice:
-    """An attached device, by its id. Every method raises DeviceError with its server's reason."""
+    """An attached device, by its id. Every method raises the error of its server."""
 
     service: DeviceService
     device_id: str
 
     def flush(self) -> None:
         """Bring written data to stable storage."""
-        self._ask("flush")
+        self._ask(Flush(), Done)
 
-    def collect(self, progress: Callable[[dict[str, Any]], None] | None = None) -> Collected | None:
+    def collect(self, progress: Callable[[Step], None] | None = None) -> Collected | None:
         """Free the overwritten data of its append-mode writable layer; None if the layer is sparse.
 
-        ``progress`` gets ``{"step": name, "done": n, "total": n}``. The collection ends if the caller ends early.
+        ``progress`` gets each step. The collection ends if the caller ends early.
         """
-        answer = self._ask("gc", progress=progress)
-        return Collected(**answer) if answer else None
+        answer = self._ask(Collect(), dict[str, int], progress=progress)
+        return wire.typed(answer, Collected) if answer else None
 
     def resize(self, size: int) -> int:
         """Grow it to ``size`` bytes; return its previous size. The file system on it keeps its size."""
-        return int(self._ask("resize", {"size": size})["before"])
+        return self._ask(Resize(size), Resized).before
 
     def start_recording(self) -> None:
         """Record all reads of its layers from now on, without a pause in serving them."""
-        self._ask("trace-start")
+        self._ask(TraceStart(), Done)
 
-    def stop_recording(self, path: Path) -> RecordedTrace:
+    def stop_recording(self, path: Path) -> Recorded:
         """Stop recording, and have the trace written to ``path``."""
-        return RecordedTrace(**self._ask("trace-stop", {"path": str(path.absolute())}))
+        return self._ask(TraceStop(str(path.absolute())), Recorded)
 
     def snapshot(self, new_config: Path) -> Snapshot:
         """Go on in the layer that this configuration names: see :func:`obdlab.layerfiles.snapshot.snapshot`."""
-        return Snapshot(**self._ask("snapshot", {"config": str(new_config.absolute())}))
+        return self._ask(TakeSnapshot(str(new_config.absolute())), Snapshot)
 
     def _ask(
         self,
-        op: str,
-        arguments: dict[str, Any] | None = None,
-        progress: Callable[[dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
+        request: ControlRequest,
+        kind: type[T],
+        progress: Callable[[Step], None] | None = None,
+    ) -> T:
         directory = self.service.run_dir.device(self.device_id)
         if not directory.is_dir():
             raise DeviceError(f"device {self.device_id}: not attached")
-        return controlclient.ask(directory, op, arguments, silence_s=_TIMEOUT_S, progress=progress)
+        return controlclient.ask(directory, request, kind, silence_s=_TIMEOUT_S, progress=progress)
 
 
 def find_device(service: DeviceService, name: str) -> AttachedDevice | None:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import msgspec
+
 from obdlab.devices import backingfile, kinds
 from obdlab.errors import DeviceError
 from obdlab.records import known_fields
@@ -73,7 +75,7 @@ class Plan:
     #: The local file that was to replace the server; the kernel knows whether it did. "": no file.
     graduated: str = ""
     #: Name of the device's kind (``devices.kinds``).
-    kind: str = kinds.FIRST
+    kind: str = "fuse+loop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +160,9 @@ class DeviceRecord(Plan):
     def from_json(cls, values: object) -> Self:
         """Return the record from another process. Fields of later versions are left out.
 
-        Raises TypeError if it is malformed.
+        Raises TypeError or ValueError if it is malformed.
         """
-        return cls(**known_fields(cls, values))
+        return msgspec.convert(known_fields(cls, values), cls)
 
 
 class RunDir:

@@ -12,17 +12,16 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from obdlab.blob import WritableBlob, find
+from obdlab.blob import WritableBlob
 from obdlab.devices import kinds
-from obdlab.devices.kind import Place
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.server import controlsocket
-from obdlab.server.graduation import graduates
 from obdlab.server.keeperlink import KeeperLink, KeeperSeeker
+from obdlab.server.messages import Description, Failed, Ready, Stage
 from obdlab.server.protection import SERVER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
@@ -58,43 +57,40 @@ def serve(
 ) -> None:
     """Open the blob, make it a device at ``directory`` or go on with one, and serve until the device is taken away.
 
-    The keeper at the other end of ``channel`` gets ``{"stage": text}``, then ``{"ready": {...}}`` or a failure as
-    ``{"error": text}``, and now and then ``{"busy": true}`` while more processes would help.
+    The keeper at the other end of ``channel`` gets Stage messages, then Ready or Failed, and now and then Busy while
+    more processes would help (``obdlab.server.messages``).
     """
     device_id, keeper = directory.name, KeeperLink(channel)
     _settle_in(device_id, Settings.from_json(task.settings).server_memory)
     if task.number:  # only a keeper has the kernel hand out a helper's unanswered requests again
         abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        if not keeper.say({"stage": "opening the image"}) and task.number:
+        if not keeper.say(Stage("opening the image")) and task.number:
             return
         blob = open_blob()
-        keeper.say({"stage": "making the device"})
+        keeper.say(Stage("making the device"))
         # From here on a SIGTERM waits until this process can handle it cleanly.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        place = Place(
+        device = kinds.find(task.kind).make(
+            blob,
             directory,
             name=device_id,
             readahead_kib=readahead_kib,
             connection=task.connection,
             path=task.path,
             on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_say_busy, keeper, blob),
-            exchangeable=graduates(blob),
         )
-        device = kinds.find(task.kind).open(blob, place)
-    except ObdlabError as error:
-        keeper.say({"error": str(error)})
-        return
     except Exception as error:
-        log.exception("%s: cannot serve", device_id)
-        keeper.say({"error": f"{type(error).__name__}: {error}"})
+        if not isinstance(error, ObdlabError):
+            log.exception("%s: cannot serve", device_id)
+        keeper.say(Failed.of(error))
         return
     if task.number:
         _help(device, blob, directory, keeper, task)
         return
     try:
         answering = controlsocket.serve(device, blob, directory)
-        if not keeper.say({"ready": _description(device)}) and task.path is None:
+        if not keeper.say(Ready(_description(device))) and task.path is None:
             raise DeviceError(f"{device_id}: its keeper died during the attach")
         if device.can_change_servers or task.path is not None:
             KeeperSeeker(keeper, directory, task, partial(_description, device)).start()
@@ -109,8 +105,7 @@ def serve(
 
 # A recording that began with the opening of the image sees the reads of this process alone: no helper then.
 def _say_busy(keeper: KeeperLink, blob: Blob) -> None:
-    stack = find(blob, Stack)
-    if stack is None or not stack.watched:
+    if not (isinstance(blob, Stack) and blob.watched):
         keeper.say_busy()
 
 
@@ -118,7 +113,7 @@ def _say_busy(keeper: KeeperLink, blob: Blob) -> None:
 # moment.
 def _help(device: Device, blob: Blob, directory: Path, keeper: KeeperLink, task: Task) -> None:
     tracing = controlsocket.serve(device, blob, directory, helper=task.number).tracing
-    keeper.say({"ready": {}})
+    keeper.say(Ready(None))
     before = -1
     while not device.wait(HELPER_IDLE_S):
         now = device.statistics()
@@ -141,18 +136,18 @@ def _settle_in(device_id: str, server_memory: int) -> None:
     bound_memory(server_memory)
 
 
-def _description(device: Device) -> dict[str, Any]:
+def _description(device: Device) -> Description:
     me = Process.of(os.getpid())
     assert me is not None
-    return {
-        "kind": device.kind,
-        "path": str(device.path),
-        "size": device.size,
-        "read_only": device.read_only,
-        "pid": me.pid,
-        "start_time": me.start_time,
-        "can_change_servers": device.can_change_servers,
-    }
+    return Description(
+        kind=device.kind,
+        path=str(device.path),
+        size=device.size,
+        read_only=device.read_only,
+        can_change_servers=device.can_change_servers,
+        pid=me.pid,
+        start_time=me.start_time,
+    )
 
 
 def _wait_for_end(device: Device, device_id: str) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
+from obdlab.errors import DeviceError
+from obdlab.server import wire
+from obdlab.server.messages import OF_SERVER
 
 if TYPE_CHECKING:
     import socket
     from pathlib import Path
 
     from obdlab.server.deaths import Start
+    from obdlab.server.messages import Failed, Message
 
 log = logging.getLogger(__name__)
-
-#: Longest message of a server.
-_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Task:
     #: Number of servers that the device had before.
     restarts: int = 0
     #: Name of the device's kind.
-    kind: str = kinds.FIRST
+    kind: str = kinds.FuseLoop.name
     #: Settings of the device's plan, as ``Settings.to_json`` wrote them.
     settings: str = "{}"
 
@@ -56,10 +56,10 @@ class ServerProcess:
         #: When it became ready; None before that.
         self.start: Start | None = None
         #: The server's own reason why it cannot serve.
-        self.error = ""
-        self._received = bytearray()
+        self.failed: Failed | None = None
+        self._lines = wire.Lines()
 
-    def listen(self) -> list[dict[str, Any]] | None:
+    def listen(self) -> list[Message] | None:
         """Return the received messages, or None if its end of the channel is closed.
 
         A server that sends a malformed message is not read any more.
@@ -70,22 +70,20 @@ class ServerProcess:
             part = b""
         if not part:
             return None
-        self._received += part
-        *lines, rest = self._received.split(b"\n")
-        self._received = bytearray(rest)
+        messages = []
         try:
-            messages = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
-            messages = [None]
-        if len(rest) > _LIMIT or not all(isinstance(each, dict) for each in messages):
-            log.error("server %d: malformed messages on its channel: not read any more", self.pid)
+            self._lines.add(part)
+            while (line := self._lines.take()) is not None:
+                messages.append(wire.decode(line, OF_SERVER))
+        except DeviceError as error:
+            log.error("server %d: malformed message on its channel, which is not read any more: %s", self.pid, error)
             return None
         return messages
 
-    def last_messages(self) -> list[dict[str, Any]]:
+    def last_messages(self) -> list[Message]:
         """Return a dead server's unread messages."""
         os.set_blocking(self.channel.fileno(), False)
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         with suppress(BlockingIOError, OSError):
             while (more := self.listen()) is not None:
                 messages += more

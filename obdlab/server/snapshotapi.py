@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
+
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.printable import printable
 from obdlab.server import wire
@@ -44,7 +46,7 @@ _MOST_OF_VERB = 20
 _JSON = "application/json"
 
 
-class UnknownDeviceError(ObdlabError):
+class UnknownDeviceError(ObdlabError, code="unknown-device"):
     """No device has this id."""
 
 
@@ -230,12 +232,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != _JSON or "Content-Type" not in self.headers:
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Only {_JSON}")
         try:
-            more = json.loads(body) if body.strip() else {}
+            return asked | (msgspec.json.decode(body, type=dict[str, str]) if body.strip() else {})
+        except msgspec.ValidationError as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not a JSON object of texts") from error
         except (ValueError, RecursionError) as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not JSON") from error
-        if not isinstance(more, dict) or not all(isinstance(value, str) for value in more.values()):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "The body is not a JSON object of texts")
-        return asked | more
 
     # Reads the whole body: the next request on the connection comes after it.
     def _body(self) -> bytes:

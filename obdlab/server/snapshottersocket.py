@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError
 from obdlab.server import wire
+from obdlab.server.messages import GetCounters, Tables
 
 if TYPE_CHECKING:
     import socket
@@ -59,9 +60,9 @@ class Telling:
 
     def _answer(self, connection: socket.socket) -> None:
         try:
-            wire.receive(connection, _TIMEOUT_S)
+            wire.receive(connection, _TIMEOUT_S, (GetCounters,))
             connection.settimeout(_TIMEOUT_S)
-            wire.send(connection, {"table": self._table()})
+            wire.send(connection, Tables(self._table()))
         except (OSError, DeviceError) as error:  # the client went away, or never asked
             log.info("counters: %s", error)
         except Exception:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import ImageConfig, read_config
 from obdlab.image.open import Image, open_image
 from obdlab.layerfiles.flatten import flat_files, flat_name, flatten
 from obdlab.server import controlclient
+from obdlab.server.messages import Graduate, Switched
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 
@@ -77,8 +78,8 @@ def graduate(
 # The server may end before its answer arrives: the kernel knows the outcome.
 def _switch(directory: Path, name: str, path: Path) -> float:
     try:
-        return float(controlclient.ask(directory, "graduate", {"name": name}, silence_s=_ANSWER_S)["paused_s"])
-    except DeviceError:
+        return controlclient.ask(directory, Graduate(name), Switched, silence_s=_ANSWER_S).paused_s
+    except ObdlabError:
         record = DeviceRecord.load(directory)
         if record is None or record.graduated != str(path) or not record.is_graduated:
             raise

@@ -14,10 +14,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from obdlab.errors import DeviceError
+from obdlab.errors import ObdlabError
 from obdlab.server import controlclient
+from obdlab.server.messages import Counters, GetCounters
 from obdlab.system.processes import thread_states
 
 if TYPE_CHECKING:
@@ -103,27 +104,29 @@ class Watchdog:
         answers = {number: self._ask(number) for number in servers}
         found = {number: why for number, pid in servers.items() if (why := self._judge(pid, answers[number]))}
         self._silent = {pid: looks for pid, looks in self._silent.items() if pid in servers.values()}
-        taken = any(answer is None or answer.get("under_way_s") for answer in answers.values())
+        taken = any(answer is None or answer.under_way_s for answer in answers.values())
         self._untaken = 0 if moved or taken else self._untaken + 1
         if self._lasts(self._untaken) and not found and 0 in servers:
             found[0] = f"took none of the requests that waited for {self.limit_s:.0f} s"
         return self._convicted(found, servers)
 
-    def _ask(self, number: int) -> dict[str, Any] | None:
+    def _ask(self, number: int) -> Counters | None:
         name = f"helper-{number}.sock" if number else controlclient.CONTROL_NAME
         try:
-            return controlclient.ask(self._directory, "counters", socket_name=name, silence_s=self._answer_s)
-        except DeviceError:
+            return controlclient.ask(
+                self._directory, GetCounters(), Counters, socket_name=name, silence_s=self._answer_s
+            )
+        except ObdlabError:
             return None
 
-    def _judge(self, pid: int, answer: dict[str, Any] | None) -> str:
+    def _judge(self, pid: int, answer: Counters | None) -> str:
         if answer is None:
             self._silent[pid] = self._silent.get(pid, 0) + 1
             if self._lasts(self._silent[pid]):
                 return f"said nothing for {self.limit_s:.0f} s while requests waited"
             return ""
         self._silent.pop(pid, None)
-        oldest_s = max(answer.get("under_way_s", ()), default=0.0)
+        oldest_s = max(answer.under_way_s, default=0.0)
         return f"has had a request for {oldest_s:.0f} s" if oldest_s > 2 * self.limit_s else ""
 
     def _lasts(self, looks: int) -> bool:

@@ -22,11 +22,12 @@ import pytest
 from obdlab.devices import loop
 from obdlab.devices.fuse_loop import devices_of
 from obdlab.devices.usage import TRANSIENT_USE_S
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError, SourceError
 from obdlab.image.config import ConfigError
 from obdlab.server import wire
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
+from obdlab.server.messages import Failed
 from obdlab.server.rundir import DeviceRecord, device_id_of, held
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
@@ -146,18 +147,25 @@ def test_an_id_belongs_to_one_config(bed: Bed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("what", "kind", "message"),
     [
-        ({"fail": "lower 2 sha256:ab: registry answered 404"}, "lower 2 sha256:ab: registry answered 404"),
-        ({"bug": True}, "KeyError: 'a bug'"),
-        ({"die": True}, "ended unexpectedly while opening the image"),
-        ({"size": 1000}, "512-byte sectors"),
+        (
+            {"fail": "lower 2 sha256:ab: registry answered 404"},
+            SourceError,
+            "lower 2 sha256:ab: registry answered 404",
+        ),
+        ({"bug": True}, DeviceError, "KeyError: 'a bug'"),
+        ({"die": True}, DeviceError, "ended unexpectedly while opening the image"),
+        ({"size": 1000}, DeviceError, "512-byte sectors"),
     ],
 )
-def test_a_failed_attach_tells_why_and_leaves_nothing(bed: Bed, what: dict[str, Any], message: str) -> None:
+def test_a_failed_attach_tells_why_and_leaves_nothing(
+    bed: Bed, what: dict[str, Any], kind: type[ObdlabError], message: str
+) -> None:
     config = bed.config("bad", **what)
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(ObdlabError) as caught:
         bed.service.attach(config, "bad")
+    assert type(caught.value) is kind
     assert message in str(caught.value)
     assert str(config) in str(caught.value)
     assert bed.leftovers() == []
@@ -518,7 +526,7 @@ def test_requests_that_are_none_are_answered_with_an_error(bed: Bed, line: bytes
     with wire.connect(bed.run_dir / "host.sock", 5.0) as connection:
         connection.sendall(line)
         connection.shutdown(1)
-        assert wire.receive(connection, 20.0)["error"]
+        assert isinstance(wire.receive(connection, 20.0, (Failed,)), Failed)
     assert bed.service.attach(bed.config("a")).size == MIB
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.controlclient import CONTROL_NAME
 from obdlab.server.host import MAX_REQUESTS
 from obdlab.server.hostrequests import REQUEST_TIMEOUT_S
+from obdlab.server.messages import Done, Failed, GetStatistics, Graduate, ServerStatistics
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord
 from obdlab.settings.settings import Settings
 from tests.devices.contract import MIB, read_direct
@@ -96,7 +98,7 @@ def test_malformed_messages_are_answered_with_an_error(bed: Bed, which: str) -> 
     ):
         with wire.connect(place, 30.0) as connection:
             connection.sendall(line + b"\n")
-            assert wire.receive(connection, 30.0)["error"], line[:40]
+            assert isinstance(wire.receive(connection, 30.0, (Failed,)), Failed), line[:40]
     bed.check()
 
 
@@ -126,7 +128,9 @@ def test_descriptors_that_nobody_wants_are_closed(bed: Bed, which: str) -> None:
         with wire.connect(place, 30.0) as connection:
             socket.send_fds(connection, [b'{"op": "nothing"}\n'], [writer] * 100)
             os.close(writer)
-            assert "unknown request" in wire.receive(connection, 30.0)["error"]
+            answer = wire.receive(connection, 30.0, (Failed,))
+            assert isinstance(answer, Failed)
+            assert answer.error == "unknown request (got 'nothing')"
         os.set_blocking(reader, True)
         assert os.read(reader, 1) == b""  # the last writer's end is closed
         os.close(reader)
@@ -165,25 +169,22 @@ def test_clients_that_say_nothing_hold_up_a_server_for_a_while_only(bed: Bed) ->
     with ExitStack() as held:
         for _ in range(20):
             held.enter_context(wire.connect(place, 30.0))
-        assert controlclient.ask(place.parent, "statistics", silence_s=60.0)["errors"] == 0
+        assert controlclient.ask(place.parent, GetStatistics(), ServerStatistics, silence_s=60.0).errors == 0
     bed.check()
 
 
 @kernel
 def test_a_timeout_that_is_no_time_is_refused(bed: Bed) -> None:
     """Compared with NaN no deadline ever passes."""
-    request = {"device_id": "a", "config": str(bed.config), "config_sha256": "", "settings": "{}", "server": {}}
-    for op in ("attach", "upgrade", "keep"):
-        with wire.connect(bed.run_dir / SOCKET_NAME, 30.0) as connection:
-            wire.send(connection, request | {"op": op, "readahead_kib": 128, "timeout_s": float("nan")})
-            assert wire.receive(connection, 30.0)["error"] == f"{op} request: malformed timeout_s (got nan)"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 1e300, "5", True, None, [5]])
-def test_times_of_requests(value: object) -> None:
-    with pytest.raises(DeviceError, match="attach request: malformed timeout_s"):
-        wire.timeout_of({"op": "attach", "timeout_s": value})
-    assert wire.timeout_of({"timeout_s": 5}) == 5.0
+    request = {"device_id": "a", "config": str(bed.config), "config_sha256": "", "settings": "{}", "image": {}}
+    for op in ("attach", "upgrade", "prime"):
+        for time_s, message in ((float("nan"), "a message that is no JSON"), (-1, f"{op} request: .*timeout_s")):
+            with wire.connect(bed.run_dir / SOCKET_NAME, 30.0) as connection:
+                line = json.dumps(request | {"op": op, "readahead_kib": 128, "timeout_s": time_s})
+                connection.sendall(line.encode() + b"\n")
+                answer = wire.receive(connection, 30.0, (Failed,))
+            assert isinstance(answer, Failed)
+            assert re.match(message, answer.error)
 
 
 def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
@@ -225,8 +226,8 @@ def test_a_server_short_of_descriptors_answers_again(tmp_path: Path) -> None:
     listener = Failing(wire.listen(tmp_path / CONTROL_NAME))
     served.start(listener)  # type: ignore[arg-type]
     assert listener.failed.wait(30)
-    with pytest.raises(DeviceError, match="unknown request"):
-        controlclient.ask(tmp_path, "nothing", silence_s=30.0)
+    with pytest.raises(DeviceError, match=r"request that this process does not answer \(got Graduate\)"):
+        controlclient.ask(tmp_path, Graduate(""), Done, silence_s=30.0)
 
 
 def test_a_record_of_a_later_version_is_read(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.deaths import MAX_DEATHS, Deaths, Start
 from obdlab.server.keeperstate import TRANSITIONS, State
+from obdlab.server.messages import Failed
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState
 from obdlab.server.serverprocess import ServerProcess
 from obdlab.server.watchdog import Activity
@@ -294,11 +295,11 @@ def test_a_keeper_killed_while_its_server_starts_leaves_that_at_work(slow_bed: D
     ("changed", "message"),
     [
         ({}, "is served by others"),
-        ({"server": None}, "no server"),
-        ({"server": {"path": 7}}, "malformed kind, path, size, read_only, can_change_servers"),
+        ({"server": None}, "keep request: Expected `object`, got `null` - at `$.server`"),
+        ({"server": {"path": 7}}, "keep request: "),
         ({"device_id": "other"}, "no such device is being served"),
         ({"device_id": "../x"}, "device id: letters"),
-        ({"timeout_s": "soon"}, "keep request: malformed timeout_s"),
+        ({"timeout_s": "soon"}, "keep request: Expected `float`, got `str` - at `$.timeout_s`"),
     ],
 )
 def test_a_process_that_is_not_its_server_gets_no_keeper(
@@ -308,8 +309,10 @@ def test_a_process_that_is_not_its_server_gets_no_keeper(
     server = {"kind": device.kind, "path": str(device.path), "size": device.size, "read_only": True}
     request = {"op": "keep", "device_id": "x", "timeout_s": 10.0, "server": server | {"can_change_servers": True}}
     with wire.connect(service.run_dir.path / SOCKET_NAME, 10.0) as connection:
-        wire.send(connection, request | changed)
-        assert message in wire.receive(connection, 30.0)["error"]
+        connection.sendall(json.dumps(request | changed).encode() + b"\n")
+        answer = wire.receive(connection, 30.0, (Failed,))
+    assert isinstance(answer, Failed)
+    assert message in answer.error
     assert whole(service).keeper_pid == device.keeper_pid
     assert sorted(entry.name for entry in service.run_dir.devices.iterdir()) == ["x"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError, OutOfRangeError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.layers.append import AppendUpper
 from obdlab.server.cleanup import clean_up
@@ -155,7 +155,7 @@ def test_growing(service: DeviceService, tmp_path: Path, kind: str, capsys: pyte
             (target / "after").write_bytes(os.urandom(40 * MIB))
         os.sync()
         assert service.list()[0].size == 64 * MIB
-        with pytest.raises(DeviceError, match="cannot shrink"):
+        with pytest.raises(OutOfRangeError, match="cannot shrink"):
             LiveDevice(service, "grow").resize(MIB)
     finally:
         mount.unmount(target)
@@ -273,7 +273,7 @@ def test_bad_snapshots_change_nothing(service: DeviceService, tmp_path: Path) ->
     text = config.read_text()
 
     def refused(path: Path, message: str) -> None:
-        with pytest.raises(DeviceError, match=message):
+        with pytest.raises(ObdlabError, match=message):
             live.snapshot(path)
         assert config.read_text() == text
 

@@ -14,8 +14,10 @@ import pytest
 
 import obdlab
 from obdlab.devices.fuse_loop import devices_of
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, caused_by
 from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.open import ImageOpenError
+from obdlab.registry.errors import RegistryError
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
@@ -114,7 +116,7 @@ def test_a_layer_that_is_not_there_is_named(service: DeviceService, tmp_path: Pa
     path = tmp_path / "bad.json"
     ImageConfig(lowers=(LowerConfig(file=str(LAYERS[0])), LowerConfig(file="/no/such/layer.obd"))).save(path)
     started = time.monotonic()
-    with pytest.raises(DeviceError, match=r"bad\.json: .*/no/such/layer\.obd"):
+    with pytest.raises(ImageOpenError, match=r"bad\.json: .*/no/such/layer\.obd"):
         service.attach(path, "x")
     assert time.monotonic() - started < 60
     assert service.list() == []
@@ -124,8 +126,9 @@ def test_an_unreachable_registry_is_named(service: DeviceService, tmp_path: Path
     path = tmp_path / "bad.json"
     lower = LowerConfig(digest="sha256:" + "ab" * 32, size=4096)
     ImageConfig(repo_blob_url="http://127.0.0.1:1/v2/some/image/blobs", lowers=(lower,)).save(path)
-    with pytest.raises(DeviceError, match=r"127\.0\.0\.1:1"):
+    with pytest.raises(ImageOpenError, match=r"127\.0\.0\.1:1") as caught:
         DeviceService(service.run_dir.path, Settings(cache_dir=tmp_path / "cache", read_deadline_s=1.0)).attach(
             path, "x"
         )
+    assert caused_by(caught.value, RegistryError)
     assert service.list() == []

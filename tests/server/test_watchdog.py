@@ -19,6 +19,7 @@ from obdlab.observe import stacks
 from obdlab.server import controlclient, watchdog
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
+from obdlab.server.messages import Counters, GetCounters
 from obdlab.server.watchdog import Activity, Watchdog
 from obdlab.server.wire import NoAnswerError
 from obdlab.settings.settings import Settings
@@ -137,8 +138,8 @@ class Looks:
         monkeypatch.setattr(controlclient, "ask", self.ask)
         monkeypatch.setattr(Watchdog, "pause_s", lambda _: 0.0)
 
-    def ask(self, _: Path, op: str, *, socket_name: str, silence_s: float) -> object:
-        assert (op, silence_s) == ("counters", 1.0)
+    def ask(self, _: Path, request: object, kind: type, *, socket_name: str, silence_s: float) -> object:
+        assert (request, kind, silence_s) == (GetCounters(), Counters, 1.0)
         self.asked += 1
         answer = self.answers[socket_name]
         if isinstance(answer, Exception):
@@ -182,20 +183,20 @@ def test_an_idle_device_wakes_no_server(looks: Looks) -> None:
 
 
 def test_a_server_that_answers_may_be_slow(looks: Looks) -> None:
-    looks.activity, looks.answers = WAITING, {"control.sock": {"under_way_s": [299.0, 1.0]}}
+    looks.activity, looks.answers = WAITING, {"control.sock": Counters(under_way_s=(299.0, 1.0))}
     assert looks.until_hung({0: 1}) == (0, {})
-    looks.answers["control.sock"] = {"under_way_s": [301.0]}
+    looks.answers["control.sock"] = Counters(under_way_s=(301.0,))
     assert looks.until_hung({0: 1}) == (1, {0: "has had a request for 301 s"})
 
 
 def test_a_server_that_takes_no_requests_hangs(looks: Looks) -> None:
-    looks.activity, looks.answers = WAITING, {"control.sock": {"under_way_s": ()}}
+    looks.activity, looks.answers = WAITING, {"control.sock": Counters()}
     number, found = looks.until_hung({0: 1})
     assert (number, found) == (11, {0: "took none of the requests that waited for 150 s"})  # the first sees a change
 
 
 def test_a_helper_that_hangs_is_found_while_others_work(looks: Looks) -> None:
-    looks.answers = {"control.sock": {"under_way_s": [0.1]}, "helper-2.sock": SILENT}
+    looks.answers = {"control.sock": Counters(under_way_s=(0.1,)), "helper-2.sock": SILENT}
     for completed in range(9):
         looks.activity = Activity(2, completed)
         assert looks.until_hung({0: 1, 2: 3}, looks=1) == (0, {})

@@ -135,7 +135,7 @@ def run_list(args: argparse.Namespace) -> int:
 def _counters_of(service: DeviceService, device: AttachedDevice) -> dict[str, Any]:
     try:
         return service.statistics(device.device_id)
-    except DeviceError as error:
+    except ObdlabError as error:
         return {"unanswered": str(error)}
 
 

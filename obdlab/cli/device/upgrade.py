@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for device_id in chosen:
         try:
             done = service.upgrade(device_id, force=args.force)
-        except DeviceError as error:
+        except ObdlabError as error:
             print(f"obdlab upgrade: {printable(str(error))}", file=sys.stderr)
             failed += 1
         else:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             device = None
         if device is not None:
             live = LiveDevice(service, device.device_id)
-            done = live.collect(lambda state: progress(state["step"], state["done"], state["total"]))
+            done = live.collect(lambda state: progress(state.step, state.done, state.total))
         else:
             done = _collect_here(args, progress)
     if done is None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from obdlab.cli.trace.starts import EndAsked
     from obdlab.server.client import AttachedDevice, DeviceService
-    from obdlab.server.live import LiveDevice, RecordedTrace
+    from obdlab.server.live import LiveDevice
+    from obdlab.server.messages import Recorded
 
 _WRITTEN_S = 60.0
 # A server looks for the lock once a second.
@@ -124,7 +125,7 @@ def _record_device(args: argparse.Namespace, service: DeviceService, device: Att
     return 0
 
 
-def _tell(done: RecordedTrace, args: argparse.Namespace) -> None:
+def _tell(done: Recorded, args: argparse.Namespace) -> None:
     if not args.quiet:
         print(f"{args.output}: {done.reads} reads, {done.size} bytes")
     if done.left_out:

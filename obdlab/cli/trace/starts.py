@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, add_runtime_options
 from obdlab.cli.numbers import real
-from obdlab.errors import DeviceError, ObdlabError
+from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +174,7 @@ def _hangs(service: DeviceService, device_id: str) -> bool:
         try:
             if not service.statistics(device_id)["under_way_s"]:
                 return False
-        except DeviceError:  # gone, or being replaced
+        except ObdlabError:  # gone, or being replaced
             return False
         if time.monotonic() >= deadline:
             return True

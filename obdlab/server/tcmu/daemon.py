@@ -8,20 +8,23 @@ other state is kept: a new daemon takes over the devices it finds.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import select
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices.tcmu import netlink, uio
 from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
+from obdlab.devices.tcmu.uio import DeviceBusyError
+from obdlab.errors import of_code
+from obdlab.server import wire
 from obdlab.server.forking import Signals, fork_to
+from obdlab.server.messages import OF_KEEPER, Failed
 from obdlab.server.tcmu.devconfig import HANDLER, image_of, report_failure
 from obdlab.server.tcmu.server import Reporter, serve
 
@@ -50,9 +53,9 @@ class _Server:
     event: Event | None
     deaths: int
     ready_at: float | None = None
-    error: str = ""
+    failed: Failed | None = None
     removal: Event | None = None
-    busy: bool = False
+    lines: wire.Lines = field(default_factory=wire.Lines)
 
 
 class TcmuDaemon:
@@ -161,10 +164,11 @@ class TcmuDaemon:
             os.close(server.reader)
             server.reader = -1
             return
-        for line in data.splitlines():
-            message = json.loads(line)
-            if "error" in message:
-                server.error, server.busy = message["error"], bool(message.get("busy"))
+        server.lines.add(data)
+        while (line := server.lines.take()) is not None:
+            message = wire.decode(line, OF_KEEPER)
+            if isinstance(message, Failed):
+                server.failed = message
             else:
                 server.ready_at = time.monotonic()
                 how = "taken over" if server.event is None else "added"
@@ -185,11 +189,11 @@ class TcmuDaemon:
         if server.removal is not None:
             self._netlink.reply(server.removal, 0)
         elif server.event is not None:
-            reason = server.error or f"its server died (status {code})"
+            reason = server.failed.error if server.failed else f"its server died (status {code})"
             log.error("%s: not added: %s", server.name.device, reason)
             report_failure(image_of(server.name.config)[0], reason)
             self._answer(server, -errno.ENOENT)
-        elif server.busy:
+        elif server.failed is not None and issubclass(of_code(server.failed.code), DeviceBusyError):
             self._watch_strangers(server)
         elif code != 0 and self._is_unserved(server.number, server.name):
             self._start_again(server, code)
@@ -236,7 +240,7 @@ class TcmuDaemon:
                     self._start(number, uio.devices()[number], None, deaths)
         for server in self._servers.values():
             if (server.ready_at is None or server.removal is not None) and server.deadline <= now:
-                server.error = server.error or "opening the image took too long"
+                server.failed = server.failed or Failed("opening the image took too long")
                 server.deadline = now + _OPEN_GRACE_S
                 os.kill(server.pid, signal.SIGKILL)
 

@@ -7,20 +7,21 @@ be opened again after a crash, the server fails its users' requests with the rea
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import signal
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, Buffer, WritableBlob
 from obdlab.devices.tcmu import configfs, uio
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
-from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice
+from obdlab.devices.tcmu.uio import UioDevice
 from obdlab.errors import DeviceError, ObdlabError, SourceError
+from obdlab.server import wire
+from obdlab.server.messages import Failed, Ready
 from obdlab.system import abi
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.devices.tcmu.uio import UioName
+    from obdlab.server.messages import Message
     from obdlab.settings.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -47,15 +49,15 @@ class Reporter:
 
     def ready(self) -> None:
         """Report that the device is served."""
-        self._tell({"ready": True})
+        self._tell(Ready(None))
 
-    def failed(self, reason: str, *, busy: bool = False) -> None:
-        """Report that it is not; ``busy``: because another process serves it."""
-        self._tell({"error": reason, "busy": busy})
+    def failed(self, error: Exception) -> None:
+        """Report that it is not: DeviceBusyError if another process serves it."""
+        self._tell(Failed.of(error))
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         with suppress(BrokenPipeError):  # a killed daemon: the device is served all the same
-            os.write(self._writer, json.dumps(message).encode() + b"\n")
+            os.write(self._writer, wire.encode(message))
         os.close(self._writer)
 
 
@@ -74,7 +76,7 @@ def serve(
     try:
         device = UioDevice.open(number)
     except ObdlabError as error:
-        report.failed(str(error), busy=isinstance(error, DeviceBusyError))
+        report.failed(error)
         return
     if adopt:
         configfs.control(name.backstore, "block_dev", "1")
@@ -87,7 +89,7 @@ def serve(
     except Exception as error:
         expected = isinstance(error, ObdlabError)
         log.error("%s: not served: %s", name.device, error, exc_info=None if expected else error)
-        report.failed(str(error) if expected else f"{type(error).__name__}: {error}")
+        report.failed(error)
         return
     finally:
         if adopt:
