@@ -1,21 +1,45 @@
 """The one interface of the data path: something of a known size that is read by position.
 
-A device, a stack of layers, a layer, a ZFile, a cache and a registry blob are all Blobs wrapping Blobs, so a
-recorder or a fault injector is just one more wrapper.
+A stack of layers, a layer, a ZFile, a cache and a registry blob are all Blobs wrapping Blobs, so a recorder or a
+fault injector is just one more: a :class:`Wrapper`. Code that needs a certain blob of a chain, or the place of some
+bytes in it, follows :attr:`Blob.below` (:func:`find`, :func:`range_in`), and so passes wrappers.
 """
 
 from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, overload
 
 from obdlab.errors import OutOfRangeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 Buffer = bytes | bytearray | memoryview
+
+
+class LinkSpeed(Protocol):
+    """Measurements of the link to the origin of a blob's bytes; both are 0 as long as they are unknown."""
+
+    #: Wait for an answer, in seconds, and the bytes that would arrive in that time.
+    wait_s: float
+    bytes_per_wait: float
+
+
+class ByteStream(Protocol):
+    """A range of a blob, read forwards as it arrives, by one thread."""
+
+    #: Offset of the next byte in the blob.
+    position: int
+
+    def read(self, length: int) -> bytes:
+        """Return exactly the next ``length`` bytes. Raises as :meth:`Blob.read_at` does; the stream is over then."""
+
+    def close(self) -> None:
+        """Give up the unread rest."""
 
 
 class Blob(ABC):
@@ -23,6 +47,9 @@ class Blob(ABC):
 
     #: Name of this blob in error messages: a path, a URL, a digest.
     name: str = ""
+    #: The blob that this one is a view of: its bytes as they are, a part of them, or unpacked. None if there is no
+    #: such blob, or several.
+    below: Blob | None = None
 
     @property
     @abstractmethod
@@ -37,14 +64,45 @@ class Blob(ABC):
         read or fail their checksum. Never returns fewer bytes, or wrong ones.
         """
 
-    def evict(self, offset: int, length: int) -> None:  # noqa: B027 - doing nothing is right for most blobs
+    def map_range(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the range ``[begin, end)`` of the blob :attr:`below` that a read of this ``[begin, end)`` needs.
+
+        By default the same. Reads nothing. Raises OutOfRangeError if the range is not inside the blob.
+        """
+        check_range(self, begin, end - begin)
+        return begin, end
+
+    def stream(self, offset: int, length: int) -> ByteStream | None:
+        """Request a range by one request, to be read as it arrives; the caller closes the stream.
+
+        None if this blob has no such requests: then use :meth:`read_at`. Raises as :meth:`read_at` does.
+        """
+        check_range(self, offset, length)
+        return None
+
+    @property
+    def link(self) -> LinkSpeed | None:
+        """Measurements of the link to the origin of the bytes; None if they are on this machine."""
+        return None if self.below is None else self.below.link
+
+    def statistics(self) -> dict[str, int]:
+        """Return counters since the blob was opened; empty if nothing is counted."""
+        return {} if self.below is None else self.below.statistics()
+
+    def evict(self, offset: int, length: int) -> None:
         """Forget any cached copy of the range, so that the next read goes to the origin of the bytes.
 
         Called by a reader whose checksum failed, before it tries once more.
         """
+        if self.below is not None:
+            begin, end = self.map_range(offset, offset + length)
+            if begin < end:
+                self.below.evict(begin, end - begin)
 
-    def close(self) -> None:  # noqa: B027 - most wrappers own nothing but the blob below
+    def close(self) -> None:
         """Release what the blob holds, and the blobs below it. Closing twice is allowed."""
+        if self.below is not None:
+            self.below.close()
 
     def __len__(self) -> int:
         return self.size
@@ -101,6 +159,49 @@ class WritableBlob(Blob):
         """Return once everything written before is on stable storage."""
 
 
+class Wrapper(Blob):
+    """Passes everything on to the blob below: the base of recorders and fault injectors.
+
+    Bytes are read by :meth:`read_at` and by the :meth:`stream` that it passes on. A subclass that overrides one to
+    see or to refuse reads overrides the other, too; without streams (None), the same bytes cost more requests. A
+    wrapper of a writable blob is a :class:`WritableWrapper`.
+    """
+
+    below: Blob
+
+    def __init__(self, below: Blob) -> None:
+        self.name = below.name
+        self.below = below
+
+    @property
+    def size(self) -> int:
+        return self.below.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self.below.read_at(offset, length)
+
+    def stream(self, offset: int, length: int) -> ByteStream | None:
+        return self.below.stream(offset, length)
+
+
+class WritableWrapper(Wrapper, WritableBlob):
+    """A :class:`Wrapper` of a writable blob."""
+
+    below: WritableBlob
+
+    def __init__(self, below: WritableBlob) -> None:
+        super().__init__(below)
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        self.below.write_at(offset, data)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.below.discard(offset, length)
+
+    def flush(self) -> None:
+        self.below.flush()
+
+
 class MemoryBlob(Blob):
     """A blob over bytes in memory: small files read whole, and the reference in tests."""
 
@@ -123,3 +224,46 @@ def check_range(blob: Blob, offset: int, length: int) -> None:
         raise OutOfRangeError(
             f"{blob.name}: range outside the blob (got [{offset}, {offset + length}), wanted inside [0, {blob.size}))"
         )
+
+
+# -- chains of blobs -------------------------------------------------------------------------------------------------
+
+#: Places of an image where :func:`obdlab.open_image` can put a wrapper, from the bottom up: the file or registry blob
+#: of a layer; the same read through the block cache (registry blobs alone); the content of a ZFile; a layer's plain
+#: LSMT file; the whole disk.
+Joint = Literal["origin", "cache", "zfile", "layer", "stack"]
+
+#: Returns the blob that takes the place of the one at a joint: the same one, or a wrapper of it.
+Around = Callable[[Joint, Blob], Blob]
+
+AnyBlob = TypeVar("AnyBlob", bound=Blob)
+
+
+def unwrapped(_: Joint, blob: Blob) -> Blob:
+    """Return the blob itself: an :data:`Around` that wraps nothing."""
+    return blob
+
+
+def chain(blob: Blob) -> Iterator[Blob]:
+    """Yield the blob and those below it, from the top down."""
+    below: Blob | None = blob
+    while below is not None:
+        yield below
+        below = below.below
+
+
+def find(blob: Blob, kind: type[AnyBlob]) -> AnyBlob | None:
+    """Return the topmost blob of a kind in the chain that begins with ``blob``; None if there is no such blob."""
+    return next((found for found in chain(blob) if isinstance(found, kind)), None)
+
+
+def range_in(target: Blob, blob: Blob, begin: int, end: int) -> tuple[int, int]:
+    """Return the range of ``target``, a blob of the chain, that a read of ``[begin, end)`` of ``blob`` needs.
+
+    Raises ValueError if the target is not in the chain.
+    """
+    for step in chain(blob):
+        if step is target:
+            return begin, end
+        begin, end = step.map_range(begin, end)
+    raise ValueError(f"{blob.name}: {target.name} is not below it")

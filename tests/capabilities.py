@@ -1,17 +1,23 @@
 """What this machine can do, and why a test that needs more is skipped.
 
-``OBDLAB_REQUIRE=kernel,containerd`` (set in CI) turns the skip into a failure.
+``OBDLAB_REQUIRE=kernel,containerd`` (set in CI) turns the skip into a failure. ``tools`` there means all programs and
+Python packages that the Makefile installs.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from tests.vm import machine
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 REQUIRED = frozenset(filter(None, os.environ.get("OBDLAB_REQUIRE", "").split(",")))
 #: Where Debian has containerd's suite for snapshotters.
@@ -86,6 +92,14 @@ def missing_for_block_tools() -> str:
     return ""
 
 
+def missing_for_shells() -> str:
+    """Why completion cannot be tried in every shell here, or ''."""
+    for tool in ("bash", "zsh", "fish"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return ""
+
+
 def missing_for_go() -> str:
     """Why containerd's own suite for snapshotters cannot be compiled here, or ''."""
     if shutil.which("go") is None:
@@ -95,7 +109,13 @@ def missing_for_go() -> str:
     return ""
 
 
+def missing_for_root() -> str:
+    """Why files cannot be given to other users here, or ''."""
+    return "" if os.geteuid() == 0 else "not root"
+
+
 _PROBES = {
+    "root": missing_for_root,
     "kernel": missing_for_kernel,
     "containerd": missing_for_containerd,
     "registry": missing_for_registry,
@@ -106,14 +126,35 @@ _PROBES = {
     "browser": missing_for_browser,
     "blocktools": missing_for_block_tools,
     "go": missing_for_go,
+    "shells": missing_for_shells,
 }
 
 
 def require(capability: str) -> None:
     """Skip the running test, or fail it where ``OBDLAB_REQUIRE`` names the capability, unless it is there."""
     reason = _PROBES[capability]()
-    if not reason:
-        return
+    if reason:
+        missing(capability, reason)
+
+
+def require_tools(*names: str) -> None:
+    """Skip the running test, or fail it where ``OBDLAB_REQUIRE`` has ``tools``, unless all are installed."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    absent = [name for name in names if shutil.which(name, path=path) is None]
+    if absent:
+        missing("tools", f"not installed: {', '.join(absent)}")
+
+
+def require_package(name: str) -> ModuleType:
+    """Return a Python package; without it skip the running test, or fail it as :func:`require_tools` does."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing("tools", f"the Python package {name}: {error}")
+
+
+def missing(capability: str, reason: str) -> NoReturn:
+    """Skip the running test, or fail it where ``OBDLAB_REQUIRE`` names the capability."""
     if capability in REQUIRED:
         pytest.fail(f"{capability} is required here but missing: {reason}")
-    pytest.skip(f"{capability}: {reason}")
+    pytest.skip(f"{capability}: {reason}", allow_module_level=True)

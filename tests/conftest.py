@@ -1,4 +1,4 @@
-"""Markers that probe the machine: ``kernel``, ``containerd``, ``registry``, ``vm`` and ``slow``."""
+"""Markers that probe the machine: ``kernel``, ``containerd``, ``registry``, ``vm``, ``root``, ``tools``, ``slow``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ pytest_plugins = ["tests.guard.plugin", "tests.registry.server", "tests.shards.p
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for capability in ("kernel", "containerd", "registry", "vm"):
+    for capability in ("kernel", "containerd", "registry", "vm", "root"):
         if item.get_closest_marker(capability) is not None:
             capabilities.require(capability)
+    for mark in item.iter_markers("tools"):
+        capabilities.require_tools(*mark.args)
     if item.get_closest_marker("slow") is not None and not capabilities.LONG:
         pytest.skip("slow: runs in make test-long (OBDLAB_LONG=1)")
 

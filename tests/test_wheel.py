@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import capabilities
+
 ROOT = Path(__file__).parents[1]
 _BUILT_OF = ("pyproject.toml", "README.md", "LICENSE", "obdlab", "datasets", "experiments", "notebooks", "packaging")
 _BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
@@ -107,8 +109,7 @@ def test_a_wheel_finds_datasets_experiments_and_notebooks(wheel: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_pip_installs_the_wheel_into_debians_venv(wheel: Path, tmp_path: Path) -> None:
-    if not _DEBIAN_PYTHON.exists():
-        pytest.skip(f"{_DEBIAN_PYTHON} does not exist")
+    capabilities.require_tools(str(_DEBIAN_PYTHON))
     installed = Installed(tmp_path)
     subprocess.run([str(_DEBIAN_PYTHON), "-m", "venv", str(installed.environment)], check=True, timeout=120)
     installed.run(str(installed.bin / "python"), "-m", "pip", "install", "--quiet", str(wheel))

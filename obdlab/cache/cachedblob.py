@@ -41,7 +41,9 @@ _SCAN_UNITS = 1024
 
 
 class CachedBlob(Blob):
-    """One blob in the cache. Made by :meth:`BlockCache.open`."""
+    """One blob in the cache; the origin is the blob below. Made by :meth:`BlockCache.open`."""
+
+    below: Blob
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class CachedBlob(Blob):
         self.counters = Statistics()
         #: The directory of the blob's files.
         self.directory = directory
-        self._origin = origin
+        self.below = origin
         self._demand = demand
         self._size = origin.size
         self._deadline_s = deadline_s
@@ -124,7 +126,7 @@ class CachedBlob(Blob):
         first, stop = offset // self._unit, (offset + length - 1) // self._unit + 1
         self._units.drop(first, stop)
         self.counters.evicted_units += stop - first
-        self._origin.evict(offset, length)
+        self.below.evict(offset, length)
 
     def opened(self, deadline_s: float) -> None:
         """Make misses fetch whole extents from now on, and reads end within ``deadline_s``.
@@ -204,7 +206,7 @@ class CachedBlob(Blob):
 
     def pieces_ahead(self, first: int, stop: int) -> PiecesAhead:
         """Return an object that fetches the missing units in order, by as few requests as possible."""
-        return PiecesAhead(self._origin, self._fetches, first, stop, unit=self._unit, most=_PIECE)
+        return PiecesAhead(self.below, self._fetches, first, stop, unit=self._unit, most=_PIECE)
 
     # -- the end of a download ---------------------------------------------------------------------------------------
 
@@ -290,4 +292,4 @@ class CachedBlob(Blob):
     def _release(self) -> None:
         self._fd = -1
         self._files.close()
-        self._origin.close()
+        self.below.close()

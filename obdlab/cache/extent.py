@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from obdlab.registry.link import Link
+    from obdlab.blob import LinkSpeed
 
 # A start needs half or less of the bytes fetched around its misses. This many times the link's bytes per wait gives
 # extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, about the best of those that were
@@ -29,7 +29,7 @@ class Extent:
         self._least = max(1, usual // SMALLEST) if most else usual
         self._most = max(usual, most)
 
-    def units(self, link: Link | None) -> int:
+    def units(self, link: LinkSpeed | None) -> int:
         """Return the number of units that a miss fetches now."""
         if link is None or not link.bytes_per_wait or self._least == self._most:
             return self._usual

@@ -88,7 +88,7 @@ class Fetches:
                     there = self._units.files.present(unit, stop)
                     if not there[0]:
                         expected = self._is_expected(unit)
-                        extent = 1 if expected else self.extent.units(getattr(self._origin, "link", None))
+                        extent = 1 if expected else self.extent.units(self._origin.link)
                         flight = self._claim_extent(unit, stop, extent)
                         if not expected:
                             ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
@@ -141,7 +141,7 @@ class Fetches:
             flight = self.claim_ahead(unit, stop)
             if flight is None:
                 return
-            self.fetch_claimed(flight, self._read_origin)
+            self.fetch_claimed(flight, self.read_origin)
             unit = flight.stop
 
     def claim_ahead(self, unit: int, stop: int) -> Flight | None:
@@ -166,11 +166,6 @@ class Fetches:
             fetched = flight.first if flight.data is None else flight.stop  # other threads may fetch the rest
             with self._lock:
                 self._unused.difference_update(range(fetched, stop))
-
-    def count_request(self) -> None:
-        """Count a request that brings the units of several flights."""
-        with self._lock:
-            self._units.counters.requests += 1
 
     def give_back(self, flight: Flight) -> None:
         """Abandon a claimed flight; threads waiting for it fetch the units themselves."""
@@ -267,7 +262,7 @@ class Fetches:
             if turn is None:
                 return
             claimed = turn
-            flight.data = (read or self._read_origin)(flight, deadline)
+            flight.data = (read or self.read_origin)(flight, deadline)
             self._settle(flight)  # spares waiting threads the disk; the units stay claimed until stored
             self._units.store(flight.first, flight.data)
         except BaseException as error:
@@ -280,7 +275,8 @@ class Fetches:
                 self._units.files.unclaim(flight.first, flight.stop)
             self._end(flight)
 
-    def _read_origin(self, flight: Flight, deadline: float) -> bytes:
+    def read_origin(self, flight: Flight, deadline: float) -> bytes:
+        """Return the bytes of a flight's units from the origin, by one read. Raises what the origin raises."""
         offset, length = self.range_of(flight)
         with waiting(), deadline_of_thread(deadline):
             data = self._origin.read_at(offset, length)

@@ -30,7 +30,7 @@ class Statistics:
     uncached_bytes: int = 0  # fetched but not kept: cache or disk full
 
     def count(self, flight: Flight) -> None:
-        """Count a flight that has ended. A request for several flights is counted by its sender."""
+        """Count a flight that has ended. The first flight of a stream counts as its request."""
         self.requests += not flight.streamed
         if flight.data is None:
             self.failed_requests += 1
@@ -64,7 +64,7 @@ class Flight:
         self.ahead = ahead  # no reader waited when it was made
         self.background = False
         self.prefetch = False
-        self.streamed = False
+        self.streamed = False  # its bytes came by the request of an earlier flight
         self.started = not ahead
         self.done = threading.Event()
         self.data: bytes | None = None

@@ -88,16 +88,24 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device_option(parser: argparse.ArgumentParser, *, daemon: bool = False) -> None:
     """Add the option for the kind of device; ``daemon`` allows devices of a TCMU daemon."""
-    from obdlab.settings.settings import DAEMON_KIND, DEVICE_KINDS
+    from obdlab.settings.settings import DAEMON_KIND
+
+    def kind(text: str) -> str:
+        try:
+            _check_kind(text, daemon=daemon)
+        except ObdlabError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
 
     beside = (
         f"; {DAEMON_KIND}: devices of obdlab serve tcmu or overlaybd-tcmu, which runs on this host" if daemon else ""
     )
     parser.add_argument(
         "--device",
-        choices=(*DEVICE_KINDS, DAEMON_KIND) if daemon else DEVICE_KINDS,
+        type=kind,
+        metavar="KIND",
         dest="device_kind",
-        help=f"kind of block device; auto: the best that this host has, which obdlab doctor names{beside} "
+        help=f"kind of block device, as obdlab doctor lists them; auto: the best that this host has{beside} "
         "(default: auto)",
     )
 
@@ -154,6 +162,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     for note in loaded.notes:
         logging.getLogger(__name__).warning("%s", note)
     settings = loaded.settings
+    if settings.device_kind != Settings().device_kind:
+        _check_kind(settings.device_kind)
     changes: dict[str, Any] = _cache_options(args)
     if getattr(args, "download", False):
         changes |= {"download_enabled": True, "settings_path": None}
@@ -174,6 +184,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if credentials is not None:
         changes |= {"credentials_path": credentials.absolute(), "credentials_mode": "file"}
     return replace(settings, **changes)
+
+
+# The settings know no kinds of devices, which other packages may add.
+def _check_kind(name: str, *, daemon: bool = True) -> None:
+    from obdlab.devices import kinds
+    from obdlab.settings.settings import DAEMON_KIND, SettingsError
+
+    known = (kinds.AUTOMATIC, *kinds.names(), *([DAEMON_KIND] if daemon else []))
+    if name not in known:
+        raise SettingsError(f"device_kind: wanted one of {', '.join(known)} (got {name!r})")
 
 
 def _existing(path: Path) -> Path:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING
+
+from obdlab import plugins
 
 if TYPE_CHECKING:
     import argparse
-    from importlib.metadata import EntryPoint
 
 #: The group of entry points that add commands.
 ENTRY_POINTS = "obdlab.commands"
@@ -50,18 +50,18 @@ class Group:
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all commands, added ones included; imports none of them."""
-        return (*(each.name for each in self.commands), *(_command_name(each) for each in _added(self.name)))
+        return (*(each.name for each in self.commands), *_added(self.name))
 
     def with_added(self) -> Group:
         """Return the group with the commands that entry points add. Logs and leaves out those that fail to load."""
         added = []
-        for point in _added(self.name):
+        for name in _added(self.name):
             try:
-                command = point.load()
-            except Exception as error:  # a broken package must not take the other commands away
-                logging.getLogger(__name__).warning("%s of %s: cannot load: %s", point.name, ENTRY_POINTS, error)
+                command = plugins.load(ENTRY_POINTS, f"{self.name}.{name}")
+            except plugins.PluginError as error:  # a broken package must not take the other commands away
+                logging.getLogger(__name__).warning("%s", error)
                 continue
-            added.append(replace(command, name=_command_name(point)))
+            added.append(replace(command, name=name))
         return replace(self, commands=(*self.commands, *added))
 
     def has(self, name: str) -> bool:
@@ -69,19 +69,8 @@ class Group:
         return any(each.name == name for each in self.commands)
 
 
-@cache
-def _entry_points() -> tuple[EntryPoint, ...]:
-    from importlib.metadata import entry_points
-
-    return tuple(entry_points(group=ENTRY_POINTS))
-
-
-def _added(group: str) -> list[EntryPoint]:
-    return [point for point in _entry_points() if point.name.partition(".")[0] == group]
-
-
-def _command_name(point: EntryPoint) -> str:
-    return point.name.partition(".")[2]
+def _added(group: str) -> list[str]:
+    return [name.removeprefix(f"{group}.") for name in plugins.names(ENTRY_POINTS) if name.startswith(f"{group}.")]
 
 
 IMAGE = Group(
@@ -180,7 +169,6 @@ example: record a start, look at it, publish the image with a hot layer made of 
         Command("diff", "compare two traces; status 1 if they differ", "obdlab.cli.trace.sets:declare_diff"),
         Command("filter", "keep part of a trace", "obdlab.cli.trace.sets:declare_filter"),
         Command("files", "list the files that a trace reads", "obdlab.cli.trace.files:declare_files"),
-        Command("transplant", "carry a trace over to a rebuilt image", "obdlab.cli.trace.files:declare_transplant"),
         Command("watch", "record the kernel's block events of a start", "obdlab.cli.trace.events:declare_watch"),
         Command("import", "make a trace of block events", "obdlab.cli.trace.events:declare_import"),
         Command("timeline", "explain a start, read by read", "obdlab.cli.trace.events:declare_timeline"),
@@ -203,7 +191,7 @@ SERVE = Group(
     "serve",
     "services that run until SIGTERM",
     """\
-example: the snapshotter with metrics, and containerd told to use it in /etc/containerd/config.toml
+example: the snapshotter with metrics; containerd's configuration names its socket as a proxy plugin
   obdlab serve snapshotter --root /var/lib/obdlab/snapshotter --address /run/obdlab/snapshotter.sock \\
     --exporter 127.0.0.1:9863
   ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
@@ -212,7 +200,6 @@ example: the snapshotter with metrics, and containerd told to use it in /etc/con
         Command("tcmu", "serve TCMU devices, in place of overlaybd-tcmu", "obdlab.cli.serve.tcmu:declare"),
         Command("exporter", "serve metrics for Prometheus, and health", "obdlab.cli.serve.exporter:declare"),
         Command("snapshot-api", "take live snapshots by HTTP requests", "obdlab.cli.serve.snapshot_api:declare"),
-        Command("nbd", "serve an image over NBD, as to qemu", "obdlab.cli.serve.nbd:declare"),
         Command("device-host", "fork device servers; started on demand", "obdlab.cli.device_host:declare"),
     ),
 )

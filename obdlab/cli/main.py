@@ -37,9 +37,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    # The map takes the place of argparse's list.
-    listed = None if words is None else argparse.SUPPRESS
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=listed)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=_list_of_argparse(named))
     for entry in (*GROUPS, *SINGLE):
         child = commands.add_parser(entry.name, help=entry.summary)
         if named is None or named[:1] == [entry.name]:
@@ -54,15 +52,15 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
     if isinstance(entry, Command):
         entry.build(parser)
         return
-    parser.usage = f"{parser.prog} [-h] COMMAND ..."
-    parser.formatter_class = _Map
-    parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}."
-    parser.epilog = entry.example
-    commands = parser.add_subparsers(
-        dest="verb", metavar="COMMAND", prog=parser.prog, title="commands", required=True
-    )
     if named is None or not entry.has(named[0] if named else ""):
         entry = entry.with_added()
+    parser.usage = f"{parser.prog} [-h] COMMAND ..."
+    parser.formatter_class = _Map
+    parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}.\n\ncommands:\n{_listed(entry.commands)}"
+    parser.epilog = entry.example
+    commands = parser.add_subparsers(
+        dest="verb", metavar="COMMAND", prog=parser.prog, required=True, help=_list_of_argparse(named)
+    )
     for command in entry.commands:
         child = commands.add_parser(command.name, help=command.summary)
         if named is None or named[:1] == [command.name]:
@@ -70,16 +68,25 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
             command.build(child)
 
 
+# Our lists take the place of argparse's. Completion takes its words from argparse's.
+def _list_of_argparse(named: Sequence[str] | None) -> str | None:
+    return None if named is None else argparse.SUPPRESS
+
+
+def _listed(commands: Sequence[Command]) -> str:
+    return "\n".join(f"  {command.name:<12} {command.summary}" for command in commands)
+
+
 class _Map(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=24, width=_WIDTH)
+        super().__init__(prog, width=_WIDTH)
 
 
 # The groups with the names of their commands. Fits a screen of 30 lines.
 def _map() -> str:
     lines = ["groups (obdlab GROUP --help lists the group's commands and shows an example):"]
     for group in GROUPS:
-        lines.append(f"  {group.name:<11} {group.summary}")
+        lines.append(f"  {group.name:<12} {group.summary}")
         lines += textwrap.wrap(
             " ".join(group.names()),
             _WIDTH,
@@ -88,8 +95,7 @@ def _map() -> str:
             break_on_hyphens=False,
         )
     lines.append("commands:")
-    lines += [f"  {command.name:<11} {command.summary}" for command in SINGLE]
-    return "\n".join(lines)
+    return "\n".join([*lines, _listed(SINGLE)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

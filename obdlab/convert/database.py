@@ -5,42 +5,29 @@ base (a digest of the converted layers below it), so that layers which only seem
 key of a converted manifest is its original's digest and the options. Both belong to a place: a repository on a
 registry, or a layout directory. A row is only a hint: its reader checks the place before use.
 
-The statements are plain SQL for SQLite, PostgreSQL and MySQL. SQLite needs nothing else; the others are reached
-through SQLAlchemy.
+The statements are plain SQL, for SQLite and for servers. Packages register servers as ``obdlab.databases``, under the
+scheme of their URLs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import random
 import sqlite3
-import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from obdlab.command import install_command
+from obdlab import plugins
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import sqlalchemy
-
-logger = logging.getLogger(__name__)
-
-_BUSY_S = 30.0
-# Retries of a transaction that a server aborts to end a deadlock.
-_DEADLOCKS = 20
-# Codes of servers: SQLSTATE of PostgreSQL, numbers of MySQL.
-# Two transactions wrote the same rows, and the server has aborted one of them.
-_DEADLOCK = ("40P01", 1213)
-# PostgreSQL, when two conversions make the tables at once: duplicate table, object, key of pg_type.
-_MADE_ALREADY = ("42P07", "42710", "23505")
-_SERVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+#: How long a transaction waits for another one.
+BUSY_S = 30.0
+_SERVERS = "obdlab.databases"
 _SQLITE = "sqlite:"
 # Most other repositories of a registry that are asked to share a layer.
 _MOST_PLACES = 5
@@ -102,7 +89,9 @@ class LayerRecord:
     data_size: int
 
 
-class _Backend(Protocol):
+class Backend(Protocol):
+    """A database that runs transactions. Every method raises DatabaseError."""
+
     def run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Run statements as one transaction; return the rows of the last one."""
 
@@ -116,7 +105,7 @@ class Database:
     Every method raises DatabaseError; :func:`open_database` makes one.
     """
 
-    def __init__(self, backend: _Backend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
         for statement in _TABLES:
             backend.run([statement], {})
@@ -179,16 +168,17 @@ class Database:
 def open_database(url: str) -> Database:
     """Open the database at ``url``, making its tables if they are missing.
 
-    A path (or ``sqlite:PATH``) is an SQLite file, made with its directory; ``postgresql://USER:PASSWORD@HOST/NAME``
-    and ``mysql://...`` are servers. Raises DatabaseError.
+    A path (or ``sqlite:PATH``) is an SQLite file, made with its directory; ``SCHEME://...`` is a server. Raises
+    DatabaseError.
     """
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     if not separator:
         return Database(_Sqlite(Path(url.removeprefix(_SQLITE)).expanduser()))
-    if scheme not in _SERVERS:
-        wanted = "a path, sqlite:PATH, postgresql://... or mysql://..."
-        raise DatabaseError(f"database: no such kind (got {scheme}://, wanted {wanted})")
-    return Database(_Server(f"{_SERVERS[scheme]}://{rest}"))
+    server: Callable[[str], Backend] | None = plugins.load(_SERVERS, scheme)
+    if server is None:
+        wanted = "".join(f", {name}://..." for name in plugins.names(_SERVERS))
+        raise DatabaseError(f"database: no such kind (got {scheme}://, wanted a path, sqlite:PATH{wanted})")
+    return Database(server(url))
 
 
 class _Sqlite:
@@ -204,7 +194,7 @@ class _Sqlite:
         rows: list[tuple[Any, ...]] = []
         try:
             # Waits for other writers.
-            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as connection:
+            with closing(sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)) as connection:
                 connection.execute("BEGIN IMMEDIATE" if len(statements) > 1 else "BEGIN")
                 for statement in statements:
                     rows = connection.execute(statement, values).fetchall()
@@ -215,70 +205,6 @@ class _Sqlite:
 
     def close(self) -> None:
         pass
-
-
-class _Server:
-    def __init__(self, url: str) -> None:
-        try:
-            import sqlalchemy
-        except ImportError as error:
-            raise DatabaseError(f"a shared database needs SQLAlchemy: {install_command('database')}") from error
-        self._sqlalchemy = sqlalchemy
-        try:
-            parsed = sqlalchemy.make_url(url)
-            #: The URL without its password.
-            self._name = parsed.render_as_string(hide_password=True)
-            self._engine: sqlalchemy.Engine = sqlalchemy.create_engine(
-                parsed, pool_pre_ping=True, connect_args={"connect_timeout": int(_BUSY_S)}
-            )
-        except ImportError as error:
-            raise DatabaseError(
-                f"a shared database needs its driver ({error}): {install_command('database')}"
-            ) from error
-        except sqlalchemy.exc.ArgumentError as error:
-            raise DatabaseError(f"malformed URL of a database: {error}") from error
-
-    def run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
-        for _ in range(_DEADLOCKS):
-            try:
-                return self._run(statements, values)
-            except self._sqlalchemy.exc.OperationalError as error:
-                if _code(error) not in _DEADLOCK:
-                    raise self._failed(error) from error
-            time.sleep(random.uniform(0.01, 0.1))
-        raise DatabaseError(f"{self._name}: database of converted layers: deadlocks without end")
-
-    def _run(self, statements: Sequence[str], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = []
-        try:
-            with self._engine.begin() as connection:
-                for statement in statements:
-                    result = connection.execute(self._sqlalchemy.text(statement), dict(values))
-                    rows = [tuple(row) for row in result] if result.returns_rows else []
-        except self._sqlalchemy.exc.OperationalError:
-            raise
-        except self._sqlalchemy.exc.IntegrityError:
-            # Another conversion has written the same row meanwhile; either is as good.
-            logger.debug("%s: a row was written by another conversion as well", self._name)
-        except self._sqlalchemy.exc.ProgrammingError as error:
-            if _code(error) not in _MADE_ALREADY:
-                raise self._failed(error) from error
-        except self._sqlalchemy.exc.SQLAlchemyError as error:
-            raise self._failed(error) from error
-        return rows
-
-    def _failed(self, error: Exception) -> DatabaseError:
-        first = str(getattr(error, "orig", None) or error).strip().splitlines()
-        return DatabaseError(f"{self._name}: database of converted layers: {first[0] if first else error}")
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-
-# Drivers differ: psycopg's errors have the SQLSTATE, pymysql's begin with the server's number.
-def _code(error: Exception) -> object:
-    cause = getattr(error, "orig", None)
-    return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Device(ABC):
 
     #: Name of the kind in records and messages.
     kind: str = ""
+    #: Whether the kernel can go on with a file in place of the server (:mod:`obdlab.devices.backingfile`).
+    can_graduate = False
 
     @property
     @abstractmethod
@@ -66,6 +68,9 @@ class Device(ABC):
     def can_change_servers(self) -> bool:
         """Whether another process can go on with the requests that this one leaves unanswered."""
         return False
+
+    def is_mounted_now(self) -> None:  # noqa: B027 - a block device stays without a mount
+        """Note that the device is mounted: the mount holds it from now on."""
 
     def take_on_size(self) -> None:
         """Grow to the present size of the blob. Raises DeviceError, also if the kind cannot grow."""

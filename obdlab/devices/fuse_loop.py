@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.devices import loop
+from obdlab.devices import fuse, loop
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
+from obdlab.devices.kind import Kind, Place, cannot_open
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 from obdlab.system import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from obdlab.blob import Blob
 
@@ -37,6 +38,7 @@ class FuseLoopDevice(Device):
     """
 
     kind = "fuse+loop"
+    can_graduate = True
 
     def __init__(
         self,
@@ -168,3 +170,55 @@ def label_below(directory: Path) -> str:
 def _label(directory: Path) -> str:
     whole = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
     return f"{_LABEL}{whole}:{directory.name}"[:63]
+
+
+class FuseLoop(Kind):
+    """A file over FUSE and a loop device on it: on every kernel; devices outlive servers from Linux 6.9 on."""
+
+    name = FuseLoopDevice.kind
+    fix = "modprobe -a fuse loop"
+    is_shared = True
+    nodes: tuple[str, ...] = ("/dev/fuse", "/dev/loop-control")
+
+    def missing(self) -> str:
+        return next(filter(None, map(cannot_open, map(Path, self.nodes))), "")
+
+    def open(self, blob: Blob, place: Place) -> Device:
+        return FuseLoopDevice(
+            blob,
+            place.directory,
+            name=place.name,
+            readahead_kib=place.readahead_kib,
+            connection=place.connection,
+            path=place.path,
+            on_busy=place.on_busy,
+            exchangeable=place.exchangeable,
+        )
+
+    def connect(self) -> int:
+        return fuse.open_connection()
+
+    def has_ended(self, directory: Path, connection: int) -> bool:
+        return fuse.has_ended(connection)
+
+    def send_again(self, connection: int) -> None:
+        fuse.send_again(connection)
+
+    def can_change_servers(self) -> bool:
+        return fuse.can_send_again()
+
+    def devices_of(self, directory: Path) -> list[Path]:
+        return devices_of(directory)
+
+    def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+        take_down(directory, timeout_s=timeout_s, force=force)
+
+    def take_down_when_unused(self, directory: Path) -> bool:
+        take_down_when_unused(directory)
+        return True
+
+    def directories_below(self, parent: Path) -> set[Path]:
+        return directories_below(parent)
+
+
+KIND = FuseLoop()

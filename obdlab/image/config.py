@@ -46,6 +46,14 @@ class LowerConfig:
     #: The layer is fetched whole before anything else. Not a key of the original, which ignores it.
     hot: bool = False
 
+    def local_file(self) -> str | None:
+        """Return the file on this machine that the layer is read from, None if it must be fetched."""
+        # As in the original, the first existing file counts, even if it is damaged.
+        candidates = [self.file] if self.file else []
+        if self.dir:
+            candidates += [os.path.join(self.dir, name) for name in LAYER_FILES]
+        return next((path for path in candidates if os.path.exists(path)), None)
+
     def to_json(self) -> dict[str, Any]:
         """Return the layer with the original's keys in the original's order, without the empty ones."""
         values = {

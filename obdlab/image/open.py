@@ -10,11 +10,12 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
+from obdlab.blob import WritableBlob, unwrapped
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.image.config import LAYER_FILES
+from obdlab.image.config import ImageConfig
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.budget import Budget
@@ -27,6 +28,7 @@ from obdlab.layers.upper import open_upper
 from obdlab.localfile import LocalFile
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.settings.original import at_launch
+from obdlab.settings.settings import Settings
 from obdlab.traces.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
 from obdlab.traces.recording import Recording, RecordingError, wants_recording
 from obdlab.traces.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
@@ -35,14 +37,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
     from concurrent.futures import Executor
 
-    from obdlab.blob import Blob
+    from obdlab.blob import Around, Blob
     from obdlab.cache.ahead.stream import StreamAhead
-    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.config import LowerConfig
     from obdlab.image.remote import RemoteLayers
     from obdlab.layers.lsmt import Layer, LsmtLayer
     from obdlab.layers.recorder import Recorder
     from obdlab.layers.writable import Upper
-    from obdlab.settings.settings import Settings
+
+    Configuration = ImageConfig | str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +91,7 @@ class Image(Disk):
 
     def __init__(self, layers: Sequence[Layer], count: Callable[[], dict[str, int]]) -> None:
         super().__init__(layers)
-        #: Counters of the block cache since the image was opened; empty if the image is local.
-        self.statistics = count
+        self._count = count
         #: Called by close(), last one first, before the layers are closed.
         self.before_close: list[Callable[[], None]] = []
         #: The identity of each layer, bottom first: its digest, or its very file on this machine.
@@ -98,6 +100,10 @@ class Image(Disk):
         self.unverified: Callable[[], int] = int
         #: True if its device shall graduate when all layers are local and checked.
         self.graduates = False
+
+    def statistics(self) -> dict[str, int]:
+        """Return the block cache's counters since the image was opened; empty if the image is local."""
+        return self._count()
 
     def close(self) -> None:
         while self.before_close:
@@ -110,9 +116,13 @@ class WritableImage(WritableStack):
 
     def __init__(self, lowers: Stack | None, upper: Upper, count: Callable[[], dict[str, int]]) -> None:
         super().__init__(lowers, upper)
+        self._count = count
         #: As in :class:`Image`.
-        self.statistics = count
         self.before_close: list[Callable[[], None]] = []
+
+    def statistics(self) -> dict[str, int]:
+        """As in :class:`Image`."""
+        return self._count()
 
     def close(self) -> None:
         while self.before_close:
@@ -120,17 +130,36 @@ class WritableImage(WritableStack):
         super().close()
 
 
-def open_image(config: ImageConfig, settings: Settings, *, traces: bool = True) -> Image | WritableImage:
-    """Open the image that ``config`` describes; closing the result closes all of it.
+@overload
+def open_image(
+    config: Configuration, settings: Settings | None = None, *, traces: bool = True
+) -> Image | WritableImage: ...
 
-    Lowers that are not on this machine are read from their registry through the block cache. With an active upper
-    the result is writable. Raises ImageOpenError naming the layer that could not be opened; nothing stays open
-    then. The configuration's result file, if it names one, gets "success" or "failed:<reason>".
 
-    With ``traces``, a trace is recorded or replayed according to configuration and settings.
+@overload
+def open_image(
+    config: Configuration, settings: Settings | None = None, *, traces: bool = True, around: Around | None
+) -> Blob: ...
+
+
+def open_image(
+    config: Configuration, settings: Settings | None = None, *, traces: bool = True, around: Around | None = None
+) -> Blob:
+    """Open the image that ``config``, or the file ``config.v1.json`` at that path, describes.
+
+    Closing the result closes all of it. Lowers that are not on this machine are read from their registry through the
+    block cache. With an active upper the result is writable. Raises ImageOpenError naming the layer that could not be
+    opened; nothing stays open then. The configuration's result file, if it names one, gets "success" or
+    "failed:<reason>".
+
+    With ``traces``, a trace is recorded or replayed according to configuration and settings. ``around(joint, blob)``
+    is called for each place of the image where a wrapper can stand (:data:`obdlab.blob.Joint`), by several threads,
+    and returns the blob to use there: ``blob``, or an :class:`obdlab.blob.Wrapper` of it.
     """
+    if not isinstance(config, ImageConfig):
+        config = ImageConfig.load(config)
     try:
-        image = _open(config, at_launch(settings, config.download), traces=traces)
+        image = _open(config, at_launch(settings or Settings(), config.download), around or unwrapped, traces=traces)
     except BaseException as error:
         _report(config, f"failed:{error}")
         raise
@@ -138,14 +167,14 @@ def open_image(config: ImageConfig, settings: Settings, *, traces: bool = True) 
     return image
 
 
-def _open(config: ImageConfig, settings: Settings, *, traces: bool) -> Image | WritableImage:
+def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bool) -> Blob:
     lowers = stacked_lowers(config)
     with ExitStack() as opened:
         recording = _begin_recording(config, opened) if traces else None
         if recording is not None:
             settings = replace(settings, download_enabled=False, readahead_max=0)
         recorder = recording.recorder if recording is not None else None
-        layers, identity, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, recorder)
+        layers, identity, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, around, recorder)
         count = remote.statistics if remote is not None else dict
         stack = Image(layers, count) if layers else None
         if stack is not None:
@@ -161,10 +190,13 @@ def _open(config: ImageConfig, settings: Settings, *, traces: bool) -> Image | W
             image = stack
         else:
             raise ImageOpenError("image has neither lowers nor an upper (is it a config.v1.json?)")
+        blob = around("stack", image)
+        if isinstance(image, WritableBlob) and not isinstance(blob, WritableBlob):
+            raise TypeError(f"around a writable image: wanted a WritableBlob (got {type(blob).__name__})")
         if traces and stack is not None:
             _use_traces(config, settings, stack, remote, recording, image)
         opened.pop_all()
-        return image
+        return blob
 
 
 def _begin_recording(config: ImageConfig, opened: ExitStack) -> Recording | None:
@@ -234,7 +266,7 @@ def _trace_of(
     beside = trace_beside(lower.dir)
     if beside is not None:
         return beside, partial(load_file, beside)
-    file = local_file(lower)
+    file = lower.local_file()
     if file is not None:
         return file, lambda: load_layer(LocalFile(file))
     if not lower.digest or not lower.size:
@@ -246,7 +278,7 @@ def _trace_of(
 
 # A crash after a snapshot's configuration was replaced leaves the mark that makes opening undo the seal.
 def _forget_switch(lowers: Sequence[LowerConfig]) -> None:
-    file = local_file(lowers[-1]) if lowers else None
+    file = lowers[-1].local_file() if lowers else None
     if file is None:
         return
     try:
@@ -270,10 +302,11 @@ def _open_lowers(
     repo_blob_url: str,
     settings: Settings,
     opened: ExitStack,
-    recorder: Recorder | None = None,
+    around: Around,
+    recorder: Recorder | None,
 ) -> tuple[list[LsmtLayer], tuple[str, ...], RemoteLayers | None]:
     # Each layer is entered into `opened` at once: they are opened in parallel, so one may fail after others.
-    files = [local_file(lower) for lower in lowers]
+    files = [lower.local_file() for lower in lowers]
     identity = [lower.digest for lower in lowers]
     deadline = time.monotonic() + settings.open_deadline_s
 
@@ -289,7 +322,7 @@ def _open_lowers(
         return [layers[top] if top == number else RepeatedLayer(layers[top]) for number, top in enumerate(tops)]
 
     def open_local(number: int, path: str, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
-        layer, identity[number] = _open_local(path, budget, watched)
+        layer, identity[number] = _open_local(path, budget, watched, around)
         return layer
 
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
@@ -300,7 +333,7 @@ def _open_lowers(
             with deadline_of_thread(deadline):
                 if file:
                     return opened.enter_context(open_local(number, file, watched))
-                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number), budget)
+                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number), budget, around)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -313,7 +346,7 @@ def _open_lowers(
     from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all imports, not needed for local images
 
     with (
-        closing(RemoteLayers(repo_blob_url, settings)) as remote,
+        closing(RemoteLayers(repo_blob_url, settings, around)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-lower") as threads,
         ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-end") as ends,
     ):
@@ -361,22 +394,16 @@ def _check_kind(lower: LowerConfig) -> None:
         raise ImageOpenError("turboOCI layers are not supported")
 
 
-def local_file(lower: LowerConfig) -> str | None:
-    """Return the file on this machine that the layer is read from, None if it must be fetched."""
-    # As in the original, the first existing file counts, even if it is damaged.
-    candidates = [lower.file] if lower.file else []
-    if lower.dir:
-        candidates += [os.path.join(lower.dir, name) for name in LAYER_FILES]
-    return next((path for path in candidates if os.path.exists(path)), None)
-
-
 # Returns the layer, and an identity that no other file has, not even a later one in its place.
 def _open_local(
-    path: str | os.PathLike[str], budget: Budget, watched: Callable[[Blob], Blob] | None = None
+    path: str | os.PathLike[str],
+    budget: Budget,
+    watched: Callable[[Blob], Blob] | None = None,
+    around: Around = unwrapped,
 ) -> tuple[LsmtLayer, str]:
     file = LocalFile(path)
     try:
-        return open_layer(file, watched, budget), file.identity()
+        return open_layer(around("origin", file), watched, budget, around), file.identity()
     except BaseException:
         file.close()
         raise
@@ -389,6 +416,7 @@ def _open_remote(
     watched: Callable[[Blob], Blob] | None,
     begun: tuple[Blob, StreamAhead | None] | None,
     budget: Budget,
+    around: Around,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
     # Also returns the stream that fetches all of a hot layer ahead, unless reads are being recorded.
     if remote is None or ends is None or not lower.digest:
@@ -401,7 +429,7 @@ def _open_remote(
             stream = stream_if_begins_hot(blob, beginning)
         if end is not None:
             fetch_rest_of_end(blob)
-        layer = open_layer(blob, watched, budget)
+        layer = open_layer(blob, watched, budget, around)
         if end is not None:
             end.result()  # fails if the blob is too short, even in a part that opening did not use
         return layer, stream or (stream_if_hot(layer) if watched is None else None)

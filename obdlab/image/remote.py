@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from obdlab.blob import unwrapped
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
@@ -19,7 +20,7 @@ from obdlab.registry.remoteblob import RemoteBlob
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from obdlab.blob import Blob
+    from obdlab.blob import Around, Blob
     from obdlab.registry.client import RegistryClient
     from obdlab.settings.settings import Settings
 
@@ -30,10 +31,12 @@ logger = logging.getLogger(__name__)
 class RemoteLayers:
     """The blobs of one repository, through one client: they share its connections and its token.
 
-    The client is closed when this object and all its blobs are closed.
+    The client is closed when this object and all its blobs are closed. ``around`` gets the joints "origin" and
+    "cache" of each blob.
     """
 
-    def __init__(self, repo_blob_url: str, settings: Settings) -> None:
+    def __init__(self, repo_blob_url: str, settings: Settings, around: Around = unwrapped) -> None:
+        self._around = around
         self._repository = Repository.from_blob_url(repo_blob_url)
         # The client's deadline is that of opening; each read of an opened blob has its own.
         self._client = open_client(replace(settings, read_deadline_s=settings.open_deadline_s))
@@ -70,14 +73,16 @@ class RemoteLayers:
         with self._lock:
             self._users += 1
         origin = _Origin(self._client, self._repository, digest, size, self.close)
+        blob: Blob = origin
         try:
-            blob = self._cache.open(origin, digest)
+            blob = self._around("origin", origin)
+            blob = self._cache.open(blob, digest)
             self._origins.append(origin)
             if isinstance(blob, CachedBlob):
                 self._blobs.append(blob)
-            return blob
+            return self._around("cache", blob)
         except BaseException:
-            origin.close()
+            blob.close()
             raise
 
     def opened(self) -> None:

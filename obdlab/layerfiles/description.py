@@ -169,7 +169,7 @@ def check_zfile_trailer(reader: ZFileReader) -> None:
 
     Readers need no trailer if the header was rewritten at the end, so opening does not read it.
     """
-    content = reader.stored
+    content = reader.below
     trailer, header = read_trailer(content), reader.header
     for field in ("index_offset", "index_size", "original_size", "block_size", "algorithm", "verify"):
         if getattr(trailer, field) != getattr(header, field):

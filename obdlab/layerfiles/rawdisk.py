@@ -30,7 +30,7 @@ class RawDisk:
     whole number of sectors. ``progress`` gets all bytes of the disk.
     """
 
-    parent_uuid = NULL_UUID
+    uuid = parent_uuid = NULL_UUID
 
     def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
         self.data = LayerFile(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig, read_config
-from obdlab.image.open import local_file, stacked_lowers
+from obdlab.image.open import stacked_lowers
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import sync_directory
 from obdlab.layers.upper import SparseUpper, open_upper
@@ -101,7 +101,7 @@ def _check(image: WritableStack, old: ImageConfig, new: ImageConfig, old_name: s
 def _same_layer(one: LowerConfig, other: LowerConfig) -> bool:
     if one.digest and one.digest == other.digest:
         return True
-    files = local_file(one), local_file(other)
+    files = one.local_file(), other.local_file()
     return files[0] is not None and files[1] is not None and _same_file(files[0], files[1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.blob import find
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, Header
 from obdlab.layerfiles.description import check_zfile_trailer
@@ -45,8 +46,9 @@ def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[Ver
     below = None
     for layer in disk.layers:
         blob = layer.data
-        if isinstance(blob, ZFileReader):
-            check_zfile_trailer(blob)
+        zfile = find(blob, ZFileReader)
+        if zfile is not None:
+            check_zfile_trailer(zfile)
         if isinstance(layer, LsmtLayer):
             _check_header(layer)
         for offset in range(0, blob.size, _STEP):
@@ -58,10 +60,10 @@ def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[Ver
             name=layer.name,
             size=blob.size,
             segments=len(layer.index.segments()),
-            checksums=isinstance(blob, ZFileReader) and blob.header.verify,
+            checksums=zfile is not None and zfile.header.verify,
             names_parent=below is None or layer.parent_uuid == below,
         )
-        below = getattr(layer, "uuid", None)
+        below = layer.uuid
 
 
 def _check_header(layer: LsmtLayer) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from obdlab.blob import range_in
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR, Trailer, check_sealed_trailer
 from obdlab.formats.zfile.layout import CRC_SIZE, HEADER_SIZE, is_zfile
-from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
+from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile_reader import open_zfile, read_description
 from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 
@@ -66,7 +67,7 @@ def fetch_rest_of_end(blob: Blob) -> None:
         if not is_zfile(content.read_at(0, min(HEADER_SIZE, content.size))):
             return
         header = read_description(content)
-        start = content.window.offset if isinstance(content, WrappedContent) else 0
+        start, _ = range_in(blob, content, 0, 0)
         known = blob.size - guessed_end(blob.size) - start
         needed = _needed(content, header, known)
         if 0 <= needed < known:
@@ -83,12 +84,12 @@ def _needed(content: Blob, header: ZFileHeader, known: int) -> int:
         return max(0, header.index_offset - blocks * (header.block_size + CRC_SIZE) - _MOST_INDEX)
     layer = open_zfile(content)  # reads its index; not closed, as the blob below belongs to the caller
     tail = max(0, layer.size - _TAIL)
-    begin, end = layer.stored_range(tail, layer.size - tail)
+    begin, end = layer.map_range(tail, layer.size)
     trailer_at = layer.size - HEADER_SPACE
-    if trailer_at < HEADER_SPACE or layer.stored_range(trailer_at, HEADER_SPACE)[0] < known:
+    if trailer_at < HEADER_SPACE or layer.map_range(trailer_at, layer.size)[0] < known:
         # An upper bound: at most one record for each sector.
         return max(0, begin - min(_MOST_INDEX, layer.size // SECTOR * RECORD_SIZE))
     trailer = Trailer.from_bytes(layer.read_at(trailer_at, HEADER_SPACE), blob=layer.name, offset=trailer_at)
     check_sealed_trailer(trailer, layer.size, blob=layer.name)
-    size = trailer.index_size * RECORD_SIZE
-    return min(begin, layer.stored_range(trailer.index_offset, size)[0] if size else end)
+    at, size = trailer.index_offset, trailer.index_size * RECORD_SIZE
+    return min(begin, layer.map_range(at, at + size)[0] if size else end)

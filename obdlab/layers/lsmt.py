@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, Self
 
+from obdlab.blob import unwrapped
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from obdlab.blob import Blob
+    from obdlab.blob import Around, Blob
     from obdlab.layers.budget import Budget, Share
 
 # Read from the end in one request: the trailer, and with it the index of a layer with up to 256 segments. No sealed
@@ -53,6 +54,10 @@ class Layer(Protocol):
     @property
     def data(self) -> Blob:
         """The file that the index points into."""
+
+    @property
+    def uuid(self) -> str:
+        """The layer's UUID, all zeros if it has none."""
 
     @property
     def parent_uuid(self) -> str:
@@ -165,30 +170,35 @@ def _refuse_writable(header: Header, blob: Blob) -> None:
         raise FormatError("writable layer (not sealed): commit or seal it first", blob=blob.name)
 
 
-def open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None = None, budget: Budget | None = None) -> LsmtLayer:
+def open_layer(
+    blob: Blob,
+    watched: Callable[[Blob], Blob] | None = None,
+    budget: Budget | None = None,
+    around: Around = unwrapped,
+) -> LsmtLayer:
     """Open a layer blob as stored: plain LSMT or ZFile, each with or without a tar around it.
 
     Opening reads the plain LSMT file through ``watched(file)``. The memory of its tables is taken from the image's
-    ``budget``.
+    ``budget``. ``around`` gets the joints "zfile" and "layer".
 
     The blob then belongs to the layer, but stays the caller's if this raises: FormatError if it is no layer,
     malformed or too large, CorruptBlobError if a checksum is wrong.
     """
     share = budget.share() if budget is not None else None
     try:
-        return _open_layer(blob, watched, share)
+        return _open_layer(blob, watched, share, around)
     except FormatError:
         # Only headers identify a layer. If a cache below kept a wrong answer of its source, every opening would fail.
         # Read again without the cache, the source may give the right bytes.
         blob.evict(0, blob.size)
-    return _open_layer(blob, watched, share)
+    return _open_layer(blob, watched, share, around)
 
 
-def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share | None) -> LsmtLayer:
+def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share | None, around: Around) -> LsmtLayer:
     content = open_tarwrap(blob)
     start = content.read_at(0, min(512, content.size))
     if is_zfile(start, blob=blob.name):
-        content = open_zfile(content, share)
+        content = around("zfile", open_zfile(content, share))
     elif not is_lsmt(start):
         raise FormatError(
             "neither a ZFile nor an LSMT layer",
@@ -197,6 +207,7 @@ def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share
             got=start[:24].hex() or "nothing",
             wanted="a ZFile or LSMT header",
         )
+    content = around("layer", content)
     if watched is None:
         return LsmtLayer(content, share)
     layer = LsmtLayer(watched(content), share)

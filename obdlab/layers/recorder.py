@@ -6,10 +6,11 @@ import struct
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-from obdlab.blob import Blob
+from obdlab.blob import Wrapper
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
+    from obdlab.blob import Blob
     from obdlab.layers.stack import ReadAt
 
 # Nanoseconds, layer, offset, length.
@@ -53,21 +54,13 @@ class Recorder:
         return bytes(self._noted)
 
 
-class _Watched(Blob):
+class _Watched(Wrapper):
     def __init__(self, blob: Blob, read_at: ReadAt) -> None:
-        self.name = blob.name
-        self._blob = blob
+        super().__init__(blob)
         self._read = read_at
-
-    @property
-    def size(self) -> int:
-        return self._blob.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         return self._read(offset, length)
-
-    def evict(self, offset: int, length: int) -> None:
-        self._blob.evict(offset, length)
 
 
 def reads_of(*noted: bytes) -> list[tuple[int, int, int]]:

@@ -49,34 +49,27 @@ def read_window(blob: Blob) -> TarWindow | None:
 
 
 class WrappedContent(Blob):
-    """The one file inside a tar, as a blob."""
+    """The one file inside a tar, as a blob; the tar is the blob below."""
+
+    below: Blob
 
     def __init__(self, blob: Blob, window: TarWindow) -> None:
         self.name = blob.name
-        self.window = window
-        self._blob = blob
+        self.below = blob
         self._offset, self._size = window
 
     @property
     def size(self) -> int:
         return self._size
 
-    @property
-    def stored(self) -> Blob:
-        """The tar."""
-        return self._blob
-
     def read_at(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)
-        return self._blob.read_at(self._offset + offset, length)
+        return self.below.read_at(self._offset + offset, length)
 
-    def evict(self, offset: int, length: int) -> None:
-        check_range(self, offset, length)
-        self._blob.evict(self._offset + offset, length)
-
-    def close(self) -> None:
-        self._blob.close()
+    def map_range(self, begin: int, end: int) -> tuple[int, int]:
+        check_range(self, begin, end - begin)
+        return self._offset + begin, self._offset + end
 
 
 class TarWrapWriter:

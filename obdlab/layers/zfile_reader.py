@@ -49,12 +49,14 @@ class ZFileReader(Blob):
 
     Opening reads the header, the trailer (unless the header was overwritten with the final values) and the index.
     A block that fails its check is evicted from the caches below and read again, up to three times; then
-    CorruptBlobError names the blob and the offset of the stored block.
+    CorruptBlobError names the blob and the offset of the stored block. The compressed file is the blob below.
     """
+
+    below: Blob
 
     def __init__(self, blob: Blob, share: Share | None = None) -> None:
         self.name = blob.name
-        self._blob = blob
+        self.below = blob
         self.header, self._table = _load(blob, share)
         self._codec = codec_for(self.header.algorithm, dictionary=_dictionary(blob, self.header), blob=blob.name)
         self._size = self.header.original_size
@@ -70,18 +72,11 @@ class ZFileReader(Blob):
     def size(self) -> int:
         return self._size
 
-    @property
-    def stored(self) -> Blob:
-        """The compressed file."""
-        return self._blob
-
-    def stored_range(self, offset: int, length: int) -> tuple[int, int]:
-        """Return the range ``[begin, end)`` of the compressed file that a read needs."""
-        check_range(self, offset, length)
-        if not length:
+    def map_range(self, begin: int, end: int) -> tuple[int, int]:
+        check_range(self, begin, end - begin)
+        if begin == end:
             return 0, 0
-        first, last = offset // self._block_size, (offset + length - 1) // self._block_size
-        bounds = self._table.boundaries(first, last + 1)
+        bounds = self._table.boundaries(begin // self._block_size, (end - 1) // self._block_size + 1)
         return bounds[0], bounds[-1]
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -115,14 +110,6 @@ class ZFileReader(Blob):
             self._fill(view, offset, first, last + 1)
         return out.getvalue()
 
-    def evict(self, offset: int, length: int) -> None:
-        begin, end = self.stored_range(offset, length)
-        if end > begin:
-            self._blob.evict(begin, end - begin)
-
-    def close(self) -> None:
-        self._blob.close()
-
     def _fill(self, view: memoryview, offset: int, begin: int, end: int) -> None:
         # Reads blocks [begin, end) into the view, whose first byte is the content's byte `offset`.
         bounds = self._table.boundaries(begin, end)
@@ -131,7 +118,7 @@ class ZFileReader(Blob):
         while done < count:
             # As many whole blocks as fit into MAX_RUN, at least one.
             stop = max(bisect_right(bounds, bounds[done] + MAX_RUN) - 1, done + 1)
-            run = memoryview(self._blob.read_at(bounds[done], bounds[stop] - bounds[done]))
+            run = memoryview(self.below.read_at(bounds[done], bounds[stop] - bounds[done]))
             self._decode_run(view, offset, run, begin + done, bounds[done : stop + 1])
             done = stop
 
@@ -221,10 +208,10 @@ class ZFileReader(Blob):
         begin, end = self._table.boundaries(block, block + 1)
         retries = BLOCK_RETRIES
         while True:
-            self._blob.evict(begin, end - begin)
+            self.below.evict(begin, end - begin)
             retries -= 1
             try:
-                data = self._decode(self._blob.read_at(begin, end - begin), block)
+                data = self._decode(self.below.read_at(begin, end - begin), block)
                 CORRUPTIONS_HEALED.add(label="zfile")
                 return data
             except CorruptBlobError as error:

@@ -130,7 +130,6 @@ class BlobStream(io.RawIOBase):
         self._response: urllib3.BaseHTTPResponse | None = None
         self._window_end = 0
         self._window_left_s = 0.0
-        self._verified = False
 
     @property
     def position(self) -> int:
@@ -220,14 +219,11 @@ class BlobStream(io.RawIOBase):
             _skip(response, self._position, doing, limit=self._position)
 
     def _verify(self) -> None:
-        if self._verified:
-            return
         if self._has_more():
             raise CorruptBlobError("blob longer than it should be", blob=self._name, wanted=self._size)
         digest = f"sha256:{self._hash.hexdigest()}"
         if digest != self._digest:
             raise CorruptBlobError("wrong content", blob=self._name, got=digest, wanted=self._digest)
-        self._verified = True
 
     def _has_more(self) -> bool:
         # Only an answer without a length can have more bytes; an answer that breaks off here has no more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from obdlab.observe.counters import DOWNLOAD_BYTES
 from obdlab.registry.body import go_to_range
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.failures import TRANSPORT_ERRORS, discard, from_exception
@@ -53,6 +54,7 @@ class RangeStream:
         except (*TRANSPORT_ERRORS, RegistryError) as error:
             raise self._failed(error) from error
         self.position += length
+        DOWNLOAD_BYTES.add(length)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:

@@ -93,8 +93,8 @@ class RemoteBlob(Blob):
         """Measurements of the link to the registry."""
         return self._client.link(self._repository)
 
-    def open_range(self, offset: int, length: int) -> RangeStream:
-        """Request a range to be read as it arrives, for a ``with`` block. Raises RegistryError."""
+    def stream(self, offset: int, length: int) -> RangeStream:
+        """Request a range, to be read as it arrives. Raises RegistryError."""
         check_range(self, offset, length)
         return self._client.open_range(self._repository, self._digest, offset, length, size=self._size)
 

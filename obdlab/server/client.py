@@ -193,12 +193,13 @@ class DeviceService:
         Raises DeviceError; if the kernel could not read the device, with the cause from its server.
         """
         try:
-            already = mount.mounts_of(device.path) if device.kind == kinds.FuseFile.name else []
+            is_file = kinds.find(device.kind).is_file
+            already = mount.mounts_of(device.path) if is_file else []
             if already:  # once the file is mounted, its server does not keep it open for others
                 mount.bind(already[0].mountpoint, target, read_only=read_only)
                 return
             mount.mount(device.path, target, read_only=read_only, options=options)
-            if device.kind == kinds.FuseFile.name:
+            if is_file:
                 controlclient.ask(self._run.device(device.device_id), Mounted(), Done)
         except DeviceError as error:
             cause = self.last_error(device.device_id)
@@ -244,7 +245,7 @@ class DeviceService:
         if _is_mounted_here(directory):
             return
         record = DeviceRecord.load(directory)
-        kind = kinds.find(record.kind if record is not None else kinds.FuseLoop.name)
+        kind = kinds.find(record.kind if record is not None else kinds.FIRST)
         if not kind.take_down_when_unused(directory) and record is not None and record.keeper is not None:
             record.keeper.signal(TAKE_DOWN_SIGNAL)
 

@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from obdlab.devices.fuse_file import FuseFileDevice
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.counters import ages_s
 from obdlab.server import counterfiles, wire
@@ -72,7 +71,7 @@ def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Co
 def leave_counters(device: Device, blob: Blob, directory: Path) -> None:
     """Save this process's counters beyond its end. Call before the blob is closed; never raises."""
     counterfiles.leave(
-        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), _source_of(blob))
+        directory.parents[1], directory.name, server_name(), server_table(device.statistics(), blob.statistics())
     )
 
 
@@ -80,11 +79,6 @@ def server_name() -> str:
     """Return a name that no other process has had since the machine started."""
     me = Process.of(os.getpid())
     return f"{os.getpid()}:{me.start_time if me else 0}"
-
-
-def _source_of(blob: Blob) -> dict[str, float]:
-    counters = getattr(blob, "statistics", None)
-    return counters() if callable(counters) else {}
 
 
 class Control:
@@ -174,8 +168,7 @@ class Control:
 
     # Notes that the client has mounted a device that is a file.
     def _mounted(self, _: Mounted, __: Tell) -> Done:
-        if isinstance(self._device, FuseFileDevice):
-            self._device.is_mounted_now()
+        self._device.is_mounted_now()
         return Done()
 
     # Counters of this process alone; a helper answers at its own socket.
@@ -183,16 +176,14 @@ class Control:
         statistics = self._device.statistics()
         return Counters(
             server=server_name(),
-            table=server_table(statistics, _source_of(self._blob)),
+            table=server_table(statistics, self._blob.statistics()),
             under_way_s=statistics.under_way_s,
             threads=statistics.threads,
             ages_s=ages_s(),
         )
 
-    # A blob with counters (a cache, a registry blob) has a method ``statistics() -> dict``.
     def _statistics(self, _: GetStatistics, __: Tell) -> ServerStatistics:
-        counters = getattr(self._blob, "statistics", None)
-        total = asdict(self._device.statistics()) | {"source": counters() if callable(counters) else None}
+        total = asdict(self._device.statistics()) | {"source": self._blob.statistics()}
         for theirs in self._ask_helpers(lambda _: GetStatistics(), ServerStatistics):
             total = _added(total, asdict(theirs))
         return ServerStatistics(**total)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from obdlab.blob import find
 from obdlab.command import command
 from obdlab.errors import DeviceError
 from obdlab.formats.trace import Trace
@@ -97,8 +98,9 @@ class Tracing:
         return Recorded(len(trace), trace.size, recorder.left_out + left_out)
 
     def _watch(self) -> None:
-        stack = self._blob.lowers if isinstance(self._blob, WritableStack) else self._blob
-        if not isinstance(stack, Stack):
+        writable = find(self._blob, WritableStack)
+        stack = find(self._blob, Stack) if writable is None else writable.lowers
+        if stack is None:
             raise DeviceError("has no read-only layers to record the reads of")
         recorder = Recorder()
         stack.watch(recorder.around)

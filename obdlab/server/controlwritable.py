@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.blob import find
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
 from obdlab.layerfiles.snapshot import Snapshot, snapshot
@@ -70,9 +71,10 @@ class Changes:
 
     @property
     def _stack(self) -> WritableStack:
-        if not isinstance(self._blob, WritableStack):
+        stack = find(self._blob, WritableStack)
+        if stack is None:
             raise DeviceError("its image has no writable layer")
-        return self._blob
+        return stack
 
     # Storing a file on the device itself takes writes, which wait until the layers have changed.
     def _refuse_own_disk(self, path: Path) -> None:

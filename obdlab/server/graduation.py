@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from obdlab.blob import WritableBlob
+from obdlab.blob import WritableBlob, find
 from obdlab.devices import backingfile
 from obdlab.errors import DeviceError
 from obdlab.image.open import Image
@@ -93,8 +93,9 @@ class Graduation:
 
     def start_by_itself(self) -> None:
         """Graduate in the background once all layers are local, if the image was opened to do so."""
-        if isinstance(self._blob, Image) and self._blob.graduates and self._device.kind == "fuse+loop":
-            threading.Thread(target=self._by_itself, args=(self._blob,), name="graduation", daemon=True).start()
+        image = find(self._blob, Image)
+        if image is not None and image.graduates and self._device.can_graduate:
+            threading.Thread(target=self._by_itself, args=(image,), name="graduation", daemon=True).start()
 
     def _by_itself(self, image: Image) -> None:
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
@@ -111,13 +112,20 @@ class Graduation:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
+def graduates(blob: Blob) -> bool:
+    """Return True if a device of the blob shall go on without its server some day."""
+    image = find(blob, Image)
+    return image is not None and image.graduates
+
+
 def _image_of(device: Device, blob: Blob) -> Image:
     if isinstance(blob, WritableBlob) or not device.read_only:
         raise DeviceError(
             "writable: what is written goes through its server (commit it, and attach the result read-only)"
         )
-    if not isinstance(blob, Image):
+    image = find(blob, Image)
+    if image is None:
         raise DeviceError("serves no image of layers")
-    if device.kind != "fuse+loop":
+    if not device.can_graduate:
         raise DeviceError(f"a {device.kind} device has no file behind it that could be exchanged")
-    return blob
+    return image

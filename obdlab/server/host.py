@@ -39,9 +39,10 @@ from obdlab.system.ownfiles import open_own
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from obdlab.blob import Blob
+    from obdlab.devices.kind import Kind
     from obdlab.server.keeper import Opener
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,6 @@ _WARM = ("obdlab.image.open", "obdlab.image.config", "obdlab.settings.settings")
 #: Imported when the host is idle: the first attach, which starts the host, must not wait for it.
 _WARM_LATER = ("obdlab.image.remote",)
 _AT_ONCE_S = 0.001
-_WARM_KINDS = {
-    "fuse+loop": "obdlab.devices.fuse_loop",
-    "ublk": "obdlab.devices.ublk.device",
-    "tcmu": "obdlab.devices.tcmu.device",
-}
 
 
 def open_configured(config_path: Path, settings_json: str) -> Blob:
@@ -120,7 +116,7 @@ class Host:
         assert self._listener is not None, "bind first"
         self._signals = _settle_in()
         if self._opener is open_configured:
-            _warm_up(_WARM)
+            _warm_up(_WARM, [kinds.best()])
             self._to_warm = _WARM_LATER
         self._listener.setblocking(False)
         while True:
@@ -137,7 +133,7 @@ class Host:
             if any(fd == self._listener.fileno() for fd, _ in events):
                 self._accept(self._listener)
             elif self._to_warm:
-                _warm_up(self._to_warm)
+                _warm_up(self._to_warm, kinds.every())
                 self._to_warm = ()
             elif self._is_unreachable():
                 return
@@ -260,8 +256,8 @@ def _settle_in() -> Signals:
     return signals
 
 
-def _warm_up(names: tuple[str, ...]) -> None:
-    present = [module for name, module in _WARM_KINDS.items() if not kinds.KINDS[name].missing()]
+def _warm_up(names: Iterable[str], found: Iterable[Kind]) -> None:
+    present = [module for kind in found if not kind.missing() for module in kind.warm]
     for name in (*names, *present):
         importlib.import_module(name)
     gc.collect()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from obdlab.devices import kinds
+from obdlab.devices.kind import NO_CONNECTION
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.server import wire
 from obdlab.server.forking import fork_to
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
+    from obdlab.devices.kind import Kind
     from obdlab.server.installed import InstalledCode
     from obdlab.server.keeper import Opener
 
@@ -146,7 +148,7 @@ class HostRequests:
                     f"device {device_id}: the kernel lets no other server go on with it (Linux 6.9 does)"
                 )
             former = Former(record)
-            with closed_at_end(former.connection() if kind.is_shared else kinds.NO_CONNECTION) as handed_on:
+            with closed_at_end(former.connection() if kind.is_shared else NO_CONNECTION) as handed_on:
                 try:
                     self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), former=former)
                 except BaseException:
@@ -162,7 +164,7 @@ class HostRequests:
                     self._plan_of(record),
                     directory,
                     time.monotonic() + _REVIVAL_S,
-                    kinds.NO_CONNECTION,
+                    NO_CONNECTION,
                     (lock,),
                     revived=record,
                 )
@@ -194,7 +196,7 @@ class HostRequests:
                 raise DeviceError(f"device {directory.name}: is served by others (server {record.pid})")
             orphan = Orphan(connection, description, record.code)
             is_shared = kinds.find(record.kind).is_shared
-            with closed_at_end(connection_of(peer.pid) if is_shared else kinds.NO_CONNECTION) as handed_on:
+            with closed_at_end(connection_of(peer.pid) if is_shared else NO_CONNECTION) as handed_on:
                 self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
         return True
 
@@ -237,15 +239,17 @@ def stays_without_server(record: DeviceRecord) -> bool:
 
     A FUSE connection ends with the last process that holds it; TCMU and ublk devices stay.
     """
-    kind = kinds.KINDS.get(record.kind)
-    return kind is not None and not kind.is_shared
+    try:
+        return not kinds.find(record.kind).is_shared
+    except DeviceError:  # a kind of another version
+        return False
 
 
 def is_revivable(directory: Path, record: DeviceRecord) -> bool:
     """Return True if a device is still in the kernel and waits for a server that no process will start."""
     if record.alive or not stays_without_server(record):
         return False
-    return Path(record.path) in kinds.KINDS[record.kind].devices_of(directory)
+    return Path(record.path) in kinds.find(record.kind).devices_of(directory)
 
 
 def _prime(request: Prime) -> Primed:
@@ -273,7 +277,7 @@ def _has_hung_up(connection: socket.socket) -> bool:
 
 
 # Raises DeviceError if this host has no devices of the kind in the settings.
-def _kind_of(settings: str) -> kinds.Kind:
+def _kind_of(settings: str) -> Kind:
     kind = kinds.find(Settings.from_json(settings).device_kind)
     kinds.check(kind)
     return kind

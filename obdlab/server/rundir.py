@@ -75,7 +75,7 @@ class Plan:
     #: The local file that was to replace the server; the kernel knows whether it did. "": no file.
     graduated: str = ""
     #: Name of the device's kind (``devices.kinds``).
-    kind: str = "fuse+loop"
+    kind: str = kinds.FIRST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.blob import WritableBlob
+from obdlab.blob import WritableBlob, find
 from obdlab.devices import kinds
+from obdlab.devices.kind import Place
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.server import controlsocket
+from obdlab.server.graduation import graduates
 from obdlab.server.keeperlink import KeeperLink, KeeperSeeker
 from obdlab.server.messages import Description, Failed, Ready, Stage
 from obdlab.server.protection import SERVER_OOM_SCORE_ADJUST, bound_memory, protect
@@ -71,15 +73,16 @@ def serve(
         keeper.say(Stage("making the device"))
         # From here on a SIGTERM waits until this process can handle it cleanly.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        device = kinds.find(task.kind).make(
-            blob,
+        place = Place(
             directory,
             name=device_id,
             readahead_kib=readahead_kib,
             connection=task.connection,
             path=task.path,
             on_busy=None if task.number or isinstance(blob, WritableBlob) else partial(_say_busy, keeper, blob),
+            exchangeable=graduates(blob),
         )
+        device = kinds.find(task.kind).open(blob, place)
     except Exception as error:
         if not isinstance(error, ObdlabError):
             log.exception("%s: cannot serve", device_id)
@@ -105,7 +108,8 @@ def serve(
 
 # A recording that began with the opening of the image sees the reads of this process alone: no helper then.
 def _say_busy(keeper: KeeperLink, blob: Blob) -> None:
-    if not (isinstance(blob, Stack) and blob.watched):
+    stack = find(blob, Stack)
+    if stack is None or not stack.watched:
         keeper.say_busy()
 
 

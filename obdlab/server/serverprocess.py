@@ -37,7 +37,7 @@ class Task:
     #: Number of servers that the device had before.
     restarts: int = 0
     #: Name of the device's kind.
-    kind: str = kinds.FuseLoop.name
+    kind: str = kinds.FIRST
     #: Settings of the device's plan, as ``Settings.to_json`` wrote them.
     settings: str = "{}"
 

@@ -326,7 +326,7 @@ class _Original:
         if self._values.get("gzipCacheConfig.enable"):
             self._note("gzipCacheConfig", "turboOCI layers are not supported, so nothing is cached for them")
         if "prefetchConfig.concurrency" in self._values:
-            self._note("prefetchConfig.concurrency", "traces are not replayed yet, has no effect")
+            self._note("prefetchConfig.concurrency", "a replay has at most 8 requests under way, whatever this says")
         if self._values.get("serviceConfig.enable"):
             address = self._values.get("serviceConfig.address") or _SNAPSHOT_ADDRESS
             self._set("serviceConfig.address", snapshot_api_address=address)

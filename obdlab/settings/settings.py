@@ -22,8 +22,6 @@ GIB = 1 << 30
 #: Sources of credentials (overlaybd's credentialConfig.mode).
 CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
-#: "auto": the best kind that the host has.
-DEVICE_KINDS = ("auto", "fuse+loop", "fuse+file", "ublk", "tcmu")
 #: The snapshotter's devices may also be made by an overlaybd TCMU daemon on the same host.
 DAEMON_KIND = "overlaybd-tcmu"
 _MOST_READAHEAD_KIB = 64 * KIB
@@ -79,7 +77,8 @@ class Settings:
     open_deadline_s: float = 30.0
     #: One HTTP request: time to connect, and longest silence while reading.
     request_timeout_s: float = 30.0
-    #: The kind of device for images: one of DEVICE_KINDS; or, for the snapshotter only, DAEMON_KIND.
+    #: The kind of device for images, as ``obdlab.devices.kinds`` knows them; "auto": the best that the host has; or,
+    #: for the snapshotter only, DAEMON_KIND.
     device_kind: str = "auto"
     #: The kernel's read-ahead on devices, and around page faults of files mapped from them, in KiB. With 32 a start
     #: reads a fifth less, which pays on slow links (docs/how-to/prefetch.md).
@@ -168,9 +167,6 @@ class Settings:
         self._check_access()
         if min(self.audit_size, self.audit_count, self.log_size, self.log_count) < 1:
             raise SettingsError("audit_size, audit_count, log_size and log_count: at least 1")
-        if self.device_kind not in (*DEVICE_KINDS, DAEMON_KIND):
-            kinds = ", ".join((*DEVICE_KINDS, DAEMON_KIND))
-            raise SettingsError(f"device_kind: wanted one of {kinds} (got {self.device_kind!r})")
         if self.log_format not in LOG_FORMATS:
             raise SettingsError(f"log_format: wanted one of {', '.join(LOG_FORMATS)} (got {self.log_format!r})")
         if self.log_level not in LOG_LEVELS:

@@ -41,7 +41,6 @@ LABEL_FALLBACK = "containerd.io/snapshot/obdlab.fallback"
 NO_DEVICES, NO_RANGES, NOT_OVERLAYBD = "no-block-devices", "registry-without-ranges", "not-overlaybd"
 UNPROVEN = "unproven-layer"
 
-DEVICE_NODES = ("/dev/fuse", "/dev/loop-control")
 #: Pulling a whole image may take long. If the client gives up earlier, its next attempt finds the image there.
 _TIMEOUT_S = 3600.0
 _CHUNK = 1 << 20
@@ -53,15 +52,7 @@ class FallbackError(ObdlabError):
 
 def missing_devices(kind: str = kinds.AUTOMATIC) -> str:
     """Return the reason why block devices of that kind (``Settings.device_kind``) cannot be made here, or ''."""
-    wanted = kinds.KINDS[kinds.Tcmu.name] if kind == DAEMON_KIND else kinds.find(kind)
-    if wanted.name != kinds.FuseLoop.name:
-        return wanted.missing()
-    for node in DEVICE_NODES:
-        try:
-            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            return f"{node}: {error.strerror}"
-    return ""
+    return kinds.find(kinds.TCMU if kind == DAEMON_KIND else kind).missing()
 
 
 def is_without_ranges(error: ObdlabError) -> bool:
@@ -142,14 +133,14 @@ def _unpack(config: ImageConfig, target: Path, settings: Settings) -> None:
 def _fetch(config: ImageConfig, settings: Settings) -> None:
     from contextlib import closing
 
-    from obdlab.image.open import local_file, stacked_lowers
+    from obdlab.image.open import stacked_lowers
     from obdlab.image.registryaccess import open_client
     from obdlab.registry.reference import Repository
 
     repository = Repository.from_blob_url(config.repo_blob_url)
     with closing(open_client(settings)) as client:
         for lower in stacked_lowers(config):
-            if local_file(lower) is None:
+            if lower.local_file() is None:
                 _fetch_one(client, repository, lower)
 
 

@@ -21,8 +21,7 @@ from obdlab.formats.oci import chain_id_over, is_digest
 from obdlab.image.config import COMMIT_FILE, SEALED_FILE, ConfigError, ImageConfig
 from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import FailedPreconditionError
-from obdlab.snapshotter.importing import ORIGINAL_NAME
-from obdlab.snapshotter.layout import CONFIG_NAME, Layout, RootError
+from obdlab.snapshotter.layout import CONFIG_NAME, ORIGINAL_NAME, Layout, RootError
 from obdlab.snapshotter.store import Kind, Store
 from obdlab.snapshotter.trees import delete_tree
 from obdlab.snapshotter.writable import WritableDevice

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.v1.json"
 WRITABLE_NAME = "writable.json"
+#: Metadata of the original snapshotter in its root, and what packages register in the group ``obdlab.roots`` to take
+#: such a root over.
+ORIGINAL_NAME = "metadata.db"
 _NEW = "new-"
 
 

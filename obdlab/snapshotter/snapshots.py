@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from obdlab import plugins
 from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import FailedPreconditionError
-from obdlab.snapshotter.importing import take_over
+from obdlab.snapshotter.layout import ORIGINAL_NAME, RootError
 from obdlab.snapshotter.locks import KeyedLocks
 from obdlab.snapshotter.quota import Quotas
 from obdlab.snapshotter.store import Store
@@ -63,7 +64,7 @@ class Snapshots:
         self.quotas = Quotas(layout.snapshots)
         if options.quota_bytes:
             self.quotas.check(options.quota_bytes)
-        take_over(layout, options.mode)
+        _take_over(layout, options.mode)
         self.store = Store(layout.metadata)
         self.locks = KeyedLocks()
 
@@ -147,3 +148,13 @@ class Snapshots:
             status = lower.stat()
             return status.st_uid, status.st_gid
         return None
+
+
+# Never ignores the original's metadata: beside an empty store, its images would be lost to containerd.
+def _take_over(layout: Layout, default_mode: Mode) -> None:
+    if not (layout.root / ORIGINAL_NAME).exists():
+        return
+    take_over: Callable[[Layout, Mode], int | None] | None = plugins.load("obdlab.roots", ORIGINAL_NAME)
+    if take_over is None:
+        raise RootError(f"{layout.root}: no installed package takes over {ORIGINAL_NAME} (obdlab.roots)")
+    take_over(layout, default_mode)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
+from obdlab.blob import find, range_in
 from obdlab.cache.ahead.stream import StreamAhead
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, SECTOR
 from obdlab.formats.trace import Trace
@@ -19,15 +21,14 @@ from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_
 from obdlab.layers.commit import commit
 from obdlab.layers.ends import guessed_end
 from obdlab.layers.lsmt import LsmtLayer
-from obdlab.layers.tarwrap import WrappedContent, open_tarwrap
-from obdlab.traces.replay import cached_blob_of, reads_in
+from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.traces.replay import reads_in
 from obdlab.traces.sectors import sectors_of_reads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from obdlab.blob import Blob
-    from obdlab.cache.cachedblob import CachedBlob
     from obdlab.layers.commit import Committed
     from obdlab.layers.lsmt import Layer
     from obdlab.layers.ordering import SectorRange
@@ -95,20 +96,20 @@ def trace_of_hot_layer(disk: Stack) -> Trace | None:
 
 def stream_if_hot(layer: LsmtLayer) -> StreamAhead | None:
     """Begin to fetch a whole layer if it is hot and in a registry; return its stream, else None."""
-    blob = cached_blob_of(layer.data) if is_hot(layer) else None
-    return None if blob is None else _stream(blob)
+    cached = find(layer.data, CachedBlob) if is_hot(layer) else None
+    return None if cached is None else _stream(cached)
 
 
 def stream_whole(blob: Blob) -> StreamAhead | None:
     """Like :func:`stream_if_hot`, for a layer that its configuration calls hot, before any of it is fetched."""
-    cached = cached_blob_of(blob)
+    cached = find(blob, CachedBlob)
     return None if cached is None else _stream(cached)
 
 
 def stream_if_begins_hot(blob: Blob, beginning: int) -> StreamAhead | None:
     """Like :func:`stream_if_hot`, but decided by :func:`begins_hot`: a round trip earlier."""
-    cached = cached_blob_of(blob)
-    return _stream(cached) if cached is not None and begins_hot(cached, beginning) else None
+    cached = find(blob, CachedBlob)
+    return _stream(cached) if cached is not None and begins_hot(blob, beginning) else None
 
 
 def begins_hot(blob: Blob, beginning: int) -> bool:
@@ -125,7 +126,7 @@ def begins_hot(blob: Blob, beginning: int) -> bool:
 # Returns the layer's header, or its compressed form if that contains the same text.
 def _first_bytes(blob: Blob, beginning: int) -> bytes:
     content = open_tarwrap(blob)
-    start = content.window.offset if isinstance(content, WrappedContent) else 0
+    start, _ = range_in(blob, content, 0, 0)
     data = content.read_at(0, min(beginning - start, content.size))
     if not is_zfile(data):
         return data[:HEADER_SPACE]

@@ -6,13 +6,12 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from obdlab.blob import find, range_in
 from obdlab.cache.ahead.prefetch import Prefetch
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
-from obdlab.layers.tarwrap import WrappedContent
-from obdlab.layers.zfile import ZFileReader
 from obdlab.localfile import LocalFile
 from obdlab.observe.counters import Counter
 from obdlab.volumes.places import FileVolume
@@ -100,38 +99,24 @@ def _read_all(blob: Blob) -> bytes:
 
 
 class _Place:
-    # The storage of a layer's bytes: the number of a cached blob, and the steps from the layer to it.
-    def __init__(self, number: int, steps: Sequence[ZFileReader | WrappedContent]) -> None:
+    # The storage of a layer's data: a cached blob, and its number.
+    def __init__(self, number: int, cached: CachedBlob, data: Blob) -> None:
         self._number = number
-        self._steps = steps
+        self._cached = cached
+        self._data = data
 
     def range_of(self, offset: int, length: int) -> Range:
-        begin, end = offset, offset + length
-        for step in self._steps:
-            if isinstance(step, ZFileReader):
-                begin, end = step.stored_range(begin, end - begin)
-            else:
-                begin, end = begin + step.window.offset, end + step.window.offset
+        begin, end = range_in(self._cached, self._data, offset, offset + length)
         return self._number, begin, end
 
 
-def cached_blob_of(blob: Blob) -> CachedBlob | None:
-    """Return the blob in a registry that a layer's data is unpacked from, None if it is on this machine."""
-    while isinstance(blob, ZFileReader | WrappedContent):
-        blob = blob.stored
-    return blob if isinstance(blob, CachedBlob) else None
-
-
-def _stored(blob: Blob, blobs: list[CachedBlob]) -> _Place | None:
-    steps: list[ZFileReader | WrappedContent] = []
-    while isinstance(blob, ZFileReader | WrappedContent):
-        steps.append(blob)
-        blob = blob.stored
-    if not isinstance(blob, CachedBlob):
+def _stored(data: Blob, blobs: list[CachedBlob]) -> _Place | None:
+    cached = find(data, CachedBlob)
+    if cached is None:
         return None
-    if blob not in blobs:
-        blobs.append(blob)
-    return _Place(blobs.index(blob), steps)
+    if cached not in blobs:
+        blobs.append(cached)
+    return _Place(blobs.index(cached), cached, data)
 
 
 def _ranges(reads: Iterable[Read], disk: Stack, places: Sequence[_Place | None]) -> Iterator[Range]:

@@ -8,11 +8,11 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from obdlab.blob import chain, range_in
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
 from obdlab.frames import pandas_or_error
-from obdlab.layers.zfile import ZFileReader
 from obdlab.traces.replay import reads_of_disk
 from obdlab.traces.sets import coverage, difference, unique
 from obdlab.volumes.places import FilePlaces
@@ -212,7 +212,7 @@ def _stored_size(read: Trace, disk: Stack) -> int:
     stored: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for layer, ranges in coverage(read).items():
         data = disk.layers[layer].data
+        *_, file = chain(data)
         for begin, end in ranges:
-            place = data.stored_range(begin, end - begin) if isinstance(data, ZFileReader) else (begin, end)
-            stored[layer].append(place)
+            stored[layer].append(range_in(file, data, begin, end))
     return round(sum(_length(ranges) for ranges in stored.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from bisect import bisect_right
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import FormatError
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
     #: (offset in the file, length, offset on the disk) in bytes.
     Place = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Bytes read of each file and its size, in the order of first use; and bytes outside of files."""
+
+    files: dict[bytes, tuple[int, int]]
+    elsewhere: int
 
 
 # Takes some 600 MB. The largest images have about a million files, nearly all in one piece.
@@ -120,3 +129,16 @@ class FilePlaces:
     # The rest of a file's last block belongs to the file.
     def _up(self, end: int) -> int:
         return -(-end // self.block_size) * self.block_size
+
+
+def files_of(sectors: Iterable[SectorRange], disk: Blob) -> Used:
+    """Return which files the sectors of a disk belong to. Raises as :class:`FileVolume`."""
+    places = FilePlaces(disk)
+    files: dict[bytes, int] = {}
+    elsewhere = 0
+    for _, length, path in places.pieces(sectors):
+        if path is None:
+            elsewhere += length
+        else:
+            files[path] = files.get(path, 0) + length
+    return Used({path: (size, places.sizes[path]) for path, size in files.items()}, elsewhere)

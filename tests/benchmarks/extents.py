@@ -24,8 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from obdlab.blob import Blob
-from obdlab.cache.cachedblob import CachedBlob
+from obdlab.blob import Blob, Joint, Wrapper
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.image.config import ImageConfig
 from obdlab.image.from_manifest import fetch_config
@@ -54,21 +53,16 @@ class Read:
     length: int
 
 
-class Recorder(Blob):
+class Recorder(Wrapper):
     """A disk that notes when which of its bytes were read, each read taking a while."""
 
     def __init__(self, disk: Blob) -> None:
-        self.name = disk.name
+        super().__init__(disk)
         self.reads: list[Read] = []
-        self._disk = disk
-
-    @property
-    def size(self) -> int:
-        return self._disk.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         begin = time.monotonic()
-        data = self._disk.read_at(offset, length)
+        data = super().read_at(offset, length)
         time.sleep(READ_S)
         self.reads.append(Read(begin, time.monotonic(), offset, length))
         return data
@@ -147,27 +141,30 @@ def replay(disk: Blob, reads: Sequence[Read], threads: ThreadPoolExecutor) -> No
 
 
 class Touched:
-    """Collects which extents of which blobs are read, while it is entered."""
+    """Collects which extents of which blobs are read from the cache."""
 
     def __init__(self) -> None:
         self.extents: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        original = CachedBlob.read_at
+    def around(self, joint: Joint, blob: Blob) -> Blob:
+        """Watch the cached blobs: for ``open_image``."""
+        return _Touching(blob, self) if joint == "cache" else blob
 
-        def read_at(blob: CachedBlob, offset: int, length: int) -> bytes:
-            with self._lock:
-                for number in range(offset // EXTENT, (offset + length - 1) // EXTENT + 1):
-                    self.extents[blob.name, number] = min(EXTENT, blob.size - number * EXTENT)
-            return original(blob, offset, length)
+    def note(self, blob: Blob, offset: int, length: int) -> None:
+        with self._lock:
+            for number in range(offset // EXTENT, (offset + length - 1) // EXTENT + 1):
+                self.extents[blob.name, number] = min(EXTENT, blob.size - number * EXTENT)
 
-        CachedBlob.read_at = read_at  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            CachedBlob.read_at = original  # type: ignore[method-assign]
+
+class _Touching(Wrapper):
+    def __init__(self, below: Blob, touched: Touched) -> None:
+        super().__init__(below)
+        self._touched = touched
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self._touched.note(self, offset, length)
+        return super().read_at(offset, length)
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory, registry(0, 0) as host:
         config = image_config(host, args.image, tag)
         reads = record(config, find_recipe(args.image, LabPaths().datasets).config.command, Path(directory))
-        with open_image(config, Settings(cache_dir=Path(directory) / "again")) as image, touched.watching():
+        with open_image(config, Settings(cache_dir=Path(directory) / "again"), around=touched.around) as image:
             for read in reads:
                 image.read_at(read.offset, read.length)
     extents, size = len(touched.extents), sum(touched.extents.values())

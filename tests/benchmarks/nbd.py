@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obdlab.blob import Blob
-from obdlab.devices.nbd.export import NbdExport
-from obdlab.devices.nbd.server import NbdServer
+from obdlab.contrib.nbd.export import NbdExport
+from obdlab.contrib.nbd.server import NbdServer
 from obdlab.image.open import open_stack
 from tests.benchmarks.device import JOBS, FileBlob
 from tests.benchmarks.tcmu import SIZE, layer_file

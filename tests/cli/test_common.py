@@ -14,6 +14,7 @@ from obdlab.cli import common
 from obdlab.cli.main import main
 from obdlab.registry.credentials import CredentialsError
 from obdlab.settings.settings import Settings, SettingsError
+from tests import capabilities
 
 
 def credentials() -> Path | None:
@@ -40,8 +41,7 @@ def test_default_credentials_are_those_that_are_there(tmp_path: Path, monkeypatc
 
 
 def test_default_credentials_that_cannot_be_read_are_not_there(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("becoming nobody needs root")
+    capabilities.require("root")
     # Of root's home nobody may see even what is in it. Asked in a child, since a process cannot become root again.
     (tmp_path / ".docker").mkdir()
     (tmp_path / ".docker" / "config.json").write_text("{}")

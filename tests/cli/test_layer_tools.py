@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -494,7 +493,7 @@ def test_the_index_follows_the_data_in_every_command(tmp_path: Path, capsys: pyt
 
 def test_the_default_is_zstd_in_blocks_of_16_kib_everywhere(tmp_path: Path) -> None:
     from obdlab.convert.layer import LayerOptions
-    from obdlab.lab.run.spec import Spec
+    from obdlab.lab.kinds import KINDS
     from obdlab.layerfiles.description import describe
     from obdlab.layerfiles.writing import Packing
 
@@ -503,9 +502,9 @@ def test_the_default_is_zstd_in_blocks_of_16_kib_everywhere(tmp_path: Path) -> N
     assert run("zfile", "compress", source, tmp_path / "file", "-q") == 0
     found = [describe(tmp_path / name).zfile for name in ("layer", "file")]
     chosen = {(facts.algorithm, facts.block_size) for facts in found if facts is not None}
-    fields = {field.name: field.default for field in dataclasses.fields(Spec)}
+    options = KINDS["start"].options
     chosen |= {(packing.algorithm, packing.block_size) for packing in (Packing(), LayerOptions())}
-    assert chosen | {(fields["algorithm"], fields["block_size"])} == {("zstd", 16384)}
+    assert chosen | {(options["algorithm"], options["block_size"])} == {("zstd", 16384)}
 
 
 def test_help_of_every_tool(capsys: pytest.CaptureFixture[str]) -> None:

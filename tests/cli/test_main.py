@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.convert.endpoints.layout import REF_NAME, ImageLayout
 from obdlab.formats.oci import OCI_MANIFEST
+from tests import capabilities
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
 NOBODY = 65534
@@ -33,8 +33,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[s
 @pytest.fixture
 def roots_place() -> Iterator[Path]:
     """A directory that everybody may look into and only root may write to (pytest's own are closed)."""
-    if os.geteuid() != 0:
-        pytest.skip("becoming nobody needs root")
+    capabilities.require("root")
     with tempfile.TemporaryDirectory(prefix="obdlab-test-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

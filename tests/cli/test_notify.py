@@ -136,7 +136,7 @@ def test_watchdog(usec: str, pid: str, wanted: float | None, monkeypatch: pytest
     assert notify.watchdog_s() == wanted
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.tools("systemd-analyze")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_units_are_valid(unit: Path, tmp_path: Path) -> None:
     obdlab = shutil.which("true")

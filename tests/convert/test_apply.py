@@ -212,7 +212,7 @@ def test_endless_paths(tmp_path: Path, repeat: int) -> None:
         apply(tmp_path / "r", [member("a/" * repeat + "b")])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="owners and device nodes of real directories need root")
+@pytest.mark.root
 @pytest.mark.parametrize("seed", [None, *range(25)])
 def test_same_tree_as_in_the_kernel(tmp_path: Path, seed: int | None) -> None:
     layers = whole_image() if seed is None else RandomImage(seed).layers()

@@ -65,6 +65,8 @@ def test_whole_index(tmp_path: Path, *, docker: bool, nested: bool) -> None:
         manifest = oci.Manifest.parse(layout.read_blob(child, 1 << 20))
         assert manifest.is_overlaybd
         assert manifest.media_type == child.media_type == (oci.DOCKER_MANIFEST if docker else oci.OCI_MANIFEST)
+        assert manifest.config.media_type == (oci.DOCKER_CONFIG if docker else oci.OCI_CONFIG)
+        assert {each.media_type for each in manifest.layers} == {oci.DOCKER_LAYER if docker else oci.OCI_LAYER}
         config = oci.Config.parse(layout.read_blob(manifest.config, 1 << 20))
         assert config.platform.architecture == name
     assert not list(tmp_path.glob("obdlab-*"))

@@ -34,13 +34,11 @@ from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from tests.convert.converting import convert
-from tests.convert.databases import mariadb, postgresql
 from tests.convert.layouts import make_layout, member
 from tests.registry.server import running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
     from obdlab.convert.image import ConvertedImage
     from tests.convert.layouts import Member
@@ -344,25 +342,6 @@ def test_many_write_at_once(tmp_path: Path) -> None:
     many_writers(str(tmp_path / "db"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("server", [postgresql, mariadb])
-def test_shared_database(
-    server: Callable[[], AbstractContextManager[str]], options: ConvertOptions, tmp_path: Path
-) -> None:
-    pytest.importorskip("sqlalchemy")
-    with server() as url:
-        many_writers(url)
-        contract(url)
-        shared = replace(options, database=url)
-        source = image_of(tmp_path / "source", BASE, [member("top", b"1")])
-        first = convert(source, f"oci:{tmp_path / 'out'}:a", shared)
-        assert reused(convert(source, f"oci:{tmp_path / 'out'}:b", shared)) == ["image was there"] * 2
-        ImageLayout(tmp_path / "out").blob_path(first.layers[1].built.digest).unlink()
-        assert reused(convert(source, f"oci:{tmp_path / 'out'}:b", shared)) == ["was there", ""]
-    with pytest.raises(DatabaseError, match=r"127\.0\.0\.1"):
-        convert(source, f"oci:{tmp_path / 'out'}:b", shared)
-
-
 def many_writers(url: str) -> None:
     """Several make the tables and write the same rows at once."""
     place = ("registry.example", "app")
@@ -382,18 +361,13 @@ def many_writers(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("redis://x", "no such kind"),
+        ("redis://x", r"no such kind .got redis://, wanted a path, sqlite:PATH, mysql://..., postgres://..."),
         ("/proc/x/y", "cannot make the database's directory"),
-        ("postgresql://nobody:secret@127.0.0.1:1/x", r"postgresql\+psycopg://nobody:\*\*\*@127.0.0.1:1/x: .*refused"),
-        ("mysql://nobody:secret@127.0.0.1:1/x", r"nobody:\*\*\*@.*"),
     ],
 )
 def test_databases_that_cannot_be_opened(url: str, message: str) -> None:
-    if "://" in url and url.startswith(("postgresql", "mysql")):
-        pytest.importorskip("sqlalchemy")
-    with pytest.raises(DatabaseError, match=message) as caught:
+    with pytest.raises(DatabaseError, match=message):
         open_database(url)
-    assert "secret" not in str(caught.value)
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
+from obdlab.contrib.nbd.export import NbdExport
+from obdlab.contrib.nbd.server import Budget, Client
+from obdlab.contrib.nbd.wire import ALLOCATION, FIXED_NEWSTYLE, Command, Option
+from obdlab.contrib.original_root.bolt import BoltFile
+from obdlab.contrib.original_root.importing import read_snapshots
 from obdlab.convert.apply import apply_layer
 from obdlab.convert.compare.listing import differences, list_volume
 from obdlab.convert.tar.member import Kind
@@ -21,10 +27,6 @@ from obdlab.convert.tar.reader import TarStream
 from obdlab.convert.tree.erofstree import ErofsTree
 from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.tree.target import Ext4Tree
-from obdlab.devices.nbd.connection import Connection, ConnectionLostError
-from obdlab.devices.nbd.export import NbdExport
-from obdlab.devices.nbd.server import Budget, Client
-from obdlab.devices.nbd.wire import ALLOCATION, FIXED_NEWSTYLE, Command, Option
 from obdlab.devices.tcmu import netlink, scsi
 from obdlab.devices.tcmu import ring as tcmu_ring
 from obdlab.devices.tcmu.disk import ScsiDisk
@@ -46,19 +48,17 @@ from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
 from obdlab.settings.original import parse as parse_settings
 from obdlab.settings.settings import Settings
-from obdlab.snapshotter.bolt import BoltFile
-from obdlab.snapshotter.importing import read_snapshots
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
+from tests.contrib.nbd.speaking import go, meta, option, request
+from tests.contrib.original_root.boltsamples import bolt_file, snapshots
 from tests.convert.layouts import directory, hardlink, member, tar_bytes
 from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
-from tests.devices.nbd.speaking import go, meta, option, request
 from tests.devices.tcmu import speaking as tcmu
 from tests.layers.golden import GOLDEN
 from tests.layers.zfile_samples import compress
-from tests.snapshotter.boltsamples import bolt_file, snapshots
 from tests.volumes.erofs.samples import file_system_of
 from tests.volumes.ext4.samples import MemoryDisk, large_directory, small_file_system
 

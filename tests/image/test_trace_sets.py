@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.formats.trace import Trace
 from obdlab.traces.sets import coverage, difference, frame, from_frame, merge, select, summary, unique
+from tests import capabilities
 
 READS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(1, 9)), max_size=12)
 Bytes = set[tuple[int, int]]
@@ -62,7 +62,7 @@ def test_select() -> None:
 
 
 def test_a_table_and_back() -> None:
-    pytest.importorskip("pandas")
+    capabilities.require_package("pandas")
     trace = Trace.from_reads([(0, 0, 10), (1, 0, 10), (0, 5, 10)])
     table = frame(trace)
     assert table["new"].tolist() == [10, 10, 5]

@@ -17,11 +17,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from obdlab.lab.run.grid import GridSpec
 from obdlab.lab.run.spec import Spec
 from obdlab.lab.testbed.process import Daemon
 from obdlab.lab.workbench import folder
 from tests import capabilities
+from tests.lab.declared import declared
 from tests.lab.paper.rows import start_rows, store_grid, store_starts
 
 # What the two programs' own event loops warn of is theirs.
@@ -107,9 +107,9 @@ def browser(work: Path) -> Iterator[Any]:
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     """Results of two experiments, as if measured."""
-    index = GridSpec.from_values({"name": "index", "kind": "index", "repeats": 3})
+    index = Spec.from_values({"name": "index", "kind": "index", "repeats": 3})
     store_grid(tmp_path / "results" / "index", index, {"batch_m_s": 3.0, "lookup_us": 5.0, "merge_ms": 20.0})
-    starts = Spec("start", snapshotters=("overlayfs", "obdlab"), a_a=False, repeats=3, disks=("native", "cloud"))
+    starts = declared("start", snapshotters=("overlayfs", "obdlab"), a_a=False, repeats=3, disks=("native", "cloud"))
     store_starts(tmp_path / "results" / "start", starts, start_rows())
     return tmp_path / "results"
 

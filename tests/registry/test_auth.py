@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from obdlab.registry.auth import Challenge, parse_challenges
 from obdlab.registry.credentials import Credentials, CredentialsError
+from obdlab.registry.reference import Repository
 
 
 def config(**auths: object) -> bytes:
@@ -65,6 +66,13 @@ def test_auth_wins_over_plain_fields_and_unusable_entries_are_skipped() -> None:
     )
     assert credentials.find("a", "x") == ("right", "one")
     assert [credentials.find(host, "x") for host in "bcdefg"] == [None] * 6
+
+
+def test_a_challenge_is_likely_where_there_are_credentials() -> None:
+    credentials = Credentials({"a.example": ("u", "p")}, {"b.example": "helper"})
+    for host, likely in (("a.example", True), ("b.example", True), ("c.example", False)):
+        assert credentials.likely(Repository(host, "x")) is likely
+    assert Credentials({}, {"": "helper"}).likely(Repository("c.example", "x"))
 
 
 def test_secrets_stay_out_of_sight() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import ssl
 import subprocess
 import threading
@@ -27,6 +26,7 @@ from obdlab.registry.credentials import Credentials
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.remoteblob import RemoteBlob
+from tests import capabilities
 from tests.registry.server import PASSWORD, USER, RegistryServer, running_registry
 
 pytestmark = pytest.mark.registry
@@ -219,8 +219,7 @@ class _QuietServer(HTTPServer):
 @pytest.fixture
 def tls_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A server with a certificate for localhost that nobody trusts: (port, certificate)."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
+    capabilities.require_tools("openssl")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = [
         "openssl",

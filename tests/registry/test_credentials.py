@@ -6,7 +6,6 @@ import base64
 import json
 import logging
 import os
-import shutil
 import socket
 import socketserver
 import ssl
@@ -330,8 +329,7 @@ def free_port() -> int:
 
 def test_one_challenge_and_one_token_for_many_layers(tmp_path: Path) -> None:
     capabilities.require("registry")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
+    capabilities.require_tools("openssl")
     with (
         token_server(tmp_path / "tokens") as tokens,
         running_registry(tmp_path / "registry", auth=tokens.registry_auth()) as server,

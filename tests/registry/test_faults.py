@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 from obdlab.errors import CorruptBlobError
+from obdlab.registry import session
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Reference
@@ -225,6 +228,59 @@ def test_redirect_on_the_same_host_keeps_the_token() -> None:
         assert client.read_range(registry.repository(), digest, OFFSET, LENGTH) == WANTED
         assert registry.requests[-1].path.startswith("/v2/other/name/")
         client.close()
+
+
+def test_storage_that_is_busy_is_given_the_time_it_asks_for(client: RegistryClient, registry: FaultyRegistry) -> None:
+    with faulty_registry() as storage:
+        storage.add_blob(DATA)
+        registry.always(faulty.redirect(f"http://{storage.host}/storage/{{digest}}"))
+        assert read(client, registry) == WANTED
+        for code in (429, 503):
+            storage.next(faulty.status(code, Retry_After="1"))
+            before = len(registry.requests)
+            started = time.monotonic()
+            assert read(client, registry) == WANTED
+            assert time.monotonic() - started >= 1.0
+            assert len(registry.requests) == before + 1
+
+
+def test_places_that_have_expired_make_room(monkeypatch: pytest.MonkeyPatch, registry: FaultyRegistry) -> None:
+    monkeypatch.setattr(session, "_MAX_LOCATIONS", 2)
+    monkeypatch.setattr(session, "_LOCATION_LIFE_S", 1e6)
+    blobs = [bytes([number]) * 100 for number in range(4)]
+    with faulty_registry() as storage, closing(RegistryClient(deadline_s=60, hedge_share=0)) as client:
+        for blob in blobs:
+            registry.add_blob(blob)
+            storage.add_blob(blob)
+        registry.always(faulty.redirect(f"http://{storage.host}/storage/{{digest}}"))
+
+        def asks(blob: bytes) -> bool:
+            before = len(registry.requests)
+            assert client.read_range(registry.repository(), faulty.digest_of(blob), 0, 9) == blob[:9]
+            return len(registry.requests) > before
+
+        assert [asks(blob) for blob in blobs[:3] * 2] == [True, True, True, False, False, True]
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2e6)
+        monkeypatch.setattr(session, "time", clock)
+        assert [asks(blob) for blob in blobs[2:] * 2] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 405])
+def test_a_blob_that_may_not_be_shared(registry: FaultyRegistry, client: RegistryClient, code: int) -> None:
+    registry.next(faulty.status(404), faulty.status(code))
+    assert not client.mount_blob(registry.repository(), faulty.digest_of(DATA), "other/image")
+    registry.next(faulty.status(404), faulty.status(400))
+    with pytest.raises(RegistryError, match="mounting blob"):
+        client.mount_blob(registry.repository(), faulty.digest_of(DATA), "other/image")
+
+
+@pytest.mark.parametrize("code", [200, 301, 302, 303, 307, 308])
+def test_a_blob_in_storage_elsewhere_is_there(registry: FaultyRegistry, client: RegistryClient, code: int) -> None:
+    registry.always(faulty.status(code, Location="http://127.0.0.1:1/not-asked"))
+    assert client.has_blob(registry.repository(), faulty.digest_of(DATA))
+    registry.always(faulty.status(404))
+    assert not client.has_blob(registry.repository(), faulty.digest_of(DATA))
+    assert len(registry.requests) == 2
 
 
 @pytest.mark.parametrize("location", ["", "ftp://127.0.0.1/x", "https:///x", "//[", "http://[::1/"])

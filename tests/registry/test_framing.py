@@ -14,6 +14,7 @@ import pytest
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import OCI_INDEX, OCI_MANIFEST, digest_of
+from obdlab.registry import failures
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import CredentialsService
 from obdlab.registry.deadline import deadline_of_thread
@@ -253,6 +254,12 @@ def test_a_body_that_drips_ends_at_the_deadline() -> None:
             assert time.monotonic() - began < 30, name
 
 
+@pytest.fixture
+def one_try_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no time for a second try, and much for the first: the machine may be busy."""
+    monkeypatch.setattr(failures, "_FIRST_PAUSE_S", 1000.0)
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -270,13 +277,36 @@ def test_a_body_that_drips_ends_at_the_deadline() -> None:
         b"",
     ],
 )
+@pytest.mark.usefixtures("one_try_only")
 def test_a_range_that_is_not_plainly_the_wanted_one_is_refused(headers: bytes) -> None:
     answer = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 100\r\n" + headers + b"\r\n" + bytes(100)
     with raw_server(lambda _: [answer]) as server:
-        client = RegistryClient(request_timeout_s=5, deadline_s=0.2, hedge_share=0)
+        client = RegistryClient(request_timeout_s=30, deadline_s=60, hedge_share=0)
         with pytest.raises(RegistryError, match=r"wrong range|smaller"):
             client.read_range(server.repository(), DIGEST, 0, 100)
         client.close()
+
+
+@pytest.mark.usefixtures("one_try_only")
+@pytest.mark.parametrize("sent", [0, 1, 99])
+def test_a_body_without_a_length_that_ends_early_is_refused(sent: int) -> None:
+    answer = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/100\r\n\r\n" + bytes(sent)
+    with raw_server(lambda _: [answer]) as server:
+        client = RegistryClient(request_timeout_s=30, deadline_s=60, hedge_share=0)
+        with pytest.raises(RegistryError, match=rf"broke off {100 - sent} bytes before its end"):
+            client.read_range(server.repository(), DIGEST, 0, 100)
+        client.close()
+
+
+def test_a_stream_is_whole_with_its_last_byte() -> None:
+    data = b"all of it"
+    head = b"HTTP/1.1 200 OK\r\n" + CHUNKED
+    with raw_server(lambda _: [head + b"9\r\n" + data + b"\r\n"]) as server:  # and the end of chunks is missing
+        client = RegistryClient(request_timeout_s=20, deadline_s=20, hedge_share=0)
+        with client.stream_blob(server.repository(), digest_of(data), len(data)) as stream:
+            assert stream.read() == data
+        client.close()
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

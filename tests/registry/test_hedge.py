@@ -87,6 +87,33 @@ def test_the_first_failure_is_told_if_both_fail() -> None:
     assert begun == [threading.current_thread().name, "obdlab-hedge"]
 
 
+def test_a_lag_is_that_of_the_latest_requests() -> None:
+    lag = hedge._Lag()
+    for number in range(15):
+        lag.add(0.5)
+        assert lag.seconds == FIRST_LAG_S, number
+    for seconds in (0.5, 0.1, 0.9, 0.001):
+        for _ in range(600):
+            lag.add(seconds)
+        assert lag.seconds == max(seconds, hedge._LEAST_LAG_S)
+    for number in range(640):  # one in ten is slow, more than the share that counts as usual
+        lag.add(2.0 if number % 10 == 0 else 0.1)
+    assert lag.seconds == 2.0
+    for number in range(640):
+        lag.add(2.0 if number % 64 == 0 else 0.1)
+    assert lag.seconds == 0.1
+
+
+def test_without_threads_requests_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hedge, "_watch", hedge._Watch())
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert [Hedges().run("key", lambda: "first") for _ in range(3)] == ["first"] * 3
+
+
 def test_the_second_may_save_the_first() -> None:
     second_is_there = threading.Event()
 

@@ -15,7 +15,7 @@ from obdlab.image.open import open_image
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.mirrors import Mirror, Mirrors
-from obdlab.registry.p2p import P2PAddressError, P2PProxy
+from obdlab.registry.p2p import P2PAddressError, P2PProxy, parse_address
 from obdlab.registry.reference import Reference
 from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.settings.settings import Settings
@@ -188,6 +188,45 @@ def test_dragonflys_registry_mirror(registry: FaultyRegistry, proxy: Proxy) -> N
         "http://[::1",
     ],
 )
-def test_addresses_that_are_none(address: str) -> None:
+def test_malformed_addresses(address: str) -> None:
     with pytest.raises(P2PAddressError, match="P2P address"):
         P2PProxy(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"),
+    [
+        ("http://a.example/x", ("a.example", 80)),
+        ("https://a.example/x/", ("a.example", 443)),
+        ("http-proxy://a.example", ("a.example", 80)),
+        ("http-proxy://a.example:65001/", ("a.example", 65001)),
+        ("https://[::1]:1/", ("::1", 1)),
+    ],
+)
+def test_where_a_proxy_listens(address: str, endpoint: tuple[str, int]) -> None:
+    assert parse_address(address)[2] == endpoint
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("http://p2p.example:65001", True),
+        ("http-proxy://192.0.2.1:65001", True),
+        ("https://p2p.example", False),
+        ("https://127.0.0.1", False),
+        ("http://127.0.0.1:65001/x", False),
+        ("http-proxy://localhost:65001", False),
+    ],
+)
+def test_tokens_without_tls_are_warned_of(address: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    P2PProxy(address)
+    assert ("without TLS" in caplog.text) is warned
+
+
+def test_a_proxy_that_is_down_is_not_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        proxy = P2PProxy(f"http://127.0.0.1:{probe.getsockname()[1]}")
+        assert not proxy.usable("http://registry.example/blob")
+    assert "cannot be reached" in caplog.text
+    assert "Connection refused" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -47,6 +48,38 @@ def test_no_try_without_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "registry answered 503" in str(raised)
     assert raised.tries == 1
     assert raised.status == 503
+
+
+def test_a_pause_that_fits_is_waited_for_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    fits = RegistryError("busy", temporary=True, retry_after_s=0.9)
+    left, raised = failing(fits, RegistryError("no", temporary=False), RegistryError("never reached"))
+    assert (raised.what, len(left)) == ("no (after 2 tries)", 1)
+    assert clock.now == 100.9
+    clock.now = 0.0
+    long = RegistryError("busy", temporary=True, retry_after_s=1.1)
+    left, raised = failing(long, RegistryError("never reached"))
+    assert (raised.what, len(left), clock.now) == ("busy", 1, 0.0)
+
+
+def test_tries_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    asked = []
+
+    def attempt() -> None:
+        asked.append(clock.now)
+        raise RegistryError("busy", temporary=True)
+
+    with pytest.raises(RegistryError) as caught:
+        persist(attempt, deadline=1e6, blob="blob", tries=12)
+    assert (len(asked), caught.value.tries) == (12, 12)
+    pauses = [after - before for before, after in pairwise(asked)]
+    limits = [min(0.05 * 2**number, 5.0) for number in range(11)]
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, limits, strict=True))
 
 
 def test_a_time_out_names_the_failure_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

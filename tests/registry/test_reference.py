@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.errors import FormatError
-from obdlab.registry.reference import Reference, Repository, is_loopback
+from obdlab.registry.reference import Reference, Repository, is_loopback, is_metadata, literal_address
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -139,3 +139,44 @@ def test_any_blob_url_is_refused_or_good(url: str) -> None:
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "metadata"),
+    [
+        ("169.254.169.254", True),
+        ("169.254.169.254:80", True),
+        ("[::ffff:169.254.169.254]:80", True),
+        ("0xa9fea9fe", True),
+        ("[fe80::1%eth0]:80", True),
+        ("[fd00:ec2::254]", True),
+        ("100.100.100.200", True),
+        ("100.100.100.201", False),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("metadata.example.com", False),
+        ("169.254.169.254.example.com", False),
+    ],
+)
+def test_addresses_of_clouds(host: str, metadata: bool) -> None:
+    assert is_metadata(host) is metadata
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.1", "127.0.0.1"),
+        ("0x7f000001", "127.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("2002:a00:1::", "10.0.0.1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("fd00::1", "fd00::1"),
+    ],
+)
+def test_one_address_however_it_is_spelled(host: str, address: str) -> None:
+    assert str(literal_address(host)) == address
+
+
+@pytest.mark.parametrize("host", ["registry.example", "", "1.2.3.4.5", "\ud800", "x" * 300])
+def test_names_are_no_addresses(host: str) -> None:
+    assert literal_address(host) is None

@@ -87,13 +87,16 @@ def test_one_is_removed(client: RegistryClient, registry_server: RegistryServer)
     assert client.get_manifest(Reference.parse(f"{repository}@{subject}")).data == image
 
 
-def test_where_nothing_is_deleted(client: RegistryClient, registry: FaultyRegistry) -> None:
+@pytest.mark.parametrize("refusal", [400, 401, 403, 405, 501])
+def test_where_nothing_is_deleted(client: RegistryClient, registry: FaultyRegistry, refusal: int) -> None:
     repository = registry.repository()
     tag = SUBJECT.replace(":", "-")
     one, other = digest_of(b"a"), digest_of(b"b")
     registry.add_manifest(tag, index_of("a", "b"), OCI_INDEX)
-    registry.next(None, faulty.status(405))
+    registry.next(None)
+    registry.always(faulty.status(refusal))
     client.remove_referrer(repository, SUBJECT, one)
+    registry.always(None)
     assert [each.digest for each in client.referrers(repository, SUBJECT)] == [other]
     # Where the registry itself keeps the list it would stay in it.
     registry.next(None, faulty.status(405))

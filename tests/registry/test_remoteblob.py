@@ -77,5 +77,5 @@ def test_a_registry_that_knows_another_size_is_believed(size: int, fault: faulty
         with pytest.raises(RegistryError, match=wanted):
             blob.read_at(0, 100)
         with pytest.raises(RegistryError, match=wanted):
-            blob.open_range(0, 100)
+            blob.stream(0, 100)
         assert len(registry.requests) == 2  # trying again would not help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import itertools
 import logging
@@ -61,10 +62,11 @@ class Host:
     answer: Callable[[Asked], Answer]
     port: int = 0
     asked: list[Asked] = field(default_factory=list)
+    name: str = "127.0.0.1"
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.name}:{self.port}"
 
     @property
     def repository(self) -> Repository:
@@ -72,8 +74,8 @@ class Host:
 
 
 @contextmanager
-def running(answer: Callable[[Asked], Answer]) -> Iterator[Host]:
-    host = Host(answer)
+def running(answer: Callable[[Asked], Answer], name: str = "127.0.0.1") -> Iterator[Host]:
+    host = Host(answer, name=name)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -179,8 +181,10 @@ def test_storage_gets_no_credentials_of_pulls(kind: str, status: int) -> None:
         assert not [asked for asked in elsewhere.asked if asked.authorization]
 
 
+# In both orders of their names: another host is one that differs, not one that comes later.
+@pytest.mark.parametrize(("name", "other"), [("127.0.0.1", "localhost"), ("localhost", "127.0.0.1")])
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_storage_gets_no_credentials_of_uploads(kind: str) -> None:
+def test_storage_gets_no_credentials_of_uploads(kind: str, name: str, other: str) -> None:
     patches = itertools.count()
 
     def storage_that_breaks(asked: Asked) -> Answer:
@@ -190,14 +194,14 @@ def test_storage_gets_no_credentials_of_uploads(kind: str) -> None:
             return 204, {"Range": "0-0"}, b""  # how far the upload is
         return storage(asked)
 
-    with running(storage_that_breaks) as elsewhere:
+    with running(storage_that_breaks, other) as elsewhere:
 
         def registry_answer(asked: Asked) -> Answer:
             if asked.method == "POST":
                 return 202, {"Location": f"http://{elsewhere.host}/upload?{SIGNATURE}"}, b""
             return 404, {}, b""
 
-        with running(guarded(registry_answer, kind)) as registry, closing(client_of(registry)) as client:
+        with running(guarded(registry_answer, kind), name) as registry, closing(client_of(registry)) as client:
             assert client.push_blob(registry.repository, DIGEST, len(DATA), lambda: io.BytesIO(DATA))
             with client.push_stream(registry.repository) as sink:
                 sink.write(DATA)
@@ -386,6 +390,16 @@ def test_passwords_and_tokens_are_in_no_log_and_no_error(caplog: pytest.LogCaptu
                 client.read_range(registry.repository, DIGEST, 0, 5)
             for secret in (PASSWORD, TOKEN, BASIC.partition(" ")[2]):
                 assert secret not in caplog.text + str(caught.value)
+
+
+def test_the_tokens_in_use_are_in_no_repr() -> None:
+    for kind in ("basic", "bearer"):
+        with running(guarded(content, kind)) as registry, closing(client_of(registry)) as client:
+            assert client.read_range(registry.repository, DIGEST, 0, 5) == DATA[:5]
+            kept = [each for each in gc.get_objects() if type(each).__module__ == "obdlab.registry.auth"]
+            assert any(getattr(each, "header", None) for each in kept)
+            for secret in (PASSWORD, TOKEN, BASIC.partition(" ")[2]):
+                assert secret not in "".join(map(repr, kept))
 
 
 def test_the_address_of_a_credentials_service_is_shown_without_its_key(caplog: pytest.LogCaptureFixture) -> None:

@@ -136,6 +136,21 @@ def test_renewed_files_are_read_again(authority: Authority, good: tuple[Path, Pa
         client.close()
 
 
+def test_a_certificate_is_checked_unless_a_file_says_otherwise(tmp_path: Path) -> None:
+    options = TLSOptions(certs_dirs=(tmp_path,))
+    for host, text, verify in (
+        ("a", "", True),
+        ("b", "skip_verify = false", True),
+        ("c", "skip_verify = true", False),
+        ("d", '[host."https://d"]\nskip_verify = true', False),
+        ("e", '[host."https://other"]\nskip_verify = true', True),
+        ("f", 'skip_verify = true\n[host."https://f"]\nskip_verify = false', False),
+    ):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "hosts.toml").write_text(text)
+        assert tls_of_host(options, host).verify is verify, host
+
+
 def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path], tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("nothing")
@@ -143,6 +158,8 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
     shutil.copy(good[0], tmp_path / "host" / "client.cert")
     (tmp_path / "toml").mkdir()
     (tmp_path / "toml" / "hosts.toml").write_text("skip_verify = 3")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "hosts.toml").write_text("a = " + "[" * 5000)
     per_host = TLSOptions(certs_dirs=(tmp_path,))
     for options, host, message in (
         (TLSOptions(ca_path=garbage), "h", "garbage.pem: not a usable CA bundle"),
@@ -151,6 +168,7 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
         (TLSOptions(client_cert=good[0]), "h", "server.crt: not a usable client certificate"),
         (per_host, "host", "client.cert: no key beside it .wanted client.key"),
         (per_host, "toml", "hosts.toml: skip_verify: wrong value .got 3"),
+        (per_host, "deep", "hosts.toml: cannot be read"),
     ):
         with pytest.raises(RegistryError, match=message) as caught:
             make_context(tls_of_host(options, host))
@@ -160,6 +178,7 @@ def test_files_of_no_use_are_named(authority: Authority, good: tuple[Path, Path]
 @pytest.mark.parametrize("host", ["", "..", ".", "../etc", "a/b", "x" * 300])
 def test_no_host_leads_out_of_the_directory(host: str, tmp_path: Path) -> None:
     inner = tmp_path / "certs.d"
-    inner.mkdir()
-    (tmp_path / "ca.crt").write_text("x")
+    (inner / "a" / "b").mkdir(parents=True)
+    for directory in (tmp_path, inner, inner / "a" / "b"):
+        (directory / "ca.crt").write_text("x")
     assert tls_of_host(TLSOptions(certs_dirs=(inner,)), host) == tls_of_host(TLSOptions(), "x")

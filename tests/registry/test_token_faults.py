@@ -77,6 +77,24 @@ def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
         client.close()
 
 
+@pytest.mark.parametrize(("size", "good"), [(256 << 10, True), ((256 << 10) + 1, False)])
+def test_a_tokens_answer_has_a_bound(size: int, good: bool) -> None:
+    def padded(answer: faulty.Answer) -> None:
+        answer.body += b" " * (size - len(answer.body))
+        answer.send()
+
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        registry.token_fault = padded
+        client = with_password(registry)
+        if good:
+            assert read(client, registry) == WANTED
+        else:
+            with pytest.raises(RegistryError, match=f"longer than {256 << 10} bytes"):
+                read(client, registry)
+        client.close()
+
+
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
 def test_wrong_password_and_none(auth: str) -> None:
     with faulty_registry(auth=auth) as registry:
@@ -223,6 +241,38 @@ def test_while_a_token_is_renewed_others_go_on_with_what_there_is(monkeypatch: p
             renewing.join(60)
         assert results == [WANTED]
         assert registry.blob_requests()[-1].authorization == "Bearer token-2"
+        client.close()
+
+
+def test_after_its_end_one_thread_renews_it_for_all(clock: Clock) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(reply: faulty.Answer) -> None:
+        asked.set()
+        assert answer.wait(60)
+        reply.send()
+
+    with faulty_registry(auth="bearer", token_life_s=1000) as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        clock.ahead_s = -1001  # deadlines are by the true time
+        assert read(client, registry) == WANTED
+        registry.token_fault = slow
+        clock.ahead_s = 0
+        results: list[bytes] = []
+        readers = [threading.Thread(target=lambda: results.append(read(client, registry))) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        try:
+            assert asked.wait(60)
+            time.sleep(0.2)  # time for the others to come to the lock
+        finally:
+            answer.set()
+            for reader in readers:
+                reader.join(60)
+        assert results == [WANTED] * 4
+        assert registry.tokens_issued == 2
+        assert {request.authorization for request in registry.blob_requests()[2:]} == {"Bearer token-2"}
         client.close()
 
 

@@ -40,6 +40,8 @@ class Registry:
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     breaks: list[int | None] = field(default_factory=list)
     lost_answers: int = 0
+    #: What the coming PATCHes are answered in place of the upload's position.
+    lies: list[str] = field(default_factory=list)
     forgets: bool = False
     least: int = 0
 
@@ -97,7 +99,7 @@ def registry_for_uploads() -> Iterator[Registry]:
             stop = registry.breaks.pop(0) if registry.breaks else None
             registry.uploads[path] += self.rfile.read(length if stop is None else stop)
             if stop is None:
-                self.reply(202, **self.place(path))
+                self.reply(202, **self.place(path) | ({"Range": registry.lies.pop(0)} if registry.lies else {}))
                 return
             if registry.forgets:
                 del registry.uploads[path]
@@ -264,6 +266,16 @@ def test_a_broken_chunk_goes_on_where_it_broke(registry: Registry, client: Regis
 def test_a_forgotten_upload_begins_anew(registry: Registry, client: RegistryClient) -> None:
     registry.forgets = True
     registry.breaks = [None, None, 5]
+    assert push(sink_of(client, registry.repository)) == (digest_of(DATA), len(DATA))
+    assert registry.blobs == {digest_of(DATA): DATA}
+    assert registry.count("POST") == 2
+
+
+@pytest.mark.parametrize("position", ["0-0", "0-99999", "0-4000000"])
+def test_an_upload_whose_position_is_wrong_begins_anew(
+    registry: Registry, client: RegistryClient, position: str
+) -> None:
+    registry.lies = ["0-99999", position]
     assert push(sink_of(client, registry.repository)) == (digest_of(DATA), len(DATA))
     assert registry.blobs == {digest_of(DATA): DATA}
     assert registry.count("POST") == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from obdlab.server.live import LiveDevice
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
+from tests import capabilities
 from tests.devices.contract import MIB
 from tests.server.killing import until
 from tests.server.test_live import new_config
@@ -53,8 +53,9 @@ def service(tmp_path: Path) -> Iterator[DeviceService]:
 def test_it_is_clean_and_complete_whoever_is_killed(
     service: DeviceService, tmp_path: Path, kind: str, filesystem: str, victim: str, kills: int
 ) -> None:
-    if filesystem not in Path("/proc/filesystems").read_text().split() or not shutil.which(MAKE[filesystem][0]):
-        pytest.skip(f"there is no {filesystem} here")
+    capabilities.require_tools(MAKE[filesystem][0])
+    if filesystem not in Path("/proc/filesystems").read_text().split():
+        capabilities.missing("kernel", f"the kernel has no {filesystem}")
     config = new_config(tmp_path, kind, size=SIZE)
     device = service.attach(config, "files")
     subprocess.run([*MAKE[filesystem], str(device.path)], check=True, capture_output=True)

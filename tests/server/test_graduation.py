@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kernel
 
 SIZE = 16 * MIB
-needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+needs_fio = pytest.mark.tools("fio")
 FIO = ["fio", "--name=job", "--ioengine=libaio", "--iodepth=16", "--bs=4k", "--verify=crc32c", "--verify_fatal=1"]
 ROUNDS = [1, pytest.param(50, marks=pytest.mark.slow)]
 

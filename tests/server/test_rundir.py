@@ -38,7 +38,7 @@ def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
+@pytest.mark.root
 def test_another_users_run_directory_is_refused(tmp_path: Path) -> None:
     RunDir(tmp_path / "run").create()
     os.chown(tmp_path / "run", 65534, 65534)

@@ -223,7 +223,7 @@ def test_a_unix_socket_is_for_its_user(tmp_path: Path, monkeypatch: pytest.Monke
     assert not path.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+@pytest.mark.root
 def test_another_users_process_cannot_reach_it(tmp_path: Path) -> None:
     path = tmp_path / "api.sock"
     served = Served(path)

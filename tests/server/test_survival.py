@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kernel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ext4"
-needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+needs_fio = pytest.mark.tools("fio")
 FEW_AND_MANY = [4, pytest.param(100, marks=pytest.mark.slow)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import obdlab
+from tests.capabilities import require, require_tools
 from tests.server import underinit
 from tests.server.killing import until
 from tests.server.test_live import new_config
@@ -37,8 +37,8 @@ CAPABILITIES = {HOST: {21, 24, 2}, "obdlab-exporter.service": set()}
 
 @pytest.fixture(scope="module")
 def init(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Init]:
-    if why := underinit.missing():
-        pytest.skip(why)
+    require("root")
+    require_tools(str(underinit.SYSTEMD), "systemctl")
     with Init(tmp_path_factory.mktemp("init")) as running:
         yield running
 
@@ -98,8 +98,7 @@ def test_a_host_that_hangs_is_replaced_by_the_watchdog(init: Init) -> None:
 
 @pytest.mark.kernel
 def test_an_image_for_virtual_machines(init: Init, tmp_path: Path) -> None:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed")
+    require("qemu")
     init.run("sh", "-ec", 'mkdir -p /run/layers; cp "$0" "$1" /run/layers', *LAYERS)
     init.override("obdlab-nbd@.service", "[Service]\nEnvironmentFile=\nEnvironmentFile=/run/layers/env\n")
     init.run("sh", "-ec", "echo SOURCE=/run/layers/layer1.obd,/run/layers/layer2.obd > /run/layers/env")
@@ -135,7 +134,7 @@ def test_all_units_are_looked_at() -> None:
     assert {path.name for path in UNITS.glob("*.service")} == set(EXPOSED)
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.tools("systemd-analyze")
 @pytest.mark.parametrize("name", EXPOSED)
 def test_exposure(name: str, tmp_path: Path) -> None:
     unit = tmp_path / name.replace("@", "@one")

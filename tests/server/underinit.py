@@ -7,7 +7,6 @@ made for it.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -56,13 +55,6 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 echo $$ > "$0/inner"
 exec env -i container=test SYSTEMD_UNIT_PATH="$0/units" {SYSTEMD} --system --log-target=console --show-status=0
 """
-
-
-def missing() -> str:
-    """Why this cannot be had here, or ''."""
-    if os.geteuid() != 0:
-        return "not root"
-    return "" if SYSTEMD.exists() and shutil.which("systemctl") else "systemd is not installed"
 
 
 class Init:

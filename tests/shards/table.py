@@ -19,7 +19,7 @@ class Shard:
 
 
 _ROUNDS = "server/test_kinds.py::test_many_rounds_leave_nothing"
-_UBLK_ROUNDS = "devices/ublk/test_device.py::TestUblkDevice::test_a_thousand_rounds"
+_UBLK_ROUNDS = "contrib/ublk/test_device.py::TestUblkDevice::test_a_thousand_rounds"
 _TCMU_ROUNDS = "devices/tcmu/test_device.py::TestTcmuDevice::test_a_thousand_rounds"
 _SECOND_HALF = (
     "append-log", "bolt", "ext4", "erofs", "layer", "layer-applied", "layer-tar", "nbd", "qcow2", "scsi", "stack",
@@ -72,7 +72,7 @@ SHARDS = (
         "vm",
         "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
         (
-            "devices/nbd/test_machine.py",
+            "contrib/nbd/test_machine.py",
             "devices/tcmu",
             "devices/test_blocktools.py",
             "devices/ublk",

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
@@ -50,10 +48,8 @@ def busybox() -> Path | None:
 
 
 def require_busybox() -> None:
-    """Skip the running test without busybox, or fail it where containerd tests are required."""
-    if busybox() is None:
-        fail_or_skip = pytest.fail if "containerd" in capabilities.REQUIRED else pytest.skip
-        fail_or_skip("busybox (Debian package busybox-static) is not installed")
+    """Skip the running test without busybox, or fail it where programs are required."""
+    capabilities.require_tools("busybox")
 
 
 def busybox_bytes() -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.devices.fuse_loop import FuseLoop
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
@@ -41,7 +42,7 @@ def fallbacks(reason: str) -> float:
 
 @pytest.fixture
 def no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fallback, "DEVICE_NODES", ("/nonexistent/fuse",))
+    monkeypatch.setattr(FuseLoop, "nodes", ("/nonexistent/fuse",))
 
 
 @pytest.mark.usefixtures("no_devices")

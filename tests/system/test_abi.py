@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from obdlab.system import abi
+from tests import capabilities
 
 SIZES = {
     "fuse_in_header": abi.FUSE_IN_HEADER.size,
@@ -59,15 +59,15 @@ def test_a_transfer_is_read_from_header_and_body_at_once() -> None:
 
 
 def test_sizes_by_the_c_compiler(tmp_path: Path) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None or not Path("/usr/include/linux/fuse.h").exists():
-        pytest.skip("no C compiler or no kernel headers")
+    capabilities.require_tools("cc")
+    if not Path("/usr/include/linux/fuse.h").exists():
+        capabilities.missing("tools", "no headers of the kernel")
     lines = "".join(f'printf("{name} %zu\\n", sizeof(struct {name}));' for name in SIZES)
     source = tmp_path / "sizes.c"
     source.write_text(
         "#include <stdio.h>\n#include <linux/fuse.h>\n#include <linux/loop.h>\n" + "int main(void){" + lines + "}\n"
     )
-    subprocess.run([compiler, "-o", tmp_path / "sizes", source], check=True)
+    subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True)
     out = subprocess.run([tmp_path / "sizes"], check=True, capture_output=True, text=True).stdout
     assert {name: int(size) for name, size in map(str.split, out.splitlines())} == SIZES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from obdlab.devices import loop
 from obdlab.errors import DeviceError
 from obdlab.system import abi, mount
+from tests import capabilities
 
 MIB = 1 << 20
 LINE = r"36 35 98:0 /mnt1 /mnt\040two/a\134b rw,noatime master:1 shared:2 - ext3 /dev/ro\011ot rw,errors=continue"
@@ -245,8 +245,7 @@ def test_an_image_beside_the_hosts_files_has_no_devices_and_owners(ext4: Path, t
 
 @pytest.mark.kernel
 def test_erofs_is_not_mounted_for_writing(tmp_path: Path, target: Path) -> None:
-    if shutil.which("mkfs.erofs") is None:
-        pytest.skip("mkfs.erofs is not installed")
+    capabilities.require_tools("mkfs.erofs")
     (tmp_path / "tree").mkdir()
     subprocess.run(["mkfs.erofs", "--quiet", tmp_path / "erofs", tmp_path / "tree"], check=True, timeout=60)
     device = attach(tmp_path / "erofs", read_only=False)

@@ -47,7 +47,7 @@ def test_links_pipes_and_others_files_are_refused(tmp_path: Path) -> None:
     assert victim.read_bytes() == b"precious"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives a file away")
+@pytest.mark.root
 def test_what_is_another_users_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.chown(tmp_path / "file", NOBODY, NOBODY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -16,6 +15,7 @@ from obdlab.layers.stack import WritableStack
 from obdlab.layers.upper import SparseUpper
 from obdlab.system import mount, superblock
 from obdlab.volumes.ext4.mkfs import make_filesystem
+from tests import capabilities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,13 +25,12 @@ MIB = 1 << 20
 
 
 def made(path: Path, command: Sequence[str], size: int = 64 * MIB) -> Path:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
+    capabilities.require_tools(command[0])
     with path.open("wb") as file:
         file.truncate(size)
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        pytest.skip(f"{' '.join(command)}: {done.stderr.strip()}")
+        capabilities.missing("tools", f"{' '.join(command)}: {done.stderr.strip()}")
     return path
 
 
@@ -90,8 +89,7 @@ def test_what_the_original_makes_passes() -> None:
 def test_erofs_passes(tmp_path: Path, options: Sequence[str]) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(b"abc" * 100000)
-    if shutil.which("mkfs.erofs") is None:
-        pytest.skip("mkfs.erofs is not installed")
+    capabilities.require_tools("mkfs.erofs")
     command = ["mkfs.erofs", "--quiet", *options, str(tmp_path / "disk"), str(tmp_path / "tree")]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     assert trouble(tmp_path / "disk") == ""

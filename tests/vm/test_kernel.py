@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import capabilities
 from tests.vm.kernel import PACKAGE, VmError, cached_kernel, get_kernel
 
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb", "depmod")
@@ -69,10 +70,8 @@ class Archive:
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    missing = [tool for tool in _TOOLS if shutil.which(tool, path=path) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"not root, or not installed: {', '.join(missing)}")
+    capabilities.require("root")
+    capabilities.require_tools(*_TOOLS)
     return Archive(tmp_path, monkeypatch)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
-from obdlab.observe.counters import DOWNLOAD_BYTES
+from obdlab.errors import SourceError
 from obdlab.registry.deadline import deadline_of_thread
 
 if TYPE_CHECKING:
-    from obdlab.blob import Blob
+    from obdlab.blob import Blob, ByteStream
     from obdlab.cache.fetching import Fetches
     from obdlab.cache.flights import Flight
-    from obdlab.registry.rangestream import RangeStream
 
 # Readers of the next units, up to this many bytes, wait for them; readers further ahead fetch themselves. It takes
 # 80 ms at 100 Mbit/s.
@@ -25,14 +24,6 @@ _LEAST = 64 << 10
 _SOONEST_S, _LATEST_S = 0.0045, 0.01
 # Units that are cached already are read and thrown away, up to this size: that is sooner than another request.
 _MOST_SKIPPED = 256 << 10
-
-
-@runtime_checkable
-class Streams(Protocol):
-    """A blob with ranges that can be read as they arrive."""
-
-    def open_range(self, offset: int, length: int) -> RangeStream:
-        """Request the range."""
 
 
 class PiecesAhead:
@@ -50,7 +41,7 @@ class PiecesAhead:
         self._most = most
         self._piece = _FIRST
         self._claimed: deque[Flight] = deque()
-        self._stream: RangeStream | None = None
+        self._stream: ByteStream | None = None
 
     def fetch_next(self) -> bool:
         """Fetch the next piece. Return False at the end. Raises what the origin raises; may be called again."""
@@ -82,17 +73,21 @@ class PiecesAhead:
 
     def _read(self, flight: Flight, deadline: float) -> bytes:
         offset, length = self._fetches.range_of(flight)
-        if not isinstance(self._origin, Streams):
-            return self._origin.read_at(offset, length)
-        flight.streamed = True
         began = time.monotonic()
         with deadline_of_thread(deadline):
             try:
-                data = self._streamed(self._origin, offset, length)
+                stream = self._stream_at(flight, offset)
+                if stream is None:
+                    return self._fetches.read_origin(flight, deadline)
+                if offset > stream.position:
+                    stream.read(offset - stream.position)
+                data = stream.read(length)
+                if len(data) != length:
+                    what = f"short read of a stream (got {len(data)} bytes, wanted {length})"
+                    raise SourceError(what, blob=self._origin.name, offset=offset)
             except BaseException:
                 self._close_stream()
                 raise
-        DOWNLOAD_BYTES.add(length)
         self._fit(time.monotonic() - began)
         return data
 
@@ -102,15 +97,14 @@ class PiecesAhead:
         elif took_s < _SOONEST_S:
             self._piece = min(self._piece * 2, self._most)
 
-    def _streamed(self, origin: Streams, offset: int, length: int) -> bytes:
+    def _stream_at(self, flight: Flight, offset: int) -> ByteStream | None:
         stream = self._stream
-        if stream is None or not stream.position <= offset <= stream.position + _MOST_SKIPPED:
-            self._close_stream()
-            self._fetches.count_request()
-            stream = self._stream = origin.open_range(offset, self._fetches.end_of(self._stop) - offset)
-        if offset > stream.position:
-            stream.read(offset - stream.position)
-        return stream.read(length)
+        if stream is not None and stream.position <= offset <= stream.position + _MOST_SKIPPED:
+            flight.streamed = True  # the flight that opened the stream counts as its request
+            return stream
+        self._close_stream()
+        self._stream = self._origin.stream(offset, self._fetches.end_of(self._stop) - offset)
+        return self._stream
 
     def _close_stream(self) -> None:
         if self._stream is not None:

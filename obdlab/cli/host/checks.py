@@ -109,7 +109,7 @@ def _experiment_checks() -> Iterator[Check]:
 
 
 def _kinds() -> Iterator[Check]:
-    for kind in kinds.KINDS.values():
+    for kind in kinds.every():
         trouble = kind.missing()
         yield Check("device kinds", kind.name, not trouble, trouble or "available", kind.fix, optional=True)
     best = kinds.best()

@@ -113,9 +113,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pool(args: argparse.Namespace) -> Pool:
-    from obdlab.convert.batch.pool import DaskPool, LocalPool
+    from obdlab.convert.batch.pool import LocalPool, scheduled_pool
 
-    return DaskPool(args.scheduler) if args.scheduler else LocalPool(args.jobs)
+    return scheduled_pool(args.scheduler) if args.scheduler else LocalPool(args.jobs)
 
 
 def _jobs(args: argparse.Namespace) -> Callable[[Pair], Job]:

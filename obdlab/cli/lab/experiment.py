@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,7 @@ from obdlab.command import command
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from obdlab.lab.run.declaration import AnySpec
-    from obdlab.lab.run.experiment import Experiment
-    from obdlab.lab.run.grid import GridExperiment
     from obdlab.lab.run.spec import Spec
-
-NOTEBOOK = Path("notebooks/cold_warm_startup.ipynb")
 
 
 def declare_run(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +27,7 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
     add_locked(parser)
     parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
-    parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="(default: %(default)s)")
+    parser.add_argument("--notebook", type=Path, help="(default: that of the kind)")
     parser.set_defaults(run=run, bounded=False)
 
 
@@ -93,7 +87,7 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a key (TOML value; of grids also axes.NAME and options.NAME)",
+        help="change a key (TOML value; also axes.NAME and options.NAME)",
     )
     _add_results(parser)
 
@@ -130,7 +124,7 @@ def resume(args: argparse.Namespace) -> int:
     return _measure(last_spec(_directory(args, args.name)), args)
 
 
-def _declared(args: argparse.Namespace) -> AnySpec:
+def _declared(args: argparse.Namespace) -> Spec:
     from obdlab.lab.run.declaration import load
     from obdlab.lab.workbench import find
 
@@ -140,27 +134,20 @@ def _declared(args: argparse.Namespace) -> AnySpec:
     return spec.with_values(**named, **_changes(args.set))
 
 
-def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
+def _measure(spec: Spec, args: argparse.Namespace) -> int:
     from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.declaration import open_experiment
     from obdlab.lab.run.diskspace import naming_full_disks
-    from obdlab.lab.run.experiment import Experiment
     from obdlab.lab.run.interrupts import ending_on_signals
-    from obdlab.lab.run.spec import Spec
     from obdlab.lab.show.report import check_parameters
 
     directory = _directory(args, spec.name)
-    if not isinstance(spec, Spec) and (args.report or args.scheduler):
-        raise ObdlabError(f"{spec.name}: --report and --scheduler are for container starts (got kind {spec.kind!r})")
-    if isinstance(spec, Spec) and args.report:  # errors here must not appear only after an hour of measuring
-        check_parameters(_notebook(args), _parameters(spec, directory))
+    if args.report:  # errors here must not appear only after an hour of measuring
+        check_parameters(_notebook(args, spec), _parameters(spec, directory))
     experiment = open_experiment(spec, directory, LabPaths(locked=args.locked))
     try:
         with ending_on_signals():
-            if isinstance(experiment, Experiment):
-                measured = experiment.run(again=args.again, scheduler=args.scheduler)
-            else:
-                measured = experiment.run(again=args.again)
+            measured = experiment.run(again=args.again, scheduler=args.scheduler)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
         raise
@@ -168,17 +155,18 @@ def _measure(spec: AnySpec, args: argparse.Namespace) -> int:
         print("everything was measured already under this code and host (--again measures anew)")
     print(*experiment.report(), sep="\n")
     with naming_full_disks(directory):
-        (directory / "table.txt").write_text("\n".join(_details(experiment)) + "\n")
+        (directory / "table.txt").write_text("\n".join(experiment.details()) + "\n")
         print(f"raw rows: {directory / 'rows.csv'}")
-        if isinstance(spec, Spec) and args.report:
-            print(f"report:   {_report(_notebook(args), spec, directory)}")
+        if args.report:
+            print(f"report:   {_report(_notebook(args, spec), spec, directory)}")
     return int(any(row.get("error") for row in experiment.rows()))
 
 
-def _notebook(args: argparse.Namespace) -> Path:
+def _notebook(args: argparse.Namespace, spec: Spec) -> Path:
+    from obdlab.lab.kinds import KINDS
     from obdlab.lab.workbench import find
 
-    return find("notebooks", args.notebook)
+    return find("notebooks", args.notebook or Path("notebooks", KINDS[spec.kind].notebook))
 
 
 def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
@@ -188,8 +176,7 @@ def _report(notebook: Path, spec: Spec, directory: Path) -> Path:
 
 
 def _parameters(spec: Spec, directory: Path) -> dict[str, Any]:
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}
-    return {**values, "results": str(directory.parent), "measure": False}
+    return {**spec.declaration(), "results": str(directory.parent), "measure": False}
 
 
 def _changes(settings: list[str]) -> dict[str, Any]:
@@ -229,14 +216,8 @@ def report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"experiment": args.name, **experiment.facts()}))
     else:
-        print(*_details(experiment), sep="\n")
+        print(*experiment.details(), sep="\n")
     return int(any(row.get("error") for row in experiment.rows()))
-
-
-def _details(experiment: Experiment | GridExperiment) -> list[str]:
-    from obdlab.lab.run.experiment import Experiment
-
-    return experiment.details() if isinstance(experiment, Experiment) else experiment.report()
 
 
 def export(args: argparse.Namespace) -> int:

@@ -147,15 +147,17 @@ class RegistryDestination(ImageDestination):
 
 class _Recent(Blob):
     # A blob with a cache of recent pieces. A wrong piece fails ZFile's checksums, is evicted and read again.
+    below: Blob
+
     def __init__(self, blob: Blob) -> None:
         self.name = blob.name
-        self._blob = blob
+        self.below = blob
         self._pieces: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
-        return self._blob.size
+        return self.below.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         check_range(self, offset, length)
@@ -168,10 +170,7 @@ class _Recent(Blob):
     def evict(self, offset: int, length: int) -> None:
         with self._lock:
             self._pieces.clear()
-        self._blob.evict(offset, length)
-
-    def close(self) -> None:
-        self._blob.close()
+        self.below.evict(offset, length)
 
     def _piece(self, number: int) -> bytes:
         with self._lock:
@@ -180,7 +179,7 @@ class _Recent(Blob):
                 self._pieces.move_to_end(number)
                 return piece
         begin = number * _PIECE
-        piece = self._blob.read_at(begin, min(_PIECE, self.size - begin))
+        piece = self.below.read_at(begin, min(_PIECE, self.size - begin))
         with self._lock:
             self._pieces[number] = piece
             if len(self._pieces) > _PIECES:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.blob import find
 from obdlab.convert.compare.imagetree import fetched_layers
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.progress import Silent
@@ -83,9 +84,10 @@ def _write(layer: LsmtLayer, first: Sequence[SectorRange], path: Path) -> None:
 
 
 def _packing_of(layer: LsmtLayer) -> Packing:
-    if not isinstance(layer.data, ZFileReader):
+    zfile = find(layer.data, ZFileReader)
+    if zfile is None:
         return Packing("")
-    header = layer.data.header
+    header = zfile.header
     return Packing("zstd" if header.algorithm == Algorithm.ZSTD else "lz4", header.block_size, tar=True)
 
 

@@ -12,6 +12,7 @@ from obdlab.lab.testbed.process import LabError, run
 from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -99,17 +100,20 @@ class Adapter(Protocol):
         """Return the versions of the measured programs, for the rows' environment."""
 
 
-def check_programs(adapter: Adapter) -> None:
-    """Raise LabError naming the programs that an adapter needs and this host does not have."""
-    missing = missing_programs(adapter)
-    if missing:
-        told = ", ".join(f"{name} ({fix})" for name, fix in missing.items())
-        raise LabError(f"{adapter.name}: not installed: {told}")
+def check_programs(what: str, programs: Mapping[str, str]) -> None:
+    """Raise LabError naming those of ``programs`` (each with its origin) that this host lacks."""
+    if missing := _missing(programs):
+        lacking = ", ".join(f"{name} ({fix})" for name, fix in missing.items())
+        raise LabError(f"{what}: not installed: {lacking}")
 
 
 def missing_programs(adapter: Adapter) -> dict[str, str]:
     """Return the programs that an adapter needs and this host lacks, each with the command that installs it."""
-    return {name: how_to_install(of) for name, of in adapter.programs.items() if not shutil.which(name)}
+    return _missing(adapter.programs)
+
+
+def _missing(programs: Mapping[str, str]) -> dict[str, str]:
+    return {name: how_to_install(of) for name, of in programs.items() if not shutil.which(name)}
 
 
 def how_to_install(origin: str) -> str:

@@ -1,4 +1,4 @@
-"""Kinds of experiments other than container starts, by the value of a declaration's key ``kind``.
+"""Kinds of experiments, by the value of a declaration's key ``kind``.
 
 To add one, write a subclass of ``obdlab.lab.kinds.kind.Kind`` and list it in KINDS.
 """
@@ -13,9 +13,12 @@ from obdlab.lab.kinds.index import Index
 from obdlab.lab.kinds.kind import Kind
 from obdlab.lab.kinds.memory import Memory
 from obdlab.lab.kinds.misses import Misses
+from obdlab.lab.kinds.start import Start
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Codec(), Index(), Fio(), Build(), Conversion(), Misses(), Memory())
+    kind.name: kind for kind in (Start(), Codec(), Index(), Fio(), Build(), Conversion(), Misses(), Memory())
 }
+#: The kind of a declaration that names none.
+START = Start.name
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["KINDS", "START", "Kind"]

@@ -11,41 +11,34 @@ waits until the registry has been still for a second.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from obdlab.errors import ObdlabError
 from obdlab.lab.baselines import ADAPTERS
-from obdlab.lab.baselines.adapter import Source, check_programs, is_published
-from obdlab.lab.run import diskspace, interrupts
-from obdlab.lab.run.spec import WORKLOAD_LINE, WORKLOADS
-from obdlab.lab.testbed import coldness, environment
+from obdlab.lab.baselines.adapter import Source, is_published
+from obdlab.lab.kinds.kind import Bench
+from obdlab.lab.testbed import coldness
 from obdlab.lab.testbed.cgroups import DISKS
 from obdlab.lab.testbed.containerd import OwnContainerd
-from obdlab.lab.testbed.exclusive import only_experiment
 from obdlab.lab.testbed.leftovers import cleanup_leftovers
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.registry import RegistryHost, Traffic
 from obdlab.lab.testbed.residency import resident_below
-from obdlab.lab.testbed.timelimit import time_limit
 from obdlab.registry.client import RegistryClient
+from obdlab.settings.settings import Settings
 from obdlab.system.processes import stat_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Generator, Mapping
     from types import TracebackType
 
     from obdlab.lab.baselines import Adapter
     from obdlab.lab.images.builder import BuiltImage
     from obdlab.lab.images.recipe import Probe, Recipe
-    from obdlab.lab.paths import LabPaths
-    from obdlab.lab.run.rows import Row
-    from obdlab.lab.run.spec import Cell, Spec
+    from obdlab.lab.kinds.kind import Job, Option, Point, Row
     from obdlab.lab.testbed.containerd import RunningContainer
     from obdlab.lab.testbed.netns import LinkCounters
     from obdlab.lab.testbed.registry import Request
@@ -53,8 +46,16 @@ if TYPE_CHECKING:
 # Background fetching counts as finished when the registry has been still for this long.
 _STILL_S = 1.0
 _MOST_BACKGROUND_S = 120.0
-_CLEAN_UP_S = 120.0
 _WARM_TRIES = 3
+
+#: Commands that replace the recipe's command until the container is ready: read all metadata, read all data (the
+#: paper's figures 23 and 24). tar writes into a pipe, as it does not read files if its output is /dev/null.
+WORKLOADS: dict[str, tuple[str, ...]] = {
+    "start": (),
+    "du": ("sh", "-c", "du -sx / > /dev/null; echo OBDLAB-READY"),
+    "tar": ("sh", "-c", "tar -cf - --one-file-system -C / . 2> /dev/null | cat > /dev/null; echo OBDLAB-READY"),
+}
+_WORKLOAD_LINE = "OBDLAB-READY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,44 +80,45 @@ class _Begin:
     cpu_s: float
 
 
-class Bench:
-    """Measures cells and returns their rows; a context manager that leaves no process, mount or namespace."""
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    image: str
+    snapshotter: str
+    disk: str
 
-    def __init__(
-        self,
-        spec: Spec,
-        network: tuple[float, float],
-        paths: LabPaths,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self._spec = spec
-        self._paths = paths
-        self._say = say
-        self._network = ExperimentNetwork(*network)
+
+def host_settings(options: Mapping[str, Option]) -> Settings:
+    """Return the settings for opening images, without the place of the cache. Raises SettingsError."""
+    return Settings().with_values(options["settings"], name="settings")
+
+
+class StartBench(Bench):
+    """Measures cells under one network; a context manager that leaves no process, mount or namespace."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._options = job.options
+        self._snapshotters = tuple(map(str, job.axes["arm"]))
+        self._settings = host_settings(job.options)
+        self._network = ExperimentNetwork(float(job.shared["rate_mbit"]), float(job.shared["rtt_ms"]))
         self._stack = ExitStack()
         self._images: dict[str, BenchImage] = {}
-        self._quiet_budget_s = spec.quiet_wait_s
 
     def __enter__(self) -> Self:
-        for name in self._spec.snapshotters:
-            check_programs(ADAPTERS[name])
-        built = {name: self._paths.image(name, lambda line: None) for name in self._spec.images}
+        adapters = [ADAPTERS[name] for name in self._snapshotters]
+        work = self._job.paths.work
         with ExitStack() as stack:
-            stack.enter_context(only_experiment())
             cleanup_leftovers()  # those of killed experiments
-            self._say("starting network, registry and containerd")
+            self._job.say("starting network, registry and containerd")
             stack.enter_context(self._network)
-            adapters = [ADAPTERS[name] for name in self._spec.snapshotters]
             self._registry = stack.enter_context(
-                RegistryHost(
-                    self._paths.work / "registry", self._network, tls=any(adapter.secure for adapter in adapters)
-                )
+                RegistryHost(work / "registry", self._network, tls=any(adapter.secure for adapter in adapters))
             )
             proxies = [adapter.name for adapter in adapters if adapter.proxy]
             self._containerd = stack.enter_context(
-                OwnContainerd(self._paths.work / "host", proxies=proxies, settings=self._spec.host_settings())
+                OwnContainerd(work / "host", proxies=proxies, settings=self._settings)
             )
-            for name, image in built.items():
+            for name, image in self._job.built.items():
                 self._images[name] = self._publish(image)
             self._registry.preload()
             self._stack = stack.pop_all()
@@ -128,51 +130,34 @@ class Bench:
         self._stack.close()
 
     def environment(self) -> dict[str, Any]:
-        """Return the facts about network, containerd and images that the rows' environment records."""
-        references = {name: image.references for name, image in self._images.items()}
-        compared = {name: ADAPTERS[name].versions() for name in self._spec.snapshotters}
+        """Return the facts about network, containerd and published images."""
         return {
-            "compared": compared,
+            "compared": {name: ADAPTERS[name].versions() for name in self._snapshotters},
             "network": self._network.facts(),
             "containerd_setup": self._containerd.facts(),
-            "images": references,
-            "built": {name: image.built.facts() for name, image in self._images.items()},
+            "images": {name: image.references for name, image in self._images.items()},
         }
 
-    def measure(self, cell: Cell) -> list[Row]:
-        """Measure one cold start and the starts after it; a failure becomes a row with ``error``, an interrupt never.
-
-        Raises LabError if the cell's remains cannot be removed; the bench cannot be used after that. Raises
-        DiskFullError if a disk was full; then there is no row.
-        """
-        rows: list[Row] = []
-        attempt = time.time_ns()
+    def measure(self, point: Point) -> Generator[Row]:
+        """Measure one cold start and the starts after it; yield a row for each."""
+        cell = _Cell(str(point["image"]), str(point["arm"]), str(point["disk"]))
         adapter = ADAPTERS[cell.snapshotter]
-        spec = self._spec
-        what = f"{self._images[cell.image].recipe.name} {cell.arm}"
-        try:
-            self._containerd.groups.set_disk(DISKS[cell.disk], self._containerd.directory)
-            with time_limit(spec.cell_timeout_s, what), adapter.serving(self._containerd, self._registry):
-                try:
-                    rows.append(self._cold(cell))
-                    rows += [self._warm(cell, number) for number in range(spec.warm_starts)]
-                    rows += [self._dropped(cell, number) for number in range(spec.dropped_starts)]
-                finally:
-                    adapter.remove(self._containerd, self._reference(cell))
-        except (ObdlabError, OSError) as error:
-            interrupts.check(error)
-            diskspace.check(error, self._places)
-            starts = ["cold", *["warm"] * spec.warm_starts, *["dropped"] * spec.dropped_starts]
-            start = starts[min(len(rows), len(starts) - 1)]
-            rows.append({"start": start, "error": str(error), "started": datetime.now(UTC).isoformat()})
-            with time_limit(_CLEAN_UP_S, f"{what}: taking away what is left"):
-                self._containerd.remove_everything()
-        interrupts.check()
-        return [{**row, "attempt": attempt} for row in rows]
+        self._containerd.groups.set_disk(DISKS[cell.disk], self._containerd.directory)
+        with adapter.serving(self._containerd, self._registry):
+            try:
+                yield self._cold(cell)
+                for number in range(self._options["warm_starts"]):
+                    yield self._warm(cell, number)
+                for number in range(self._options["dropped_starts"]):
+                    yield self._dropped(cell, number)
+            finally:
+                adapter.remove(self._containerd, self._reference(cell))
 
-    def _cold(self, cell: Cell) -> Row:
-        quiet = environment.wait_for_quiet(self._spec.load_limit, self._quiet_budget_s, say=self._say)
-        self._quiet_budget_s -= quiet["waited_s"]
+    def clean(self) -> None:
+        """Remove all containers, snapshots and images."""
+        self._containerd.remove_everything()
+
+    def _cold(self, cell: _Cell) -> Row:
         evidence = coldness.make_cold(self._containerd, self._registry)
         began = self._begin()
         pull_began_s = time.monotonic()
@@ -180,34 +165,35 @@ class Bench:
         ADAPTERS[cell.snapshotter].pull(self._containerd, self._reference(cell))
         pull_s = time.monotonic() - pull_began_s
         clients_s = _clients_cpu_s() - clients_s
-        time.sleep(self._spec.pause_s)
+        pause_s = self._options["pause_s"]
+        time.sleep(pause_s)
         times, _ = self._start(cell, began)
         times["cpu_s"] += clients_s
-        row = {"start": "cold", "warm": -1, "pause_s": self._spec.pause_s, "evidence": evidence}
-        return {**row, **quiet, **_timed(times, pull_s)}
+        row = {"start": "cold", "warm": -1, "pause_s": pause_s, "evidence": evidence}
+        return {**row, **_timed(times, pull_s)}
 
     # Now and then a lazy start reads blocks that no earlier start read: threads run in another order, or another
     # program dropped the machine's page cache and the kernel reads ahead elsewhere. That start has made the image
     # warm, so the next start is measured instead.
-    def _warm(self, cell: Cell, number: int) -> Row:
+    def _warm(self, cell: _Cell, number: int) -> Row:
         for again in range(_WARM_TRIES):
             try:
                 row = self._warm_once(cell, number)
             except coldness.NotWarmError as error:
                 if again == _WARM_TRIES - 1:
                     raise
-                self._say(f"{error}: started again")
+                self._job.say(f"{error}: started again")
             else:
                 return {**row, "again": again}
         raise AssertionError
 
-    def _warm_once(self, cell: Cell, number: int) -> Row:
+    def _warm_once(self, cell: _Cell, number: int) -> Row:
         times, asked = self._start(cell, self._begin())
         layers = ADAPTERS[cell.snapshotter].layers(self._containerd)
         evidence = coldness.prove_warm(layers, Traffic.of(asked), asked)
         return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
-    def _dropped(self, cell: Cell, number: int) -> Row:
+    def _dropped(self, cell: _Cell, number: int) -> Row:
         evidence = coldness.make_dropped(self._containerd, ADAPTERS[cell.snapshotter].layers(self._containerd))
         times, asked = self._start(cell, self._begin())
         evidence["requests"] = Traffic.of(
@@ -215,11 +201,7 @@ class Bench:
         ).requests  # a caveat of the report: a lazy start may read other blocks
         return {"start": "dropped", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
-    @property
-    def _places(self) -> tuple[Path, ...]:
-        return (self._paths.work, Path(tempfile.gettempdir()))
-
-    def _reference(self, cell: Cell) -> str:
+    def _reference(self, cell: _Cell) -> str:
         return self._images[cell.image].references[cell.snapshotter]
 
     def _begin(self) -> _Begin:
@@ -227,11 +209,11 @@ class Bench:
         return _Begin(self._registry.mark(), self._network.counters(), datetime.now(UTC), os.getloadavg()[0], cpu_s)
 
     # Start a container, wait until it is ready, remove it. Return its row, and the requests made until it was ready.
-    def _start(self, cell: Cell, began: _Begin) -> tuple[Row, list[Request]]:
+    def _start(self, cell: _Cell, began: _Begin) -> tuple[Row, list[Request]]:
         image = self._images[cell.image]
         name = f"bench-{time.monotonic_ns()}"
         adapter = ADAPTERS[cell.snapshotter]
-        with adapter.running(self._containerd, self._reference(cell), name, self._probe(image, cell)) as container:
+        with adapter.running(self._containerd, self._reference(cell), name, self._probe(image)) as container:
             costs = self._costs(container, began)
             link = self._network.counters().since(began.link)
             phases = container.times.phases_s()
@@ -272,10 +254,10 @@ class Bench:
             stored, ended = now, time.monotonic() < deadline
         return ended
 
-    def _probe(self, image: BenchImage, cell: Cell) -> Probe:
-        probe = replace(image.recipe.probe, timeout_s=self._spec.ready_timeout_s)
-        command = WORKLOADS[cell.workload]
-        return replace(probe, ready_line=WORKLOAD_LINE, command=command) if command else probe
+    def _probe(self, image: BenchImage) -> Probe:
+        probe = replace(image.recipe.probe, timeout_s=self._options["ready_timeout_s"])
+        command = WORKLOADS[self._options["workload"]]
+        return replace(probe, ready_line=_WORKLOAD_LINE, command=command) if command else probe
 
     def _costs(self, container: RunningContainer, began: _Begin) -> Row:
         groups = self._containerd.groups
@@ -285,15 +267,15 @@ class Bench:
 
     # Store an image in every compared form, unless the registry has the form from an earlier run.
     def _publish(self, image: BuiltImage) -> BenchImage:
-        spec, recipe = self._spec, image.recipe
-        source = Source(image, spec.algorithm, spec.block_size, spec.host_settings().device_readahead_kib)
+        recipe, options = image.recipe, self._options
+        source = Source(image, options["algorithm"], options["block_size"], self._settings.device_readahead_kib)
         references = {}
         with closing(RegistryClient()) as client:
-            for name in self._spec.snapshotters:
+            for name in self._snapshotters:
                 adapter = ADAPTERS[name]
                 references[name] = self._registry.reference(recipe.name, adapter.tag(source))
                 if not is_published(client, references[name]):
-                    self._say(f"{recipe.name}: publishing for {name}")
+                    self._job.say(f"{recipe.name}: publishing for {name}")
                     with self._network.unshaped():
                         adapter.publish(self._containerd, source, client, references[name])
                 if adapter.secure:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from obdlab.lab.paper.results import Results
     from obdlab.lab.paths import LabPaths
-    from obdlab.lab.run.declaration import AnySpec
+    from obdlab.lab.run.spec import Spec
 
 
 def chosen_runs(keys: Sequence[str]) -> tuple[Run, ...]:
@@ -34,7 +34,7 @@ def specs(
     quick: bool,
     changes: Mapping[str, Mapping[str, Any]],
     declarations: Path | None = None,
-) -> dict[str, AnySpec]:
+) -> dict[str, Spec]:
     """Return the checked spec of each experiment by its name; ``changes`` are by experiment name as well.
 
     ``declarations`` is the folder of the declarations (default: the workbench's). Raises SpecError if ``changes``
@@ -52,7 +52,7 @@ def specs(
 
 
 def run_all(
-    planned: Mapping[str, AnySpec], results: Results, say: Callable[[str], None], paths: LabPaths | None = None
+    planned: Mapping[str, Spec], results: Results, say: Callable[[str], None], paths: LabPaths | None = None
 ) -> dict[str, str]:
     """Run the experiments that are not measured yet; return the reasons of those that failed, by name.
 

@@ -1,9 +1,9 @@
 """Cells of an experiment on several test hosts, through Dask: each host measures whole blocks, one after another.
 
-A block is one repeat of all cells under one network, so that compared rows come from one host. Hosts must be alike
-(code, kernel, processor, containerd), each with one worker of one thread. Start a worker as root from the same
-checkout: ``dask worker tcp://SCHEDULER:8786 --nthreads 1 --no-nanny``. Every client that reaches the scheduler can
-run code as the workers' user: keep Dask to networks of your own, or use its TLS.
+A block is one repeat of all cells of one bench (of starts: of one network), so that compared rows come from one
+host. Hosts must be alike (code, kernel, processor, containerd), each with one worker of one thread. Start a worker as
+root from the same checkout: ``dask worker tcp://SCHEDULER:8786 --nthreads 1 --no-nanny``. Every client that reaches
+the scheduler can run code as the workers' user: keep Dask to networks of your own, or use its TLS.
 
 The worker measures a block in a child process: its main thread can have a time limit, and a hanging block ends with
 the process.
@@ -23,17 +23,12 @@ from typing import TYPE_CHECKING, Any
 from obdlab.command import command, install_command
 from obdlab.lab.images.pins import Pins, make_pins, obtain
 from obdlab.lab.paths import LabPaths
-from obdlab.lab.run.measuring import CONTEXT_KEYS, code_digest, failed_row, measure_cells
+from obdlab.lab.run.measuring import CONTEXT_KEYS, Measured, failed_rows, host_facts, measure_cells
 from obdlab.lab.run.spec import Cell, Spec
-from obdlab.lab.testbed import environment
 from obdlab.lab.testbed.process import LabError, tail
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from obdlab.lab.run.rows import Row
-
-Network = tuple[float, float]
+    from collections.abc import Generator, Sequence
 
 _CONNECT_TIMEOUT_S = 30.0
 # Time for publishing images and starting the bench, added to the cells' time.
@@ -44,7 +39,9 @@ _WORKER = ("-c", "from obdlab.lab.run.cluster import serve_block; serve_block()"
 class Cluster:
     """The workers of a Dask scheduler. Raises LabError if it cannot be reached or its hosts are not alike."""
 
-    def __init__(self, address: str, connect_timeout_s: float = _CONNECT_TIMEOUT_S) -> None:
+    def __init__(
+        self, address: str, kind: str, paths: LabPaths, connect_timeout_s: float = _CONNECT_TIMEOUT_S
+    ) -> None:
         try:
             import distributed as untyped
         except ImportError as error:
@@ -55,7 +52,7 @@ class Cluster:
         except (OSError, TimeoutError, ValueError) as error:
             raise LabError(f"{address}: no Dask scheduler: {error}") from error
         try:
-            self.surroundings = self._alike(address)
+            self.surroundings = self._alike(address, kind, paths)
         except BaseException:
             self.close()
             raise
@@ -69,12 +66,12 @@ class Cluster:
 
         Raises LabError if their images differ.
         """
-        demand = json.dumps({"images": spec.images, "pins": pins, "paths": _places(paths)})
+        demand = json.dumps({"images": spec.images(), "pins": pins, "paths": _places(paths)})
         workers = sorted(self._client.nthreads())
         futures = [self._client.submit(obtain_images, demand, workers=[at], pure=False, retries=0) for at in workers]
         found: list[Pins] = self._client.gather(futures)
         for worker, other in zip(workers[1:], found[1:], strict=True):
-            for name in spec.images:
+            for name in spec.images():
                 if other[name] != found[0][name]:
                     raise LabError(
                         f"hosts are not alike: image {name} is {found[0][name]['digest']} at {workers[0]} and "
@@ -83,41 +80,38 @@ class Cluster:
                     )
         return found[0]
 
-    def measure(
-        self, spec: Spec, pending: dict[Network, list[Cell]], paths: LabPaths
-    ) -> Generator[tuple[dict[str, Any], str, int, Cell, list[Row]]]:
-        """Measure cells; yield (environment, host, position, cell, rows) as they come.
+    def measure(self, spec: Spec, pending: Sequence[Cell], paths: LabPaths) -> Generator[Measured]:
+        """Measure cells; yield them as they come.
 
         Each cell of a block that failed as a whole gets a row with ``error``.
         """
+        grouped: dict[str, list[Cell]] = defaultdict(list)
+        for cell in pending:
+            grouped[json.dumps([spec.shared(cell), cell.repeat])].append(cell)
         blocks = {}
-        for network, cells in pending.items():
-            by_repeat: dict[int, list[Cell]] = defaultdict(list)
-            for cell in cells:
-                by_repeat[cell.repeat].append(cell)
-            for block in by_repeat.values():
-                order = _order(spec, network, block, paths)
-                limit_s = _SETUP_TIMEOUT_S + len(block) * spec.cell_timeout_s * 2
-                blocks[self._client.submit(run_block, order, limit_s, pure=False, retries=0)] = block
+        for block in grouped.values():
+            limit_s = _SETUP_TIMEOUT_S + len(block) * spec.cell_timeout_s * 2
+            order = _order(spec, block, paths)
+            blocks[self._client.submit(run_block, order, limit_s, pure=False, retries=0)] = block
         for future in self._distributed.as_completed(list(blocks), loop=self._client.loop):
             block = blocks[future]
             try:
                 measured = future.result()
             except Exception as error:  # any kind: a worker's death raises an exception of Dask
                 for number, cell in enumerate(block):
-                    yield {}, "", number, cell, [failed_row(str(error))]
+                    yield Measured(cell, failed_rows(spec, str(error)), {}, "", number)
                 continue
             for one in measured:
-                yield one["environment"], one["host"], one["position"], Cell(**one["cell"]), one["rows"]
+                yield Measured(**{**one, "cell": Cell(**one["cell"])})
 
-    def _alike(self, address: str) -> dict[str, Any]:
+    def _alike(self, address: str, kind: str, paths: LabPaths) -> dict[str, Any]:
         threads = self._client.nthreads()
         if not threads:
             raise LabError(f"{address}: the scheduler has no workers")
         busy = [worker for worker, count in threads.items() if count != 1]
         if busy:
             raise LabError(f"{busy[0]}: a worker with {threads[busy[0]]} threads (wanted dask worker --nthreads 1)")
-        found: dict[str, dict[str, Any]] = self._client.run(host_facts)
+        found: dict[str, dict[str, Any]] = self._client.run(host_facts, kind, paths.work)
         first, *others = sorted(found)
         for other in others:
             for key in CONTEXT_KEYS:
@@ -127,11 +121,6 @@ class Cluster:
                         f"{found[other].get(key)!r} at {other}"
                     )
         return found[first]
-
-
-def host_facts() -> dict[str, Any]:
-    """Return this host's environment with the digest of its obdlab code."""
-    return {**environment.capture(), "code": code_digest()}
 
 
 def obtain_images(demand: str) -> Pins:
@@ -167,17 +156,15 @@ def serve_block() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    rate_mbit, rtt_ms = order["network"]
-    facts = host_facts()
-    for about, position, cell, rows in measure_cells(spec, (rate_mbit, rtt_ms), cells, paths, say):
-        one = {"environment": {**facts, **about}, "host": platform.node(), "position": position}
-        print(json.dumps({**one, "cell": asdict(cell), "rows": rows}), flush=True)
+    facts = host_facts(spec.kind, paths.work)
+    for about, position, cell, rows in measure_cells(spec, cells, paths, say):
+        one = Measured(cell, rows, {**facts, **about}, platform.node(), position)
+        print(json.dumps(asdict(one)), flush=True)
 
 
-def _order(spec: Spec, network: Network, cells: list[Cell], paths: LabPaths) -> str:
-    values = {**asdict(spec), "description": ""}
-    order = {"spec": values, "network": network, "cells": [asdict(cell) for cell in cells], "paths": _places(paths)}
-    return json.dumps(order)
+def _order(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> str:
+    values = {**spec.declaration(), "description": ""}
+    return json.dumps({"spec": values, "cells": [asdict(cell) for cell in cells], "paths": _places(paths)})
 
 
 def _places(paths: LabPaths) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""Declarations of experiments of every kind: read from TOML or from a results directory, and opened."""
+"""Declarations of experiments: read from TOML or from a results directory, and opened."""
 
 from __future__ import annotations
 
 import json
+import tomllib
 from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.run.experiment import Experiment
-from obdlab.lab.run.grid import GridExperiment, GridSpec
-from obdlab.lab.run.spec import Spec, SpecError, read_declaration
+from obdlab.lab.run.spec import Spec, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,20 +15,25 @@ if TYPE_CHECKING:
 
     from obdlab.lab.paths import LabPaths
 
-AnySpec = Spec | GridSpec
-#: The default kind of a declaration: container starts.
-START = "start"
-#: Keys that do not say what is measured; ``read_declaration`` always gives a name.
+#: Keys that do not say what is measured; a declaration always has a name.
 _ONLY_ABOUT = {"name", "description"}
 
 
-def load(path: Path, *, quick: bool = False) -> AnySpec:
-    """Read a declaration; ``quick`` applies the changes of its table [quick]. Raises SpecError."""
-    values = read_declaration(path)
+def load(path: Path, *, quick: bool = False) -> Spec:
+    """Read a declaration, named by its file by default; ``quick`` applies the changes of its table [quick].
+
+    Raises SpecError naming file and key.
+    """
+    try:
+        values = {"name": path.stem, **tomllib.loads(path.read_text())}
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: {error}") from error
     changes = values.pop("quick", None)
     try:
         _check_declares(values)
-        spec = from_values(values)
+        spec = Spec.from_values(values)
         if not quick:
             return spec
         if not isinstance(changes, dict):
@@ -47,29 +52,19 @@ def _check_declares(values: Mapping[str, Any]) -> None:
         )
 
 
-def from_values(values: Mapping[str, Any]) -> AnySpec:
-    """Check keys and types of a parsed declaration. Raises SpecError."""
-    given = dict(values)
-    if given.get("kind", START) == START:
-        given.pop("kind", None)
-        return Spec.from_values(given)
-    return GridSpec.from_values(given)
-
-
-def last_spec(directory: Path) -> AnySpec:
+def last_spec(directory: Path) -> Spec:
     """Return the spec of the last run in a results directory. Raises SpecError."""
     path = directory / "spec.json"
     try:
         values = json.loads(path.read_text())
         values.pop("context")
-        values.pop("pins", None)
-        return from_values(values)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        for key in ("pins", "same_contexts"):
+            values.pop(key, None)
+        return Spec.from_values(values)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SpecError) as error:
         raise SpecError(f"{path}: not the spec of a run: {error}") from error
 
 
-def open_experiment(spec: AnySpec, directory: Path, paths: LabPaths | None = None) -> Experiment | GridExperiment:
+def open_experiment(spec: Spec, directory: Path, paths: LabPaths | None = None) -> Experiment:
     """Return the experiment of a spec with the results directory ``directory``."""
-    if isinstance(spec, Spec):
-        return Experiment(spec, directory, paths)
-    return GridExperiment(spec, directory, paths)
+    return Experiment(spec, directory, paths)

@@ -1,7 +1,4 @@
-"""A declared experiment and its results directory: measure the missing cells, read the stored rows.
-
-``bench`` does the measuring; this module chooses the cells, stores rows and reports progress.
-"""
+"""A declared experiment and its results directory: measure the missing cells, read the stored rows."""
 
 from __future__ import annotations
 
@@ -11,33 +8,31 @@ import sys
 import tempfile
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.images.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
-from obdlab.lab.images.recipe import image_label
+from obdlab.lab.kinds import KINDS
 from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import interrupts
 from obdlab.lab.run.cluster import Cluster
+from obdlab.lab.run.code import older_codes
 from obdlab.lab.run.diskspace import naming_full_disks
-from obdlab.lab.run.measuring import code_digest, context_of, how_measured, measure_cells
-from obdlab.lab.run.plan import plan_starts
+from obdlab.lab.run.measuring import Measured, context_of, host_facts, measure_cells
+from obdlab.lab.run.plan import plan_run
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
-from obdlab.lab.run.spec import Cell, Spec
-from obdlab.lab.run.summary import LEGEND, caveats, findings, headlines, summarise, text_table, wrapped
-from obdlab.lab.testbed import environment
+from obdlab.lab.run.summary import wrapped
+from obdlab.lab.run.table import PointsReport
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Sequence
 
-Network = tuple[float, float]
-#: environment, host, position in the order of measuring, cell, rows
-Measured = tuple[dict[str, Any], str, int, Cell, list[Row]]
+    from obdlab.lab.kinds.kind import Report
+    from obdlab.lab.run.spec import Cell, Spec
 
 
 class Experiment:
@@ -52,35 +47,34 @@ class Experiment:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
         ``again`` measures every cell again and keeps the old rows. Needs root and the host for itself, else raises
-        LabError. A failed start leaves a row with ``error`` and the run goes on. A stop (Ctrl-C) keeps the rows of
+        LabError. A failed cell leaves a row with ``error`` and the run goes on. A stop (Ctrl-C) keeps the rows of
         finished cells and leaves no process. ``scheduler`` is the address of a Dask scheduler; its workers' hosts
         measure instead of this one (``obdlab.lab.run.cluster``).
         """
         places = (self.store.directory, self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
         with (
             naming_full_disks(*places),
-            closing(Cluster(scheduler)) if scheduler else nullcontext() as cluster,
+            closing(Cluster(scheduler, self.spec.kind, self._paths)) if scheduler else nullcontext() as cluster,
         ):
             return self._run(again, cluster)
 
     def _run(self, again: bool, cluster: Cluster | None) -> int:
         for text in self.store.mend():
-            print(text, file=sys.stderr, flush=True)
-        surroundings = cluster.surroundings if cluster else {**environment.capture(), "code": code_digest()}
-        context = context_of(surroundings, how_measured(self.spec), str(time.time_ns()) if again else "")
-        pins = {} if again else valid_pins(read_pins(self.store.directory), self.spec.images, self._paths)
-        pending = self._pending(context, pins)
+            _say(text)
+        surroundings = cluster.surroundings if cluster else host_facts(self.spec.kind, self._paths.work)
+        contexts = self._contexts(surroundings, str(time.time_ns()) if again else "")
+        pins = {} if again else valid_pins(read_pins(self.store.directory), self.spec.images(), self._paths)
+        pending = self._pending(contexts, pins)
         if self._paths.locked or pending:
             # The pending cells depend on the images' digests, so images are built before anything is measured.
             pins = cluster.images(self.spec, pins, self._paths) if cluster else self._images_here(pending, pins)
-            pending = self._pending(context, pins)
+            pending = self._pending(contexts, pins)
         # Written before anything is measured: "resume" reads it.
-        self._write_spec(context, pins)
-        paths = replace(self._paths, digests=digests_of(pins))
-        count = sum(map(len, pending.values()))
-        if count:
+        self._write_spec(contexts, pins)
+        if pending:
+            paths = replace(self._paths, digests=digests_of(pins))
             # On a terminal a bar, elsewhere a line per step.
-            with tqdm(total=count, unit="start", desc=self.spec.name, disable=None) as bar:
+            with tqdm(total=len(pending), unit="cell", desc=self.spec.name, disable=None) as bar:
                 source = (
                     cluster.measure(self.spec, pending, paths)
                     if cluster
@@ -89,125 +83,119 @@ class Experiment:
                 # Close the source here on every path. Otherwise the interpreter's end would take down the bench, when
                 # the threads that it waits for no longer run.
                 with closing(source):
-                    self._keep(source, context, pins, bar)
+                    self._keep(source, contexts[0], pins, bar)
         self.store.write_csv()
-        return count
+        return len(pending)
 
     def progress(self) -> dict[str, tuple[int, int]]:
-        """Return (cells measured, cells in all) by network, under today's code and host."""
-        context = context_of({**environment.capture(), "code": code_digest()}, how_measured(self.spec))
-        pending = self._pending(context, valid_pins(read_pins(self.store.directory), self.spec.images, self._paths))
-        counts = {network: len(self.spec.cells(*network)) for network in self.spec.networks()}
-        return {
-            f"{rate_mbit:g} Mbit/s, {rtt_ms:g} ms": (count - len(pending.get((rate_mbit, rtt_ms), [])), count)
-            for (rate_mbit, rtt_ms), count in counts.items()
-        }
+        """Return (cells measured, cells in all) by bench, under today's code and host."""
+        contexts = self._contexts(host_facts(self.spec.kind, self._paths.work))
+        pins = valid_pins(read_pins(self.store.directory), self.spec.images(), self._paths)
+        pending = self._pending(contexts, pins)
+        found = {}
+        for shared in self.spec.benches():
+            count = len(self.spec.cells(shared))
+            missing = sum(self.spec.shared(cell) == shared for cell in pending)
+            found[KINDS[self.spec.kind].where(shared)] = (count - missing, count)
+        return found
 
     def report(self) -> list[str]:
-        """Return the lines of the report: headline, table, caveats; 100 columns wide."""
-        return self._told(details=False)
+        """Return the lines of the report: headline, table, caveats."""
+        return self._lines(details=False)
 
     def details(self) -> list[str]:
         """Return :meth:`report` with a sentence for each comparison."""
-        return self._told(details=True)
+        return self._lines(details=True)
 
     def facts(self) -> dict[str, Any]:
         """Return the content of :meth:`details` as values for programs: times in seconds, sizes in bytes."""
         rows = self.rows()
-        good = any(not row.get("error") for row in rows)
-        summaries = summarise(rows, baseline=self.spec.snapshotters[0]) if good else []
-        return {
-            "headlines": headlines(summaries),
-            "summaries": [asdict(summary) for summary in summaries],
-            "findings": findings(summaries),
-            "caveats": [*caveats(rows), *image_notes(self.environments())],
-        }
+        return {**self._report.facts(self.spec, rows), "caveats": self._caveats(rows)}
 
-    def _told(self, *, details: bool) -> list[str]:
+    def _lines(self, *, details: bool) -> list[str]:
         rows = self.rows()
-        lines = []
-        if any(not row.get("error") for row in rows):
-            summaries = summarise(rows, baseline=self.spec.snapshotters[0])
-            lines += [*wrapped(headlines(summaries)), "", *text_table(summaries).splitlines(), ""]
-            lines += wrapped([LEGEND, *(findings(summaries) if details else ())])
-        return lines + wrapped([*caveats(rows), *image_notes(self.environments())])
+        return self._report.lines(self.spec, rows, details=details) + wrapped(self._caveats(rows))
+
+    def _caveats(self, rows: Sequence[Row]) -> list[str]:
+        return [*self._report.caveats(self.spec, rows), *image_notes(self.environments())]
+
+    @property
+    def _report(self) -> Report:
+        return KINDS[self.spec.kind].report or PointsReport()
 
     # Report the plan (time, disk) of building and measuring, then build the missing images.
-    def _images_here(self, pending: dict[Network, list[Cell]], pins: Pins) -> Pins:
-        for name in self.spec.snapshotters:
-            check_programs(ADAPTERS[name])
+    def _images_here(self, pending: list[Cell], pins: Pins) -> Pins:
+        check_programs(self.spec.kind, KINDS[self.spec.kind].needed_programs(self.spec.axes))
         if pending:
-            plan = plan_starts(self.spec, [cell for cells in pending.values() for cell in cells], self._paths)
+            plan = plan_run(self.spec, pending, self._paths)
             print(*plan.lines(self.spec.name), sep="\n", file=sys.stderr, flush=True)
             plan.check()
-        images = obtain(self.spec.images, self._paths, pins, lambda text: print(text, file=sys.stderr, flush=True))
+        images = obtain(self.spec.images(), self._paths, pins, _say)
         return make_pins({name: image.facts() for name, image in images.items()})
 
-    def _pending(self, context: str, pins: Pins) -> dict[Network, list[Cell]]:
-        done, digests = self.store.done_keys(), digests_of(pins)
-        return {
-            network: cells
-            for network in self.spec.networks()
-            if (
-                cells := [
-                    cell
-                    for cell in self.spec.cells(*network)
-                    if cell.key(context, digests.get(cell.image, "")) not in done
-                ]
-            )
-        }
+    # The contexts whose rows count, today's first: those of older codes were given to the same code.
+    def _contexts(self, surroundings: dict[str, Any], nonce: str = "") -> list[str]:
+        measured = KINDS[self.spec.kind].how_measured(self.spec.options)
+        codes = [surroundings["code"], *(() if nonce else older_codes(self.spec.kind, surroundings["code"]))]
+        return [context_of({**surroundings, "code": code}, measured, nonce) for code in codes]
 
-    def _write_spec(self, context: str, pins: Pins) -> None:
-        latest = {**asdict(self.spec), "context": context, "pins": pins}
+    # A cell's key under each context.
+    def _keys(self, cell: Cell, contexts: Sequence[str], pins: Pins) -> list[str]:
+        digest = digests_of(pins).get(self.spec.image(cell.point), "")
+        return [self.spec.key(cell, context, digest) for context in contexts]
+
+    def _pending(self, contexts: Sequence[str], pins: Pins) -> list[Cell]:
+        done = self.store.done_keys()
+        return [cell for cell in self.spec.cells() if done.isdisjoint(self._keys(cell, contexts, pins))]
+
+    def _write_spec(self, contexts: Sequence[str], pins: Pins) -> None:
+        latest = {**self.spec.declaration(), "context": contexts[0], "same_contexts": contexts[1:], "pins": pins}
         (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
 
     def _measure_here(
-        self, pending: dict[Network, list[Cell]], surroundings: dict[str, Any], paths: LabPaths, bar: Any
+        self, pending: list[Cell], surroundings: dict[str, Any], paths: LabPaths, bar: Any
     ) -> Generator[Measured]:
-        def say(text: str) -> None:
-            if bar.disable:
-                print(text, file=sys.stderr, flush=True)
-            else:
-                bar.set_description_str(text)
-
-        for network, cells in pending.items():
-            with closing(measure_cells(self.spec, network, cells, paths, say)) as measured:
-                for about, position, cell, rows in measured:
-                    yield {**surroundings, **about}, platform.node(), position, cell, rows
+        say = _say if bar.disable else bar.set_description_str
+        with closing(measure_cells(self.spec, pending, paths, say)) as measured:
+            for about, position, cell, rows in measured:
+                yield Measured(cell, rows, {**surroundings, **about}, platform.node(), position)
 
     def _keep(self, measured: Iterable[Measured], context: str, pins: Pins, bar: Any) -> None:
         common = {"context": context, "seed": self.spec.seed, "label": "measured"}
-        if self.spec.settings:
-            common["settings"] = self.spec.settings
-        for about, host, position, cell, rows in measured:
-            common |= {"environment": self.store.add_environment(about), "host": host}
+        for one in measured:
+            environment = self.store.add_environment(one.environment)
             interrupts.check()
-            digest = pins[cell.image]["digest"]
             mine = {
-                **asdict(cell),
-                "image": image_label(cell.image),
-                "recipe": cell.image,
-                "image_digest": digest,
-                "cell": cell.key(context, digest),
-                "position": position,
+                **self.spec.columns(one.cell),
+                "image_digest": digests_of(pins).get(self.spec.image(one.cell.point), ""),
+                "cell": self._keys(one.cell, [context], pins)[0],
+                "position": one.position,
+                "environment": environment,
+                "host": one.host,
             }
-            self.store.append([{**common, **mine, **row} for row in rows])
+            self.store.append([{**common, **mine, **row} for row in one.rows])
             bar.update()
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: for each cell the last good attempt, else the last failed one."""
-        context, digests = self._last_context(), digests_of(read_pins(self.store.directory))
-        cells = [cell for network in self.spec.networks() for cell in self.spec.cells(*network)]
-        keys = {cell.key(context, digests.get(cell.image, "")) for cell in cells}
-        return with_quiet(last_attempts(row for row in self.store.rows() if row["cell"] in keys))
+        contexts, pins = self._last_contexts(), read_pins(self.store.directory)
+        cells = {
+            key: keys[0] for cell in self.spec.cells() for keys in [self._keys(cell, contexts, pins)] for key in keys
+        }
+        return with_quiet(last_attempts((row for row in self.store.rows() if row["cell"] in cells), cells))
 
-    def _last_context(self) -> str:
+    def _last_contexts(self) -> list[str]:
         try:
-            return str(json.loads((self.store.directory / "spec.json").read_text())["context"])
+            latest = json.loads((self.store.directory / "spec.json").read_text())
         except FileNotFoundError:
-            return ""
+            return [""]
+        return [str(latest["context"]), *map(str, latest.get("same_contexts", []))]
 
     def environments(self) -> list[dict[str, Any]]:
         """Return the environments of :meth:`rows`."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,23 +1,33 @@
-"""Measuring cells on this host, and the context within which their rows are comparable."""
+"""Measuring cells of any kind on this host, and the context within which their rows are comparable."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import obdlab
+from obdlab.errors import ObdlabError
+from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.images.recipe import image_label
-from obdlab.lab.kinds.startbench import Bench
-from obdlab.lab.run import interrupts
+from obdlab.lab.kinds import KINDS
+from obdlab.lab.kinds.kind import Job
+from obdlab.lab.run import diskspace, interrupts
+from obdlab.lab.run.code import code_digest
+from obdlab.lab.testbed import environment
+from obdlab.lab.testbed.exclusive import only_experiment
 from obdlab.lab.testbed.process import LabError
+from obdlab.lab.testbed.timelimit import time_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+    from obdlab.lab.kinds.kind import Bench
     from obdlab.lab.paths import LabPaths
     from obdlab.lab.run.rows import Row
     from obdlab.lab.run.spec import Cell, Spec
@@ -25,53 +35,93 @@ if TYPE_CHECKING:
 #: Keys of the environment that must be equal for rows to be comparable. Load, free memory and the like may differ.
 CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
 
+_CLEAN_UP_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The rows of one cell, the environment that they share, its host, and its position among its bench's cells."""
+
+    cell: Cell
+    rows: list[Row]
+    environment: dict[str, Any]
+    host: str
+    position: int
+
 
 def measure_cells(
-    spec: Spec, network: tuple[float, float], cells: Sequence[Cell], paths: LabPaths, say: Callable[[str], None]
+    spec: Spec, cells: Sequence[Cell], paths: LabPaths, say: Callable[[str], None]
 ) -> Generator[tuple[dict[str, Any], int, Cell, list[Row]]]:
-    """Measure cells of one network in order; yield (environment, position, cell, rows) of each.
+    """Measure cells bench by bench, in order; yield (environment, position, cell, rows) of each.
 
-    A failed cell's last row has ``error``. Raises LabError if the bench cannot be set up.
+    A failed cell's last row has ``error``. Raises LabError if a bench cannot be set up or another experiment runs,
+    DiskFullError if a disk was full (the cell then has no row), and the errors of ``build_image``.
     """
-    todo = list(enumerate(cells))
-    while todo:
-        # After a failed cell that spoilt the bench, a new bench measures the other cells.
-        with Bench(spec, network, paths, say) as bench:
-            about = bench.environment()
-            spoilt = False
-            while todo and not spoilt:
-                position, cell = todo.pop(0)
-                say(f"start {position + 1} of {len(cells)}: {image_label(cell.image)} {cell.arm} #{cell.repeat + 1}")
-                rows, spoilt = _measure(bench, cell)
-                yield about, position, cell, rows
+    kind = KINDS[spec.kind]
+    check_programs(spec.kind, kind.needed_programs(spec.axes))
+    built = {name: paths.image(name, lambda text: None) for name in spec.images()}
+    facts = {"built": {name: image.facts() for name, image in built.items()}}
+    paths.work.mkdir(parents=True, exist_ok=True)
+    with only_experiment():
+        for shared in spec.benches():
+            todo = list(enumerate(cell for cell in cells if spec.shared(cell) == shared))
+            count, budget_s = len(todo), spec.quiet_wait_s
+            while todo:
+                # After a failed cell that spoilt the bench, a new bench measures the other cells.
+                with tempfile.TemporaryDirectory(dir=paths.work, prefix=f"{spec.kind}-") as work:
+                    job = Job(spec.axes, spec.options, shared, built, paths, Path(work), say)
+                    with kind.open(job) as bench:
+                        about = {**facts, **bench.environment()}
+                        spoilt = False
+                        while todo and not spoilt:
+                            position, cell = todo.pop(0)
+                            say(f"{position + 1} of {count}: {cell_label(spec, cell)}")
+                            quiet = environment.wait_for_quiet(spec.load_limit, budget_s, say=say)
+                            budget_s -= quiet["waited_s"]
+                            rows, spoilt = _measure(spec, bench, cell, (paths.work, Path(tempfile.gettempdir())))
+                            yield about, position, cell, [{**quiet, **row} for row in rows]
 
 
-def _measure(bench: Bench, cell: Cell) -> tuple[list[Row], bool]:
+def _measure(spec: Spec, bench: Bench, cell: Cell, places: Sequence[Path]) -> tuple[list[Row], bool]:
+    kind, what = KINDS[spec.kind], cell_label(spec, cell)
+    rows: list[Row] = []
+    spoilt = False
+    attempt, started = time.time_ns(), datetime.now(UTC).isoformat()
     try:
-        return bench.measure(cell), False
-    except LabError as error:
+        with time_limit(spec.cell_timeout_s, what), closing(bench.measure(spec.measured_point(cell))) as measured:
+            rows.extend(measured)  # the rows before an error are kept
+    except (ObdlabError, OSError) as error:
         interrupts.check(error)
-        return [failed_row(str(error))], True
+        diskspace.check(error, places)
+        failure = {**kind.failed(spec.options, len(rows)), "error": str(error)}
+        try:
+            with time_limit(_CLEAN_UP_S, f"{what}: removal of its remains"):
+                bench.clean()
+        except LabError as remains:
+            interrupts.check(remains)
+            failure["error"] += f" (then: {remains})"
+            spoilt = True
+        rows.append({**failure, "started": datetime.now(UTC).isoformat()})
+    interrupts.check()
+    return [{"started": started, **row, "attempt": attempt} for row in rows], spoilt
 
 
-def failed_row(error: str) -> Row:
-    """Return the row of a cell that failed as a whole."""
-    return {"start": "cold", "error": error, "attempt": time.time_ns(), "started": datetime.now(UTC).isoformat()}
+def cell_label(spec: Spec, cell: Cell) -> str:
+    """Return a cell in words: the values of its axes that vary, and its repeat."""
+    varied = [key for key, values in spec.axes.items() if len(values) > 1 or key in ("image", spec.arm_axis)]
+    words = [image_label(str(cell.point[key])) for key in varied if key not in spec.shared(cell)]
+    return f"{' '.join(words)} #{cell.repeat + 1}"
 
 
-def code_digest() -> str:
-    """Return a digest of the package's Python files, so that commits to other files leave rows comparable."""
-    package = Path(obdlab.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def failed_rows(spec: Spec, error: str) -> list[Row]:
+    """Return the rows of a cell that failed as a whole."""
+    about = {"error": error, "attempt": time.time_ns(), "started": datetime.now(UTC).isoformat()}
+    return [{**KINDS[spec.kind].failed(spec.options, 0), **about}]
 
 
-def how_measured(spec: Spec) -> dict[str, Any]:
-    """Return the values of a spec that affect a cell's rows but are not part of the cell."""
-    keys = ("warm_starts", "dropped_starts", "ready_timeout_s", "pause_s")
-    return {key: getattr(spec, key) for key in keys} | ({"settings": spec.settings} if spec.settings else {})
+def host_facts(kind: str, work: Path) -> dict[str, Any]:
+    """Return this host's environment, with the digest of the code that a kind measures."""
+    return {**environment.capture(work), "code": code_digest(kind)}
 
 
 def context_of(surroundings: dict[str, Any], measured: dict[str, Any], nonce: str = "") -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.images.builder import find_image
 from obdlab.lab.images.ocilayout import OciLayout
 from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.kinds import KINDS
 from obdlab.lab.run.diskspace import DiskFullError, gigabytes, room
 
 if TYPE_CHECKING:
@@ -21,19 +21,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.lab.images.recipe import Recipe
-    from obdlab.lab.kinds.kind import Kind
     from obdlab.lab.paths import LabPaths
-    from obdlab.lab.run.grid import GridSpec
     from obdlab.lab.run.spec import Cell, Spec
 
 # Bytes of a base (tree and packed form), and of an image's build (tree, apt's archives, layout) as a share.
 _BASE, _BUILD_SHARE = 150_000_000, 5.0
 _BASE_S, _BUILD_S_PER_MB = 40.0, 0.7
-# Publishing one form of an image: conversion, compression, upload; for some forms a recorded start.
-_PUBLISH_S, _PUBLISH_S_PER_MB = 3.0, 0.15
-# Starting a bench, one cell (which makes the host cold and removes its image), one warm and one dropped start.
-_BENCH_S, _CELL_S, _WARM_S, _DROPPED_S = 5.0, 4.0, 1.0, 2.0
-_UNPACK_MB_S = 20.0
+# Starting a bench.
+_BENCH_S = 5.0
 # A disk with less than this share of the estimate is certainly too small.
 _SURELY_TOO_LITTLE = 0.7
 
@@ -76,39 +71,17 @@ class Plan:
         return list(disks.values())
 
 
-def plan_starts(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> Plan:
+def plan_run(spec: Spec, cells: Sequence[Cell], paths: LabPaths) -> Plan:
     """Return the plan of measuring ``cells``. Raises RecipeError, and FormatError for a damaged layout."""
     images = _Images(paths)
-    for name in dict.fromkeys(cell.image for cell in cells):
+    for name in dict.fromkeys(filter(None, (spec.image(cell.point) for cell in cells))):
         images.add(name)
-    adapters = [ADAPTERS[name] for name in spec.snapshotters]
-    published = sum(adapter.registry_share for adapter in adapters)
-    largest = max(images.sizes.values(), default=0)
-    on_host = largest * max(adapter.host_share for adapter in adapters)
-    status = room(paths.work)
-    # The block cache leaves this much free, and stores nothing on a disk with less.
-    kept_free = min(spec.host_settings().cache_min_free, status.size // 16)
-    seconds = images.seconds + _BENCH_S * len({(cell.rate_mbit, cell.rtt_ms) for cell in cells})
-    seconds += len(adapters) * sum(_PUBLISH_S + _PUBLISH_S_PER_MB * size / 1e6 for size in images.sizes.values())
-    for cell in cells:
-        adapter = ADAPTERS[cell.snapshotter]
-        fetched_mb = images.sizes[cell.image] / 1e6 * adapter.start_share
-        seconds += _CELL_S + spec.pause_s + _WARM_S * spec.warm_starts + _DROPPED_S * spec.dropped_starts
-        seconds += fetched_mb * 8 / cell.rate_mbit + fetched_mb / _UNPACK_MB_S
-    work = int(sum(images.sizes.values()) * published + on_host) + kept_free
+    points = [cell.point for cell in cells]
+    size = room(paths.work).size
+    measuring_s, work = KINDS[spec.kind].estimate(spec.axes, spec.options, points, images.sizes, size)
+    benches = sum(any(spec.shared(cell) == shared for cell in cells) for shared in spec.benches())
+    seconds = images.seconds + _BENCH_S * benches + measuring_s
     return Plan(len(cells), images.builds, seconds, {paths.images: images.needed, paths.work: work}, images.unknown)
-
-
-def plan_grid(spec: GridSpec, kind: Kind, cells: int, paths: LabPaths) -> Plan:
-    """Return the plan of measuring ``cells`` cells of a grid. Raises the errors of :func:`plan_starts`."""
-    images = _Images(paths)
-    named = spec.axes.get("image") or ((spec.options["image"],) if "image" in spec.options else ())
-    for name in named:
-        images.add(str(name))
-    # Layouts, converted layers and their caches.
-    work = int(3 * sum(images.sizes.values())) + kind.disk_bytes(spec.options)
-    seconds = images.seconds + cells * kind.point_s(spec.options) + _BENCH_S
-    return Plan(cells, images.builds, seconds, {paths.images: images.needed, paths.work: work}, images.unknown)
 
 
 class _Images:

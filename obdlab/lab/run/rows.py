@@ -22,7 +22,7 @@ from obdlab.errors import ObdlabError
 from obdlab.formats.oci import short_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 Row = dict[str, Any]
@@ -93,15 +93,19 @@ class RowStore:
         return path
 
 
-def last_attempts(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of each cell's last good attempt, else of its last failed one."""
+def last_attempts(rows: Iterable[Row], cells: Mapping[str, str] | None = None) -> list[Row]:
+    """Return the rows of each cell's last good attempt, else of its last failed one.
+
+    ``cells`` maps keys to the key that stands for the cell, for cells that have several.
+    """
     attempts: dict[str, list[Row]] = {}
     for row in rows:
-        kept = attempts.get(row["cell"], [])
+        cell = (cells or {}).get(row["cell"], row["cell"])
+        kept = attempts.get(cell, [])
         if kept and kept[0]["attempt"] == row["attempt"]:
             kept.append(row)
         elif not kept or any(each.get("error") for each in kept):
-            attempts[row["cell"]] = [row]
+            attempts[cell] = [row]
     return [row for kept in attempts.values() for row in kept]
 
 

@@ -10,8 +10,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from obdlab.lab.baselines import ADAPTERS
+from obdlab.lab.kinds.kind import AA_SUFFIX
 from obdlab.lab.run.rows import told_apart
-from obdlab.lab.run.spec import AA_SUFFIX
 from obdlab.lab.run.statistics import (
     Estimate,
     cliffs_delta,

@@ -14,10 +14,11 @@ import pandas as pd
 
 from obdlab.command import command
 from obdlab.errors import ObdlabError
+from obdlab.lab.kinds import START
 from obdlab.lab.paper.tables import as_html
 from obdlab.lab.run.declaration import last_spec
 from obdlab.lab.run.rows import RowStore, last_attempts
-from obdlab.lab.run.spec import Spec, SpecError
+from obdlab.lab.run.spec import SpecError
 from obdlab.lab.run.summary import summarise, summary_records
 from obdlab.lab.show.figures import draw_phases
 from obdlab.lab.show.plotparts import draw_distribution, pair
@@ -51,7 +52,7 @@ class Starts:
         if not (directory / "rows.jsonl").is_file():
             raise ExplorerError(f"{directory}: no results of an experiment (wanted rows.jsonl in it)")
         spec = last_spec(directory)
-        if not isinstance(spec, Spec):
+        if spec.kind != START:
             raise ExplorerError(f"{directory}: of kind {spec.kind}, not container starts")
         stored = RowStore(directory).rows()
         rows = last_attempts(stored)
@@ -60,7 +61,7 @@ class Starts:
         for row in good:
             one = (row["attempt"], _measured_under(row))
             newest[_group(row)] = max(newest.get(_group(row), one), one)
-        self.baseline = spec.snapshotters[0]
+        self.baseline = str(spec.baseline)
         self.rows: list[Row] = [row for row in good if _measured_under(row) == newest[_group(row)][1]]
         self.stored = len(stored)
         self.failed = sum(bool(row.get("error")) for row in stored)
@@ -240,7 +241,7 @@ def find_experiments(root: Path) -> dict[str, Path]:
             spec = last_spec(path)
         except SpecError:
             continue  # stopped before spec.json was written, or written by another version
-        if isinstance(spec, Spec):
+        if spec.kind == START:
             found[path.name if path == root else str(path.relative_to(root))] = path
     return found
 

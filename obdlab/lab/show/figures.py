@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
+from obdlab.lab.kinds.kind import AA_SUFFIX
 from obdlab.lab.paper.published import paper_values
-from obdlab.lab.run.spec import AA_SUFFIX
 from obdlab.lab.run.summary import PHASES, noise_floor
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Streamed(Origin):
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def open_range(self, offset: int, length: int) -> Comes:
+    def stream(self, offset: int, length: int) -> Comes:
         self.opened.append((offset, length))
         return Comes(self, offset)
 
@@ -123,7 +123,7 @@ def test_closing_ends_it(tmp_path: Path) -> None:
 
 def test_it_is_given_up_after_several_failures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Streamed):
-        def open_range(self, offset: int, length: int) -> Comes:
+        def stream(self, offset: int, length: int) -> Comes:
             self.opened.append((offset, length))
             raise SourceError("refused", temporary=True)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from obdlab.convert.endpoints.layout import VerifiedFile
 from obdlab.convert.endpoints.names import open_destination, open_source
+from obdlab.convert.endpoints.registryimages import RegistrySource
 from obdlab.convert.publish.hot_and_traces import add_acceleration_layer, add_hot_layer, attach_trace, detach_traces
 from obdlab.convert.publish.ordered import order_layers
 from obdlab.errors import FormatError
@@ -65,8 +68,21 @@ def push_image(server: RegistryServer, client: RegistryClient, name: str) -> Ref
 
 @pytest.mark.parametrize("elsewhere", ["same", "other", "layout"])
 def test_a_hot_layer_on_top(
-    registry_server: RegistryServer, client: RegistryClient, settings: Settings, tmp_path: Path, elsewhere: str
+    registry_server: RegistryServer,
+    client: RegistryClient,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: str,
 ) -> None:
+    fetched = []
+    fetch = RegistrySource.fetch
+
+    def fetch_and_note(self: RegistrySource, layer: oci.Descriptor, *rest: Any) -> VerifiedFile:
+        fetched.append(layer)
+        return fetch(self, layer, *rest)
+
+    monkeypatch.setattr(RegistrySource, "fetch", fetch_and_note)
     image = push_image(registry_server, client, f"traces/hot-{elsewhere}")
     name = {
         "same": f"{registry_server.host}/traces/hot-same:hot",
@@ -75,6 +91,8 @@ def test_a_hot_layer_on_top(
     }[elsewhere]
     source, target = open_source(str(image), client), open_destination(name, client)
     descriptor, size = add_hot_layer(source, target, trace_of(EXT4, READS), settings, client=client)
+    # Another repository of the same registry shares the layers that are there.
+    assert len(fetched) == (len(EXT4) if elsewhere == "layout" else 0)
     made = open_source(name, client)
     manifest = made.manifest(host_platform(), overlaybd=True)
     assert oci.digest_of(manifest.to_bytes()) == descriptor.digest

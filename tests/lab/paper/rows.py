@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from obdlab.lab.kinds import KINDS
 from obdlab.lab.paper import questions as q
 from obdlab.lab.paper.results import Results
-from obdlab.lab.run.grid import GridSpec
 from obdlab.lab.run.rows import Row, RowStore
 from obdlab.lab.run.spec import Spec
 
@@ -88,27 +86,25 @@ def everything(root: Path) -> Given:
 def store_starts(directory: Path, spec: Spec, rows: list[Row]) -> Path:
     """Keep rows as if ``spec`` had been run in ``directory``: of each cell all rows with its values."""
     store = RowStore(directory)
-    cells = [cell for network in spec.networks() for cell in spec.cells(*network)]
-    for cell in cells:
-        about = {**asdict(cell), "cell": cell.key(_CONTEXT), "context": _CONTEXT, "attempt": 1}
+    for cell in spec.cells():
+        about = {**spec.columns(cell), "cell": spec.key(cell, _CONTEXT), "context": _CONTEXT, "attempt": 1}
         keys = ("image", "arm", "disk", "rate_mbit", "rtt_ms", "repeat")
         found = [row for row in rows if all(row[key] == about[key] for key in keys)]
         store.append([{**about, **row} for row in found])
     return _declared(directory, spec)
 
 
-def store_grid(directory: Path, spec: GridSpec, values: dict[str, float]) -> Path:
+def store_grid(directory: Path, spec: Spec, values: dict[str, float]) -> Path:
     """Keep rows with these values as if the grid had been measured in ``directory``."""
     store = RowStore(directory)
     about = {"context": _CONTEXT, "attempt": 1, "kind": spec.kind, "quiet": True, "environment": "e"}
     numbers = {**dict.fromkeys((metric.key for metric in KINDS[spec.kind].metrics), 1.0), **values}
     store.append(
-        {**about, **point, "repeat": repeat, "cell": spec.key(point, repeat, _CONTEXT), **numbers}
-        for point, repeat in spec.cells()
+        {**about, **spec.columns(cell), "cell": spec.key(cell, _CONTEXT), **numbers} for cell in spec.cells()
     )
     return _declared(directory, spec)
 
 
-def _declared(directory: Path, spec: Spec | GridSpec) -> Path:
-    (directory / "spec.json").write_text(json.dumps({**asdict(spec), "context": _CONTEXT}))
+def _declared(directory: Path, spec: Spec) -> Path:
+    (directory / "spec.json").write_text(json.dumps({**spec.declaration(), "context": _CONTEXT}))
     return directory

@@ -12,15 +12,16 @@ import pytest
 from obdlab.lab.paths import LabPaths
 from obdlab.lab.run.cluster import Cluster
 from obdlab.lab.run.experiment import Experiment
-from obdlab.lab.run.spec import Spec
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR
 from obdlab.lab.testbed.process import Daemon, LabError, run
+from tests import capabilities
+from tests.lab.declared import declared
 
-distributed = pytest.importorskip("distributed")
+distributed = capabilities.require_package("distributed")
 
 # No warm starts: these hosts share a page cache, which each drops before a cold start.
-SPEC = Spec("tiny", images=("tiny",), repeats=2, warm_starts=0, rtts_ms=(2.0,), load_limit=1000.0, a_a=False)
+SPEC = declared("tiny", images=("tiny",), repeats=2, warm_starts=0, rtts_ms=(2.0,), load_limit=1000.0, a_a=False)
 # A host of its own: another network, another place for locks and for what experiments keep.
 _AS_HOST = f"""
 mount -t tmpfs tmpfs {DEFAULT_STATE_DIR}
@@ -97,9 +98,26 @@ def test_two_hosts_measure_what_one_would(hosts: list[ExperimentNetwork], tmp_pa
         assert [path.name for path in tmp_path.glob("host*/registry")] == ["registry", "registry"]
 
 
+@pytest.mark.kernel
+def test_a_worker_measures_points_of_another_kind(tmp_path: Path) -> None:
+    spec = declared(kind="index", axes={"segments": [100], "layers": [1, 4]}, repeats=2, load_limit=1000.0)
+    paths = LabPaths(datasets=(), images=tmp_path / "images", work=tmp_path / "work")
+    with ExitStack() as stack:
+        address = _scheduler(stack, "127.0.0.1", tmp_path / "scheduler.log")
+        _worker(stack, [], address, tmp_path / "worker.log", "--nthreads", "1")
+        experiment = Experiment(spec, tmp_path / "results", paths)
+        assert experiment.run(scheduler=address) == 4
+        rows = experiment.rows()
+        assert [row.get("error") for row in rows] == [None] * 4
+        assert {(row["layers"], row["repeat"]) for row in rows} == {(1, 0), (1, 1), (4, 0), (4, 1)}
+        assert experiment.run(scheduler=address) == 0
+    # This host alone finds the same rows measured.
+    assert list(experiment.progress().values()) == [(4, 4)]
+
+
 def test_a_scheduler_that_is_not_there_is_told() -> None:
     with pytest.raises(LabError, match=r"tcp://127\.0\.0\.1:1: no Dask scheduler"):
-        Cluster("tcp://127.0.0.1:1", connect_timeout_s=2.0)
+        Cluster("tcp://127.0.0.1:1", "start", LabPaths(), connect_timeout_s=2.0)
 
 
 @pytest.mark.slow
@@ -107,13 +125,13 @@ def test_workers_that_would_measure_side_by_side_are_refused(tmp_path: Path) -> 
     with ExitStack() as stack:
         address = _scheduler(stack, "127.0.0.1", tmp_path / "scheduler.log")
         with pytest.raises(LabError, match="has no workers"):
-            Cluster(address)
+            Cluster(address, "index", LabPaths())
         _worker(stack, [], address, tmp_path / "worker.log", "--nthreads", "2")
         with pytest.raises(LabError, match="a worker with 2 threads"):
-            Cluster(address)
+            Cluster(address, "index", LabPaths())
 
 
 def test_without_dask_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(LabError, match=r"pip install .*\[mass\]'"):
-        Cluster("tcp://127.0.0.1:1")
+        Cluster("tcp://127.0.0.1:1", "start", LabPaths())

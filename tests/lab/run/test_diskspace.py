@@ -16,17 +16,17 @@ from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import diskspace
 from obdlab.lab.run.diskspace import DiskFullError
 from obdlab.lab.run.experiment import Experiment
-from obdlab.lab.run.plan import Plan, plan_starts
+from obdlab.lab.run.plan import Plan, plan_run
 from obdlab.lab.run.rows import RowStore
-from obdlab.lab.run.spec import Spec
 from obdlab.lab.testbed.containerd import OwnContainerd
 from obdlab.lab.testbed.process import LabError
+from tests.lab.declared import declared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DATASETS = (Path(__file__).parents[3] / "datasets",)
-SPEC = Spec(
+SPEC = declared(
     "tiny", images=("tiny",), snapshotters=("overlayfs",), a_a=False, repeats=2, warm_starts=0, load_limit=1000.0
 )
 
@@ -76,7 +76,9 @@ def test_directories_of_one_disk_share_its_room(tmp_path: Path) -> None:
 def test_what_a_run_builds_and_how_long_it_takes_is_estimated(tmp_path: Path) -> None:
     paths = LabPaths(DATASETS, tmp_path / "images", tmp_path / "work")
     spec = SPEC.with_values(images=["wordpress"], repeats=10)
-    slow, fast = (plan_starts(spec, spec.cells(rate, 5.0), paths) for rate in (10.0, 1000.0))
+    slow, fast = (
+        plan_run(at, at.cells(), paths) for at in (spec.with_values(rates_mbit=[rate]) for rate in (10.0, 1000.0))
+    )
     assert slow.seconds > 10 * 167 * 8 / 10 > fast.seconds
     assert fast.cells == 10
     (first, *disks) = fast.lines("x")
@@ -109,7 +111,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_its_cell_is_measured_again(
             real(self, reference)
 
         monkeypatch.setattr(OwnContainerd, "pull", pull)
-        monkeypatch.setattr("obdlab.lab.run.experiment.code_digest", lambda: "same")
+        monkeypatch.setattr("obdlab.lab.run.measuring.code_digest", lambda kind: "same")
         paths = LabPaths(DATASETS, disk / "images", disk / "work")
         experiment = Experiment(SPEC, tmp_path / "results", paths)
         with pytest.raises(DiskFullError, match=f"disk full: {disk}") as caught:
@@ -126,7 +128,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_its_cell_is_measured_again(
 def test_rows_that_find_no_room_are_one_line_and_no_half_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obdlab.lab.run.grid.code_digest", lambda: "same")
+    monkeypatch.setattr("obdlab.lab.run.measuring.code_digest", lambda kind: "same")
     declaration = tmp_path / "index.toml"
     declaration.write_text(
         'kind = "index"\nrepeats = 40\nload_limit = 1000\n[axes]\nsegments = [100]\nlayers = [1]\n'

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,17 @@ from obdlab.lab.run.spec import Cell, Spec, SpecError
 from obdlab.lab.run.summary import caveats, findings, summarise
 from obdlab.lab.testbed.exclusive import only_experiment
 from obdlab.lab.testbed.process import LabError
+from tests import capabilities
+from tests.lab.declared import declared
 
 QUICK = Path(__file__).parents[3] / "experiments" / "quick.toml"
-SPEC = Spec("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
+SPEC = declared("tiny", images=("tiny",), repeats=1, warm_starts=1, rtts_ms=(2.0,), load_limit=1000.0)
 
 
 @pytest.fixture(autouse=True)
 def _code_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     # Somebody may be editing it while this runs: then nothing would count as measured.
-    monkeypatch.setattr("obdlab.lab.run.experiment.code_digest", lambda: "same")
+    monkeypatch.setattr("obdlab.lab.run.measuring.code_digest", lambda kind: "same")
 
 
 @pytest.fixture
@@ -105,9 +106,9 @@ def test_lazy_peers_start_the_same_image(tmp_path: Path, paths: LabPaths) -> Non
     names = ["obdlab-prefetch", "stargz", "soci"]
     for name in names:
         try:
-            check_programs(ADAPTERS[name])
+            check_programs(name, ADAPTERS[name].programs)
         except LabError as error:
-            pytest.skip(str(error))
+            capabilities.missing("peers", str(error))
     experiment = Experiment(SPEC.with_values(snapshotters=names, a_a=False), tmp_path / "results", paths)
     experiment.run()
     rows = experiment.rows()
@@ -168,18 +169,23 @@ def test_two_experiments_do_not_share_a_host(tmp_path: Path, paths: LabPaths) ->
     assert not (tmp_path / "work" / "host").exists()
 
 
-def _attempt(cell: Cell, attempt: int, **more: object) -> dict[str, object]:
-    return {"cell": cell.key("here"), "context": "here", "attempt": attempt, "start": "cold", **asdict(cell), **more}
+def _attempt(spec: Spec, cell: Cell, attempt: int, **more: object) -> dict[str, object]:
+    about = {"cell": spec.key(cell, "here"), "context": "here", "attempt": attempt, "start": "cold"}
+    return {**about, **spec.columns(cell), **more}
 
 
 def test_of_a_cell_the_last_good_attempt_counts(tmp_path: Path) -> None:
     spec = SPEC.with_values(a_a=False, repeats=2)
-    cells = {(cell.arm, cell.repeat): cell for cell in spec.cells(100.0, 2.0)}
+    cells = {(cell.point["arm"], cell.repeat): cell for cell in spec.cells()}
     experiment = Experiment(spec, tmp_path)
-    experiment.store.append([_attempt(cells["obdlab", 0], 1, error="no"), _attempt(cells["overlayfs", 0], 2)])
-    experiment.store.append([_attempt(cells["overlayfs", 0], 2, start="warm"), _attempt(cells["obdlab", 0], 3)])
     experiment.store.append(
-        [_attempt(cells["obdlab", 1], 4, error="no"), _attempt(cells["obdlab", 1], 5, error="yes")]
+        [_attempt(spec, cells["obdlab", 0], 1, error="no"), _attempt(spec, cells["overlayfs", 0], 2)]
+    )
+    experiment.store.append(
+        [_attempt(spec, cells["overlayfs", 0], 2, start="warm"), _attempt(spec, cells["obdlab", 0], 3)]
+    )
+    experiment.store.append(
+        [_attempt(spec, cells["obdlab", 1], 4, error="no"), _attempt(spec, cells["obdlab", 1], 5, error="yes")]
     )
     (tmp_path / "spec.json").write_text(json.dumps({"context": "here"}))
     got = [(row["arm"], row["repeat"], row["attempt"], row.get("error")) for row in experiment.rows()]
@@ -189,7 +195,8 @@ def test_of_a_cell_the_last_good_attempt_counts(tmp_path: Path) -> None:
         ("overlayfs", 0, 2, None),
         ("overlayfs", 0, 2, None),
     ]
-    assert experiment.store.done_keys() == {cells["obdlab", 0].key("here"), cells["overlayfs", 0].key("here")}
+    done = {spec.key(cells[arm, 0], "here") for arm in ("obdlab", "overlayfs")}
+    assert experiment.store.done_keys() == done
 
 
 def test_a_misspelt_key_on_the_command_line_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -214,7 +221,7 @@ def test_how_far_a_run_is_and_what_it_goes_on_with(tmp_path: Path, capsys: pytes
     assert "100 Mbit/s, 5 ms: 0 of 4 cells measured" in capsys.readouterr().out
     with pytest.raises(SpecError, match=r"spec\.json"):
         last_spec(tmp_path / "x")
-    (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(SPEC), "context": "here"}))
+    (tmp_path / "x" / "spec.json").write_text(json.dumps({**SPEC.declaration(), "context": "here"}))
     assert last_spec(tmp_path / "x") == SPEC
     assert main(["lab", "resume", "absent", "--results", str(tmp_path)]) == 1
     assert "not the spec of a run" in capsys.readouterr().err
@@ -228,9 +235,11 @@ def test_status_report_and_list_for_programs(tmp_path: Path, capsys: pytest.Capt
     assert told == {"experiment": "x", "conditions": "100 Mbit/s, 2 ms", "measured": 0, "cells": 2}
     spec = SPEC.with_values(a_a=False)
     times = {"pull_s": 0.5, "create_s": 0.1, "start_s": 0.1, "ready_s": 0.3, "bytes_received": 10, "requests": 1}
-    for total_s, cell in enumerate(spec.cells(100.0, 2.0), 1):
-        Experiment(spec, tmp_path / "x").store.append([_attempt(cell, 1, total_s=total_s, environment="e", **times)])
-    (tmp_path / "x" / "spec.json").write_text(json.dumps({**asdict(spec), "context": "here"}))
+    for total_s, cell in enumerate(spec.cells(), 1):
+        Experiment(spec, tmp_path / "x").store.append(
+            [_attempt(spec, cell, 1, total_s=total_s, environment="e", **times)]
+        )
+    (tmp_path / "x" / "spec.json").write_text(json.dumps({**spec.declaration(), "context": "here"}))
     assert main(["lab", "show", "x", *where]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {each["arm"] for each in told["summaries"]} == {"overlayfs", "obdlab"}

@@ -19,15 +19,17 @@ from matplotlib.patches import Rectangle
 from obdlab.lab.paper.questions import INDEX
 from obdlab.lab.paper.results import Results
 from obdlab.lab.paper.tables import as_html, table
-from obdlab.lab.run.grid import GridSpec
 from obdlab.lab.run.rows import Row, RowStore
 from obdlab.lab.run.spec import Spec
 from obdlab.lab.show.explorer import Explorer, ExplorerError, Starts
 from obdlab.lab.show.waterfall import traffic, waterfall
+from tests.lab.declared import declared
 from tests.lab.paper.rows import TOTALS, start_rows, store_grid, store_starts
 
 _ARMS = ("overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot")
-SPEC = Spec("start", images=("nginx", "redis"), snapshotters=_ARMS, a_a=False, repeats=3, disks=("native", "cloud"))
+SPEC = declared(
+    "start", images=("nginx", "redis"), snapshotters=_ARMS, a_a=False, repeats=3, disks=("native", "cloud")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def root(tmp_path: Path) -> Path:
     totals = {key: 2 * seconds for key, seconds in TOTALS.items()}
     rows = start_rows() + start_rows(totals, image="nginx")
     store_starts(tmp_path / "evaluation-quick" / "start", SPEC, rows)
-    store_grid(tmp_path / "evaluation-quick" / "index", GridSpec.from_values({"name": "x", "kind": "index"}), {})
+    store_grid(tmp_path / "evaluation-quick" / "index", Spec.from_values({"name": "x", "kind": "index"}), {})
     return tmp_path
 
 
@@ -86,7 +88,7 @@ def test_what_is_not_there_is_said_and_nothing_is_made(root: Path) -> None:
 
 
 def test_failed_starts_are_left_out_and_counted(tmp_path: Path) -> None:
-    spec = Spec("s", a_a=False, repeats=2)
+    spec = declared("s", a_a=False, repeats=2)
     rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2)
     rows[0]["error"] = "not ready"
     starts = Starts(store_starts(tmp_path, spec, rows))
@@ -97,7 +99,7 @@ def test_failed_starts_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_choice_is_completed_by_what_was_measured_with_it(tmp_path: Path) -> None:
-    spec = Spec("s", a_a=False, repeats=1, rates_mbit=(100.0, 1000.0), rtts_ms=(5.0, 20.0))
+    spec = declared("s", a_a=False, repeats=1, rates_mbit=(100.0, 1000.0), rtts_ms=(5.0, 20.0))
     cold = {("obdlab", "cold"): 2.0}
     rows = start_rows(cold, 1) + start_rows(cold, 1, rate_mbit=1000.0, rtt_ms=20.0)
     starts = Starts(store_starts(tmp_path, spec, rows))
@@ -196,7 +198,7 @@ def test_all_that_was_measured_is_shown_and_what_is_not_is_said() -> None:
 
 def test_older_code_is_left_out_under_the_same_conditions(tmp_path: Path) -> None:
     rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2)
-    directory = store_starts(tmp_path, Spec("s", a_a=False, repeats=2), rows)
+    directory = store_starts(tmp_path, declared("s", a_a=False, repeats=2), rows)
     newer = [{**row, "cell": f"new-{number}", "context": "new", "attempt": 10**18 + number}
              for number, row in enumerate(start_rows({("obdlab", "cold"): 1.0}, repeats=2))]  # fmt: skip
     RowStore(directory).append(newer)
@@ -207,7 +209,7 @@ def test_older_code_is_left_out_under_the_same_conditions(tmp_path: Path) -> Non
 
 def test_two_builds_of_an_image_are_never_one_arm(tmp_path: Path) -> None:
     rows = start_rows({("obdlab", "cold"): 2.0}, repeats=2, image_digest="sha256:aa")
-    directory = store_starts(tmp_path, Spec("s", a_a=False, repeats=2), rows)
+    directory = store_starts(tmp_path, declared("s", a_a=False, repeats=2), rows)
     context = RowStore(directory).rows()[0]["context"]
     newer = start_rows({("obdlab", "cold"): 1.0}, repeats=2, image_digest="sha256:bb", context=context)
     RowStore(directory).append({**row, "cell": f"b{n}", "attempt": 10**18 + n} for n, row in enumerate(newer))

@@ -6,8 +6,9 @@ from typing import Any
 import nbformat
 import pytest
 
-from obdlab.lab.run.spec import Spec
+from obdlab.lab.kinds import KINDS
 from obdlab.lab.show.report import ReportError, check_parameters, run_notebook
+from tests.lab.declared import declared
 
 NOTEBOOKS = Path(__file__).parents[3] / "notebooks"
 # ipykernel and zmq warn about their own event loops; the pages are what is tested here.
@@ -60,6 +61,4 @@ def test_a_missing_notebook_is_named(tmp_path: Path) -> None:
 
 
 def test_the_startup_notebook_takes_every_key_of_a_declaration_that_changes_what_is_measured() -> None:
-    spec = Spec("x")
-    names = ["images", "rates_mbit", "rtts_ms", "repeats", "warm_starts", "snapshotters"]
-    check_parameters(NOTEBOOKS / "cold_warm_startup.ipynb", {name: getattr(spec, name) for name in names})
+    check_parameters(NOTEBOOKS / KINDS["start"].notebook, declared().declaration())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 from obdlab.devices.tcmu import configfs, iscsi
 from obdlab.errors import DeviceError
 from obdlab.system import mount
+from tests import capabilities
 from tests.server.tcmu.test_daemon import Daemon, golden_config, wait_for
 
 IQN = "iqn.2026-01.example.obdlab:image"
@@ -45,8 +45,7 @@ def initiator() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_image_is_read_over_iscsi_by_whom_it_is_for(tmp_path: Path, initiator: None) -> None:
-    if shutil.which("iscsiadm", path="/usr/sbin:/sbin") is None:
-        pytest.skip("open-iscsi is not installed")
+    capabilities.require_tools("iscsiadm")
     daemon = Daemon(tmp_path)
     config = golden_config(tmp_path, result_file="result")
     attach = [

@@ -19,7 +19,7 @@ from obdlab.volumes.erofs.volume import SUPER_OFFSET, Volume
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="mkfs.erofs is not installed")
+pytestmark = pytest.mark.tools("mkfs.erofs")
 
 _ROOT_FIELD = SUPER_OFFSET + 14
 

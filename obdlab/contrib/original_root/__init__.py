@@ -1,0 +1,1 @@
+"""A root of the original snapshotter, taken over with its snapshots."""

@@ -1,0 +1,73 @@
+"""The registry of device kinds: those of the core, of this package's contrib, and of other packages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from obdlab import plugins
+from obdlab.cli import common
+from obdlab.cli.main import build_parser
+from obdlab.devices import kinds
+from obdlab.errors import DeviceError
+from obdlab.settings.settings import SettingsError
+
+FOREIGN = """
+from obdlab.devices.fuse_loop import FuseLoop
+
+class Foreign(FuseLoop):
+    name = "foreign"
+
+KIND = Foreign()
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a package with a kind that works and one that cannot be imported."""
+    (tmp_path / "foreign_kinds.py").write_text(FOREIGN)
+    metadata = tmp_path / "foreign_kinds-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-kinds\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[obdlab.devices]\nforeign = foreign_kinds:KIND\nbroken = foreign_kinds_broken:KIND\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    caches = (plugins._entries, kinds._kind)
+    for cache in caches:
+        cache.cache_clear()
+    yield  # type: ignore[misc]
+    for cache in caches:
+        cache.cache_clear()
+    sys.modules.pop("foreign_kinds", None)
+
+
+def test_the_core_knows_its_own_and_finds_those_of_contrib() -> None:
+    assert kinds.names()[:2] == ["fuse+loop", "tcmu"]
+    assert {"fuse+file", "ublk"} <= set(kinds.names())
+    assert [kind.name for kind in kinds.every()] == kinds.names()
+    assert [kinds.find(name).name for name in kinds.names()] == kinds.names()
+
+
+@pytest.mark.usefixtures("foreign")
+def test_another_package_adds_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    assert {"foreign", "broken"} <= set(kinds.names())
+    assert kinds.find("foreign") in kinds.every()
+    assert "broken: cannot be imported (foreign_kinds_broken:KIND)" in caplog.text
+    with pytest.raises(DeviceError, match="broken: cannot be imported"):
+        kinds.find("broken")
+    with pytest.raises(DeviceError, match=r"no such kind of device .got 'other', wanted auto or one of .*foreign"):
+        kinds.find("other")
+    assert build_parser().parse_args(["device", "attach", "--device", "foreign", "x"]).device_kind == "foreign"
+
+
+def test_a_wrong_kind_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args(["device", "attach", "--device", "nbd", "x"])
+    assert "--device: device_kind: wanted one of auto, fuse+loop, tcmu," in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text('{"device_kind": "nbd"}')
+    args = build_parser().parse_args(["device", "attach", "--settings", str(tmp_path / "settings.json"), "x"])
+    with pytest.raises(SettingsError, match=r"device_kind: wanted one of auto, .*overlaybd-tcmu .got 'nbd'"):
+        common.settings_from(args)
