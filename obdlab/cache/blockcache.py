@@ -17,6 +17,7 @@ from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.flights import Demand, Statistics, total_of
 from obdlab.formats.oci import check_digest
+from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 # Limits the sum of the blob sizes that an image's manifest claims: the tables of their pages take disk and memory, a
 # byte for each KiB.
 _LARGEST = 256 << 30
+
+_DEFAULTS = Settings()
 
 # One component of a path that does not begin with a dot.
 _REGISTRY = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9.:+\[\]-]{0,254}", re.ASCII)
@@ -51,11 +54,11 @@ class BlockCache:
         registry: str = "local",
         quota: int = 0,
         min_free: int = 0,
-        unit: int = 64 << 10,
+        unit: int = _DEFAULTS.cache_unit,
         extent: int = 0,
         extent_max: int = 0,
-        readahead_max: int = 4 << 20,
-        deadline_s: float = 120.0,
+        readahead_max: int = _DEFAULTS.readahead_max,
+        deadline_s: float = _DEFAULTS.read_deadline_s,
     ) -> None:
         if unit < 4096 or unit & (unit - 1):
             raise ValueError(f"cache unit: not a power of two of at least 4096 (got {unit})")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.errors import ObdlabError
-from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
+from obdlab.formats.zfile import ALGORITHMS, DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def add_compression_options(parser: argparse._ActionsContainer, *, plain: bool =
     """Add algorithm and block size; ``plain`` lets it be uncompressed."""
     parser.add_argument(
         "--algorithm",
-        choices=("lz4", "zstd", "none") if plain else ("lz4", "zstd"),
+        choices=(*ALGORITHMS, "none") if plain else tuple(ALGORITHMS),
         default=DEFAULT_ALGORITHM,
         help="compression (default: %(default)s)",
     )

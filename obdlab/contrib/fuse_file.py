@@ -22,7 +22,7 @@ from obdlab.devices.fuse_loop import FuseLoop
 from obdlab.devices.kind import Place, cannot_open
 from obdlab.devices.usage import TRANSIENT_USE_S, namespaces_that_mount
 from obdlab.errors import DeviceError
-from obdlab.system import abi, mount
+from obdlab.system import abi, mount, superblock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ class FuseFileDevice(Device):
         self._mounted = threading.Event()
         if not self._server.read_only:
             raise DeviceError(f"{blob.name}: writable; only read-only images can be mounted without a block device")
-        kind = mount.kind_of(blob.read_at(0, min(mount.SUPERBLOCK_END, blob.size)))
+        kind = superblock.kind_of(blob.read_at(0, min(superblock.SUPERBLOCK_END, blob.size)))
         if kind != "erofs":
             raise DeviceError(
                 f"{blob.name}: holds {kind or 'no file system that is known'}; only EROFS can be mounted without a "
@@ -163,7 +163,7 @@ def kernel_refuses() -> str:
     import tempfile  # takes long to import, and is rarely needed
 
     with tempfile.NamedTemporaryFile() as file:
-        file.truncate(mount.SUPERBLOCK_END)
+        file.truncate(superblock.SUPERBLOCK_END)
         try:
             abi.mount_detached("erofs", {"source": file.name}, abi.MOUNT_ATTR_RDONLY)
         except OSError as error:

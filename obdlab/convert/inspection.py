@@ -13,7 +13,8 @@ from obdlab.errors import FormatError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import is_lsmt
 from obdlab.formats.tar import parse_wrap
-from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_zfile
+from obdlab.formats.zfile import Algorithm
+from obdlab.formats.zfile.layout import HEADER_SIZE, ZFileHeader, is_zfile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,7 +164,7 @@ def _compression(source: ImageSource, layer: Descriptor) -> tuple[str, int]:
             content = data[0 if window is None else window.offset :]
             if is_zfile(content[:HEADER_SIZE], blob=blob.name):
                 header = ZFileHeader.from_bytes(content[:HEADER_SIZE], blob=blob.name)
-                return Algorithm(header.algorithm).name.lower(), header.block_size
+                return Algorithm(header.algorithm).label, header.block_size
         except (FormatError, ValueError):
             return "unknown", 0
     return ("none" if is_lsmt(content) else "unknown"), 0

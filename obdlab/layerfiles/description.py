@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.lsmt.index import merge
 from obdlab.formats.lsmt.layout import HEADER_SPACE, MAGIC, SECTOR, Flags, Header, is_lsmt
-from obdlab.formats.zfile.layout import Algorithm, is_zfile
+from obdlab.formats.zfile import Algorithm
+from obdlab.formats.zfile.layout import is_zfile
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.tarwrap import open_tarwrap, read_window
 from obdlab.layers.zfile import ZFileReader
@@ -185,7 +186,7 @@ def check_zfile_trailer(reader: ZFileReader) -> None:
 def _zfile_facts(reader: ZFileReader, stored_size: int) -> ZFileFacts:
     header = reader.header
     return ZFileFacts(
-        algorithm=Algorithm(header.algorithm).name.lower(),
+        algorithm=Algorithm(header.algorithm).label,
         block_size=header.block_size,
         blocks=header.index_size,
         original_size=header.original_size,

@@ -16,7 +16,6 @@ from obdlab.formats.zfile.codec import ZSTD_LEVEL, codec_for
 from obdlab.formats.zfile.layout import (
     MAX_BLOCK_SIZE,
     MIN_BLOCK_SIZE,
-    Algorithm,
     Flags,
     ZFileHeader,
 )
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 # Bytes compressed at once and handed to the sink as one piece: a multiple of every block size.
 _BATCH = 512 << 10
-# One LZ4 block of 4 KiB takes 7 microseconds. Threads that pass the interpreter's lock around at that pace are slower
-# than one thread (two: 0.6 to 0.95 times as fast; at 16 KiB up to 1.3 times, and 1.8 times for zstd).
-_LEAST_LZ4_BLOCK_FOR_THREADS = 16 << 10
 # Batches that may wait per worker, which bounds memory.
 _AHEAD = 3
 #: The largest blocks that hold any content within the limits of the original's reader.
@@ -88,7 +84,7 @@ class ZFileWriter:
         self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
         self._rest = bytearray()  # input shorter than a batch
-        gains = self._codec.algorithm != Algorithm.LZ4 or block_size >= _LEAST_LZ4_BLOCK_FOR_THREADS
+        gains = block_size >= self._codec.threads_from
         self._threads = ThreadPoolExecutor(workers, "zfile-writer") if workers > 1 and gains else None
         self._pending: deque[Future[_Batch]] = deque()
         self._most_pending = _AHEAD * workers

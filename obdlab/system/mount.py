@@ -15,12 +15,9 @@ from obdlab.system import abi, superblock
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
-# ext4 superblock (fs/ext4/ext4.h): 1024 bytes in; s_magic at 0x38, s_feature_incompat at 0x60
-_EXT4_MAGIC_AT = 1024 + 0x38
+# ext4 superblock (fs/ext4/ext4.h): 1024 bytes in; s_feature_incompat at 0x60
 _EXT4_INCOMPAT_AT = 1024 + 0x60
 _EXT4_NEEDS_RECOVERY = 0x4
-_EROFS_MAGIC_AT = 1024
-_EROFS_MAGIC = 0xE0F5E1E2
 # Options that mount(2) takes as flags, not as text for the file system.
 _FLAGS = {
     "rw": 0,
@@ -43,9 +40,6 @@ ERRORS = "errors=remount-ro"
 _SKIP_LOG = ("noload", "norecovery")
 # Errors of mount(2) on a device that cannot be written to, when mounting for writing.
 _READ_ONLY = (errno.EACCES, errno.EROFS)
-#: The signatures of all known file systems lie before this offset.
-SUPERBLOCK_END = 4096
-_U16 = Struct("<H")
 _U32 = Struct("<I")
 
 
@@ -144,10 +138,10 @@ def detect_fs(device: Path) -> tuple[str, bool]:
     """
     try:
         with device.open("rb", buffering=0) as stream:
-            head = stream.read(SUPERBLOCK_END)
+            head = stream.read(superblock.SUPERBLOCK_END)
     except OSError as error:
         raise DeviceError(f"{device}: cannot read the superblock: {error.strerror}") from error
-    kind = kind_of(head)
+    kind = superblock.kind_of(head)
     if not kind:
         raise DeviceError(f"{device}: no ext4, erofs or xfs file system in it (no superblock of theirs found)")
     trouble = superblock.trouble_of(kind, head)
@@ -155,17 +149,6 @@ def detect_fs(device: Path) -> tuple[str, bool]:
         raise DeviceError(f"{device}: {kind} is not given to the kernel: it has {trouble}")
     wants_replay = kind == "ext4" and bool(_U32.unpack_from(head, _EXT4_INCOMPAT_AT)[0] & _EXT4_NEEDS_RECOVERY)
     return kind, wants_replay
-
-
-def kind_of(head: bytes) -> str:
-    """Return the type of the file system whose first SUPERBLOCK_END bytes are ``head``; '' if the type is unknown."""
-    if len(head) < SUPERBLOCK_END:
-        return ""
-    if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == 0xEF53:
-        return "ext4"
-    if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == _EROFS_MAGIC:
-        return "erofs"
-    return "xfs" if head[:4] == b"XFSB" else ""
 
 
 def mount(

@@ -17,7 +17,8 @@ from obdlab.cache.cachedblob import CachedBlob
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, SECTOR
 from obdlab.formats.trace import Trace
-from obdlab.formats.zfile.layout import HEADER_SIZE, Algorithm, ZFileHeader, is_zfile
+from obdlab.formats.zfile import Algorithm
+from obdlab.formats.zfile.layout import HEADER_SIZE, ZFileHeader, is_zfile
 from obdlab.layers.commit import commit
 from obdlab.layers.ends import guessed_end
 from obdlab.layers.lsmt import LsmtLayer

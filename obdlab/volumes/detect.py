@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, ObdlabError
+from obdlab.system.superblock import SUPERBLOCK_END, kind_of
 from obdlab.volumes.erofs import volume as erofs
 from obdlab.volumes.ext4 import volume as ext4
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 _MAX_LINKS = 40
 _MAX_TARGET = 4096
 _PIECE = 1 << 20
-_EXT4_MAGIC_AT, _EXT4_MAGIC = 1080, 0xEF53
 _NOT_NAMES = (b"", b".", b"..")
 
 
@@ -59,11 +59,12 @@ class _Volume(Protocol):
 
 def open_volume(disk: Blob) -> ext4.Volume | erofs.Volume:
     """Open the file system on a disk. Raises FormatError if it is unknown or damaged."""
-    head = disk.read_at(0, min(disk.size, 4096)).ljust(4096, b"\0")
-    if int.from_bytes(head[erofs.SUPER_OFFSET : erofs.SUPER_OFFSET + 4], "little") == erofs.MAGIC:
-        return erofs.Volume(disk)
-    if int.from_bytes(head[_EXT4_MAGIC_AT : _EXT4_MAGIC_AT + 2], "little") == _EXT4_MAGIC:
+    head = disk.read_at(0, min(disk.size, SUPERBLOCK_END)).ljust(SUPERBLOCK_END, b"\0")
+    kind = kind_of(head)
+    if kind == "ext4":
         return ext4.Volume(disk)
+    if kind == "erofs":
+        return erofs.Volume(disk)
     raise FormatError("no file system that can be read here", blob=disk.name, wanted="ext4 or erofs")
 
 

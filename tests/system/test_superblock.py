@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.errors import DeviceError
+from obdlab.blob import MemoryBlob
+from obdlab.errors import DeviceError, FormatError
 from obdlab.image.open import open_stack
 from obdlab.layers.stack import WritableStack
 from obdlab.layers.upper import SparseUpper
 from obdlab.system import mount, superblock
+from obdlab.volumes.detect import open_volume
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from tests import capabilities
 
@@ -36,12 +38,12 @@ def made(path: Path, command: Sequence[str], size: int = 64 * MIB) -> Path:
 
 def head_of(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(mount.SUPERBLOCK_END)
+        return file.read(superblock.SUPERBLOCK_END)
 
 
 def trouble(path: Path) -> str:
     head = head_of(path)
-    return superblock.trouble_of(mount.kind_of(head), head)
+    return superblock.trouble_of(superblock.kind_of(head), head)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +76,15 @@ def test_what_we_make_passes(tmp_path: Path) -> None:
     upper = SparseUpper.create(tmp_path / "data", 64 * MIB)
     with WritableStack(None, upper) as disk:
         make_filesystem(disk)
-        head = bytes(disk.read_at(0, mount.SUPERBLOCK_END))
-    assert mount.kind_of(head) == "ext4"
+        head = bytes(disk.read_at(0, superblock.SUPERBLOCK_END))
+    assert superblock.kind_of(head) == "ext4"
     assert superblock.trouble_of("ext4", head) == ""
 
 
 def test_what_the_original_makes_passes() -> None:
     with open_stack([GOLDEN / "layer1.obd", GOLDEN / "layer2.obd"]) as disk:
-        head = bytes(disk.read_at(0, mount.SUPERBLOCK_END))
-    assert superblock.trouble_of(mount.kind_of(head), head) == ""
+        head = bytes(disk.read_at(0, superblock.SUPERBLOCK_END))
+    assert superblock.trouble_of(superblock.kind_of(head), head) == ""
 
 
 @pytest.mark.parametrize("options", [(), ("-zlz4hc",), ("--chunksize=4096",)])
@@ -116,7 +118,7 @@ def test_what_strangers_are_refused(tmp_path: Path, features: str, wanted: str) 
 
 
 def ext4(**fields: tuple[int, bytes]) -> bytes:
-    head = bytearray(mount.SUPERBLOCK_END)
+    head = bytearray(superblock.SUPERBLOCK_END)
     struct.pack_into("<H", head, 1024 + 0x38, 0xEF53)
     for offset, data in fields.values():
         head[1024 + offset : 1024 + offset + len(data)] = data
@@ -140,11 +142,11 @@ def u32(value: int) -> bytes:
     ],
 )
 def test_ext4_that_no_mkfs_makes(head: bytes, wanted: str) -> None:
-    assert wanted in superblock.trouble_of(mount.kind_of(head), head)
+    assert wanted in superblock.trouble_of(superblock.kind_of(head), head)
 
 
 def erofs(features: int = 0, devices: int = 0) -> bytes:
-    head = bytearray(mount.SUPERBLOCK_END)
+    head = bytearray(superblock.SUPERBLOCK_END)
     struct.pack_into("<I", head, 1024, 0xE0F5E1E2)
     struct.pack_into("<IHH", head, 1024 + 80, features, 0, devices)
     return bytes(head)
@@ -171,7 +173,7 @@ def test_erofs(head: bytes, wanted: str) -> None:
 def xfs(
     *, log_start: int = 4, realtime: int = 0, version: int = 5, features: tuple[int, int, int] = (0, 0, 0)
 ) -> bytes:
-    head = bytearray(mount.SUPERBLOCK_END)
+    head = bytearray(superblock.SUPERBLOCK_END)
     head[:4] = b"XFSB"
     struct.pack_into(">Q", head, 16, realtime)
     struct.pack_into(">Q", head, 48, log_start)
@@ -203,3 +205,13 @@ def test_a_refused_file_system_never_reaches_the_kernel(tmp_path: Path, monkeypa
     monkeypatch.setattr(mount.abi, "mount", lambda *_: pytest.fail("the kernel was asked"))
     with pytest.raises(DeviceError, match="not given to the kernel: it has mount options"):
         mount.mount(tmp_path / "disk", tmp_path, read_only=True)
+
+
+def test_a_disk_with_two_magic_numbers_is_one_file_system_for_mounts_and_for_tools() -> None:
+    disk = bytearray(1 << 20)
+    struct.pack_into("<I", disk, 1024, 0xE0F5E1E2)
+    assert superblock.kind_of(bytes(disk[:4096])) == "erofs"
+    struct.pack_into("<H", disk, 1024 + 0x38, 0xEF53)
+    assert superblock.kind_of(bytes(disk[:4096])) == "ext4"
+    with pytest.raises(FormatError, match="ext4"):
+        open_volume(MemoryBlob(bytes(disk)))

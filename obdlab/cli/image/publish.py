@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
 from obdlab.cli.numbers import whole
 from obdlab.errors import ObdlabError
+from obdlab.formats.zfile import ALGORITHMS
 
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +41,9 @@ def declare_publish(parser: argparse.ArgumentParser) -> None:
         default=_HOT,
         help="default: %(default)s",
     )
-    parser.add_argument("--algorithm", choices=("lz4", "zstd"), default="zstd", help="of a hot layer (default: zstd)")
+    parser.add_argument(
+        "--algorithm", choices=tuple(ALGORITHMS), default="zstd", help="of a hot layer (default: zstd)"
+    )
     parser.add_argument(
         "--block-size-kib", type=int, choices=(4, 8, 16, 32), default=32, help="of a hot layer (default: 32)"
     )

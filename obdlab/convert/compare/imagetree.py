@@ -17,12 +17,10 @@ from obdlab.layers.budget import Budget
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.platform import host_platform
-from obdlab.volumes.erofs import volume as erofs
-from obdlab.volumes.ext4 import volume as ext4
+from obdlab.volumes.detect import open_volume
 
 if TYPE_CHECKING:
-    from obdlab.blob import Blob
-    from obdlab.convert.compare.listing import ReadableVolume, TreeEntry
+    from obdlab.convert.compare.listing import TreeEntry
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.endpoints.layout import VerifiedFile
     from obdlab.convert.progress import Progress
@@ -70,12 +68,7 @@ def _list_overlaybd(
 ) -> Listing:
     with ExitStack() as ended:
         layers = fetched_layers(source, manifest, work_dir, progress, ended)
-        return list_volume(_volume(Stack(layers)), content=content)
-
-
-def _volume(disk: Blob) -> ReadableVolume:
-    magic = disk.read_at(erofs.SUPER_OFFSET, 4) if disk.size >= erofs.SUPER_OFFSET + 4 else b""
-    return erofs.Volume(disk) if int.from_bytes(magic, "little") == erofs.MAGIC else ext4.Volume(disk)
+        return list_volume(open_volume(Stack(layers)), content=content)
 
 
 def fetched_layers(

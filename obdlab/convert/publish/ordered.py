@@ -16,7 +16,7 @@ from obdlab.convert.publish.extend import manifest_of
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
-from obdlab.formats.zfile.layout import Algorithm
+from obdlab.formats.zfile import Algorithm
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -87,8 +87,7 @@ def _packing_of(layer: LsmtLayer) -> Packing:
     zfile = find(layer.data, ZFileReader)
     if zfile is None:
         return Packing("")
-    header = zfile.header
-    return Packing("zstd" if header.algorithm == Algorithm.ZSTD else "lz4", header.block_size, tar=True)
+    return Packing(Algorithm(zfile.header.algorithm).label, zfile.header.block_size, tar=True)
 
 
 def _described(old: oci.Descriptor, path: Path) -> oci.Descriptor:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from typing import Self
 
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.checksum import raw_crc32c
+from obdlab.formats.zfile import Algorithm
 
 HEADER_SIZE = 512
 CRC_SIZE = 4
@@ -45,13 +46,6 @@ class Flags(IntFlag):
     #: The header itself holds the final index position, so the trailer need not be read.
     OVERWRITTEN = 8
     DIGEST = 16
-
-
-class Algorithm(IntEnum):
-    """How blocks are compressed. (0, mini-LZO, was reserved and never implemented.)"""
-
-    LZ4 = 1
-    ZSTD = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from obdlab.errors import FormatError
 from obdlab.volumes.ext4 import directory
 from obdlab.volumes.ext4.allocator import Allocator
-from obdlab.volumes.ext4.gather import Gathered
 from obdlab.volumes.ext4.layout import (
     CHANGEABLE,
     EXTENTS_INLINE,
@@ -43,6 +42,41 @@ _MOST_HELD = 16384
 _MOST_GROUPS = 1 << 17
 #: Most blocks of a file, holes included.
 MOST_BLOCKS = (1 << 32) - 1
+# Size of the buffer of adjacent writes, one for all: fresh memory for each would cost as much as the copy.
+_GATHERED = 4 << 20
+
+
+class Gathered:
+    """A disk written in large pieces: most files are small, and lie side by side.
+
+    Unflushed bytes cannot be read back from the disk.
+    """
+
+    def __init__(self, disk: WritableBlob) -> None:
+        self._disk = disk
+        self._space = memoryview(bytearray(_GATHERED))
+        self._begin = 0  # offset on the disk
+        self._used = 0
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write bytes (items of one byte), now or later."""
+        length = len(data)
+        used = self._used
+        if offset != self._begin + used or used + length > _GATHERED:
+            self.flush()
+            if length > _GATHERED:
+                self._disk.write_at(offset, data)
+                return
+            self._begin, used = offset, 0
+        self._space[used : used + length] = data
+        self._used = used + length
+
+    def flush(self) -> None:
+        """Write the gathered bytes."""
+        if self._used:
+            self._disk.write_at(self._begin, self._space[: self._used])
+            self._begin += self._used
+            self._used = 0
 
 
 class Changes(Volume):

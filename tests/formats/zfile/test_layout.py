@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import CorruptBlobError, FormatError
-from obdlab.formats.zfile.layout import Algorithm, Flags, ZFileHeader, is_zfile
+from obdlab.formats.zfile import Algorithm
+from obdlab.formats.zfile.layout import Flags, ZFileHeader, is_zfile
 from tests.layers.zfile_samples import golden
 
 # Header of an empty 1 GiB layer committed with -z by the original.
