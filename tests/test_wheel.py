@@ -88,6 +88,11 @@ def _check(installed: Installed) -> None:
     assert "raw rows: " in installed.obdlab("lab", "run", "index.toml", *small)
     told = installed.obdlab("lab", "export", "absent", "rows.csv", status=1)
     assert f"see: {installed.bin}/obdlab lab list" in told
+    # The parts that stand apart are registered.
+    names = "from obdlab.devices import kinds; print(*(kind.name for kind in kinds.every()))"
+    registered = installed.run(str(installed.bin / "python"), "-c", names).split()
+    assert registered == ["fuse+loop", "tcmu", "fuse+file", "ublk"]
+    assert "Serve an image over NBD" in installed.obdlab("serve", "nbd", "--help")
     # What notebooks show without results of one's own.
     places = "from obdlab.lab.workbench import folder; print(*sorted(p.name for p in folder('notebooks').iterdir()))"
     notebooks = installed.run(str(installed.bin / "python"), "-c", places).split()

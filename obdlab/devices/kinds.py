@@ -22,7 +22,7 @@ AUTOMATIC = "auto"
 #: The kind of devices whose record names none: records of the first versions.
 FIRST = "fuse+loop"
 TCMU = "tcmu"
-_CORE = {FIRST: "obdlab.devices.fuse_loop", TCMU: "obdlab.devices.tcmu.kind"}
+_CORE = {FIRST: "obdlab.devices.fuse_loop", TCMU: "obdlab.devices.tcmu.tcmu_kind"}
 
 
 def names() -> list[str]:

@@ -5,6 +5,8 @@ A row and its directory appear and change together, inside a transaction of the 
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,13 +15,12 @@ from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import overlaybd
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.layout import ORIGINAL_NAME, RootError
-from obdlab.snapshotter.locks import KeyedLocks
 from obdlab.snapshotter.quota import Quotas
 from obdlab.snapshotter.store import Store
 from obdlab.snapshotter.writable import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -51,6 +52,31 @@ class ImageMounts(Protocol):
 
     def release(self, snapshot_id: int) -> bool:
         """Unmount and detach. Return True if the device is gone. Raises FailedPreconditionError if it is in use."""
+
+
+class KeyedLocks:
+    """One lock per snapshot id. It exists as long as a thread holds or wants it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[int, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def hold(self, key: int) -> Iterator[None]:
+        """Wait for the lock of a key, and hold it."""
+        with self._guard:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)
 
 
 class Snapshots:

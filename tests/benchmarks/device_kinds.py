@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from obdlab.blob import Blob
-from obdlab.contrib.ublk.device import UblkDevice
+from obdlab.contrib.ublk.ublk_device import UblkDevice
 from obdlab.devices.device import Device
 from obdlab.devices.fuse_loop import FuseLoopDevice
-from obdlab.devices.tcmu.device import TcmuDevice
+from obdlab.devices.tcmu.tcmu_device import TcmuDevice
 from obdlab.image.open import open_stack
 from tests.benchmarks.device import JOBS, fio
 from tests.benchmarks.tcmu import NoCost, layer_file

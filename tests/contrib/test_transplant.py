@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.contrib.transplant.transplant import transplant
+from obdlab.contrib.traces_extra.transplant import transplant
 from obdlab.convert.tree.target import Attributes, Ext4Tree
 from obdlab.errors import FormatError
 from obdlab.volumes.ext4.mkfs import make_filesystem

@@ -16,8 +16,8 @@ from typing import Any
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
 from obdlab.contrib.nbd.export import NbdExport
+from obdlab.contrib.nbd.protocol import ALLOCATION, FIXED_NEWSTYLE, Command, Option
 from obdlab.contrib.nbd.server import Budget, Client
-from obdlab.contrib.nbd.wire import ALLOCATION, FIXED_NEWSTYLE, Command, Option
 from obdlab.contrib.original_root.bolt import BoltFile
 from obdlab.contrib.original_root.importing import read_snapshots
 from obdlab.convert.apply import apply_layer

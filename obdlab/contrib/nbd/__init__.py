@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from obdlab.cli.groups import Command
 
-COMMAND = Command("nbd", "serve an image over NBD, as to qemu", f"{__name__}.command:declare")
+COMMAND = Command("nbd", "serve an image over NBD, as to qemu", f"{__name__}.serving:declare")

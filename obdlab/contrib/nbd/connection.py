@@ -7,8 +7,8 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from obdlab.contrib.nbd import wire
-from obdlab.contrib.nbd.wire import Option, Reply
+from obdlab.contrib.nbd import protocol
+from obdlab.contrib.nbd.protocol import Option, Reply
 from obdlab.errors import DeviceError, FormatError
 
 if TYPE_CHECKING:
@@ -110,25 +110,29 @@ class Negotiation:
 
     def run(self) -> bool:
         """Return True once the client uses the export, False if it only made queries. Raises ConnectionLostError."""
-        self._send(wire.GREETING.pack(wire.MAGIC, wire.OPTION_MAGIC, wire.FIXED_NEWSTYLE | wire.NO_ZEROES))
-        (flags,) = wire.CLIENT_FLAGS.unpack(self._receive(wire.CLIENT_FLAGS.size))
-        if flags & ~(wire.FIXED_NEWSTYLE | wire.NO_ZEROES) or not flags & wire.FIXED_NEWSTYLE:
+        self._send(
+            protocol.GREETING.pack(
+                protocol.MAGIC, protocol.OPTION_MAGIC, protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES
+            )
+        )
+        (flags,) = protocol.CLIENT_FLAGS.unpack(self._receive(protocol.CLIENT_FLAGS.size))
+        if flags & ~(protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES) or not flags & protocol.FIXED_NEWSTYLE:
             raise ConnectionLostError(f"client speaks another negotiation (flags {flags:#x})")
-        self._no_zeroes = bool(flags & wire.NO_ZEROES)
+        self._no_zeroes = bool(flags & protocol.NO_ZEROES)
         for _ in range(_MAX_OPTIONS):
-            magic, option, length = wire.OPTION.unpack(self._receive(wire.OPTION.size))
-            if magic != wire.OPTION_MAGIC or length > wire.MAX_TRANSFER:
+            magic, option, length = protocol.OPTION.unpack(self._receive(protocol.OPTION.size))
+            if magic != protocol.OPTION_MAGIC or length > protocol.MAX_TRANSFER:
                 raise ConnectionLostError(f"no option (magic {magic:#x}, {length} bytes)")
             data = self._option_data(length)
             if option == Option.EXPORT_NAME:
                 return self._by_name(data)
             if option == Option.ABORT:
-                self._send(wire.option_reply(option, Reply.ACK))
+                self._send(protocol.option_reply(option, Reply.ACK))
                 return False
             try:
                 answer, done = self._answer(option, data)
             except FormatError as error:
-                answer, done = wire.option_reply(option, Reply.INVALID, str(error).encode()), False
+                answer, done = protocol.option_reply(option, Reply.INVALID, str(error).encode()), False
             self._send(answer)
             if done:
                 return True
@@ -142,27 +146,27 @@ class Negotiation:
 
     # Returns None for an option too long to read.
     def _option_data(self, length: int) -> bytes | None:
-        if length <= wire.MAX_OPTION:
+        if length <= protocol.MAX_OPTION:
             return self._receive(length)
-        for at in range(0, length, wire.MAX_OPTION):
-            self._receive(min(wire.MAX_OPTION, length - at))
+        for at in range(0, length, protocol.MAX_OPTION):
+            self._receive(min(protocol.MAX_OPTION, length - at))
         return None
 
     def _by_name(self, name: bytes | None) -> bool:
         if name is None or not self._export.is_called(name):
             raise ConnectionLostError(f"client asked for another export ({(name or b'')[:80]!r})")
-        padding = b"" if self._no_zeroes else bytes(wire.EXPORT_PADDING)
-        self._send(wire.EXPORT.pack(self._export.size, self._export.flags) + padding)
+        padding = b"" if self._no_zeroes else bytes(protocol.EXPORT_PADDING)
+        self._send(protocol.EXPORT.pack(self._export.size, self._export.flags) + padding)
         return True
 
     def _answer(self, option: int, data: bytes | None) -> tuple[bytes, bool]:
         if data is None:
-            return wire.option_reply(option, Reply.TOO_BIG), False
-        acknowledged = wire.option_reply(option, Reply.ACK)
+            return protocol.option_reply(option, Reply.TOO_BIG), False
+        acknowledged = protocol.option_reply(option, Reply.ACK)
         if option == Option.LIST:
             if data:
                 raise FormatError("option LIST has data")
-            listed = wire.option_reply(option, Reply.SERVER, wire.lengthed(self._export.name.encode()))
+            listed = protocol.option_reply(option, Reply.SERVER, protocol.lengthed(self._export.name.encode()))
             return listed + acknowledged, False
         if option == Option.STRUCTURED_REPLY:
             if data:
@@ -170,21 +174,21 @@ class Negotiation:
             self.structured = True
             return acknowledged, False
         if option in (Option.INFO, Option.GO):
-            if not self._export.is_called(wire.parse_info(data)):
-                return wire.option_reply(option, Reply.UNKNOWN, b"no such export"), False
+            if not self._export.is_called(protocol.parse_info(data)):
+                return protocol.option_reply(option, Reply.UNKNOWN, b"no such export"), False
             return self._infos(option) + acknowledged, option == Option.GO
         if option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
             return self._meta(option, data) + acknowledged, False
-        return wire.option_reply(option, Reply.UNSUPPORTED), False
+        return protocol.option_reply(option, Reply.UNSUPPORTED), False
 
     def _infos(self, option: int) -> bytes:
         export = self._export
-        about = wire.INFO_EXPORT.pack(wire.Info.EXPORT, export.size, export.flags)
-        sizes = wire.INFO_BLOCK_SIZE.pack(wire.Info.BLOCK_SIZE, 1, 4096, wire.MAX_TRANSFER)
-        return wire.option_reply(option, Reply.INFO, about) + wire.option_reply(option, Reply.INFO, sizes)
+        about = protocol.INFO_EXPORT.pack(protocol.Info.EXPORT, export.size, export.flags)
+        sizes = protocol.INFO_BLOCK_SIZE.pack(protocol.Info.BLOCK_SIZE, 1, 4096, protocol.MAX_TRANSFER)
+        return protocol.option_reply(option, Reply.INFO, about) + protocol.option_reply(option, Reply.INFO, sizes)
 
     def _meta(self, option: int, data: bytes) -> bytes:
-        query, listing = wire.parse_meta(data), option == Option.LIST_META_CONTEXT
+        query, listing = protocol.parse_meta(data), option == Option.LIST_META_CONTEXT
         if not listing:
             self.allocation = False
             if not self.structured:
@@ -195,4 +199,4 @@ class Negotiation:
             return b""
         if not listing:
             self.allocation = True
-        return wire.option_reply(option, Reply.META_CONTEXT, bytes(4) + wire.ALLOCATION)
+        return protocol.option_reply(option, Reply.META_CONTEXT, bytes(4) + protocol.ALLOCATION)

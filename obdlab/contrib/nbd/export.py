@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
-from obdlab.contrib.nbd import wire
-from obdlab.contrib.nbd.wire import Command, Export, Flag
+from obdlab.contrib.nbd import protocol
+from obdlab.contrib.nbd.protocol import Command, Export, Flag
 from obdlab.errors import ObdlabError
 from obdlab.waiting import waiting
 
@@ -88,7 +88,7 @@ class NbdExport:
         if offset + length > self.size:
             number = errno.ENOSPC if changes else errno.EINVAL
             raise OSError(number, f"[{offset}, {offset + length}) is not inside [0, {self.size})")
-        if not length or (command == Command.READ and length > wire.MAX_TRANSFER):
+        if not length or (command == Command.READ and length > protocol.MAX_TRANSFER):
             raise OSError(errno.EINVAL, f"command {command} of {length} bytes")
 
     def read(self, offset: int, length: int) -> bytes:
@@ -121,5 +121,5 @@ class NbdExport:
         found = self._extents(offset, length)
         if flags & Flag.REQUEST_ONE:
             del found[1:]
-        zero = wire.EXTENT_HOLE | wire.EXTENT_ZERO
-        return b"".join(wire.EXTENT.pack(size, 0 if data else zero) for size, data in found)
+        zero = protocol.EXTENT_HOLE | protocol.EXTENT_ZERO
+        return b"".join(protocol.EXTENT.pack(size, 0 if data else zero) for size, data in found)

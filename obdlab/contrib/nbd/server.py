@@ -12,10 +12,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from obdlab.contrib.nbd import wire
+from obdlab.contrib.nbd import protocol
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError, Negotiation
 from obdlab.contrib.nbd.export import errno_of
-from obdlab.contrib.nbd.wire import Chunk, Command
+from obdlab.contrib.nbd.protocol import Chunk, Command
 from obdlab.devices.crew import Crew, Member
 from obdlab.errors import DeviceError, ObdlabError
 
@@ -104,16 +104,16 @@ class Client:
 
     def next_request(self) -> bool:
         """Take and answer one request. Return False after the client's last request. Raises ConnectionLostError."""
-        head = self.connection.receive(wire.REQUEST.size, TRANSFER_S, may_idle=True)
-        magic, flags, command, cookie, offset, length = wire.REQUEST.unpack(head)
-        if magic != wire.REQUEST_MAGIC:
+        head = self.connection.receive(protocol.REQUEST.size, TRANSFER_S, may_idle=True)
+        magic, flags, command, cookie, offset, length = protocol.REQUEST.unpack(head)
+        if magic != protocol.REQUEST_MAGIC:
             raise ConnectionLostError(f"no request (magic {magic:#x})")
         if command == Command.DISCONNECT:
             return False
         carries = length if command == Command.WRITE else 0
-        if carries > wire.MAX_TRANSFER:
-            raise ConnectionLostError(f"WRITE of {length} bytes, of which at most {wire.MAX_TRANSFER} are taken")
-        held = carries or (min(length, wire.MAX_TRANSFER) if command == Command.READ else 0)
+        if carries > protocol.MAX_TRANSFER:
+            raise ConnectionLostError(f"WRITE of {length} bytes, of which at most {protocol.MAX_TRANSFER} are taken")
+        held = carries or (min(length, protocol.MAX_TRANSFER) if command == Command.READ else 0)
         with self._budget.take(held):
             data = self.connection.receive(carries, TRANSFER_S)
             try:
@@ -131,29 +131,29 @@ class Client:
         if command == Command.READ:
             content = self._export.read(offset, length)
             if self._structured:
-                self._chunk(cookie, Chunk.OFFSET_DATA, wire.OFFSET.pack(offset), content)
+                self._chunk(cookie, Chunk.OFFSET_DATA, protocol.OFFSET.pack(offset), content)
             else:
-                self._send([wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, cookie), content])
+                self._send([protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, 0, cookie), content])
         elif command == Command.BLOCK_STATUS:
             if not self._allocation:
                 raise OSError(errno.EINVAL, "base:allocation was not agreed on")
             self._chunk(cookie, Chunk.BLOCK_STATUS, bytes(4) + self._export.block_status(flags, offset, length))
         else:
             self._export.change(command, flags, offset, length, data)
-            self._send([wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, cookie)])
+            self._send([protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, 0, cookie)])
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:
         number, text = errno_of(error)
         log.warning("nbd: command %d failed: %s", command, text)
         if self._structured and command in (Command.READ, Command.BLOCK_STATUS):
             said = text.encode()[:_MAX_TEXT]
-            self._chunk(cookie, Chunk.ERROR, wire.ERROR.pack(number, len(said)) + said)
+            self._chunk(cookie, Chunk.ERROR, protocol.ERROR.pack(number, len(said)) + said)
         else:
-            self._send([wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, number, cookie)])
+            self._send([protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, number, cookie)])
 
     def _chunk(self, cookie: int, kind: Chunk, head: bytes, content: bytes = b"") -> None:
         length = len(head) + len(content)
-        packed = wire.CHUNK.pack(wire.STRUCTURED_REPLY_MAGIC, wire.CHUNK_DONE, kind, cookie, length)
+        packed = protocol.CHUNK.pack(protocol.STRUCTURED_REPLY_MAGIC, protocol.CHUNK_DONE, kind, cookie, length)
         self._send([packed + head, content] if content else [packed + head])
 
     def _send(self, parts: list[bytes]) -> None:

@@ -1,6 +1,6 @@
 """Looking through stored starts: distributions, phases and single starts. Needs the ``lab`` extra, no privileges.
 
-:meth:`Explorer.show` and the methods it calls are plain calls; ``obdlab.lab.show.panel`` offers the same by
+:meth:`Explorer.show` and the methods it calls are plain calls; ``obdlab.contrib.widgets`` offers the same by
 widgets.
 """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.contrib.nbd import wire
-from obdlab.contrib.nbd.wire import Command, Option
+from obdlab.contrib.nbd import protocol
+from obdlab.contrib.nbd.protocol import Command, Option
 from tests.contrib.nbd.speaking import Speaker, go, meta, option, request
 from tests.contrib.nbd.test_server import serving
 from tests.devices.blobs import MemoryWritable
@@ -26,11 +26,11 @@ _FIELDS = (0, 1, 0xFF, 0xFFFF, 1 << 31, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1
 
 def conversation(rng: random.Random) -> bytes:
     """What a client might say, most of it right, then changed in some places and cut off somewhere."""
-    said = [wire.CLIENT_FLAGS.pack(wire.FIXED_NEWSTYLE | wire.NO_ZEROES)]
+    said = [protocol.CLIENT_FLAGS.pack(protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES)]
     for _ in range(rng.randrange(4)):
         choices = (
             option(Option.STRUCTURED_REPLY),
-            meta(wire.ALLOCATION),
+            meta(protocol.ALLOCATION),
             option(Option.LIST),
             option(rng.randrange(20)),
         )

@@ -11,7 +11,7 @@ from obdlab.image.config import ImageConfig
 from obdlab.image.open import open_image
 from obdlab.settings.settings import Settings
 from tests.capabilities import require
-from tests.contrib.nbd.test_command import served
+from tests.contrib.nbd.test_serving import served
 from tests.server.test_live import new_config
 from tests.vm import machine
 

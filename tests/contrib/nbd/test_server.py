@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.contrib.nbd import protocol
 from obdlab.contrib.nbd import server as nbd_server
-from obdlab.contrib.nbd import wire
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
 from obdlab.contrib.nbd.export import Extents, NbdExport
+from obdlab.contrib.nbd.protocol import Chunk, Command, Export, Flag, Option, Reply
 from obdlab.contrib.nbd.server import Budget, NbdServer
-from obdlab.contrib.nbd.wire import Chunk, Command, Export, Flag, Option, Reply
 from obdlab.errors import DeviceError
 from tests.contrib.nbd.speaking import Speaker, go, meta, option, request
 from tests.devices.blobs import Gated, MemoryWritable, Short, Troubled
@@ -63,20 +63,20 @@ def test_structured_reads_and_extents(tmp_path: Path) -> None:
     with serving(tmp_path, MemoryBlob(CONTENT), extents=halves) as place, Speaker(place) as client:
         client.begin(structured=True)
         client.say(request(Command.READ, 100, 5000, cookie=7, flags=Flag.DF))
-        assert client.chunk() == (7, Chunk.OFFSET_DATA, wire.OFFSET.pack(100) + CONTENT[100:5100])
+        assert client.chunk() == (7, Chunk.OFFSET_DATA, protocol.OFFSET.pack(100) + CONTENT[100:5100])
         client.say(request(Command.BLOCK_STATUS, 0, len(CONTENT)))
         half = len(CONTENT) // 2
-        both = struct.pack(">5I", 0, half, 0, half, wire.EXTENT_HOLE | wire.EXTENT_ZERO)
+        both = struct.pack(">5I", 0, half, 0, half, protocol.EXTENT_HOLE | protocol.EXTENT_ZERO)
         assert client.chunk() == (1, Chunk.BLOCK_STATUS, both)
         client.say(request(Command.BLOCK_STATUS, 0, len(CONTENT), flags=Flag.REQUEST_ONE))
         assert client.chunk() == (1, Chunk.BLOCK_STATUS, both[:12])
         client.say(request(Command.READ, len(CONTENT), 1))
         _, kind, payload = client.chunk()
         assert kind == Chunk.ERROR
-        number, length = wire.ERROR.unpack_from(payload)
+        number, length = protocol.ERROR.unpack_from(payload)
         assert number == errno.EINVAL
-        assert payload[wire.ERROR.size :].decode().startswith("[1048576, 1048577) is not inside")
-        assert length == len(payload) - wire.ERROR.size
+        assert payload[protocol.ERROR.size :].decode().startswith("[1048576, 1048577) is not inside")
+        assert length == len(payload) - protocol.ERROR.size
 
 
 def test_writes(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_writes(tmp_path: Path) -> None:
         (request(Command.WRITE, 0, 4, data=b"abcd"), errno.EPERM),
         (request(Command.TRIM, 0, 4), errno.EPERM),
         (request(Command.WRITE_ZEROES, 0, 4), errno.EPERM),
-        (request(Command.READ, 0, wire.MAX_TRANSFER + 1), errno.EINVAL),
+        (request(Command.READ, 0, protocol.MAX_TRANSFER + 1), errno.EINVAL),
         (request(Command.READ, (1 << 64) - 1, 1), errno.EINVAL),
         (request(Command.READ, 0, 0), errno.EINVAL),
         (request(Command.READ, 0, 1, flags=1 << 7), errno.EINVAL),
@@ -131,7 +131,7 @@ def test_writes_past_the_end(tmp_path: Path) -> None:
 
 def test_the_largest_transfers(tmp_path: Path) -> None:
     """On a disk that holds more: it is the bound on one request that refuses the longer ones, not the disk's end."""
-    most = wire.MAX_TRANSFER
+    most = protocol.MAX_TRANSFER
     disk = MemoryWritable(most + 4096)
     with serving(tmp_path, disk) as place, Speaker(place) as client:
         client.begin()
@@ -145,13 +145,13 @@ def test_the_largest_transfers(tmp_path: Path) -> None:
         assert client.read(0, 1) == b"\0"
 
 
-@pytest.mark.parametrize("length", [wire.MAX_TRANSFER + 1, 2 * wire.MAX_TRANSFER, (1 << 32) - 1])
+@pytest.mark.parametrize("length", [protocol.MAX_TRANSFER + 1, 2 * protocol.MAX_TRANSFER, (1 << 32) - 1])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_longer_write_is_hung_up_on_before_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, read_only: bool
 ) -> None:
     monkeypatch.setattr(nbd_server, "TRANSFER_S", 600.0)  # neither data nor memory is waited for
-    disk = MemoryWritable(wire.MAX_TRANSFER + 4096)
+    disk = MemoryWritable(protocol.MAX_TRANSFER + 4096)
     with serving(tmp_path, disk, read_only=read_only) as place, Speaker(place) as client:
         client.begin()
         client.say(request(Command.WRITE, 0, length))
@@ -169,7 +169,7 @@ def test_a_longer_write_is_hung_up_on_before_its_data(
         (option(Option.GO, struct.pack(">IH", 0, 3)), Reply.INVALID),
         (option(Option.LIST, b"x"), Reply.INVALID),
         (option(Option.STRUCTURED_REPLY, b"x"), Reply.INVALID),
-        (meta(wire.ALLOCATION), Reply.INVALID),  # structured replies come first
+        (meta(protocol.ALLOCATION), Reply.INVALID),  # structured replies come first
         (option(Option.LIST_META_CONTEXT, struct.pack(">II", 0, 1 << 31)), Reply.INVALID),
         (option(5), Reply.UNSUPPORTED),  # TLS
         (option(12345, b"data"), Reply.UNSUPPORTED),
@@ -185,16 +185,16 @@ def test_options_that_are_refused(tmp_path: Path, sent: bytes, kind: int) -> Non
 def test_options(tmp_path: Path) -> None:
     with serving(tmp_path, MemoryBlob(CONTENT), "disk", extents=halves) as place:
         with Speaker(place) as client:
-            assert client.ask(option(Option.LIST)) == [(Reply.SERVER, wire.lengthed(b"disk")), (Reply.ACK, b"")]
+            assert client.ask(option(Option.LIST)) == [(Reply.SERVER, protocol.lengthed(b"disk")), (Reply.ACK, b"")]
             listed = client.ask(meta(number=Option.LIST_META_CONTEXT))
             assert [kind for kind, _ in listed] == [Reply.META_CONTEXT, Reply.ACK]
             assert [kind for kind, _ in client.ask(go(b"disk", Option.INFO))] == [Reply.INFO, Reply.INFO, Reply.ACK]
             assert client.ask(option(Option.ABORT)) == [(Reply.ACK, b"")]
             assert client.is_hung_up_on()
-        with Speaker(place, wire.FIXED_NEWSTYLE) as client:
+        with Speaker(place, protocol.FIXED_NEWSTYLE) as client:
             client.say(option(Option.EXPORT_NAME, b"disk"))
-            size, _ = wire.EXPORT.unpack(client.take(wire.EXPORT.size))
-            assert (size, client.take(wire.EXPORT_PADDING)) == (len(CONTENT), bytes(wire.EXPORT_PADDING))
+            size, _ = protocol.EXPORT.unpack(client.take(protocol.EXPORT.size))
+            assert (size, client.take(protocol.EXPORT_PADDING)) == (len(CONTENT), bytes(protocol.EXPORT_PADDING))
             assert client.read(5, 5) == CONTENT[5:10]
             client.say(request(Command.DISCONNECT))
             assert client.is_hung_up_on()
@@ -205,11 +205,11 @@ def test_options(tmp_path: Path) -> None:
     [
         (0, b""),
         (1 << 31, b""),
-        (wire.FIXED_NEWSTYLE, bytes(16)),
-        (wire.FIXED_NEWSTYLE, wire.OPTION.pack(wire.OPTION_MAGIC, 99, wire.MAX_TRANSFER + 1)),
-        (wire.FIXED_NEWSTYLE, option(Option.EXPORT_NAME, b"other")),
-        (wire.FIXED_NEWSTYLE | wire.NO_ZEROES, go() + bytes(wire.REQUEST.size)),
-        (wire.FIXED_NEWSTYLE | wire.NO_ZEROES, go() + request(Command.WRITE, 0, wire.MAX_TRANSFER + 1)),
+        (protocol.FIXED_NEWSTYLE, bytes(16)),
+        (protocol.FIXED_NEWSTYLE, protocol.OPTION.pack(protocol.OPTION_MAGIC, 99, protocol.MAX_TRANSFER + 1)),
+        (protocol.FIXED_NEWSTYLE, option(Option.EXPORT_NAME, b"other")),
+        (protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES, go() + bytes(protocol.REQUEST.size)),
+        (protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES, go() + request(Command.WRITE, 0, protocol.MAX_TRANSFER + 1)),
     ],
 )
 def test_who_does_not_speak_it_is_hung_up_on(tmp_path: Path, flags: int, sent: bytes) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from obdlab.blob import Buffer, WritableBlob, check_range
-from obdlab.contrib.ublk.device import UblkDevice
+from obdlab.contrib.ublk.ublk_device import UblkDevice
 
 
 class FileDisk(WritableBlob):

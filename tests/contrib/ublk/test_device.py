@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
-from obdlab.contrib.ublk.device import UblkDevice, devices_of, take_down
+from obdlab.contrib.ublk.ublk_device import UblkDevice, devices_of, take_down
 from obdlab.devices.device import Device
 from obdlab.errors import DeviceError
 from tests.devices.contract import MIB, DeviceContract

@@ -9,8 +9,8 @@ import pytest
 
 from obdlab.blob import Blob
 from obdlab.devices.device import Device
-from obdlab.devices.tcmu import device as tcmu
-from obdlab.devices.tcmu.device import TcmuDevice
+from obdlab.devices.tcmu import tcmu_device as tcmu
+from obdlab.devices.tcmu.tcmu_device import TcmuDevice
 from tests.devices.contract import DeviceContract
 
 

@@ -149,7 +149,7 @@ def test_a_waterfall_of_what_rows_may_lack_or_have() -> None:
 
 
 def test_the_panel_shows_what_is_chosen_and_narrows_the_rest(root: Path) -> None:
-    from obdlab.lab.show.panel import Panel
+    from obdlab.contrib.widgets import Panel
 
     panel = Panel(Explorer(root))
     assert panel.chosen == {"image": "nginx", "rate_mbit": 100, "rtt_ms": 5, "disk": "native", "start": "cold"}

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from obdlab.blob import WritableBlob
     from obdlab.contrib.nbd.export import NbdExport
+    from obdlab.contrib.nbd.protocol import MAX_STRING
     from obdlab.contrib.nbd.server import NbdServer
-    from obdlab.contrib.nbd.wire import MAX_STRING
     from obdlab.image.open import open_image
     from obdlab.layerfiles.extents import extents
     from obdlab.system import abi

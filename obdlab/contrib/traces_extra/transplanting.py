@@ -34,7 +34,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the new trace, and print how much of the old one it holds."""
     from obdlab.cli.trace.sets import save_trace
-    from obdlab.contrib.transplant.transplant import transplant
+    from obdlab.contrib.traces_extra.transplant import transplant
     from obdlab.formats.lsmt.layout import SECTOR
     from obdlab.formats.trace import Trace
     from obdlab.traces.replay import load_file, reads_in, reads_of_disk

@@ -20,34 +20,34 @@ class Ublk(Kind):
     name = "ublk"
     fix = "modprobe ublk_drv (Linux 6.4 or later)"
     preference = 2
-    warm = ("obdlab.contrib.ublk.device",)
+    warm = ("obdlab.contrib.ublk.ublk_device",)
 
     def missing(self) -> str:
         return cannot_open(_CONTROL)
 
     def open(self, blob: Blob, place: Place) -> Device:
-        from obdlab.contrib.ublk.device import UblkDevice
+        from obdlab.contrib.ublk.ublk_device import UblkDevice
 
         recover = place.path is not None
         return UblkDevice(blob, place.directory, name=place.name, readahead_kib=place.readahead_kib, recover=recover)
 
     def give_up(self, directory: Path) -> None:
-        from obdlab.contrib.ublk import device
+        from obdlab.contrib.ublk import ublk_device
 
-        device.abandon(directory)
+        ublk_device.abandon(directory)
 
     def devices_of(self, directory: Path) -> list[Path]:
         if not _CONTROL.exists():
             return []
-        from obdlab.contrib.ublk import device
+        from obdlab.contrib.ublk import ublk_device
 
-        return device.devices_of(directory)
+        return ublk_device.devices_of(directory)
 
     def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
         if _CONTROL.exists():
-            from obdlab.contrib.ublk import device
+            from obdlab.contrib.ublk import ublk_device
 
-            device.take_down(directory, timeout_s=timeout_s, force=force)
+            ublk_device.take_down(directory, timeout_s=timeout_s, force=force)
 
 
 KIND = Ublk()
