@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, settings_from
-from obdlab.cli.packing import progress_bar, size_text
+from obdlab.cli.packing import size_text
+from obdlab.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     import argparse

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, settings_from
+from obdlab.cli.sources import add_containerd_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
     from obdlab.registry.client import RegistryClient
 
-#: Names of images; part of the descriptions of commands that take such names.
+#: Part of the descriptions of commands that take names of images.
 NAMES = """\
 Images are named as skopeo names them:
   docker://HOST/NAME:TAG         in a registry; the prefix may be left out
   oci:DIR[:TAG]                  in an OCI layout directory
   oci-archive:FILE[:TAG]         the same as a tar
   docker-archive:FILE[:NAME:TAG] in what docker save wrote (only to read)
-  containerd:NAMESPACE:NAME      in containerd's stores"""
+  containerd:[NAMESPACE:]NAME    in containerd's stores (default namespace: default)"""
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +50,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOST[:PORT]",
         help="do not look at this registry's certificate; repeatable",
     )
-    group.add_argument(
-        "--containerd",
-        default=os.environ.get("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock"),
-        metavar="SOCKET",
-        help="default: $CONTAINERD_ADDRESS or %(default)s",
-    )
+    add_containerd_option(group)
 
 
 @contextmanager

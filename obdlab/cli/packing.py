@@ -1,4 +1,4 @@
-"""Options and bars that the commands which write layer files share."""
+"""Options that the commands which write layer files share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.errors import ObdlabError
@@ -14,9 +13,7 @@ from obdlab.formats.zfile import ALGORITHMS, DEFAULT_ALGORITHM, DEFAULT_BLOCK_SI
 from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from obdlab.layerfiles.writing import Packing, Progress
+    from obdlab.layerfiles.writing import Packing
 
 
 class LayerArgumentsError(ObdlabError):
@@ -96,25 +93,6 @@ def index_from(args: argparse.Namespace) -> str:
 def end_politely_on_sigterm() -> None:
     """Let SIGTERM end the command as Ctrl-C does, so that half-made files are removed."""
     signal.signal(signal.SIGTERM, _interrupt)
-
-
-@contextmanager
-def progress_bar(title: str, total: int, *, quiet: bool) -> Iterator[Progress]:
-    """Show bytes done, on standard error, if that is a terminal."""
-    from tqdm import tqdm
-
-    # disable=None: no bar unless standard error is a terminal.
-    with tqdm(
-        total=total,
-        desc=title,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        leave=False,
-        disable=True if quiet else None,
-        file=sys.stderr,
-    ) as bar:
-        yield bar.update
 
 
 def say(text: str, *, quiet: bool) -> None:

@@ -76,6 +76,14 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
     The annotations that mark overlaybd layers must agree with their descriptors, since the registry and the
     manifest's digest vouch for the descriptors. Raises NotOverlaybdError or FormatError.
     """
+    return replace(stored_config(manifest, name), repo_blob_url=repository.blobs_url)
+
+
+def stored_config(manifest: oci.Manifest, name: str) -> ImageConfig:
+    """Return the configuration of an overlaybd image, which does not say where its blobs are.
+
+    Raises as :func:`config_from_manifest`.
+    """
     if not manifest.layers:
         raise NotOverlaybdError(f"{name}: not an overlaybd image (it has no layers)")
     plain = [layer.digest for layer in manifest.layers if not layer.is_overlaybd]
@@ -86,7 +94,7 @@ def config_from_manifest(manifest: oci.Manifest, repository: Repository, *, name
         )
     lowers = tuple(_lower(layer, name) for layer in manifest.layers)
     accelerated = manifest.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes"
-    return ImageConfig(repo_blob_url=repository.blobs_url, lowers=lowers, acceleration_layer=accelerated)
+    return ImageConfig(lowers=lowers, acceleration_layer=accelerated)
 
 
 def check_native(layer: oci.Descriptor, name: str) -> None:

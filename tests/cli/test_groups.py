@@ -119,7 +119,7 @@ def test_a_package_adds_a_command_to_a_group(tmp_path: Path) -> None:
     done = run_with(tmp_path, "serve", "added", "hello")
     assert (done.returncode, done.stdout, done.stderr) == (7, "obdlab serve added: hello\n", "")
     assert re.search(r"^ +added +say a word$", run_with(tmp_path, "serve", "--help").stdout, re.MULTILINE)
-    assert re.search(r"^ +snapshotter .* added$", run_with(tmp_path, "--help").stdout, re.MULTILINE)
+    assert re.search(r"^ +snapshotter .* added\b", run_with(tmp_path, "--help").stdout, re.MULTILINE)
     assert "added" not in run_with(tmp_path, "image", "--help").stdout
 
 
@@ -128,6 +128,6 @@ def test_a_package_that_cannot_be_loaded_takes_no_other_command_away(tmp_path: P
     listed = run_with(tmp_path, "cache", "--help")
     assert listed.returncode == 0
     assert "verify" in listed.stdout
-    assert "cache.broken of obdlab.commands: cannot load: No module named 'no_such_module'" in listed.stderr
+    assert "obdlab.commands: cache.broken: cannot be imported (no_such_module:COMMAND)" in listed.stderr
     done = run_with(tmp_path, "cache", "list", "--json", "--cache-dir", str(tmp_path / "none"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -145,7 +145,7 @@ def test_turbo_oci_images_are_named_and_refused(layout: Path, capsys: pytest.Cap
     ImageLayout(layout).set_tag("turbo", oci.Descriptor(oci.OCI_MANIFEST, oci.digest_of(data), len(data)))
     found = inspected(capsys, f"oci:{layout}:turbo")
     assert (found["kind"], [layer["kind"] for layer in found["layers"]]) == ("mixed", ["overlaybd", "turboOCI"])
-    for command in (["verify", f"oci:{layout}:obd"], ["compare", f"oci:{layout}:obd"]):
+    for command in (["image", "verify", f"oci:{layout}:obd"], ["image", "compare", f"oci:{layout}:obd"]):
         assert main([*command, f"oci:{layout}:turbo"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert (

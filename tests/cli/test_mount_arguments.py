@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.cli.device.attach import _may_be_a_path
 from obdlab.cli.main import main
+from obdlab.cli.sources import _may_be_a_path
 from obdlab.registry.errors import RegistryError
 
 LAYER = str(Path(__file__).parents[1] / "golden" / "ext4" / "layer1.obd")
@@ -48,7 +48,7 @@ def test_a_registry_that_is_down_is_waited_for_until_the_deadline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = iter(["refused", "refused", "no such image"])
-    monkeypatch.setattr("obdlab.cli.device.attach._PAUSE_S", 0.0)
+    monkeypatch.setattr("obdlab.cli.sources._PAUSE_S", 0.0)
 
     def fetch(*_: object, **__: object) -> None:
         what = next(tries)

@@ -58,7 +58,7 @@ COMMANDS = {
     "image convert oci:{} oci:out": "",
     "image convert oci-archive:{} oci:out": "",
     "image convert docker-archive:{} oci:out": "",
-    "image compare {} layer": "",
+    "image compare {} layer": "layer",
     "image inspect oci:{}": "",
     "image pull-blob {}": "",
     "fsck {}": "",
@@ -102,11 +102,14 @@ def test_files_that_are_no_images_are_not_asked_of_docker_hub(capsys: pytest.Cap
     ):
         for arguments in (
             ["image", "convert", name, "oci:out"],
-            ["image", "compare", name, "oci:x"],
+            ["image", "compare", name, "oci:x"] if name != "layer" else ["image", "pull-blob", name],
             ["image", "pull-blob", name],
         ):
             assert main(arguments) == 1
-            assert f"{name}: {kind} (wanted oci:DIR, oci-archive:FILE" in capsys.readouterr().err
+            assert (
+                f"{name}: {kind}, and not the name of an image (wanted HOST/NAME:TAG, oci:DIR"
+                in capsys.readouterr().err
+            )
 
 
 @pytest.mark.parametrize(

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import (
     add_device_option,
-    add_registry_options,
     add_runtime_options,
     add_trace_option,
     device_service_from,
-    registry_from,
 )
 from obdlab.cli.numbers import real
-from obdlab.errors import DeviceError, ObdlabError, SourceError
-from obdlab.observe.printable import printable
+from obdlab.cli.sources import SOURCE_HELP, add_source_options, config_of, forget_config, made_config_path
+from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
 
-    from obdlab.image.config import ImageConfig
     from obdlab.server.client import AttachedDevice, DeviceService
 
-SOURCE_HELP = (
-    "image reference; or the path of a config.v1.json; or paths of local layers, bottom first (separate arguments or "
-    "joined by commas)"
-)
 TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, then give up (default: %(default)g)"
-#: Below the run directory: configurations made for images that are given without one.
-_IMAGES = "images"
-_CONFIG = "config.v1.json"
 #: Transient states (``DeviceState``).
 _PASSING = ("without keeper", "restarting")
 #: A listing reports requests that have been under way for longer.
 _LONG_WAIT_S = 5.0
 #: Time left for the attach itself, even if waiting for the registry used up the deadline.
 LEAST_ATTACH_S = 1.0
-#: Between two tries to reach a registry.
-_PAUSE_S = 2.0
 
 
 def declare_attach(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +38,7 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_attach)
 
@@ -101,8 +85,7 @@ def run_detach(args: argparse.Namespace) -> int:
         raise missing
     device_id = args.device if named is None else named.device_id
     gone = service.detach(device_id, patience_s=STARTS_END_S)
-    made = args.run_dir.absolute() / _IMAGES / device_id / _CONFIG
-    forget_config(service, made if named is None else named.config)
+    forget_config(service, made_config_path(args.run_dir, device_id) if named is None else named.config)
     if not gone:
         raise missing
     print(f"{device_id}: detached")
@@ -144,119 +127,3 @@ def _trouble(counters: dict[str, Any]) -> str:
         return " (does not answer)"
     longest_s = max(counters.get("under_way_s", ()), default=0.0)
     return f" (a request has waited {longest_s:.0f} s)" if longest_s >= _LONG_WAIT_S else ""
-
-
-def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, str | None]:
-    """Return the image configuration that ``source`` names, and a device id if it was made here.
-
-    Raises DeviceError, ConfigError or the registry's error.
-    """
-    from obdlab.server.rundir import RunDir
-
-    names = _names(source)
-    if _is_config(names):
-        return Path(names[0]), None
-    config = _made_config(names, args)
-    text = json.dumps(config.to_json(), sort_keys=True)
-    device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    run = RunDir(args.run_dir)
-    run.create()
-    directory = run.path / _IMAGES / device_id
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / _CONFIG
-    config.save(path)
-    return path, device_id
-
-
-def image_config_of(source: Sequence[str], args: argparse.Namespace) -> ImageConfig:
-    """Return the image configuration that ``source`` names; leaves no file. Raises as :func:`config_of`."""
-    from obdlab.image.config import ImageConfig
-
-    names = _names(source)
-    return ImageConfig.load(names[0]) if _is_config(names) else _made_config(names, args)
-
-
-def _names(source: Sequence[str]) -> list[str]:
-    return [name for argument in source for name in argument.split(",") if name]
-
-
-def _is_config(names: Sequence[str]) -> bool:
-    return len(names) == 1 and Path(names[0]).is_file() and _is_json(Path(names[0]))
-
-
-def _made_config(names: Sequence[str], args: argparse.Namespace) -> ImageConfig:
-    from obdlab.image.config import ImageConfig, LowerConfig
-
-    paths = [Path(name) for name in names]
-    if any(name.startswith(("/", "./", "../")) for name in names) or all(path.is_file() for path in paths):
-        for path in paths:
-            if not path.is_file():
-                raise DeviceError(f"{path}: no such layer file")
-        return ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
-    if len(names) == 1:
-        return _config_from_registry(names[0], args)
-    missing = ", ".join(str(path) for path in paths if not path.is_file())
-    raise DeviceError(f"several sources must be layer files (no such file: {missing})")
-
-
-def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
-    from obdlab.image.from_manifest import fetch_config
-    from obdlab.registry.platform import host_platform
-    from obdlab.registry.reference import Reference
-
-    client = registry_from(args)
-    deadline = time.monotonic() + getattr(args, "timeout", 0.0)
-    wanted = getattr(args, "trace", None) is None
-    told = False
-    try:
-        while True:
-            try:
-                return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted)
-            except SourceError as error:
-                _wait_for_registry(error, name, deadline, quietly=told)
-                told = True
-    except ObdlabError as error:
-        if _may_be_a_path(name):
-            what = "a directory" if Path(name).is_dir() else "no such file"
-            raise DeviceError(f"{name}: {what}, and as the reference of an image: {error}") from error
-        raise
-    finally:
-        client.close()
-
-
-# Waits until the deadline of mount or attach. Permanent errors, and names that may be mistyped paths, fail at once.
-def _wait_for_registry(error: SourceError, name: str, deadline: float, *, quietly: bool) -> None:
-    left_s = deadline - time.monotonic()
-    if not error.temporary or left_s <= _PAUSE_S or _may_be_a_path(name):
-        raise error
-    if not quietly:
-        print(f"{printable(str(error))}; waiting for the registry, {left_s:.0f} s more at most", file=sys.stderr)
-    time.sleep(_PAUSE_S)
-
-
-# Usual names of layer files, and names without a registry (which would be Docker Hub's).
-def _may_be_a_path(name: str) -> bool:
-    first, slash, _ = name.partition("/")
-    names_registry = bool(slash) and (first == "localhost" or any(character in first for character in ".:["))
-    return not names_registry or "./" in name or name.endswith((".obd", ".json", ".lsmt", ".zfile", ".tar"))
-
-
-def forget_config(service: DeviceService, config: Path) -> None:
-    """Remove a configuration that :func:`config_of` made, unless a device of the run directory uses it."""
-    directory = config.absolute().parent
-    if directory.parent.resolve() != (service.run_dir.path / _IMAGES).resolve():
-        return
-    devices = service.list()
-    attaching = len(service.run_dir.device_directories()) > len(devices)
-    if attaching or any(each.config == config.absolute() for each in devices):
-        return
-    config.unlink(missing_ok=True)
-    try:
-        directory.rmdir()
-    except OSError:  # missing, or holds other files
-        pass
-
-
-def _is_json(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(64).lstrip().startswith(b"{")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.progress import shown_bar
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -42,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
         raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
     if args.low_priority:
         _be_modest()
-    done = graduate(service.run_dir, device.device_id, _report if sys.stderr.isatty() else lambda _, __: None)
+    with shown_bar(f"{device.device_id}: unpacking", None) as bar:
+
+        def report(done: int, size: int) -> None:
+            bar.total = size
+            bar.update(done - bar.n)
+
+        done = graduate(service.run_dir, device.device_id, report)
     print(f"{device.device_id}: {device.path} goes on with {done.path} ({done.disk_bytes >> 20} MiB on disk)")
     return 0
 
@@ -53,8 +59,3 @@ def _be_modest() -> None:
     with suppress(OSError):
         os.nice(19)
         Path("/proc/self/oom_score_adj").write_text("500")
-
-
-def _report(done: int, size: int) -> None:
-    end = "\n" if done >= size else ""
-    print(f"\runpacked {done >> 20} of {size >> 20} MiB", end=end, file=sys.stderr, flush=True)

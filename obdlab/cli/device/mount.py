@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import (
     add_device_option,
-    add_registry_options,
     add_runtime_options,
     add_trace_option,
     device_service_from,
 )
-from obdlab.cli.device.attach import LEAST_ATTACH_S, SOURCE_HELP, TIMEOUT_HELP, config_of, forget_config
+from obdlab.cli.device.attach import LEAST_ATTACH_S, TIMEOUT_HELP
 from obdlab.cli.numbers import real
+from obdlab.cli.sources import SOURCE_HELP, add_source_options, config_of, forget_config
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def declare_mount(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_mount)
 

@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from, settings_from
+from obdlab.cli.sources import remove_copies
 
 if TYPE_CHECKING:
     import argparse
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     report = clean_up(device_service_from(args), force=args.force)
     for line in report.removed:
         print(f"removed {line}")
+    if not report.in_use:
+        remove_copies(settings_from(args), args.run_dir)
     for line in report.in_use:
         print(f"still in use: {line}")
     cache_dir = settings_from(args).cache_dir

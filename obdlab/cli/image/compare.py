@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import platform
-from obdlab.cli.image.convert import Bars
 from obdlab.cli.image.convertoptions import ALL
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
 from obdlab.cli.numbers import whole
+from obdlab.cli.progress import Bars
+from obdlab.cli.sources import is_local, opened_disk
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ Compare two images:
 {COMPARES}
 
 {NAMES}
-  dir:DIR                        a directory tree, as of an image that another tool has mounted"""
+  dir:DIR                        a directory tree, as of an image that another tool has mounted
+  FILE[,FILE...]                 a config.v1.json, or layer files, bottom first"""
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -98,19 +100,23 @@ def _platforms(text: str, client: RegistryClient, args: argparse.Namespace) -> l
         return [args.platform]
     from obdlab.convert.platforms import images_of
 
+    if is_local(text):
+        return [None]
     with opened_source(text, client, args) as source:
         return [entry.platform for entry in images_of(source)] or [None]
 
 
 def _listing(text: str, platform_: Platform | None, client: RegistryClient, args: argparse.Namespace) -> Listing:
-    from obdlab.convert.compare.imagetree import list_image
+    from obdlab.convert.compare.imagetree import list_disk, list_image
     from obdlab.convert.compare.listing import list_tree
-    from obdlab.convert.progress import Silent
 
     content = not args.no_content
     if text.startswith(_DIRECTORY):
         return list_tree(os.path.abspath(text.removeprefix(_DIRECTORY)), content=content)
-    progress = Silent() if args.quiet else Bars()
+    if is_local(text):
+        with opened_disk([text], args) as disk:
+            return list_disk(disk, content=content)
+    progress = Bars(quiet=args.quiet)
     with opened_source(text, client, args) as source:
         return list_image(source, platform_, args.work_dir, progress, content=content)
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import signal
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,14 +18,12 @@ from obdlab.cli.image.convertoptions import (
     platforms_at_once,
 )
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
+from obdlab.cli.progress import Bars
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from obdlab.convert.image import ConvertedImage, ConvertedLayer
     from obdlab.convert.platforms import ConvertedIndex
-    from obdlab.convert.progress import Task
     from obdlab.registry.client import RegistryClient
 
 _DESCRIPTION = f"""\
@@ -93,7 +90,7 @@ def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
     from obdlab.convert.image import convert_image
     from obdlab.convert.platforms import ConvertedIndex, convert_platforms
 
-    options, progress = conversion_options(args), None if args.quiet else Bars()
+    options, progress = conversion_options(args), Bars(quiet=args.quiet)
     with (
         opened_source(args.source, client, args) as source,
         opened_destination(args.destination, client, args) as destination,
@@ -161,27 +158,6 @@ def print_table(image: ConvertedImage) -> None:
     total = sum(layer.source_size for layer in image.layers)
     print(f"{'all':<22}{_mb(total):>10}{_mb(image.size):>10}{'':>20}{image.seconds:>9.2f}", file=sys.stderr)
     print(f"stored as {image.name}", file=sys.stderr)
-
-
-class Bars:
-    """Progress on a terminal: one bar for each task under way, removed when the task ends."""
-
-    @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Task]:
-        from tqdm import tqdm
-
-        with tqdm(
-            total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr
-        ) as bar:
-            yield _Bar(bar.update)
-
-
-class _Bar:
-    def __init__(self, update: Callable[[int], object]) -> None:
-        self._update = update
-
-    def advance(self, amount: int) -> None:
-        self._update(amount)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -12,16 +12,19 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from obdlab.cli.image.convertoptions import add_conversion_options, check_conversion_options
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.numbers import whole
+from obdlab.cli.progress import shown_bar
 from obdlab.errors import SourceError
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from tqdm import tqdm
 
     from obdlab.convert.batch.job import Job, Outcome, Pair
     from obdlab.convert.batch.pool import Pool
@@ -103,8 +106,13 @@ def run(args: argparse.Namespace) -> int:
         if len(still) < len(pairs):
             print(f"{len(pairs) - len(still)} of {len(pairs)} images are done already", file=sys.stderr)
         try:
-            with _pool(args) as pool, _Bar(len(pairs), len(pairs) - len(still), args.quiet) as bar:
-                Run(still, state, pool, _jobs(args), bar).work_off(tries=args.tries)
+            with (
+                _pool(args) as pool,
+                shown_bar(
+                    "images", len(pairs), unit="image", quiet=args.quiet, initial=len(pairs) - len(still)
+                ) as bar,
+            ):
+                Run(still, state, pool, _jobs(args), _Bar(bar)).work_off(tries=args.tries)
         except KeyboardInterrupt:
             _summarise(state.rows(pairs), args.report)
             print("the same command goes on from here", file=sys.stderr)
@@ -141,19 +149,9 @@ def _fingerprint(args: argparse.Namespace) -> str:
 
 class _Bar:
     # One bar over all images; failures are printed above it.
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total, initial=done, unit="image", disable=True if quiet else None, file=sys.stderr, leave=False
-        )
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
         self._failed = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
     def finished(self, pair: Pair, outcome: Outcome) -> None:
         if outcome.error:

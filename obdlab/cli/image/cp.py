@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.cli.image.viewing import PATH_HELP, add_view_options, image_path, opened_tree
+from obdlab.cli.progress import shown_bar
 
 if TYPE_CHECKING:
     import argparse
@@ -41,17 +40,13 @@ def run(args: argparse.Namespace) -> int:
     target = os.fsencode(args.target)
     if name and args.target.is_dir():
         target = os.path.join(target, name)
-    with opened_tree(image, args) as tree, _bar() as bar:
+    with opened_tree(image, args) as tree, shown_bar(args.path[0], None, delay=1) as bar:
         number = tree.find(path, follow=path.endswith(b"/"))
-        if stat.S_ISREG(tree.inode(number).mode) and bar is not None:
+        if stat.S_ISREG(tree.inode(number).mode):
             bar.total = tree.inode(number).size
-        Extractor(tree, archive=args.archive, advance=bar.update if bar is not None else None).copy(number, target)
+
+        def advance(length: int) -> None:
+            bar.update(length)
+
+        Extractor(tree, archive=args.archive, advance=advance).copy(number, target)
     return 0
-
-
-def _bar() -> Any:
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from tqdm import tqdm
-
-    return tqdm(unit="B", unit_scale=True, unit_divisor=1024, delay=1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import platform
 from obdlab.cli.image.inspect_image import inspect_image, print_image
 from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.progress import progress_bar
 from obdlab.errors import ObdlabError
 from obdlab.observe.printable import printable
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     files: list[FileFacts] = []
     errors: list[str] = []
     names = [name for name in args.paths if _is_image(name)]
-    paths = [name for name in args.paths if name not in names]
+    paths = [path for name in args.paths if name not in names for path in _files(name, errors)]
     images = _images(names, args, errors)
     for path in paths:
         try:
@@ -93,9 +94,29 @@ def run(args: argparse.Namespace) -> int:
 def _is_image(name: str) -> bool:
     if Path(name).is_file():
         return False
-    from obdlab.convert.endpoints.names import names_image
+    from obdlab.convert.endpoints.forms import names_image
 
     return names_image(name)
+
+
+# The layer files of a config.v1.json; any other name is a file's own.
+def _files(name: str, errors: list[str]) -> list[str]:
+    from obdlab.cli.sources import is_config
+    from obdlab.image.config import ConfigError, ImageConfig
+
+    if not is_config(name):
+        return [name]
+    try:
+        config = ImageConfig.load(name)
+        files = [lower.local_file() for lower in config.lowers]
+        if not files and not config.upper.active:
+            raise ConfigError(f"{name}: names no layers (is it a config.v1.json?)")
+        if None in files:
+            raise ConfigError(f"{name}: has lowers in a registry: inspect the image by its name there")
+    except ObdlabError as error:
+        errors.append(str(error))
+        return []
+    return [*filter(None, files), *([config.upper.data] if config.upper.active else [])]
 
 
 def _images(names: list[str], args: argparse.Namespace, errors: list[str]) -> list[ImageFacts]:
@@ -114,15 +135,11 @@ def _images(names: list[str], args: argparse.Namespace, errors: list[str]) -> li
 
 
 def _verify(path: str) -> None:
-    from tqdm import tqdm
-
     from obdlab.layerfiles.description import content_size, verify
 
-    size = content_size(path)
-    # disable=None: no bar unless standard error is a terminal.
-    with tqdm(total=size, desc=path, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+    with progress_bar(path, content_size(path), quiet=False) as progress:
         for length in verify(path):
-            bar.update(length)
+            progress(length)
 
 
 def _print_json(

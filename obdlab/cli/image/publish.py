@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
 from obdlab.cli.numbers import whole
+from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
 from obdlab.formats.zfile import ALGORITHMS
 
@@ -54,7 +55,7 @@ def declare_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp"), help="default: %(default)s")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, only the digest")
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -111,22 +112,26 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from contextlib import closing
     from dataclasses import replace
 
-    from obdlab.cli.image.convert import Bars
+    from obdlab.cli.progress import Bars
     from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
     from obdlab.convert.publish.hot_and_traces import HOT_PACKING, add_acceleration_layer, add_hot_layer
 
     check_apart(args.image, args.new)
+    place = {"containerd": args.containerd}
     common = {"client": client, "platform": args.platform, "work_dir": args.work_dir, "trace_name": str(args.trace)}
-    common["progress"] = None if args.quiet else Bars()
+    common["progress"] = Bars(quiet=args.quiet)
     settings = settings_from(args)
-    with closing(open_source(args.image, client)) as source, closing(open_destination(args.new, client)) as target:
+    with (
+        closing(open_source(args.image, client, **place)) as source,
+        closing(open_destination(args.new, client, **place)) as target,
+    ):
         if args.form == _ORDERED:
             from obdlab.convert.publish.ordered import order_layers
 
             _, trace = order_layers(
                 source, target, trace, **{key: value for key, value in common.items() if key != "client"}
             )
-            with closing(open_source(args.new, client)) as made:
+            with closing(open_source(args.new, client, **place)) as made:
                 return add_acceleration_layer(made, target, trace, settings, **common).digest
         if args.form == _ACCELERATION:
             return add_acceleration_layer(source, target, trace, settings, **common).digest

@@ -12,11 +12,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, platform, registry_from
+from obdlab.cli.progress import shown_bar
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
+
+    from tqdm import tqdm
 
     from obdlab.pull.rpull import PullResult
     from obdlab.registry.reference import Reference
@@ -65,23 +68,20 @@ def _run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     reference = Reference.parse(args.reference)
-    bar = _Bar(quiet=args.quiet)
     with (
+        shown_bar("layers", 0, quiet=args.quiet, delay=0.2) as bar,
         closing(registry_from(args)) as registry,
         Containerd(args.address.removeprefix("unix://"), args.namespace) as containerd,
     ):
-        try:
-            result = rpull(
-                containerd,
-                registry,
-                reference,
-                snapshotter=args.snapshotter,
-                platform=args.platform or host_platform(),
-                progress=bar,
-                download=args.download_blobs,
-            )
-        finally:
-            bar.close()
+        result = rpull(
+            containerd,
+            registry,
+            reference,
+            snapshotter=args.snapshotter,
+            platform=args.platform or host_platform(),
+            progress=_Downloads(bar),
+            download=args.download_blobs,
+        )
     if args.json:
         print(json.dumps(_as_dict(result, time.monotonic() - began), indent=2))
     elif not args.quiet:
@@ -133,20 +133,10 @@ def _summary(result: PullResult, elapsed_s: float) -> str:
     )
 
 
-class _Bar:
-    # One bar for all downloads; it appears with the first one.
-    def __init__(self, *, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=0,
-            unit="B",
-            unit_scale=True,
-            desc="layers",
-            disable=quiet or not sys.stderr.isatty(),
-            leave=False,
-            delay=0.2,
-        )
+# One bar for all downloads; it appears with the first one.
+class _Downloads:
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
 
     def expect(self, size: int) -> None:
         self._bar.total = (self._bar.total or 0) + size
@@ -154,6 +144,3 @@ class _Bar:
 
     def advance(self, size: int) -> None:
         self._bar.update(size)
-
-    def close(self) -> None:
-        self._bar.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from obdlab.cli.common import platform
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
 from obdlab.cli.packing import LayerArgumentsError, add_output_options, end_politely_on_sigterm, say, size_text
+from obdlab.cli.progress import Bars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,9 +48,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch one piece."""
-    from obdlab.cli.image.convert import Bars
     from obdlab.convert.endpoints.contents import copy_piece, copy_range, find_piece, is_document
-    from obdlab.convert.progress import Silent
     from obdlab.registry.platform import host_platform
 
     end_politely_on_sigterm()
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             raise LayerArgumentsError(f"{piece.digest} is binary ({piece.media_type}): give -o FILE")
         with _output(args) as sink:
             if args.range is None:
-                copy_piece(source, piece, what, sink, Silent() if args.quiet else Bars())
+                copy_piece(source, piece, what, sink, Bars(quiet=args.quiet))
                 note = f"{piece.digest}, checked"
             else:
                 begin, end = args.range
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 # REPOSITORY@DIGEST: any blob of the repository, not only a manifest.
 def _split(args: argparse.Namespace) -> tuple[str, str]:
     from obdlab.convert.endpoints.contents import MANIFEST
-    from obdlab.convert.endpoints.names import in_registry
+    from obdlab.convert.endpoints.forms import in_registry
     from obdlab.formats.oci import is_digest
 
     name, at, digest = args.image.rpartition("@")

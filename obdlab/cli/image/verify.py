@@ -6,19 +6,21 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.common import add_runtime_options
 from obdlab.cli.image.compare import COMPARES, add_comparison_options, compare_images
 from obdlab.cli.imageoptions import NAMES, add_image_options
-from obdlab.cli.packing import progress_bar
+from obdlab.cli.progress import progress_bar
+from obdlab.cli.sources import opened_layers
 
 if TYPE_CHECKING:
     from obdlab.layerfiles.verification import VerifiedLayer
 
 _DESCRIPTION = f"""\
+obdlab image verify IMAGE
 obdlab image verify LAYER...
 Reads every byte of every layer: CRCs of ZFile headers, indexes and blocks, LSMT headers, trailers and indexes, and
-whether each layer names the one below as its parent. Layers are given bottom first. A single config.v1.json names an
-image instead, whose lowers may lie in a registry.
+whether each layer names the one below as its parent. The image is in a registry or stored here, or a config.v1.json
+whose lowers may lie in a registry. Layers are given bottom first.
 
 obdlab image verify SRC DST
 Checks a converted image, DST, against its original:
@@ -32,7 +34,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "layers", nargs="+", metavar="LAYER", help="layer files, bottom first; a config.v1.json; or SRC and DST"
+        "layers", nargs="+", metavar="IMAGE|LAYER", help="an image; layer files, bottom first; or SRC and DST"
     )
     parser.add_argument("--json", action="store_true", help="print JSON (of layers)")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
@@ -48,12 +50,11 @@ def run(args: argparse.Namespace) -> int:
         return compare_images(args.layers[0], args.layers[1], args)
     from dataclasses import asdict
 
-    from obdlab.layerfiles.disks import open_disk
     from obdlab.layerfiles.verification import verification_size, verify_layers
 
     verified: list[VerifiedLayer] = []
     with (
-        open_disk(args.layers, settings_from(args)) as disk,
+        opened_layers(args.layers, args) as disk,
         progress_bar("verifying", verification_size(disk), quiet=args.quiet or args.json) as progress,
     ):
         verified.extend(verify_layers(disk, progress))
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _are_images(names: list[str]) -> bool:
-    from obdlab.convert.endpoints.names import names_image
+    from obdlab.convert.endpoints.forms import names_image
 
     return len(names) == 2 and all(map(names_image, names))
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, settings_from
-from obdlab.cli.device.attach import SOURCE_HELP, image_config_of
+from obdlab.cli.sources import SOURCE_HELP, add_source_options, opened_image
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
@@ -38,19 +36,15 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="block cache (default: the settings', or what devices use)"
     )
-    add_registry_options(parser)
+    add_source_options(parser)
 
 
 @contextmanager
 def opened_tree(image: str, args: argparse.Namespace) -> Iterator[FileTree]:
     """Give the files of an image, for the block. Reads fetch only the bytes they need."""
-    from obdlab.image.open import open_image
     from obdlab.volumes.detect import FileTree
 
-    config = image_config_of([image], args)
-    # Looking writes neither a trace nor the result file.
-    config = replace(config, result_file="", record_trace_path="")
-    with open_image(config, settings_from(args), traces=False) as disk:
+    with opened_image([image], args) as disk:
         yield FileTree(disk)
 
 

@@ -13,11 +13,11 @@ from obdlab.cli.packing import (
     index_from,
     message_argument,
     packing_from,
-    progress_bar,
     say,
     size_text,
     uuid_argument,
 )
+from obdlab.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     import argparse

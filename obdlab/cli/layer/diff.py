@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_runtime_options, settings_from
-from obdlab.cli.packing import progress_bar, size_text
+from obdlab.cli.common import add_runtime_options
+from obdlab.cli.packing import size_text
+from obdlab.cli.progress import progress_bar
+from obdlab.cli.sources import add_source_options, opened_layers
 
 if TYPE_CHECKING:
     import argparse
@@ -30,23 +32,22 @@ def declare(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             required=True,
             metavar="LAYER",
-            help=f"layers of the {name} disk, bottom first; or its config.v1.json",
+            help=f"layers of the {name} disk, bottom first; or an image",
         )
     parser.add_argument("--json", action="store_true", help="print JSON, with all ranges as [begin, end) in bytes")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status")
     add_runtime_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare."""
     from obdlab.layerfiles.compare import compare
-    from obdlab.layerfiles.disks import open_disk
 
-    settings = settings_from(args)
     with (
-        open_disk(args.old, settings) as old,
-        open_disk(args.new, settings) as new,
+        opened_layers(args.old, args) as old,
+        opened_layers(args.new, args) as new,
         progress_bar("comparing", max(old.size, new.size), quiet=args.quiet or args.json) as progress,
     ):
         difference = compare(old, new, progress)

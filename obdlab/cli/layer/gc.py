@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
 from obdlab.cli.packing import add_index_argument, end_politely_on_sigterm, index_from
+from obdlab.cli.progress import shown_bar
 
 if TYPE_CHECKING:
     import argparse
@@ -69,9 +69,7 @@ def _collect_here(args: argparse.Namespace, progress: Callable[[str, int, int], 
 
 @contextmanager
 def _bar(args: argparse.Namespace) -> Iterator[Callable[[str, int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=1, leave=False, disable=True if args.quiet else None, file=sys.stderr) as bar:
+    with shown_bar(args.data, 1, unit="steps", quiet=args.quiet) as bar:
 
         def show(step: str, done: int, total: int) -> None:
             bar.set_description(f"{args.data}: {step}", refresh=False)

@@ -11,9 +11,9 @@ from obdlab.cli.packing import (
     end_politely_on_sigterm,
     message_argument,
     packing_from,
-    progress_bar,
     uuid_argument,
 )
+from obdlab.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     import argparse

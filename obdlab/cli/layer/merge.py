@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.common import add_runtime_options
 from obdlab.cli.layer.commit import add_identity_options, add_zero_blocks_option, write_as_asked
 from obdlab.cli.packing import (
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
 )
+from obdlab.cli.sources import add_source_options, opened_layers
 
 if TYPE_CHECKING:
     import argparse
@@ -24,21 +25,20 @@ and its writable layer is flattened too."""
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = _DESCRIPTION
-    parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or a config.v1.json")
+    parser.add_argument("layers", nargs="+", metavar="LAYER", help="layer files, bottom first; or an image")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the layer file to make")
     add_identity_options(parser)
     add_zero_blocks_option(parser)
     add_packing_options(parser)
     add_output_options(parser)
     add_runtime_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge."""
-    from obdlab.layerfiles.disks import open_disk
-
     end_politely_on_sigterm()
-    with open_disk(args.layers, settings_from(args)) as disk:
+    with opened_layers(args.layers, args) as disk:
         write_as_asked(disk, args)
     return 0

@@ -13,10 +13,10 @@ from obdlab.cli.packing import (
     add_packing_options,
     end_politely_on_sigterm,
     packing_from,
-    progress_bar,
     say,
     size_text,
 )
+from obdlab.cli.progress import progress_bar
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:

@@ -125,14 +125,15 @@ class _Readiness:
 
 def container_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return the image's own container configuration; {} if the source is layers or an image configuration."""
-    from obdlab.convert.endpoints.names import names_image, open_source
+    from obdlab.convert.endpoints.forms import names_image
+    from obdlab.convert.endpoints.names import open_source
     from obdlab.registry.platform import host_platform
 
     if not names_image(args.source):
         return {}
     client = registry_from(args)
     try:
-        source = open_source(args.source, client)
+        source = open_source(args.source, client, containerd=args.containerd)
         document = source.config(source.manifest(host_platform(), overlaybd=True)).document
         return dict(document.get("config") or {})
     finally:

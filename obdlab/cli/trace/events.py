@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_registry_options, add_runtime_options, add_trace_option, device_service_from
+from obdlab.cli.common import add_runtime_options, add_trace_option, device_service_from
 from obdlab.cli.numbers import real
+from obdlab.cli.sources import add_source_options, image_config
 from obdlab.cli.trace.container import container_config, run_once
 from obdlab.cli.trace.starts import (
     add_start_options,
@@ -95,7 +96,7 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
         "--block-device", type=_device, metavar="MAJOR:MINOR", help="which one, if the events are of several"
     )
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
 
 
 def _device(text: str) -> tuple[int, int]:
@@ -124,11 +125,10 @@ def run_watch(args: argparse.Namespace) -> int:
 
 
 def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
-    from obdlab.cli.device.attach import image_config_of
     from obdlab.server.capture.directories import place_for_start
 
-    image, document = image_config_of([args.source], args), container_config(args)
-    with place_for_start(service.run_dir, "watch") as place:
+    document = container_config(args)
+    with image_config([args.source], args) as image, place_for_start(service.run_dir, "watch") as place:
         image.save(place / "config.v1.json")
         with mounted(service, place / "config.v1.json", place / "image", args.output) as release:
             return run_once(args, place, document, ended, release)
@@ -136,12 +136,12 @@ def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsk
 
 def run_import(args: argparse.Namespace) -> int:
     """Write a trace of block events."""
-    from obdlab.cli.trace.files import opened
+    from obdlab.cli.sources import opened_disk
     from obdlab.cli.trace.sets import save_trace
     from obdlab.traces.timeline import check_inside, trace_of
 
     reads = _reads(args)
-    with opened([args.image], args) as disk:
+    with opened_disk([args.image], args) as disk:
         check_inside(reads, disk.size, name=str(args.file))
         trace = trace_of(reads, disk)
     if not len(trace):
@@ -152,11 +152,11 @@ def run_import(args: argparse.Namespace) -> int:
 
 def run_timeline(args: argparse.Namespace) -> int:
     """Print the reads in order, or the ones that waited longest."""
-    from obdlab.cli.trace.files import opened
+    from obdlab.cli.sources import opened_disk
     from obdlab.traces.timeline import summary, timeline
 
     reads = _reads(args)
-    with opened([args.image], args) as disk:
+    with opened_disk([args.image], args) as disk:
         trace = _trace(args, disk)
         steps = timeline(reads, disk, trace, there_within_ms=args.there_within)
         facts = summary(steps, disk, trace)

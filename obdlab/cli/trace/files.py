@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
+from obdlab.cli.common import add_runtime_options
+from obdlab.cli.sources import add_source_options, opened_disk
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
-
-    from obdlab.layers.stack import Stack
 
 
 def declare_files(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +23,7 @@ def declare_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the image it is of, as for attach")
     parser.add_argument("--reads", action="store_true", help="one line a read of the disk: offset, length, path")
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run_files)
 
 
@@ -37,7 +34,7 @@ def run_files(args: argparse.Namespace) -> int:
     from obdlab.volumes.places import FilePlaces, files_of
 
     data = load_file(str(args.file))
-    with opened([args.image], args) as disk:
+    with opened_disk([args.image], args) as disk:
         sectors = sectors_of_reads(reads_in(data, disk, name=str(args.file)), disk)
         if args.reads:
             for offset, length, path in FilePlaces(disk).pieces(sectors):
@@ -53,18 +50,3 @@ def run_files(args: argparse.Namespace) -> int:
 def name_of(path: bytes | None) -> str:
     """Return a path for people; "-" without one."""
     return "-" if path is None else printable(os.fsdecode(path or b"/"))
-
-
-@contextmanager
-def opened(source: Sequence[str], args: argparse.Namespace) -> Iterator[Stack]:
-    """Open an image's read-only layers, without its writable one and without fetching ahead."""
-    from dataclasses import replace
-
-    from obdlab.cli.device.attach import image_config_of
-    from obdlab.image.config import LowerConfig, UpperConfig
-    from obdlab.image.open import Image, open_image
-
-    config = replace(image_config_of(source, args), upper=UpperConfig(), result_file="", trace=LowerConfig())
-    with open_image(config, settings_from(args), traces=False) as image:
-        assert isinstance(image, Image)  # it has no upper
-        yield image

@@ -138,13 +138,16 @@ def _tell(done: Recorded, args: argparse.Namespace) -> None:
 def _record_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> int:
     from dataclasses import replace
 
-    from obdlab.cli.device.attach import image_config_of
+    from obdlab.cli.sources import image_config
     from obdlab.image.config import LowerConfig
     from obdlab.server.capture.directories import place_for_start
 
-    image = image_config_of([args.source], args)
     document = container_config(args)
-    with ExitStack() as left, place_for_start(service.run_dir, "record") as place:
+    with (
+        ExitStack() as left,
+        image_config([args.source], args) as image,
+        place_for_start(service.run_dir, "record") as place,
+    ):
         trace = place / "trace"
         trace.touch()
         if image.acceleration_layer:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options
+from obdlab.cli.common import add_runtime_options
 from obdlab.cli.numbers import whole
+from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def declare_filter(parser: argparse.ArgumentParser) -> None:
         "--fits", nargs="+", metavar="SOURCE", help="only what lies in this image, or these layers, as for attach"
     )
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run_filter)
 
 
@@ -111,9 +112,9 @@ def run_filter(args: argparse.Namespace) -> int:
     trace = _load(args.file)
     sizes = None
     if args.fits:
-        from obdlab.cli.trace.files import opened
+        from obdlab.cli.sources import opened_disk
 
-        with opened(args.fits, args) as disk:
+        with opened_disk(args.fits, args) as disk:
             sizes = [layer.data.size for layer in disk.layers]
     trace = select(trace, layers=args.layer, sizes=sizes, first=args.first)
     save_trace(args.output, unique(trace) if args.unique else trace)

@@ -10,8 +10,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options
+from obdlab.cli.common import add_runtime_options
 from obdlab.cli.numbers import real
+from obdlab.cli.progress import shown_bar
+from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
         help="of an image: run this instead of its own command; the last option, all after it is the command's",
     )
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
 
 
 def device_of(args: argparse.Namespace, service: DeviceService) -> AttachedDevice | None:
@@ -111,12 +113,8 @@ def signals() -> Iterator[EndAsked]:
 
 def wait(ended: threading.Event, seconds: float | None, quiet: bool, what: str = "recording") -> None:
     """Wait for the event, for ``seconds`` at most, with a progress bar."""
-    from tqdm import tqdm
-
     deadline = None if seconds is None else time.monotonic() + seconds
-    with tqdm(
-        total=seconds, desc=what, unit="s", leave=False, disable=True if quiet else None, file=sys.stderr
-    ) as bar:
+    with shown_bar(what, seconds, unit="s", quiet=quiet) as bar:
         began = time.monotonic()
         while not ended.is_set():
             now = time.monotonic()

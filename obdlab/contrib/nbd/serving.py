@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from obdlab.cli import notify
-from obdlab.cli.common import add_registry_options, add_runtime_options, settings_from
-from obdlab.cli.device.attach import SOURCE_HELP, image_config_of
+from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.serve.exporter import address
 from obdlab.cli.signals import catch_signals
+from obdlab.cli.sources import SOURCE_HELP, add_source_options, image_config
 from obdlab.errors import DeviceError
 from obdlab.observe import stacks
 
@@ -38,7 +38,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="the export's name (default: empty; clients may always say none)")
     parser.add_argument("--read-only", action="store_true", help="refuse writes to an image that is writable")
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if len(args.name.encode()) > MAX_STRING:
         raise DeviceError(f"the export's name is too long (wanted at most {MAX_STRING} bytes)")
     stacks.dump_on_signal()
-    config = image_config_of(args.source, args)
-    with open_image(config, settings_from(args)) as image:
+    with image_config(args.source, args) as config, open_image(config, settings_from(args)) as image:
         export = NbdExport(
             image,
             args.name,

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cli.common import add_registry_options, add_runtime_options
-from obdlab.cli.trace.files import name_of, opened
+from obdlab.cli.common import add_runtime_options
+from obdlab.cli.sources import add_source_options, opened_disk
+from obdlab.cli.trace.files import name_of
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
         "Follows what was read from blocks to files in OLD, and from files to blocks in NEW, images with an ext4 "
-        "or an EROFS. Files that NEW does not have are left out and told."
+        "or an EROFS. Files that NEW does not have are left out and listed."
     )
     parser.add_argument("file", type=Path, metavar="TRACE", help="a trace or a priority list of OLD")
     parser.add_argument("old", metavar="OLD", help="the image it is of, as for attach")
     parser.add_argument("new", metavar="NEW", help="the image to make one for")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     add_runtime_options(parser)
-    add_registry_options(parser)
+    add_source_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.traces.sets import unique
 
     data = load_file(str(args.file))
-    with opened([args.old], args) as old, opened([args.new], args) as new:
+    with opened_disk([args.old], args) as old, opened_disk([args.new], args) as new:
         sectors = sectors_of_reads(reads_in(data, old, name=str(args.file)), old)
         found = transplant(sectors, old, new)
         reads = [

@@ -20,6 +20,7 @@ from obdlab.registry.platform import host_platform
 from obdlab.volumes.detect import open_volume
 
 if TYPE_CHECKING:
+    from obdlab.blob import Blob
     from obdlab.convert.compare.listing import TreeEntry
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.endpoints.layout import VerifiedFile
@@ -68,7 +69,12 @@ def _list_overlaybd(
 ) -> Listing:
     with ExitStack() as ended:
         layers = fetched_layers(source, manifest, work_dir, progress, ended)
-        return list_volume(open_volume(Stack(layers)), content=content)
+        return list_disk(Stack(layers), content=content)
+
+
+def list_disk(disk: Blob, *, content: bool = True) -> Listing:
+    """List the file system on a disk. Raises FormatError or CorruptBlobError."""
+    return list_volume(open_volume(disk), content=content)
 
 
 def fetched_layers(

@@ -154,6 +154,9 @@ class ArchivedLayout(ImageLayout):
         super().__init__(path)
         self._archive = Archive(path)
 
+    def blob_file(self, descriptor: oci.Descriptor) -> Path | None:
+        return None
+
     def open_blob(self, descriptor: oci.Descriptor) -> VerifiedFile:
         digest = oci.check_digest(descriptor.digest, str(self.root)).removeprefix("sha256:")
         start, size = self._archive.find(f"blobs/sha256/{digest}")

@@ -100,6 +100,10 @@ class ImageSource(ABC):
     def open_blob(self, descriptor: Descriptor) -> Blob:
         """Return a blob that is read in place, by position; its digest is not checked. Raises SourceError."""
 
+    def layer_file(self, layer: Descriptor) -> Path | None:
+        """Return the path of the file that is the layer's blob; None if no file holds just this blob."""
+        return None
+
     def beside(self, digest: str) -> Descriptor | None:
         """Return a blob stored beside the image's, part of it or not; None if the source cannot look it up."""
         return None

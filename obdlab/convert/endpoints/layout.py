@@ -107,6 +107,10 @@ class ImageLayout:
         """Return the path of a blob. Raises FormatError if ``digest`` is malformed."""
         return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
 
+    def blob_file(self, descriptor: Descriptor) -> Path | None:
+        """Return the path of the file that is the blob; None if no file holds just this blob."""
+        return self.blob_path(descriptor.digest)
+
     def open_blob(self, descriptor: Descriptor) -> VerifiedFile:
         """Open a blob for one reading, which checks size and digest. Raises SourceError if it cannot be opened."""
         return VerifiedFile(self.blob_path(descriptor.digest), descriptor)

@@ -33,6 +33,9 @@ class LayoutSource(ImageSource):
         advance(layer.size)  # first: it raises if the conversion was stopped
         return self._layout.open_blob(layer)
 
+    def layer_file(self, layer: Descriptor) -> Path | None:
+        return self._layout.blob_file(layer)
+
     def open_blob(self, descriptor: Descriptor) -> Blob:
         with self._layout.open_blob(descriptor) as file:
             return file.as_blob()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.convert.endpoints.forms import names_image, split_namespace, split_transport
 from obdlab.convert.endpoints.layout import ImageLayout, split_tag
 from obdlab.convert.endpoints.layoutimages import LayoutDestination, LayoutSource
-from obdlab.convert.endpoints.names import names_image, open_destination, open_source
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.endpoints.registryimages import RegistryDestination, RegistrySource
 from obdlab.convert.layer import layer_uuid
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
@@ -54,10 +55,24 @@ def test_what_can_only_be_an_image(text: str, *, wanted: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("containerd:k8s.io:docker.io/library/redis:7", ("k8s.io", "docker.io/library/redis:7")),
+        ("containerd:docker.io/library/redis:7", ("default", "docker.io/library/redis:7")),
+        ("containerd:localhost:5000/redis:7", ("default", "localhost:5000/redis:7")),
+        ("containerd:moby:localhost:5000/redis:7", ("moby", "localhost:5000/redis:7")),
+        ("containerd:default:redis", ("default", "redis")),
+    ],
+)
+def test_names_in_containerd(text: str, wanted: tuple[str, str]) -> None:
+    assert split_namespace(text, split_transport(text)[1]) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("containerd:docker.io/library/redis:7", "containerd:NAMESPACE:NAME"),
-        ("containerd:default:", "containerd:NAMESPACE:NAME"),
+        ("containerd:redis", "containerd:\\[NAMESPACE:\\]NAME"),
+        ("containerd:default:", "containerd:\\[NAMESPACE:\\]NAME"),
         ("docker-daemon:x", "transport is not known here"),
         ("oci:", "ends after its transport"),
         ("docker://UPPER", "malformed image reference"),
