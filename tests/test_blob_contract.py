@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from obdlab.contrib.transplant import transplant
 
 import obdlab
 from obdlab.blob import (
@@ -31,6 +30,7 @@ from obdlab.blob import (
 )
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.contrib.traces_extra import transplant
 from obdlab.convert.endpoints import registryimages
 from obdlab.errors import ObdlabError, OutOfRangeError
 from obdlab.formats.oci import digest_of

@@ -10,16 +10,16 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from obdlab import plugins
 from obdlab.lab.baselines.adapter import check_programs
 from obdlab.lab.images.pins import Pins, digests_of, image_notes, make_pins, obtain, read_pins, valid_pins
 from obdlab.lab.kinds import KINDS
 from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import interrupts
-from obdlab.lab.run.cluster import Cluster
 from obdlab.lab.run.code import older_codes
 from obdlab.lab.run.diskspace import naming_full_disks
 from obdlab.lab.run.measuring import Measured, context_of, host_facts, measure_cells
@@ -27,12 +27,38 @@ from obdlab.lab.run.plan import plan_run
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
 from obdlab.lab.run.summary import wrapped
 from obdlab.lab.run.table import PointsReport
+from obdlab.lab.testbed.process import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from obdlab.lab.kinds.kind import Report
     from obdlab.lab.run.spec import Cell, Spec
+
+
+class Cluster(Protocol):
+    """Hosts that measure in place of this one. ``surroundings`` are the facts that all of them share.
+
+    Packages register one as ``experiments`` of the group ``obdlab.schedulers``.
+    """
+
+    surroundings: dict[str, Any]
+
+    def images(self, spec: Spec, pins: Pins, paths: LabPaths) -> Pins:
+        """Have every host build the images that it lacks; return the pins that all hosts share."""
+
+    def measure(self, spec: Spec, pending: Sequence[Cell], paths: LabPaths) -> Generator[Measured]:
+        """Measure cells; yield them as they come."""
+
+    def close(self) -> None:
+        """Leave the hosts."""
+
+
+def _cluster_at(address: str, kind: str, paths: LabPaths) -> Cluster:
+    cluster: Callable[[str, str, LabPaths], Cluster] | None = plugins.load("obdlab.schedulers", "experiments")
+    if cluster is None:
+        raise LabError(f"{address}: no installed package spreads experiments over hosts (obdlab.schedulers)")
+    return cluster(address, kind, paths)
 
 
 class Experiment:
@@ -48,13 +74,13 @@ class Experiment:
 
         ``again`` measures every cell again and keeps the old rows. Needs root and the host for itself, else raises
         LabError. A failed cell leaves a row with ``error`` and the run goes on. A stop (Ctrl-C) keeps the rows of
-        finished cells and leaves no process. ``scheduler`` is the address of a Dask scheduler; its workers' hosts
-        measure instead of this one (``obdlab.lab.run.cluster``).
+        finished cells and leaves no process. ``scheduler`` is the address of a scheduler; its workers' hosts measure
+        instead of this one (:class:`Cluster`).
         """
         places = (self.store.directory, self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
         with (
             naming_full_disks(*places),
-            closing(Cluster(scheduler, self.spec.kind, self._paths)) if scheduler else nullcontext() as cluster,
+            closing(_cluster_at(scheduler, self.spec.kind, self._paths)) if scheduler else nullcontext() as cluster,
         ):
             return self._run(again, cluster)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _CONNECT_TIMEOUT_S = 30.0
 # Time for publishing images and starting the bench, added to the cells' time.
 _SETUP_TIMEOUT_S = 3600.0
-_WORKER = ("-c", "from obdlab.lab.run.cluster import serve_block; serve_block()")
+_WORKER = ("-c", "from obdlab.contrib.dask.experiments import serve_block; serve_block()")
 
 
 class Cluster:

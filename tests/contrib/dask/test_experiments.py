@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.contrib.dask.experiments import Cluster
 from obdlab.lab.paths import LabPaths
-from obdlab.lab.run.cluster import Cluster
 from obdlab.lab.run.experiment import Experiment
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR
