@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 from obdlab.image.config import read_config
@@ -363,8 +365,8 @@ class Keeper:
             keeper_start_time=me.start_time if me else 0,
             helpers=[one.pid for one in self._servers.values() if one.number],
             restarts=self._restarts,
-            starting_pid=starting.pid if starting else 0,
-            starting_start_time=starting.start_time if starting else 0,
+            starting_pid=starting.pid if starting else msgspec.UNSET,
+            starting_start_time=starting.start_time if starting else msgspec.UNSET,
         )
         try:
             record.save(self._directory)

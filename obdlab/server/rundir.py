@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -93,9 +93,10 @@ class DeviceRecord(Plan):
     helpers: list[int] = field(default_factory=list)
     #: Number of servers that died.
     restarts: int = 0
-    #: The server that opens the image to replace a dead one; 0: no such server.
-    starting_pid: int = 0
-    starting_start_time: int = 0
+    #: The server that opens the image to replace a dead one. Without it these are left out of the JSON: an earlier
+    #: version, such as a snapshotter that still runs, cannot read a record with fields of later ones.
+    starting_pid: int | msgspec.UnsetType = msgspec.UNSET
+    starting_start_time: int | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def process(self) -> Process:
@@ -116,7 +117,7 @@ class DeviceRecord(Plan):
     @property
     def starting(self) -> Process | None:
         """The process that is about to be the server."""
-        return Process(self.starting_pid, self.starting_start_time) if self.starting_pid else None
+        return Process(self.starting_pid, self.starting_start_time or 0) if self.starting_pid else None
 
     @property
     def is_kept(self) -> bool:
@@ -145,7 +146,7 @@ class DeviceRecord(Plan):
     def save(self, directory: Path) -> None:
         """Write the record into a device's directory, all or nothing."""
         temporary = directory / "disk.json.new"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.write_text(json.dumps(msgspec.to_builtins(self), indent=1) + "\n")
         temporary.replace(directory / "disk.json")
 
     @classmethod

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from obdlab import records
 from obdlab.errors import DeviceError
+from obdlab.server import wire
+from obdlab.server.messages import Attached
 from obdlab.server.rundir import DeviceRecord, RunDir
+from obdlab.system.processes import Process
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
@@ -63,3 +67,19 @@ def test_a_record_of_a_later_version_is_read(tmp_path: Path, caplog: pytest.LogC
     assert (
         logged == "DeviceRecord: a later version wrote it; unknown fields are ignored, such as 'of_a_later_version'"
     )
+
+
+def test_a_record_has_no_fields_that_earlier_versions_cannot_read(tmp_path: Path) -> None:
+    record = DeviceRecord("x", "/c", "0", path="/dev/loop0", size=1, read_only=True, pid=1, start_time=2)
+    record.save(tmp_path)
+    attached = json.loads(wire.encode(Attached(record)))["device"]
+    assert json.loads((tmp_path / "disk.json").read_text()) == attached
+    assert attached.keys() == {
+        *("device_id", "config", "config_sha256", "settings", "readahead_kib", "code", "graduated", "kind"),
+        *("path", "size", "read_only", "pid", "start_time", "keeper_pid", "keeper_start_time", "helpers", "restarts"),
+    }
+    assert record.starting is None
+    starting = replace(record, starting_pid=os.getpid(), starting_start_time=3)
+    starting.save(tmp_path)
+    assert DeviceRecord.load(tmp_path) == starting
+    assert starting.starting == Process(os.getpid(), 3)
