@@ -22,13 +22,16 @@ from tqdm import tqdm
 
 from tests.mutants.covering import CONTEXT, RCFILE, TIMES, Covering
 from tests.mutants.sample import ROOMS, Mutant, sample
+from tests.mutants.zygote import ALL_EXAMPLES
 
 _NOT_SOURCES = shutil.ignore_patterns("__pycache__")
 HOST = "kernel or containerd or vm"
 #: At least this long, or three times what the chosen tests took when they were recorded.
 _LEAST_S = 30.0
-#: Tests of a mutant are cut off here: a survivor of the quickest ones counts as a survivor.
+#: Tests of a mutant are cut off here: a survivor of the quickest ones counts as a survivor. Most mutants that are
+#: caught at all are caught within seconds: only the survivors of those (--again) pay for more tests and examples.
 _MOST_S = 45.0
+_FIRST_S = 10.0
 
 
 def results_dir(root: Path) -> Path:
@@ -71,7 +74,11 @@ def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, ag
             stale = entry is None or entry["digest"] != digests[mutant.file]
             if stale or (again and entry is not None and entry["outcome"] != "caught"):
                 todo.append(mutant)
-        with _copies(root, workers) as copies, results.open("a") as stream, tqdm(total=len(todo), desc=room) as bar:
+        with (
+            _copies(root, workers, again=again) as copies,
+            results.open("a") as stream,
+            tqdm(total=len(todo), desc=room) as bar,
+        ):
             for mutant, outcome, test in _outcomes(todo, copies, covering):
                 entry = asdict(mutant) | {"outcome": outcome, "test": test, "digest": digests[mutant.file]}
                 stream.write(json.dumps(entry | change(mutant, root)) + "\n")
@@ -124,8 +131,9 @@ def _digest(path: Path) -> str:
 class Copy:
     """A copy of the tree that mutants are written to, and the process that tests it."""
 
-    def __init__(self, root: Path, directory: Path) -> None:
+    def __init__(self, root: Path, directory: Path, *, again: bool) -> None:
         self._root = root
+        self._most_s = _MOST_S if again else _FIRST_S
         self._tree = directory
         ignore = shutil.ignore_patterns(".git", ".venv*", "results", "__pycache__", ".mypy_cache", ".hypothesis")
         shutil.copytree(root, directory, ignore=ignore, dirs_exist_ok=True)
@@ -140,6 +148,7 @@ class Copy:
         environment = os.environ | {
             "PYTHONPATH": str(directory),
             "OPENBLAS_NUM_THREADS": "1",
+            ALL_EXAMPLES: "1" if again else "",
             "TMPDIR": str(directory / "tmp"),
         }
         (directory / "tmp").mkdir(exist_ok=True)
@@ -160,7 +169,7 @@ class Copy:
         text = (self._root / mutant.file).read_text().splitlines()[mutant.line - 1]
         while True:
             known = [test for test in covering.tests_of(mutant.file, text) if test not in self._unsound]
-            tests, seconds = _affordable(known, covering.seconds)
+            tests, seconds = _affordable(known, covering.seconds, self._most_s)
             if not tests:
                 return "not run", ""
             timeout_s = max(_LEAST_S, 3 * seconds + 15)
@@ -205,10 +214,10 @@ class Copy:
         self._process.wait(30)
 
 
-def _affordable(tests: list[str], seconds: dict[str, float]) -> tuple[list[str], float]:
+def _affordable(tests: list[str], seconds: dict[str, float], most_s: float) -> tuple[list[str], float]:
     chosen, total = [], 0.0
     for test in tests:
-        if total + seconds[test] > _MOST_S:
+        if chosen and total + seconds[test] > most_s:
             continue
         chosen.append(test)
         total += seconds[test]
@@ -216,9 +225,9 @@ def _affordable(tests: list[str], seconds: dict[str, float]) -> tuple[list[str],
 
 
 @contextmanager
-def _copies(root: Path, workers: int) -> Iterator[list[Copy]]:
+def _copies(root: Path, workers: int, *, again: bool) -> Iterator[list[Copy]]:
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        copies = [Copy(root, Path(directory) / f"copy{number}") for number in range(workers)]
+        copies = [Copy(root, Path(directory) / f"copy{number}", again=again) for number in range(workers)]
         everyone = list(copies)
         try:
             yield copies

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 # Nothing of obdlab itself: the forks import that, changed.
 _PRELOADED = ("pytest", "hypothesis", "numpy", "urllib3", "cramjam", "crc32c", "zstandard", "isal.igzip", "pandas")
@@ -24,7 +25,8 @@ _PRELOADED += ("_hypothesis_pytestplugin", "_pytest.junitxml")
 _QUICK = ("--assert=plain", "-p", "no:xdist")
 
 
-# Of the usual 100 examples of a property nearly all mutants need a few; those that survive pay for all.
+#: Set to run all examples of the property tests; else a few of each.
+ALL_EXAMPLES = "OBDLAB_MUTANT_EXAMPLES"
 _EXAMPLES = 25
 
 
@@ -32,14 +34,23 @@ def main() -> None:
     """Answer commands until standard input ends."""
     for name in _PRELOADED:
         importlib.import_module(name)
-    from hypothesis import HealthCheck, settings
-
-    settings.register_profile(
-        "mutants", deadline=None, max_examples=_EXAMPLES, suppress_health_check=list(HealthCheck)
-    )
+    if not os.environ.get(ALL_EXAMPLES):
+        _limit_examples()
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
+
+
+def _limit_examples() -> None:
+    import hypothesis
+
+    make = hypothesis.settings.__init__
+
+    def limited(self: hypothesis.settings, *args: Any, **options: Any) -> None:
+        options["max_examples"] = min(options.get("max_examples", _EXAMPLES), _EXAMPLES)
+        make(self, *args, **options)
+
+    hypothesis.settings.__init__ = limited  # type: ignore[method-assign]
 
 
 def _run(command: dict[str, object]) -> int | str:
@@ -73,15 +84,7 @@ def _be_pytest(command: dict[str, object]) -> None:
         sys.path.insert(0, str(Path.cwd()))
         import pytest
 
-        options = [
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--no-header",
-            "--hypothesis-seed=0",
-            "--hypothesis-profile=mutants",
-        ]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header"]
         options += _QUICK
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there before pytest
         status = int(pytest.main([*options, *command["tests"]]))  # type: ignore[misc]
