@@ -6,6 +6,7 @@ that the processes a test starts are counted for it as well.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections import defaultdict
@@ -82,18 +83,19 @@ class Covering:
         data = coverage.CoverageData(str(data_file))
         data.read()
         self._lines: dict[str, dict[str, set[str]]] = {}
+        self._at_import: dict[str, set[str]] = {}
         for name in data.measured_files():
             relative = "obdlab/" + name.rpartition("/obdlab/")[2]
             source = sources / relative
             texts = source.read_text().splitlines() if source.exists() else []
-            by_text: dict[str, set[str]] = defaultdict(set)
+            by_text = self._lines.setdefault(relative, defaultdict(set))
             for line, contexts in data.contexts_by_lineno(name).items():
                 if line <= len(texts):
                     names = {context.split("|")[-1] for context in contexts}
                     by_text[texts[line - 1].strip()] |= {
                         test for test in names if test in self.seconds and test not in failed
                     }
-            self._lines[relative] = by_text
+            self._at_import[relative] = _run_at_import("\n".join(texts))
 
     def tests_of(self, file: str, text: str) -> list[str]:
         """Return the names of the tests that ran this line, those of the file's name first.
@@ -103,9 +105,19 @@ class Covering:
         stem = Path(file).stem
         lines = self._lines.get(file, {})
         found = lines.get(text.strip(), set())
-        if not found and text.strip() in lines:
+        if not found and text.strip() in self._at_import.get(file, ()):
             found = {test for tests in lines.values() for test in tests}
         return sorted(found, key=lambda test: (f"test_{stem}" not in test, self.seconds[test]))
+
+
+def _run_at_import(source: str) -> set[str]:
+    # Of a statement over several lines coverage sees one, so all lines outside of functions count.
+    texts = source.splitlines()
+    inside: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= set(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+    return {text.strip() for number, text in enumerate(texts, 1) if number not in inside}
 
 
 def _seconds(times: Path) -> tuple[dict[str, float], set[str]]:
