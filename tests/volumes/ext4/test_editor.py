@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.convert.compare.listing import differences, list_tree, list_volume
-from obdlab.volumes.ext4 import changes
+from obdlab.volumes.ext4 import changes, directory
 from obdlab.volumes.ext4.editor import Editor
 from obdlab.volumes.ext4.layout import ROOT_INO, Inode
 from obdlab.volumes.ext4.mkfs import make_filesystem
@@ -227,6 +227,50 @@ def test_what_a_file_system_cannot_do() -> None:
         editor.add(ROOT_INO, b"inode %d" % editor.inodes.left, FILE)
     with pytest.raises(OSError, match="No space left"):
         editor.add(ROOT_INO, b"one more", FILE)
+
+
+def test_the_largest_file() -> None:
+    disk = MemoryDisk(1 << 20)
+    make_filesystem(disk)
+    editor = Editor(disk)
+    largest = ((1 << 32) - 1) * 4096
+    number = editor.add(ROOT_INO, b"file", editor.with_content(FILE, largest, [(largest - 1, b"x")], sparse=True))
+    with pytest.raises(OSError, match="File too large"):
+        editor.with_content(FILE, largest + 1, [], sparse=True)
+    editor.finish()
+    volume = Volume(disk)
+    assert volume.read(volume.inode(number), largest - 2, 10) == b"\0x"
+
+
+def test_a_leaf_of_a_directory_is_filled_to_the_last_byte(tmp_path: Path) -> None:
+    # A name goes into the leaf of its hash as long as it fits, and only then is the whole directory written again.
+    with FileDisk(tmp_path / "disk", 16 << 20) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        folder = editor.add(ROOT_INO, b"folder", FOLDER)
+        for number in range(200):
+            editor.add(folder, b"%03d" % number + b"n" * 53, FILE)
+        editor.finish()
+        blocks = Volume(disk)._block_numbers(Volume(disk).inode(folder))
+        seed = Volume(disk).superblock.hash_seed
+        leaf = [disk.read_at(block * 4096, 4096) for block in blocks]
+        room = {place: 4096 - directory.used_in(directory.parse_block(raw)) for place, raw in enumerate(leaf[1:], 1)}
+        place, free = next((place, free) for place, free in room.items() if free >= 144)
+        sizes = [128] * ((free - 16) // 128)
+        chosen: list[bytes] = []
+        for size in (*sizes, free - sum(sizes)):
+            names = [(b"%06d" % number).ljust(size - 8, b"f") for number in range(2000)]
+            hashes = dict(zip(names, directory.hash_names(names, seed).tolist(), strict=True))
+            chosen.append(next(n for n in names if n not in chosen and directory.leaf_of(leaf, hashes[n]) == place))
+        editor = Editor(disk)
+        for name in chosen:
+            editor.add(folder, name, FILE)
+        editor.finish()
+        volume = Volume(disk)
+        assert volume._block_numbers(volume.inode(folder)) == blocks
+        assert directory.used_in(directory.parse_block(disk.read_at(blocks[place] * 4096, 4096))) == 4096
+        assert set(chosen) <= set(volume.entries(folder))
+    assert fsck(tmp_path / "disk") == ""
 
 
 def test_attributes_come_back() -> None:

@@ -232,6 +232,12 @@ def test_possible_superblocks(offset: int, form: str, value: int) -> None:
     Superblock.parse(bytes(raw), 4 << 20)
 
 
+@pytest.mark.parametrize("length", [0, 58, 1000, 1025])
+def test_a_superblock_cut_short(length: int) -> None:
+    with pytest.raises(FormatError, match="no ext4 superblock"):
+        Superblock.parse(bytes(superblock() + bytes(1))[:length], 4 << 20)
+
+
 def test_an_old_revision_has_inodes_of_128_bytes() -> None:
     raw = superblock()
     struct.pack_into("<I", raw, 76, 0)

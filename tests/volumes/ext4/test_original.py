@@ -38,7 +38,9 @@ FEATURES = (
 
 def mke2fs(path: Path, size: int, features: str = FEATURES, *more: str) -> None:
     """Make a file system with the original's options."""
-    options = ("-b", "4096", "-I", "256", "-i", "16384", "-m", "5", "-G", "1", "-O", features)
+    options = ("-b", "4096", "-I", "256", "-i", "16384", "-m", "5", "-O", features)
+    if ",flex_bg" in features and "^flex_bg" not in features:
+        options += ("-G", "1")
     path.touch()
     os.truncate(path, size)
     subprocess.run(["mke2fs", "-q", "-F", *options, *more, str(path)], check=True, timeout=60)
@@ -171,6 +173,23 @@ def test_what_is_not_covered_is_refused(tmp_path: Path, features: str, more: tup
     mke2fs(path, 64 << 20, features, *more)
     with FileDisk(path) as disk, pytest.raises(FormatError, match=message):
         Editor(disk)
+
+
+@pytest.mark.parametrize(
+    "less", ["^sparse_super,^resize_inode", "^sparse_super2", "^flex_bg", "^resize_inode", "none,ext_attr,dir_index"]
+)
+def test_features_that_change_nothing_here_may_be_missing(tmp_path: Path, less: str) -> None:
+    path = tmp_path / "disk"
+    needed = "filetype,extent,64bit,large_file,huge_file,dir_nlink,extra_isize"
+    mke2fs(path, 300 << 20, f"{less},{needed}" if "none" in less else f"{FEATURES},{less}")
+    with FileDisk(path) as disk:
+        editor = Editor(disk)
+        folder = editor.add(ROOT_INO, b"folder", FOLDER)
+        for number in range(50):
+            editor.add(folder, b"%d" % number, file_of(editor, b"%d" % number * 5000))
+        editor.finish()
+        assert len(model_of(disk)) == 52
+    assert fsck(path) == ""
 
 
 @pytest.mark.parametrize("bit", [0x400, 0x1000, 0x8000, 0x10000, 0x20000, 1 << 31])
