@@ -105,7 +105,7 @@ class _Shape:
         return self.groups * self.inodes_per_group
 
     def descriptors(self) -> bytes:
-        packed = b""
+        packed = bytearray()
         for number in range(self.groups):
             first = number * _PER_GROUP
             size = min(_PER_GROUP, self.blocks - first)
@@ -118,7 +118,7 @@ class _Shape:
                 free_inodes=self.inodes_per_group - (FIRST_INO - 1 if number == 0 else 0),
                 directories=int(number == 0),
             ).to_bytes()
-        return packed
+        return bytes(packed)
 
     def block_bitmap_bytes(self) -> bytes:
         # Blocks past the end count as used.

@@ -229,6 +229,65 @@ def test_what_a_file_system_cannot_do() -> None:
         editor.add(ROOT_INO, b"one more", FILE)
 
 
+@pytest.mark.parametrize("pieces", [0, 1, 4, 5, 340, 341, 4 * 340, 4 * 340 + 1])
+def test_a_files_extents_are_freed_with_it(tmp_path: Path, pieces: int) -> None:
+    # Four extents lie in the inode, 340 in a block, and four blocks below the inode.
+    with FileDisk(tmp_path / "disk", 32 << 20) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        unused = editor.blocks.left
+        content = [(number * 8192, b"%d" % number) for number in range(pieces)]
+        inode = editor.with_content(FILE, pieces * 8192, content, sparse=True)
+        nodes = 0 if pieces <= 4 else -(-pieces // 340) + (pieces > 4 * 340)
+        assert unused - editor.blocks.left == pieces + nodes
+        assert inode.sectors == (pieces + nodes) * 8
+        number = editor.add(ROOT_INO, b"file", inode)
+        editor.finish()
+        assert fsck(tmp_path / "disk") == ""
+        volume = Volume(disk)
+        assert len(volume.extents(volume.inode(number))) == pieces
+        assert all(volume.read(volume.inode(number), at, len(piece)) == piece for at, piece in content)
+        editor = Editor(disk)
+        assert editor.remove(ROOT_INO, b"file") == 1
+        editor.finish()
+        editor = Editor(disk)
+        assert editor.blocks.left == unused
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_directories_are_counted_in_their_groups(tmp_path: Path) -> None:
+    with FileDisk(tmp_path / "disk", 260 << 20) as disk:
+        make_filesystem(disk, inode_ratio=1 << 20)
+        per_group = Volume(disk).superblock.inodes_per_group
+        editor = Editor(disk)
+        numbers = [editor.add(ROOT_INO, b"%d" % number, FOLDER) for number in range(per_group + 20)]
+        assert per_group in numbers
+        editor.finish()
+        assert fsck(tmp_path / "disk") == ""
+        editor = Editor(disk)
+        for name, number in enumerate(numbers):
+            if number in (per_group - 1, per_group, per_group + 1):
+                editor.remove(ROOT_INO, b"%d" % name)
+        editor.finish()
+        counts = [Volume(disk)._group(group).directories for group in (0, 1)]
+        assert sum(counts) == per_group + 20 - 3 + 1
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_a_removal_returns_the_count_of_names() -> None:
+    disk = MemoryDisk(1 << 20)
+    make_filesystem(disk)
+    editor = Editor(disk)
+    folder = editor.add(ROOT_INO, b"folder", FOLDER)
+    inner = editor.add(folder, b"inner", FOLDER)
+    file = editor.add(inner, b"file", FILE)
+    editor.link(inner, b"again", file)
+    assert editor.remove(inner, b"again") == 1
+    assert editor.inode(file).links == 1
+    assert editor.remove(ROOT_INO, b"folder") == 3
+    assert editor.entries(ROOT_INO) == {}
+
+
 def test_the_largest_file() -> None:
     disk = MemoryDisk(1 << 20)
     make_filesystem(disk)

@@ -93,6 +93,7 @@ def test_debugfs_shows_the_same_inode(tmp_path: Path) -> None:
     assert "Mode: 0640" in words
     assert "User: 70001 Group: 1073741824" in words
     assert "Flags: 0x40" in words
+    assert "Generation: 0 " in words
     for name, value in times.items():
         date = dt.datetime.fromtimestamp(value, dt.UTC).strftime("%a %b %e %H:%M:%S %Y")
         assert f"{name}: 0x{value & 0xFFFFFFFF:08x}:" in words

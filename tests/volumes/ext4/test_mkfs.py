@@ -9,6 +9,8 @@ import pytest
 
 from obdlab.convert.compare.listing import list_volume
 from obdlab.errors import FormatError
+from obdlab.volumes.ext4 import mkfs
+from obdlab.volumes.ext4.layout import Group, Superblock
 from obdlab.volumes.ext4.mkfs import MIN_SIZE, make_filesystem
 from obdlab.volumes.ext4.volume import Volume
 from tests.volumes.ext4.disk import FileDisk, fsck
@@ -37,6 +39,19 @@ def test_bytes_do_not_depend_on_anything(tmp_path: Path, monkeypatch: pytest.Mon
         make_filesystem(disk)
         images.append(bytes(disk.data))
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("blocks", [(1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32])
+def test_block_numbers_beyond_32_bits(blocks: int) -> None:
+    shape = mkfs._Shape(blocks, 1 << 30)
+    superblock = Superblock.parse(mkfs._superblock(shape), blocks * 4096)
+    assert superblock.blocks == blocks
+    packed = shape.descriptors()
+    groups = [Group.parse(packed, at, wide=True) for at in range(0, len(packed), 64)]
+    assert len(groups) == superblock.groups
+    assert sum(group.free_blocks for group in groups) == blocks - shape.used_blocks
+    assert sum(group.free_inodes for group in groups) == superblock.inodes - 10
+    assert groups[-1].inode_table + shape.table_blocks == shape.metadata_end < shape.used_blocks
 
 
 @pytest.mark.parametrize("size", [0, 4096, MIN_SIZE - 4096])

@@ -46,6 +46,45 @@ def test_lists_as_the_kernel_does(kind: str, tmp_path: Path) -> None:
         assert differences(list_volume(Volume(disk)), wanted) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_what_mkfs_was_given(kind: str, tmp_path: Path) -> None:
+    image, root = tmp_path / "disk", tmp_path / "root"
+    root.mkdir()
+    fill(root, big=kind != "small inodes")
+    subprocess.run([*KINDS[kind], "-q", "-F", "-d", root, image, "48M"], check=True, capture_output=True, timeout=60)
+    with FileDisk(image) as disk:
+        got, wanted = list_volume(Volume(disk)), list_tree(root)
+        free = list(Volume(disk).free_blocks())
+    del got["lost+found"]
+    ignore = [] if kind != "small inodes" else ["mtime_ns"]
+    assert differences(got, wanted, ignore=ignore, ignore_at={".": ["mtime_ns"]}) == []
+    shown = subprocess.run(["dumpe2fs", image], capture_output=True, text=True, check=True, timeout=60).stdout
+    lines = [line.partition(":")[2] for line in shown.splitlines() if line.startswith("  Free blocks:")]
+    numbers = [[int(end) for end in each.split("-")] for line in lines for each in line.split(",") if each.strip()]
+    assert free == [(each[0], each[-1] - each[0] + 1) for each in numbers]
+
+
+def test_impossible_directories() -> None:
+    data = bytearray(large_directory())
+    volume = Volume(MemoryBlob(bytes(data)))
+    folder = volume.lookup(b"large") or 0
+    block, offset = volume._place(folder)
+    size = volume.inode(folder).size
+    for wrong, message in [
+        ((256 << 20) + 4096, "impossible size"), (size + 1, "impossible size"), (size + 4096, "hole"),
+        (size - 4096, "blocks past its end"), (0, "blocks past its end"),
+    ]:  # fmt: skip
+        data[block * 4096 + offset + 4 : block * 4096 + offset + 8] = wrong.to_bytes(4, "little")
+        with pytest.raises(FormatError, match=message):
+            Volume(MemoryBlob(bytes(data))).entries(folder)
+    with pytest.raises(FormatError, match="no directory"):
+        volume.entries(volume.lookup(b"first") or volume.lookup(b"large/first") or 0)
+    for number in (0, -1, volume.superblock.inodes + 1):
+        with pytest.raises(FormatError, match="no such inode"):
+            volume.inode(number)
+    volume.inode(volume.superblock.inodes)
+
+
 def fill(root: Path, *, big: bool) -> None:
     (root / "folder").mkdir()
     for number in range(600):
