@@ -95,6 +95,20 @@ def test_files_without_events_are_refused(text: str) -> None:
         parse(text.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("# comment\n\n  first line \nsecond\n", "'first line'"),
+        ("", "nothing"),
+        ("# only\n", "nothing"),
+        ("\0\1\n", "binary"),
+    ],
+)
+def test_the_error_shows_the_first_line_that_is_no_event(text: str, shown: str) -> None:
+    with pytest.raises(FormatError, match=shown):
+        parse(text.splitlines())
+
+
 def test_long_lines_are_not_looked_at() -> None:
     lines = TRACEFS.splitlines()
     assert len(parse([*lines, " " * 5000 + lines[2], "-" * 1_000_000])) == len(parse(lines))

@@ -152,6 +152,19 @@ def test_malformed_manifests(changes: dict[str, Any]) -> None:
         oci.Manifest.parse(json.dumps(manifest_document(**changes)).encode())
 
 
+def test_limits_are_those_stated() -> None:
+    layer = {"mediaType": "m", "digest": A, "size": 1}
+    assert len(oci.Manifest.parse(json.dumps(manifest_document(layers=[layer] * 4096)).encode()).layers) == 4096
+    with pytest.raises(FormatError, match=r"too many entries.*at most 4096"):
+        oci.Manifest.parse(json.dumps(manifest_document(layers=[layer] * 4097)).encode())
+    with pytest.raises(FormatError, match=r"unsupported schemaVersion.*got 3.*wanted 2"):
+        oci.Manifest.parse(json.dumps(manifest_document(schemaVersion=3)).encode())
+    config = b'{"rootfs":{"diff_ids":[]}}'
+    assert oci.Config.parse(config.ljust(8 << 20)).diff_ids == ()
+    with pytest.raises(FormatError):
+        oci.Config.parse(config.ljust((8 << 20) + 1))
+
+
 @pytest.mark.parametrize(
     "data",
     [

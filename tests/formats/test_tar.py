@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.errors import FormatError
-from obdlab.formats.tar import TarWindow, parse_wrap, placeholder_header, wrap_header, wrap_tail
+from obdlab.formats.tar import TarWindow, file_header, parse_wrap, placeholder_header, wrap_header, wrap_tail
 from tests.layers.zfile_samples import GOLDEN, golden
 
 sizes = st.one_of(st.integers(0, 1 << 16), st.integers(0, 1 << 50), st.sampled_from([8**11 - 1, 8**11, 10**9]))
@@ -62,6 +62,25 @@ def test_tarfile_reads_what_was_written(size: int) -> None:
 
 def test_a_plain_ustar_header_is_enough() -> None:
     assert parse_wrap(tar_of(4_737_695, tarfile.USTAR_FORMAT)) == TarWindow(512, 4_737_695)
+
+
+@pytest.mark.parametrize("size", [1, 8**10 - 1, 8**10, 5 * 8**10, 8**11 - 1])
+def test_all_digits_of_the_size_count(size: int) -> None:
+    assert parse_wrap(tar_of(size, tarfile.USTAR_FORMAT)) == TarWindow(512, size)
+
+
+@pytest.mark.parametrize(("name", "size"), [(b"trace", 0), (b"trace", 3480), (b"n" * 100, 8**11 - 1)])
+def test_tarfile_reads_a_file_header(name: bytes, size: int) -> None:
+    info = tarfile.TarInfo.frombuf(file_header(name, size), "utf-8", "strict")
+    assert (info.name, info.size, info.mode, info.mtime) == (name.decode(), size, 0o444, 0)
+    assert (info.uid, info.gid, info.type, info.devmajor, info.devminor) == (0, 0, tarfile.REGTYPE, 0, 0)
+
+
+def test_a_placeholder_has_the_headers_form_and_no_magic() -> None:
+    placeholder = placeholder_header()
+    assert len(placeholder) == len(wrap_header(0))
+    assert placeholder[512:1024] == wrap_header(0)[512:1024]  # the record of a size of zero
+    assert b"ustar" not in placeholder
 
 
 def test_sizes_of_8_gib_and_more_in_the_header() -> None:
@@ -149,6 +168,19 @@ def test_pax_records(records: bytes, size: int) -> None:
 def test_malformed_pax_records(records: bytes) -> None:
     with pytest.raises(FormatError, match=r"b: .*pax"):
         parse_wrap(pax(records), blob="b")
+
+
+@pytest.mark.parametrize(("at", "offset"), [(124, 124), (1024 + 124, 1024 + 124)])
+def test_the_error_names_the_place_of_a_damaged_number(at: int, offset: int) -> None:
+    header = bytearray(wrap_header(5))
+    header[at : at + 4] = b"junk"
+    if at > 512:
+        header[512:1024] = b"9 size=0\n".ljust(512, b"\0")
+        header[124:136] = b"         11 "  # in octal
+    wrapped = with_checksum(bytes(header[:512])) + header[512:1024] + with_checksum(bytes(header[1024:]))
+    with pytest.raises(FormatError, match="not a number") as caught:
+        parse_wrap(wrapped)
+    assert caught.value.offset == offset
 
 
 def test_pax_header_without_a_file_behind() -> None:

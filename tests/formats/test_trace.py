@@ -64,6 +64,13 @@ def test_damage_is_found(data: bytes, error: type[FormatError], what: str) -> No
         Trace.from_bytes(data, name="t")
 
 
+@pytest.mark.parametrize(("data", "got"), [(b"", "nothing"), (b"ab", "6162"), (b"0123456", "30313233")])
+def test_the_error_shows_how_the_file_begins(data: bytes, got: str) -> None:
+    with pytest.raises(FormatError, match="not a trace") as caught:
+        Trace.from_bytes(data)
+    assert (caught.value.offset, caught.value.got, caught.value.wanted) == (0, got, "2018efc2")
+
+
 def test_reads_of_another_image_are_found() -> None:
     trace = Trace.from_reads([(0, 0, 10), (1, 90, 10)])
     trace.check_fits([10, 100])
@@ -80,6 +87,19 @@ def test_an_acceleration_layer_that_is_none() -> None:
         with pytest.raises(FormatError):
             content_of_layer(data)
     assert len(GOLDEN_TRACE) == HEADER_SIZE + 142 * 24
+
+
+@pytest.mark.parametrize("data", [b"/bin/sh\nwith blank\n", b"/usr/lib/\nwith blank\n", b"", b"\n"])
+def test_a_list_may_have_odd_lines_beside_paths(data: bytes) -> None:
+    listed, odd = PriorityList.from_bytes(data)
+    assert len(odd) == data.count(b"with")
+    assert len(listed.files) + len(listed.directories) == data.count(b"/bin/sh") + data.count(b"/usr/lib/")
+
+
+def test_odd_lines_alone_are_no_list() -> None:
+    with pytest.raises(FormatError, match="neither a trace nor a list") as caught:
+        PriorityList.from_bytes(b"with blank\n")
+    assert "line 1" in str(caught.value) or "not a plain path" in str(caught.value)
 
 
 def test_a_priority_list() -> None:

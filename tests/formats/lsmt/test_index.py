@@ -117,9 +117,19 @@ def test_one_more_layer_on_top_without_merging(stack: list[list[Row]], begin: in
     assert from_runs(both.lookup(begin, begin + length), begin, begin + length) == wanted
 
 
-def test_index_refuses_what_is_not_sorted() -> None:
+@pytest.mark.parametrize(
+    "rows", [[(0, 4), (3, 4)], [(0, 4), (10, 10), (15, 1)], [(10, 4), (0, 4)], [(0, 9), (20, 5), (9, 3)]]
+)
+def test_index_refuses_what_is_not_sorted(rows: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="overlap"):
-        SegmentIndex(Segments.from_rows([(0, 4, 8, False, 0), (3, 4, 8, False, 0)]))
+        SegmentIndex(Segments.from_rows([(offset, length, 8, False, 0) for offset, length in rows]))
+
+
+@given(layers(max_layers=1), st.integers(0, 60), st.integers(1, 12))
+def test_find_names_the_segment_that_holds_all(stack: list[list[Row]], begin: int, length: int) -> None:
+    index = SegmentIndex(Segments.from_rows(stack[0]))
+    holders = [i for i, row in enumerate(stack[0]) if row[0] <= begin and begin + length <= row[0] + row[1]]
+    assert index.find(begin, begin + length) == (holders[0] if holders else -1)
 
 
 @given(layers(max_layers=1, tags=255))

@@ -300,3 +300,22 @@ def test_columns() -> None:
     assert segments.mapped_sectors.tolist() == [4, 0]
     assert segments[np.array([False, True])].rows() == [(4, 4, 12, True, 2)]
     assert len(segments[:1]) == 1
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, False), (24, False), (28, False), (29, True), (32, True)])
+def test_29_bytes_tell_an_lsmt_file(length: int, wanted: bool) -> None:
+    header = Header(flags=Flags.HEADER | Flags.DATA, virtual_size=4096).to_bytes()
+    assert is_lsmt(header[:length]) is wanted
+    assert not is_lsmt(header[:28] + bytes([header[28] & ~int(Flags.HEADER)]) + header[29:])
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [(0, True), (-1, False), (MAX_VIRTUAL_SIZE, True), (MAX_VIRTUAL_SIZE + 1, False)]
+)
+def test_virtual_sizes(size: int, fits: bool) -> None:
+    header = Header(flags=Flags.HEADER | Flags.DATA, virtual_size=size)
+    if fits:
+        assert Header.from_bytes(header.to_bytes()).virtual_size == size
+        return
+    with pytest.raises(ValueError, match="virtual size"):
+        header.to_bytes()
