@@ -82,6 +82,12 @@ def test_ranges_outside_are_refused(tmp_path: Path, offset: int, length: int) ->
     writable.close()
 
 
+def test_a_stack_has_the_name_of_its_only_layer_or_of_its_topmost() -> None:
+    one, two = layer([], DISK, name="one"), layer([], DISK, name="two")
+    assert Stack([one]).name == "one"
+    assert Stack([one, two]).name == "stack of 2 layers up to two"
+
+
 def test_at_most_255_layers() -> None:
     one = layer([(0, 1, False)], DISK)
     assert Stack([one] * 255).read_at(0, 512) == one.data.read_at(4096, 512)
@@ -178,12 +184,12 @@ def test_discard_over_lower_data_survives_a_reopening(tmp_path: Path) -> None:
 
 
 def test_whole_blocks_are_not_read_before_they_are_written(tmp_path: Path) -> None:
-    watched = Watched(layer([(0, 48, False)], DISK).data)
+    watched = Watched(layer([(0, 48, False), (56, 5, False)], DISK).data)
     with WritableStack(Stack([LsmtLayer(watched)]), SparseUpper.create(tmp_path / "upper", DISK)) as stack:
         watched.reads.clear()
         stack.write_at(4096, bytes(8192))
         stack.write_at(4096 + 512, bytes(512))  # inside a block the upper holds
-        stack.write_at(50 * 512, bytes(512))  # no lower data there
+        stack.write_at(50 * 512, bytes(512))  # no lower data in this block, though in the next
         assert watched.reads == []
         stack.write_at(512, bytes(512))
         assert len(watched.reads) == 2
