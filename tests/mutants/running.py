@@ -100,8 +100,11 @@ def _outcomes(mutants: list[Mutant], copies: list[Copy], covering: Covering) -> 
             free.put(copy)
 
     with ThreadPoolExecutor(len(copies)) as pool:
-        for done in as_completed([pool.submit(attempt, mutant) for mutant in mutants]):
-            yield done.result()
+        try:
+            for done in as_completed([pool.submit(attempt, mutant) for mutant in mutants]):
+                yield done.result()
+        finally:  # after an error, no mutant is tried whose outcome nothing would keep
+            pool.shutdown(cancel_futures=True)
 
 
 def read(results: Path) -> Iterator[dict[str, object]]:
@@ -188,9 +191,11 @@ class Copy:
                 self._sound.add(failed or f"status {status}")
                 return "caught", failed or f"status {status}"
             if not (failed or culprit):
-                raise RuntimeError(
-                    f"tests do not run without a mutant: {self._log.read_text(errors='replace')[-2000:]}"
-                )
+                if again != "timeout":
+                    raise RuntimeError(
+                        f"tests do not run without a mutant: {self._log.read_text(errors='replace')[-2000:]}"
+                    )
+                culprit = tests[-1]  # the machine is too busy for all of them
             self._unsound.add(failed or culprit)
 
     # Return the exit status, or "timeout", and the name of the test that failed, if one did.
