@@ -83,7 +83,7 @@ def _plain(file: Readable, head: bytes) -> Iterator[bytes]:
 
 def _gunzip(file: Readable, data: bytes, blob: str) -> Iterator[bytes]:
     # Any number of gzip members, perhaps followed by zeros (RFC 1952, as gzip reads it).
-    consumed = 0
+    consumed = len(data)
     member = isal_zlib.decompressobj(wbits=31)
     while True:
         try:

@@ -46,8 +46,9 @@ def test_zstd_frames_and_skippable_ones() -> None:
 
 @pytest.mark.parametrize("length", [3, 10, 100_000, 300_500])
 def test_truncated_gzip(length: int) -> None:
-    with pytest.raises(FormatError, match="gzip data ends early"):
+    with pytest.raises(FormatError, match="gzip data ends early") as caught:
         list(decompressed(io.BytesIO(gzip.compress(DATA)[:length]), "blob"))
+    assert caught.value.offset == length
 
 
 def test_rubbish_after_gzip() -> None:
