@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from obdlab.lab.baselines.adapter import Source
     from obdlab.lab.images.recipe import Probe
-    from obdlab.lab.testbed.containerd import OwnContainerd, RunningContainer
+    from obdlab.lab.testbed.container import RunningContainer
+    from obdlab.lab.testbed.containerd import OwnContainerd
 
 _CHUNK = 1 << 20
 _MOST_CONFIG = 4 << 20
@@ -54,7 +55,11 @@ class Erofs(Adapter):
         """Make one file of all layers together and push it as an image with that one blob."""
         image = OciLayout(source.layout)
         with tempfile.TemporaryDirectory(dir=source.layout.parent, prefix="file-") as directory:
-            tree, file, made = Path(directory, "tree"), Path(directory, "file"), OciLayout(Path(directory, "layout"))
+            tree, file, made = (
+                Path(directory, "tree"),
+                Path(directory, "file"),
+                OciLayout.create(Path(directory, "layout")),
+            )
             unpack_image(image, tree)
             self.make(tree, file)
             with file.open("rb") as stream:
@@ -63,7 +68,7 @@ class Erofs(Adapter):
             blob = oci.Descriptor(_TYPE, digest, file.stat().st_size)
             file.rename(made.blob_path(digest))
             made.finish(config, [blob], source.recipe.name, host_platform())
-            push_layout(made.directory, client, Reference.parse(reference))
+            push_layout(made.root, client, Reference.parse(reference))
 
     def make(self, tree: Path, file: Path) -> None:
         """Make the image file of a tree."""

@@ -63,7 +63,7 @@ class BuiltImage:
 
     @classmethod
     def of(cls, recipe: Recipe, layout: Path) -> Self:
-        """Describe a finished layout. Raises FormatError, LabError or OSError if it is damaged."""
+        """Describe a finished layout. Raises FormatError, SourceError, LabError or OSError if it is damaged."""
         digest = OciLayout(layout).digest
         return cls(recipe, layout, digest, read_lock(layout / LOCK_NAME))
 
@@ -218,7 +218,7 @@ class _Build:
         self._progress = progress
         self._locked = locked
         self._fresh_base = fresh_base
-        self._layout = OciLayout(building / "layout")
+        self._layout = OciLayout.create(building / "layout")
         self._chroot = Chroot(building)
         self._began = time.monotonic()
         # File times come from a coarser clock, which may lag behind time.time().
@@ -226,7 +226,6 @@ class _Build:
         self._lists_fresh = False
 
     def run(self) -> None:
-        (self._layout.directory / "blobs/sha256").mkdir(parents=True)
         base = self._base()
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="pack") as packers:
             packed: list[Future[LayerFile]] = []
@@ -241,7 +240,7 @@ class _Build:
             if self._locked:
                 check_lock(self._recipe.name, self._recipe.locked, packages)
             files = [self._base_file(base), *(future.result() for future in packed)]
-        write_lock(self._layout.directory / LOCK_NAME, packages)
+        write_lock(self._layout.root / LOCK_NAME, packages)
         self._finish(files)
         total = sum(file.size for file in files)
         self._progress(

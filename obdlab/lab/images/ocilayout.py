@@ -1,10 +1,12 @@
-"""Images in OCI layout directories ("OCI image layout"); the builder writes them, adapters push them."""
+"""OCI layout directories with one image: the builder writes them, adapters push them."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from obdlab.convert.endpoints.layout import ImageLayout, is_layout
 from obdlab.formats import oci
 from obdlab.lab.testbed.process import LabError
 from obdlab.pull.resolve import resolve
@@ -18,43 +20,37 @@ if TYPE_CHECKING:
     from obdlab.registry.reference import Reference, Repository
 
 _CHUNK = 1 << 20
-_REF_NAME = "org.opencontainers.image.ref.name"
 
 
-class OciLayout:
+class OciLayout(ImageLayout):
     """A layout directory with one image (the first one if it holds several)."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    @property
+    def _entry(self) -> oci.Descriptor:
+        entries = self.index().manifests
+        if not entries:
+            raise LabError(f"{self.root}/index.json: holds no image")
+        return entries[0]
 
     @property
     def manifest_data(self) -> bytes:
-        """The manifest's stored bytes. Raises FormatError or OSError."""
-        index = oci.Index.parse((self.directory / "index.json").read_bytes(), f"{self.directory}/index.json")
-        if not index.manifests:
-            raise LabError(f"{self.directory}/index.json: holds no image")
-        return self.blob_path(index.manifests[0].digest).read_bytes()
+        """The manifest's bytes, checked against its digest. Raises FormatError or SourceError."""
+        return self.read_blob(self._entry, oci.MAX_MANIFEST_SIZE)
 
     @property
     def digest(self) -> str:
-        """The digest of the manifest, which is the image's identity. Raises FormatError or OSError."""
+        """The digest of the manifest, which is the image's identity. Raises FormatError or SourceError."""
         return oci.digest_of(self.manifest_data)
 
     @property
     def manifest(self) -> oci.Manifest:
-        """The parsed manifest. Raises FormatError or OSError."""
-        return oci.Manifest.parse(self.manifest_data, f"{self.directory}: manifest")
-
-    def blob_path(self, digest: str) -> Path:
-        """Return the path of a blob. Raises FormatError for a malformed digest."""
-        return self.directory / "blobs" / oci.check_digest(digest).replace(":", "/")
+        """The parsed manifest. Raises FormatError or SourceError."""
+        return oci.Manifest.parse(self.manifest_data, f"{self.root}: manifest")
 
     def add_document(self, media_type: str, data: bytes) -> oci.Descriptor:
         """Store a small blob; return its descriptor."""
         digest = oci.digest_of(data)
-        path = self.blob_path(digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        self.add_bytes(digest, data)
         return oci.Descriptor(media_type, digest, len(data))
 
     def finish(
@@ -65,12 +61,8 @@ class OciLayout:
         self.name_manifest(self.add_document(oci.OCI_MANIFEST, manifest.to_bytes()), name, platform)
 
     def name_manifest(self, manifest: oci.Descriptor, name: str, platform: oci.Platform) -> None:
-        """Make a stored manifest the layout's image. The index is written last and completes the layout."""
-        named = oci.Descriptor(
-            manifest.media_type, manifest.digest, manifest.size, annotations={_REF_NAME: name}, platform=platform
-        )
-        (self.directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-        (self.directory / "index.json").write_bytes(oci.Index((named,)).to_bytes())
+        """Make a stored manifest the layout's image."""
+        self.set_tag(name, replace(manifest, platform=platform))
 
 
 def push_layout(directory: Path, client: RegistryClient, reference: Reference) -> str:
@@ -89,7 +81,7 @@ def fetch_layout(
     """Copy this platform's image from a registry into a new layout directory. Raises FormatError, SourceError."""
     platform = host_platform()
     image = resolve(client, reference, platform)
-    layout = OciLayout(directory)
+    layout = OciLayout.create(directory)
     layout.add_document(image.parsed_manifest.config.media_type, image.config)
     for number, layer in enumerate(image.layers, 1):
         progress(f"{name}: fetching layer {number}/{len(image.layers)} ({layer.size / 1e6:.1f} MB)")
@@ -103,7 +95,7 @@ def fetch_layout(
 
 def copy_layout(source: Path, target: Path) -> None:
     """Copy a layout to a directory that is not there yet, or empty. Raises LabError if it holds something else."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "oci-layout").is_file():
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not is_layout(target):
         raise LabError(f"{target}: wanted a new or empty directory, or an OCI layout to replace")
     # The copy is written beside the target first, so that a failed copy leaves the target's content.
     fresh = target.with_name(f"{target.name}.new")

@@ -65,7 +65,7 @@ def layer_content(layout: OciLayout, size: int) -> bytes:
             content += stream.read(size - len(content))
         if len(content) >= size:
             return bytes(content)
-    raise LabError(f"{layout.directory}: holds {len(content)} bytes of layers (wanted {size} to compress)")
+    raise LabError(f"{layout.root}: holds {len(content)} bytes of layers (wanted {size} to compress)")
 
 
 def _measure(content: bytes, path: Path, point: Point) -> dict[str, float]:

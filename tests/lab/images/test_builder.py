@@ -151,7 +151,7 @@ def test_an_image_of_a_registry_is_fetched_whole(
             assert oci.digest_of(fetched.blob_path(descriptor.digest).read_bytes()) == descriptor.digest
         with pytest.raises(SourceError, match="404"):
             build_image(replace(recipe, image=registry.reference("lab/none")), tmp_path / "work")
-    assert build_image(recipe, tmp_path / "work").layout == fetched.directory
+    assert build_image(recipe, tmp_path / "work").layout == fetched.root
     assert not list((tmp_path / "work").glob("building-*"))
 
 
