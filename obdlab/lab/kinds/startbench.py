@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from obdlab.lab.images.builder import BuiltImage
     from obdlab.lab.images.recipe import Probe, Recipe
     from obdlab.lab.kinds.kind import Job, Option, Point, Row
-    from obdlab.lab.testbed.containerd import RunningContainer
+    from obdlab.lab.testbed.container import RunningContainer
     from obdlab.lab.testbed.netns import LinkCounters
     from obdlab.lab.testbed.registry import Request
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.devices.usage import STARTS_END_S
 from obdlab.errors import ObdlabError
-from obdlab.lab.testbed.containerd import unmount_below
 from obdlab.lab.testbed.process import LabError, run, wait_until
 from obdlab.lab.testbed.residency import resident_below
+from obdlab.lab.testbed.takedown import unmount_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

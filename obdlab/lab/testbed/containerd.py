@@ -9,15 +9,13 @@ namespace and container name, so each experiment uses its own containerd namespa
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,17 +23,18 @@ from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import UnavailableError
 from obdlab.errors import ObdlabError
 from obdlab.lab.testbed.cgroups import ControlGroups
+from obdlab.lab.testbed.container import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.events import EventMonitor
-from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record, orphans
+from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record
 from obdlab.lab.testbed.probe import wait_for_line
 from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
+from obdlab.lab.testbed.takedown import remove_runtime_state, unmount_below
 from obdlab.pull.rpull import rpull
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
-from obdlab.system import mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -44,35 +43,9 @@ if TYPE_CHECKING:
     from obdlab.lab.images.recipe import Probe
     from obdlab.pull.rpull import PullResult
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_RUNC_ROOT = Path("/run/containerd/runc")
 LAZY_SNAPSHOTTER = "obdlab"
 # If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then.
 _ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
-
-
-@dataclass(frozen=True, slots=True)
-class StartTimes:
-    """The moments of a start in Unix time (s): stamps of containerd's events, and the sight of the probe's line."""
-
-    requested_s: float
-    container_created_s: float
-    task_created_s: float
-    task_started_s: float
-    ready_s: float
-
-    def phases_s(self) -> dict[str, float]:
-        """Return the seconds of each phase: create (container and task), start (its process runs), ready (line).
-
-        containerd stamps the task's start when the runtime reports it; a fast container is ready before that. Then
-        "ready" is 0, and "start" ends with the line.
-        """
-        started_s = min(self.task_started_s, self.ready_s)
-        return {
-            "create": self.task_created_s - self.requested_s,
-            "start": started_s - self.task_created_s,
-            "ready": self.ready_s - started_s,
-        }
 
 
 class OwnContainerd:
@@ -255,7 +228,7 @@ class OwnContainerd:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        container = RunningContainer(self, name, child)
+        container = RunningContainer(self.ctr, name, child)
         self._running.append(container)
         try:
             assert child.stdout is not None
@@ -357,123 +330,17 @@ level = "info"
         for container in self._running:
             container.remove()
         for name in run([*self.ctr, "containers", "list", "-q"]).split():
-            self.remove_container(name)
+            remove_container(self.ctr, name)
         with self.client() as client:
             for image in client.images.list():
                 with suppress(LabError):  # still in use: prove_cold reports the remains
                     self.remove_image(image.name)
 
-    def remove_container(self, name: str) -> None:
-        """Kill a container's task if it runs and remove it with its snapshot. Raises LabError."""
-        with suppress(LabError):  # no task: it has ended or never started
-            run([*self.ctr, "tasks", "delete", "--force", name])
-        run([*self.ctr, "containers", "delete", name])
-
     def _remove_directories(self) -> None:
         unmount_below([self.state, *self._roots])
-        _remove_runtime_state(self.namespace)
+        remove_runtime_state(self.namespace)
         for path in (self.state, *self._roots, self.cache_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
 _STAGES = (("/containers/create", "id"), ("/tasks/create", "container_id"), ("/tasks/start", "container_id"))
-
-
-class RunningContainer:
-    """A running container, with ``ctr run`` attached to it."""
-
-    times: StartTimes
-
-    @property
-    def client_pid(self) -> int:
-        """The process ID of ``ctr run``."""
-        return self._child.pid
-
-    def __init__(self, host: OwnContainerd, name: str, child: subprocess.Popen[bytes]) -> None:
-        self.name = name
-        self._host = host
-        self._child = child
-        self._removed = False
-
-    def remove(self, timeout_s: float = 30.0) -> None:
-        """Kill the container and remove it with its snapshot. Raises LabError if it does not go away. Idempotent."""
-        if self._removed:
-            return
-        deadline = time.monotonic() + timeout_s
-        while self._child.poll() is None and time.monotonic() < deadline:
-            # Repeat the kill: a container that is still starting has no task yet.
-            with suppress(LabError):
-                run(
-                    [*self._host.ctr, "tasks", "kill", "--signal", "SIGKILL", "--all", self.name], timeout_s=timeout_s
-                )
-            with suppress(subprocess.TimeoutExpired):
-                self._child.wait(0.1)
-        if self._child.poll() is None:
-            os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait(timeout_s)
-        if self._child.stdout is not None:
-            self._child.stdout.close()
-        if self.name in run([*self._host.ctr, "containers", "list", "-q"]).split():
-            self._host.remove_container(self.name)
-        self._removed = True
-
-
-def unmount_below(directories: list[Path]) -> list[Path]:
-    """Unmount everything below the directories, newest first, lazily; return what was mounted."""
-    roots = [directory.resolve() for directory in directories]
-    entries = [entry for entry in mount.mounts() if any(entry.mountpoint.is_relative_to(root) for root in roots)]
-    for entry in reversed(entries):
-        mount.unmount(entry.mountpoint, lazy=True)
-    return [entry.mountpoint for entry in entries]
-
-
-def remove_orphans(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
-    """Take down the containerds of killed experiments with their containers; return the containerds' names."""
-    removed = []
-    for path, facts in orphans(state_dir, "containerd"):
-        state = state_dir / str(facts["name"])
-        _kill_processes_naming(str(state))
-        _remove_runtime_state(state.name)
-        if state.is_dir():
-            with suppress(ObdlabError):
-                DeviceService(state / "run", Settings()).shutdown(force=True)
-        roots = [Path(root) for root in facts.get("roots", [])]
-        unmount_below([state, *roots])
-        for directory in (state, *roots):
-            shutil.rmtree(directory, ignore_errors=True)
-        path.unlink(missing_ok=True)
-        removed.append(state.name)
-    return removed
-
-
-def _remove_runtime_state(namespace: str) -> None:
-    # runc deletes containers that lost their shim. No other program removes the namespace's cgroups.
-    state = _RUNC_ROOT / namespace
-    for container in state.iterdir() if state.is_dir() else ():
-        with suppress(LabError):
-            run(["runc", "--root", state, "delete", "--force", container.name])
-    shutil.rmtree(state, ignore_errors=True)
-    for directory in (*_CGROUPS.glob(f"*/{namespace}"), _CGROUPS / namespace):
-        for path in (*directory.glob("*/"), directory):
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _kill_processes_naming(text: str) -> None:
-    # Daemons and shims have the path of this containerd's socket among their arguments.
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _processes_naming(text):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        with suppress(LabError):
-            wait_until(lambda: not _processes_naming(text), "end of processes", 5.0, 0.05)
-
-
-def _processes_naming(text: str) -> list[int]:
-    found = []
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit() and int(directory.name) != os.getpid():
-            with suppress(OSError):
-                if text.encode() in (directory / "cmdline").read_bytes():
-                    found.append(int(directory.name))
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.lab.testbed import containerd, netns
+from obdlab.lab.testbed import netns, takedown
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR
 
 if TYPE_CHECKING:
@@ -16,4 +16,4 @@ def cleanup_leftovers(state_dir: Path = DEFAULT_STATE_DIR) -> list[str]:
 
     Experiments that still run are left alone. Raises ObdlabError if something cannot be removed.
     """
-    return [*containerd.remove_orphans(state_dir), *netns.remove_orphans(state_dir)]
+    return [*takedown.remove_orphans(state_dir), *netns.remove_orphans(state_dir)]
