@@ -116,8 +116,20 @@ def test_bounds_of_numbers(
 def test_the_largest_index_is_reported_with_its_memory(tmp_path: Path) -> None:
     rows = [{"algorithm": "lz4", "image": image, "segments": many} for image, many in (("a", 4500), ("b", 90))]
     found = _check(tmp_path, "index-size", "conversion", rows)
-    assert found.measured == "4500 segments in the largest index, 70 KiB"
+    assert found.measured == "4500 segments in the largest index, 72.0 kB"
     assert (found.confidence, found.rows) == ("exact; 2 images", 2)
+
+
+@pytest.mark.parametrize("cold_s", [[1.0] * 3, [0.5, 1.0, 5.0], [0.2] * 3])
+def test_no_share_of_a_gap_that_may_be_nothing(tmp_path: Path, cold_s: list[float]) -> None:
+    # Warm launches take 1 s, and some cold launch takes no longer.
+    rows = _start("obdlab", "warm", "native", 1.0) + _start("obdlab-prefetch", "cold", "native", 0.9)
+    for total_s in cold_s:
+        rows += _start("obdlab", "cold", "native", total_s)[:1]
+    found = _check(tmp_path, "trace", "start", rows)
+    assert found.verdict is Verdict.UNCLEAR
+    assert found.measured.startswith("no sure gap to remove: cold launches take ")
+    assert found.rows == len(rows)
 
 
 @pytest.mark.parametrize(("key", "arm"), [("trace", "obdlab-prefetch"), ("hot-layer", "obdlab-hot")])
