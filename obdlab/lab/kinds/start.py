@@ -79,6 +79,7 @@ class Start(Kind):
     }
     a_a: ClassVar[bool] = True
     cell_timeout_s: ClassVar[float] = 900.0
+    added: ClassVar[Mapping[str, Value]] = {"pause_s": 0.0}
     #: The bench, and the programs that it starts: their modules are on the path of every start.
     measured: ClassVar[tuple[str, ...]] = ("obdlab.lab.kinds.startbench",)
     notebook: ClassVar[str] = "cold_warm_startup.ipynb"

@@ -65,10 +65,7 @@ def digest_of(
     programs: Mapping[str, Sequence[str]] = PROGRAMS,
 ) -> str:
     """Return the digest of the modules below ``package`` that ``roots`` reach. Raises SyntaxError and OSError."""
-    found: set[str] = set()
-    for module in reached(package, roots, not_measured, programs):
-        for statement in module.tree.body:
-            found |= {hashlib.sha256(text.encode()).hexdigest() for text in module.canonical(statement)}
+    found = {digest for module in reached(package, roots, not_measured, programs) for digest in module.digests}
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
 
 
@@ -82,25 +79,32 @@ def reached(
         name = pending.pop()
         if name in found or any(name == room or name.startswith(f"{room}.") for room in not_measured):
             continue
-        found[name] = module = Module(package, name)
+        found[name] = module = _module(package, name)
         pending += [*module.imports, *programs.get(name, ())]
     return list(found.values())
 
 
+# Kinds share most modules, and an evaluation runs several kinds.
+@functools.cache
+def _module(package: Path, name: str) -> Module:
+    return Module(package, name)
+
+
 class Module:
-    """The syntax tree of a module, with the origins of the names that it imports."""
+    """A module's statements as digests, and what it imports."""
 
     def __init__(self, package: Path, name: str) -> None:
+        self.name = name
         self._package = package
         path = self._path(name)
         if path is None:
             raise FileNotFoundError(f"{name}: no such module below {package}")
-        self.tree = ast.parse(path.read_bytes())
+        tree = ast.parse(path.read_bytes())
         #: Modules of the package that this one imports.
         self.imports: set[str] = set()
         # What an imported name stands for: never the place of a module of the package.
         self._origins: dict[str, str] = {}
-        for node in _run(self.tree):
+        for node in _run(tree):
             if isinstance(node, ast.Import):
                 self._import(node)
             elif isinstance(node, ast.ImportFrom):
@@ -108,11 +112,12 @@ class Module:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
                 # A module that is loaded by its name at run time.
                 self.imports |= {node.value} if self._path(node.value) is not None else set()
-
-    def canonical(self, statement: ast.stmt) -> Iterator[str]:
-        """Yield the statement's text for hashing; nothing for imports and bare texts."""
-        if not _says_nothing(statement):
-            yield self._text(statement)
+        #: Digests of the top-level statements, without imports and bare texts.
+        self.digests = {
+            hashlib.sha256(self._text(statement).encode()).hexdigest()
+            for statement in tree.body
+            if not _says_nothing(statement)
+        }
 
     def _import(self, node: ast.Import) -> None:
         for alias in node.names:

@@ -161,9 +161,14 @@ class Experiment:
 
     # The contexts whose rows count, today's first: those of older codes were given to the same code.
     def _contexts(self, surroundings: dict[str, Any], nonce: str = "") -> list[str]:
-        measured = KINDS[self.spec.kind].how_measured(self.spec.options)
-        codes = [surroundings["code"], *(() if nonce else older_codes(self.spec.kind, surroundings["code"]))]
-        return [context_of({**surroundings, "code": code}, measured, nonce) for code in codes]
+        kind = KINDS[self.spec.kind]
+        measured = kind.how_measured(self.spec.options)
+        contexts = [context_of(surroundings, measured, nonce)]
+        # Rows of older code lack keys that were added later; today's default is what they were measured with.
+        common = {key: value for key, value in measured.items() if (key, value) not in kind.added.items()}
+        for code in () if nonce else older_codes(self.spec.kind, surroundings["code"]):
+            contexts += [context_of({**surroundings, "code": code}, form) for form in (measured, common)]
+        return list(dict.fromkeys(contexts))
 
     # A cell's key under each context.
     def _keys(self, cell: Cell, contexts: Sequence[str], pins: Pins) -> list[str]:
