@@ -62,7 +62,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--audit-log",
         type=Path,
         metavar="FILE",
-        help="write down what devices read from registries, cache and disks, one line each (default: nowhere)",
+        help="log the reads of devices from registries, cache and disks, one line each (default: no log)",
     )
     _add_settings_option(parser)
 
@@ -117,8 +117,8 @@ def add_trace_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=(
-            "fetch ahead what this trace (obdlab trace record) or priority list names, in place of what the image's "
-            "acceleration layer does"
+            "fetch ahead the reads of this trace (obdlab trace record) or the files of this priority list, in place "
+            "of the trace in the image's acceleration layer"
         ),
     )
 

@@ -23,7 +23,7 @@ Images are named as skopeo names them:
   docker://HOST/NAME:TAG         in a registry; the prefix may be left out
   oci:DIR[:TAG]                  in an OCI layout directory
   oci-archive:FILE[:TAG]         the same as a tar
-  docker-archive:FILE[:NAME:TAG] in what docker save wrote (only to read)
+  docker-archive:FILE[:NAME:TAG] in the output of docker save (only to read)
   containerd:[NAMESPACE:]NAME    in containerd's stores (default namespace: default)"""
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.numbers import whole
 from obdlab.cli.packing import size_argument
 from obdlab.observe import logs, stacks
+from obdlab.system.ownfiles import own_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +58,7 @@ def set_up_logs(
 ) -> None:
     """Set up logging: options win over the settings. At SIGUSR2 the stacks of all threads are logged.
 
-    Raises OSError if the file cannot be opened.
+    Raises OSError if the file cannot be opened, or if root's log would follow a link of another user.
     """
     stacks.dump_on_signal()
     chosen = log_settings(args)
@@ -66,5 +69,8 @@ def set_up_logs(
         size=chosen.get("log_size") or (settings.log_size if settings else defaults.size),
         count=chosen.get("log_count") or (settings.log_count if settings else defaults.count),
     )
+    # Another user could have root write elsewhere by a link on the way.
+    if options.file is not None and os.geteuid() == 0:
+        options = replace(options, file=own_path(options.file))
     name = chosen.get("log_level")
     logs.set_up(options, logging.getLevelNamesMapping()[name.upper()] if name else level, follow=follow)

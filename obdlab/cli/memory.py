@@ -43,7 +43,7 @@ def bounded_memory() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        limit = f"{most >> 20} MiB; ${VARIABLE} changes it" if most else "what the system allows"
+        limit = f"{most >> 20} MiB; ${VARIABLE} changes it" if most else "the system's limit"
         raise MemoryBoundError(f"needs more memory than it may take ({limit})") from error
     finally:
         # For callers inside a process that goes on.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.errors import ObdlabError
@@ -13,6 +15,8 @@ from obdlab.formats.zfile import ALGORITHMS, DEFAULT_ALGORITHM, DEFAULT_BLOCK_SI
 from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from obdlab.layerfiles.writing import Packing
 
 
@@ -70,24 +74,46 @@ def packing_from(args: argparse.Namespace, **more: bool) -> Packing:
     return Packing(algorithm, args.block_size_kib << 10, args.tar, args.workers, **more)
 
 
-def add_index_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Add the index file of a writable layer, after its data file; ``note`` is added to the help."""
+def add_layer_arguments(parser: argparse.ArgumentParser, data_help: str, *, metavar: str = "DATA") -> None:
+    """Add the files of a writable layer: its data file, and after it its index file."""
+    parser.add_argument("data", metavar=metavar, help=data_help)
     parser.add_argument(
         "index",
         nargs="?",
         default="",
         metavar="INDEX",
-        help=f"its index file, if it is a writable layer in append mode{note}",
+        help="its index file, if it is a writable layer in append mode that is not attached",
     )
     # Some commands of earlier versions took it in this way.
     parser.add_argument("--index", dest="index_option", default="", help=argparse.SUPPRESS)
 
 
-def index_from(args: argparse.Namespace) -> str:
-    """Return the index file that these arguments name, or "". Raises LayerArgumentsError if they name two."""
+@dataclass(frozen=True, slots=True)
+class LayerFiles:
+    """The files of a layer. ``index`` is "" for a layer that is one file."""
+
+    data: str
+    index: str
+
+
+def layer_files(args: argparse.Namespace) -> LayerFiles:
+    """Return the files that these arguments name. Raises LayerArgumentsError if they name two index files."""
     if args.index and args.index_option:
         raise LayerArgumentsError(f"two index files (got {args.index} and --index {args.index_option}, wanted one)")
-    return str(args.index or args.index_option)
+    return LayerFiles(args.data, args.index or args.index_option)
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add --json for a summary that machines read."""
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def report(args: argparse.Namespace, text: str, facts: Mapping[str, object]) -> None:
+    """Print the summary of a command: one line on standard error, or with --json an object on standard output."""
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        say(text, quiet=args.quiet)
 
 
 def end_politely_on_sigterm() -> None:

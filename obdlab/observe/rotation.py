@@ -33,6 +33,8 @@ class RotatingFile:
         self._size = size
         self._count = count
         self._follow = tuple(follow)
+        # A path that is no link when the service starts must not become one.
+        self._flags = os.O_CLOEXEC | (0 if self.path.is_symlink() else os.O_NOFOLLOW)
         self._fd = -1
         # Re-entrant, like logging's own locks: a signal's handler may log while it interrupts the writing of a line.
         self._lock = threading.RLock()
@@ -59,7 +61,7 @@ class RotatingFile:
 
     def _reopen(self) -> None:
         # Open the new file first: if that fails, lines still go to the old one.
-        fresh = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, _MODE)
+        fresh = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | self._flags, _MODE)
         former, self._fd = self._fd, fresh
         if former >= 0:
             os.close(former)
@@ -69,7 +71,7 @@ class RotatingFile:
     def _rotate(self) -> None:
         # A new descriptor for the lock: processes that share a forked one would share the lock.
         try:
-            current = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            current = os.open(self.path, os.O_WRONLY | self._flags)
         except FileNotFoundError:  # moved by hand
             return
         try:

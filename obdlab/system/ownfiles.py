@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+# Names and links of one path.
+_MOST_PARTS = 4096
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -39,6 +38,40 @@ def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
     os.close(fd)
     what = "not a regular file" if not stat.S_ISREG(status.st_mode) else "file can be changed by other users"
     raise OSError(errno.EINVAL, f"{what} ({_words(status)})", str(path))
+
+
+def own_path(path: Path) -> Path:
+    """Return a path for a file of this process', with its symbolic links resolved.
+
+    Raises OSError: EINVAL for a link of another user than root and this process', and for an existing file that is no
+    regular file or that other users can have put there, ELOOP for too many links.
+    """
+    found, left = Path("/"), list(reversed(path.absolute().parts[1:]))
+    for _ in range(_MOST_PARTS):
+        if not left:
+            break
+        name = left.pop()
+        entry = found.parent if name == ".." else found / name
+        try:
+            status = os.lstat(entry)
+        except FileNotFoundError:
+            found = entry
+            continue
+        if not stat.S_ISLNK(status.st_mode):
+            found = entry
+        elif status.st_uid not in (0, os.geteuid()):
+            raise OSError(errno.EINVAL, f"symbolic link of user {status.st_uid} (wanted a link of ours)", str(entry))
+        else:
+            target = Path(os.readlink(entry))
+            found = Path("/") if target.is_absolute() else found
+            left += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+    else:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    try:
+        os.close(open_own(found, os.O_WRONLY))
+    except FileNotFoundError:  # made by its first line
+        pass
+    return found
 
 
 def _is_ours(status: os.stat_result) -> bool:

@@ -121,7 +121,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     told = capsys.readouterr().out
     assert f"30.00 late {offset:>19} {size:>9} cat" in told
     assert path.decode() in told
-    assert "the trace had 100.0% of what was read; 0.0% of it was not read" in told
+    assert "the trace had 100.0% of the bytes read; 0.0% of the trace was not read" in told
     assert main(["trace", "timeline", str(events), *image, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["summary"]["waited_ms"] == pytest.approx(30)

@@ -38,6 +38,7 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
+    parser.add_argument("--json", action="store_true", help="print id and node as one JSON object")
     add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_attach)
@@ -70,7 +71,7 @@ def run_attach(args: argparse.Namespace) -> int:
     except BaseException:
         forget_config(service, config)
         raise
-    print(device.path)
+    print(json.dumps({"id": device.device_id, "path": str(device.path)}) if args.json else device.path)
     return 0
 
 

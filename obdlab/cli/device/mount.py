@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 def declare_mount(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Mounts an overlaybd image; what is read is fetched at that moment and cached. Its set-user-ID "
-        "programs and device files have no effect on this host (nosuid, nodev)."
+        "Mounts an overlaybd image. Reads fetch the blocks that they need, and cache them. Set-user-ID programs and "
+        "device files of the image have no effect on this host (nosuid, nodev)."
     )
     parser.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
+    parser.add_argument("--json", action="store_true", help="print id, node and directory as one JSON object")
     add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_mount)
@@ -72,7 +74,10 @@ def run_mount(args: argparse.Namespace) -> int:
         if made and args.target.is_dir():
             args.target.rmdir()
         raise
-    print(f"{args.target}: {device.path}, read-only")
+    if args.json:
+        print(json.dumps({"id": device.device_id, "path": str(device.path), "target": str(args.target.resolve())}))
+    else:
+        print(f"{args.target}: {device.path}, read-only")
     return 0
 
 

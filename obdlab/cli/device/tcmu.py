@@ -37,7 +37,7 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="IQN",
         default=[],
-        help="who may log in to it (the name in /etc/iscsi/initiatorname.iscsi there); repeatable",
+        help="host that may log in (its name in its /etc/iscsi/initiatorname.iscsi); repeatable",
     )
     parser.set_defaults(run=run_attach)
 

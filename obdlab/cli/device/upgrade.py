@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("device", nargs="*", metavar="DEVICE", help="id, or node such as /dev/loop3")
     parser.add_argument("--force", action="store_true", help="also those that run the installed code already")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON array")
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -41,12 +43,18 @@ def run(args: argparse.Namespace) -> int:
         if name not in devices:
             raise DeviceError(f"{name}: no device of this run directory ({args.run_dir})")
     failed = 0
+    results = []
     for device_id in chosen:
         try:
             done = service.upgrade(device_id, force=args.force)
         except ObdlabError as error:
-            print(f"obdlab upgrade: {printable(str(error))}", file=sys.stderr)
+            print(f"{args.prog}: {printable(str(error))}", file=sys.stderr)
             failed += 1
+            results.append({"id": device_id, "upgraded": False, "error": str(error)})
         else:
-            print(f"{device_id}: {'upgraded' if done else unchanged[device_id]}")
+            results.append({"id": device_id, "upgraded": done})
+            if not args.json:
+                print(f"{device_id}: {'upgraded' if done else unchanged[device_id]}")
+    if args.json:
+        print(json.dumps(results))
     return 1 if failed else 0

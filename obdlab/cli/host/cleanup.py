@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,17 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = (
         "Unmounts the file systems on obdlab's devices, detaches the devices, stops their servers and the device "
-        "host, and empties the run directory; also after any of them was killed. What is still in use is named "
-        "and left (exit status 1), and so are a snapshotter that still runs and its devices. Also takes down "
-        "what a killed experiment left. Doing it twice is fine."
+        "host, and empties the run directory; also after any of them was killed. Devices and mounts in use are named "
+        "and left (exit status 1), and so are a snapshotter that still runs and its devices. Also takes down the "
+        "leftovers of a killed experiment. Doing it twice is fine."
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="also what is in use, and the devices of a running snapshotter: their users get I/O errors",
+        help="also devices in use, and those of a running snapshotter: their users get I/O errors",
     )
     parser.add_argument("--cache", action="store_true", help="empty the block cache too")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -36,17 +38,25 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.lab.testbed.leftovers import cleanup_leftovers
     from obdlab.server.cleanup import clean_up
 
-    leftovers = cleanup_leftovers()
-    for name in leftovers:
-        print(f"removed experiment's {name}")
+    leftovers = [f"experiment's {name}" for name in cleanup_leftovers()]
+    for name in () if args.json else leftovers:
+        print(f"removed {name}")
     report = clean_up(device_service_from(args), force=args.force)
-    for line in report.removed:
-        print(f"removed {line}")
     if not report.in_use:
         remove_copies(settings_from(args), args.run_dir)
+    cache_dir = settings_from(args).cache_dir
+    if args.json:
+        freed = _empty(cache_dir) if args.cache and not report.in_use else 0
+        print(
+            json.dumps(
+                {"removed": [*leftovers, *report.removed], "in_use": report.in_use, "freed_cache_bytes": freed}
+            )
+        )
+        return 1 if report.in_use else 0
+    for line in report.removed:
+        print(f"removed {line}")
     for line in report.in_use:
         print(f"still in use: {line}")
-    cache_dir = settings_from(args).cache_dir
     if args.cache and report.in_use:
         print(f"cache kept, since devices still read it: {cache_dir}")
     elif args.cache:

@@ -18,8 +18,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "check",
         help="check a file and show the effective settings",
         description=(
-            "Checks a settings file and shows all settings it leads to, those that differ from their default marked. "
-            "What has no effect is told on standard error; the exit status is 1 if the file cannot be used."
+            "Checks a settings file and shows the resulting settings, those that differ from their default marked. "
+            "Keys without effect are reported on standard error. The exit status is 1 if the file cannot be used."
         ),
     )
     check.add_argument("file", type=Path, metavar="FILE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = (
-        "Look whether metadata, directories, configurations, layers and devices of a snapshotter's root agree. "
-        "With --repair, no snapshotter may run on it: what can be made again is, leftovers are deleted, and what "
-        "is lost is forgotten with all that builds on it, so that clients pull it anew. The exit status is 1 if "
-        "anything wrong is left."
+        "Checks whether metadata, directories, configurations, layers and devices of a snapshotter's root agree. "
+        "With --repair, no snapshotter may run on it: missing files that can be made again are made, leftovers are "
+        "deleted, and lost snapshots are forgotten with all that build on them, so that clients pull them again. The "
+        "exit status is 1 if a fault is left."
     )
     parser.add_argument("root", type=Path, metavar="ROOT", help="the snapshotter's --root")
-    parser.add_argument("--repair", action="store_true", help="mend what is found")
+    parser.add_argument("--repair", action="store_true", help="repair the faults")
     parser.add_argument(
         "--snapshotter-config", type=Path, metavar="FILE", help="the snapshotter's --config, for registries over HTTP"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each fault")
     add_runtime_options(parser)
     add_registry_options(parser)
     parser.set_defaults(run=run)
@@ -54,8 +56,13 @@ def run(args: argparse.Namespace) -> int:
                 except (ObdlabError, OSError) as error:
                     state = f"; not mended ({finding.remedy}): {error}"
             left += not mended
-            print(printable(f"{finding.what}{state}"))
+            if args.json:
+                print(json.dumps({"fault": finding.what, "remedy": finding.remedy, "mended": mended}))
+            else:
+                print(printable(f"{finding.what}{state}"))
     finally:
         check.close()
+    if args.json:
+        return 1 if left else 0
     print(f"{args.root}: {found or 'nothing'} wrong" + (f", {found - left} mended" if args.repair and found else ""))
     return 1 if left else 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = (
-        "Write a file of an overlaybd image to standard output; only what it takes is fetched. No root."
+        "Write a file of an overlaybd image to standard output. Only its blocks are fetched. Needs no root."
     )
     parser.add_argument("path", type=image_path, metavar="IMAGE:/PATH", help=PATH_HELP)
     add_view_options(parser)

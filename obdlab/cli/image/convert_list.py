@@ -36,10 +36,10 @@ Convert all images of a list as `obdlab image convert` converts one, several at 
 LIST has a line for each image: source and destination, or the source alone with --to; # begins a comment.
 {NAMES}
 
-An image that fails does not keep the others; what may pass (a registry that does not answer) is tried again. What
-became of each is kept in a file beside LIST: the same command, after an interrupt, a kill or an error, converts what
-is not yet done, and new lines. With --scheduler the workers of a Dask scheduler do the work, on whatever hosts they
-are; files that are named are those of the workers' hosts then."""
+An image that fails does not keep the others. Failures that may pass (a registry that does not answer) are tried
+again. The state of each image is kept in a file beside LIST: the same command, after an interrupt, a kill or an
+error, converts the images that are not yet done, and new lines. With --scheduler the workers of a Dask scheduler do
+the work, on all of their hosts; named files are then those of the workers' hosts."""
 # Conversion options that do not change the result: a list may be resumed with other values.
 _COUNT = whole(1, 10_000)
 _FREE_OPTIONS = ("work_dir", "platforms_at_once", "memory", "database")
@@ -75,9 +75,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-timeout-min", type=_COUNT, default=120, metavar="N", help="for one image (default: %(default)s)"
     )
-    parser.add_argument(
-        "--state", type=Path, metavar="FILE", help="what became of each image (default: LIST.state.sqlite)"
-    )
+    parser.add_argument("--state", type=Path, metavar="FILE", help="state of each image (default: LIST.state.sqlite)")
     parser.add_argument("--restart", action="store_true", help="forget what was done")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="also write the table to FILE, as its name says: .csv or .json"
@@ -157,11 +155,11 @@ class _Bar:
         if outcome.error:
             self._failed += 1
             self._bar.set_postfix(failed=self._failed)
-            self._say(_told(pair, outcome))
+            self._say(_failure_text(pair, outcome))
         self._bar.update(1)
 
     def postponed(self, pair: Pair, outcome: Outcome, pause_s: float) -> None:
-        self._say(f"{_told(pair, outcome)}; again in {pause_s:.0f} s")
+        self._say(f"{_failure_text(pair, outcome)}; again in {pause_s:.0f} s")
 
     def _say(self, text: str) -> None:
         self._bar.write(printable(text), file=sys.stderr)
@@ -226,7 +224,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _told(pair: Pair, outcome: Outcome) -> str:
+def _failure_text(pair: Pair, outcome: Outcome) -> str:
     return outcome.error if outcome.error.startswith(pair.source) else f"{pair.source}: {outcome.error}"
 
 

@@ -46,10 +46,10 @@ def _convert(args: argparse.Namespace) -> Outcome:
 
     check_apart(args.source, args.destination)
     with image_client(args) as client:
-        return _told(convert(args, client))
+        return _outcome_of(convert(args, client))
 
 
-def _told(converted: ConvertedIndex) -> Outcome:
+def _outcome_of(converted: ConvertedIndex) -> Outcome:
     return Outcome(
         digest=converted.digest,
         layers=sum(len(image.layers) for image in converted.images),

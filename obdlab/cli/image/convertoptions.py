@@ -74,7 +74,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "--database",
         metavar="URL",
         help=(
-            "what was converted before, so that it is not converted again: a file (SQLite), postgresql://... or "
+            "database of converted layers, which are not converted again: a file (SQLite), postgresql://... or "
             f"mysql://..., or {_NONE} (default: ${_DATABASE}, or obdlab/converted.sqlite in ~/.cache)"
         ),
     )
@@ -132,7 +132,7 @@ def _database(named: str | None) -> str:
         open_database(path).close()
     except DatabaseError as error:
         # No error: this default was not asked for, and the user may have no home directory.
-        logging.getLogger(__name__).info("without a database of what was converted: %s", error)
+        logging.getLogger(__name__).info("no database of converted layers: %s", error)
         return ""
     return path
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = (
-        "Copy a file, or a directory with all below it, out of an overlaybd image; what that takes is fetched, "
-        "no more. Nothing that exists is replaced. Needs no root, but for --archive."
+        "Copy a file, or a directory with all below it, out of an overlaybd image. Only the blocks of these files "
+        "are fetched. No existing file is replaced. Needs no root, but for --archive."
     )
     parser.add_argument("path", type=image_path, metavar="IMAGE:/PATH", help=PATH_HELP)
     parser.add_argument(

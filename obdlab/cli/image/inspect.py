@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from obdlab.layerfiles.description import FileFacts, StackFacts
 
 _DESCRIPTION = f"""\
-Shows what each name is.
+Describes files and images.
 Of a file: tar window, ZFile and LSMT header fields, sizes. Several sealed layers are also shown as the stack they
 make, the first being the bottom.
 Of an image: its layers with digests, sizes, compression and annotations, the file system, whether it has a hot layer,
-what checks its bytes, and what of it is in the block cache of this host.
+the checksums of its bytes, and how much of it is in the block cache of this host.
 
 {NAMES}"""
 # Printed names of fields, where replacing underscores by blanks is not enough.

@@ -25,12 +25,12 @@ class PublishError(ObdlabError):
 def declare_publish(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "hot-layer: NEW is the image with one more small layer, what the trace names, in the order of use, so "
-        "that a start fetches it at once. acceleration-layer: NEW is the image with the trace itself as a layer, "
-        "as the original makes it. ordered-layers: as that, and every layer is written again with what the "
-        "trace names at its front, in the order of use. referrer: the image stays as it is, and the registry "
-        "knows the trace as an artifact that refers to it, for which obdlab device attach and mount ask. FILE may be "
-        "a priority list as well."
+        "hot-layer: NEW is the image with one more small layer, which holds the blocks of the trace in the order of "
+        "use, so that a start fetches them at once. acceleration-layer: NEW is the image with the trace itself as a "
+        "layer, as the original makes it. ordered-layers: as acceleration-layer, and every layer is written again "
+        "with the blocks of the trace at its front, in the order of use. referrer: the image stays as it is, and the "
+        "trace is stored in the registry as an artifact that refers to the image; obdlab device attach and mount ask "
+        "for it. FILE may be a priority list as well."
     )
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image; for referrer in a registry")
     parser.add_argument("new", metavar="NEW", nargs="?", help="where the new image goes (not for referrer)")
@@ -61,7 +61,7 @@ def declare_publish(parser: argparse.ArgumentParser) -> None:
 
 def declare_unpublish(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.description = "Takes all traces that refer to IMAGE away from it; prints the digests of their artifacts."
+    parser.description = "Removes all traces that refer to IMAGE; prints the digests of their artifacts."
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image in a registry")
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     add_registry_options(parser)

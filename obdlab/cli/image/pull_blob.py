@@ -21,8 +21,8 @@ _MOST_DIGITS = 18
 _DESCRIPTION = f"""\
 Fetches one piece of an image, checks its digest, and writes it to a file that appears whole or not at all.
 WHAT is "manifest" (default) or "config", those for this machine's platform; "index", the document that the name
-names, whatever it is; the number of a layer, 0 being the lowest; or a digest: of any of these, and in a registry of
-any blob that the repository has. IMAGE@DIGEST alone is the blob or manifest of that digest.
+stands for, an index or a manifest; the number of a layer, 0 being the lowest; or a digest: of any of these, and in a
+registry of any blob of the repository. IMAGE@DIGEST alone is the blob or manifest of that digest.
 
 {NAMES}"""
 

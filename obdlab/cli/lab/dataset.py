@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -31,7 +32,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     ways = build.add_mutually_exclusive_group()
     ways.add_argument(
-        "--newest", action="store_true", help="build again from what the archive has now, even if an image is there"
+        "--newest",
+        action="store_true",
+        help="build again from the archive's present packages, even if built",
     )
     ways.add_argument(
         "--update-lock", action="store_true", help="--newest, and write its package versions to packages.lock"
@@ -41,7 +44,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     push.add_argument("recipe", metavar="RECIPE", help="name of a dataset, or a path of a TOML file")
     push.add_argument("to", metavar="REF", help="e.g. registry.example/redis:v1")
     _add_locked(push)
-    listing = verbs.add_parser("list", help="list the recipes and what is built of them")
+    listing = verbs.add_parser("list", help="list the recipes and their built images")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
     for verb in (build, push, listing):
         verb.add_argument(
             "--datasets", type=Path, action="append", metavar="DIR", help="where recipes are (default: datasets)"
@@ -101,6 +105,10 @@ def _list(args: argparse.Namespace) -> int:
     if not recipes:
         raise RecipeError(f"no recipes in {_places(directories)}")
     for recipe in recipes:
+        if args.json:
+            state = _state(recipe, args.work_dir or DEFAULT_WORK_DIR)
+            print(json.dumps({"name": recipe.name, "state": state, "description": recipe.description}))
+            continue
         print(f"{recipe.name:10} {_state(recipe, args.work_dir or DEFAULT_WORK_DIR):32} {recipe.description}")
     return 0
 

@@ -24,7 +24,7 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
     )
     _add_spec(parser)
     _add_scheduler(parser)
-    parser.add_argument("--again", action="store_true", help="measure everything anew; old rows are kept")
+    parser.add_argument("--again", action="store_true", help="measure everything again; old rows are kept")
     add_locked(parser)
     parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
     parser.add_argument("--notebook", type=Path, help="(default: that of the kind)")
@@ -152,7 +152,7 @@ def _measure(spec: Spec, args: argparse.Namespace) -> int:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
         raise
     if measured == 0:
-        print("everything was measured already under this code and host (--again measures anew)")
+        print("everything was measured already under this code and host (--again measures again)")
     print(*experiment.report(), sep="\n")
     with naming_full_disks(directory):
         (directory / "table.txt").write_text("\n".join(experiment.details()) + "\n")

@@ -6,14 +6,15 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from obdlab.cli.packing import (
-    add_index_argument,
+    add_json_option,
+    add_layer_arguments,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
-    index_from,
+    layer_files,
     message_argument,
     packing_from,
-    say,
+    report,
     size_text,
     uuid_argument,
 )
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from obdlab.layers.stack import Stack
 
 _DESCRIPTION = """\
-Writes the layer's data in disk order, without what was overwritten, and seals it. The layer itself is left as it is.
+Writes the layer's data in disk order, without overwritten data, and seals it. The layer itself is left as it is.
 LAYER is the data file of a writable layer (in append mode its index file follows), or a sealed layer of any kind,
 which is compacted or packed again. Its bytes are those of the original's commit with the same algorithm and block
 size."""
@@ -36,13 +37,13 @@ size."""
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = _DESCRIPTION
-    parser.add_argument("layer", metavar="LAYER", help="data file of a writable layer, or a sealed layer")
-    add_index_argument(parser)
+    add_layer_arguments(parser, "data file of a writable layer, or a sealed layer", metavar="LAYER")
     parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
     add_identity_options(parser)
     add_zero_blocks_option(parser)
     add_packing_options(parser)
     add_output_options(parser)
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,7 +60,7 @@ def add_zero_blocks_option(parser: argparse.ArgumentParser) -> None:
 
 def add_identity_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for UUIDs and message of the written layer."""
-    group = parser.add_argument_group("what it is called")
+    group = parser.add_argument_group("names")
     group.add_argument(
         "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the new layer (default: all zeros)"
     )
@@ -74,17 +75,18 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.layerfiles.disks import open_any_layer
 
     end_politely_on_sigterm()
-    with closing(open_any_layer(args.layer, index_from(args))) as layer:
-        write_as_asked(layer, args)
+    files = layer_files(args)
+    with closing(open_any_layer(files.data, files.index)) as layer:
+        write_layer_of(layer, args)
     return 0
 
 
-def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
+def write_layer_of(source: Layer | Stack, args: argparse.Namespace) -> None:
     """Write a layer or a stack to the output that the arguments name, with a bar and a summary."""
     from obdlab.layerfiles.writing import commit_size, write_layer
     from obdlab.layers.commit import ZeroBlocks
 
-    with progress_bar(args.output, commit_size(source), quiet=args.quiet) as progress:
+    with progress_bar(args.output, commit_size(source), quiet=args.quiet or args.json) as progress:
         committed = write_layer(
             source,
             args.output,
@@ -96,16 +98,16 @@ def write_as_asked(source: Layer | Stack, args: argparse.Namespace) -> None:
             force=args.force,
             progress=progress,
         )
-    say_what_was_written(args, committed)
+    report_layer(args, committed)
 
 
-def say_what_was_written(args: argparse.Namespace, committed: Committed) -> None:
+def report_layer(args: argparse.Namespace, committed: Committed) -> None:
     """Print the sizes of the layer file."""
     from pathlib import Path
 
-    stored = Path(args.output).stat().st_size
-    say(
-        f"{args.output}: {size_text(committed.data_sectors * 512)} of data in {committed.records} segments, "
-        f"stored in {size_text(stored)}",
-        quiet=args.quiet,
+    size, stored = committed.data_sectors * 512, Path(args.output).stat().st_size
+    report(
+        args,
+        f"{args.output}: {size_text(size)} of data in {committed.records} segments, stored in {size_text(stored)}",
+        {"output": args.output, "data_size": size, "segments": committed.records, "stored_size": stored},
     )

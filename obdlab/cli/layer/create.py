@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.cli.packing import LayerArgumentsError, say, size_argument, size_text, uuid_argument
+from obdlab.cli.packing import (
+    LayerArgumentsError,
+    add_json_option,
+    add_layer_arguments,
+    layer_files,
+    report,
+    size_argument,
+    size_text,
+    uuid_argument,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -18,8 +27,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--sparse one sparse data file. They must not exist. The size of a layer over others may be 0: it "
         "then gets that of the layers below when it is stacked."
     )
-    parser.add_argument("data", metavar="DATA", help="data file to make")
-    parser.add_argument("index", metavar="INDEX", nargs="?", help="index file to make; empty with --sparse")
+    add_layer_arguments(parser, "data file to make")
     parser.add_argument(
         "--vsize",
         type=size_argument,
@@ -27,7 +35,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="size of the disk in bytes, or as 512M, 64G, 1T",
     )
-    parser.add_argument("--sparse", action="store_true", help="one sparse file, in whose index file nothing is")
+    parser.add_argument(
+        "--sparse", action="store_true", help="one sparse file; the index file, if named, stays empty"
+    )
     parser.add_argument(
         "--uuid", type=uuid_argument, metavar="UUID", help="UUID of the layer (default: a random one)"
     )
@@ -43,6 +53,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,20 +62,25 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.layers.append import AppendUpper
     from obdlab.layers.upper import SparseUpper
 
-    if not args.sparse and args.index is None:
+    files = layer_files(args)
+    if not args.sparse and not files.index:
         raise LayerArgumentsError("a layer that is not sparse has an index file: give INDEX or --sparse")
     names = {"uuid": args.uuid, "parent_uuid": args.parent_uuid}
     if args.sparse:
-        SparseUpper.create(args.data, args.vsize, index_path=args.index, **names).close()
+        SparseUpper.create(files.data, args.vsize, index_path=files.index or None, **names).close()
     else:
-        AppendUpper.create(args.data, args.index, args.vsize, **names).close()
+        AppendUpper.create(files.data, files.index, args.vsize, **names).close()
     if args.mkfs:
-        _make_filesystem(args.data, args.index)
-    say(f"{args.data}: empty writable layer of a disk of {size_text(args.vsize)}", quiet=args.quiet)
+        _make_filesystem(files.data, files.index)
+    report(
+        args,
+        f"{files.data}: empty writable layer of a disk of {size_text(args.vsize)}",
+        {"data": files.data, "index": files.index, "size": args.vsize},
+    )
     return 0
 
 
-def _make_filesystem(data: str, index: str | None) -> None:
+def _make_filesystem(data: str, index: str) -> None:
     from obdlab.layers.stack import WritableStack
     from obdlab.layers.upper import open_upper
     from obdlab.volumes.ext4.editor import Editor
@@ -72,7 +88,7 @@ def _make_filesystem(data: str, index: str | None) -> None:
     from obdlab.volumes.ext4.mkfs import make_filesystem
 
     try:
-        with WritableStack(None, open_upper(data, index or "")) as disk:
+        with WritableStack(None, open_upper(data, index)) as disk:
             make_filesystem(disk)
             # e2fsck wants lost+found in a file system that is written.
             editor = Editor(disk)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import add_index_argument, end_politely_on_sigterm, index_from
+from obdlab.cli.packing import add_json_option, add_layer_arguments, end_politely_on_sigterm, layer_files
 from obdlab.cli.progress import shown_bar
 
 if TYPE_CHECKING:
@@ -24,9 +26,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "tools, and may be killed at any point. If a device of the run directory has the layer open, its server "
         "collects it while it is in use. A sparse layer needs no collection, it frees space when it is discarded."
     )
-    parser.add_argument("data", metavar="DATA", help="data file of the layer")
-    add_index_argument(parser, " and not attached")
+    add_layer_arguments(parser, "data file of the layer")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -47,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
             done = live.collect(lambda state: progress(state.step, state.done, state.total))
         else:
             done = _collect_here(args, progress)
+    if args.json:
+        print(json.dumps({"data": args.data} | ({} if done is None else asdict(done))))
+        return 0
     if done is None:
         print(f"{args.data}: a sparse layer has nothing to collect")
         return 0
@@ -63,13 +68,14 @@ def _collect_here(args: argparse.Namespace, progress: Callable[[str, int, int], 
     from obdlab.layers.gc import collect
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.data, index_from(args)) as upper:
+    files = layer_files(args)
+    with open_upper(files.data, files.index) as upper:
         return collect(upper, progress) if isinstance(upper, AppendUpper) else None
 
 
 @contextmanager
 def _bar(args: argparse.Namespace) -> Iterator[Callable[[str, int, int], None]]:
-    with shown_bar(args.data, 1, unit="steps", quiet=args.quiet) as bar:
+    with shown_bar(args.data, 1, unit="steps", quiet=args.quiet or args.json) as bar:
 
         def show(step: str, done: int, total: int) -> None:
             bar.set_description(f"{args.data}: {step}", refresh=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.cli.layer.commit import say_what_was_written
+from obdlab.cli.layer.commit import report_layer
 from obdlab.cli.packing import (
+    add_json_option,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
@@ -39,6 +40,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     add_packing_options(parser)
     add_output_options(parser)
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             progress=progress,
         )
-    say_what_was_written(args, committed)
+    report_layer(args, committed)
     return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
-from obdlab.cli.layer.commit import add_identity_options, add_zero_blocks_option, write_as_asked
+from obdlab.cli.layer.commit import add_identity_options, add_zero_blocks_option, write_layer_of
 from obdlab.cli.packing import (
+    add_json_option,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     import argparse
 
 _DESCRIPTION = """\
-Flattens a stack: what its layers show together is written as one sealed layer, without what is hidden.
-Layers are given bottom first. A single config.v1.json names a whole image instead; its lowers may lie in a registry,
-and its writable layer is flattened too."""
+Flattens a stack: writes the disk that its layers show as one sealed layer, without hidden data.
+Layers are given bottom first. A single name is that of an image instead, in a registry or stored here, or a
+config.v1.json, whose writable layer is flattened too."""
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add_zero_blocks_option(parser)
     add_packing_options(parser)
     add_output_options(parser)
+    add_json_option(parser)
     add_runtime_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
@@ -40,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     """Merge."""
     end_politely_on_sigterm()
     with opened_layers(args.layers, args) as disk:
-        write_as_asked(disk, args)
+        write_layer_of(disk, args)
     return 0

@@ -6,7 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import add_index_argument, index_from, say, size_argument, size_text
+from obdlab.cli.packing import add_json_option, add_layer_arguments, layer_files, report, size_argument, size_text
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -23,15 +23,13 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "grows too, in use or not. The file system on it is as large as before: with --filesystem, or resize2fs "
         "(xfs_growfs) on the device, it follows. Disks never shrink."
     )
-    parser.add_argument(
-        "layer", metavar="DATA", help="data file of the writable layer, or the id or node of its device"
-    )
-    add_index_argument(parser, " and not attached")
+    add_layer_arguments(parser, "data file of the writable layer, or the id or node of its device")
     parser.add_argument(
         "--vsize", type=size_argument, required=True, metavar="SIZE", help="new size in bytes, or as 512M, 64G, 1T"
     )
     parser.add_argument("--filesystem", action="store_true", help="grow the ext4 on the attached device as well")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     service = device_service_from(args)
     try:
-        device = find_device(service, args.layer) or find_by_upper(service, args.layer)
+        device = find_device(service, args.data) or find_by_upper(service, args.data)
     except PermissionError:  # the run directory is another user's
         device = None
     if device is not None:
@@ -50,17 +48,22 @@ def run(args: argparse.Namespace) -> int:
         if args.filesystem:
             _grow_filesystem(device.path)
     elif args.filesystem:
-        raise DeviceError(f"{args.layer}: no device of this run directory, so its file system cannot be grown")
+        raise DeviceError(f"{args.data}: no device of this run directory, so its file system cannot be grown")
     else:
         before = _resize_here(args)
-    say(f"{args.layer}: a disk of {size_text(args.vsize)} (was {size_text(before)})", quiet=args.quiet)
+    report(
+        args,
+        f"{args.data}: a disk of {size_text(args.vsize)} (was {size_text(before)})",
+        {"layer": args.data, "size": args.vsize, "size_before": before},
+    )
     return 0
 
 
 def _resize_here(args: argparse.Namespace) -> int:
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.layer, index_from(args)) as upper:
+    files = layer_files(args)
+    with open_upper(files.data, files.index) as upper:
         before = upper.virtual_size
         upper.set_virtual_size(args.vsize)
         upper.flush()

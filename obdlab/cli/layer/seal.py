@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.cli.packing import add_index_argument, index_from, say
+from obdlab.cli.packing import add_json_option, add_layer_arguments, layer_files, report
 
 if TYPE_CHECKING:
     import argparse
@@ -16,9 +16,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "Appends index and trailer to the layer's data file, which can be used as a lower layer from then on, "
         "and no more be written. Quick, but overwritten data stays in it: commit writes a compact file."
     )
-    parser.add_argument("layer", metavar="DATA", help="data file of the writable layer")
-    add_index_argument(parser, "; not needed after")
+    add_layer_arguments(parser, "data file of the writable layer; its index file is not needed after")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Seal."""
     from obdlab.layers.upper import open_upper
 
-    with open_upper(args.layer, index_from(args)) as upper:
-        sealed = upper.seal()
-        say(f"{args.layer}: sealed with {len(sealed.index.segments())} segments", quiet=args.quiet)
+    files = layer_files(args)
+    with open_upper(files.data, files.index) as upper:
+        segments = len(upper.seal().index.segments())
+    report(args, f"{files.data}: sealed with {segments} segments", {"data": files.data, "segments": segments})
     return 0

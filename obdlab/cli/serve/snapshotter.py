@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     server = SnapshotServer(snapshotter, address.absolute())
     server.start()
     images.start_host()
-    telling = _tell_counters(args.run_dir.absolute(), layout, snapshotter)
+    publisher = _publish_counters(args.run_dir.absolute(), layout, snapshotter)
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     notify.ready()
     wait_for_signal()
     notify.stopping()
-    if telling is not None:
-        telling.close()
+    if publisher is not None:
+        publisher.close()
     if exporter is not None:
         exporter.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 # Times and failures of calls, for exporters. The snapshotter runs also if they cannot be published.
-def _tell_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
+def _publish_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -> Telling | None:
     from obdlab.observe.counters import counted
     from obdlab.server.snapshottersocket import SNAPSHOTS, Telling
 

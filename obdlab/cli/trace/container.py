@@ -31,10 +31,10 @@ class Ended:
     why: str
     unready: bool
 
-    def status(self, told: str) -> int:
+    def status(self, written: str) -> int:
         """Return the command's exit status. If it is not 0, print why, and which output was written."""
         if self.unready:
-            print(f"obdlab trace: never ready ({self.why}); {told}", file=sys.stderr)
+            print(f"obdlab trace: never ready ({self.why}); {written}", file=sys.stderr)
         return int(self.unready)
 
 

@@ -65,8 +65,8 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
 def declare_timeline(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Follows block events to the files and layers of the image, and says what waited longest, what of it the "
-        "trace had, and what the least possible would have been."
+        "Follows block events to the files and layers of the image. Prints the reads that waited longest, the share "
+        "of the reads that the trace had, and the least possible time."
     )
     _add_events(parser)
     parser.add_argument(
@@ -169,7 +169,7 @@ def run_timeline(args: argparse.Namespace) -> int:
         print("      ms    took what             offset    length process          layer file")
         for step in steps if args.steps else sorted(longest, key=lambda step: step.at_ms):
             print(_line(step))
-        print(*_told(facts, args), sep="\n")
+        print(*_summary_lines(facts, args), sep="\n")
     return 0
 
 
@@ -225,7 +225,7 @@ def _line(step: Step) -> str:
     return f"{step.at_ms:8.1f}{took} {what:<12} {where} {step.process:<16} {layers:>5} {name_of(step.path)}"
 
 
-def _told(facts: Summary, args: argparse.Namespace) -> list[str]:
+def _summary_lines(facts: Summary, args: argparse.Namespace) -> list[str]:
     sizes = f"{facts.size} bytes ({facts.stored_size} as stored)"
     lines = [
         f"{facts.reads} reads of the disk, {sizes}, of {facts.files} files by {facts.processes} processes",
@@ -233,7 +233,7 @@ def _told(facts: Summary, args: argparse.Namespace) -> list[str]:
     ]
     if facts.coverage is not None:
         unread = facts.over_read or 0.0
-        lines.append(f"the trace had {facts.coverage:.1%} of what was read; {unread:.1%} of it was not read")
+        lines.append(f"the trace had {facts.coverage:.1%} of the bytes read; {unread:.1%} of the trace was not read")
     if args.rate_mbit:
         link = f"{args.rate_mbit:g} Mbit/s and {args.rtt_ms:g} ms"
         lines.append(f"to fetch it at {link} takes at least {facts.optimum_ms(args.rate_mbit, args.rtt_ms):.1f} ms")

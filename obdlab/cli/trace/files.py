@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ def declare_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", type=Path, metavar="TRACE", help="a trace or a priority list")
     parser.add_argument("image", metavar="IMAGE", help="the image it is of, as for attach")
-    parser.add_argument("--reads", action="store_true", help="one line a read of the disk: offset, length, path")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--reads", action="store_true", help="one line a read of the disk: offset, length, path")
+    form.add_argument("--json", action="store_true", help="one JSON object")
     add_runtime_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run_files)
@@ -41,6 +44,12 @@ def run_files(args: argparse.Namespace) -> int:
                 print(f"{offset}\t{length}\t{name_of(path)}")
             return 0
         used = files_of(sectors, disk)
+        if args.json:
+            files = [
+                {"path": os.fsdecode(path), "read": size, "size": whole} for path, (size, whole) in used.files.items()
+            ]
+            print(json.dumps({"files": files, "elsewhere": used.elsewhere}))
+            return 0
         for path, (size, whole) in used.files.items():
             print(f"{size:>12} {whole:>12} {name_of(path)}")
         print(f"{used.elsewhere:>12} {'':>12} (of the file system itself)")

@@ -38,11 +38,11 @@ _LOOKED_FOR_S = 5.0
 def declare_record(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Of a device, records what is read of it from now on, without disturbing it; what the kernel has "
-        "cached already is not read again. Of an image, attaches it, runs its command (or that of --run) once "
-        "in a container of runc, with a loopback network, and records from the first read on. Ends after "
-        "--seconds, at a signal (SIGINT, SIGTERM, SIGUSR1), when the container ends, or as soon as it is "
-        "ready: a line of its output holds --until-line, or --until-command succeeds in it."
+        "Of a device, records its reads from now on, without disturbing it; the kernel does not read again blocks "
+        "that it has cached. Of an image, attaches it, runs its command (or that of --run) once in a container of "
+        "runc, with a loopback network, and records from the first read on. Ends after --seconds, at a signal "
+        "(SIGINT, SIGTERM, SIGUSR1), when the container ends, or as soon as it is ready: a line of its output holds "
+        "--until-line, or --until-command succeeds in it."
     )
     parser.add_argument("source", metavar="DEVICE|IMAGE", help="a device's id or node; an image as for attach")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
@@ -93,7 +93,7 @@ def run_stop(args: argparse.Namespace) -> int:
     """Write the trace recorded of a device."""
     live = _live(args)
     check_outputs([args.output])
-    _tell(live.stop_recording(args.output), args)
+    _summarise(live.stop_recording(args.output), args)
     return 0
 
 
@@ -121,15 +121,15 @@ def _record_device(args: argparse.Namespace, service: DeviceService, device: Att
             wait(ended, None if args.until_signal else args.seconds, args.quiet)
     finally:
         done = live.stop_recording(args.output)
-    _tell(done, args)
+    _summarise(done, args)
     return 0
 
 
-def _tell(done: Recorded, args: argparse.Namespace) -> None:
+def _summarise(done: Recorded, args: argparse.Namespace) -> None:
     if not args.quiet:
         print(f"{args.output}: {done.reads} reads, {done.size} bytes")
     if done.left_out:
-        print(f"obdlab trace: {done.left_out} reads came after the trace was full", file=sys.stderr)
+        print(f"{args.prog}: {done.left_out} reads came after the trace was full", file=sys.stderr)
 
 
 # -- a start of an image ---------------------------------------------------------------------------------------------

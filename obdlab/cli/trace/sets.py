@@ -43,6 +43,7 @@ def declare_diff(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("one", type=Path, metavar="TRACE")
     parser.add_argument("other", type=Path, metavar="OTHER")
+    parser.add_argument("--json", action="store_true", help="print the ranges as one JSON array")
     parser.set_defaults(run=run_diff)
 
 
@@ -98,10 +99,15 @@ def run_diff(args: argparse.Namespace) -> int:
 
     one, other = _load(args.one), _load(args.other)
     differ = False
+    found = []
     for mark, ranges in (("-", difference(one, other)), ("+", difference(other, one))):
         for layer, begin, end in ranges:
             differ = True
-            print(f"{mark} layer {layer} [{begin}, {end})")
+            found.append({"in": "one" if mark == "-" else "other", "layer": layer, "begin": begin, "end": end})
+            if not args.json:
+                print(f"{mark} layer {layer} [{begin}, {end})")
+    if args.json:
+        print(json.dumps(found))
     return int(differ)
 
 
