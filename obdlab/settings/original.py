@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.settings.plain import from_plain
-from obdlab.settings.settings import GIB, KIB, Settings, SettingsError
+from obdlab.settings.settings import EXPORTER_PORT, GIB, KIB, LOG_LEVELS, Settings, SettingsError
 
 if TYPE_CHECKING:
     import os
@@ -24,10 +24,8 @@ logger = logging.getLogger(__name__)
 _MAX_FILE = 1 << 20
 _MIB = 1024 * KIB
 _CACHE_TYPES = ("file", "ocf", "download")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 _AUDIT_PATH = "/var/log/overlaybd-audit.log"
 _P2P_ADDRESS = "http://localhost:9731/accelerator"
-_EXPORTER_PORT = 9863
 _SNAPSHOT_ADDRESS = "http://127.0.0.1:9862"
 # delayExtra of the original when it is 0 or less.
 _DELAY_EXTRA_S = 30.0
@@ -266,7 +264,7 @@ class _Original:
     def _logs(self) -> None:
         level = self._values.get("logConfig.logLevel", self._values.get("logLevel"))
         if level is not None:
-            self._set("logLevel", log_level=_LOG_LEVELS[min(max(level, 0), 3)])
+            self._set("logLevel", log_level=LOG_LEVELS[min(max(level, 0), 3)])
         if (path := self._path("logConfig.logPath") or self._path("logPath")) is not None:
             self._set("logPath", log_path=path)
         if (megabytes := self._number("logConfig.logSizeMB", 1)) is not None:
@@ -299,7 +297,7 @@ class _Original:
                 address = f"http://{address}"
             self._set("p2pConfig.address", p2p_address=address if on else "")
         if self._values.get("exporterConfig.enable"):
-            port = self._number("exporterConfig.port", 1) or _EXPORTER_PORT
+            port = self._number("exporterConfig.port", 1) or EXPORTER_PORT
             if port > 65535:
                 raise self._wrong("exporterConfig.port", port, "a port")
             self._set("exporterConfig.port", exporter_listen=f"0.0.0.0:{port}")

@@ -27,6 +27,8 @@ DAEMON_KIND = "overlaybd-tcmu"
 _MOST_READAHEAD_KIB = 64 * KIB
 _LEAST_SERVER_MEMORY = 256 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
+#: The original's port for metrics.
+EXPORTER_PORT = 9863
 
 
 class SettingsError(ObdlabError, code="settings"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from obdlab.errors import ObdlabError
+from obdlab.settings.settings import EXPORTER_PORT
 from obdlab.snapshotter.errors import InvalidArgumentError
 from obdlab.snapshotter.overlaybd import ImageOptions
 from obdlab.snapshotter.quota import parse_size
@@ -27,7 +28,6 @@ _LEVELS = {
     "debug": logging.DEBUG,
     "trace": logging.DEBUG,
 }
-_EXPORTER_PORT = 9863
 _MAX_TENANT = (1 << 31) - 1
 #: Keys that are accepted without effect, and the reason.
 _NO_EFFECT = {
@@ -88,7 +88,7 @@ class SnapshotterConfig:
         # Docker's init layers are plain layers on an image here, so the value makes no difference.
         _word(path, values, "runtimeType", ("containerd", "docker"))
         exporter = _object(path, values, "exporterConfig")
-        port = _int(path, exporter, "port", _EXPORTER_PORT, most=65535, least=1)
+        port = _int(path, exporter, "port", EXPORTER_PORT, most=65535, least=1)
         default_fs = _text(path, values, "defaultFsType") or ImageOptions().default_fs
         try:
             FsSpec.parse(default_fs)

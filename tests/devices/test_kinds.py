@@ -11,7 +11,9 @@ from obdlab import plugins
 from obdlab.cli import common
 from obdlab.cli.main import build_parser
 from obdlab.devices import kinds
+from obdlab.devices.fuse_loop import FuseLoop
 from obdlab.errors import DeviceError
+from obdlab.server.host import _warm_up
 from obdlab.settings.settings import SettingsError
 
 FOREIGN = """
@@ -71,3 +73,27 @@ def test_a_wrong_kind_is_refused_before_anything_starts(tmp_path: Path, capsys: 
     args = build_parser().parse_args(["device", "attach", "--settings", str(tmp_path / "settings.json"), "x"])
     with pytest.raises(SettingsError, match=r"device_kind: wanted one of auto, .*overlaybd-tcmu .got 'nbd'"):
         common.settings_from(args)
+
+
+def test_the_device_host_imports_the_modules_of_kinds_that_this_host_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Present(FuseLoop):
+        warm = ("warmed_of_present",)
+
+        def missing(self) -> str:
+            return ""
+
+    class Missing(FuseLoop):
+        warm = ("warmed_of_missing",)
+
+        def missing(self) -> str:
+            return "no such module in this kernel"
+
+    for module in (*Present.warm, *Missing.warm):
+        (tmp_path / f"{module}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    _warm_up((), [Present(), Missing()])
+    assert "warmed_of_present" in sys.modules
+    assert "warmed_of_missing" not in sys.modules
