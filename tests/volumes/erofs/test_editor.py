@@ -317,6 +317,53 @@ def test_a_change_of_attributes_writes_one_block_and_the_superblock() -> None:
     assert [inode.uid for _, _, inode in volume.walk()] == [0, 5, 7]
 
 
+@pytest.mark.parametrize("count", [15, 16, 17, 300])
+def test_directories_of_all_sizes(tmp_path: Path, count: int) -> None:
+    # 12 bytes and the name for each: fifteen of 255 bytes and a last one fill a block with the dots.
+    names = [b"%03d" % number + b"n" * 252 for number in range(count - 1)]
+    names.append(b"~" * (52 if count == 16 else 100))
+    disk = MemoryDisk(1 << 20)
+    editor = Editor(disk, fresh=True)
+    folder = make_folder(editor, editor.root, b"folder")
+    for name in names:
+        editor.add_file(folder, name, **PLAIN)
+    editor.finish()
+    volume = Volume(disk)
+    inode = volume.inode(volume.lookup(b"folder") or 0)
+    assert (inode.size == BLOCK) == (count == 16)
+    assert inode.layout == (pack.INLINE if 0 < inode.size % BLOCK <= BLOCK - pack.INODE_SIZE else pack.PLAIN)
+    assert set(volume.entries(volume.lookup(b"folder") or 0)) == set(names)
+    assert fsck(disk, tmp_path / "disk") == ""
+
+
+def test_what_is_no_link_or_directory() -> None:
+    disk = MemoryDisk(1 << 20)
+    editor = Editor(disk, fresh=True)
+    add_file(editor, b"file", b"text")
+    editor.add_file(editor.root, b"link", **PLAIN | {"mode": 0o120777}, target=b"target")
+    editor.finish()
+    volume = Volume(disk)
+    file, link = volume.lookup(b"file") or 0, volume.lookup(b"link") or 0
+    with pytest.raises(FormatError, match="no symbolic link"):
+        volume.readlink(volume.inode(file))
+    with pytest.raises(FormatError, match="no directory"):
+        volume.entries(file)
+    struct.pack_into("<Q", disk.data, link * SLOT + 8, BLOCK + 1)
+    with pytest.raises(FormatError, match="no symbolic link"):
+        volume.readlink(volume.inode(link))
+    struct.pack_into("<Q", disk.data, volume.root * SLOT + 8, (256 << 20) + 1)
+    with pytest.raises(FormatError, match="no directory"):
+        volume.entries(volume.root)
+
+
+def test_an_erofs_with_other_blocks_is_not_changed() -> None:
+    disk = MemoryDisk(1 << 20)
+    Editor(disk, fresh=True).finish()
+    disk.data[pack.SUPER_OFFSET + 12] = 11
+    with pytest.raises(FormatError, match="not made here"):
+        Editor(disk, fresh=False)
+
+
 def test_an_erofs_with_another_root_is_not_changed() -> None:
     disk = MemoryDisk(1 << 20)
     Editor(disk, fresh=True).finish()

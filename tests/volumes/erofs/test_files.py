@@ -78,7 +78,7 @@ def test_small_files_are_written_in_one_piece() -> None:
 def test_attributes_that_leave_the_tail_no_room_move_it_into_a_block() -> None:
     disk = CountingDisk(1 << 20)
     editor = Editor(disk, fresh=True)
-    content = b"a" * 4096 + b"b" * 1000
+    content = b"a" * 4096 + b"c" * 8192 + b"b" * 1000
     file = add_file(editor, b"file", content)
     assert editor.inode(file).layout == pack.INLINE
     # 64 bytes of inode, 17 and the value of attributes, 1000 of the tail; attributes are filled up to four bytes.
@@ -90,6 +90,40 @@ def test_attributes_that_leave_the_tail_no_room_move_it_into_a_block() -> None:
     volume = Volume(disk)
     inode = volume.inode(volume.entries(volume.root)[b"file"][0])
     assert b"".join(volume.content(inode)) == content
+
+
+@pytest.mark.parametrize(("value", "layout"), [(100, pack.INLINE), (3015, pack.INLINE), (3016, pack.PLAIN)])
+def test_attributes_leave_the_rest_of_the_block_to_the_tail(value: int, layout: int) -> None:
+    editor = Editor(CountingDisk(1 << 20), fresh=True)
+    file = add_file(editor, b"file", b"b" * 1000, xattrs=[(b"user.a", b"v" * value)])
+    assert editor.inode(file).layout == layout
+    assert b"".join(editor._volume.content(editor.inode(file))) == b"b" * 1000
+
+
+def test_a_file_in_chunks_moves_with_its_table() -> None:
+    disk = CountingDisk(4 << 20)
+    editor = Editor(disk, fresh=True)
+    size = (2 << 20) + 777
+    file = add_file(editor, b"file", b"", size=size, pieces=[(0, b"low"), (size - 4, b"high")], sparse=True)
+    before = file.number
+    for _ in range(2):  # once in the layer that wrote it, once in the next
+        change(editor, file, [(b"user.a", b"v" * 500)] if file.number == before else [(b"user.a", b"v" * 900)])
+        editor.finish()
+        editor = Editor(disk, fresh=False)
+        found = editor.entries(editor.root)[b"file"]
+        assert isinstance(found, File)
+        assert found.number != before
+        file = found
+        content = b"".join(editor._volume.content(editor.inode(file)))
+        assert (len(content), content[:3], content[-4:], content.count(0)) == (size, b"low", b"high", size - 7)
+
+
+def test_a_file_without_content_and_a_node_without_a_number() -> None:
+    editor = Editor(CountingDisk(1 << 20), fresh=True)
+    values = {"uid": 0, "gid": 0, "mtime_ns": 0, "xattrs": ()}
+    empty = editor.add_file(editor.root, b"empty", mode=0o100644, **values)  # type: ignore[arg-type]
+    node = editor.add_file(editor.root, b"node", mode=0o20644, **values)  # type: ignore[arg-type]
+    assert (editor.inode(empty).size, editor.inode(node).rdev) == (0, (0, 0))
 
 
 def change(editor: Editor, file: File, xattrs: list[tuple[bytes, bytes]]) -> None:

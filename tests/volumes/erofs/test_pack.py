@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
+from obdlab.errors import FormatError
 from obdlab.formats.checksum import raw_crc32c
 from obdlab.volumes.erofs import pack
 from obdlab.volumes.erofs.volume import Volume
@@ -36,6 +37,67 @@ def test_the_superblock_holds_what_it_was_given(root: int, inodes: int, blocks: 
     volume = Volume(MemoryBlob(bytes(pack.SUPER_OFFSET) + raw))
     assert (volume.root, volume.inodes, volume.blocks, volume.has_chunks) == (root, inodes, blocks, chunks)
     assert volume.block_size == pack.BLOCK
+
+
+def test_all_other_fields_of_the_superblock_are_zero() -> None:
+    # erofs_fs.h: magic, checksum, features, block size, slots, root, inodes, time (8 and 4), blocks, metadata's and
+    # attributes' place, UUID, name, features, five numbers for compression and devices, directories, attributes.
+    raw = pack.superblock(root=128, inodes=5, blocks=7, chunks=False)
+    fields = struct.unpack_from("<IIIBBHQQIIII16s16sIHHHBBIQ", raw)
+    assert fields[:1] + fields[2:12] == (0xE0F5E1E2, 3, 12, 0, 128, 5, 0, 0, 7, 0, 0)
+    assert not any(fields[14:])
+    assert not any(raw[64:])
+    assert pack.superblock(root=128, inodes=5, blocks=7, chunks=True)[80:84] == b"\4\0\0\0"
+
+
+@pytest.mark.parametrize(("layout", "start", "size", "good"), [
+    (pack.PLAIN, 0, 1 << 60, True), (pack.PLAIN, 0, (1 << 60) + 1, False), (pack.INLINE, 0, (1 << 60) + 1, False),
+    (pack.CHUNKED, 4, 1 << 40, True), (pack.CHUNKED, 4, (1 << 40) + 1, False), (pack.CHUNKED, 31, 1 << 60, True),
+    (pack.CHUNKED, 31, (1 << 60) + 1, False), (1, 0, 0, False), (3, 0, 0, False),
+])  # fmt: skip
+def test_largest_files(layout: int, start: int, size: int, good: bool) -> None:
+    raw = pack.inode(
+        128,
+        mode=stat.S_IFREG,
+        uid=0,
+        gid=0,
+        size=size,
+        mtime_ns=0,
+        links=1,
+        layout=layout,
+        start=start,
+        xattrs_size=0,
+    )
+    if good:
+        assert volume_with(raw).inode(128).size == size
+        return
+    with pytest.raises(FormatError, match=r"impossible size|compressed"):
+        volume_with(raw).inode(128)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"\xe3", "no EROFS.*got 0xe0f5e1e3, wanted 0xe0f5e1e2"),
+        (12, b"\x08", "not known here: .*block size 2.8"),
+        (12, b"\x11", "not known here: .*block size 2.17"),
+        (80, b"\x02", "not known here: large compressed clusters"),
+        (82, b"\x01", "not known here: features 0x10000"),
+        (90, b"\x01", "not known here: .*directories 2.1"),
+    ],
+)
+def test_other_superblocks(at: int, value: bytes, message: str) -> None:
+    raw = bytearray(bytes(pack.SUPER_OFFSET) + pack.superblock(root=128, inodes=1, blocks=2, chunks=False))
+    raw[pack.SUPER_OFFSET + at : pack.SUPER_OFFSET + at + len(value)] = value
+    with pytest.raises(FormatError, match=message):
+        Volume(MemoryBlob(bytes(raw)))
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+def test_block_sizes(bits: int) -> None:
+    raw = bytearray(bytes(pack.SUPER_OFFSET) + pack.superblock(root=128, inodes=1, blocks=2, chunks=False))
+    raw[pack.SUPER_OFFSET + 12] = bits
+    assert Volume(MemoryBlob(bytes(raw))).block_size == 1 << bits
 
 
 def test_the_checksum_covers_the_block_from_the_superblock_on() -> None:

@@ -65,6 +65,21 @@ def test_the_tree_is_as_it_was(tree: Path, tmp_path: Path, option: str) -> None:
     assert differences(got, list_tree(tree), ignore=ignore) == []
 
 
+def test_attributes_that_files_share(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for number in range(40):
+        (root / f"{number}").touch()
+        for name in ("user.first", "user.second", "user.third"):
+            os.setxattr(root / f"{number}", name, name.encode() * 9)
+        os.setxattr(root / f"{number}", "user.own", b"%d" % number)
+    data = make(root, tmp_path, "-x1")
+    volume = Volume(MemoryBlob(data))
+    shared = [data[inode.xattrs_at + 4] for _, _, inode in volume.walk() if not inode.is_directory]
+    assert shared == [3] * 40
+    assert differences(list_volume(volume), list_tree(root)) == []  # type: ignore[arg-type]
+
+
 def test_ranges_of_files(tree: Path, tmp_path: Path) -> None:
     volume = Volume(MemoryBlob(make(tree, tmp_path)))
     wanted = (tree / "a/big").read_bytes()

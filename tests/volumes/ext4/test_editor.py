@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
 import struct
 import subprocess
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from obdlab.convert.compare.listing import differences, list_tree, list_volume
 from obdlab.volumes.ext4 import changes, directory
 from obdlab.volumes.ext4.editor import Editor
-from obdlab.volumes.ext4.layout import ROOT_INO, Inode
+from obdlab.volumes.ext4.layout import ROOT_INO, Inode, device_block
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
 from tests.volumes.ext4.disk import FileDisk, fsck
@@ -271,6 +272,53 @@ def test_directories_are_counted_in_their_groups(tmp_path: Path) -> None:
         editor.finish()
         counts = [Volume(disk)._group(group).directories for group in (0, 1)]
         assert sum(counts) == per_group + 20 - 3 + 1
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_every_type_of_file(tmp_path: Path) -> None:
+    with FileDisk(tmp_path / "disk", 4 << 20) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        kinds = {
+            stat.S_IFREG: 1,
+            stat.S_IFCHR: 3,
+            stat.S_IFBLK: 4,
+            stat.S_IFIFO: 5,
+            stat.S_IFSOCK: 6,
+            stat.S_IFLNK: 7,
+        }
+        for kind in kinds:
+            inode = Inode(mode=kind | 0o644)
+            if kind in (stat.S_IFCHR, stat.S_IFBLK):
+                inode = inode.changed(block=device_block(1, 3))
+            elif kind == stat.S_IFLNK:
+                inode = editor.with_link(inode, b"target")
+            elif kind == stat.S_IFREG:
+                inode = editor.with_content(inode, 0, [])
+            editor.add(ROOT_INO, b"%o" % kind, inode)
+        editor.add(ROOT_INO, b"folder", FOLDER)
+        editor.finish()
+        found = {name: kind for name, (_, kind) in Volume(disk).entries(ROOT_INO).items()}
+        assert found == {b"folder": 2, **{b"%o" % kind: number for kind, number in kinds.items()}}
+    assert fsck(tmp_path / "disk") == ""
+
+
+def test_free_blocks_of_empty_full_and_mixed_groups(tmp_path: Path) -> None:
+    with FileDisk(tmp_path / "disk", 512 << 20) as disk:
+        make_filesystem(disk)
+        editor = Editor(disk)
+        unused = editor.blocks.left
+        first = editor.blocks.free[0]
+        inode = Inode(mode=0o100644, size=(first + 32768) * 4096)
+        runs = editor.blocks.take(first + 32768)  # groups 0 and 1, of four
+        block, nodes = editor.extent_tree(changes.extents_of(runs))
+        sectors = (first + 32768 + nodes) * 8
+        editor.add(ROOT_INO, b"file", inode.changed(block=block, flags=0x80000, sectors=sectors))
+        editor.finish()
+        free = list(Volume(disk).free_blocks())
+        assert sum(count for _, count in free) == unused - first - 32768 - nodes
+        assert [count for _, count in free][-1] == 32768
+        assert all(begin >= 2 * 32768 for begin, _ in free)
     assert fsck(tmp_path / "disk") == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,11 @@ def test_block_numbers_beyond_32_bits(blocks: int) -> None:
     shape = mkfs._Shape(blocks, 1 << 30)
     superblock = Superblock.parse(mkfs._superblock(shape), blocks * 4096)
     assert superblock.blocks == blocks
+    assert struct.unpack_from("<II", superblock.raw, 12) == (
+        (blocks - shape.used_blocks) & 0xFFFFFFFF,
+        shape.inodes - 10,
+    )
+    assert struct.unpack_from("<I", superblock.raw, 344) == ((blocks - shape.used_blocks) >> 32,)
     packed = shape.descriptors()
     groups = [Group.parse(packed, at, wide=True) for at in range(0, len(packed), 64)]
     assert len(groups) == superblock.groups

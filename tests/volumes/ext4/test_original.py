@@ -211,13 +211,16 @@ def test_flags_of_a_directory_that_is_written_whole_are_kept() -> None:
     assert Volume(disk).inode(folder).flags == 0x80040
 
 
-@pytest.mark.parametrize(("offset", "value"), [(352, 2), (252, 2), (252, 0)])
-def test_another_hash_of_names_is_refused(offset: int, value: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "value", "got"), [(352, 2, "version 1, unsigned"), (252, 2, "version 2"), (252, 0, "version 0")]
+)
+def test_another_hash_of_names_is_refused(offset: int, value: int, got: str) -> None:
     disk = MemoryDisk(1 << 20)
     make_filesystem(disk)
     disk.data[SUPER_OFFSET + offset] = value
-    with pytest.raises(FormatError, match="hash of names"):
+    with pytest.raises(FormatError, match="hash of names") as caught:
         Editor(disk)
+    assert caught.value.got == got
 
 
 def test_a_block_map_is_refused_before_anything_is_lost(tmp_path: Path) -> None:
