@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, ag
     """Try a sample of each room's mutants and append the outcomes to its file."""
     directory = results_dir(root)
     covering = Covering(directory / "coverage", directory / "times.jsonl", directory / "sources")
+    equivalent = equivalents(root)
     for room in rooms or list(ROOMS):
         results = directory / f"{room}.jsonl"
         known = {} if not results.exists() else {_key(entry): entry for entry in read(results)}
@@ -72,7 +74,7 @@ def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, ag
         for mutant in wanted:
             entry = known.get(_key(asdict(mutant)))
             stale = entry is None or entry["digest"] != digests[mutant.file]
-            if stale or (again and entry is not None and entry["outcome"] != "caught"):
+            if stale or (again and entry is not None and is_open(entry, equivalent)):
                 todo.append(mutant)
         with (
             _copies(root, workers, again=again) as copies,
@@ -105,6 +107,17 @@ def _outcomes(mutants: list[Mutant], copies: list[Copy], covering: Covering) -> 
                 yield done.result()
         finally:  # after an error, no mutant is tried whose outcome nothing would keep
             pool.shutdown(cancel_futures=True)
+
+
+def equivalents(root: Path) -> set[tuple[object, ...]]:
+    """Return (file, line before, line after) of the mutants that behave like the original."""
+    file = root / "tests" / "mutants" / "equivalent.toml"
+    return {(entry["file"], entry["was"], entry["now"]) for entry in tomllib.loads(file.read_text())["mutant"]}
+
+
+def is_open(entry: dict[str, object], equivalent: set[tuple[object, ...]]) -> bool:
+    """Return True if the mutant survived and is not equivalent."""
+    return entry["outcome"] != "caught" and (entry["file"], entry["was"], entry["now"]) not in equivalent
 
 
 def read(results: Path) -> Iterator[dict[str, object]]:
