@@ -27,6 +27,15 @@ def make_tree(root: Path) -> None:
         os.utime(path, ns=(1, 1_000_000_007), follow_symlinks=False)
 
 
+def test_a_link_whose_other_names_are_elsewhere_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "here").write_bytes(b"x")
+    os.link(tmp_path / "tree" / "here", tmp_path / "elsewhere")
+    assert list_tree(tmp_path / "tree")["here"].linked_to == ""
+    os.link(tmp_path / "elsewhere", tmp_path / "tree" / "again")
+    assert {entry.linked_to for path, entry in list_tree(tmp_path / "tree").items() if path != "."} == {"again"}
+
+
 def test_lists_every_kind(tmp_path: Path) -> None:
     make_tree(tmp_path / "a")
     listing = list_tree(tmp_path / "a")

@@ -112,6 +112,24 @@ def gnu_sparse() -> bytes:
     return bytes(header) + b"D" * 512 + bytes(1024)
 
 
+@pytest.mark.parametrize(
+    ("at", "field"),
+    [
+        (398, b"\xff" * 12),  # one byte less than none
+        (386, b"\xff" * 12),
+        (386, b"%011o\0" % 9_900),
+        (398, b"\x80" + b"\x7f" * 11),
+    ],
+)
+def test_sparse_maps_that_lead_out_of_the_file(at: int, field: bytes) -> None:
+    header = bytearray(gnu_sparse())
+    header[at : at + 12] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    with pytest.raises(FormatError, match="sparse file has data outside"):
+        read(bytes(header))
+
+
 def test_sparse_files() -> None:
     ((got, data),) = read(gnu_sparse())
     assert got.sparse
