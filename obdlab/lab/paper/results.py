@@ -61,10 +61,14 @@ class Results:
         if not (directory / "rows.jsonl").is_file():
             return []
         try:
-            experiment = open_experiment(last_spec(directory), directory)
+            spec = last_spec(directory)
         except SpecError:
             return []
-        return [row for row in experiment.rows() if not row.get("error")]
+        good = [row for row in open_experiment(spec, directory).rows() if not row.get("error")]
+        if isinstance(spec.baseline, str):
+            return good
+        # Figures over an axis of numbers have no place for the second arm of the baseline, which is a text.
+        return [row for row in good if not isinstance(row[spec.arm_axis], str)]
 
 
 def samples(rows: Iterable[Row], key: str) -> list[float]:

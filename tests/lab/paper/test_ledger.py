@@ -8,13 +8,13 @@ import pytest
 
 from obdlab.lab.paper import ledger
 from obdlab.lab.paper.claims import CLAIMS
-from obdlab.lab.paper.questions import FIO, START
+from obdlab.lab.paper.questions import FIO, INDEX, START
 from obdlab.lab.paper.results import Results, busy, estimate, launch_s, ratio, samples
 from obdlab.lab.paper.verdicts import Verdict
 from obdlab.lab.run.rows import Row, RowStore
 from obdlab.lab.run.spec import Spec
 from obdlab.lab.run.statistics import Estimate
-from tests.lab.paper.rows import Given, start_rows, store_starts
+from tests.lab.paper.rows import Given, start_rows, store_grid, store_starts
 
 TOTALS = {("overlayfs", "cold"): 10.0, ("obdlab", "cold"): 2.5}
 
@@ -118,6 +118,19 @@ def test_rows_are_the_good_ones_of_the_last_run_with_these_values(tmp_path: Path
     for row in results.rows(START)[:2]:
         row["environment"] = known
     assert results.environments(START) == [{"id": known, "kernel": "6.18"}]
+
+
+def test_a_second_baseline_is_no_point_of_an_axis_of_numbers(tmp_path: Path) -> None:
+    axes = {"segments": [1000, 4500], "layers": [1]}
+    spec = Spec.from_values({"name": "index", "kind": "index", "axes": axes, "repeats": 2, "a_a": True})
+    store_grid(tmp_path / "index", spec, {})
+    results = Results(tmp_path)
+    assert len(results.all_rows(INDEX)) == 6
+    assert [row["segments"] for row in results.rows(INDEX, layers=1)].count(1000) == 2
+    assert {row["segments"] for row in results.rows(INDEX)} == {1000, 4500}
+    fio = Spec.from_values({"name": "random_read", "kind": "fio", "repeats": 1, "a_a": True})
+    store_grid(tmp_path / "random_read", fio, {})
+    assert {row["device"] for row in results.rows(FIO)} >= {"loop", "loop (A/A)"}
 
 
 def test_numbers_of_rows() -> None:

@@ -107,6 +107,8 @@ from obdlab.lab.kinds.index import Index
 from obdlab.lab.testbed.process import LabError
 
 class Stubborn(Index):
+    measured = ("obdlab.lab.kinds.index",)
+
     @contextmanager
     def bench(self, options, place):
         def measure(point):
