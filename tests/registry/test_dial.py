@@ -13,7 +13,7 @@ import pytest
 
 from obdlab.registry import dial
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.dial import Dialer, _interleaved
+from obdlab.registry.dial import Dialer, _favour, _interleaved
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Repository
 from tests.registry.faulty import faulty_registry
@@ -157,6 +157,15 @@ def test_what_was_resolved_serves_while_the_resolver_is_down(names: Names, monke
 def test_what_is_no_name(host: str) -> None:
     with pytest.raises(OSError, match=r"not a host name|not known|No address"):
         Dialer().dial(host, 80, soon())
+
+
+def test_the_address_that_worked_is_first_if_the_name_still_has_it() -> None:
+    addresses = [(socket.AF_INET, (f"10.0.0.{n}", 1)) for n in range(4)]
+    for number, address in enumerate(addresses):
+        others = addresses[:number] + addresses[number + 1 :]
+        assert _favour(addresses, [address, *others]) == [address, *others]
+        assert _favour(others, [address]) == others
+    assert _favour(addresses, None) == addresses
 
 
 def test_families_take_turns() -> None:

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.credentials import Found, Pair
 from obdlab.registry.errors import RegistryError
+from obdlab.registry.reference import Repository
 from tests.registry import faulty
 from tests.registry.faulty import faulty_registry
 from tests.registry.reading import DATA, DEADLINE_S, WANTED, assert_located, credentials, read, with_password
@@ -74,6 +76,49 @@ def test_another_threads_token_that_is_refused_is_not_the_last_one() -> None:
         sent = [request.authorization for request in registry.blob_requests()]
         # The second and third of these are the other thread's.
         assert sent[2:] == ["Bearer token-1", "Bearer token-1", "Bearer token-2", "Bearer token-2", "Bearer token-3"]
+        client.close()
+
+
+def test_a_failure_with_another_threads_token_is_that_failure() -> None:
+    with faulty_registry(auth="bearer") as registry:
+        registry.add_blob(DATA)
+        client = with_password(registry)
+        read(client, registry)
+
+        def refuse_while_another_is_served(answer: faulty.Answer) -> None:
+            registry.revoke_tokens()
+            assert read(client, registry) == WANTED
+            answer.handler.refuse()
+
+        registry.next(refuse_while_another_is_served, None, faulty.status(503))
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
+        client.close()
+
+
+class Rotating:
+    """Credentials that have changed since they were read, as a refusal shows."""
+
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+        return Found(("user", "old" if refused is None else "new"))
+
+    def likely(self, repository: Repository) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("code", [400, 401, 403])
+def test_a_token_server_that_refuses_a_password_is_asked_with_the_next(code: int) -> None:
+    with faulty_registry(auth="bearer", password="old") as registry:
+        registry.add_blob(DATA)
+
+        def refuse_once(answer: faulty.Answer) -> None:
+            registry.password, registry.token_fault = "new", None
+            faulty.status(code)(answer)
+
+        registry.token_fault = refuse_once
+        client = RegistryClient(Rotating(), request_timeout_s=20, deadline_s=60)
+        assert read(client, registry) == WANTED
+        assert registry.tokens_issued == 2
         client.close()
 
 

@@ -22,7 +22,7 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Repository
-from obdlab.registry.upload import BlobSink
+from obdlab.registry.upload import BlobSink, _Section
 from tests.registry.faulty import Server
 from tests.registry.server import PASSWORD, USER, RegistryServer, running_registry
 
@@ -252,6 +252,18 @@ def _breaking_tunnel(host: str, after: int) -> Iterator[tuple[str, threading.Eve
             thread.join()
         for end in (server, *sockets):
             end.close()
+
+
+def test_a_section_of_a_file_is_read_in_any_steps(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA[:1000])
+    with (tmp_path / "file").open("rb") as file:
+        for sizes in ((-1,), (None,), (500,), (100, -1), (0, None), (1, 2, 3, 1000), (299, 1, 1)):
+            section = _Section(file, 200, 500)
+            parts = [section.read(size) for size in sizes]  # type: ignore[arg-type] # as files may be read
+            assert all(size is None or size < 0 or len(part) <= size for size, part in zip(sizes, parts, strict=True))
+            assert b"".join(parts) == DATA[200 : 200 + sum(map(len, parts))]
+            assert len(b"".join(parts)) == min(300, sum(300 if size is None or size < 0 else size for size in sizes))
+        assert file.tell() == 0  # the file's own position is another thread's
 
 
 def test_a_broken_chunk_goes_on_where_it_broke(registry: Registry, client: RegistryClient) -> None:
