@@ -1,4 +1,4 @@
-"""What other programs say about their failures, for those that give no code. The only place that matches such texts.
+"""Failures of other programs that give no code. This is the only module that matches texts of failures.
 
 Each function names its program and the reason. Errors of this package have classes (``obdlab.errors``), an OSError
 has an errno, a gRPC call its status, a database its SQLSTATE: nothing of these is matched here.

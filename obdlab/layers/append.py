@@ -24,8 +24,11 @@ from obdlab.formats.lsmt.logreplay import replay
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile
+from obdlab.layers.readers import Readers
 from obdlab.layers.seal import append_seal, find_seal, recover_seal, sealed_records, undo_seal
-from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
+from obdlab.layers.upperstate import TRANSITIONS, State
+from obdlab.layers.writable import Upper, check_virtual_size
+from obdlab.states import StateOf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +45,6 @@ _PIECE = 4 << 20
 _PUNCH_SECTORS = (32 << 20) // SECTOR
 # Parts that a collection copies before it lets waiting writes in.
 _COPIES_AT_ONCE = 64
-#: Longest time that a collection waits for reads that began before it.
-READERS_DEADLINE_S = 60.0
 
 
 class AppendUpper(Upper):
@@ -59,26 +60,32 @@ class AppendUpper(Upper):
     takes_partial_blocks = False
     discard_hides = True
 
-    def __init__(self, file: LayerFile, log: IndexLog | None, header: Header, held: SegmentMap) -> None:
+    def __init__(
+        self,
+        file: LayerFile,
+        log: IndexLog | None,
+        header: Header,
+        held: SegmentMap,
+        state: State = State.WRITABLE,
+    ) -> None:
         self.name = file.name
         self.header = header
         self.dropped = Dropped()
         #: Held by a collection, so that only one runs at a time.
         self.collecting = threading.Lock()
         self._file = file
-        self._log = log  # None if opened for reading only
+        self._log = log  # None if opened for reading only, or while it is being opened
         self._map = held
         self._end = max(HEADER_SPACE, file.size // SECTOR * SECTOR)
-        # Taken in this order. _writing guards files and log, _lock the map and the reads that rely on its answer.
+        # Taken in this order. _syncing keeps flushes and seals apart, _writing guards state, files and log, _lock the
+        # map and the count of reads that rely on its answer.
         self._syncing = threading.Lock()
         self._writing = threading.Lock()
         self._lock = threading.Lock()
         #: Ranges that :meth:`punch` need not free again: kept by a collection for the next one.
         self.punched: frozenset[tuple[int, int]] = frozenset()
-        self._readers_left = threading.Condition(self._lock)
-        self._readers = [0, 0]  # by the phase in which they began
-        self._phase = 0
-        self._is_sealed = False
+        self._readers = Readers(self._lock)
+        self._state = StateOf(self.name, state, TRANSITIONS)
 
     @classmethod
     def create(
@@ -149,7 +156,8 @@ class AppendUpper(Upper):
                 content = read_log(log_file, file.size)
                 if not read_only:
                     recover_seal(file, header, content.data_end)
-                layer = cls(file, None, header, SegmentMap.of(replay(content.records.without_tags())))
+                state = State.READ_ONLY if read_only else State.WRITABLE
+                layer = cls(file, None, header, SegmentMap.of(replay(content.records.without_tags())), state)
                 layer._take_log(log_file, content, read_only=read_only)
             except BaseException:
                 log_file.close()
@@ -195,15 +203,11 @@ class AppendUpper(Upper):
             self._check_range(offset, length)
         with self._lock:
             runs = self._map.lookup(offset // SECTOR, (end + SECTOR - 1) // SECTOR)
-            phase = self._phase
-            self._readers[phase] += 1
+            phase = self._readers.begin()
         try:
             return self._read_runs(runs, offset, end)
         finally:
-            with self._lock:
-                self._readers[phase] -= 1
-                if phase != self._phase and not self._readers[phase]:
-                    self._readers_left.notify_all()
+            self._readers.end(phase)
 
     def _read_runs(self, runs: list[Run], offset: int, end: int) -> list[tuple[int, bytes | None]]:
         pieces: list[tuple[int, bytes | None]] = []
@@ -260,9 +264,9 @@ class AppendUpper(Upper):
         # Data first: a record on stable storage must not point at data that is not there.
         with self._syncing:
             with self._writing:
-                if self._log is None or self._is_sealed:
+                if self.state not in (State.WRITABLE, State.CLOSED):  # nothing to flush
                     return
-                log = self._log
+                log = self._writable_log()
                 log.write_group()
             self._file.sync()
             log.sync()
@@ -292,32 +296,39 @@ class AppendUpper(Upper):
             with self._lock:
                 records = sealed_records(self._map, self.name)
             append_seal(self._file, self.header, records, self._end, marked=marked)
-            self._is_sealed = True
+            self._state.become(State.SEALED)
             try:
                 self._file.lock(shared=True)
             except BaseException:
                 self._file.resize(self._end)
-                self._is_sealed = False
+                self._state.become(State.WRITABLE)
                 raise
 
     def unseal(self) -> None:
         with self._syncing, self._writing:
+            self._state.check(State.WRITABLE)
             trailer = find_seal(self._file, self.header)
             if trailer is not None:
                 self._file.lock()
                 undo_seal(self._file, trailer)
-            self._is_sealed = False
+            self._state.become(State.WRITABLE)
 
     def retire(self) -> None:
         with self._syncing, self._writing:
-            if self._log is not None:
-                self._log.close()
+            self._state.become(State.RETIRED)
+            self._close_log()
 
     def close(self) -> None:
-        try:
-            self.retire()
-        finally:
-            self._file.close()
+        with self._syncing, self._writing:
+            self._state.become(State.CLOSED)
+            try:
+                self._close_log()
+            finally:
+                self._file.close()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
 
     # The steps of a collection; obdlab.layers.gc calls them.
 
@@ -367,13 +378,7 @@ class AppendUpper(Upper):
 
     def wait_for_readers(self) -> None:
         """Return once every read that began before this call has ended. Raises SourceError after a minute."""
-        with self._lock:
-            self._wait_for_phase(1 - self._phase)  # empty, unless an earlier call timed out
-            self._phase = 1 - self._phase
-            self._wait_for_phase(1 - self._phase)
-
-    def _wait_for_phase(self, phase: int) -> None:
-        if not self._readers_left.wait_for(lambda: not self._readers[phase], READERS_DEADLINE_S):
+        if not self._readers.wait_for_earlier():
             raise SourceError("reads did not end in time", blob=self.name)
 
     def punch(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -403,8 +408,8 @@ class AppendUpper(Upper):
             log.sync()
 
     def _writable_log(self) -> IndexLog:
-        if self._is_sealed or self._log is None:
-            raise read_only_error(self.name)
+        self._check_writable()
+        assert self._log is not None, "a writable layer has its log"
         return self._log
 
     def _check_sectors(self, offset: int, length: int) -> None:

@@ -24,7 +24,9 @@ from obdlab.formats.zfile.layout import is_zfile
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, sealed_records, undo_seal
-from obdlab.layers.writable import Upper, check_virtual_size, read_only_error
+from obdlab.layers.upperstate import TRANSITIONS, State
+from obdlab.layers.writable import Upper, check_virtual_size
+from obdlab.states import StateOf
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
@@ -63,13 +65,13 @@ class SparseUpper(Upper):
     takes_partial_blocks = True
     discard_hides = False
 
-    def __init__(self, file: LayerFile, header: Header, held: SegmentMap) -> None:
+    def __init__(self, file: LayerFile, header: Header, held: SegmentMap, state: State = State.WRITABLE) -> None:
         self.name = file.name
         self.header = header
         self._file = file
         self._map = held
         self._lock = threading.Lock()
-        self._is_read_only = False  # opened for reading only, or sealed
+        self._state = StateOf(self.name, state, TRANSITIONS)
 
     @classmethod
     def create(
@@ -129,9 +131,7 @@ class SparseUpper(Upper):
         except BaseException:
             file.close()
             raise
-        layer = cls(file, header, held)
-        layer._is_read_only = read_only
-        return layer
+        return cls(file, header, held, State.READ_ONLY if read_only else State.WRITABLE)
 
     def read_held(self, offset: int, length: int) -> list[tuple[int, bytes | None]]:
         end = offset + length
@@ -193,32 +193,30 @@ class SparseUpper(Upper):
 
     def seal_file(self, *, marked: bool = False) -> None:
         self._check_writable()
-        self._is_read_only = True
+        self._state.become(State.SEALED)
         try:
             with self._lock:
                 records = sealed_records(self._map, self.name)
             append_seal(self._file, self.header, records, HEADER_SPACE + self.virtual_size, marked=marked)
             self._file.lock(shared=True)
         except BaseException:
-            self._is_read_only = False
+            self._state.become(State.WRITABLE)
             raise
 
     def unseal(self) -> None:
+        self._state.check(State.WRITABLE)
         trailer = find_seal(self._file, self.header)
         if trailer is not None:
             self._file.lock()
             undo_seal(self._file, trailer)
-        self._is_read_only = False
+        self._state.become(State.WRITABLE)
 
     def retire(self) -> None:
-        """Do nothing: there is only the data file."""
+        self._state.become(State.RETIRED)  # there is only the data file
 
     def close(self) -> None:
+        self._state.become(State.CLOSED)
         self._file.close()
-
-    def _check_writable(self) -> None:
-        if self._is_read_only:
-            raise read_only_error(self.name)
 
 
 def _check_size(file: LayerFile, header: Header, *, read_only: bool) -> None:

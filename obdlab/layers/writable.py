@@ -9,6 +9,7 @@ from obdlab.errors import OutOfRangeError, SourceError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import MAX_VIRTUAL_SIZE, SECTOR
 from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.upperstate import State
 
 if TYPE_CHECKING:
     import threading
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from obdlab.formats.lsmt.layout import Header
     from obdlab.formats.lsmt.segmentmap import SegmentMap
     from obdlab.layers.layerfile import LayerFile
+    from obdlab.states import StateOf
 
 # Chunks of the map prepared for sealing while reads and writes wait: some milliseconds.
 _CHUNKS_AT_ONCE = 16
@@ -44,6 +46,12 @@ class Upper(ABC):
     _file: LayerFile
     _map: SegmentMap
     _lock: threading.Lock  # guards the map
+    _state: StateOf[State]
+
+    @property
+    def state(self) -> State:
+        """The layer's state at this moment."""
+        return self._state.now
 
     @property
     def data(self) -> LayerFile:
@@ -115,11 +123,17 @@ class Upper(ABC):
 
     @abstractmethod
     def unseal(self) -> None:
-        """Undo :meth:`seal`: cut off index and trailer, and allow writing again."""
+        """Undo :meth:`seal`: cut off index and trailer, and allow writing again.
+
+        Raises IllegalTransitionError unless the layer is sealed and not retired.
+        """
 
     @abstractmethod
     def retire(self) -> None:
-        """After :meth:`seal`: close all but the data file, which the sealed layer closes from now on."""
+        """After :meth:`seal`: close all but the data file, which the sealed layer closes from now on.
+
+        Raises IllegalTransitionError unless the layer is sealed.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -158,6 +172,12 @@ class Upper(ABC):
     ) -> None:
         self.close()
 
+    def _check_writable(self) -> None:
+        if self._state.now is State.CLOSED:
+            raise SourceError("layer file is closed", blob=self.name)
+        if self._state.now is not State.WRITABLE:
+            raise SourceError("layer was sealed or opened for reading only, it cannot be written", blob=self.name)
+
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.header.virtual_size:
             raise OutOfRangeError(
@@ -185,8 +205,3 @@ def check_virtual_size(virtual_size: int, name: str = "writable layer") -> None:
             f"{name}: no virtual size for a writable layer (got {virtual_size}, "
             f"wanted a multiple of {SECTOR} up to {MAX_VIRTUAL_SIZE})"
         )
-
-
-def read_only_error(name: str) -> SourceError:
-    """Return the error of writing after sealing, or after opening for reading only."""
-    return SourceError("layer was sealed or opened for reading only, it cannot be written", blob=name)

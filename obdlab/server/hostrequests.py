@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
@@ -24,7 +24,7 @@ from obdlab.devices.kind import NO_CONNECTION
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.server import wire
 from obdlab.server.forking import fork_to
-from obdlab.server.keeper import Keeper, Orphan
+from obdlab.server.keeper import Keeper
 from obdlab.server.messages import (
     OF_HOST_CLIENT,
     OF_KEEPER,
@@ -43,7 +43,7 @@ from obdlab.server.messages import (
     Upgraded,
 )
 from obdlab.server.rundir import DeviceRecord, Plan, RunDir, held, remove_device
-from obdlab.server.takeover import Former, connection_of
+from obdlab.server.takeover import Former, Orphan, There, connection_of
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
 from obdlab.system.processes import Process
@@ -150,7 +150,7 @@ class HostRequests:
             former = Former(record)
             with closed_at_end(former.connection() if kind.is_shared else NO_CONNECTION) as handed_on:
                 try:
-                    self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), former=former)
+                    self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), former)
                 except BaseException:
                     former.go_on()  # the new keeper does that unless it was killed
                     raise
@@ -166,7 +166,7 @@ class HostRequests:
                     time.monotonic() + _REVIVAL_S,
                     NO_CONNECTION,
                     (lock,),
-                    revived=record,
+                    record,
                 )
 
     # Yields the lock and the record of a known device. Raises DeviceError if the device is unknown.
@@ -197,7 +197,7 @@ class HostRequests:
             orphan = Orphan(connection, description, record.code)
             is_shared = kinds.find(record.kind).is_shared
             with closed_at_end(connection_of(peer.pid) if is_shared else NO_CONNECTION) as handed_on:
-                self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan=orphan)
+                self._start_keeper(self._plan_of(record), directory, deadline, handed_on, (lock,), orphan)
         return True
 
     # Forks the keeper and follows it until the device is ready. A keeper whose pipe is closed ends, with its
@@ -209,14 +209,14 @@ class HostRequests:
         deadline: float,
         handed_on: int,
         not_its: tuple[int, ...],
-        **there: Any,
+        there: There = None,
     ) -> None:
         reader, writer = os.pipe()
 
         def keep() -> None:
             for fd in (reader, *not_its):
                 os.close(fd)
-            Keeper(plan, directory, self._opener, handed_on, writer, **there).run()
+            Keeper(plan, directory, self._opener, handed_on, writer, there).run()
 
         pid = None
         try:

@@ -21,7 +21,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +38,10 @@ from obdlab.server.messages import Busy, Description, Failed, Message, Ready, St
 from obdlab.server.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
 from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan
 from obdlab.server.serverprocess import ServerProcess, Task, how_ended, killed_by
+from obdlab.server.takeover import Former, Orphan, There, record_of
 from obdlab.server.watchdog import Watchdog
 from obdlab.settings.settings import Settings
+from obdlab.states import StateOf
 from obdlab.system import abi
 from obdlab.system.processes import Process
 
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.blob import Blob
-    from obdlab.server.takeover import Former
 
     Opener = Callable[[Path, str], Blob]
 
@@ -58,23 +59,12 @@ _LEAVE_PAUSE_S = 1.0
 MAX_HANGS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """A running server whose keeper was killed."""
-
-    channel: socket.socket
-    #: The same description that a ready server sends.
-    description: Description
-    #: Digest of the code that it runs.
-    code: str
-
-
 class Keeper:
     """Keeps the device at ``directory`` going, from the fork of its first server to its end.
 
-    The servers' messages go to the pipe ``tell`` until the device is ready or has failed. With ``former``, the device
-    exists already and its servers are replaced. With ``orphan``, the device's server stays. With ``revived``, the
-    device exists without a server.
+    The servers' messages go to the pipe ``tell`` until the device is ready or has failed. ``there`` is the part of
+    the device that exists already: nothing; its former processes, which are replaced; its server, which stays; or
+    its record alone, as keeper and server are dead.
     """
 
     def __init__(
@@ -84,35 +74,31 @@ class Keeper:
         opener: Opener,
         connection: int,
         tell: int,
-        *,
-        former: Former | None = None,
-        orphan: Orphan | None = None,
-        revived: DeviceRecord | None = None,
+        there: There = None,
     ) -> None:
         self._plan = plan
         self._directory = directory
         self._opener = opener
         self._connection = connection
         self._kind = kinds.find(plan.kind)
-        self._state = State.STARTING if former is None else State.REPLACING
-        self._revived = revived
+        self._there = there
+        self._former = there if isinstance(there, Former) else None
+        self._state = StateOf("keeper", State.STARTING if self._former is None else State.REPLACING, TRANSITIONS)
         self._take_down_wanted = False
         self._tell: int | None = tell
-        self._former = former
-        self._orphan = orphan
         settings = Settings.from_json(plan.settings)
         self._most_servers = settings.server_processes or min(4, os.cpu_count() or 1)
         self._helper_settings = replace(settings, download_enabled=False).to_json()
-        before = former.record if former is not None else revived or DeviceRecord.load(directory)
-        self._path = None if former is None and revived is None else Path(before.path) if before else None
-        self._restarts = 0 if before is None else before.restarts + (revived is not None)
+        before = record_of(there) or DeviceRecord.load(directory)
+        self._path = Path(before.path) if before and isinstance(there, Former | DeviceRecord) else None
+        self._restarts = 0 if before is None else before.restarts + isinstance(there, DeviceRecord)
         self._servers: dict[int, ServerProcess] = {}
         self._poller = select.poll()
         self._next_start: float | None = None
         self._deaths = Deaths(settings.read_deadline_s)
         self._description: Description | None = None
         #: Digest of the code that the server runs.
-        self._code = plan.code if orphan is None else orphan.code
+        self._code = there.code if isinstance(there, Orphan) else plan.code
         self._watchdog = Watchdog(directory, settings)
         self._signals: Signals | None = None
 
@@ -123,22 +109,18 @@ class Keeper:
         self._poller.register(self._signals, select.POLLIN)
         if self._tell is not None:
             self._poller.register(self._tell, 0)  # an event comes when the reader is closed
-        if self._former is not None:
-            self._former.make_way()
-        if self._orphan is not None:
-            self._adopt(self._orphan)
-        elif self._revived is not None:
-            self._revive(self._revived)
-        else:
-            self._start(0)
-        while self._state is not State.OVER and (self._servers or self._next_start is not None):
+        match self._there:
+            case Orphan() as orphan:
+                self._adopt(orphan)
+            case DeviceRecord() as record:
+                self._revive(record)
+            case Former() as former:
+                former.make_way()
+                self._start(0)
+            case None:
+                self._start(0)
+        while self._state.now is not State.OVER and (self._servers or self._next_start is not None):
             self._wait()
-
-    def _become(self, state: State) -> None:
-        if state is not self._state:
-            if state not in TRANSITIONS[self._state]:
-                raise RuntimeError(f"keeper: no way from {self._state} to {state}")
-            self._state = state
 
     def _wait(self) -> None:
         for fd, _ in self._poller.poll(self._pause_ms()):
@@ -152,20 +134,20 @@ class Keeper:
                     self._listen(one)
                 elif fd == one.pidfd:
                     self._bury(one)
-        if self._state in KEPT:
+        if self._state.now in KEPT:
             self._end_hung()
-        if self._state in KEPT and self._next_start is not None and time.monotonic() >= self._next_start:
+        if self._state.now in KEPT and self._next_start is not None and time.monotonic() >= self._next_start:
             self._next_start = None
             if not self._has_ended():
                 self._start(0)
-        if self._take_down_wanted and self._state is not State.OVER:
+        if self._take_down_wanted and self._state.now is not State.OVER:
             self._take_down_if_unused()
 
     def _pause_ms(self) -> float | None:
         pauses = []
         if self._next_start is not None:
             pauses.append(max(0.0, self._next_start - time.monotonic()))
-        elif self._state in KEPT:
+        elif self._state.now in KEPT:
             pauses.append(self._watchdog.pause_s())
         if self._take_down_wanted:
             pauses.append(_LEAVE_PAUSE_S)
@@ -210,7 +192,7 @@ class Keeper:
     # The host's child waits for the record alone: the image may take long to open, and the device exists.
     def _revive(self, record: DeviceRecord) -> None:
         log.error("%s: keeper and server are gone: starting a server", self._directory.name)
-        self._become(State.RESTARTING)
+        self._state.become(State.RESTARTING)
         self._description = Description(
             record.kind, record.path, record.size, record.read_only, True, record.pid, record.start_time
         )
@@ -234,7 +216,7 @@ class Keeper:
             become(lambda: self._serve(ours, theirs, task, settings))
         theirs.close()
         self._watch(ServerProcess(pid, ours, number))
-        if number == 0 and self._state is State.RESTARTING:
+        if number == 0 and self._state.now is State.RESTARTING:
             self._save()
 
     def _watch(self, one: ServerProcess) -> None:
@@ -244,7 +226,7 @@ class Keeper:
 
     def _could_not_start(self, number: int, why: str) -> None:
         log.error("%s: server %d: %s", self._directory.name, number, why)
-        if number == 0 and self._state in KEPT:
+        if number == 0 and self._state.now in KEPT:
             self._start_again(why, reported=True)
         elif number == 0:
             self._say(Failed(why))
@@ -303,11 +285,11 @@ class Keeper:
                 one.start = Start.now(self._path) if self._path is not None else None
             case Failed() as failed:
                 one.failed = failed
-                if self._state in KEPT:
+                if self._state.now in KEPT:
                     log.error("%s: server %d cannot serve: %s", self._directory.name, one.number, failed.error)
                 else:
                     self._say(failed)
-            case Stage() if self._state not in KEPT:
+            case Stage() if self._state.now not in KEPT:
                 self._say(message)
 
     def _say(self, message: Message) -> None:
@@ -325,12 +307,12 @@ class Keeper:
             self._former = None
         if not can_go_on:
             log.warning("%s: the kernel is too old to let another server go on with it", self._directory.name)
-        self._become(State.SERVED)
+        self._state.become(State.SERVED)
         self._save(kept=can_go_on)
         self._say(Ready(None))
         self._stop_telling()
         if not can_go_on:  # an open connection would only keep its readers waiting after a death
-            self._become(State.OVER)
+            self._state.become(State.OVER)
 
     def _stop_telling(self) -> None:
         if self._tell is not None:
@@ -342,7 +324,7 @@ class Keeper:
         me = Process.of(os.getpid()) if kept else None
         known = DeviceRecord.load(self._directory)
         starting = (
-            Process.of(self._servers[0].pid) if self._state is State.RESTARTING and 0 in self._servers else None
+            Process.of(self._servers[0].pid) if self._state.now is State.RESTARTING and 0 in self._servers else None
         )
         described = self._description
         assert described is not None, "no server was ready yet"
@@ -375,7 +357,7 @@ class Keeper:
 
     def _help(self) -> None:
         free = set(range(1, self._most_servers)) - set(self._servers)
-        if free and self._state in KEPT and self._description is not None and self._description.read_only:
+        if free and self._state.now in KEPT and self._description is not None and self._description.read_only:
             self._start(min(free))
 
     def _bury(self, one: ServerProcess) -> None:
@@ -385,13 +367,13 @@ class Keeper:
         self._unwatch(one.pidfd)
         status = one.bury()
         del self._servers[one.number]
-        if self._state not in KEPT:
-            if self._state in (State.STARTING, State.REPLACING):
+        if self._state.now not in KEPT:
+            if self._state.now in (State.STARTING, State.REPLACING):
                 self._fail(f"the server ended {how_ended(status)}")
             return
         if self._has_ended():
             if one.number == 0:
-                self._become(State.ENDING)
+                self._state.become(State.ENDING)
                 self._kill_servers()  # helpers have no data to flush
             return
         name, why = self._directory.name, one.failed.error if one.failed else f"ended {how_ended(status)}"
@@ -408,7 +390,7 @@ class Keeper:
         self._start_again(why, reported=one.failed is not None)
 
     def _start_again(self, why: str, *, reported: bool) -> None:
-        self._become(State.RESTARTING)
+        self._state.become(State.RESTARTING)
         enough = self._deaths.count(reported=reported)
         if enough:
             self._give_up(f"{enough} (the last: {why})")
@@ -418,7 +400,7 @@ class Keeper:
     def _give_up(self, after: str) -> None:
         log.error("%s: given up after %s; its users get I/O errors", self._directory.name, after)
         self._kill_servers()
-        self._become(State.OVER)
+        self._state.become(State.OVER)
         try:
             self._kind.give_up(self._directory)
         except DeviceError as error:
@@ -431,7 +413,7 @@ class Keeper:
         if self._former is not None:
             self._former.go_on()
         self._stop_telling()
-        self._become(State.OVER)
+        self._state.become(State.OVER)
 
     def _kill_servers(self) -> None:
         for one in self._servers.values():

@@ -86,7 +86,7 @@ class Description(Message, frozen=True):
 
 
 class Stage(Message, frozen=True):
-    """What a server does before it is ready."""
+    """A step of a server's start."""
 
     stage: str
 

@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
+from obdlab.server.rundir import DeviceRecord
 from obdlab.system import abi
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
-    from obdlab.server.rundir import DeviceRecord
+    import socket
+
+    from obdlab.server.messages import Description
 
 _END_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A running server whose keeper was killed."""
+
+    channel: socket.socket
+    #: The same description that a ready server sends.
+    description: Description
+    #: Digest of the code that it runs.
+    code: str
 
 
 class Former:
@@ -81,6 +96,20 @@ class Former:
                 pass
         found |= {process for pid in pids if (process := Process.of(pid)) is not None}
         return [process for process in found if process.alive]
+
+
+#: The part of a device that exists when its keeper starts.
+There = Former | Orphan | DeviceRecord | None
+
+
+def record_of(there: There) -> DeviceRecord | None:
+    """Return the record that the processes before have left."""
+    match there:
+        case Former():
+            return there.record
+        case DeviceRecord():
+            return there
+    return None
 
 
 def connection_of(pid: int) -> int:

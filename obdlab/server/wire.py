@@ -168,7 +168,7 @@ def receive(connection: socket.socket, timeout_s: float, kinds: Sequence[type[Me
 
 
 def decode(line: bytes, kinds: Sequence[type[Message]]) -> Message:
-    """Return a line's message. Raises DeviceError if it is malformed, or of none of ``kinds``."""
+    """Return a line's message. Raises DeviceError if it is malformed or of another kind."""
     try:
         values = msgspec.json.decode(line)
     except (ValueError, RecursionError) as error:

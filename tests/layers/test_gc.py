@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.errors import SourceError
-from obdlab.layers import append
+from obdlab.layers import readers
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gc import collect
 from obdlab.layers.stack import Stack, WritableStack
@@ -200,10 +200,10 @@ def test_a_read_under_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
             reader.start()
             assert inside.wait(30)
         upper.write_at(0, b"n" * 8192)
-        monkeypatch.setattr(append, "READERS_DEADLINE_S", 0.05)
+        monkeypatch.setattr(readers, "READERS_DEADLINE_S", 0.05)
         with pytest.raises(SourceError, match="reads did not end in time"):
             collect(upper)
-        monkeypatch.setattr(append, "READERS_DEADLINE_S", 30.0)
+        monkeypatch.setattr(readers, "READERS_DEADLINE_S", 30.0)
         collector = threading.Thread(target=collect, args=(upper,))
         collector.start()
         collector.join(0.1)

@@ -23,7 +23,6 @@ from obdlab.server import deaths, wire
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.deaths import MAX_DEATHS, Deaths, Start
-from obdlab.server.keeperstate import TRANSITIONS, State
 from obdlab.server.messages import Failed
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState
 from obdlab.server.serverprocess import ServerProcess
@@ -351,14 +350,6 @@ def test_a_device_without_directory_makes_no_run_directory(service: DeviceServic
     finally:
         away.rename(service.run_dir.path)
     assert whole(service).pid == device.pid
-
-
-def test_every_state_is_in_the_table_and_can_be_reached_and_left() -> None:
-    assert set(TRANSITIONS) == set(State)
-    reached = {State.STARTING, State.REPLACING}.union(*TRANSITIONS.values())
-    assert reached == set(State)
-    assert [state for state, following in TRANSITIONS.items() if not following] == [State.OVER]
-    assert all(state not in following for state, following in TRANSITIONS.items())
 
 
 def test_deaths_in_a_row_are_given_up_and_a_healthy_server_begins_again() -> None:
