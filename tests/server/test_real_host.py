@@ -126,9 +126,8 @@ def test_an_unreachable_registry_is_named(service: DeviceService, tmp_path: Path
     path = tmp_path / "bad.json"
     lower = LowerConfig(digest="sha256:" + "ab" * 32, size=4096)
     ImageConfig(repo_blob_url="http://127.0.0.1:1/v2/some/image/blobs", lowers=(lower,)).save(path)
+    settings = Settings(cache_dir=tmp_path / "cache", open_deadline_s=2.0)
     with pytest.raises(ImageOpenError, match=r"127\.0\.0\.1:1") as caught:
-        DeviceService(service.run_dir.path, Settings(cache_dir=tmp_path / "cache", read_deadline_s=1.0)).attach(
-            path, "x"
-        )
+        DeviceService(service.run_dir.path, settings).attach(path, "x")
     assert caused_by(caught.value, RegistryError)
     assert service.list() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,10 @@ from tests.shards import table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: All collected slow tests, by id, and the files of all collected tests; before any selection.
+SLOW = pytest.StashKey[list[str]]()
+FILES = pytest.StashKey[set[Path]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="NAME", help="only the slow tests of this shard (tests/shards/table.py)")
@@ -18,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[SLOW] = [item.nodeid for item in items if is_slow(item)]
+    config.stash[FILES] = {item.path for item in items}
     name = config.getoption("shard")
     if not name:
         return
