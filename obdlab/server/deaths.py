@@ -80,7 +80,12 @@ class Deaths:
         """Pause before the next server; 0 after the first failure."""
         if self._failures <= 1:
             return 0.0
-        return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * float(2 ** min(self._failures, 8)))
+        return backoff_s(self._failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+
+
+def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
+    """Return the pause after that many failures in a row: ``first_s``, doubled with each of them."""
+    return min(longest_s, first_s * 2.0 ** min(failures, 32))
 
 
 def _oom_kills() -> int:

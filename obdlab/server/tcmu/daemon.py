@@ -3,6 +3,9 @@
 A drop-in for overlaybd-tcmu. One process with one thread listens to the kernel and forks a server per device. A
 server outlives the daemon, and is replaced when it dies. The kernel's dev_config names an image's config.v1.json. No
 other state is kept: a new daemon takes over the devices it finds.
+
+It supervises servers as a keeper does, with the same pieces (forking, messages, back-off) but another policy: the
+kernel itself keeps these devices and waits for an answer to each event, so no device is ever given up.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
 from obdlab.devices.tcmu.uio import DeviceBusyError
 from obdlab.errors import of_code
 from obdlab.server import wire
+from obdlab.server.deaths import backoff_s
 from obdlab.server.forking import Signals, fork_to
 from obdlab.server.messages import OF_KEEPER, Failed
 from obdlab.server.tcmu.devconfig import HANDLER, image_of, report_failure
@@ -209,7 +213,7 @@ class TcmuDaemon:
     def _start_again(self, server: _Server, code: int) -> None:
         healthy = server.ready_at is not None and time.monotonic() - server.ready_at > _HEALTHY_S
         deaths = 1 if healthy else server.deaths + 1
-        pause_s = min(_RESTART_FIRST_S * 2 ** (deaths - 1), _RESTART_MOST_S)
+        pause_s = backoff_s(deaths - 1, _RESTART_FIRST_S, _RESTART_MOST_S)
         log.error("%s: its server died (status %d), another one in %g s", server.name.device, code, pause_s)
         self._waiting[server.number] = (time.monotonic() + pause_s, deaths)
 
