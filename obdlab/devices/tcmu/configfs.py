@@ -48,7 +48,7 @@ class Target:
         if not device_id.isascii() or not device_id.isalnum() or len(device_id) > _ID_MOST:
             raise DeviceError(f"device id: {_ID_MOST} letters or digits at most (got {device_id!r})")
         hba = _NO_TENANT_HBA if tenant == -1 else tenant
-        prefix = 199 if tenant == -1 else tenant % 100 + 100
+        prefix = tenant % 100 + 100  # 199 without a tenant
         backstore = TARGET / "core" / f"user_{hba}" / f"dev_{device_id}"
         return cls(device_id, backstore, TARGET / "loopback" / f"naa.{prefix:03}{device_id.zfill(_ID_MOST)}")
 
