@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from obdlab.blob import MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
 from obdlab.layers.recorder import Recorder, reads_of
+from obdlab.layers.stack import Stack
+from tests.layers.lsmt_samples import layer as layer_of
 
 SIZE = 1 << 20
 reads = st.lists(st.tuples(st.integers(0, 254), st.integers(0, SIZE - 100), st.integers(0, 100)), max_size=30)
@@ -44,6 +46,19 @@ def test_a_failed_read_is_not_recorded() -> None:
     with pytest.raises(OutOfRangeError):
         blob.read_at(2, 2)
     assert (reads_of(recorder.to_bytes()), recorder.left_out, blob.size, blob.name) == ([], 0, 3, "layer")
+
+
+def test_a_stack_is_watched_layer_by_layer_until_that_ends() -> None:
+    stack = Stack([layer_of([(0, 8, False)], 8192), layer_of([(8, 8, False)], 8192)])
+    wanted = stack.read_at(0, 8192)
+    recorder = Recorder()
+    stack.watch(recorder.around)
+    assert stack.watched
+    assert stack.read_at(0, 8192) == wanted
+    stack.watch(None)
+    assert not stack.watched
+    assert stack.read_at(0, 8192) == wanted
+    assert reads_of(recorder.to_bytes()) == [(0, 4096, 4096), (1, 4096, 4096)]  # the bottom is number 0
 
 
 def test_reads_of_threads_do_not_mix() -> None:

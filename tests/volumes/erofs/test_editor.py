@@ -336,6 +336,27 @@ def test_directories_of_all_sizes(tmp_path: Path, count: int) -> None:
     assert fsck(disk, tmp_path / "disk") == ""
 
 
+@pytest.mark.parametrize(("length", "moves"), [(100, False), (97, False), (143, False), (144, True)])
+def test_a_directory_moves_only_for_attributes_without_room(length: int, moves: bool) -> None:
+    # 12 bytes, then 4, 1 and the value, filled up to four; the 40 bytes of the entries behind them are free as well.
+    disk = MemoryDisk(1 << 20)
+    editor = Editor(disk, fresh=True)
+    made = make_folder(editor, editor.root, b"folder", xattrs=[(b"user.a", b"v" * 100)])
+    editor.add_file(made, b"f", **PLAIN)
+    editor.finish()
+    before = Volume(disk).lookup(b"folder")
+    editor = Editor(disk, fresh=False)
+    folder = editor.entries(editor.root)[b"folder"]
+    assert isinstance(folder, Directory)
+    editor.set_directory(folder, **FOLDER | {"xattrs": [(b"user.a", b"w" * length)]})
+    editor.finish()
+    volume = Volume(disk)
+    after = volume.lookup(b"folder") or 0
+    assert (after != before) == moves
+    assert volume.xattrs(volume.inode(after)) == [(b"user.a", b"w" * length)]
+    assert list(volume.entries(after)) == [b"f"]
+
+
 def test_what_is_no_link_or_directory() -> None:
     disk = MemoryDisk(1 << 20)
     editor = Editor(disk, fresh=True)

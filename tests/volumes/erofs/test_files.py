@@ -154,6 +154,15 @@ def test_a_sparse_file_takes_chunks_where_there_are_bytes(places: list[int], siz
     assert b"".join(volume.content(inode)) == expected
 
 
+@pytest.mark.parametrize(("rest", "blocks"), [(1, 1), (4096, 1), (4097, 2), (65536, 16)])
+def test_the_last_chunk_is_as_long_as_its_bytes(rest: int, blocks: int) -> None:
+    space = Space(CountingDisk(4 << 20), 2)
+    size = (1 << 20) + rest
+    written = FileWriter(space).write(size, [(size - 1, b"x")], 2048, sparse=True)
+    assert written.chunks == [pack.HOLE] * 16 + [2]
+    assert space.end == 2 + blocks
+
+
 def test_only_large_sparse_files_are_in_chunks() -> None:
     writer = FileWriter(Space(CountingDisk(4 << 20), 2))
     assert writer.write((1 << 20) - 1, [], 2048, sparse=True).layout == pack.PLAIN

@@ -117,6 +117,15 @@ def test_a_block_is_filled_to_the_last_byte(count: int, fits: bool) -> None:
     assert (len(blocks), is_tree) == (1 if fits else 2, False)
 
 
+def test_a_tree_may_have_one_leaf() -> None:
+    # The kernel leaves such a tree when names are removed.
+    entries = [(b"%03d" % number + b"n" * 200, number + 11, directory.FILE) for number in range(80)]
+    blocks, _ = directory.build(entries, 5, 2, 4096, (0, 0, 0, 0))
+    root = bytearray(blocks[0])
+    root[34:36] = b"\1\0"
+    assert directory.leaf_of([bytes(root), blocks[1]], 0xFFFFFFFC) == 1
+
+
 @pytest.mark.parametrize(
     ("at", "change"), [(28, b"\2"), (30, b"\2"), (34, b"\0\0"), (34, b"\xff\xff"), (36, b"\0\0\0\0")]
 )
