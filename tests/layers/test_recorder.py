@@ -15,7 +15,7 @@ from obdlab.layers.recorder import Recorder, reads_of
 from obdlab.layers.stack import Stack
 from tests.layers.lsmt_samples import layer as layer_of
 
-SIZE = 1 << 20
+SIZE = 1 << 10
 reads = st.lists(st.tuples(st.integers(0, 254), st.integers(0, SIZE - 100), st.integers(0, 100)), max_size=30)
 
 

@@ -191,6 +191,8 @@ def test_whole_blocks_are_not_read_before_they_are_written(tmp_path: Path) -> No
         stack.write_at(4096 + 512, bytes(512))  # inside a block the upper holds
         stack.write_at(50 * 512, bytes(512))  # no lower data in this block, though in the next
         assert watched.reads == []
+        held = [(begin, count) for begin, count, source, _ in stack.upper.lookup(48, 56) if source >= 0]
+        assert held == [(50, 1)]
         stack.write_at(512, bytes(512))
         assert len(watched.reads) == 2
 

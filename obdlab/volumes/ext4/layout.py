@@ -123,8 +123,6 @@ class Superblock:
     raw: bytes
     inodes: int
     blocks: int
-    free_blocks: int
-    free_inodes: int
     first_data_block: int
     block_size: int
     blocks_per_group: int
@@ -167,8 +165,6 @@ class Superblock:
             raw=raw,
             inodes=number(0),
             blocks=number(4) | (number(336) << 32 if wide else 0),
-            free_blocks=number(12) | (number(344) << 32 if wide else 0),
-            free_inodes=number(16),
             first_data_block=number(20),
             block_size=1024 << min(number(24), 16),
             blocks_per_group=number(32),
