@@ -21,7 +21,15 @@ from obdlab.formats import oci
 from obdlab.lab.images.basesystem import make_busybox, make_debian
 from obdlab.lab.images.chroot import APT_DIRECTORY, Chroot
 from obdlab.lab.images.layertar import LayerFile, settle_times, write_layer
-from obdlab.lab.images.lock import LOCK_NAME, check_lock, compare_lock, installed_packages, read_lock, write_lock
+from obdlab.lab.images.lock import (
+    LOCK_NAME,
+    check_lock,
+    compare_lock,
+    holds,
+    installed_packages,
+    read_lock,
+    write_lock,
+)
 from obdlab.lab.images.ocilayout import OciLayout, fetch_layout
 from obdlab.lab.images.recipe import BUILDER_VERSION, Recipe, RecipeLayer
 from obdlab.lab.testbed.process import LabError, run
@@ -109,7 +117,7 @@ def build_image(
         with _locked(work_dir, progress):
             found = None if newest else find_image(recipe, work_dir, pin=pin, locked=locked)
             if found is None:
-                return _build(recipe, work_dir, progress, registry, locked=locked, fresh_base=locked or newest)
+                return _build(recipe, work_dir, progress, registry, locked=locked, newest=newest)
     progress(f"{recipe.name}: built before: {found.about} ({found.layout})")
     return found
 
@@ -158,7 +166,7 @@ def _build(
     registry: RegistryClient | None,
     *,
     locked: bool,
-    fresh_base: bool,
+    newest: bool,
 ) -> BuiltImage:
     for leftover in work_dir.glob("building-*"):  # of a killed build
         shutil.rmtree(leftover)
@@ -168,7 +176,7 @@ def _build(
         if recipe.image:
             _fetch(recipe, made, progress, registry)
         else:
-            _Build(recipe, work_dir, building, progress, locked=locked, fresh_base=fresh_base).run()
+            _Build(recipe, work_dir, building, progress, locked=locked, newest=newest).run()
         digest = OciLayout(made).digest
         layout = work_dir / f"{_stem(recipe)}-{oci.short_digest(digest).replace(':', '-')}"
         if layout.is_dir():  # an earlier build gave the same image
@@ -210,14 +218,14 @@ class _Build:
         progress: Callable[[str], None],
         *,
         locked: bool,
-        fresh_base: bool,
+        newest: bool,
     ) -> None:
         self._recipe = recipe
         self._work_dir = work_dir
         self._directory = building
         self._progress = progress
         self._locked = locked
-        self._fresh_base = fresh_base
+        self._newest = newest
         self._layout = OciLayout.create(building / "layout")
         self._chroot = Chroot(building)
         self._began = time.monotonic()
@@ -252,7 +260,7 @@ class _Build:
         # All recipes share the packed base and its tree, so that every image has the same base layer, bit for bit.
         name = f"base-{self._recipe.base}" + (f"-{self._recipe.suite}" if self._recipe.base == "debian" else "")
         base = self._work_dir / f"{name}-{BUILDER_VERSION}"
-        if self._fresh_base or not base.is_dir():
+        if not self._keeps(base):
             began = time.time()
             self._progress(f"{name}: making the base file system")
             made = self._directory / "newbase"
@@ -271,6 +279,12 @@ class _Build:
         if self._recipe.base == "debian":
             self._prepare_apt()
         return base
+
+    # A base is made again for the archive's present packages, or if it has others than the lock.
+    def _keeps(self, base: Path) -> bool:
+        if self._newest or not base.is_dir():
+            return False
+        return not self._locked or holds(self._recipe.locked, installed_packages([base / "fs"]))
 
     def _prepare_apt(self) -> None:
         apt = self._work_dir / f"apt-{self._recipe.suite}"

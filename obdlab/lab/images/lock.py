@@ -54,6 +54,11 @@ def compare_lock(locked: Sequence[str], installed: Sequence[str]) -> str:
     return f"{count}, {len(changed)} {verb} from {LOCK_NAME}: {', '.join(changed[:_SHOWN])}{more}"
 
 
+def holds(locked: Sequence[str], installed: Sequence[str]) -> bool:
+    """Return True if a lock has all of the packages, in their versions."""
+    return set(installed) <= set(locked)
+
+
 def check_lock(name: str, locked: Sequence[str], installed: Sequence[str]) -> None:
     """Raise LabError naming the first packages of the recipe ``name`` that differ from its lock."""
     if not _changes(locked, installed):

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.lab.images.builder import build_image, list_images, update_lock
-from obdlab.lab.images.lock import LOCK_NAME, check_lock, compare_lock, installed_packages, read_lock, write_lock
+from obdlab.lab.images.lock import (
+    LOCK_NAME,
+    check_lock,
+    compare_lock,
+    holds,
+    installed_packages,
+    read_lock,
+    write_lock,
+)
 from obdlab.lab.images.recipe import Recipe, RecipeError, RecipeFile, RecipeLayer, list_recipes
 from obdlab.lab.testbed.process import LabError
 from tests.lab.conftest import DATASETS
@@ -54,6 +62,9 @@ def test_how_an_image_differs_from_its_lock_is_one_line() -> None:
     assert compare_lock([f"{name}:all=1" for name in "abcde"], []).endswith("c:all absent (locked 1) and 2 more")
     assert compare_lock([], installed) == "2 packages, no packages.lock"
     assert compare_lock([], []) == ""
+    assert holds(["a:all=1", "b:all=1"], ["a:all=1"])
+    assert holds([], [])
+    assert not holds(locked, ["a:all=2"])
     with pytest.raises(
         LabError, match=r"x: --locked: 2 packages, 3 differ.*obdlab lab dataset build x --update-lock"
     ):
@@ -98,6 +109,25 @@ def test_of_several_images_the_pinned_one_is_taken_or_the_last(tiny_recipe: Reci
     assert build_image(recipe, tmp_path, pin=first.digest) == first
     shutil.rmtree(first.layout)
     assert build_image(recipe, tmp_path, pin=first.digest) == second
+
+
+@pytest.mark.kernel
+def test_a_strict_build_keeps_a_base_with_locked_packages_only(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    def has_made_base(number: int) -> bool:
+        lines: list[str] = []
+        layer = RecipeLayer(f"layer {number}", (), (), ())  # another recipe each time, with the same base
+        recipe = replace(_with_packages(tiny_recipe, "2.41-12", ("libc6:amd64=2.41-12",)))
+        build_image(replace(recipe, layers=(*recipe.layers, layer)), tmp_path, lines.append, locked=True)
+        return any("making the base" in line for line in lines)
+
+    assert has_made_base(0)
+    assert not has_made_base(1)
+    (base,) = tmp_path.glob("base-*")
+    status = base / "fs/var/lib/dpkg/status"
+    status.parent.mkdir(parents=True, exist_ok=True)
+    status.write_text(STATUS.replace("Package: mawk", "Package: libc6"))
+    assert has_made_base(2)
+    assert not has_made_base(3)
 
 
 @pytest.mark.kernel
