@@ -37,7 +37,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab", help=_list_of_argparse(named))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab")
     for entry in (*GROUPS, *SINGLE):
         child = commands.add_parser(entry.name, help=entry.summary)
         if named is None or named[:1] == [entry.name]:
@@ -58,19 +58,12 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
     parser.formatter_class = _Map
     parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}.\n\ncommands:\n{_listed(entry.commands)}"
     parser.epilog = entry.example
-    commands = parser.add_subparsers(
-        dest="verb", metavar="COMMAND", prog=parser.prog, required=True, help=_list_of_argparse(named)
-    )
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", prog=parser.prog, required=True)
     for command in entry.commands:
         child = commands.add_parser(command.name, help=command.summary)
         if named is None or named[:1] == [command.name]:
             child.set_defaults(prog=child.prog)
             command.build(child)
-
-
-# Our lists take the place of argparse's. Completion takes its words from argparse's.
-def _list_of_argparse(named: Sequence[str] | None) -> str | None:
-    return None if named is None else argparse.SUPPRESS
 
 
 def _listed(commands: Sequence[Command]) -> str:
@@ -80,6 +73,11 @@ def _listed(commands: Sequence[Command]) -> str:
 class _Map(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_WIDTH)
+
+    # Our lists of commands take the place of argparse's, which put long names on lines of their own.
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action.choices, dict):
+            super().add_argument(action)
 
 
 # The groups with the names of their commands. Fits a screen of 30 lines.

@@ -119,58 +119,58 @@ def expected(depth: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_golden_image_lists_as_the_original_showed_it(obdlab: Bed, depth: int) -> None:
-    obdlab("device", "mount", *LAYERS[:depth], str(obdlab.target))
+    obdlab("device mount", *LAYERS[:depth], str(obdlab.target))
     found = {entry["path"]: entry for entry in listing(obdlab.target)}
     wanted = {entry["path"]: entry for entry in expected(depth)}
     assert found.keys() == wanted.keys()
     for path, entry in wanted.items():
         assert found[path] == entry, path
-    obdlab("device", "umount", str(obdlab.target))
+    obdlab("device umount", str(obdlab.target))
     obdlab.until_nothing_is_left()
 
 
 def test_mount_and_umount_twice(obdlab: Bed) -> None:
-    said = obdlab("device", "mount", ",".join(LAYERS), str(obdlab.target))
+    said = obdlab("device mount", ",".join(LAYERS), str(obdlab.target))
     assert "read-only" in said
-    assert "mounted there already" in obdlab("device", "mount", *LAYERS, str(obdlab.target), code=1)
+    assert "mounted there already" in obdlab("device mount", *LAYERS, str(obdlab.target), code=1)
     second = obdlab.target.parent / "second"
-    obdlab("device", "mount", *LAYERS, str(second))
-    assert len(obdlab("device", "list").splitlines()) == 1
+    obdlab("device mount", *LAYERS, str(second))
+    assert len(obdlab("device list").splitlines()) == 1
     with pytest.raises(OSError):
         (second / "new").write_bytes(b"")
-    assert "still in use elsewhere" in obdlab("device", "umount", str(obdlab.target))
-    assert "detached" in obdlab("device", "umount", str(second))
-    assert "not mounted" in obdlab("device", "umount", str(second), code=1)
-    assert obdlab("device", "list") == ""
+    assert "still in use elsewhere" in obdlab("device umount", str(obdlab.target))
+    assert "detached" in obdlab("device umount", str(second))
+    assert "not mounted" in obdlab("device umount", str(second), code=1)
+    assert obdlab("device list") == ""
     assert list((obdlab.run_dir / "images").iterdir()) == []
 
 
 def test_umount_leaves_other_mounts_alone(obdlab: Bed) -> None:
-    assert "not a mount of obdlab's (got proc" in obdlab("device", "umount", "/proc", code=1)
+    assert "not a mount of obdlab's (got proc" in obdlab("device umount", "/proc", code=1)
     assert mount.is_mounted(Path("/proc"))
 
 
 def test_umount_says_who_is_in_the_way(obdlab: Bed) -> None:
-    obdlab("device", "mount", *LAYERS, str(obdlab.target))
+    obdlab("device mount", *LAYERS, str(obdlab.target))
     fd = os.open(obdlab.target, os.O_RDONLY)
     try:
-        assert f"process {os.getpid()}" in obdlab("device", "umount", str(obdlab.target), code=1)
+        assert f"process {os.getpid()}" in obdlab("device umount", str(obdlab.target), code=1)
     finally:
         os.close(fd)
-    obdlab("device", "umount", str(obdlab.target))
+    obdlab("device umount", str(obdlab.target))
 
 
 def test_attach_list_detach(obdlab: Bed, tmp_path: Path) -> None:
     config = tmp_path / "config.v1.json"
     ImageConfig(lowers=tuple(LowerConfig(file=path) for path in LAYERS)).save(config)
-    path = obdlab("device", "attach", str(config), "--id", "mine").strip()
-    assert obdlab("device", "attach", str(config), "--id", "mine").strip() == path
+    path = obdlab("device attach", str(config), "--id", "mine").strip()
+    assert obdlab("device attach", str(config), "--id", "mine").strip() == path
     assert Path(path).is_block_device()
-    (known,) = map(json.loads, obdlab("device", "list", "--json").splitlines())
+    (known,) = map(json.loads, obdlab("device list", "--json").splitlines())
     assert (known["id"], known["path"], known["alive"], known["read_only"]) == ("mine", path, True, True)
-    assert obdlab("device", "detach", path) == "mine: detached\n"
-    assert "mine: no device of this run directory" in obdlab("device", "detach", "mine", code=1)
-    assert "no device of this run directory" in obdlab("device", "detach", "/dev/nothing", code=1)
+    assert obdlab("device detach", path) == "mine: detached\n"
+    assert "mine: no device of this run directory" in obdlab("device detach", "mine", code=1)
+    assert "no device of this run directory" in obdlab("device detach", "/dev/nothing", code=1)
 
 
 @pytest.mark.parametrize(
@@ -186,20 +186,20 @@ def test_a_damaged_layer_is_named_and_nothing_stays(
 ) -> None:
     bad = tmp_path / "layer1.obd"
     bad.write_bytes(damage(Path(LAYERS[0]).read_bytes()))
-    said = obdlab("device", "mount", str(bad), LAYERS[1], str(obdlab.target), code=1)
+    said = obdlab("device mount", str(bad), LAYERS[1], str(obdlab.target), code=1)
     assert message in said
     assert "Traceback" not in said
     assert not obdlab.target.exists()
     assert obdlab.leftovers() == []
-    assert obdlab("device", "list") == ""
+    assert obdlab("device list") == ""
 
 
 def test_no_such_layer_file(obdlab: Bed) -> None:
-    assert "/no/such.obd: no such layer file" in obdlab("device", "mount", "/no/such.obd", str(obdlab.target), code=1)
+    assert "/no/such.obd: no such layer file" in obdlab("device mount", "/no/such.obd", str(obdlab.target), code=1)
 
 
 def test_cleanup_takes_everything_down(obdlab: Bed) -> None:
-    obdlab("device", "mount", *LAYERS, str(obdlab.target))
+    obdlab("device mount", *LAYERS, str(obdlab.target))
     said = obdlab("cleanup", "--cache")
     assert f"mount {obdlab.target}" in said
     assert "device host" in said
@@ -209,7 +209,7 @@ def test_cleanup_takes_everything_down(obdlab: Bed) -> None:
 
 
 def test_cleanup_names_what_is_in_use_and_force_takes_it(obdlab: Bed) -> None:
-    obdlab("device", "mount", *LAYERS, str(obdlab.target))
+    obdlab("device mount", *LAYERS, str(obdlab.target))
     with (obdlab.target / "big").open("rb") as file:
         assert f"still in use: {obdlab.target}: in use by process {os.getpid()}" in obdlab("cleanup", code=1)
         assert len(file.read()) == 1200000
@@ -244,12 +244,12 @@ def pushed(registry_server: RegistryServer) -> str:
 
 @pytest.mark.registry
 def test_an_image_of_a_registry_is_read_lazily(obdlab: Bed, pushed: str) -> None:
-    obdlab("device", "mount", pushed, str(obdlab.target))
+    obdlab("device mount", pushed, str(obdlab.target))
     assert (obdlab.target / "abs").read_bytes()
     fetched = sum(path.stat().st_blocks * 512 for path in obdlab.cache_dir.rglob("data"))
     assert 0 < fetched < sum(Path(path).stat().st_size for path in LAYERS) * 3 // 4
     assert {entry["path"]: entry for entry in listing(obdlab.target)} == {e["path"]: e for e in expected(2)}
-    obdlab("device", "umount", str(obdlab.target))
+    obdlab("device umount", str(obdlab.target))
 
 
 def forget_files(root: Path) -> None:
@@ -264,7 +264,7 @@ def forget_files(root: Path) -> None:
 @pytest.mark.registry
 def test_read_from_a_cache_that_is_too_small_and_cleared_meanwhile(obdlab: Bed, pushed: str) -> None:
     quota = 200 << 10
-    obdlab("device", "mount", pushed, str(obdlab.target), "--cache-quota", "200K")
+    obdlab("device mount", pushed, str(obdlab.target), "--cache-quota", "200K")
     wanted = {entry["path"]: entry for entry in expected(2)}
     for _ in range(3):
         obdlab("cache clear")
@@ -273,13 +273,13 @@ def test_read_from_a_cache_that_is_too_small_and_cleared_meanwhile(obdlab: Bed, 
         assert any(path.stat().st_blocks for path in obdlab.cache_dir.rglob("data"))  # fetched again
         held = [obdlab.cache_dir, *obdlab.cache_dir.rglob("*")]
         assert sum(path.lstat().st_blocks * 512 for path in held) <= quota
-    obdlab("device", "umount", str(obdlab.target))
+    obdlab("device umount", str(obdlab.target))
 
 
 @pytest.mark.registry
 def test_an_ordinary_image_is_refused(obdlab: Bed, pushed: str) -> None:
     plain = pushed.removesuffix(":2") + ":plain"
-    said = obdlab("device", "mount", plain, str(obdlab.target), code=1)
+    said = obdlab("device mount", plain, str(obdlab.target), code=1)
     assert "not an overlaybd image" in said
     assert f"obdlab image convert {plain}" in said
     assert not obdlab.target.exists()
@@ -288,6 +288,6 @@ def test_an_ordinary_image_is_refused(obdlab: Bed, pushed: str) -> None:
 @pytest.mark.registry
 def test_a_missing_image_is_named(obdlab: Bed, pushed: str) -> None:
     missing = pushed.removesuffix(":2") + ":none"
-    said = obdlab("device", "mount", missing, str(obdlab.target), code=1)
+    said = obdlab("device mount", missing, str(obdlab.target), code=1)
     assert "404" in said
     assert "golden/ext4" in said

@@ -36,7 +36,7 @@ class Tool:
 
     def __call__(self, *words: str, status: int = 0) -> str:
         command = [sys.executable, "-m", "obdlab", *words, "--run-dir", str(self.run_dir)]
-        if words[0] in ("trace", "attach", "mount"):
+        if words[0] in ("trace", "device", "image"):
             command[3 : 3 + len(words)] = [*words[:2], *self._cache(), *words[2:]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == status, done.stderr
@@ -63,7 +63,7 @@ def tool(tmp_path: Path) -> object:
 
 
 def devices(tool: Tool) -> list[dict[str, object]]:
-    return [json.loads(line) for line in tool("ls-devices", "--json").splitlines()]
+    return [json.loads(line) for line in tool("device", "list", "--json").splitlines()]
 
 
 def test_from_a_recording_to_a_start_ahead_of_its_reads(tool: Tool, image: str, tmp_path: Path) -> None:
@@ -78,18 +78,18 @@ def test_from_a_recording_to_a_start_ahead_of_its_reads(tool: Tool, image: str, 
     assert not [entry for entry in mount.mounts() if str(tool.run_dir) in str(entry.mountpoint)]
 
     hot = f"{image.rpartition(':')[0]}:hot"
-    assert "hot layer of" in tool("trace", "publish", image, hot, "--trace", str(trace))
-    tool("trace", "publish", image, "--trace", str(trace), "--as", "referrer")
+    assert "hot layer of" in tool("image", "publish", image, hot, "--trace", str(trace))
+    tool("image", "publish", image, "--trace", str(trace), "--as", "referrer")
     for name in (hot, image):
         tool.forget_cached()
-        tool("mount", name, str(tmp_path / "mnt"))
+        tool("device", "mount", name, str(tmp_path / "mnt"))
         (device,) = devices(tool)
         assert (tmp_path / "mnt" / "big").read_bytes() == BIG
         (device,) = devices(tool)
         counted = device["source"]
         assert isinstance(counted, dict)
         assert counted["prefetch_used_bytes"] > len(BIG) * 0.8, (name, counted)
-        tool("umount", str(tmp_path / "mnt"))
+        tool("device", "umount", str(tmp_path / "mnt"))
 
 
 def test_a_command_says_when_it_is_ready_or_how_it_ended(tool: Tool, image: str, tmp_path: Path) -> None:
