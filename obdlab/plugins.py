@@ -32,7 +32,7 @@ def load(group: str, name: str) -> Any:
         return None
     try:
         return entry.load()
-    except Exception as error:  # whatever another package raises
+    except Exception as error:  # any error of another package
         raise PluginError(f"{group}: {name}: cannot be imported ({entry.value}): {error}") from error
 
 

@@ -16,6 +16,8 @@ from obdlab.errors import DeviceError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from obdlab.blob import Blob
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
@@ -34,6 +36,14 @@ class DeviceStatistics:
     write_times: dict[str, float] = field(default_factory=dict)
     #: Age of each request under way.
     under_way_s: tuple[float, ...] = ()
+
+
+def check_sectors(blob: Blob, sector_size: int) -> None:
+    """Raise DeviceError unless the blob is a whole number of sectors."""
+    if blob.size == 0 or blob.size % sector_size:
+        raise DeviceError(
+            f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
+        )
 
 
 class Device(ABC):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import fuse, loop
-from obdlab.devices.device import Device
+from obdlab.devices.device import Device, check_sectors
 from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
 from obdlab.devices.kind import Kind, Place, cannot_open
 from obdlab.devices.usage import wait_unused
@@ -55,10 +55,7 @@ class FuseLoopDevice(Device):
         on_busy: Callable[[], None] | None = None,
         exchangeable: bool = False,
     ) -> None:
-        if blob.size == 0 or blob.size % sector_size:
-            raise DeviceError(
-                f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
-            )
+        check_sectors(blob, sector_size)
         self._directory = directory
         self._blob = blob
         self._server = FuseServer(blob, name=name, read_only=read_only, max_threads=max_threads, on_busy=on_busy)

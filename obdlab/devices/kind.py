@@ -11,7 +11,8 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,8 +56,8 @@ class Kind(ABC):
     is_file = False
     #: Which kind ``auto`` takes on a host without FUSE devices that outlive their servers: the highest; 0: never.
     preference = 0
-    #: Modules that serving a device needs, imported by the device host so that no server has to.
-    warm: tuple[str, ...] = ()
+    #: Module that serving a device needs, imported by the device host so that no server has to.
+    implementation = ""
 
     @abstractmethod
     def missing(self) -> str:
@@ -106,6 +107,42 @@ class Kind(ABC):
     def directories_below(self, parent: Path) -> set[Path]:
         """Return directories below ``parent`` that have devices, as far as the kernel shows them."""
         return set()
+
+
+class StayingKind(Kind):
+    """A kind whose devices stay in the kernel without a server; the next server finds them by their directory.
+
+    Clients look for devices of every kind, so the module ``implementation`` is imported only on hosts that have
+    ``control``. It has DEVICE, a class of devices, and the functions devices_of, take_down and abandon.
+    """
+
+    control: Path
+
+    def open(self, blob: Blob, place: Place) -> Device:
+        device: Device = self.module.DEVICE(
+            blob,
+            place.directory,
+            name=place.name,
+            readahead_kib=place.readahead_kib,
+            recover=place.path is not None,
+        )
+        return device
+
+    def give_up(self, directory: Path) -> None:
+        self.module.abandon(directory)
+
+    def devices_of(self, directory: Path) -> list[Path]:
+        found: list[Path] = self.module.devices_of(directory) if self.control.exists() else []
+        return found
+
+    def take_down(self, directory: Path, *, timeout_s: float = 10.0, force: bool = False) -> None:
+        if self.control.exists():
+            self.module.take_down(directory, timeout_s=timeout_s, force=force)
+
+    @property
+    def module(self) -> Any:
+        """The implementation."""
+        return import_module(self.implementation)
 
 
 def cannot_open(node: Path) -> str:

@@ -257,7 +257,7 @@ def _settle_in() -> Signals:
 
 
 def _warm_up(names: Iterable[str], found: Iterable[Kind]) -> None:
-    present = [module for kind in found if not kind.missing() for module in kind.warm]
+    present = [kind.implementation for kind in found if kind.implementation and not kind.missing()]
     for name in (*names, *present):
         importlib.import_module(name)
     gc.collect()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 
 from obdlab import plugins
+from obdlab.blob import MemoryBlob
 from obdlab.cli import common
 from obdlab.cli.main import build_parser
 from obdlab.devices import kinds
 from obdlab.devices.fuse_loop import FuseLoop
+from obdlab.devices.kind import Place, StayingKind, cannot_open
 from obdlab.errors import DeviceError
 from obdlab.server.host import _warm_up
 from obdlab.settings.settings import SettingsError
@@ -23,6 +26,23 @@ class Foreign(FuseLoop):
     name = "foreign"
 
 KIND = Foreign()
+"""
+
+
+ELSEWHERE = """
+calls = []
+
+def devices_of(directory):
+    return [directory / "node"]
+
+def take_down(directory, *, timeout_s, force):
+    calls.append(("take_down", directory, timeout_s, force))
+
+def abandon(directory):
+    calls.append(("abandon", directory))
+
+def DEVICE(blob, directory, *, name, readahead_kib, recover):
+    return blob.name, directory, name, readahead_kib, recover
 """
 
 
@@ -79,21 +99,58 @@ def test_the_device_host_imports_the_modules_of_kinds_that_this_host_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Present(FuseLoop):
-        warm = ("warmed_of_present",)
+        implementation = "warmed_of_present"
 
         def missing(self) -> str:
             return ""
 
     class Missing(FuseLoop):
-        warm = ("warmed_of_missing",)
+        implementation = "warmed_of_missing"
 
         def missing(self) -> str:
             return "no such module in this kernel"
 
-    for module in (*Present.warm, *Missing.warm):
+    for module in (Present.implementation, Missing.implementation):
         (tmp_path / f"{module}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("gc.freeze", lambda: None)
     _warm_up((), [Present(), Missing()])
     assert "warmed_of_present" in sys.modules
     assert "warmed_of_missing" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["tcmu", "ublk"])
+def test_kinds_that_stay_in_the_kernel_have_all_that_is_called(name: str) -> None:
+    kind = kinds.find(name)
+    assert isinstance(kind, StayingKind)
+    assert kind.module.DEVICE.kind == name
+    options = inspect.signature(kind.module.DEVICE).parameters
+    assert {"name", "readahead_kib", "recover"} <= options.keys()
+    for function in (kind.module.devices_of, kind.module.take_down, kind.module.abandon):
+        assert next(iter(inspect.signature(function).parameters)) == "directory"
+
+
+def test_clients_import_a_kind_only_where_the_kernel_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(StayingKind):
+        name, fix, control, implementation = "elsewhere", "none", tmp_path / "control", "elsewhere_device"
+
+        def missing(self) -> str:
+            return cannot_open(self.control)
+
+    kind = Elsewhere()
+    assert kind.missing() == f"{tmp_path}/control: No such file or directory"
+    assert kind.devices_of(tmp_path) == []
+    kind.take_down(tmp_path)
+    (tmp_path / "control").touch()
+    assert kind.missing() == ""
+    with pytest.raises(ModuleNotFoundError):
+        kind.devices_of(tmp_path)
+    (tmp_path / "elsewhere_device.py").write_text(ELSEWHERE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert kind.devices_of(tmp_path) == [tmp_path / "node"]
+    kind.take_down(tmp_path, timeout_s=1.0, force=True)
+    kind.give_up(tmp_path)
+    place = Place(tmp_path, name="one", readahead_kib=4, path=tmp_path / "node")
+    made: object = kind.open(MemoryBlob(b"", ""), place)
+    assert made == ("", tmp_path, "one", 4, True)
+    assert kind.module.calls == [("take_down", tmp_path, 1.0, True), ("abandon", tmp_path)]

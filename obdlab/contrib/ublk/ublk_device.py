@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obdlab.contrib.ublk import control
 from obdlab.contrib.ublk.server import UblkServer
 from obdlab.devices import loop
-from obdlab.devices.device import Device, DeviceStatistics
+from obdlab.devices.device import Device, DeviceStatistics, check_sectors
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 
@@ -48,10 +48,7 @@ class UblkDevice(Device):
         max_threads: int = 256,
         recover: bool = False,
     ) -> None:
-        if blob.size == 0 or blob.size % sector_size:
-            raise DeviceError(
-                f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
-            )
+        check_sectors(blob, sector_size)
         self._directory = directory
         self._size = blob.size
         self._closed = False
@@ -137,6 +134,9 @@ class UblkDevice(Device):
         if not self._closed:
             self._closed = True
             os.close(self._character)
+
+
+DEVICE = UblkDevice
 
 
 def devices_of(directory: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import loop
-from obdlab.devices.device import Device, DeviceStatistics
+from obdlab.devices.device import Device, DeviceStatistics, check_sectors
 from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
@@ -51,10 +51,7 @@ class TcmuDevice(Device):
         max_threads: int = 256,
         recover: bool = False,
     ) -> None:
-        if blob.size == 0 or blob.size % sector_size:
-            raise DeviceError(
-                f"{blob.name}: a device needs a whole number of {sector_size}-byte sectors (got {blob.size} bytes)"
-            )
+        check_sectors(blob, sector_size)
         self._directory = directory
         self._blob = blob
         self._size = blob.size
@@ -156,6 +153,9 @@ class TcmuDevice(Device):
         if not self._closed:
             self._closed = True
             self._uio.close()
+
+
+DEVICE = TcmuDevice
 
 
 def devices_of(directory: Path) -> list[Path]:
