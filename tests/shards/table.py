@@ -30,7 +30,7 @@ SHARDS = (
     Shard(
         "convert",
         "conversion of large, hostile and random images, shared databases; the snapshotter under kills",
-        ("cli", "containerd", "convert", "pull", "snapshotter", "volumes"),
+        ("cli", "containerd", "contrib", "convert", "pull", "snapshotter", "volumes"),
     ),
     Shard(
         "cache",
@@ -62,12 +62,16 @@ SHARDS = (
     Shard(
         "devices",
         "a thousand rounds of FUSE and loop devices, hundreds of killed servers, NBD, systemd units",
-        ("devices", "server"),
+        ("contrib/nbd", "devices", "server"),
     ),
     Shard("torture", "writable devices against a model, 300 operations for each seed", ("devices/test_torture.py",)),
     Shard("filesystems", "ext4 and xfs on writable devices, a hundred kills each", ("server/test_filesystems.py",)),
     Shard("containers", "containers, pods and Docker on obdlab; a thousand containers", ("e2e",)),
-    Shard("lab", "experiments, datasets, notebooks in a browser; an installed wheel", ("lab", "test_wheel.py")),
+    Shard(
+        "lab",
+        "experiments, datasets, notebooks in a browser; an installed wheel",
+        ("contrib/dask/test_experiments.py", "lab", "test_wheel.py"),
+    ),
     Shard(
         "vm",
         "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
@@ -75,7 +79,7 @@ SHARDS = (
             "contrib/nbd/test_machine.py",
             "devices/tcmu",
             "devices/test_blocktools.py",
-            "devices/ublk",
+            "contrib/ublk",
             "server/test_kinds.py",
             "server/tcmu",
             "vm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from obdlab.snapshotter.locks import KeyedLocks
+from obdlab.snapshotter.snapshots import KeyedLocks
 
 
 def test_one_thread_at_a_time_and_nothing_is_kept() -> None:
