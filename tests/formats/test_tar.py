@@ -69,6 +69,16 @@ def test_all_digits_of_the_size_count(size: int) -> None:
     assert parse_wrap(tar_of(size, tarfile.USTAR_FORMAT)) == TarWindow(512, size)
 
 
+@pytest.mark.parametrize("size", [7, 5 * 8**10])
+def test_a_size_that_no_record_gives_is_in_the_files_header(size: int) -> None:
+    header = bytearray(wrap_header(0))
+    header[512:1024] = b"7 a=bc\n".ljust(512, b"\0")
+    header[124:136] = b"          7 "
+    header[1024 + 124 : 1024 + 136] = b"%011o " % size
+    wrapped = with_checksum(bytes(header[:512])) + header[512:1024] + with_checksum(bytes(header[1024:]))
+    assert parse_wrap(wrapped) == TarWindow(1536, size)
+
+
 @pytest.mark.parametrize(("name", "size"), [(b"trace", 0), (b"trace", 3480), (b"n" * 100, 8**11 - 1)])
 def test_tarfile_reads_a_file_header(name: bytes, size: int) -> None:
     info = tarfile.TarInfo.frombuf(file_header(name, size), "utf-8", "strict")
