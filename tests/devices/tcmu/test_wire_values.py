@@ -15,7 +15,8 @@ from obdlab.devices.tcmu import ring, scsi, uio
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
 from obdlab.devices.tcmu.scsi import ScsiError, Sense, Transfer
-from obdlab.errors import DeviceError
+from obdlab.devices.tcmu.server import _sense_of
+from obdlab.errors import DeviceError, OutOfRangeError, SourceError
 from tests.devices.blobs import MemoryWritable
 from tests.devices.tcmu.speaking import NAME, attribute, event, message
 
@@ -296,3 +297,26 @@ def test_a_device_is_mapped_as_large_as_it_says(
         with pytest.raises(DeviceError) as caught:
             uio.UioDevice.open(3)
         assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("room", [0, 512, 4095, 4096, 9000])
+def test_a_read_fills_its_buffer_and_no_more(room: int) -> None:
+    data = bytes(range(256)) * (MIB // 256)
+    unit = ScsiDisk(MemoryBlob(data), serial=SERIAL, description="d")
+    assert unit.read(3, 8, room) == data[1536 : 1536 + min(4096, room)]
+
+
+@pytest.mark.parametrize(
+    ("error", "sense", "expected"),
+    [
+        (ScsiError(Sense.INVALID_CDB, "x"), Sense.INVALID_CDB, True),
+        (OutOfRangeError("x"), Sense.OUT_OF_RANGE, True),
+        (OSError(errno.EROFS, "x"), Sense.INCOMPATIBLE_FORMAT, True),
+        (OSError(errno.EIO, "x"), None, True),
+        (SourceError("x"), None, True),
+        (ValueError("x"), None, False),
+    ],
+)
+def test_the_sense_of_an_error_and_if_it_is_a_bug(error: Exception, sense: Sense | None, expected: bool) -> None:
+    assert _sense_of(error, scsi.read_10(0, 1)) == (sense or Sense.READ_ERROR, expected)
+    assert _sense_of(error, struct.pack(">BxIxHx", 0x2A, 0, 1)) == (sense or Sense.WRITE_ERROR, expected)
