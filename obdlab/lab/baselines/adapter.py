@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from obdlab.lab.images.builder import BuiltImage
     from obdlab.lab.images.recipe import Probe, Recipe
-    from obdlab.lab.testbed.container import RunningContainer
     from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.lab.testbed.registry import RegistryHost
+    from obdlab.lab.testbed.startedcontainer import RunningContainer
     from obdlab.registry.client import RegistryClient
 
 

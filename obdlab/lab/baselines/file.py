@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from obdlab.lab.baselines.adapter import Source
     from obdlab.lab.images.recipe import Probe
-    from obdlab.lab.testbed.container import RunningContainer
     from obdlab.lab.testbed.containerd import OwnContainerd
+    from obdlab.lab.testbed.startedcontainer import RunningContainer
 
 _CHUNK = 1 << 20
 _MOST_CONFIG = 4 << 20

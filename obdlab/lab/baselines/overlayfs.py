@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from obdlab.lab.baselines.adapter import Source
     from obdlab.lab.images.recipe import Probe
-    from obdlab.lab.testbed.container import RunningContainer
     from obdlab.lab.testbed.containerd import OwnContainerd
+    from obdlab.lab.testbed.startedcontainer import RunningContainer
     from obdlab.registry.client import RegistryClient
 
 

@@ -26,9 +26,6 @@ Option = Any
 Point = dict[str, Value]
 Row = dict[str, Any]
 
-#: The label of the second, identical baseline arm that shows the noise floor.
-AA_SUFFIX = " (A/A)"
-
 
 class SpecError(ObdlabError):
     """An experiment's declaration has an unknown key, a wrong type or an invalid value."""
@@ -87,7 +84,7 @@ class Bench:
 
 
 class Report(Protocol):
-    """What a kind's stored rows say, for readers and for programs."""
+    """The content of a kind's stored rows, for readers and for programs."""
 
     def lines(self, spec: Any, rows: Sequence[Row], *, details: bool) -> list[str]:
         """Return the report's lines, at most 100 columns wide where the content permits; [] without good rows."""

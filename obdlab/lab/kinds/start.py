@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.images.recipe import image_label
-from obdlab.lab.kinds.kind import AA_SUFFIX, Kind, Metric, SpecError
+from obdlab.lab.kinds.kind import Kind, Metric, SpecError
 from obdlab.lab.kinds.startbench import WORKLOADS, StartBench, host_settings
+from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.starts import StartReport
 from obdlab.lab.testbed.cgroups import DISKS
 from obdlab.settings.settings import SettingsError

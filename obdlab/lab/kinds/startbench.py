@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from obdlab.lab.images.builder import BuiltImage
     from obdlab.lab.images.recipe import Probe, Recipe
     from obdlab.lab.kinds.kind import Job, Option, Point, Row
-    from obdlab.lab.testbed.container import RunningContainer
     from obdlab.lab.testbed.netns import LinkCounters
     from obdlab.lab.testbed.registry import Request
+    from obdlab.lab.testbed.startedcontainer import RunningContainer
 
 # Background fetching counts as finished when the registry has been still for this long.
 _STILL_S = 1.0

@@ -91,7 +91,7 @@ def _module(package: Path, name: str) -> Module:
 
 
 class Module:
-    """A module's statements as digests, and what it imports."""
+    """A module's statements as digests, and the modules that it imports."""
 
     def __init__(self, package: Path, name: str) -> None:
         self.name = name

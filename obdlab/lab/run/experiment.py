@@ -164,7 +164,7 @@ class Experiment:
         kind = KINDS[self.spec.kind]
         measured = kind.how_measured(self.spec.options)
         contexts = [context_of(surroundings, measured, nonce)]
-        # Rows of older code lack keys that were added later; today's default is what they were measured with.
+        # Rows of older code lack keys that were added later: they were measured with today's default.
         common = {key: value for key, value in measured.items() if (key, value) not in kind.added.items()}
         for code in () if nonce else older_codes(self.spec.kind, surroundings["code"]):
             contexts += [context_of({**surroundings, "code": code}, form) for form in (measured, common)]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+#: The label of the second, identical baseline arm that shows the noise floor.
+AA_SUFFIX = " (A/A)"
+
 
 class RowsError(ObdlabError):
     """A results directory holds a malformed row, or rows cannot be exported."""

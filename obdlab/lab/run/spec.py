@@ -15,7 +15,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.lab.kinds import KINDS, START
-from obdlab.lab.kinds.kind import AA_SUFFIX, SpecError
+from obdlab.lab.kinds.kind import SpecError
+from obdlab.lab.run.rows import AA_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from obdlab.lab.kinds.kind import Report
 from obdlab.lab.run.summary import (
     LEGEND,
     caveats,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from obdlab.lab.run.summary import Summary
 
 
-class StartReport(Report):
+class StartReport:
     """Arms are compared under the same image, network, disk and start."""
 
     def lines(self, spec: Any, rows: Sequence[Row], *, details: bool) -> list[str]:

@@ -10,8 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from obdlab.lab.baselines import ADAPTERS
-from obdlab.lab.kinds.kind import AA_SUFFIX
-from obdlab.lab.run.rows import told_apart
+from obdlab.lab.run.rows import AA_SUFFIX, told_apart
 from obdlab.lab.run.statistics import (
     Estimate,
     cliffs_delta,

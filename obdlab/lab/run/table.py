@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.images.recipe import image_label
 from obdlab.lab.kinds import KINDS
-from obdlab.lab.kinds.kind import Report
 from obdlab.lab.run.statistics import cliffs_delta, median_interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from obdlab.lab.run.spec import Spec
 
 
-class PointsReport(Report):
+class PointsReport:
     """Ratios are those of the first metric."""
 
     def lines(self, spec: Spec, rows: Sequence[Row], *, details: bool) -> list[str]:

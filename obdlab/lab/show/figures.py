@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 
-from obdlab.lab.kinds.kind import AA_SUFFIX
 from obdlab.lab.paper.published import paper_values
+from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.summary import PHASES, noise_floor
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from obdlab.lab.run.summary import Summary
+    from obdlab.lab.run.rows import AA_SUFFIX
+from obdlab.lab.run.summary import Summary
 
 DADI = "#3b6e8f"
 PHASE_COLOURS = {"pull_s": "#9db4c8", "create_s": "#e0c58f", "start_s": "#c98f5f", "ready_s": DADI}

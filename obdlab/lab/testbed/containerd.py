@@ -23,11 +23,11 @@ from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import UnavailableError
 from obdlab.errors import ObdlabError
 from obdlab.lab.testbed.cgroups import ControlGroups
-from obdlab.lab.testbed.container import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.events import EventMonitor
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record
 from obdlab.lab.testbed.probe import wait_for_line
 from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
+from obdlab.lab.testbed.startedcontainer import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.takedown import remove_runtime_state, unmount_below
 from obdlab.pull.rpull import rpull
 from obdlab.registry.client import RegistryClient

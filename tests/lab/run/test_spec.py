@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.errors import ObdlabError
-from obdlab.lab.kinds.kind import AA_SUFFIX
 from obdlab.lab.run.declaration import load
+from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.spec import Cell, SpecError
 from tests.lab.declared import declared
 
@@ -100,3 +102,9 @@ def test_any_bytes_are_a_declaration_or_a_clear_error(data: bytes) -> None:
             load(path)
         except ObdlabError as error:
             assert "any.toml" in str(error)
+
+
+@pytest.mark.parametrize("module", ["kinds", "run.starts", "run.summary", "run.table", "show.figures"])
+def test_any_part_can_be_imported_first(module: str) -> None:
+    # Kinds bring their reports, and reports are about kinds.
+    subprocess.run([sys.executable, "-c", f"import obdlab.lab.{module}"], check=True, timeout=120)
