@@ -56,7 +56,7 @@ class Server:
             try:
                 return self._run(statements, values)
             except self._sqlalchemy.exc.OperationalError as error:
-                if _code(error) not in _DEADLOCK:
+                if not _has_code(error, _DEADLOCK):
                     raise self._failed(error) from error
             time.sleep(random.uniform(0.01, 0.1))
         raise DatabaseError(f"{self._name}: database of converted layers: deadlocks without end")
@@ -74,7 +74,7 @@ class Server:
             # Another conversion has written the same row meanwhile; either is as good.
             logger.debug("%s: a row was written by another conversion as well", self._name)
         except self._sqlalchemy.exc.ProgrammingError as error:
-            if _code(error) not in _MADE_ALREADY:
+            if not _has_code(error, _MADE_ALREADY):
                 raise self._failed(error) from error
         except self._sqlalchemy.exc.SQLAlchemyError as error:
             raise self._failed(error) from error
@@ -88,7 +88,7 @@ class Server:
         self._engine.dispose()
 
 
-# Drivers differ: psycopg's errors have the SQLSTATE, pymysql's begin with the server's number.
-def _code(error: Exception) -> object:
+# Drivers differ: psycopg's errors have the SQLSTATE; pymysql's begin with the server's number, and may have both.
+def _has_code(error: Exception, codes: tuple[str | int, ...]) -> bool:
     cause = getattr(error, "orig", None)
-    return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)
+    return getattr(cause, "sqlstate", None) in codes or next(iter(getattr(cause, "args", ())), None) in codes
