@@ -253,19 +253,10 @@ class CachedBlob(Blob):
     def _tell(self, first: int, stop: int) -> None:
         # Cleared first, so that a mark set meanwhile is not lost.
         self._attend[first:stop] = bytes(stop - first)
-        self._fetches.note_use(first, stop)
-        self._fetches.pass_marks(first, stop)
+        self._fetches.reached(first, stop)
         self._units.note_use(first, stop)
 
     def _gather(self, offset: int, length: int) -> bytes:
-        if not self._holders.hold():
-            raise SourceError("read after close", blob=self.name, offset=offset)
-        try:
-            return self._gather_held(offset, length)
-        finally:
-            self._holders.let_go()
-
-    def _gather_held(self, offset: int, length: int) -> bytes:
         started = monotonic()
         deadline = started + self._deadline_s
         shift = self._units.unit_shift
@@ -273,15 +264,20 @@ class CachedBlob(Blob):
         end = offset + length
         pieces = []
         waited = False
-        while offset < end:
-            unit = offset >> shift
-            data, late = self._fetches.obtain(unit, stop, deadline)
-            waited |= late
-            start = unit << shift
-            piece = memoryview(data)[offset - start : end - start]
-            pieces.append(piece)
-            offset += len(piece)
-        self._tell(first, stop)
+        if not self._holders.hold():
+            raise SourceError("read after close", blob=self.name, offset=offset)
+        try:
+            while offset < end:
+                unit = offset >> shift
+                data, late = self._fetches.obtain(unit, stop, deadline)
+                waited |= late
+                start = unit << shift
+                piece = memoryview(data)[offset - start : end - start]
+                pieces.append(piece)
+                offset += len(piece)
+            self._tell(first, stop)
+        finally:
+            self._holders.let_go()
         if waited:
             self.counters.misses += 1
             MISS_TIMES.observe(monotonic() - started)

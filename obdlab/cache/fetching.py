@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe import audit
-from obdlab.registry.deadline import deadline_of_thread
-from obdlab.waiting import waiting
+from obdlab.registry.deadline import IN_FORCE
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,18 +77,22 @@ class Fetches:
         Raises what the origin raises.
         """
         waited = False
+        files = self._units.files
         while True:
-            self._units.reattach()
+            if not files.attached:
+                self._units.reattach()
             ahead: list[tuple[int, int]] = []
             mine = False
             with self._lock:
                 flight = self._flights.get(unit)
                 if flight is None:
-                    there = self._units.files.present(unit, stop)
+                    expected = bool(self.expected) and self._is_expected(unit)
+                    extent = 1 if expected else self.extent.units(self._origin.link)
+                    begin = unit - unit % extent
+                    around = files.present(begin, min(stop + -stop % extent, files.units))
+                    there = around[unit - begin : stop - begin]
                     if not there[0]:
-                        expected = self._is_expected(unit)
-                        extent = 1 if expected else self.extent.units(self._origin.link)
-                        flight = self._claim_extent(unit, stop, extent)
+                        flight = self._claim_around(unit, begin, around)
                         if not expected:
                             ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
                         mine = True
@@ -98,7 +101,8 @@ class Fetches:
                         flight.started = mine = True
                     if flight.stop < stop:  # the rest need not wait for this flight
                         ahead = [(flight.stop, stop)]
-            self._fetch_ahead(ahead)
+            if ahead:
+                self._fetch_ahead(ahead)
             if flight is None:
                 data = self._units.load(unit, unit + _run(there))
                 if data:
@@ -106,10 +110,13 @@ class Fetches:
                 self._check_deadline(unit, deadline)
                 continue
             # Before waiting, so that the next pieces are in flight meanwhile.
-            self.pass_marks(unit, min(stop, flight.stop))
+            if self._readahead.marks:
+                self._pass_marks(unit, min(stop, flight.stop))
             with self._demand:
-                if mine:
-                    with nullcontext() if self._is_expected(unit) else self._demand.surprised:
+                if mine and self.expected and self._is_expected(unit):
+                    self._fetch(flight, deadline, patient=True)
+                elif mine:
+                    with self._demand.surprised:
                         self._fetch(flight, deadline, patient=True)
                 else:
                     self._await(flight, deadline)
@@ -181,10 +188,14 @@ class Fetches:
         """Return the first byte after the units before ``stop``."""
         return self._units.files.length_of(0, stop)
 
-    def note_use(self, first: int, stop: int) -> None:
-        """Count the prefetched ones among units that were read."""
-        if not self._unused:
-            return
+    def reached(self, first: int, stop: int) -> None:
+        """Note that a reader came to the units: count prefetched ones, and fetch ahead if one of them has a mark."""
+        if self._unused:
+            self._count_used(first, stop)
+        if self._readahead.marks:
+            self._pass_marks(first, stop)
+
+    def _count_used(self, first: int, stop: int) -> None:
         with self._lock:
             used = self._unused.intersection(range(first, stop))
             self._unused -= used
@@ -193,14 +204,14 @@ class Fetches:
                 counters.prefetch_hits += 1
                 counters.prefetch_used_bytes += sum(self._units.files.length_of(unit, unit + 1) for unit in used)
 
-    def pass_marks(self, first: int, stop: int) -> None:
-        """Fetch ahead of a reader that came to these units, if one of them has a mark."""
+    def _pass_marks(self, first: int, stop: int) -> None:
         ahead: list[tuple[int, int]] = []
         with self._lock:
             for unit in range(first, stop):
                 if self._readahead.is_mark(unit):
                     ahead += self._readahead.passed(unit)
-        self._fetch_ahead(ahead)
+        if ahead:
+            self._fetch_ahead(ahead)
 
     # -- between threads ---------------------------------------------------------------------------------------------
 
@@ -213,7 +224,8 @@ class Fetches:
         return None
 
     def _claim(self, unit: int, there: Sequence[bool], *, ahead: bool) -> Flight:
-        if not self._holders.hold():
+        # A reader holds the files itself until its own flight has ended.
+        if ahead and not self._holders.hold():
             raise SourceError("read after close", blob=self.name, offset=unit << self._units.unit_shift)
         end = unit + 1
         while end < unit + len(there) and not there[end - unit] and end not in self._flights:
@@ -226,10 +238,8 @@ class Fetches:
     def _is_expected(self, unit: int) -> bool:
         return unit < len(self.expected) and self.expected[unit] == 1
 
-    def _claim_extent(self, unit: int, stop: int, extent: int) -> Flight:
-        begin = unit - unit % extent
-        stop = min(stop + -stop % extent, self._units.files.units)
-        there = self._units.files.present(begin, stop)
+    def _claim_around(self, unit: int, begin: int, there: Sequence[bool]) -> Flight:
+        # Claims the missing units around one, among those from `begin` on; ``there`` is True for each cached one.
         first = unit
         while first > begin and not there[first - 1 - begin] and first - 1 not in self._flights:
             first -= 1
@@ -240,12 +250,13 @@ class Fetches:
             for unit in range(flight.first, flight.stop):
                 del self._flights[unit]
         flight.done.set()
-        self._holders.let_go()
+        if flight.ahead:
+            self._holders.let_go()
 
     def _await(self, flight: Flight, deadline: float) -> None:
         # Returns when the other thread's fetch has ended. Raises its error, unless fetching again may help.
-        with waiting():
-            finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
+        about_to_wait()
+        finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
         if not finished:
             raise self._late(flight.first)
         error = flight.error
@@ -263,12 +274,16 @@ class Fetches:
                 return
             claimed = turn
             flight.data = (read or self.read_origin)(flight, deadline)
-            self._settle(flight)  # spares waiting threads the disk; the units stay claimed until stored
+            with self._lock:
+                self._units.counters.count(flight)
+            flight.done.set()  # spares waiting threads the disk; the units stay claimed until stored
             self._units.store(flight.first, flight.data)
         except BaseException as error:
             if flight.data is None:
                 flight.error = error
-                self._settle(flight)
+                with self._lock:
+                    self._units.counters.count(flight)
+                flight.done.set()
             raise
         finally:
             if claimed:
@@ -277,18 +292,19 @@ class Fetches:
 
     def read_origin(self, flight: Flight, deadline: float) -> bytes:
         """Return the bytes of a flight's units from the origin, by one read. Raises what the origin raises."""
-        offset, length = self.range_of(flight)
-        with waiting(), deadline_of_thread(deadline):
+        offset = flight.first << self._units.unit_shift
+        length = self._units.files.length_of(flight.first, flight.stop)
+        about_to_wait()
+        outer = IN_FORCE.deadline
+        IN_FORCE.deadline = deadline if outer is None else min(outer, deadline)
+        try:
             data = self._origin.read_at(offset, length)
+        finally:
+            IN_FORCE.deadline = outer
         if len(data) != length:
             what = f"short read (got {len(data)} bytes, wanted {length})"
             raise SourceError(what, blob=self.name, offset=offset)
         return data
-
-    def _settle(self, flight: Flight) -> None:
-        with self._lock:
-            self._units.counters.count(flight)
-        flight.done.set()
 
     def _take_turn(self, flight: Flight, deadline: float, patient: bool) -> bool | None:
         # Returns None if another process has fetched the units, or is doing so. Otherwise this thread fetches them;
@@ -309,17 +325,17 @@ class Fetches:
         files = self._units.files
         end = min(deadline, time.monotonic() + _OTHERS_S)
         pause_s = _LOOK_FIRST_S
-        with waiting():
-            while time.monotonic() < end:
-                time.sleep(pause_s)
-                pause_s = min(1.5 * pause_s, _LOOK_MOST_S)
-                if files.present(flight.first, flight.first + 1)[0]:
-                    return None
-                if files.claim(flight.first, flight.stop) is None:
-                    if not any(files.present(flight.first, flight.stop)):
-                        return True
-                    files.unclaim(flight.first, flight.stop)
-                    return None
+        about_to_wait()
+        while time.monotonic() < end:
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _LOOK_MOST_S)
+            if files.present(flight.first, flight.first + 1)[0]:
+                return None
+            if files.claim(flight.first, flight.stop) is None:
+                if not any(files.present(flight.first, flight.stop)):
+                    return True
+                files.unclaim(flight.first, flight.stop)
+                return None
         return False
 
     def _shorten(self, flight: Flight, stop: int) -> None:

@@ -35,18 +35,19 @@ class ReadAhead:
         self._max_window = max_window
         self._max_piece = max(1, max_piece)
         self._streams: dict[int, _Stream] = {}  # by .ahead, least recently used first
-        self._marks: dict[int, _Stream] = {}
+        #: The streams by their marks.
+        self.marks: dict[int, _Stream] = {}
 
     def is_mark(self, unit: int) -> bool:
         """Return True if the reader's arrival at ``unit`` must be reported to :meth:`passed`."""
-        return unit in self._marks
+        return unit in self.marks
 
     def missed(self, first: int, stop: int, growth: int = 1) -> list[tuple[int, int]]:
         """Note a reader's miss of ``[first, stop)``, which was not in flight. Return the pieces to fetch ahead.
 
         If the miss fetches ``growth`` times the usual, a stream must have come that much further.
         """
-        stream = self._find(first)
+        stream = self._find(first) if self._streams else None
         if stream is None:
             self._remember(_Stream(first, stop))
             return []
@@ -55,7 +56,7 @@ class ReadAhead:
 
     def passed(self, unit: int) -> list[tuple[int, int]]:
         """Note that the reader came to a marked unit. Return the pieces to fetch ahead."""
-        stream = self._marks.pop(unit, None)
+        stream = self.marks.pop(unit, None)
         if stream is None or self._streams.get(stream.ahead) is not stream:
             return []
         del self._streams[stream.ahead]
@@ -79,7 +80,7 @@ class ReadAhead:
             if first > position and first + piece > end < self._units:
                 break  # a fragment: the next mark makes it a whole piece
             stream.ahead = min(first + piece, end)
-            self._marks[first] = stream
+            self.marks[first] = stream
             pieces.append((first, stream.ahead))
         self._remember(stream)
         return pieces

@@ -57,6 +57,7 @@ class CacheSpace:
     def __init__(self, directory: Path | str, *, quota: int = 0, min_free: int = 0) -> None:
         self.directory = Path(directory)
         self.blobs = self.directory / "blobs"
+        self._usage = self.directory / "usage"
         #: True once the log says that this process may not write here.
         self.refusal_said = False
         self._quota = quota
@@ -80,12 +81,12 @@ class CacheSpace:
         Raises CacheFullError if there is no room, OSError if the file was deleted (ESTALE) or stays locked.
         """
         with self._locked(_WAIT_TO_STORE_S) as ledger:
-            self._check_room(ledger, length)
+            wanted = self._check_room(ledger, length)
             before = os.fstat(fd)
             if before.st_nlink == 0:
                 raise OSError(errno.ESTALE, "cache file was deleted", str(self.directory))
             used = ledger.used
-            ledger.set(used + _rounded(length))
+            ledger.set(used + wanted)
             try:
                 yield
             finally:
@@ -135,12 +136,14 @@ class CacheSpace:
             total += 512 * directory.lstat().st_blocks if directory.exists() else 0
         return total
 
-    def _check_room(self, ledger: _Ledger, length: int) -> None:
+    def _check_room(self, ledger: _Ledger, length: int) -> int:
+        # Returns the disk space that so many bytes may take.
         wanted = _rounded(length)
         if self._excess(ledger.used + wanted, 0) > 0:
             if not self._quota or wanted < self._quota - 2 * self._quota // _SPARE_SHARE:  # else it never fits
                 self.start_eviction(wanted)
             raise CacheFullError(errno.ENOSPC, "cache is full", str(self.directory))
+        return wanted
 
     def _excess(self, used: int, spares: int) -> int:
         # Returns the bytes above the limits, lowered by that number of spares.
@@ -170,9 +173,12 @@ class CacheSpace:
 
     def _lock_file(self, deadline: float) -> int:
         # Each use opens its own descriptor, so that it excludes all others, and nothing stays open.
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.check_owner()
-        path = self.directory / "usage"
+        try:
+            check_own_directory(self.directory)
+        except FileNotFoundError:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            check_own_directory(self.directory)
+        path = self._usage
         fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             while True:
@@ -190,25 +196,26 @@ class CacheSpace:
             raise
 
     def _locked_too_long(self) -> OSError:
-        return TimeoutError(errno.ETIMEDOUT, "cache is locked by another process", str(self.directory / "usage"))
+        return TimeoutError(errno.ETIMEDOUT, "cache is locked by another process", str(self._usage))
 
 
 class _Ledger:
     # The content of the locked file.
     def __init__(self, fd: int, directory: Path) -> None:
         self._fd = fd
+        self._boot = _boot or _boot_id()
         self.used: int
         content = os.pread(fd, _LEDGER.size, 0)
         if len(content) == _LEDGER.size:
             magic, boot, self.used = _LEDGER.unpack(content)
-            if magic == _MAGIC and boot == _boot_id() and self.used >= 0:
+            if magic == _MAGIC and boot == self._boot and self.used >= 0:
                 return
         os.pwrite(fd, bytes(_LEDGER.size), 0)  # so that its own block counts, too
         self.set(disk_usage(directory))
 
     def set(self, used: int) -> None:
         self.used = used
-        os.pwrite(self._fd, _LEDGER.pack(_MAGIC, _boot_id(), used), 0)
+        os.pwrite(self._fd, _LEDGER.pack(_MAGIC, self._boot, used), 0)
 
 
 def _rounded(length: int) -> int:

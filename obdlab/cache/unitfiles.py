@@ -117,7 +117,7 @@ class CacheFiles:
         if files is None:
             return None
         files.attached, files.read_only = False, True
-        if files.size == size and not files.is_stale:
+        if files.size == size and files.current_header() is not None:
             return files
         files.close()
         return None
@@ -134,7 +134,7 @@ class CacheFiles:
             files = cls._use(directory, pair)
         except BlockingIOError:
             return None
-        if files.size == size and not files.is_stale:
+        if files.size == size and files.current_header() is not None:
             if os.fstat(files.fd).st_size < size:  # was truncated
                 os.ftruncate(files.fd, size)
             return files
@@ -193,15 +193,13 @@ class CacheFiles:
         found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
         return found if found is not None else Header.new(self.size, self.unit)
 
-    @property
-    def is_stale(self) -> bool:
-        """True if one of the files has been unlinked, or the header is of another blob or unit."""
+    def current_header(self) -> Header | None:
+        """Read the header; None if one of the files has been unlinked, or it is of another blob or unit."""
         found = Header.from_bytes(self._pread(self._sums_fd, HEADER_SIZE, 0))
-        return (
-            found is None
-            or (found.size, found.unit) != (self.size, self.unit)
-            or not all(os.fstat(fd).st_nlink for fd in (self.fd, self._sums_fd))
-        )
+        if found is None or (found.size, found.unit) != (self.size, self.unit):
+            return None
+        linked = os.fstat(self.fd).st_nlink and os.fstat(self._sums_fd).st_nlink
+        return found if linked else None
 
     @property
     def in_use(self) -> bool:
@@ -223,14 +221,22 @@ class CacheFiles:
         """Return the values of the units' pages; 0 for pages that are not cached."""
         begin, end = first * self._unit_pages, min(stop * self._unit_pages, self._pages)
         length = 4 * (end - begin)
-        raw = self._pread(self._sums_fd, length, HEADER_SIZE + 4 * begin)
-        return memoryview(raw.ljust(length, b"\0")).cast("I")
+        try:
+            raw = os.pread(self._sums_fd, length, HEADER_SIZE + 4 * begin)
+        except OSError as error:
+            raw = self._not_read(error)
+        if len(raw) < length:
+            raw = raw.ljust(length, b"\0")
+        return memoryview(raw).cast("I")
 
     def present(self, first: int, stop: int) -> list[bool]:
         """Return for each unit True if it is cached."""
         sums = self.sums(first, stop)
         step = self._unit_pages
-        return [sums[min(at + step, len(sums)) - 1] != 0 for at in range(0, len(sums), step)]
+        last = sums[step - 1 :: step].tolist()  # of each whole unit
+        if len(sums) % step:
+            last.append(sums[-1])
+        return list(map(bool, last))
 
     def cached_units(self) -> int:
         """Return the number of cached units."""
@@ -253,8 +259,11 @@ class CacheFiles:
         try:
             return os.pread(fd, length, offset)
         except OSError as error:
-            logger.warning("%s: cannot read what is cached: %s", self.directory, error.strerror)
-            return b""
+            return self._not_read(error)
+
+    def _not_read(self, error: OSError) -> bytes:
+        logger.warning("%s: cannot read what is cached: %s", self.directory, error.strerror)
+        return b""
 
     # -- fetching, storing, dropping ---------------------------------------------------------------------------------
 
@@ -295,17 +304,21 @@ class CacheFiles:
         Raises OSError (cache or disk full, files removed); some units may be stored then.
         """
         view = memoryview(data)
-        units = [unit_sums(view[start : start + self.unit]) for start in range(0, len(view), self.unit)]
+        units: list[array[int]] = []
+        for start in range(0, len(view), self.unit):
+            units.append(unit_sums(view[start : start + self.unit]))  # noqa: PERF401 - a call less in 3.11
         sums = array("I", b"".join(units))
         stop = first + len(units)
         with space.room(self.fd, len(view)):
-            if self.is_stale:
+            header = self.current_header()
+            if header is None:
                 raise OSError(errno.ESTALE, "cache file was changed by others", str(self.directory))
-            if self.header.verified:  # and complete: these units came another way, or too late
+            if header.verified:  # and complete: these units came another way, or too late
                 return sums
             there = self.sums(first, stop)
             if there != memoryview(sums):
-                self._drop_others(first, there, units)
+                if any(there):
+                    self._drop_others(first, there, units)
                 _pwrite_all(self.fd, view, first * self.unit)
                 _pwrite_all(self._sums_fd, memoryview(sums).cast("B"), HEADER_SIZE + 4 * first * self._unit_pages)
         return sums
@@ -323,19 +336,25 @@ class CacheFiles:
 
     def touch(self, first: int, stop: int) -> None:
         """Note that the units were read."""
-        self._note(b"\1" * (stop - first), self._used_at + first)
-
-    def stamp(self) -> None:
-        """Note that the blob is being read."""
-        self._note(struct.pack("=d", time.time()), LAST_USE_AT)
-
-    def _note(self, value: bytes, at: int) -> None:
         if self.read_only:
             return
         try:
-            os.pwrite(self._sums_fd, value, at)
-        except OSError as error:  # only a hint for the eviction
-            logger.debug("%s: cannot note the use: %s", self.directory, error.strerror)
+            os.pwrite(self._sums_fd, b"\1" * (stop - first), self._used_at + first)
+        except OSError as error:
+            self._not_noted(error)
+
+    def stamp(self) -> None:
+        """Note that the blob is being read."""
+        if self.read_only:
+            return
+        try:
+            os.pwrite(self._sums_fd, struct.pack("=d", time.time()), LAST_USE_AT)
+        except OSError as error:
+            self._not_noted(error)
+
+    def _not_noted(self, error: OSError) -> None:
+        # Only a hint for the eviction.
+        logger.debug("%s: cannot note the use: %s", self.directory, error.strerror)
 
     def drop(self, first: int, stop: int) -> None:
         """Drop the units' sums."""
@@ -344,7 +363,7 @@ class CacheFiles:
     def mark_verified(self, generation: int) -> bool:
         """Note that the blob matches its digest, unless sums were dropped since ``generation``."""
         with self._locked():
-            if self.read_only or self.header.generation != generation or self.is_stale:
+            if self.read_only or self.header.generation != generation or self.current_header() is None:
                 return False
             os.pwrite(self._sums_fd, generation_bytes(generation, verified=True), GENERATION_AT)
             return True

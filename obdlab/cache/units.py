@@ -89,7 +89,8 @@ class CachedUnits:
             sums = files.sums(first, stop)  # before the data
             started = time.monotonic()
             data = files.load(first, stop)
-            self._audit("file:read", first, len(data), started, audit.SLOW_READ_S)
+            if time.monotonic() - started >= audit.SLOW_READ_S:
+                self._audit("file:read", first, len(data), started, audit.SLOW_READ_S)
             view = memoryview(data)
             unit = first
             while unit < stop:
@@ -116,15 +117,20 @@ class CachedUnits:
         try:
             started = time.monotonic()
             sums = self.files.store(self._space, first, data)
-            self._audit("file:write", first, len(data), started, audit.SLOW_WRITE_S)
+            if time.monotonic() - started >= audit.SLOW_WRITE_S:
+                self._audit("file:write", first, len(data), started, audit.SLOW_WRITE_S)
         except OSError as error:
             self._not_stored(error, len(data))
         else:
             self._adopt(first, sums)
-            healed = {unit for unit in self._damaged if 0 <= unit - first << self.unit_shift < len(data)}
-            if healed:
-                self._damaged -= healed
-                CORRUPTIONS_HEALED.add(len(healed), "cache")
+            if self._damaged:
+                self._note_healed(first, len(data))
+
+    def _note_healed(self, first: int, length: int) -> None:
+        healed = {unit for unit in self._damaged if 0 <= unit - first << self.unit_shift < length}
+        if healed:
+            self._damaged -= healed
+            CORRUPTIONS_HEALED.add(len(healed), "cache")
 
     def drop(self, first: int, stop: int) -> None:
         """Drop the units, for all processes."""
@@ -151,13 +157,13 @@ class CachedUnits:
     def _tick(self) -> None:
         if not self.files.attached:
             return
-        if self.files.is_stale:
+        header = self.files.current_header()
+        if header is None:
             self._went()
             return
         self.files.stamp()
-        sweeps = self.files.header.sweeps
-        if sweeps != self._sweeps:
-            self._sweeps = sweeps
+        if header.sweeps != self._sweeps:
+            self._sweeps = header.sweeps
             self.attend[:] = b"\1" * len(self.attend)
 
     def _adopt(self, first: int, sums: memoryview | array[int]) -> None:

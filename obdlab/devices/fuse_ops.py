@@ -13,7 +13,7 @@ from obdlab.blob import WritableBlob
 from obdlab.errors import ObdlabError
 from obdlab.system import abi
 from obdlab.system.abi import FuseInit, FuseOpcode
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -148,8 +148,8 @@ class FuseFile:
 
     def _fsync(self, _: int, __: memoryview) -> bytes | int:
         if self._writable is not None:
-            with waiting():
-                self._writable.flush()
+            about_to_wait()
+            self._writable.flush()
         return b""
 
     def _fallocate(self, _: int, body: memoryview) -> bytes | int:

@@ -12,9 +12,9 @@ import logging
 import re
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode, urlsplit
 
 from obdlab.registry.body import read_small
@@ -24,7 +24,7 @@ from obdlab.registry.failures import discard, from_response
 from obdlab.registry.redirects import check_not_local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from urllib.parse import SplitResult
 
     import urllib3
@@ -52,6 +52,14 @@ _LONGEST_WAIT_S = 600.0
 _WRONG_PASSWORD = "registry refuses the credentials"
 # Answers of token servers that refuse user or password.
 _REFUSALS = (400, 401, 403)
+_NOT_FIRST = nullcontext()
+
+
+class Send(Protocol):
+    """Sends a request, with an Authorization header if there is one."""
+
+    def __call__(self, *, authorization: str | None) -> urllib3.BaseHTTPResponse:
+        """Return the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,7 @@ class Authenticator:
         repository: Repository,
         actions: str,
         url: str,
-        send: Callable[[str | None], urllib3.BaseHTTPResponse],
+        send: Send,
         *,
         doing: str,
     ) -> urllib3.BaseHTTPResponse:
@@ -137,17 +145,19 @@ class Authenticator:
         permanent unless the token server failed temporarily.
         """
         grant = self._grant(repository, actions)
-        with self._first_contact(grant, repository):
-            header = self._header(grant, repository, actions, url)
-            response = send(header)
+        with _NOT_FIRST if grant.settled else self._first_contact(grant, repository):
+            header = grant.header
+            if header is not None:
+                header = self._header(grant, repository, actions, url)
+            response = send(authorization=header)
             if response.status != 401:
                 grant.settled = True
                 return response
             header, shared = self._answer(grant, repository, actions, url, response, header)
-        response = send(header)
+        response = send(authorization=header)
         if response.status == 401 and shared:
             header, _ = self._answer(grant, repository, actions, url, response, header)
-            response = send(header)
+            response = send(authorization=header)
         if response.status == 401:
             error = from_response(response, doing)
             if header.startswith("Basic "):
@@ -162,12 +172,15 @@ class Authenticator:
     def _grant(self, repository: Repository, actions: str) -> _Grant:
         key = (repository.api_host, repository.name, actions)
         with self._lock:
-            return self._grants.setdefault(key, _Grant())
+            grant = self._grants.get(key)
+            if grant is None:
+                grant = self._grants[key] = _Grant()
+            return grant
 
     @contextmanager
     def _first_contact(self, grant: _Grant, repository: Repository) -> Iterator[None]:
         # At an open registry, waiting for the first request would only cost a round trip.
-        if grant.settled or (repository.plain_http and not self._credentials.likely(repository)):
+        if repository.plain_http and not self._credentials.likely(repository):
             yield
             return
         alone = grant.first.acquire(timeout=min(_FIRST_WAIT_S, _left_s()))

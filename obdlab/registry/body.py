@@ -57,7 +57,9 @@ def read_range(
     """
     try:
         go_to_range(response, offset, length, doing, size)
-        data = _read_exactly(response, length, doing)
+        data = response.read(length)
+        if len(data) < length:
+            data = _read_rest(response, data, length, doing)
         # Without a length (chunked, or until the connection closes) only the end shows that the body is complete.
         if response.status == 206 and response.length_remaining is None and response.read(1):
             raise RegistryError(f"{doing}: body longer than its range", temporary=True)
@@ -243,9 +245,11 @@ def _check_content_range(
     got = response.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.fullmatch(got)
     if match is not None and match[3] != "*":
-        _check_size(int(match[3]), size, doing)
-    if match is not None and match[3] != "*" and int(match[3]) < offset + length:
-        raise RegistryError(f"{doing}: blob is smaller (got {match[3]} bytes, wanted {offset + length})")
+        total = int(match[3])
+        if total != size:
+            _check_size(total, size, doing)
+        if total < offset + length:
+            raise RegistryError(f"{doing}: blob is smaller (got {match[3]} bytes, wanted {offset + length})")
     if match is None or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
         raise RegistryError(
             f"{doing}: wrong range (got {got[:80]!r}, wanted bytes {offset}-{offset + length - 1})", temporary=True
@@ -271,10 +275,8 @@ def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int
         count -= len(chunk)
 
 
-def _read_exactly(response: urllib3.BaseHTTPResponse, length: int, doing: str) -> bytes:
-    data = response.read(length)
-    if len(data) == length:
-        return data
+def _read_rest(response: urllib3.BaseHTTPResponse, data: bytes, length: int, doing: str) -> bytes:
+    # Returns ``data`` and all that is missing.
     chunks = [data]
     missing = length - len(data)
     while missing and chunks[-1]:

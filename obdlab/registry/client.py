@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
 
@@ -12,11 +13,10 @@ from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
 from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
-from obdlab.registry.deadline import one_try
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard, from_response
+from obdlab.registry.failures import discard, from_response, persist
 from obdlab.registry.link import Link
-from obdlab.registry.pace import least_pace
+from obdlab.registry.pace import OF_THREAD, Pace
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
@@ -233,25 +233,30 @@ class RegistryClient:
                 link.note(answered - began, length, time.monotonic() - answered)
                 return data
 
-            with least_pace() if tried <= _PACED_TRIES else nullcontext():
+            outer = OF_THREAD.pace
+            OF_THREAD.pace = Pace() if tried <= _PACED_TRIES else outer
+            try:
                 return self._session.get(
                     repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
                 )
+            finally:
+                OF_THREAD.pace = outer
 
         def attempt() -> bytes:
             nonlocal tried
             tried += 1
-            with one_try():
-                if length > hedge.LARGEST:
-                    return request()
-                # Ranges of about the same size take about as long.
-                return self._hedges.run((repository.api_host, length.bit_length()), request)
+            if length > hedge.LARGEST:
+                return request()
+            # Ranges of about the same size take about as long.
+            return self._hedges.run((repository.api_host, length.bit_length()), request)
 
-        return self._session.persist(attempt, blob=name, offset=offset, deadline=deadline)
+        deadline = time.monotonic() + self.deadline_s if deadline is None else deadline
+        return persist(attempt, deadline=deadline, blob=name, offset=offset, halving=True)
 
     def link(self, repository: Repository) -> Link:
         """Return the measurements of the link to the repository's registry."""
-        return self._links.setdefault(repository.api_host, Link())
+        link = self._links.get(repository.api_host)
+        return self._links.setdefault(repository.api_host, Link()) if link is None else link
 
     def open_range(
         self, repository: Repository, digest: str, offset: int, length: int, *, size: int | None = None
@@ -417,5 +422,6 @@ def _expect(response: urllib3.BaseHTTPResponse, wanted: tuple[int, ...], doing: 
     discard(response)
 
 
+@lru_cache(1024)
 def _name(repository: Repository, digest: str) -> str:
     return f"{repository}@{check_digest(digest, str(repository))}"

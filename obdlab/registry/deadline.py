@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import threading
-import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_LEAST_TRY_S = 1.0
-
-_local = threading.local()
 
 
-@contextmanager
-def deadline_of_thread(deadline: float) -> Iterator[None]:
+class _InForce(threading.local):
+    deadline: float | None = None
+
+
+#: The deadline of the calling thread, as an attribute: every operation of a socket looks it up.
+IN_FORCE = _InForce()
+
+
+class deadline_of_thread:  # noqa: N801 - used as a function
     """Let no socket operation, retry or pause of this thread last beyond ``deadline`` (time.monotonic).
 
     Inside a block with an earlier deadline the earlier one stays in force.
     """
-    outer = thread_deadline()
-    _local.deadline = deadline if outer is None else min(outer, deadline)
-    try:
-        yield
-    finally:
-        _local.deadline = outer
 
+    __slots__ = ("_deadline", "_outer")
 
-@contextmanager
-def one_try() -> Iterator[None]:
-    """Leave half of the thread's time for another try; the last second is not halved."""
-    deadline = thread_deadline()
-    now = time.monotonic()
-    if deadline is None or deadline - now < 2 * _LEAST_TRY_S:
-        yield
-        return
-    with deadline_of_thread(now + (deadline - now) / 2):
-        yield
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._outer: float | None = None
+
+    def __enter__(self) -> None:
+        outer = self._outer = IN_FORCE.deadline
+        IN_FORCE.deadline = self._deadline if outer is None else min(outer, self._deadline)
+
+    def __exit__(self, *_: object) -> None:
+        IN_FORCE.deadline = self._outer
 
 
 def thread_deadline() -> float | None:
     """Return the deadline in force in this thread, if there is one."""
-    return getattr(_local, "deadline", None)
+    return IN_FORCE.deadline

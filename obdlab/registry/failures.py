@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError
 from obdlab.formats.decimal import decimal
 from obdlab.observe.counters import REGISTRY_RETRIES
 from obdlab.observe.redact import redacted
-from obdlab.registry.deadline import thread_deadline
+from obdlab.registry.deadline import IN_FORCE
 from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _POOL = re.compile(r"^[\w.]+\(host=.*?\): ")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_RETRY_AFTER_S = 60.0
+_LEAST_TRY_S = 1.0
 
 
 def is_temporary_status(status: int) -> bool:
@@ -76,35 +77,51 @@ def from_exception(error: Exception, doing: str) -> RegistryError:
 
 
 def persist(
-    attempt: Callable[[], T], *, deadline: float, blob: str, offset: int | None = None, tries: int | None = None
+    attempt: Callable[[], T],
+    *,
+    deadline: float,
+    blob: str,
+    offset: int | None = None,
+    tries: int | None = None,
+    halving: bool = False,
 ) -> T:
     """Call ``attempt`` until it succeeds, fails permanently, the deadline comes or ``tries`` are used up.
+
+    The deadline, or an earlier one of the thread, holds for all that the thread does meanwhile. With ``halving``,
+    each try leaves half of the time that is left to the next one; the last second is not halved.
 
     Pauses double from 50 ms to 5 s, each shortened by a random part so that many readers do not return in step; a
     registry's Retry-After is kept if the deadline allows. Raises the last RegistryError, with its place.
     """
-    outer = thread_deadline()
+    outer = IN_FORCE.deadline
     deadline = deadline if outer is None else min(deadline, outer)
+    IN_FORCE.deadline = deadline
     tried = 0
     pause = _FIRST_PAUSE_S
     before: RegistryError | None = None
-    while True:
-        tried += 1
-        try:
-            return attempt()
-        except RegistryError as error:
-            delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
-            hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
-            if hopeless:
-                raise error.at(blob, offset, tried, before=before) from error
-            last = error
-            log.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
-        time.sleep(delay)
-        if time.monotonic() >= deadline:  # a busy machine wakes late, and a try without time says nothing
-            raise last.at(blob, offset, tried, before=before) from last
-        REGISTRY_RETRIES.add()
-        before = before if last.timed_out else last
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+    try:
+        while True:
+            tried += 1
+            if halving and deadline - (now := time.monotonic()) >= 2 * _LEAST_TRY_S:
+                IN_FORCE.deadline = now + (deadline - now) / 2
+            try:
+                return attempt()
+            except RegistryError as error:
+                delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
+                hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
+                if hopeless:
+                    raise error.at(blob, offset, tried, before=before) from error
+                last = error
+                IN_FORCE.deadline = deadline
+                log.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
+            time.sleep(delay)
+            if time.monotonic() >= deadline:  # a busy machine wakes late, and a try without time says nothing
+                raise last.at(blob, offset, tried, before=before) from last
+            REGISTRY_RETRIES.add()
+            before = before if last.timed_out else last
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+    finally:
+        IN_FORCE.deadline = outer
 
 
 def discard(response: urllib3.BaseHTTPResponse) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from obdlab.observe.counters import Counter
-from obdlab.registry.deadline import deadline_of_thread, thread_deadline
+from obdlab.registry.deadline import IN_FORCE, deadline_of_thread
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.interrupt import Exchange
 
@@ -62,24 +62,27 @@ class Hedges:
         """
         if not self._share:
             return request()
-        lag = self._lag_of(key)
+        lag = self._lags.get(key) or self._lag_of(key)
         race = _Race(request, self._take)
         started = time.monotonic()
         _watch.add(started + lag.seconds, race)
-        result = race.run()
+        try:
+            with race.first:
+                result = request()
+        except RegistryError as error:
+            result = race.result_of_second(error)
+        finally:
+            race.end()
         lag.add(time.monotonic() - started)
         with self._lock:
             self._tokens = min(_BURST, self._tokens + self._share)
         return result
 
     def _lag_of(self, key: Hashable) -> _Lag:
-        lag = self._lags.get(key)
-        if lag is None:
-            with self._lock:
-                if len(self._lags) >= _MOST_KEYS:
-                    self._lags.clear()
-                lag = self._lags.setdefault(key, _Lag())
-        return lag
+        with self._lock:
+            if len(self._lags) >= _MOST_KEYS:
+                self._lags.clear()
+            return self._lags.setdefault(key, _Lag())
 
     def _take(self) -> bool:
         with self._lock:
@@ -112,41 +115,37 @@ class _Race(Generic[T]):
         "_deadline",
         "_error",
         "_finished",
-        "_first",
         "_lock",
         "_request",
         "_result",
         "_second",
         "_take",
+        "first",
         "over",
     )
 
     def __init__(self, request: Callable[[], T], take: Callable[[], bool]) -> None:
         self._request = request
         self._take = take
-        self._deadline = thread_deadline()
+        self._deadline = IN_FORCE.deadline
         self._lock = threading.Lock()
-        self._first = Exchange()
+        self.first = Exchange()
         self._second: Exchange | None = None
         self._finished: threading.Event | None = None
         self._result: list[T] = []
         #: True when the caller has stopped waiting.
         self.over = False
 
-    def run(self) -> T:
-        try:
-            with self._first.of_thread():
-                return self._request()
-        except RegistryError as error:
-            return self._result_of_second(error)
-        finally:
-            with self._lock:
-                self.over = True
-                second = self._second
-            if second is not None and not self._result:
-                second.break_off()
+    def end(self) -> None:
+        # The caller waits no longer.
+        with self._lock:
+            self.over = True
+            second = self._second
+        if second is not None and not self._result:
+            second.break_off()
 
-    def _result_of_second(self, error: RegistryError) -> T:
+    def result_of_second(self, error: RegistryError) -> T:
+        # After the first request has failed with this error, which is raised if the second one fails, too.
         with self._lock:
             finished = self._finished
             self.over = finished is None
@@ -175,7 +174,7 @@ class _Race(Generic[T]):
         if second is None or finished is None:
             raise RuntimeError("second request without a race")
         try:
-            with second.of_thread(), deadline_of_thread(self._deadline or time.monotonic() + _IDLE_S):
+            with second, deadline_of_thread(self._deadline or time.monotonic() + _IDLE_S):
                 result = self._request()
             with self._lock:
                 won = not self.over
@@ -183,7 +182,7 @@ class _Race(Generic[T]):
                     self._result.append(result)
             if won:
                 HEDGES.add(label="won")
-                self._first.break_off()
+                self.first.break_off()
         except RegistryError as error:
             if not second.broken_off:
                 logger.debug("second request failed: %s", error)

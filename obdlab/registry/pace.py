@@ -9,55 +9,37 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 #: Least bytes in each window. At 100 kbit/s a window has 61 KiB; one of fifteen connections gets 4 of them.
 WINDOW_S = 5.0
 LEAST_IN_WINDOW = 4 << 10
 
-_local = threading.local()
-
 
 class Pace:
     """Bytes received in the current window. A request, and every LEAST_IN_WINDOW bytes, begin another one."""
 
-    __slots__ = ("_began", "_received")
+    __slots__ = ("_received", "end")
 
     def __init__(self) -> None:
-        self._began: float | None = None
+        #: The end of the window (time.monotonic); None before the first byte.
+        self.end: float | None = None
         self._received = 0
 
     def sent(self) -> None:
         """Note that a request was sent. The wait for its answer does not count."""
-        self._began = None
+        self.end = None
 
     def received(self, size: int) -> None:
         """Count received bytes."""
         self._received += size
-        if self._began is None or self._received >= LEAST_IN_WINDOW:
-            self._began, self._received = time.monotonic(), 0
-
-    @property
-    def end(self) -> float | None:
-        """The end of the window (time.monotonic); None before the first byte."""
-        return None if self._began is None else self._began + WINDOW_S
+        if self.end is None or self._received >= LEAST_IN_WINDOW:
+            self.end, self._received = time.monotonic() + WINDOW_S, 0
 
 
-@contextmanager
-def least_pace() -> Iterator[None]:
-    """Break off answers to this thread's requests that come too slowly: the read raises TimeoutError."""
-    outer = pace_of_thread()
-    _local.pace = Pace()
-    try:
-        yield
-    finally:
-        _local.pace = outer
+class _OfThread(threading.local):
+    pace: Pace | None = None
 
 
-def pace_of_thread() -> Pace | None:
-    """Return the calling thread's pace, or None."""
-    return getattr(_local, "pace", None)
+#: The pace that answers to the calling thread must keep, else a read raises TimeoutError. An attribute, as every
+#: operation of a socket looks it up.
+OF_THREAD = _OfThread()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -34,19 +34,20 @@ class Repository:
     host: str
     name: str
     plain_http: bool = False
+    #: The host that serves the API.
+    api_host: str = field(init=False, repr=False, compare=False)
+    #: ``scheme://host/v2/name``, without a slash at the end.
+    api_url: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once, as every request needs them.
+        host = _API_HOSTS.get(self.host, self.host)
+        object.__setattr__(self, "api_host", host)
+        scheme = "http" if self.plain_http else "https"
+        object.__setattr__(self, "api_url", f"{scheme}://{host}/v2/{self.name}")
 
     def __str__(self) -> str:
         return f"{self.host}/{self.name}"
-
-    @property
-    def api_host(self) -> str:
-        """The host that serves the API."""
-        return _API_HOSTS.get(self.host, self.host)
-
-    @property
-    def api_url(self) -> str:
-        """``scheme://host/v2/name``, without a slash at the end."""
-        return f"{'http' if self.plain_http else 'https'}://{self.api_host}/v2/{self.name}"
 
     @property
     def blobs_url(self) -> str:

@@ -15,7 +15,7 @@ from obdlab.formats.oci import check_digest
 from obdlab.observe import audit
 from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
 from obdlab.registry.errors import RegistryError
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
@@ -53,6 +53,7 @@ class RemoteBlob(Blob):
         self._digest = digest
         self._url = f"{repository.blobs_url}/{digest}"
         self._size = size
+        self._link = client.link(repository)
         #: The time that a read may take.
         self.deadline_s = client.deadline_s if deadline_s is None else deadline_s
         # Ranges that could not be read in time: (end of validity, offset, stop, error).
@@ -64,17 +65,17 @@ class RemoteBlob(Blob):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Send one range request. Raises RegistryError naming the blob and the offset."""
-        check_range(self, offset, length)
-        if length == 0:
+        if offset < 0 or length <= 0 or offset + length > self._size:
+            check_range(self, offset, length)
             return b""
         started = time.monotonic()
         if self._failed:
             self._check_failed(offset, offset + length, started)
         try:
-            with waiting():
-                data = self._client.read_range(
-                    self._repository, self._digest, offset, length, started + self.deadline_s, size=self._size
-                )
+            about_to_wait()
+            data = self._client.read_range(
+                self._repository, self._digest, offset, length, started + self.deadline_s, size=self._size
+            )
         except RegistryError as error:
             now = time.monotonic()
             audit.record("download_failed", self._url, offset, length, started)
@@ -91,7 +92,7 @@ class RemoteBlob(Blob):
     @property
     def link(self) -> Link:
         """Measurements of the link to the registry."""
-        return self._client.link(self._repository)
+        return self._link
 
     def stream(self, offset: int, length: int) -> RangeStream:
         """Request a range, to be read as it arrives. Raises RegistryError."""

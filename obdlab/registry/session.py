@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, TypeVar
 
@@ -90,8 +91,7 @@ class Session:
         """Run ``attempt`` under the deadline, with the retries of ``failures.persist``."""
         if deadline is None:
             deadline = time.monotonic() + self.deadline_s
-        with deadline_of_thread(deadline):
-            return persist(attempt, deadline=deadline, blob=blob, offset=offset, tries=tries)
+        return persist(attempt, deadline=deadline, blob=blob, offset=offset, tries=tries)
 
     def request(
         self,
@@ -109,16 +109,10 @@ class Session:
 
         Another host (of an upload, for example) gets no Authorization header, and no headers of ``own``.
         """
-        if origin(url) != origin(repository.api_url):
-            return self._send(method, url, headers, None, body, doing)
-        headers = {**headers, **own}
-        return self._auth.exchange(
-            repository,
-            actions,
-            url,
-            lambda authorization: self._send(method, url, headers, authorization, body, doing),
-            doing=doing,
-        )
+        if not url.startswith(f"{repository.api_url}/") and origin(url) != origin(repository.api_url):
+            return self._send(method, url, headers, body, doing)
+        send = partial(self._send, method, url, {**headers, **own}, body, doing)
+        return self._auth.exchange(repository, actions, url, send, doing=doing)
 
     def get(
         self,
@@ -255,10 +249,10 @@ class Session:
         wanted: tuple[int, ...],
         own: Mapping[str, str],
     ) -> urllib3.BaseHTTPResponse:
-        known = self._location(url)
+        known = self._location(url) if url in self._locations else None
         if known is not None and known != url:
             try:
-                response = self._send("GET", known, headers, None, None, doing)
+                response = self._transport.send("GET", known, headers, doing=doing)
             except RegistryError:
                 if not is_broken_off():
                     self._forget(url)
@@ -269,7 +263,11 @@ class Session:
             if response.status >= 500 or response.status == 429:
                 raise from_response(response, doing)
             discard(response)  # probably an expired signature: ask the registry again
-        response = self.request(repository, "GET", url, headers, doing=doing, own=own)
+        if url.startswith(f"{repository.api_url}/") and not own:
+            send = partial(self._transport.send, "GET", url, headers, doing=doing)
+            response = self._auth.exchange(repository, PULL, url, send, doing=doing)
+        else:
+            response = self.request(repository, "GET", url, headers, doing=doing, own=own)
         if response.status in _REDIRECTS:
             response = self._follow(repository, url, response, headers, doing, own)
         if response.status not in wanted:
@@ -295,7 +293,7 @@ class Session:
                 response = self.request(repository, "GET", target, headers, doing=doing, own=own)
             else:
                 # Storage behind a registry signs its URLs; the registry's token must not go there.
-                response = self._send("GET", target, headers, None, None, doing)
+                response = self._transport.send("GET", target, headers, doing=doing)
             if response.status not in _REDIRECTS:
                 if origin(target) != origin(url) and response.status < 300:
                     self._remember(url, target)
@@ -308,16 +306,14 @@ class Session:
         method: str,
         url: str,
         headers: Mapping[str, str],
-        authorization: str | None,
         body: bytes | Callable[[], IO[bytes]] | None,
         doing: str,
+        authorization: str | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        if authorization is not None:
-            headers = {**headers, "Authorization": authorization}
         if callable(body):
             with body() as file:
-                return self._transport.send(method, url, headers, doing=doing, body=file)
-        return self._transport.send(method, url, headers, doing=doing, body=body)
+                return self._transport.send(method, url, headers, doing=doing, body=file, authorization=authorization)
+        return self._transport.send(method, url, headers, doing=doing, body=body, authorization=authorization)
 
     def _location(self, url: str) -> str | None:
         target, end = self._locations.get(url, ("", 0.0))

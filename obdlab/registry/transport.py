@@ -21,13 +21,13 @@ from urllib3.exceptions import NewConnectionError, SSLError
 
 from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY_REQUESTS
 from obdlab.observe.redact import Redacting
-from obdlab.registry.deadline import thread_deadline
+from obdlab.registry import interrupt, pace
+from obdlab.registry.deadline import IN_FORCE
 from obdlab.registry.dial import Dialer
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.failures import TRANSPORT_ERRORS, from_exception
-from obdlab.registry.framing import BoundedReader, FramingError, check_framing
-from obdlab.registry.interrupt import exchange_of_thread, is_broken_off
-from obdlab.registry.pace import pace_of_thread
+from obdlab.registry.framing import Allowance, BoundedReader, FramingError, check_framing
+from obdlab.registry.interrupt import is_broken_off
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -96,15 +96,21 @@ class Transport:
         doing: str,
         body: bytes | IO[bytes] | None = None,
         http_proxy: str = "",
+        authorization: str | None = None,
     ) -> urllib3.BaseHTTPResponse:
         """Return the response with its body unread; ``failures.discard`` it if the body is not read to its end.
 
-        ``http_proxy``, "http://host:port", gets the request in place of the URL's host.
+        ``http_proxy``, "http://host:port", gets the request in place of the URL's host. ``authorization`` is the
+        header of that name.
         Raises RegistryError, temporary unless the URL or a certificate is wrong.
         """
         timeout = self._timeout(doing)
+        headers = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **headers}
+        if authorization is not None:
+            headers["Authorization"] = authorization
         try:
-            manager = self._pools(http_proxy or url)
+            first = http_proxy or url
+            manager = self._pools(first) if first.startswith("https:") else self._plain
             # A pool, unlike its manager, sends the whole URL with scheme and host, which a proxy needs.
             pool = manager.connection_from_url(http_proxy) if http_proxy else manager
             response: urllib3.BaseHTTPResponse = pool.urlopen(
@@ -114,7 +120,7 @@ class Transport:
                 assert_same_host=False,
                 retries=False,
                 body=body,
-                headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity", **headers},
+                headers=headers,
                 timeout=timeout,
                 preload_content=False,
                 decode_content=False,
@@ -124,7 +130,8 @@ class Transport:
             except FramingError:
                 response.close()  # closes the connection, too
                 raise
-            _count_answer(response.status)
+            REGISTRY_REQUESTS.add(label=str(response.status))
+            (REGISTRY_FAILED if response.status >= 500 else REGISTRY_ANSWERED).now()
             return response
         except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a header or URL http.client refuses
             _count_failure()
@@ -142,7 +149,7 @@ class Transport:
             _close(manager)
 
     def _timeout(self, doing: str) -> urllib3.Timeout:
-        deadline = thread_deadline()
+        deadline = IN_FORCE.deadline
         left = self._silence_s if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise RegistryError(f"{doing}: no answer in time: deadline passed", temporary=True, timed_out=True)
@@ -150,8 +157,7 @@ class Transport:
         return urllib3.Timeout(connect=min(self._silence_s, left / 2), read=self._silence_s)
 
     def _pools(self, url: str) -> urllib3.PoolManager:
-        if not url.startswith("https:"):
-            return self._plain
+        # The pools for a host with TLS.
         host = _host(url)
         with self._lock:
             manager = self._tls_by_host.get(host)
@@ -223,6 +229,7 @@ def _tls_refusal(error: Exception) -> str | None:
 class _DeadlineMixin:
     # Shortens the time-out of each socket call to the time left until the thread's deadline.
     _silence: float | None = None
+    _allowance: Allowance | None = None
 
     def settimeout(self, value: float | None) -> None:
         self._silence = value
@@ -232,30 +239,34 @@ class _DeadlineMixin:
     def makefile(self, *args: Any, **kwargs: Any) -> Any:
         if args != ("rb",) or kwargs:
             raise ValueError(f"file of a registry's socket: wanted mode rb alone (got {args} {kwargs})")
-        return BoundedReader(super().makefile("rb", buffering=0))  # type: ignore[misc]
+        self._allowance = allowance = Allowance()
+        return BoundedReader(super().makefile("rb", buffering=0), allowance)  # type: ignore[misc]
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        pace = pace_of_thread()
-        if pace is None:
-            self._shorten_timeout()
-            return cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
-        self._shorten_timeout(pace.end)
+        least = pace.OF_THREAD.pace
+        self._shorten_timeout(None if least is None else least.end)
         size = cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
-        pace.received(size)
+        if least is not None:
+            least.received(size)
+        allowance = self._allowance
+        if allowance is not None:
+            allowance.left -= size
+            if allowance.left < 0:
+                allowance.refuse()
         return size
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:
-        pace = pace_of_thread()
-        if pace is not None:
-            pace.sent()
+        least = pace.OF_THREAD.pace
+        if least is not None:
+            least.sent()
         self._shorten_timeout()
         super().sendall(*args, **kwargs)  # type: ignore[misc]
 
     def _shorten_timeout(self, end: float | None = None) -> None:
-        exchange = exchange_of_thread()
-        if exchange is not None:
+        exchange = interrupt.OF_THREAD.exchange
+        if exchange is not None and (cast("object", exchange.socket) is not self or exchange.broken_off):
             exchange.use(cast("socket.socket", self))
-        deadline = thread_deadline()
+        deadline = IN_FORCE.deadline
         if deadline is None or (end is not None and end < deadline):
             deadline = end
         if deadline is None:
@@ -297,7 +308,7 @@ class _DialingMixin:
     def _dial(self, deadline: float) -> socket.socket:
         this = cast("HTTPConnection", self)
         if self.unix_socket is None:
-            outer = thread_deadline()
+            outer = IN_FORCE.deadline
             deadline = deadline if outer is None else min(deadline, outer)
             return self.dialer.dial(this.host, this.port, deadline, this.socket_options or ())
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -331,11 +342,6 @@ class _TLSPool(HTTPSConnectionPool):
 
 def _words(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-
-
-def _count_answer(status: int) -> None:
-    REGISTRY_REQUESTS.add(label=str(status))
-    (REGISTRY_FAILED if status >= 500 else REGISTRY_ANSWERED).now()
 
 
 def _count_failure() -> None:

@@ -28,10 +28,14 @@ def lock_until(descriptor: int, deadline: float, *, longest_pause_s: float = _LO
     """
     # A waiting flock has no deadline, and a signal would interrupt the main thread alone.
     pause_s = _FIRST_PAUSE_S
-    while not try_lock(descriptor):
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return False
         time.sleep(min(pause_s, left_s))
         pause_s = min(2 * pause_s, longest_pause_s)
-    return True

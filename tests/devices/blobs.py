@@ -6,7 +6,7 @@ import threading
 
 from obdlab.blob import Buffer, MemoryBlob, WritableBlob, check_range
 from obdlab.errors import SourceError
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 
 class MemoryWritable(WritableBlob):
@@ -71,6 +71,6 @@ class Gated(MemoryBlob):
     def read_at(self, offset: int, length: int) -> bytes:
         if offset >= self.at:
             self.waiting.release()
-            with waiting():
-                assert self.gate.wait(60), "the test never opened the gate"
+            about_to_wait()
+            assert self.gate.wait(60), "the test never opened the gate"
         return super().read_at(offset, length)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from obdlab.devices.crew import Crew, Member
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 END = None
 
@@ -58,8 +58,8 @@ def test_another_leads_while_one_waits() -> None:
     line, gate, reached = Line(), threading.Event(), threading.Event()
 
     def slow() -> None:
-        with waiting():
-            assert gate.wait(60)
+        about_to_wait()
+        assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(reached.set)
@@ -75,8 +75,8 @@ def test_waiting_twice_gives_the_lead_away_once() -> None:
 
     def slow() -> None:
         for _ in range(3):
-            with waiting():
-                assert gate.wait(60)
+            about_to_wait()
+            assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(reached.set)
@@ -91,8 +91,8 @@ def test_the_limit_is_kept_and_everything_is_answered() -> None:
 
     def slow() -> None:
         sizes.append(line.crew.size)
-        with waiting():
-            assert gate.wait(60)
+        about_to_wait()
+        assert gate.wait(60)
 
     for _ in range(40):
         line.requests.put(slow)
@@ -106,8 +106,8 @@ def test_idle_followers_end() -> None:
     line, gate = Line(idle_s=0.05), threading.Event()
 
     def slow() -> None:
-        with waiting():
-            assert gate.wait(60)
+        about_to_wait()
+        assert gate.wait(60)
 
     for _ in range(8):
         line.requests.put(slow)
@@ -125,8 +125,8 @@ def test_the_end_waits_for_requests_under_way() -> None:
     line, gate = Line(), threading.Event()
 
     def slow() -> None:
-        with waiting():
-            assert gate.wait(60)
+        about_to_wait()
+        assert gate.wait(60)
 
     line.requests.put(slow)
     line.requests.put(END)
@@ -141,8 +141,8 @@ def test_a_leader_that_fails_is_the_end_for_all() -> None:
     line, gate, reached = Line(idle_s=60), threading.Event(), threading.Event()
 
     def slow() -> None:
-        with waiting():
-            assert gate.wait(60)
+        about_to_wait()
+        assert gate.wait(60)
 
     def fail() -> None:
         raise MemoryError
@@ -166,8 +166,8 @@ def test_a_storm_of_short_waits() -> None:
     line, count = Line(limit=16, idle_s=0.01), 3000
 
     def short() -> None:
-        with waiting():
-            time.sleep(0)
+        about_to_wait()
+        time.sleep(0)
 
     for _ in range(count):
         line.requests.put(short)

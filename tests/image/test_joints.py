@@ -213,7 +213,8 @@ def test_a_faithful_wrapper_changes_nothing(
     assert got.hot_layer == bare.hot_layer
     for counter in ("prefetch_bytes", "prefetch_used_bytes", "prefetch_hits", "requests"):
         assert got.replayed[counter] == pytest.approx(bare.replayed[counter], rel=NEAR), counter
-    assert got.hot_requests == pytest.approx(bare.hot_requests, rel=NEAR, abs=1)
+    # The number of reads that come before the stream depends on the load of the machine.
+    assert got.hot_requests == pytest.approx(bare.hot_requests, abs=5)
 
 
 def test_what_is_compared_depends_on_the_link(bare: Outcome) -> None:

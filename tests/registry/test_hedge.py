@@ -149,8 +149,8 @@ def test_a_loser_hears_of_it() -> None:
 
 def test_exchanges_nest() -> None:
     outer, inner = Exchange(), Exchange()
-    with outer.of_thread():
-        with inner.of_thread():
+    with outer:
+        with inner:
             outer.break_off()
             assert not is_broken_off()
         assert is_broken_off()

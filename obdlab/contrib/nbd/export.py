@@ -10,7 +10,7 @@ from obdlab.blob import WritableBlob
 from obdlab.contrib.nbd import protocol
 from obdlab.contrib.nbd.protocol import Command, Export, Flag
 from obdlab.errors import ObdlabError
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob, Buffer
@@ -111,8 +111,8 @@ class NbdExport:
         elif command != Command.FLUSH:
             blob.discard(offset, length)
         if command == Command.FLUSH or flags & Flag.FUA:
-            with waiting():
-                blob.flush()
+            about_to_wait()
+            blob.flush()
 
     def block_status(self, flags: int, offset: int, length: int) -> bytes:
         """Return the extents of a checked BLOCK_STATUS as the protocol packs them."""

@@ -23,7 +23,7 @@ from obdlab.contrib.ublk import control
 from obdlab.contrib.ublk.uring import Ring
 from obdlab.devices.crew import Crew, Member
 from obdlab.devices.fuse_ops import errno_of
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -172,8 +172,8 @@ class UblkServer:
         blob = self._writable
         if op == control.OP_FLUSH:
             if blob is not None:
-                with waiting():
-                    blob.flush()
+                about_to_wait()
+                blob.flush()
             return 0
         if blob is None:
             raise OSError(errno.EROFS, "the device is read-only")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from obdlab.blob import WritableBlob
 from obdlab.devices.tcmu import scsi
 from obdlab.devices.tcmu.scsi import Op, ScsiError, Sense, Transfer, Unit
-from obdlab.waiting import waiting
+from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -102,8 +102,8 @@ class ScsiDisk:
 
     def _flush(self) -> None:
         if self._writable is not None:
-            with waiting():
-                self._writable.flush()
+            about_to_wait()
+            self._writable.flush()
 
     # Checks all ranges before it changes any.
     def _unmap(self, cdb: bytes, data: bytes) -> None:
