@@ -17,6 +17,9 @@ line before. A mutant that makes no test fail has survived. A survivor that beha
 for `!= None`, a tuning value one larger) is equivalent: `tests/mutants/equivalent.toml` names each with its reason,
 and the score leaves it out. Lines that only annotate, log or document are not drawn.
 
+A score is a lower bound: tests that take long are not tried, and the rows of devices and snapshotter are of runs
+with few of the tests that need a kernel's devices. Mutants of lines that are gone since are left out.
+
 ```
 make mutants                   # all rooms; hours. ROOMS="formats layers" takes some
 ```
