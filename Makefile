@@ -98,6 +98,7 @@ mutants: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev,mutants]'
 	$(BIN)/python -m tests.mutants map
 	$(BIN)/python -m tests.mutants run $(ROOMS)
+	$(BIN)/python -m tests.mutants run --again $(ROOMS)
 	$(BIN)/python -m tests.mutants report --write
 
 benchmarks: setup

@@ -15,7 +15,8 @@ Do the tests notice a wrong line? `make mutants` draws 200 places of each room (
 condition or loop there ([cosmic-ray](https://cosmic-ray.readthedocs.io)'s operators) and runs the tests that ran that
 line before. A mutant that makes no test fail has survived. A survivor that behaves like the original (`is not None`
 for `!= None`, a tuning value one larger) is equivalent: `tests/mutants/equivalent.toml` names each with its reason,
-and the score leaves it out. Lines that only annotate, log or document are not drawn.
+and the score leaves it out. Lines that only annotate, log or document are not drawn. A first pass gives a mutant ten
+seconds of tests and 25 examples of each property; `python -m tests.mutants run --again` gives the survivors all.
 
 A score is a lower bound: tests that take long are not tried, and the rows of devices and snapshotter are of runs
 with few of the tests that need a kernel's devices. Mutants of lines that are gone since are left out.
