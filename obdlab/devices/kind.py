@@ -34,7 +34,7 @@ class Place:
     #: In messages and names of threads.
     name: str = ""
     readahead_kib: int = 128
-    #: What :meth:`Kind.connect` returned.
+    #: The connection that :meth:`Kind.connect` returned.
     connection: int = NO_CONNECTION
     #: The device to go on with, whose server is gone; None for a new device.
     path: Path | None = None

@@ -2,8 +2,8 @@
 
 http.client trusts the framing: a chunk of size -1 makes it read until the connection closes, and it accepts headers
 of 6 MiB, endless interim answers and chunks of one byte. It reads everything through the file object of the socket,
-which tells content from lines: so the socket can refuse an answer that brings more lines than allowed. Counting each
-line instead would cost a call for every header.
+in which content and lines have calls of their own: the socket can refuse an answer that brings more lines than
+allowed. Counting each line instead would cost a call for every header.
 """
 
 from __future__ import annotations

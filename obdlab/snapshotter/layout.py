@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.v1.json"
 WRITABLE_NAME = "writable.json"
-#: Metadata of the original snapshotter in its root, and what packages register in the group ``obdlab.roots`` to take
-#: such a root over.
+#: Metadata of the original snapshotter in its root. Packages of the group ``obdlab.roots`` take it over.
 ORIGINAL_NAME = "metadata.db"
 _NEW = "new-"
 

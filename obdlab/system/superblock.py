@@ -21,7 +21,7 @@ _BE16 = Struct(">H")
 _BE32 = Struct(">I")
 _BE64 = Struct(">Q")
 
-#: Bytes of a file system that hold its superblock, whatever its type.
+#: Bytes of a file system that hold its superblock, for any type.
 SUPERBLOCK_END = 4096
 # fs/ext4/ext4.h, s_magic
 _EXT4_MAGIC_AT, _EXT4_MAGIC = 1024 + 0x38, 0xEF53
