@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.cache.admin import blobs_of, check_blob, clear, entries
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.cache.space import CacheSpace
 from obdlab.cache.unitfiles import CacheFiles
 from obdlab.cli.main import main
 from obdlab.formats.oci import digest_of
 from tests.cache import churn
+from tests.cache.origin import locked
 from tests.cache.test_quota import CONTENTS, DIGESTS, SIZE, UNIT, blob_files, du, fill, open_blob, small_cache
 
 
@@ -163,6 +168,59 @@ def test_all_of_it_while_several_processes_store_and_evict(
     assert rounds > 0
 
 
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("damage", [True, False])
+def test_a_check_waits_for_a_busy_cache(
+    tmp_path: Path, damage: bool, repair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obdlab.cache import space
+
+    with BlockCache(tmp_path, unit=UNIT).open(MemoryBlob(bytes(SIZE), "wrong"), DIGESTS[3]) as blob:
+        blob.read_at(0, SIZE)
+    last = SIZE // UNIT * UNIT
+    if damage:
+        flip(blob_files(tmp_path, 3) / "data", SIZE - 1)
+    monkeypatch.setattr(space, "_WAIT_TO_STORE_S", 0.02)
+    monkeypatch.setattr(space, "_WAIT_TO_OPEN_S", 0.02)
+    monkeypatch.setattr(space, "_WAIT_TO_EVICT_S", 60.0)
+    seen = 0
+    with ExitStack() as lock:
+        release = threading.Timer(0.3, lock.close)
+
+        def progress(length: int) -> None:
+            nonlocal seen
+            seen += length
+            if seen == last:  # before the last unit
+                lock.enter_context(locked(tmp_path))
+                release.start()
+
+        found = check_blob(CacheSpace(tmp_path), blob_files(tmp_path, 3), repair=repair, progress=progress)
+        release.join()
+    assert found is not None
+    assert (found.damaged, found.matches) == (((last,), None) if damage else ((), False))
+    if repair:
+        assert blob_files(tmp_path, 3).exists() is damage
+
+
+@pytest.mark.parametrize(
+    "command", [entries, clear, lambda space: check_blob(space, blobs_of(space)[0], repair=True)]
+)
+def test_commands_wait_for_a_busy_cache(
+    tmp_path: Path, command: Callable[[CacheSpace], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obdlab.cache import space
+
+    fill(small_cache(tmp_path), 0)
+    monkeypatch.setattr(space, "_WAIT_TO_OPEN_S", 0.02)
+    monkeypatch.setattr(space, "_WAIT_TO_EVICT_S", 60.0)
+    with ExitStack() as lock:
+        lock.enter_context(locked(tmp_path))
+        release = threading.Timer(0.3, lock.close)
+        release.start()
+        assert command(CacheSpace(tmp_path))
+        release.join()
+
+
 def test_what_is_no_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "clear", "../..", "--cache-dir", str(tmp_path)]) == 1
     assert "digest" in capsys.readouterr().err
@@ -172,7 +230,6 @@ def test_a_lock_held_by_others_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from obdlab.cache import space
-    from tests.cache.origin import locked
 
     fill(small_cache(tmp_path), 0)
     monkeypatch.setattr(space, "_WAIT_TO_EVICT_S", 0.05)

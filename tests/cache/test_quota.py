@@ -16,8 +16,8 @@ from obdlab.blob import MemoryBlob
 from obdlab.cache import eviction, space
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
-from obdlab.cache.eviction import cached_blobs, shrink
-from obdlab.cache.layout import HEADER_SIZE, PAGE
+from obdlab.cache.eviction import EvictingSpace, cached_blobs, evict, shrink
+from obdlab.cache.layout import HEADER_SIZE, PAGE, last_use
 from obdlab.cache.space import CacheSpace
 from obdlab.cache.unitfiles import CacheFiles
 from obdlab.formats.oci import digest_of
@@ -157,6 +157,54 @@ def test_units_not_read_lately_go_first(tmp_path: Path) -> None:
         assert blob.statistics()["corrupt_units"] == 0
 
 
+def test_all_units_read_after_a_pass_are_spared_by_the_next(tmp_path: Path) -> None:
+    with open_blob(small_cache(tmp_path, 0), 0) as blob:
+        blob.read_at(0, SIZE)
+        files = CacheFiles.attach(blob_files(tmp_path, 0))
+        assert files is not None
+        with closing(files):
+            for _ in range(3):
+                assert files.sweep(UNIT) == 0  # all were read
+                assert files.sweep(UNIT) == UNIT
+                hand = files.header.hand
+                blob._units.tick_at = 0  # a second later
+                blob.read_at((hand + 9) * UNIT, UNIT)  # this read notices the pass
+                blob.read_at(hand * UNIT, 2 * UNIT)
+                assert files.sweep(UNIT) == UNIT
+                assert files.present(hand, hand + 3) == [True, True, False]
+                blob._units.tick_at = 0
+                assert blob.read_at(0, SIZE) == CONTENTS[0]
+
+
+def test_an_open_blob_loses_nothing_while_another_has_enough(tmp_path: Path) -> None:
+    cache = small_cache(tmp_path, 0)
+    with open_blob(cache, 0) as blob:
+        blob.read_at(0, SIZE)
+        fill(cache, 1)
+        narrow = CacheSpace(tmp_path, quota=500 << 10)
+        assert cached_blobs(narrow.blobs) == sorted(blob_files(tmp_path, number) for number in (0, 1))
+        assert last_use(blob_files(tmp_path, 0)) < last_use(blob_files(tmp_path, 1))  # so it is the first in turn
+        wanted = narrow.excess()
+        assert wanted > 0
+        assert evict(narrow) >= wanted
+        files = CacheFiles.attach(blob_files(tmp_path, 0))
+        assert files is not None
+        with closing(files):
+            assert files.cached_units() == files.units
+
+
+def test_an_eviction_that_fails_is_not_tried_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(eviction, "_REST_S", 600.0)
+    full = EvictingSpace(tmp_path, quota=QUOTA)  # without the folder of blobs
+    for _ in range(2):
+        full.start_eviction(UNIT)
+        assert full.wait_for_eviction(60)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "eviction failed: [Errno 2]" in caplog.text
+
+
 def test_what_is_being_read_stays_and_what_comes_is_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,16 +311,42 @@ def test_what_is_held_is_known(tmp_path: Path) -> None:
         assert used(tmp_path) == du(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"short", b"OBDLUSED" + bytes(48), b"\xff" * 56, None])
-def test_counted_anew_after_a_reboot_or_damage(
-    tmp_path: Path, damage: bytes | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def ledger(boot: bytes, amount: int, magic: bytes = b"OBDLUSED") -> bytes:
+    return space._LEDGER.pack(magic, boot, amount)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"short",
+        ledger(space._boot_id(), -1),
+        ledger(space._boot_id(), 4096, b"OBDLUSEC"),
+        ledger(space._boot_id(), 4096, b"OBDLUSEE"),
+        ledger(b"!before every other boot", 4096),
+        ledger(b"~after every other boot", 4096),
+    ],
+    ids=["empty", "short", "negative", "magic below", "magic above", "boot below", "boot above"],
+)
+def test_counted_again_after_a_reboot_or_damage(tmp_path: Path, damage: bytes) -> None:
     fill(small_cache(tmp_path), 0)
-    if damage is None:
-        monkeypatch.setattr(space, "_boot", b"another boot".ljust(40, b"\0"))
-    else:
-        (tmp_path / "usage").write_bytes(damage)
+    (tmp_path / "usage").write_bytes(damage)
     assert used(tmp_path) == du(tmp_path)
+
+
+@pytest.mark.parametrize("amount", [0, 4096])
+def test_not_counted_again_before_a_reboot(tmp_path: Path, amount: int) -> None:
+    fill(small_cache(tmp_path), 0)
+    (tmp_path / "usage").write_bytes(ledger(space._boot_id(), amount))
+    assert used(tmp_path) == amount
+
+
+def test_missing_folders_above_the_cache_are_made(tmp_path: Path) -> None:
+    directory = tmp_path / "var" / "lib" / "cache"
+    fill(small_cache(directory), 0)
+    with open_blob(small_cache(directory), 0) as blob:
+        assert blob.read_at(0, SIZE) == CONTENTS[0]
+        assert blob.statistics()["requests"] == 0
 
 
 def test_a_cache_deleted_by_hand(tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ def test_all_comes_once_and_the_origin_is_not_asked_any_more(tmp_path: Path) -> 
         assert source.reads == []
 
 
+def test_the_missing_piece_after_what_is_cached(tmp_path: Path) -> None:
+    piece, units = PIECE // UNIT, -(-len(DATA) // UNIT)
+    with open_cached(tmp_path, origin()) as blob:
+        assert blob.missing_piece(0) == (0, piece)
+        blob.read_at(0, PIECE + 5 * UNIT)
+        assert blob.missing_piece(0) == (piece + 5, 2 * piece + 5)
+        blob.read_at(2 * PIECE, UNIT)
+        assert blob.missing_piece(0) == (piece + 5, 2 * piece)
+        assert blob.missing_piece(2 * piece) == (2 * piece + 1, 3 * piece + 1)
+        assert blob.missing_piece(units - 1) == (units - 1, units)
+        blob.read_at(0, len(DATA))
+        assert blob.missing_piece(0) is None
+
+
 def test_readers_meanwhile_get_right_bytes(tmp_path: Path) -> None:
     failures: list[int] = []
     with open_cached(tmp_path, origin(lambda offset, length: time.sleep(0.001)), readahead_max=PIECE) as blob:

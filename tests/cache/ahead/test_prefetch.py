@@ -120,6 +120,25 @@ def test_a_reader_ahead_takes_only_what_he_needs(tmp_path: Path) -> None:
     assert source.reads == [(3 * UNIT, UNIT), (8 * UNIT, 8 * UNIT)]
 
 
+def test_a_reader_ahead_of_a_replay_takes_only_what_he_needs(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def before(offset: int, length: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            release.wait(60)
+
+    with open_cached(tmp_path, source := Origin(before=before), extent=8 * UNIT) as blob:
+        blob.opened(120.0)
+        running = prefetched(blob, [(0, unit * UNIT, (unit + 1) * UNIT) for unit in range(0, 40, 3)])
+        wait_until(lambda: len(source.reads) == 8)  # all that it has in flight at once
+        blob.read_at(36 * UNIT, 10)
+        assert source.reads[8:] == [(36 * UNIT, UNIT)]
+        assert blob.statistics()["demand_bytes"] == UNIT
+        release.set()
+        assert running.wait(60)
+        assert sorted(source.reads) == [(unit * UNIT, UNIT) for unit in range(0, 40, 3)]
+
+
 def test_failures_end_it_and_readers_try_for_themselves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def before(offset: int, length: int) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -31,6 +31,7 @@ class Streamed(Origin):
     def __init__(self, break_at: int | None = None) -> None:
         super().__init__()
         self.opened: list[tuple[int, int]] = []
+        self.lengths: list[int] = []
         self.break_at = break_at
         self.go_on = threading.Event()
         self.go_on.set()
@@ -48,6 +49,7 @@ class Comes:
 
     def read(self, length: int) -> bytes:
         assert self._origin.go_on.wait(60)
+        self._origin.lengths.append(length)
         end = self.position + length
         if self._origin.break_at is not None and end > self._origin.break_at:
             self._origin.break_at = None
@@ -79,6 +81,17 @@ def test_one_request_brings_all_of_it(tmp_path: Path) -> None:
         assert blob.statistics()["prefetch_used_bytes"] == len(DATA) - UNIT
         assert stream(blob).wait(60)
         assert len(origin.opened) == 1
+
+
+def test_the_first_piece_is_small_and_the_next_are_not(tmp_path: Path) -> None:
+    origin = Streamed()
+    with open_cached(tmp_path, origin) as blob:
+        assert stream(blob).wait(60)
+    first, *others, last = origin.lengths
+    assert 16 << 10 <= first <= 32 << 10
+    assert len(others) > 0
+    assert all(64 << 10 <= length <= 256 << 10 for length in others)
+    assert first + sum(others) + last == len(DATA)
 
 
 def test_after_a_break_the_rest_is_asked_for(tmp_path: Path) -> None:
