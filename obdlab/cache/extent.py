@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # A start needs half or less of the bytes fetched around its misses. This many times the link's bytes per wait gives
 # extents of 64, 256 and 512 KiB at 100 Mbit/s and round trips of 0, 5 and 20 ms, about the best of those that were
-# tried there (docs/explanation/performance.md).
+# tried there.
 _WAITS = 3.4
 # With shorter waits, extents above the usual would save next to nothing, and cost the registry bytes.
 _SHORT_WAIT_S = 0.005
