@@ -83,6 +83,12 @@ def test_a_list_comes_in_messages_that_clients_take(core: Snapshotter, wire: Wir
     sizes = [message.ByteSize() for message in SnapshotsStub(wire.channel).List(request, timeout=_DEADLINE_S)]
     assert max(sizes) < 2 << 20
     assert len(wire.walk()) == 40
+    for number in range(40):
+        core.remove(f"key{number}")
+    for number in range(250):
+        core.prepare(f"small{number}", "", {})
+    counts = [len(message.info) for message in SnapshotsStub(wire.channel).List(request, timeout=_DEADLINE_S)]
+    assert counts == [100, 100, 50]
     assert wire.walk(["name==none"]) == []
 
 

@@ -209,6 +209,16 @@ def test_what_cannot_be_served_is_refused(
     assert list(root(tmp_path).iterdir()) == []
 
 
+@pytest.mark.parametrize(("missing", "text"), [(oci.BLOB_SIZE, "blob-size"), (oci.BLOB_DIGEST, "blob-digest")])
+def test_half_a_description_of_a_layer_is_refused(snapshotter: Snapshotter, missing: str, text: str) -> None:
+    """Without both labels it is a plain layer. With one, unpacking the blob would put garbage into the container."""
+    labels = pull_labels()
+    del labels[missing]
+    with pytest.raises(InvalidArgumentError, match=text):
+        snapshotter.prepare("key", "", labels)
+    assert snapshotter.walk() == []
+
+
 def test_an_overlaybd_layer_does_not_lie_on_a_plain_one(snapshotter: Snapshotter, tmp_path: Path) -> None:
     snapshotter.prepare("key", "", {})
     snapshotter.commit("plain", "key", {"containerd.io/snapshot.ref": CHAIN[0]})

@@ -23,6 +23,7 @@ from obdlab.observe.counters import counted
 from obdlab.snapshotter import fallback
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
+from obdlab.snapshotter.mounts import Mount
 from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from tests.registry.faulty import Answer, faulty_registry, silence
@@ -82,7 +83,11 @@ def test_without_devices_the_files_are_unpacked(root: Root, tmp_path: Path, capl
             assert (rootfs / "abs").exists()
         assert fallbacks(fallback.NO_DEVICES) == before + 1
         snapshotter.remove("two")
-        snapshotter.remove(image)
+        for name in ("lower", "upper", "work"):
+            (tmp_path / name).mkdir()
+        options = [f"{name}dir={tmp_path / name}" for name in ("lower", "upper", "work")]
+        with mounted([Mount("overlay", "overlay", tuple(options))], tmp_path / "other"):  # over other files
+            snapshotter.remove(image)
         assert list((tmp_path / "root/snapshots").iterdir()) == []
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
-from obdlab.image.config import ImageConfig
-from obdlab.snapshotter.errors import NotFoundError
-from obdlab.snapshotter.writable import LABEL_WRITABLE
+from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.snapshotter.errors import AlreadyExistsError, NotFoundError
+from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
 from tests.snapshotter.mounting import mounted
-from tests.snapshotter.test_core import CHAIN, DIGESTS, downloaded, open_snapshotter, pull
+from tests.snapshotter.test_core import CHAIN, DIGESTS, downloaded, open_snapshotter, pull, pull_labels
 from tests.snapshotter.test_writable import SMALL, Root, golden, root
 
 __all__ = ["root"]
@@ -112,6 +112,50 @@ def test_what_is_lost_is_forgotten_with_all_above(
     with pytest.raises(NotFoundError):
         snapshotter.stat("container")
     snapshotter.close()
+
+
+def test_a_lost_layer_does_not_end_the_check(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(home / "snapshots/1")
+    break_config(home)
+    status, lines = fsck(home, capsys)
+    assert (status, len(lines)) == (1, 3)
+    assert "snapshots/1 is gone" in lines[0]
+    assert "snapshot 5 " in lines[1]
+    assert "not JSON" in lines[1]
+
+
+@pytest.mark.parametrize("lost", ["data", "index"])
+def test_a_container_without_its_own_layer_is_forgotten(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, lost: str
+) -> None:
+    for name in ("data", "index"):
+        (tmp_path / name).touch()
+    (home / "snapshots/3/block").mkdir()
+    device = WritableDevice(Mode.DIR, UpperConfig(str(tmp_path / "index"), str(tmp_path / "data"), 1))
+    device.save(home / "snapshots/3/block/writable.json")
+    assert fsck(home, capsys)[0] == 0
+    (tmp_path / lost).unlink()
+    status, lines = fsck(home, capsys, "--repair")
+    assert status == 0, lines
+    assert f"what it wrote is gone ({tmp_path / lost})" in lines[0]
+    snapshotter = open_snapshotter(tmp_path)
+    assert {snapshot.key for snapshot in snapshotter.walk()} == {"plain", "upper", *CHAIN[:2]}
+    snapshotter.close()
+
+
+def test_names_of_the_originals_converter_are_right(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """They are no chain IDs, so no layer has a wrong one."""
+    snapshotter = open_snapshotter(tmp_path)
+    parent = ""
+    for number in (0, 1):
+        target = f"overlaybd-conv-sha256:{number}"
+        with pytest.raises(AlreadyExistsError):
+            snapshotter.prepare("extract", parent, pull_labels(number) | {"containerd.io/snapshot.ref": target})
+        parent = target
+    snapshotter.close()
+    assert fsck(home, capsys) == (0, [f"{home}: nothing wrong"])
 
 
 def test_a_local_layer_that_is_gone_is_lost(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -266,6 +266,9 @@ def test_a_writable_layer_lies_where_the_settings_allow(tmp_path: Path) -> None:
         ):
             with pytest.raises(InvalidArgumentError, match=r"overlay\.active\.path"):
                 snapshotter.prepare("key", "", OWN | {LABEL_ACTIVE_PATH: str(place)})
+        with pytest.raises(InvalidArgumentError) as caught:
+            snapshotter.prepare("key", "", OWN | {LABEL_ACTIVE_PATH: str(outside)})
+        assert str(caught.value).endswith(f"(got {str(outside)!r}, wanted one below: {allowed})")
         assert not outside.exists()
         assert snapshotter.walk() == []
         snapshotter.prepare("key", "", OWN | {LABEL_ACTIVE_PATH: f"{allowed}/deep/place"})
@@ -277,7 +280,7 @@ def test_a_writable_layer_lies_where_the_settings_allow(tmp_path: Path) -> None:
 
 
 def test_no_path_is_allowed_unless_set(snapshotter: Snapshotter, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="activePathRoots"):
+    with pytest.raises(InvalidArgumentError, match=r"activePathRoots.*wanted one below: none\)"):
         snapshotter.prepare("key", "", OWN | {LABEL_ACTIVE_PATH: str(tmp_path / "new")})
     assert not (tmp_path / "new").exists()
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.quota import LABEL_QUOTA, QuotaError, Quotas, parse_size, quota_asked
+from obdlab.system import mount
 
 GET, SET = 0x800007, 0x800008
 DQBLK = struct.Struct("=QQQQQQQQI4x")
@@ -47,6 +48,8 @@ class Kernel:
         self.limits[project] = (*values[:2], *self.limits[project][2:])
 
     def _ioctl(self, fd: int, request: int, data: bytes) -> bytes:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         inode = os.fstat(fd).st_ino
         if request == 0x801C581F:
             return self.attributes[inode]
@@ -128,6 +131,28 @@ def test_without_enforcement_there_is_no_limit(kernel: Kernel, tmp_path: Path) -
     kernel.enforced = False
     with pytest.raises(FailedPreconditionError, match="not enforced"):
         Quotas(tmp_path).limit(directories(tmp_path, "a"), 1, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "enforced"), [("rw,prjquota", True), ("rw,pquota", True), ("rw,usrquota", False), ("rw", False)]
+)
+def test_the_mount_of_the_directory_counts_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, enforced: bool
+) -> None:
+    device = tmp_path.stat().st_dev
+    other = "rw" if enforced else "rw,prjquota"
+    lines = [
+        f"1 0 0:0 / /lower rw - xfs /dev/a {other}",
+        f"2 0 99999:0 / /higher rw - xfs /dev/b {other}",
+        f"3 0 {os.major(device)}:{os.minor(device)} / / rw - xfs /dev/c {options}",
+    ]
+    monkeypatch.setattr(mount, "mounts", lambda: mount.parse_mountinfo("\n".join(lines)))
+    monkeypatch.setattr(Quotas, "_control", lambda *_: None)
+    if enforced:
+        Quotas(tmp_path).check(1024)
+    else:
+        with pytest.raises(QuotaError, match="not enforced"):
+            Quotas(tmp_path).check(1024)
 
 
 @pytest.mark.parametrize(("code", "refused"), [(errno.ENOENT, False), (errno.ESRCH, False), (errno.EPERM, True)])

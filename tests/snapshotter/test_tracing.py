@@ -13,11 +13,12 @@ from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentEr
 from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
 from obdlab.snapshotter.writable import LABEL_WRITABLE
 from tests.snapshotter.mounting import mounted
+from tests.snapshotter.test_core import CHAIN, pull
+from tests.snapshotter.test_hostile_labels import QuietImages, opened
 from tests.snapshotter.test_writable import Root, golden, root
 
 __all__ = ["root"]
 
-pytestmark = pytest.mark.kernel
 _DEADLINE_S = 30.0
 
 
@@ -34,6 +35,7 @@ def until_written(path: Path) -> Trace:
     return Trace.from_bytes(path.read_bytes())
 
 
+@pytest.mark.kernel
 def test_the_reads_of_a_container_are_recorded(root: Root, tmp_path: Path) -> None:
     path, lock = tmp_path / "trace", tmp_path / "trace.lock"
     with root.opened(trace_roots=(tmp_path,)) as snapshotter:
@@ -57,6 +59,7 @@ def test_the_reads_of_a_container_are_recorded(root: Root, tmp_path: Path) -> No
         assert len(root.devices.list()) == 1
 
 
+@pytest.mark.kernel
 def test_a_recording_wants_the_image_for_itself(root: Root, tmp_path: Path) -> None:
     with root.opened(trace_roots=(tmp_path,)) as snapshotter:
         image = golden(snapshotter, root)
@@ -71,6 +74,7 @@ def test_a_recording_wants_the_image_for_itself(root: Root, tmp_path: Path) -> N
         assert (tmp_path / "trace.lock").exists()
 
 
+@pytest.mark.kernel
 def test_a_device_of_its_own_records_too(root: Root, tmp_path: Path) -> None:
     path = tmp_path / "trace"
     with root.opened(trace_roots=(tmp_path,)) as snapshotter:
@@ -84,6 +88,7 @@ def test_a_device_of_its_own_records_too(root: Root, tmp_path: Path) -> None:
         assert ImageConfig.load(root.home(3) / "block/config.v1.json").record_trace_path == ""
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     "text", ["{}/nonexistent/trace", *(pytest.param(text, marks=pytest.mark.slow) for text in ("relative", "/"))]
 )
@@ -97,3 +102,47 @@ def test_traces_that_are_not_there_are_refused(root: Root, tmp_path: Path, text:
                 )
         assert [snapshot.key for snapshot in snapshotter.walk()] == [image]
         snapshotter.prepare("one", image, {LABEL_RECORD: "no", LABEL_RECORD_PATH: text})
+
+
+class UsedImages(QuietImages):
+    """Devices that stay: a mount elsewhere holds them."""
+
+    def release(self, snapshot_id: int) -> bool:
+        raise FailedPreconditionError("image snapshot is in use: mounted on /elsewhere")
+
+
+def test_an_image_that_is_mounted_elsewhere_is_not_recorded(tmp_path: Path) -> None:
+    """Reads of its files would find the cache of that mount, and miss in the trace."""
+    snapshotter = opened(tmp_path, UsedImages(), trace_roots=(tmp_path,))
+    try:
+        pull(snapshotter)
+        with pytest.raises(FailedPreconditionError, match="is in use: a recording into"):
+            snapshotter.prepare("one", CHAIN[0], record(tmp_path / "trace"))
+        assert ImageConfig.load(tmp_path / "root/snapshots/1/block/config.v1.json").record_trace_path == ""
+        assert [snapshot.key for snapshot in snapshotter.walk()] == [CHAIN[0]]
+        # A trace that exists is only not replayed: the container starts without it.
+        (tmp_path / "trace").write_bytes(b"recorded")
+        labels = {LABEL_RECORD: "yes", LABEL_RECORD_PATH: str(tmp_path / "trace")}
+        snapshotter.prepare("one", CHAIN[0], labels)
+        assert ImageConfig.load(tmp_path / "root/snapshots/1/block/config.v1.json").record_trace_path == ""
+    finally:
+        snapshotter.close()
+
+
+def test_a_trace_that_is_deleted_meanwhile_fails_no_container(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "trace"
+
+    class DeletingImages(QuietImages):
+        def release(self, snapshot_id: int) -> bool:
+            path.unlink()
+            return False
+
+    snapshotter = opened(tmp_path, DeletingImages(), trace_roots=(tmp_path,))
+    try:
+        pull(snapshotter)
+        snapshotter.prepare("one", CHAIN[0], record(path))
+        assert f"the trace {path} is not replayed" in caplog.text
+    finally:
+        snapshotter.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.image.config import ImageConfig
+from obdlab.image.config import ImageConfig, UpperConfig
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter import writable
@@ -222,6 +222,37 @@ def test_the_layer_may_lie_elsewhere(root: Root, tmp_path: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.kernel
+def test_a_commit_to_a_full_file_system_says_so(tmp_path: Path) -> None:
+    """A layer that lies elsewhere is copied into the root. Its own error is reported, not one of cleaning up."""
+    upper = UpperConfig(str(tmp_path / "index"), str(tmp_path / "data"), 1)
+    writable.make_upper(Path(upper.data), Path(upper.index), 1, sparse=False, make_ext4=True)
+    full = tmp_path / "full"
+    full.mkdir()
+    abi.mount("tmpfs", full, "tmpfs", 0, "nr_inodes=1")  # its root takes the one inode
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            writable.seal(upper, full / "overlaybd.sealed")
+        assert os.listdir(full) == []
+    finally:
+        abi.umount2(full)
+    writable.seal(upper, tmp_path / "overlaybd.sealed")
+    assert (tmp_path / "overlaybd.sealed").stat().st_size > 0
+
+
+@pytest.mark.kernel
+def test_an_image_that_was_unmounted_by_hand_is_mounted_again(root: Root, tmp_path: Path) -> None:
+    with root.opened() as snapshotter:
+        snapshotter.prepare("one", golden(snapshotter, root), {})
+        point = root.home(1) / "block/mountpoint"
+        source = mount.mounts_at(point)[-1].source
+        abi.umount2(point)
+        with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "abs").exists()
+        assert [entry.source for entry in mount.mounts_at(point)] == [source]
+        assert len(root.devices.list()) == 1
+
+
 def test_who_gets_no_device(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "root")
     devices = DeviceService(tmp_path / "run", Settings(cache_dir=tmp_path / "cache"))
@@ -313,6 +344,17 @@ def test_file_system_specs(text: str, spec: FsSpec, options: str, mkfs: list[str
     assert spec.writable_options() == options
     wanted = list(spec.mkfs_options or ()) if mkfs is None else mkfs
     assert spec.mkfs_command(Path("/dev/x")) == ["mkfs", "-t", spec.fs_type, *wanted, "/dev/x"]
+
+
+def test_only_an_ext4_of_the_usual_options_is_made_without_a_program() -> None:
+    made_here = {text: FsSpec.parse(text).made_here for text in ("ext4", "ext4;noatime", "ext4;;-b 1024", "xfs")}
+    assert made_here == {"ext4": True, "ext4;noatime": True, "ext4;;-b 1024": False, "xfs": False}
+
+
+@pytest.mark.parametrize(("label", "size_gb"), [(None, 64), ("", 64), ("7", 7), ("ten", 64), ("-1", 64), ("0", 64)])
+def test_sizes_of_new_disks(label: str | None, size_gb: int) -> None:
+    """As in the original, 64 GB for want of a number."""
+    assert writable.size_gb({} if label is None else {LABEL_VSIZE: label}) == size_gb
 
 
 def test_a_bad_spec_is_refused() -> None:
