@@ -23,7 +23,7 @@ from obdlab.server import deaths, wire
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.deaths import MAX_DEATHS, Deaths, Start
-from obdlab.server.messages import Failed
+from obdlab.server.messages import Busy, Failed
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState
 from obdlab.server.serverprocess import ServerProcess
 from obdlab.server.watchdog import Activity
@@ -425,7 +425,7 @@ def test_a_server_that_dies_with_its_adoption_unread_is_no_error(
     one, theirs = channel
     theirs.sendall(b'{"busy": true}\n')
     one.channel.sendall(b'{"kept": true}\n')
-    assert one.listen() == [{"busy": True}]
+    assert one.listen() == [Busy(busy=True)]
     theirs.close()
     assert one.listen() is None
     assert one.last_messages() == []
@@ -446,7 +446,7 @@ def test_a_channel_with_malformed_messages_is_not_read_any_more(
     finally:
         one.channel.shutdown(socket.SHUT_RDWR)
         sender.join(30)
-    assert len(one._received) <= 2 << 20
+    assert len(one._lines) <= 2 << 20
 
 
 def _send_until_closed(channel: socket.socket, data: bytes) -> None:

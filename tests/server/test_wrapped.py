@@ -13,9 +13,11 @@ from obdlab.errors import DeviceError
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.layers.append import AppendUpper
+from obdlab.layers.gc import Collected
 from obdlab.server.controltrace import Tracing
 from obdlab.server.controlwritable import Changes
 from obdlab.server.graduation import graduates
+from obdlab.server.messages import Collect, Done, Flush, Step, TraceStart, TraceStop
 from obdlab.server.server import _say_busy
 from obdlab.settings.settings import Settings
 from tests.image.test_open_remote import EXT4
@@ -29,11 +31,11 @@ def wrapped(joint: Joint, blob: Blob) -> Blob:
     return WritableWrapper(blob) if isinstance(blob, WritableBlob) else Wrapper(Wrapper(blob))
 
 
-def nothing(_: dict[str, Any]) -> None:
+def nothing(_: Step) -> None:
     pass
 
 
-def no_helpers(_: str, __: object) -> list[dict[str, Any]]:
+def no_helpers(_: object, __: object) -> list[Any]:
     return []
 
 
@@ -50,12 +52,12 @@ def test_reads_are_recorded(tmp_path: Path) -> None:
         _say_busy(keeper, image)  # type: ignore[arg-type]
         assert keeper.said
         tracing = Tracing(image, tmp_path, no_helpers, helper=False)
-        tracing.actions["trace-start"]({}, nothing)
+        tracing.actions[TraceStart](TraceStart(), nothing)
         busy = Keeper()
         _say_busy(busy, image)  # type: ignore[arg-type]
         assert not busy.said, "a helper's reads would not be in the trace"
         image.read_at(1024, 4096)
-        tracing.actions["trace-stop"]({"path": str(tmp_path / "trace")}, nothing)
+        tracing.actions[TraceStop](TraceStop(str(tmp_path / "trace")), nothing)
     assert len(Trace.from_bytes((tmp_path / "trace").read_bytes())) > 0
 
 
@@ -75,12 +77,13 @@ def test_a_writable_image_is_flushed_and_collected(tmp_path: Path) -> None:
         changes = Changes(None, image, tmp_path)  # type: ignore[arg-type] - these two need no device
         for number in range(4):
             image.write_at(0, bytes([number]) * 65536)
-        assert changes.actions["flush"]({}, nothing) == {}
-        collected = changes.actions["gc"]({}, nothing)
-        assert collected["allocated_after"] < collected["allocated_before"]
+        assert changes.actions[Flush](Flush(), nothing) == Done()
+        collected = changes.actions[Collect](Collect(), nothing)
+        assert isinstance(collected, Collected)
+        assert collected.allocated_after < collected.allocated_before
         assert image.read_at(0, 65536) == bytes([3]) * 65536
     with (
         obdlab.open_image(ImageConfig(lowers=LOWERS), around=wrapped) as image,
         pytest.raises(DeviceError, match="no writable layer"),
     ):
-        Changes(None, image, tmp_path).actions["flush"]({}, nothing)  # type: ignore[arg-type]
+        Changes(None, image, tmp_path).actions[Flush](Flush(), nothing)  # type: ignore[arg-type]
