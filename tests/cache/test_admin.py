@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.cache.admin import blobs_of, check_blob, clear, entries
+from obdlab.cache.admin import CheckedBlob, blobs_of, check_blob, clear, entries
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.space import CacheSpace
@@ -94,6 +94,29 @@ def test_clear_some_and_all_while_they_are_read(tmp_path: Path, capsys: pytest.C
     assert obdlab(capsys, "cache", "clear", "--cache-dir", tmp_path)[0] == 0
     assert list((tmp_path / "blobs").iterdir()) == []
     assert du(tmp_path) <= 4 * 4096
+
+
+def test_clear_leaves_an_open_blob_its_files(tmp_path: Path) -> None:
+    with open_blob(small_cache(tmp_path, 0), 0) as blob:
+        blob.read_at(0, SIZE)
+        assert clear(CacheSpace(tmp_path)) >= SIZE
+        assert (blob_files(tmp_path, 0) / "data").stat().st_blocks == 0
+        for _ in range(2):
+            assert blob.read_at(0, SIZE) == CONTENTS[0]
+        assert blob.statistics() | {"requests": 2, "uncached_bytes": 0} == blob.statistics()
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_files_that_cannot_be_of_a_blob_are_damaged(tmp_path: Path, repair: bool) -> None:
+    fill(small_cache(tmp_path, 0), 0)
+    (blob_files(tmp_path, 0) / "sums").write_bytes(b"garbage")
+    space = CacheSpace(tmp_path)
+    found = check_blob(space, blob_files(tmp_path, 0), repair=repair)
+    assert found == CheckedBlob("local", DIGESTS[0], 0, (0,), None)
+    assert not found.sound
+    assert blob_files(tmp_path, 0).exists() is not repair
+    assert (clear(space) >= SIZE) is not repair
+    assert not blob_files(tmp_path, 0).exists()
 
 
 def test_verify_finds_flipped_bytes_and_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

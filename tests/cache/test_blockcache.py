@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.layout import SEED
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.registry.link import Link
@@ -96,6 +98,20 @@ def test_an_extent_follows_the_link(tmp_path: Path) -> None:
     ]
 
 
+def test_without_a_largest_extent_the_link_changes_nothing(tmp_path: Path) -> None:
+    class FarOrigin(Origin):
+        link = Link()
+
+    origin = FarOrigin()
+    with open_cached(tmp_path, origin, extent=8 * UNIT, extent_max=0) as blob:
+        blob.opened(60.0)
+        origin.link.wait_s = 1.0
+        for number, bytes_per_wait in enumerate((0.1 * UNIT, 100.0 * UNIT)):
+            origin.link.bytes_per_wait = bytes_per_wait
+            blob.read_at((8 * number + 3) * UNIT, UNIT)
+    assert origin.reads == [(0, 8 * UNIT), (8 * UNIT, 8 * UNIT)]
+
+
 def test_large_extents_make_no_stream_of_a_few_misses(tmp_path: Path) -> None:
     class FarOrigin(Origin):
         link = Link()
@@ -120,6 +136,7 @@ def test_whole_blob_cached_needs_no_origin(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin) as blob:
         assert blob.read_at(0, len(DATA)) == DATA
         assert origin.reads == []
+        assert blob.statistics() | {"hits": 1, "misses": 0} == blob.statistics()
     assert origin.closed == 1
 
 
@@ -142,6 +159,31 @@ def test_a_unit_of_zeros_is_cached_like_any_other(tmp_path: Path) -> None:
         with BlockCache(tmp_path, unit=UNIT).open(origin, DIGEST) as blob:
             assert blob.read_at(0, 3 * UNIT) == bytes(3 * UNIT)
     assert len(origin.reads) == 1
+
+
+def test_a_unit_with_the_checksum_0_is_cached_like_any_other(tmp_path: Path) -> None:
+    content = DATA[: UNIT - 4]
+    content += _four_bytes_to_crc_0(crc32c(content, SEED))
+    assert crc32c(content, SEED) == 0
+    origin = Origin(content)
+    for _ in range(2):
+        with BlockCache(tmp_path, unit=UNIT).open(origin, DIGEST) as blob:
+            assert blob.read_at(0, UNIT) == content
+            assert blob.read_at(5, 10) == content[5:15]
+    assert origin.reads == [(0, UNIT)]
+
+
+def _four_bytes_to_crc_0(crc: int) -> bytes:
+    table = []
+    for state in range(256):
+        for _ in range(8):
+            state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
+        table.append(state)
+    register = 0xFFFFFFFF  # of the CRC 0, which is its inverse; then four bytes back
+    for _ in range(4):
+        byte = next(number for number, entry in enumerate(table) if entry >> 24 == register >> 24)
+        register = (register ^ table[byte]) << 8 & 0xFFFFFFFF | byte
+    return (register ^ crc ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +375,12 @@ def test_blobs_are_cached_up_to_a_size_together(tmp_path: Path) -> None:
         def read_at(self, offset: int, length: int) -> bytes:
             return b"x" * length
 
+    class Rest(Large):
+        size = (256 << 30) - 2 * Large.size
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            return b"y" * length
+
     # A table of 100 MiB each; written sums take space, and there is no need to have it.
     cache = BlockCache(tmp_path, unit=1 << 20)
     with ExitStack() as opened:
@@ -340,6 +388,9 @@ def test_blobs_are_cached_up_to_a_size_together(tmp_path: Path) -> None:
             blob = opened.enter_context(cache.open(Large(), digest_of(b"%d" % number)))
             assert blob.read_at(99 << 30, 3) == b"xxx"
         assert len(list(tmp_path.rglob("sums"))) == 2
+        rest = opened.enter_context(cache.open(Rest(), digest_of(b"rest")))  # fits exactly
+        assert rest.read_at(5, 3) == b"yyy"
+        assert len(list(tmp_path.rglob("sums"))) == 3
 
 
 @pytest.mark.parametrize("state", ["some", "verified"])

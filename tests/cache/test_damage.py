@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from obdlab.cache import fetching, space, units
 from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.unitfiles import CacheFiles
 from tests.cache.origin import DATA, DIGEST, UNIT, Origin, locked, open_cached, wait_until
 
 
@@ -160,6 +161,19 @@ def test_a_flipped_bit_is_counted_logged_and_costs_one_unit(tmp_path: Path, capl
     assert f"checksum at offset {origin.reads[0][0]}" in caplog.text
 
 
+def test_a_hit_checks_the_pages_that_are_read_and_no_others(tmp_path: Path) -> None:
+    origin = Origin()
+    page = 4096
+    with open_cached(tmp_path, origin, unit=4 * page) as blob:
+        blob.read_at(0, len(DATA))
+        flip(tmp_path / "blobs" / "local" / DIGEST / "data", 3 * page + 5)
+        for first, stop in [(0, 1), (0, 3), (1, 2), (1, 3), (4, 6), (4, 12), (7, 9)]:
+            assert blob.read_at(first * page, (stop - first) * page) == DATA[first * page : stop * page]
+        assert blob.statistics() | {"corrupt_units": 0, "requests": 1} == blob.statistics()
+        assert blob.read_at(3 * page, 10) == DATA[3 * page : 3 * page + 10]
+        assert blob.statistics() | {"corrupt_units": 1, "requests": 2} == blob.statistics()
+
+
 def test_data_cut_while_open_is_fetched_again(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, len(DATA))
@@ -271,11 +285,31 @@ def test_a_manifest_that_lies_about_a_size_harms_nobody(tmp_path: Path) -> None:
         assert blob.statistics()["corrupt_units"] == 0
 
 
+def test_files_opened_to_be_read_only_take_no_part_in_storing(tmp_path: Path) -> None:
+    with open_cached(tmp_path, Origin()) as blob:
+        blob.read_at(0, 3 * UNIT)
+    directory = tmp_path / "blobs" / "local" / DIGEST
+    before = (directory / "sums").read_bytes()
+    assert CacheFiles.open_read_only(directory, len(DATA) + 1) is None
+    files = CacheFiles.open_read_only(directory, len(DATA))
+    assert files is not None
+    with closing(files):
+        assert (files.attached, files.read_only) == (False, True)  # so that caching is tried again later
+        assert files.present(0, 4) == [True, True, True, False]
+        assert files.load(0, 3) == DATA[: 3 * UNIT]
+        files.stamp()
+        files.touch(0, 4)
+        assert not files.mark_verified(files.header.generation)
+        assert files.claim(0, 4) is None
+        files.unclaim(0, 4)
+    assert (directory / "sums").read_bytes() == before
+
+
 def test_cache_that_cannot_be_made_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "blobs").write_text("a file where a directory should be")
     with BlockCache(tmp_path).open(Origin(), DIGEST) as blob:
         assert blob.read_at(5, 5) == DATA[5:10]
-    assert "not cached" in caplog.text
+    assert "origin: not cached for now: " in caplog.text
 
 
 def test_a_sum_without_its_data_is_not_believed(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import queue
 import threading
 
 import pytest
 
+from obdlab.cache import fetchpool
 from obdlab.cache.fetchpool import FetchPool
 
 
@@ -34,3 +36,14 @@ def test_no_thread_to_be_had_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
     assert pool.submit(done.set)
     assert done.wait(60)
+
+
+def test_a_thread_without_work_ends_and_the_next_job_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetchpool, "_IDLE_S", 0.01)
+    pool = FetchPool(threads=1, queued=2)
+    for _ in range(3):
+        workers: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+        assert pool.submit(lambda workers=workers: workers.put(threading.current_thread()))
+        worker = workers.get(timeout=60)
+        worker.join(60)
+        assert not worker.is_alive()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob
-from obdlab.cache import eviction, space
+from obdlab.cache import eviction, space, units
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.eviction import EvictingSpace, cached_blobs, evict, shrink
@@ -28,6 +28,7 @@ from tests.cache.origin import locked
 QUOTA = 700 << 10  # of 12 blobs with 244 KiB each
 CONTENTS = [churn.content(number) for number in range(BLOBS)]
 DIGESTS = [digest_of(content) for content in CONTENTS]
+_SWEEP_PAUSE_S = eviction.SWEEP_PAUSE_S
 # A file in many pieces takes a block for their places when it is written back, whenever that is.
 _EXTENTS = 4096 * len(CONTENTS)
 
@@ -175,6 +176,24 @@ def test_all_units_read_after_a_pass_are_spared_by_the_next(tmp_path: Path) -> N
                 assert files.present(hand, hand + 3) == [True, True, False]
                 blob._units.tick_at = 0
                 assert blob.read_at(0, SIZE) == CONTENTS[0]
+
+
+def test_readers_come_by_before_an_eviction_looks_again() -> None:
+    assert 2 * units._TICK_S <= _SWEEP_PAUSE_S
+
+
+def test_nothing_is_evicted_for_a_store_that_would_never_fit(tmp_path: Path) -> None:
+    cache = small_cache(tmp_path)
+    fill(cache, 0)
+    sums = (blob_files(tmp_path, 0) / "sums").open("rb")
+    with sums:
+        for length, evicted in ((10 * QUOTA, False), (QUOTA * 13 // 16, True)):
+            with pytest.raises(space.CacheFullError), cache.space.room(sums.fileno(), length):
+                pass
+            assert cache.space.wait_for_eviction(60)
+            assert (cache.statistics()["evicted_bytes"] > 0) is evicted
+        with cache.space.room(sums.fileno(), length):
+            pass
 
 
 def test_an_open_blob_loses_nothing_while_another_has_enough(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from obdlab.cache.eviction import EvictingSpace, evict
 from obdlab.cache.space import disk_usage
 from obdlab.cache.unpacked import PIECE, FlatFileError, FlatFiles, remove_unused
 from obdlab.errors import CorruptBlobError, SourceError
+from tests.cache.origin import locked
 
 SIZE = 5 * PIECE + 4096
 #: A disk with zeros of every kind: told as such, stored, and in the middle of a piece.
@@ -109,6 +112,38 @@ def test_what_a_killed_process_left_is_made_anew(space: EvictingSpace) -> None:
     os.close(fd)
 
 
+def test_a_store_that_fails_reports_why_if_its_file_was_removed_meanwhile(space: EvictingSpace) -> None:
+    files = FlatFiles(space)
+    new = files.path("one").with_name("disk.new")
+    with ExitStack() as lock:
+
+        def remove() -> None:
+            new.unlink()
+            lock.close()
+
+        release = threading.Timer(0.3, remove)
+
+        def fail(offset: int, length: int) -> bytes | None:
+            lock.enter_context(locked(space.directory))  # the store waits for it before it removes the file
+            release.start()
+            raise SourceError("gone")
+
+        with pytest.raises(SourceError, match="gone"):
+            files.store("one", SIZE, 2 * PIECE, fail)
+        release.join()
+    assert not new.exists()
+
+
+def test_half_of_a_disk_is_removed_and_standard_input_stays_open(space: EvictingSpace) -> None:
+    directory = FlatFiles(space).path("one").parent
+    directory.mkdir(parents=True)
+    (directory / "disk.new").write_bytes(b"half" * PIECE)
+    before = os.fstat(0).st_ino
+    assert remove_unused(space) >= 4 * PIECE
+    assert not directory.exists()
+    assert os.fstat(0).st_ino == before
+
+
 def test_no_room_is_said_before_anything_is_read(space: EvictingSpace) -> None:
     with pytest.raises(FlatFileError, match=r"no room for an unpacked image .wanted up to 60 MiB, got 5[0-9] MiB"):
         FlatFiles(space).store("one", 60 * PIECE, 60 * PIECE, lambda *_: pytest.fail("read"))
@@ -119,7 +154,11 @@ def test_disks_in_use_stay(space: EvictingSpace) -> None:
     for name in ("used", "unused"):
         files.store(name, SIZE, 2 * PIECE, read)
     fd = files.open("used")
-    assert remove_unused(space) >= PIECE
+    before = disk_usage(space.directory)
+    freed = remove_unused(space)
+    # Its directory is not counted.
+    assert before - disk_usage(space.directory) - 4096 <= freed <= before - disk_usage(space.directory)
+    assert freed % 512 == 0
     assert files.open("unused") is None
     assert not files.path("unused").parent.exists()
     assert files.path("used").exists()

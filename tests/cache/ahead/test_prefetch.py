@@ -60,6 +60,33 @@ def test_what_was_fetched_is_not_asked_for_again_and_is_counted(tmp_path: Path) 
     assert (counted["misses"], counted["demand_bytes"]) == (0, 0)
 
 
+def test_units_of_two_blobs_are_no_neighbours() -> None:
+    ranges = [(0, 0, 4 * UNIT), (1, 4 * UNIT, 6 * UNIT)]
+    assert list(plan(ranges, [UNIT, UNIT])) == [Piece(0, 0, 4), Piece(1, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "line"),
+    [
+        (SourceError("no trace"), "WARNING", "trace: not replayed: no trace"),
+        (ValueError("no trace"), "ERROR", "trace: replay failed unexpectedly"),
+    ],
+)
+def test_a_trace_that_cannot_be_read_is_logged_and_done_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, level: str, line: str
+) -> None:
+    def find() -> list[Range]:
+        raise error
+
+    with open_cached(tmp_path, source := Origin()) as blob:
+        made = Prefetch("trace", [blob], find)
+        made.start()
+        assert made.wait(60)
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, line)]
+        assert blob.read_at(0, len(DATA)) == DATA
+    assert source.closed == 1  # nothing holds the blob
+
+
 def test_nothing_is_begun_while_an_unexpected_reader_waits(tmp_path: Path) -> None:
     release, waits = threading.Event(), threading.Event()
 
@@ -163,12 +190,12 @@ def test_another_programs_trace_is_given_up(tmp_path: Path, caplog: pytest.LogCa
     with open_cached(tmp_path, source := Origin(before=before)) as blob:
         # Three apart: a single unit between two would be fetched with them, and its reader wait for that.
         running = prefetched(blob, [(0, unit * UNIT, (unit + 1) * UNIT) for unit in range(0, 40, 3)])
-        wait_until(lambda: len(source.reads) > 0)
+        wait_until(lambda: len(source.reads) == 8)
         for unit in (unit for unit in range(1, 33) if unit % 3):
             blob.read_at(unit * UNIT, 10)
         release.set()
         assert running.wait(60)
-        assert blob.statistics()["prefetch_bytes"] < 14 * UNIT
+        assert blob.statistics()["prefetch_bytes"] == 8 * UNIT  # no request more
     assert "given up" in caplog.text
 
 

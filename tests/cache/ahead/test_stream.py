@@ -28,8 +28,9 @@ from tests.registry.faulty import (
 class Streamed(Origin):
     """An origin that can be read as it comes; it counts requests, and may fail at a byte, once."""
 
-    def __init__(self, break_at: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, break_at: int | None = None, data: bytes = DATA) -> None:
+        super().__init__(data)
+        self.content = data
         self.opened: list[tuple[int, int]] = []
         self.lengths: list[int] = []
         self.break_at = break_at
@@ -54,7 +55,7 @@ class Comes:
         if self._origin.break_at is not None and end > self._origin.break_at:
             self._origin.break_at = None
             raise SourceError("broke off", temporary=True)
-        data = DATA[self.position : end]
+        data = self._origin.content[self.position : end]
         assert len(data) == length
         self.position = end
         return data
@@ -94,6 +95,16 @@ def test_the_first_piece_is_small_and_the_next_are_not(tmp_path: Path) -> None:
     assert first + sum(others) + last == len(DATA)
 
 
+def test_one_request_goes_on_over_what_is_cached(tmp_path: Path) -> None:
+    origin = Streamed()
+    with open_cached(tmp_path, origin) as blob:
+        blob.read_at(12 * UNIT, 9 * UNIT)
+        assert stream(blob).wait(60)
+        assert origin.opened == [(0, len(DATA))]
+        assert blob.statistics()["prefetch_bytes"] == len(DATA) - 9 * UNIT
+        assert blob.read_at(0, len(DATA)) == DATA
+
+
 def test_after_a_break_the_rest_is_asked_for(tmp_path: Path) -> None:
     origin = Streamed(break_at=20 * UNIT)
     with open_cached(tmp_path, origin) as blob:
@@ -120,6 +131,22 @@ def test_a_reader_waits_for_what_is_about_to_come(tmp_path: Path) -> None:
         assert got == [DATA[:5]]
         assert running.wait(60)
         assert origin.reads == []
+
+
+def test_a_reader_far_ahead_takes_only_what_it_needs(tmp_path: Path) -> None:
+    origin = Streamed(data=DATA * 10)
+    origin.go_on.clear()
+    with open_cached(tmp_path, origin, extent=8 * UNIT) as blob:
+        blob.opened(120.0)
+        running = stream(blob)
+        wait_until(lambda: len(origin.opened) > 0)
+        assert blob.read_at(350 * UNIT, 10) == origin.content[350 * UNIT :][:10]
+        assert origin.reads == [(350 * UNIT, UNIT)]
+        origin.go_on.set()
+        assert running.wait(60)
+        blob.evict(0, 16 * UNIT)
+        blob.read_at(3 * UNIT, 10)  # an extent again
+        assert origin.reads[1:] == [(0, 8 * UNIT)]
 
 
 def test_closing_ends_it(tmp_path: Path) -> None:
