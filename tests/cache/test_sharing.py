@@ -204,6 +204,25 @@ def test_of_units_that_another_fetches_the_others_are_fetched_meanwhile(tmp_path
         assert origin.reads == [(0, 4 * UNIT), (6 * UNIT, 4 * UNIT)]
 
 
+def test_a_reader_that_waited_for_another_process_is_no_hit(tmp_path: Path) -> None:
+    release = threading.Event()
+    first = Origin(before=lambda offset, length: release.wait(60) and None)
+    with open_cached(tmp_path, first) as one, open_cached(tmp_path, second := Origin()) as two:
+        got: list[bytes] = []
+        readers = [threading.Thread(target=lambda: one.read_at(0, 10))]
+        readers[0].start()
+        wait_until(lambda: len(first.reads) > 0)
+        readers.append(threading.Thread(target=lambda: got.append(two.read_at(0, 10))))
+        readers[1].start()
+        wait_until(lambda: two.demand.quiet_s() == 0)
+        release.set()
+        for reader in readers:
+            reader.join(60)
+        assert got == [DATA[:10]]
+        assert second.reads == []
+        assert two.statistics() | {"misses": 1, "hits": 0, "requests": 0} == two.statistics()
+
+
 def test_an_error_of_another_process_is_not_ours(tmp_path: Path) -> None:
     reached = threading.Event()
 
