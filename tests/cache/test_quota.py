@@ -7,13 +7,14 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from obdlab.blob import MemoryBlob
 from obdlab.cache import eviction, space, units
+from obdlab.cache.admin import clear
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.eviction import EvictingSpace, cached_blobs, evict, shrink
@@ -331,6 +332,12 @@ def test_what_is_held_is_known(tmp_path: Path) -> None:
         assert used(tmp_path) == du(tmp_path)
 
 
+def used_now(directory: Path) -> int:
+    """Return the ledger's sum while its lock is held."""
+    content: tuple[bytes, bytes, int] = space._LEDGER.unpack((directory / "usage").read_bytes())
+    return content[2]
+
+
 def ledger(boot: bytes, amount: int, magic: bytes = b"OBDLUSED") -> bytes:
     return space._LEDGER.pack(magic, boot, amount)
 
@@ -359,6 +366,23 @@ def test_not_counted_again_before_a_reboot(tmp_path: Path, amount: int) -> None:
     fill(small_cache(tmp_path), 0)
     (tmp_path / "usage").write_bytes(ledger(space._boot_id(), amount))
     assert used(tmp_path) == amount
+
+
+def test_a_ledger_is_never_below_0(tmp_path: Path) -> None:
+    fill(small_cache(tmp_path), 0)
+    (tmp_path / "usage").write_bytes(ledger(space._boot_id(), 4096))
+    assert clear(CacheSpace(tmp_path)) >= SIZE
+    assert used(tmp_path) == 0
+
+
+def test_what_is_held_and_what_comes_count_together(tmp_path: Path) -> None:
+    fill(small_cache(tmp_path), 0)
+    with (blob_files(tmp_path, 0) / "sums").open("rb") as sums:
+        for held, fits in ((512 << 10, False), (128 << 10, True)):
+            (tmp_path / "usage").write_bytes(ledger(space._boot_id(), held))
+            refused = nullcontext() if fits else pytest.raises(space.CacheFullError)
+            with refused, CacheSpace(tmp_path, quota=QUOTA).room(sums.fileno(), (512 << 10) - PAGE):
+                assert used_now(tmp_path) == held + (512 << 10)
 
 
 def test_missing_folders_above_the_cache_are_made(tmp_path: Path) -> None:

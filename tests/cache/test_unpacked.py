@@ -71,6 +71,20 @@ def test_a_changed_byte_is_found(space: EvictingSpace, at: int) -> None:
     os.close(fd)
 
 
+def test_a_large_disk_is_checked_by_all_of_its_sums(space: EvictingSpace) -> None:
+    files = FlatFiles(space)
+    files.store("large", 100 * PIECE + 5, 5, lambda offset, length: b"12345" if length == 5 else None)
+    fd = files.open("large")
+    assert fd is not None
+    files.check("large", fd)
+    with files.path("large").open("r+b") as file:
+        file.seek(100 * PIECE)
+        file.write(b"x")
+    with pytest.raises(CorruptBlobError, match=f"offset {100 * PIECE}"):
+        files.check("large", fd)
+    os.close(fd)
+
+
 def test_sums_that_are_cut_off_or_gone(space: EvictingSpace) -> None:
     files = FlatFiles(space)
     files.store("one", SIZE, 2 * PIECE, read)
