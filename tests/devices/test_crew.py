@@ -173,3 +173,23 @@ def test_a_storm_of_short_waits() -> None:
         line.requests.put(short)
     line.end()
     assert line.crew.totals().reads == count
+
+
+def test_without_another_thread_the_leader_keeps_its_lead_and_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def turn(member: Member) -> bool:
+        member.buffer = bytearray(b"a request")
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        about_to_wait()
+        seen.append((member.leading, bytes(member.buffer)))
+        return False
+
+    crew = Crew(turn)
+    crew.start()
+    assert crew.wait(60)
+    assert seen == [(True, b"a request")]
+    assert crew.size == 0

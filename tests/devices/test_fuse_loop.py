@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.devices import loop
 from obdlab.devices.device import Device
 from obdlab.devices.fuse import FuseServer
-from obdlab.devices.fuse_loop import FuseLoopDevice, devices_of, take_down
+from obdlab.devices.fuse_loop import KIND, FuseLoopDevice, devices_of, take_down
+from obdlab.devices.kind import Place
 from obdlab.errors import DeviceError
 from obdlab.system import mount
 from tests.devices.blobs import Gated, MemoryWritable
-from tests.devices.contract import MIB, DeviceContract, read_direct
+from tests.devices.contract import MIB, DeviceContract, read_direct, stop_patiently
+from tests.devices.simulated import Connection
 
 
 class TestFuseLoopDevice(DeviceContract):
@@ -88,9 +91,45 @@ class TestFuseLoopDevice(DeviceContract):
         with self.device(MemoryBlob(bytes(MIB)), tmp_path) as device:
             assert Path(f"/sys/block/{device.path.name}/loop/dio").read_text() == "1\n"
 
+    def test_only_an_exchangeable_read_only_device_has_another_below(self, tmp_path: Path) -> None:
+        for blob, exchangeable in ((MemoryBlob(bytes(MIB)), False), (MemoryWritable(MIB), True)):
+            with self.device(blob, tmp_path, exchangeable=exchangeable) as device:
+                assert loop.backing_of(device.path).endswith("/disk")
+        with self.device(MemoryBlob(bytes(MIB)), tmp_path, exchangeable=True) as device:
+            assert loop.backing_of(device.path).startswith("/dev/loop")
+        device = KIND.open(MemoryBlob(bytes(MIB)), Place(tmp_path, connection=KIND.connect()))
+        try:
+            assert loop.backing_of(device.path).endswith("/disk")
+        finally:
+            stop_patiently(device)
+
+    def test_a_used_device_is_taken_from_its_users_only_by_force(self, tmp_path: Path) -> None:
+        device = self.make(MemoryBlob(bytes(MIB)), tmp_path)
+        with device.path.open("rb"):
+            with pytest.raises(DeviceError, match="still in use"):
+                take_down(tmp_path, timeout_s=0.1)
+            take_down(tmp_path, timeout_s=0.1, force=True)
+        assert device.wait(60)
+        assert self.leftovers(tmp_path) == []
+
     def test_no_mount_is_to_be_seen(self, tmp_path: Path) -> None:
         with self.device(MemoryBlob(bytes(MIB)), tmp_path):
             assert [entry for entry in mount.mounts() if entry.source == "obdlab"] == []
+
+
+def test_another_process_goes_on_with_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_SYS_BLOCK", tmp_path)
+    (tmp_path / "loop7").mkdir()
+    (tmp_path / "loop7" / "size").write_text("8\n")
+    node, data = Path("/dev/loop7"), random.Random(2).randbytes(4096)
+    with Connection() as connection:
+        device = FuseLoopDevice(MemoryBlob(data), tmp_path, connection=connection.server, path=node)
+        assert device.path == node
+        assert device.can_change_servers is True
+        assert connection.read(0, 4096) == (0, data)
+    assert device.wait(30)
+    with pytest.raises(DeviceError, match=r"smaller than its device /dev/loop7 \(got 512 bytes, wanted 4096\)"):
+        FuseLoopDevice(MemoryBlob(bytes(512)), tmp_path, connection=-1, path=node)
 
 
 @pytest.mark.kernel

@@ -154,3 +154,39 @@ def test_clients_import_a_kind_only_where_the_kernel_has_it(tmp_path: Path, monk
     made: object = kind.open(MemoryBlob(b"", ""), place)
     assert made == ("", tmp_path, "one", 4, True)
     assert kind.module.calls == [("take_down", tmp_path, 1.0, True), ("abandon", tmp_path)]
+
+
+def test_a_node_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert cannot_open(tmp_path / "file") == ""
+    assert cannot_open(tmp_path / "file" / "node") == f"{tmp_path}/file/node: Not a directory"
+    assert cannot_open(tmp_path) == f"{tmp_path}: Is a directory"
+
+
+class Other(FuseLoop):
+    """A kind that a host may have or miss."""
+
+    def __init__(self, preference: int, trouble: str = "") -> None:
+        self.preference = preference
+        self._trouble = trouble
+
+    def missing(self) -> str:
+        return self._trouble
+
+
+def test_the_best_kind_outlives_its_servers_then_is_the_preferred_one_of_those_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, usual, better, absent, never = kinds.find("fuse+loop"), Other(1), Other(2), Other(3, "no module"), Other(0)
+    monkeypatch.setattr(FuseLoop, "missing", lambda _: "")
+    monkeypatch.setattr(FuseLoop, "can_change_servers", lambda _: True)
+    monkeypatch.setattr(kinds, "every", lambda: [first, usual, better, absent, never])
+    assert kinds.best() is first
+    monkeypatch.setattr(FuseLoop, "can_change_servers", lambda _: False)  # before Linux 6.9
+    assert kinds.best() is better
+    monkeypatch.setattr(kinds, "every", lambda: [first, absent, never])
+    assert kinds.best() is first
+
+
+def test_only_devices_over_fuse_can_have_several_servers() -> None:
+    assert {kind.name for kind in kinds.every() if kind.is_shared} == {"fuse+loop", "fuse+file"}

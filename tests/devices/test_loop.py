@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,3 +162,55 @@ def test_processes_racing_for_free_devices(tmp_path: Path) -> None:
     failures = [racer.communicate(timeout=60)[1].decode() for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * len(racers), failures
     assert [loop.labelled(str(path)[-63:]) for path in files] == [[]] * len(files)
+
+
+def test_a_writable_device_of_buffered_io(file: Path) -> None:
+    with file.open("r+b") as opened:
+        device = loop.attach(opened.fileno(), label=label_for(file), read_only=False, direct_io=False)
+    try:
+        assert Path(f"/sys/block/{device.name}/ro").read_text() == "0\n"
+        assert Path(f"/sys/block/{device.name}/loop/dio").read_text() == "0\n"
+    finally:
+        loop.detach(device, label=label_for(file))
+
+
+def test_detach_waits_until_a_user_has_closed_the_device(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = attach(file)
+    with ExitStack() as user:
+        user.callback(os.close, os.open(device, os.O_RDONLY))
+
+        def sleep(seconds: float) -> None:
+            user.close()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        loop.detach(device, label=label_for(file), timeout_s=60)
+    assert loop.labelled(label_for(file)) == []
+
+
+def test_a_device_goes_with_its_last_user(file: Path) -> None:
+    device = attach(file)
+    try:
+        with device.open("rb"):
+            loop.detach_when_unused(device, label="another")
+            loop.detach_when_unused(device, label=label_for(file))
+            assert loop.labelled(label_for(file)) == [device]
+        deadline = time.monotonic() + 60
+        while loop.labelled(label_for(file)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert loop.labelled(label_for(file)) == []
+    finally:
+        loop.detach(device, label=label_for(file))
+
+
+def test_a_device_that_is_gone_when_it_is_detached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "label_of", lambda _: "ours")
+    loop.detach(tmp_path / "loop7", label="ours")
+    with pytest.raises(DeviceError, match="/dev/null: cannot detach: Inappropriate ioctl for device"):
+        loop.detach(Path("/dev/null"), label="ours")
+
+
+def test_a_host_without_loop_devices(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_CONTROL", f"{file}-control")
+    with pytest.raises(DeviceError, match=r"cannot open .*-control: No such file or directory"):
+        attach(file)

@@ -82,6 +82,14 @@ def test_others_who_want_the_processor_come_first_for_a_while(clocks: Clocks, ch
     assert looks(clocks, chained, 100, 30) == LIMIT_NS
 
 
+def test_a_wait_for_the_processor_counts_however_long_the_thread_waited_before(clocks: Clocks) -> None:
+    clocks.delay = 1000 * US
+    one = Spinning()
+    one.look(REQUESTS, 0)
+    assert looks(clocks, one, 100, 30) == LIMIT_NS
+    assert not looks(clocks, one, 100, 30, delay=4000)
+
+
 def test_another_thread_begins_anew(clocks: Clocks, chained: Spinning, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.get_ident", lambda: 1)
     assert not looks(clocks, chained, 100, 30)
@@ -124,3 +132,10 @@ def test_no_helper_for_what_is_mostly_idle(clocks: Clocks) -> None:
     one = Load()
     high(clocks, one, 12, 4)
     assert not high(clocks, one, 12, 4)
+
+
+def test_a_helper_is_asked_for_again_after_two_seconds(clocks: Clocks) -> None:
+    one = Load()
+    high(clocks, one, 20, 15)
+    assert high(clocks, one, 20, 15)
+    assert [high(clocks, one, 20, 15) for _ in range(10)] == [False] * 9 + [True]  # a fifth of a second each

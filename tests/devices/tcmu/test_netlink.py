@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,9 @@ def test_places_are_the_originals() -> None:
     for bad in ("", "1" * 14, "a/b", "1,2"):
         with pytest.raises(DeviceError, match="letters or digits"):
             Target.of(bad)
+
+
+@pytest.mark.parametrize("length", range(5))
+def test_a_message_too_short_for_an_event_is_left_out(length: int) -> None:
+    short = struct.pack("=IHHII", 16 + length, FAMILY, 0, 0, 0) + b"\1\2\0\0"[:length]
+    assert parse_events(short + bytes(-length % 4) + message(1, WHOLE), FAMILY) == [Event(What.ADDED, NAME, 3, 77)]

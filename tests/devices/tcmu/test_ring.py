@@ -85,6 +85,28 @@ def test_bad_commands_get_sense_data_and_others_are_served() -> None:
             assert kernel.do(read_10(0, 8), room=4096).data == bytes(4096), what
 
 
+@pytest.mark.parametrize(
+    ("cdb", "whole"),
+    [
+        (bytes((0x12, 0, 0, 0, 96, 0)), 6),
+        (read_10(8, 1), 10),
+        (read_16(8, 1), 16),
+        (bytes((0x7F, 0, 0, 0, 0, 0, 0, 24, *range(24))), 32),
+        (bytes((0x7F, 0, 0, 0, 0, 0, 0, 0)), 8),
+        (bytes((0x80, *range(23))), 16),
+        (bytes((0x7E, *range(23))), 0),
+    ],
+    ids=["6", "10", "16", "of variable length", "of variable length, no more", "16, not variable", "unknown"],
+)
+def test_a_command_is_as_long_as_its_operation_code_says(cdb: bytes, whole: int) -> None:
+    kernel = KernelRing()
+    kernel.put(cdb)
+    kernel.publish()
+    ((_, taken, data),) = Ring(kernel.memory).take()  # type: ignore[misc]
+    assert (taken, data) == (cdb[:whole], ())
+    kernel.close()
+
+
 def test_a_failing_source_is_a_medium_error() -> None:
     with served(Troubled(DATA, at=4096)) as (kernel, server):
         assert kernel.do(read_10(8, 8), room=4096).sense == (3, 0x1100)

@@ -1,0 +1,56 @@
+"""The kernel's side of a FUSE connection, over a pair of sockets: requests as packets, answers as packets."""
+
+from __future__ import annotations
+
+import select
+import socket
+from typing import Self
+
+from obdlab.system import abi
+from obdlab.system.abi import FuseOpcode
+
+_PATIENCE_S = 30.0
+
+
+def request(opcode: int, body: bytes = b"", *, unique: int = 1, node: int = abi.FUSE_ROOT_ID) -> bytes:
+    """Return a request as the kernel lays it out."""
+    header = abi.FUSE_IN_HEADER
+    return header.pack(header.size + len(body), opcode, unique, node, 0, 0, 0, 0, 0) + body
+
+
+class Connection:
+    """A connection whose ``server`` descriptor a FuseServer joins; its :meth:`wait` closes that descriptor."""
+
+    def __init__(self) -> None:
+        self._kernel, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._kernel.settimeout(_PATIENCE_S)
+        self.server = server.detach()
+        self._unique = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the file system: the server's next read fails."""
+        # A socket closed with an answer unread resets its peer, which would read nothing for ever otherwise.
+        self._kernel.send(request(FuseOpcode.STATFS))
+        answered = select.select([self._kernel], [], [], _PATIENCE_S)[0]
+        self._kernel.close()
+        assert answered, "no answer in time"
+
+    def do(self, opcode: int, body: bytes = b"") -> tuple[int, bytes]:
+        """Have one request answered; return the answer's errno and its bytes."""
+        self._unique += 1
+        self._kernel.send(request(opcode, body, unique=self._unique))
+        answer = self._kernel.recv(1 << 21)
+        length, code, unique = abi.FUSE_OUT_HEADER.unpack_from(answer)
+        assert (length, unique) == (len(answer), self._unique)
+        return -code, answer[abi.FUSE_OUT_HEADER.size :]
+
+    def read(self, offset: int, size: int) -> tuple[int, bytes]:
+        """Have a READ answered."""
+        return self.do(FuseOpcode.READ, abi.FUSE_TRANSFER_IN.pack(0, offset, size, 0, 0, 0, 0))
+
+    def write(self, offset: int, data: bytes) -> tuple[int, bytes]:
+        """Have a WRITE answered."""
+        return self.do(FuseOpcode.WRITE, abi.FUSE_TRANSFER_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
