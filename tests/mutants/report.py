@@ -20,8 +20,8 @@ seconds of tests and 25 examples of each property; `python -m tests.mutants run 
 
 A score is a lower bound: tests that take long are not tried, and the rows of devices and snapshotter are of runs
 with few of the tests that need a kernel's devices. Mutants of lines that are gone since are left out. 41 of the
-mutants of devices were caught by hand after that run: the line was changed, the file of the new test failed, the
-change was undone.
+mutants of devices were caught by hand after that run: the line was changed, a new test failed, the change was undone.
+These tests were written for the survivors of this sample, so another seed would give devices a lower score.
 
 ```
 make mutants                   # all rooms; hours. ROOMS="formats layers" takes some
