@@ -223,6 +223,8 @@ class Copy:
         (self._tree / "tmp").mkdir(exist_ok=True)
         lines = self._log.read_text(errors="replace").splitlines()
         failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        absent = f"ERROR: not found: {self._tree}/"  # renamed since the tests were recorded
+        failed += [line.removeprefix(absent) for line in lines if line.startswith(absent)]
         return status, next((name for name in tests if failed and name.startswith(failed[0])), "")
 
     def close(self) -> None:
