@@ -408,6 +408,16 @@ def test_deleting_and_counting_follow_no_links(tmp_path: Path) -> None:
     assert (outside / "precious").exists()
 
 
+def test_counting_goes_on_when_files_vanish(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).touch()
+    counted = trees.statuses(tmp_path)
+    assert [next(counted).st_ino, next(counted).st_size] == [tmp_path.stat().st_ino, 0]
+    for path in tmp_path.iterdir():  # the walk has their names already
+        path.unlink()
+    assert list(counted) == []
+
+
 def test_a_directory_swapped_for_a_link_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its container may do, between the look and the entering."""
     outside = tmp_path / "outside"

@@ -12,6 +12,7 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
+from obdlab.registry.reference import Reference
 from obdlab.snapshotter import fallback, writable
 from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
 from obdlab.snapshotter.core import Snapshotter
@@ -212,8 +213,10 @@ def test_an_annotation_does_not_lead_elsewhere_than_kubernetes(snapshotter: Snap
         {LABEL_CRI_IMAGE_REF: "registry.test/a/b:1", LABEL_IMAGE_REF: other},
         {LABEL_IMAGE_REF: "registry.test/a/b:1", LABEL_CRI_IMAGE_REF: other},
     ):
-        with pytest.raises(InvalidArgumentError, match="another repository"):
+        with pytest.raises(InvalidArgumentError, match="another repository") as caught:
             snapshotter.prepare("extract", "", pull_labels() | labels)
+        repos = [Reference.parse(labels[label]).repo for label in (LABEL_IMAGE_REF, LABEL_CRI_IMAGE_REF)]
+        assert str(caught.value).endswith(f"(got {repos[0]}, wanted {repos[1]})")
     assert snapshotter.walk() == []
 
 

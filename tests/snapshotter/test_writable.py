@@ -241,6 +241,21 @@ def test_a_commit_to_a_full_file_system_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.kernel
+def test_an_image_with_an_open_file_is_in_use(root: Root) -> None:
+    """No mount but its own shows the use: the kernel refuses to unmount it."""
+    with root.opened() as snapshotter:
+        image = golden(snapshotter, root)
+        snapshotter.prepare("one", image, {})
+        snapshotter.remove("one")
+        with (root.home(1) / "block/mountpoint/big").open("rb"):
+            with pytest.raises(FailedPreconditionError, match="image snapshot is in use"):
+                snapshotter.remove(image)
+            assert [snapshot.key for snapshot in snapshotter.walk()] == [image]
+        snapshotter.remove(image)
+        assert root.devices.list() == []
+
+
+@pytest.mark.kernel
 def test_an_image_that_was_unmounted_by_hand_is_mounted_again(root: Root, tmp_path: Path) -> None:
     with root.opened() as snapshotter:
         snapshotter.prepare("one", golden(snapshotter, root), {})
