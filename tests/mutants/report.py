@@ -18,16 +18,17 @@ for `!= None`, a tuning value one larger) is equivalent: `tests/mutants/equivale
 and the score leaves it out. Lines that only annotate, log or document are not drawn. A first pass gives a mutant ten
 seconds of tests and 25 examples of each property; `python -m tests.mutants run --again` gives the survivors all.
 
-A score is a lower bound: tests that take long are not tried, the row of devices is of a run with few of the tests that
-need a kernel's devices, and that of cache is of one without them. Mutants of lines that are gone since are left out.
-41 of the mutants of devices were caught by hand after that run: the line was changed, a new test failed, the change was
-undone. The row of cache is of that commit's code with later tests: 142 of its 200 were caught before. Many tests of
-devices, cache and snapshotter were written for the survivors of this sample, so another seed would give a lower score.
+A score is a lower bound: tests that take long are not tried, the row of devices is of a run with few of the tests
+that need a kernel's devices, and that of cache is of one without them. Mutants of lines that are gone since are left
+out. 41 of the mutants of devices were caught by hand after that run: the line was changed, a new test failed, the
+change was undone. The row of cache is of that commit's code with later tests: 142 of its 200 were caught before.
+Many tests of devices, cache and snapshotter were written for the survivors of this sample, so another seed would
+give a lower score.
 
-The run over the snapshotter left 37 mutants of lines that are still there. 4 are equivalent. Each of the other 33 was
-tried by hand, alone with one test, 12 of them with devices: a test that was there caught 13, and tests were written for
-20. A second sample of 40 (seed 2) was drawn afterwards and tried in the same way: 3 are equivalent, and of the other 37
-the tests caught 34 (92 %). Tests of the last 3 were added then.
+The run over the snapshotter left 37 mutants of lines that are still there. 4 are equivalent. Each of the other 33
+was tried by hand, alone with one test, 12 of them with devices: a test that was there caught 13, and tests were
+written for 20. A second sample of 40 (seed 2) was drawn afterwards and tried in the same way: 3 are equivalent, and
+of the other 37 the tests caught 34 (92 %). Tests of the last 3 were added then.
 
 ```
 make mutants                   # all rooms; hours. ROOMS="formats layers" takes some
