@@ -47,6 +47,10 @@ class Connection:
         assert (length, unique) == (len(answer), self._unique)
         return -code, answer[abi.FUSE_OUT_HEADER.size :]
 
+    def notice(self) -> bytes:
+        """Return the next packet that answers no request."""
+        return self._kernel.recv(1 << 12)
+
     def read(self, offset: int, size: int) -> tuple[int, bytes]:
         """Have a READ answered."""
         return self.do(FuseOpcode.READ, abi.FUSE_TRANSFER_IN.pack(0, offset, size, 0, 0, 0, 0))

@@ -193,3 +193,29 @@ def test_without_another_thread_the_leader_keeps_its_lead_and_its_buffer(monkeyp
     assert crew.wait(60)
     assert seen == [(True, b"a request")]
     assert crew.size == 0
+
+
+def test_the_oldest_request_under_way_comes_first() -> None:
+    gate, begun = threading.Event(), [3, 1, 2]
+    ready = threading.Semaphore(0)
+
+    def turn(member: Member) -> bool:
+        if not begun:
+            return False
+        member.since_ns = begun.pop()
+        about_to_wait()
+        ready.release()
+        assert gate.wait(60)
+        member.since_ns = 0
+        return True
+
+    crew = Crew(turn, limit=3)
+    crew.start()
+    for _ in range(3):
+        assert ready.acquire(timeout=60)
+    ages = crew.under_way_s()
+    gate.set()
+    assert crew.wait(60)
+    assert len(ages) == 3
+    assert ages[0] > ages[1] > ages[2]
+    assert crew.under_way_s() == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,9 +82,16 @@ def test_a_write_that_fails_is_answered_and_others_are_served() -> None:
 
 
 def test_a_connection_is_joined_only_where_the_kernel_can_send_again() -> None:
-    assert not FuseServer(MemoryBlob(DATA)).can_send_again
+    assert FuseServer(MemoryBlob(DATA)).can_send_again is False
     with joined(MemoryBlob(DATA)) as (_, server):
-        assert server.can_send_again
+        assert server.can_send_again is True
+
+
+def test_the_kernel_forgets_the_attributes_of_the_file_and_no_data() -> None:
+    with joined(MemoryBlob(DATA)) as (connection, server):
+        server.forget_size()
+        # Length, code 2 (FUSE_NOTIFY_INVAL_INODE), no request; inode, negative offset: attributes only, length.
+        assert connection.notice() == struct.pack("=IiQ", 40, 2, 0) + struct.pack("=Qqq", 2, -1, 0)
 
 
 def test_the_end_of_a_connection_is_seen_from_its_descriptor() -> None:

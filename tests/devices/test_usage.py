@@ -1,13 +1,31 @@
-"""Mounts in other mount namespaces."""
+"""Mounts that hold a device, in this mount namespace and in others."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from obdlab.devices.usage import namespaces_that_mount
+from obdlab.devices import loop, usage
+from obdlab.devices.usage import namespaces_that_mount, wait_unused
+from obdlab.errors import DeviceError
+
+
+def test_a_mount_is_reported_at_once_and_other_use_if_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    mounts = [SimpleNamespace(mountpoint="/mnt")]
+    monkeypatch.setattr(loop, "in_use", lambda _: True)
+    monkeypatch.setattr(usage, "mounts_of", lambda _: mounts)
+    monkeypatch.setattr(usage, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    with pytest.raises(DeviceError, match=r"still in use \(mounted on /mnt\)"):
+        wait_unused(Path("/dev/null"))
+    assert slept == []
+    mounts.clear()
+    with pytest.raises(DeviceError, match="still in use"):
+        wait_unused(Path("/dev/null"))
+    assert sum(slept) == pytest.approx(usage.TRANSIENT_USE_S, abs=0.1)
 
 
 @pytest.mark.kernel

@@ -8,7 +8,7 @@ import time
 from obdlab.blob import MemoryBlob
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
-from tests.devices.blobs import MemoryWritable
+from tests.devices.blobs import Gated, MemoryWritable
 from tests.devices.tcmu.simulated import KernelRing, read_10, read_16, served, write_10
 
 DATA = bytes(range(256)) * 64
@@ -70,3 +70,16 @@ def test_a_server_ends_with_its_device() -> None:
     kernel.kernel.close()  # with the answer unread, so that the server's next wait fails
     assert server.wait(30)
     kernel.close()
+
+
+def test_a_ring_is_drained_once_all_is_answered() -> None:
+    blob = Gated(DATA, at=4096)
+    with served(blob) as (kernel, server):
+        assert server.drained(0)
+        slow = kernel.put(read_10(8, 8), room=4096)
+        kernel.publish()
+        assert blob.waiting.acquire(timeout=30)
+        assert not server.drained(0.05)
+        blob.gate.set()
+        assert kernel.wait([slow])[slow].data == DATA[4096:8192]
+        assert server.drained(30)

@@ -117,6 +117,21 @@ def test_only_an_anchor_is_refused_of_unmaps_flags() -> None:
         scsi.unmap_ranges(struct.pack(">BB5xHB", 0x42, 0x01, len(body), 0), body)
 
 
+def test_an_unmap_has_as_many_ranges_as_its_length_says() -> None:
+    ranges = struct.pack(">QIxxxxQIxxxx", 8, 8, 32, 1)
+
+    def unmapped(size: int) -> list[Transfer]:
+        body = struct.pack(">HHxxxx", 6 + size, size) + ranges
+        return scsi.unmap_ranges(struct.pack(">BB5xHB", 0x42, 0, len(body), 0), body)
+
+    assert unmapped(0) == []
+    assert unmapped(16) == [Transfer(8, 8)]
+    assert unmapped(32) == [Transfer(8, 8), Transfer(32, 1)]
+    for size in (8, 48):  # half a range, and one more than there are
+        with pytest.raises(ScsiError, match=f"descriptors of {size} bytes in a list of 40"):
+            unmapped(size)
+
+
 def test_an_error_past_the_end_names_the_blocks() -> None:
     body = struct.pack(">HHxxxxQIxxxx", 22, 16, 2047, 2)
     with pytest.raises(ScsiError, match=r"blocks \[2047, 2049\) past the end \(2048\)") as caught:
