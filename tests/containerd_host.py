@@ -116,6 +116,23 @@ class ObdlabHost:
         """Run stock ctr in the namespace "test" and return what it printed."""
         return self.containerd.ctr("--namespace", "test", *arguments, timeout_s=timeout_s, check=check)
 
+    def start_snapshotter(self) -> None:
+        """Start the snapshotter again, and wait until containerd reaches it.
+
+        containerd that was refused a connection refuses calls itself, for a second and then longer and longer.
+        """
+        self.snapshotter.start()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        listing = ("--namespace", "test", "snapshots", "--snapshotter", NAME, "ls")
+        while True:
+            done = subprocess.run(
+                ["ctr", "--address", self.containerd.address, *listing], capture_output=True, text=True, timeout=60
+            )
+            if done.returncode == 0:
+                return
+            assert time.monotonic() < deadline, done.stderr
+            time.sleep(0.1)
+
     def rpull(self, reference: str, namespace: str = "test", *, download: bool = False) -> PullResult:
         """Pull lazily, or with the blobs."""
         with (

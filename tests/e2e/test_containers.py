@@ -77,7 +77,7 @@ def test_containers_outlive_both_services(host: ObdlabHost, image: str, own_devi
     host.containerd.start()  # the snapshotter is not there yet
     assert "RUNNING" in host.ctr("tasks", "ls")
     assert execute(host, "survivor", "/bin/busybox cat /etc/issue") == "before\n"
-    host.snapshotter.start()
+    host.start_snapshotter()
     assert execute(host, "survivor", "/bin/busybox sha256sum /big").startswith(BIG_SUM)
     wait_for(lambda: run(host, image, "another", "echo ran", check=False) == "ran\n")
     assert execute(host, "survivor", "echo after >> /etc/issue; /bin/busybox cat /etc/issue") == "before\nafter\n"

@@ -70,7 +70,7 @@ def test_pods_outlive_both_services(
         host.snapshotter.stop(signal.SIGKILL)
         host.containerd.stop(signal.SIGKILL)
         # In this order: the CRI plugin forgets images whose snapshotter does not answer when it starts.
-        host.snapshotter.start()
+        host.start_snapshotter()
         host.containerd.start()
         wait_for(lambda: is_initialized(kubelet, container))
         assert kubelet.execute(container, "/bin/busybox", "wc", "-c", "/big").split() == [str(len(BIG)), "/big"]

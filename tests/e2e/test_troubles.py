@@ -178,7 +178,7 @@ def test_cleanup_leaves_what_a_running_snapshotter_has(
     host.snapshotter.stop(signal.SIGKILL)
     assert main.main(cleanup) == 0, "nobody counts on them now"
     assert device_mounts(host) == []
-    host.snapshotter.start()
+    host.start_snapshotter()
     wait_for(lambda: run(host, image, "again", "echo ran", check=False) == "ran\n")
     assert main.main([*cleanup, "--force"]) in (0, 1)
     assert device_mounts(host) == []
@@ -239,7 +239,7 @@ def lose_everything(host: ObdlabHost) -> None:
             mount.unmount(entry.mountpoint)
     host.snapshotter.devices.shutdown(force=True)
     shutil.rmtree(host.snapshotter.root)
-    host.snapshotter.start()
+    host.start_snapshotter()
     wait_for(lambda: "connect" not in host.ctr("snapshots", "--snapshotter", NAME, "usage", check=False))
 
 

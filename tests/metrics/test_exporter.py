@@ -205,7 +205,7 @@ def test_the_command(devices: Devices) -> None:
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(f"{base}/other", timeout=60)
             taken = subprocess.run(
-                [*command[:5], url.split("/")[2], *places], capture_output=True, text=True, timeout=60, check=False
+                [*command[:6], url.split("/")[2], *places], capture_output=True, text=True, timeout=60, check=False
             )
             assert taken.returncode == 1
             assert "cannot listen on 127.0.0.1" in taken.stderr

@@ -352,7 +352,7 @@ def test_snapshotter_that_is_gone(
         ):
             pull(containerd, registry, reference)
     finally:
-        host.snapshotter.start()
+        host.start_snapshotter()
     deadline = time.monotonic() + 60
     while True:  # containerd dials again with pauses
         try:

@@ -189,7 +189,7 @@ def test_containers_outlive_a_killed_snapshotter(host: ObdlabHost, image: str, t
     assert reads(1)
     host.snapshotter.devices.stop_host()
     assert reads(2)
-    host.snapshotter.start()
+    host.start_snapshotter()
     assert reads(3)
     assert run(host, image, "another", "/busybox cat /abs && echo ran").endswith("ran\n")
     assert reads(4)
@@ -220,7 +220,7 @@ def test_devices_come_back_after_a_reboot(
     assert clean_up(host.snapshotter.devices).in_use == []
     assert device_mounts(host) == []
     shutil.rmtree(host.snapshotter.run_dir)
-    host.snapshotter.start()
+    host.start_snapshotter()
     client = WireSnapshotter(str(host.snapshotter.address))
     assert client.mounts("container") == mounts
     with mounted(mounts, tmp_path / "mnt") as root:
@@ -419,7 +419,7 @@ def test_the_command_ends_while_a_registry_does_not_answer(host: ObdlabHost, wir
         assert host.snapshotter.stop() == 0
         with pytest.raises(ObdlabError):
             waiting.result()
-    host.snapshotter.start()
+    host.start_snapshotter()
     assert [snapshot.key for snapshot in host_snapshots(host)] == [DIGESTS[0]]
     # The attach itself would go on to its deadline, in the device host.
     for process in Path("/proc").glob("[0-9]*"):

@@ -57,7 +57,7 @@ def test_containers_and_images_of_an_old_root(
         assert run(host, second, "between-second", "/busybox sha256sum /big").split()[0] == wanted
 
         assert host.snapshotter.stop() == 0
-        host.snapshotter.start()
+        host.start_snapshotter()
         assert sum_in(host, "old", 1) == wanted
         cache = host.snapshotter.devices.settings.cache_dir
         places = ("--run-dir", host.snapshotter.run_dir, "--cache-dir", cache)
