@@ -29,9 +29,10 @@ _SECOND_HALF = (
 SHARDS = (
     Shard(
         "convert",
-        "conversion of large, hostile and random images, shared databases; the snapshotter under kills",
-        ("cli", "containerd", "contrib", "convert", "pull", "snapshotter", "volumes"),
+        "conversion of large, hostile and random images, shared databases",
+        ("cli", "containerd", "contrib", "convert", "pull", "volumes"),
     ),
+    Shard("snapshotter", "the snapshotter under kills, and against a model of its contract", ("snapshotter",)),
     Shard(
         "cache",
         "cache and download under kills and damage, outages of registries, files of layers against models",

@@ -93,4 +93,4 @@ def test_an_unknown_shard_is_refused() -> None:
     command = [sys.executable, "-m", "tests.shards", "run", "other"]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no such shard (got 'other', wanted one of convert, cache" in done.stderr
+    assert "no such shard (got 'other', wanted one of convert, snapshotter, cache" in done.stderr
