@@ -128,7 +128,7 @@ class CacheFiles:
         pair = open_pair(directory)
         if pair is None:
             if (directory / "sums").exists():
-                logger.warning("%s: cannot be what is cached of a blob, starting anew", directory)
+                logger.warning("%s: its files are not those of a cached blob, and are made again", directory)
             return None
         try:
             files = cls._use(directory, pair)
