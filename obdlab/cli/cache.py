@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, settings_from
 from obdlab.cli.packing import size_text
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 
 if TYPE_CHECKING:
     import argparse

@@ -1,7 +1,7 @@
 """The command line as a table: groups, their commands, and where each command declares its arguments.
 
 A command is a function ``declare(parser)`` in a module of this package. It adds the arguments and sets
-``run=<function(args) -> exit status>``, and ``bounded=False`` if its memory must have no bound (``memory``):
+``run=<function(args) -> exit status>``, and ``bounded=False`` if its memory must have no bound (``memorybound``):
 either its processes have bounds of their own, or it runs other programs, which would inherit the bound. The module is
 imported only when the command line names the command, so that ``obdlab --version`` and help stay fast.
 
@@ -27,7 +27,11 @@ ENTRY_POINTS = "obdlab.commands"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command. ``declare`` is "module:function"; the function adds the arguments to a parser."""
+    """One command. ``declare`` is "module:function"; the function adds the arguments to a parser.
+
+    A module that starts with a dot is one of this package. Its file is named after the command, and ends in
+    ``_command`` where the module that does the work already has that name.
+    """
 
     name: str
     summary: str
@@ -36,7 +40,7 @@ class Command:
     def build(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments. Raises ImportError or AttributeError if ``declare`` names nothing."""
         module, _, function = self.declare.partition(":")
-        getattr(importlib.import_module(module), function)(parser)
+        getattr(importlib.import_module(module, __package__), function)(parser)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +88,18 @@ example: convert an image, compare the two, look into the new one, make it runna
   obdlab image pull registry.example/redis:7-obd
   ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
     (
-        Command("convert", "convert an OCI image to an overlaybd image", "obdlab.cli.image.convert:declare"),
-        Command(
-            "convert-list",
-            "convert many images, on one host or several",
-            "obdlab.cli.image.convert_list:declare",
-        ),
-        Command("pull", "pull an image lazily into containerd", "obdlab.cli.image.pull:declare"),
-        Command("compare", "compare two images, or an image and a directory", "obdlab.cli.image.compare:declare"),
-        Command("inspect", "describe images: layers, sizes, annotations", "obdlab.cli.image.inspect:declare"),
-        Command("verify", "read an image whole and check every checksum", "obdlab.cli.image.verify:declare"),
-        Command("ls", "list files without mounting the image", "obdlab.cli.image.ls:declare"),
-        Command("cat", "print a file without mounting the image", "obdlab.cli.image.cat:declare"),
-        Command("cp", "copy files out of an image without mounting it", "obdlab.cli.image.cp:declare"),
-        Command("pull-blob", "fetch one manifest, config, layer or blob", "obdlab.cli.image.pull_blob:declare"),
-        Command("publish", "publish an image's trace: hot layers", "obdlab.cli.image.publish:declare_publish"),
-        Command("unpublish", "undo publish --as referrer", "obdlab.cli.image.publish:declare_unpublish"),
+        Command("convert", "convert an OCI image to an overlaybd image", ".image.convert:declare"),
+        Command("convert-list", "convert many images, on one host or several", ".image.convert_list:declare"),
+        Command("pull", "pull an image lazily into containerd", ".image.pull:declare"),
+        Command("compare", "compare two images, or an image and a directory", ".image.compare_command:declare"),
+        Command("inspect", "describe images: layers, sizes, annotations", ".image.inspect:declare"),
+        Command("verify", "read an image whole and check every checksum", ".image.verify:declare"),
+        Command("ls", "list files without mounting the image", ".image.ls:declare"),
+        Command("cat", "print a file without mounting the image", ".image.cat:declare"),
+        Command("cp", "copy files out of an image without mounting it", ".image.cp:declare"),
+        Command("pull-blob", "fetch one manifest, config, layer or blob", ".image.pull_blob:declare"),
+        Command("publish", "publish an image's trace: hot layers", ".image.publish:declare_publish"),
+        Command("unpublish", "undo publish --as referrer", ".image.publish:declare_unpublish"),
     ),
 )
 LAYER = Group(
@@ -114,16 +114,16 @@ example: a writable layer, used as a disk, then stored as one compact layer
   obdlab layer commit data index layer.obd --tar
   obdlab layer inspect layer.obd --verify""",
     (
-        Command("create", "make an empty writable layer", "obdlab.cli.layer.create:declare"),
-        Command("commit", "write a layer as a compact, sealed layer file", "obdlab.cli.layer.commit:declare"),
-        Command("seal", "turn a writable layer into a sealed one in place", "obdlab.cli.layer.seal:declare"),
-        Command("merge", "write a stack of layers as one layer", "obdlab.cli.layer.merge:declare"),
-        Command("gc", "free the space of overwritten data", "obdlab.cli.layer.gc:declare"),
-        Command("resize", "make the disk of a writable layer larger", "obdlab.cli.layer.resize:declare"),
-        Command("import", "make a base layer of a raw or qcow2 disk image", "obdlab.cli.layer.import_:declare"),
-        Command("inspect", "describe layer files; --verify reads them whole", "obdlab.cli.image.inspect:declare"),
-        Command("diff", "list the ranges in which two disks differ", "obdlab.cli.layer.diff:declare"),
-        Command("zfile", "compress a file to a ZFile, extract or verify one", "obdlab.cli.layer.zfile:declare"),
+        Command("create", "make an empty writable layer", ".layer.create:declare"),
+        Command("commit", "write a layer as a compact, sealed layer file", ".layer.commit_command:declare"),
+        Command("seal", "turn a writable layer into a sealed one in place", ".layer.seal_command:declare"),
+        Command("merge", "write a stack of layers as one layer", ".layer.merge:declare"),
+        Command("gc", "free the space of overwritten data", ".layer.gc_command:declare"),
+        Command("resize", "make the disk of a writable layer larger", ".layer.resize:declare"),
+        Command("import", "make a base layer of a raw or qcow2 disk image", ".layer.import_:declare"),
+        Command("inspect", "describe layer files; --verify reads them whole", ".image.inspect:declare"),
+        Command("diff", "list the ranges in which two disks differ", ".layer.diff:declare"),
+        Command("zfile", "compress a file to a ZFile, extract or verify one", ".layer.zfile_command:declare"),
     ),
 )
 DEVICE = Group(
@@ -136,16 +136,16 @@ example: mount an image, read a file of it, take everything down again (as root)
   obdlab device list
   obdlab device umount /mnt""",
     (
-        Command("attach", "make an image a block device", "obdlab.cli.device.attach:declare_attach"),
-        Command("detach", "remove a device", "obdlab.cli.device.attach:declare_detach"),
-        Command("mount", "mount an image read-only", "obdlab.cli.device.mount:declare_mount"),
-        Command("umount", "undo a mount, and remove its unused device", "obdlab.cli.device.mount:declare_umount"),
-        Command("list", "list the devices and their servers", "obdlab.cli.device.attach:declare_list"),
-        Command("snapshot", "take a live snapshot of a writable device", "obdlab.cli.device.snapshot:declare"),
-        Command("upgrade", "serve devices in use with the installed code", "obdlab.cli.device.upgrade:declare"),
-        Command("graduate", "serve a device from an unpacked copy", "obdlab.cli.device.graduate:declare"),
-        Command("tcmu-attach", "attach as overlaybd-attacher does", "obdlab.cli.device.tcmu:declare_attach"),
-        Command("tcmu-detach", "remove such a device", "obdlab.cli.device.tcmu:declare_detach"),
+        Command("attach", "make an image a block device", ".device.attach:declare_attach"),
+        Command("detach", "remove a device", ".device.attach:declare_detach"),
+        Command("mount", "mount an image read-only", ".device.mount_command:declare_mount"),
+        Command("umount", "undo a mount, and remove its unused device", ".device.mount_command:declare_umount"),
+        Command("list", "list the devices and their servers", ".device.attach:declare_list"),
+        Command("snapshot", "take a live snapshot of a writable device", ".device.snapshot_command:declare"),
+        Command("upgrade", "serve devices in use with the installed code", ".device.upgrade:declare"),
+        Command("graduate", "serve a device from an unpacked copy", ".device.graduate:declare"),
+        Command("tcmu-attach", "attach as overlaybd-attacher does", ".device.tcmu_attach:declare_attach"),
+        Command("tcmu-detach", "remove such a device", ".device.tcmu_attach:declare_detach"),
     ),
 )
 TRACE = Group(
@@ -161,17 +161,17 @@ example: record a start, look at it, publish the image with a hot layer made of 
   obdlab trace files redis.trace registry.example/redis:7-obd
   obdlab image publish registry.example/redis:7-obd registry.example/redis:7-hot --trace redis.trace""",
     (
-        Command("record", "record a device in use, or a start of an image", "obdlab.cli.trace.record:declare_record"),
-        Command("start", "record a device in use until trace stop", "obdlab.cli.trace.record:declare_start"),
-        Command("stop", "end a recording, and write the trace", "obdlab.cli.trace.record:declare_stop"),
-        Command("show", "print a trace", "obdlab.cli.trace.sets:declare_show"),
-        Command("merge", "make one trace of several runs", "obdlab.cli.trace.sets:declare_merge"),
-        Command("diff", "compare two traces; status 1 if they differ", "obdlab.cli.trace.sets:declare_diff"),
-        Command("filter", "keep part of a trace", "obdlab.cli.trace.sets:declare_filter"),
-        Command("files", "list the files that a trace reads", "obdlab.cli.trace.files:declare_files"),
-        Command("watch", "record the kernel's block events of a start", "obdlab.cli.trace.events:declare_watch"),
-        Command("import", "make a trace of block events", "obdlab.cli.trace.events:declare_import"),
-        Command("timeline", "explain a start, read by read", "obdlab.cli.trace.events:declare_timeline"),
+        Command("record", "record a device in use, or a start of an image", ".trace.record:declare_record"),
+        Command("start", "record a device in use until trace stop", ".trace.record:declare_start"),
+        Command("stop", "end a recording, and write the trace", ".trace.record:declare_stop"),
+        Command("show", "print a trace", ".trace.sets_command:declare_show"),
+        Command("merge", "make one trace of several runs", ".trace.sets_command:declare_merge"),
+        Command("diff", "compare two traces; status 1 if they differ", ".trace.sets_command:declare_diff"),
+        Command("filter", "keep part of a trace", ".trace.sets_command:declare_filter"),
+        Command("files", "list the files that a trace reads", ".trace.files_command:declare_files"),
+        Command("watch", "record the kernel's block events of a start", ".trace.events_command:declare_watch"),
+        Command("import", "make a trace of block events", ".trace.events_command:declare_import"),
+        Command("timeline", "explain a start, read by read", ".trace.events_command:declare_timeline"),
     ),
 )
 CACHE = Group(
@@ -182,9 +182,9 @@ example: list the cached blobs, check them all, fetch damaged parts again when t
   obdlab cache list
   obdlab cache verify --repair""",
     (
-        Command("list", "list the cached blobs, the last used first", "obdlab.cli.cache:declare_list"),
-        Command("clear", "remove all cached blobs, or some", "obdlab.cli.cache:declare_clear"),
-        Command("verify", "read all cached bytes and check them", "obdlab.cli.cache:declare_verify"),
+        Command("list", "list the cached blobs, the last used first", ".cache:declare_list"),
+        Command("clear", "remove all cached blobs, or some", ".cache:declare_clear"),
+        Command("verify", "read all cached bytes and check them", ".cache:declare_verify"),
     ),
 )
 SERVE = Group(
@@ -196,11 +196,11 @@ example: the snapshotter with metrics; containerd's configuration names its sock
     --exporter 127.0.0.1:9863
   ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
     (
-        Command("snapshotter", "serve containerd as a proxy snapshotter", "obdlab.cli.serve.snapshotter:declare"),
-        Command("tcmu", "serve TCMU devices, in place of overlaybd-tcmu", "obdlab.cli.serve.tcmu:declare"),
-        Command("exporter", "serve metrics for Prometheus, and health", "obdlab.cli.serve.exporter:declare"),
-        Command("snapshot-api", "take live snapshots by HTTP requests", "obdlab.cli.serve.snapshot_api:declare"),
-        Command("device-host", "fork device servers; started on demand", "obdlab.cli.device_host:declare"),
+        Command("snapshotter", "serve containerd as a proxy snapshotter", ".serve.snapshotter:declare"),
+        Command("tcmu", "serve TCMU devices, in place of overlaybd-tcmu", ".serve.tcmu_command:declare"),
+        Command("exporter", "serve metrics for Prometheus, and health", ".serve.exporter_command:declare"),
+        Command("snapshot-api", "take live snapshots by HTTP requests", ".serve.snapshot_api:declare"),
+        Command("device-host", "fork device servers; started on demand", ".device_host:declare"),
     ),
 )
 LAB = Group(
@@ -213,23 +213,23 @@ example: measure cold starts in two minutes, see the rows, export them (as root,
   obdlab lab list
   obdlab lab export quick rows.csv""",
     (
-        Command("dataset", "build the images of the datasets", "obdlab.cli.lab.dataset:declare"),
-        Command("run", "measure the cells that have no rows yet", "obdlab.cli.lab.experiment:declare_run"),
-        Command("resume", "continue a run that was stopped", "obdlab.cli.lab.experiment:declare_resume"),
-        Command("status", "count the measured cells", "obdlab.cli.lab.experiment:declare_status"),
-        Command("show", "print the table of one experiment's results", "obdlab.cli.lab.experiment:declare_show"),
-        Command("list", "list results", "obdlab.cli.lab.experiment:declare_list"),
-        Command("export", "write raw rows as CSV, JSON lines or Parquet", "obdlab.cli.lab.experiment:declare_export"),
-        Command("evaluate", "measure what the paper's figures need", "obdlab.cli.lab.evaluate:declare_evaluate"),
-        Command("report", "render the evaluation's report from rows", "obdlab.cli.lab.evaluate:declare_report"),
+        Command("dataset", "build the images of the datasets", ".lab.dataset:declare"),
+        Command("run", "measure the cells that have no rows yet", ".lab.experiment_command:declare_run"),
+        Command("resume", "continue a run that was stopped", ".lab.experiment_command:declare_resume"),
+        Command("status", "count the measured cells", ".lab.experiment_command:declare_status"),
+        Command("show", "print the table of one experiment's results", ".lab.experiment_command:declare_show"),
+        Command("list", "list results", ".lab.experiment_command:declare_list"),
+        Command("export", "write raw rows as CSV, JSON lines or Parquet", ".lab.experiment_command:declare_export"),
+        Command("evaluate", "measure what the paper's figures need", ".lab.evaluate:declare_evaluate"),
+        Command("report", "render the evaluation's report from rows", ".lab.evaluate:declare_report"),
     ),
 )
 GROUPS = (IMAGE, LAYER, DEVICE, TRACE, CACHE, SERVE, LAB)
 #: Commands that stand in no group.
 SINGLE = (
-    Command("doctor", "check this host, and name the fix of each missing ability", "obdlab.cli.host.doctor:declare"),
-    Command("cleanup", "unmount and detach everything, also after a crash", "obdlab.cli.host.cleanup:declare"),
-    Command("config", "check a settings file and show the settings", "obdlab.cli.host.config:declare"),
-    Command("fsck", "check a snapshotter's root, and repair it", "obdlab.cli.host.fsck:declare"),
-    Command("completion", "print a shell's completion script", "obdlab.cli.completion:declare"),
+    Command("doctor", "check this host, and name the fix of each missing ability", ".host.doctor:declare"),
+    Command("cleanup", "unmount and detach everything, also after a crash", ".host.cleanup_command:declare"),
+    Command("config", "check a settings file and show the settings", ".host.config:declare"),
+    Command("fsck", "check a snapshotter's root, and repair it", ".host.fsck_command:declare"),
+    Command("completion", "print a shell's completion script", ".completion:declare"),
 )

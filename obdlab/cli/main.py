@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bounded_memory() -> AbstractContextManager[None]:
-    from obdlab.cli.memory import bounded_memory
+    from obdlab.cli.memorybound import bounded_memory
 
     return bounded_memory()
 

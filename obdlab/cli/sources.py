@@ -224,7 +224,7 @@ def _opened_store(name: str, args: argparse.Namespace) -> Iterator[ImageSource]:
 
 
 def _stored_config(image: ImageSource, args: argparse.Namespace, place: Path) -> ImageConfig:
-    from obdlab.cli.progress import Bars
+    from obdlab.cli.progressbar import Bars
     from obdlab.convert.endpoints.disks import config_of_files
 
     return config_of_files(image, _platform(args), place, Bars(quiet=getattr(args, "quiet", False)))

@@ -44,7 +44,7 @@ def as_nobody(*arguments: str | Path) -> tuple[int, str]:
     script = (
         "import os, sys; import obdlab.convert.image, obdlab.convert.endpoints.names, obdlab.image.open, tqdm\n"
         "import obdlab.registry.client, obdlab.server.cleanup, obdlab.server.client, obdlab.image.from_manifest\n"
-        "import obdlab.cli.memory\n"
+        "import obdlab.cli.memorybound\n"
         "from obdlab.cli import main; main.build_parser(); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:

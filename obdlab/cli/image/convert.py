@@ -18,7 +18,7 @@ from obdlab.cli.image.convertoptions import (
     platforms_at_once,
 )
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
-from obdlab.cli.progress import Bars
+from obdlab.cli.progressbar import Bars
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from obdlab.cli.image.convertoptions import add_conversion_options, check_conversion_options
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.numbers import whole
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 from obdlab.errors import SourceError
 from obdlab.observe.printable import printable
 

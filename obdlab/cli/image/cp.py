@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.image.viewing import PATH_HELP, add_view_options, image_path, opened_tree
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 
 if TYPE_CHECKING:
     import argparse

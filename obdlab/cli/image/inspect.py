@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import platform
 from obdlab.cli.image.inspect_image import inspect_image, print_image
 from obdlab.cli.imageoptions import NAMES, add_image_options
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 from obdlab.errors import ObdlabError
 from obdlab.observe.printable import printable
 

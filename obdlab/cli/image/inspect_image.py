@@ -22,7 +22,7 @@ _ANNOTATION_MOST = 200
 def inspect_image(name: str, client: RegistryClient, args: argparse.Namespace) -> ImageFacts:
     """Return the facts about an image; ``--verify`` reads its layers whole. Raises ObdlabError."""
     from obdlab.cli.imageoptions import opened_source
-    from obdlab.cli.progress import Bars
+    from obdlab.cli.progressbar import Bars
     from obdlab.convert.inspection import describe_image, verify_image
     from obdlab.registry.platform import host_platform
 

@@ -112,7 +112,7 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     from contextlib import closing
     from dataclasses import replace
 
-    from obdlab.cli.progress import Bars
+    from obdlab.cli.progressbar import Bars
     from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
     from obdlab.convert.publish.hot_and_traces import HOT_PACKING, add_acceleration_layer, add_hot_layer
 

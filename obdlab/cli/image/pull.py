@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, platform, registry_from
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import json
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
-from obdlab.cli.image.compare import COMPARES, add_comparison_options, compare_images
+from obdlab.cli.image.compare_command import COMPARES, add_comparison_options, compare_images
 from obdlab.cli.imageoptions import NAMES, add_image_options
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 from obdlab.cli.sources import opened_layers
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.lab.experiment import add_locked
+from obdlab.cli.lab.experiment_command import add_locked
 from obdlab.command import command
 from obdlab.errors import ObdlabError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options
 from obdlab.cli.packing import size_text
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 from obdlab.cli.sources import add_source_options, opened_layers
 
 if TYPE_CHECKING:

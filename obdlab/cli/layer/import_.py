@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.cli.layer.commit import report_layer
+from obdlab.cli.layer.commit_command import report_layer
 from obdlab.cli.packing import (
     add_json_option,
     add_output_options,
@@ -14,7 +14,7 @@ from obdlab.cli.packing import (
     packing_from,
     uuid_argument,
 )
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 
 if TYPE_CHECKING:
     import argparse

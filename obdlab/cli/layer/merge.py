@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
-from obdlab.cli.layer.commit import add_identity_options, add_zero_blocks_option, write_layer_of
+from obdlab.cli.layer.commit_command import add_identity_options, add_zero_blocks_option, write_layer_of
 from obdlab.cli.packing import (
     add_json_option,
     add_output_options,

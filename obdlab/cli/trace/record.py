@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.trace.container import container_config, run_once
-from obdlab.cli.trace.starts import (
+from obdlab.cli.trace.container_start import container_config, run_once
+from obdlab.cli.trace.recorded_start import (
     RecordError,
     add_start_options,
     check_outputs,
@@ -25,7 +25,7 @@ from obdlab.cli.trace.starts import (
 if TYPE_CHECKING:
     import argparse
 
-    from obdlab.cli.trace.starts import EndAsked
+    from obdlab.cli.trace.recorded_start import EndAsked
     from obdlab.server.client import AttachedDevice, DeviceService
     from obdlab.server.live import LiveDevice
     from obdlab.server.messages import Recorded

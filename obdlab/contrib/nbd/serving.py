@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from obdlab.cli import notify
 from obdlab.cli.common import add_runtime_options, settings_from
-from obdlab.cli.serve.exporter import address
+from obdlab.cli.serve.exporter_command import address
 from obdlab.cli.signals import catch_signals
 from obdlab.cli.sources import SOURCE_HELP, add_source_options, image_config
 from obdlab.errors import DeviceError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
 from obdlab.cli.sources import add_source_options, opened_disk
-from obdlab.cli.trace.files import name_of
+from obdlab.cli.trace.files_command import name_of
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the new trace, and print how much of the old one it holds."""
-    from obdlab.cli.trace.sets import save_trace
+    from obdlab.cli.trace.sets_command import save_trace
     from obdlab.contrib.traces_extra.transplant import transplant
     from obdlab.formats.lsmt.layout import SECTOR
     from obdlab.formats.trace import Trace

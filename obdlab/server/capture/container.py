@@ -228,7 +228,7 @@ def _bundle(root: Path, arguments: list[str], config: Mapping[str, Any], *, host
         environment.insert(0, _PATH)
     user, group, groups = _user(str(config.get("User") or ""), root)
     namespaces = ["pid", "ipc", "uts", "mount", *([] if host_network else ["network"])]
-    # The soft limit is the recording command's own bound (cli/memory.py).
+    # The soft limit is the recording command's own bound (cli/memorybound.py).
     most = resource.getrlimit(resource.RLIMIT_DATA)[1] & (2**64 - 1)
     return {
         "ociVersion": "1.0.2",

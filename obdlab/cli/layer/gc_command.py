@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
 from obdlab.cli.packing import add_json_option, add_layer_arguments, end_politely_on_sigterm, layer_files
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 
 if TYPE_CHECKING:
     import argparse

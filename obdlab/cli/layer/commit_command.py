@@ -18,7 +18,7 @@ from obdlab.cli.packing import (
     size_text,
     uuid_argument,
 )
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 
 if TYPE_CHECKING:
     import argparse

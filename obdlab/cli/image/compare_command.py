@@ -12,7 +12,7 @@ from obdlab.cli.common import platform
 from obdlab.cli.image.convertoptions import ALL
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
 from obdlab.cli.numbers import whole
-from obdlab.cli.progress import Bars
+from obdlab.cli.progressbar import Bars
 from obdlab.cli.sources import is_local, opened_disk
 from obdlab.observe.printable import printable
 

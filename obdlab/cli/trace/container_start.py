@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.cli.common import registry_from
-from obdlab.cli.trace.starts import RecordError
+from obdlab.cli.trace.recorded_start import RecordError
 
 if TYPE_CHECKING:
     import argparse
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from obdlab.cli.trace.starts import EndAsked
+    from obdlab.cli.trace.recorded_start import EndAsked
 
 # Each question runs a process in the container: not too often.
 _ASK_S = 0.5

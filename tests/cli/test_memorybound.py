@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.cli.main import main
-from obdlab.cli.memory import DEFAULT_MEMORY, VARIABLE
+from obdlab.cli.memorybound import DEFAULT_MEMORY, VARIABLE
 from obdlab.image.config import ImageConfig, LowerConfig
 from tests.convert.layouts import make_layout, member
 from tests.formats.test_blockevents import TRACEFS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
 from obdlab.cli.numbers import real
-from obdlab.cli.progress import shown_bar
+from obdlab.cli.progressbar import shown_bar
 from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_runtime_options, add_trace_option, device_service_from
 from obdlab.cli.numbers import real
 from obdlab.cli.sources import add_source_options, image_config
-from obdlab.cli.trace.container import container_config, run_once
-from obdlab.cli.trace.starts import (
+from obdlab.cli.trace.container_start import container_config, run_once
+from obdlab.cli.trace.recorded_start import (
     add_start_options,
     device_of,
     listening,
@@ -26,8 +26,8 @@ from obdlab.errors import FormatError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from obdlab.cli.trace.container import Ended
-    from obdlab.cli.trace.starts import EndAsked
+    from obdlab.cli.trace.container_start import Ended
+    from obdlab.cli.trace.recorded_start import EndAsked
     from obdlab.formats.blockevents import DiskRead
     from obdlab.formats.trace import Trace
     from obdlab.layers.stack import Stack
@@ -137,7 +137,7 @@ def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsk
 def run_import(args: argparse.Namespace) -> int:
     """Write a trace of block events."""
     from obdlab.cli.sources import opened_disk
-    from obdlab.cli.trace.sets import save_trace
+    from obdlab.cli.trace.sets_command import save_trace
     from obdlab.traces.timeline import check_inside, trace_of
 
     reads = _reads(args)
@@ -216,7 +216,7 @@ def _parsed(path: Path) -> list[Any]:
 
 
 def _line(step: Step) -> str:
-    from obdlab.cli.trace.files import name_of
+    from obdlab.cli.trace.files_command import name_of
 
     took = "       ?" if step.took_ms is None else f"{step.took_ms:8.2f}"
     what = step.state + (" (ahead)" if step.is_ahead else "")

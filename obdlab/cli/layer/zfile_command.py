@@ -16,7 +16,7 @@ from obdlab.cli.packing import (
     say,
     size_text,
 )
-from obdlab.cli.progress import progress_bar
+from obdlab.cli.progressbar import progress_bar
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
