@@ -46,7 +46,7 @@ def verify_layers(disk: Stack, progress: Progress | None = None) -> Iterator[Ver
     below = None
     for layer in disk.layers:
         blob = layer.data
-        zfile = find(blob, ZFileReader)
+        zfile = find(layer.file if isinstance(layer, LsmtLayer) else blob, ZFileReader)
         if zfile is not None:
             check_zfile_trailer(zfile)
         if isinstance(layer, LsmtLayer):

@@ -24,6 +24,7 @@ from obdlab.formats.lsmt.layout import (
     encode_user_tag,
     filler_records,
 )
+from obdlab.formats.lsmt.warp import REMOTE
 from obdlab.layers.ordering import all_data_first, data_first, in_disk_order
 from obdlab.layers.stack import Stack, WritableStack
 
@@ -74,6 +75,7 @@ def commit(
     zero_blocks: ZeroBlocks = ZeroBlocks.KEEP,
     first: Sequence[SectorRange] = (),
     only_first: bool = False,
+    remote: Segments | None = None,
 ) -> Committed:
     """Write ``source`` to ``sink`` as a sealed LSMT layer: header, packed data, index, trailer, strictly in order.
 
@@ -84,6 +86,9 @@ def commit(
 
     The data of the disk's sectors ``first`` comes first in the file, in that order, then the rest in disk order. With
     ``only_first`` the rest and all zeroed segments are left out: laid over the source, the layer changes nothing.
+
+    With ``remote``, also of length 0, the layer is a warp layer: these records of its target, in disk order and none
+    over the source's, stand among the source's in the index, which is not padded then.
 
     Before anything is written it raises ValueError if a UUID, the tag or the size does not fit, and FormatError if
     there are more records than a sealed layer may have. Errors of the source and the sink pass through. The source
@@ -109,7 +114,10 @@ def commit(
     packed = _packed(segments)
     if first:
         packed = in_disk_order(packed)
-    padding = -len(packed) % INDEX_PADDING_RECORDS
+    data_sectors = int(packed.mapped_sectors.sum())
+    if remote is not None:
+        packed = _with_remote(packed, remote)
+    padding = -len(packed) % INDEX_PADDING_RECORDS if remote is None else 0
     if len(packed) + padding > MAX_SEALED_RECORDS:
         raise FormatError(
             "too many segments for one layer",
@@ -121,7 +129,6 @@ def commit(
     sink.write(header.to_bytes())
     for piece in _copied_data(segments, blobs):
         sink.write(piece)
-    data_sectors = int(packed.mapped_sectors.sum())
 
     records = encode_segments(packed)
     index = records + filler_records(padding)
@@ -137,6 +144,15 @@ def commit(
     return Committed(
         size=trailer.index_offset + len(index) + HEADER_SPACE, records=len(packed), data_sectors=data_sectors
     )
+
+
+def _with_remote(packed: Segments, remote: Segments) -> Segments:
+    pieces = split(replace(remote, tag=np.full_like(remote.tag, REMOTE)), MAX_SEGMENT_SECTORS)
+    both = Segments.concatenate([packed, pieces])
+    both = both[np.argsort(both.offset_sectors, kind="stable")]
+    if (both.offset_sectors[1:] < both.end_sectors[:-1]).any():
+        raise ValueError("remote records overlap others of the layer, or each other")
+    return both
 
 
 def _virtual_size(source: Layer | Stack) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self
 
-from obdlab.blob import unwrapped
+from obdlab.blob import Blob, unwrapped
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
@@ -25,10 +26,9 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
 
-    from obdlab.blob import Around, Blob
+    from obdlab.blob import Around
     from obdlab.layers.budget import Budget, Share
 
 # Read from the end in one request: the trailer, and with it the index of a layer with up to 256 segments. No sealed
@@ -111,10 +111,21 @@ class LsmtLayer:
             records: bytes | memoryview = tail[begin - tail_offset : end - tail_offset]
         else:
             records = self.data.read_at(begin, min(end, tail_offset) - begin) + tail[: max(0, end - tail_offset)]
-        segments = decode_segments(records)
-        check_sealed_segments(segments, begin, blob=self.name)
+        return self._checked(decode_segments(records), begin)
+
+    def _checked(self, segments: Segments, index_offset: int) -> Segments:
+        check_sealed_segments(segments, index_offset, blob=self.name)
         # A flattened layer keeps the tags of the layers it was made of; they have no meaning here.
         return segments.without_tags()
+
+    def read_from(self, blob: Blob) -> None:
+        """Read the layer's data from ``blob``, the same file, from now on."""
+        self.data = blob
+
+    @property
+    def file(self) -> Blob:
+        """The layer's plain LSMT file."""
+        return self.data
 
     @property
     def virtual_size(self) -> int:
@@ -149,6 +160,10 @@ class LsmtLayer:
         self.close()
 
 
+#: Makes a layer of its plain LSMT file and its share of the image's budget; raises as :class:`LsmtLayer` does.
+Kind = Callable[[Blob, "Share | None"], LsmtLayer]
+
+
 class RepeatedLayer(LsmtLayer):
     """A lower copy of a layer that the stack has again further up, where it hides everything shown here.
 
@@ -175,26 +190,29 @@ def open_layer(
     watched: Callable[[Blob], Blob] | None = None,
     budget: Budget | None = None,
     around: Around = unwrapped,
+    kind: Kind = LsmtLayer,
 ) -> LsmtLayer:
     """Open a layer blob as stored: plain LSMT or ZFile, each with or without a tar around it.
 
     Opening reads the plain LSMT file through ``watched(file)``. The memory of its tables is taken from the image's
-    ``budget``. ``around`` gets the joints "zfile" and "layer".
+    ``budget``. ``around`` gets the joints "zfile" and "layer". ``kind`` makes the layer of the plain LSMT file.
 
     The blob then belongs to the layer, but stays the caller's if this raises: FormatError if it is no layer,
     malformed or too large, CorruptBlobError if a checksum is wrong.
     """
     share = budget.share() if budget is not None else None
     try:
-        return _open_layer(blob, watched, share, around)
+        return _open_layer(blob, watched, share, around, kind)
     except FormatError:
         # Only headers identify a layer. If a cache below kept a wrong answer of its source, every opening would fail.
         # Read again without the cache, the source may give the right bytes.
         blob.evict(0, blob.size)
-    return _open_layer(blob, watched, share, around)
+    return _open_layer(blob, watched, share, around, kind)
 
 
-def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share | None, around: Around) -> LsmtLayer:
+def _open_layer(
+    blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share | None, around: Around, kind: Kind
+) -> LsmtLayer:
     content = open_tarwrap(blob)
     start = content.read_at(0, min(512, content.size))
     if is_zfile(start, blob=blob.name):
@@ -209,7 +227,7 @@ def _open_layer(blob: Blob, watched: Callable[[Blob], Blob] | None, share: Share
         )
     content = around("layer", content)
     if watched is None:
-        return LsmtLayer(content, share)
-    layer = LsmtLayer(watched(content), share)
-    layer.data = content
+        return kind(content, share)
+    layer = kind(watched(content), share)
+    layer.read_from(content)
     return layer

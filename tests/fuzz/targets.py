@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from obdlab.layers.append import AppendUpper
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.layers.warp import WarpLayer
 from obdlab.layers.zfile import open_zfile
 from obdlab.registry.auth import parse_challenges
 from obdlab.registry.credentials import Credentials, _service_credentials
@@ -57,7 +58,8 @@ from tests.convert.layouts import directory, hardlink, member, tar_bytes
 from tests.convert.torture import gnu_only_layer
 from tests.devices.blobs import MemoryWritable
 from tests.devices.tcmu import speaking as tcmu
-from tests.layers.golden import GOLDEN
+from tests.layers.golden import GOLDEN, target_tar
+from tests.layers.lsmt_samples import sealed_bytes
 from tests.layers.zfile_samples import compress
 from tests.volumes.erofs.samples import file_system_of
 from tests.volumes.ext4.samples import MemoryDisk, large_directory, small_file_system
@@ -101,6 +103,10 @@ def _layer(data: bytes) -> None:
 def _stack(data: bytes) -> None:
     bottom = open_layer(MemoryBlob(_golden("lsmt/l1.plain.lsmt")))
     read_all(Stack([bottom, open_layer(MemoryBlob(data))]))
+
+
+def _warp(data: bytes) -> None:
+    read_all(Stack([open_layer(MemoryBlob(data), kind=partial(WarpLayer, target_tar("plain.tar")))]))
 
 
 def _append_log(data: bytes) -> None:
@@ -245,6 +251,15 @@ def _zfile_seeds() -> list[bytes]:
 def _layer_seeds() -> list[bytes]:
     names = ("l2.plain.lsmt", "l1.lz4tar.lsmt", "l2.lz4.lsmt", "l1.sealed.lsmt", "c1.empty.lsmt", "l1.zstd16.lsmt")
     return [_golden(f"lsmt/{name}") for name in names]
+
+
+def _warp_seeds() -> list[bytes]:
+    rows = [(0, 1, 8, False, 0), (1, 2, 1, False, 1), (5, 1, 9, True, 0), (7, 150, 2, False, 1)]
+    lowered = [(0, 1, 8, False, 4), (3, 9, 0, False, 5)]
+    return [
+        *(sealed_bytes(some, bytes(1024), 1 << 20) for some in (rows, lowered)),
+        _golden("turbooci/plain.tar.ext4.fs.meta"),
+    ]
 
 
 def _config_seeds() -> list[bytes]:
@@ -466,6 +481,7 @@ TARGETS = {
     "zfile": Target(_zfile, _zfile_seeds),
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
     "layer": Target(_layer, _layer_seeds),
+    "warp": Target(_warp, _warp_seeds),
     "stack": Target(_stack, _layer_seeds),
     "append-log": Target(_append_log, _goldens("lsmt/l1.index", "lsmt/l2.index", "lsmt/c1.index")),
     "qcow2": Target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from functools import cache
@@ -12,6 +13,7 @@ from obdlab.blob import Blob, MemoryBlob
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LSMT = GOLDEN / "lsmt"
+TURBO = GOLDEN / "turbooci"
 
 
 @cache
@@ -29,6 +31,24 @@ def entry(name: str) -> dict[str, Any]:
 def blob(name: str) -> MemoryBlob:
     """An LSMT golden file in memory."""
     return MemoryBlob((LSMT / name).read_bytes(), name)
+
+
+def turbo_stack(*names: str) -> dict[str, Any]:
+    """The entry of a stack of warp layers."""
+    return next(entry for entry in manifest("turbooci")["entries"] if entry.get("stack") == list(names))
+
+
+def warp_file(name: str) -> MemoryBlob:
+    """The ZFile of a warp layer in memory."""
+    return MemoryBlob((TURBO / f"{name}.ext4.fs.meta").read_bytes(), f"{name}.ext4.fs.meta")
+
+
+@cache
+def target_tar(name: str) -> MemoryBlob:
+    """The uncompressed tar that a warp layer points into."""
+    if name == "plain.tar":
+        return MemoryBlob((TURBO / name).read_bytes(), name)
+    return MemoryBlob(gzip.decompress((TURBO / f"{name}.tar.gz").read_bytes()), f"{name}.tar.gz")
 
 
 def sha256_of(source: Blob, step: int = 1 << 20) -> str:
