@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Self
 
 from google.protobuf.empty_pb2 import Empty
 
-from obdlab.containerd._pb.version_pb2_grpc import VersionStub
+from obdlab.containerd._pb import version_pb2
 from obdlab.containerd.channel import Connection
 from obdlab.containerd.content import ContentStore
 from obdlab.containerd.errors import ContainerdError
 from obdlab.containerd.images import ImageStore
 from obdlab.containerd.leases import Leases
+from obdlab.containerd.services import make_stub
 from obdlab.containerd.snapshots import Differ, Snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
+
+    from obdlab.containerd._pb.version_pb2_grpc import VersionStub
 
 DEFAULT_ADDRESS = "/run/containerd/containerd.sock"
 DEFAULT_NAMESPACE = "default"
@@ -69,7 +72,8 @@ class Containerd:
 
     def version(self) -> Version:
         """Ask containerd for its version."""
-        answer = self._connection.call(VersionStub(self._connection.channel).Version, Empty(), "version")
+        service: VersionStub = make_stub(self._connection.channel, version_pb2.DESCRIPTOR, "Version")
+        answer = self._connection.call(service.Version, Empty(), "version")
         return Version(answer.version, answer.revision)
 
     @contextmanager

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from obdlab.containerd._pb import content_pb2 as pb
-from obdlab.containerd._pb.content_pb2_grpc import ContentStub
 from obdlab.containerd.errors import (
     AlreadyExistsError,
     ContainerdError,
@@ -21,11 +20,13 @@ from obdlab.containerd.errors import (
     NotFoundError,
     UnavailableError,
 )
+from obdlab.containerd.services import make_stub
 from obdlab.foreign import is_ref_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from obdlab.containerd._pb.content_pb2_grpc import ContentStub
     from obdlab.containerd.channel import Connection
 
 CHUNK = 1 << 20
@@ -50,7 +51,7 @@ class ContentStore:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._stub = ContentStub(connection.channel)
+        self._stub: ContentStub = make_stub(connection.channel, pb.DESCRIPTOR, "Content")
 
     def info(self, digest: str) -> ContentInfo:
         """Return size and labels of a blob. Raises NotFoundError."""

@@ -9,12 +9,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from obdlab.containerd._pb import images_pb2 as pb
 from obdlab.containerd._pb import types_pb2
-from obdlab.containerd._pb.images_pb2_grpc import ImagesStub
 from obdlab.containerd.errors import AlreadyExistsError
+from obdlab.containerd.services import make_stub
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from obdlab.containerd._pb.images_pb2_grpc import ImagesStub
     from obdlab.containerd.channel import Connection
 
 # Removing an image with sync waits for the garbage collection, which deletes snapshots one by one.
@@ -37,7 +38,7 @@ class ImageStore:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._stub = ImagesStub(connection.channel)
+        self._stub: ImagesStub = make_stub(connection.channel, pb.DESCRIPTOR, "Images")
 
     def get(self, name: str) -> Image:
         """Return an image. Raises NotFoundError."""

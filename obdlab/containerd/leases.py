@@ -6,9 +6,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from obdlab.containerd._pb import leases_pb2 as pb
-from obdlab.containerd._pb.leases_pb2_grpc import LeasesStub
+from obdlab.containerd.services import make_stub
 
 if TYPE_CHECKING:
+    from obdlab.containerd._pb.leases_pb2_grpc import LeasesStub
     from obdlab.containerd.channel import Connection
 
 EXPIRE_LABEL = "containerd.io/gc.expire"
@@ -19,7 +20,7 @@ class Leases:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._stub = LeasesStub(connection.channel)
+        self._stub: LeasesStub = make_stub(connection.channel, pb.DESCRIPTOR, "Leases")
 
     def create(self, lease_id: str, *, expire_s: float) -> None:
         """Make a lease that ends by itself after ``expire_s`` seconds. Raises AlreadyExistsError."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from obdlab.containerd._pb import diff_pb2, types_pb2
 from obdlab.containerd._pb import snapshots_pb2 as pb
-from obdlab.containerd._pb.diff_pb2_grpc import DiffStub
-from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
 from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
+from obdlab.containerd.services import make_stub
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from obdlab.containerd._pb.diff_pb2_grpc import DiffStub
+    from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
     from obdlab.containerd.channel import Connection
 
 # Deadline for unpacking a layer of some GB on a slow disk.
@@ -63,7 +64,7 @@ class Snapshots:
 
     def __init__(self, connection: Connection, snapshotter: str) -> None:
         self._connection = connection
-        self._stub = SnapshotsStub(connection.channel)
+        self._stub: SnapshotsStub = make_stub(connection.channel, pb.DESCRIPTOR, "Snapshots")
         self.snapshotter = snapshotter
 
     def exists(self) -> bool:
@@ -142,7 +143,7 @@ class Differ:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._stub = DiffStub(connection.channel)
+        self._stub: DiffStub = make_stub(connection.channel, diff_pb2.DESCRIPTOR, "Diff")
 
     def apply(self, media_type: str, digest: str, size: int, mounts: Sequence[Mount]) -> str:
         """Unpack a layer (tar, also gzip or zstd by its media type) into ``mounts``.

@@ -17,7 +17,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from obdlab.containerd._pb import snapshots_pb2 as pb
-from obdlab.containerd._pb import snapshots_pb2_grpc, types_pb2
+from obdlab.containerd._pb import types_pb2
+from obdlab.containerd.services import serve
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe.counters import Counter, Histogram
 from obdlab.snapshotter.errors import (
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 #: Errors by function and code, as in "Stat:NOT_FOUND". Durations are one histogram per function.
 RPC_ERRORS = Counter("rpc_errors")
 RPC_SECONDS = "rpc_seconds"
-_SERVICE = "containerd.services.snapshots.v1.Snapshots"
+_SERVICE = pb.DESCRIPTOR.services_by_name["Snapshots"]
 
 #: Threads, made as they are needed. Of these, calls that wait for registries take a part only (``shares``).
 _WORKERS = 512
@@ -67,7 +68,7 @@ class SocketError(ObdlabError):
     """The socket cannot be served on: another process serves it, or the path is not a socket."""
 
 
-class SnapshotService(snapshots_pb2_grpc.SnapshotsServicer):
+class SnapshotService:
     """``containerd.services.snapshots.v1.Snapshots`` on top of a :class:`Snapshotter`."""
 
     def __init__(self, snapshotter: Snapshotter) -> None:
@@ -148,9 +149,9 @@ class SnapshotServer:
         _make_room(address)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
         self._server = grpc.server(self._pool)
-        self._health = Health(frozenset({_SERVICE}), snapshotter.is_well)
+        self._health = Health(frozenset({_SERVICE.full_name}), snapshotter.is_well)
         self._health.add_to(self._server)
-        snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotService(snapshotter), self._server)
+        serve(self._server, _SERVICE, SnapshotService(snapshotter))
         try:
             self._server.add_insecure_port(f"unix:{address}")
             address.chmod(0o600)

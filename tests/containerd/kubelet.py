@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from obdlab.containerd.services import make_stub
 from tests.containerd._pb import runtime_pb2 as pb
-from tests.containerd._pb.runtime_pb2_grpc import ImageServiceStub, RuntimeServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ class Kubelet:
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(f"unix:{address}", options=[("grpc.default_authority", "localhost")])
-        self.runtime = RuntimeServiceStub(self._channel)
-        self.images = ImageServiceStub(self._channel)
+        self.runtime = make_stub(self._channel, pb.DESCRIPTOR, "RuntimeService")
+        self.images = make_stub(self._channel, pb.DESCRIPTOR, "ImageService")
 
     def close(self) -> None:
         self._channel.close()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.containerd._pb import content_pb2, content_pb2_grpc
+from obdlab.containerd._pb import content_pb2
 from obdlab.containerd.channel import Connection
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.content import CHUNK
 from obdlab.containerd.errors import ContainerdError, FailedPreconditionError, NotFoundError
+from obdlab.containerd.services import make_stub
 from obdlab.formats.oci import digest_of
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def test_what_a_dead_client_left(containerd: Containerd, containerd_host: Contai
         content_pb2.WriteContentRequest(action=content_pb2.STAT, ref=f"obdlab-{digest}", total=len(data)),
         content_pb2.WriteContentRequest(action=content_pb2.WRITE, data=left),
     ]
-    stub = content_pb2_grpc.ContentStub(connection.channel)
+    stub = make_stub(connection.channel, content_pb2.DESCRIPTOR, "Content")
     assert list(stub.Write(iter(requests), metadata=connection.metadata, timeout=30))[-1].offset == len(left)
     connection.channel.close()
     assert "obdlab-" in containerd_host.ctr("-n", containerd.namespace, "content", "active")

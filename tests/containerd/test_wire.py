@@ -14,19 +14,15 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from obdlab.containerd._pb import (
     content_pb2,
-    content_pb2_grpc,
     diff_pb2,
-    diff_pb2_grpc,
     images_pb2,
-    images_pb2_grpc,
     leases_pb2,
-    leases_pb2_grpc,
     snapshots_pb2,
-    snapshots_pb2_grpc,
     types_pb2,
-    version_pb2_grpc,
+    version_pb2,
 )
 from obdlab.containerd.channel import Connection
+from obdlab.containerd.services import make_stub
 from obdlab.formats.oci import OCI_LAYER, digest_of
 from tests.containerd.test_client import tar_of
 
@@ -72,7 +68,7 @@ def is_now(stamp: Timestamp) -> bool:
 
 
 def test_content(wire: Connection) -> None:
-    stub = content_pb2_grpc.ContentStub(wire.channel)
+    stub = make_stub(wire.channel, content_pb2.DESCRIPTOR, "Content")
     options = {"metadata": wire.metadata, "timeout": 30}
     requests = [
         content_pb2.WriteContentRequest(action=content_pb2.STAT, ref="r", total=len(TAR), expected=DIGEST),
@@ -102,7 +98,7 @@ def test_content(wire: Connection) -> None:
 
 
 def test_snapshots_and_diff(wire: Connection) -> None:
-    stub = snapshots_pb2_grpc.SnapshotsStub(wire.channel)
+    stub = make_stub(wire.channel, snapshots_pb2.DESCRIPTOR, "Snapshots")
     options = {"metadata": wire.metadata, "timeout": 30}
     key = {"snapshotter": SNAPSHOTTER, "key": "k"}
     prepared = checked(stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(**key, labels=LABELS), **options))
@@ -111,7 +107,7 @@ def test_snapshots_and_diff(wire: Connection) -> None:
     assert (mount.type, list(mount.options)) == ("bind", ["rw", "rbind"])
     assert mount.source.endswith("/fs")
 
-    differ = diff_pb2_grpc.DiffStub(wire.channel)
+    differ = make_stub(wire.channel, diff_pb2.DESCRIPTOR, "Diff")
     descriptor = types_pb2.Descriptor(media_type=OCI_LAYER, digest=DIGEST, size=len(TAR))
     applied = checked(differ.Apply(diff_pb2.ApplyRequest(diff=descriptor, mounts=prepared.mounts), **options)).applied
     assert (applied.media_type, applied.digest, applied.size) == (OCI_LAYER, DIGEST, len(TAR))
@@ -145,7 +141,7 @@ def test_snapshots_and_diff(wire: Connection) -> None:
 
 
 def test_images(wire: Connection) -> None:
-    stub = images_pb2_grpc.ImagesStub(wire.channel)
+    stub = make_stub(wire.channel, images_pb2.DESCRIPTOR, "Images")
     options = {"metadata": wire.metadata, "timeout": 30}
     target = types_pb2.Descriptor(media_type="m", digest=DIGEST, size=7, annotations={"x": "y"})
     image = images_pb2.Image(name="i", labels=LABELS, target=target)
@@ -163,7 +159,7 @@ def test_images(wire: Connection) -> None:
 
 
 def test_leases(wire: Connection) -> None:
-    stub = leases_pb2_grpc.LeasesStub(wire.channel)
+    stub = make_stub(wire.channel, leases_pb2.DESCRIPTOR, "Leases")
     options = {"metadata": wire.metadata, "timeout": 30}
     request = leases_pb2.CreateRequest(id="l", labels=LABELS)
     lease = checked(stub.Create(request, **options)).lease
@@ -178,5 +174,5 @@ def test_leases(wire: Connection) -> None:
 
 
 def test_version(wire: Connection) -> None:
-    version = checked(version_pb2_grpc.VersionStub(wire.channel).Version(Empty(), timeout=30))
+    version = checked(make_stub(wire.channel, version_pb2.DESCRIPTOR, "Version").Version(Empty(), timeout=30))
     assert version.version

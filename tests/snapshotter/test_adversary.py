@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from obdlab.containerd._pb import snapshots_pb2 as pb
-from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
+from obdlab.containerd.services import make_stub
 from obdlab.snapshotter import trees
 from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import (
@@ -80,20 +80,21 @@ def test_a_list_comes_in_messages_that_clients_take(core: Snapshotter, wire: Wir
     for number in range(40):
         core.prepare(f"key{number}", "", labels)
     request = pb.ListSnapshotsRequest()
-    sizes = [message.ByteSize() for message in SnapshotsStub(wire.channel).List(request, timeout=_DEADLINE_S)]
+    stub = make_stub(wire.channel, pb.DESCRIPTOR, "Snapshots")
+    sizes = [message.ByteSize() for message in stub.List(request, timeout=_DEADLINE_S)]
     assert max(sizes) < 2 << 20
     assert len(wire.walk()) == 40
     for number in range(40):
         core.remove(f"key{number}")
     for number in range(250):
         core.prepare(f"small{number}", "", {})
-    counts = [len(message.info) for message in SnapshotsStub(wire.channel).List(request, timeout=_DEADLINE_S)]
+    counts = [len(message.info) for message in stub.List(request, timeout=_DEADLINE_S)]
     assert counts == [100, 100, 50]
     assert wire.walk(["name==none"]) == []
 
 
 def test_messages_have_a_bound(wire: WireSnapshotter) -> None:
-    stub = SnapshotsStub(wire.channel)
+    stub = make_stub(wire.channel, pb.DESCRIPTOR, "Snapshots")
     with pytest.raises(grpc.RpcError) as caught:
         stub.Prepare(pb.PrepareSnapshotRequest(key="k" * (8 << 20)), timeout=_DEADLINE_S)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

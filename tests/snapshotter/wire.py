@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from obdlab.containerd._pb import snapshots_pb2 as pb
-from obdlab.containerd._pb.snapshots_pb2_grpc import SnapshotsStub
+from obdlab.containerd.services import make_stub
 from obdlab.errors import ObdlabError
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
@@ -37,7 +37,7 @@ class WireSnapshotter:
         # A pool of its own, or a new client would share the back-off of one whose server was killed.
         options = [("grpc.default_authority", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
         self.channel = grpc.insecure_channel(f"unix:{address}", options=options)
-        self._stub = SnapshotsStub(self.channel)
+        self._stub = make_stub(self.channel, pb.DESCRIPTOR, "Snapshots")
         self._name = name
         self._metadata = metadata
 
