@@ -75,7 +75,7 @@ SHARDS = (
     ),
     Shard(
         "vm",
-        "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU",
+        "virtual machine: kills of ublk and TCMU servers, tools, iSCSI, containerd on TCMU and on FUSE devices",
         (
             "contrib/nbd/test_machine.py",
             "devices/tcmu",
@@ -83,6 +83,7 @@ SHARDS = (
             "contrib/ublk",
             "server/test_kinds.py",
             "server/tcmu",
+            "snapshotter/test_debian_kernel.py",
             "vm",
         ),
     ),

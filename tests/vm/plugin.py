@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: Loaded before the tests. A test that needs another one loads it.
-MODULES = ("configfs", "target_core_user", "tcm_loop", "sd_mod", "ublk_drv", "fuse", "loop", "ext4", "xfs")
+MODULES = ("configfs", "target_core_user", "tcm_loop", "sd_mod", "ublk_drv", "fuse", "loop", "ext4", "xfs", "erofs")
 _BOOT_S = 300.0
 _EACH_S = 120.0
 _REPORTS = "reports.jsonl"
