@@ -230,8 +230,9 @@ def check_range(blob: Blob, offset: int, length: int) -> None:
 
 #: Places of an image where :func:`obdlab.open_image` can put a wrapper, from the bottom up: the file or registry blob
 #: of a layer; the same read through the block cache (registry blobs alone); the content of a ZFile; a layer's plain
-#: LSMT file; the whole disk.
-Joint = Literal["origin", "cache", "zfile", "layer", "stack"]
+#: LSMT file; the uncompressed tar that a turboOCI layer points into (the first two are those of its blob, too); the
+#: whole disk.
+Joint = Literal["origin", "cache", "zfile", "layer", "target", "stack"]
 
 #: Returns the blob that takes the place of the one at a joint: the same one, or a wrapper of it.
 Around = Callable[[Joint, Blob], Blob]

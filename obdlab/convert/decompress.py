@@ -9,16 +9,13 @@ import zstandard
 from isal import isal_zlib
 
 from obdlab.errors import CorruptBlobError, FormatError
+from obdlab.formats.compression import compression_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from obdlab.convert.endpoints.layout import VerifiedFile
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Zstandard skippable frames (RFC 8878 section 3.1.2): the first byte's low four bits are free.
-_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 _READ = 1 << 20
 _PIECE = 4 << 20
 
@@ -32,7 +29,7 @@ class Readable(Protocol):
 
 def is_compressed(head: bytes) -> bool:
     """Return True if the first four bytes are of a format that :func:`decompressed` decompresses."""
-    return head.startswith(_GZIP_MAGIC) or _is_zstd(head)
+    return compression_of(head) in ("gzip", "zstd")
 
 
 def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
@@ -42,11 +39,13 @@ def decompressed(file: Readable, blob: str) -> Iterator[bytes]:
     in it, for damaged or truncated compressed data.
     """
     head = _read_full(file, 4)
-    if head.startswith(_GZIP_MAGIC):
-        return _gunzip(file, head, blob)
-    if _is_zstd(head):
-        return _unzstd(file, head, blob)
-    return _plain(file, head)
+    match compression_of(head):
+        case "gzip":
+            return _gunzip(file, head, blob)
+        case "zstd":
+            return _unzstd(file, head, blob)
+        case _:
+            return _plain(file, head)
 
 
 def uncompressed(
@@ -69,10 +68,6 @@ def uncompressed(
     got = f"sha256:{digest.hexdigest()}"
     if got != diff_id:
         raise CorruptBlobError("layer is not the one that the image config names", blob=blob, got=got, wanted=diff_id)
-
-
-def _is_zstd(head: bytes) -> bool:
-    return head[:4] == _ZSTD_MAGIC or (head[1:4] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50)
 
 
 def _plain(file: Readable, head: bytes) -> Iterator[bytes]:

@@ -34,7 +34,11 @@ class ConfigError(ObdlabError, code="config"):
 
 @dataclass(frozen=True, slots=True)
 class LowerConfig:
-    """A read-only layer: a local ``file``, or a file in ``dir``, or else the blob ``digest`` of ``size`` bytes."""
+    """A read-only layer: a local ``file``, or a file in ``dir``, or else the blob ``digest`` of ``size`` bytes.
+
+    A turboOCI layer also has a target, the local ``target_file`` or else the blob ``target_digest``, with the local
+    file ``gzip_index`` if the target is compressed.
+    """
 
     file: str = ""
     dir: str = ""
@@ -45,6 +49,16 @@ class LowerConfig:
     target_digest: str = ""
     #: The layer is fetched whole before anything else. Not a key of the original, which ignores it.
     hot: bool = False
+
+    @property
+    def is_turbo(self) -> bool:
+        """True for a turboOCI layer: its data is in a target."""
+        return bool(self.target_file or self.target_digest or self.gzip_index)
+
+    @property
+    def remote_target(self) -> str:
+        """Digest of the target if it must be fetched, else empty."""
+        return "" if self.target_file else self.target_digest
 
     def local_file(self) -> str | None:
         """Return the file on this machine that the layer is read from, None if it must be fetched."""

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, overload
 from obdlab.blob import WritableBlob, unwrapped
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
-from obdlab.image.config import ImageConfig
+from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.target import open_target
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.budget import Budget
 from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
-from obdlab.layers.lsmt import RepeatedLayer, open_layer
+from obdlab.layers.lsmt import LsmtLayer, RepeatedLayer, open_layer
 from obdlab.layers.seal import SwitchMark
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
+from obdlab.layers.warp import WarpLayer
 from obdlab.localfile import LocalFile
 from obdlab.registry.deadline import deadline_of_thread
 from obdlab.settings.original import at_launch
@@ -39,9 +41,8 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Around, Blob
     from obdlab.cache.ahead.stream import StreamAhead
-    from obdlab.image.config import LowerConfig
     from obdlab.image.remote import RemoteLayers
-    from obdlab.layers.lsmt import Layer, LsmtLayer
+    from obdlab.layers.lsmt import Kind, Layer
     from obdlab.layers.recorder import Recorder
     from obdlab.layers.writable import Upper
 
@@ -84,6 +85,26 @@ def open_stack(paths: Sequence[str | os.PathLike[str]]) -> Disk:
         disk = Disk(layers)
         opened.pop_all()
         return disk
+
+
+def open_warp(
+    meta: str | os.PathLike[str], target: str | os.PathLike[str], gzip_index: str | os.PathLike[str] | None = None
+) -> Disk:
+    """Open the local files of a turboOCI layer as one block device.
+
+    ``meta`` has the metadata of the file system (``ext4.fs.meta``, ``erofs.fs.meta``), ``target`` is the ordinary
+    layer that holds the contents of its files, and ``gzip_index`` must be given if that is compressed. The layer of
+    an image with several is only a file system together with the layers below it: see :func:`open_image`.
+
+    Raises SourceError if a file cannot be read, FormatError if one is damaged or they do not belong together.
+    """
+    names = (os.fspath(name) for name in (target, gzip_index or ""))
+    lower = LowerConfig(os.fspath(meta), target_file=next(names), gzip_index=next(names))
+    with ExitStack() as opened:
+        tar = opened.enter_context(open_target(lower, None, unwrapped)[0])
+        layer, _ = _open_local(lower.file, Budget(), kind=partial(WarpLayer, tar))
+        opened.pop_all()
+        return Disk([layer])
 
 
 class Image(Disk):
@@ -321,19 +342,26 @@ def _open_lowers(
             identity[number] = identity[top]
         return [layers[top] if top == number else RepeatedLayer(layers[top]) for number, top in enumerate(tops)]
 
-    def open_local(number: int, path: str, watched: Callable[[Blob], Blob] | None) -> LsmtLayer:
-        layer, identity[number] = _open_local(path, budget, watched, around)
-        return layer
-
     def open_one(number: int, remote: RemoteLayers | None = None, ends: Executor | None = None) -> LsmtLayer:
         lower, file = lowers[number], files[number]
         watched = partial(recorder.watched, number) if recorder is not None else None
+        stream = None
         try:
-            _check_kind(lower)
-            with deadline_of_thread(deadline):
+            with deadline_of_thread(deadline), ExitStack() as unused:
+                kind: Kind = LsmtLayer
+                if lower.is_turbo:
+                    target, of_target = open_target(lower, remote, around)
+                    unused.enter_context(target)
+                    kind = partial(WarpLayer, target)
                 if file:
-                    return opened.enter_context(open_local(number, file, watched))
-                layer, stream = _open_remote(lower, remote, ends, watched, begun.get(number), budget, around)
+                    layer, identity[number] = _open_local(file, budget, watched, around, kind)
+                else:
+                    layer, stream = _open_remote(
+                        lower, remote, ends, watched, begun.get(number), budget, around, kind
+                    )
+                unused.pop_all()
+                if lower.is_turbo:
+                    identity[number] += f" with target {of_target}"
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -341,7 +369,7 @@ def _open_lowers(
             opened.callback(stream.stop)
         return opened.enter_context(layer)
 
-    if all(file or not lower.digest for lower, file in zip(lowers, files, strict=True)):
+    if not any(lower.remote_target or (lower.digest and not file) for lower, file in zip(lowers, files, strict=True)):
         return every([open_one(number) for number in wanted]), tuple(identity), None
     from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all imports, not needed for local images
 
@@ -365,7 +393,6 @@ def _begin_hot(
     for number, lower in ((number, lowers[number]) for number in wanted):
         if lower.hot and lower.digest and not files[number]:
             with suppress(ObdlabError):
-                _check_kind(lower)
                 blob = remote.open(lower.digest, lower.size)
                 begun[number] = (blob, stream_whole(blob))
     return begun
@@ -381,17 +408,10 @@ def _topmost(lowers: Sequence[LowerConfig], files: Sequence[str | None]) -> list
         except OSError:  # opening it reports the error
             keys.append(number)
             continue
-        if found is not None:
-            keys.append((found.st_dev, found.st_ino))
-        else:
-            keys.append(lower.digest or number)
+        stored = (found.st_dev, found.st_ino) if found is not None else lower.digest or number
+        keys.append((stored, lower.target_file, lower.target_digest, lower.gzip_index))
     last = {key: number for number, key in enumerate(keys)}
     return [last[key] for key in keys]
-
-
-def _check_kind(lower: LowerConfig) -> None:
-    if lower.target_file or lower.target_digest or lower.gzip_index:
-        raise ImageOpenError("turboOCI layers are not supported")
 
 
 # Returns the layer, and an identity that no other file has, not even a later one in its place.
@@ -400,10 +420,11 @@ def _open_local(
     budget: Budget,
     watched: Callable[[Blob], Blob] | None = None,
     around: Around = unwrapped,
+    kind: Kind = LsmtLayer,
 ) -> tuple[LsmtLayer, str]:
     file = LocalFile(path)
     try:
-        return open_layer(around("origin", file), watched, budget, around), file.identity()
+        return open_layer(around("origin", file), watched, budget, around, kind), file.identity()
     except BaseException:
         file.close()
         raise
@@ -417,6 +438,7 @@ def _open_remote(
     begun: tuple[Blob, StreamAhead | None] | None,
     budget: Budget,
     around: Around,
+    kind: Kind,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
     # Also returns the stream that fetches all of a hot layer ahead, unless reads are being recorded.
     if remote is None or ends is None or not lower.digest:
@@ -429,7 +451,7 @@ def _open_remote(
             stream = stream_if_begins_hot(blob, beginning)
         if end is not None:
             fetch_rest_of_end(blob)
-        layer = open_layer(blob, watched, budget, around)
+        layer = open_layer(blob, watched, budget, around, kind)
         if end is not None:
             end.result()  # fails if the blob is too short, even in a part that opening did not use
         return layer, stream or (stream_if_hot(layer) if watched is None else None)

@@ -204,7 +204,7 @@ def test_upper_alone(settings: Settings, tmp_path: Path) -> None:
         (ImageConfig(lowers=lowers_of(PLAIN[0]), upper=UpperConfig("/i", "/nowhere")), "/nowhere"),
         (
             ImageConfig(lowers=(LowerConfig(file=str(PLAIN[0]), target_file="/x"),)),
-            "turboOCI layers are not supported",
+            "/x: cannot open",
         ),
         (ImageConfig(lowers=lowers_of(*[PLAIN[0]] * 256)), "got 256, wanted at most 255"),
         (ImageConfig(lowers=(LowerConfig(digest="sha256:" + "0" * 64, size=1),)), "blob URL"),

@@ -1,7 +1,7 @@
 """Records of a warp layer, whose data lies in two files: its own, and the tar of an ordinary layer (turboOCI).
 
 The layer's own file holds the metadata of a file system. The contents of files stay in the tar, the layer's *target*.
-Tags tell the two apart, and nothing else in the file does: the configuration of an image names a layer's target.
+The two differ by the tags of their records. A file has no other mark: the image's configuration names the target.
 Source: overlaybd LSMT layout, warp files.
 """
 

@@ -1,0 +1,58 @@
+"""The target of a turboOCI layer: the ordinary layer whose uncompressed tar the layer's records point into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obdlab.errors import FormatError
+from obdlab.formats.compression import MAGIC_SIZE, compression_of
+from obdlab.localfile import LocalFile
+
+if TYPE_CHECKING:
+    from obdlab.blob import Around, Blob
+    from obdlab.image.config import LowerConfig
+    from obdlab.image.remote import RemoteLayers
+
+
+def open_target(lower: LowerConfig, remote: RemoteLayers | None, around: Around) -> tuple[Blob, str]:
+    """Return the uncompressed tar of a lower's target, and the identity of the target.
+
+    The target is the local ``target_file``, or else the blob ``target_digest`` of the image's repository, which
+    ``remote`` opens. ``around`` gets the joints "origin" (of a local file) and "target". Raises FormatError if the
+    target does not fit the lower's gzip index, or is compressed and the lower names no index; SourceError if a file
+    or the registry cannot be read.
+    """
+    if not lower.target_file and not lower.target_digest:
+        raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
+    blob, identity = _open_stored(lower, remote, around)
+    try:
+        return around("target", _uncompressed(blob, lower.gzip_index)), identity
+    except BaseException:
+        blob.close()
+        raise
+
+
+def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around) -> tuple[Blob, str]:
+    if not lower.target_file:
+        assert remote is not None
+        return remote.open(lower.target_digest, 0), lower.target_digest
+    file = LocalFile(lower.target_file)
+    try:
+        return around("origin", file), file.identity()
+    except BaseException:
+        file.close()
+        raise
+
+
+def _uncompressed(blob: Blob, gzip_index: str) -> Blob:
+    compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
+    if compression and not gzip_index:
+        raise FormatError(
+            "target of a turboOCI layer is compressed, and no gzip index is named",
+            blob=blob.name,
+            got=compression,
+            wanted="an uncompressed tar, or gzipIndex",
+        )
+    if gzip_index:
+        raise FormatError("compressed targets are not supported yet", blob=blob.name)
+    return blob

@@ -1,0 +1,213 @@
+"""turboOCI layers: the original's files opened as images, local and from a registry, and all that is refused."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import obdlab
+from obdlab.blob import Blob, Joint, Wrapper
+from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.formats.oci import digest_of
+from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.open import Image, ImageOpenError, WritableImage, open_image, open_warp
+from obdlab.layers.upper import SparseUpper
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
+from obdlab.settings.settings import Settings
+from tests.layers.golden import TURBO, sha256_of, target_tar, turbo_stack
+from tests.registry.server import RegistryServer
+
+CHAIN = ["l1", "l2", "l3"]
+STEP = 4 << 20
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(cache_dir=tmp_path / "cache", read_deadline_s=20, request_timeout_s=10)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> object:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()  # an error's traceback keeps a file that could not be opened to its end
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def meta(name: str) -> str:
+    return str(TURBO / f"{name}.ext4.fs.meta")
+
+
+def tar_file(directory: Path, name: str) -> str:
+    path = directory / f"{name}.tar"
+    path.write_bytes(target_tar(name)[:])
+    return str(path)
+
+
+def plain(directory: Path, name: str) -> LowerConfig:
+    return LowerConfig(file=meta(name), target_file=tar_file(directory, name))
+
+
+def test_open_warp() -> None:
+    with obdlab.open_warp(meta("plain.tar"), TURBO / "plain.tar") as disk:
+        wanted = turbo_stack("plain.tar")
+        assert disk.size == wanted["vsize"]
+        assert sha256_of(disk, STEP) == wanted["decoded_sha256"]
+        assert sum(owned.layer == 0 for owned in disk.owners()) == len(disk.index)
+
+
+def test_a_chain(tmp_path: Path, settings: Settings) -> None:
+    config = ImageConfig(lowers=tuple(plain(tmp_path, name) for name in CHAIN))
+    with open_image(config, settings) as image:
+        assert sha256_of(image, STEP) == turbo_stack(*CHAIN)["decoded_sha256"]
+        assert isinstance(image, Image)
+        assert len(set(image.identity)) == 3
+        assert all(" with target file " in one for one in image.identity)
+
+
+def test_the_identity_is_also_that_of_the_target(tmp_path: Path, settings: Settings) -> None:
+    lower = plain(tmp_path, "plain.tar")
+    shutil.copyfile(lower.target_file, tmp_path / "other.tar")
+
+    def identity(lower: LowerConfig) -> tuple[str, ...]:
+        with open_image(ImageConfig(lowers=(lower,)), settings) as image:
+            assert isinstance(image, Image)
+            return image.identity
+
+    assert identity(lower) == identity(lower)
+    assert identity(lower) != identity(replace(lower, target_file=str(tmp_path / "other.tar")))
+
+
+def test_one_meta_twice_in_an_image(tmp_path: Path, settings: Settings) -> None:
+    # With one target only the topmost shows; with two targets both are open.
+    lower = plain(tmp_path, "plain.tar")
+    changed = bytearray(target_tar("plain.tar")[:])
+    changed[512:1024] = bytes(512)
+    (tmp_path / "changed.tar").write_bytes(changed)
+    other = replace(lower, target_file=str(tmp_path / "changed.tar"))
+    for lowers, wanted in (((lower, other), [1, 1]), ((lower, lower), [0, 1])):
+        with open_image(ImageConfig(lowers=lowers), settings) as image:
+            assert isinstance(image, Image)
+            assert [len(layer.index) > 0 for layer in image.layers] == wanted
+
+
+def test_a_writable_layer_on_top(tmp_path: Path, settings: Settings) -> None:
+    SparseUpper.create(tmp_path / "data", 0).close()
+    config = ImageConfig(
+        lowers=(plain(tmp_path, "plain.tar"),), upper=UpperConfig(str(tmp_path / "index"), str(tmp_path / "data"))
+    )
+    with open_warp(meta("plain.tar"), TURBO / "plain.tar") as bare, open_image(config, settings) as image:
+        assert isinstance(image, WritableImage)
+        begin = 5192 * 512
+        image.write_at(begin + 100, b"mine")
+        wanted = bytearray(bare.read_at(begin, 8192))
+        wanted[100:104] = b"mine"
+        assert image.read_at(begin, 8192) == wanted
+
+
+@pytest.mark.registry
+def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settings) -> None:
+    client = RegistryClient()
+    repository = client.repository(Reference.parse(f"{registry_server.host}/open/turbo:latest"))
+
+    def push(data: bytes) -> str:
+        digest = digest_of(data)
+        client.push_blob(repository, digest, len(data), lambda: io.BytesIO(data))
+        return digest
+
+    lowers = [
+        LowerConfig(file=meta("l1"), target_digest=push(target_tar("l1")[:])),
+        LowerConfig(digest=push(Path(meta("l2")).read_bytes()), target_digest=push(target_tar("l2")[:])),
+    ]
+    client.close()
+    config = ImageConfig(repo_blob_url=repository.blobs_url, lowers=tuple(lowers))
+    wanted = turbo_stack("l1", "l2")["decoded_sha256"]
+    with open_image(config, settings) as image:
+        assert image.statistics()["demand_bytes"] < 1 << 20
+        assert sha256_of(image, STEP) == wanted
+        assert image.statistics()["requests"] > 0
+        assert isinstance(image, Image)
+        assert image.identity[0].endswith(f" with target {lowers[0].target_digest}")
+        assert image.identity[1] == f"{lowers[1].digest} with target {lowers[1].target_digest}"
+    with open_image(config, settings) as image:
+        assert sha256_of(image, STEP) == wanted
+        assert image.statistics()["requests"] <= 2  # the sizes of the targets, which configurations lack
+    missing = replace(lowers[0], target_digest="sha256:" + "ab" * 32)
+    with pytest.raises(ImageOpenError, match=r"lower 0 of 1 .*404"):
+        open_image(replace(config, lowers=(missing,)), settings)
+
+
+def test_wrappers_see_the_target(tmp_path: Path, settings: Settings) -> None:
+    put: list[tuple[Joint, str]] = []
+
+    class Seen(Wrapper):
+        pass
+
+    def around(joint: Joint, blob: Blob) -> Blob:
+        put.append((joint, Path(blob.name).name))
+        return Seen(blob)
+
+    lower = plain(tmp_path, "plain.tar")
+    with open_image(ImageConfig(lowers=(lower,)), settings, around=around) as image:
+        assert sha256_of(image, STEP) == turbo_stack("plain.tar")["decoded_sha256"]
+    tar, file = "plain.tar.tar", "plain.tar.ext4.fs.meta"
+    assert put == [
+        ("origin", tar), ("target", tar), ("origin", file), ("zfile", file), ("layer", file), ("stack", file)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", ["origin", "target", "zfile", "layer", "stack"])
+def test_an_error_of_around_leaves_nothing_open(tmp_path: Path, settings: Settings, failing: Joint) -> None:
+    def around(joint: Joint, blob: Blob) -> Blob:
+        if joint == failing:
+            raise RuntimeError(failing)
+        return blob
+
+    with pytest.raises(RuntimeError, match=failing):
+        open_image(ImageConfig(lowers=(plain(tmp_path, "plain.tar"),)), settings, around=around)
+
+
+# What is changed in a sound lower, and what the error says.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "target-missing": ({"target_file": "/nowhere/x.tar"}, r"/nowhere/x\.tar: cannot open \(No such file"),
+    "target-missing-in-spite-of-a-digest": (
+        {"target_file": "/nowhere/x.tar", "target_digest": "sha256:" + "a" * 64}, r"/nowhere/x\.tar: cannot open"
+    ),
+    "meta-missing": ({"file": "/nowhere/ext4.fs.meta"}, r"no layer there \(/nowhere/ext4\.fs\.meta\)"),
+    "index-not-named": (
+        {"target_file": str(TURBO / "good.tar.gz")}, r"good\.tar\.gz: .*no gzip index is named \(got gzip, wanted an"
+    ),
+    "index-without-target": (
+        {"target_file": "", "gzip_index": str(TURBO / "good.gzip.meta")}, "gzip index without a target"
+    ),
+    "plain-short": ({}, r"short\.tar: .*needs more bytes than its target has .*got 74752 bytes .*at least 76800"),
+    "target-a-directory": ({"target_file": "/"}, "is a directory"),
+    "meta-not-a-layer": ({"file": str(TURBO / "plain.tar")}, "tar|ZFile"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_at_opening(tmp_path: Path, settings: Settings, name: str) -> None:
+    lower = plain(tmp_path, "plain.tar")
+    if name == "plain-short":
+        (tmp_path / "short.tar").write_bytes(target_tar("plain.tar")[:74752])
+        lower = replace(lower, target_file=str(tmp_path / "short.tar"))
+    changes, message = REFUSED[name]
+    with pytest.raises(ImageOpenError, match=message) as caught:
+        open_image(ImageConfig(lowers=(replace(lower, **changes),)), settings)
+    assert re.match(r"cannot open lower 0 of 1 \(", str(caught.value))
+
+
+def test_open_warp_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    for target, error in (("/nowhere", SourceError), (TURBO / "l2.tar.gz", FormatError), (meta("l1"), ObdlabError)):
+        with pytest.raises(error):
+            open_warp(meta("l1"), target)
