@@ -34,6 +34,7 @@ from obdlab.contrib.traces_extra import transplant
 from obdlab.convert.endpoints import registryimages
 from obdlab.errors import ObdlabError, OutOfRangeError
 from obdlab.formats.oci import digest_of
+from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.open import Image, WritableImage
 from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers import recorder
@@ -50,6 +51,8 @@ from obdlab.registry.link import Link
 from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.volumes.erofs.freespace import Space
 from tests.devices.blobs import MemoryWritable
+from tests.image.trees import cached as cached_and_checked
+from tests.image.trees import checked
 from tests.registry.faulty import faulty_registry
 
 SIZE = 300 << 10
@@ -198,6 +201,16 @@ def cached(directory: Path, _: ExitStack) -> Case:
     return Case(cache.open(bottom, digest_of(CONTENT)), CONTENT, bottom)
 
 
+def with_a_hash_tree(_: Path, __: ExitStack) -> Case:
+    bottom = Bottom(CONTENT)
+    return Case(checked(bottom, CONTENT), CONTENT, bottom)
+
+
+def cached_with_a_hash_tree(directory: Path, _: ExitStack) -> Case:
+    bottom = Bottom(CONTENT)
+    return Case(cached_and_checked(directory / "cache", bottom, CONTENT), CONTENT, bottom)
+
+
 def remote(_: Path, opened: ExitStack) -> Case:
     registry = opened.enter_context(faulty_registry())
     client = opened.enter_context(closing(RegistryClient()))
@@ -253,6 +266,8 @@ CASES: list[Make] = [
     zfile,
     wrapped_zfile_in_a_tar,
     cached,
+    with_a_hash_tree,
+    cached_with_a_hash_tree,
     remote,
     stack,
     disk,
@@ -300,7 +315,9 @@ def test_ranges_below_are_those_that_are_read(case: Case) -> None:
     for offset, length in outside(case.blob.size):
         with pytest.raises(OutOfRangeError):
             case.blob.map_range(offset, offset + length)
-    if case.bottom is None or isinstance(case.blob, CachedBlob | registryimages._Recent):  # these read whole units
+    if case.bottom is None or isinstance(
+        case.blob, CachedBlob | CheckedBlob | registryimages._Recent
+    ):  # these read whole units
         return
     for begin, end in ranges(case.blob.size):
         del case.bottom.reads[:]

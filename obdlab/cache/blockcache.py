@@ -22,6 +22,8 @@ from obdlab.settings.settings import Settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from obdlab.cache.units import UnitCheck
+
 logger = logging.getLogger(__name__)
 
 # Limits the sum of the blob sizes that an image's manifest claims: the tables of their pages take disk and memory, a
@@ -76,11 +78,14 @@ class BlockCache:
         self._statistics: list[Statistics] = []
         self._demand = Demand()
 
-    def open(self, origin: Blob, digest: str) -> Blob:
+    def open(self, origin: Blob, digest: str, check: UnitCheck | None = None) -> Blob:
         """Return ``origin`` read through the cache; closing the result closes the origin.
 
         If the cache cannot be used (disk full, no permission, locked by others), logs it, reads from the origin and
         tries the cache again later. Raises FormatError if ``digest`` is malformed.
+
+        With ``check``, the origin has checked its bytes by that already, and so are those that are cached. Such blobs
+        have a directory of their own: readers that do not check must not store in it.
         """
         check_digest(digest, origin.name)
         if origin.size == 0:
@@ -95,13 +100,14 @@ class BlockCache:
         blob = CachedBlob(
             origin,
             self.space,
-            self._blobs / digest,
-            self._unit,
+            (self._blobs if check is None else self.space.blobs / check.name) / digest,
+            self._unit if check is None else max(self._unit, check.unit),
             self._extent,
             self._extent_max,
             self._demand,
             readahead_max=self._readahead_max,
             deadline_s=self._deadline_s,
+            check=check,
         )
         with self._lock:
             self._statistics.append(blob.counters)

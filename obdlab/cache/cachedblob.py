@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from obdlab.cache.flights import Demand
     from obdlab.cache.space import CacheSpace
+    from obdlab.cache.units import UnitCheck
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class CachedBlob(Blob):
         *,
         readahead_max: int,
         deadline_s: float,
+        check: UnitCheck | None = None,
     ) -> None:
         self.name = origin.name
         self.counters = Statistics()
@@ -66,7 +68,7 @@ class CachedBlob(Blob):
         self._demand = demand
         self._size = origin.size
         self._deadline_s = deadline_s
-        self._units = units = CachedUnits(space, directory, origin.size, unit, origin.name, self.counters)
+        self._units = units = CachedUnits(space, directory, origin.size, unit, origin.name, self.counters, check)
         self._files = units.files
         self._unit = unit = self._files.unit  # chosen by the process that made the files
         self._holders = Holders(self._release)
@@ -128,12 +130,13 @@ class CachedBlob(Blob):
         self.counters.evicted_units += stop - first
         self.below.evict(offset, length)
 
-    def opened(self, deadline_s: float) -> None:
-        """Make misses fetch whole extents from now on, and reads end within ``deadline_s``.
+    def opened(self, deadline_s: float, *, extents: bool = True) -> None:
+        """Make misses fetch whole ``extents`` from now on, and reads end within ``deadline_s``.
 
         Opening an image reads few, known places, and has its own deadline.
         """
-        self._fetches.extent = self._extent
+        if extents:
+            self._fetches.extent = self._extent
         self._deadline_s = self._fetches.deadline_s = deadline_s
 
     def close(self) -> None:

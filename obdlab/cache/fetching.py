@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from obdlab.cache.extent import SINGLE
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
-from obdlab.cache.unitstate import State
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe import audit
 from obdlab.registry.deadline import IN_FORCE
@@ -98,9 +97,8 @@ class Fetches:
                             ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
                         mine = True
                 else:
-                    if flight.now is State.QUEUED:
-                        flight.become(State.FETCHING)
-                        mine = True
+                    if not flight.started:
+                        flight.started = mine = True
                     if flight.stop < stop:  # the rest need not wait for this flight
                         ahead = [(flight.stop, stop)]
             if ahead:
@@ -135,8 +133,7 @@ class Fetches:
                 flight = self._claim_next(unit, stop)
                 if flight is None:
                     return
-                flight.become(State.FETCHING)
-                flight.background = True
+                flight.started = flight.background = True
             started = time.monotonic()
             self._fetch(flight, started + self.deadline_s * _BACKGROUND_SHARE, patient=False)
             if flight.data is not None:
@@ -162,8 +159,7 @@ class Fetches:
         with self._lock:
             flight = self._claim_next(unit, stop)
             if flight is not None:
-                flight.become(State.FETCHING)
-                flight.prefetch = True
+                flight.started = flight.prefetch = True
                 self._unused.update(range(flight.first, flight.stop))
         return flight
 
@@ -249,9 +245,8 @@ class Fetches:
             first -= 1
         return self._claim(first, there[first - begin :], ahead=False)
 
-    def _end(self, flight: Flight, state: State = State.MISSING) -> None:
+    def _end(self, flight: Flight) -> None:
         with self._lock:
-            flight.become(state)
             for unit in range(flight.first, flight.stop):
                 del self._flights[unit]
         flight.done.set()
@@ -272,7 +267,7 @@ class Fetches:
 
     def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
         # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
-        claimed, ending = False, State.MISSING
+        claimed = False
         try:
             turn = self._take_turn(flight, deadline, patient)
             if turn is None:
@@ -280,11 +275,9 @@ class Fetches:
             claimed = turn
             flight.data = (read or self.read_origin)(flight, deadline)
             with self._lock:
-                flight.become(State.FETCHED)
                 self._units.counters.count(flight)
             flight.done.set()  # spares waiting threads the disk; the units stay claimed until stored
-            if self._units.store(flight.first, flight.data):
-                ending = State.CACHED
+            self._units.store(flight.first, flight.data)
         except BaseException as error:
             if flight.data is None:
                 flight.error = error
@@ -295,7 +288,7 @@ class Fetches:
         finally:
             if claimed:
                 self._units.files.unclaim(flight.first, flight.stop)
-            self._end(flight, ending)
+            self._end(flight)
 
     def read_origin(self, flight: Flight, deadline: float) -> bytes:
         """Return the bytes of a flight's units from the origin, by one read. Raises what the origin raises."""
@@ -374,9 +367,9 @@ class Fetches:
             self._abandon(flight)
             return
         with self._lock:
-            if flight.now is not State.QUEUED:
+            if flight.started:
                 return  # a reader took it over
-            flight.become(State.FETCHING)
+            flight.started = True
         try:
             self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
         except ObdlabError as error:
@@ -385,9 +378,9 @@ class Fetches:
     def _abandon(self, flight: Flight) -> None:
         # The fetch ahead does not take place; if a reader took the flight over meanwhile, the reader fetches it.
         with self._lock:
-            if flight.now is not State.QUEUED:
+            if flight.started:
                 return
-            flight.become(State.MISSING)
+            flight.started = True
         self._end(flight)
 
     def _check_deadline(self, unit: int, deadline: float) -> None:

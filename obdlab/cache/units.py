@@ -6,7 +6,7 @@ import errno
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from obdlab.cache.layout import PAGE_SHIFT, pages_of, unit_sums
 from obdlab.cache.space import CacheFullError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from array import array
     from pathlib import Path
 
+    from obdlab.blob import Buffer
     from obdlab.cache.flights import Statistics
     from obdlab.cache.space import CacheSpace
 
@@ -31,16 +32,42 @@ _RETRY_S = 2.0
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+class UnitCheck(Protocol):
+    """Checks units against a hash that the image's manifest pins, beyond the sums of the cache's own files."""
+
+    #: Text without "/" that names the right bytes: blobs of another name do not share files.
+    name: str
+    #: Bytes of a checked unit. A cached blob's units are multiples of it.
+    unit: int
+
+    def first_wrong(self, offset: int, data: Buffer) -> int | None:
+        """Return the offset of the first wrong unit in ``data``, whole units at ``offset``; None if all are right.
+
+        Raises an ObdlabError if they cannot be checked.
+        """
+
+
 class CachedUnits:
     """The units of one blob, in memory and in its files. Thread-safe.
 
     ``sums`` has the same values as the file ``sums``, or 0 for pages of a unit that this process has not used yet.
     ``attend`` is 1 for each unit whose next use must be reported (:meth:`note_use`, read-ahead); after ``tick_at``
-    the next use of any unit must be.
+    the next use of any unit must be. With ``check``, a unit of the files must also pass that before this process uses
+    it, and at each use if other users can change the files.
     """
 
-    def __init__(self, space: CacheSpace, directory: Path, size: int, unit: int, name: str, counters: Statistics):
+    def __init__(
+        self,
+        space: CacheSpace,
+        directory: Path,
+        size: int,
+        unit: int,
+        name: str,
+        counters: Statistics,
+        check: UnitCheck | None = None,
+    ):
         self.name = name
+        self._check = check
         self.counters = counters
         self._space = space
         self.files, error = _open(space, directory, size, unit)
@@ -101,19 +128,23 @@ class CachedUnits:
                 if memoryview(unit_sums(content)) != wanted:
                     break
                 unit += 1
+            if unit > first and self._check is not None:
+                wrong = self._check.first_wrong(first << self.unit_shift, view[: unit - first << self.unit_shift])
+                unit = unit if wrong is None else wrong >> self.unit_shift
             if unit > first:
-                self._adopt(first, sums[: (unit - first) * step])
+                if self._check is None or not files.read_only:
+                    self._adopt(first, sums[: (unit - first) * step])
                 return data[: unit - first << self.unit_shift]
             if not files.present(first, first + 1)[0]:
                 return b""
         self._heal(first)
         return b""
 
-    def store(self, first: int, data: bytes) -> bool:
-        """Store fetched units if possible. Return False if not; logs the reason."""
+    def store(self, first: int, data: bytes) -> None:
+        """Store fetched units if possible; logs the reason if not."""
         if not self.files.attached:
             self.counters.uncached_bytes += len(data)
-            return False
+            return
         try:
             started = time.monotonic()
             sums = self.files.store(self._space, first, data)
@@ -121,11 +152,10 @@ class CachedUnits:
                 self._audit("file:write", first, len(data), started, audit.SLOW_WRITE_S)
         except OSError as error:
             self._not_stored(error, len(data))
-            return False
-        self._adopt(first, sums)
-        if self._damaged:
-            self._note_healed(first, len(data))
-        return True
+        else:
+            self._adopt(first, sums)
+            if self._damaged:
+                self._note_healed(first, len(data))
 
     def _note_healed(self, first: int, length: int) -> None:
         healed = {unit for unit in self._damaged if 0 <= unit - first << self.unit_shift < length}

@@ -47,6 +47,9 @@ OVERLAYBD_VERSION = "containerd.io/snapshot/overlaybd/version"
 ACCELERATION_LAYER = "containerd.io/snapshot/overlaybd/acceleration-layer"
 #: Annotation of a layer that holds the data a start reads: "yes".
 HOT_LAYER = "containerd.io/snapshot/obdlab/hot-layer"
+#: Annotation of a layer: the root of its hash tree and the digest of the tree's file
+#: (:class:`obdlab.formats.hashtree.TreeReference`).
+HASH_TREE = "containerd.io/snapshot/obdlab/hash-tree"
 #: The label of an image's topmost snapshot that names a trace in its repository: "digest,size".
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
 TURBO_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest"

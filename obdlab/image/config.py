@@ -49,6 +49,8 @@ class LowerConfig:
     target_digest: str = ""
     #: The layer is fetched whole before anything else. Not a key of the original, which ignores it.
     hot: bool = False
+    #: The layer's hash tree (:class:`obdlab.formats.hashtree.TreeReference`). As ``hot``, not a key of the original.
+    hash_tree: str = ""
 
     @property
     def is_turbo(self) -> bool:
@@ -79,6 +81,7 @@ class LowerConfig:
             "size": self.size,
             "dir": self.dir,
             "hot": self.hot,
+            "hashTree": self.hash_tree,
         }
         return {key: value for key, value in values.items() if value}
 
@@ -230,6 +233,7 @@ def _lower(table: _Table) -> LowerConfig:
         target_file=table.get("targetFile", str, ""),
         target_digest=table.get("targetDigest", str, ""),
         hot=table.get("hot", bool, False),
+        hash_tree=table.get("hashTree", str, ""),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from obdlab.command import command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import oci
+from obdlab.formats.hashtree import TreeReference
 from obdlab.image.config import ImageConfig, LowerConfig
 
 if TYPE_CHECKING:
@@ -118,4 +119,7 @@ def _lower(layer: oci.Descriptor, name: str) -> LowerConfig:
             got=f"{digest} of {size} bytes",
             wanted=f"{layer.size} bytes",
         )
-    return LowerConfig(digest=layer.digest, size=layer.size)
+    tree = layer.annotations.get(oci.HASH_TREE, "")
+    if tree:
+        TreeReference.parse(tree, f"{name}: hash tree of layer {layer.digest}")
+    return LowerConfig(digest=layer.digest, size=layer.size, hash_tree=tree)

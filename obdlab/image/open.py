@@ -280,7 +280,7 @@ def _trace_of(
     if config.trace.digest and config.trace.size:
         blob = remote.open(config.trace.digest, config.trace.size)
         image.before_close.append(blob.close)
-        return blob.name, partial(load_blob, blob)
+        return blob.name, partial(load_blob, blob, config.trace.digest)
     if not config.acceleration_layer or not config.lowers:
         return None
     lower = config.lowers[-1]
@@ -294,7 +294,7 @@ def _trace_of(
         return None
     blob = remote.open(lower.digest, lower.size)
     image.before_close.append(blob.close)
-    return blob.name, partial(load_layer, blob)
+    return blob.name, partial(load_layer, blob, lower.digest)
 
 
 # A crash after a snapshot's configuration was replaced leaves the mark that makes opening undo the seal.
@@ -393,7 +393,7 @@ def _begin_hot(
     for number, lower in ((number, lowers[number]) for number in wanted):
         if lower.hot and lower.digest and not files[number]:
             with suppress(ObdlabError):
-                blob = remote.open(lower.digest, lower.size)
+                blob = remote.open_layer(lower)
                 begun[number] = (blob, stream_whole(blob))
     return begun
 
@@ -444,7 +444,7 @@ def _open_remote(
     if remote is None or ends is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
-    blob, stream = begun or (remote.open(lower.digest, lower.size), None)
+    blob, stream = begun or (remote.open_layer(lower), None)
     try:
         beginning, end = fetch_ends(blob, remote.cache_unit, ends)
         if watched is None and stream is None:

@@ -42,7 +42,7 @@ def prime(config: ImageConfig, settings: Settings) -> None:
 
 
 def _prime_one(lower: LowerConfig, remote: RemoteLayers, ends: Executor, deadline: float) -> None:
-    with deadline_of_thread(deadline), remote.open(lower.digest, lower.size) as blob:
+    with deadline_of_thread(deadline), remote.open_layer(lower) as blob:
         _, end = fetch_ends(blob, remote.cache_unit, ends)
         fetch_rest_of_end(blob)
         if end is not None:

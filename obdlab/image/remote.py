@@ -11,21 +11,31 @@ from obdlab.blob import unwrapped
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
-from obdlab.errors import FormatError
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.formats.hashtree import Shape, TreeReference
 from obdlab.formats.oci import check_digest
+from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.registryaccess import open_client
+from obdlab.image.treenodes import KeptNodes, TreeNodes
+from obdlab.observe.counters import LAZY_LAYERS
 from obdlab.registry.reference import Repository
 from obdlab.registry.remoteblob import RemoteBlob
+from obdlab.settings.settings import VERIFY_OFF, VERIFY_REQUIRE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.blob import Around, Blob
+    from obdlab.image.config import LowerConfig
     from obdlab.registry.client import RegistryClient
     from obdlab.settings.settings import Settings
 
 
 logger = logging.getLogger(__name__)
+
+
+class UncheckedLayerError(ObdlabError, code="unchecked-layer"):
+    """The settings require that a layer's bytes are checked, and its manifest has no hash tree for it."""
 
 
 class RemoteLayers:
@@ -58,25 +68,49 @@ class RemoteLayers:
         self._users = 1
         self._blobs: list[CachedBlob] = []
         self._origins: list[_Origin] = []
+        self._kept = KeptNodes()
+        self._checked: list[CheckedBlob] = []
+        self._tree_origins: list[_Origin] = []
+        self._tree_files: list[CachedBlob] = []
         self._layers = 0
         self._layer_blobs: list[CachedBlob] = []
 
-    def open(self, digest: str, size: int) -> Blob:
+    def open_layer(self, lower: LowerConfig) -> Blob:
+        """Return the blob of a layer, each unit checked by the layer's hash tree if the settings allow that.
+
+        Raises UncheckedLayerError if the settings require a tree and the layer has no tree, and as :meth:`open` does.
+        """
+        tree = TreeReference.parse(lower.hash_tree, f"hash tree of {lower.digest}") if lower.hash_tree else None
+        if tree is None and self._settings.verify == VERIFY_REQUIRE:
+            raise UncheckedLayerError(
+                f"{self._repository}@{lower.digest}: no hash tree in the image's manifest, and the settings require "
+                f"one (verify: {VERIFY_REQUIRE})"
+            )
+        if self._settings.verify == VERIFY_OFF:
+            tree = None
+        LAZY_LAYERS.add(label="unchecked" if tree is None else "checked")
+        return self.open(lower.digest, lower.size, tree)
+
+    def open(self, digest: str, size: int, tree: TreeReference | None = None) -> Blob:
         """Return a blob of ``size`` bytes; if ``size`` is 0, the registry is asked for it.
 
-        Raises FormatError for a malformed digest, SourceError if registry or cache cannot be used.
+        With ``tree`` every unit is checked before it is used. Raises FormatError for a malformed digest, SourceError
+        if registry or cache cannot be used.
         """
         check_digest(digest, str(self._repository))
         size = size or self._client.blob_size(self._repository, digest)
         if size == 0:
             raise FormatError("blob is empty", blob=f"{self._repository}@{digest}")
-        with self._lock:
-            self._users += 1
-        origin = _Origin(self._client, self._repository, digest, size, self.close)
+        origin = self._origin(digest, size)
         blob: Blob = origin
         try:
             blob = self._around("origin", origin)
-            blob = self._cache.open(blob, digest)
+            nodes = None
+            if tree is not None:
+                nodes = self._nodes(origin, digest, tree)
+                blob = checked = CheckedBlob(blob, nodes)
+                self._checked.append(checked)
+            blob = self._cache.open(blob, digest, nodes)
             self._origins.append(origin)
             if isinstance(blob, CachedBlob):
                 self._blobs.append(blob)
@@ -85,6 +119,26 @@ class RemoteLayers:
             blob.close()
             raise
 
+    def _origin(self, digest: str, size: int) -> _Origin:
+        with self._lock:
+            self._users += 1
+        return _Origin(self._client, self._repository, digest, size, self.close)
+
+    def _nodes(self, blob: Blob, digest: str, tree: TreeReference) -> TreeNodes:
+        size = Shape(blob.size).file_size
+        file: Blob | None = None
+        if size:
+            origin = self._origin(tree.file, size)
+            try:
+                file = self._cache.open(origin, tree.file)
+            except BaseException:
+                origin.close()
+                raise
+            self._tree_origins.append(origin)
+            if isinstance(file, CachedBlob):
+                self._tree_files.append(file)
+        return TreeNodes(blob.name, digest, blob.size, tree.root, file, self._kept)
+
     def opened(self) -> None:
         """End the opening: from now on, misses in the blobs fetch extents, with the deadline of reads.
 
@@ -92,11 +146,15 @@ class RemoteLayers:
         """
         settings = self._settings
         self._layers, self._layer_blobs = len(self._origins), list(self._blobs)
-        for origin in self._origins:
+        for origin in (*self._origins, *self._tree_origins):
             origin.deadline_s = settings.read_deadline_s
         for blob in self._blobs:
             blob.opened(settings.read_deadline_s)
-        total = sum(blob.size for blob in self._blobs)
+        for file in self._tree_files:
+            # A node covers 8 MiB. Extents around it would take as long as the data that waits for it.
+            file.opened(settings.read_deadline_s, extents=False)
+        blobs = [*self._blobs, *self._tree_files]
+        total = sum(blob.size for blob in blobs)
         if not settings.download_enabled or not self._blobs:
             return
         if settings.cache_quota and total > settings.cache_quota:
@@ -113,15 +171,15 @@ class RemoteLayers:
             settings.download_bytes_per_s,
             settings.download_tries,
         )
-        BackgroundDownload(self._blobs, options).start()
+        BackgroundDownload(blobs, options).start()
 
     def unverified(self) -> int:
         """Return how many of the blobs at :meth:`opened` are not in the cache whole and verified."""
         return self._layers - sum(blob.verified for blob in self._layer_blobs)
 
     def statistics(self) -> dict[str, int]:
-        """Return the sums of the block cache's counters for these blobs."""
-        return self._cache.statistics()
+        """Return the sums of the block cache's counters for these blobs, and the wrong units that were fetched."""
+        return self._cache.statistics() | {"wrong_units": sum(blob.wrong_units for blob in self._checked)}
 
     def close(self) -> None:
         """Release the client: once for this object, once for each blob. The last call closes it."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
+from obdlab.image.config import LowerConfig
 from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
     from obdlab.blob import Around, Blob
-    from obdlab.image.config import LowerConfig
     from obdlab.image.remote import RemoteLayers
 
 
@@ -35,7 +35,8 @@ def open_target(lower: LowerConfig, remote: RemoteLayers | None, around: Around)
 def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around) -> tuple[Blob, str]:
     if not lower.target_file:
         assert remote is not None
-        return remote.open(lower.target_digest, 0), lower.target_digest
+        # Without a hash tree: settings that require one refuse it.
+        return remote.open_layer(LowerConfig(digest=lower.target_digest)), lower.target_digest
     file = LocalFile(lower.target_file)
     try:
         return around("origin", file), file.identity()

@@ -280,9 +280,12 @@ class RegistryClient:
 
         return self._session.persist(request, blob=name, offset=offset, tries=1)
 
-    def distrust(self, repository: Repository, digest: str) -> None:
-        """Read this blob from the registry itself for a while: bytes from elsewhere failed their checksum."""
-        self._session.distrust(repository, f"blobs/{digest}")
+    def distrust(self, repository: Repository, digest: str) -> str:
+        """Read this blob from the registry itself for a while: bytes from elsewhere failed their checksum.
+
+        Returns the names of the sources that were in use until now.
+        """
+        return self._session.distrust(repository, f"blobs/{digest}")
 
     def read_blob(self, repository: Repository, digest: str, size: int, max_size: int) -> bytes:
         """Return a whole small blob (an image config) of a known size, its digest checked."""

@@ -106,7 +106,11 @@ class RemoteBlob(Blob):
 
     def evict(self, offset: int, length: int) -> None:
         """Distrust mirrors and proxies for this blob: the caller got wrong bytes. Nothing is cached here."""
+        sources = self._client.distrust(self._repository, self._digest)
         log.warning(
-            "%s: wrong bytes (%d at offset %d): fetched again, past mirrors and proxies", self._url, length, offset
+            "%s: wrong bytes (%d at offset %d) from %s: fetched again, past mirrors and proxies",
+            self._url,
+            length,
+            offset,
+            sources,
         )
-        self._client.distrust(self._repository, self._digest)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import is_digest
@@ -149,15 +150,26 @@ class Session:
             return answer
         return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, bulk)
 
-    def distrust(self, repository: Repository, path: str) -> None:
-        """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data."""
-        mirrors = self._mirrors.of(repository)
-        for mirror in mirrors:
-            self._mirrors.lacks(mirror.url(repository, path))
+    def distrust(self, repository: Repository, path: str) -> str:
+        """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data.
+
+        Returns the names of the sources that were in use until now, the likeliest first.
+        """
+        sources = []
+        for mirror in self._mirrors.of(repository):
+            mirrored = mirror.url(repository, path)
+            if self._mirrors.usable(mirror, mirrored):
+                sources.append(f"mirror {mirror.base}")
+            self._mirrors.lacks(mirrored)
         url = f"{repository.api_url}/{path}"
-        self._forget(url)
         if self._p2p is not None:
+            if self._p2p.usable(url):
+                sources.append(self._p2p.name)
             self._p2p.lacks(url)
+        target = self._location(url) or url
+        sources.append(f"storage {urlsplit(target).netloc}" if origin(target) != origin(url) else "the registry")
+        self._forget(url)
+        return ", or ".join(sources)
 
     def close(self) -> None:
         """Close idle connections."""

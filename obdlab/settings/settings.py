@@ -22,6 +22,8 @@ GIB = 1 << 30
 #: Sources of credentials (overlaybd's credentialConfig.mode).
 CREDENTIALS_MODES = ("file", "http", "https", "uds")
 LOG_FORMATS = ("text", "json")
+#: Values of ``verify``.
+VERIFICATIONS = VERIFY_OFF, VERIFY_AVAILABLE, VERIFY_REQUIRE = "off", "available", "require"
 #: The snapshotter's devices may also be made by an overlaybd TCMU daemon on the same host.
 DAEMON_KIND = "overlaybd-tcmu"
 _MOST_READAHEAD_KIB = 64 * KIB
@@ -58,6 +60,9 @@ class Settings:
     readahead_max: int = 4096 * KIB
     #: True if the snapshotter fetches the indexes of an image's layers when the image is pulled.
     index_at_pull: bool = True
+    #: Checking of lazily read layers by hash trees: "off"; "available": layers whose manifest has a tree; "require":
+    #: the same, and layers of a registry without a tree are refused (docs/how-to/verify.md).
+    verify: str = VERIFY_AVAILABLE
     #: Trace or priority list to replay whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
     #: True if images in use are fetched whole into the cache, and verified, while no reader waits for other data.
@@ -161,6 +166,8 @@ class Settings:
             raise SettingsError(f"device_readahead_kib: 0 to {_MOST_READAHEAD_KIB} (got {self.device_readahead_kib})")
         if not 0 <= self.server_processes <= 64:
             raise SettingsError(f"server_processes: 0 to 64 (got {self.server_processes})")
+        if self.verify not in VERIFICATIONS:
+            raise SettingsError(f"verify: wanted one of {', '.join(VERIFICATIONS)} (got {self.verify!r})")
         if self.p2p_address:
             try:
                 parse_address(self.p2p_address)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
 from obdlab.formats.decimal import decimal
+from obdlab.formats.hashtree import TreeReference
 from obdlab.formats.oci import (
     ACCELERATION_LAYER,
     BLOB_DIGEST,
     BLOB_FS_TYPE,
     BLOB_SIZE,
     FASTOCI_TARGET_DIGEST,
+    HASH_TREE,
     HOT_LAYER,
     TRACE_LABEL,
     TURBO_TARGET_DIGEST,
@@ -91,6 +93,8 @@ class RemoteLayer:
     #: A blob beside the layer: a trace of the image up to this layer.
     trace: LowerConfig = field(default_factory=LowerConfig)
     hot: bool = False
+    #: The root of the layer's hash tree, and the digest of the tree's file.
+    hash_tree: str = ""
 
 
 def of_client(labels: Mapping[str, str]) -> dict[str, str]:
@@ -159,7 +163,18 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
         spec_of_label(labels[BLOB_FS_TYPE], options.default_fs)
     acceleration = labels.get(ACCELERATION_LAYER) == "yes"
     trace, hot = _trace(labels.get(TRACE_LABEL, "")), labels.get(HOT_LAYER) == "yes"
-    return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, trace, hot)
+    tree = _hash_tree(labels.get(HASH_TREE, ""))
+    return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, trace, hot, tree)
+
+
+def _hash_tree(label: str) -> str:
+    # A malformed one is not ignored: the layer would be read unchecked.
+    if not label:
+        return ""
+    try:
+        return str(TreeReference.parse(label))
+    except FormatError as error:
+        raise InvalidArgumentError(f"label {HASH_TREE}: {error}") from error
 
 
 def _trace(label: str) -> LowerConfig:
@@ -183,7 +198,9 @@ def remote_config(
     ``below`` is the configuration of the image without this layer, None for a bottom layer; ``directory`` is the
     future directory of the layer's snapshot.
     """
-    lower = LowerConfig(digest=layer.digest, size=layer.size, dir=str(directory / "fs"), hot=layer.hot)
+    lower = LowerConfig(
+        digest=layer.digest, size=layer.size, dir=str(directory / "fs"), hot=layer.hot, hash_tree=layer.hash_tree
+    )
     config = _config(below, lower, directory, blobs_url(layer.reference, options))
     return replace(config, acceleration_layer=layer.acceleration, trace=layer.trace)
 

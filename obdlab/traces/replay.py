@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from obdlab.blob import find, range_in
 from obdlab.cache.ahead.prefetch import Prefetch
 from obdlab.cache.cachedblob import CachedBlob
-from obdlab.errors import FormatError, ObdlabError
+from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.formats.oci import digest_of
 from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
 from obdlab.localfile import LocalFile
 from obdlab.observe.counters import Counter
@@ -75,24 +76,36 @@ def load_file(path: str) -> bytes:
         return _read_all(file)
 
 
-def load_blob(blob: Blob) -> bytes:
-    """Read a trace from its blob, and close the blob. Raises as reading does, and FormatError."""
+def load_blob(blob: Blob, digest: str) -> bytes:
+    """Read a trace from its blob, and close the blob.
+
+    Raises as reading does, and FormatError, also if the blob does not match its digest.
+    """
     with blob:
-        return _read_all(blob)
+        return _read_all(blob, digest)
 
 
-def load_layer(blob: Blob) -> bytes:
-    """Read the trace in an acceleration layer, and close the blob. Raises as reading does, and FormatError."""
+def load_layer(blob: Blob, digest: str = "") -> bytes:
+    """Read the trace in an acceleration layer, and close the blob; without ``digest`` it is not checked.
+
+    Raises as :func:`load_blob` does.
+    """
     with blob:
-        return content_of_layer(_read_all(blob), name=blob.name)
+        return content_of_layer(_read_all(blob, digest), name=blob.name)
 
 
-def _read_all(blob: Blob) -> bytes:
+def _read_all(blob: Blob, digest: str = "") -> bytes:
     if blob.size > MAX_SIZE + (64 << 10):
         raise FormatError("trace is too large", blob=blob.name, got=blob.size, wanted=f"at most {MAX_SIZE}")
     if blob.size == 0:
         raise FormatError("trace is empty", blob=blob.name, wanted=f"at least {HEADER_SIZE} bytes")
-    return blob.read_at(0, blob.size)
+    data = blob.read_at(0, blob.size)
+    if digest and digest_of(data) != digest:
+        blob.evict(0, blob.size)  # forget the cached copy, and read past mirrors
+        data = blob.read_at(0, blob.size)
+        if digest_of(data) != digest:
+            raise CorruptBlobError("wrong content", blob=blob.name, got=digest_of(data), wanted=digest)
+    return data
 
 
 # -- from a layer's uncompressed file to its blob --------------------------------------------------------------------

@@ -71,5 +71,22 @@ def test_annotations_that_contradict_the_descriptor(change: dict[str, str]) -> N
         config_from_manifest(with_annotations(**change), REPOSITORY)
 
 
+def test_a_hash_tree_is_in_the_configuration_or_refused_if_malformed() -> None:
+    manifest = golden("manifest.json")
+
+    def with_tree(text: str) -> oci.Manifest:
+        layer = manifest.layers[0]
+        return replace(
+            manifest,
+            layers=(replace(layer, annotations={**layer.annotations, oci.HASH_TREE: text}), *manifest.layers[1:]),
+        )
+
+    tree = "sha256:" + "a" * 64 + ",sha256:" + "b" * 64
+    lowers = config_from_manifest(with_tree(tree), REPOSITORY).lowers
+    assert [lower.hash_tree for lower in lowers] == [tree, "", ""]
+    with pytest.raises(FormatError, match=r"name: hash tree of layer sha256:.*not a digest"):
+        config_from_manifest(with_tree(tree[:-1]), REPOSITORY, name="name")
+
+
 def test_a_layer_without_a_size_annotation_is_as_long_as_its_descriptor_says() -> None:
     assert config_from_manifest(with_annotations(size=None), REPOSITORY).lowers[1].size == 4230144

@@ -126,6 +126,20 @@ def test_a_hot_layer_is_marked(snapshotter: Snapshotter, tmp_path: Path) -> None
     assert [lower.hot for lower in config.lowers] == [False, True]
 
 
+def test_a_hash_tree_is_in_the_configuration(snapshotter: Snapshotter, tmp_path: Path) -> None:
+    tree = f"{DIGESTS[2]},{DIGESTS[1]}"
+    pull(snapshotter, **{oci.HASH_TREE: tree})
+    pull(snapshotter, 1, CHAIN[0])
+    config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
+    assert [lower.hash_tree for lower in config.lowers] == [tree, ""]
+
+
+@pytest.mark.parametrize("text", ["x", "sha256:12,sha256:34", f"{DIGESTS[0]},{DIGESTS[0]},x"])
+def test_a_malformed_hash_tree_is_refused_and_not_ignored(snapshotter: Snapshotter, text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"obdlab/hash-tree: not a digest"):
+        snapshotter.prepare("key", "", pull_labels() | {oci.HASH_TREE: text})
+
+
 @pytest.mark.parametrize(
     ("image", "url"),
     [
