@@ -8,15 +8,15 @@ bytes in it, follows :attr:`Blob.below` (:func:`find`, :func:`range_in`), and so
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, overload
 
+from obdlab.closing import Closing
 from obdlab.errors import OutOfRangeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
 Buffer = bytes | bytearray | memoryview
 
@@ -42,7 +42,7 @@ class ByteStream(Protocol):
         """Give up the unread rest."""
 
 
-class Blob(ABC):
+class Blob(Closing):
     """Read-only bytes of a fixed size. All methods may be called from several threads at once."""
 
     #: Name of this blob in error messages: a path, a URL, a digest.
@@ -133,14 +133,6 @@ class Blob(ABC):
         if not 0 <= offset < self.size:
             raise IndexError(f"{self.name}: no byte {key} (size {self.size})")
         return self.read_at(offset, 1)[0]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class WritableBlob(Blob):

@@ -27,8 +27,10 @@ class StateOf(Generic[S]):
 
     def become(self, state: S) -> None:
         """Change to ``state``; nothing happens if it is the present one. Raises IllegalTransitionError."""
-        self.check(state)
-        self.now = state
+        if state is not self.now:  # without a call: it is on the way of each miss of the cache
+            if state not in self._table[self.now]:
+                self.check(state)
+            self.now = state
 
     def check(self, state: S) -> None:
         """Raise IllegalTransitionError unless the present state may become ``state``, or is it."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from obdlab.cache.extent import SINGLE
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
+from obdlab.cache.unitstate import State
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe import audit
 from obdlab.registry.deadline import IN_FORCE
@@ -97,8 +98,9 @@ class Fetches:
                             ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
                         mine = True
                 else:
-                    if not flight.started:
-                        flight.started = mine = True
+                    if flight.now is State.QUEUED:
+                        flight.become(State.FETCHING)
+                        mine = True
                     if flight.stop < stop:  # the rest need not wait for this flight
                         ahead = [(flight.stop, stop)]
             if ahead:
@@ -133,7 +135,8 @@ class Fetches:
                 flight = self._claim_next(unit, stop)
                 if flight is None:
                     return
-                flight.started = flight.background = True
+                flight.become(State.FETCHING)
+                flight.background = True
             started = time.monotonic()
             self._fetch(flight, started + self.deadline_s * _BACKGROUND_SHARE, patient=False)
             if flight.data is not None:
@@ -159,7 +162,8 @@ class Fetches:
         with self._lock:
             flight = self._claim_next(unit, stop)
             if flight is not None:
-                flight.started = flight.prefetch = True
+                flight.become(State.FETCHING)
+                flight.prefetch = True
                 self._unused.update(range(flight.first, flight.stop))
         return flight
 
@@ -245,8 +249,9 @@ class Fetches:
             first -= 1
         return self._claim(first, there[first - begin :], ahead=False)
 
-    def _end(self, flight: Flight) -> None:
+    def _end(self, flight: Flight, state: State = State.MISSING) -> None:
         with self._lock:
+            flight.become(state)
             for unit in range(flight.first, flight.stop):
                 del self._flights[unit]
         flight.done.set()
@@ -267,7 +272,7 @@ class Fetches:
 
     def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
         # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
-        claimed = False
+        claimed, ending = False, State.MISSING
         try:
             turn = self._take_turn(flight, deadline, patient)
             if turn is None:
@@ -275,9 +280,11 @@ class Fetches:
             claimed = turn
             flight.data = (read or self.read_origin)(flight, deadline)
             with self._lock:
+                flight.become(State.FETCHED)
                 self._units.counters.count(flight)
             flight.done.set()  # spares waiting threads the disk; the units stay claimed until stored
-            self._units.store(flight.first, flight.data)
+            if self._units.store(flight.first, flight.data):
+                ending = State.CACHED
         except BaseException as error:
             if flight.data is None:
                 flight.error = error
@@ -288,7 +295,7 @@ class Fetches:
         finally:
             if claimed:
                 self._units.files.unclaim(flight.first, flight.stop)
-            self._end(flight)
+            self._end(flight, ending)
 
     def read_origin(self, flight: Flight, deadline: float) -> bytes:
         """Return the bytes of a flight's units from the origin, by one read. Raises what the origin raises."""
@@ -367,9 +374,9 @@ class Fetches:
             self._abandon(flight)
             return
         with self._lock:
-            if flight.started:
+            if flight.now is not State.QUEUED:
                 return  # a reader took it over
-            flight.started = True
+            flight.become(State.FETCHING)
         try:
             self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
         except ObdlabError as error:
@@ -378,9 +385,9 @@ class Fetches:
     def _abandon(self, flight: Flight) -> None:
         # The fetch ahead does not take place; if a reader took the flight over meanwhile, the reader fetches it.
         with self._lock:
-            if flight.started:
+            if flight.now is not State.QUEUED:
                 return
-            flight.started = True
+            flight.become(State.MISSING)
         self._end(flight)
 
     def _check_deadline(self, unit: int, deadline: float) -> None:

@@ -7,6 +7,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.cache.unitstate import TRANSITIONS, State
+from obdlab.states import StateOf
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -53,19 +56,24 @@ def total_of(statistics: Sequence[Statistics]) -> dict[str, int]:
     return total
 
 
-class Flight:
-    """Units being fetched, by the thread that set ``started``; other threads wait for ``done``."""
+class Flight(StateOf[State]):
+    """Units being fetched, by the thread that made them FETCHING; other threads wait for ``done``.
 
-    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "started", "stop", "streamed")
+    The state, that of all its units, changes under the lock of the blob's table of flights.
+    """
+
+    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "stop", "streamed")
 
     def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
+        # As StateOf does: a miss makes a flight, and its calls are counted (tests/cache/test_misspath.py).
+        self.now = State.QUEUED if ahead else State.FETCHING
+        self._name, self._table = "units", TRANSITIONS
         self.first = first
         self.stop = stop
         self.ahead = ahead  # no reader waited when it was made
         self.background = False
         self.prefetch = False
         self.streamed = False  # its bytes came by the request of an earlier flight
-        self.started = not ahead
         self.done = threading.Event()
         self.data: bytes | None = None
         self.error: BaseException | None = None

@@ -319,8 +319,11 @@ class CacheFiles:
             if there != memoryview(sums):
                 if any(there):
                     self._drop_others(first, there, units)
-                _pwrite_all(self.fd, view, first * self.unit)
-                _pwrite_all(self._sums_fd, memoryview(sums).cast("B"), HEADER_SIZE + 4 * first * self._unit_pages)
+                raw, at = memoryview(sums).cast("B"), HEADER_SIZE + 4 * first * self._unit_pages
+                for fd, part, offset in ((self.fd, view, first * self.unit), (self._sums_fd, raw, at)):
+                    done = os.pwrite(fd, part, offset)
+                    if done < len(part):  # a call less for each store in the usual case
+                        _pwrite_all(fd, part[done:], offset + done)
         return sums
 
     def _drop_others(self, first: int, there: memoryview, units: list[array[int]]) -> None:

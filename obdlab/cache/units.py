@@ -140,11 +140,11 @@ class CachedUnits:
         self._heal(first)
         return b""
 
-    def store(self, first: int, data: bytes) -> None:
-        """Store fetched units if possible; logs the reason if not."""
+    def store(self, first: int, data: bytes) -> bool:
+        """Store fetched units if possible. Return False if not; logs the reason."""
         if not self.files.attached:
             self.counters.uncached_bytes += len(data)
-            return
+            return False
         try:
             started = time.monotonic()
             sums = self.files.store(self._space, first, data)
@@ -152,10 +152,11 @@ class CachedUnits:
                 self._audit("file:write", first, len(data), started, audit.SLOW_WRITE_S)
         except OSError as error:
             self._not_stored(error, len(data))
-        else:
-            self._adopt(first, sums)
-            if self._damaged:
-                self._note_healed(first, len(data))
+            return False
+        self._adopt(first, sums)
+        if self._damaged:
+            self._note_healed(first, len(data))
+        return True
 
     def _note_healed(self, first: int, length: int) -> None:
         healed = {unit for unit in self._damaged if 0 <= unit - first << self.unit_shift < length}

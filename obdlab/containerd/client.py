@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
+from obdlab.closing import Closing
 from obdlab.containerd._pb import version_pb2
 from obdlab.containerd.channel import Connection
 from obdlab.containerd.content import ContentStore
@@ -20,7 +21,6 @@ from obdlab.containerd.snapshots import Differ, Snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     from obdlab.containerd._pb.version_pb2_grpc import VersionStub
 
@@ -36,7 +36,7 @@ class Version:
     revision: str
 
 
-class Containerd:
+class Containerd(Closing):
     """One namespace of the containerd behind a unix socket. May be used from several threads at once.
 
     Every method of it and its stores raises ContainerdError, or a subclass if the caller may want to handle it. No
@@ -96,14 +96,6 @@ class Containerd:
     def close(self) -> None:
         """Close the channel. Clients that share it (from :meth:`lease`) stop working."""
         self._connection.channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class LeasedContainerd(Containerd):

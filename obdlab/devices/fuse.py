@@ -266,7 +266,8 @@ class FuseServer:
         blob = self._blob
         try:
             if offset + size > blob.size:
-                size = max(0, blob.size - offset)
+                offset = min(offset, blob.size)
+                size = blob.size - offset
             data = blob.read_at(offset, size)
             if len(data) != size:
                 raise RuntimeError(f"read_at returned {len(data)} of {size} bytes")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from obdlab.blob import Blob, unwrapped
+from obdlab.closing import Closing
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import (
@@ -26,8 +27,6 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from obdlab.blob import Around
     from obdlab.layers.budget import Budget, Share
 
@@ -67,7 +66,7 @@ class Layer(Protocol):
         """Release the layer and its blobs."""
 
 
-class LsmtLayer:
+class LsmtLayer(Closing):
     """A sealed layer, committed or sealed in place, over the blob of its plain LSMT file.
 
     Opening reads the header and the tail, and the index in a third read if it does not lie within the last 8 KiB.
@@ -150,14 +149,6 @@ class LsmtLayer:
     def close(self) -> None:
         """Close the blob below."""
         self.data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 #: Makes a layer of its plain LSMT file and its share of the image's budget; raises as :class:`LsmtLayer` does.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from obdlab.blob import Buffer
-    from obdlab.layers.sink import SeekableSink, Sink
+    from obdlab.layers.sink import SeekableSink
 
 
 class TarWrapError(ObdlabError, code="tar-wrap"):
@@ -124,42 +124,6 @@ class TarWrapWriter:
         self._sink.seek(self._start)
         self._sink.write(wrap_header(self._size))
         self._sink.seek(self._start + WRAP_SIZE + self._size + len(tail))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._open:
-            self.close()
-
-
-class StreamTarWrapWriter:
-    """Wraps a stream of known size, into a sink that need not seek."""
-
-    def __init__(self, sink: Sink, size: int) -> None:
-        self._sink = sink
-        self._size = size
-        self._written = 0
-        self._open = True
-        sink.write(wrap_header(size))
-
-    def write(self, data: Buffer) -> int:
-        """Append ``data``; return its length. Raises TarWrapError if that exceeds the announced size."""
-        length = memoryview(data).nbytes
-        if not self._open or self._written + length > self._size:
-            raise TarWrapError(f"more content than announced (got {self._written + length}, wanted {self._size})")
-        self._sink.write(bytes(data))
-        self._written += length
-        return length
-
-    def close(self) -> None:
-        """Write the tail. Raises TarWrapError if less was written than announced, or if already closed."""
-        if not self._open or self._written != self._size:
-            raise TarWrapError(f"content is not as announced (got {self._written}, wanted {self._size})")
-        self._open = False
-        self._sink.write(wrap_tail(self._size))
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
+from obdlab.closing import Closing
 from obdlab.errors import OutOfRangeError, SourceError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import MAX_VIRTUAL_SIZE, SECTOR
@@ -13,7 +14,6 @@ from obdlab.layers.upperstate import State
 
 if TYPE_CHECKING:
     import threading
-    from types import TracebackType
 
     from obdlab.blob import Buffer
     from obdlab.formats.lsmt.index import Run
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _CHUNKS_AT_ONCE = 16
 
 
-class Upper(ABC):
+class Upper(Closing):
     """A layer that can be written: the top of a :class:`~obdlab.layers.stack.WritableStack`.
 
     All methods may be called from several threads; overlapping writes must be ordered by the caller. I/O errors of
@@ -163,14 +163,6 @@ class Upper(ABC):
         """Return the disk's bytes as this layer has them: zeros where it holds nothing."""
         pieces = self.read_held(offset, length)
         return b"".join(bytes(size) if data is None else data for size, data in pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_writable(self) -> None:
         if self._state.now is State.CLOSED:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from obdlab.closing import Closing
 from obdlab.observe.counters import DOWNLOAD_BYTES
 from obdlab.registry.body import go_to_range
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.failures import TRANSPORT_ERRORS, discard, from_exception
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import urllib3
 
 _DOING = "streaming blob"
 
 
-class RangeStream:
+class RangeStream(Closing):
     """Reads ``[offset, offset + length)`` of a blob forwards from the answer to a range request.
 
     Nothing is retried here: the caller knows which bytes have come, and requests the rest. A context manager; leaving
@@ -65,11 +64,3 @@ class RangeStream:
         self.close()
         told = error if isinstance(error, RegistryError) else from_exception(error, _DOING)
         return told.at(self._name, self.position, 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import select
 import socket
-from typing import Self
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
 
+from obdlab.devices.fuse import FuseServer
 from obdlab.system import abi
 from obdlab.system.abi import FuseOpcode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.blob import Blob
 
 _PATIENCE_S = 30.0
 
@@ -47,6 +54,10 @@ class Connection:
         assert (length, unique) == (len(answer), self._unique)
         return -code, answer[abi.FUSE_OUT_HEADER.size :]
 
+    def send(self, opcode: int, body: bytes = b"") -> None:
+        """Send a request that gets no answer."""
+        self._kernel.send(request(opcode, body))
+
     def notice(self) -> bytes:
         """Return the next packet that answers no request."""
         return self._kernel.recv(1 << 12)
@@ -58,3 +69,13 @@ class Connection:
     def write(self, offset: int, data: bytes) -> tuple[int, bytes]:
         """Have a WRITE answered."""
         return self.do(FuseOpcode.WRITE, abi.FUSE_TRANSFER_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
+
+
+@contextmanager
+def joined(blob: Blob) -> Iterator[tuple[Connection, FuseServer]]:
+    """Serve a blob over a simulated connection."""
+    with Connection() as connection:
+        server = FuseServer(blob, name="simulated")
+        server.join(connection.server)
+        yield connection, server
+    assert server.wait(30)

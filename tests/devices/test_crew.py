@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from obdlab.devices.crew import Crew, Member
+from obdlab.observe.counters import times_table
 from obdlab.waiting import about_to_wait
 
 END = None
@@ -219,3 +220,124 @@ def test_the_oldest_request_under_way_comes_first() -> None:
     assert len(ages) == 3
     assert ages[0] > ages[1] > ages[2]
     assert crew.under_way_s() == ()
+
+
+def counted(factor: int) -> Member:
+    """Return a member whose counters are all different."""
+    member = Member(
+        reads=factor, read_bytes=2 * factor, writes=3 * factor, written_bytes=4 * factor, errors=5 * factor
+    )
+    member.slowest_ns, member.read_ns, member.write_ns = 6 * factor, 7 * factor, 8 * factor
+    member.read_times[factor] = 9 * factor
+    member.write_times[factor] = 10 * factor
+    return member
+
+
+def test_counters_add_up_and_the_slowest_request_stays_the_slowest() -> None:
+    total = Member()
+    table = total.read_times
+    for factor in (1, 3, 2):
+        total.add(counted(factor))
+    assert (total.reads, total.read_bytes, total.writes, total.written_bytes, total.errors) == (6, 12, 18, 24, 30)
+    assert (total.slowest_ns, total.read_ns, total.write_ns) == (18, 42, 48)
+    assert total.read_times[:5] == [0, 9, 18, 27, 0]
+    assert total.write_times[:5] == [0, 10, 20, 30, 0]
+    assert total.read_times is table
+    assert len(total.read_times) == len(total.write_times) == len(counted(1).read_times)
+
+
+def test_statistics_name_every_counter_and_past_threads_count() -> None:
+    def turn(member: Member) -> bool:
+        member.add(counted(3))
+        member.slowest_ns = 2_500_000
+        return False
+
+    crew = Crew(turn)
+    crew.start()
+    assert crew.wait(60)
+    found = crew.statistics("the last error")
+    assert (found.reads, found.read_bytes, found.writes, found.written_bytes, found.errors) == (3, 6, 9, 12, 15)
+    assert (found.slowest_ms, found.threads, found.last_error, found.under_way_s) == (2.5, 0, "the last error", ())
+    assert found.read_times == times_table(counted(3).read_times, 21)
+    assert found.write_times == times_table(counted(3).write_times, 24)
+    assert found.read_times != found.write_times
+
+
+def test_a_request_under_way_has_an_age_in_seconds() -> None:
+    crew = Crew(lambda _: False)
+    crew._members.add(Member(since_ns=time.monotonic_ns() - 3_000_000_000))
+    crew._members.add(Member())
+    (age,) = crew.under_way_s()
+    assert 3 <= age < 60
+
+
+def buffers_after_a_wait(*, needed: bool) -> tuple[bytes, bytes]:
+    """Return the buffers of a member that gave its lead away, and of the next leader, as the latter sees them."""
+    members: list[Member] = []
+    seen: list[tuple[bytes, bytes]] = []
+    gate = threading.Event()
+
+    def turn(member: Member) -> bool:
+        members.append(member)
+        if len(members) == 1:
+            member.buffer, member.needs_buffer = bytearray(b"a request"), needed
+            about_to_wait()
+            assert gate.wait(60)
+        else:
+            seen.append((bytes(members[0].buffer), bytes(member.buffer)))
+            gate.set()
+        return False
+
+    crew = Crew(turn)
+    crew.start()
+    assert crew.wait(60)
+    return seen[0]
+
+
+def test_the_buffer_goes_with_the_lead_unless_its_content_is_needed() -> None:
+    assert buffers_after_a_wait(needed=False) == (b"", b"a request")
+    assert buffers_after_a_wait(needed=True) == (b"a request", b"")
+
+
+def test_a_follower_chosen_at_the_last_moment_leads() -> None:
+    turns: list[bool] = []
+    crew = Crew(lambda member: bool(turns.append(member.leading)) or len(turns) < 2)
+
+    class Late:
+        """A semaphore whose time runs out while another thread chooses the member."""
+
+        def acquire(self, timeout: float | None = None) -> bool:
+            if timeout is not None:
+                crew._idle.remove(member)
+                member.leading = True
+            return timeout is None
+
+    member = Member(wake=Late())  # type: ignore[arg-type]
+    crew._members.add(member)
+    crew._run(member)
+    assert turns == [False, True]
+    assert crew.wait(0)
+
+
+def test_a_follower_without_work_leaves_after_its_time() -> None:
+    waited: list[float | None] = []
+
+    class Never:
+        def acquire(self, timeout: float | None = None) -> bool:
+            waited.append(timeout)
+            return False
+
+    crew = Crew(lambda _: True, idle_s=7.0)
+    member = Member(wake=Never())  # type: ignore[arg-type]
+    assert crew._lead_again(member) is False
+    assert waited == [7.0]
+    assert crew._idle == []
+
+
+def test_threads_have_the_name_of_their_crew_and_do_not_keep_a_process_alive() -> None:
+    seen: list[threading.Thread] = []
+    crew = Crew(lambda _: bool(seen.append(threading.current_thread())), name="fuse")
+    assert crew.wait(0) is False
+    crew.start()
+    assert crew.wait(60) is True
+    assert (seen[0].name, seen[0].daemon) == ("fuse", True)

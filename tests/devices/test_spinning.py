@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,10 +104,44 @@ def test_one_processor(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not looks(clocks, alone, 100, 30)
 
 
-def test_a_kernel_without_scheduler_statistics(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(spinning, "_SCHEDSTAT", spinning._SCHEDSTAT.with_name("none"))
-    assert spinning._run_delay_ns() == 0
+@pytest.mark.parametrize(("us_each", "polls"), [(35, False), (35.1, True), (179.9, True), (180, False)])
+def test_the_gap_between_answer_and_request_decides(
+    clocks: Clocks, chained: Spinning, us_each: float, polls: bool
+) -> None:
+    assert looks(clocks, chained, us_each, 30) == (LIMIT_NS if polls else 0)  # gaps of 5 to 150 µs, ends excluded
+
+
+@pytest.mark.parametrize(("others", "polls"), [(499, True), (500, False)])
+def test_a_twentieth_of_the_time_for_other_threads_is_too_much(
+    clocks: Clocks, chained: Spinning, others: float, polls: bool
+) -> None:
+    assert looks(clocks, chained, 100, 30, mine=5000, others=others) == (LIMIT_NS if polls else 0)
+
+
+@pytest.mark.parametrize(("delay", "polls"), [(3000, True), (3001, False)])
+def test_a_third_of_the_time_without_a_processor_is_too_much(
+    clocks: Clocks, chained: Spinning, delay: float, polls: bool
+) -> None:
+    assert looks(clocks, chained, 100, 30, delay=delay) == (LIMIT_NS if polls else 0)
+
+
+def test_polling_rests_for_a_tenth_of_a_second(clocks: Clocks, chained: Spinning) -> None:
+    looks(clocks, chained, 100, 30, delay=4000)
+    assert [looks(clocks, chained, 100, 30) for _ in range(11)] == [0] * 9 + [LIMIT_NS] * 2  # 10 ms each
+
+
+@pytest.mark.parametrize(("text", "delay_ns"), [("7 1234 5\n", 1234), ("7\n", 0), ("", 0), ("7 x 5\n", 0), (None, 0)])
+def test_the_time_without_a_processor_is_the_second_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, delay_ns: int
+) -> None:
+    if text is not None:
+        (tmp_path / "schedstat").write_text(text)
+    monkeypatch.setattr(spinning, "_SCHEDSTAT", tmp_path / "schedstat")
+    assert spinning._run_delay_ns() == delay_ns
+
+
+def test_a_new_thread_of_requests_does_not_poll() -> None:
+    assert Spinning().limit_ns == 0
 
 
 def high(clocks: Clocks, one: Load, us_each: float, busy_us_each: float) -> bool:
@@ -139,3 +174,52 @@ def test_a_helper_is_asked_for_again_after_two_seconds(clocks: Clocks) -> None:
     high(clocks, one, 20, 15)
     assert high(clocks, one, 20, 15)
     assert [high(clocks, one, 20, 15) for _ in range(10)] == [False] * 9 + [True]  # a fifth of a second each
+
+
+def loads(clocks: Clocks, ms: float, busy_ms: float, requests: int) -> bool:
+    """Look twice, the second time after ``ms``; return what the second look says."""
+    one = Load()
+    one.is_high(1, 0)
+    clocks.passes(ms * 1000)
+    return one.is_high(requests, int(busy_ms * 1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("ms", "busy_ms", "requests", "high"),
+    [
+        (50, 50, 1, True),
+        (49.9, 49.9, 1, False),  # too short to say
+        (1000, 1000, 1, True),
+        (1000.1, 1000.1, 1, False),  # so long that it says nothing of the present
+        (100, 50, 5000, True),
+        (100, 49.9, 10_000, False),  # less than half of the time
+        (100, 60, 4000, True),  # 10 µs between two requests
+        (100, 60, 3999, False),
+    ],
+)
+def test_limits_of_a_high_load(clocks: Clocks, ms: float, busy_ms: float, requests: int, high: bool) -> None:
+    assert loads(clocks, ms, busy_ms, requests) is high
+
+
+def test_looks_too_soon_after_each_other_add_up(clocks: Clocks) -> None:
+    one = Load()
+    one.is_high(1, 0)
+    found = []
+    for _ in range(5):
+        clocks.passes(10_000)
+        found.append(one.is_high(1000, 6_000_000))
+    assert found == [False] * 4 + [True]
+    clocks.passes(2_000_000)
+    one.is_high(0, 0)  # forgets all before
+    clocks.passes(50_000)
+    assert not one.is_high(4999, 20_000_000)
+
+
+def test_a_load_is_told_once_in_two_seconds(clocks: Clocks) -> None:
+    one = Load()
+    one.is_high(1, 0)
+    found = []
+    for _ in range(41):
+        clocks.passes(50_000)
+        found.append(one.is_high(5000, 50_000_000))
+    assert found == [True] + [False] * 39 + [True]

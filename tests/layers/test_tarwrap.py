@@ -9,7 +9,7 @@ import pytest
 from obdlab.blob import MemoryBlob
 from obdlab.errors import FormatError, OutOfRangeError
 from obdlab.formats.tar import wrap_header, wrap_tail
-from obdlab.layers.tarwrap import StreamTarWrapWriter, TarWrapError, TarWrapWriter, open_tarwrap
+from obdlab.layers.tarwrap import TarWrapError, TarWrapWriter, open_tarwrap
 from tests.layers.zfile_samples import golden
 
 CONTENT = b"content of the layer" * 100
@@ -95,22 +95,3 @@ def test_an_exception_leaves_the_placeholder() -> None:
     with pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError
     assert b"ustar" not in out.getvalue()
-
-
-def test_writing_a_stream_of_known_size() -> None:
-    out = io.BytesIO()
-    with StreamTarWrapWriter(out, len(CONTENT)) as writer:
-        for begin in range(0, len(CONTENT), 77):
-            writer.write(CONTENT[begin : begin + 77])
-    assert out.getvalue() == WRAPPED
-    with pytest.raises(TarWrapError):
-        writer.close()
-
-
-def test_a_stream_of_another_size_than_announced() -> None:
-    writer = StreamTarWrapWriter(io.BytesIO(), 10)
-    writer.write(b"123456")
-    with pytest.raises(TarWrapError, match="got 11, wanted 10"):
-        writer.write(b"78901")
-    with pytest.raises(TarWrapError, match="got 6, wanted 10"):
-        writer.close()

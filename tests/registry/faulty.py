@@ -374,9 +374,10 @@ def no_content_range(answer: Answer) -> None:
 
 
 def whole_blob(answer: Answer) -> None:
-    """Ignore the range: 200 with everything."""
-    answer.headers.pop("Content-Range", None)
-    answer.status, answer.body = 200, answer.whole
+    """Ignore the range: 200 with everything. A refusal (a token that has expired) stays a refusal."""
+    if answer.status == 206:
+        answer.headers.pop("Content-Range", None)
+        answer.status, answer.body = 200, answer.whole
     answer.send()
 
 

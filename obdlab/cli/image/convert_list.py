@@ -225,7 +225,8 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _failure_text(pair: Pair, outcome: Outcome) -> str:
-    return outcome.error if outcome.error.startswith(pair.source) else f"{pair.source}: {outcome.error}"
+    # The error of a part of the image ("NAME, layer 2") names the image already.
+    return outcome.error if outcome.blob.startswith(pair.source) else f"{pair.source}: {outcome.error}"
 
 
 def _short(text: str) -> str:

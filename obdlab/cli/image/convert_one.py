@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.convert.batch.job import LENGTH_BYTES, Outcome
-from obdlab.errors import ObdlabError
+from obdlab.errors import FormatError, ObdlabError, SourceError
 
 if TYPE_CHECKING:
     from obdlab.convert.platforms import ConvertedIndex
@@ -31,7 +31,9 @@ def main() -> int:
     try:
         outcome = _convert(args)
     except ObdlabError as error:
-        outcome = Outcome(error=str(error), temporary=bool(getattr(error, "temporary", False)))
+        blob = error.blob if isinstance(error, SourceError | FormatError) else ""
+        temporary = isinstance(error, SourceError) and error.temporary
+        outcome = Outcome(error=str(error), temporary=temporary, blob=blob)
     except KeyboardInterrupt:
         return 130
     sys.stdout.buffer.write(outcome.to_line())

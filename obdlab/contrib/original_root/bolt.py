@@ -20,14 +20,14 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from obdlab.closing import Closing
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
 
 _MAGIC, _VERSION = 0xED0CDAED, 2
 _PAGE = struct.Struct("<QHHI")
@@ -41,7 +41,7 @@ _PAGE_SIZES = (4096, 8192, 16384, 32768, 65536, 1024, 2048)
 _MAX_DEPTH = 32
 
 
-class BoltFile:
+class BoltFile(Closing):
     """An open bolt file. It must not be written to meanwhile (bbolt's own lock is a flock of the file).
 
     Raises FormatError, here and when a bucket is read, if the file is not a bolt file or is damaged.
@@ -63,14 +63,6 @@ class BoltFile:
     def close(self) -> None:
         """Let go of the file."""
         self._data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def most_pages(self) -> int:

@@ -6,19 +6,22 @@ import errno
 import hashlib
 import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.contrib.ublk import control
 from obdlab.contrib.ublk.server import UblkServer
 from obdlab.devices import loop
-from obdlab.devices.device import Device, DeviceStatistics, check_sectors
+from obdlab.devices.stayingdevice import StayingDevice
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from obdlab.blob import Blob
+    from obdlab.devices.stayingdevice import Options
 
 _DEPTH = 128
 _MAX_BYTES = 1 << 20
@@ -26,103 +29,47 @@ _NODE_S = 10.0
 _RECOVERY_S = 30.0
 
 
-class UblkDevice(Device):
-    """Serves ``blob`` as a ublk device. ``directory`` is the device's own: other processes find the device by it.
-
-    With ``recover`` it takes over the device of a server that died: the device's users saw a pause, and the driver
-    hands out requests under way again. Raises DeviceError, leaving nothing new behind, if the blob's size is not a
-    multiple of the sector size or the kernel refuses.
-    """
+class UblkDevice(StayingDevice):
+    """A ublk device."""
 
     kind = "ublk"
+    _server: UblkServer
 
-    def __init__(
-        self,
-        blob: Blob,
-        directory: Path,
-        *,
-        name: str = "",
-        read_only: bool = False,
-        sector_size: int = 512,
-        readahead_kib: int = 128,
-        max_threads: int = 256,
-        recover: bool = False,
-    ) -> None:
-        check_sectors(blob, sector_size)
-        self._directory = directory
-        self._size = blob.size
-        self._closed = False
-        with ExitStack() as failed:
-            if recover:
-                self._number = _to_recover(directory, blob)
-            else:
-                self._number = control.add(depth=_DEPTH, max_bytes=_MAX_BYTES, mark=_mark(directory))
-                failed.callback(_remove, self._number)
-            self._character = _open_node(Path(f"/dev/ublkc{self._number}"))
-            failed.callback(self._close)
-            self._server = UblkServer(
-                self._character,
-                blob,
-                depth=_DEPTH,
-                name=name or blob.name,
-                read_only=read_only,
-                max_threads=max_threads,
-            )
-            if recover:
-                self._start()
-                control.end_recovery(self._number)
-            else:
-                control.set_params(
-                    self._number,
-                    size=blob.size,
-                    sector_size=sector_size,
-                    max_bytes=_MAX_BYTES,
-                    read_only=self._server.read_only,
-                )
-                self._start()
-                failed.callback(self._server.wait, _NODE_S)
-                failed.callback(control.stop, self._number)
-                control.start(self._number)
-            _wait_for(self.path)
-            loop.set_readahead(self.path, readahead_kib)
-            failed.pop_all()
+    def _make(self, options: Options, failed: ExitStack) -> None:
+        self._number = control.add(depth=_DEPTH, max_bytes=_MAX_BYTES, mark=_mark(self._directory))
+        failed.callback(_remove, self._number)
+        self._open(options, failed)
+        control.set_params(
+            self._number,
+            size=self._size,
+            sector_size=options.sector_size,
+            max_bytes=_MAX_BYTES,
+            read_only=self._server.read_only,
+        )
+        self._start()
+        failed.callback(self._server.wait, _NODE_S)
+        failed.callback(control.stop, self._number)
+        control.start(self._number)
+        self._finish(options)
 
-    @property
-    def path(self) -> Path:
-        return _node(self._number)
+    def _recover(self, options: Options, failed: ExitStack) -> None:
+        self._number = _to_recover(self._directory, self._blob)
+        self._open(options, failed)
+        self._start()
+        control.end_recovery(self._number)
+        self._finish(options)
 
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def read_only(self) -> bool:
-        return self._server.read_only
-
-    @property
-    def in_use(self) -> bool:
-        return loop.in_use(self.path)
-
-    @property
-    def can_change_servers(self) -> bool:
-        return True
-
-    def statistics(self) -> DeviceStatistics:
-        return self._server.statistics()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        if not self._server.wait(timeout_s):
-            return False
-        self._close()
-        return True
-
-    def stop(self, timeout_s: float = 10.0) -> None:
-        number = _number_of(self._directory)
-        if number is not None:
-            _stop(number, force=False)
-        if not self.wait(timeout_s):
-            raise DeviceError(f"{self.path}: requests are still being served {timeout_s:g} s after it was stopped")
-        take_down(self._directory)
+    def _open(self, options: Options, failed: ExitStack) -> None:
+        self._character = _open_node(Path(f"/dev/ublkc{self._number}"))
+        failed.callback(self._close)
+        self._server = UblkServer(
+            self._character,
+            self._blob,
+            depth=_DEPTH,
+            name=options.name,
+            read_only=options.read_only,
+            max_threads=options.max_threads,
+        )
 
     def _start(self) -> None:
         try:
@@ -130,10 +77,31 @@ class UblkDevice(Device):
         except OSError as error:
             raise DeviceError(f"{self.path}: {error.strerror}") from error
 
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            os.close(self._character)
+    def _finish(self, options: Options) -> None:
+        _wait_for(self.path)
+        loop.set_readahead(self.path, options.readahead_kib)
+
+    @property
+    def path(self) -> Path:
+        return _node(self._number)
+
+    @property
+    def read_only(self) -> bool:
+        return self._server.read_only
+
+    @property
+    def can_change_servers(self) -> bool:
+        return True
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        number = _number_of(self._directory)
+        if number is not None:
+            _stop(number, force=False)
+        self._wait_for_last(timeout_s)
+        take_down(self._directory)
+
+    def _release(self) -> None:
+        os.close(self._character)
 
 
 DEVICE = UblkDevice

@@ -61,6 +61,8 @@ class Outcome:
     error: str = ""
     #: True if another try may succeed.
     temporary: bool = False
+    #: Name of the blob that the error concerns, with which its text begins; empty if there is none.
+    blob: str = ""
 
     def to_line(self) -> bytes:
         """Return the line that a conversion process writes."""

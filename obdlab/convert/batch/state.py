@@ -29,7 +29,8 @@ CREATE TABLE IF NOT EXISTS images (
   seconds REAL NOT NULL, host TEXT NOT NULL, error TEXT NOT NULL, temporary INTEGER NOT NULL
 );
 """
-_OUTCOME = tuple(field.name for field in fields(Outcome))
+# The blob serves the line of a failure alone, and files of earlier versions have no column for it.
+_OUTCOME = tuple(field.name for field in fields(Outcome) if field.name != "blob")
 _SELECT = f"SELECT source, destination, tries, {', '.join(_OUTCOME)} FROM images"
 _INSERT = (
     f"INSERT OR REPLACE INTO images (destination, source, tries, ended, {', '.join(_OUTCOME)}) "

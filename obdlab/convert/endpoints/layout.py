@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from obdlab.closing import Closing
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
 from obdlab.formats.tar import TarWindow
@@ -20,8 +21,6 @@ from obdlab.layers.tarwrap import WrappedContent
 from obdlab.localfile import LocalFile, open_regular
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from obdlab.blob import Blob
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -190,7 +189,7 @@ class ImageLayout:
         return FormatError(f"OCI layout {what}", blob=str(self.root), got=got, wanted=wanted)
 
 
-class VerifiedFile:
+class VerifiedFile(Closing):
     """A blob file read from start to end. Its last byte is only returned once size and digest are right.
 
     The blob is the whole file, or begins at its byte ``start``. Raises CorruptBlobError if it does not match its
@@ -249,14 +248,6 @@ class VerifiedFile:
     def close(self) -> None:
         """Close the file; unread bytes stay unchecked."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def split_tag(text: str) -> tuple[Path, str | None]:

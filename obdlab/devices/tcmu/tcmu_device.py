@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import loop
-from obdlab.devices.device import Device, DeviceStatistics, check_sectors
+from obdlab.devices.stayingdevice import StayingDevice
 from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
@@ -19,7 +18,9 @@ from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
-    from obdlab.blob import Blob
+    from contextlib import ExitStack
+
+    from obdlab.devices.stayingdevice import Options
 
 #: Names the handler of these devices, so that no overlaybd daemon serves them.
 HANDLER = "obdlab"
@@ -29,100 +30,79 @@ _PAUSE_S = 0.01
 _LABEL_MOST = 200
 
 
-class TcmuDevice(Device):
-    """Serves ``blob`` as a SCSI disk. ``directory`` is the device's own: other processes find the device by it.
-
-    With ``recover`` it takes over the device of a server that died: the device's users saw a pause, and the kernel
-    hands out requests under way again. Raises DeviceError, leaving nothing new behind, if the blob's size is not a
-    multiple of the sector size or the kernel refuses.
-    """
+class TcmuDevice(StayingDevice):
+    """A SCSI disk of TCMU and tcm_loop."""
 
     kind = "tcmu"
+    _server: TcmuServer
 
-    def __init__(
-        self,
-        blob: Blob,
-        directory: Path,
-        *,
-        name: str = "",
-        read_only: bool = False,
-        sector_size: int = 512,
-        readahead_kib: int = 128,
-        max_threads: int = 256,
-        recover: bool = False,
-    ) -> None:
-        check_sectors(blob, sector_size)
-        self._directory = directory
-        self._blob = blob
-        self._size = blob.size
-        self._closed = False
-        target = _target(directory)
-        disk = ScsiDisk(
-            blob,
-            serial=_hash(directory)[:32],
-            description=f"{HANDLER}/{directory.name}",
-            block_size=sector_size,
-            read_only=read_only,
+    def _make(self, options: Options, failed: ExitStack) -> None:
+        target = _target(self._directory)
+        disk = self._disk(options)
+        # No netlink: the process that makes the device serves it, so the kernel has no handler to wait for.
+        keys = {
+            "max_data_area_mb": _DATA_AREA_MIB,
+            "nl_reply_supported": -1,
+            "hw_block_size": options.sector_size,
+            "dev_size": self._size,
+        }
+        configfs.create(
+            target, f"{HANDLER}/{_label(self._directory)}", [f"{key}={value}" for key, value in keys.items()]
         )
-        self._read_only = disk.read_only
-        if recover:
-            self._recover(target, disk, name or blob.name, max_threads)
-            return
-        with ExitStack() as failed:
-            # No netlink: the process that makes the device serves it, so the kernel has no handler to wait for.
-            options = [f"max_data_area_mb={_DATA_AREA_MIB}", "nl_reply_supported=-1", f"hw_block_size={sector_size}"]
-            configfs.create(target, f"{HANDLER}/{_label(directory)}", [*options, f"dev_size={blob.size}"])
-            failed.callback(configfs.remove, target)
-            self._uio = UioDevice.open(number_of(target.backstore))
-            failed.callback(self._close)
-            self._server = TcmuServer(
-                self._uio.memory, self._uio.descriptor, disk, name=name or blob.name, max_threads=max_threads
-            )
-            self._server.start()
-            failed.callback(self._server.wait, _TIMEOUT_S)
-            failed.callback(self._server.end)
-            self._path = configfs.export(target)
-            failed.callback(configfs.unexport, target)
-            loop.set_readahead(self._path, readahead_kib)
-            failed.pop_all()
+        failed.callback(configfs.remove, target)
+        self._uio = UioDevice.open(number_of(target.backstore))
+        failed.callback(self._close)
+        self._start(disk, options)
+        failed.callback(self._server.wait, _TIMEOUT_S)
+        failed.callback(self._server.end)
+        self._path = configfs.export(target)
+        failed.callback(configfs.unexport, target)
+        loop.set_readahead(self._path, options.readahead_kib)
 
     # Requests that the dead server took and did not answer fail with "busy", and the kernel's SCSI layer retries
     # them.
-    def _recover(self, target: configfs.Target, disk: ScsiDisk, name: str, max_threads: int) -> None:
+    def _recover(self, options: Options, failed: ExitStack) -> None:
+        target = _target(self._directory)
+        disk = self._disk(options)
         node = configfs.disk_of(target)
         if node is None:
             raise DeviceError(f"{self._directory}: no TCMU device is there to go on with")
-        loop.check_size(node, self._size, name)
+        loop.check_size(node, self._size, options.name)
         self._path = node
         self._uio = _open_free(number_of(target.backstore))
+        failed.callback(self._close)
         configfs.control(target.backstore, "block_dev", "1")
         try:
             configfs.control(target.backstore, "reset_ring", "1")
-            self._server = TcmuServer(
-                self._uio.memory, self._uio.descriptor, disk, name=name, max_threads=max_threads
-            )
-            self._server.start()
-        except BaseException:
-            self._close()
-            raise
+            self._start(disk, options)
         finally:
             configfs.control(target.backstore, "block_dev", "0")
+
+    def _disk(self, options: Options) -> ScsiDisk:
+        disk = ScsiDisk(
+            self._blob,
+            serial=_hash(self._directory)[:32],
+            description=f"{HANDLER}/{self._directory.name}",
+            block_size=options.sector_size,
+            read_only=options.read_only,
+        )
+        self._read_only = disk.read_only
+        return disk
+
+    def _start(self, disk: ScsiDisk, options: Options) -> None:
+        uio = self._uio
+        self._server = TcmuServer(
+            uio.memory, uio.descriptor, disk, name=options.name, max_threads=options.max_threads
+        )
+        self._server.start()
 
     @property
     def path(self) -> Path:
         return self._path
 
     @property
-    def size(self) -> int:
-        return self._size
-
-    @property
     def read_only(self) -> bool:
         return self._read_only
-
-    @property
-    def in_use(self) -> bool:
-        return loop.in_use(self._path)
 
     @property
     def can_change_servers(self) -> bool:
@@ -135,24 +115,12 @@ class TcmuDevice(Device):
             raise DeviceError(f"{self._path}: the kernel does not look for a new size: {error.strerror}") from error
         self._size = self._blob.size
 
-    def statistics(self) -> DeviceStatistics:
-        return self._server.statistics()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        if not self._server.wait(timeout_s):
-            return False
-        self._close()
-        return True
-
     def stop(self, timeout_s: float = 10.0) -> None:
         take_down(self._directory, timeout_s=timeout_s)
-        if not self.wait(timeout_s):
-            raise DeviceError(f"{self._path}: requests are still being served {timeout_s:g} s after it was detached")
+        self._wait_for_last(timeout_s)
 
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._uio.close()
+    def _release(self) -> None:
+        self._uio.close()
 
 
 DEVICE = TcmuDevice

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.paper.claims import CLAIMS, Claim
-from obdlab.lab.paper.verdicts import Outcome, Verdict
+from obdlab.lab.paper.verdicts import Outcome, Verdict, corrected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -52,17 +52,19 @@ class Entry:
 
 
 def ledger(results: Results, question: str = "") -> list[Entry]:
-    """Check every claim, or those of one question."""
-    return [_entry(claim, results) for claim in CLAIMS if question in ("", claim.question)]
+    """Check every claim, or those of one question. Verdicts are corrected for the number of all claims, always."""
+    outcomes = corrected([_outcome(claim, results) for claim in CLAIMS])
+    entries = map(Entry, CLAIMS, outcomes)
+    return [entry for entry in entries if question in ("", entry.claim.question)]
 
 
-def _entry(claim: Claim, results: Results) -> Entry:
+def _outcome(claim: Claim, results: Results) -> Outcome:
     outcome = claim.check(results)
     if outcome.verdict is Verdict.NOT_MEASURED:
         reasons = [why for run in outcome.runs if (why := results.why_not(run))]
         if reasons:
             outcome = Outcome(Verdict.NOT_RUNNABLE, because=reasons[0], runs=outcome.runs)
-    return Entry(claim, outcome)
+    return outcome
 
 
 def as_text(entries: Sequence[Entry]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.run.declaration import last_spec, open_experiment
-from obdlab.lab.run.rows import RowStore
+from obdlab.lab.run.rows import AA_SUFFIX, RowStore
 from obdlab.lab.run.spec import SpecError
 from obdlab.lab.run.statistics import Estimate, median_interval, ratio_interval
 
@@ -86,6 +86,13 @@ def ratio(rows: Sequence[Row], baseline: Sequence[Row], key: str) -> Estimate | 
     """Return the ratio of medians; None if either side has no rows."""
     above, below = samples(rows, key), samples(baseline, key)
     return ratio_interval(above, below) if above and below else None
+
+
+def floor(rows: Sequence[Row], baseline: str, axis: str, key: str) -> float | None:
+    """Return the difference from 1 of the ratio of the baseline's second arm to its first; None without both."""
+    again, first = ([row for row in rows if row.get(axis) == arm] for arm in (f"{baseline}{AA_SUFFIX}", baseline))
+    found = ratio(again, first, key)
+    return None if found is None else abs(found.median - 1)
 
 
 def busy(rows: Iterable[Row]) -> bool:

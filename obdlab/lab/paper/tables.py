@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from obdlab.lab.kinds import KINDS
-from obdlab.lab.run.rows import told_apart
+from obdlab.lab.run.rows import one_per_attempt, told_apart
 from obdlab.lab.run.statistics import median_interval
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 _LIGHT = "color:#767676;font-size:92%"
 _PADDING = "padding:.25em .9em .25em 0"
 _UNIT = re.compile(r"(^|_)(us|ms|s|kib|mib|mb|mb_s|m_s|s_per_gb)$")
-#: A number, optionally with its interval and count; or an empty cell.
-_NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\])?( n=\d+)?)?$")
+#: A number, optionally with its interval or range, and count; or an empty cell.
+_NUMBER = re.compile(r"([-+×]?[\d.,]+(e[-+]?\d+)?( \[.*\]| \(.* to .*\))?( n=\d+)?)?$")
+#: The beginning of an interval or range.
+_ENDS = re.compile(r" (?=[\[(])")
 _NOTHING = {"", "0", "0.00"}
 _START_AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm")
 _START_METRICS = {
@@ -51,13 +53,13 @@ _SCALES = {"bytes_received": 1e-6}
 
 
 def table(results: Results, run: Run, shown: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
-    """Return a row for each point: its axes, the number of rows, and ``median [low, high]`` of each metric.
+    """Return a row for each point: its axes, the number of samples, and ``median [low, high]`` of each metric.
 
     ``shown`` selects rows: allowed values by column. The table is empty if the experiment has no such rows.
     """
     rows = [
         row
-        for row in told_apart(results.rows(run))
+        for row in one_per_attempt(told_apart(results.rows(run)))
         if all(row.get(name) in values for name, values in (shown or {}).items() if name in row)
     ]
     if not rows:
@@ -125,8 +127,8 @@ def _head(metric: Metric) -> str:
 
 # Styles are in the cells: a notebook's style sheet aligns every cell right, and a widget has no style sheet.
 def _cell(tag: str, text: str, number: bool) -> str:
-    value, bracket, interval = text.partition(" [")
-    lighter = f" <span style='{_LIGHT}'>[{html.escape(interval)}</span>" if bracket and tag == "td" else ""
+    value, *ends = _ENDS.split(text, maxsplit=1) if number else [text]
+    lighter = f" <span style='{_LIGHT}'>{html.escape(ends[0])}</span>" if ends and tag == "td" else ""
     shown = html.escape(value if lighter else text) + lighter
     return f"<{tag} style='text-align:{'right' if number else 'left'};{_PADDING}'>{shown}</{tag}>"
 
@@ -141,7 +143,9 @@ def _told(estimate: Estimate, decimals: int) -> str:
     if not estimate.has_interval:
         return _measured(estimate.median, decimals)
     middle, low, high = (_measured(value, decimals) for value in (estimate.median, estimate.low, estimate.high))
-    return middle if middle == low == high else f"{middle} [{low}, {high}]"
+    if middle == low == high:
+        return middle
+    return f"{middle} ({low} to {high})" if estimate.is_range else f"{middle} [{low}, {high}]"
 
 
 # Three significant digits, trailing zeros included, never in exponent form.

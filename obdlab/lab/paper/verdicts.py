@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from obdlab.lab.paper.results import LEAST, busy
+from obdlab.lab.run.statistics import ALPHA, holm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +32,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict with its evidence: ``measured`` in words, the experiments, and the number of rows used."""
+    """A verdict with its evidence: ``measured`` in words, the experiments, and the number of rows used.
+
+    ``p`` is the p-value that the verdict rests on; None if it rests on no statistic.
+    """
 
     verdict: Verdict
     measured: str = ""
@@ -38,6 +43,24 @@ class Outcome:
     confidence: str = ""
     runs: tuple[Run, ...] = field(default=())
     rows: int = 0
+    p: float | None = None
+
+
+def corrected(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with those verdicts unclear that do not stay sure among all of them (Holm's procedure)."""
+    p_values = {place: outcome.p for place, outcome in enumerate(outcomes) if outcome.p is not None}
+    sure = holm(p_values)
+    return [
+        replace(
+            outcome, verdict=Verdict.UNCLEAR, measured=f"{outcome.measured}; not sure among {len(p_values)} tests"
+        )
+        if place in p_values and place not in sure and outcome.verdict in _SURE
+        else outcome
+        for place, outcome in enumerate(outcomes)
+    ]
+
+
+_SURE = (Verdict.REPRODUCED, Verdict.SHAPE_ONLY, Verdict.NOT_REPRODUCED)
 
 
 def of_ratio(
@@ -49,25 +72,33 @@ def of_ratio(
     enough: float,
     used: Sequence[Row],
     run: Run,
+    floor: float | None = None,
 ) -> Outcome:
     """Return the verdict on a ratio that must be below ``below``; ``paper`` is the paper's ratio in words, or "".
 
-    Reproduced: the interval lies below ``below`` and the median is at most ``enough``. Shape only: the interval lies
-    below, the median is above ``enough``. Not reproduced: the interval lies at or above ``below``. Unclear: the
-    interval holds ``below``, or there is no interval.
+    Reproduced: the ratio is surely below ``below``, and its median at most ``enough``. Shape only: surely below, the
+    median above ``enough``. Not reproduced: surely at or above ``below``. Unclear: not sure, or one sample. ``floor``
+    is the difference of two identical arms from 1; a ratio that is no farther from ``below`` is unclear.
     """
     if ratio is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
     told = f"{what}: {ratio.text('.2f')}" + (f" (paper: {paper})" if paper else "")
-    if not ratio.has_interval:
-        verdict = Verdict.UNCLEAR
-    elif ratio.high < below:
+    p, verdict = _p(ratio, below), Verdict.UNCLEAR
+    if floor is not None and abs(ratio.median - below) <= floor:
+        told += f"; identical arms differ by {floor:.2f}"
+    elif p <= ALPHA and ratio.is_below(below):
         verdict = Verdict.REPRODUCED if ratio.median <= enough else Verdict.SHAPE_ONLY
-    elif ratio.low >= below:
+    elif p <= ALPHA:
         verdict = Verdict.NOT_REPRODUCED
-    else:
-        verdict = Verdict.UNCLEAR
-    return Outcome(verdict, told, "", confidence(ratio.count, used), (run,), len(used))
+    trust = confidence(ratio.count, used) + (", no A/A" if floor is None else "")
+    # One sample tests nothing.
+    return Outcome(verdict, told, "", trust, (run,), len(used), p if ratio.has_interval else None)
+
+
+# Equal samples at the bound are surely at it, so not below it.
+def _p(estimate: Estimate, bound: float) -> float:
+    exact = estimate.logarithm is not None and estimate.logarithm.error == 0
+    return 0.0 if exact else estimate.p(bound)
 
 
 def of_number(
@@ -79,21 +110,32 @@ def of_number(
     most: float | None,
     used: Sequence[Row],
     run: Run,
+    floor: float | None = None,
 ) -> Outcome:
-    """Return the verdict on a number whose whole interval must lie within the bounds."""
+    """Return the verdict on a number that must surely lie within the bounds; each is positive.
+
+    A number no farther from a bound than ``floor``, the difference of two identical arms, is unclear.
+    """
     if value is None:
         return Outcome(Verdict.NOT_MEASURED, runs=(run,))
-    low, high = least if least is not None else float("-inf"), most if most is not None else float("inf")
     told = f"{what}: {value.text('.3g')} {unit}"
-    if not value.has_interval:
-        verdict = Verdict.UNCLEAR
-    elif low <= value.low and value.high <= high:
-        verdict = Verdict.REPRODUCED
-    elif value.high < low or value.low > high:
-        verdict = Verdict.NOT_REPRODUCED
-    else:
-        verdict = Verdict.UNCLEAR
-    return Outcome(verdict, told, "", confidence(value.count, used), (run,), len(used))
+    below = [(_p(value, least), value.is_below(least))] if least is not None else []
+    # A value exactly at the most is within.
+    above = [(_p(value, most), not value.is_below(most) and not _is_at(value, most))] if most is not None else []
+    outside = [p for p, is_outside in below + above if is_outside]
+    # All bounds must be kept, and any of them can be broken.
+    p = min(outside) if outside else max((p for p, _ in below + above), default=1.0)
+    verdict = Verdict.UNCLEAR
+    if floor is not None and any(abs(value.median - bound) <= floor for bound in (least, most) if bound is not None):
+        told += f"; identical arms differ by {floor:.2f}"
+    elif p <= ALPHA:
+        verdict = Verdict.NOT_REPRODUCED if outside else Verdict.REPRODUCED
+    trust = confidence(value.count, used)
+    return Outcome(verdict, told, "", trust, (run,), len(used), p if value.has_interval else None)
+
+
+def _is_at(value: Estimate, bound: float) -> bool:
+    return value.logarithm is not None and value.logarithm.is_at(math.log(bound))
 
 
 def confidence(count: int, used: Sequence[Row]) -> str:

@@ -213,7 +213,9 @@ class Experiment:
         cells = {
             key: keys[0] for cell in self.spec.cells() for keys in [self._keys(cell, contexts, pins)] for key in keys
         }
-        return with_quiet(last_attempts((row for row in self.store.rows() if row["cell"] in cells), cells))
+        # Contexts of the same code are one context for :func:`newest_code`.
+        found = ({**row, "context": contexts[0]} for row in self.store.rows() if row["cell"] in cells)
+        return with_quiet(last_attempts(found, cells))
 
     def _last_contexts(self) -> list[str]:
         try:

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import statistics
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,38 @@ def with_quiet(rows: Iterable[Row]) -> list[Row]:
     found = list(rows)
     quiet = {_attempt(row): row["quiet"] for row in found if "quiet" in row}
     return [row if _attempt(row) not in quiet else {"quiet": quiet[_attempt(row)], **row} for row in found]
+
+
+def one_per_attempt(rows: Iterable[Row]) -> list[Row]:
+    """Return one row for the starts of one kind in one attempt: the first, with the medians of all numbers.
+
+    They share a pull, a device and caches, so they are one sample, not several. Rows without an attempt stay.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for place, row in enumerate(rows):
+        key = (*_attempt(row), row.get("start")) if "attempt" in row else (place,)
+        groups.setdefault(key, []).append(row)
+    return [_middle(group) for group in groups.values()]
+
+
+def _middle(group: list[Row]) -> Row:
+    if len(group) == 1:
+        return group[0]
+    numbers = [key for key in group[0] if all(type(row.get(key)) in (int, float) for row in group)]
+    return {**group[0], **{key: statistics.median(row[key] for row in group) for key in numbers if key != "attempt"}}
+
+
+def newest_code(rows: Iterable[Row], *axes: str) -> list[Row]:
+    """Return the rows without those that other code or another host gave at the same values of ``axes`` before.
+
+    A median over both would describe neither. The context of a row names code and host.
+    """
+    found = list(rows)
+    newest: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for row in found:
+        place, one = tuple(str(row.get(axis)) for axis in axes), (row.get("attempt", 0), row.get("context", ""))
+        newest[place] = max(newest.get(place, one), one)
+    return [row for row in found if newest[tuple(str(row.get(axis)) for axis in axes)][1] == row.get("context", "")]
 
 
 def write_rows(rows: list[Row], path: Path) -> int:

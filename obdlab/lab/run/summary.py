@@ -10,10 +10,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from obdlab.lab.baselines import ADAPTERS
-from obdlab.lab.run.rows import AA_SUFFIX, told_apart
+from obdlab.lab.run.rows import AA_SUFFIX, newest_code, one_per_attempt, told_apart
 from obdlab.lab.run.statistics import (
     Estimate,
     cliffs_delta,
+    holm,
     median_interval,
     outliers,
     ratio_interval,
@@ -32,7 +33,7 @@ HEADER = (
     "network",
     "start",
     "arm",
-    "total s [95% CI]",
+    "total s [95% CI] (range)",
     "vs baseline",
     "pull",
     "create",
@@ -49,6 +50,7 @@ HEADER = (
 #: With fewer starts than this an interval says nothing.
 LEAST_STARTS = 3
 
+_CELL = ("image", "rate_mbit", "rtt_ms", "disk", "start", "arm", "settings", "pause_s")
 #: image, rate, round trip, disk, start: equal for all compared arms.
 Place = tuple[str, float, float, str, str]
 
@@ -86,18 +88,24 @@ class Summary:
 
 
 def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]:
-    """Group good rows by image, network, disk, start and arm. Raises ValueError without good rows."""
+    """Group good rows by image, network, disk, start and arm; the starts of one attempt are one sample.
+
+    Of an arm measured again by other code the newest rows count. Raises ValueError without good rows.
+    """
     groups: dict[tuple[Place, str], list[Row]] = defaultdict(list)
-    for row in told_apart(rows):
-        if not row.get("error"):
-            place = (row["image"], row["rate_mbit"], row["rtt_ms"], row.get("disk", "native"), row["start"])
-            groups[place, row["arm"]].append(row)
+    for row in one_per_attempt(_comparable(rows)):
+        place = (row["image"], row["rate_mbit"], row["rtt_ms"], row.get("disk", "native"), row["start"])
+        groups[place, row["arm"]].append(row)
     if not groups:
         raise ValueError("no good row to summarise")
     return [
         _summary(place, arm, groups[place, arm], groups.get((place, baseline)) if arm != baseline else None)
         for place, arm in sorted(groups, key=lambda key: (key[0], key[1] != baseline, key[1]))
     ]
+
+
+def _comparable(rows: Iterable[Row]) -> list[Row]:
+    return newest_code((row for row in told_apart(rows) if not row.get("error")), *_CELL)
 
 
 def noise_floor(summaries: Iterable[Summary]) -> float | None:
@@ -113,14 +121,19 @@ def caveats(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.get("error")
     ]
-    cold = [row for row in rows if row["start"] == "cold" and "quiet" in row]
-    busy = [row for row in cold if not row["quiet"]]
+    known = [row for row in rows if "quiet" in row]
+    busy = [row for row in known if not row["quiet"]]
     if busy:
-        worst = max(row["load_1m"] for row in busy)
+        # The load at a later start of an attempt comes from the attempt itself; that at a cold start is the host's.
+        worst = max(row["load_1m"] for row in [row for row in busy if row["start"] == "cold"] or busy)
+        limit = next((f", limit {row['load_limit']:g}" for row in busy if "load_limit" in row), "")
         sentences.append(
-            f"{len(busy)} of {len(cold)} cold starts began on a busy host (load up to {worst:.1f}, limit "
-            f"{busy[0]['load_limit']:g}): trust ratios more than seconds."
+            f"{len(busy)} of {len(known)} starts began on a busy host (load up to {worst:.1f}{limit}): trust ratios "
+            "more than seconds."
         )
+    good = [row for row in rows if not row.get("error")]
+    if older := len(good) - len(_comparable(rows)):
+        sentences.append(f"{older} starts of other code or another host are left out: the same was measured later.")
     asked = [row for row in rows if row["start"] == "dropped" and row.get("requests")]
     if asked:
         most = max(row["bytes_received"] for row in asked)
@@ -156,26 +169,41 @@ def _wild(rows: Sequence[Row]) -> list[str]:
 def findings(summaries: Sequence[Summary]) -> list[str]:
     """Return a sentence for every arm that is not a baseline: faster or slower, and why."""
     baselines = {s.place: s for s in summaries if s.ratio is None}
+    sure = _sure(summaries)
     sentences = []
     for summary in summaries:
         if summary.ratio is None or summary.arm.endswith(AA_SUFFIX):
             continue
         floor = noise_floor(s for s in summaries if s.place == summary.place)
-        sentences.append(_finding(summary, summary.ratio, baselines[summary.place], floor or 0.0))
+        is_sure = (summary.place, summary.arm) in sure and not _is_noise(summary.ratio, floor)
+        sentences.append(_finding(summary, summary.ratio, baselines[summary.place], is_sure))
     return sentences
 
 
-# An arm counts as faster or slower only if the interval excludes 1 and two identical arms differ by less.
-def _verdict(ratio: Estimate, floor: float) -> str:
+# The comparisons that stay sure among all that are shown, by place and arm.
+def _sure(summaries: Sequence[Summary]) -> set[tuple[Place, str]]:
+    return holm({
+        (s.place, s.arm): s.ratio.p(1.0)
+        for s in summaries
+        if s.ratio is not None and s.ratio.count >= LEAST_STARTS and not s.arm.endswith(AA_SUFFIX)
+    })  # fmt: skip
+
+
+# Two identical arms differ by as much.
+def _is_noise(ratio: Estimate, floor: float | None) -> bool:
+    return abs(ratio.median - 1) <= (floor or 0.0)
+
+
+def _verdict(ratio: Estimate, sure: bool) -> str:
     if ratio.count < LEAST_STARTS:
         return "not to be told apart (too few starts) from"
-    if ratio.low <= 1 <= ratio.high or abs(ratio.median - 1) <= floor:
+    if not sure:
         return "no different (within the noise) from"
-    return "faster than" if ratio.high < 1 else "slower than"
+    return "faster than" if ratio.is_below(1) else "slower than"
 
 
-def _finding(summary: Summary, ratio: Estimate, base: Summary, floor: float) -> str:
-    verdict = _verdict(ratio, floor)
+def _finding(summary: Summary, ratio: Estimate, base: Summary, sure: bool) -> str:
+    verdict = _verdict(ratio, sure)
     sentence = (
         f"{summary.image}, {summary.start}, {_conditions(summary)}: {summary.arm} is "
         f"{verdict} {base.arm}: ready after {summary.total_s.median:.2f} s against {base.total_s.median:.2f} s "
@@ -198,7 +226,7 @@ def headlines(summaries: Sequence[Summary]) -> list[str]:
 
     The sentence compares cold starts and adds the warm ones. An image without cold starts has no sentence.
     """
-    sentences = []
+    sentences, sure = [], _sure(summaries)
     for image in dict.fromkeys(summary.image for summary in summaries):
         cold = [s for s in summaries if s.image == image and s.start == "cold"]
         # The native disk goes before a throttled one.
@@ -209,19 +237,20 @@ def headlines(summaries: Sequence[Summary]) -> list[str]:
         if base is None or not others:
             continue
         best = min(others, key=lambda s: s.total_s.median)
-        sentences.append(_headline(base, best, noise_floor(first) or 0.0))
+        is_noise = best.ratio is None or _is_noise(best.ratio, noise_floor(first))
+        sentences.append(_headline(base, best, (best.place, best.arm) in sure and not is_noise))
         warm = {s.arm: s.total_s.median for s in summaries if s.place == (*base.place[:4], "warm")}
         if base.arm in warm and best.arm in warm:
             sentences[-1] += f" Warm: {_seconds(warm[best.arm])} against {_seconds(warm[base.arm])}."
     return sentences
 
 
-def _headline(base: Summary, best: Summary, floor: float) -> str:
+def _headline(base: Summary, best: Summary, sure: bool) -> str:
     arms = f"{_title(best.arm)} against {_title(base.arm)}; cold, {_conditions(best)}"
     assert best.ratio is not None
     if best.ratio.count < LEAST_STARTS:
         arms += f"; {best.ratio.count} start{'s' if best.ratio.count > 1 else ''} each: too few to be sure"
-    elif best.ratio.low <= 1 <= best.ratio.high or abs(best.ratio.median - 1) <= floor:
+    elif not sure:
         return f"{best.image} starts no sooner than the noise: {arms}."
     ours, theirs = _seconds(best.total_s.median), _seconds(base.total_s.median)
     return f"{best.image} starts in {ours} instead of {theirs} ({arms})."
@@ -262,9 +291,10 @@ def text_table(summaries: Sequence[Summary]) -> str:
 
 
 LEGEND = (
-    "seconds until ready: median [95 % interval] of n starts, from before the pull until the application answers; "
-    "ratio: to the first arm; (A/A): the first arm once more, what it differs by is noise; cold: nothing of the "
-    "image is on this host; warm: started again; dropped: pulled, page cache empty; MB, requests: from the registry"
+    "seconds until ready: median [95 % interval] (or range, of less than six) of n attempts, from before the pull "
+    "until the application answers; ratio: to the first arm; (A/A): the first arm once more, what it differs by is "
+    "noise; cold: nothing of the image is on this host; warm: started again; dropped: pulled, page cache empty; "
+    "MB, requests: from the registry"
 )
 
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from obdlab.closing import Closing
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import UnavailableError
 from obdlab.errors import ObdlabError
@@ -38,7 +39,6 @@ from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
 
     from obdlab.lab.images.recipe import Probe
     from obdlab.pull.rpull import PullResult
@@ -48,7 +48,7 @@ LAZY_SNAPSHOTTER = "obdlab"
 _ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
 
 
-class OwnContainerd:
+class OwnContainerd(Closing):
     """containerd and obdlab's snapshotter below ``directory``; a context manager that leaves only logs behind.
 
     ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
@@ -101,11 +101,6 @@ class OwnContainerd:
             stack.callback(self.remove_everything)
             self._stack = stack.pop_all()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove containers and images, stop both daemons, unmount, delete all but logs. Idempotent."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from obdlab.closing import Closing
 from obdlab.lab.testbed import delay
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record, orphans
 from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
@@ -29,7 +30,6 @@ from obdlab.lab.testbed.shaping import Shaping, drops, limit_rate, unlimit_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
 PREFIX = "obdlab-"
 _MOST_NETWORKS = 4096
@@ -55,7 +55,7 @@ class LinkCounters:
         )
 
 
-class ExperimentNetwork:
+class ExperimentNetwork(Closing):
     """A network namespace behind a shaped link; a context manager that leaves nothing behind.
 
     ``rate_mbit`` limits what the namespace sends (0: no limit); ``rtt_ms`` is added to each round trip.
@@ -81,11 +81,6 @@ class ExperimentNetwork:
                 limit_rate(self.enter, self._inner_interface, self.shaping)
             self._stack = stack.pop_all()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Take the network down, and end all processes in the namespace. Idempotent."""

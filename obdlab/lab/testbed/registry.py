@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from obdlab.closing import Closing
 from obdlab.lab.images.ocilayout import push_layout
 from obdlab.lab.testbed.process import Daemon, LabError, run
 from obdlab.registry.client import RegistryClient
@@ -25,7 +26,6 @@ from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
     from obdlab.lab.testbed.netns import ExperimentNetwork
 
@@ -142,7 +142,7 @@ def _covered_s(requests: list[Request]) -> float:
     return total_s
 
 
-class RegistryHost:
+class RegistryHost(Closing):
     """docker-registry in a network namespace; a context manager. ``directory`` keeps images between runs.
 
     With ``tls`` a second process serves the same images by HTTPS at ``secure_host``; both write the same log.
@@ -183,11 +183,6 @@ class RegistryHost:
 
     def _listening(self) -> int:
         return self.log_path.read_text(errors="replace").count('"listening on') if self.log_path.exists() else 0
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the registry; its images stay on disk. Idempotent."""

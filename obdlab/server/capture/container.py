@@ -15,8 +15,9 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from obdlab.closing import Closing
 from obdlab.errors import DeviceError
 from obdlab.system import abi
 from obdlab.system.mount import unmount
@@ -50,7 +51,7 @@ _MOST_ACCOUNTS = 1 << 20
 _GUARD = 'read -r _ || { for _ in 1 2; do runc --root "$1" delete --force "$2"; sleep 0.2; done; umount -l "$3"; }'
 
 
-class TemporaryContainer:
+class TemporaryContainer(Closing):
     """Runs the command of an image's configuration on ``image_root``, where the image is mounted, until closed.
 
     ``place`` is an empty directory for the bundle. ``command`` replaces the image's own; ``host_network`` shares the
@@ -167,12 +168,6 @@ class TemporaryContainer:
     def _run(self, *words: str) -> None:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run([*self._runc, *words], capture_output=True, timeout=_RUNC_S, check=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class LineWatch:

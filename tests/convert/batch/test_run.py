@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli.image.convert_list import _failure_text
 from obdlab.cli.main import main
 from obdlab.convert.batch.job import Job, Outcome, run_job
 from obdlab.convert.batch.pool import LocalPool
@@ -259,3 +260,16 @@ def test_one_run_at_a_time_and_no_other_file(tmp_path: Path) -> None:
         BatchState(tmp_path / "text", "{}")
     with BatchState(tmp_path / "text", "{}", restart=True) as state:
         assert state.rows([Pair("a", "b")])[0].state == "open"
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (SourceError("no answer", blob="host/app:1"), "host/app:1: no answer"),
+        (FormatError("no tar", blob="host/app:1, layer 2", offset=512), "host/app:1, layer 2: no tar at offset 512"),
+        (FormatError("no tar", blob="layer.tar"), "host/app:1: layer.tar: no tar"),
+    ],
+)
+def test_a_failure_names_its_image_once(error: SourceError | FormatError, printed: str) -> None:
+    outcome = Outcome(error=str(error), blob=error.blob)
+    assert _failure_text(Pair("host/app:1", "host/app:obd"), outcome) == printed

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from obdlab.devices.tcmu import configfs, iscsi
+from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.configfs import Target
 from obdlab.errors import DeviceError
 from tests.devices.tcmu.tree import Tree
-
-INITIATORS = ["iqn.2026-01.example.org:one", "iqn.2026-01.example.org:two"]
-NAME = "iqn.2026-01.example.org:disk"
 
 
 @pytest.fixture
@@ -103,64 +99,3 @@ def test_actions_that_a_kernel_lacks(tree: Tree) -> None:
     assert (target.backstore / "action/reset_ring").read_text() == "1"
     (target.backstore / "action/block_dev").mkdir()
     assert not configfs.control(target.backstore, "block_dev", "1")
-
-
-def test_only_named_initiators_may_log_in(tree: Tree) -> None:
-    target, other = Target.of("7"), Target.of("8")
-    for each in (target, other):
-        configfs.create(each, "obdlab/x")
-    iscsi.export(target, NAME, ["127.0.0.1:3260", "[::1]:3260"], INITIATORS)
-    iscsi.export(other, NAME + "2", ["127.0.0.1:3261"], INITIATORS[:1])
-    group = tree.root / "iscsi" / NAME / "tpgt_1"
-    assert (group / "lun/lun_0/dev_7").resolve() == target.backstore
-    assert sorted(path.name for path in (group / "np").iterdir()) == ["127.0.0.1:3260", "[::1]:3260"]
-    assert sorted(path.name for path in (group / "acls").iterdir()) == INITIATORS
-    for initiator in INITIATORS:
-        assert (group / "acls" / initiator / "lun_0/lun_0").resolve() == group / "lun/lun_0"
-    for attribute in ("generate_node_acls", "authentication"):
-        assert (group / "attrib" / attribute).read_text() == "0"
-    assert (group / "enable").read_text() == "1"
-    with pytest.raises(DeviceError, match="there is such a target already"):
-        iscsi.export(target, NAME, ["127.0.0.1:3260"], INITIATORS)
-    assert iscsi.unexport(target) == [NAME]
-    assert [path.name for path in (tree.root / "iscsi").iterdir()] == [NAME + "2"]
-    assert iscsi.unexport(target) == []
-    assert iscsi.unexport(other) == [NAME + "2"]
-    assert list((tree.root / "iscsi").iterdir()) == []
-
-
-def test_an_iscsi_export_that_fails_leaves_nothing(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = Target.of("7")
-    configfs.create(target, "obdlab/x")
-    mkdir = os.mkdir
-
-    def no_such_address(path: str | Path, mode: int = 0o777) -> None:
-        if Path(path).parent.name == "np":
-            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-        mkdir(path, mode)
-
-    monkeypatch.setattr(os, "mkdir", no_such_address)
-    with pytest.raises(DeviceError, match="Cannot assign requested address"):
-        iscsi.export(target, NAME, ["192.0.2.1:3260"], INITIATORS)
-    assert list((tree.root / "iscsi").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "portals", "initiators", "reason"),
-    [
-        ("iqn.2026-01.Example:x", ["1.2.3.4:1"], INITIATORS, "no iSCSI name"),
-        ("../x", ["1.2.3.4:1"], INITIATORS, "no iSCSI name"),
-        (NAME + "x" * 223, ["1.2.3.4:1"], INITIATORS, "no iSCSI name"),
-        (NAME, ["1.2.3.4:1"], ["../../x"], "no iSCSI name"),
-        (NAME, ["host:1"], INITIATORS, "no portal"),
-        (NAME, ["1.2.3.4:1", "../x"], INITIATORS, "no portal"),
-        (NAME, [], INITIATORS, "nobody could log in"),
-        (NAME, ["1.2.3.4:1"], [], "nobody could log in"),
-    ],
-)
-def test_names_that_lead_elsewhere(
-    tree: Tree, name: str, portals: list[str], initiators: list[str], reason: str
-) -> None:
-    with pytest.raises(DeviceError, match=reason):
-        iscsi.export(Target.of("7"), name, portals, initiators)
-    assert list((tree.root / "iscsi").iterdir()) == []

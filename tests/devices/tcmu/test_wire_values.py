@@ -1,10 +1,9 @@
-"""Numbers that SCSI, netlink and the kernel's ring give their meaning: those of the standards and headers."""
+"""Numbers that SCSI and the kernel's ring give their meaning: those of the standards and headers."""
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 from pathlib import Path
 
@@ -13,12 +12,10 @@ import pytest
 from obdlab.blob import MemoryBlob
 from obdlab.devices.tcmu import ring, scsi, uio
 from obdlab.devices.tcmu.disk import ScsiDisk
-from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
 from obdlab.devices.tcmu.scsi import ScsiError, Sense, Transfer
 from obdlab.devices.tcmu.server import _sense_of
 from obdlab.errors import DeviceError, OutOfRangeError, SourceError
 from tests.devices.blobs import MemoryWritable
-from tests.devices.tcmu.speaking import NAME, attribute, event, message
 
 MIB = 1 << 20
 SERIAL = "0123456789abcdef0123456789abcdef"
@@ -139,116 +136,6 @@ def test_an_error_past_the_end_names_the_blocks() -> None:
             struct.pack(">BB5xHB", 0x42, 0, len(body), 0), body
         )
     assert caught.value.sense is Sense.OUT_OF_RANGE
-
-
-class Netlink:
-    """A netlink socket and the kernel behind it, with TCMU's family at number 42 and its group at 9."""
-
-    def __init__(self, known: bool = True, refusal: int = 0) -> None:
-        self.known, self.refusal = known, refusal
-        self.options: list[tuple[int, int, int]] = []
-        self.sent: list[bytes] = []
-        self.answers: list[bytes | OSError] = []
-        self.closed = False
-
-    def __call__(self, family: int, kind: int, protocol: int) -> Netlink:
-        assert (family, kind, protocol) == (16, socket.SOCK_RAW, 16)
-        return self
-
-    def bind(self, address: tuple[int, int]) -> None:
-        assert address == (0, 0)
-
-    def setsockopt(self, *option: int) -> None:
-        self.options.append(option)  # type: ignore[arg-type]
-
-    def settimeout(self, _: float) -> None: ...
-
-    def setblocking(self, _: bool) -> None: ...
-
-    def close(self) -> None:
-        self.closed = True
-
-    def sendto(self, data: bytes, _: object) -> None:
-        self.sent.append(data)
-        length, kind, flags, sequence, port, command, _, reserved = struct.unpack_from("=IHHIIBBH", data)
-        assert (length, port, reserved, sequence) == (len(data), 0, 0, len(self.sent))
-        assert flags & 1  # a request
-        if kind == 16:
-            assert (command, data[20:]) == (3, attribute(2, b"TCM-USER\0"))
-            groups = attribute(1, attribute(1, b"other\0") + attribute(2, struct.pack("=I", 5)))
-            groups += attribute(2, attribute(1, b"config\0") + attribute(2, struct.pack("=I", 9)))
-            found = attribute(1, struct.pack("=H", 42)) + attribute(2, b"TCM-USER\0") + attribute(7, groups)
-            self.answers.append(message(1, found, family=16) if self.known else self._error(2))
-        elif flags & 4:
-            self.answers.append(self._error(self.refusal))
-
-    def recv(self, room: int) -> bytes:
-        if not self.answers:
-            raise BlockingIOError
-        answer = self.answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        assert len(answer) <= room
-        return answer
-
-    @staticmethod
-    def _error(code: int) -> bytes:
-        return struct.pack("=IHHIIi", 20, 2, 0, 0, 0, -code)
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Netlink:
-    kernel = Netlink()
-    monkeypatch.setattr(socket, "socket", kernel)
-    return kernel
-
-
-def test_a_handler_joins_the_group_and_has_the_kernel_wait(kernel: Netlink) -> None:
-    TcmuNetlink()
-    assert (270, 1, 9) in kernel.options  # SOL_NETLINK, NETLINK_ADD_MEMBERSHIP
-    assert (270, 5, 1) in kernel.options  # NETLINK_NO_ENOBUFS
-    assert (socket.SOL_SOCKET, 33, 4 << 20) in kernel.options  # SO_RCVBUFFORCE
-    _, kind, flags, _, _, command, version, _ = struct.unpack_from("=IHHIIBBH", kernel.sent[-1])
-    assert (kind, flags, command, version, kernel.sent[-1][20:]) == (42, 5, 7, 2, attribute(9, b"\1"))
-    assert not kernel.closed
-
-
-def test_events_are_answered_by_device(kernel: Netlink) -> None:
-    link = TcmuNetlink()
-    assert link.events() == []
-    kernel.answers += [message(1, event(), family=42) + message(2, event(), family=42), InterruptedError()]
-    kernel.answers += [message(3, event(), family=41), message(3, event(), family=42)]
-    found = link.events()
-    assert [each.what for each in found] == [What.ADDED, What.REMOVED, What.RECONFIGURED]
-    for each, command in zip(found, (4, 5, 6), strict=True):
-        link.reply(each, -17)
-        sent = kernel.sent[-1]
-        wanted = (len(sent), 42, 1, len(kernel.sent), 0, command, 2, 0)
-        assert struct.unpack_from("=IHHIIBBH", sent) == wanted
-        assert sent[20:] == attribute(7, struct.pack("=i", -17)) + attribute(8, struct.pack("=I", 77))
-    kernel.answers.append(OSError(5, "Input/output error"))
-    with pytest.raises(DeviceError, match="Input/output error"):
-        link.events()
-
-
-def test_an_old_kernel_waits_for_no_reply(kernel: Netlink) -> None:
-    link = TcmuNetlink()
-    before = len(kernel.sent)
-    link.reply(Event(What.ADDED, NAME, 3, None), 0)
-    assert len(kernel.sent) == before
-
-
-@pytest.mark.parametrize(
-    ("kernel", "reason"),
-    [(Netlink(known=False), "is target_core_user loaded"), (Netlink(refusal=1), "Operation not permitted")],
-)
-def test_a_kernel_that_refuses(kernel: Netlink, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "socket", kernel)
-    with pytest.raises(DeviceError, match=reason):
-        TcmuNetlink()
-    assert kernel.closed
-    monkeypatch.setattr(socket, "socket", Netlink(refusal=95))  # EOPNOTSUPP: a kernel that does not wait
-    TcmuNetlink()
 
 
 def test_a_read_says_how_long_it_was_by_the_kernels_flag() -> None:

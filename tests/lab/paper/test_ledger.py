@@ -31,8 +31,8 @@ def test_a_claim_as_text_takes_three_lines_and_two_without_evidence(tmp_path: Pa
         "Fig 14  REPRODUCED         A cold start is much faster than pulling and unpacking first.",
         "                           paper: 2.15 s against 11.06 s (0.19)",
         (
-            "                           here:  obdlab against overlayfs, cold, native disk: 0.25 [0.25, 0.26] "
-            "(paper: 0.19) (fair: 3 samples)"
+            "                           here:  obdlab against overlayfs, cold, native disk: 0.25 [0.24, 0.26] "
+            "(paper: 0.19) (fair: 3 samples, no A/A)"
         ),
         "–       NOT MEASURED       (obdlab's own) A hot layer does the same by one request.",
         "                           paper: not in the paper",
@@ -52,9 +52,9 @@ def test_a_claim_as_values_for_programs(tmp_path: Path) -> None:
         "figure": "Fig 14",
         "claim": "A cold start is much faster than pulling and unpacking first.",
         "paper": "2.15 s against 11.06 s (0.19)",
-        "measured here": "obdlab against overlayfs, cold, native disk: 0.25 [0.25, 0.26] (paper: 0.19)",
+        "measured here": "obdlab against overlayfs, cold, native disk: 0.25 [0.24, 0.26] (paper: 0.19)",
         "verdict": "reproduced",
-        "confidence": "fair: 3 samples",
+        "confidence": "fair: 3 samples, no A/A",
         "experiments": ["start"],
         "rows": 6,
     }

@@ -40,7 +40,7 @@ RATIOS = [
     ("warm-start-fast", "start", "dropped", "native", 0.9, 1.0),
     ("warm-start-slow", "start", "dropped", "cloud", 0.5, 1.0),
     ("pull", "start", "cold", "native", 0.1, 1.0),
-    ("launch", "start", "dropped", "native", 1.0, 1.1),
+    ("launch", "start", "cold", "native", 1.0, 1.1),
     ("du-fast", "scan_du", "dropped", "native", 0.9, 1.0),
     ("du-slow", "scan_du", "dropped", "cloud", 0.7, 1.0),
     ("tar-fast", "scan_tar", "dropped", "native", 0.9, 1.0),
@@ -143,8 +143,8 @@ def test_how_much_of_the_gap_must_go(tmp_path: Path, key: str, arm: str) -> None
         ([4.96] * 3, S, "1% [1%, 1%]"),
         ([5.0] * 3, N, "0% [0%, 0%]"),
         ([6.0] * 3, N, "-25% [-25%, -25%]"),
-        ([4.0, 5.0, 6.0], Verdict.UNCLEAR, "0% [-25%, 25%]"),
-        ([3.0, 5.0, 4.0], Verdict.UNCLEAR, "25% [0%, 50%]"),
+        ([4.0, 5.0, 6.0], Verdict.UNCLEAR, "0% [-62%, 62%]"),
+        ([3.0, 5.0, 4.0], Verdict.UNCLEAR, "25% [-37%, 87%]"),
         ([2.0], Verdict.UNCLEAR, "75%"),
     ):
         rows = [*cold, *warm, *(row for total_s in helped for row in _start(arm, "cold", "native", total_s)[:1])]
@@ -153,10 +153,24 @@ def test_how_much_of_the_gap_must_go(tmp_path: Path, key: str, arm: str) -> None
         assert found.measured.startswith(f"{arm} removes {measured} of the gap"), helped
 
 
+def test_starts_of_one_attempt_are_one_sample(tmp_path: Path) -> None:
+    def rows(attempts: int) -> list[Row]:
+        about = {"cell": "c", "quiet": True}
+        given = [
+            {**about, "attempt": hash((arm, number % attempts)) % 1000, **row}
+            for arm, total_s in (("obdlab", 1.0), ("overlayfs", 4.0))
+            for number, row in enumerate(_start(arm, "dropped", "native", total_s) * 2)
+        ]
+        return [{**row, "cell": row["arm"]} for row in given]
+
+    assert _check(tmp_path, "du-fast", "scan_du", rows(1)).confidence == "low: 1 sample, no A/A"
+    assert _check(tmp_path, "du-fast", "scan_du", rows(3)).confidence == "fair: 3 samples, no A/A"
+
+
 def test_a_missing_side_is_not_measured(tmp_path: Path) -> None:
     sides = {
         "trace": (("obdlab", "cold"), ("obdlab", "warm"), ("obdlab-prefetch", "cold")),
-        "launch": (("obdlab", "dropped"), ("overlayfs", "dropped")),
+        "launch": (("obdlab", "cold"), ("overlayfs", "cold")),
         "pull": (("obdlab", "cold"), ("overlayfs", "cold")),
     }
     seconds = {"cold": 5.0, "warm": 1.0, "dropped": 2.0}
@@ -172,7 +186,8 @@ def test_the_second_place_is_not_the_first(tmp_path: Path) -> None:
     totals = {"overlayfs": 4.0, "obdlab": 2.0, "erofs": 1.0}
     rows = [row for arm, total_s in totals.items() for row in _start(arm, "dropped", "native", total_s)]
     found = _check(tmp_path, "tar-fast", "scan_tar", rows)
-    assert found.verdict is S
+    assert found.verdict is N
+    assert found.measured.startswith("obdlab against erofs, the fastest other, native disk: 2.00 ")
     assert found.measured.endswith("; second of 3 (erofs, obdlab, overlayfs)")
 
 
@@ -190,8 +205,9 @@ def test_the_papers_ratios_are_those_of_its_figures() -> None:
     }
     for key, ratio in ratios.items():
         assert re.findall(r"\((.*)\)", BY_KEY[key].paper) == [f"{ratio:.2f}"], key
-    launch = value("Fig19", "DADI", "50") / value("Fig19", ".tgz", "50")
-    assert f"{launch:.2f}" == "0.90"
+    # Figures that have bars or an axis without numbers are not quoted.
+    for key in ("launch", "du-fast", "du-slow", "tar-fast", "tar-slow", "build"):
+        assert "not recoverable" in BY_KEY[key].paper, key
     assert f"at most {value('Fig6', 'max segments per merged index (1664 layers, 205 production apps)'):,.0f}" in (
         BY_KEY["index-size"].paper
     )
