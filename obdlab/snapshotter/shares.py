@@ -13,16 +13,21 @@ from obdlab.errors import ObdlabError, SourceError
 from obdlab.image.config import ImageConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
     from pathlib import Path
 
-#: Attaches of images of one registry that are with the device host at a time; the host takes 128 requests
-#: (``server.host.MAX_REQUESTS``). More would not be faster where each takes some 50 ms of a processor.
-MOST_ATTACHES = 16
-#: Calls that wait for one registry at a time, attaches and calls behind these; more than a node has pods by default.
-MOST_CALLS = 256
-#: Calls that wait for any registry. The others of the service's workers stay free for calls that need none.
-MOST_CALLS_TOGETHER = 448
+#: Attaches that are with the device host at a time; the host takes 128 requests (``server.host.MAX_REQUESTS``), and
+#: the others stay free for requests that are no attaches. The second number: those of registries without a success so
+#: far.
+MOST_ATTACHES, MOST_UNPROVEN_ATTACHES = 112, 80
+#: Calls that wait for registries: attaches, and calls behind these. The others of the service's workers stay free for
+#: calls that need no registry.
+MOST_CALLS, MOST_UNPROVEN_CALLS = 448, 336
+#: A registry may take as many places as one part in so many of the free ones. A new registry alone gets 16 attaches
+#: (more would not be faster, as each takes some 50 ms of a processor) and 112 calls, as many as a node has pods.
+_ATTACHES_PART = 4
+_CALLS_PART = 2
+_MOST_NAMES = 1024
 
 
 class BusyRegistryError(SourceError):
@@ -37,53 +42,103 @@ def registry_of(config: Path) -> str:
         return ""
 
 
+class _Places:
+    """``most`` places, counted by registry; registries that are not in ``proven`` have ``unproven`` of them together.
+
+    A registry may take a part of the free places, and one in any case. So silent registries, which keep all that they
+    get, leave some to each further name: eight of them take 65 of 80 places. With a fixed share for each, as many
+    names as there are shares would take all.
+    """
+
+    def __init__(self, most: int, unproven: int, part: int, proven: Container[str]) -> None:
+        self._most = most
+        self._unproven = unproven
+        self._part = part
+        self._proven = proven
+        self._taken: Counter[str] = Counter()
+
+    def of(self, registry: str) -> int:
+        """Return the number of places that the registry has taken."""
+        return self._taken[registry]
+
+    @property
+    def taken(self) -> int:
+        """The number of places that all registries have taken."""
+        return self._taken.total()
+
+    def has_room(self, registry: str) -> bool:
+        """Return True if the registry may take another place."""
+        free = self._most - self.taken
+        if registry not in self._proven:
+            unproven = sum(count for name, count in self._taken.items() if name not in self._proven)
+            free = min(free, self._unproven - unproven)
+        return free > 0 and self._taken[registry] < max(1, free // self._part)
+
+    def take(self, registry: str) -> None:
+        """Take a place."""
+        self._taken[registry] += 1
+
+    def give_back(self, registry: str) -> None:
+        """Give a place back."""
+        self._taken[registry] -= 1
+        if not self._taken[registry]:
+            del self._taken[registry]
+
+
 class Shares:
     """Counts calls and attaches by registry. Thread-safe."""
 
     def __init__(
-        self, calls: int = MOST_CALLS, calls_together: int = MOST_CALLS_TOGETHER, attaches: int = MOST_ATTACHES
+        self,
+        calls: tuple[int, int] = (MOST_CALLS, MOST_UNPROVEN_CALLS),
+        attaches: tuple[int, int] = (MOST_ATTACHES, MOST_UNPROVEN_ATTACHES),
     ) -> None:
-        self._most_calls = calls
-        self._most_together = calls_together
-        self._most_attaches = attaches
-        self._calls: Counter[str] = Counter()
-        self._attaches: Counter[str] = Counter()
+        # Registries with a successful attach, the latest last. Failures change nothing: else a client could have the
+        # images of a good registry wait with those of silent ones by asking it for images that it does not have.
+        self._proven: dict[str, None] = {}
+        self._calls = _Places(*calls, _CALLS_PART, self._proven)
+        self._attaches = _Places(*attaches, _ATTACHES_PART, self._proven)
         self._changed = threading.Condition()
 
     @contextmanager
     def call(self, registry: str) -> Iterator[None]:
         """Count a call that may wait for the registry, for the block. Raises BusyRegistryError beyond the share."""
         with self._changed:
-            if self._calls[registry] >= self._most_calls or self._calls.total() >= self._most_together:
+            if not self._calls.has_room(registry):
                 raise BusyRegistryError(
-                    f"registry {registry}: {self._calls[registry]} calls wait for it already, "
-                    f"{self._calls.total()} for all registries; try again"
+                    f"registry {registry}: {self._calls.of(registry)} calls wait for it already, "
+                    f"{self._calls.taken} for all registries; try again"
                 )
-            self._calls[registry] += 1
+            self._calls.take(registry)
         try:
             yield
         finally:
-            self._end(self._calls, registry)
+            with self._changed:
+                self._calls.give_back(registry)
 
     @contextmanager
     def attach(self, registry: str, patience_s: float) -> Iterator[None]:
         """Wait for one of the registry's attaches, for the block. Raises BusyRegistryError after ``patience_s``."""
         deadline = time.monotonic() + patience_s
         with self._changed:
-            while self._attaches[registry] >= self._most_attaches:
+            while not self._attaches.has_room(registry):
                 if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     raise BusyRegistryError(
-                        f"registry {registry}: {self._most_attaches} attaches have waited for it for {patience_s:g} s"
+                        f"registry {registry}: {self._attaches.of(registry)} attaches have waited for it for "
+                        f"{patience_s:g} s, {self._attaches.taken} for all registries"
                     )
-            self._attaches[registry] += 1
+            self._attaches.take(registry)
         try:
             yield
+            with self._changed:
+                self._prove(registry)
         finally:
-            self._end(self._attaches, registry)
+            with self._changed:
+                self._attaches.give_back(registry)
+                self._changed.notify_all()
 
-    def _end(self, counts: Counter[str], registry: str) -> None:
-        with self._changed:
-            counts[registry] -= 1
-            if not counts[registry]:
-                del counts[registry]
-            self._changed.notify_all()
+    def _prove(self, registry: str) -> None:
+        self._proven.pop(registry, None)
+        if len(self._proven) >= _MOST_NAMES:
+            del self._proven[next(iter(self._proven))]
+        self._proven[registry] = None

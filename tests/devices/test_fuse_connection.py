@@ -142,14 +142,22 @@ def test_the_served_file_is_opened_for_writing_only_if_it_is_writable(tmp_path: 
         os.close(directory)
 
 
-def test_waiting_for_a_server_closes_its_connection_once() -> None:
+def test_waiting_for_a_server_closes_its_connection_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Connection() as connection:
         server = FuseServer(MemoryBlob(DATA))
         descriptor = connection.server
         server.join(descriptor)
         assert server.wait(0) is False
         os.fstat(descriptor)
-    assert server.wait(30) is True
+    closed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", closed.append)
+        assert server.wait(30) is True
+    assert closed == []
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
-    assert server.wait(30) is True
+    closed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", closed.append)
+        assert server.wait(30) is True
+    assert closed == []

@@ -78,8 +78,8 @@ def test_only_root_sees_a_backstore_and_its_export(host: Host) -> None:
     host.add_disk()
     configfs.create(host.target, "obdlab/x")
     configfs.export(host.target)
-    directories = (host.target.backstore.parent, host.target.backstore, host.target.loop)
-    assert [directory.stat().st_mode & 0o777 for directory in directories] == [0o700] * 3
+    directories = (host.target.backstore.parent, host.target.backstore, host.target.loop, host.target.lun)
+    assert [directory.stat().st_mode & 0o777 for directory in directories] == [0o700] * 4
 
 
 @pytest.mark.parametrize("file", ["control", "enable", "cmd_time_out"])

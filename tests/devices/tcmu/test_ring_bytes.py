@@ -288,3 +288,19 @@ def test_an_entry_that_reaches_out_of_the_mapping() -> None:
     struct.pack_into("=I", found, 12, 0)
     with pytest.raises(RingError, match="an entry at 1016 that reaches out of the mapping"):
         Ring(found).take()
+
+
+@pytest.mark.parametrize(
+    ("code", "length"),
+    [(0x1F, 6), (0x20, 10), (0x3F, 10), (0x41, 10), (0x5F, 10), (0x80, 16), (0x9F, 16), (0xA8, 12)],
+)
+def test_the_group_of_its_code_says_how_long_a_command_is(code: int, length: int) -> None:
+    found = memory()
+    cdb = bytes((code, *range(1, 24)))
+    put(found, 0, 5, (DATA, 8), (DATA, 8), cdb=cdb)
+    ((_, taken, _),) = Ring(found).take()  # type: ignore[misc]
+    assert taken == cdb[:length]
+    for unknown in (0x60, 0x7E, 0xC0, 0xFF):
+        put(found, 0, 5, (DATA, 8), (DATA, 8), cdb=bytes((unknown, *range(1, 24))))
+        ((_, taken, _),) = Ring(found).take()  # type: ignore[misc]
+        assert taken == b""
