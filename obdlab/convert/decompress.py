@@ -12,7 +12,7 @@ from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.compression import compression_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from obdlab.convert.endpoints.layout import VerifiedFile
 
@@ -56,18 +56,28 @@ def uncompressed(
     ``advance`` is called with the bytes read from the file. Raises as :func:`decompressed`, and CorruptBlobError at
     the end for another digest.
     """
+    return checked(_counted(file, blob, advance), blob, diff_id)
+
+
+def checked(pieces: Iterable[bytes], blob: str, diff_id: str) -> Iterator[bytes]:
+    """Yield the pieces of a layer's uncompressed tar. Raises CorruptBlobError at the end for another digest."""
     digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    got = f"sha256:{digest.hexdigest()}"
+    if got != diff_id:
+        raise CorruptBlobError("layer is not the one that the image config names", blob=blob, got=got, wanted=diff_id)
+
+
+def _counted(file: VerifiedFile, blob: str, advance: Callable[[int], None]) -> Iterator[bytes]:
     read = 0
     for piece in decompressed(file, blob):
-        digest.update(piece)
         advance(file.position - read)
         read = file.position
         yield piece
     while file.read(_READ):  # bytes that the decompressor left must match the blob's digest too
         pass
-    got = f"sha256:{digest.hexdigest()}"
-    if got != diff_id:
-        raise CorruptBlobError("layer is not the one that the image config names", blob=blob, got=got, wanted=diff_id)
 
 
 def _plain(file: Readable, head: bytes) -> Iterator[bytes]:

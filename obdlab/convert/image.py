@@ -13,6 +13,7 @@ from obdlab.convert.layer import LayerOptions
 from obdlab.convert.pipeline import ConvertedLayer, ConvertStoppedError, Group, Pipeline, groups_of
 from obdlab.convert.progress import Progress, Silent
 from obdlab.convert.reuse import Reuse, known_manifest, note_manifest
+from obdlab.convert.turbo.image import convert_to_turbo
 from obdlab.convert.workdir import FinishedLayers, work_directory
 from obdlab.errors import FormatError
 from obdlab.formats import oci
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from obdlab.convert.database import Database
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
-    from obdlab.convert.layer import BuiltLayer
+    from obdlab.convert.layer import BuiltLayer, TurboTarget
 
 __all__ = ["ConvertOptions", "ConvertStoppedError", "ConvertedImage", "ConvertedLayer", "convert_image"]
 
@@ -48,6 +49,9 @@ class ConvertOptions:
     flatten: int = 0
     #: Mount options of the image's file system, comma separated.
     mount_options: str = ""
+    #: File systems (of FILE_SYSTEMS) of a turboOCI image, whose layers point into those of the source; empty: an
+    #: overlaybd image.
+    turbo: tuple[str, ...] = ()
     #: Database of earlier conversions, see :func:`obdlab.convert.database.open_database`; "" uses none.
     database: str = ""
     #: Directory for building layers; it holds all of them, uncompressed and compressed.
@@ -62,8 +66,14 @@ class ConvertOptions:
                 "referrer": self.referrer,
                 "flatten": self.flatten,
                 "mount_options": self.mount_options,
+                **({"turbo": self.turbo} if self.turbo else {}),
             }
         )
+
+    @property
+    def artifact_type(self) -> str:
+        """Type of the new manifest as one that refers to the source."""
+        return oci.TURBO_ARTIFACT if self.turbo else oci.NATIVE_ARTIFACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,11 @@ class ConvertedImage:
     platform: oci.Platform
     layers: tuple[ConvertedLayer, ...]
     seconds: float
+
+    @property
+    def is_turbo(self) -> bool:
+        """True for a turboOCI image."""
+        return any(layer.turbo_target is not None for layer in self.manifest.layers)
 
     @property
     def size(self) -> int:
@@ -155,9 +170,13 @@ def _convert_layers(
     options: ConvertOptions,
     progress: Progress,
 ) -> tuple[ConvertedLayer, ...]:
+    describe = functools.partial(_layer_descriptor, options=options)
+    if options.turbo:
+        return convert_to_turbo(
+            source, destination, groups, describe, options.layer, options.turbo, progress, options.work_dir
+        )
     with work_directory(options.work_dir) as work_dir:
         reuse = Reuse(destination, database, FinishedLayers(work_dir), options.layer)
-        describe = functools.partial(_layer_descriptor, options=options)
         return Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir).run(groups)
 
 
@@ -186,7 +205,7 @@ def _store_config(
     subject: oci.Descriptor | None,
 ) -> oci.Manifest:
     merged = [layer.merged for layer in layers]
-    config_bytes = _merge_history(config.with_diff_ids([layer.built.digest for layer in layers]), merged).to_bytes()
+    config_bytes = _merge_history(config.with_diff_ids([layer.built.diff_id for layer in layers]), merged).to_bytes()
     config_type = oci.DOCKER_CONFIG if options.docker else oci.OCI_CONFIG
     config_descriptor = oci.Descriptor(config_type, oci.digest_of(config_bytes), len(config_bytes))
     manifest = oci.Manifest(
@@ -195,7 +214,7 @@ def _store_config(
         media_type=oci.DOCKER_MANIFEST if options.docker else oci.OCI_MANIFEST,
         # Docker's media type has no annotations.
         annotations={} if options.docker else source.annotations,
-        artifact_type="" if subject is None else oci.NATIVE_ARTIFACT,
+        artifact_type="" if subject is None else options.artifact_type,
         subject=subject,
     )
     destination.put_bytes(config_descriptor, config_bytes)
@@ -203,6 +222,8 @@ def _store_config(
 
 
 def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descriptor:
+    if layer.turbo is not None:
+        return _turbo_descriptor(layer, layer.turbo, options)
     return oci.Descriptor(
         media_type=oci.DOCKER_LAYER if options.docker else oci.OCI_LAYER,
         digest=layer.digest,
@@ -212,6 +233,22 @@ def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descrip
             oci.BLOB_DIGEST: layer.digest,
             oci.BLOB_SIZE: str(layer.size),
             oci.BLOB_FS_TYPE: ";".join(filter(None, (options.layer.filesystem, options.mount_options))),
+        },
+    )
+
+
+def _turbo_descriptor(layer: BuiltLayer, target: TurboTarget, options: ConvertOptions) -> oci.Descriptor:
+    # The names of the blob's files say which file systems it has, so that there is no annotation of it.
+    return oci.Descriptor(
+        media_type=oci.DOCKER_LAYER_GZIP if options.docker else oci.OCI_LAYER_GZIP,
+        digest=layer.digest,
+        size=layer.size,
+        annotations={
+            oci.OVERLAYBD_VERSION: oci.VERSION_TURBO,
+            oci.BLOB_DIGEST: layer.digest,
+            oci.BLOB_SIZE: str(layer.size),
+            oci.TURBO_TARGET_DIGEST: target.digest,
+            oci.TURBO_TARGET_MEDIA_TYPE: target.media_type,
         },
     )
 

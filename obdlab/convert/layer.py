@@ -76,6 +76,15 @@ class LayerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TurboTarget:
+    """A turboOCI layer beside its blob: digest and media type of its target, and its own diff ID."""
+
+    digest: str
+    media_type: str
+    diff_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltLayer:
     """A finished layer blob, and the work it took. ``path`` is None if its place has the blob already."""
 
@@ -88,6 +97,13 @@ class BuiltLayer:
     applied: ApplyStatistics
     #: Seconds by phase: apply (with reading the source), commit, digest.
     seconds: dict[str, float] = field(default_factory=dict)
+    #: None for a layer that is complete by itself.
+    turbo: TurboTarget | None = None
+
+    @property
+    def diff_id(self) -> str:
+        """Digest of the uncompressed blob, as the image config names it; an overlaybd layer's is that of its blob."""
+        return self.digest if self.turbo is None else self.turbo.diff_id
 
 
 class LayerBuilder:

@@ -62,7 +62,7 @@ def convert_platforms(
         manifests=tuple(_entry(entry, image) for entry, image in zip(entries, images, strict=True)),
         media_type=oci.DOCKER_INDEX if options.docker else oci.OCI_INDEX,
         annotations={} if options.docker else document.annotations,
-        artifact_type=oci.NATIVE_ARTIFACT if options.referrer and root else "",
+        artifact_type=options.artifact_type if options.referrer and root else "",
         subject=oci.Descriptor(root.media_type, root.digest, root.size) if options.referrer and root else None,
     )
     data = index.to_bytes()

@@ -57,8 +57,11 @@ TURBO_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/turbo-oci/target-med
 FASTOCI_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/fastoci/target-digest"
 FASTOCI_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/fastoci/target-media-type"
 VERSION_NATIVE = "0.1.0"
+VERSION_TURBO = "0.1.0-turbo.ociv1"
 #: Artifact type of an overlaybd image that refers to the image it was converted from.
 NATIVE_ARTIFACT = "application/vnd.containerd.overlaybd.native.v1+json"
+#: The same for a turboOCI image.
+TURBO_ARTIFACT = "application/vnd.containerd.overlaybd.turbo.v1+json"
 #: The annotation, and its value, that marks BuildKit's attestations among an index's manifests.
 REFERENCE_TYPE = "vnd.docker.reference.type"
 ATTESTATION = "attestation-manifest"

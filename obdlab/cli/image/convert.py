@@ -33,6 +33,7 @@ Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, lay
 
 Of a multi-platform image one platform is converted, this machine's unless --platform names another; "all" converts
 every image of it and stores an index of them.
+--as turbo-oci makes small layers that point into those of SRC, in the same repository, where SRC must stay.
 Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
 
 
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         for image in converted.images:
             print_table(image)
+            if image.is_turbo:
+                print(f"its files stay in the layers of {args.source}: that image must stay, too", file=sys.stderr)
     print(converted.digest)
     return 0
 

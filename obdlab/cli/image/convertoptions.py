@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ALL = "all"
 _NONE = "none"
+_OVERLAYBD, _TURBO = "overlaybd", "turbo-oci"
+_BOTH = "both"
 _MOST_PLATFORMS = 16
 _DATABASE = "OBDLAB_CONVERT_DATABASE"
 
@@ -25,7 +27,17 @@ _DATABASE = "OBDLAB_CONVERT_DATABASE"
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of conversion."""
     parser.add_argument(
-        "--fs", choices=("ext4", "erofs"), default="ext4", help="file system of the image (default: %(default)s)"
+        "--as",
+        dest="form",
+        choices=(_OVERLAYBD, _TURBO),
+        default=_OVERLAYBD,
+        help="turbo-oci: files stay in SRC's layers, and small new layers point into them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fs",
+        choices=("ext4", "erofs", _BOTH),
+        default="ext4",
+        help="file system of the image; both: only of turbo-oci, for snapshotters to choose (default: %(default)s)",
     )
     add_compression_options(parser)
     parser.add_argument(
@@ -88,10 +100,12 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
     from obdlab.convert.image import ConvertOptions
     from obdlab.convert.layer import GIB, LayerOptions
 
+    filesystems = ("ext4", "erofs") if args.fs == _BOTH else (args.fs,)
     return ConvertOptions(
         layer=LayerOptions(
-            args.algorithm, args.block_size_kib << 10, args.vsize_gib * GIB, args.fs, args.bytes_per_inode
+            args.algorithm, args.block_size_kib << 10, args.vsize_gib * GIB, filesystems[0], args.bytes_per_inode
         ),
+        turbo=filesystems if args.form == _TURBO else (),
         platform=None if args.platform == ALL else args.platform,
         referrer=args.referrer,
         docker=args.docker,
@@ -115,6 +129,12 @@ def check_conversion_options(args: argparse.Namespace) -> str | None:
     """Return an error text if the arguments contradict each other."""
     if args.docker and args.referrer:
         return "--referrer needs OCI's media types: not with --docker"
+    if args.form != _TURBO and args.fs == _BOTH:
+        return "--fs both needs --as turbo-oci: a layer of another image has one file system"
+    if args.form == _TURBO and args.flatten:
+        return "--flatten is not possible with --as turbo-oci: each layer points into one of the source's"
+    if args.form == _TURBO and args.mount_options:
+        return "--mount-options are not possible with --as turbo-oci: its layers have no place for them"
     if ";" in args.mount_options:
         return "--mount-options are separated by commas: no ';' in them"
     return None

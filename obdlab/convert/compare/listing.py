@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 # Attributes that file systems use for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
@@ -87,18 +87,28 @@ def list_volume(volume: ReadableVolume, *, content: bool = True) -> dict[str, Tr
         if not inode.is_directory and inode.links > 1:
             groups.setdefault(number, []).append(path)
     first_of = {number: min(paths) for number, paths in groups.items() if len(paths) > 1}
+    sums = _content_sums(volume, found.values()) if content else {}
     return {
-        path: _volume_entry(volume, inode, first_of.get(number, ""), content)
+        path: _volume_entry(volume, inode, first_of.get(number, ""), sums.get(number, ""))
         for path, (number, inode) in sorted(found.items())
     }
 
 
-def _volume_entry(volume: ReadableVolume, inode: Any, linked_to: str, content: bool) -> TreeEntry:
+def _content_sums(volume: ReadableVolume, inodes: Iterable[tuple[int, Any]]) -> dict[int, str]:
+    # By inode number. In that order, which is about the order of the disk and of the layers' tars: a reader of a
+    # compressed tar then decompresses each part once.
+    sums = {}
+    for number, inode in sorted(dict(inodes).items()):
+        if stat.S_ISREG(inode.mode):
+            digest = hashlib.sha256()
+            for piece in volume.content(inode):
+                digest.update(piece)
+            sums[number] = digest.hexdigest()
+    return sums
+
+
+def _volume_entry(volume: ReadableVolume, inode: Any, linked_to: str, sha256: str) -> TreeEntry:
     regular = stat.S_ISREG(inode.mode)
-    digest = hashlib.sha256()
-    if regular and content:
-        for piece in volume.content(inode):
-            digest.update(piece)
     xattrs = sorted((os.fsdecode(name), value) for name, value in volume.xattrs(inode))
     return TreeEntry(
         mode=inode.mode,
@@ -108,7 +118,7 @@ def _volume_entry(volume: ReadableVolume, inode: Any, linked_to: str, content: b
         mtime_ns=inode.mtime_ns,
         rdev=inode.rdev if stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode) else None,
         target=os.fsdecode(volume.readlink(inode)) if stat.S_ISLNK(inode.mode) else "",
-        sha256=digest.hexdigest() if regular and content else "",
+        sha256=sha256,
         xattrs=tuple((name, value) for name, value in xattrs if not name.startswith(_HIDDEN_XATTRS)),
         linked_to=linked_to,
     )

@@ -163,6 +163,11 @@ class ImageDestination(ABC):
         """Host and repository in which blobs stay for reuse; None for destinations without such a place."""
         return None
 
+    @property
+    def keeps_unnamed(self) -> bool:
+        """True if a stored blob stays for good even though no manifest names it."""
+        return False
+
     @abstractmethod
     def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
         """Store the blob in a file; return False if it was there already. Raises SourceError.

@@ -65,6 +65,10 @@ class LayoutDestination(ImageDestination):
     def place(self) -> tuple[str, str] | None:
         return "oci", str(self._layout.root.resolve())
 
+    @property
+    def keeps_unnamed(self) -> bool:
+        return True
+
     def has(self, descriptor: Descriptor) -> bool:
         return self._layout.has_blob(descriptor)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tarfile
+from functools import partial
 from typing import IO, TYPE_CHECKING, Self, cast
 
 from obdlab.convert.tar.forward import MAX_HEADERS_SIZE, PIECE, ForwardReader
@@ -98,11 +99,18 @@ class TarStream:
                 self._extents = self._checked_extents(info, member)
                 yield member
 
-    def data(self, member: Member) -> Iterator[tuple[int, memoryview]]:
-        """Yield the current file's bytes: offset in the file, and a piece of up to 1 MiB, valid until the next one.
+    def data(self, member: Member) -> Content:
+        """Return the current file's bytes."""
+        return Content(
+            self._pieces(member), None if member.sparse else self._data_at, partial(self._is_padded, member)
+        )
 
-        Ranges of a sparse file without a piece are holes. Raises FormatError if the stream ends first.
-        """
+    def _is_padded(self, member: Member) -> bool:
+        padding = -member.size % BLOCK
+        self._stream.seek(self._data_at + member.size)
+        return self._stream.peek(padding) == bytes(padding)
+
+    def _pieces(self, member: Member) -> Iterator[tuple[int, memoryview]]:
         stream = self._stream
         stream.seek(self._data_at)
         for offset, length in self._extents:
@@ -223,6 +231,29 @@ class TarStream:
 
     def _error(self, what: str, *, got: object = None, wanted: object = None) -> FormatError:
         return FormatError(what, blob=self._blob, offset=self._stream.tell(), got=got, wanted=wanted)
+
+
+class Content:
+    """The bytes of a file in a tar: iterating yields the offset in the file, and a piece of up to 1 MiB.
+
+    A piece is valid until the next one. Ranges of a sparse file without a piece are holes. Raises FormatError if the
+    stream ends first.
+    """
+
+    def __init__(
+        self, pieces: Iterator[tuple[int, memoryview]], place: int | None, is_padded: Callable[[], bool]
+    ) -> None:
+        self._pieces = pieces
+        self._is_padded = is_padded
+        #: Offset of the bytes in the uncompressed tar, in whole sectors; None if they do not lie there in one piece.
+        self.place = place
+
+    def __iter__(self) -> Iterator[tuple[int, memoryview]]:
+        return self._pieces
+
+    def is_padded(self) -> bool:
+        """Return True if the last sector's rest is in the tar and zeros. To be called after the last piece."""
+        return self._is_padded()
 
 
 class _CheckedInfo(tarfile.TarInfo):

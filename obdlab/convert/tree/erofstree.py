@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from obdlab.convert.tree.memorytree import kept_xattrs
-from obdlab.convert.tree.target import Attributes, Seen
+from obdlab.convert.tree.target import Attributes, Seen, in_target
 from obdlab.volumes.erofs.editor import Directory, Editor, File
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 class ErofsTree:
     """An EROFS on a disk as a :class:`obdlab.convert.tree.target.Tree`. :meth:`finish` writes the changes in memory.
 
-    EROFS stores no time of access: the time of modification stands for it.
+    EROFS stores no time of access: the time of modification stands for it. On a
+    :class:`~obdlab.layers.targetdisk.TargetDisk` the contents of files stay in the target.
     """
 
     def __init__(self, disk: WritableBlob, *, fresh: bool) -> None:
+        self._disk = disk
         self._editor = Editor(disk, fresh=fresh)
         self._directories: dict[bytes, Directory] = {b"": self._editor.root}
 
@@ -75,7 +77,8 @@ class ErofsTree:
     def make_file(
         self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
     ) -> None:
-        self._add(path, stat.S_IFREG, attributes, size=size, pieces=pieces, sparse=sparse)
+        mapped = in_target(self._disk, size, pieces)
+        self._add(path, stat.S_IFREG, attributes, size=size, pieces=pieces, sparse=sparse, mapped=mapped)
 
     def make_link(self, path: bytes, attributes: Attributes, target: bytes) -> None:
         self._add(path, stat.S_IFLNK, attributes, target=target)
@@ -142,6 +145,7 @@ class ErofsTree:
         sparse: bool = False,
         rdev: tuple[int, int] = (0, 0),
         target: bytes = b"",
+        mapped: tuple[int, bytes] | None = None,
     ) -> None:
         parent, name = self._place(path)
         mode = 0o777 if kind == stat.S_IFLNK else attributes.mode
@@ -158,6 +162,7 @@ class ErofsTree:
             sparse=sparse,
             rdev=rdev,
             target=target,
+            mapped=mapped,
         )
 
     def _place(self, path: bytes) -> tuple[Directory, bytes]:

@@ -12,6 +12,9 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from obdlab.convert.tar.reader import Content
+from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.layers.targetdisk import TargetDisk
 from obdlab.volumes.ext4.directory import DIRECTORY
 from obdlab.volumes.ext4.editor import EXTENTS, Editor
 from obdlab.volumes.ext4.layout import ROOT_INO, Inode, device_block
@@ -99,10 +102,29 @@ class Tree(Protocol):
         """Set only the times."""
 
 
+def in_target(disk: WritableBlob, size: int, pieces: Iterable[tuple[int, Buffer]]) -> tuple[int, bytes] | None:
+    """Return where the target of a disk has a file's content; None if the disk has no target, or that no such place.
+
+    The result is the offset of the content in the target, and the bytes of the last sector if that cannot be mapped
+    since the target has no zeros behind the file. The pieces have been read.
+    """
+    if not isinstance(disk, TargetDisk) or not isinstance(pieces, Content) or pieces.place is None:
+        return None
+    rest = size % SECTOR
+    end = bytearray()
+    for offset, piece in pieces:
+        end += piece[max(0, size - rest - offset) :]
+    return pieces.place, b"" if pieces.is_padded() else bytes(end)
+
+
 class Ext4Tree:
-    """An ext4 file system on a disk as a tree. :meth:`finish` writes the changes in memory."""
+    """An ext4 file system on a disk as a tree. :meth:`finish` writes the changes in memory.
+
+    On a :class:`~obdlab.layers.targetdisk.TargetDisk` the contents of files stay in the target.
+    """
 
     def __init__(self, disk: WritableBlob) -> None:
+        self._disk = disk
         self._editor = Editor(disk)
         self._directories: dict[bytes, int] = {b"": ROOT_INO}
 
@@ -146,7 +168,11 @@ class Ext4Tree:
     def make_file(
         self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
     ) -> None:
-        block, sectors = self._editor.write_content(size, pieces, sparse=sparse)
+        mapped = in_target(self._disk, size, pieces)
+        if mapped is None:
+            block, sectors = self._editor.write_content(size, pieces, sparse=sparse)
+        else:
+            block, sectors = self._editor.map_content(size, *mapped)
         mtime_ns = attributes.mtime_ns
         inode = Inode(
             stat.S_IFREG | attributes.mode, attributes.uid, attributes.gid, size, attributes.atime_ns, mtime_ns,

@@ -160,11 +160,18 @@ class Editor:
         sparse: bool = False,
         rdev: tuple[int, int] = (0, 0),
         target: bytes = b"",
+        mapped: tuple[int, bytes] | None = None,
     ) -> File:
-        """Make a file other than a directory: ``size`` and ``pieces`` for a regular file, ``target`` for a link."""
+        """Make a file other than a directory: ``size`` and ``pieces`` for a regular file, ``target`` for a link.
+
+        ``mapped`` stands for the pieces of a file in the disk's target: ``place`` and ``end`` of
+        :meth:`~obdlab.volumes.erofs.files.FileWriter.map`.
+        """
         body = pack.xattrs(xattrs)
         kind = stat.S_IFMT(mode)
-        if kind == stat.S_IFREG:
+        if mapped is not None:
+            written = self._files.map(size, *mapped)
+        elif kind == stat.S_IFREG:
             room = min(_LARGEST_TAIL, BLOCK - INODE_SIZE - len(body))
             written = self._files.write(size, pieces, room, sparse=sparse)
         elif kind == stat.S_IFLNK:

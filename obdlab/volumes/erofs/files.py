@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.volumes.erofs import pack
 from obdlab.volumes.erofs.pack import BLOCK, INODE_SIZE, SLOT
 
@@ -63,6 +64,20 @@ class FileWriter:
         if plain % BLOCK and end >= plain:  # so that the next file's data continue these
             self._space.write(start * BLOCK + plain, bytes(-plain % BLOCK))
         return Written(pack.INLINE if tail_size else pack.PLAIN, start, bytes(tail))
+
+    def map(self, size: int, place: int, end: bytes) -> Written:
+        """Store a file of ``size`` bytes that lie in the disk's target from ``place`` on, except for ``end``.
+
+        ``end`` is empty, or the bytes of the file's last sector, which are then written; without it the target's
+        sector must have zeros behind the file.
+        """
+        start = self._space.data_blocks(-(-size // BLOCK)) if size else 0
+        mapped = size - len(end) if end else -(-size // SECTOR) * SECTOR
+        if mapped:
+            self._space.map_at(start * BLOCK, mapped, place)
+        if end:
+            self._space.write(start * BLOCK + mapped, end.ljust(BLOCK - mapped % BLOCK, b"\0"))
+        return Written(pack.PLAIN, start)
 
     def _write_chunks(self, size: int, pieces: Iterable[tuple[int, Buffer]]) -> Written:
         bits = 0

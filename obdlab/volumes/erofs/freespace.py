@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from obdlab.blob import Blob
 from obdlab.volumes.erofs.pack import BLOCK, SLOT
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.targetdisk import TargetDisk
 
 # Metadata comes in runs of blocks, so that it lies together. The first run is small, as most layers are.
 _FIRST_RUN, _LARGEST_RUN = 8, 256
@@ -116,6 +117,11 @@ class Space(Blob):
             self._write_data()
             self._data_at = offset
         self._data += data
+
+    def map_at(self, offset: int, length: int, place: int) -> None:
+        """Map whole sectors to the target's from ``place`` on. The disk must be a TargetDisk."""
+        self._write_data()
+        cast("TargetDisk", self._disk).map_at(offset, length, place)
 
     def discard(self, first: int, count: int) -> None:
         """Discard data blocks that were written here."""

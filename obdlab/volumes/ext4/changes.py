@@ -6,7 +6,7 @@ This module knows only blocks; :mod:`obdlab.volumes.ext4.editor` knows names and
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from obdlab.errors import FormatError
 from obdlab.volumes.ext4 import directory
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.targetdisk import TargetDisk
 
 INODE_SIZE = 256
 _LAST_ORPHAN = 232
@@ -130,6 +131,20 @@ class Changes(Volume):
                 view = view[len(part) :]
         if at % size:
             write(at, bytes(-at % size))
+
+    def map_runs(self, runs: Sequence[tuple[int, int]], size: int, place: int) -> None:
+        """Map runs of blocks (first, length) to ``size`` bytes of the target from ``place`` on, in whole sectors.
+
+        The disk must be a :class:`~obdlab.layers.targetdisk.TargetDisk`.
+        """
+        disk = cast("TargetDisk", self._target)
+        self._gathered.flush()  # it may hold what these blocks were before
+        for first, length in runs:
+            mapped = min(size, length * self.block_size)
+            if mapped:
+                disk.map_at(first * self.block_size, mapped, place)
+            size -= mapped
+            place += mapped
 
     def write_sparse(self, pieces: Iterable[tuple[int, Buffer]]) -> list[Extent]:
         """Write (offset, bytes), ascending, into blocks taken only where there are bytes. Returns the extents."""

@@ -188,6 +188,26 @@ class Editor(Changes):
         block, nodes = self.extent_tree(extents)
         return block, (sum([extent.length for extent in extents]) + nodes) * self.block_size // SECTOR
 
+    def map_content(self, size: int, place: int, end: bytes) -> tuple[bytes, int]:
+        """Store a file of ``size`` bytes that lie in the disk's target from ``place`` on, except for ``end``.
+
+        ``end`` is empty, or the bytes of the file's last sector, which are then written; without it the target's
+        sector must have zeros behind the file. Returns as :meth:`write_content`, and has its bounds.
+        """
+        if size > MOST_BLOCKS * self.block_size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        runs = self.blocks.take(-(-size // self.block_size))
+        mapped = size - len(end) if end else -(-size // SECTOR) * SECTOR
+        self.map_runs(runs, mapped, place)
+        extents = extents_of(runs)
+        if end:
+            last = extents[-1]
+            block = (last.physical + last.length - 1) * self.block_size
+            at = mapped % self.block_size
+            self._gathered.write(block + at, end.ljust(self.block_size - at, b"\0"))
+        block_field, nodes = self.extent_tree(extents)
+        return block_field, (sum([extent.length for extent in extents]) + nodes) * self.block_size // SECTOR
+
     def finish(self) -> None:
         """Write all changes to the disk. No other method may be called after it."""
         self._drop_broken_tree()

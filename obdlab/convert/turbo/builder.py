@@ -1,0 +1,190 @@
+"""The layers of one image as warp layers: built one on another, and compared with the tars they were made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from obdlab.blob import Blob
+from obdlab.convert.apply import ApplyStatistics, apply_layer
+from obdlab.convert.compare.listing import differences, list_volume
+from obdlab.convert.decompress import checked
+from obdlab.convert.layer import pieces_file
+from obdlab.convert.tree.erofstree import ErofsTree
+from obdlab.convert.tree.memorytree import MemoryTree
+from obdlab.convert.tree.target import Ext4Tree
+from obdlab.convert.turbo.archive import GZIP_INDEX, MARKER, meta_name
+from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.formats.compression import MAGIC_SIZE, compression_of
+from obdlab.layerfiles.writing import Packing, write_packed
+from obdlab.layers.lsmt import open_layer
+from obdlab.layers.stack import Stack
+from obdlab.layers.targetdisk import TargetDisk
+from obdlab.layers.upper import SparseUpper
+from obdlab.layers.warp import WarpLayer
+from obdlab.localfile import LocalFile
+from obdlab.volumes.erofs.volume import Volume as ErofsVolume
+from obdlab.volumes.ext4.mkfs import make_filesystem
+from obdlab.volumes.ext4.volume import Volume as Ext4Volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from obdlab.convert.compare.listing import ReadableVolume
+    from obdlab.convert.endpoints.layout import VerifiedFile
+    from obdlab.convert.layer import LayerOptions
+
+# As the original compresses them; its readers take others, too.
+_PACKING = Packing("lz4", 4096)
+_PIECE = 1 << 20
+_SHOWN = 5
+_VOLUMES: dict[str, Callable[[Blob], ReadableVolume]] = {"ext4": Ext4Volume, "erofs": ErofsVolume}
+
+
+class TurboVerificationError(ObdlabError, code="turbo-verification"):
+    """A turboOCI image does not read as the image it was made of. Nothing of it has been published."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurboFiles:
+    """The files of one layer's blob, by their names in it, and the work they took.
+
+    ``records`` and ``own_size`` (bytes of metadata before compression) are sums over the file systems.
+    """
+
+    files: dict[str, Path]
+    applied: ApplyStatistics
+    records: int
+    own_size: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class TurboBuilder:
+    """Builds the warp layers of one image for one or more ``filesystems``, bottom first, in ``work_dir``.
+
+    A context manager. The same layers give the same bytes, on every machine and at any time. ``work_dir`` must be on
+    a file system with sparse files.
+    """
+
+    def __init__(self, work_dir: Path, options: LayerOptions, filesystems: Sequence[str]) -> None:
+        self._work_dir = work_dir
+        self._options = options
+        self._layers: dict[str, list[WarpLayer]] = {name: [] for name in filesystems}
+        self._wanted = MemoryTree()
+        self._opened = ExitStack()
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def add(
+        self, file: VerifiedFile, name: str, diff_id: str, advance: Callable[[int], None] = lambda _: None
+    ) -> TurboFiles:
+        """Build the next layer of the ordinary layer in ``file``, whose uncompressed tar has the digest ``diff_id``.
+
+        ``name`` is the layer's in errors. ``advance`` is called with the bytes read from the file, which must stay
+        until this builder is closed. Raises FormatError for a layer that cannot be a target, or that is malformed,
+        CorruptBlobError if it has another digest, ApplyError, SourceError.
+        """
+        begin = time.monotonic()
+        number, self._count = self._count, self._count + 1
+        index = self._work_dir / f"{number:03d}.{GZIP_INDEX}"
+        target = self._opened.enter_context(self._target(file, name, index, diff_id, advance))
+        seconds = {"index": time.monotonic() - begin}
+        files: dict[str, Path] = {}
+        records = own_size = 0
+        applied = ApplyStatistics()
+        for filesystem, layers in self._layers.items():
+            begin = time.monotonic()
+            meta = self._work_dir / f"{number:03d}.{meta_name(filesystem)}"
+            applied, committed = self._build(filesystem, layers, target, name, meta)
+            opened = open_layer(LocalFile(meta), kind=partial(WarpLayer, target))
+            self._opened.callback(opened.file.close)
+            assert isinstance(opened, WarpLayer)
+            layers.append(opened)
+            files[meta_name(filesystem)] = meta
+            records += committed[0]
+            own_size += committed[1]
+            seconds[filesystem] = time.monotonic() - begin
+        begin = time.monotonic()
+        apply_layer(pieces_file(checked(_pieces(target), name, diff_id)), name, self._wanted)
+        seconds["read back"] = time.monotonic() - begin
+        marker = self._work_dir / f"{number:03d}{MARKER}"
+        marker.touch()
+        files[MARKER] = marker
+        if index.exists():
+            files[GZIP_INDEX] = index
+        return TurboFiles(files, applied, records, own_size, seconds)
+
+    def verify(self) -> None:
+        """Read each file system through its warp layers and compare it with the ordinary layers' files.
+
+        Raises TurboVerificationError with the first differences, and the errors of reading.
+        """
+        wanted = self._wanted.listing()
+        for filesystem, layers in self._layers.items():
+            found = differences(list_volume(_VOLUMES[filesystem](Stack(layers))), wanted)
+            if found:
+                more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
+                raise TurboVerificationError(
+                    f"{filesystem} differs from the image: {'; '.join(found[:_SHOWN])}{more}"
+                )
+
+    def _target(
+        self, file: VerifiedFile, name: str, index: Path, diff_id: str, advance: Callable[[int], None]
+    ) -> Blob:
+        # Returns the uncompressed tar of the layer, after reading all of the file once.
+        head = file.as_blob()
+        with head:
+            compression = compression_of(head.read_at(0, min(MAGIC_SIZE, head.size)))
+        if compression:
+            raise FormatError(
+                "layer cannot be a turboOCI layer's target: convert the image as a whole (without --as turbo-oci)",
+                blob=name,
+                got=compression,
+                wanted="an uncompressed tar",
+            )
+        for _ in checked(_read(file, advance), name, diff_id):
+            pass
+        return file.as_blob()
+
+    def _build(
+        self, filesystem: str, layers: Sequence[WarpLayer], target: Blob, name: str, meta: Path
+    ) -> tuple[ApplyStatistics, tuple[int, int]]:
+        upper = self._work_dir / f"{meta.name}.writable"
+        try:
+            with SparseUpper.create(upper, self._options.virtual_size) as layer, meta.open("xb") as file:
+                disk = TargetDisk(Stack(layers) if layers else None, layer)
+                tree: Ext4Tree | ErofsTree
+                if filesystem == "erofs":
+                    tree = ErofsTree(disk, fresh=not layers)
+                else:
+                    if not layers:
+                        make_filesystem(disk, inode_ratio=self._options.inode_ratio)
+                    tree = Ext4Tree(disk)
+                applied = apply_layer(pieces_file(_pieces(target)), name, tree)
+                tree.finish()
+                committed, _ = write_packed(file, _PACKING, disk.commit, name=name)
+            upper.unlink()
+        except OSError as error:
+            raise SourceError(f"cannot build the layer: {error.strerror or error}", blob=str(upper)) from error
+        return applied, (committed.records, committed.data_sectors * 512)
+
+
+def _read(file: VerifiedFile, advance: Callable[[int], None]) -> Iterator[bytes]:
+    while piece := file.read(_PIECE):
+        advance(len(piece))
+        yield piece
+
+
+def _pieces(blob: Blob) -> Iterator[bytes]:
+    for offset in range(0, blob.size, _PIECE):
+        yield blob.read_at(offset, min(_PIECE, blob.size - offset))
