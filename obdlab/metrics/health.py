@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cache.space import CacheSpace
 from obdlab.server import wire
-from obdlab.server.rundir import SOCKET_NAME
-from obdlab.system.processes import Process
+from obdlab.server.rundir import SOCKET_NAME, host_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,18 +37,10 @@ def host_health(run_dir: Path) -> dict[str, Any]:
     try:
         wire.connect(run_dir / SOCKET_NAME, _HOST_TIMEOUT_S).close()
     except OSError as error:
-        if _runs(run_dir):
+        if host_process(run_dir) is not None:
             return {"ok": False, "state": f"does not answer: {error.strerror or error}"}
         return {"ok": True, "state": "not running, started on demand"}
     return {"ok": True, "state": "running"}
-
-
-def _runs(run_dir: Path) -> bool:
-    try:
-        known = json.loads((run_dir / "host.pid").read_text())
-        return Process(int(known["pid"]), int(known["start_time"])).alive
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
 
 
 def _devices(snapshot: Snapshot) -> dict[str, Any]:

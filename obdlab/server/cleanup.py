@@ -14,7 +14,14 @@ from obdlab.errors import DeviceError
 from obdlab.server import snapshottersocket, wire
 from obdlab.server.capture.directories import end_start, maker_of, places_of_starts
 from obdlab.server.counterfiles import TALLY_LOCK_NAME, TALLY_NAME
-from obdlab.server.rundir import SOCKET_NAME, START_LOCK_NAME, DeviceRecord, held, running_snapshotter
+from obdlab.server.rundir import (
+    HOST_PID_NAME,
+    SOCKET_NAME,
+    START_LOCK_NAME,
+    DeviceRecord,
+    held,
+    running_snapshotter,
+)
 from obdlab.server.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME
 from obdlab.system import mount
 
@@ -27,7 +34,7 @@ _FILES = (
     API_SOCKET_NAME,
     SOCKET_NAME,
     f"{SOCKET_NAME}.new",
-    "host.pid",
+    HOST_PID_NAME,
     "host.lock",
     START_LOCK_NAME,
     "host.log",

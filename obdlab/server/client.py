@@ -7,47 +7,33 @@ run directory, even when host and servers are dead.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from msgspec import structs
-
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import read_config
-from obdlab.server import controlclient, wire
+from obdlab.server import controlclient
+from obdlab.server.hostclient import HostClient, expected, left_s
 from obdlab.server.messages import (
-    OF_HOST,
     Attach,
     Attached,
     Description,
     Done,
-    Failed,
     GetStatistics,
-    HostRequest,
     Keep,
-    Kept,
-    Message,
     Mounted,
     Prime,
     Primed,
     ServerStatistics,
-    Stale,
     Upgrade,
     Upgraded,
 )
 from obdlab.server.rundir import (
-    SOCKET_NAME,
-    START_LOCK_NAME,
     TAKE_DOWN_SIGNAL,
     DeviceRecord,
     DeviceState,
@@ -57,26 +43,13 @@ from obdlab.server.rundir import (
     remove_device,
 )
 from obdlab.system import mount
-from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import check_own_directory
-from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig
     from obdlab.settings.settings import Settings
 
 T = TypeVar("T")
-
-#: Time for Python to start and the host to listen, on a busy machine.
-_HOST_START_TIMEOUT_S = 30.0
-#: The host gets less time than its client has, by this share and at most this much: its answer, with the cause of a
-#: failure, must still come through.
-_ANSWER_SHARE = 0.2
-_MOST_FOR_ANSWER_S = 10.0
-_CONNECT_S = 5.0
-_SHORTEST_S = 0.01
-_KEEPER_S = 60.0
-_HOST_END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +109,7 @@ class DeviceService:
     def __init__(self, run_dir: Path, settings: Settings) -> None:
         self._run = RunDir(run_dir)
         self._settings = settings
+        self._host = HostClient(self._run, settings)
 
     @property
     def settings(self) -> Settings:
@@ -167,14 +141,14 @@ class DeviceService:
             readahead_kib=self._settings.device_readahead_kib,
         )
         doing = f"cannot attach {config}: "
-        return _as_device(_expected(Attached, self._ask_fresh_host(request, device_id, timeout_s), doing).device)
+        return _as_device(expected(Attached, self._host.ask_fresh(request, device_id, timeout_s), doing).device)
 
     def prime(self, image: ImageConfig) -> None:
         """Cache the parts of an image that opening it reads from its registry. Raises ObdlabError with the cause."""
         self._run.create()
         request = Prime(image=image.to_json(), settings=self._settings.to_json())
-        answer = self._ask_host(request, time.monotonic() + self._settings.open_deadline_s)
-        _expected(Primed, answer, "cannot prime the cache: ")
+        answer = self._host.ask(request, time.monotonic() + self._settings.open_deadline_s)
+        expected(Primed, answer, "cannot prime the cache: ")
 
     def upgrade(self, device_id: str, *, force: bool = False, timeout_s: float = 150.0) -> bool:
         """Have a device in use served by the installed code. Return False if it was already.
@@ -184,8 +158,8 @@ class DeviceService:
         be started; the old one goes on then.
         """
         self._run.device(device_id)
-        answer = self._ask_fresh_host(Upgrade(device_id=device_id, force=force), device_id, timeout_s)
-        return _expected(Upgraded, answer, "cannot upgrade: ").upgraded
+        answer = self._host.ask_fresh(Upgrade(device_id=device_id, force=force), device_id, timeout_s)
+        return expected(Upgraded, answer, "cannot upgrade: ").upgraded
 
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount the device's file system on the directory ``target``.
@@ -221,7 +195,7 @@ class DeviceService:
         with held(directory, timeout_s):
             while True:
                 try:
-                    remove_device(directory, timeout_s=_left(max(deadline, waits_until), timeout_s), force=force)
+                    remove_device(directory, timeout_s=left_s(max(deadline, waits_until), timeout_s), force=force)
                 except DeviceError:  # each try waits for TRANSIENT_USE_S
                     if time.monotonic() >= waits_until or _is_mounted_here(directory):
                         raise
@@ -290,7 +264,7 @@ class DeviceService:
                 self.detach(directory.name, force=force)
             except DeviceError as error:
                 failures.append(str(error))
-        self.stop_host()
+        self._host.stop()
         if failures:
             raise DeviceError("; ".join(failures))
 
@@ -306,35 +280,18 @@ class DeviceService:
     def start_host(self) -> None:
         """Have the device host run before the first attach. Raises DeviceError."""
         self._run.create()
-        self._connect_to_host(time.monotonic() + _HOST_START_TIMEOUT_S).close()
+        self._host.start()
 
-    def stop_host(self, *, timeout_s: float = _HOST_END_S) -> bool:
-        """Stop the device host, not the devices; kill it after ``timeout_s``. Return True if one ran."""
-        try:
-            known = json.loads((self._run.path / "host.pid").read_text())
-            process = Process(int(known["pid"]), int(known["start_time"]))
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
-        if not process.alive:
-            return False
-        process.signal(signal.SIGTERM)
-        process.end(timeout_s)
-        return True
+    def stop_host(self) -> bool:
+        """Stop the device host, not the devices; kill it if it does not end. Return True if one ran."""
+        return self._host.stop()
 
     def ask_for_keeper(self, device_id: str, description: Description) -> socket.socket:
         """Have a new keeper adopt this process, the server of a device. Return the connection to the keeper.
 
         Raises ObdlabError if no keeper comes within a minute.
         """
-        request = Keep(device_id=device_id, server=description)
-        deadline = time.monotonic() + _KEEPER_S
-        connection = self._connect_to_host(deadline)
-        try:
-            _expected(Kept, _exchange(connection, request, deadline))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return self._host.ask_for_keeper(Keep(device_id=device_id, server=description))
 
     def _remove_dead(self, directory: Path) -> bool:
         try:
@@ -347,107 +304,9 @@ class DeviceService:
             return False
         return True
 
-    def _connect_to_host(self, deadline: float) -> socket.socket:
-        path = self._run.path / SOCKET_NAME
-        try:
-            return wire.connect(path, _left(deadline, _CONNECT_S))
-        except OSError:
-            self._have_host_started(deadline)
-        try:
-            return wire.connect(path, _left(deadline, _CONNECT_S))
-        except OSError as error:
-            raise DeviceError(f"{path}: the device host does not answer: {error.strerror or error}") from error
-
-    # Clients that need a host at the same moment start one together: eight starts of Python take eight times as long,
-    # which on a busy machine is longer than any client waits.
-    def _have_host_started(self, deadline: float) -> None:
-        try:
-            lock = os.open(self._run.path / START_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DeviceError(f"{self._run.path}: cannot start the device host: {error.strerror}") from error
-        try:
-            lock_until(lock, time.monotonic() + _left(deadline, _HOST_START_TIMEOUT_S))  # or start one all the same
-            try:
-                wire.connect(self._run.path / SOCKET_NAME, _left(deadline, _CONNECT_S)).close()
-            except OSError:
-                self._start_host(_left(deadline, _HOST_START_TIMEOUT_S))
-        finally:
-            os.close(lock)
-
-    def _ask_fresh_host(self, request: HostRequest, device_id: str, timeout_s: float) -> Message:
-        deadline = time.monotonic() + timeout_s
-        answer = self._ask_host(request, deadline, device_id)
-        if isinstance(answer, Stale):  # the package was changed since the host started; devices survive its end
-            self.stop_host(timeout_s=_left(deadline, _HOST_END_S))
-            answer = self._ask_host(request, deadline, device_id)
-        if isinstance(answer, Stale):
-            return Failed(f"device {device_id}: the installed package keeps changing")
-        return answer
-
-    # A host that dies before it answers is replaced once: repeating an attach is safe.
-    def _ask_host(self, request: HostRequest, deadline: float, device_id: str = "") -> Message:
-        try:
-            try:
-                return self._ask_host_once(request, deadline)
-            except wire.ConnectionLostError:
-                return self._ask_host_once(request, deadline)
-        except DeviceError as error:
-            what = f"device {device_id}: " if device_id else ""
-            raise DeviceError(f"{what}device host: {error} (see {self._run.host_log})") from error
-
-    def _ask_host_once(self, request: HostRequest, deadline: float) -> Message:
-        with self._connect_to_host(deadline) as connection:
-            return _exchange(connection, request, deadline)
-
-    # The command returns once the host listens, detached from this process; two commands at a time are fine.
-    def _start_host(self, timeout_s: float) -> None:
-        command = [sys.executable, "-m", "obdlab.cli.device_host", "--run-dir", str(self._run.path), "--detach"]
-        command += _log_arguments(self._settings)
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DeviceError(f"the device host did not start within {timeout_s:.3g} s") from error
-        if done.returncode != 0:
-            text = done.stderr.decode(errors="replace").strip()
-            raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")
-
 
 def _is_mounted_here(directory: Path) -> bool:
     return any(mount.mounts_of(path) for path in kinds.devices_of(directory))
-
-
-# Sends the request and receives one message, by a deadline. Raises DeviceError.
-def _exchange(connection: socket.socket, request: HostRequest, deadline: float) -> Message:
-    left_s = _left(deadline, float("inf"))
-    request = structs.replace(request, timeout_s=left_s - min(_MOST_FOR_ANSWER_S, left_s * _ANSWER_SHARE))
-    connection.settimeout(left_s)
-    try:
-        wire.send(connection, request)
-    except OSError as error:
-        raise wire.ConnectionLostError(f"connection lost: {error.strerror or error}") from error
-    return wire.receive(connection, _left(deadline, left_s), OF_HOST)
-
-
-# Raises the error that the other side reports instead.
-def _expected(kind: type[T], answer: Message, doing: str = "") -> T:
-    if isinstance(answer, Failed):
-        raise answer.restore(doing)
-    if not isinstance(answer, kind):
-        raise DeviceError(f"{doing}the device host answers {type(answer).__name__} (wanted {kind.__name__})")
-    return answer
-
-
-# At most ``most_s``; never 0, so that the call itself reports the timeout.
-def _left(deadline: float, most_s: float) -> float:
-    return max(_SHORTEST_S, min(most_s, deadline - time.monotonic()))
-
-
-def _log_arguments(settings: Settings) -> list[str]:
-    arguments = ["--log-format", settings.log_format, "--log-level", settings.log_level]
-    arguments += ["--log-size", str(settings.log_size), "--log-count", str(settings.log_count)]
-    return arguments + (["--log-file", str(settings.log_path)] if settings.log_path else [])
 
 
 def _as_device(record: DeviceRecord) -> AttachedDevice:

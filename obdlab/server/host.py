@@ -31,7 +31,7 @@ from obdlab.server.hostrequests import HostRequests, is_revivable, stays_without
 from obdlab.server.installed import InstalledCode
 from obdlab.server.messages import OF_HOST_CLIENT, Failed
 from obdlab.server.protection import bound_memory, unprotect
-from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, RunDir
+from obdlab.server.rundir import HOST_PID_NAME, SOCKET_NAME, DeviceRecord, RunDir
 from obdlab.settings.settings import Settings
 from obdlab.system import abi
 from obdlab.system.locks import lock_until
@@ -106,7 +106,8 @@ class Host:
                 raise DeviceError(f"{path}: another device host has the lock but does not answer")
         self._lock = lock
         me = Process.of(os.getpid())
-        (self._run.path / "host.pid").write_text(json.dumps({"pid": os.getpid(), "start_time": me and me.start_time}))
+        known = {"pid": os.getpid(), "start_time": me and me.start_time}
+        (self._run.path / HOST_PID_NAME).write_text(json.dumps(known))
         self._listener = wire.listen(path)
         self._socket_inode = os.stat(path).st_ino
         return True

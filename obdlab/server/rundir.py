@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: The device host's socket.
 SOCKET_NAME = "host.sock"
+#: Number and start time of the device host's process.
+HOST_PID_NAME = "host.pid"
 #: Locked by the client that starts the host.
 START_LOCK_NAME = "host.start.lock"
 #: Has a keeper take its device down once it is unused.
@@ -210,6 +212,16 @@ class RunDir:
             return sorted(entry for entry in self.devices.iterdir() if _DEVICE_ID.fullmatch(entry.name))
         except FileNotFoundError:
             return []
+
+
+def host_process(run_dir: Path) -> Process | None:
+    """Return the process of the device host that runs now, or None."""
+    try:
+        known = json.loads((run_dir / HOST_PID_NAME).read_text())
+        process = Process(int(known["pid"]), int(known["start_time"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return process if process.alive else None
 
 
 def device_id_of(config: Path) -> str:

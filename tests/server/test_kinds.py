@@ -18,7 +18,7 @@ from obdlab.devices import kinds
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.layers.append import AppendUpper
-from obdlab.server import client
+from obdlab.server import hostclient
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.live import LiveDevice
@@ -43,7 +43,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One for all tests: a device host takes long to start on emulated processors."""
     directory = tmp_path_factory.mktemp("kinds").resolve() / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
+        patch.setattr(hostclient, "_HOST_START_TIMEOUT_S", 300.0)
         service_of(directory, "auto").start_host()
         yield directory
         service_of(directory, "auto").shutdown(force=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.server import client
+from obdlab.server import client, hostclient
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
 from tests import containerd_host
@@ -68,7 +68,7 @@ def test_containerd_runs_an_image_through_fuse_and_loop(tmp_path: Path, monkeypa
     for module in (containerd_host, containerd_module):
         for name in [name for name in vars(module) if name.endswith("TIMEOUT_S")]:
             monkeypatch.setattr(module, name, 300.0)
-    monkeypatch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
+    monkeypatch.setattr(hostclient, "_HOST_START_TIMEOUT_S", 300.0)
     with running_registry(tmp_path / "registry") as server:
         image = push_golden(server, "golden")
         with containerd_with_obdlab(tmp_path / "host", "--device", "fuse+loop") as host:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from obdlab.lab.testbed.process import LabError
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.platform import host_platform
 from obdlab.server.client import DeviceService
+from obdlab.server.rundir import host_process
 from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _measure(work: Path, count: int) -> dict[str, float]:
             with device.path.open("rb") as disk:
                 disk.read(_READ)
         each = [sum(map(_pss, _processes(device))) for device in devices]
-        host = _pss(int(json.loads((work / "run" / "host.pid").read_text())["pid"]))
+        process = host_process(work / "run")
+        host = _pss(process.pid) if process is not None else 0
     return {
         "device_mib": sum(each) / count / 2**20,
         "all_mib": (sum(each) + host) / 2**20,

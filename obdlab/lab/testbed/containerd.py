@@ -35,6 +35,7 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.server.client import DeviceService
+from obdlab.server.rundir import host_process
 from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -275,7 +276,9 @@ class OwnContainerd(Closing):
         snapshotter.wait_for(socket.exists, "socket")
         # A host in use has a running device host, so its start (Python with all imports) is not measured.
         self.devices.start_host()
-        self.groups.add(json.loads((self.devices.run_dir.path / "host.pid").read_text())["pid"])
+        host = host_process(self.devices.run_dir.path)
+        assert host is not None, "the device host was just started"
+        self.groups.add(host.pid)
 
     def _start_containerd(self, stack: ExitStack) -> None:
         config = self.state / "config.toml"

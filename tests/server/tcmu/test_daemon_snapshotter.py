@@ -10,7 +10,7 @@ import pytest
 
 from obdlab.devices.tcmu import configfs, uio
 from obdlab.errors import DeviceError
-from obdlab.server import client
+from obdlab.server import hostclient
 from obdlab.server.tcmu.devices import TcmuDevices
 from obdlab.settings.settings import DAEMON_KIND, Settings
 from tests import containerd_host
@@ -76,7 +76,7 @@ def test_containerd_runs_an_image_on_tcmu(tmp_path: Path, daemon: Daemon, monkey
     for module in (containerd_host, containerd_module):
         for name in [name for name in vars(module) if name.endswith("TIMEOUT_S")]:
             monkeypatch.setattr(module, name, 300.0)
-    monkeypatch.setattr(client, "_HOST_START_TIMEOUT_S", 300.0)
+    monkeypatch.setattr(hostclient, "_HOST_START_TIMEOUT_S", 300.0)
     with running_registry(tmp_path / "registry") as server:
         image = push_golden(server, "golden")
         with containerd_with_obdlab(tmp_path / "host", "--device", DAEMON_KIND) as host:
