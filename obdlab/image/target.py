@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import FormatError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
 from obdlab.image.config import LowerConfig
+from obdlab.layers.gziptarget import GzipTarget
 from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def open_target(lower: LowerConfig, remote: RemoteLayers | None, around: Around)
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
     blob, identity = _open_stored(lower, remote, around)
     try:
-        return around("target", _uncompressed(blob, lower.gzip_index)), identity
+        blob = _uncompressed(blob, lower.gzip_index)
+        return around("target", blob), identity
     except BaseException:
         blob.close()
         raise
@@ -54,6 +56,11 @@ def _uncompressed(blob: Blob, gzip_index: str) -> Blob:
             got=compression,
             wanted="an uncompressed tar, or gzipIndex",
         )
-    if gzip_index:
-        raise FormatError("compressed targets are not supported yet", blob=blob.name)
-    return blob
+    if not gzip_index:
+        return blob
+    index = LocalFile(gzip_index)
+    try:
+        return GzipTarget(blob, index)
+    except BaseException:
+        index.close()
+        raise

@@ -8,7 +8,7 @@ import stat
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,15 @@ from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.uio import UioName
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
+from obdlab.formats.checksum import raw_crc32c
+from obdlab.formats.gzipindex import HEADER_SIZE, WINDOW, IndexHeader, parse_table, parse_window, table_bytes
 from obdlab.formats.trace import PriorityList, Trace, content_of_layer
 from obdlab.image.config import ImageConfig
 from obdlab.layerfiles.diskimport import disk_size
 from obdlab.layers.append import AppendUpper
+from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.warp import WarpLayer
@@ -107,6 +111,39 @@ def _stack(data: bytes) -> None:
 
 def _warp(data: bytes) -> None:
     read_all(Stack([open_layer(MemoryBlob(data), kind=partial(WarpLayer, target_tar("plain.tar")))]))
+
+
+def _gzip_index(data: bytes) -> None:
+    # With a right CRC, or nearly everything would be refused for it.
+    data = data[:329] + raw_crc32c(data[:329]).to_bytes(4, "little") + data[333:]
+    gz = MemoryBlob(_golden("turbooci/good.tar.gz"))
+    read_all(GzipTarget(gz, MemoryBlob(data), spans=SpanCache(4 << 20)))
+
+
+def _gzip_index_seeds() -> list[bytes]:
+    # The second one is not compressed, so that changes reach the fields of entries.
+    sound = _golden("turbooci/good.gzip.meta")
+    header = IndexHeader.from_bytes(sound, index_size=len(sound))
+    table = parse_table(sound[header.index_start :], header)
+    starts = [333 + WINDOW * number for number in range(len(table))]
+    windows = [parse_window(sound[row["window"] :][: row["length"]], header) for row in table]
+    rows = [
+        (int(row["content"]), int(row["stored"]), start, int(row["bits"]), WINDOW)
+        for row, start in zip(table, starts, strict=True)
+    ]
+    plain = b"".join(windows) + table_bytes(rows)
+    size = HEADER_SIZE + len(plain)
+    changed = replace(header, windows_compressed=False, index_size=size, index_start=size - len(rows) * 29)
+    return [sound, changed.to_bytes() + plain]
+
+
+def _gzip_target(data: bytes) -> None:
+    index = _golden("turbooci/good.gzip.meta")
+    blob = MemoryBlob(data)
+    header = IndexHeader.from_bytes(index, index_size=len(index))
+    if blob.size != header.compressed_size:  # else the size alone would tell
+        index = replace(header, compressed_size=blob.size).to_bytes() + index[HEADER_SIZE:]
+    read_all(GzipTarget(blob, MemoryBlob(index), spans=SpanCache(4 << 20)))
 
 
 def _append_log(data: bytes) -> None:
@@ -482,6 +519,8 @@ TARGETS = {
     "tar-wrap": Target(_tar, _goldens("zfile/text.lz4.4.tar.zfile", "image/acceleration-layer.tar")),
     "layer": Target(_layer, _layer_seeds),
     "warp": Target(_warp, _warp_seeds),
+    "gzip-index": Target(_gzip_index, _gzip_index_seeds),
+    "gzip-target": Target(_gzip_target, _goldens("turbooci/good.tar.gz")),
     "stack": Target(_stack, _layer_seeds),
     "append-log": Target(_append_log, _goldens("lsmt/l1.index", "lsmt/l2.index", "lsmt/c1.index")),
     "qcow2": Target(

@@ -172,8 +172,12 @@ def test_an_error_of_around_leaves_nothing_open(tmp_path: Path, settings: Settin
             raise RuntimeError(failing)
         return blob
 
-    with pytest.raises(RuntimeError, match=failing):
-        open_image(ImageConfig(lowers=(plain(tmp_path, "plain.tar"),)), settings, around=around)
+    gz = LowerConfig(
+        str(meta("good")), target_file=str(TURBO / "good.tar.gz"), gzip_index=str(TURBO / "good.gzip.meta")
+    )
+    for lower in (plain(tmp_path, "plain.tar"), gz):
+        with pytest.raises(RuntimeError, match=failing):
+            open_image(ImageConfig(lowers=(lower,)), settings, around=around)
 
 
 # What is changed in a sound lower, and what the error says.
@@ -205,6 +209,39 @@ def test_refused_at_opening(tmp_path: Path, settings: Settings, name: str) -> No
     with pytest.raises(ImageOpenError, match=message) as caught:
         open_image(ImageConfig(lowers=(replace(lower, **changes),)), settings)
     assert re.match(r"cannot open lower 0 of 1 \(", str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["l1", "good", "other"])
+def test_open_warp_with_a_gzip_target(name: str) -> None:
+    with obdlab.open_warp(meta(name), TURBO / f"{name}.tar.gz", TURBO / f"{name}.gzip.meta") as disk:
+        assert sha256_of(disk, STEP) == turbo_stack(name)["decoded_sha256"]
+
+
+def test_a_chain_of_gzip_targets(tmp_path: Path, settings: Settings) -> None:
+    lowers = tuple(
+        LowerConfig(
+            str(meta(name)), target_file=str(TURBO / f"{name}.tar.gz"), gzip_index=str(TURBO / f"{name}.gzip.meta")
+        )
+        for name in ("l1", "l2", "l3")
+    )
+    with open_image(ImageConfig(lowers=lowers), settings) as image:
+        assert sha256_of(image, STEP) == turbo_stack(*CHAIN)["decoded_sha256"]
+
+
+def test_gzip_targets_and_indexes_that_do_not_fit(tmp_path: Path, settings: Settings) -> None:
+    def opened(target: str, index: str, *, of: str = "good") -> Image | WritableImage:
+        lower = LowerConfig(str(meta(of)), target_file=str(TURBO / target), gzip_index=str(TURBO / index))
+        return open_image(ImageConfig(lowers=(lower,)), settings)
+
+    for target, index, what in (
+        ("good.tar.gz", "other.gzip.meta", "index of another gzip file: its first entry"),
+        ("good.tar.gz", "twomember.gzip.meta", "index of another gzip file .got 487422 bytes"),
+        ("twomember.tar.gz", "twomember.gzip.meta", "needs more bytes than its target has .*got 1642596 bytes"),
+        ("good.tar.gz", "missing.gzip.meta", "missing.gzip.meta: cannot open"),
+        ("plain.tar", "good.gzip.meta", "plain.tar: .*index of another gzip file"),
+    ):
+        with pytest.raises(ImageOpenError, match=what):
+            opened(target, index)
 
 
 def test_open_warp_refuses_what_does_not_fit(tmp_path: Path) -> None:

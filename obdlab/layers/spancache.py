@@ -1,0 +1,101 @@
+"""Decoded pieces of the targets of one image, in memory, up to a limit."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+from obdlab.errors import ObdlabError, SourceError
+from obdlab.waiting import about_to_wait
+
+#: Bytes for all targets of an image: two spans of sixteen readers.
+LIMIT = 32 << 20
+# Longest wait for another thread that decodes the same piece: it takes milliseconds, or as long as a registry.
+_LONGEST_WAIT_S = 60.0
+
+
+class SpanCache:
+    """The least recently used pieces are dropped. One piece is decoded by one thread; others wait for it.
+
+    Thread-safe. A piece larger than ``limit`` is not kept.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._pieces: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._size = 0
+        self._decoding: dict[Hashable, _Decoding] = {}
+
+    def get(self, key: Hashable, decode: Callable[[], bytes]) -> bytes:
+        """Return the piece ``key``, by ``decode`` if it is not here.
+
+        Raises what ``decode`` raises, in the waiting threads as well; SourceError if another thread takes too long.
+        """
+        with self._lock:
+            piece = self._pieces.get(key)
+            if piece is not None:
+                self._pieces.move_to_end(key)
+                return piece
+            decoding = self._decoding.get(key)
+            mine = decoding is None
+            if decoding is None:
+                decoding = self._decoding[key] = _Decoding()
+        about_to_wait()
+        if not mine:
+            return decoding.result()
+        try:
+            piece = decoding.piece = decode()
+        except BaseException as error:
+            decoding.error = error
+            raise
+        finally:
+            with self._lock:
+                del self._decoding[key]
+                if decoding.piece is not None and not decoding.dropped:
+                    self._keep(key, decoding.piece)
+            decoding.done.set()
+            # The error's traceback refers to this frame: a cycle would keep the bytes of all its frames.
+            del decoding
+        return piece
+
+    def drop(self, keys: Callable[[Hashable], bool]) -> None:
+        """Forget the pieces for whose key ``keys`` is true; those being decoded will not be kept."""
+        with self._lock:
+            for key in [key for key in self._pieces if keys(key)]:
+                self._size -= len(self._pieces.pop(key))
+            for key, decoding in self._decoding.items():
+                decoding.dropped = decoding.dropped or keys(key)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pieces."""
+        return self._size
+
+    def _keep(self, key: Hashable, piece: bytes) -> None:
+        self._pieces[key] = piece
+        self._size += len(piece)
+        while self._size > self._limit:
+            _, oldest = self._pieces.popitem(last=False)
+            self._size -= len(oldest)
+
+
+class _Decoding:
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.piece: bytes | None = None
+        self.error: BaseException | None = None
+        self.dropped = False
+
+    def result(self) -> bytes:
+        if not self.done.wait(_LONGEST_WAIT_S):
+            raise SourceError("another thread has not decoded the same bytes in time", temporary=True)
+        if self.piece is not None:
+            return self.piece
+        if isinstance(self.error, ObdlabError):
+            raise self.error
+        raise SourceError("another thread was interrupted while it decoded the same bytes", temporary=True)
