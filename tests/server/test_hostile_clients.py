@@ -27,9 +27,9 @@ from obdlab.server.messages import Done, Failed, GetStatistics, Graduate, Server
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord
 from obdlab.settings.settings import Settings
 from tests.devices.contract import MIB, read_direct
+from tests.server.bed import start_host
 from tests.server.hosting import content_of
 from tests.server.killing import until
-from tests.server.test_attach import start_host
 
 kernel = pytest.mark.kernel
 SOCKETS = ("host", "control")

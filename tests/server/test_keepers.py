@@ -23,6 +23,7 @@ from obdlab.server import deaths, wire
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import AttachedDevice, DeviceService
 from obdlab.server.deaths import MAX_DEATHS, Deaths, Start
+from obdlab.server.hostclient import HostClient
 from obdlab.server.messages import Busy, Failed
 from obdlab.server.rundir import SOCKET_NAME, DeviceRecord, DeviceState
 from obdlab.server.serverprocess import ServerProcess
@@ -30,8 +31,8 @@ from obdlab.server.watchdog import Activity
 from obdlab.settings.settings import Settings
 from obdlab.system.processes import Process
 from tests.devices.contract import MIB, read_direct, write_direct
+from tests.server.bed import start_host
 from tests.server.killing import kill, until
-from tests.server.test_attach import start_host
 from tests.server.test_survival import (
     golden,  # noqa: F401
     golden_config,
@@ -321,13 +322,13 @@ def test_clients_that_need_a_host_at_once_start_one(
     service: DeviceService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[float] = []
-    start = DeviceService._start_host
+    start = HostClient._launch
 
-    def counted(self: DeviceService, timeout_s: float) -> None:
+    def counted(self: HostClient, timeout_s: float) -> None:
         started.append(timeout_s)
         start(self, timeout_s)
 
-    monkeypatch.setattr(DeviceService, "_start_host", counted)
+    monkeypatch.setattr(HostClient, "_launch", counted)
     config = golden_config(tmp_path)
     with ThreadPoolExecutor(6) as pool:
         devices = list(pool.map(lambda number: service.attach(config, f"d{number}"), range(6)))

@@ -18,8 +18,8 @@ from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings, SettingsError
 from tests.devices.contract import MIB, read_direct, write_direct
+from tests.server.bed import start_host
 from tests.server.hosting import content_of
-from tests.server.test_attach import start_host
 
 LEAST = 256 * MIB
 
