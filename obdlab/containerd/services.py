@@ -1,7 +1,7 @@
-"""gRPC services as their protobuf descriptors list them: what a client calls, and what a server answers.
+"""Stubs and handlers of gRPC services, made of protobuf's descriptors.
 
-The descriptors name each method, its messages and which side streams. So no code is generated for services; of what
-the generator makes, the ``.pyi`` files alone are kept, as the types of the stubs.
+A descriptor has the names of the methods, their messages, and the side that streams. So no code is generated for
+services; the generator's ``.pyi`` files are kept, as the types of the stubs.
 """
 
 from __future__ import annotations

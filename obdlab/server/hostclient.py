@@ -107,7 +107,7 @@ class HostClient:
         return answer
 
     def ask(self, request: HostRequest, deadline: float, device_id: str = "") -> Message:
-        """Return the host's answer. Raises DeviceError if there is none.
+        """Return the host's answer. Raises DeviceError if it does not come.
 
         A host that dies before it answers is replaced once: repeating an attach is safe.
         """
