@@ -56,7 +56,7 @@ class Layer(Protocol):
 
     @property
     def uuid(self) -> str:
-        """The layer's UUID, all zeros if it has none."""
+        """The layer's UUID, all zeros for a layer without one."""
 
     @property
     def parent_uuid(self) -> str:
