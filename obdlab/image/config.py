@@ -8,10 +8,11 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
 from obdlab.localfile import open_regular
+from obdlab.plain import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,6 @@ COMMIT_FILE, SEALED_FILE = "overlaybd.commit", "overlaybd.sealed"
 LAYER_FILES = (COMMIT_FILE, ".commit", SEALED_FILE)
 
 _MAX_SIZE = (1 << 64) - 1
-_Value = TypeVar("_Value")
 
 
 # A configuration of 255 lowers takes some 100 KiB.
@@ -144,34 +144,28 @@ class ImageConfig:
     @classmethod
     def from_json(cls, values: object, *, name: str = "image configuration") -> Self:
         """Read parsed JSON; unknown keys are ignored. Raises ConfigError naming ``name`` and the wrong key."""
-        top = _Table(values, name, "")
-        upper = _Table(top.get("upper", dict, {}), name, "upper.")
+        top = Table(values, name, ConfigError)
+        upper = top.table("upper")
         return cls(
             repo_blob_url=top.get("repoBlobUrl", str, ""),
-            lowers=tuple(
-                _lower(_Table(lower, name, f"lowers[{i}].")) for i, lower in enumerate(top.get("lowers", list, []))
-            ),
+            lowers=tuple(map(_lower, top.tables("lowers"))),
             upper=UpperConfig(
                 index=upper.get("index", str, ""),
                 data=upper.get("data", str, ""),
-                vsize_gb=upper.get("vsize", int, 0),
+                vsize_gb=upper.number("vsize", 0, least=0, most=_MAX_SIZE),
             ),
             result_file=top.get("resultFile", str, ""),
             download=top.get("download", dict, None),
             acceleration_layer=top.get("accelerationLayer", bool, False),
             record_trace_path=top.get("recordTracePath", str, ""),
-            trace=_lower(_Table(top.get("trace", dict, {}), name, "trace.")),
+            trace=_lower(top.table("trace")),
         )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a configuration file. Raises ConfigError naming the file, and the key if a key is wrong."""
         name = os.fspath(path)
-        try:
-            values = json.loads(read_config(name))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{name}: image configuration is not JSON ({error})") from error
-        return cls.from_json(values, name=name)
+        return cls.from_json(Table.of_json(read_config(name), name, ConfigError).values, name=name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file of mode 0600, replacing an old one in one step. Raises ConfigError naming the file."""
@@ -200,35 +194,12 @@ def read_config(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-class _Table:
-    # A JSON object whose values are checked by type when they are read.
-    def __init__(self, values: object, name: str, prefix: str) -> None:
-        if not isinstance(values, dict):
-            key = prefix.rstrip(".") or "the whole"
-            raise ConfigError(f"{name}: {key}: wrong type (got {type(values).__name__}, wanted an object)")
-        self._values = values
-        self._name = name
-        self._prefix = prefix
-
-    def get(self, key: str, kind: type[_Value], default: Any) -> Any:
-        value = self._values.get(key)
-        if value is None:  # Go writes null for an empty list
-            return default
-        if type(value) is not kind:
-            raise ConfigError(
-                f"{self._name}: {self._prefix}{key}: wrong type (got {type(value).__name__}, wanted {kind.__name__})"
-            )
-        if kind is int and not 0 <= cast("int", value) <= _MAX_SIZE:
-            raise ConfigError(f"{self._name}: {self._prefix}{key}: out of range (got {value}, wanted a u64)")
-        return value
-
-
-def _lower(table: _Table) -> LowerConfig:
+def _lower(table: Table) -> LowerConfig:
     return LowerConfig(
         file=table.get("file", str, ""),
         dir=table.get("dir", str, ""),
         digest=table.get("digest", str, ""),
-        size=table.get("size", int, 0),
+        size=table.number("size", 0, least=0, most=_MAX_SIZE),
         gzip_index=table.get("gzipIndex", str, ""),
         target_file=table.get("targetFile", str, ""),
         target_digest=table.get("targetDigest", str, ""),

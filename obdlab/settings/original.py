@@ -6,13 +6,12 @@ are reported as notes; a malformed value is an error that names file and key.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.settings.plain import from_plain
+from obdlab.plain import Table, from_plain
 from obdlab.settings.settings import EXPORTER_PORT, GIB, KIB, LOG_LEVELS, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -105,12 +104,7 @@ def load(path: str | os.PathLike[str], base: Settings | None = None) -> ServiceC
 
 def parse(text: bytes, name: str, base: Settings) -> ServiceConfig:
     """Read the text of a settings file of either kind. Raises SettingsError."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{name}: not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise SettingsError(f"{name}: not a JSON object (got {type(document).__name__})")
+    document = Table.of_json(text, name, SettingsError).values
     ours = document.keys() & {field.name for field in fields(Settings)}
     if ours or not document:
         return ServiceConfig(_with_own(base, document, name))
@@ -166,12 +160,13 @@ class _Original:
     def __init__(self, document: Mapping[str, Any], name: str) -> None:
         self._name = name
         self._values: dict[str, Any] = {}
+        self._table = Table(self._values, name, SettingsError)
         self._notes: list[str] = []
         self._changes: dict[str, Any] = {}
         for key, value in document.items():
             if key in _SECTIONS:
                 if not isinstance(value, dict):
-                    raise self._wrong(key, value, "an object")
+                    raise self._table.wrong(key, value, "an object")
                 for inner, content in value.items():
                     self._take(f"{key}.{inner}", content)
             else:
@@ -207,21 +202,8 @@ class _Original:
     def _note(self, key: str, text: str) -> None:
         self._notes.append(f"{self._name}: {key}: {text}")
 
-    def _wrong(self, key: str, got: object, wanted: str) -> SettingsError:
-        return SettingsError(f"{self._name}: {key}: wrong value (got {got!r}, wanted {wanted})")
-
-    def _path(self, key: str) -> Path | None:
-        text = self._values.get(key)
-        if not text:
-            return None
-        if not text.startswith("/") or "\0" in text:
-            raise self._wrong(key, text, "an absolute path")
-        return Path(text)
-
     def _number(self, key: str, least: int) -> int | None:
-        value = self._values.get(key)
-        if value is not None and not least <= value < 1 << 32:
-            raise self._wrong(key, value, f"a number of at least {least}")
+        value: int | None = self._table.number(key, least=least, most=(1 << 32) - 1)
         return value
 
     def _cache(self) -> None:
@@ -231,10 +213,10 @@ class _Original:
             kind = self._values.get("cacheType") or "file"
             key, directory, size = "cacheType", "registryCacheDir", "registryCacheSizeGB"
         if kind not in _CACHE_TYPES:
-            raise self._wrong(key, kind, f"one of {', '.join(_CACHE_TYPES)}")
+            raise self._table.wrong(key, kind, f"one of {', '.join(_CACHE_TYPES)}")
         if kind != "file":
             self._note(key, f"{kind!r} is not there, the block cache of files is used")
-        if (path := self._path(directory)) is not None:
+        if (path := self._table.path(directory)) is not None:
             self._set(directory, cache_dir=path)
         if (gigabytes := self._number(size, 1)) is not None:
             self._set(size, cache_quota=gigabytes * GIB)
@@ -244,12 +226,12 @@ class _Original:
     def _credentials(self) -> None:
         mode = self._values.get("credentialConfig.mode")
         if not mode:
-            if (path := self._path("credentialFilePath")) is not None:
+            if (path := self._table.path("credentialFilePath")) is not None:
                 self._set("credentialFilePath", credentials_path=path, credentials_mode="file")
             return
         settings: dict[str, Any] = {"credentials_mode": mode}
         if mode == "file":
-            settings["credentials_path"] = self._path("credentialConfig.path")
+            settings["credentials_path"] = self._table.path("credentialConfig.path")
         else:
             address = self._values.get("credentialConfig.path", "")
             settings["credentials_address"] = (
@@ -258,20 +240,20 @@ class _Original:
         if (seconds := self._number("credentialConfig.timeout", 1)) is not None:
             settings["credentials_timeout_s"] = float(seconds)
         for key, name in (("client_cert", "client_cert"), ("client_key", "client_key"), ("server_ca", "server_ca")):
-            settings[f"credentials_{name}"] = self._path(f"credentialConfig.{key}_path")
+            settings[f"credentials_{name}"] = self._table.path(f"credentialConfig.{key}_path")
         self._set("credentialConfig", **settings)
 
     def _logs(self) -> None:
         level = self._values.get("logConfig.logLevel", self._values.get("logLevel"))
         if level is not None:
             self._set("logLevel", log_level=LOG_LEVELS[min(max(level, 0), 3)])
-        if (path := self._path("logConfig.logPath") or self._path("logPath")) is not None:
+        if (path := self._table.path("logConfig.logPath") or self._table.path("logPath")) is not None:
             self._set("logPath", log_path=path)
         if (megabytes := self._number("logConfig.logSizeMB", 1)) is not None:
             self._set("logConfig.logSizeMB", log_size=megabytes * _MIB)
         if (count := self._number("logConfig.logRotateNum", 1)) is not None:
             self._set("logConfig.logRotateNum", log_count=count)
-        audit = self._path("auditPath")
+        audit = self._table.path("auditPath")
         if self._values.get("enableAudit") is False:
             self._set("enableAudit", audit_path=None)
         elif audit is not None or "enableAudit" in self._values:
@@ -299,11 +281,11 @@ class _Original:
         if self._values.get("exporterConfig.enable"):
             port = self._number("exporterConfig.port", 1) or EXPORTER_PORT
             if port > 65535:
-                raise self._wrong("exporterConfig.port", port, "a port")
+                raise self._table.wrong("exporterConfig.port", port, "a port")
             self._set("exporterConfig.port", exporter_listen=f"0.0.0.0:{port}")
             if prefix := self._values.get("exporterConfig.uriPrefix"):
                 self._set("exporterConfig.uriPrefix", exporter_path=prefix)
-        cert, key = self._path("certConfig.certFile"), self._path("certConfig.keyFile")
+        cert, key = self._table.path("certConfig.certFile"), self._table.path("certConfig.keyFile")
         if cert is not None and key is not None:
             self._set("certConfig", tls_client_cert=cert, tls_client_key=key)
         elif cert is not None or key is not None:
@@ -314,7 +296,7 @@ class _Original:
     def _unsupported(self) -> None:
         engine = self._values.get("ioEngine", 0)
         if not 0 <= engine <= 2:
-            raise self._wrong("ioEngine", engine, "0, 1 or 2")
+            raise self._table.wrong("ioEngine", engine, "0, 1 or 2")
         if engine:
             self._note("ioEngine", "files are read by pread, as with 0")
         if self._values.get("enableThread"):

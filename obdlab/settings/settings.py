@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Self, get_type_hints
 from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError
+from obdlab.plain import Table, from_plain, to_plain
 from obdlab.records import known_fields
 from obdlab.registry.p2p import P2PAddressError, parse_address
-from obdlab.settings.plain import from_plain, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -209,13 +209,7 @@ class Settings:
 
         Raises SettingsError naming ``name`` and the wrong key.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{name}: not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise SettingsError(f"{name}: not a JSON object (got {type(values).__name__})")
-        return cls().with_values(known_fields(cls, values), name=name)
+        return cls().with_values(known_fields(cls, Table.of_json(text, name, SettingsError).values), name=name)
 
     def with_values(self, values: Mapping[str, object], *, name: str) -> Self:
         """Return a copy changed by parsed JSON. Raises SettingsError naming ``name`` and the wrong key."""

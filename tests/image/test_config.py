@@ -95,19 +95,19 @@ def test_unknown_keys_and_nulls_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "the whole: wrong type (got list, wanted an object)"),
-        ({"lowers": {}}, "lowers: wrong type (got dict, wanted list)"),
-        ({"lowers": [{}, "x"]}, "lowers[1]: wrong type (got str, wanted an object)"),
-        ({"lowers": [{"size": "4096"}]}, "lowers[0].size: wrong type (got str, wanted int)"),
-        ({"lowers": [{"size": True}]}, "lowers[0].size: wrong type (got bool, wanted int)"),
-        ({"lowers": [{"size": -1}]}, "lowers[0].size: out of range"),
-        ({"lowers": [{"size": 1 << 64}]}, "lowers[0].size: out of range"),
-        ({"lowers": [{"file": 1}]}, "lowers[0].file: wrong type (got int, wanted str)"),
-        ({"upper": []}, "upper: wrong type (got list, wanted dict)"),
-        ({"upper": {"data": []}}, "upper.data: wrong type"),
-        ({"repoBlobUrl": 3}, "repoBlobUrl: wrong type"),
-        ({"accelerationLayer": 1}, "accelerationLayer: wrong type (got int, wanted bool)"),
-        ({"download": "yes"}, "download: wrong type"),
+        ([], "not a JSON object (got list)"),
+        ({"lowers": {}}, "lowers: wrong value (got {}, wanted a list of objects)"),
+        ({"lowers": [{}, "x"]}, "lowers[1]: wrong value (got 'x', wanted an object)"),
+        ({"lowers": [{"size": "4096"}]}, "lowers[0].size: wrong value (got '4096', wanted a whole number)"),
+        ({"lowers": [{"size": True}]}, "lowers[0].size: wrong value (got True, wanted a whole number)"),
+        ({"lowers": [{"size": -1}]}, "lowers[0].size: wrong value (got -1, wanted a number from 0 to"),
+        ({"lowers": [{"size": 1 << 64}]}, "lowers[0].size: wrong value (got 18446744073709551616, wanted a number"),
+        ({"lowers": [{"file": 1}]}, "lowers[0].file: wrong value (got 1, wanted a string)"),
+        ({"upper": []}, "upper: wrong value (got [], wanted an object)"),
+        ({"upper": {"data": []}}, "upper.data: wrong value"),
+        ({"repoBlobUrl": 3}, "repoBlobUrl: wrong value"),
+        ({"accelerationLayer": 1}, "accelerationLayer: wrong value (got 1, wanted true or false)"),
+        ({"download": "yes"}, "download: wrong value"),
     ],
 )
 def test_wrong_types_are_named(tmp_path: Path, values: object, message: str) -> None:
@@ -122,7 +122,7 @@ def test_wrong_types_are_named(tmp_path: Path, values: object, message: str) -> 
 def test_not_json(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "config.v1.json"
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"config\.v1\.json: image configuration is not JSON"):
+    with pytest.raises(ConfigError, match=r"config\.v1\.json: not JSON"):
         ImageConfig.load(path)
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obdlab.plain import describe, to_plain
 from obdlab.settings.original import KEYS, at_launch, load, parse
-from obdlab.settings.plain import describe, to_plain
 from obdlab.settings.settings import GIB, Settings, SettingsError
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
@@ -144,7 +144,7 @@ def test_what_files_lead_to(document: dict[str, Any], changes: dict[str, Any]) -
         ({"ioEngine": "1"}, r"ioEngine: wrong value \(got '1', wanted a whole number\)"),
         ({"download": []}, r"download: wrong value \(got \[\], wanted an object\)"),
         ({"download": {"enable": 1}}, r"download\.enable: wrong value \(got 1, wanted true or false\)"),
-        ({"download": {"tryCnt": 0}}, r"download\.tryCnt: wrong value \(got 0, wanted a number of at least 1\)"),
+        ({"download": {"tryCnt": 0}}, r"download\.tryCnt: wrong value \(got 0, wanted a number from 1 to"),
         (
             {"cacheConfig": {"cacheType": "ram"}},
             r"cacheConfig\.cacheType: wrong value \(got 'ram', wanted one of file",

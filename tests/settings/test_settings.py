@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdlab.settings.plain import describe, from_plain
+from obdlab.plain import describe, from_plain
 from obdlab.settings.settings import Settings, SettingsError
 
 

@@ -50,7 +50,7 @@ def test_an_exporter_runs_only_if_it_is_enabled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("port", [0, -1, 65536, True, "9863", 1.5])
 def test_ports_that_are_none(tmp_path: Path, port: object) -> None:
-    with pytest.raises(ConfigError, match="port: wanted a number from 1 to 65535"):
+    with pytest.raises(ConfigError, match=r"port: wrong value .*wanted a (number from 1 to 65535|whole number)"):
         load(tmp_path, exporterConfig={"port": port})
 
 

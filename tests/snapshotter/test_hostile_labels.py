@@ -393,7 +393,7 @@ def test_the_roots_are_settings(tmp_path: Path) -> None:
     assert (images.active_roots, images.trace_roots) == ((Path("/data"),), ())
     for value in ("/data", ["data"], [7], {}):
         path.write_text(json.dumps({"activePathRoots": value}))
-        with pytest.raises(ConfigError, match="activePathRoots: wanted a list of absolute paths"):
+        with pytest.raises(ConfigError, match=r"activePathRoots: wrong value .*wanted a (list|path)"):
             SnapshotterConfig.load(path)
 
 

@@ -32,8 +32,8 @@ def run_check(args: argparse.Namespace) -> int:
     import sys
     from dataclasses import fields, replace
 
+    from obdlab.plain import to_plain
     from obdlab.settings.original import load
-    from obdlab.settings.plain import to_plain
     from obdlab.settings.settings import Settings
 
     loaded = load(args.file)
