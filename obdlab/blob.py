@@ -72,6 +72,13 @@ class Blob(Closing):
         check_range(self, begin, end - begin)
         return begin, end
 
+    def piece(self, offset: int) -> tuple[int, int] | None:
+        """Return the range around a byte that has to be decoded as a whole to read the byte; None if there is none.
+
+        A cache above keeps all of it. Reads nothing.
+        """
+        return None
+
     def stream(self, offset: int, length: int) -> ByteStream | None:
         """Request a range by one request, to be read as it arrives; the caller closes the stream.
 
@@ -171,6 +178,9 @@ class Wrapper(Blob):
 
     def read_at(self, offset: int, length: int) -> bytes:
         return self.below.read_at(offset, length)
+
+    def piece(self, offset: int) -> tuple[int, int] | None:
+        return self.below.piece(offset)
 
     def stream(self, offset: int, length: int) -> ByteStream | None:
         return self.below.stream(offset, length)

@@ -61,6 +61,7 @@ class Fetches:
         self.deadline_s = deadline_s
         self.name = origin.name
         self._origin = origin
+        self._decodes_pieces = origin.piece(0) is not None
         self._units = units
         self._holders = holders
         self._demand = demand
@@ -89,8 +90,10 @@ class Fetches:
                 if flight is None:
                     expected = bool(self.expected) and self._is_expected(unit)
                     extent = 1 if expected else self.extent.units(self._origin.link)
-                    begin = unit - unit % extent
-                    around = files.present(begin, min(stop + -stop % extent, files.units))
+                    begin, end = unit - unit % extent, min(stop + -stop % extent, files.units)
+                    if self._decodes_pieces:
+                        begin, end = self._piece_around(unit, stop)
+                    around = files.present(begin, end)
                     there = around[unit - begin : stop - begin]
                     if not there[0]:
                         flight = self._claim_around(unit, begin, around)
@@ -126,6 +129,14 @@ class Fetches:
             if flight.data is not None and unit < flight.stop:
                 return memoryview(flight.data)[unit - flight.first << self._units.unit_shift :], True
             self._check_deadline(unit, deadline)
+
+    # Returns the units to fetch with a miss of `[unit, stop)`: also those that lie whole in the piece that the origin
+    # has to decode for it.
+    def _piece_around(self, unit: int, stop: int) -> tuple[int, int]:
+        shift = self._units.unit_shift
+        begin, end = self._origin.piece(unit << shift) or (unit << shift, stop << shift)
+        end = self._units.files.units if end == self._origin.size else end >> shift
+        return min(-(-begin >> shift), unit), max(end, stop)
 
     def fetch_in_background(self, first: int, stop: int) -> None:
         """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
