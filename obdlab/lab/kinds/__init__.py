@@ -8,6 +8,7 @@ from __future__ import annotations
 from obdlab.lab.kinds.build import Build
 from obdlab.lab.kinds.codec import Codec
 from obdlab.lab.kinds.conversion import Conversion
+from obdlab.lab.kinds.depth import Depth
 from obdlab.lab.kinds.fio import Fio
 from obdlab.lab.kinds.index import Index
 from obdlab.lab.kinds.kind import Kind
@@ -16,7 +17,7 @@ from obdlab.lab.kinds.misses import Misses
 from obdlab.lab.kinds.start import Start
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Start(), Codec(), Index(), Fio(), Build(), Conversion(), Misses(), Memory())
+    kind.name: kind for kind in (Start(), Codec(), Index(), Depth(), Fio(), Build(), Conversion(), Misses(), Memory())
 }
 #: The kind of a declaration that names none.
 START = Start.name

@@ -64,7 +64,7 @@ def _measure(point: Point, place: Place) -> dict[str, float]:
     seconds = time.perf_counter() - began_s
     cpu_s = _processor_s() - before_s
     source_size = sum(layer.source_size for layer in made.layers)
-    segments = _merged_segments(target, [layer.built.digest for layer in made.layers])
+    segments = merged_segments(target, [layer.built.digest for layer in made.layers])
     shutil.rmtree(target)
     return {
         "seconds": seconds,
@@ -75,7 +75,8 @@ def _measure(point: Point, place: Place) -> dict[str, float]:
     }
 
 
-def _merged_segments(layout: Path, digests: list[str]) -> int:
+def merged_segments(layout: Path, digests: list[str]) -> int:
+    """Return the number of segments in the merged index of a layout's layers. Raises FormatError."""
     layers = [open_layer(LocalFile(ImageLayout(layout).blob_path(digest))) for digest in digests]
     with Stack(layers) as disk:
         return len(disk.index)

@@ -28,6 +28,7 @@ DU = Run("scan_du", "read_all.toml", {"workload": "du"})
 TAR = Run("scan_tar", "read_all.toml", {"workload": "tar"})
 BUILD = Run("build", "build.toml")
 INDEX = Run("index", "index.toml")
+DEPTH = Run("depth", "depth.toml")
 CODEC = Run("codec", "codec.toml")
 CONVERSION = Run("conversion", "conversion.toml")
 MISSES = Run("misses", "misses.toml")
@@ -141,8 +142,9 @@ QUESTIONS: tuple[Question, ...] = (
         "index",
         "How large is the merged index, and how fast is it looked up?",
         "Fig 7",
-        "Lookups in indexes of random segments, one at a time and in batches, on one core; segments of real images.",
-        (INDEX, CONVERSION),
+        "Lookups in indexes of random segments, one at a time and in batches, on one core; segments of real images and of "
+        "a stack of 205 layers.",
+        (INDEX, CONVERSION, DEPTH),
         "Measured, in Python with numpy; the paper's is C++.",
     ),
     Question(

@@ -71,6 +71,7 @@ def everything(root: Path) -> Given:
             "scan_tar": start_rows(),
             "build": grid_rows("build", {"layer": ("overlayfs", "obdlab-append")}, {}),
             "index": grid_rows("index", {"segments": (1000, 4500, 100000), "layers": (1, 50)}, {"batch_m_s": 7.0}),
+            "depth": grid_rows("depth", {"layers": (10, 205)}, {"segments": 4000.0}),
             "codec": grid_rows("codec", {"algorithm": ("lz4", "zstd"), "block_size": (4096,), "workers": (1,)}, {}),
             "conversion": grid_rows(
                 "conversion",

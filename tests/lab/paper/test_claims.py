@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import subprocess
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_the_fastest_is_ahead_of_all_that_was_measured(tmp_path: Path) -> None:
         entry = next(each for each in ledger.ledger(results) if each.claim.key == "tar-fast")
         assert entry.outcome.verdict is verdict
         assert place in entry.outcome.measured
+
+
+def test_no_two_verdicts_rest_on_one_statistic() -> None:
+    root = Path(__file__).parents[3] / "experiments" / "measured" / "evaluation"
+    numbers = [
+        tuple(re.findall(r"\d+\.\d+ \[.*?\]", entry.outcome.measured))
+        for entry in ledger.ledger(Results(root))
+        if entry.outcome.p is not None
+    ]
+    numbers = [each for each in numbers if each]
+    assert len(set(numbers)) == len(numbers) > 5
 
 
 def test_one_sample_proves_nothing(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_ledger_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["key"] for entry in entries] == [claim.key for claim in CLAIMS]
     assert entries[0]["rows"] > 0
-    assert entries[0]["experiments"] == ["conversion"]
+    assert entries[0]["experiments"] == ["depth"]
 
 
 def test_a_parameter_that_a_notebook_does_not_know_fails() -> None:

@@ -97,7 +97,7 @@ def test_how_many_reads_a_second_are_enough(
             {"segments": 4500},
             [(1 / 5.99, N), (1 / 6.01, R), (0.001, R)],
         ),
-        ("index-size", "conversion", "segments", {"algorithm": "lz4", "image": "a"}, [(4500, R), (4501, N), (1, R)]),
+        ("index-size", "depth", "segments", {"layers": 205}, [(4500, R), (4501, N), (1, R)]),
         ("size", "conversion", "of_source", {"algorithm": "lz4"}, [(0.99, N), (1.0, R), (2.0, R), (2.01, N)]),
     ],
 )
@@ -105,19 +105,23 @@ def test_bounds_of_numbers(
     tmp_path: Path, key: str, run: str, column: str, same: dict[str, Any], values: list[tuple[float, Verdict]]
 ) -> None:
     # Rows of other algorithms and sizes of index do not count.
-    others = (
-        [{**same, "algorithm": "zstd", column: 1e6}] if run == "conversion" else [{"segments": 1000, column: 1e-9}]
-    )
+    others: list[Row] = {
+        "conversion": [{**same, "algorithm": "zstd", column: 1e6}],
+        "depth": [{"layers": 10, column: 1e6}],
+    }.get(run, [{"segments": 1000, column: 1e-9}])
     for value, verdict in values:
         rows: list[Row] = _thrice(**{**same, column: value}) + [*others] * 3
         assert _check(tmp_path, key, run, rows).verdict is verdict, value
 
 
-def test_the_largest_index_is_reported_with_its_memory(tmp_path: Path) -> None:
-    rows = [{"algorithm": "lz4", "image": image, "segments": many} for image, many in (("a", 4500), ("b", 90))]
-    found = _check(tmp_path, "index-size", "conversion", rows)
-    assert found.measured == "4500 segments in the largest index, 72.0 kB"
-    assert (found.confidence, found.rows) == ("exact; 2 images", 2)
+def test_the_index_of_the_deepest_stack_is_reported_with_its_memory(tmp_path: Path) -> None:
+    rows: list[Row] = [{"layers": layers, "segments": many} for layers, many in ((205, 4500), (10, 9000))]
+    found = _check(tmp_path, "index-size", "depth", rows)
+    assert found.measured == "4,500 segments in the index of 205 layers, 72.0 kB"
+    assert (found.verdict, found.confidence, found.rows) == (R, "exact; made-up files", 1)
+    # A few layers prove nothing, but they can refute.
+    assert _check(tmp_path, "index-size", "depth", [{"layers": 204, "segments": 9}]).verdict is Verdict.UNCLEAR
+    assert _check(tmp_path, "index-size", "depth", [{"layers": 8, "segments": 4501}]).verdict is N
 
 
 @pytest.mark.parametrize("cold_s", [[1.0] * 3, [0.5, 1.0, 5.0], [0.2] * 3])
