@@ -142,8 +142,8 @@ QUESTIONS: tuple[Question, ...] = (
         "index",
         "How large is the merged index, and how fast is it looked up?",
         "Fig 7",
-        "Lookups in indexes of random segments, one at a time and in batches, on one core; segments of real images and of "
-        "a stack of 205 layers.",
+        "Lookups in indexes of random segments, one at a time and in batches, on one core; segments of real images "
+        "and of a stack of 205 layers.",
         (INDEX, CONVERSION, DEPTH),
         "Measured, in Python with numpy; the paper's is C++.",
     ),
