@@ -23,6 +23,7 @@ from obdlab.layerfiles.rawdisk import RawDisk
 from obdlab.layerfiles.writing import write_layer
 from obdlab.localfile import LocalFile
 from obdlab.system.newfile import check_absent
+from obdlab.system.programs import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,14 +149,10 @@ def _run_qemu_img(source: Path, raw: Path, report: Callable[[int, int], int]) ->
     ]  # fmt: skip
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as percents:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=percents, stderr=said)
+            with running(command, stdout=percents, stderr=said) as process:
+                status = _wait(process, raw, partial(report, percents.fileno()))
         except FileNotFoundError as error:
             raise ImportDiskError(_NO_QEMU_IMG) from error
-        try:
-            status = _wait(process, raw, partial(report, percents.fileno()))
-        finally:
-            process.kill()
-            process.wait()
         if status:
             said.seek(0)
             text = said.read(4096).decode(errors="replace").strip() or f"exit status {status}"

@@ -30,7 +30,9 @@ AT_ONCE = DownloadOptions(delay_s=0, delay_extra_s=0, bytes_per_s=0, tries=1000)
 
 
 @pytest.fixture
-def switching() -> Iterator[None]:
+def switching(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have threads change places all the time, and so wait longer for each other than a store usually may."""
+    monkeypatch.setattr("obdlab.cache.space._WAIT_TO_STORE_S", WAIT_S)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

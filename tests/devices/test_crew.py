@@ -295,6 +295,7 @@ def buffers_after_a_wait(*, needed: bool) -> tuple[bytes, bytes]:
 
 
 def test_the_buffer_goes_with_the_lead_unless_its_content_is_needed() -> None:
+    assert Member().needs_buffer is False
     assert buffers_after_a_wait(needed=False) == (b"", b"a request")
     assert buffers_after_a_wait(needed=True) == (b"a request", b"")
 

@@ -18,6 +18,9 @@ from tests.devices.contract import MIB, read_direct
 
 pytestmark = pytest.mark.kernel
 
+#: PROC_PID_INIT_INO of the kernel's linux/proc_ns.h.
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
+
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Path]:
@@ -40,8 +43,12 @@ def test_reads_are_told_with_who_and_how_long(device: Path, tmp_path: Path) -> N
     number = os.stat(device).st_rdev
     assert device_of(events) == (os.major(number), os.minor(number))
     reads = reads_of(events, device_of(events))
-    assert (reads[0].offset, reads[0].length, reads[0].pid) == (MIB, 8192, os.getpid())
+    own_name = Path("/proc/self/comm").read_text().removesuffix("\n")
+    assert (reads[0].offset, reads[0].length, reads[0].process) == (MIB, 8192, own_name)
     assert (reads[1].offset, reads[1].process) == (2 * MIB, "dd")
+    assert reads[0].pid != reads[1].pid
+    if os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE:  # the kernel's events have its numbers
+        assert reads[0].pid == os.getpid()
     assert all(read.offset for read in reads)
     assert all(read.took_s is not None and 0 < read.took_s < 60 for read in reads)
     assert len(mount.mounts()) == mounted

@@ -324,3 +324,9 @@ def test_a_disk_is_ready_and_has_blocks_of_512_bytes() -> None:
 def test_an_unknown_command_is_named() -> None:
     with pytest.raises(ScsiError, match=r"no such command \(0xa3\)"):
         disk().execute(bytes((0xA3, *bytes(11))), b"")
+
+
+@pytest.mark.parametrize(("read_only", "features"), [(True, 0x04), (False, 0xE4)])
+def test_provisioning_is_told_without_its_kind(read_only: bool, features: int) -> None:
+    page = disk(read_only=read_only).execute(struct.pack(">BBBHB", 0x12, 1, 0xB2, 255, 0), b"")
+    assert page == bytes((0, 0xB2, 0, 4, 0, features, 0, 0))
