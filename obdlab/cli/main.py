@@ -38,10 +38,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab")
-    for entry in (*GROUPS, *SINGLE):
-        child = commands.add_parser(entry.name, help=entry.summary)
-        if named is None or named[:1] == [entry.name]:
-            _fill(child, entry, None if named is None else named[1:])
+    _add(commands, (*GROUPS, *SINGLE), named)
     if not named:
         parser.epilog = _map()
     return parser
@@ -59,11 +56,18 @@ def _fill(parser: argparse.ArgumentParser, entry: Group | Command, named: Sequen
     parser.description = f"{entry.summary[0].upper()}{entry.summary[1:]}.\n\ncommands:\n{_listed(entry.commands)}"
     parser.epilog = entry.example
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", prog=parser.prog, required=True)
-    for command in entry.commands:
-        child = commands.add_parser(command.name, help=command.summary)
-        if named is None or named[:1] == [command.name]:
-            child.set_defaults(prog=child.prog)
-            command.build(child)
+    _add(commands, entry.commands, named)
+
+
+def _add(
+    parsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    entries: Sequence[Group | Command],
+    named: Sequence[str] | None,
+) -> None:
+    for entry in entries:
+        child = parsers.add_parser(entry.name, help=entry.summary)
+        if named is None or named[:1] == [entry.name]:
+            _fill(child, entry, None if named is None else named[1:])
 
 
 def _listed(commands: Sequence[Command]) -> str:

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.layers.lsmt import Layer
 
-#: The supported file systems of layers.
-FILE_SYSTEMS = ("ext4", "erofs")
 #: Raised by each change that gives other bytes for the same layer and options.
 OUTPUT_VERSION = 1
 GIB = 1 << 30
@@ -65,7 +63,7 @@ class LayerOptions:
     block_size: int = DEFAULT_BLOCK_SIZE
     #: Size of the disk that containers see. Unused space costs nothing.
     virtual_size: int = 64 * GIB
-    #: One of FILE_SYSTEMS.
+    #: "ext4" or "erofs".
     filesystem: str = "ext4"
     #: Bytes of the disk per inode of ext4.
     inode_ratio: int = INODE_RATIO

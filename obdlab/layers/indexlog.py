@@ -146,11 +146,6 @@ class IndexLog:
         self._group: list[bytes] = []
         self._group_records = 0
 
-    @property
-    def group_records(self) -> int:
-        """Number of records written at once; 0 if each is written at once."""
-        return self._group_records
-
     def set_group_records(self, count: int) -> None:
         """Collect ``count`` records before writing them; 0 turns grouping off."""
         if count < 0:

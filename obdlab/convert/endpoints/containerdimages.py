@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
@@ -11,8 +10,7 @@ from obdlab.containerd import gclabels
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.errors import NotFoundError
 from obdlab.containerd.images import Image
-from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
-from obdlab.convert.endpoints.layout import VerifiedFile
+from obdlab.convert.endpoints.endpoint import DownloadedSource, ImageDestination
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
 
@@ -25,7 +23,7 @@ _COPY = 1 << 20
 _LEASE_S = 24 * 3600.0
 
 
-class ContainerdSource(ImageSource):
+class ContainerdSource(DownloadedSource):
     """An image of one namespace, by its name in containerd."""
 
     def __init__(self, address: str, namespace: str, image: str) -> None:
@@ -36,29 +34,17 @@ class ContainerdSource(ImageSource):
     def close(self) -> None:
         self._client.close()
 
-    def fetch(self, layer: oci.Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        path = directory / f"source-{layer.digest.removeprefix('sha256:')}"
+    def _download(self, layer: oci.Descriptor) -> Iterator[bytes]:
         try:
-            with path.open("wb", buffering=0) as file:
-                for piece in self._client.content.stream(layer.digest, layer.size):
-                    file.write(piece)
-                    advance(len(piece))
+            yield from self._client.content.stream(layer.digest, layer.size)
         except NotFoundError as error:
             raise SourceError(
                 "containerd does not have this layer (pulled for another platform, or its content was discarded)",
                 blob=f"{self.name}@{layer.digest}",
             ) from error
-        except OSError as error:
-            raise SourceError(f"cannot copy the layer: {error.strerror or error}", blob=str(path)) from error
-        return VerifiedFile(path, layer)
 
     def open_blob(self, descriptor: oci.Descriptor) -> Blob:
         return _StoredBlob(self._client, self.name, descriptor)
-
-    def release(self, layer: VerifiedFile) -> None:
-        layer.close()
-        with suppress(FileNotFoundError):
-            os.unlink(layer.path)
 
     def root(self) -> tuple[oci.Descriptor | None, oci.Manifest | oci.Index]:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from obdlab.errors import FormatError
+from obdlab.convert.endpoints.layout import VerifiedFile
+from obdlab.errors import FormatError, SourceError
 from obdlab.formats.oci import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -26,11 +29,10 @@ from obdlab.formats.oci import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from obdlab.blob import Blob
-    from obdlab.convert.endpoints.layout import VerifiedFile
 
 LAYER_TYPES = (OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, DOCKER_LAYER, DOCKER_LAYER_GZIP, DOCKER_LAYER_ZSTD)
 _MAX_NESTED_INDEXES = 4
@@ -151,6 +153,30 @@ class ImageSource(ABC):
                     wanted="tar, tar+gzip or tar+zstd",
                 )
         return manifest
+
+
+class DownloadedSource(ImageSource):
+    """A source whose layers are downloaded to be read."""
+
+    @abstractmethod
+    def _download(self, layer: Descriptor) -> Iterator[bytes]:
+        """Yield the layer's bytes in pieces. Raises SourceError."""
+
+    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
+        path = directory / f"source-{layer.digest.removeprefix('sha256:')}"
+        try:
+            with path.open("wb", buffering=0) as file:
+                for piece in self._download(layer):
+                    file.write(piece)
+                    advance(len(piece))
+        except OSError as error:
+            raise SourceError(f"cannot download the layer: {error.strerror or error}", blob=str(path)) from error
+        return VerifiedFile(path, layer)
+
+    def release(self, layer: VerifiedFile) -> None:
+        layer.close()
+        with suppress(FileNotFoundError):
+            os.unlink(layer.path)
 
 
 class ImageDestination(ABC):

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
-from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
-from obdlab.convert.endpoints.layout import VerifiedFile
-from obdlab.errors import SourceError
+from obdlab.convert.endpoints.endpoint import DownloadedSource, ImageDestination
 from obdlab.formats.oci import (
     HOT_LAYER,
     INDEX_TYPES,
@@ -29,7 +25,7 @@ from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from obdlab.registry.client import RegistryClient
@@ -41,7 +37,7 @@ _PIECE = 256 << 10
 _PIECES = 64
 
 
-class RegistrySource(ImageSource):
+class RegistrySource(DownloadedSource):
     """An image in a registry."""
 
     def __init__(self, reference: Reference, client: RegistryClient) -> None:
@@ -54,19 +50,10 @@ class RegistrySource(ImageSource):
     def place(self) -> tuple[str, str] | None:
         return self._repository.host, self._repository.name
 
-    def fetch(self, layer: Descriptor, directory: Path, advance: Callable[[int], None]) -> VerifiedFile:
-        path = directory / f"source-{layer.digest.removeprefix('sha256:')}"
-        try:
-            with (
-                path.open("wb", buffering=0) as file,
-                self._client.stream_blob(self._repository, layer.digest, layer.size) as stream,
-            ):
-                while piece := stream.read(_COPY):
-                    file.write(piece)
-                    advance(len(piece))
-        except OSError as error:
-            raise SourceError(f"cannot download the layer: {error.strerror or error}", blob=str(path)) from error
-        return VerifiedFile(path, layer)
+    def _download(self, layer: Descriptor) -> Iterator[bytes]:
+        with self._client.stream_blob(self._repository, layer.digest, layer.size) as stream:
+            while piece := stream.read(_COPY):
+                yield piece
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
         return RemoteBlob(self._client, self._repository, descriptor.digest, descriptor.size)
@@ -85,11 +72,6 @@ class RegistrySource(ImageSource):
     @property
     def cache_name(self) -> str:
         return cache_name(self._repository)
-
-    def release(self, layer: VerifiedFile) -> None:
-        layer.close()
-        with suppress(FileNotFoundError):
-            os.unlink(layer.path)
 
     def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         fetched = self._client.get_manifest(self._reference)

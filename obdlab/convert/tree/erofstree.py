@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obdlab.convert.tree.memorytree import kept_xattrs
 from obdlab.convert.tree.target import Attributes, Seen, in_target
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.convert.tree.target import Xattr
+    from obdlab.volumes.erofs.volume import Inode
 
 
 class ErofsTree:
@@ -38,7 +39,7 @@ class ErofsTree:
         node = self._find(path)
         if node is None:
             return None
-        held = node if isinstance(node, Directory) else self._editor.inode(node)
+        held = self._held(node)
         attributes = Attributes(held.mode & 0o7777, held.uid, held.gid, held.mtime_ns, held.mtime_ns)
         return Seen(stat.S_IFMT(held.mode), attributes)
 
@@ -64,15 +65,8 @@ class ErofsTree:
 
     def make_directory(self, path: bytes, attributes: Attributes) -> None:
         parent, name = self._place(path)
-        self._directories[path] = self._editor.add_directory(
-            parent,
-            name,
-            mode=stat.S_IFDIR | attributes.mode,
-            uid=attributes.uid,
-            gid=attributes.gid,
-            mtime_ns=attributes.mtime_ns,
-            xattrs=_kept(stat.S_IFDIR, attributes.mode, attributes.xattrs),
-        )
+        values = _fields(stat.S_IFDIR, attributes.mode, attributes, attributes.xattrs)
+        self._directories[path] = self._editor.add_directory(parent, name, **values)
 
     def make_file(
         self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
@@ -93,77 +87,30 @@ class ErofsTree:
         node = self._node(path)
         xattrs = dict(self._editor.xattrs(node)) if keep_xattrs else {}
         xattrs.update(attributes.xattrs)
-        old_mode = node.mode if isinstance(node, Directory) else self._editor.inode(node).mode
+        old_mode = self._held(node).mode
         kind = stat.S_IFMT(old_mode)
-        mode = old_mode if kind == stat.S_IFLNK else kind | attributes.mode
-        kept = _kept(kind, mode & 0o7777, list(xattrs.items()))
-        self._set(path, node, mode, attributes.uid, attributes.gid, attributes.mtime_ns, kept)
-
-    def _set(
-        self,
-        path: bytes,
-        node: File | Directory,
-        mode: int,
-        uid: int,
-        gid: int,
-        mtime_ns: int,
-        xattrs: Sequence[Xattr],
-    ) -> None:
-        if isinstance(node, Directory):
-            self._editor.set_directory(node, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns, xattrs=xattrs)
-            return
-        parent = self._place(path)[0]
-        self._editor.set_file(parent, node, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns, xattrs=xattrs)
+        mode = old_mode & 0o7777 if kind == stat.S_IFLNK else attributes.mode
+        self._change(path, node, _fields(kind, mode, attributes, list(xattrs.items())))
 
     def set_times(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
         node = self._node(path)
-        xattrs = self._editor.xattrs(node)
-        if isinstance(node, Directory):
-            self._editor.set_directory(
-                node, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=mtime_ns, xattrs=xattrs
-            )
-            return
-        inode = self._editor.inode(node)
-        self._editor.set_file(
-            self._place(path)[0],
-            node,
-            mode=inode.mode,
-            uid=inode.uid,
-            gid=inode.gid,
-            mtime_ns=mtime_ns,
-            xattrs=xattrs,
-        )
+        held = self._held(node)
+        kept = {"mode": held.mode, "uid": held.uid, "gid": held.gid, "xattrs": self._editor.xattrs(node)}
+        self._change(path, node, {**kept, "mtime_ns": mtime_ns})
 
-    def _add(
-        self,
-        path: bytes,
-        kind: int,
-        attributes: Attributes,
-        *,
-        size: int = 0,
-        pieces: Iterable[tuple[int, Buffer]] = (),
-        sparse: bool = False,
-        rdev: tuple[int, int] = (0, 0),
-        target: bytes = b"",
-        mapped: tuple[int, bytes] | None = None,
-    ) -> None:
-        parent, name = self._place(path)
+    def _held(self, node: File | Directory) -> Directory | Inode:
+        return node if isinstance(node, Directory) else self._editor.inode(node)
+
+    def _change(self, path: bytes, node: File | Directory, values: dict[str, Any]) -> None:
+        if isinstance(node, Directory):
+            self._editor.set_directory(node, **values)
+        else:
+            self._editor.set_file(self._place(path)[0], node, **values)
+
+    def _add(self, path: bytes, kind: int, attributes: Attributes, **content: Any) -> None:
         mode = 0o777 if kind == stat.S_IFLNK else attributes.mode
-        self._editor.add_file(
-            parent,
-            name,
-            mode=kind | mode,
-            uid=attributes.uid,
-            gid=attributes.gid,
-            mtime_ns=attributes.mtime_ns,
-            xattrs=_kept(kind, mode, attributes.xattrs),
-            size=size,
-            pieces=pieces,
-            sparse=sparse,
-            rdev=rdev,
-            target=target,
-            mapped=mapped,
-        )
+        parent, name = self._place(path)
+        self._editor.add_file(parent, name, **_fields(kind, mode, attributes, attributes.xattrs), **content)
 
     def _place(self, path: bytes) -> tuple[Directory, bytes]:
         # Returns the parent, and the name in it.
@@ -202,5 +149,12 @@ class ErofsTree:
         return found
 
 
-def _kept(kind: int, mode: int, xattrs: Sequence[Xattr]) -> Sequence[Xattr]:
-    return kept_xattrs(kind, mode, xattrs) if xattrs else ()
+# The attributes of a file as the editor takes them.
+def _fields(kind: int, mode: int, attributes: Attributes, xattrs: Sequence[Xattr]) -> dict[str, Any]:
+    return {
+        "mode": kind | mode,
+        "uid": attributes.uid,
+        "gid": attributes.gid,
+        "mtime_ns": attributes.mtime_ns,
+        "xattrs": kept_xattrs(kind, mode, xattrs) if xattrs else (),
+    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from obdlab.formats.lsmt.index import HOLE, SegmentIndex, split
+from obdlab.formats.lsmt.index import HOLE, split
 from obdlab.formats.lsmt.layout import MAX_SEGMENT_SECTORS, Segments, encode_segments
 
 if TYPE_CHECKING:
@@ -128,10 +128,6 @@ class SegmentMap:
         for k in range(first, end):
             self._frozen_records(k)
         return end if end < len(self._chunks) else 0
-
-    def to_index(self) -> SegmentIndex:
-        """Return a frozen copy: :meth:`to_segments`, indexed."""
-        return SegmentIndex(self.to_segments())
 
     def _frozen_chunk(self, k: int) -> _Frozen:
         frozen = self._frozen[k]

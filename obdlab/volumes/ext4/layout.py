@@ -141,11 +141,6 @@ class Superblock:
         """Number of block groups."""
         return -(-(self.blocks - self.first_data_block) // self.blocks_per_group)
 
-    @property
-    def has_64bit(self) -> bool:
-        """True if block numbers have 48 bits."""
-        return bool(self.incompat & Incompat.BIT64)
-
     @classmethod
     def parse(cls, raw: bytes, disk_size: int, name: str = "") -> Self:
         """Read and check a superblock. Raises FormatError if it is malformed or needs unsupported features."""

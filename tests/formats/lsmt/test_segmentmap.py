@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.formats.lsmt import segmentmap
+from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import encode_segments
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from tests.formats.lsmt.test_index import from_runs
@@ -49,8 +50,8 @@ def test_model(todo: list[tuple[str, int, int, int, int]], join: bool, chunk: in
                 model[first + i] = {"remove": None, "zero": (~tag, 0)}.get(what, (tag, moffset + i))
             assert from_runs(held.lookup(begin, end), begin, end) == model[begin:end]
             if first % 3 == 0:  # copies in between must not make later ones stale
-                assert from_runs(held.to_index().lookup(0, 200), 0, 200) == model
-    index = held.to_index()
+                assert from_runs(SegmentIndex(held.to_segments()).lookup(0, 200), 0, 200) == model
+    index = SegmentIndex(held.to_segments())
     assert from_runs(index.lookup(0, 200), 0, 200) == model
     assert len(index) == len(held)
 
@@ -76,13 +77,13 @@ def test_zeroed_segment_keeps_its_mapped_offset_when_cut() -> None:
     held = SegmentMap()
     held.insert(0, 10, 77, zeroed=True)
     held.insert(4, 6, 9)
-    assert held.to_index().segments().rows() == [(0, 4, 77, True, 0), (4, 2, 9, False, 0), (6, 4, 77, True, 0)]
+    assert held.to_segments().rows() == [(0, 4, 77, True, 0), (4, 2, 9, False, 0), (6, 4, 77, True, 0)]
 
 
 def test_long_segments_are_cut_for_records() -> None:
     held = SegmentMap(join=True)
     held.insert(0, 40000, 8)
-    assert held.to_index().segments().rows() == [
+    assert held.to_segments().rows() == [
         (0, 16383, 8, False, 0),
         (16383, 16383, 16391, False, 0),
         (32766, 7234, 32774, False, 0),
