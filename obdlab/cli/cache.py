@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, settings_from
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.packing import size_text
 from obdlab.cli.progressbar import progress_bar
 
@@ -56,7 +56,7 @@ def _add_digests(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json_option(parser, "print JSON")
     add_runtime_options(parser)
 
 
@@ -70,7 +70,7 @@ def _list(args: argparse.Namespace) -> int:
     with _readable_errors():
         found = entries(CacheSpace(directory))
     if args.json:
-        print(json.dumps([asdict(entry) for entry in found], indent=2))
+        print_json([asdict(entry) for entry in found], indent=2)
         return 0
     print(f"{'DIGEST':19}  {'SIZE':>10}  {'CACHED':>6}  {'ON DISK':>10}  {'LAST USE':16}  STATE     REGISTRY")
     for entry in found:
@@ -96,7 +96,7 @@ def _clear(args: argparse.Namespace) -> int:
     _check_digests(args.digests)
     with _readable_errors():
         freed = clear(CacheSpace(settings_from(args).cache_dir), args.digests)
-    print(json.dumps({"freed_bytes": freed}) if args.json else f"freed {size_text(freed)}")
+    answer(args, {"freed_bytes": freed}, f"freed {size_text(freed)}")
     return 0
 
 
@@ -117,7 +117,7 @@ def _verify(args: argparse.Namespace) -> int:
                 checked += [blob] if blob is not None else []
     damaged = [blob for blob in checked if not blob.sound]
     if args.json:
-        print(json.dumps([asdict(blob) | {"sound": blob.sound} for blob in checked], indent=2))
+        print_json([asdict(blob) | {"sound": blob.sound} for blob in checked], indent=2)
     else:
         for blob in damaged:
             print(_damage(blob, args.repair))

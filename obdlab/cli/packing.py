@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.zfile import ALGORITHMS, DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
-from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from obdlab.layerfiles.writing import Packing
 
 
@@ -103,28 +98,9 @@ def layer_files(args: argparse.Namespace) -> LayerFiles:
     return LayerFiles(args.data, args.index or args.index_option)
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Add --json for a summary that machines read."""
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-
-
-def report(args: argparse.Namespace, text: str, facts: Mapping[str, object]) -> None:
-    """Print the summary of a command: one line on standard error, or with --json an object on standard output."""
-    if args.json:
-        print(json.dumps(facts))
-    else:
-        say(text, quiet=args.quiet)
-
-
 def end_politely_on_sigterm() -> None:
     """Let SIGTERM end the command as Ctrl-C does, so that half-made files are removed."""
     signal.signal(signal.SIGTERM, _interrupt)
-
-
-def say(text: str, *, quiet: bool) -> None:
-    """Print one line of summary on standard error."""
-    if not quiet:
-        print(printable_lines(text), file=sys.stderr)
 
 
 def size_text(size: int) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.convert.apply import ApplyStatistics
 from obdlab.convert.database import opened, options_digest
-from obdlab.convert.layer import LayerOptions
+from obdlab.convert.layer import BuiltLayer, LayerOptions
 from obdlab.convert.pipeline import ConvertedLayer, ConvertStoppedError, Group, Pipeline, groups_of
 from obdlab.convert.progress import Progress, Silent
 from obdlab.convert.reuse import Reuse, known_manifest, note_manifest
@@ -23,9 +24,10 @@ from obdlab.registry.platform import host_platform
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from obdlab.convert.base import Base, Below
     from obdlab.convert.database import Database
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
-    from obdlab.convert.layer import BuiltLayer, TurboTarget
+    from obdlab.convert.layer import TurboTarget
 
 __all__ = ["ConvertOptions", "ConvertStoppedError", "ConvertedImage", "ConvertedLayer", "convert_image"]
 
@@ -54,6 +56,8 @@ class ConvertOptions:
     turbo: tuple[str, ...] = ()
     #: Database of earlier conversions, see :func:`obdlab.convert.database.open_database`; "" uses none.
     database: str = ""
+    #: A base that is converted already; the image must be built on it.
+    base: Base | None = None
     #: Directory for building layers; it holds all of them, uncompressed and compressed.
     work_dir: Path = _DEFAULT_WORK_DIR
 
@@ -137,27 +141,31 @@ def convert_manifest(
     begin = time.monotonic()
     config = source.config(manifest)
     _check_platform(source.name, config.platform, options.platform)
-    groups = groups_of(manifest, config, options.flatten)
-    if not 1 <= len(groups) <= MAX_LAYERS:
+    below = None if options.base is None else options.base.below(source.name, manifest, config)
+    groups = _groups(manifest, config, options, below, source.name)
+    count = len(groups) + (0 if below is None else len(below.layers))
+    if not 1 <= count <= MAX_LAYERS:
         raise FormatError(
             "image has a number of layers that no device can stack",
             blob=source.name,
-            got=len(groups),
+            got=count,
             wanted=f"1 to {MAX_LAYERS} (--flatten makes fewer)",
         )
+    identity = options.digest() if below is None else options_digest({"on": below.digests, "by": options.digest()})
     with opened(options.database) as database:
-        known = known_manifest(destination, database, descriptor.digest, options.digest())
+        known = known_manifest(destination, database, descriptor.digest, identity)
         if known is not None:
-            layers = tuple(map(ConvertedLayer.known, groups, known.layers))
+            lowest = _of_base(below, [False] * (count - len(groups)))
+            layers = (*lowest, *map(ConvertedLayer.known, groups, known.layers[len(lowest) :]))
             converted = known
         else:
-            layers = _convert_layers(source, destination, database, groups, options, progress)
+            layers = _convert_layers(source, destination, database, groups, options, progress, below)
             subject = _subject(descriptor) if options.referrer else None
-            converted = _store_config(destination, manifest, config, layers, options, subject)
+            converted = _store_config(destination, manifest, config, layers, options, subject, below)
         data = converted.to_bytes()
         stored = oci.Descriptor(converted.media_type, oci.digest_of(data), len(data), platform=config.platform)
         destination.put_manifest(stored, data, tagged=tagged)
-        note_manifest(destination, database, descriptor.digest, options.digest(), stored.digest)
+        note_manifest(destination, database, descriptor.digest, identity, stored.digest)
     seconds = time.monotonic() - begin
     return ConvertedImage(destination.name, stored.digest, data, converted, config.platform, layers, seconds)
 
@@ -169,6 +177,7 @@ def _convert_layers(
     groups: Sequence[Group],
     options: ConvertOptions,
     progress: Progress,
+    below: Below | None,
 ) -> tuple[ConvertedLayer, ...]:
     describe = functools.partial(_layer_descriptor, options=options)
     if options.turbo:
@@ -176,8 +185,41 @@ def _convert_layers(
             source, destination, groups, describe, options.layer, options.turbo, progress, options.work_dir
         )
     with work_directory(options.work_dir) as work_dir:
+        stored = [] if below is None else below.store(destination, work_dir, progress)
         reuse = Reuse(destination, database, FinishedLayers(work_dir), options.layer)
-        return Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir).run(groups)
+        pipeline = Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir, below)
+        return (*_of_base(below, stored), *pipeline.run(groups))
+
+
+def _of_base(below: Below | None, stored: Sequence[bool]) -> tuple[ConvertedLayer, ...]:
+    if below is None:
+        return ()
+    return tuple(
+        ConvertedLayer(
+            part[-1].digest if part else layer.digest,
+            len(part),
+            sum(each.size for each in part),
+            BuiltLayer(None, layer.digest, layer.size, 0, 0, ApplyStatistics()),
+            copied,
+            "base",
+        )
+        for layer, part, copied in zip(below.layers, below.parts(), stored, strict=True)
+    )
+
+
+def _groups(
+    manifest: oci.Manifest, config: oci.Config, options: ConvertOptions, below: Below | None, name: str
+) -> list[Group]:
+    if below is None:
+        return groups_of(manifest, config, options.flatten)
+    if options.turbo or options.layer.filesystem != "ext4":
+        got = "turboOCI" if options.turbo else options.layer.filesystem
+        raise FormatError("layers on a base are overlaybd's, of ext4", blob=name, got=got)
+    most = options.flatten - len(below.layers) if options.flatten else 0
+    if options.flatten and most < 1:
+        wanted = f"more than the base's {len(below.layers)}"
+        raise FormatError("too few layers to flatten to", blob=name, got=options.flatten, wanted=wanted)
+    return groups_of(manifest, config, most, first=len(below.replaced))
 
 
 # The platform was selected from an index; a single manifest has its platform in the config only.
@@ -203,14 +245,16 @@ def _store_config(
     layers: Sequence[ConvertedLayer],
     options: ConvertOptions,
     subject: oci.Descriptor | None,
+    below: Below | None,
 ) -> oci.Manifest:
     merged = [layer.merged for layer in layers]
     config_bytes = _merge_history(config.with_diff_ids([layer.built.diff_id for layer in layers]), merged).to_bytes()
+    lowest = () if below is None else below.layers
     config_type = oci.DOCKER_CONFIG if options.docker else oci.OCI_CONFIG
     config_descriptor = oci.Descriptor(config_type, oci.digest_of(config_bytes), len(config_bytes))
     manifest = oci.Manifest(
         config=config_descriptor,
-        layers=tuple(_layer_descriptor(layer.built, options) for layer in layers),
+        layers=(*lowest, *(_layer_descriptor(layer.built, options) for layer in layers[len(lowest) :])),
         media_type=oci.DOCKER_MANIFEST if options.docker else oci.OCI_MANIFEST,
         # Docker's media type has no annotations.
         annotations={} if options.docker else source.annotations,
@@ -258,10 +302,12 @@ def _merge_history(config: oci.Config, merged: Sequence[int]) -> oci.Config:
     history = config.document.get("history")
     if all(count == 1 for count in merged) or not isinstance(history, list):
         return config
+    added = [{"created_by": "base"} for count in merged if count == 0]
+    merged = [count for count in merged if count]
     keeps = [last for count in merged for last in (*[False] * (count - 1), True)]
     steps = []
     for step in history:
         if isinstance(step, dict) and not step.get("empty_layer") and keeps and not keeps.pop(0):
             step = {**step, "empty_layer": True}
         steps.append(step)
-    return replace(config, document={**config.document, "history": steps})
+    return replace(config, document={**config.document, "history": [*added, *steps]})

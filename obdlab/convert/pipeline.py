@@ -14,6 +14,7 @@ from obdlab.convert.decompress import uncompressed
 from obdlab.convert.layer import BuiltLayer, LayerBuilder, layer_uuid
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
+from obdlab.formats.lsmt.layout import NULL_UUID
 from obdlab.layers.lsmt import open_layer
 from obdlab.localfile import LocalFile
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.blob import Blob, Buffer
+    from obdlab.convert.base import Below
     from obdlab.convert.database import LayerKey
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
     from obdlab.convert.endpoints.layout import VerifiedFile
@@ -78,14 +80,17 @@ class ConvertedLayer:
         return cls.of(group, built, stored=False, reused="image was there")
 
 
-def groups_of(manifest: oci.Manifest, config: oci.Config, most: int) -> list[Group]:
-    """Group the OCI layers into the layers to make, at most ``most`` (0: no limit): the last takes all remaining."""
+def groups_of(manifest: oci.Manifest, config: oci.Config, most: int, first: int = 0) -> list[Group]:
+    """Group the OCI layers from ``first`` on into the layers to make, at most ``most``: the last takes all remaining.
+
+    ``most`` 0: no limit.
+    """
     chains = oci.chain_ids(config.diff_ids)
     count = len(manifest.layers)
-    ends = list(range(1, count + 1))
-    if 0 < most < count:
+    ends = list(range(first + 1, count + 1))
+    if 0 < most < count - first:
         ends = [*ends[: most - 1], count]
-    begins = [0, *ends[:-1]]
+    begins = [first, *ends][: len(ends)]
     return [
         Group(manifest.layers[begin:end], config.diff_ids[begin:end], chains[end - 1], begin)
         for begin, end in zip(begins, ends, strict=True)
@@ -104,6 +109,7 @@ class Pipeline:
         describe: Callable[[BuiltLayer], oci.Descriptor],
         progress: Progress,
         work_dir: Path,
+        base: Below | None = None,
     ) -> None:
         self._source = source
         self._destination = destination
@@ -112,6 +118,8 @@ class Pipeline:
         self._progress = progress
         self._work_dir = work_dir
         self._options = options
+        # Below all groups.
+        self._base = base
         self._fetches: dict[int, Future[VerifiedFile]] = {}
         self._pushes: list[Future[ConvertedLayer]] = []
         self._stopped = threading.Event()
@@ -138,7 +146,7 @@ class Pipeline:
         # From the bottom up: all layers above one that must be built must be built, too.
         found: list[tuple[LayerKey, Reused]] = []
         for number in range(len(groups)):
-            key = self._key(groups, number, [reused.record.digest for _, reused in found])
+            key = self._key(groups, number, [*self._base_digests(), *(reused.record.digest for _, reused in found)])
             reused = self._reuse.find(key)
             if reused is None:
                 break
@@ -159,15 +167,18 @@ class Pipeline:
     ) -> tuple[ConvertedLayer, ...]:
         for group, (key, reused) in zip(groups, found, strict=False):
             self._pushes.append(pushers.submit(self._push_reused, group, key, reused))
+        base_uuid = None
         if len(found) < len(groups):
+            base_uuid = self._add_base(builder)
             for _, reused in found:
                 builder.add_lower(open_layer(self._open(reused)))
         wanted = [(g.first + n, layer) for g in groups[len(found) :] for n, layer in enumerate(g.layers)]
         fetching = _Ahead(lambda number, layer: fetchers.submit(self._fetch, number, layer), wanted, self._fetches)
-        digests = [reused.record.digest for _, reused in found]
+        digests = [*self._base_digests(), *(reused.record.digest for _, reused in found)]
         pending: list[PendingLayer] = []
         for number, group in enumerate(groups[len(found) :], len(found)):
-            pending.append(self._build(builder, group, groups[number - 1].chain_id if number else None, fetching))
+            parent = layer_uuid(groups[number - 1].chain_id) if number else base_uuid
+            pending.append(self._build(builder, group, parent, fetching))
             self._pushes.append(pushers.submit(self._push_built, groups, number, digests, tuple(pending)))
             for push in self._pushes:
                 if push.done():
@@ -186,7 +197,18 @@ class Pipeline:
         with self._progress.task(f"layer {number}: fetch", layer.size) as task:
             return self._source.fetch(layer, directory, self._unless_stopped(task.advance))
 
-    def _build(self, builder: LayerBuilder, group: Group, parent: str | None, fetching: _Ahead) -> PendingLayer:
+    def _base_digests(self) -> list[str]:
+        return [] if self._base is None else self._base.digests
+
+    def _add_base(self, builder: LayerBuilder) -> str | None:
+        # Returns the UUID of its top layer.
+        uuid = NULL_UUID
+        for layer in [] if self._base is None else self._base.open(self._options.virtual_size):
+            builder.add_lower(layer)
+            uuid = layer.uuid
+        return None if uuid == NULL_UUID else uuid
+
+    def _build(self, builder: LayerBuilder, group: Group, parent_uuid: str | None, fetching: _Ahead) -> PendingLayer:
         def tars() -> Iterator[tuple[str, Iterator[Buffer]]]:
             for number, (layer, diff_id) in enumerate(zip(group.layers, group.diff_ids, strict=True), group.first):
                 blob = f"{self._source.name} layer {number} ({layer.digest})"
@@ -195,7 +217,6 @@ class Pipeline:
                     yield blob, uncompressed(file, blob, diff_id, task.advance)
                 self._source.release(file)
 
-        parent_uuid = None if parent is None else layer_uuid(parent)
         return builder.build(tars(), uuid=layer_uuid(group.chain_id), parent_uuid=parent_uuid)
 
     def _push_built(

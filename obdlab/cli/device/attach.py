@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from obdlab.cli.common import (
     add_trace_option,
     device_service_from,
 )
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import real
 from obdlab.cli.sources import SOURCE_HELP, add_source_options, config_of, forget_config, made_config_path
 from obdlab.errors import DeviceError, ObdlabError
@@ -38,7 +38,7 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
-    parser.add_argument("--json", action="store_true", help="print id and node as one JSON object")
+    add_json_option(parser, "print id and node as one JSON object")
     add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_attach)
@@ -47,13 +47,14 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
 def declare_detach(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("device", help="its id, or its node such as /dev/loop3")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run_detach)
 
 
 def declare_list(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, with counters")
+    add_json_option(parser, "one JSON object a line, with counters")
     add_runtime_options(parser)
     parser.set_defaults(run=run_list)
 
@@ -71,7 +72,7 @@ def run_attach(args: argparse.Namespace) -> int:
     except BaseException:
         forget_config(service, config)
         raise
-    print(json.dumps({"id": device.device_id, "path": str(device.path)}) if args.json else device.path)
+    answer(args, {"id": device.device_id, "path": str(device.path)}, str(device.path))
     return 0
 
 
@@ -89,7 +90,7 @@ def run_detach(args: argparse.Namespace) -> int:
     forget_config(service, made_config_path(args.run_dir, device_id) if named is None else named.config)
     if not gone:
         raise missing
-    print(f"{device_id}: detached")
+    answer(args, {"id": device_id, "detached": True}, f"{device_id}: detached")
     return 0
 
 
@@ -103,7 +104,7 @@ def run_list(args: argparse.Namespace) -> int:
             known |= {"read_only": device.read_only, "config": str(device.config), "alive": device.alive}
             known |= {"kind": device.kind, "keeper_pid": device.keeper_pid, "restarts": device.restarts}
             known |= {"graduated": device.graduated, "state": device.state}
-            print(json.dumps(known | counters))
+            print_json(known | counters)
         else:
             mode = "ro" if device.read_only else "rw"
             state = f"pid {device.pid}{_trouble(counters)}" if device.alive else "server dead"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.jsonoutput import add_json_option, answer
 from obdlab.cli.progressbar import shown_bar
 from obdlab.errors import DeviceError
 
@@ -27,6 +28,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("device", metavar="DEVICE", help="id, or node such as /dev/loop3")
     parser.add_argument("--low-priority", action="store_true", help="run at the lowest priority")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -42,14 +44,16 @@ def run(args: argparse.Namespace) -> int:
         raise DeviceError(f"{args.device}: no device of this run directory ({args.run_dir})")
     if args.low_priority:
         _be_modest()
-    with shown_bar(f"{device.device_id}: unpacking", None) as bar:
+    with shown_bar(f"{device.device_id}: unpacking", None, quiet=args.json) as bar:
 
         def report(done: int, size: int) -> None:
             bar.total = size
             bar.update(done - bar.n)
 
         done = graduate(service.run_dir, device.device_id, report)
-    print(f"{device.device_id}: {device.path} goes on with {done.path} ({done.disk_bytes >> 20} MiB on disk)")
+    facts = {"id": device.device_id, "path": str(device.path), "disk": str(done.path), "disk_bytes": done.disk_bytes}
+    text = f"{device.device_id}: {device.path} goes on with {done.path} ({done.disk_bytes >> 20} MiB on disk)"
+    answer(args, facts, text)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from obdlab.cli.common import (
     device_service_from,
 )
 from obdlab.cli.device.attach import LEAST_ATTACH_S, TIMEOUT_HELP
+from obdlab.cli.jsonoutput import add_json_option, answer
 from obdlab.cli.numbers import real
 from obdlab.cli.sources import SOURCE_HELP, add_source_options, config_of, forget_config
 from obdlab.errors import DeviceError
@@ -35,7 +35,7 @@ def declare_mount(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
     add_runtime_options(parser)
-    parser.add_argument("--json", action="store_true", help="print id, node and directory as one JSON object")
+    add_json_option(parser, "print id, node and directory as one JSON object")
     add_source_options(parser)
     add_trace_option(parser)
     parser.set_defaults(run=run_mount)
@@ -44,6 +44,7 @@ def declare_mount(parser: argparse.ArgumentParser) -> None:
 def declare_umount(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("target", type=Path, metavar="DIR")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run_umount)
 
@@ -74,10 +75,8 @@ def run_mount(args: argparse.Namespace) -> int:
         if made and args.target.is_dir():
             args.target.rmdir()
         raise
-    if args.json:
-        print(json.dumps({"id": device.device_id, "path": str(device.path), "target": str(args.target.resolve())}))
-    else:
-        print(f"{args.target}: {device.path}, read-only")
+    facts = {"id": device.device_id, "path": str(device.path), "target": str(args.target.resolve())}
+    answer(args, facts, f"{args.target}: {device.path}, read-only")
     return 0
 
 
@@ -104,7 +103,9 @@ def run_umount(args: argparse.Namespace) -> int:
         )
     unmount(args.target)
     detached = _detach_if_unused(service, device)
-    print(f"{args.target}: unmounted, {device.path} {'detached' if detached else 'still in use elsewhere'}")
+    facts = {"target": str(args.target), "id": device.device_id, "path": str(device.path), "detached": detached}
+    end = "detached" if detached else "still in use elsewhere"
+    answer(args, facts, f"{args.target}: unmounted, {device.path} {end}")
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import say
+from obdlab.cli.jsonoutput import add_json_option, report
 from obdlab.errors import DeviceError, ObdlabError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--index", type=Path, metavar="FILE", help="with --data: its index file (without: a sparse layer)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     done = (
         _with_config(service, device, args.new_config) if args.new_config else _with_new_layer(service, device, args)
     )
-    say(f"{device.device_id}: {done.sealed} is sealed, writes waited {done.paused_s * 1000:.0f} ms", quiet=args.quiet)
+    text = f"{device.device_id}: {done.sealed} is sealed, writes waited {done.paused_s * 1000:.0f} ms"
+    report(args, text, {"id": device.device_id, "sealed": str(done.sealed), "paused_s": done.paused_s})
     return 0
 
 

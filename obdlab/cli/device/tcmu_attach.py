@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import need_root
+from obdlab.cli.jsonoutput import add_json_option, answer
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def declare_attach(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="host that may log in (its name in its /etc/iscsi/initiatorname.iscsi); repeatable",
     )
+    add_json_option(parser)
     parser.set_defaults(run=run_attach)
 
 
@@ -60,9 +62,10 @@ def run_attach(args: argparse.Namespace) -> int:
     try:
         if args.iscsi:
             _export(args)
-            print(args.iscsi)
+            answer(args, {"id": args.id, "iscsi": args.iscsi}, args.iscsi)
         else:
-            print(configfs.attach(args.id, args.config, live_id=args.live_id))
+            node = str(configfs.attach(args.id, args.config, live_id=args.live_id))
+            answer(args, {"id": args.id, "path": node}, node)
     except DeviceError as error:
         reason = failure_of(args.config.absolute())
         raise DeviceError(f"{error} ({reason})" if reason else str(error)) from error

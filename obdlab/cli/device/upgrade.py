@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.printable import printable
 
@@ -26,7 +26,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("device", nargs="*", metavar="DEVICE", help="id, or node such as /dev/loop3")
     parser.add_argument("--force", action="store_true", help="also those that run the installed code already")
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON array")
+    add_json_option(parser, "print the results as one JSON array")
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -56,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
             if not args.json:
                 print(f"{device_id}: {'upgraded' if done else unchanged[device_id]}")
     if args.json:
-        print(json.dumps(results))
+        print_json(results)
     return 1 if failed else 0

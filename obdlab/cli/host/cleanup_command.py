@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from, settings_from
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.sources import remove_copies
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="also devices in use, and those of a running snapshotter: their users get I/O errors",
     )
     parser.add_argument("--cache", action="store_true", help="empty the block cache too")
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    add_json_option(parser, "print the results as one JSON object")
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -47,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
     cache_dir = settings_from(args).cache_dir
     if args.json:
         freed = _empty(cache_dir) if args.cache and not report.in_use else 0
-        print(
-            json.dumps(
-                {"removed": [*leftovers, *report.removed], "in_use": report.in_use, "freed_cache_bytes": freed}
-            )
-        )
+        print_json({"removed": [*leftovers, *report.removed], "in_use": report.in_use, "freed_cache_bytes": freed})
         return 1 if report.in_use else 0
     for line in report.removed:
         print(f"removed {line}")

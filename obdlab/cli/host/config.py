@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.cli.jsonoutput import add_json_option, print_json
+
 if TYPE_CHECKING:
     import argparse
 
@@ -23,7 +25,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         ),
     )
     check.add_argument("file", type=Path, metavar="FILE")
-    check.add_argument("--json", action="store_true", help="print the settings as a file that --settings takes")
+    add_json_option(check, "print the settings as a file that --settings takes")
     check.set_defaults(run=run_check)
 
 
@@ -41,7 +43,7 @@ def run_check(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     settings, default = replace(loaded.settings, settings_path=None), Settings()
     if args.json:
-        print(json.dumps(json.loads(settings.to_json()), indent=2))
+        print_json(json.loads(settings.to_json()), indent=2)
         return 0
     for field in fields(Settings):
         if field.name == "settings_path":  # the file's own path is no setting

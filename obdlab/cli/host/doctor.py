@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
+
+from obdlab.cli.jsonoutput import add_json_option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Checks kernel features, tools and permissions. Exit status 1 if something needed is missing."
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_json_option(parser, "print the findings as JSON")
     parser.set_defaults(run=run)
 
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     checks = [*run_checks(), *_baseline_checks()]
     if args.json:
-        print(json.dumps([asdict(check) for check in checks], indent=2))
+        print_json([asdict(check) for check in checks], indent=2)
     else:
         purpose = ""
         for check in checks:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, device_service_from
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.observe.printable import printable
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--snapshotter-config", type=Path, metavar="FILE", help="the snapshotter's --config, for registries over HTTP"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each fault")
+    add_json_option(parser, "print one JSON object for each fault")
     add_runtime_options(parser)
     add_registry_options(parser)
     parser.set_defaults(run=run)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                     state = f"; not mended ({finding.remedy}): {error}"
             left += not mended
             if args.json:
-                print(json.dumps({"fault": finding.what, "remedy": finding.remedy, "mended": mended}))
+                print_json({"fault": finding.what, "remedy": finding.remedy, "mended": mended})
             else:
                 print(printable(f"{finding.what}{state}"))
     finally:

@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import platform
 from obdlab.cli.image.convertoptions import ALL
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.numbers import whole
 from obdlab.cli.progressbar import Bars
 from obdlab.cli.sources import is_local, opened_disk
@@ -44,6 +45,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="image or directory to compare with it")
     add_comparison_options(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
+    add_json_option(parser)
     add_image_options(parser)
     parser.set_defaults(run=run)
 
@@ -70,29 +72,38 @@ def run(args: argparse.Namespace) -> int:
 
 def compare_images(source: str, destination: str, args: argparse.Namespace) -> int:
     """Print how ``destination`` differs from ``source``; 0 if the trees are equal, 1 if not."""
-    status = 0
+    trees: list[dict[str, Any]] = []
+    quiet = args.quiet or args.json
     with image_client(args) as client:
         for platform_ in _platforms(source, client, args):
-            if args.platform == ALL and not args.quiet and platform_ is not None:
+            if args.platform == ALL and not quiet and platform_ is not None:
                 print(printable(f"{platform_.os}/{platform_.architecture}:"), file=sys.stderr)
             wanted = _listing(source, platform_, client, args)
             got = _listing(destination, platform_, client, args)
-            status |= _report(got, wanted, args)
-    return status
+            name = "" if platform_ is None else f"{platform_.os}/{platform_.architecture}"
+            lines = _differences(got, wanted, args)
+            trees.append({"platform": name, "paths": len(wanted), "differences": list(map(printable, lines))})
+            if not quiet:
+                _report(lines, wanted, args)
+    equal = not any(tree["differences"] for tree in trees)
+    if args.json:
+        print_json({"equal": equal, "trees": trees})
+    return 0 if equal else 1
 
 
-def _report(got: Listing, wanted: Listing, args: argparse.Namespace) -> int:
+def _differences(got: Listing, wanted: Listing, args: argparse.Namespace) -> list[str]:
     from obdlab.convert.compare.listing import differences, without_lost_and_found
 
     # The original leaves lost+found in the images that it converts.
-    lines = differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
-    if not args.quiet:
-        for line in lines[: args.limit]:
-            print(printable(line))
-        if len(lines) > args.limit:
-            print(f"... and {len(lines) - args.limit} more")
-        print(f"{len(wanted)} paths, {len(lines) or 'no'} differences", file=sys.stderr)
-    return 1 if lines else 0
+    return differences(without_lost_and_found(got, wanted), wanted, ignore=args.ignore)
+
+
+def _report(lines: list[str], wanted: Listing, args: argparse.Namespace) -> None:
+    for line in lines[: args.limit]:
+        print(printable(line))
+    if len(lines) > args.limit:
+        print(f"... and {len(lines) - args.limit} more")
+    print(f"{len(wanted)} paths, {len(lines) or 'no'} differences", file=sys.stderr)
 
 
 def _platforms(text: str, client: RegistryClient, args: argparse.Namespace) -> list[Platform | None]:
@@ -116,7 +127,7 @@ def _listing(text: str, platform_: Platform | None, client: RegistryClient, args
     if is_local(text):
         with opened_disk([text], args) as disk:
             return list_disk(disk, content=content)
-    progress = Bars(quiet=args.quiet)
+    progress = Bars(quiet=args.quiet or args.json)
     with opened_source(text, client, args) as source:
         return list_image(source, platform_, args.work_dir, progress, content=content)
 

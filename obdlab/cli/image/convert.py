@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,10 +18,14 @@ from obdlab.cli.image.convertoptions import (
     platforms_at_once,
 )
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.progressbar import Bars
 from obdlab.errors import SourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obdlab.convert.base import Base
     from obdlab.convert.image import ConvertedImage, ConvertedLayer
     from obdlab.convert.platforms import ConvertedIndex
     from obdlab.registry.client import RegistryClient
@@ -46,9 +50,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add_conversion_options(parser)
     parser.add_argument("--dump-manifest", type=Path, metavar="FILE", help="also write the new manifest to FILE")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars and no table, only the digest")
-    parser.add_argument(
-        "--json", action="store_true", help="print what was made as JSON, in place of table and digest"
-    )
+    add_json_option(parser, "print what was made as JSON, in place of table and digest")
     add_image_options(parser)
     parser.set_defaults(run=run)
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dump_manifest is not None:
         _dump(args.dump_manifest, converted.document)
     if args.json:
-        print(json.dumps(_as_dict(converted), indent=2))
+        print_json(_as_dict(converted), indent=2)
         return 0
     if not args.quiet:
         for image in converted.images:
@@ -97,13 +99,29 @@ def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
     with (
         opened_source(args.source, client, args) as source,
         opened_destination(args.destination, client, args) as destination,
+        _opened_base(args, client) as base,
     ):
+        options = replace(options, base=base)
         if args.platform == ALL:
             return convert_platforms(
                 source, destination, options=options, progress=progress, at_once=platforms_at_once(args)
             )
         image = convert_image(source, destination, options=options, progress=progress)
         return ConvertedIndex(image.name, image.digest, image.document, (image,))
+
+
+@contextmanager
+def _opened_base(args: argparse.Namespace, client: RegistryClient) -> Iterator[Base | None]:
+    from obdlab.convert.base import Base
+
+    if args.base is None:
+        yield None
+        return
+    with (
+        opened_source(args.base[0], client, args) as original,
+        opened_source(args.base[1], client, args) as converted,
+    ):
+        yield Base(original, converted)
 
 
 def _as_dict(converted: ConvertedIndex) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from obdlab.cli.image.convertoptions import add_conversion_options, check_conversion_options
 from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.numbers import whole
 from obdlab.cli.progressbar import shown_bar
 from obdlab.errors import SourceError
@@ -43,7 +44,19 @@ the work, on all of their hosts; named files are then those of the workers' host
 # Conversion options that do not change the result: a list may be resumed with other values.
 _COUNT = whole(1, 10_000)
 _FREE_OPTIONS = ("work_dir", "platforms_at_once", "memory", "database")
-_COLUMNS = ("source", "destination", "state", "tries", "digest", "layers", "source_size", "size", "seconds", "host")
+_COLUMNS = (
+    "source",
+    "destination",
+    "state",
+    "tries",
+    "digest",
+    "layers",
+    "source_size",
+    "size",
+    "seconds",
+    "host",
+    "error",
+)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +94,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="FILE", help="also write the table to FILE, as its name says: .csv or .json"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_json_option(parser, "print the table as one JSON array")
     add_conversion_options(parser)
     add_image_options(parser)
     parser.set_defaults(run=run)
@@ -112,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
             ):
                 Run(still, state, pool, _jobs(args), _Bar(bar)).work_off(tries=args.tries)
         except KeyboardInterrupt:
-            _summarise(state.rows(pairs), args.report)
+            _summarise(state.rows(pairs), args)
             print("the same command goes on from here", file=sys.stderr)
             raise
-        return _summarise(state.rows(pairs), args.report)
+        return _summarise(state.rows(pairs), args)
 
 
 def _pool(args: argparse.Namespace) -> Pool:
@@ -165,7 +179,17 @@ class _Bar:
         self._bar.write(printable(text), file=sys.stderr)
 
 
-def _summarise(rows: Sequence[Row], report: Path | None) -> int:
+def _summarise(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(_reported(rows))
+    else:
+        _print_table(rows)
+    if args.report is not None:
+        _write_report(rows, args.report)
+    return 0 if all(row.state == "done" for row in rows) else 1
+
+
+def _print_table(rows: Sequence[Row]) -> None:
     print(f"{'image':<44}{'state':<8}{'tries':>5}{'layers':>8}{'source':>12}{'blobs':>12}{'seconds':>9}  host")
     for row in rows:
         found = _values(row)
@@ -179,9 +203,10 @@ def _summarise(rows: Sequence[Row], report: Path | None) -> int:
     sizes = [sum(_values(row)[name] for row in rows) for name in ("source_size", "size")]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "open") if state in states)
     print(f"{len(rows)} images: {counts}; {_mb(sizes[0])} of layers became {_mb(sizes[1])}")
-    if report is not None:
-        _write_report(rows, report)
-    return 0 if states.count("done") == len(rows) else 1
+
+
+def _reported(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{name: _values(row)[name] for name in _COLUMNS} for row in rows]
 
 
 def _values(row: Row) -> dict[str, Any]:
@@ -192,14 +217,13 @@ def _values(row: Row) -> dict[str, Any]:
 
 
 def _write_report(rows: Sequence[Row], path: Path) -> None:
-    columns = (*_COLUMNS, "error")
-    found = [{name: _values(row)[name] for name in columns} for row in rows]
+    found = _reported(rows)
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             if path.suffix == ".json":
                 json.dump(found, file, indent=1)
             else:
-                table = csv.DictWriter(file, columns)
+                table = csv.DictWriter(file, _COLUMNS)
                 table.writeheader()
                 table.writerows(found)
     except OSError as error:

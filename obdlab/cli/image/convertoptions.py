@@ -67,6 +67,13 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N layers: the lowest N-1 are kept as they are, all above become one (default: keep all)",
     )
+    parser.add_argument(
+        "--base",
+        nargs=2,
+        metavar=("BASE", "CONVERTED"),
+        help="take the layers of CONVERTED, an overlaybd image that was made of the image BASE by obdlab or by the "
+        "original, for the lowest layers, which must be those of BASE",
+    )
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]|all", type=_platform, help="default: this machine's")
     parser.add_argument(
         "--platforms-at-once",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import platform
 from obdlab.cli.image.inspect_image import inspect_image, print_image
 from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.progressbar import progress_bar
 from obdlab.errors import ObdlabError
 from obdlab.observe.printable import printable
@@ -47,7 +47,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="NAME", help="LSMT layer, ZFile, or either in its tar; or an image"
     )
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json_option(parser, "print JSON")
     parser.add_argument("--verify", action="store_true", help="also read everything and check every checksum")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="block cache (default: the settings', or what devices use)"
@@ -154,7 +154,7 @@ def _print_json(
         document["stack"] = asdict(stack)
     if errors:
         document["errors"] = errors
-    print(json.dumps(document, indent=2))
+    print_json(document, indent=2)
 
 
 def _print_file(file: FileFacts, *, verified: bool) -> None:

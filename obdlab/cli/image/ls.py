@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import stat
 import time
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.image.viewing import PATH_HELP, add_view_options, image_path, opened_tree, shown
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.volumes.tree import Walk
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=image_path, metavar="IMAGE:/PATH", help=PATH_HELP)
     parser.add_argument("-l", "--long", action="store_true", help="mode, owner, size and time too")
     parser.add_argument("-R", "--recursive", action="store_true", help="all that is below, by path")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, with extended attributes")
+    add_json_option(parser, "one JSON object a line, with extended attributes")
     add_view_options(parser)
     parser.set_defaults(run=run)
 
@@ -53,7 +53,7 @@ def _print(tree: FileTree, number: int, name: bytes, args: argparse.Namespace) -
     inode = tree.inode(number)
     target = tree.readlink(number) if stat.S_ISLNK(inode.mode) else b""
     if args.json:
-        print(json.dumps(_values(tree, number, inode, name, target)))
+        print_json(_values(tree, number, inode, name, target))
     elif args.long:
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(inode.mtime_ns // 10**9))
         device = stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import whole
 from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
@@ -54,6 +55,7 @@ def declare_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp"), help="default: %(default)s")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, only the digest")
+    add_json_option(parser)
     add_runtime_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
@@ -64,6 +66,7 @@ def declare_unpublish(parser: argparse.ArgumentParser) -> None:
     parser.description = "Removes all traces that refer to IMAGE; prints the digests of their artifacts."
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image in a registry")
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    add_json_option(parser)
     add_registry_options(parser)
     parser.set_defaults(run=run_undo)
 
@@ -80,9 +83,13 @@ def run(args: argparse.Namespace) -> int:
     trace = load_file(str(args.trace))
     client = registry_from(args)
     try:
-        print(_attach(args, client, trace) if args.form == _REFERRER else _extend(args, client, trace))
+        digest = _attach(args, client, trace) if args.form == _REFERRER else _extend(args, client, trace)
     finally:
         client.close()
+    if args.json:
+        print_json({"digest": digest})
+    else:
+        print(digest)
     return 0
 
 
@@ -95,7 +102,7 @@ def run_undo(args: argparse.Namespace) -> int:
 
     with closing(registry_from(args)) as client:
         gone = detach_traces(client, Reference.parse(args.image), platform=args.platform)
-    print(*gone or ["no trace refers to it"], sep="\n")
+    answer(args, {"removed": gone}, *gone or ["no trace refers to it"])
     return 0
 
 
@@ -119,7 +126,7 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
     check_apart(args.image, args.new)
     place = {"containerd": args.containerd}
     common = {"client": client, "platform": args.platform, "work_dir": args.work_dir, "trace_name": str(args.trace)}
-    common["progress"] = Bars(quiet=args.quiet)
+    common["progress"] = Bars(quiet=args.quiet or args.json)
     settings = settings_from(args)
     with (
         closing(open_source(args.image, client, **place)) as source,
@@ -139,6 +146,6 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
         if args.level:
             packing = replace(packing, level=args.level)
         descriptor, size = add_hot_layer(source, target, trace, settings, packing=packing, **common)
-        if not args.quiet:
+        if not (args.quiet or args.json):
             print(f"hot layer of {size / 1e6:.1f} MB, stored as {target.name}", file=sys.stderr)
         return descriptor.digest

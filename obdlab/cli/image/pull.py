@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, platform, registry_from
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.progressbar import shown_bar
 from obdlab.observe.printable import printable
 
@@ -41,7 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "can copy, save and push it",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
-    parser.add_argument("--json", action="store_true", help="print what was pulled as JSON, in place of the summary")
+    add_json_option(parser, "print what was pulled as JSON, in place of the summary")
     group = parser.add_argument_group("containerd")
     group.add_argument(
         "--address",
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
             download=args.download_blobs,
         )
     if args.json:
-        print(json.dumps(_as_dict(result, time.monotonic() - began), indent=2))
+        print_json(_as_dict(result, time.monotonic() - began), indent=2)
     elif not args.quiet:
         print(_summary(result, time.monotonic() - began))
     for line in _warnings(result, reference, download=args.download_blobs):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import platform
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_source
-from obdlab.cli.packing import LayerArgumentsError, add_output_options, end_politely_on_sigterm, say, size_text
+from obdlab.cli.jsonoutput import say
+from obdlab.cli.packing import LayerArgumentsError, add_output_options, end_politely_on_sigterm, size_text
 from obdlab.cli.progressbar import Bars
 
 if TYPE_CHECKING:

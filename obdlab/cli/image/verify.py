@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
 from obdlab.cli.image.compare_command import COMPARES, add_comparison_options, compare_images
 from obdlab.cli.imageoptions import NAMES, add_image_options
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.progressbar import progress_bar
 from obdlab.cli.sources import opened_layers
 
@@ -36,7 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "layers", nargs="+", metavar="IMAGE|LAYER", help="an image; layer files, bottom first; or SRC and DST"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON (of layers)")
+    add_json_option(parser, "print the result as one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
     add_comparison_options(parser)
     add_runtime_options(parser)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         verified.extend(verify_layers(disk, progress))
         size = disk.size
     if args.json:
-        print(json.dumps({"disk_size": size, "layers": [asdict(layer) for layer in verified]}, indent=2))
+        print_json({"disk_size": size, "layers": [asdict(layer) for layer in verified]}, indent=2)
     elif not args.quiet:
         for number, layer in enumerate(verified):
             print(f"{number:3}  {_line(layer)}")

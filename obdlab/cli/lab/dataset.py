@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, registry_from
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +45,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     push.add_argument("to", metavar="REF", help="e.g. registry.example/redis:v1")
     _add_locked(push)
     listing = verbs.add_parser("list", help="list the recipes and their built images")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_json_option(listing, "one JSON object a line")
+    for verb in (build, push):
+        add_json_option(verb)
     for verb in (build, push, listing):
         verb.add_argument(
             "--datasets", type=Path, action="append", metavar="DIR", help="where recipes are (default: datasets)"
@@ -87,12 +89,12 @@ def _build(args: argparse.Namespace) -> int:
             layout = build_image(recipe, work_dir, _say, client, **ways).layout
         digest = push_layout(layout, client, reference) if reference is not None else ""
     if digest:
-        print(f"{reference} {digest}")
-    elif target:
+        answer(args, {"image": str(reference), "digest": digest}, f"{reference} {digest}")
+        return 0
+    if target:
         copy_layout(layout, Path(target.removeprefix(_LAYOUT_PREFIX)))
-        print(target)
-    else:
-        print(f"{_LAYOUT_PREFIX}{layout}")
+    image = target or f"{_LAYOUT_PREFIX}{layout}"
+    answer(args, {"image": image}, image)
     return 0
 
 
@@ -107,7 +109,7 @@ def _list(args: argparse.Namespace) -> int:
     for recipe in recipes:
         if args.json:
             state = _state(recipe, args.work_dir or DEFAULT_WORK_DIR)
-            print(json.dumps({"name": recipe.name, "state": state, "description": recipe.description}))
+            print_json({"name": recipe.name, "state": state, "description": recipe.description})
             continue
         print(f"{recipe.name:10} {_state(recipe, args.work_dir or DEFAULT_WORK_DIR):32} {recipe.description}")
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.lab.experiment_command import add_locked
 from obdlab.command import command
 from obdlab.errors import ObdlabError
@@ -42,6 +42,7 @@ def declare_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="only list questions and experiments")
     add_locked(parser)
+    add_json_option(parser, "print the ledger, one JSON object a claim; with --list one a question")
     parser.add_argument("--no-report", action="store_true", help="measure and print the ledger only")
     _add_places(parser)
     parser.set_defaults(run=run_evaluate, bounded=False)
@@ -54,7 +55,7 @@ def declare_report(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--full", action="store_true", help="of the full evaluation (default: the quick one)")
     parser.add_argument("--ledger", action="store_true", help="only print the ledger")
-    parser.add_argument("--json", action="store_true", help="only print the ledger, one JSON object a claim")
+    add_json_option(parser, "only print the ledger, one JSON object a claim")
     _add_places(parser)
     parser.set_defaults(run=run_report, bounded=False)
 
@@ -76,15 +77,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.list:
         for asked in QUESTIONS:
             names = ", ".join(run.name for run in asked.runs)
+            facts = {"question": asked.key, "figure": asked.figure, "title": asked.title, "experiments": names}
+            if args.json:
+                print_json(facts)
+                continue
             print(f"{asked.key:<16} {asked.figure or '-':<7} {asked.title} ({names})")
         return 0
     results = _results(args)
     paths = LabPaths(locked=args.locked)
     with ending_on_signals():
         failed = run_all(planned, results, lambda text: print(text, file=sys.stderr, flush=True), paths)
-    _print_ledger(results)
+    _print_ledger(results, as_json=args.json)
     if not args.no_report:
-        print(f"report: {_render(args, results)}")
+        report = _render(args, results)
+        print(f"report: {report}", file=sys.stderr if args.json else sys.stdout)
     return int(bool(failed))
 
 
@@ -93,14 +99,8 @@ def run_report(args: argparse.Namespace) -> int:
     results = _results(args)
     if not results.root.is_dir():
         raise EvaluateError(f"{results.root}: no results (see: {command('lab', 'evaluate')})")
-    if args.json:
-        from obdlab.lab.paper import ledger
-
-        for entry in ledger.ledger(results):
-            print(json.dumps(entry.facts()))
-        return 0
-    _print_ledger(results)
-    if not args.ledger:
+    _print_ledger(results, as_json=args.json)
+    if not (args.ledger or args.json):
         print(f"report: {_render(args, results)}")
     return 0
 
@@ -112,9 +112,13 @@ def _results(args: argparse.Namespace) -> Results:
     return Results((args.results or default_results() / (_FULL if args.full else _QUICK)).resolve())
 
 
-def _print_ledger(results: Results) -> None:
+def _print_ledger(results: Results, *, as_json: bool) -> None:
     from obdlab.lab.paper import ledger
 
+    if as_json:
+        for entry in ledger.ledger(results):
+            print_json(entry.facts())
+        return
     print(*ledger.as_text(ledger.ledger(results)), sep="\n")
 
 

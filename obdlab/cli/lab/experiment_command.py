@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.command import command
 from obdlab.errors import ObdlabError
 
@@ -27,6 +27,7 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure everything again; old rows are kept")
     add_locked(parser)
     parser.add_argument("--report", action="store_true", help="render the notebook to report.html")
+    add_json_option(parser, "print the results as one JSON object")
     parser.add_argument("--notebook", type=Path, help="(default: that of the kind)")
     parser.set_defaults(run=run, bounded=False)
 
@@ -39,6 +40,7 @@ def declare_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="name of its results directory")
     _add_scheduler(parser)
     add_locked(parser)
+    add_json_option(parser, "print the results as one JSON object")
     _add_results(parser)
     parser.set_defaults(run=resume, bounded=False, again=False, report=False)
 
@@ -71,12 +73,13 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", help="name of its results directory")
     parser.add_argument("file", type=Path, metavar="FILE.csv|FILE.jsonl|FILE.parquet")
+    add_json_option(parser)
     parser.set_defaults(run=export, bounded=False)
     _add_results(parser)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_json_option(parser, "one JSON object a line")
 
 
 def _add_spec(parser: argparse.ArgumentParser) -> None:
@@ -151,14 +154,20 @@ def _measure(spec: Spec, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
         raise
-    if measured == 0:
+    if measured == 0 and not args.json:
         print("everything was measured already under this code and host (--again measures again)")
-    print(*experiment.report(), sep="\n")
+    lines = experiment.report()
+    facts = {"experiment": spec.name, "measured": measured, **experiment.facts(), "rows": f"{directory / 'rows.csv'}"}
     with naming_full_disks(directory):
         (directory / "table.txt").write_text("\n".join(experiment.details()) + "\n")
-        print(f"raw rows: {directory / 'rows.csv'}")
+        lines = [*lines, f"raw rows: {directory / 'rows.csv'}"]
         if args.report:
-            print(f"report:   {_report(_notebook(args, spec), spec, directory)}")
+            report = _report(_notebook(args, spec), spec, directory)
+            lines, facts = [*lines, f"report:   {report}"], {**facts, "report": str(report)}
+    if args.json:
+        print_json(facts)
+    else:
+        print(*lines, sep="\n")
     return int(any(row.get("error") for row in experiment.rows()))
 
 
@@ -200,7 +209,7 @@ def status(args: argparse.Namespace) -> int:
     missing = 0
     for label, (done, count) in open_experiment(spec, _directory(args, spec.name)).progress().items():
         if args.json:
-            print(json.dumps({"experiment": spec.name, "conditions": label, "measured": done, "cells": count}))
+            print_json({"experiment": spec.name, "conditions": label, "measured": done, "cells": count})
         else:
             print(f"{label}: {done} of {count} cells measured")
         missing += count - done
@@ -214,7 +223,7 @@ def report(args: argparse.Namespace) -> int:
     directory = _directory(args, args.name)
     experiment = open_experiment(last_spec(directory), directory)
     if args.json:
-        print(json.dumps({"experiment": args.name, **experiment.facts()}))
+        print_json({"experiment": args.name, **experiment.facts()})
     else:
         print(*experiment.details(), sep="\n")
     return int(any(row.get("error") for row in experiment.rows()))
@@ -228,7 +237,7 @@ def export(args: argparse.Namespace) -> int:
     if not (directory / "rows.jsonl").is_file():
         raise ObdlabError(f"{directory}: holds no rows (see: {command('lab', 'list')})")
     count = write_rows(RowStore(directory).rows(), args.file)
-    print(f"{args.file}: {count} rows")
+    answer(args, {"file": str(args.file), "rows": count}, f"{args.file}: {count} rows")
     return 0
 
 
@@ -253,7 +262,7 @@ def list_results(args: argparse.Namespace) -> int:
         failed = sum(1 for row in rows if row.get("error"))
         last = max((row.get("started", "") for row in rows), default="")
         if args.json:
-            print(json.dumps({"name": directory.name, "rows": len(rows), "failed": failed, "last": last}))
+            print_json({"name": directory.name, "rows": len(rows), "failed": failed, "last": last})
         else:
             print(f"{directory.name}: {len(rows)} starts, {failed} failed, last {last}")
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from obdlab.cli.jsonoutput import add_json_option, report
 from obdlab.cli.packing import (
-    add_json_option,
     add_layer_arguments,
     add_output_options,
     add_packing_options,
@@ -14,7 +14,6 @@ from obdlab.cli.packing import (
     layer_files,
     message_argument,
     packing_from,
-    report,
     size_text,
     uuid_argument,
 )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.cli.jsonoutput import add_json_option, report
 from obdlab.cli.packing import (
     LayerArgumentsError,
-    add_json_option,
     add_layer_arguments,
     layer_files,
-    report,
     size_argument,
     size_text,
     uuid_argument,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.packing import size_text
 from obdlab.cli.progressbar import progress_bar
 from obdlab.cli.sources import add_source_options, opened_layers
@@ -34,7 +34,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
             metavar="LAYER",
             help=f"layers of the {name} disk, bottom first; or an image",
         )
-    parser.add_argument("--json", action="store_true", help="print JSON, with all ranges as [begin, end) in bytes")
+    add_json_option(parser, "print JSON, with all ranges as [begin, end) in bytes")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the exit status")
     add_runtime_options(parser)
     add_source_options(parser)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         difference = compare(old, new, progress)
     if args.json:
-        print(json.dumps(_document(difference), indent=2))
+        print_json(_document(difference), indent=2)
     elif not args.quiet:
         _print(difference)
     return 0 if difference.same else DIFFERENT

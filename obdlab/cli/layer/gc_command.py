@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import add_json_option, add_layer_arguments, end_politely_on_sigterm, layer_files
+from obdlab.cli.jsonoutput import add_json_option, print_json
+from obdlab.cli.packing import add_layer_arguments, end_politely_on_sigterm, layer_files
 from obdlab.cli.progressbar import shown_bar
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             done = _collect_here(args, progress)
     if args.json:
-        print(json.dumps({"data": args.data} | ({} if done is None else asdict(done))))
+        print_json({"data": args.data} | ({} if done is None else asdict(done)))
         return 0
     if done is None:
         print(f"{args.data}: a sparse layer has nothing to collect")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from obdlab.cli.jsonoutput import add_json_option
 from obdlab.cli.layer.commit_command import report_layer
 from obdlab.cli.packing import (
-    add_json_option,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,

@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option
 from obdlab.cli.layer.commit_command import add_identity_options, add_zero_blocks_option, write_layer_of
-from obdlab.cli.packing import (
-    add_json_option,
-    add_output_options,
-    add_packing_options,
-    end_politely_on_sigterm,
-)
+from obdlab.cli.packing import add_output_options, add_packing_options, end_politely_on_sigterm
 from obdlab.cli.sources import add_source_options, opened_layers
 
 if TYPE_CHECKING:

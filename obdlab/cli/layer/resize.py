@@ -6,7 +6,8 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
-from obdlab.cli.packing import add_json_option, add_layer_arguments, layer_files, report, size_argument, size_text
+from obdlab.cli.jsonoutput import add_json_option, report
+from obdlab.cli.packing import add_layer_arguments, layer_files, size_argument, size_text
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.cli.packing import add_json_option, add_layer_arguments, layer_files, report
+from obdlab.cli.jsonoutput import add_json_option, report
+from obdlab.cli.packing import add_layer_arguments, layer_files
 
 if TYPE_CHECKING:
     import argparse

@@ -8,12 +8,13 @@ import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from obdlab.cli.jsonoutput import add_json_option, print_json, report, say
 from obdlab.cli.packing import (
+    LayerArgumentsError,
     add_output_options,
     add_packing_options,
     end_politely_on_sigterm,
     packing_from,
-    say,
     size_text,
 )
 from obdlab.cli.progressbar import progress_bar
@@ -41,15 +42,18 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="leave the header as a stream must, without the final values; readers then need the trailer",
     )
     add_output_options(compress)
+    add_json_option(compress)
     compress.set_defaults(run=run_compress)
     extract = parts.add_parser("extract", help="write what a ZFile was made of")
     extract.add_argument("source", metavar="SRC", help="ZFile, perhaps in its tar, or -")
     extract.add_argument("output", metavar="DST", help="file to make, or -")
     add_output_options(extract)
+    add_json_option(extract)
     extract.set_defaults(run=run_extract)
     verify = parts.add_parser("verify", help="read all of ZFiles, checking every checksum")
     verify.add_argument("sources", nargs="+", metavar="SRC", help="ZFile, perhaps in its tar")
     verify.add_argument("-q", "--quiet", action="store_true", help="only the exit status and errors")
+    add_json_option(verify, "print the content's size of each as one JSON object")
     verify.set_defaults(run=run_verify)
 
 
@@ -57,17 +61,19 @@ def run_compress(args: argparse.Namespace) -> int:
     """Compress."""
     from obdlab.layerfiles.compression import compress_stream
 
+    _check_stream(args)
     end_politely_on_sigterm()
     packing = packing_from(args, rewrite_header=not args.keep_first_header, block_crcs=not args.no_block_crcs)
     with (
         _input(args.source) as (source, size),
         _output(args) as output,
-        progress_bar(args.source, size, quiet=args.quiet) as progress,
+        progress_bar(args.source, size, quiet=args.quiet or args.json) as progress,
     ):
         length = compress_stream(source, output, packing, progress, name=args.output)
     if args.output != _STREAM:
         stored = os.path.getsize(args.output)
-        say(f"{args.output}: {size_text(length)} in {size_text(stored)}", quiet=args.quiet)
+        facts = {"output": args.output, "data_size": length, "stored_size": stored}
+        report(args, f"{args.output}: {size_text(length)} in {size_text(stored)}", facts)
     return 0
 
 
@@ -76,14 +82,18 @@ def run_extract(args: argparse.Namespace) -> int:
     from obdlab.image.open import open_zfile
     from obdlab.layerfiles.compression import extract
 
+    _check_stream(args)
     end_politely_on_sigterm()
     with (
         _as_file(args.source) as path,
         open_zfile(path) as content,
         _output(args) as output,
-        progress_bar(args.source, content.size, quiet=args.quiet) as progress,
+        progress_bar(args.source, content.size, quiet=args.quiet or args.json) as progress,
     ):
         extract(content, output, sparse=args.output != _STREAM, progress=progress)
+        size = content.size
+    if args.json:
+        print_json({"output": args.output, "data_size": size})
     return 0
 
 
@@ -92,13 +102,22 @@ def run_verify(args: argparse.Namespace) -> int:
     from obdlab.image.open import open_zfile
     from obdlab.layerfiles.description import content_size, verify
 
+    sizes = {}
     for path in args.sources:
         open_zfile(path).close()  # refuses files that are no ZFiles
-        with progress_bar(path, content_size(path), quiet=args.quiet) as progress:
+        with progress_bar(path, content_size(path), quiet=args.quiet or args.json) as progress:
             for length in verify(path):
                 progress(length)
-        say(f"{path}: sound", quiet=args.quiet)
+        sizes[path] = content_size(path)
+        say(f"{path}: sound", quiet=args.quiet or args.json)
+    if args.json:
+        print_json(sizes)
     return 0
+
+
+def _check_stream(args: argparse.Namespace) -> None:
+    if args.json and args.output == _STREAM:
+        raise LayerArgumentsError("--json and the ZFile's bytes both go to standard output: name a file")
 
 
 @contextmanager

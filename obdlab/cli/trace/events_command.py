@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_runtime_options, add_trace_option, device_service_from
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import real
 from obdlab.cli.sources import add_source_options, image_config
 from obdlab.cli.trace.container_start import container_config, run_once
@@ -59,6 +59,7 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
     )
     _add_events(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
+    add_json_option(parser)
     parser.set_defaults(run=run_import)
 
 
@@ -85,7 +86,7 @@ def declare_timeline(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--steps", action="store_true", help="every read, in order (default: the longest waits)")
     form.add_argument("--csv", action="store_true", help="every read, as CSV")
-    form.add_argument("--json", action="store_true", help="every read and the summary, as one JSON object")
+    add_json_option(form, "every read and the summary, as one JSON object")
     parser.set_defaults(run=run_timeline)
 
 
@@ -118,9 +119,11 @@ def run_watch(args: argparse.Namespace) -> int:
             with listening(device.path, args.output):
                 wait(ended, None if args.until_signal else args.seconds, args.quiet, "watching")
             end = None
-    if not args.quiet:
+    if args.json or not args.quiet:
         why = "" if end is None else f" ({end.why})"
-        print(f"{args.output}: {len(_parsed(args.output))} block events{why}")
+        count = len(_parsed(args.output))
+        facts = {"output": str(args.output), "events": count, "end": "" if end is None else end.why}
+        answer(args, facts, f"{args.output}: {count} block events{why}")
     return 0 if end is None else end.status(f"{args.output} has what came until then")
 
 
@@ -146,7 +149,7 @@ def run_import(args: argparse.Namespace) -> int:
         trace = trace_of(reads, disk)
     if not len(trace):
         raise FormatError("nothing of the image's layers was read", blob=str(args.file), got=f"{len(reads)} reads")
-    save_trace(args.output, trace)
+    save_trace(args, trace)
     return 0
 
 
@@ -245,7 +248,7 @@ def _print_json(steps: Sequence[Step], facts: Summary) -> None:
 
     from obdlab.traces.timeline import as_dict
 
-    print(json.dumps({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]}))
+    print_json({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]})
 
 
 def _print_csv(steps: Sequence[Step]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.sources import add_source_options, opened_disk
 from obdlab.observe.printable import printable
 
@@ -24,7 +24,7 @@ def declare_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the image it is of, as for attach")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--reads", action="store_true", help="one line a read of the disk: offset, length, path")
-    form.add_argument("--json", action="store_true", help="one JSON object")
+    add_json_option(form, "one JSON object")
     add_runtime_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run_files)
@@ -48,7 +48,7 @@ def run_files(args: argparse.Namespace) -> int:
             files = [
                 {"path": os.fsdecode(path), "read": size, "size": whole} for path, (size, whole) in used.files.items()
             ]
-            print(json.dumps({"files": files, "elsewhere": used.elsewhere}))
+            print_json({"files": files, "elsewhere": used.elsewhere})
             return 0
         for path, (size, whole) in used.files.items():
             print(f"{size:>12} {whole:>12} {name_of(path)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.trace.container_start import container_config, run_once
 from obdlab.cli.trace.recorded_start import (
     RecordError,
@@ -60,6 +61,7 @@ def declare_start(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = "Returns at once. The device's server records: it goes on when this command has ended."
     parser.add_argument("device", metavar="DEVICE", help="its id or node")
+    add_json_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run_start)
 
@@ -69,6 +71,7 @@ def declare_stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="its id or node")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the trace goes")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_json_option(parser)
     parser.set_defaults(run=run_stop)
     add_runtime_options(parser)
 
@@ -85,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_start(args: argparse.Namespace) -> int:
     """Begin to record a device."""
-    _live(args).start_recording()
+    live = _live(args)
+    live.start_recording()
+    if args.json:
+        print_json({"id": live.device_id})
     return 0
 
 
@@ -126,8 +132,8 @@ def _record_device(args: argparse.Namespace, service: DeviceService, device: Att
 
 
 def _summarise(done: Recorded, args: argparse.Namespace) -> None:
-    if not args.quiet:
-        print(f"{args.output}: {done.reads} reads, {done.size} bytes")
+    facts = {"output": str(args.output), "reads": done.reads, "size": done.size, "left_out": done.left_out}
+    answer(args, facts, f"{args.output}: {done.reads} reads, {done.size} bytes")
     if done.left_out:
         print(f"{args.prog}: {done.left_out} reads came after the trace was full", file=sys.stderr)
 
@@ -172,8 +178,8 @@ def _summary(args: argparse.Namespace, why: str) -> None:
     from obdlab.formats.trace import Trace
 
     recorded = Trace.from_bytes(args.output.read_bytes(), name=str(args.output))
-    if not args.quiet:
-        print(f"{args.output}: {len(recorded)} reads, {recorded.size} bytes ({why})")
+    facts = {"output": str(args.output), "reads": len(recorded), "size": recorded.size, "end": why}
+    answer(args, facts, f"{args.output}: {len(recorded)} reads, {recorded.size} bytes ({why})")
 
 
 # The server writes the trace when the lock or the device is removed.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option
 from obdlab.cli.numbers import real
 from obdlab.cli.progressbar import shown_bar
 from obdlab.cli.sources import add_source_options
@@ -43,6 +44,7 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     ready.add_argument("--until-command", metavar="SH", help="of an image: or until sh -c SH succeeds in it")
     parser.add_argument("--host-network", action="store_true", help="of an image: share the host's network")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, and no output of the container's")
+    add_json_option(parser)
     parser.add_argument(
         "--run",
         nargs=argparse.REMAINDER,

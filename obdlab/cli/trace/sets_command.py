@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import whole
 from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
@@ -25,7 +25,7 @@ def declare_show(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("file", type=Path, metavar="TRACE")
     parser.add_argument("--reads", action="store_true", help="one line a read: number, layer, offset, length")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_json_option(parser, "one JSON object")
     parser.set_defaults(run=run_show)
 
 
@@ -33,6 +33,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    add_json_option(parser)
     parser.add_argument(
         "--least", type=whole(1), default=1, metavar="N", help="only what at least N of them read (default: 1, all)"
     )
@@ -43,7 +44,7 @@ def declare_diff(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("one", type=Path, metavar="TRACE")
     parser.add_argument("other", type=Path, metavar="OTHER")
-    parser.add_argument("--json", action="store_true", help="print the ranges as one JSON array")
+    add_json_option(parser, "print the ranges as one JSON array")
     parser.set_defaults(run=run_diff)
 
 
@@ -51,6 +52,7 @@ def declare_filter(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("file", type=Path, metavar="TRACE")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    add_json_option(parser)
     parser.add_argument("--layer", type=whole(0), action="append", metavar="N", help="only of this layer; repeatable")
     parser.add_argument("--first", type=whole(1), metavar="N", help="only the first N reads")
     parser.add_argument("--unique", action="store_true", help="every byte only once, where it is read first")
@@ -69,7 +71,7 @@ def run_show(args: argparse.Namespace) -> int:
     trace = _load(args.file)
     facts = summary(trace)
     if args.json:
-        print(json.dumps(facts))
+        print_json(facts)
         return 0
     print(f"{args.file}: {facts['reads']} reads, {facts['size']} bytes ({facts['unique_size']} different ones)")
     for layer in facts["layers"]:
@@ -89,7 +91,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
     if args.least > len(args.traces):
         raise TraceCommandError(f"--least: wanted 1 to {len(args.traces)} (got {args.least})")
-    save_trace(args.output, merge([_load(path) for path in args.traces], least=args.least))
+    save_trace(args, merge([_load(path) for path in args.traces], least=args.least))
     return 0
 
 
@@ -107,7 +109,7 @@ def run_diff(args: argparse.Namespace) -> int:
             if not args.json:
                 print(f"{mark} layer {layer} [{begin}, {end})")
     if args.json:
-        print(json.dumps(found))
+        print_json(found)
     return int(differ)
 
 
@@ -123,7 +125,7 @@ def run_filter(args: argparse.Namespace) -> int:
         with opened_disk(args.fits, args) as disk:
             sizes = [layer.data.size for layer in disk.layers]
     trace = select(trace, layers=args.layer, sizes=sizes, first=args.first)
-    save_trace(args.output, unique(trace) if args.unique else trace)
+    save_trace(args, unique(trace) if args.unique else trace)
     return 0
 
 
@@ -134,12 +136,17 @@ def _load(path: Path) -> Trace:
     return Trace.from_bytes(load_file(str(path)), name=str(path))
 
 
-def save_trace(path: Path, trace: Trace) -> None:
-    """Write a trace to a file, and print a summary. Raises TraceCommandError if the trace is empty."""
+def save_trace(args: argparse.Namespace, trace: Trace, **more: object) -> None:
+    """Write a trace to ``args.output``, and print a summary; ``more`` is added to that of --json.
+
+    Raises TraceCommandError if the trace is empty.
+    """
     from obdlab.system.newfile import new_file
 
+    path = args.output
     if not len(trace):
         raise TraceCommandError(f"{path}: not written, as nothing is left of the trace")
     with new_file(path, force=True) as file:
         file.write(trace.to_bytes())
-    print(f"{path}: {len(trace)} reads, {trace.size} bytes")
+    facts = {"output": str(path), "reads": len(trace), "size": trace.size, **more}
+    answer(args, facts, f"{path}: {len(trace)} reads, {trace.size} bytes")

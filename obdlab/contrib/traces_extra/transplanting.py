@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options
+from obdlab.cli.jsonoutput import add_json_option
 from obdlab.cli.sources import add_source_options, opened_disk
 from obdlab.cli.trace.files_command import name_of
 from obdlab.errors import FormatError
@@ -27,6 +28,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", metavar="OLD", help="the image it is of, as for attach")
     parser.add_argument("new", metavar="NEW", help="the image to make one for")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    add_json_option(parser)
     add_runtime_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
@@ -57,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
         raise FormatError(
             "nothing of the trace is in the new image", blob=str(args.file), got=f"{total} bytes of files"
         )
-    save_trace(args.output, unique(Trace.from_reads(reads)))
+    missing = [name_of(path) for path in found.missing]
+    save_trace(args, unique(Trace.from_reads(reads)), found_share=share / 100, missing=missing)
+    if args.json:
+        return 0
     print(f"{share:.1f} % of {total} bytes of files found; {len(found.missing)} files missing", file=sys.stderr)
     for path in found.missing[:_SHOWN]:
         print(f"  {name_of(path)}", file=sys.stderr)

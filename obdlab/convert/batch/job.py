@@ -61,7 +61,7 @@ class Outcome:
     error: str = ""
     #: True if another try may succeed.
     temporary: bool = False
-    #: Name of the blob that the error concerns, with which its text begins; empty if there is none.
+    #: Name of the blob that the error concerns, with which its text begins; empty for other errors.
     blob: str = ""
 
     def to_line(self) -> bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obdlab.convert.base import copy_layer
 from obdlab.convert.progress import Silent
 from obdlab.errors import FormatError
 from obdlab.formats import oci
@@ -17,8 +17,6 @@ from obdlab.registry.platform import host_platform
 if TYPE_CHECKING:
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
     from obdlab.convert.progress import Progress
-
-_COPY = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +82,8 @@ def manifest_of(source: ImageSource, platform: oci.Platform | None) -> oci.Manif
 def _copy_layers(
     source: ImageSource, manifest: oci.Manifest, destination: ImageDestination, directory: str, progress: Progress
 ) -> None:
-    place = source.place
     for number, layer in enumerate(manifest.layers):
-        if destination.has(layer):
-            continue
-        near = place is not None and destination.place is not None and place[0] == destination.place[0]
-        if place is not None and near and destination.share(layer, place[1]):
-            continue
-        with ExitStack() as ended, progress.task(f"layer {number}: copy", layer.size) as task:
-            file = source.fetch(layer, Path(directory), task.advance)
-            ended.callback(source.release, file)
-            while file.read(_COPY):  # reading to the end checks its digest
-                pass
-            destination.put_file(layer, file.path, lambda _: None)
+        copy_layer(source, layer, destination, Path(directory), f"layer {number}", progress)
 
 
 def _described(layer: TopLayer, manifest: oci.Manifest) -> oci.Descriptor:
