@@ -9,10 +9,12 @@ span is returned.
 from __future__ import annotations
 
 import itertools
+import threading
+import zlib
 from bisect import bisect_right
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
+from isal import isal_zlib
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import CorruptBlobError, FormatError
@@ -26,23 +28,22 @@ from obdlab.formats.gzipindex import (
 )
 from obdlab.formats.gzipmember import MAGIC, MAX_HEADER, begin_inside_byte, header_length, parse_trailer
 from obdlab.layers.inflater import Inflater, MemberSums
+from obdlab.layers.longspan import LongSpan
 from obdlab.layers.spancache import SpanCache
 from obdlab.observe.counters import DECOMPRESSION_FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
-#: Most content between two entries. A span is decoded whole into memory, and is one span of the original's plus one
-#: block of deflate, of 4.2 MiB at most from any usual compressor.
+#: Most content of a span that is decoded whole. A span is the writer's distance of entries and one deflate block,
+#: which has at most 4.2 MiB from any usual compressor.
 MAX_SPAN = 16 << 20
-# Compressed bytes in one read of the blob below; a usual span needs one read.
-_PIECE = 1 << 20
+# Compressed bytes in one read of the blob below; a usual span needs one read. Checking all of the file takes less at
+# a time, 16 MiB of content at deflate's best rate.
+_PIECE, _CHECKED_PIECE = 1 << 20, 16 << 10
 _HEAD = 4 << 10
 _numbers = itertools.count()
-
-
-class SpanTooLongError(FormatError, code="span-too-long"):
-    """An index without an entry for so long that reading at one place would decode too much at once."""
 
 
 class GzipTarget(Blob):
@@ -50,7 +51,7 @@ class GzipTarget(Blob):
 
     Both belong to the target unless the constructor raises. It reads header and table of the index, and the gzip
     header; windows are read when they are needed. Raises FormatError or CorruptBlobError for an index that is damaged
-    or not of this file, as far as that shows without inflating; SpanTooLongError.
+    or not of this file, as far as that shows without inflating.
 
     A read raises CorruptBlobError if the bytes do not inflate, or to another length or end of the span than the index
     has. Other damage is found by :meth:`verify` alone: gzip has one checksum for all of the content.
@@ -85,7 +86,8 @@ class GzipTarget(Blob):
         self._windows = memoryview(table["window"].tobytes()).cast("q")
         self._lengths = memoryview(table["length"].tobytes()).cast("I")
         self._last = len(self._content) - 1
-        self._check_spans()
+        self._long_spans: dict[int, LongSpan] = {}
+        self._lock = threading.Lock()
         self._check_start()
 
     @property
@@ -100,13 +102,12 @@ class GzipTarget(Blob):
         first = bisect_right(self._content, offset) - 1
         begin = self._content[first]
         if end <= self._end(first):
-            return self._span(first)[offset - begin : end - begin]
+            return self._read_span(first, offset - begin, length)
         parts = []
         while offset < end:
-            span = self._span(first)
-            begin = self._content[first]
-            parts.append(span[offset - begin : end - begin])
-            offset = begin + len(span)
+            stop = min(end, self._end(first))
+            parts.append(self._read_span(first, offset - self._content[first], stop - offset))
+            offset = stop
             first += 1
         return b"".join(parts)
 
@@ -116,15 +117,20 @@ class GzipTarget(Blob):
             return 0, 0
         return self._stored_range(bisect_right(self._content, begin) - 1, bisect_right(self._content, end - 1) - 1)
 
-    def piece(self, offset: int) -> tuple[int, int]:
-        """Return the span that a byte lies in."""
+    def piece(self, offset: int) -> tuple[int, int] | None:
+        """Return the span that a byte lies in; of a long one, the part between two copies of the inflater's state."""
         check_range(self, offset, 1)
         number = bisect_right(self._content, offset) - 1
-        return self._content[number], self._end(number)
+        begin, end = self._content[number], self._end(number)
+        if end - begin <= MAX_SPAN:
+            return begin, end
+        part = self._long_span(number).piece(offset - begin)
+        return None if part is None else (begin + part[0], begin + part[1])
 
     def statistics(self) -> dict[str, int]:
         """Return the counters of the blob below, and those of inflating, which are not counted under a lock."""
-        own = {"inflated_spans": self.inflated_spans, "inflated_bytes": self.inflated_bytes}
+        long = sum(span.inflated_bytes for span in list(self._long_spans.values()))
+        own = {"inflated_spans": self.inflated_spans, "inflated_bytes": self.inflated_bytes + long}
         return self.below.statistics() | own
 
     def evict(self, offset: int, length: int) -> None:
@@ -132,6 +138,9 @@ class GzipTarget(Blob):
         if length:
             first, last = (bisect_right(self._content, at) - 1 for at in (offset, offset + length - 1))
             self._spans.drop(lambda key: self._is_mine(key, first, last))
+            for number in range(first, last + 1) if self._long_spans else ():
+                if number in self._long_spans:
+                    self._long_spans[number].forget()
         super().evict(offset, length)
 
     def close(self) -> None:
@@ -148,7 +157,15 @@ class GzipTarget(Blob):
         """
         sums = MemberSums(self.name)
         for number in range(self._last + 1):
-            yield len(self._inflate(number, sums))
+            tail = self._window(number)
+            inflater = self._inflater(number, tail, sums)
+            for data in self._stored_parts(number, _CHECKED_PIECE):
+                inflater.take(data)
+                content = inflater.taken()
+                tail = (tail + content)[-WINDOW:]
+                yield len(content)
+            inflater.end(last=number == self._last)
+            self._check_end(number, tail, inflater)
 
     # -- spans -------------------------------------------------------------------------------------------------------
 
@@ -160,42 +177,104 @@ class GzipTarget(Blob):
         return begin, self._stored[last + 1] if last < self._last else self.header.compressed_size
 
     def _is_mine(self, key: object, first: int, last: int) -> bool:
-        target, number = cast("tuple[int, int]", key)
+        target, number = cast("tuple[int, ...]", key)[:2]
         return target == self._number and first <= number <= last
 
-    def _span(self, number: int) -> bytes:
-        return self._spans.get((self._number, number), lambda: self._decode(number))
+    def _read_span(self, number: int, offset: int, length: int) -> bytes:
+        if self._end(number) - self._content[number] > MAX_SPAN:
+            return self._read_long(number, offset, length)
+        span = self._spans.get((self._number, number), lambda: self._decode(number))
+        return span[offset : offset + length]
 
     # A cache below may hold damaged bytes, and the origin sound ones.
     def _decode(self, number: int) -> bytes:
-        # Small layers have one span, so their CRC can be checked before a byte is returned.
-        whole = self._last == 0
         try:
-            return self._inflate(number, MemberSums(self.name) if whole else None)
+            return self._inflate(number)
         except CorruptBlobError:
-            DECOMPRESSION_FAILURES.add()
-            begin, end = self._stored_range(number, number)
-            self.below.evict(begin, end - begin)
-        return self._inflate(number, MemberSums(self.name) if whole else None)
+            self._evict_span(number)
+        return self._inflate(number)
 
-    def _inflate(self, number: int, sums: MemberSums | None) -> bytes:
-        begin, end = self._stored_range(number, number)
-        window, bits = self._window(number), self._bits[number]
-        several = self.header.version == SEVERAL_MEMBERS
-        length = self._end(number) - self._content[number]
-        inflater = Inflater(window, length, several=several, sums=sums, blob=self.name, offset=begin)
-        for at in range(begin, end, _PIECE):
-            data = self.below.read_at(at, min(_PIECE, end - at))
-            inflater.take(begin_inside_byte(data[0], bits) + data[1:] if bits and at == begin else data)
-        last = number == self._last
-        content = inflater.end(last=last)
-        if not last:
-            self._check_window(number + 1, content, window)
-        elif not several:
-            self._check_length(inflater.trailer())
+    def _inflate(self, number: int) -> bytes:
+        # Small layers have one span, so their CRC can be checked before a byte is returned.
+        sums = MemberSums(self.name) if self._last == 0 else None
+        window = self._window(number)
+        inflater = self._inflater(number, window, sums)
+        for data in self._stored_parts(number, _PIECE):
+            inflater.take(data)
+        content = inflater.end(last=number == self._last)
+        tail = content[-WINDOW:] if len(content) >= WINDOW else (window + content)[-WINDOW:]
+        self._check_end(number, tail, inflater)
         self.inflated_spans += 1
-        self.inflated_bytes += length
+        self.inflated_bytes += len(content)
         return content
+
+    def _inflater(
+        self, number: int, window: bytes, sums: MemberSums | None, library: ModuleType = isal_zlib
+    ) -> Inflater:
+        length = self._end(number) - self._content[number]
+        several = self.header.version == SEVERAL_MEMBERS
+        offset = self._stored[number]
+        return Inflater(window, length, several=several, sums=sums, blob=self.name, offset=offset, library=library)
+
+    def _stored_parts(self, number: int, step: int) -> Iterator[bytes]:
+        begin, end = self._stored_range(number, number)
+        bits = self._bits[number]
+        for at in range(begin, end, step):
+            data = self.below.read_at(at, min(step, end - at))
+            yield begin_inside_byte(data[0], bits) + data[1:] if bits and at == begin else data
+
+    def _evict_span(self, number: int) -> None:
+        DECOMPRESSION_FAILURES.add()
+        begin, end = self._stored_range(number, number)
+        self.below.evict(begin, end - begin)
+
+    # -- spans too long to be decoded at once ------------------------------------------------------------------------
+
+    def _read_long(self, number: int, offset: int, length: int) -> bytes:
+        span = self._long_span(number)
+        try:
+            return span.read(offset, length)
+        except CorruptBlobError:
+            self._evict_span(number)
+            span.forget()
+        return span.read(offset, length)
+
+    def _long_span(self, number: int) -> LongSpan:
+        with self._lock:
+            span = self._long_spans.get(number)
+            if span is None:
+                begin, end = self._stored_range(number, number)
+                window = self._window(number)
+                span = self._long_spans[number] = LongSpan(
+                    self.below,
+                    (begin, end),
+                    self._bits[number],
+                    self._inflater(number, window, None, zlib),
+                    window,
+                    last=number == self._last,
+                    # It begins at the gzip header, not at a place that the index alone knows.
+                    trusted=number == 0,
+                    check=lambda tail, inflater: self._check_end(number, tail, inflater),
+                    keep=lambda piece, decode: self._spans.get((self._number, number, piece), decode),
+                )
+        return span
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    # Checks a span by the last 32 KiB of content at its end.
+    def _check_end(self, number: int, tail: bytes, inflater: Inflater) -> None:
+        if number < self._last:
+            if tail != self._window(number + 1):
+                raise CorruptBlobError(
+                    f"content is not what the index has before entry {number + 1} (is it the index of another file?)",
+                    blob=self.name,
+                    offset=self._stored[number + 1],
+                )
+        elif self.header.version != SEVERAL_MEMBERS:
+            got, wanted = parse_trailer(inflater.trailer())[1], self.header.uncompressed_size & 0xFFFFFFFF
+            if got != wanted:
+                what = "gzip file has another length in its trailer than in its index"
+                raise CorruptBlobError(what, blob=self.name, got=got, wanted=wanted)
 
     # The window that ends a span is the one before the next: reading in order needs it twice.
     def _window(self, number: int) -> bytes:
@@ -208,33 +287,7 @@ class GzipTarget(Blob):
         self._recent_window = number, window
         return window
 
-    def _check_window(self, number: int, content: bytes, window: bytes) -> None:
-        wanted = self._window(number)
-        here = content[-WINDOW:]
-        if here != wanted[WINDOW - len(here) :] or window[len(here) :] != wanted[: WINDOW - len(here)]:
-            raise CorruptBlobError(
-                f"content is not what the index has before entry {number} (is it the index of another file?)",
-                blob=self.name,
-                offset=self._stored[number],
-            )
-
-    def _check_length(self, trailer: bytes) -> None:
-        got, wanted = parse_trailer(trailer)[1], self.header.uncompressed_size & 0xFFFFFFFF
-        if got != wanted:
-            what = "gzip file has another length in its trailer than in its index"
-            raise CorruptBlobError(what, blob=self.name, got=got, wanted=wanted)
-
     # -- opening -----------------------------------------------------------------------------------------------------
-
-    def _check_spans(self) -> None:
-        longest = int(np.diff(np.array(self._content), append=self.size).max())
-        if longest > MAX_SPAN:
-            raise SpanTooLongError(
-                "too few places to begin inflating, as in one giant deflate block",
-                blob=self.name,
-                got=f"{longest} bytes from one to the next",
-                wanted=f"at most {MAX_SPAN}",
-            )
 
     # The first entry is the end of the gzip header: in an index of another file it often is elsewhere.
     def _check_start(self) -> None:

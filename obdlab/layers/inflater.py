@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
+from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
 
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.gzipmember import MAX_HEADER, TRAILER_SIZE, header_length, parse_trailer
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 # A raw deflate stream, without header and trailer. isal is twice as fast as zlib, lets go of the interpreter lock and
 # takes a window. It cannot begin inside a byte: formats.gzipmember.begin_inside_byte.
@@ -19,7 +24,8 @@ class Inflater:
     """Inflates exactly ``length`` bytes, before which the content has the 32 KiB of ``window``.
 
     ``several``: the file may have several members. Errors name ``blob`` and the ``offset`` in it at which the part
-    begins. ``sums`` are given the content, and check it at the end of each member.
+    begins. ``sums`` are given the content, and check it at the end of each member. ``library`` is isal, or zlib,
+    whose state can be copied.
     """
 
     def __init__(
@@ -31,14 +37,18 @@ class Inflater:
         sums: MemberSums | None = None,
         blob: str = "",
         offset: int = 0,
+        library: ModuleType = isal_zlib,
     ) -> None:
+        self._library = library
         self._several = several
         self._sums = sums
         self._blob = blob
         self._offset = offset
-        self._length = self._left = length
+        self._length = length
+        #: Bytes of content that are still to come.
+        self.left = length
         self._parts: list[bytes] = []
-        self._stream = isal_zlib.decompressobj(_RAW, window)
+        self._stream: Any = library.decompressobj(_RAW, window)
         # The bytes behind the end of a member, up to the next member's first block; None inside a member.
         self._behind: bytes | None = None
 
@@ -49,11 +59,11 @@ class Inflater:
                 data = self._next_member(self._behind + data)
                 continue
             try:
-                piece = self._stream.decompress(data, self._left + 1)
-            except isal_zlib.IsalError as error:  # type: ignore[misc] # the stub has it as a value
+                piece = self._stream.decompress(data, self.left + 1)
+            except self._library.error as error:
                 raise self._damaged(f"gzip data does not inflate ({error})") from error
-            self._left -= len(piece)
-            if self._left < 0:
+            self.left -= len(piece)
+            if self.left < 0:
                 raise self._damaged("gzip data inflates to more than the index says")
             self._parts.append(piece)
             if self._sums is not None:
@@ -63,13 +73,25 @@ class Inflater:
             data = self._stream.unused_data
             self._behind = b""
 
+    def taken(self) -> bytes:
+        """Return the content so far, and forget it."""
+        parts, self._parts = self._parts, []
+        return b"".join(parts)
+
+    def copy(self) -> Inflater:
+        """Return an inflater in the same state, without the content so far. Of those with zlib and without sums."""
+        other = copy.copy(self)
+        other.taken()
+        other._stream = self._stream.copy()  # noqa: SLF001 - of the same class
+        return other
+
     def end(self, *, last: bool) -> bytes:
         """Return the content, once all compressed bytes were given: those up to the next entry, or to the file's end.
 
         Raises CorruptBlobError if there is less than ``length``, or the end is not one of that kind.
         """
-        if self._left:
-            got = self._length - self._left
+        if self.left:
+            got = self._length - self.left
             raise self._damaged("gzip data inflates to less than the index says", got, self._length)
         if last and self._behind is None:
             raise self._damaged("gzip data goes on behind the content that its index knows")
@@ -106,7 +128,7 @@ class Inflater:
         if self._sums is not None:
             self._sums.end(data[:TRAILER_SIZE])
         self._behind = None
-        self._stream = isal_zlib.decompressobj(_RAW)
+        self._stream = self._library.decompressobj(_RAW)
         return data[TRAILER_SIZE + length :]
 
     def _damaged(self, what: str, got: object = None, wanted: object = None) -> CorruptBlobError:

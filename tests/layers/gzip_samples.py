@@ -53,6 +53,15 @@ def member(data: bytes, *, level: int = 6, strategy: int = 0, flush: int = 0, li
     return b"".join(out)
 
 
+def one_block(data: bytes) -> bytes:
+    """A member of one deflate block, of the fixed codes and literals alone. For bytes below 144."""
+    codes = data.translate(bytes(int(f"{(0x30 + byte) & 0xFF:08b}"[::-1], 2) for byte in range(256)))
+    block = int.from_bytes(codes, "little") << 3 | 0b011  # the last block, of type 1; code 256 is seven zeros
+    stored = block.to_bytes((3 + 8 * len(data) + 7 + 7) // 8, "little")
+    trailer = zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xFFFFFFFF).to_bytes(4, "little")
+    return b"\x1f\x8b\x08" + bytes(7) + stored + trailer
+
+
 def index_of(gz: bytes, *, span: int = SPAN, several: bool = False) -> tuple[bytes, bytes]:
     """The index of a gzip file, and the content that was found while it was made."""
     sink = io.BytesIO()

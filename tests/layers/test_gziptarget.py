@@ -13,7 +13,7 @@ import pytest
 from obdlab.blob import MemoryBlob, Wrapper
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
 from obdlab.formats.gzipindex import HEADER_SIZE, IndexHeader, pack, parse_table
-from obdlab.layers.gziptarget import GzipTarget, SpanTooLongError
+from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.spancache import SpanCache
 from obdlab.localfile import LocalFile
 from tests.layers.golden import TURBO
@@ -240,12 +240,6 @@ def test_a_damaged_window_makes_both_of_its_spans_unreadable() -> None:
     for at in (second, third):
         with pytest.raises(CorruptBlobError, match=r"gzip\.meta: window of the gzip index"):
             blob.read_at(at, 10)
-
-
-def test_one_giant_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obdlab.layers.gziptarget.MAX_SPAN", 1 << 20)
-    with pytest.raises(SpanTooLongError, match="one giant deflate block"):
-        target()
 
 
 # -- caches below ---------------------------------------------------------------------------------------------------

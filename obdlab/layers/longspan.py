@@ -1,0 +1,159 @@
+"""A span of a gzip layer that is too long to be decoded at once, as of one giant deflate block.
+
+The original begins at the entry for every read in it. Here the inflater's state is copied every few MiB on the way: a
+later read begins at the last copy before it, and reading in order goes on with the state there is.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from obdlab.errors import SourceError
+from obdlab.formats.gzipindex import WINDOW
+from obdlab.formats.gzipmember import begin_inside_byte
+from obdlab.layers.inflater import Inflater
+from obdlab.waiting import about_to_wait
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obdlab.blob import Blob
+
+#: Content between two copies of the state, and most copies: each has about 50 KiB.
+DISTANCE = 4 << 20
+MOST_POINTS = 256
+# Compressed bytes given at a time: at deflate's best rate they are 16 MiB of content.
+_STEP = 16 << 10
+# Longest wait for another thread that decodes in the same span: it may have to inflate all of it.
+_LONGEST_WAIT_S = 300.0
+
+
+class _Point(NamedTuple):
+    content: int  # from the span's beginning
+    stored: int  # in the gzip file
+    inflater: Inflater
+
+
+class LongSpan:
+    """One span: the range ``stored`` of ``below``, of whose first byte it has only the upper ``bits`` if not 0.
+
+    ``inflater`` begins there, has zlib as its library, and stays as it is; ``window`` is the content before.
+
+    At its end ``check`` is called with the last 32 KiB and the inflater, and raises if they are wrong. With
+    ``trusted`` False that happens before the first byte is returned. ``keep`` gets a piece's number and a function
+    that decodes it, which it may call or not, if it has kept the piece. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        below: Blob,
+        stored: tuple[int, int],
+        bits: int,
+        inflater: Inflater,
+        window: bytes,
+        *,
+        last: bool,
+        trusted: bool,
+        check: Callable[[bytes, Inflater], None],
+        keep: Callable[[int, Callable[[], bytes]], bytes],
+    ) -> None:
+        self._below = below
+        (self._begin, self._end), self._bits = stored, bits
+        self._first, self._window = inflater, window
+        self._distance = max(DISTANCE, inflater.left // MOST_POINTS)
+        self._last = last
+        self._trusted = trusted
+        self._check = check
+        self._keep = keep
+        self._lock = threading.Lock()
+        #: Bytes inflated so far, those of repeated passes included.
+        self.inflated_bytes = 0
+        self._begin_again()
+
+    def forget(self) -> None:
+        """Begin once more from the entry."""
+        with self._lock:
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        self._points = [_Point(0, self._begin, self._first.copy())]
+        self._complete = False
+        self._frontier = self._first.copy()
+        self._tail = self._window
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes of the span. Raises CorruptBlobError; SourceError if another thread takes too long."""
+        about_to_wait()
+        if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
+            what = "another thread has not decoded the same part in time"
+            raise SourceError(what, blob=self._below.name, temporary=True)
+        try:
+            while not (self._trusted or self._complete):
+                self._advance()
+            parts = []
+            while length:
+                begin, piece = self._piece_at(offset)
+                parts.append(piece[offset - begin : offset - begin + length])
+                offset += len(parts[-1])
+                length -= len(parts[-1])
+            return b"".join(parts)
+        finally:
+            self._lock.release()
+
+    def piece(self, offset: int) -> tuple[int, int] | None:
+        """Return the range that is decoded with a byte; None if that is not known yet."""
+        points = self._points
+        number = bisect_right(points, offset, key=lambda point: point.content)
+        return (points[number - 1].content, points[number].content) if number < len(points) else None
+
+    # Returns where the piece begins that has a byte, and the piece. Needs the lock.
+    def _piece_at(self, offset: int) -> tuple[int, bytes]:
+        while True:
+            number = bisect_right(self._points, offset, key=lambda point: point.content) - 1
+            if number < len(self._points) - 1:
+                return self._points[number].content, self._keep(number, partial(self._again, number))
+            begin = self._points[number].content
+            piece = self._advance()
+            if offset < begin + len(piece):
+                return begin, piece
+
+    # Decodes from the last point on, and adds the next. Needs the lock.
+    def _advance(self) -> bytes:
+        content, stored, _ = self._points[-1]
+        parts: list[bytes] = []
+        size = 0
+        while size < self._distance and stored < self._end:
+            stored = self._take(self._frontier, stored)
+            part = self._frontier.taken()
+            size += len(part)
+            parts.append(part)
+        piece = b"".join(parts)
+        self.inflated_bytes += size
+        self._tail = (self._tail + piece)[-WINDOW:]
+        if stored == self._end:
+            self._frontier.end(last=self._last)
+            self._check(self._tail, self._frontier)
+            self._complete = True
+        number = len(self._points) - 1
+        self._points.append(_Point(content + size, stored, self._frontier.copy()))
+        return self._keep(number, lambda: piece)
+
+    def _again(self, number: int) -> bytes:
+        point, end = self._points[number], self._points[number + 1].stored
+        inflater, stored = point.inflater.copy(), point.stored
+        while stored < end:
+            stored = self._take(inflater, stored)
+        piece = inflater.taken()
+        self.inflated_bytes += len(piece)
+        return piece
+
+    def _take(self, inflater: Inflater, stored: int) -> int:
+        length = min(_STEP, self._end - stored)
+        data = self._below.read_at(stored, length)
+        if stored == self._begin and self._bits:
+            data = begin_inside_byte(data[0], self._bits) + data[1:]
+        inflater.take(data)
+        return stored + length
