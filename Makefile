@@ -18,7 +18,7 @@ LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-p
   golang-go golang-github-containerd-containerd-dev
 
 .PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint docs unit pure host protos
-.PHONY: benchmarks mutants clean
+.PHONY: benchmarks figures mutants clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
@@ -27,6 +27,7 @@ help:
 	@echo "make docs       the documentation as a site: build/docs/index.html"
 	@echo "make newest     the tests without devices, with the newest versions of all Python dependencies"
 	@echo "make benchmarks the speed figures, as ratios"
+	@echo "make figures    write the numbers of README and docs from the rows in experiments/measured"
 	@echo "make mutants    which wrong lines the tests would not notice (hours)"
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
@@ -104,6 +105,10 @@ mutants: setup
 benchmarks: setup
 	@for script in tests/benchmarks/[a-z]*.py; do \
 	  echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py) || exit 1; done
+
+# Numbers in README and docs; tests/figures/test_figures.py, which CI runs, compares them.
+figures: setup
+	$(BIN)/python -m tests.figures
 
 protos: setup
 	scripts/generate-protos $(BIN)/python

@@ -1,0 +1,1 @@
+"""Numbers in README and docs, written from the rows in the repository: ``make figures``."""

@@ -1,0 +1,347 @@
+"""The figures by name, each from rows below ``experiments/measured``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from obdlab.lab.paper import ledger
+from obdlab.lab.paper.questions import CODEC, CONVERSION, MEMORY, MISSES, Run
+from obdlab.lab.paper.results import Results
+from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attempt, with_quiet
+from obdlab.lab.run.statistics import Estimate, median_interval, ratio_interval
+from obdlab.lab.run.summary import caveats, findings, summarise, summary_records
+
+Row = dict[str, Any]
+
+MEASURED = Path(__file__).parents[2] / "experiments" / "measured"
+NETWORKS = ((100.0, 0.0), (100.0, 20.0), (1000.0, 0.0), (1000.0, 20.0))
+IMAGES = ("redis", "nginx", "node", "pydata", "wordpress", "jdk", "torch")
+ARMS = ("overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot", "stargz", "soci")
+#: Arms whose image holds what a recorded start read.
+RECORDED = ("obdlab-prefetch", "obdlab-hot")
+_USUAL_COUNT = 3
+
+
+def figures() -> dict[str, str]:
+    """Return the text of all figures by name."""
+    made = {name: make() for name, make in _FIGURES.items()}
+    return {**made, **{f"ledger-{key}": text for key, text in _ledger().items()}}
+
+
+def files() -> dict[Path, str]:
+    """Return the texts of whole files of figures."""
+    return {MEASURED / name / "table.txt": _all_columns(name) for name in ("peers", "hot")}
+
+
+@cache
+def _rows(name: str) -> tuple[Row, ...]:
+    rows = with_quiet(RowStore(MEASURED / name).rows())
+    return tuple(row for row in rows if not row.get("error"))
+
+
+def _starts(name: str, **where: Any) -> list[Row]:
+    found = [row for row in _rows(name) if all(row.get(key) == value for key, value in where.items())]
+    return one_per_attempt(newest_code(found, "image", "rate_mbit", "rtt_ms", "arm", "start", "settings"))
+
+
+def of_peers(**where: Any) -> list[Row]:
+    """Return the good starts of ``peers`` with these values."""
+    return _starts("peers", **where)
+
+
+def _middle(rows: Sequence[Row], key: str) -> float:
+    return median(row[key] for row in rows)
+
+
+def _launch_s(rows: Sequence[Row]) -> float:
+    return median(row["create_s"] + row["start_s"] + row["ready_s"] for row in rows)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" if line else f"|{'---|' * len(head)}" for line in (head, (), *lines))
+
+
+def _rate(rate_mbit: float) -> str:
+    return f"{rate_mbit:g} Mbit/s" if rate_mbit < 1000 else f"{rate_mbit / 1000:g} Gbit/s"
+
+
+def _peers_cold() -> str:
+    lines = []
+    for image in IMAGES:
+        for rate, rtt in NETWORKS:
+            base = _starts("peers", image=image, rate_mbit=rate, rtt_ms=rtt, start="cold", arm="overlayfs")
+            cells = [image, f"{rate:g}", f"{rtt:g}"]
+            for arm in ARMS:
+                rows = _starts("peers", image=image, rate_mbit=rate, rtt_ms=rtt, start="cold", arm=arm)
+                cells.append(_cold_cell(rows, base, is_base=arm == "overlayfs"))
+            lines.append(cells)
+    return _table(("image", "Mbit/s", "ms", *(_arm(arm) for arm in ARMS)), lines)
+
+
+def _arm(arm: str) -> str:
+    return f"{arm}, recorded" if arm in RECORDED else arm
+
+
+def _cold_cell(rows: Sequence[Row], base: Sequence[Row], *, is_base: bool) -> str:
+    if not rows:
+        return "-"
+    total_s, received = _middle(rows, "total_s"), _middle(rows, "bytes_received") / 1e6
+    if is_base:
+        return f"{total_s:.2f} ({received:.0f})"
+    few = "" if len(rows) >= _USUAL_COUNT else f"; n = {len(rows)}"
+    waits = _middle(rows, "round_trip_waits")
+    return f"{total_s:.2f} (×{total_s / _middle(base, 'total_s'):.2f}; {received:.1f}, {waits:.0f}{few})"
+
+
+def _local(start: str) -> Callable[[], str]:
+    def made() -> str:
+        lines = []
+        for image in IMAGES:
+            found = [_starts("peers", image=image, start=start, arm=arm) for arm in ARMS]
+            lines.append([image, *(f"{_middle(rows, 'total_s'):.2f}" if rows else "-" for rows in found)])
+        return _table(("image", *ARMS), lines)
+
+    return made
+
+
+def _counts(name: str) -> Callable[[], str]:
+    def made() -> str:
+        cold = [row for row in RowStore(MEASURED / name).rows() if row["start"] == "cold"]
+        return f"{sum(bool(row['quiet']) for row in cold)} of {len(cold)} cold starts"
+
+    return made
+
+
+def _row_count(name: str) -> Callable[[], str]:
+    return lambda: f"{len(RowStore(MEASURED / name).rows()):,} rows"
+
+
+# Of launches with a hot layer: the time as a share of the bound (tests.benchmarks.bounds), and the time.
+def _bounds(name: str, images: Sequence[str]) -> Callable[[], str]:
+    def made() -> str:
+        lines = []
+        for image in images:
+            cold = _starts(name, image=image, arm="obdlab-hot", start="cold")
+            lines.append([f"{image} ({min(row['bytes_received'] for row in cold) / 1e6:.1f})"])
+            for rate, rtt in NETWORKS:
+                where = {"image": image, "arm": "obdlab-hot", "rate_mbit": rate, "rtt_ms": rtt}
+                cold, warm = (_starts(name, **where, start=start) for start in ("cold", "warm"))
+                if not cold or not warm:
+                    lines[-1].append("-")
+                    continue
+                needed = min(row["bytes_received"] for row in cold)
+                bound = max(_launch_s(warm), needed * 8e-6 / rate) + 3e-3 * rtt
+                lines[-1].append(f"{_launch_s(cold) / bound:.2f} ({_launch_s(cold):.2f} s)")
+        return _table(("image (MB)", *(f"{_rate(rate)}, {rtt:g} ms" for rate, rtt in NETWORKS)), lines)
+
+    return made
+
+
+def _hot_against() -> str:
+    said = []
+    for image in ("pydata", "wordpress"):
+        for other in ("stargz", "overlayfs"):
+            shares = []
+            for rtt in (0.0, 20.0):
+                where = {"image": image, "rate_mbit": 100.0, "rtt_ms": rtt, "start": "cold"}
+                ours, theirs = (_middle(_starts("hot", **where, arm=arm), "total_s") for arm in ("obdlab-hot", other))
+                shares.append(f"{ours / theirs:.2f}")
+            said.append(f"{image} takes {shares[0]} and {shares[1]} (20 ms) of {other}'s time")
+    return "; ".join(said)
+
+
+_BEFORE, _AFTER = {"extents": {"cache_extent_max": 0}, "readahead": {"device_readahead_kib": 32}}, None
+
+
+def _changed(name: str, image: str, rate: float, rtt: float) -> tuple[list[Row], list[Row]]:
+    where = {"image": image, "rate_mbit": rate, "rtt_ms": rtt, "start": "cold"}
+    with_settings, without = (_starts(name, **where, settings=settings) for settings in (_BEFORE[name], _AFTER))
+    return with_settings, without
+
+
+def _extents() -> str:
+    lines = []
+    for image in ("redis", "nginx", "pydata"):
+        for rate in (100.0, 1000.0):
+            cells = []
+            for rtt in (0.0, 5.0, 20.0):
+                old, new = _changed("extents", image, rate, rtt)
+                times = " → ".join(f"{_middle(rows, 'total_s'):.2f}" for rows in (old, new))
+                received = " → ".join(f"{_middle(rows, 'bytes_received') / 1e6:.1f}" for rows in (old, new))
+                cells.append(f"{times} s ({received} MB)")
+            lines.append([image, f"{rate:g}", *cells])
+    return _table(("image", "Mbit/s", "0 ms", "5 ms", "20 ms"), lines)
+
+
+def _extents_said() -> str:
+    told = []
+    for image in ("pydata", "redis", "nginx"):
+        old, new = (_middle(rows, "total_s") for rows in _changed("extents", image, 1000.0, 20.0))
+        told.append(f"{image} {new:.1f} instead of {old:.1f} s")
+    more = [
+        _middle(new, "bytes_received") / _middle(old, "bytes_received")
+        for image in ("pydata", "redis", "nginx")
+        for old, new in [_changed("extents", image, 1000.0, 20.0)]
+    ]
+    slow = []
+    for rtt in (20.0, 0.0):
+        shares = []
+        for image in ("pydata", "redis", "nginx"):
+            old, new = (_middle(rows, "total_s") for rows in _changed("extents", image, 100.0, rtt))
+            shares.append(f"{(1 - new / old) * 100:.0f}")
+        slow.append(f"{shares[0]}, {shares[1]} and {shares[2]} % sooner")
+    return (
+        f"At 1 Gbit/s and 20 ms a start takes {', '.join(told)}, for {min(more):.1f} to {max(more):.1f} times the "
+        f"bytes; at 100 Mbit/s and 20 ms they are ready {slow[0]}, without a delay {slow[1]} (two starts each)"
+    )
+
+
+def _readahead() -> str:
+    lines = []
+    for image in ("redis", "pydata", "wordpress"):
+        sizes = [
+            _middle(one_per_attempt(rows), "bytes_received") / 1e6
+            for rows in zip(*(_sides("readahead", image, *network) for network in NETWORKS), strict=True)
+            for rows in [[row for part in rows for row in part]]
+        ]
+        cells = []
+        for rate, rtt in NETWORKS:
+            new, old = _changed("readahead", image, rate, rtt)
+            cells.append(" → ".join(f"{_middle(rows, 'total_s'):.2f}" for rows in (old, new)) if old and new else "-")
+        lines.append([image, " → ".join(f"{size:.1f}" for size in sizes), *cells])
+    return _table(("image", "MB received", *(f"{_rate(rate)}, {rtt:g} ms" for rate, rtt in NETWORKS)), lines)
+
+
+# Without the changed settings, then with them.
+def _sides(name: str, image: str, rate: float, rtt: float) -> tuple[list[Row], list[Row]]:
+    changed, without = _changed(name, image, rate, rtt)
+    return without, changed
+
+
+def _starts_table() -> str:
+    lines = []
+    for image in ("redis", "pydata", "wordpress"):
+        for start in ("cold", "warm"):
+            where = {"image": image, "rate_mbit": 100.0, "rtt_ms": 20.0, "start": start}
+            base, lazy, hot = (_starts("peers", **where, arm=arm) for arm in ("overlayfs", "obdlab", "obdlab-hot"))
+            cells = [f"{image}, {len(base)} starts each", start, _estimate(base).text(".2f")]
+            for rows in (lazy, hot):
+                ratio = ratio_interval([row["total_s"] for row in rows], [row["total_s"] for row in base])
+                cells += [_estimate(rows).text(".2f"), ratio.text(".2f")]
+            received = " / ".join(f"{_middle(rows, 'bytes_received') / 1e6:.1f}" for rows in (base, lazy, hot))
+            lines.append([*cells, f"{received} MB" if start == "cold" else "0"])
+    head = ("image", "start", "overlayfs, s", "obdlab, nothing recorded, s", "ratio", "obdlab, hot layer recorded, s")
+    return _table((*head, "ratio", "received until ready"), lines)
+
+
+def _estimate(rows: Sequence[Row]) -> Estimate:
+    return median_interval([row["total_s"] for row in rows])
+
+
+# The share of a lazy start that requests one after another and the link's rate explain.
+def _explained() -> str:
+    shares: dict[tuple[float, float], list[float]] = {}
+    for image in IMAGES:
+        for rate, rtt in NETWORKS:
+            rows = _starts("peers", image=image, rate_mbit=rate, rtt_ms=rtt, start="cold", arm="obdlab")
+            waits, received = _middle(rows, "requests") * (rtt / 1e3 + 2e-3), _middle(rows, "bytes_received")
+            shares.setdefault((rate, rtt), []).append((waits + received * 8e-6 / rate) / _middle(rows, "total_s"))
+    told = [
+        f"{min(found):.0%} to {max(found):.0%} of a start over {_rate(rate)} and {rtt:g} ms".replace("%", " %")
+        for (rate, rtt), found in shares.items()
+    ]
+    return ", ".join(told[:-1]) + f" and {told[-1]}"
+
+
+def _grid(run: Run, axes: Sequence[str], metrics: dict[str, str]) -> Callable[[], str]:
+    def made() -> str:
+        rows = Results(MEASURED / "evaluation").rows(run)
+        points: dict[tuple[Any, ...], list[Row]] = {}
+        for row in sorted(rows, key=lambda row: tuple(row[axis] for axis in axes)):
+            points.setdefault(tuple(row[axis] for axis in axes), []).append(row)
+        lines = [
+            [
+                *(f"{value:,}" if isinstance(value, int) else str(value) for value in point),
+                str(len(found)),
+                *(median_interval([row[key] for row in found]).text(".3g") for key in metrics),
+            ]
+            for point, found in points.items()
+        ]
+        return _table((*(axis.replace("_", " ") for axis in axes), "n", *metrics.values()), lines)
+
+    return made
+
+
+def _versions() -> str:
+    environments = RowStore(MEASURED / "peers").environments()
+    used = {row["environment"] for row in _rows("peers")}
+    found: dict[str, dict[str, None]] = {}
+    for key in sorted(used):
+        for programs in environments[key].get("compared", {}).values():
+            for program, version in programs.items():
+                found.setdefault(program, {})[_short(version)] = None
+        for program in ("kernel", "runc"):
+            found.setdefault(program, {})[_short(environments[key][program])] = None
+    return ", ".join(f"{program} {' and '.join(versions)}" for program, versions in sorted(found.items()))
+
+
+# The last word of a line such as "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1".
+def _short(version: str) -> str:
+    words = [word for word in version.split() if any(character.isdigit() for character in word)]
+    return words[-1] if words else version
+
+
+def _all_columns(name: str) -> str:
+    summaries = summarise(_rows(name))
+    records = summary_records(summaries)
+    columns = list(records[0])
+    widths = {column: max(len(column), *(len(record[column]) for record in records)) for column in columns}
+    lines = [{column: column for column in columns}, {column: "-" * widths[column] for column in columns}, *records]
+    text = ["  ".join(line[column].ljust(widths[column]) for column in columns).rstrip() for line in lines]
+    return "\n".join([*text, *findings(summaries), *caveats(list(_rows(name)))]) + "\n"
+
+
+@cache
+def _ledger() -> dict[str, str]:
+    return {"counts": ledger.as_text(ledger.ledger(Results(MEASURED / "evaluation")))[-1]}
+
+
+def _has_floor() -> str:
+    with_floor = [name for name in ("peers", "hot", "extents") if any(AA_SUFFIX in row["arm"] for row in _rows(name))]
+    return "measured in " + ", ".join(with_floor) if with_floor else "none of these sets has identical arms yet"
+
+
+_FIGURES: dict[str, Callable[[], str]] = {
+    "peers-cold": _peers_cold,
+    "peers-warm": _local("warm"),
+    "peers-dropped": _local("dropped"),
+    "peers-rows": _row_count("peers"),
+    "peers-quiet": _counts("peers"),
+    "peers-versions": _versions,
+    "hot-bounds": _bounds("hot", ("redis", "nginx", "pydata", "wordpress", "torch")),
+    "hot-rows": _row_count("hot"),
+    "hot-quiet": _counts("hot"),
+    "hot-against": _hot_against,
+    "hot-pause-bounds": _bounds("hot-pause", ("redis", "nginx")),
+    "hot-pause-rows": _row_count("hot-pause"),
+    "extents": _extents,
+    "extents-said": _extents_said,
+    "readahead": _readahead,
+    "floors": _has_floor,
+    "starts": _starts_table,
+    "explained": _explained,
+    "codec": _grid(
+        CODEC,
+        ("algorithm", "block_size"),
+        {"read_mb_s": "read, MB/s", "write_mb_s": "write, MB/s", "ratio": "size, of the content"},
+    ),
+    "conversion": _grid(
+        CONVERSION, ("image", "algorithm"), {"seconds": "seconds", "of_source": "of the gzip layers", "size_mb": "MB"}
+    ),
+    "misses": _grid(MISSES, ("rtt_ms",), {"p50_ms": "half of reads, ms", "p99_ms": "99 %, ms"}),
+    "memory": _grid(MEMORY, ("devices",), {"device_mib": "MiB of one device, PSS"}),
+}
