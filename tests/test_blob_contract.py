@@ -44,8 +44,10 @@ from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack, WritableStack
+from obdlab.layers.targetdisk import TargetDisk
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import SparseUpper
+from obdlab.layers.warp import WarpFile
 from obdlab.layers.zfile import open_zfile
 from obdlab.localfile import LocalFile
 from obdlab.registry.client import RegistryClient
@@ -263,6 +265,17 @@ def space_of_erofs(_: Path, __: ExitStack) -> Case:
     return Case(Space(blob, 0), CONTENT)
 
 
+def warp_file(_: Path, __: ExitStack) -> Case:
+    own, target = CONTENT[:5000], CONTENT[5000:]
+    return Case(WarpFile(MemoryBlob(own), MemoryBlob(target)), own + bytes(120) + target)
+
+
+def target_disk(directory: Path, _: ExitStack) -> Case:
+    disk = TargetDisk(None, SparseUpper.create(directory / "sparse", SIZE))
+    disk.write_at(0, CONTENT)
+    return Case(disk, CONTENT)
+
+
 CASES: list[Make] = [
     memory,
     wrapper,
@@ -285,6 +298,8 @@ CASES: list[Make] = [
     image,
     writable_stack,
     writable_image,
+    warp_file,
+    target_disk,
     space_of_erofs,
 ]
 

@@ -103,7 +103,7 @@ def check_native(layer: oci.Descriptor, name: str) -> None:
     if layer.turbo_target is not None:
         raise NotOverlaybdError(
             f"{name}: layer {layer.digest} is a turboOCI layer, an index to layer {layer.turbo_target[:71]} of the "
-            "original image; these are not supported yet. Convert the original image instead: "
+            "original image; only containers can use these. Name the original image, or convert it: "
             "obdlab image convert ORIGINAL NEW"
         )
 

@@ -23,6 +23,7 @@ from obdlab.layers.budget import Budget
 from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
 from obdlab.layers.lsmt import LsmtLayer, RepeatedLayer, open_layer
 from obdlab.layers.seal import SwitchMark
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
@@ -101,7 +102,7 @@ def open_warp(
     names = (os.fspath(name) for name in (target, gzip_index or ""))
     lower = LowerConfig(os.fspath(meta), target_file=next(names), gzip_index=next(names))
     with ExitStack() as opened:
-        tar = opened.enter_context(open_target(lower, None, unwrapped)[0])
+        tar = opened.enter_context(open_target(lower, None, unwrapped, SpanCache())[0])
         layer, _ = _open_local(lower.file, Budget(), kind=partial(WarpLayer, tar))
         opened.pop_all()
         return Disk([layer])
@@ -332,7 +333,7 @@ def _open_lowers(
     deadline = time.monotonic() + settings.open_deadline_s
 
     begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
-    budget = Budget()
+    budget, spans = Budget(), SpanCache()
     tops = _topmost(lowers, files)
     wanted = sorted(set(tops))
 
@@ -350,7 +351,7 @@ def _open_lowers(
             with deadline_of_thread(deadline), ExitStack() as unused:
                 kind: Kind = LsmtLayer
                 if lower.is_turbo:
-                    target, of_target = open_target(lower, remote, around)
+                    target, of_target = open_target(lower, remote, around, spans)
                     unused.enter_context(target)
                     kind = partial(WarpLayer, target)
                 if file:

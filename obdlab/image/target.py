@@ -13,21 +13,24 @@ from obdlab.localfile import LocalFile
 if TYPE_CHECKING:
     from obdlab.blob import Around, Blob
     from obdlab.image.remote import RemoteLayers
+    from obdlab.layers.spancache import SpanCache
 
 
-def open_target(lower: LowerConfig, remote: RemoteLayers | None, around: Around) -> tuple[Blob, str]:
+def open_target(
+    lower: LowerConfig, remote: RemoteLayers | None, around: Around, spans: SpanCache
+) -> tuple[Blob, str]:
     """Return the uncompressed tar of a lower's target, and the identity of the target.
 
     The target is the local ``target_file``, or else the blob ``target_digest`` of the image's repository, which
-    ``remote`` opens. ``around`` gets the joints "origin" (of a local file) and "target". Raises FormatError if the
-    target does not fit the lower's gzip index, or is compressed and the lower names no index; SourceError if a file
-    or the registry cannot be read.
+    ``remote`` opens. Decompressed spans are kept in ``spans``. ``around`` gets the joints "origin" (of a local file)
+    and "target". Raises FormatError if the target does not fit the lower's gzip index, or is compressed and the lower
+    names no index; SourceError if a file or the registry cannot be read.
     """
     if not lower.target_file and not lower.target_digest:
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
     blob, identity = _open_stored(lower, remote, around)
     try:
-        blob = _uncompressed(blob, lower.gzip_index)
+        blob = _uncompressed(blob, lower.gzip_index, spans)
         return around("target", blob), identity
     except BaseException:
         blob.close()
@@ -47,7 +50,7 @@ def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around
         raise
 
 
-def _uncompressed(blob: Blob, gzip_index: str) -> Blob:
+def _uncompressed(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
     compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
     if compression and not gzip_index:
         raise FormatError(
@@ -60,7 +63,7 @@ def _uncompressed(blob: Blob, gzip_index: str) -> Blob:
         return blob
     index = LocalFile(gzip_index)
     try:
-        return GzipTarget(blob, index)
+        return GzipTarget(blob, index, spans=spans)
     except BaseException:
         index.close()
         raise

@@ -304,7 +304,10 @@ class _Original:
         if self._values.get("registryFsVersion", "v2") != "v2":
             self._note("registryFsVersion", "there is one registry client, which does what v2 does")
         if self._values.get("gzipCacheConfig.enable"):
-            self._note("gzipCacheConfig", "turboOCI layers are not supported, so nothing is cached for them")
+            self._note(
+                "gzipCacheConfig",
+                "layers are cached as they are stored; what is decompressed of them stays in memory",
+            )
         if "prefetchConfig.concurrency" in self._values:
             self._note("prefetchConfig.concurrency", "a replay has at most 8 requests under way, whatever this says")
         if self._values.get("serviceConfig.enable"):

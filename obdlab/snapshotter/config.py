@@ -33,7 +33,6 @@ _MAX_TENANT = (1 << 31) - 1
 _NO_EFFECT = {
     "logReportCaller": "log lines name their part of the program anyway",
     "tenant": "devices are named after the root directory, so that snapshotters do not meet",
-    "turboFsType": "turboOCI layers cannot be served yet",
 }
 _KNOWN = {
     "root",
@@ -49,6 +48,7 @@ _KNOWN = {
     "rootfsQuota",
     "activePathRoots",
     "traceRoots",
+    "turboFsType",
     "runtimeType",
     "exporterConfig",
     *_NO_EFFECT,
@@ -108,6 +108,7 @@ class SnapshotterConfig:
                 quota_bytes=quota_bytes,
                 active_roots=table.paths("activePathRoots", standard.active_roots),
                 trace_roots=table.paths("traceRoots", standard.trace_roots),
+                turbo_file_systems=_turbo_file_systems(table),
             ),
             exporter_listen=f"0.0.0.0:{port}" if exporter.get("enable", bool, False) else "",
             exporter_path=exporter.text("uriPrefix") or "/metrics",
@@ -121,6 +122,14 @@ def _log_unknown(table: Table, exporter: Table) -> None:
         logger.warning("%s: key %r is not known and has no effect", table.name, key)
     for key in sorted(table.values.keys() & _NO_EFFECT.keys()):
         logger.info("%s: %s has no effect: %s", table.name, key, _NO_EFFECT[key])
+
+
+def _turbo_file_systems(table: Table) -> tuple[str, ...]:
+    known = ImageOptions().turbo_file_systems
+    value: tuple[str, ...] = table.get("turboFsType", tuple[str, ...]) or known
+    if not set(value) <= set(known):
+        raise table.wrong("turboFsType", table.values["turboFsType"], f"a list of {' and '.join(known)}")
+    return value
 
 
 def _log_level(table: Table) -> int | None:

@@ -16,7 +16,7 @@ from obdlab.errors import ObdlabError
 from obdlab.formats.oci import BLOB_DIGEST
 from obdlab.image.config import LowerConfig
 from obdlab.observe.counters import Counter
-from obdlab.snapshotter import fallback, overlaybd, writable
+from obdlab.snapshotter import fallback, overlaybd, turbo, writable
 from obdlab.snapshotter.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -72,9 +72,11 @@ class Snapshotter:
         """Make an active snapshot and return how to mount it.
 
         With the labels of an overlaybd layer that is being pulled, the layer is committed at once under the target
-        name. AlreadyExistsError then makes the client skip the download.
+        name. AlreadyExistsError then makes the client skip the download. A turboOCI layer's small blob is downloaded.
         """
         labels = overlaybd.of_client(labels)
+        if turbo.is_turbo(labels):
+            return self._create_turbo(key, parent, labels)
         if overlaybd.pull_target(labels):
             layer = overlaybd.remote_layer(labels, self._options)
             if layer is None:
@@ -104,6 +106,8 @@ class Snapshotter:
             image = self._snapshots.image_below(reader, lower_ids)
         if self._layout.has_device(own_id):
             return self._own_devices.mount(snapshot, image)
+        if turbo.is_turbo(snapshot.labels):
+            return self._mounts(snapshot.kind, own_id, ())
         with self._mounted(image):
             return self._mounts(snapshot.kind, own_id, lower_ids)
 
@@ -125,19 +129,27 @@ class Snapshotter:
                 raise NotFoundError(f"snapshot {key!r} was removed and made again meanwhile")
             if snapshot.kind is not Kind.ACTIVE:
                 raise FailedPreconditionError(f"snapshot {key!r} is not active (got {snapshot.kind.name.lower()})")
-            is_plain = not overlaybd.is_downloaded_layer(self._layout.fs(own_id))
+            fs = self._layout.fs(own_id)
+            layer = turbo.turbo_layer(snapshot.labels) if turbo.is_turbo(snapshot.labels) else None
+            is_plain = layer is None and not overlaybd.is_downloaded_layer(fs)
+            if is_plain:
+                turbo.check_not_turbo(fs, name)
             reason = snapshot.labels.get(fallback.LABEL_FALLBACK)
             if reason and is_plain:
                 labels = {**labels, fallback.LABEL_FALLBACK: reason}
             writer.commit(key, name, labels, usage)
             if is_plain:
                 return
-            config = overlaybd.local_config(
-                self._snapshots.config_below(lower_ids, f"layer {name!r}"), self._layout.directory(own_id)
-            )
+            below = self._snapshots.config_below(lower_ids, f"layer {name!r}")
+            directory = self._layout.directory(own_id)
+            if layer is None:
+                config = overlaybd.local_config(below, directory)
+            else:
+                labels_below = writer.by_id(lower_ids[0]).labels if lower_ids else {}
+                config = turbo.turbo_config(below, layer, directory, self._options, labels_below)
             self._layout.delete(self._layout.block(own_id))  # left by a commit that was cut short
             writer.on_rollback(partial(self._layout.delete, self._layout.block(own_id)))
-            config.save(self._layout.add_block(self._layout.directory(own_id)) / CONFIG_NAME)
+            config.save(self._layout.add_block(directory) / CONFIG_NAME)
         for image_id in lower_ids[:1]:
             self._release_unused(image_id)
 
@@ -236,6 +248,15 @@ class Snapshotter:
             if (below and below.id) != (image and image.id):
                 raise FailedPreconditionError(f"parent snapshot {parent!r} of {key!r} changed meanwhile, try again")
             return self._mounts(kind, snapshot.id, lower_ids)
+
+    # The layer's blob is unpacked into an empty directory, not over the image below: nothing has to be mounted, and
+    # files of the same names below are not in the way.
+    def _create_turbo(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        layer = turbo.turbo_layer(labels)
+        with self._store.write() as writer:
+            snapshot, lower_ids = self._snapshots.add(writer, Kind.ACTIVE, key, parent, labels)
+            self._snapshots.config_below(lower_ids, f"layer {layer.digest}")
+            return self._mounts(Kind.ACTIVE, snapshot.id, ())
 
     @staticmethod
     def _pulled_whole(parent: str, labels: Mapping[str, str], reason: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from obdlab.formats.oci import (
 )
 from obdlab.image.config import COMMIT_FILE, ImageConfig, LowerConfig, UpperConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback, is_metadata
-from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.errors import InvalidArgumentError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
 from obdlab.snapshotter.fslabel import spec_of_label
 from obdlab.snapshotter.writable import LABEL_COMMIT_PATH, FsSpec, Mode
@@ -77,6 +77,8 @@ class ImageOptions:
     active_roots: tuple[Path, ...] = ()
     #: Directories in which labels may name traces. The default is the working directory of the original's tool.
     trace_roots: tuple[Path, ...] = (Path("/tmp/ctr-record-trace"),)
+    #: File systems that an image's bottom turboOCI layer may have, the preferred one first.
+    turbo_file_systems: tuple[str, ...] = ("erofs", "ext4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +117,7 @@ def is_proven(layer: RemoteLayer, labels: Mapping[str, str], below: Mapping[str,
     its digest and the chain ID below give the chain ID. ``below`` holds the labels of the parent, None for a bottom
     layer.
 
-    A layer of another form (compressed, or turboOCI once that is served) proves nothing here: its diff ID is the
-    digest of bytes that are not at hand. To return True for a turboOCI layer, this function would have to fetch its
-    small blob whole and hash it.
+    A layer of another form (compressed) proves nothing here: its diff ID is the digest of bytes that are not at hand.
     """
     target = pull_target(labels)
     if target.startswith(_CONVERTER_PREFIX):
@@ -141,22 +141,15 @@ def image_reference(labels: Mapping[str, str]) -> str:
 def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLayer | None:
     """Return the overlaybd layer that the labels of a pull describe, or None for a layer that must be downloaded.
 
-    None is for plain layers, and for layers whose labels name no image and hence no registry. Raises
-    InvalidArgumentError if the labels contradict each other and FailedPreconditionError for layers of a kind that
-    cannot be served: unpacked like plain layers they would put garbage into the container.
+    None is for plain layers, for layers whose labels name no image and hence no registry, and for turboOCI layers.
+    Raises InvalidArgumentError if the labels contradict each other.
     """
     digest, size = labels.get(BLOB_DIGEST), labels.get(BLOB_SIZE)
-    if digest is None and size is None:
+    if (digest is None and size is None) or TURBO_TARGET_DIGEST in labels or FASTOCI_TARGET_DIGEST in labels:
         return None
-    for label in (TURBO_TARGET_DIGEST, FASTOCI_TARGET_DIGEST):
-        if label in labels:
-            raise FailedPreconditionError(
-                f"layer {digest} is a turboOCI layer, an index to the ordinary layer {labels[label]}, which this "
-                "snapshotter cannot serve (wanted the ordinary image, or one made by obdlab image convert)"
-            )
     if not is_digest(digest):
         raise InvalidArgumentError(f"label {BLOB_DIGEST}: not a digest (got {digest!r})")
-    reference = _reference(labels)
+    reference = registry_reference(labels)
     if reference is None:
         return None
     if labels.get(BLOB_FS_TYPE):  # refuse now an image that no container could start from
@@ -201,7 +194,7 @@ def remote_config(
     lower = LowerConfig(
         digest=layer.digest, size=layer.size, dir=str(directory / "fs"), hot=layer.hot, hash_tree=layer.hash_tree
     )
-    config = _config(below, lower, directory, blobs_url(layer.reference, options))
+    config = extended(below, lower, directory, blobs_url(layer.reference, options))
     return replace(config, acceleration_layer=layer.acceleration, trace=layer.trace)
 
 
@@ -214,10 +207,11 @@ def writable_config(below: ImageConfig | None, upper: UpperConfig, directory: Pa
 def local_config(below: ImageConfig | None, directory: Path) -> ImageConfig:
     """Return the device configuration of an image up to a layer whose blob lies in ``directory``'s ``fs``."""
     lower = LowerConfig(dir=str(directory / "fs"))
-    return _config(below, lower, directory, below.repo_blob_url if below else "")
+    return extended(below, lower, directory, below.repo_blob_url if below else "")
 
 
-def _config(below: ImageConfig | None, lower: LowerConfig, directory: Path, repo_blob_url: str) -> ImageConfig:
+def extended(below: ImageConfig | None, lower: LowerConfig, directory: Path, repo_blob_url: str) -> ImageConfig:
+    """Return the configuration of the image ``below`` with one more lower, for the snapshot in ``directory``."""
     return ImageConfig(
         repo_blob_url=repo_blob_url,
         lowers=(*(below.lowers if below else ()), lower),
@@ -258,9 +252,13 @@ def _blob_size(text: str | None) -> int:
     return size
 
 
-# containerd lets a layer's annotations pass for labels of the client. Of the two labels, only CRI's overrides an
-# annotation. Credentials and requests go to the host that is named here.
-def _reference(labels: Mapping[str, str]) -> Reference | None:
+def registry_reference(labels: Mapping[str, str]) -> Reference | None:
+    """Return the reference of the image whose repository has a layer's blobs; None if no label names an image.
+
+    Raises InvalidArgumentError for a reference that is malformed or must not be used.
+    """
+    # containerd lets a layer's annotations pass for labels of the client. Of the two labels, only CRI's overrides an
+    # annotation. Credentials and requests go to the host that is named here.
     named = {}
     for label in (LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF):
         text = labels.get(label)

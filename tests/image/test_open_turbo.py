@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 import obdlab
 from obdlab.blob import Blob, Joint, Wrapper
-from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import Image, ImageOpenError, WritableImage, open_image, open_warp
@@ -51,6 +52,12 @@ def tar_file(directory: Path, name: str) -> str:
     path = directory / f"{name}.tar"
     path.write_bytes(target_tar(name)[:])
     return str(path)
+
+
+def packed(name: str) -> LowerConfig:
+    return LowerConfig(
+        file=meta(name), target_file=str(TURBO / f"{name}.tar.gz"), gzip_index=str(TURBO / f"{name}.gzip.meta")
+    )
 
 
 def plain(directory: Path, name: str) -> LowerConfig:
@@ -115,7 +122,8 @@ def test_a_writable_layer_on_top(tmp_path: Path, settings: Settings) -> None:
 
 
 @pytest.mark.registry
-def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settings) -> None:
+@pytest.mark.parametrize("compressed", [True, False])
+def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settings, compressed: bool) -> None:
     client = RegistryClient()
     repository = client.repository(Reference.parse(f"{registry_server.host}/open/turbo:latest"))
 
@@ -124,10 +132,15 @@ def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settin
         client.push_blob(repository, digest, len(data), lambda: io.BytesIO(data))
         return digest
 
-    lowers = [
-        LowerConfig(file=meta("l1"), target_digest=push(target_tar("l1")[:])),
-        LowerConfig(digest=push(Path(meta("l2")).read_bytes()), target_digest=push(target_tar("l2")[:])),
+    targets = [
+        (TURBO / f"{name}.tar.gz").read_bytes() if compressed else target_tar(name)[:] for name in ("l1", "l2")
     ]
+    lowers = [
+        LowerConfig(file=meta("l1"), target_digest=push(targets[0])),
+        LowerConfig(digest=push(Path(meta("l2")).read_bytes()), target_digest=push(targets[1])),
+    ]
+    if compressed:
+        lowers = [replace(lower, gzip_index=packed(f"l{n}").gzip_index) for n, lower in enumerate(lowers, 1)]
     client.close()
     config = ImageConfig(repo_blob_url=repository.blobs_url, lowers=tuple(lowers))
     wanted = turbo_stack("l1", "l2")["decoded_sha256"]
@@ -248,3 +261,63 @@ def test_open_warp_refuses_what_does_not_fit(tmp_path: Path) -> None:
     for target, error in (("/nowhere", SourceError), (TURBO / "l2.tar.gz", FormatError), (meta("l1"), ObdlabError)):
         with pytest.raises(error):
             open_warp(meta("l1"), target)
+
+
+def flipped(data: bytes, at: int, bits: int = 1) -> bytes:
+    return data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :]
+
+
+# How the index of a sound layer is damaged, and what opening says.
+DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda _: b"", "index|short|cut"),
+    "cut100": (lambda index: index[:100], "index|short|cut"),
+    "cut333": (lambda index: index[:333], "index"),
+    "cuthalf": (lambda index: index[:6440], "index"),
+    "cutlast": (lambda index: index[:-1], "index"),
+    "longer": (lambda index: index + bytes(16), "index"),
+    "fliphdr": (lambda index: flipped(index, 49), "index"),
+    "flipmagic": (lambda index: flipped(index, 2), "index"),
+    "fliptable": (lambda index: flipped(index, len(index) - 20), "index"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_index_is_refused_at_opening(tmp_path: Path, settings: Settings, name: str) -> None:
+    damage, message = DAMAGED[name]
+    index = tmp_path / "bad.gzip.meta"
+    index.write_bytes(damage((TURBO / "good.gzip.meta").read_bytes()))
+    with pytest.raises(ImageOpenError, match=rf"bad\.gzip\.meta: .*({message})"):
+        open_image(ImageConfig(lowers=(replace(packed("good"), gzip_index=str(index)),)), settings)
+
+
+def wrong_bytes(lower: LowerConfig, settings: Settings) -> int:
+    """Read all; return how many records raise, and fail if any gives other bytes than the sound layer."""
+    raised = 0
+    with obdlab.open_warp(meta("good"), TURBO / "good.tar.gz", TURBO / "good.gzip.meta") as sound:
+        rows = sound.index.segments().rows()
+        try:
+            image = open_image(ImageConfig(lowers=(lower,)), settings)
+        except ImageOpenError:
+            return len(rows)
+        with image:
+            for begin, length, *_ in rows:
+                try:
+                    assert image.read_at(begin * 512, length * 512) == sound.read_at(begin * 512, length * 512)
+                except CorruptBlobError:
+                    raised += 1
+    return raised
+
+
+# A changed byte of the target that still inflates, to the same length, is the business of its digest or hash tree.
+@pytest.mark.parametrize("name", ["flipwindow", "foreign of the same size"])
+def test_damage_that_opening_cannot_see_gives_errors_and_no_other_bytes(
+    tmp_path: Path, settings: Settings, name: str
+) -> None:
+    lower = packed("good")
+    if name == "flipwindow":
+        index = (TURBO / "good.gzip.meta").read_bytes()
+        (tmp_path / "index").write_bytes(flipped(index, 2000))
+        lower = replace(lower, gzip_index=str(tmp_path / "index"))
+    else:
+        lower = replace(lower, gzip_index=str(TURBO / "other.gzip.meta"))
+    assert wrong_bytes(lower, settings) > 0

@@ -78,3 +78,11 @@ def test_one_mirror_or_several(tmp_path: Path) -> None:
     assert load(tmp_path, mirrorRegistry=one).images.plain_http_hosts == {"a:5000"}
     others = [one, {"host": "b"}, {"host": "c", "insecure": "true"}]
     assert load(tmp_path, mirrorRegistry=others).images.plain_http_hosts == {"a:5000"}
+
+
+def test_file_systems_of_turbo_images(tmp_path: Path) -> None:
+    assert load(tmp_path).images.turbo_file_systems == ("erofs", "ext4")
+    assert load(tmp_path, turboFsType=["ext4"]).images.turbo_file_systems == ("ext4",)
+    for wrong in ("ext4", ["xfs"], [1], {}):
+        with pytest.raises(ConfigError, match="turboFsType"):
+            load(tmp_path, turboFsType=wrong)

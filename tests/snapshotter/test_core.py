@@ -211,7 +211,7 @@ def test_a_layer_pulled_twice_is_one_snapshot(snapshotter: Snapshotter, tmp_path
         ({oci.BLOB_DIGEST: "sha256:../../etc"}, InvalidArgumentError, "blob-digest"),
         ({"containerd.io/snapshot/image-ref": "NOT a ref"}, InvalidArgumentError, "image-ref"),
         ({oci.ACCELERATION_LAYER: "yes"}, FailedPreconditionError, "acceleration layer"),
-        ({oci.TURBO_TARGET_DIGEST: DIGESTS[1]}, FailedPreconditionError, "turboOCI"),
+        ({oci.TURBO_TARGET_DIGEST: DIGESTS[1]}, FailedPreconditionError, "media type"),
     ],
 )
 def test_what_cannot_be_served_is_refused(

@@ -212,9 +212,6 @@ def _note_devices(
 
 def _tell_oddities(layout: Layout, snapshots: Sequence[Snapshot], configs: dict[int, ImageConfig]) -> None:
     for snapshot in snapshots:
-        config = configs.get(snapshot.id)
-        if config is not None and any(lower.target_digest or lower.target_file for lower in config.lowers):
-            logger.warning("snapshot %r: has turboOCI layers, which cannot be served", snapshot.key)
         if (layout.directory(snapshot.id) / "zdfsmeta").exists():
             logger.warning("snapshot %r: is a legacy DADI layer; it is served if its blobs can be had", snapshot.key)
 

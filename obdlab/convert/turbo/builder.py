@@ -21,6 +21,8 @@ from obdlab.convert.turbo.archive import GZIP_INDEX, MARKER, meta_name
 from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
 from obdlab.layerfiles.writing import Packing, write_packed
+from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.gzipwriter import GzipIndexWriter, SeveralMembersError
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.layers.targetdisk import TargetDisk
@@ -32,7 +34,7 @@ from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume as Ext4Volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from obdlab.convert.compare.listing import ReadableVolume
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 _PACKING = Packing("lz4", 4096)
 _PIECE = 1 << 20
 _SHOWN = 5
+_WAY_OUT = "the target of a turboOCI layer; convert the image as a whole, without --as turbo-oci"
 _VOLUMES: dict[str, Callable[[Blob], ReadableVolume]] = {"ext4": Ext4Volume, "erofs": ErofsVolume}
 
 
@@ -98,14 +101,15 @@ class TurboBuilder:
         number, self._count = self._count, self._count + 1
         index = self._work_dir / f"{number:03d}.{GZIP_INDEX}"
         target = self._opened.enter_context(self._target(file, name, index, diff_id, advance))
-        seconds = {"index": time.monotonic() - begin}
+        seconds = {"read": time.monotonic() - begin}
         files: dict[str, Path] = {}
         records = own_size = 0
         applied = ApplyStatistics()
         for filesystem, layers in self._layers.items():
             begin = time.monotonic()
             meta = self._work_dir / f"{number:03d}.{meta_name(filesystem)}"
-            applied, committed = self._build(filesystem, layers, target, name, meta)
+            tar = checked(_pieces(target), name, diff_id)  # what readers will see, through the index
+            applied, committed = self._build(filesystem, layers, tar, name, meta)
             opened = open_layer(LocalFile(meta), kind=partial(WarpLayer, target))
             self._opened.callback(opened.file.close)
             assert isinstance(opened, WarpLayer)
@@ -114,9 +118,6 @@ class TurboBuilder:
             records += committed[0]
             own_size += committed[1]
             seconds[filesystem] = time.monotonic() - begin
-        begin = time.monotonic()
-        apply_layer(pieces_file(checked(_pieces(target), name, diff_id)), name, self._wanted)
-        seconds["read back"] = time.monotonic() - begin
         marker = self._work_dir / f"{number:03d}{MARKER}"
         marker.touch()
         files[MARKER] = marker
@@ -141,23 +142,30 @@ class TurboBuilder:
     def _target(
         self, file: VerifiedFile, name: str, index: Path, diff_id: str, advance: Callable[[int], None]
     ) -> Blob:
-        # Returns the uncompressed tar of the layer, after reading all of the file once.
-        head = file.as_blob()
-        with head:
-            compression = compression_of(head.read_at(0, min(MAGIC_SIZE, head.size)))
-        if compression:
-            raise FormatError(
-                "layer cannot be a turboOCI layer's target: convert the image as a whole (without --as turbo-oci)",
-                blob=name,
-                got=compression,
-                wanted="an uncompressed tar",
-            )
-        for _ in checked(_read(file, advance), name, diff_id):
-            pass
-        return file.as_blob()
+        # Returns the uncompressed tar of the layer, after reading all of the file once: for its index, and for the
+        # files that it must read as.
+        with file.as_blob() as blob:
+            compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
+        counted = _Counted(file, advance)
+        if not compression:
+            self._expect(iter(lambda: counted.read(_PIECE), b""), name, diff_id)
+            return file.as_blob()
+        if compression != "gzip":
+            raise FormatError(f"layer cannot be {_WAY_OUT}", blob=name, got=compression, wanted="a tar or tar+gzip")
+        try:
+            with index.open("xb") as sink:
+                self._expect(GzipIndexWriter(sink, blob=name).decompressed(counted), name, diff_id)
+            return _with_index(file.as_blob(), LocalFile(index))
+        except SeveralMembersError as error:
+            raise FormatError(f"layer cannot be {_WAY_OUT} ({error.what})", blob=name) from error
+        except OSError as error:
+            raise SourceError(f"cannot write the index: {error.strerror or error}", blob=str(index)) from error
+
+    def _expect(self, tar: Iterable[bytes], name: str, diff_id: str) -> None:
+        apply_layer(pieces_file(checked(tar, name, diff_id)), name, self._wanted)
 
     def _build(
-        self, filesystem: str, layers: Sequence[WarpLayer], target: Blob, name: str, meta: Path
+        self, filesystem: str, layers: Sequence[WarpLayer], tar: Iterable[bytes], name: str, meta: Path
     ) -> tuple[ApplyStatistics, tuple[int, int]]:
         upper = self._work_dir / f"{meta.name}.writable"
         try:
@@ -170,7 +178,7 @@ class TurboBuilder:
                     if not layers:
                         make_filesystem(disk, inode_ratio=self._options.inode_ratio)
                     tree = Ext4Tree(disk)
-                applied = apply_layer(pieces_file(_pieces(target)), name, tree)
+                applied = apply_layer(pieces_file(tar), name, tree)
                 tree.finish()
                 committed, _ = write_packed(file, _PACKING, disk.commit, name=name)
             upper.unlink()
@@ -179,10 +187,24 @@ class TurboBuilder:
         return applied, (committed.records, committed.data_sectors * 512)
 
 
-def _read(file: VerifiedFile, advance: Callable[[int], None]) -> Iterator[bytes]:
-    while piece := file.read(_PIECE):
-        advance(len(piece))
-        yield piece
+class _Counted:
+    def __init__(self, file: VerifiedFile, advance: Callable[[int], None]) -> None:
+        self._file = file
+        self._advance = advance
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._file.read(size)
+        self._advance(len(data))
+        return data
+
+
+def _with_index(compressed: Blob, index: Blob) -> Blob:
+    try:
+        return GzipTarget(compressed, index)
+    except BaseException:
+        compressed.close()
+        index.close()
+        raise
 
 
 def _pieces(blob: Blob) -> Iterator[bytes]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,37 +19,38 @@ from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.turbo.builder import TurboBuilder, TurboFiles, TurboVerificationError
 from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.oci import OCI_LAYER, Descriptor, digest_of
-from obdlab.layers.lsmt import open_layer
+from obdlab.image.open import open_warp
 from obdlab.layers.stack import Stack
 from obdlab.layers.warp import WarpLayer
-from obdlab.localfile import LocalFile
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.volume import Volume as Ext4Volume
 from tests.convert.images import whole_image
-from tests.convert.layouts import directory, hardlink, member, tar_bytes
+from tests.convert.layouts import compress, directory, hardlink, member, tar_bytes
 from tests.convert.torture import gnu_only_layer
-from tests.layers.golden import target_tar
+from tests.layers.golden import TURBO, target_tar
 
 FILESYSTEMS = ("ext4", "erofs")
 VOLUMES = {"ext4": Ext4Volume, "erofs": ErofsVolume}
 OPTIONS = LayerOptions(virtual_size=1 << 30)
 
 
-def source_file(directory: Path, tar: bytes) -> VerifiedFile:
-    path = directory / digest_of(tar)[7:]
-    path.write_bytes(tar)
-    return VerifiedFile(path, Descriptor(OCI_LAYER, digest_of(tar), len(tar)))
+def source_file(directory: Path, tar: bytes, blob: bytes = b"") -> VerifiedFile:
+    path, blob = directory / digest_of(tar)[7:], blob or tar
+    path.write_bytes(blob)
+    return VerifiedFile(path, Descriptor(OCI_LAYER, digest_of(blob), len(blob)))
 
 
-def add(builder: TurboBuilder, directory: Path, tar: bytes, diff_id: str = "") -> TurboFiles:
-    with closing(source_file(directory, tar)) as file:
+def add(builder: TurboBuilder, directory: Path, tar: bytes, diff_id: str = "", *, blob: bytes = b"") -> TurboFiles:
+    with closing(source_file(directory, tar, blob)) as file:
         return builder.add(file, "image", diff_id or digest_of(tar))
 
 
-def build(directory: Path, tars: Sequence[bytes], filesystems: Sequence[str] = FILESYSTEMS) -> list[TurboFiles]:
+def build(
+    directory: Path, tars: Sequence[bytes], filesystems: Sequence[str] = FILESYSTEMS, *, how: str = ""
+) -> list[TurboFiles]:
     directory.mkdir()
     with TurboBuilder(directory, OPTIONS, filesystems) as builder:
-        made = [add(builder, directory, tar) for tar in tars]
+        made = [add(builder, directory, tar, blob=compress(tar, how)) for tar in tars]
         builder.verify()
     return made
 
@@ -57,11 +58,11 @@ def build(directory: Path, tars: Sequence[bytes], filesystems: Sequence[str] = F
 def opened(made: Sequence[TurboFiles], tars: Sequence[bytes], filesystem: str, directory: Path) -> Stack:
     return Stack(
         [
-            open_layer(
-                LocalFile(files.files[f"{filesystem}.fs.meta"]),
-                kind=partial(WarpLayer, LocalFile(directory / digest_of(tar)[7:])),
-            )
+            layer
             for files, tar in zip(made, tars, strict=True)
+            for layer in open_warp(
+                files.files[f"{filesystem}.fs.meta"], directory / digest_of(tar)[7:], files.files.get("gzip.meta")
+            ).layers
         ]
     )
 
@@ -107,8 +108,9 @@ def tars(request: pytest.FixtureRequest) -> list[bytes]:
     return IMAGES[request.param]
 
 
-def test_each_depth_reads_as_the_tars_say(tmp_path: Path, tars: list[bytes]) -> None:
-    made = build(tmp_path / "work", tars)
+@pytest.mark.parametrize("how", ["plain", "gzip"])
+def test_each_depth_reads_as_the_tars_say(tmp_path: Path, tars: list[bytes], how: str) -> None:
+    made = build(tmp_path / "work", tars, how=how)
     for filesystem, volume in VOLUMES.items():
         for depth in range(1, len(tars) + 1):
             with opened(made[:depth], tars[:depth], filesystem, tmp_path / "work") as stack:
@@ -178,3 +180,33 @@ def test_a_tar_that_ends_inside_a_file(tmp_path: Path, cut: int) -> None:
         pytest.raises(FormatError, match="ends inside a file"),
     ):
         add(builder, tmp_path, tar)
+
+
+def test_the_index_is_the_originals(tmp_path: Path) -> None:
+    with TurboBuilder(tmp_path, OPTIONS, ("ext4",)) as builder:
+        for name in ("l1", "l2", "l3"):
+            blob = (TURBO / f"{name}.tar.gz").read_bytes()
+            made = add(builder, tmp_path, target_tar(name)[:], blob=blob)
+            assert list(made.files) == ["ext4.fs.meta", ".turbo.ociv1", "gzip.meta"]
+            assert made.files["gzip.meta"].read_bytes() == (TURBO / f"{name}.gzip.meta").read_bytes()
+        builder.verify()
+
+
+def several_members(tar: bytes) -> bytes:
+    return gzip.compress(tar[:1500]) + gzip.compress(tar[1500:])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tar: compress(tar, "zstd"), "convert the image as a whole.*got zstd"),
+        (several_members, "convert the image as a whole.*member"),
+        (lambda tar: gzip.compress(tar)[:-30], "gzip"),
+        (lambda tar: gzip.compress(tar)[:-8] + bytes(8), "data check|CRC|length"),
+    ],
+    ids=["zstd", "several members", "cut", "wrong trailer"],
+)
+def test_layers_that_cannot_be_targets(tmp_path: Path, make: Callable[[bytes], bytes], message: str) -> None:
+    tar = tar_bytes([member("a", bytes(range(256)) * 40)])
+    with TurboBuilder(tmp_path, OPTIONS, ("ext4",)) as builder, pytest.raises(FormatError, match=message):
+        add(builder, tmp_path, tar, blob=make(tar))

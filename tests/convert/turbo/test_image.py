@@ -6,6 +6,7 @@ import gzip
 import json
 import tarfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.volume import Volume as Ext4Volume
 from tests.convert.converting import convert
 from tests.convert.images import whole_image
-from tests.convert.layouts import Layout, digest_of, make_layout, member, tar_bytes
+from tests.convert.layouts import Layout, compress, digest_of, make_layout, member, tar_bytes
 from tests.convert.turbo.test_builder import listing_of
 from tests.registry.server import RegistryServer
 
@@ -47,9 +48,10 @@ def unpacked(layer: oci.Descriptor, layout: ImageLayout, directory: Path) -> lis
         return tar.getnames()
 
 
+@pytest.mark.parametrize("how", ["plain", "gzip"])
 @pytest.mark.parametrize("filesystems", [("ext4",), ("erofs",), ("ext4", "erofs")])
-def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, ...]) -> None:
-    make_layout(tmp_path / "source", whole_image(), how="plain")
+def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, ...], how: str) -> None:
+    make_layout(tmp_path / "source", whole_image(), how=how)
     image = convert(f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}:v1", turbo(tmp_path, *filesystems))
     layout = ImageLayout(tmp_path / "out")
     assert image.is_turbo
@@ -58,20 +60,22 @@ def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, .
     for number, (layer, tar) in enumerate(zip(image.manifest.layers, TARS, strict=True)):
         directory = tmp_path / f"{number}"
         names = unpacked(layer, layout, directory)
-        assert names == [*(f"{name}.fs.meta" for name in filesystems), ".turbo.ociv1"]
+        index = ["gzip.meta"] if how == "gzip" else []
+        assert names == [*(f"{name}.fs.meta" for name in filesystems), ".turbo.ociv1", *index]
         assert layer.media_type == oci.OCI_LAYER_GZIP
         assert layer.annotations == {
             oci.OVERLAYBD_VERSION: "0.1.0-turbo.ociv1",
             oci.BLOB_DIGEST: layer.digest,
             oci.BLOB_SIZE: str(layer.size),
-            oci.TURBO_TARGET_DIGEST: digest_of(tar),
-            oci.TURBO_TARGET_MEDIA_TYPE: oci.OCI_LAYER,
+            oci.TURBO_TARGET_DIGEST: digest_of(compress(tar, how)),
+            oci.TURBO_TARGET_MEDIA_TYPE: oci.OCI_LAYER_GZIP if index else oci.OCI_LAYER,
         }
         blob = layout.blob_path(layer.digest).read_bytes()
         assert config.diff_ids[number] == digest_of(gzip.decompress(blob))
-        target = str(layout.blob_path(digest_of(tar)))
+        target = str(layout.blob_path(digest_of(compress(tar, how))))
         for name in filesystems:
-            lowers[name].append(LowerConfig(file=str(directory / f"{name}.fs.meta"), target_file=target))
+            lower = LowerConfig(file=str(directory / f"{name}.fs.meta"), target_file=target)
+            lowers[name].append(replace(lower, gzip_index=str(directory / "gzip.meta") if index else ""))
     volumes = {"ext4": Ext4Volume, "erofs": ErofsVolume}
     for name in filesystems:
         with open_image(ImageConfig(lowers=tuple(lowers[name])), Settings()) as disk:
@@ -163,6 +167,6 @@ def test_options_that_do_not_go_together(
 
 def test_compressed_layers_name_the_way_out(tmp_path: Path) -> None:
     make_layout(tmp_path / "source", [[member("a", b"a")]], how="zstd")
-    with pytest.raises(FormatError, match=r"convert the image as a whole .*got zstd"):
+    with pytest.raises(FormatError, match=r"convert the image as a whole.*got zstd"):
         convert(f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}:v1", turbo(tmp_path))
     assert not (tmp_path / "out" / "index.json").exists() or not ImageLayout(tmp_path / "out").select("v1")

@@ -1,0 +1,186 @@
+"""turboOCI layers: their labels, the files that a client unpacks of their blobs, and the device's configuration.
+
+A client downloads such a layer's small blob and unpacks it into the snapshot's directory, as it does with a plain
+layer. The snapshot becomes a layer of an image's device when it is committed.
+(overlaybd snapshotter, turboOCI.)
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obdlab.command import command
+from obdlab.formats.oci import (
+    BLOB_DIGEST,
+    DOCKER_LAYER,
+    DOCKER_LAYER_GZIP,
+    FASTOCI_TARGET_DIGEST,
+    FASTOCI_TARGET_MEDIA_TYPE,
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    TURBO_TARGET_DIGEST,
+    TURBO_TARGET_MEDIA_TYPE,
+    is_digest,
+)
+from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.overlaybd import (
+    LABEL_IMAGE_REF,
+    ImageOptions,
+    blobs_url,
+    extended,
+    fs_spec,
+    pull_target,
+    registry_reference,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from obdlab.registry.reference import Reference
+
+#: The empty file in each unpacked blob.
+MARKER = ".turbo.ociv1"
+GZIP_INDEX = "gzip.meta"
+_META = ".fs.meta"
+_MODPROBE_S = 10.0
+_FILE_SYSTEMS = Path("/proc/filesystems")
+
+
+@dataclass(frozen=True, slots=True)
+class TurboLayer:
+    """A turboOCI layer as its labels describe it. Its files are in the ordinary layer ``target``."""
+
+    digest: str
+    target: str
+    #: The target is a gzip-compressed tar; else it is a plain one.
+    compressed: bool
+    reference: Reference
+
+
+def is_turbo(labels: Mapping[str, str]) -> bool:
+    """Return True if a pull's labels name the target of a turboOCI layer."""
+    return bool(pull_target(labels)) and bool(_target(labels))
+
+
+def turbo_layer(labels: Mapping[str, str]) -> TurboLayer:
+    """Return the layer that these labels of a pull describe.
+
+    Raises InvalidArgumentError if a label is malformed, and FailedPreconditionError for a layer that cannot be
+    served: its target is of an unknown type, or no label names the image, whose repository has the target.
+    """
+    digest, target = labels.get(BLOB_DIGEST, ""), _target(labels)
+    for label, value in ((BLOB_DIGEST, digest), (TURBO_TARGET_DIGEST, target)):
+        if not is_digest(value):
+            raise InvalidArgumentError(f"label {label}: not a digest (got {value[:80]!r})")
+    media_type = labels.get(TURBO_TARGET_MEDIA_TYPE) or labels.get(FASTOCI_TARGET_MEDIA_TYPE, "")
+    if media_type not in (OCI_LAYER, DOCKER_LAYER, OCI_LAYER_GZIP, DOCKER_LAYER_GZIP):
+        raise FailedPreconditionError(
+            f"turboOCI layer {digest}: the target's media type is not one that can be read in parts "
+            f"(got {media_type[:80]!r}, wanted a layer that is a tar or tar+gzip)"
+        )
+    reference = registry_reference(labels)
+    if reference is None:
+        raise FailedPreconditionError(
+            f"turboOCI layer {digest}: the client does not say which image it pulls, so that there is no registry to "
+            f"read the image's files from (wanted the label {LABEL_IMAGE_REF}; {command('image', 'pull', 'IMAGE')}, "
+            "ctr rpull and the kubelet set it, ctr images pull does not)"
+        )
+    return TurboLayer(digest, target, media_type in (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP), reference)
+
+
+def check_not_turbo(fs: Path, name: str) -> None:
+    """Raise FailedPreconditionError if a client unpacked a turboOCI layer as if it were a plain one."""
+    if os.path.lexists(fs / MARKER):
+        raise FailedPreconditionError(
+            f"layer {name!r} is a turboOCI layer, which the client unpacked without its labels: as a plain layer "
+            "it would show metadata in place of the image's files "
+            f"(wanted {command('image', 'pull', 'IMAGE')}, ctr rpull or the kubelet)"
+        )
+
+
+def turbo_config(
+    below: ImageConfig | None,
+    layer: TurboLayer,
+    directory: Path,
+    options: ImageOptions,
+    labels_below: Mapping[str, str],
+) -> ImageConfig:
+    """Return the device configuration of an image up to the turboOCI layer unpacked in ``directory``'s ``fs``.
+
+    ``below`` is the configuration of the image without this layer, ``labels_below`` are those of its topmost
+    snapshot. Raises FailedPreconditionError if the blob lacks a file, or has something else in its place.
+    """
+    fs = directory / "fs"
+    name = _meta_name(below, fs, options, labels_below, layer.digest)
+    _check_file(fs, name, layer.digest)
+    if layer.compressed:
+        _check_file(fs, GZIP_INDEX, layer.digest)
+    lower = LowerConfig(
+        dir=str(fs),
+        file=str(fs / name),
+        target_digest=layer.target,
+        gzip_index=str(fs / GZIP_INDEX) if layer.compressed else "",
+    )
+    return extended(below, lower, directory, blobs_url(layer.reference, options))
+
+
+def _target(labels: Mapping[str, str]) -> str:
+    return labels.get(TURBO_TARGET_DIGEST) or labels.get(FASTOCI_TARGET_DIGEST, "")
+
+
+# All layers of a device change one file system: the nearest turboOCI layer below decides, or else, over ordinary
+# overlaybd layers, their label. A bottom layer takes the first configured one that it has and the kernel can mount.
+def _meta_name(
+    below: ImageConfig | None, fs: Path, options: ImageOptions, labels_below: Mapping[str, str], digest: str
+) -> str:
+    if below is not None:
+        for lower in reversed(below.lowers):
+            if lower.is_turbo:
+                return Path(lower.file).name
+        return fs_spec(labels_below, options).fs_type + _META
+    for file_system in options.turbo_file_systems:
+        if os.path.lexists(fs / f"{file_system}{_META}") and (file_system != "erofs" or _has_erofs()):
+            return f"{file_system}{_META}"
+    wanted = " or ".join(f"{file_system}{_META}" for file_system in options.turbo_file_systems)
+    raise FailedPreconditionError(
+        f"turboOCI layer {digest}: has no metadata that can be mounted here (got {sorted(os.listdir(fs))[:5]}, "
+        f"wanted {wanted})"
+    )
+
+
+@cache
+def _has_erofs() -> bool:
+    if _knows_erofs():
+        return True
+    try:
+        subprocess.run(["modprobe", "-q", "erofs"], capture_output=True, timeout=_MODPROBE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return _knows_erofs()
+
+
+def _knows_erofs() -> bool:
+    try:
+        return "erofs" in _FILE_SYSTEMS.read_text().split()
+    except OSError:
+        return False
+
+
+# The blob is not trusted: a link could make the device read a file of the host.
+def _check_file(fs: Path, name: str, digest: str) -> None:
+    try:
+        mode = os.lstat(fs / name).st_mode
+    except OSError as error:
+        raise FailedPreconditionError(
+            f"turboOCI layer {digest}: has no {name} ({error.strerror}; all layers of an image need the metadata of "
+            "one file system, and those with compressed targets an index)"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise FailedPreconditionError(f"turboOCI layer {digest}: {name} is not a regular file")
