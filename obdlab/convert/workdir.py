@@ -23,6 +23,8 @@ from obdlab.convert.database import LayerRecord
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.errors import SourceError
 from obdlab.records import known_fields
+from obdlab.system.locks import try_lock
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,9 +76,7 @@ class FinishedLayers:
         try:
             # The record is written last: only a complete layer has one.
             os.link(path, self._directory / f"{name}{_BLOB}")
-            temporary = self._directory / f"{name}.new"
-            temporary.write_text(json.dumps(asdict(record)))
-            temporary.replace(self._directory / f"{name}{_RECORD}")
+            replace_file(self._directory / f"{name}{_RECORD}", json.dumps(asdict(record)).encode())
         except FileExistsError:
             pass  # the same layer twice in an image
         except OSError as error:
@@ -140,8 +140,7 @@ def _sweep(parent: Path) -> None:
 def _sweep_one(parent: Path, directory: Path) -> None:
     lock = os.open(directory, _FLAGS)
     try:
-        if os.fstat(lock).st_uid == os.geteuid():
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_uid == os.geteuid() and try_lock(lock):
             _keep_finished(directory, _pool(parent))
             shutil.rmtree(directory, ignore_errors=True)
     finally:

@@ -12,6 +12,7 @@ from obdlab.devices import fuse, loop
 from obdlab.devices.device import Device, check_sectors
 from obdlab.devices.fuse import MAX_THREADS, DeviceStatistics, FuseServer
 from obdlab.devices.kind import Kind, Place, cannot_open
+from obdlab.devices.kinds import FIRST
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
 from obdlab.system import abi
@@ -37,7 +38,7 @@ class FuseLoopDevice(Device):
     leaving nothing behind, if the blob's size is not a multiple of the sector size or the kernel refuses.
     """
 
-    kind = "fuse+loop"
+    kind = FIRST
     can_graduate = True
 
     def __init__(

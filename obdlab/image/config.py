@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from obdlab.errors import ObdlabError
 from obdlab.localfile import open_regular
 from obdlab.plain import Table
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,7 +171,7 @@ class ImageConfig:
         target = Path(path)
         text = json.dumps(self.to_json(), separators=(",", ":"))
         try:
-            _replace(target, text.encode())
+            replace_file(target, text.encode(), sync=True)
         except OSError as error:
             raise ConfigError(f"{target}: cannot write the image configuration ({error.strerror})") from error
 
@@ -206,18 +205,3 @@ def _lower(table: Table) -> LowerConfig:
         hot=table.get("hot", bool, False),
         hash_tree=table.get("hashTree", str, ""),
     )
-
-
-def _replace(target: Path, data: bytes) -> None:
-    # mkstemp makes the file 0600.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from obdlab.blob import Blob, check_range
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats.lsmt.layout import STRUCT_SIZE, Flags, Header
+from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,14 +132,13 @@ class LayerFile(Blob):
 
     def lock(self, *, shared: bool = False) -> None:
         """Lock out other openers until this one closes; ``shared`` locks out only writers. SourceError if locked."""
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(self._open_descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            who = _lock_holder(self._open_descriptor)
-            raise SourceError(f"layer is in use by another opener{who}", blob=self.name, temporary=True) from error
+            locked = try_lock(self._open_descriptor, shared=shared)
         except OSError as error:
             raise self._failed("locking", None, error) from error
+        if not locked:
+            who = _lock_holder(self._open_descriptor)
+            raise SourceError(f"layer is in use by another opener{who}", blob=self.name, temporary=True)
 
     @property
     def allocated_size(self) -> int:

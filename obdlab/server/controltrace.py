@@ -6,7 +6,6 @@ A mark in the device's directory has the server's helpers, including later ones,
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from obdlab.formats.trace import Trace
 from obdlab.layers.recorder import Recorder, reads_of
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.server.messages import Done, Recorded, TraceStart, TraceStop
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,10 +129,7 @@ class Tracing:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        replace_file(path, data, private=False)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DeviceError(f"{path}: cannot write ({error.strerror})") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.observe.counters import Table, add_to, counted
 from obdlab.system.locks import lock_until
+from obdlab.system.newfile import replace_file
 from obdlab.system.ownfiles import open_own
 
 if TYPE_CHECKING:
@@ -107,9 +108,7 @@ def changing(run_dir: Path) -> Iterator[Tally]:
             {"version": _VERSION, "ended": tally.ended, "gone": tally.gone, "devices": tally.devices}
         )
         if changed != text:
-            new = run_dir / f"{TALLY_NAME}.new"
-            new.write_text(changed)
-            new.replace(run_dir / TALLY_NAME)
+            replace_file(run_dir / TALLY_NAME, changed.encode())
     finally:
         os.close(lock)
 

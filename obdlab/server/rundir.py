@@ -25,6 +25,7 @@ from obdlab.devices import backingfile, kinds
 from obdlab.errors import DeviceError
 from obdlab.records import known_fields
 from obdlab.system.locks import lock_until, try_lock
+from obdlab.system.newfile import replace_file
 from obdlab.system.ownfiles import check_own_directory
 from obdlab.system.processes import Process
 
@@ -147,9 +148,8 @@ class DeviceRecord(Plan):
 
     def save(self, directory: Path) -> None:
         """Write the record into a device's directory, all or nothing."""
-        temporary = directory / "disk.json.new"
-        temporary.write_text(json.dumps(msgspec.to_builtins(self), indent=1) + "\n")
-        temporary.replace(directory / "disk.json")
+        text = json.dumps(msgspec.to_builtins(self), indent=1) + "\n"
+        replace_file(directory / "disk.json", text.encode())
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:

@@ -45,6 +45,28 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[B
             os.unlink(temporary)
 
 
+def replace_file(path: str | os.PathLike[str], data: bytes, *, private: bool = True, sync: bool = False) -> None:
+    """Write a whole file in one step: a reader finds the old content or the new one, whole. Raises OSError.
+
+    A ``private`` file has mode 0600. With ``sync`` the new content is on stable storage before the old one is gone.
+    """
+    target = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if not private:
+                os.fchmod(descriptor, 0o666 & ~_umask())
+            if sync:
+                os.fsync(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
 def check_absent(path: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError if ``path`` exists and may not be replaced."""
     if not force and os.path.lexists(path):

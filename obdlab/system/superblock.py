@@ -23,9 +23,9 @@ _BE64 = Struct(">Q")
 
 #: Bytes of a file system that hold its superblock, for any type.
 SUPERBLOCK_END = 4096
-# fs/ext4/ext4.h, s_magic
-_EXT4_MAGIC_AT, _EXT4_MAGIC = 1024 + 0x38, 0xEF53
-_EROFS_MAGIC_AT, _EROFS_MAGIC = 1024, 0xE0F5E1E2
+#: fs/ext4/ext4.h, s_magic; fs/erofs/erofs_fs.h, magic.
+EXT4_MAGIC, EROFS_MAGIC = 0xEF53, 0xE0F5E1E2
+_EXT4_MAGIC_AT, _EROFS_MAGIC_AT = 1024 + 0x38, 1024
 
 _EXT4 = 1024
 _EXT4_COMPAT_AT, _EXT4_INCOMPAT_AT, _EXT4_RO_COMPAT_AT = _EXT4 + 0x5C, _EXT4 + 0x60, _EXT4 + 0x64
@@ -83,9 +83,9 @@ def kind_of(head: bytes) -> str:
     """
     if len(head) < SUPERBLOCK_END:
         return ""
-    if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == _EXT4_MAGIC:
+    if _U16.unpack_from(head, _EXT4_MAGIC_AT)[0] == EXT4_MAGIC:
         return "ext4"
-    if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == _EROFS_MAGIC:
+    if _U32.unpack_from(head, _EROFS_MAGIC_AT)[0] == EROFS_MAGIC:
         return "erofs"
     return "xfs" if head[:4] == b"XFSB" else ""
 

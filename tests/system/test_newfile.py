@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.errors import SourceError
-from obdlab.system.newfile import OutputError, new_file
+from obdlab.system.newfile import OutputError, new_file, replace_file
 
 
 def test_nothing_is_seen_until_the_end(tmp_path: Path) -> None:
@@ -75,3 +75,28 @@ def test_a_link_that_leads_nowhere_is_something(tmp_path: Path) -> None:
         fail(path, ZeroDivisionError(), force=False)
     with pytest.raises(SourceError, match="cannot be made"):
         fail(tmp_path / "absent" / "out", ZeroDivisionError(), force=False)
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_replaced_whole(tmp_path: Path, private: bool, sync: bool) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    with path.open("rb") as before:
+        replace_file(path, b"new", private=private, sync=sync)
+        assert before.read() == b"old"
+    assert path.read_bytes() == b"new"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == (0o600 if private else 0o666 & ~mask)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "taken" / "inner").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        replace_file(tmp_path / "taken", b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "missing" / "file", b"new")

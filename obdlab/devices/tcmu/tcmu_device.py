@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.devices import loop
+from obdlab.devices.kinds import TCMU
 from obdlab.devices.stayingdevice import StayingDevice
 from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.disk import ScsiDisk
@@ -33,7 +34,7 @@ _LABEL_MOST = 200
 class TcmuDevice(StayingDevice):
     """A SCSI disk of TCMU and tcm_loop."""
 
-    kind = "tcmu"
+    kind = TCMU
     _server: TcmuServer
 
     def _make(self, options: Options, failed: ExitStack) -> None:

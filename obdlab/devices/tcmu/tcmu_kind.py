@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from obdlab.devices.kind import StayingKind
+from obdlab.devices.kinds import TCMU
 
 
 class Tcmu(StayingKind):
     """A SCSI disk over TCMU and tcm_loop, as overlaybd itself serves (Linux 5.0)."""
 
-    name = "tcmu"
+    name = TCMU
     fix = "modprobe -a target_core_user tcm_loop sd_mod; mount -t configfs none /sys/kernel/config"
     preference = 1
     control = Path("/sys/kernel/config/target")

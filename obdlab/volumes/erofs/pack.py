@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from obdlab.formats.checksum import raw_crc32c
+from obdlab.system.superblock import EROFS_MAGIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,6 @@ HOLE = 0xFFFFFFFF
 #: Types in directory entries.
 REGULAR, DIRECTORY, CHARACTER, BLOCK_DEVICE, FIFO, SOCKET, LINK = range(1, 8)
 
-_MAGIC = 0xE0F5E1E2
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
 _EXTENDED = struct.Struct("<HHHHQIIIIqII16x")
 _DIRENT = struct.Struct("<QHBx")
@@ -47,7 +47,7 @@ def superblock(*, root: int, inodes: int, blocks: int, chunks: bool) -> bytes:
     values = (BLOCK.bit_length() - 1, 0, root, inodes, 0, 0, blocks, 0, 0, _UUID, b"")
     tail = (_CHUNKS if chunks else 0, 0, 0, 0, 0, 0, 0, 0)
     raw = bytearray(BLOCK - SUPER_OFFSET)
-    _SUPER.pack_into(raw, 0, _MAGIC, 0, _CHECKSUM | _MTIME, *values, *tail)
+    _SUPER.pack_into(raw, 0, EROFS_MAGIC, 0, _CHECKSUM | _MTIME, *values, *tail)
     struct.pack_into("<I", raw, 4, raw_crc32c(raw, 0xFFFFFFFF))
     return bytes(raw)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
+from obdlab.system.superblock import EROFS_MAGIC
 from obdlab.volumes.tree import MAX_NAMES, MAX_PIECES, FileTree, Walk
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[bytes, bytes]
 
-SUPER_OFFSET, MAGIC = 1024, 0xE0F5E1E2
+SUPER_OFFSET = 1024
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ")
 _COMPACT = struct.Struct("<HHHHIIIIHHI")
 _EXTENDED = struct.Struct("<HHHHQIIIIqII16x")  # the time is signed
@@ -97,8 +98,8 @@ class Volume(FileTree):
         if disk.size < SUPER_OFFSET + _SUPER.size:
             raise FormatError("too small for EROFS", blob=disk.name, got=disk.size)
         fields = _SUPER.unpack(disk.read_at(SUPER_OFFSET, _SUPER.size))
-        if fields[0] != MAGIC:
-            raise FormatError("no EROFS", blob=disk.name, got=hex(fields[0]), wanted=hex(MAGIC))
+        if fields[0] != EROFS_MAGIC:
+            raise FormatError("no EROFS", blob=disk.name, got=hex(fields[0]), wanted=hex(EROFS_MAGIC))
         bits, self._root, self._time, self._time_ns = fields[3], fields[5], fields[7], fields[8]
         features = fields[14]
         unknown = [text for bit, text in _FEATURES.items() if features & bit]

@@ -12,6 +12,7 @@ from enum import IntFlag
 from typing import TYPE_CHECKING, Self
 
 from obdlab.errors import FormatError
+from obdlab.system.superblock import EXT4_MAGIC
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 #: Place and size of the superblock.
 SUPER_OFFSET = 1024
 SUPER_SIZE = 1024
-MAGIC = 0xEF53
 ROOT_INO = 2
 FIRST_INO = 11
 #: Unit of i_blocks.
@@ -144,7 +144,7 @@ class Superblock:
     @classmethod
     def parse(cls, raw: bytes, disk_size: int, name: str = "") -> Self:
         """Read and check a superblock. Raises FormatError if it is malformed or needs unsupported features."""
-        if len(raw) != SUPER_SIZE or struct.unpack_from("<H", raw, 56)[0] != MAGIC:
+        if len(raw) != SUPER_SIZE or struct.unpack_from("<H", raw, 56)[0] != EXT4_MAGIC:
             raise FormatError("no ext4 superblock", blob=name, offset=SUPER_OFFSET)
 
         def number(offset: int) -> int:

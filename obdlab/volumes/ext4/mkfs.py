@@ -12,13 +12,13 @@ import uuid
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
+from obdlab.system.superblock import EXT4_MAGIC
 from obdlab.volumes.ext4 import directory
 from obdlab.volumes.ext4.layout import (
     COMPAT,
     EXTRA_ISIZE,
     FIRST_INO,
     INCOMPAT,
-    MAGIC,
     RO_COMPAT,
     ROOT_INO,
     SUPER_OFFSET,
@@ -151,7 +151,7 @@ def _superblock(shape: _Shape) -> bytes:
     )
     pack("<5I", raw, 24, 2, 2, _PER_GROUP, _PER_GROUP, shape.inodes_per_group)
     # Never mounted, no check by mount count; clean; after errors the kernel continues.
-    pack("<HHHHH", raw, 52, 0, 0xFFFF, MAGIC, 1, 1)
+    pack("<HHHHH", raw, 52, 0, 0xFFFF, EXT4_MAGIC, 1, 1)
     pack("<I", raw, 76, 1)
     pack("<IH", raw, 84, FIRST_INO, _INODE_SIZE)
     pack("<3I", raw, 92, COMPAT, INCOMPAT, RO_COMPAT)
