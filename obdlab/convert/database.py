@@ -1,9 +1,10 @@
 """Database of earlier conversions, so that nothing is converted twice.
 
-Two tables. The key of a converted layer is its input (the OCI layer's chain ID), the options (their digest) and its
+Three tables. The key of a converted layer is its input (the OCI layer's chain ID), the options (their digest) and its
 base (a digest of the converted layers below it), so that layers which only seem to fit by name are never stacked. The
-key of a converted manifest is its original's digest and the options. Both belong to a place: a repository on a
-registry, or a layout directory. A row is only a hint: its reader checks the place before use.
+key of a converted manifest is its original's digest and the options. The third table has the hash trees of converted
+layers, by digest. All belong to a place: a repository on a registry, or a layout directory. A row is only a hint: its
+reader checks the place before use.
 
 The statements are plain SQL, for SQLite and for servers. Packages register servers as ``obdlab.databases``, under the
 scheme of their URLs.
@@ -44,6 +45,10 @@ _TABLES = (
         options VARCHAR(64) NOT NULL,
         digest VARCHAR(71) NOT NULL,
         PRIMARY KEY (host, repository, source_digest, options))""",
+    """CREATE TABLE IF NOT EXISTS obdlab_trees (
+        host VARCHAR(255) NOT NULL, repository VARCHAR(255) NOT NULL, digest VARCHAR(71) NOT NULL,
+        tree VARCHAR(143) NOT NULL,
+        PRIMARY KEY (host, repository, digest))""",
 )
 _FIND_LAYER = f"""SELECT repository, digest, size, segments, data_size FROM obdlab_layers
     WHERE host = :host AND chain_id = :chain_id AND options = :options AND below = :below
@@ -53,6 +58,9 @@ _ADD_LAYER = """INSERT INTO obdlab_layers
     VALUES (:host, :repository, :chain_id, :options, :below, :digest, :size, :segments, :data_size)"""
 _ADD_MANIFEST = """INSERT INTO obdlab_manifests (host, repository, source_digest, options, digest)
     VALUES (:host, :repository, :source_digest, :options, :digest)"""
+_ADD_TREE = """INSERT INTO obdlab_trees (host, repository, digest, tree)
+    VALUES (:host, :repository, :digest, :tree)"""
+_TREE_AT = "host = :host AND repository = :repository AND digest = :digest"
 _LAYER_AT = "host = :host AND repository = :repository AND chain_id = :chain_id AND options = :options"
 _MANIFEST_AT = "host = :host AND repository = :repository AND source_digest = :source_digest AND options = :options"
 
@@ -155,6 +163,19 @@ class Database:
         """Delete the record of a manifest that the place no longer has."""
         values = self._manifest(place, source_digest, options)
         self._backend.run([f"DELETE FROM obdlab_manifests WHERE {_MANIFEST_AT}"], values)
+
+    def find_tree(self, place: Place, digest: str) -> str | None:
+        """Return the annotation's text for the hash tree of the layer ``digest``, if recorded."""
+        host, repository = _cut(place)
+        values = {"host": host, "repository": repository, "digest": digest}
+        rows = self._backend.run([f"SELECT tree FROM obdlab_trees WHERE {_TREE_AT}"], values)
+        return str(rows[0][0]) if rows else None
+
+    def add_tree(self, place: Place, digest: str, tree: str) -> None:
+        """Record the hash tree of a layer, replacing an earlier record."""
+        host, repository = _cut(place)
+        values = {"host": host, "repository": repository, "digest": digest, "tree": tree}
+        self._backend.run([f"DELETE FROM obdlab_trees WHERE {_TREE_AT}", _ADD_TREE], values)
 
     def _manifest(self, place: Place, source_digest: str, options: str) -> dict[str, object]:
         host, repository = _cut(place)

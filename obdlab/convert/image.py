@@ -14,6 +14,7 @@ from obdlab.convert.layer import BuiltLayer, LayerOptions
 from obdlab.convert.pipeline import ConvertedLayer, ConvertStoppedError, Group, Pipeline, groups_of
 from obdlab.convert.progress import Progress, Silent
 from obdlab.convert.reuse import Reuse, known_manifest, note_manifest
+from obdlab.convert.storedtrees import StoredTrees, hold_trees, with_trees
 from obdlab.convert.turbo.image import convert_to_turbo
 from obdlab.convert.workdir import FinishedLayers, work_directory
 from obdlab.errors import FormatError
@@ -49,6 +50,8 @@ class ConvertOptions:
     #: Most layers of the image: the lowest are kept as they are, all above are merged into one. 0: as many as the
     #: source has.
     flatten: int = 0
+    #: Give layers hash trees, by which readers check them, if the destination is a registry; not with ``docker``.
+    hash_trees: bool = True
     #: Mount options of the image's file system, comma separated.
     mount_options: str = ""
     #: File systems (of FILE_SYSTEMS) of a turboOCI image, whose layers point into those of the source; empty: an
@@ -71,6 +74,7 @@ class ConvertOptions:
                 "flatten": self.flatten,
                 "mount_options": self.mount_options,
                 **({"turbo": self.turbo} if self.turbo else {}),
+                **({"hash_trees": True} if self.hash_trees else {}),
             }
         )
 
@@ -138,6 +142,8 @@ def convert_manifest(
     """
     if options.docker and options.referrer:
         raise FormatError("docker's manifests cannot refer to another", blob=destination.name)
+    makes_trees = destination.keeps_trees and not options.docker and not options.turbo
+    options = replace(options, hash_trees=options.hash_trees and makes_trees)
     begin = time.monotonic()
     config = source.config(manifest)
     _check_platform(source.name, config.platform, options.platform)
@@ -155,16 +161,19 @@ def convert_manifest(
     with opened(options.database) as database:
         known = known_manifest(destination, database, descriptor.digest, identity)
         if known is not None:
-            lowest = _of_base(below, [False] * (count - len(groups)))
-            layers = (*lowest, *map(ConvertedLayer.known, groups, known.layers[len(lowest) :]))
+            of_base = _of_base(below, [False] * (count - len(groups)))
+            layers = (*of_base, *map(ConvertedLayer.known, groups, known.layers[len(of_base) :]))
             converted = known
         else:
             layers = _convert_layers(source, destination, database, groups, options, progress, below)
             subject = _subject(descriptor) if options.referrer else None
-            converted = _store_config(destination, manifest, config, layers, options, subject, below)
+            trees = StoredTrees(destination, database) if options.hash_trees else None
+            lowest = () if below is None else with_trees(below.layers, trees)
+            converted = _store_config(destination, manifest, config, layers, options, subject, lowest)
         data = converted.to_bytes()
         stored = oci.Descriptor(converted.media_type, oci.digest_of(data), len(data), platform=config.platform)
         destination.put_manifest(stored, data, tagged=tagged)
+        hold_trees(destination, stored, converted)
         note_manifest(destination, database, descriptor.digest, identity, stored.digest)
     seconds = time.monotonic() - begin
     return ConvertedImage(destination.name, stored.digest, data, converted, config.platform, layers, seconds)
@@ -187,7 +196,8 @@ def _convert_layers(
     with work_directory(options.work_dir) as work_dir:
         stored = [] if below is None else below.store(destination, work_dir, progress)
         reuse = Reuse(destination, database, FinishedLayers(work_dir), options.layer)
-        pipeline = Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir, below)
+        trees = StoredTrees(destination, database) if options.hash_trees else None
+        pipeline = Pipeline(source, destination, reuse, options.layer, describe, progress, work_dir, below, trees)
         return (*_of_base(below, stored), *pipeline.run(groups))
 
 
@@ -245,11 +255,10 @@ def _store_config(
     layers: Sequence[ConvertedLayer],
     options: ConvertOptions,
     subject: oci.Descriptor | None,
-    below: Below | None,
+    lowest: Sequence[oci.Descriptor],
 ) -> oci.Manifest:
     merged = [layer.merged for layer in layers]
     config_bytes = _merge_history(config.with_diff_ids([layer.built.diff_id for layer in layers]), merged).to_bytes()
-    lowest = () if below is None else below.layers
     config_type = oci.DOCKER_CONFIG if options.docker else oci.OCI_CONFIG
     config_descriptor = oci.Descriptor(config_type, oci.digest_of(config_bytes), len(config_bytes))
     manifest = oci.Manifest(
@@ -277,7 +286,8 @@ def _layer_descriptor(layer: BuiltLayer, options: ConvertOptions) -> oci.Descrip
             oci.BLOB_DIGEST: layer.digest,
             oci.BLOB_SIZE: str(layer.size),
             oci.BLOB_FS_TYPE: ";".join(filter(None, (options.layer.filesystem, options.mount_options))),
-        },
+        }
+        | ({oci.HASH_TREE: layer.hash_tree} if layer.hash_tree else {}),
     )
 
 

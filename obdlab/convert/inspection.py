@@ -55,6 +55,8 @@ class LayerFacts:
     hot: bool
     cached_size: int | None
     cached_verified: bool
+    #: The root of the layer's hash tree, by which each unit that is read is checked; "" without a tree.
+    hash_tree: str
     annotations: Mapping[str, str]
 
 
@@ -152,6 +154,7 @@ def _layer(source: ImageSource, layer: Descriptor, cached: Mapping[str, CacheEnt
         hot=layer.annotations.get(oci.HOT_LAYER) == "yes",
         cached_size=(0 if entry is None else entry.cached_bytes) if keeps else None,
         cached_verified=entry is not None and entry.verified,
+        hash_tree=layer.annotations.get(oci.HASH_TREE, "").partition(",")[0],
         annotations=layer.annotations,
     )
 
@@ -193,7 +196,11 @@ def _not_verified(layers: tuple[LayerFacts, ...]) -> str:
         return "not verified: a layer is checked against its digest when it is fetched"
     whole = sum(layer.cached_verified for layer in lazy)
     here = f"; {whole} of {len(lazy)} are here whole and matched their digest" if whole else ""
-    return f"not verified: layers are read in pieces, which their own CRCs check and no digest does{here}"
+    trees = sum(bool(layer.hash_tree) for layer in lazy)
+    if trees == len(lazy):
+        return f"hash trees: each unit of a layer is checked when it is read{here}"
+    some = f"; {trees} of {len(lazy)} have hash trees, which check what is read" if trees else ""
+    return f"not verified: layers are read in pieces, which their own CRCs check and no digest does{some}{here}"
 
 
 def _platforms(root: Manifest | oci.Index) -> tuple[str, ...]:

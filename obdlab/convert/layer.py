@@ -97,6 +97,8 @@ class BuiltLayer:
     seconds: dict[str, float] = field(default_factory=dict)
     #: None for a layer that is complete by itself.
     turbo: TurboTarget | None = None
+    #: Text of the annotation that names the layer's hash tree; "" without a tree.
+    hash_tree: str = ""
 
     @property
     def diff_id(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from obdlab.convert.apply import ApplyStatistics
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from obdlab.convert.layer import LayerOptions, PendingLayer
     from obdlab.convert.progress import Progress
     from obdlab.convert.reuse import Reuse, Reused
+    from obdlab.convert.storedtrees import StoredTrees
 
 _FETCHERS = 2
 _PUSHERS = 2
@@ -76,7 +77,8 @@ class ConvertedLayer:
     @classmethod
     def known(cls, group: Group, layer: oci.Descriptor) -> ConvertedLayer:
         """Return a layer of a manifest that the destination had; only its descriptor is known."""
-        built = BuiltLayer(None, layer.digest, layer.size, 0, 0, ApplyStatistics())
+        tree = layer.annotations.get(oci.HASH_TREE, "")
+        built = BuiltLayer(None, layer.digest, layer.size, 0, 0, ApplyStatistics(), hash_tree=tree)
         return cls.of(group, built, stored=False, reused="image was there")
 
 
@@ -110,8 +112,10 @@ class Pipeline:
         progress: Progress,
         work_dir: Path,
         base: Below | None = None,
+        trees: StoredTrees | None = None,
     ) -> None:
         self._source = source
+        self._trees = trees
         self._destination = destination
         self._reuse = reuse
         self._describe = describe
@@ -230,7 +234,7 @@ class Pipeline:
         self._reuse.made(key, layer.path, record)
         stored = self._push(number, layer, layer.path)
         self._reuse.stored(key, record)
-        return ConvertedLayer.of(groups[number], layer, stored=stored)
+        return ConvertedLayer.of(groups[number], self._with_tree(layer), stored=stored)
 
     def _push_reused(self, group: Group, key: LayerKey, reused: Reused) -> ConvertedLayer:
         record = reused.record
@@ -241,7 +245,15 @@ class Pipeline:
         if reused.path is not None:
             stored = self._push(group.first, layer, reused.path)
             self._reuse.stored(key, record)
-        return ConvertedLayer.of(group, layer, stored=stored, reused=reused.where)
+        return ConvertedLayer.of(group, self._with_tree(layer), stored=stored, reused=reused.where)
+
+    # After the layer is stored: an error in between leaves no tree without its layer.
+    def _with_tree(self, layer: BuiltLayer) -> BuiltLayer:
+        if self._trees is None:
+            return layer
+        described, path = self._describe(layer), layer.path
+        tree = self._trees.of_stored(described) if path is None else self._trees.of_file(described, path)
+        return replace(layer, hash_tree=tree)
 
     def _push(self, number: int, layer: BuiltLayer, path: Path) -> bool:
         with self._progress.task(f"layer {number}: push", layer.size) as task:

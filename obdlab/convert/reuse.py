@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.convert.database import DatabaseError, LayerKey, LayerRecord, stack_digest
+from obdlab.convert.storedtrees import tree_files
 from obdlab.errors import FormatError
 from obdlab.formats import oci
 
@@ -113,11 +114,13 @@ def known_manifest(
     if data is not None:
         try:
             manifest = oci.Manifest.parse(data, destination.name)
+            files = tree_files(manifest)
         except FormatError as error:
             logger.warning("%s: %s is no manifest of ours: %s", destination.name, digest, error)
         else:
             whole = manifest.to_bytes() == data
-            if whole and all(destination.has(blob) for blob in (manifest.config, *manifest.layers)):
+            blobs = (manifest.config, *manifest.layers, *files)
+            if whole and all(destination.has(blob) for blob in blobs):
                 return manifest
     with _hints():
         database.drop_manifest(place, source_digest, options)

@@ -64,6 +64,11 @@ class TreeReference:
     def __str__(self) -> str:
         return f"{self.root},{self.file}"
 
+    @property
+    def cache_name(self) -> str:
+        """Name for caches of checked units: a different one for each root, and no registry's."""
+        return f"tree+{self.root.removeprefix('sha256:')}"
+
 
 class NodeId(NamedTuple):
     """A node: its level, from 1 on, and its number in the level."""

@@ -62,6 +62,9 @@ VERSION_TURBO = "0.1.0-turbo.ociv1"
 NATIVE_ARTIFACT = "application/vnd.containerd.overlaybd.native.v1+json"
 #: The same for a turboOCI image.
 TURBO_ARTIFACT = "application/vnd.containerd.overlaybd.turbo.v1+json"
+#: The config of an artifact that has no config, and its type (OCI image specification, "Guidelines for artifacts").
+EMPTY = b"{}"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 #: The annotation, and its value, that marks BuildKit's attestations among an index's manifests.
 REFERENCE_TYPE = "vnd.docker.reference.type"
 ATTESTATION = "attestation-manifest"

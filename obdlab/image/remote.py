@@ -11,6 +11,7 @@ from obdlab.blob import unwrapped
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.command import command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.hashtree import Shape, TreeReference
 from obdlab.formats.oci import check_digest
@@ -84,7 +85,7 @@ class RemoteLayers:
         if tree is None and self._settings.verify == VERIFY_REQUIRE:
             raise UncheckedLayerError(
                 f"{self._repository}@{lower.digest}: no hash tree in the image's manifest, and the settings require "
-                f"one (verify: {VERIFY_REQUIRE})"
+                f"one (verify: {VERIFY_REQUIRE}); add it: {command('image', 'protect', 'IMAGE')}"
             )
         if self._settings.verify == VERIFY_OFF:
             tree = None
@@ -137,7 +138,7 @@ class RemoteLayers:
             self._tree_origins.append(origin)
             if isinstance(file, CachedBlob):
                 self._tree_files.append(file)
-        return TreeNodes(blob.name, digest, blob.size, tree.root, file, self._kept)
+        return TreeNodes(blob.name, digest, blob.size, tree, file, self._kept)
 
     def opened(self) -> None:
         """End the opening: from now on, misses in the blobs fetch extents, with the deadline of reads.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from obdlab.blob import Blob, Buffer
+    from obdlab.formats.hashtree import TreeReference
 
 logger = logging.getLogger(__name__)
 
@@ -67,22 +68,24 @@ class KeptNodes:
 
 
 class TreeNodes:
-    """Checks units of the blob ``digest`` of ``size`` bytes against ``root``. Thread-safe.
+    """Checks units of the blob ``digest`` of ``size`` bytes against the root of ``tree``. Thread-safe.
 
     ``file`` is the blob of the tree's file, with any content; None for a blob of one unit. This object owns it.
     """
 
     unit = UNIT
 
-    def __init__(self, blob: str, digest: str, size: int, root: str, file: Blob | None, kept: KeptNodes) -> None:
+    def __init__(
+        self, blob: str, digest: str, size: int, tree: TreeReference, file: Blob | None, kept: KeptNodes
+    ) -> None:
         self._blob = blob
         self._digest = digest
-        self._root = root
+        self._root = tree.root
         self._shape = Shape(size)
         self._file = file
         self._kept = kept
         #: Name of the directory of the block cache with the checked units.
-        self.name = f"tree+{root.removeprefix('sha256:')}"
+        self.name = tree.cache_name
 
     def close(self) -> None:
         """Close the tree's file."""
@@ -187,6 +190,8 @@ class TreeNodes:
         yield run
 
     def _fetch_run(self, run: Sequence[NodeId]) -> None:
+        if all(self._kept.get(self, node) is not None for node in run):
+            return  # first_wrong() was sooner
         begin, end = self._shape.place(run[0])[0], sum(self._shape.place(run[-1]))
         try:
             data = self._read(begin, end - begin)

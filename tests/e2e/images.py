@@ -51,14 +51,13 @@ def push_pause(host: str) -> str:
     return push_plain(host, "e2e/pause", [busybox_layer()], ("/bin/busybox", "sleep", "inf"))
 
 
-def push_converted(host: str, name: str, layers: Sequence[bytes], work_dir: Path) -> str:
+def push_converted(host: str, name: str, layers: Sequence[bytes], work_dir: Path, *, hash_trees: bool = True) -> str:
     """Push an ordinary image and convert it; return the converted image's reference."""
     plain = push_plain(host, f"{name}-plain", layers)
     converted = f"{host}/{name}:obd"
     with closing(RegistryClient(Credentials.load(None))) as client:
-        convert_image(
-            open_source(plain, client), open_destination(converted, client), options=ConvertOptions(work_dir=work_dir)
-        )
+        options = ConvertOptions(work_dir=work_dir, hash_trees=hash_trees)
+        convert_image(open_source(plain, client), open_destination(converted, client), options=options)
     return converted
 
 

@@ -104,7 +104,7 @@ def checked(origin: Blob, data: bytes, file: Blob | None = None, tree: HashTree 
     tree = tree or tree_of(data)
     if file is None and tree.file:
         file = Origin(tree.file)
-    nodes = TreeNodes("layer", digest_of(data), len(data), tree.root, file, KeptNodes())
+    nodes = TreeNodes("layer", digest_of(data), len(data), tree.reference, file, KeptNodes())
     return CheckedBlob(origin, nodes)
 
 

@@ -6,6 +6,7 @@ version number.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from obdlab.command import install_command
+from obdlab.cli.common import settings_from
+from obdlab.command import command, install_command
 from obdlab.devices import kinds
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
+from obdlab.settings.settings import VERIFY_AVAILABLE, VERIFY_OFF, VERIFY_REQUIRE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,6 +57,7 @@ def _device_checks() -> Iterator[Check]:
     yield _node("devices", "/dev/loop-control", "modprobe loop, or a kernel with CONFIG_BLK_DEV_LOOP")
     yield _filesystem("devices", "ext4", "modprobe ext4, or a kernel with CONFIG_EXT4_FS")
     yield _survival()
+    yield _verification()
     erofs = "modprobe erofs, or a kernel with CONFIG_EROFS_FS (only for EROFS images)"
     yield _filesystem("devices", "erofs", erofs, optional=True)
 
@@ -67,6 +71,22 @@ def _survival() -> Check:
         return Check("devices", name, ok=False, detail=str(error), fix=_AS_ROOT, optional=True)
     detail = "requests are handed out again" if ok else "a device ends with its server"
     return Check("devices", name, ok, detail, fix, optional=True)
+
+
+def _verification() -> Check:
+    name, fix = "verified reads", f'"verify": "{VERIFY_REQUIRE}" in the settings refuses layers without a hash tree'
+    try:
+        verify = settings_from(argparse.Namespace()).verify
+    except ObdlabError as error:
+        return Check(
+            "devices", name, ok=False, detail=str(error), fix=command("config", "check", "FILE"), optional=True
+        )
+    detail = {
+        VERIFY_OFF: "off: units of lazily read layers are not checked",
+        VERIFY_AVAILABLE: "layers with a hash tree are checked, others are not",
+        VERIFY_REQUIRE: "all are checked, and layers without a hash tree are refused",
+    }[verify]
+    return Check("devices", name, verify != VERIFY_OFF, detail, fix, optional=True)
 
 
 def _container_checks() -> Iterator[Check]:

@@ -88,6 +88,11 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--referrer", action="store_true", help="have the new manifest refer to the source (OCI 1.1 subject)"
     )
+    parser.add_argument(
+        "--no-hash-trees",
+        action="store_true",
+        help="make no hash trees, by which lazy reads are checked (they are made for images in registries)",
+    )
     parser.add_argument("--docker", action="store_true", help="write docker's media types (default: OCI's)")
     parser.add_argument(
         "--database",
@@ -116,6 +121,7 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
         platform=None if args.platform == ALL else args.platform,
         referrer=args.referrer,
         docker=args.docker,
+        hash_trees=not args.no_hash_trees,
         flatten=args.flatten,
         mount_options=args.mount_options,
         database=_database(args.database),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from obdlab.cli.packing import size_text
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from obdlab.cache.admin import CacheEntry
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.inspection import ImageFacts
+    from obdlab.formats.oci import Manifest
     from obdlab.registry.client import RegistryClient
 
 _ANNOTATION_MOST = 200
@@ -29,25 +31,37 @@ def inspect_image(name: str, client: RegistryClient, args: argparse.Namespace) -
     platform = args.platform or host_platform()
     with opened_source(name, client, args) as source:
         _, manifest = source.find(platform, overlaybd=True)
-        cached = _cached(source, args, {layer.digest for layer in manifest.layers})
+        cached = _cached(source, args, manifest)
         facts = describe_image(source, platform, cached)
         return verify_image(source, facts, platform, Bars()) if args.verify else facts
 
 
-def _cached(source: ImageSource, args: argparse.Namespace, digests: set[str]) -> dict[str, CacheEntry] | None:
+# Checked units are cached apart from others.
+def _cached(source: ImageSource, args: argparse.Namespace, manifest: Manifest) -> dict[str, CacheEntry] | None:
     from obdlab.cache.admin import entries
     from obdlab.cache.space import CacheSpace
     from obdlab.cli.common import settings_from
+    from obdlab.errors import FormatError
+    from obdlab.formats.hashtree import TreeReference
+    from obdlab.formats.oci import HASH_TREE
+    from obdlab.settings.settings import VERIFY_OFF
 
     if not source.cache_name:
         return None
-    directory = settings_from(args).cache_dir
+    settings = settings_from(args)
+    directory = settings.cache_dir
+    names = {layer.digest: source.cache_name for layer in manifest.layers}
+    for layer in manifest.layers:
+        text = layer.annotations.get(HASH_TREE)
+        if text and settings.verify != VERIFY_OFF:
+            with suppress(FormatError):  # opening the image reports it
+                names[layer.digest] = TreeReference.parse(text).cache_name
     try:
-        found = entries(CacheSpace(directory), digests)
+        found = entries(CacheSpace(directory), names)
     except OSError as error:
         print(f"{args.prog}: {directory}: cannot see what is cached ({error.strerror})", file=sys.stderr)
         return None
-    return {entry.digest: entry for entry in found if entry.registry == source.cache_name}
+    return {entry.digest: entry for entry in found if entry.registry == names[entry.digest]}
 
 
 def print_image(facts: ImageFacts) -> None:
@@ -74,7 +88,7 @@ def print_image(facts: ImageFacts) -> None:
             f"{layer.compression}, {layer.block_size >> 10} KiB blocks" if layer.block_size else layer.compression
         )
         here = "" if layer.cached_size is None else f", {size_text(layer.cached_size)} of it cached"
-        hot = ", hot layer" if layer.hot else ""
+        hot = (", hot layer" if layer.hot else "") + (", hash tree" if layer.hash_tree else "")
         kind = "" if layer.kind == facts.kind else f", {layer.kind}"
         print(f"  {number:3}  {layer.digest}  {size_text(layer.size)}, {packed}{kind}{hot}{here}")
         for key, value in sorted(layer.annotations.items()):

@@ -194,6 +194,11 @@ class ImageDestination(ABC):
         """True if a stored blob stays for good even though no manifest names it."""
         return False
 
+    @property
+    def keeps_trees(self) -> bool:
+        """True if readers of the image find the files of its layers' hash trees here."""
+        return False
+
     @abstractmethod
     def put_file(self, descriptor: Descriptor, path: Path, advance: Callable[[int], None]) -> bool:
         """Store the blob in a file; return False if it was there already. Raises SourceError.

@@ -97,6 +97,10 @@ class RegistryDestination(ImageDestination):
     def place(self) -> tuple[str, str] | None:
         return self._repository.host, self._repository.name
 
+    @property
+    def keeps_trees(self) -> bool:
+        return True
+
     def has(self, descriptor: Descriptor) -> bool:
         return self._client.has_blob(self._repository, descriptor.digest)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.convert.base import copy_layer
 from obdlab.convert.progress import Silent
+from obdlab.convert.storedtrees import hold_trees, trees_like, with_trees
 from obdlab.errors import FormatError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.index import MAX_LAYERS
@@ -55,12 +56,12 @@ def add_layer(
     config = _config(source.config(manifest), layer)
     config_descriptor = replace(manifest.config, digest=oci.digest_of(config), size=len(config))
     destination.put_bytes(config_descriptor, config)
-    extended = replace(
-        manifest, config=config_descriptor, layers=(*manifest.layers, described), subject=None, artifact_type=""
-    )
+    layers = with_trees((*manifest.layers, described), trees_like(destination, manifest))
+    extended = replace(manifest, config=config_descriptor, layers=layers, subject=None, artifact_type="")
     data = extended.to_bytes()
     stored = oci.Descriptor(extended.media_type, oci.digest_of(data), len(data))
     destination.put_manifest(stored, data)
+    hold_trees(destination, stored, extended)
     return stored
 
 

@@ -45,8 +45,6 @@ HOT_LEVEL = 19
 HOT_PACKING = Packing("zstd", 32 << 10, tar=True, workers=min(4, os.cpu_count() or 1), level=HOT_LEVEL)
 # Not used: an image in a registry is not copied.
 _NOWHERE = Path("/nonexistent")
-_EMPTY_CONFIG = b"{}"
-_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 
 
 def add_hot_layer(
@@ -125,7 +123,7 @@ def attach_trace(
         reads_in(trace, disk, name=trace_name)
     repository = client.repository(reference)
     descriptors = []
-    for media_type, data in ((_EMPTY_TYPE, _EMPTY_CONFIG), (TRACE_ARTIFACT, trace)):
+    for media_type, data in ((oci.EMPTY_TYPE, oci.EMPTY), (TRACE_ARTIFACT, trace)):
         descriptor = oci.Descriptor(media_type, oci.digest_of(data), len(data))
         client.push_blob(repository, descriptor.digest, len(data), lambda data=data: io.BytesIO(data))  # type: ignore[misc]
         descriptors.append(descriptor)

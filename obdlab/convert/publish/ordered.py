@@ -13,6 +13,7 @@ from obdlab.convert.compare.imagetree import fetched_layers
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.progress import Silent
 from obdlab.convert.publish.extend import manifest_of
+from obdlab.convert.storedtrees import hold_trees, trees_like, with_trees
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
@@ -93,8 +94,10 @@ def _packing_of(layer: LsmtLayer) -> Packing:
 def _described(old: oci.Descriptor, path: Path) -> oci.Descriptor:
     digest = digest_of_file(path)
     size = path.stat().st_size
-    changed = {oci.BLOB_DIGEST: digest, oci.BLOB_SIZE: str(size)}
-    return replace(old, digest=digest, size=size, annotations={**old.annotations, **changed})
+    annotations = {**old.annotations, oci.BLOB_DIGEST: digest, oci.BLOB_SIZE: str(size)}
+    if digest != old.digest:
+        annotations.pop(oci.HASH_TREE, None)  # the old layer's
+    return replace(old, digest=digest, size=size, annotations=annotations)
 
 
 def _store(
@@ -103,10 +106,12 @@ def _store(
     config = source.config(manifest).with_diff_ids([layer.digest for layer in layers]).to_bytes()
     config_descriptor = replace(manifest.config, digest=oci.digest_of(config), size=len(config))
     destination.put_bytes(config_descriptor, config)
-    made = replace(manifest, config=config_descriptor, layers=tuple(layers), subject=None, artifact_type="")
+    treed = with_trees(layers, trees_like(destination, manifest))
+    made = replace(manifest, config=config_descriptor, layers=treed, subject=None, artifact_type="")
     data = made.to_bytes()
     stored = oci.Descriptor(made.media_type, oci.digest_of(data), len(data))
     destination.put_manifest(stored, data)
+    hold_trees(destination, stored, made)
     return stored
 
 
