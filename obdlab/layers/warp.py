@@ -48,6 +48,16 @@ def target_offset(blob: Blob) -> int:
     return -(-blob.size // SECTOR) * SECTOR
 
 
+def parts_of(data: Blob, begin: int, end: int) -> list[tuple[Blob, int, int]]:
+    """Return the blobs that hold the bytes ``[begin, end)`` of a layer's data, each with its range.
+
+    One for any layer but a warp layer, whose data is in two.
+    """
+    if not isinstance(data, WarpFile):
+        return [(data, begin, end)]
+    return [(part, first, stop) for part, first, stop in data.parts(begin, end) if part is not None]
+
+
 class WarpFile(Blob):
     """A warp layer's own file, zeros up to a whole sector, and its target. Both are closed with it."""
 

@@ -13,12 +13,13 @@ from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.oci import digest_of
 from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
+from obdlab.layers.warp import parts_of
 from obdlab.localfile import LocalFile
 from obdlab.observe.counters import Counter
 from obdlab.volumes.places import FileVolume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from obdlab.blob import Blob
     from obdlab.cache.ahead.prefetch import Range
@@ -112,31 +113,34 @@ def _read_all(blob: Blob, digest: str = "") -> bytes:
 
 
 class _Place:
-    # The storage of a layer's data: a cached blob, and its number.
-    def __init__(self, number: int, cached: CachedBlob, data: Blob) -> None:
-        self._number = number
-        self._cached = cached
+    # The storage of a layer's data: cached blobs, by the part of the data that each has, and their numbers.
+    def __init__(self, data: Blob, cached: Mapping[Blob, tuple[int, CachedBlob]]) -> None:
         self._data = data
+        self._cached = cached
 
-    def range_of(self, offset: int, length: int) -> Range:
-        begin, end = range_in(self._cached, self._data, offset, offset + length)
-        return self._number, begin, end
+    def ranges_of(self, offset: int, length: int) -> Iterator[Range]:
+        for part, begin, end in parts_of(self._data, offset, offset + length):
+            if part in self._cached:
+                number, cached = self._cached[part]
+                yield number, *range_in(cached, part, begin, end)
 
 
 def _stored(data: Blob, blobs: list[CachedBlob]) -> _Place | None:
-    cached = find(data, CachedBlob)
-    if cached is None:
-        return None
-    if cached not in blobs:
-        blobs.append(cached)
-    return _Place(blobs.index(cached), cached, data)
+    found = {}
+    for part, _, _ in parts_of(data, 0, data.size):
+        cached = find(part, CachedBlob)
+        if cached is not None:
+            if cached not in blobs:
+                blobs.append(cached)
+            found[part] = blobs.index(cached), cached
+    return _Place(data, found) if found else None
 
 
 def _ranges(reads: Iterable[Read], disk: Stack, places: Sequence[_Place | None]) -> Iterator[Range]:
     for layer, offset, length in reads:
         place = places[layer]
         if place is not None and length:
-            yield place.range_of(offset, length)
+            yield from place.ranges_of(offset, length)
 
 
 # -- priority lists --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
 from obdlab.frames import pandas_or_error
+from obdlab.layers.warp import parts_of
 from obdlab.traces.replay import reads_of_disk
 from obdlab.traces.sets import coverage, difference, unique
 from obdlab.volumes.places import FilePlaces
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from obdlab.blob import Blob
     from obdlab.formats.blockevents import DiskRead
     from obdlab.layers.stack import Stack
 
@@ -209,10 +211,10 @@ def _covers(ranges: list[tuple[int, int]], offset: int, length: int) -> bool:
 
 
 def _stored_size(read: Trace, disk: Stack) -> int:
-    stored: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    stored: dict[Blob, list[tuple[int, int]]] = defaultdict(list)
     for layer, ranges in coverage(read).items():
-        data = disk.layers[layer].data
-        *_, file = chain(data)
         for begin, end in ranges:
-            stored[layer].append(range_in(file, data, begin, end))
+            for part, first, stop in parts_of(disk.layers[layer].data, begin, end):
+                *_, file = chain(part)
+                stored[file].append(range_in(file, part, first, stop))
     return round(sum(_length(ranges) for ranges in stored.values()))
