@@ -41,6 +41,11 @@ class ContainerdHost:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def runs(self) -> bool:
+        """True from :meth:`start` to :meth:`stop`."""
+        return self._process is not None
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         with self.log.open("ab") as output:
