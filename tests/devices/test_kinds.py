@@ -149,11 +149,16 @@ def test_clients_import_a_kind_only_where_the_kernel_has_it(tmp_path: Path, monk
     monkeypatch.syspath_prepend(tmp_path)
     assert kind.devices_of(tmp_path) == [tmp_path / "node"]
     kind.take_down(tmp_path, timeout_s=1.0, force=True)
+    kind.take_down(tmp_path)
     kind.give_up(tmp_path)
     place = Place(tmp_path, name="one", readahead_kib=4, path=tmp_path / "node")
     made: object = kind.open(MemoryBlob(b"", ""), place)
     assert made == ("", tmp_path, "one", 4, True)
-    assert kind.module.calls == [("take_down", tmp_path, 1.0, True), ("abandon", tmp_path)]
+    assert kind.module.calls == [
+        ("take_down", tmp_path, 1.0, True),
+        ("take_down", tmp_path, 10.0, False),
+        ("abandon", tmp_path),
+    ]
 
 
 def test_a_node_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _QUICK = ("--assert=plain", "-p", "no:xdist")
 #: Set to run all examples of the property tests; else a few of each.
 ALL_EXAMPLES = "OBDLAB_MUTANT_EXAMPLES"
 _EXAMPLES = 25
+_KILLED_S = 10.0
 
 
 def main() -> None:
@@ -66,11 +67,19 @@ def _run(command: dict[str, object]) -> int | str:
             time.sleep(0.02)
         return "timeout"
     finally:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        _end(pid)
+
+
+# A killed process can stay: a thread of it that reads its own device waits in the kernel for the threads that served
+# the device. Such a process is left behind.
+def _end(pid: int) -> None:
+    deadline = time.monotonic() + _KILLED_S
+    try:
+        os.killpg(pid, signal.SIGKILL)
+        while not os.waitpid(pid, os.WNOHANG)[0] and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except (ProcessLookupError, ChildProcessError):
+        pass
 
 
 def _be_pytest(command: dict[str, object]) -> None:

@@ -330,3 +330,8 @@ def test_an_unknown_command_is_named() -> None:
 def test_provisioning_is_told_without_its_kind(read_only: bool, features: int) -> None:
     page = disk(read_only=read_only).execute(struct.pack(">BBBHB", 0x12, 1, 0xB2, 255, 0), b"")
     assert page == bytes((0, 0xB2, 0, 4, 0, features, 0, 0))
+
+
+def test_an_unknown_service_action_is_named() -> None:
+    with pytest.raises(ScsiError, match=r"SERVICE ACTION IN\(16\): no action 0x13"):
+        disk().execute(struct.pack(">BBQIBB", 0x9E, 0xF3, 0, 32, 0, 0), b"")

@@ -103,6 +103,7 @@ def test_writes_are_counted(stepped: Stepped) -> None:
     assert (member.writes, member.written_bytes, member.write_ns, member.slowest_ns) == (2, 8192, 2000, 1000)
     assert (member.write_times[10], sum(member.write_times), sum(member.read_times)) == (2, 2, 0)
     assert (stepped.pending(), stepped.notices) == (8192 + 2, 0)
+    assert [answer.read_length for answer in stepped.kernel.answers().values()] == [None, None]
 
 
 def test_the_slowest_request_stays_the_slowest(stepped: Stepped) -> None:
