@@ -216,6 +216,7 @@ example: measure cold starts in two minutes, see the rows, export them (as root,
     (
         Command("dataset", "build the images of the datasets", ".lab.dataset:declare"),
         Command("run", "measure the cells that have no rows yet", ".lab.experiment_command:declare_run"),
+        Command("plan", "count the repeats that a precision needs", ".lab.experiment_command:declare_plan"),
         Command("resume", "continue a run that was stopped", ".lab.experiment_command:declare_resume"),
         Command("status", "count the measured cells", ".lab.experiment_command:declare_status"),
         Command("show", "print the table of one experiment's results", ".lab.experiment_command:declare_show"),

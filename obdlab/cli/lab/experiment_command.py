@@ -1,4 +1,4 @@
-"""``obdlab lab run|resume|status|report|list|export``."""
+"""``obdlab lab run|plan|resume|status|report|list|export``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def declare_run(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser, "print the results as one JSON object")
     parser.add_argument("--notebook", type=Path, help="(default: that of the kind)")
     parser.set_defaults(run=run, bounded=False)
+
+
+def declare_plan(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Prints how many repeats each comparison of an experiment needs for a precision, from a pilot's rows, and "
+        "how many measurements that makes; measures nothing."
+    )
+    _add_spec(parser)
+    parser.add_argument("--pilot", type=Path, required=True, metavar="DIR", help="results directory of the pilot")
+    parser.add_argument(
+        "--precision", type=float, default=0.05, help="half of the ratio's 95%% interval as a share (default: 0.05)"
+    )
+    _add_json(parser)
+    parser.set_defaults(run=plan, bounded=False)
 
 
 def declare_resume(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +133,28 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and, if asked, render the report; 1 if a start failed."""
     return _measure(_declared(args), args)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print a line for each comparison, then the sums."""
+    from dataclasses import asdict
+
+    from obdlab.lab.run.precision import needs
+    from obdlab.lab.run.rows import RowStore
+
+    spec = _declared(args)
+    found = needs(spec, RowStore(args.pilot).rows(), args.precision)
+    if args.json:
+        for need in found:
+            print_json(asdict(need))
+        return 0
+    most = max(need.repeats for need in found)
+    print(*(need.line() for need in found), sep="\n")
+    print(
+        f"{spec.name}: {most} repeats are enough for all ({len(spec.points()) * most} measurements); declared: "
+        f"{spec.repeats}, precision {spec.precision:g}"
+    )
+    return 0
 
 
 def resume(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from obdlab.lab.run.code import older_codes
 from obdlab.lab.run.diskspace import naming_full_disks
 from obdlab.lab.run.measuring import Measured, context_of, host_facts, measure_cells
 from obdlab.lab.run.plan import plan_run
+from obdlab.lab.run.precision import Stopping
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
 from obdlab.lab.run.summary import wrapped
 from obdlab.lab.run.table import PointsReport
@@ -85,6 +86,8 @@ class Experiment:
             return self._run(again, cluster)
 
     def _run(self, again: bool, cluster: Cluster | None) -> int:
+        if cluster and self.spec.precision:
+            raise LabError("precision: a run that stops early is one host's (got a scheduler)")
         for text in self.store.mend():
             _say(text)
         surroundings = cluster.surroundings if cluster else host_facts(self.spec.kind, self._paths.work)
@@ -97,6 +100,7 @@ class Experiment:
             pending = self._pending(contexts, pins)
         # Written before anything is measured: "resume" reads it.
         self._write_spec(contexts, pins)
+        measured = 0
         if pending:
             paths = replace(self._paths, digests=digests_of(pins))
             # On a terminal a bar, elsewhere a line per step.
@@ -104,14 +108,14 @@ class Experiment:
                 source = (
                     cluster.measure(self.spec, pending, paths)
                     if cluster
-                    else self._measure_here(pending, surroundings, paths, bar)
+                    else self._measure_here(pending, surroundings, paths, bar, self._stopping(contexts, pins))
                 )
                 # Close the source here on every path. Otherwise the interpreter's end would take down the bench, when
                 # the threads that it waits for no longer run.
                 with closing(source):
-                    self._keep(source, contexts[0], pins, bar)
+                    measured = self._keep(source, contexts[0], pins, bar)
         self.store.write_csv()
-        return len(pending)
+        return measured
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """Return (cells measured, cells in all) by bench, under today's code and host."""
@@ -176,22 +180,37 @@ class Experiment:
         return [self.spec.key(cell, context, digest) for context in contexts]
 
     def _pending(self, contexts: Sequence[str], pins: Pins) -> list[Cell]:
-        done = self.store.done_keys()
-        return [cell for cell in self.spec.cells() if done.isdisjoint(self._keys(cell, contexts, pins))]
+        done, stopping = self.store.done_keys(), self._stopping(contexts, pins)
+        missing = [cell for cell in self.spec.cells() if done.isdisjoint(self._keys(cell, contexts, pins))]
+        return [cell for cell in missing if not stopping.is_enough(cell)]
+
+    # The decisions by the rows so far. A run that stops early and is continued decides as if it had not been stopped.
+    def _stopping(self, contexts: Sequence[str], pins: Pins) -> Stopping:
+        stopping = Stopping(self.spec)
+        if self.spec.precision:
+            rows: dict[str, list[Row]] = {}
+            for row in last_attempts(self.store.rows()):
+                rows.setdefault(row["cell"], []).append(row)
+            for cell in self.spec.cells():
+                for key in self._keys(cell, contexts, pins):
+                    stopping.add(cell, rows.get(key, ()))
+        return stopping
 
     def _write_spec(self, contexts: Sequence[str], pins: Pins) -> None:
         latest = {**self.spec.declaration(), "context": contexts[0], "same_contexts": contexts[1:], "pins": pins}
         (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
 
     def _measure_here(
-        self, pending: list[Cell], surroundings: dict[str, Any], paths: LabPaths, bar: Any
+        self, pending: list[Cell], surroundings: dict[str, Any], paths: LabPaths, bar: Any, stopping: Stopping
     ) -> Generator[Measured]:
         say = _say if bar.disable else bar.set_description_str
-        with closing(measure_cells(self.spec, pending, paths, say)) as measured:
+        with closing(measure_cells(self.spec, pending, paths, say, stopping.is_enough)) as measured:
             for about, position, cell, rows in measured:
+                stopping.add(cell, rows)
                 yield Measured(cell, rows, {**surroundings, **about}, platform.node(), position)
 
-    def _keep(self, measured: Iterable[Measured], context: str, pins: Pins, bar: Any) -> None:
+    def _keep(self, measured: Iterable[Measured], context: str, pins: Pins, bar: Any) -> int:
+        count = 0
         common = {"context": context, "seed": self.spec.seed, "label": "measured"}
         for one in measured:
             environment = self.store.add_environment(one.environment)
@@ -206,6 +225,8 @@ class Experiment:
             }
             self.store.append([{**common, **mine, **row} for row in one.rows])
             bar.update()
+            count += 1
+        return count
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: for each cell the last good attempt, else the last failed one."""

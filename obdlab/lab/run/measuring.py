@@ -50,12 +50,17 @@ class Measured:
 
 
 def measure_cells(
-    spec: Spec, cells: Sequence[Cell], paths: LabPaths, say: Callable[[str], None]
+    spec: Spec,
+    cells: Sequence[Cell],
+    paths: LabPaths,
+    say: Callable[[str], None],
+    is_enough: Callable[[Cell], bool] = lambda cell: False,
 ) -> Generator[tuple[dict[str, Any], int, Cell, list[Row]]]:
     """Measure cells bench by bench, in order; yield (environment, position, cell, rows) of each.
 
-    A failed cell's last row has ``error``. Raises LabError if a bench cannot be set up or another experiment runs,
-    DiskFullError if a disk was full (the cell then has no row), and the errors of ``build_image``.
+    Cells of which ``is_enough`` says so when their turn comes are left out. A failed cell's last row has ``error``.
+    Raises LabError if a bench cannot be set up or another experiment runs, DiskFullError if a disk was full (the cell
+    then has no row), and the errors of ``build_image``.
     """
     kind = KINDS[spec.kind]
     check_programs(spec.kind, kind.needed_programs(spec.axes))
@@ -75,6 +80,8 @@ def measure_cells(
                         spoilt = False
                         while todo and not spoilt:
                             position, cell = todo.pop(0)
+                            if is_enough(cell):
+                                continue
                             say(f"{position + 1} of {count}: {cell_label(spec, cell)}")
                             quiet = environment.wait_for_quiet(spec.load_limit, budget_s, say=say)
                             budget_s -= quiet["waited_s"]

@@ -47,6 +47,8 @@ class Spec:
     repeats: int = 5
     #: Measure the baseline a second time under another label, to show the noise floor.
     a_a: bool = False
+    #: Other than 0: repeats end early for a comparison whose ratio is surely not 1, or surely 1 to this share.
+    precision: float = 0.0
     seed: int = 20200715
     #: A cell waits until the host's load of the last minute is below this ...
     load_limit: float = 1.5
@@ -109,6 +111,11 @@ class Spec:
     def arm_axis(self) -> str:
         """The axis whose values are the compared arms."""
         return KINDS[self.kind].arm_axis or next(iter(self.axes))
+
+    @property
+    def first_metric(self) -> str:
+        """The key of the metric that reports compare."""
+        return KINDS[self.kind].metrics[0].key
 
     @property
     def baseline(self) -> Value:
@@ -220,7 +227,7 @@ def _axis(kind: Kind, key: str, values: Any) -> tuple[Value, ...]:
 
 
 # Least values of the common keys.
-_LEAST = {"repeats": 1, "quiet_wait_s": 0, "load_limit": 0}
+_LEAST = {"repeats": 1, "quiet_wait_s": 0, "load_limit": 0, "precision": 0}
 
 
 def _common(key: str, value: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from obdlab.lab.images.recipe import image_label
+from obdlab.lab.run.pairs import always_valid
 from obdlab.lab.run.summary import (
     LEGEND,
     caveats,
@@ -29,14 +31,14 @@ class StartReport:
         """Return headline, table and legend; with ``details`` a sentence for each comparison."""
         if not any(not row.get("error") for row in rows):
             return []
-        summaries = summarise(rows, baseline=spec.baseline)
+        summaries = _summaries(spec, rows)
         head = [*wrapped(headlines(summaries)), "", *text_table(summaries).splitlines(), ""]
         return head + wrapped([LEGEND, *(findings(summaries) if details else ())])
 
     def facts(self, spec: Any, rows: Sequence[Row]) -> dict[str, Any]:
         """Return headlines, summaries and findings."""
         good = any(not row.get("error") for row in rows)
-        summaries: list[Summary] = summarise(rows, baseline=spec.baseline) if good else []
+        summaries: list[Summary] = _summaries(spec, rows) if good else []
         return {
             "headlines": headlines(summaries),
             "summaries": [asdict(summary) for summary in summaries],
@@ -46,3 +48,26 @@ class StartReport:
     def caveats(self, spec: Any, rows: Sequence[Row]) -> list[str]:
         """Return sentences about failed starts, busy hosts, starts that asked the registry, and far outliers."""
         return caveats(rows)
+
+
+# Ratios of a run that could stop early are judged by the intervals that it stopped on, wherever it stopped.
+def _summaries(spec: Any, rows: Sequence[Row]) -> list[Summary]:
+    summaries = summarise(rows, baseline=spec.baseline)
+    if not spec.precision:
+        return summaries
+    ratios = always_valid(spec, rows)
+    # A summary has the image's name for readers.
+    shown = {(image_label(str(point["image"])), *(point[axis] for axis in _AXES)): each for point, each in ratios}
+    return [
+        summary
+        if summary.start != "cold" or summary.ratio is None
+        else replace(summary, ratio=shown.get(_axes_of(summary), summary.ratio))
+        for summary in summaries
+    ]
+
+
+_AXES = ("rate_mbit", "rtt_ms", "disk", "arm")
+
+
+def _axes_of(summary: Summary) -> tuple[Any, ...]:
+    return (summary.image, *(getattr(summary, axis) for axis in _AXES))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.images.recipe import image_label
 from obdlab.lab.kinds import KINDS
+from obdlab.lab.run.pairs import always_valid
 from obdlab.lab.run.statistics import cliffs_delta, median_interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def points_table(spec: Spec, rows: Sequence[Row]) -> list[str]:
 def _lines(spec: Spec, others: Sequence[str], groups: Mapping[tuple[Value, ...], list[Row]]) -> Iterator[list[str]]:
     metrics = KINDS[spec.kind].metrics
     first = metrics[0].key
+    # A run that could stop early is judged by the intervals that it stopped on.
+    rows_of_all = [row for rows in groups.values() for row in rows] if spec.precision else []
+    stopped = {_ordered(spec, point): ratio for point, ratio in always_valid(spec, rows_of_all)}
     for rest in product(*(spec.axes[axis] for axis in others)):
         baseline = [row[first] for row in groups.get((spec.baseline, *rest), [])]
         for arm in spec.arms:
@@ -81,8 +85,12 @@ def _lines(spec: Spec, others: Sequence[str], groups: Mapping[tuple[Value, ...],
                 yield [*cells, "", ""]
             else:
                 samples = [row[first] for row in rows]
-                ratio = ratio_interval(samples, baseline)
+                ratio = stopped.get((arm, *rest)) or ratio_interval(samples, baseline)
                 yield [*cells, ratio.text(".2f"), f"{cliffs_delta(samples, baseline):+.2f}"]
+
+
+def _ordered(spec: Spec, point: Mapping[str, Value]) -> tuple[Value, ...]:
+    return (point[spec.arm_axis], *(value for axis, value in point.items() if axis != spec.arm_axis))
 
 
 def _label(spec: Spec, row: Row) -> str:

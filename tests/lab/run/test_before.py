@@ -104,6 +104,7 @@ def test_published_rows_count_under_the_code_that_made_them(directory: Path) -> 
     assert used
     for environment in (environments[each] for each in used):
         if environment["code"] != _NO_COMMIT:
-            code = CODES[environment["code"]][spec.kind]
-            assert environment["code"] in older_codes(spec.kind, code)
+            # Rows since then carry the digest of the code that a kind measures.
+            code = CODES.get(environment["code"], {}).get(spec.kind, environment["code"])
+            assert code == environment["code"] or environment["code"] in older_codes(spec.kind, code)
             assert latest in experiment._contexts({**environment, "code": code})
