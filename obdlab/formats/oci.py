@@ -213,24 +213,12 @@ class Manifest:
         return cls(
             config=Descriptor.from_json(document.get("config"), f"{blob}.config"),
             layers=_descriptors(document["layers"], f"{blob}.layers"),
-            media_type=_text(document, "mediaType", blob, default=OCI_MANIFEST),
-            annotations=_annotations(document, blob),
-            artifact_type=_text(document, "artifactType", blob, default=""),
-            subject=_subject(document, blob),
+            **_common(document, OCI_MANIFEST, blob),
         )
 
     def to_bytes(self) -> bytes:
         """Return the compact JSON that Go's encoder would write."""
-        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
-        if self.artifact_type:
-            document["artifactType"] = self.artifact_type
-        document["config"] = self.config.to_json()
-        document["layers"] = [layer.to_json() for layer in self.layers]
-        if self.subject is not None:
-            document["subject"] = self.subject.to_json()
-        if self.annotations:
-            document["annotations"] = dict(sorted(self.annotations.items()))
-        return to_json(document)
+        return _encoded(self, config=self.config.to_json(), layers=[layer.to_json() for layer in self.layers])
 
     @property
     def is_overlaybd(self) -> bool:
@@ -255,23 +243,12 @@ class Index:
         _check_kind(document, blob, "manifests", INDEX_TYPES, "layers")
         return cls(
             manifests=_descriptors(document["manifests"], f"{blob}.manifests"),
-            media_type=_text(document, "mediaType", blob, default=OCI_INDEX),
-            annotations=_annotations(document, blob),
-            artifact_type=_text(document, "artifactType", blob, default=""),
-            subject=_subject(document, blob),
+            **_common(document, OCI_INDEX, blob),
         )
 
     def to_bytes(self) -> bytes:
         """Return the compact JSON that Go's encoder would write."""
-        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": self.media_type}
-        if self.artifact_type:
-            document["artifactType"] = self.artifact_type
-        document["manifests"] = [manifest.to_json() for manifest in self.manifests]
-        if self.subject is not None:
-            document["subject"] = self.subject.to_json()
-        if self.annotations:
-            document["annotations"] = dict(sorted(self.annotations.items()))
-        return to_json(document)
+        return _encoded(self, manifests=[manifest.to_json() for manifest in self.manifests])
 
     def select(self, platform: Platform) -> Descriptor:
         """Return the first manifest for ``platform``, preferring its variant. Raises FormatError if none fits."""
@@ -373,9 +350,28 @@ def _check_kind(
         raise FormatError("wrong mediaType", blob=blob, got=_short(media_type), wanted=" or ".join(media_types))
 
 
-def _subject(document: Mapping[str, Any], blob: str) -> Descriptor | None:
+# The fields that manifests and indexes have in common.
+def _common(document: Mapping[str, Any], media_type: str, blob: str) -> dict[str, Any]:
     subject = document.get("subject")
-    return None if subject is None else Descriptor.from_json(subject, f"{blob}.subject")
+    return {
+        "media_type": _text(document, "mediaType", blob, default=media_type),
+        "annotations": _annotations(document, blob),
+        "artifact_type": _text(document, "artifactType", blob, default=""),
+        "subject": None if subject is None else Descriptor.from_json(subject, f"{blob}.subject"),
+    }
+
+
+# In the key order of the OCI Go structs.
+def _encoded(document: Manifest | Index, **content: Any) -> bytes:
+    values: dict[str, Any] = {"schemaVersion": 2, "mediaType": document.media_type}
+    if document.artifact_type:
+        values["artifactType"] = document.artifact_type
+    values |= content
+    if document.subject is not None:
+        values["subject"] = document.subject.to_json()
+    if document.annotations:
+        values["annotations"] = dict(sorted(document.annotations.items()))
+    return to_json(values)
 
 
 def _descriptors(value: object, blob: str) -> tuple[Descriptor, ...]:

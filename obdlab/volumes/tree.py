@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
 # Bounds on a reader's memory and work for a hostile file system. Each is far above real images: the largest of
 # public registries have about a million files.
@@ -59,8 +59,14 @@ class Walk:
             raise FormatError("more names than an image has", blob=self._name, wanted=f"{_MAX_PATHS} bytes of paths")
 
 
-class FileTree(ABC):
+InodeT = TypeVar("InodeT", bound=Node)
+
+
+class FileTree(ABC, Generic[InodeT]):
     """Inodes by number; names are bytes."""
+
+    #: In error messages.
+    name: str
 
     @property
     @abstractmethod
@@ -68,12 +74,31 @@ class FileTree(ABC):
         """Number of the root directory."""
 
     @abstractmethod
-    def inode(self, number: int) -> Node:
+    def inode(self, number: int) -> InodeT:
         """Return an inode."""
 
     @abstractmethod
     def entries(self, number: int) -> dict[bytes, tuple[int, int]]:
         """Return a directory's names, with inode number and type, without "." and ".."."""
+
+    def identity(self, number: int, directory: InodeT) -> int:
+        """Return a number by which a walk recognises a directory that it has entered before."""
+        return number
+
+    def walk(self) -> Iterator[tuple[bytes, int, InodeT]]:
+        """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
+        pending = [(b"", self.root)]
+        bounds = Walk(self.name)
+        while pending:
+            path, number = pending.pop()
+            inode = self.inode(number)
+            yield path, number, inode
+            if not inode.is_directory:
+                continue
+            bounds.enter(self.identity(number, inode), path)
+            found = self.entries(number)
+            bounds.count(path, found)
+            pending += [(path + b"/" + name, child) for name, (child, _) in found.items()][::-1]
 
     def lookup(self, path: bytes) -> int | None:
         """Return the inode number of a path from the root, or None if it is missing. Does not follow links."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError
 from obdlab.system.superblock import EROFS_MAGIC
-from obdlab.volumes.tree import MAX_NAMES, MAX_PIECES, FileTree, Walk
+from obdlab.volumes.tree import MAX_NAMES, MAX_PIECES, FileTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ class Inode:
         return (self.start & 0xFFF00) >> 8, (self.start & 0xFF) | (self.start >> 12 & 0xFFF00)
 
 
-class Volume(FileTree):
+class Volume(FileTree[Inode]):
     """An EROFS file system for reading. Inodes are known by number; names are bytes.
 
     Every method raises FormatError if the file system is damaged, compressed or of an unsupported kind, and passes on
@@ -178,21 +178,6 @@ class Volume(FileTree):
             at += count
         if size:
             yield begin, size, start
-
-    def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
-        """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
-        pending = [(b"", self._root)]
-        bounds = Walk(self.name)
-        while pending:
-            path, number = pending.pop()
-            inode = self.inode(number)
-            yield path, number, inode
-            if not inode.is_directory:
-                continue
-            bounds.enter(number, path)
-            found = self.entries(number)
-            bounds.count(path, found)
-            pending += [(path + b"/" + name, child) for name, (child, _) in found.items()][::-1]
 
     def readlink(self, inode: Inode) -> bytes:
         """Return a symbolic link's text."""

@@ -23,7 +23,7 @@ from obdlab.volumes.ext4.layout import (
     Superblock,
     parse_node,
 )
-from obdlab.volumes.tree import MAX_NAMES, MAX_PIECES, FileTree, Walk
+from obdlab.volumes.tree import MAX_NAMES, MAX_PIECES, FileTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ _MAX_DIRECTORY = 256 << 20
 _MAX_EXTENT_NODES = 1 << 16
 
 
-class Volume(FileTree):
+class Volume(FileTree[Inode]):
     """An ext4 file system for reading. Inodes are known by number; names are bytes.
 
     Every method raises FormatError if the file system is damaged or of an unsupported kind, and passes on errors of
@@ -77,21 +77,10 @@ class Volume(FileTree):
                 raise FormatError(f"directory {number} has too many names", blob=self.name, wanted=MAX_NAMES)
         return found
 
-    def walk(self) -> Iterator[tuple[bytes, int, Inode]]:
-        """Yield (path, inode number, inode) of everything, the root (b"") first, in the order of directories."""
-        pending = [(b"", ROOT_INO)]
-        bounds = Walk(self.name)
-        while pending:
-            path, number = pending.pop()
-            inode = self.inode(number)
-            yield path, number, inode
-            if not inode.is_directory:
-                continue
-            # Directories are identified by their first block: inodes that share blocks would make an endless walk.
-            bounds.enter(self._block_numbers(inode)[0], path)
-            found = self.entries(number)
-            bounds.count(path, found)
-            pending += [(path + b"/" + name, child) for name, (child, _) in found.items()][::-1]
+    # Inodes that share blocks would make an endless walk.
+    def identity(self, number: int, directory: Inode) -> int:
+        """Return the number of the directory's first block."""
+        return self._block_numbers(directory)[0]
 
     def readlink(self, inode: Inode) -> bytes:
         """Return a symbolic link's text."""
