@@ -73,7 +73,7 @@ class Blob(Closing):
         return begin, end
 
     def piece(self, offset: int) -> tuple[int, int] | None:
-        """Return the range around a byte that has to be decoded as a whole to read the byte; None if there is none.
+        """Return the range around a byte that must be decoded as a whole to read the byte; None without such ranges.
 
         A cache above keeps all of it. Reads nothing.
         """

@@ -125,6 +125,7 @@ example: a writable layer, used as a disk, then stored as one compact layer
         Command("inspect", "describe layer files; --verify reads them whole", ".image.inspect:declare"),
         Command("diff", "list the ranges in which two disks differ", ".layer.diff:declare"),
         Command("zfile", "compress a file to a ZFile, extract or verify one", ".layer.zfile_command:declare"),
+        Command("gzip-index", "make or verify the index of a gzip layer", ".layer.gzip_index_command:declare"),
     ),
 )
 DEVICE = Group(

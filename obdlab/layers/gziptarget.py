@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    import numpy as np
+    from numpy.typing import NDArray
+
 #: Most content of a span that is decoded whole. A span is the writer's distance of entries and one deflate block,
 #: which has at most 4.2 MiB from any usual compressor.
 MAX_SPAN = 16 << 20
@@ -44,6 +47,17 @@ MAX_SPAN = 16 << 20
 _PIECE, _CHECKED_PIECE = 1 << 20, 16 << 10
 _HEAD = 4 << 10
 _numbers = itertools.count()
+
+
+def load_index(index: Blob) -> tuple[IndexHeader, NDArray[np.void]]:
+    """Return header and table (:data:`obdlab.formats.gzipindex.ENTRY`) of an index file.
+
+    Raises FormatError, or CorruptBlobError for a wrong checksum.
+    """
+    head = index.read_at(0, min(HEADER_SIZE, index.size))
+    header = IndexHeader.from_bytes(head, index_size=index.size, blob=index.name)
+    stored = index.read_at(header.index_start, index.size - header.index_start)
+    return header, parse_table(stored, header, blob=index.name)
 
 
 class GzipTarget(Blob):
@@ -68,8 +82,8 @@ class GzipTarget(Blob):
         self._recent_window = -1, b""
         self.inflated_spans = 0
         self.inflated_bytes = 0
-        head = index.read_at(0, min(HEADER_SIZE, index.size))
-        self.header = header = IndexHeader.from_bytes(head, index_size=index.size, blob=index.name)
+        self.header, table = load_index(index)
+        header = self.header
         if header.compressed_size != compressed.size:
             raise FormatError(
                 f"{index.name} is the index of another gzip file",
@@ -77,8 +91,6 @@ class GzipTarget(Blob):
                 got=f"{compressed.size} bytes",
                 wanted=header.compressed_size,
             )
-        stored = index.read_at(header.index_start, index.size - header.index_start)
-        table = parse_table(stored, header, blob=index.name)
         # One element of a memoryview costs a fifth of numpy's.
         self._content = memoryview(table["content"].tobytes()).cast("q")
         self._stored = memoryview(table["stored"].tobytes()).cast("q")

@@ -136,10 +136,10 @@ class GzipIndexWriter:
         if behind.startswith(MAGIC):
             if not self._several:
                 raise SeveralMembersError(
-                    "gzip file of several members, which the original's index cannot express (as of eStargz, bgzip, "
-                    "or joined files); convert the image fully, or make an index of all members",
+                    "gzip file of several members (as of eStargz, bgzip or joined files)",
                     blob=self._blob,
                     offset=at,
+                    wanted="one, as the original's index has no more: convert the image fully, or index all members",
                 )
             inflater.next_member()
             inflater.feed(behind)

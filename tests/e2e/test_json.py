@@ -27,6 +27,7 @@ ELSEWHERE = {"device tcmu-attach"}
 #: Commands with verbs of their own, which have the option.
 PARTS = {
     "layer zfile": ("compress", "extract", "verify"),
+    "layer gzip-index": ("make", "inspect", "verify"),
     "lab dataset": ("build", "push", "list"),
     "config": ("check",),
 }
@@ -60,6 +61,10 @@ layer diff --old 0.obd --new merged.obd :: 3
 layer zfile compress script content.zfile
 layer zfile extract content.zfile again
 layer zfile verify content.zfile
+$ gzip -k content.zfile
+layer gzip-index make content.zfile.gz gzip.meta
+layer gzip-index inspect gzip.meta
+layer gzip-index verify content.zfile.gz gzip.meta
 $ head -c 1048576 /dev/urandom >raw
 layer import raw raw.obd
 device attach --id disk merged.obd
