@@ -1,7 +1,7 @@
 """The site of the documentation: ``make docs`` builds it, with warnings as errors.
 
-Pages are Markdown (MyST). Two parts of the reference are made while it is built: the command line from its parsers
-(``docs/commands.py``), and the Python API from docstrings.
+Pages are Markdown (MyST). Three parts of the reference are made while it is built: the command line from its parsers
+(``docs/commands.py``), states from their tables (``docs/states.py``), and the Python API from docstrings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 _DOCS = Path(__file__).parent
 sys.path.insert(0, str(_DOCS))
 
-from commands import write_page  # noqa: E402 - found through the path above
+import commands  # noqa: E402 - found through the path above
+import states  # noqa: E402
 
 _project = tomllib.loads((_DOCS.parent / "pyproject.toml").read_text())["project"]
 project = _project["name"]
@@ -34,4 +35,5 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
-write_page(_DOCS / "reference" / "commands.md")
+commands.write_page(_DOCS / "reference" / "commands.md")
+states.write_page(_DOCS / "reference" / "states.md")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 # The reference of the command line is made from the parsers themselves; changes tell of names as they were.
-_GENERATED = {"commands.md", "changes.md"}
+_GENERATED = {"commands.md", "changes.md", "states.md"}
 PAGES = sorted(
     path
     for path in [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "experiments" / "README.md"]

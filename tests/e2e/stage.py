@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 #: A program that is ready once it has said so and answers on a port.
 START = "mkdir -p /www; echo ok >/www/healthz; httpd -p 8080 -h /www; cat /data/* >/dev/null; echo Ready to accept"
 _PLAIN = (
+    "redis:7",
     "server:1",
     "app:1",
     "library/redis:7",
@@ -57,7 +58,7 @@ def fill_storage(directory: Path) -> Path:
                 if digest != manifest:
                     client.push_blob(repository, digest, len(data), partial(io.BytesIO, data))
             client.put_manifest(reference, oci.OCI_MANIFEST, blobs[manifest])
-        for name in ("app:1", "server:1"):
+        for name in ("app:1", "server:1", "redis:7"):
             convert_image(
                 open_source(f"{server.host}/{name}", client),
                 open_destination(f"{server.host}/{name}-obd", client),

@@ -87,7 +87,7 @@ trace transplant trace {_IMAGE} oci:erofs:1 -o moved
 trace timeline events {_IMAGE}
 trace import events {_IMAGE} -o imported
 trace watch {_IMAGE} -o watched
-$ cat $(obdlab device attach --id read merged.obd) >/dev/null
+$ obdlab device attach --id read merged.obd
 trace start read
 $ dd if=$(obdlab device list | grep -o '/dev/loop[0-9]*' | head -1) iflag=direct bs=1M count=8 of=read 2>/dev/null
 trace stop read -o stopped

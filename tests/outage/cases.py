@@ -54,7 +54,8 @@ class Case:
     @property
     def row(self) -> str:
         data = f"the data{self.note and ', ' + self.note}"
-        return f"| {self.name} | {self.once or data} | {self.lasts or data} |"
+        once, lasts = self.once or data, self.lasts or data
+        return f"| {self.name} | {once} | {'the same' if lasts == once else lasts} |"
 
 
 def _refusal(name: str, code: int) -> Case:

@@ -70,9 +70,8 @@ class Prometheus:
 
 
 def sample_alerts() -> str:
-    """The alerts of the page on metrics, as a file of rules."""
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
-    return page.split("```yaml\ngroups:", 1)[1].split("```", 1)[0].join(("groups:", ""))
+    """The alerts that come with the package."""
+    return (Path(__file__).parents[2] / "packaging" / "prometheus" / "alerts.yml").read_text()
 
 
 @pytest.mark.kernel
