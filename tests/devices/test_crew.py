@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -263,12 +264,11 @@ def test_statistics_name_every_counter_and_past_threads_count() -> None:
     assert found.read_times != found.write_times
 
 
-def test_a_request_under_way_has_an_age_in_seconds() -> None:
+def test_a_request_under_way_has_an_age_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     crew = Crew(lambda _: False)
-    crew._members.add(Member(since_ns=time.monotonic_ns() - 3_000_000_000))
-    crew._members.add(Member())
-    (age,) = crew.under_way_s()
-    assert 3 <= age < 60
+    monkeypatch.setattr("obdlab.devices.crew.time", SimpleNamespace(monotonic_ns=lambda: 5_000_000_000))
+    crew._members |= {Member(since_ns=2_000_000_000), Member(), Member(since_ns=1_500_000_000)}
+    assert crew.under_way_s() == (3.5, 3.0)
 
 
 def buffers_after_a_wait(*, needed: bool) -> tuple[bytes, bytes]:

@@ -246,8 +246,13 @@ def test_serving_ends_with_the_connection(
 def test_answers_that_the_kernel_does_not_take_are_logged_unless_it_withdrew_the_request(
     code: int, logged: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    FuseServer(MemoryBlob(DATA), name="one")._unanswerable(OSError(code, os.strerror(code)))
+    server = FuseServer(MemoryBlob(DATA), name="one")
+    server._unanswerable(OSError(code, os.strerror(code)))
     assert ("one: answering the kernel: " in caplog.text) is logged
+    for answer in (lambda: server._reply(1, b""), lambda: server._reply_error(1, errno.EIO)):
+        caplog.clear()
+        answer()  # there is no connection
+        assert "one: answering the kernel: [Errno 9] Bad file descriptor" in caplog.text
 
 
 def test_buffers_have_room_for_the_largest_request_and_their_pages_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

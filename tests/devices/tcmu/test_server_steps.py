@@ -264,6 +264,16 @@ def test_the_kernel_hears_of_answers_before_the_server_sleeps(stepped: Stepped) 
     assert stepped.notices == 1  # there was nothing to tell
 
 
+def test_an_event_is_four_bytes_each_way(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(os, "read", lambda fd, size: seen.append((fd, size)))
+    monkeypatch.setattr(os, "write", lambda fd, data: seen.append((fd, data)))
+    monkeypatch.setattr(stepped.server, "_poll", SimpleNamespace(poll=list))
+    assert stepped.server._receive() is True
+    stepped.server._notify()
+    assert seen == [(stepped.kernel.event, 4), (stepped.kernel.event, bytes(4))]
+
+
 def test_a_server_that_ends_answers_what_it_has_taken(stepped: Stepped) -> None:
     stepped.server.end()
     stepped.kernel.put(read_10(0, 8), room=4096)
