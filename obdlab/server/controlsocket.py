@@ -36,6 +36,7 @@ from obdlab.server.messages import (
     ServerStatistics,
     Step,
 )
+from obdlab.system.pauses import wait_until
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
@@ -106,9 +107,7 @@ class Control:
 
     def finish(self, timeout_s: float) -> None:
         """Let the answers under way come through before the process ends."""
-        deadline = time.monotonic() + timeout_s
-        while self._answering and time.monotonic() < deadline:
-            time.sleep(_FINISH_PAUSE_S)
+        wait_until(lambda: not self._answering, timeout_s, look_s=_FINISH_PAUSE_S)
 
     def start(self, listener: socket.socket) -> None:
         """Answer the clients of ``listener``, in the background."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from obdlab.server.watchdog import Activity
+from obdlab.system.pauses import backoff_s
 
 #: A server that served this long did not die "at once".
 HEALTHY_S = 0.25
@@ -81,11 +82,6 @@ class Deaths:
         if self._failures <= 1:
             return 0.0
         return backoff_s(self._failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-
-
-def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
-    """Return the pause after that many failures in a row: ``first_s``, doubled with each of them."""
-    return min(longest_s, first_s * 2.0 ** min(failures, 32))
 
 
 def _oom_kills() -> int:

@@ -8,6 +8,7 @@ the kernel whether the change happened.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -25,6 +26,7 @@ from obdlab.layerfiles.flatten import flat_files, flat_name
 from obdlab.server.messages import ControlRequest, Graduate, Step, Switched
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
+from obdlab.system.pauses import backoff_s, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,11 +87,11 @@ class Graduation:
         return Switched(paused_s)
 
     def _wait_for_quiet(self) -> None:
-        deadline = time.monotonic() + _QUIET_DEADLINE_S
-        while max(self._device.statistics().under_way_s, default=0.0) > _LONG_REQUEST_S:
-            if time.monotonic() > deadline:
-                raise DeviceError(f"requests have waited for more than {_LONG_REQUEST_S:g} s all the time")
-            time.sleep(_LONG_REQUEST_S / 4)
+        def is_quiet() -> bool:
+            return max(self._device.statistics().under_way_s, default=0.0) <= _LONG_REQUEST_S
+
+        if not wait_until(is_quiet, _QUIET_DEADLINE_S, look_s=_LONG_REQUEST_S / 4):
+            raise DeviceError(f"requests have waited for more than {_LONG_REQUEST_S:g} s all the time")
 
     def start_by_itself(self) -> None:
         """Graduate in the background once all layers are local, if the image was opened to do so."""
@@ -100,16 +102,15 @@ class Graduation:
     def _by_itself(self, image: Image) -> None:
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
         command += ["--low-priority", self._directory.name]
-        pause_s = _FIRST_PAUSE_S
-        while True:
+        for failures in itertools.count():
             while image.unverified():
                 time.sleep(_LOOK_S)
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
             if done.returncode == 0:
                 return
+            pause_s = backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             log.warning("%s: not graduated; tried again in %g s", self._directory.name, pause_s)
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def graduates(blob: Blob) -> bool:

@@ -22,6 +22,7 @@ from obdlab.server.client import DeviceService
 from obdlab.server.messages import Busy
 from obdlab.server.rundir import DeviceRecord
 from obdlab.settings.settings import Settings
+from obdlab.system.pauses import backoff_s
 
 if TYPE_CHECKING:
     import socket
@@ -121,7 +122,7 @@ class KeeperSeeker:
         self._kind.send_again(self._task.connection)
 
     def _seek(self) -> None:
-        pause_s = _FIRST_PAUSE_S
+        failures = 0
         while not self._has_ended():
             try:
                 if not self._directory.is_dir():
@@ -129,8 +130,8 @@ class KeeperSeeker:
                 self._link.renew(self._service.ask_for_keeper(self._directory.name, self._describe()))
             except ObdlabError as error:
                 log.warning("%s: no keeper yet: %s", self._directory.name, error)
-                time.sleep(pause_s)
-                pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+                time.sleep(backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S))
+                failures += 1
             else:
                 log.info("%s: has a keeper again", self._directory.name)
                 return

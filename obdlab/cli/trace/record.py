@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from obdlab.cli.trace.recorded_start import (
     signals,
     wait,
 )
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     import argparse
@@ -189,12 +189,7 @@ def _end_recording(trace: Path) -> None:
 
 
 def _is_written(trace: Path, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while not trace.with_name(trace.name + ".ok").exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return wait_until(trace.with_name(trace.name + ".ok").exists, patience_s, look_s=0.02)
 
 
 def _await_trace(trace: Path) -> None:

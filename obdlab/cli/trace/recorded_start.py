@@ -16,6 +16,7 @@ from obdlab.cli.numbers import real
 from obdlab.cli.progressbar import shown_bar
 from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -169,16 +170,13 @@ def mounted(
 
 
 def _hangs(service: DeviceService, device_id: str) -> bool:
-    deadline = time.monotonic() + _MOST_WAITED_S
-    while True:
+    def is_idle() -> bool:
         try:
-            if not service.statistics(device_id)["under_way_s"]:
-                return False
+            return not service.statistics(device_id)["under_way_s"]
         except ObdlabError:  # gone, or being replaced
-            return False
-        if time.monotonic() >= deadline:
             return True
-        time.sleep(_LOOK_S)
+
+    return not wait_until(is_idle, _MOST_WAITED_S, look_s=_LOOK_S)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from obdlab.devices import loop
 from obdlab.devices.stayingdevice import StayingDevice
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -148,11 +149,9 @@ def _remove(number: int, timeout_s: float = 10.0) -> None:
     except control.UblkError as error:
         if error.errno not in (errno.ENODEV, errno.ENOENT):  # another process was faster
             raise
-    node, deadline = Path(f"/dev/ublkc{number}"), time.monotonic() + timeout_s
-    while node.exists():
-        if time.monotonic() > deadline:
-            raise DeviceError(f"{node}: its server still has it {timeout_s:g} s after the device was stopped")
-        time.sleep(0.005)
+    node = Path(f"/dev/ublkc{number}")
+    if not wait_until(lambda: not node.exists(), timeout_s, look_s=0.005):
+        raise DeviceError(f"{node}: its server still has it {timeout_s:g} s after the device was stopped")
 
 
 # The driver keeps only 64 bits of ours, the mark: a hash of the directory.
@@ -201,8 +200,5 @@ def _open_node(node: Path) -> int:
 
 
 def _wait_for(node: Path) -> None:
-    deadline = time.monotonic() + _NODE_S
-    while not node.exists():
-        if time.monotonic() > deadline:
-            raise DeviceError(f"{node}: did not appear within {_NODE_S:g} s")
-        time.sleep(0.005)
+    if not wait_until(node.exists, _NODE_S, look_s=0.005):
+        raise DeviceError(f"{node}: did not appear within {_NODE_S:g} s")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from obdlab.convert.batch.job import Job, Outcome, Pair
 from obdlab.errors import FormatError, SourceError
 from obdlab.registry.reference import Reference
+from obdlab.system.pauses import backoff_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -142,7 +143,7 @@ class Run:
         tried = self._tries[pair]
         self._state.store(pair, outcome, tried)
         if outcome.error and outcome.temporary and tried < tries:
-            pause = min(first_pause_s * 2 ** (tried - 1), _LONGEST_PAUSE_S)
+            pause = backoff_s(tried - 1, first_pause_s, _LONGEST_PAUSE_S)
             heapq.heappush(self._later, (time.monotonic() + pause, id(pair), pair))
             self._watcher.postponed(pair, outcome, pause)
         else:

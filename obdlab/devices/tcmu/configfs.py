@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from obdlab.errors import DeviceError
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -214,14 +215,10 @@ def settle(target: Target, disk: Path, timeout_s: float) -> None:
 
 
 def _end_requests(target: Target, disk: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while _in_flight(disk):
-        if time.monotonic() > deadline:
-            log.warning("%s: requests are under way that nobody answers: they fail", disk)
-            control(target.backstore, "block_dev", "1")
-            control(target.backstore, "reset_ring", "2")
-            return
-        time.sleep(_DEVICE_PAUSE_S)
+    if not wait_until(lambda: not _in_flight(disk), timeout_s, look_s=_DEVICE_PAUSE_S):
+        log.warning("%s: requests are under way that nobody answers: they fail", disk)
+        control(target.backstore, "block_dev", "1")
+        control(target.backstore, "reset_ring", "2")
 
 
 def _in_flight(disk: Path) -> bool:

@@ -20,6 +20,7 @@ from obdlab.devices.tcmu import scsi
 from obdlab.devices.tcmu.ring import Command, Iovecs, Read, Ring, RingError
 from obdlab.devices.tcmu.scsi import ScsiError, Sense
 from obdlab.errors import ObdlabError, OutOfRangeError
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     from mmap import mmap
@@ -85,12 +86,7 @@ class TcmuServer:
 
     def drained(self, timeout_s: float) -> bool:
         """Wait until the ring is empty. Return False on timeout."""
-        deadline = time.monotonic() + timeout_s
-        while not self._ring.is_empty:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_DRAIN_PAUSE_S)
-        return True
+        return wait_until(lambda: self._ring.is_empty, timeout_s, look_s=_DRAIN_PAUSE_S)
 
     def statistics(self) -> DeviceStatistics:
         """Return the counters."""

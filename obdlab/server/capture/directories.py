@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.system.pauses import wait_until
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
@@ -58,6 +58,4 @@ def end_start(place: Path, maker: Process) -> None:
     """Have the maker end the start cleanly, or kill it. Raises DeviceError if it survives that."""
     maker.signal(signal.SIGTERM)
     maker.end(_END_S)
-    deadline = time.monotonic() + _GUARD_S
-    while list(place.glob("container/state/*")) and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
+    wait_until(lambda: not list(place.glob("container/state/*")), _GUARD_S, look_s=_LOOK_S)

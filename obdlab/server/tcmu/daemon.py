@@ -26,11 +26,11 @@ from obdlab.devices.tcmu.netlink import Event, TcmuNetlink, What
 from obdlab.devices.tcmu.uio import DeviceBusyError
 from obdlab.errors import of_code
 from obdlab.server import wire
-from obdlab.server.deaths import backoff_s
 from obdlab.server.forking import Signals, fork_to
 from obdlab.server.messages import OF_KEEPER, Failed
 from obdlab.server.tcmu.devconfig import HANDLER, image_of, report_failure
 from obdlab.server.tcmu.server import Reporter, serve
+from obdlab.system.pauses import backoff_s
 
 if TYPE_CHECKING:
     from obdlab.devices.tcmu.uio import UioName

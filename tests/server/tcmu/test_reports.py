@@ -9,9 +9,9 @@ import pytest
 
 from obdlab.devices.tcmu.uio import DeviceBusyError, UioName
 from obdlab.errors import SourceError, of_code
-from obdlab.server.deaths import backoff_s
 from obdlab.server.tcmu.daemon import TcmuDaemon, _Server
 from obdlab.server.tcmu.server import Reporter
+from obdlab.system.pauses import backoff_s
 
 
 def reported(error: Exception | None) -> _Server:
