@@ -20,6 +20,7 @@ from obdlab.devices.tcmu.netlink import Event, What
 from obdlab.errors import DeviceError
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.layers.append import AppendUpper
+from obdlab.server.forking import Signals
 from obdlab.server.tcmu.daemon import TcmuDaemon
 from obdlab.settings.settings import Settings
 from obdlab.system import mount
@@ -297,7 +298,8 @@ def test_the_scsi_tools_are_answered(daemon: Daemon, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", [What.ADDED, What.REMOVED, What.RECONFIGURED])
 def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, what: What) -> None:
     config = golden_config(tmp_path, result_file="result")
-    reader, writer = os.pipe()
+    handler = signal.getsignal(signal.SIGTERM)
+    signals = Signals(signal.SIGTERM)
     daemon = TcmuDaemon(Settings())
     daemon._on_event(Event(what, f"tcm-user/1/dev_gone/overlaybd/{config}", 4095, 1 << 30))
 
@@ -305,14 +307,16 @@ def test_an_event_of_a_device_that_is_gone_again_does_no_harm(tmp_path: Path, wh
         try:
             wait_for(lambda: not daemon._servers, "its server stays")
         finally:
-            os.write(writer, b"x")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    daemon.run(reader)
-    stopper.join()
-    os.close(reader)
-    os.close(writer)
+    try:
+        daemon.run(signals)
+    finally:
+        stopper.join()
+        signals.forget()
+        signal.signal(signal.SIGTERM, handler)
     assert not daemon._servers
     if what is What.ADDED:
         assert (tmp_path / "result").read_text() == "failed:/dev/uio4095: cannot open: No such file or directory"
