@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obdlab.cache.eviction import cached_blobs, discard
-from obdlab.cache.layout import unit_sums
+from obdlab.cache.layout import DECOMPRESSED, unit_sums
 from obdlab.cache.unitfiles import CacheFiles
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class CheckedBlob:
     digest: str
     checked_bytes: int
     damaged: tuple[int, ...]
-    #: True if the blob matches its digest; None if it is incomplete.
+    #: True if the blob matches its digest; None if it is incomplete, or is decompressed content.
     matches: bool | None
 
     @property
@@ -135,7 +135,8 @@ def _check(space: CacheSpace, files: CacheFiles, repair: bool, progress: Callabl
             checked += len(data)
             progress(len(data))
     matches = None
-    if checked == files.size and not damaged:
+    named_by_content = not files.directory.parent.name.endswith(DECOMPRESSED)
+    if named_by_content and checked == files.size and not damaged:
         matches = f"sha256:{whole.hexdigest()}" == files.directory.name
         if matches:
             files.mark_verified(generation)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Buffer
 
+#: Ends the name of a registry's directory of blobs whose content is another one's, decompressed. Such a blob is named
+#: by a digest of all that it is made of, not of its own content.
+DECOMPRESSED = "+tar"
+
 PAGE_SHIFT = 12
 PAGE = 1 << PAGE_SHIFT
 HEADER_SIZE = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from dataclasses import replace
@@ -11,6 +12,7 @@ from obdlab.blob import unwrapped
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.cache.layout import DECOMPRESSED, PAGE
 from obdlab.command import command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.hashtree import Shape, TreeReference
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Around, Blob
     from obdlab.image.config import LowerConfig
+    from obdlab.layers.gziptarget import GzipTarget
     from obdlab.registry.client import RegistryClient
     from obdlab.settings.settings import Settings
 
@@ -62,6 +65,17 @@ class RemoteLayers:
             readahead_max=settings.readahead_max,
             deadline_s=settings.open_deadline_s,
         )
+        # Units of one page: a unit across the border of two spans would have to decompress both.
+        self._contents = BlockCache(
+            settings.cache_dir,
+            registry=cache_name(self._repository) + DECOMPRESSED,
+            quota=settings.cache_quota,
+            min_free=settings.cache_min_free,
+            unit=PAGE,
+            readahead_max=0,
+            deadline_s=settings.open_deadline_s,
+        )
+        self._content_blobs: list[CachedBlob] = []
         #: The beginning of a blob is fetched in one request, in whole units of this size.
         self.cache_unit = settings.cache_unit
         self._settings = settings
@@ -120,6 +134,20 @@ class RemoteLayers:
             blob.close()
             raise
 
+    def cache_content(self, target: GzipTarget, digest: str) -> Blob:
+        """Return the content of a ``target``, the blob ``digest``, through the cache if the settings keep content.
+
+        It belongs to the result. The content depends on the index as well, which may come from any image: content is
+        shared by images of the same index alone. Raises SourceError if the index cannot be read.
+        """
+        if not self._settings.cache_decompressed:
+            return target
+        made_of = hashlib.sha256(f"{digest} {target.index_digest()}".encode()).hexdigest()
+        blob = self._contents.open(target, f"sha256:{made_of}")
+        if isinstance(blob, CachedBlob):
+            self._content_blobs.append(blob)
+        return blob
+
     def _origin(self, digest: str, size: int) -> _Origin:
         with self._lock:
             self._users += 1
@@ -151,6 +179,8 @@ class RemoteLayers:
             origin.deadline_s = settings.read_deadline_s
         for blob in self._blobs:
             blob.opened(settings.read_deadline_s)
+        for blob in self._content_blobs:
+            blob.opened(settings.read_deadline_s, extents=False)
         for file in self._tree_files:
             # A node covers 8 MiB. Extents around it would take as long as the data that waits for it.
             file.opened(settings.read_deadline_s, extents=False)

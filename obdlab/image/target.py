@@ -31,6 +31,8 @@ def open_target(
     blob, identity = _open_stored(lower, remote, around)
     try:
         blob = _uncompressed(blob, lower.gzip_index, spans)
+        if remote is not None and not lower.target_file and isinstance(blob, GzipTarget):
+            blob = remote.cache_content(blob, lower.target_digest)
         return around("target", blob), identity
     except BaseException:
         blob.close()

@@ -8,6 +8,7 @@ span is returned.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 import zlib
@@ -160,6 +161,13 @@ class GzipTarget(Blob):
         self._spans.drop(lambda key: self._is_mine(key, 0, self._last))
         self._index.close()
         self.below.close()
+
+    def index_digest(self) -> str:
+        """Return the digest of the index file. Raises what reading it raises."""
+        whole = hashlib.sha256()
+        for at in range(0, self._index.size, _PIECE):
+            whole.update(self._index.read_at(at, min(_PIECE, self._index.size - at)))
+        return f"sha256:{whole.hexdigest()}"
 
     def verify(self) -> Iterator[int]:
         """Inflate everything and check every window, and length and CRC of every gzip member.

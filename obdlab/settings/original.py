@@ -176,6 +176,7 @@ class _Original:
         self._cache()
         self._credentials()
         self._logs()
+        self._decompressed()
         self._downloads()
         self._services()
         self._unsupported()
@@ -259,6 +260,12 @@ class _Original:
         elif audit is not None or "enableAudit" in self._values:
             self._set("auditPath", audit_path=audit or Path(_AUDIT_PATH))
 
+    def _decompressed(self) -> None:
+        if (enabled := self._values.get("gzipCacheConfig.enable")) is not None:
+            self._set("gzipCacheConfig.enable", cache_decompressed=enabled)
+        if enabled and ("gzipCacheConfig.cacheDir" in self._values or "gzipCacheConfig.cacheSizeGB" in self._values):
+            self._note("gzipCacheConfig", "kept in cacheConfig's directory, within its size")
+
     def _downloads(self) -> None:
         if (enabled := self._values.get("download.enable")) is not None:
             self._set("download.enable", download_enabled=enabled)
@@ -303,11 +310,6 @@ class _Original:
             self._note("enableThread", "each device is a process of its own, whatever this says")
         if self._values.get("registryFsVersion", "v2") != "v2":
             self._note("registryFsVersion", "there is one registry client, which does what v2 does")
-        if self._values.get("gzipCacheConfig.enable"):
-            self._note(
-                "gzipCacheConfig",
-                "layers are cached as they are stored; what is decompressed of them stays in memory",
-            )
         if "prefetchConfig.concurrency" in self._values:
             self._note("prefetchConfig.concurrency", "a replay has at most 8 requests under way, whatever this says")
         if self._values.get("serviceConfig.enable"):

@@ -58,6 +58,9 @@ class Settings:
     #: (importing pandas) fetches the same with 1 and 4 MiB; a long sequential one gets 1.3 times the rate with 4 MiB
     #: at 1 Gbit/s and 5 ms (``tests/benchmarks/extents.py``, ``remote.py``).
     readahead_max: int = 4096 * KIB
+    #: True if the block cache also keeps the decompressed content of the gzip layers that turboOCI images read. It
+    #: spares a later process the decompression, and takes as much disk as the content read has.
+    cache_decompressed: bool = False
     #: True if the snapshotter fetches the indexes of an image's layers when the image is pulled.
     index_at_pull: bool = True
     #: Checking of lazily read layers by hash trees: "off"; "available": layers whose manifest has a tree; "require":

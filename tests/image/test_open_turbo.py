@@ -15,12 +15,17 @@ from typing import Any
 import pytest
 
 import obdlab
-from obdlab.blob import Blob, Joint, Wrapper
+from obdlab.blob import Blob, Joint, Wrapper, find
+from obdlab.cache.admin import blobs_of, check_blob, entries
+from obdlab.cache.eviction import EvictingSpace
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
 from obdlab.image.open import Image, ImageOpenError, WritableImage, open_image, open_warp
+from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.gzipwriter import write_gzip_index
 from obdlab.layers.upper import SparseUpper
+from obdlab.layers.warp import WarpFile
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from obdlab.settings.settings import Settings
@@ -157,6 +162,47 @@ def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settin
     missing = replace(lowers[0], target_digest="sha256:" + "ab" * 32)
     with pytest.raises(ImageOpenError, match=r"lower 0 of 1 .*404"):
         open_image(replace(config, lowers=(missing,)), settings)
+    if not compressed:
+        return
+    keeping = replace(settings, cache_decompressed=True)
+    for decompressed in (True, False):
+        with open_image(config, keeping) as image:
+            assert sha256_of(image, STEP) == wanted
+            assert isinstance(image, Image)
+            found = [
+                find(layer.data.target, GzipTarget) for layer in image.layers if isinstance(layer.data, WarpFile)
+            ]
+            assert [target.inflated_bytes > 0 for target in found if target] == [decompressed] * 2
+    space = EvictingSpace(settings.cache_dir)
+    kept = [each for each in entries(space) if each.registry.endswith("+tar")]
+    assert [each.cached_bytes for each in kept] == [each.size for each in kept]
+    assert {each.size for each in kept} == {len(target_tar("l1")), len(target_tar("l2"))}
+    for directory in blobs_of(space):
+        checked = check_blob(space, directory, repair=True)
+        assert checked is not None
+        assert checked.sound
+    assert len([each for each in entries(space) if each.registry.endswith("+tar")]) == 2
+
+
+@pytest.mark.registry
+def test_content_is_shared_by_images_of_the_same_index_alone(
+    registry_server: RegistryServer, settings: Settings, tmp_path: Path
+) -> None:
+    # An index says with which bytes decompression begins, so that one made for the purpose changes the content.
+    client = RegistryClient()
+    repository = client.repository(Reference.parse(f"{registry_server.host}/open/shared:latest"))
+    data = (TURBO / "good.tar.gz").read_bytes()
+    digest = digest_of(data)
+    client.push_blob(repository, digest, len(data), lambda: io.BytesIO(data))
+    client.close()
+    write_gzip_index(io.BytesIO(data), other := io.BytesIO(), span=64 << 10)
+    (tmp_path / "other.gzip.meta").write_bytes(other.getvalue())
+    keeping = replace(settings, cache_decompressed=True)
+    for index in (packed("good").gzip_index, str(tmp_path / "other.gzip.meta")):
+        lower = LowerConfig(file=meta("good"), target_digest=digest, gzip_index=index)
+        with open_image(ImageConfig(repo_blob_url=repository.blobs_url, lowers=(lower,)), keeping) as image:
+            assert sha256_of(image, STEP) == turbo_stack("good")["decoded_sha256"]
+    assert len([each for each in entries(EvictingSpace(settings.cache_dir)) if each.registry.endswith("+tar")]) == 2
 
 
 def test_wrappers_see_the_target(tmp_path: Path, settings: Settings) -> None:

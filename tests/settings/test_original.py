@@ -184,7 +184,7 @@ def test_what_cannot_be_had_is_told() -> None:
         ({"enableThread": True}, "f.json: enableThread: each device is a process"),
         ({"cacheConfig": {"cacheType": "ocf"}}, "f.json: cacheConfig.cacheType: 'ocf' is not there"),
         ({"registryFsVersion": "v1"}, "f.json: registryFsVersion: "),
-        ({"gzipCacheConfig": {"enable": True}}, "f.json: gzipCacheConfig: "),
+        ({"gzipCacheConfig": {"enable": True, "cacheSizeGB": 4}}, "f.json: gzipCacheConfig: "),
         ({"certConfig": {"certFile": "/c"}}, "f.json: certConfig: "),
         ({"userAgent": "x", "strange": 1}, "f.json: strange: not known"),
         ({"download": {"strange": 1}}, "f.json: download.strange: not known"),
