@@ -18,6 +18,9 @@ from obdlab.errors import OutOfRangeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from obdlab.call import Call
+
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -35,8 +38,11 @@ class ByteStream(Protocol):
     #: Offset of the next byte in the blob.
     position: int
 
-    def read(self, length: int) -> bytes:
-        """Return exactly the next ``length`` bytes. Raises as :meth:`Blob.read_at` does; the stream is over then."""
+    def read(self, length: int, call: Call | None = None) -> bytes:
+        """Return exactly the next ``length`` bytes, on the terms of the ``call``.
+
+        Raises as :meth:`Blob.read_at` does; the stream is over then.
+        """
 
     def close(self) -> None:
         """Give up the unread rest."""
@@ -57,11 +63,12 @@ class Blob(Closing):
         """Length in bytes."""
 
     @abstractmethod
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset``.
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``, on the terms of the ``call``.
 
-        Raises OutOfRangeError if the range is not inside the blob, and another ObdlabError if the bytes cannot be
-        read or fail their checksum. Never returns fewer bytes, or wrong ones.
+        A blob that reads from others hands the call on with each read. Raises OutOfRangeError if the range is not
+        inside the blob, and another ObdlabError if the bytes cannot be read or fail their checksum. Never returns
+        fewer bytes, or wrong ones.
         """
 
     def map_range(self, begin: int, end: int) -> tuple[int, int]:
@@ -79,8 +86,10 @@ class Blob(Closing):
         """
         return None
 
-    def stream(self, offset: int, length: int) -> ByteStream | None:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream | None:
         """Request a range by one request, to be read as it arrives; the caller closes the stream.
+
+        The ``call`` has the terms of the request; each read of the stream has its own.
 
         None if this blob has no such requests: then use :meth:`read_at`. Raises as :meth:`read_at` does.
         """
@@ -146,11 +155,11 @@ class WritableBlob(Blob):
     """A blob that can be changed in place. Its size is fixed unless a subclass says otherwise."""
 
     @abstractmethod
-    def write_at(self, offset: int, data: Buffer) -> None:
-        """Store all of ``data`` at ``offset``, or raise."""
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
+        """Store all of ``data`` at ``offset``, or raise. Blobs below are read on the terms of the ``call``."""
 
     @abstractmethod
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         """Make the range read as zeros, freeing its space where possible."""
 
     @abstractmethod
@@ -176,14 +185,14 @@ class Wrapper(Blob):
     def size(self) -> int:
         return self.below.size
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self.below.read_at(offset, length)
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        return self.below.read_at(offset, length, call)
 
     def piece(self, offset: int) -> tuple[int, int] | None:
         return self.below.piece(offset)
 
-    def stream(self, offset: int, length: int) -> ByteStream | None:
-        return self.below.stream(offset, length)
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream | None:
+        return self.below.stream(offset, length, call)
 
 
 class WritableWrapper(Wrapper, WritableBlob):
@@ -194,11 +203,11 @@ class WritableWrapper(Wrapper, WritableBlob):
     def __init__(self, below: WritableBlob) -> None:
         super().__init__(below)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
-        self.below.write_at(offset, data)
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
+        self.below.write_at(offset, data, call)
 
-    def discard(self, offset: int, length: int) -> None:
-        self.below.discard(offset, length)
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
+        self.below.discard(offset, length, call)
 
     def flush(self) -> None:
         self.below.flush()
@@ -215,7 +224,7 @@ class MemoryBlob(Blob):
     def size(self) -> int:
         return len(self._data)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return bytes(self._data[offset : offset + length])
 

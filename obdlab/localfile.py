@@ -15,6 +15,8 @@ from obdlab.observe import audit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from obdlab.call import Call
+
 
 # Closed with its last reference. A read in progress holds one: after an early close, a late pread could hit another
 # file with the same number. Counting readers under a lock does the same, and costs as much as the pread of a block.
@@ -87,7 +89,7 @@ class LocalFile(Blob):
             raise SourceError(f"cannot tell its identity ({error.strerror})", blob=self.name) from error
         return f"file {status.st_dev}:{status.st_ino}, {status.st_size} bytes, changed at {status.st_mtime_ns} ns"
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)
         file = self._file or self._open_file(offset)  # held until the read is over

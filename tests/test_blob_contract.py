@@ -9,8 +9,9 @@ import os
 import pkgutil
 import random
 import tarfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from obdlab.blob import (
 )
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.call import Call
 from obdlab.contrib.traces_extra import transplant
 from obdlab.convert.endpoints import registryimages
 from obdlab.errors import ObdlabError, OutOfRangeError
@@ -80,14 +82,16 @@ class Bottom(MemoryBlob):
         super().__init__(data, "bottom")
         self.reads: list[tuple[int, int]] = []
         self.evicted: list[tuple[int, int]] = []
+        self.calls: list[Call | None] = []
         self.closed = 0
         self._link = Link()
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, offset + length))
-        return super().read_at(offset, length)
+        self.calls.append(call)
+        return super().read_at(offset, length, call)
 
-    def stream(self, offset: int, length: int) -> ByteStream:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream:
         return Coming(self, offset)
 
     @property
@@ -111,7 +115,7 @@ class Coming:
         self._blob = blob
         self.position = position
 
-    def read(self, length: int) -> bytes:
+    def read(self, length: int, call: Call | None = None) -> bytes:
         data = self._blob.read_at(self.position, length)
         self.position += length
         return data
@@ -330,6 +334,23 @@ def test_any_range_is_read_and_nothing_outside(case: Case) -> None:
     for offset, length in outside(case.blob.size):
         with pytest.raises((OutOfRangeError, ObdlabError)):
             case.blob.read_at(offset, length)
+
+
+def test_the_terms_of_a_call_reach_the_bottom(case: Case) -> None:
+    call = Call(time.monotonic() + 1000, on_wait=list)
+    if case.bottom is None:
+        assert case.blob.read_at(0, case.blob.size, call) == case.content
+        return
+    del case.bottom.calls[:]
+    assert case.blob.read_at(0, case.blob.size, call) == case.content
+    with suppress(ObdlabError):
+        case.blob.read_at(1, 100, call)
+    assert case.bottom.calls
+    for got in case.bottom.calls:
+        assert got is not None
+        assert got.on_wait is call.on_wait
+        assert got.deadline is not None
+        assert got.deadline <= call.deadline
 
 
 def test_ranges_below_are_those_that_are_read(case: Case) -> None:

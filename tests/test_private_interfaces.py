@@ -12,27 +12,16 @@ import io
 import pkgutil
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
-from contextlib import closing
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-import pytest
-import urllib3
 
 import obdlab
 from obdlab.convert.tar.reader import TarStream
-from obdlab.registry import transport
-from obdlab.registry.transport import Transport
 
 #: Methods of obdlab's classes that replace a private one of a library's class, with where and of what.
 KNOWN = {
     ("obdlab.convert.tar.reader", "_frombuf", "tarfile.TarInfo"),
     ("obdlab.convert.tar.reader", "_proc_member", "tarfile.TarInfo"),
     ("obdlab.convert.tar.reader", "_proc_pax", "tarfile.TarInfo"),
-    ("obdlab.registry.transport", "_new_conn", "urllib3.connection.HTTPConnection"),
-    ("obdlab.registry.transport", "_validate_conn", "urllib3.connectionpool.HTTPConnectionPool"),
-    ("obdlab.registry.transport", "_validate_conn", "urllib3.connectionpool.HTTPSConnectionPool"),
 }
 # Only some releases of Python have it (obdlab.convert.tar.reader says which).
 _NOT_EVERYWHERE = {("obdlab.convert.tar.reader", "_frombuf", "tarfile.TarInfo")}
@@ -65,57 +54,7 @@ def test_every_private_method_that_is_replaced_is_known() -> None:
                 found |= {(owner, name, f"{base.__module__}.{base.__qualname__}") for owner in owners}
     assert found - KNOWN == set(), "found private methods that are replaced; add a test of each here, and to KNOWN"
     assert KNOWN - found - _NOT_EVERYWHERE == set(), (
-        f"gone from urllib3 {urllib3.__version__} or Python {sys.version.split()[0]}: see each one's test below"
-    )
-
-
-class _Answer(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class has it
-        pass
-
-
-@pytest.fixture
-def address() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Answer)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_urllib3_connects_through_new_conn(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dialled: list[str] = []
-    dial = transport._DialingMixin._dial
-
-    def counted(self: transport._DialingMixin, deadline: float) -> object:
-        dialled.append(type(self).__name__)
-        return dial(self, deadline)
-
-    monkeypatch.setattr(transport._DialingMixin, "_dial", counted)
-    with closing(Transport(silence_s=30.0, user_agent="test")) as sent:
-        assert sent.send("GET", address, {}, doing="a test").status == 204
-        with pytest.raises(transport.RegistryError):
-            sent.send("GET", address.replace("http:", "https:"), {}, doing="a test")
-    assert dialled == ["_PlainConnection", "_TLSConnection"], (
-        f"urllib3 {urllib3.__version__} does not call _new_conn of its connections: obdlab/registry/transport.py "
-        "must bring its sockets (deadlines, dialler, unix socket) to urllib3 in another way"
-    )
-
-
-def test_urllib3_checks_its_connections_through_validate_conn(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(transport._TLSPool, "_validate_conn", lambda self, conn: asked.append("asked"))
-    with closing(Transport(silence_s=5.0, user_agent="test")) as sent, pytest.raises(transport.RegistryError):
-        sent.send("GET", "https://127.0.0.1:1/", {}, doing="a test")
-    assert asked, (
-        f"urllib3 {urllib3.__version__} does not call _validate_conn of its pools: obdlab/registry/transport.py must "
-        "keep its warnings of unverified certificates away in another way"
+        f"gone from Python {sys.version.split()[0]}: see each one's test below"
     )
 
 

@@ -18,6 +18,7 @@ from obdlab.cache.flights import Holders, Statistics
 from obdlab.cache.layout import PAGE_SHIFT, SEED
 from obdlab.cache.readahead import ReadAhead
 from obdlab.cache.units import CachedUnits
+from obdlab.call import UNBOUND
 from obdlab.errors import SourceError
 from obdlab.observe import audit
 from obdlab.observe.counters import CHECKSUM_FAILURES, MISS_TIMES
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from obdlab.cache.flights import Demand
     from obdlab.cache.space import CacheSpace
     from obdlab.cache.units import UnitCheck
+    from obdlab.call import Call
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class CachedBlob(Blob):
     ) -> None:
         self.name = origin.name
         self.counters = Statistics()
+        #: The terms of reads without a call.
+        self.terms = UNBOUND
         #: The directory of the blob's files.
         self.directory = directory
         self.below = origin
@@ -93,7 +97,7 @@ class CachedBlob(Blob):
         """Return the counters (fields of :class:`Statistics`)."""
         return asdict(self.counters)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Return the bytes from the cache, or fetch them. Raises what the origin raises."""
         end = offset + length
         if offset < 0 or length <= 0 or end > self._size:
@@ -115,7 +119,7 @@ class CachedBlob(Blob):
         else:
             hit = self._matches(data, first, last)
         if not hit:
-            return self._gather(offset, length)
+            return self._gather(offset, length, call)
         self.counters.hits += 1
         if self._attend.find(1, first >> shift, (last >> shift) + 1) >= 0 or monotonic() >= self._units.tick_at:
             self._tell(first >> shift, (last >> shift) + 1)
@@ -131,12 +135,13 @@ class CachedBlob(Blob):
         self.below.evict(offset, length)
 
     def opened(self, deadline_s: float, *, extents: bool = True) -> None:
-        """Make misses fetch whole ``extents`` from now on, and reads end within ``deadline_s``.
+        """Make misses fetch whole ``extents`` from now on, and reads end within ``deadline_s``; :attr:`terms` end.
 
         Opening an image reads few, known places, and has its own deadline.
         """
         if extents:
             self._fetches.extent = self._extent
+        self.terms = UNBOUND
         self._deadline_s = self._fetches.deadline_s = deadline_s
 
     def close(self) -> None:
@@ -259,9 +264,9 @@ class CachedBlob(Blob):
         self._fetches.reached(first, stop)
         self._units.note_use(first, stop)
 
-    def _gather(self, offset: int, length: int) -> bytes:
+    def _gather(self, offset: int, length: int, call: Call | None) -> bytes:
         started = monotonic()
-        deadline = started + self._deadline_s
+        call = (call or self.terms).until(started + self._deadline_s)
         shift = self._units.unit_shift
         first, stop = offset >> shift, (offset + length - 1 >> shift) + 1
         end = offset + length
@@ -272,7 +277,7 @@ class CachedBlob(Blob):
         try:
             while offset < end:
                 unit = offset >> shift
-                data, late = self._fetches.obtain(unit, stop, deadline)
+                data, late = self._fetches.obtain(unit, stop, call)
                 waited |= late
                 start = unit << shift
                 piece = memoryview(data)[offset - start : end - start]

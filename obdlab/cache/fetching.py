@@ -16,10 +16,9 @@ from obdlab.cache.extent import SINGLE
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
 from obdlab.cache.unitstate import State
+from obdlab.call import Call
 from obdlab.errors import ObdlabError, SourceError
 from obdlab.observe import audit
-from obdlab.registry.deadline import IN_FORCE
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from obdlab.cache.readahead import ReadAhead
     from obdlab.cache.units import CachedUnits
 
-    #: Returns the bytes of a flight's units, by the deadline.
-    ReadUnits = Callable[[Flight, float], bytes]
+    #: Returns the bytes of a flight's units, on the terms of the call.
+    ReadUnits = Callable[[Flight, Call], bytes]
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +72,10 @@ class Fetches:
         # Prefetched units that have not been used since.
         self._unused: set[int] = set()
 
-    def obtain(self, unit: int, stop: int, deadline: float) -> tuple[bytes | memoryview, bool]:
+    def obtain(self, unit: int, stop: int, call: Call) -> tuple[bytes | memoryview, bool]:
         """Return the content of one or more units from ``unit`` on, and True if the caller had to wait for it.
 
-        Raises what the origin raises.
+        The call must have a deadline. Raises what the origin raises.
         """
         waited = False
         files = self._units.files
@@ -109,26 +108,26 @@ class Fetches:
             if ahead:
                 self._fetch_ahead(ahead)
             if flight is None:
-                data = self._units.load(unit, unit + _run(there))
+                data = self._units.load(unit, unit + _run(there), call)
                 if data:
                     return data, waited
-                self._check_deadline(unit, deadline)
+                self._check_deadline(unit, call)
                 continue
             # Before waiting, so that the next pieces are in flight meanwhile.
             if self._readahead.marks:
                 self._pass_marks(unit, min(stop, flight.stop))
             with self._demand:
                 if mine and self.expected and self._is_expected(unit):
-                    self._fetch(flight, deadline, patient=True)
+                    self._fetch(flight, call, patient=True)
                 elif mine:
                     with self._demand.surprised:
-                        self._fetch(flight, deadline, patient=True)
+                        self._fetch(flight, call, patient=True)
                 else:
-                    self._await(flight, deadline)
+                    self._await(flight, call)
             waited = True
             if flight.data is not None and unit < flight.stop:
                 return memoryview(flight.data)[unit - flight.first << self._units.unit_shift :], True
-            self._check_deadline(unit, deadline)
+            self._check_deadline(unit, call)
 
     # Returns the units to fetch with a miss of `[unit, stop)`: also those that lie whole in the piece that the origin
     # has to decode for it.
@@ -149,7 +148,7 @@ class Fetches:
                 flight.become(State.FETCHING)
                 flight.background = True
             started = time.monotonic()
-            self._fetch(flight, started + self.deadline_s * _BACKGROUND_SHARE, patient=False)
+            self._fetch(flight, self._background(), patient=False)
             if flight.data is not None:
                 offset = flight.first << self._units.unit_shift
                 audit.record("bk_download", self.name, offset, len(flight.data), started)
@@ -179,11 +178,10 @@ class Fetches:
         return flight
 
     def fetch_claimed(self, flight: Flight, read: ReadUnits) -> None:
-        """Fetch a claimed flight by ``read(flight, deadline)``, and store it. Raises what ``read`` raises."""
+        """Fetch a claimed flight by ``read(flight, call)``, and store it. Raises what ``read`` raises."""
         stop = flight.stop
         try:
-            deadline = time.monotonic() + self.deadline_s * _BACKGROUND_SHARE
-            self._fetch(flight, deadline, patient=False, read=read)
+            self._fetch(flight, self._background(), patient=False, read=read)
         finally:
             fetched = flight.first if flight.data is None else flight.stop  # other threads may fetch the rest
             with self._lock:
@@ -269,10 +267,10 @@ class Fetches:
         if flight.ahead:
             self._holders.let_go()
 
-    def _await(self, flight: Flight, deadline: float) -> None:
+    def _await(self, flight: Flight, call: Call) -> None:
         # Returns when the other thread's fetch has ended. Raises its error, unless fetching again may help.
-        about_to_wait()
-        finished = flight.done.wait(max(0.0, deadline - time.monotonic()))
+        call.about_to_wait()
+        finished = flight.done.wait(call.left_s(self.deadline_s))
         if not finished:
             raise self._late(flight.first)
         error = flight.error
@@ -281,15 +279,15 @@ class Fetches:
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, flight: Flight, deadline: float, *, patient: bool, read: ReadUnits | None = None) -> None:
+    def _fetch(self, flight: Flight, call: Call, *, patient: bool, read: ReadUnits | None = None) -> None:
         # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
         claimed, ending = False, State.MISSING
         try:
-            turn = self._take_turn(flight, deadline, patient)
+            turn = self._take_turn(flight, call, patient)
             if turn is None:
                 return
             claimed = turn
-            flight.data = (read or self.read_origin)(flight, deadline)
+            flight.data = (read or self.read_origin)(flight, call)
             with self._lock:
                 flight.become(State.FETCHED)
                 self._units.counters.count(flight)
@@ -308,23 +306,19 @@ class Fetches:
                 self._units.files.unclaim(flight.first, flight.stop)
             self._end(flight, ending)
 
-    def read_origin(self, flight: Flight, deadline: float) -> bytes:
+    def read_origin(self, flight: Flight, call: Call) -> bytes:
         """Return the bytes of a flight's units from the origin, by one read. Raises what the origin raises."""
         offset = flight.first << self._units.unit_shift
         length = self._units.files.length_of(flight.first, flight.stop)
-        about_to_wait()
-        outer = IN_FORCE.deadline
-        IN_FORCE.deadline = deadline if outer is None else min(outer, deadline)
-        try:
-            data = self._origin.read_at(offset, length)
-        finally:
-            IN_FORCE.deadline = outer
+        if call.on_wait is not None:
+            call.on_wait()
+        data = self._origin.read_at(offset, length, call)
         if len(data) != length:
             what = f"short read (got {len(data)} bytes, wanted {length})"
             raise SourceError(what, blob=self.name, offset=offset)
         return data
 
-    def _take_turn(self, flight: Flight, deadline: float, patient: bool) -> bool | None:
+    def _take_turn(self, flight: Flight, call: Call, patient: bool) -> bool | None:
         # Returns None if another process has fetched the units, or is doing so. Otherwise this thread fetches them;
         # True if the claim shows that to other processes.
         files = self._units.files
@@ -333,17 +327,17 @@ class Fetches:
             self._shorten(flight, busy)
             busy = files.claim(flight.first, flight.stop)
         if busy is not None:
-            return self._wait_for_others(flight, deadline) if patient else None
+            return self._wait_for_others(flight, call) if patient else None
         if any(files.present(flight.first, flight.stop)):  # stored since the check
             files.unclaim(flight.first, flight.stop)
             return None
         return True
 
-    def _wait_for_others(self, flight: Flight, deadline: float) -> bool | None:
+    def _wait_for_others(self, flight: Flight, call: Call) -> bool | None:
         files = self._units.files
-        end = min(deadline, time.monotonic() + _OTHERS_S)
+        end = time.monotonic() + call.left_s(_OTHERS_S)
         pause_s = _LOOK_FIRST_S
-        about_to_wait()
+        call.about_to_wait()
         while time.monotonic() < end:
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _LOOK_MOST_S)
@@ -389,7 +383,7 @@ class Fetches:
                 return  # a reader took it over
             flight.become(State.FETCHING)
         try:
-            self._fetch(flight, time.monotonic() + self.deadline_s * _BACKGROUND_SHARE, patient=False)
+            self._fetch(flight, self._background(), patient=False)
         except ObdlabError as error:
             logger.info("fetching ahead failed: %s", error)
 
@@ -401,8 +395,11 @@ class Fetches:
             flight.become(State.MISSING)
         self._end(flight)
 
-    def _check_deadline(self, unit: int, deadline: float) -> None:
-        if time.monotonic() >= deadline:
+    def _background(self) -> Call:
+        return Call(time.monotonic() + self.deadline_s * _BACKGROUND_SHARE)
+
+    def _check_deadline(self, unit: int, call: Call) -> None:
+        if call.left_s(self.deadline_s) <= 0:
             raise self._late(unit)
 
     def _late(self, unit: int) -> SourceError:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Buffer
     from obdlab.cache.flights import Statistics
     from obdlab.cache.space import CacheSpace
+    from obdlab.call import Call
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,10 @@ class UnitCheck(Protocol):
     #: Bytes of a checked unit. A cached blob's units are multiples of it.
     unit: int
 
-    def first_wrong(self, offset: int, data: Buffer) -> int | None:
+    def first_wrong(self, offset: int, data: Buffer, call: Call | None = None) -> int | None:
         """Return the offset of the first wrong unit in ``data``, whole units at ``offset``; None if all are right.
 
-        Raises an ObdlabError if they cannot be checked.
+        What the check reads is read on the terms of the ``call``. Raises an ObdlabError if they cannot be checked.
         """
 
 
@@ -108,7 +109,7 @@ class CachedUnits:
             self._retry_at = time.monotonic() + _RETRY_S
             self._reattaching.release()
 
-    def load(self, first: int, stop: int) -> bytes:
+    def load(self, first: int, stop: int, call: Call | None = None) -> bytes:
         """Return the checked content of the units up to the first that fails; a damaged ``first`` is dropped."""
         files = self.files
         step = 1 << self.unit_shift - PAGE_SHIFT
@@ -129,7 +130,8 @@ class CachedUnits:
                     break
                 unit += 1
             if unit > first and self._check is not None:
-                wrong = self._check.first_wrong(first << self.unit_shift, view[: unit - first << self.unit_shift])
+                checked = view[: unit - first << self.unit_shift]
+                wrong = self._check.first_wrong(first << self.unit_shift, checked, call)
                 unit = unit if wrong is None else wrong >> self.unit_shift
             if unit > first:
                 if self._check is None or not files.read_only:

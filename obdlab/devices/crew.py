@@ -1,8 +1,8 @@
 """Leader and followers: one thread takes requests; another takes over while it waits.
 
 On a pure hit path a single thread runs: a second reader thread costs a fifth of the IOPS under Python's interpreter
-lock. A request that is about to wait (``obdlab.waiting``) first hands the lead to an idle follower or a new thread,
-so that the device keeps answering other requests.
+lock. A request that is about to wait (:attr:`obdlab.call.Call.on_wait`) first hands the lead to an idle follower or a
+new thread, so that the device keeps answering other requests.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from obdlab.call import UNBOUND, Call
 from obdlab.devices.device import DeviceStatistics
 from obdlab.observe.counters import TIME_SLOTS, times_table
-from obdlab.waiting import set_waiting_hook
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,8 @@ class Member:
     write_ns: int = 0
     read_times: list[int] = field(default_factory=_no_times)
     write_times: list[int] = field(default_factory=_no_times)
+    #: The terms of the member's requests: before one waits, the member gives the lead away.
+    call: Call = UNBOUND
     #: When the request under way was taken (time.monotonic_ns); 0 if there is no request.
     since_ns: int = 0
 
@@ -173,14 +175,13 @@ class Crew:
             if member.leading:
                 self._give_lead_away(member)
 
-        set_waiting_hook(about_to_wait)
+        member.call = Call(on_wait=about_to_wait)
         try:
             while self._turn(member) and self._lead_again(member):
                 pass
         finally:
             if member.leading:  # also if its turn failed: better no device than one without answers
                 self._end()
-            set_waiting_hook(None)
             self._leave(member)
 
     # Waits until this member is to lead; returns False if it is to end.

@@ -268,7 +268,7 @@ class FuseServer:
             if offset + size > blob.size:
                 offset = min(offset, blob.size)
                 size = blob.size - offset
-            data = blob.read_at(offset, size)
+            data = blob.read_at(offset, size, member.call)
             if len(data) != size:
                 raise RuntimeError(f"read_at returned {len(data)} of {size} bytes")
         except Exception as error:
@@ -281,7 +281,7 @@ class FuseServer:
     def _write(self, member: Member, unique: int, offset: int, size: int) -> None:
         start = abi.FUSE_WRITE_DATA
         try:
-            self._file.write(offset, memoryview(member.buffer)[start : start + size])
+            self._file.write(offset, memoryview(member.buffer)[start : start + size], member.call)
         except Exception as error:
             self._fail(member, unique, f"write of {size} bytes at offset {offset}", error)
             return
@@ -293,7 +293,7 @@ class FuseServer:
         if opcode in _UNANSWERED:
             return
         try:
-            answer = self._file.answer(opcode, memoryview(member.buffer)[:length])
+            answer = self._file.answer(opcode, memoryview(member.buffer)[:length], member.call)
         except Exception as error:
             self._fail(member, unique, f"FUSE request {opcode}", error)
             return

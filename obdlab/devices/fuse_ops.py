@@ -10,13 +10,14 @@ import stat
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
+from obdlab.call import UNBOUND
 from obdlab.errors import ObdlabError
 from obdlab.system import abi
 from obdlab.system.abi import FuseInit, FuseOpcode
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
+    from obdlab.call import Call
 
 #: The served file's name in its mount.
 DISK_NAME = "disk"
@@ -59,8 +60,6 @@ class FuseFile:
             FuseOpcode.SETATTR: self._setattr,
             FuseOpcode.OPEN: self._open,
             FuseOpcode.RELEASE: self._done,
-            FuseOpcode.FSYNC: self._fsync,
-            FuseOpcode.FALLOCATE: self._fallocate,
             FuseOpcode.STATFS: self._statfs,
             FuseOpcode.OPENDIR: self._opendir,
             FuseOpcode.READDIR: self._readdir,
@@ -68,8 +67,12 @@ class FuseFile:
             FuseOpcode.DESTROY: self._done,
         }
 
-    def answer(self, opcode: int, request: memoryview) -> bytes | int:
-        """Answer one request, header included. Return the reply's bytes, or an errno."""
+    def answer(self, opcode: int, request: memoryview, call: Call = UNBOUND) -> bytes | int:
+        """Answer one request, header included, on the call's terms. Return the reply's bytes, or an errno."""
+        if opcode == FuseOpcode.FSYNC:
+            return self._fsync(call)
+        if opcode == FuseOpcode.FALLOCATE:
+            return self._fallocate(request[_HEADER:], call)
         handler = self._handlers.get(opcode)  # type: ignore[call-overload]  # an IntEnum's member equals its number
         if handler is None:
             return errno.ENOSYS
@@ -77,9 +80,9 @@ class FuseFile:
         answer: bytes | int = handler(node_id, request[_HEADER:])
         return answer
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, call: Call = UNBOUND) -> None:
         """Store the data of a WRITE request. Raises OSError(EROFS) on a read-only device."""
-        self._writable_or_refuse().write_at(offset, data)
+        self._writable_or_refuse().write_at(offset, data, call)
 
     def _writable_or_refuse(self) -> WritableBlob:
         if self._writable is None:
@@ -146,20 +149,20 @@ class FuseFile:
         flags = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
         return abi.FUSE_OPEN_OUT.pack(0, flags, 0)
 
-    def _fsync(self, _: int, __: memoryview) -> bytes | int:
+    def _fsync(self, call: Call) -> bytes | int:
         if self._writable is not None:
-            about_to_wait()
+            call.about_to_wait()
             self._writable.flush()
         return b""
 
-    def _fallocate(self, _: int, body: memoryview) -> bytes | int:
+    def _fallocate(self, body: memoryview, call: Call) -> bytes | int:
         __, offset, length, mode, ___ = abi.FUSE_FALLOCATE_IN.unpack_from(body)
         zeroing = abi.FALLOC_FL_PUNCH_HOLE | abi.FALLOC_FL_ZERO_RANGE
         if not mode & zeroing or mode & ~(zeroing | abi.FALLOC_FL_KEEP_SIZE):
             return errno.EOPNOTSUPP
         end = min(offset + length, self._blob.size)
         if end > offset:
-            self._writable_or_refuse().discard(offset, end - offset)
+            self._writable_or_refuse().discard(offset, end - offset, call)
         return b""
 
     def _statfs(self, _: int, __: memoryview) -> bytes | int:

@@ -18,6 +18,7 @@ from obdlab.observe.counters import CHECKSUM_FAILURES, CORRUPTIONS_HEALED
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob, ByteStream
+    from obdlab.call import Call
     from obdlab.image.treenodes import TreeNodes
 
 logger = logging.getLogger(__name__)
@@ -37,25 +38,25 @@ class CheckedBlob(Wrapper):
         #: Wrong units that were fetched, and not returned.
         self.wrong_units = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Return checked bytes. Raises CorruptBlobError if they are wrong again after fetching them once more."""
         check_range(self, offset, length)
         if not length:
             return b""
         begin, end = self._widened(offset, length)
         self._nodes.request(begin, end)
-        data = self._read(begin, end)
-        wrong = self._nodes.first_wrong(begin, data)
+        data = self._read(begin, end, call)
+        wrong = self._nodes.first_wrong(begin, data, call)
         if wrong is not None:
             self.refuse(wrong)
-            data = self._read(begin, end)
-            wrong = self._nodes.first_wrong(begin, data)
+            data = self._read(begin, end, call)
+            wrong = self._nodes.first_wrong(begin, data, call)
             if wrong is not None:
                 raise self.refuse(wrong)
             CORRUPTIONS_HEALED.add(label="tree")
         return data if len(data) == length else data[offset - begin :][:length]
 
-    def stream(self, offset: int, length: int) -> ByteStream | None:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream | None:
         """Request a range of whole units by one request; each piece is checked before it is returned.
 
         The stream is over after a wrong unit: it raises CorruptBlobError, and the next request goes past mirrors.
@@ -64,7 +65,7 @@ class CheckedBlob(Wrapper):
         if not length:
             return None
         begin, end = self._widened(offset, length)
-        stream = self.below.stream(begin, end - begin)
+        stream = self.below.stream(begin, end - begin, call)
         return None if stream is None else _CheckedStream(self, self._nodes, stream, offset, offset + length, end)
 
     def refuse(self, offset: int) -> CorruptBlobError:
@@ -81,8 +82,8 @@ class CheckedBlob(Wrapper):
         self._nodes.close()
         super().close()
 
-    def _read(self, begin: int, end: int) -> bytes:
-        data = self.below.read_at(begin, end - begin)
+    def _read(self, begin: int, end: int, call: Call | None) -> bytes:
+        data = self.below.read_at(begin, end - begin, call)
         if len(data) != end - begin:
             what = f"short read (got {len(data)} bytes, wanted {end - begin})"
             raise SourceError(what, blob=self.name, offset=begin)
@@ -107,11 +108,11 @@ class _CheckedStream:
         self._skipped = position % UNIT
         nodes.request(below.position, min(units_end, below.position + NODE_SPAN))
 
-    def read(self, length: int) -> bytes:
+    def read(self, length: int, call: Call | None = None) -> bytes:
         if length < 0 or length > self._stop - self.position:
             raise ValueError(f"read past the end (got {length}, wanted at most {self._stop - self.position})")
         if len(self._rest) < length:
-            self._rest += self._next_units(length - len(self._rest))
+            self._rest += self._next_units(length - len(self._rest), call)
         data, self._rest = self._rest[:length], self._rest[length:]
         self.position += length
         return data
@@ -120,17 +121,17 @@ class _CheckedStream:
         self._below.close()
 
     # Returns at least `wanted` checked bytes.
-    def _next_units(self, wanted: int) -> bytes:
+    def _next_units(self, wanted: int, call: Call | None) -> bytes:
         at = self._below.position
         end = min(self._units_end, -(-(at + self._skipped + wanted) // UNIT) * UNIT)
         # Those of the next pieces as well, so that the stream does not wait for them.
         self._nodes.request(at, min(self._units_end, end + NODE_SPAN))
         try:
-            data = self._below.read(end - at)
+            data = self._below.read(end - at, call)
             if len(data) != end - at:
                 what = f"short read of a stream (got {len(data)} bytes, wanted {end - at})"
                 raise SourceError(what, blob=self._blob.name, offset=at)
-            wrong = self._nodes.first_wrong(at, data)
+            wrong = self._nodes.first_wrong(at, data, call)
             if wrong is not None:
                 raise self._blob.refuse(wrong)
         except BaseException:

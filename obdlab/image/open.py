@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from obdlab.blob import WritableBlob, unwrapped
+from obdlab.call import Call
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.config import ImageConfig, LowerConfig
@@ -29,7 +30,6 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import open_upper
 from obdlab.layers.warp import WarpLayer
 from obdlab.localfile import LocalFile
-from obdlab.registry.deadline import deadline_of_thread
 from obdlab.settings.original import at_launch
 from obdlab.settings.settings import Settings
 from obdlab.traces.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
@@ -330,7 +330,7 @@ def _open_lowers(
     # Each layer is entered into `opened` at once: they are opened in parallel, so one may fail after others.
     files = [lower.local_file() for lower in lowers]
     identity = [lower.digest for lower in lowers]
-    deadline = time.monotonic() + settings.open_deadline_s
+    call = Call(time.monotonic() + settings.open_deadline_s)
 
     begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
     budget, spans = Budget(), SpanCache()
@@ -348,7 +348,7 @@ def _open_lowers(
         watched = partial(recorder.watched, number) if recorder is not None else None
         stream = None
         try:
-            with deadline_of_thread(deadline), ExitStack() as unused:
+            with ExitStack() as unused:
                 kind: Kind = LsmtLayer
                 if lower.is_turbo:
                     target, of_target = open_target(lower, remote, around, spans)
@@ -375,7 +375,7 @@ def _open_lowers(
     from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all imports, not needed for local images
 
     with (
-        closing(RemoteLayers(repo_blob_url, settings, around)) as remote,
+        closing(RemoteLayers(repo_blob_url, settings, around, call)) as remote,
         ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-lower") as threads,
         ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-end") as ends,
     ):

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from obdlab.call import Call
 from obdlab.image.open import OPEN_THREADS, stacked_lowers
 from obdlab.image.remote import RemoteLayers
 from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
-from obdlab.registry.deadline import deadline_of_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -30,19 +30,19 @@ def prime(config: ImageConfig, settings: Settings) -> None:
     lowers = list({lower.digest: lower for lower in stacked_lowers(config) if lower.digest}.values())
     if not lowers:
         return
-    deadline = time.monotonic() + settings.open_deadline_s
+    call = Call(time.monotonic() + settings.open_deadline_s)
     number = min(OPEN_THREADS, len(lowers))
     with (
-        closing(RemoteLayers(config.repo_blob_url, settings)) as remote,
+        closing(RemoteLayers(config.repo_blob_url, settings, call=call)) as remote,
         ThreadPoolExecutor(number, "prime-end") as ends,
         ThreadPoolExecutor(number, "prime") as threads,  # after `ends`, as its threads give work to that
     ):
-        for each in [threads.submit(_prime_one, lower, remote, ends, deadline) for lower in lowers]:
+        for each in [threads.submit(_prime_one, lower, remote, ends) for lower in lowers]:
             each.result()
 
 
-def _prime_one(lower: LowerConfig, remote: RemoteLayers, ends: Executor, deadline: float) -> None:
-    with deadline_of_thread(deadline), remote.open_layer(lower) as blob:
+def _prime_one(lower: LowerConfig, remote: RemoteLayers, ends: Executor) -> None:
+    with remote.open_layer(lower) as blob:
         _, end = fetch_ends(blob, remote.cache_unit, ends)
         fetch_rest_of_end(blob)
         if end is not None:

@@ -13,6 +13,7 @@ from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.layout import DECOMPRESSED, PAGE
+from obdlab.call import UNBOUND
 from obdlab.command import command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.hashtree import Shape, TreeReference
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.blob import Around, Blob
+    from obdlab.call import Call
     from obdlab.image.config import LowerConfig
     from obdlab.layers.gziptarget import GzipTarget
     from obdlab.registry.client import RegistryClient
@@ -46,11 +48,14 @@ class RemoteLayers:
     """The blobs of one repository, through one client: they share its connections and its token.
 
     The client is closed when this object and all its blobs are closed. ``around`` gets the joints "origin" and
-    "cache" of each blob.
+    "cache" of each blob. ``call`` has the terms of the requests and reads before :meth:`opened`.
     """
 
-    def __init__(self, repo_blob_url: str, settings: Settings, around: Around = unwrapped) -> None:
+    def __init__(
+        self, repo_blob_url: str, settings: Settings, around: Around = unwrapped, call: Call = UNBOUND
+    ) -> None:
         self._around = around
+        self._terms = call
         self._repository = Repository.from_blob_url(repo_blob_url)
         # The client's deadline is that of opening; each read of an opened blob has its own.
         self._client = open_client(replace(settings, read_deadline_s=settings.open_deadline_s))
@@ -113,7 +118,7 @@ class RemoteLayers:
         if registry or cache cannot be used.
         """
         check_digest(digest, str(self._repository))
-        size = size or self._client.blob_size(self._repository, digest)
+        size = size or self._client.blob_size(self._repository, digest, self._terms)
         if size == 0:
             raise FormatError("blob is empty", blob=f"{self._repository}@{digest}")
         origin = self._origin(digest, size)
@@ -128,6 +133,7 @@ class RemoteLayers:
             blob = self._cache.open(blob, digest, nodes)
             self._origins.append(origin)
             if isinstance(blob, CachedBlob):
+                blob.terms = self._terms
                 self._blobs.append(blob)
             return self._around("cache", blob)
         except BaseException:
@@ -151,7 +157,9 @@ class RemoteLayers:
     def _origin(self, digest: str, size: int) -> _Origin:
         with self._lock:
             self._users += 1
-        return _Origin(self._client, self._repository, digest, size, self.close)
+        origin = _Origin(self._client, self._repository, digest, size, self.close)
+        origin.terms = self._terms
+        return origin
 
     def _nodes(self, blob: Blob, digest: str, tree: TreeReference) -> TreeNodes:
         size = Shape(blob.size).file_size
@@ -165,6 +173,7 @@ class RemoteLayers:
                 raise
             self._tree_origins.append(origin)
             if isinstance(file, CachedBlob):
+                file.terms = self._terms
                 self._tree_files.append(file)
         return TreeNodes(blob.name, digest, blob.size, tree, file, self._kept)
 
@@ -173,10 +182,10 @@ class RemoteLayers:
 
         If configured, begin to download them whole in the background, unless they exceed the cache's quota.
         """
-        settings = self._settings
+        settings, self._terms = self._settings, UNBOUND
         self._layers, self._layer_blobs = len(self._origins), list(self._blobs)
         for origin in (*self._origins, *self._tree_origins):
-            origin.deadline_s = settings.read_deadline_s
+            origin.deadline_s, origin.terms = settings.read_deadline_s, UNBOUND
         for blob in self._blobs:
             blob.opened(settings.read_deadline_s)
         for blob in self._content_blobs:

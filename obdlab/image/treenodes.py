@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from obdlab.blob import Blob, Buffer
+    from obdlab.call import Call
     from obdlab.formats.hashtree import TreeReference
 
 logger = logging.getLogger(__name__)
@@ -99,10 +100,11 @@ class TreeNodes:
             for run in self._runs(missing):
                 _pool.submit(partial(self._fetch_run, run))  # refused: first_wrong() fetches them
 
-    def first_wrong(self, offset: int, data: Buffer) -> int | None:
+    def first_wrong(self, offset: int, data: Buffer, call: Call | None = None) -> int | None:
         """Return the offset of the first wrong unit in ``data``, whole units at ``offset``; None if all are right.
 
-        Fetches missing nodes. Raises CorruptBlobError if the tree is wrong, and the errors of reading its file.
+        Fetches missing nodes on the terms of the ``call``.
+        Raises CorruptBlobError if the tree is wrong, and the errors of reading its file.
         """
         view = memoryview(data)
         end = offset + len(view)
@@ -114,23 +116,23 @@ class TreeNodes:
         for unit in range(offset // UNIT, -(-end // UNIT)):
             if unit // FAN_OUT != number:
                 number = unit // FAN_OUT
-                node = self._node(NodeId(1, number))
+                node = self._node(NodeId(1, number), call)
             at = unit % FAN_OUT * HASH_SIZE
             begin = unit * UNIT - offset
             if leaf_hash(view[begin : begin + UNIT]) != node[at : at + HASH_SIZE]:
                 return unit * UNIT
         return None
 
-    def _node(self, node: NodeId) -> bytes:
+    def _node(self, node: NodeId, call: Call | None) -> bytes:
         kept = self._kept.get(self, node)
         if kept is not None:
             return kept
         offset, length = self._shape.place(node)
-        data = self._read(offset, length)
-        if not self._is_right(node, data):
+        data = self._read(offset, length, call)
+        if not self._is_right(node, data, call):
             self._file_is_wrong(offset, length)
-            data = self._read(offset, length)
-            if not self._is_right(node, data):
+            data = self._read(offset, length, call)
+            if not self._is_right(node, data, call):
                 raise CorruptBlobError(
                     "hash tree does not match its root", blob=self._blob, offset=node.number * NODE_SPAN
                 )
@@ -139,19 +141,19 @@ class TreeNodes:
         return data
 
     # The hash of a node is in the node above, which is checked first; the top node's is in the root.
-    def _is_right(self, node: NodeId, data: bytes) -> bool:
+    def _is_right(self, node: NodeId, data: bytes, call: Call | None) -> bool:
         above = self._shape.above(node)
         found = node_hash(node, data)
         if above is None:
             return root_of(self._shape.size, self._digest, found) == self._root
         at = above[1] * HASH_SIZE
-        return self._node(above[0])[at : at + HASH_SIZE] == found
+        return self._node(above[0], call)[at : at + HASH_SIZE] == found
 
-    def _read(self, offset: int, length: int) -> bytes:
+    def _read(self, offset: int, length: int, call: Call | None) -> bytes:
         if self._file is None:
             raise CorruptBlobError("blob has a hash tree without a file", blob=self._blob)
         try:
-            return self._file.read_at(offset, length)
+            return self._file.read_at(offset, length, call)
         except ObdlabError as error:
             temporary = isinstance(error, SourceError) and error.temporary
             what = f"bytes cannot be checked without their hash tree: {error}"
@@ -194,11 +196,11 @@ class TreeNodes:
             return  # first_wrong() was sooner
         begin, end = self._shape.place(run[0])[0], sum(self._shape.place(run[-1]))
         try:
-            data = self._read(begin, end - begin)
+            data = self._read(begin, end - begin, None)
             for node in reversed(run):  # those above come first
                 offset, length = self._shape.place(node)
                 content = data[offset - begin :][:length]
-                if self._is_right(node, content):
+                if self._is_right(node, content, None):
                     self._kept.put(self, node, content)
         except ObdlabError as error:  # first_wrong() raises it
             logger.debug("%s: hash tree not fetched ahead: %s", self._blob, error)

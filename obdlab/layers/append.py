@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obdlab.blob import Buffer
+    from obdlab.call import Call
     from obdlab.formats.lsmt.index import Run
     from obdlab.formats.lsmt.layout import Segments
 
@@ -228,7 +229,7 @@ class AppendUpper(Upper):
             pieces.append((stop - start, data))
         return pieces
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         view = memoryview(data).cast("B")
         self._check_sectors(offset, len(view))
         with self._writing:
@@ -247,7 +248,7 @@ class AppendUpper(Upper):
         with self._lock:
             self._map.insert(begin, begin + count, moffset)
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         self._check_sectors(offset, length)
         self._check_range(offset, length)
         with self._writing:

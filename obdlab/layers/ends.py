@@ -7,7 +7,6 @@ trailer; or, if the guess was too short for that, everything before it that may 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from obdlab.blob import range_in
@@ -16,7 +15,6 @@ from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR, Traile
 from obdlab.formats.zfile.layout import CRC_SIZE, HEADER_SIZE, is_zfile
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile_reader import open_zfile, read_description
-from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -50,14 +48,13 @@ def fetch_ends(blob: Blob, unit: int, threads: Executor) -> tuple[int, Future[No
     start = max(blob.size - guessed_end(blob.size), beginning)
     end = None
     if start < blob.size:
-        end = threads.submit(_read_until, thread_deadline(), blob, start, blob.size - start)
+        end = threads.submit(_read, blob, start, blob.size - start)
     blob.read_at(0, beginning)
     return beginning, end
 
 
-def _read_until(deadline: float | None, blob: Blob, offset: int, length: int) -> None:
-    with deadline_of_thread(deadline) if deadline is not None else nullcontext():
-        blob.read_at(offset, length)
+def _read(blob: Blob, offset: int, length: int) -> None:
+    blob.read_at(offset, length)
 
 
 def fetch_rest_of_end(blob: Blob) -> None:

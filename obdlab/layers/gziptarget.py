@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from obdlab.call import Call
+
+
 #: Most content of a span that is decoded whole. A span is the writer's distance of entries and one deflate block,
 #: which has at most 4.2 MiB from any usual compressor.
 MAX_SPAN = 16 << 20
@@ -107,7 +110,7 @@ class GzipTarget(Blob):
     def size(self) -> int:
         return self.header.uncompressed_size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         end = offset + length
         if offset < 0 or length <= 0 or end > self.header.uncompressed_size:
             check_range(self, offset, length)
@@ -115,11 +118,11 @@ class GzipTarget(Blob):
         first = bisect_right(self._content, offset) - 1
         begin = self._content[first]
         if end <= self._end(first):
-            return self._read_span(first, offset - begin, length)
+            return self._read_span(first, offset - begin, length, call)
         parts = []
         while offset < end:
             stop = min(end, self._end(first))
-            parts.append(self._read_span(first, offset - self._content[first], stop - offset))
+            parts.append(self._read_span(first, offset - self._content[first], stop - offset, call))
             offset = stop
             first += 1
         return b"".join(parts)
@@ -137,7 +140,7 @@ class GzipTarget(Blob):
         begin, end = self._content[number], self._end(number)
         if end - begin <= MAX_SPAN:
             return begin, end
-        part = self._long_span(number).piece(offset - begin)
+        part = self._long_span(number, None).piece(offset - begin)
         return None if part is None else (begin + part[0], begin + part[1])
 
     def statistics(self) -> dict[str, int]:
@@ -177,15 +180,15 @@ class GzipTarget(Blob):
         """
         sums = MemberSums(self.name)
         for number in range(self._last + 1):
-            tail = self._window(number)
+            tail = self._window(number, None)
             inflater = self._inflater(number, tail, sums)
-            for data in self._stored_parts(number, _CHECKED_PIECE):
+            for data in self._stored_parts(number, _CHECKED_PIECE, None):
                 inflater.take(data)
                 content = inflater.taken()
                 tail = (tail + content)[-WINDOW:]
                 yield len(content)
             inflater.end(last=number == self._last)
-            self._check_end(number, tail, inflater)
+            self._check_end(number, tail, inflater, None)
 
     # -- spans -------------------------------------------------------------------------------------------------------
 
@@ -200,30 +203,30 @@ class GzipTarget(Blob):
         target, number = cast("tuple[int, ...]", key)[:2]
         return target == self._number and first <= number <= last
 
-    def _read_span(self, number: int, offset: int, length: int) -> bytes:
+    def _read_span(self, number: int, offset: int, length: int, call: Call | None) -> bytes:
         if self._end(number) - self._content[number] > MAX_SPAN:
-            return self._read_long(number, offset, length)
-        span = self._spans.get((self._number, number), lambda: self._decode(number))
+            return self._read_long(number, offset, length, call)
+        span = self._spans.get((self._number, number), lambda: self._decode(number, call), call)
         return span[offset : offset + length]
 
     # A cache below may hold damaged bytes, and the origin sound ones.
-    def _decode(self, number: int) -> bytes:
+    def _decode(self, number: int, call: Call | None) -> bytes:
         try:
-            return self._inflate(number)
+            return self._inflate(number, call)
         except CorruptBlobError:
             self._evict_span(number)
-        return self._inflate(number)
+        return self._inflate(number, call)
 
-    def _inflate(self, number: int) -> bytes:
+    def _inflate(self, number: int, call: Call | None) -> bytes:
         # Small layers have one span, so their CRC can be checked before a byte is returned.
         sums = MemberSums(self.name) if self._last == 0 else None
-        window = self._window(number)
+        window = self._window(number, call)
         inflater = self._inflater(number, window, sums)
-        for data in self._stored_parts(number, _PIECE):
+        for data in self._stored_parts(number, _PIECE, call):
             inflater.take(data)
         content = inflater.end(last=number == self._last)
         tail = content[-WINDOW:] if len(content) >= WINDOW else (window + content)[-WINDOW:]
-        self._check_end(number, tail, inflater)
+        self._check_end(number, tail, inflater, call)
         self.inflated_spans += 1
         self.inflated_bytes += len(content)
         return content
@@ -236,11 +239,11 @@ class GzipTarget(Blob):
         offset = self._stored[number]
         return Inflater(window, length, several=several, sums=sums, blob=self.name, offset=offset, library=library)
 
-    def _stored_parts(self, number: int, step: int) -> Iterator[bytes]:
+    def _stored_parts(self, number: int, step: int, call: Call | None) -> Iterator[bytes]:
         begin, end = self._stored_range(number, number)
         bits = self._bits[number]
         for at in range(begin, end, step):
-            data = self.below.read_at(at, min(step, end - at))
+            data = self.below.read_at(at, min(step, end - at), call)
             yield begin_inside_byte(data[0], bits) + data[1:] if bits and at == begin else data
 
     def _evict_span(self, number: int) -> None:
@@ -250,21 +253,21 @@ class GzipTarget(Blob):
 
     # -- spans too long to be decoded at once ------------------------------------------------------------------------
 
-    def _read_long(self, number: int, offset: int, length: int) -> bytes:
-        span = self._long_span(number)
+    def _read_long(self, number: int, offset: int, length: int, call: Call | None) -> bytes:
+        span = self._long_span(number, call)
         try:
-            return span.read(offset, length)
+            return span.read(offset, length, call)
         except CorruptBlobError:
             self._evict_span(number)
             span.forget()
-        return span.read(offset, length)
+        return span.read(offset, length, call)
 
-    def _long_span(self, number: int) -> LongSpan:
+    def _long_span(self, number: int, call: Call | None) -> LongSpan:
         with self._lock:
             span = self._long_spans.get(number)
             if span is None:
                 begin, end = self._stored_range(number, number)
-                window = self._window(number)
+                window = self._window(number, call)
                 span = self._long_spans[number] = LongSpan(
                     self.below,
                     (begin, end),
@@ -274,17 +277,17 @@ class GzipTarget(Blob):
                     last=number == self._last,
                     # It begins at the gzip header, not at a place that the index alone knows.
                     trusted=number == 0,
-                    check=lambda tail, inflater: self._check_end(number, tail, inflater),
-                    keep=lambda piece, decode: self._spans.get((self._number, number, piece), decode),
+                    check=lambda tail, inflater, call: self._check_end(number, tail, inflater, call),
+                    keep=lambda piece, decode, call: self._spans.get((self._number, number, piece), decode, call),
                 )
         return span
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
     # Checks a span by the last 32 KiB of content at its end.
-    def _check_end(self, number: int, tail: bytes, inflater: Inflater) -> None:
+    def _check_end(self, number: int, tail: bytes, inflater: Inflater, call: Call | None) -> None:
         if number < self._last:
-            if tail != self._window(number + 1):
+            if tail != self._window(number + 1, call):
                 raise CorruptBlobError(
                     f"content is not what the index has before entry {number + 1} (is it the index of another file?)",
                     blob=self.name,
@@ -297,12 +300,12 @@ class GzipTarget(Blob):
                 raise CorruptBlobError(what, blob=self.name, got=got, wanted=wanted)
 
     # The window that ends a span is the one before the next: reading in order needs it twice.
-    def _window(self, number: int) -> bytes:
+    def _window(self, number: int, call: Call | None) -> bytes:
         recent, window = self._recent_window
         if recent == number:
             return window
         offset = self._windows[number]
-        data = self._index.read_at(offset, self._lengths[number])
+        data = self._index.read_at(offset, self._lengths[number], call)
         window = parse_window(data, self.header, blob=self._index.name, offset=offset)
         self._recent_window = number, window
         return window

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from obdlab.blob import Buffer
+    from obdlab.call import Call
 
 # linux/falloc.h
 _FALLOC_FL_KEEP_SIZE = 1
@@ -55,7 +56,7 @@ class LayerFile(Blob):
     def size(self) -> int:
         return os.fstat(self._open_descriptor).st_size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         descriptor = self._open_descriptor
         try:
             data = os.pread(descriptor, length, offset)
@@ -76,7 +77,7 @@ class LayerFile(Blob):
         except OSError as error:
             raise self._failed("writing", offset, error) from error
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         """Write all of ``data``."""
         view = memoryview(data)
         written = 0

@@ -11,16 +11,17 @@ from bisect import bisect_right
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from obdlab.call import UNBOUND
 from obdlab.errors import SourceError
 from obdlab.formats.gzipindex import WINDOW
 from obdlab.formats.gzipmember import begin_inside_byte
 from obdlab.layers.inflater import Inflater
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.blob import Blob
+    from obdlab.call import Call
 
 #: Content between two copies of the state, and most copies: each has about 50 KiB.
 DISTANCE = 4 << 20
@@ -42,9 +43,9 @@ class LongSpan:
 
     ``inflater`` begins there, has zlib as its library, and stays as it is; ``window`` is the content before.
 
-    At its end ``check`` is called with the last 32 KiB and the inflater, and raises if they are wrong. With
-    ``trusted`` False that happens before the first byte is returned. ``keep`` gets a piece's number and a function
-    that decodes it, which it may call or not, if it has kept the piece. Thread-safe.
+    At its end ``check`` is called with the last 32 KiB, the inflater and the call, and raises if they are wrong. With
+    ``trusted`` False that happens before the first byte is returned. ``keep`` gets a piece's number, a function that
+    decodes it and the call; it may call the function or not, if it has kept the piece. Thread-safe.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class LongSpan:
         *,
         last: bool,
         trusted: bool,
-        check: Callable[[bytes, Inflater], None],
-        keep: Callable[[int, Callable[[], bytes]], bytes],
+        check: Callable[[bytes, Inflater, Call | None], None],
+        keep: Callable[[int, Callable[[], bytes], Call | None], bytes],
     ) -> None:
         self._below = below
         (self._begin, self._end), self._bits = stored, bits
@@ -84,18 +85,19 @@ class LongSpan:
         self._frontier = self._first.copy()
         self._tail = self._window
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Return bytes of the span. Raises CorruptBlobError; SourceError if another thread takes too long."""
-        about_to_wait()
-        if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
+        terms = call or UNBOUND
+        terms.about_to_wait()
+        if not self._lock.acquire(timeout=terms.left_s(_LONGEST_WAIT_S)):
             what = "another thread has not decoded the same part in time"
             raise SourceError(what, blob=self._below.name, temporary=True)
         try:
             while not (self._trusted or self._complete):
-                self._advance()
+                self._advance(call)
             parts = []
             while length:
-                begin, piece = self._piece_at(offset)
+                begin, piece = self._piece_at(offset, call)
                 parts.append(piece[offset - begin : offset - begin + length])
                 offset += len(parts[-1])
                 length -= len(parts[-1])
@@ -110,23 +112,23 @@ class LongSpan:
         return (points[number - 1].content, points[number].content) if number < len(points) else None
 
     # Returns where the piece begins that has a byte, and the piece. Needs the lock.
-    def _piece_at(self, offset: int) -> tuple[int, bytes]:
+    def _piece_at(self, offset: int, call: Call | None) -> tuple[int, bytes]:
         while True:
             number = bisect_right(self._points, offset, key=lambda point: point.content) - 1
             if number < len(self._points) - 1:
-                return self._points[number].content, self._keep(number, partial(self._again, number))
+                return self._points[number].content, self._keep(number, partial(self._again, number, call), call)
             begin = self._points[number].content
-            piece = self._advance()
+            piece = self._advance(call)
             if offset < begin + len(piece):
                 return begin, piece
 
     # Decodes from the last point on, and adds the next. Needs the lock.
-    def _advance(self) -> bytes:
+    def _advance(self, call: Call | None) -> bytes:
         content, stored, _ = self._points[-1]
         parts: list[bytes] = []
         size = 0
         while size < self._distance and stored < self._end:
-            stored = self._take(self._frontier, stored)
+            stored = self._take(self._frontier, stored, call)
             part = self._frontier.taken()
             size += len(part)
             parts.append(part)
@@ -135,24 +137,24 @@ class LongSpan:
         self._tail = (self._tail + piece)[-WINDOW:]
         if stored == self._end:
             self._frontier.end(last=self._last)
-            self._check(self._tail, self._frontier)
+            self._check(self._tail, self._frontier, call)
             self._complete = True
         number = len(self._points) - 1
         self._points.append(_Point(content + size, stored, self._frontier.copy()))
-        return self._keep(number, lambda: piece)
+        return self._keep(number, lambda: piece, call)
 
-    def _again(self, number: int) -> bytes:
+    def _again(self, number: int, call: Call | None) -> bytes:
         point, end = self._points[number], self._points[number + 1].stored
         inflater, stored = point.inflater.copy(), point.stored
         while stored < end:
-            stored = self._take(inflater, stored)
+            stored = self._take(inflater, stored, call)
         piece = inflater.taken()
         self.inflated_bytes += len(piece)
         return piece
 
-    def _take(self, inflater: Inflater, stored: int) -> int:
+    def _take(self, inflater: Inflater, stored: int, call: Call | None) -> int:
         length = min(_STEP, self._end - stored)
-        data = self._below.read_at(stored, length)
+        data = self._below.read_at(stored, length, call)
         if stored == self._begin and self._bits:
             data = begin_inside_byte(data[0], self._bits) + data[1:]
         inflater.take(data)

@@ -11,6 +11,7 @@ from obdlab.errors import FormatError
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
+    from obdlab.call import Call
     from obdlab.layers.stack import ReadAt
 
 # Nanoseconds, layer, offset, length.
@@ -34,9 +35,9 @@ class Recorder:
         """Return a recording ``read_at`` for the layer with this number: for :meth:`Stack.watch`."""
         noted, most, pack = self._noted, self._most, _READ.pack
 
-        def read(offset: int, length: int) -> bytes:
+        def read(offset: int, length: int, call: Call | None = None) -> bytes:
             at = monotonic_ns()
-            data = read_at(offset, length)
+            data = read_at(offset, length, call)
             if len(noted) < most:
                 noted.extend(pack(at, layer, offset, length))  # one call, so that records of threads do not mix
             else:
@@ -59,8 +60,8 @@ class _Watched(Wrapper):
         super().__init__(blob)
         self._read = read_at
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._read(offset, length)
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        return self._read(offset, length, call)
 
 
 def reads_of(*noted: bytes) -> list[tuple[int, int, int]]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+    from obdlab.call import Call
+
+from obdlab.call import UNBOUND
 from obdlab.errors import ObdlabError, SourceError
-from obdlab.waiting import about_to_wait
 
 #: Bytes for all targets of an image: two spans of sixteen readers.
 LIMIT = 32 << 20
@@ -31,7 +33,7 @@ class SpanCache:
         self._size = 0
         self._decoding: dict[Hashable, _Decoding] = {}
 
-    def get(self, key: Hashable, decode: Callable[[], bytes]) -> bytes:
+    def get(self, key: Hashable, decode: Callable[[], bytes], call: Call | None = None) -> bytes:
         """Return the piece ``key``, by ``decode`` if it is not here.
 
         Raises what ``decode`` raises, in the waiting threads as well; SourceError if another thread takes too long.
@@ -45,9 +47,10 @@ class SpanCache:
             mine = decoding is None
             if decoding is None:
                 decoding = self._decoding[key] = _Decoding()
-        about_to_wait()
+        terms = call or UNBOUND
+        terms.about_to_wait()
         if not mine:
-            return decoding.result()
+            return decoding.result(terms.left_s(_LONGEST_WAIT_S))
         try:
             piece = decoding.piece = decode()
         except BaseException as error:
@@ -91,8 +94,8 @@ class _Decoding:
         self.error: BaseException | None = None
         self.dropped = False
 
-    def result(self) -> bytes:
-        if not self.done.wait(_LONGEST_WAIT_S):
+    def result(self, wait_s: float) -> bytes:
+        if not self.done.wait(wait_s):
             raise SourceError("another thread has not decoded the same bytes in time", temporary=True)
         if self.piece is not None:
             return self.piece

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from obdlab.blob import Buffer
+    from obdlab.call import Call
     from obdlab.formats.lsmt.index import Run
     from obdlab.layers.lsmt import Layer
     from obdlab.layers.writable import Upper
 
-    ReadAt = Callable[[int, int], bytes]
+    ReadAt = Callable[[int, int, Call | None], bytes]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Stack(Blob):
         """The bottom layer's parent."""
         return self.layers[0].parent_uuid
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             check_range(self, offset, length)
@@ -108,13 +109,14 @@ class Stack(Blob):
         i = self._find(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
         if i >= 0:  # nearly every small read
             source = self._sources[i]
-            return self._reads[source](offset + (self._shifts[i] << _SHIFT), length) if source >= 0 else zeros(length)
+            at = offset + (self._shifts[i] << _SHIFT)
+            return self._reads[source](at, length, call) if source >= 0 else zeros(length)
         runs = self._lookup(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
         if len(runs) == 1 and runs[0][2] < 0:
             return zeros(length)
-        return self._gather(runs, offset, end)
+        return self._gather(runs, offset, end, call)
 
-    def _gather(self, runs: list[Run], offset: int, end: int) -> bytes:
+    def _gather(self, runs: list[Run], offset: int, end: int, call: Call | None) -> bytes:
         # Several runs as one answer. Packed files hold their data in disk order, so runs of one layer with only zeros
         # between them often continue each other there: these become one read.
         parts: list[Buffer] = []
@@ -134,18 +136,20 @@ class Stack(Blob):
             at = ((moffset - begin) << _SHIFT) + start
             if source != group_source or at != group_end:
                 if group:
-                    self._read_group(parts, group, group_source, group_at, group_end)
+                    self._read_group(parts, group, group_source, group_at, group_end, call)
                 group = []
                 group_source, group_at = source, at
             group_end = at + size
             group.append((len(parts), at - group_at, group_end - group_at))
             parts.append(b"")
         if group:
-            self._read_group(parts, group, group_source, group_at, group_end)
+            self._read_group(parts, group, group_source, group_at, group_end, call)
         return b"".join(parts)
 
-    def _read_group(self, parts: list[Buffer], group: list[_Piece], source: int, at: int, end: int) -> None:
-        data = self._reads[source](at, end - at)
+    def _read_group(
+        self, parts: list[Buffer], group: list[_Piece], source: int, at: int, end: int, call: Call | None
+    ) -> None:
+        data = self._reads[source](at, end - at, call)
         if len(group) == 1:
             parts[group[0][0]] = data
             return
@@ -210,7 +214,7 @@ class WritableStack(WritableBlob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         end = offset + length
         if offset < 0 or length < 0 or end > self._size:
             check_range(self, offset, length)
@@ -218,43 +222,43 @@ class WritableStack(WritableBlob):
         pieces = upper.read_held(offset, length)
         if len(pieces) == 1:
             data = pieces[0][1]
-            return _read_below(lowers, offset, length) if data is None else data
+            return _read_below(lowers, offset, length, call) if data is None else data
         parts = []
         for size, data in pieces:
-            parts.append(_read_below(lowers, offset, size) if data is None else data)
+            parts.append(_read_below(lowers, offset, size, call) if data is None else data)
             offset += size
         return b"".join(parts)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         view = memoryview(data).cast("B")
         check_range(self, offset, len(view))
         if len(view):
             with self._change:
-                self._write(offset, view)
+                self._write(offset, view, call)
 
-    def _write(self, offset: int, view: memoryview) -> None:
+    def _write(self, offset: int, view: memoryview, call: Call | None) -> None:
         upper, lowers = self._view
         block = upper.block_size
         end = offset + len(view)
         if (offset % block or end % block) and (lowers is not None or not upper.takes_partial_blocks):
             begin_block, end_block = offset - offset % block, min(self._size, -(-end // block) * block)
-            head = self._kept(begin_block, offset)
-            tail = self._kept(end, end_block)
+            head = self._kept(begin_block, offset, call)
+            tail = self._kept(end, end_block, call)
             if head or tail:
                 upper.write_at(offset - len(head), b"".join((head, view, tail)))
                 return
         upper.write_at(offset, view)
 
-    def _kept(self, begin: int, end: int) -> bytes:
+    def _kept(self, begin: int, end: int, call: Call | None) -> bytes:
         # The bytes [begin, end) that must be stored along with a write beside them, to fill up a block. Empty unless
         # a lower layer shows through there or the upper layer takes whole blocks only.
         if begin >= end:
             return b""
         if not self.upper.takes_partial_blocks:
-            return self.read_at(begin, end - begin)
+            return self.read_at(begin, end - begin, call)
         for run_begin, count, source, _ in self.upper.lookup(begin >> _SHIFT, (end + _MASK) >> _SHIFT):
             if source == HOLE and next(self._lower_data(run_begin << _SHIFT, (run_begin + count) << _SHIFT), None):
-                return self.read_at(begin, end - begin)
+                return self.read_at(begin, end - begin, call)
         return b""
 
     def _lower_data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -269,35 +273,35 @@ class WritableStack(WritableBlob):
             if source >= 0:
                 yield max(begin, run_begin << _SHIFT), min(end, (run_begin + count) << _SHIFT)
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         check_range(self, offset, length)
         end = offset + length
         with self._change:
             if self.upper.discard_hides:
-                self._discard_blocks(offset, end)
+                self._discard_blocks(offset, end, call)
                 return
             for begin, stop in self._lower_data(offset, end):
-                self._write_zeros(begin, stop)
+                self._write_zeros(begin, stop, call)
                 if offset < begin:
                     self.upper.discard(offset, begin - offset)
                 offset = stop
             if offset < end:
                 self.upper.discard(offset, end - offset)
 
-    def _discard_blocks(self, offset: int, end: int) -> None:
+    def _discard_blocks(self, offset: int, end: int, call: Call | None) -> None:
         # Discards whole blocks and overwrites the parts beside them with zeros.
         block = self.upper.block_size
         begin, stop = -(-offset // block) * block, end // block * block
         if begin >= stop:
-            self._write_zeros(offset, end)
+            self._write_zeros(offset, end, call)
             return
-        self._write_zeros(offset, begin)
+        self._write_zeros(offset, begin, call)
         self.upper.discard(begin, stop - begin)
-        self._write_zeros(stop, end)
+        self._write_zeros(stop, end, call)
 
-    def _write_zeros(self, begin: int, end: int) -> None:
+    def _write_zeros(self, begin: int, end: int, call: Call | None) -> None:
         for at in range(begin, end, len(_ZERO_VIEW)):
-            self._write(at, _ZERO_VIEW[: min(end - at, len(_ZERO_VIEW))])
+            self._write(at, _ZERO_VIEW[: min(end - at, len(_ZERO_VIEW))], call)
 
     def flush(self) -> None:
         self.upper.flush()
@@ -409,12 +413,12 @@ def _flush_until_short(upper: Upper) -> None:
             return
 
 
-def _read_below(lowers: Stack | None, offset: int, length: int) -> bytes:
+def _read_below(lowers: Stack | None, offset: int, length: int, call: Call | None) -> bytes:
     # The bytes of the lowers, which may be smaller than the disk.
     if lowers is None:
         return zeros(length)
     size = lowers.size
     if offset + length <= size:
-        return lowers.read_at(offset, length)
+        return lowers.read_at(offset, length, call)
     below = max(0, size - offset)
-    return (lowers.read_at(offset, below) if below else b"") + zeros(length - below)
+    return (lowers.read_at(offset, below, call) if below else b"") + zeros(length - below)

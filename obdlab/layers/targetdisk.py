@@ -17,6 +17,7 @@ from obdlab.layers.stack import WritableStack
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob, Buffer
+    from obdlab.call import Call
     from obdlab.layers.commit import Committed
     from obdlab.layers.sink import Sink
     from obdlab.layers.stack import Stack
@@ -59,18 +60,18 @@ class TargetDisk(WritableStack):
             below.append(self.lowers.index.lookup(begin, end))
         return any(source != HOLE for runs in below for _, _, source, _ in runs)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         begin, end = offset // SECTOR, -(-(offset + length) // SECTOR)
         if begin < end and any(source != HOLE for _, _, source, _ in self._mapped.lookup(begin, end)):
             raise SourceError("read of a range that is mapped to the target", blob=self.name, offset=offset)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
-        super().write_at(offset, data)
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
+        super().write_at(offset, data, call)
         self._unmap(offset, memoryview(data).nbytes)
 
-    def discard(self, offset: int, length: int) -> None:
-        super().discard(offset, length)
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
+        super().discard(offset, length, call)
         self._unmap(offset, length)
 
     def _unmap(self, offset: int, length: int) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from obdlab.blob import Buffer
+    from obdlab.call import Call
     from obdlab.layers.sink import SeekableSink
 
 
@@ -62,10 +63,10 @@ class WrappedContent(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)
-        return self.below.read_at(self._offset + offset, length)
+        return self.below.read_at(self._offset + offset, length, call)
 
     def map_range(self, begin: int, end: int) -> tuple[int, int]:
         check_range(self, begin, end - begin)

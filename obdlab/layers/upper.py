@@ -30,6 +30,7 @@ from obdlab.states import StateOf
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
+    from obdlab.call import Call
 
 _HEADER_SECTORS = HEADER_SPACE // SECTOR
 _BLOCK = 4096
@@ -148,11 +149,11 @@ class SparseUpper(Upper):
             pieces.append((size, self._file.read_at(HEADER_SPACE + start, size) if source >= 0 else None))
         return pieces
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self._check_range(offset, length)
         return self._file.read_at(HEADER_SPACE + offset, length)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         view = memoryview(data).cast("B")
         self._check_writable()
         self._make_room(offset, len(view))
@@ -167,7 +168,7 @@ class SparseUpper(Upper):
                 with self._lock:
                     self._map.insert(begin, end, begin + _HEADER_SECTORS)
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         """Make the range read as zeros and free its space; the layer no longer holds its whole sectors."""
         self._check_writable()
         self._check_range(offset, length)

@@ -11,6 +11,7 @@ from obdlab.layers.lsmt import LsmtLayer
 
 if TYPE_CHECKING:
     from obdlab.blob import LinkSpeed
+    from obdlab.call import Call
     from obdlab.formats.lsmt.layout import Segments
     from obdlab.layers.budget import Share
 
@@ -75,15 +76,15 @@ class WarpFile(Blob):
     def link(self) -> LinkSpeed | None:
         return self.target.link or self.own.link
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         at = self.target_at
         if offset >= at:
-            return self.target.read_at(offset - at, length)
+            return self.target.read_at(offset - at, length, call)
         check_range(self, offset, length)
         if offset + length <= self.own.size:
-            return self.own.read_at(offset, length)
+            return self.own.read_at(offset, length, call)
         return b"".join(
-            bytes(end - begin) if part is None else part.read_at(begin, end - begin)
+            bytes(end - begin) if part is None else part.read_at(begin, end - begin, call)
             for part, begin, end in self.parts(offset, offset + length)
         )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import threading
 
     from obdlab.blob import Buffer
+    from obdlab.call import Call
     from obdlab.formats.lsmt.index import Run
     from obdlab.formats.lsmt.layout import Header
     from obdlab.formats.lsmt.segmentmap import SegmentMap
@@ -75,7 +76,7 @@ class Upper(Closing):
         """Return the disk's bytes in order, as pieces ``(length, data)``; data is None for ranges not held."""
 
     @abstractmethod
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         """Store all of ``data``; this layer holds the sectors it touches from then on.
 
         A write past the end makes the disk larger. Raises OutOfRangeError for a part of a block if the layer needs
@@ -83,7 +84,7 @@ class Upper(Closing):
         """
 
     @abstractmethod
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         """Make the range read as zeros; see :attr:`discard_hides`. Raises as writing does."""
 
     @abstractmethod
@@ -159,7 +160,7 @@ class Upper(Closing):
         """The message in the header."""
         return self.header.user_tag.decode(errors="replace")
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Return the disk's bytes as this layer has them: zeros where it holds nothing."""
         pieces = self.read_held(offset, length)
         return b"".join(bytes(size) if data is None else data for size, data in pieces)

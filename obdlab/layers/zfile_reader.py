@@ -19,6 +19,7 @@ from obdlab.observe.counters import CHECKSUM_FAILURES, CORRUPTIONS_HEALED, DECOM
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer
+    from obdlab.call import Call
     from obdlab.layers.budget import Share
 
 #: Most compressed bytes in one read of the blob below. Larger reads are split, to bound memory.
@@ -79,7 +80,7 @@ class ZFileReader(Blob):
         bounds = self._table.boundaries(begin // self._block_size, (end - 1) // self._block_size + 1)
         return bounds[0], bounds[-1]
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         block_size = self._block_size
         end = offset + length
         if offset < 0 or length <= 0 or end > self._size:
@@ -92,13 +93,13 @@ class ZFileReader(Blob):
             offsets = self._offsets
             begin = offsets[first]
             try:
-                stored = self._read_stored(begin, offsets[first + 1] - begin)
+                stored = self._read_stored(begin, offsets[first + 1] - begin, call)
                 if first == self._last_block or not self._crc_size or crc32c(stored, _SEED) != _ALL_ONES:
                     block = self._decode(stored, first)
                 else:
                     block = self._decompress(stored[:-CRC_SIZE], block_size)
             except CorruptBlobError:
-                block = self._read_again(first)
+                block = self._read_again(first, call)
             if length == block_size:
                 return block
             start = offset - first * block_size
@@ -107,10 +108,10 @@ class ZFileReader(Blob):
         # it returns it uncopied if it is exactly full.
         out = io.BytesIO(bytes(length))
         with out.getbuffer() as view:
-            self._fill(view, offset, first, last + 1)
+            self._fill(view, offset, first, last + 1, call)
         return out.getvalue()
 
-    def _fill(self, view: memoryview, offset: int, begin: int, end: int) -> None:
+    def _fill(self, view: memoryview, offset: int, begin: int, end: int, call: Call | None) -> None:
         # Reads blocks [begin, end) into the view, whose first byte is the content's byte `offset`.
         bounds = self._table.boundaries(begin, end)
         count = end - begin
@@ -118,11 +119,13 @@ class ZFileReader(Blob):
         while done < count:
             # As many whole blocks as fit into MAX_RUN, at least one.
             stop = max(bisect_right(bounds, bounds[done] + MAX_RUN) - 1, done + 1)
-            run = memoryview(self.below.read_at(bounds[done], bounds[stop] - bounds[done]))
-            self._decode_run(view, offset, run, begin + done, bounds[done : stop + 1])
+            run = memoryview(self.below.read_at(bounds[done], bounds[stop] - bounds[done], call))
+            self._decode_run(view, offset, run, begin + done, bounds[done : stop + 1], call)
             done = stop
 
-    def _decode_run(self, view: memoryview, offset: int, run: memoryview, block: int, bounds: list[int]) -> None:
+    def _decode_run(
+        self, view: memoryview, offset: int, run: memoryview, block: int, bounds: list[int], call: Call | None
+    ) -> None:
         block_size = self._block_size
         crc_size = self._crc_size
         decompress_into = self._codec.decompress_into
@@ -160,7 +163,7 @@ class ZFileReader(Blob):
             # Not in the handler: an error raised there would refer to this one, whose frames refer to a slice of the
             # view, for longer than the buffer may live.
             if not sound:
-                self._copy_part(view, position, self._read_again(block))
+                self._copy_part(view, position, self._read_again(block, call))
             begin = end
             position = to
             block += 1
@@ -204,14 +207,14 @@ class ZFileReader(Blob):
             DECOMPRESSION_FAILURES.add()
             raise
 
-    def _read_again(self, block: int) -> bytes:
+    def _read_again(self, block: int, call: Call | None) -> bytes:
         begin, end = self._table.boundaries(block, block + 1)
         retries = BLOCK_RETRIES
         while True:
             self.below.evict(begin, end - begin)
             retries -= 1
             try:
-                data = self._decode(self.below.read_at(begin, end - begin), block)
+                data = self._decode(self.below.read_at(begin, end - begin, call), block)
                 CORRUPTIONS_HEALED.add(label="zfile")
                 return data
             except CorruptBlobError as error:

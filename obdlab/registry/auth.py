@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode, urlsplit
 
 from obdlab.registry.body import read_small
-from obdlab.registry.deadline import thread_deadline
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard, from_response
+from obdlab.registry.failures import from_response
 from obdlab.registry.redirects import check_not_local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from urllib.parse import SplitResult
 
-    import urllib3
-
+    from obdlab.call import Call
+    from obdlab.registry.answer import Answer
     from obdlab.registry.credentials import CredentialSource, Pair
     from obdlab.registry.reference import Repository
     from obdlab.registry.transport import Transport
@@ -58,7 +57,7 @@ _NOT_FIRST = nullcontext()
 class Send(Protocol):
     """Sends a request, with an Authorization header if there is one."""
 
-    def __call__(self, *, authorization: str | None) -> urllib3.BaseHTTPResponse:
+    def __call__(self, *, authorization: str | None) -> Answer:
         """Return the answer."""
 
 
@@ -136,7 +135,8 @@ class Authenticator:
         send: Send,
         *,
         doing: str,
-    ) -> urllib3.BaseHTTPResponse:
+        call: Call,
+    ) -> Answer:
         """Return the answer to a request of ``url``. The caller handles every status but 401.
 
         ``send`` sends the request with a given Authorization header: a second time if the first was refused, a third
@@ -145,18 +145,18 @@ class Authenticator:
         permanent unless the token server failed temporarily.
         """
         grant = self._grant(repository, actions)
-        with _NOT_FIRST if grant.settled else self._first_contact(grant, repository):
+        with _NOT_FIRST if grant.settled else self._first_contact(grant, repository, call):
             header = grant.header
             if header is not None:
-                header = self._header(grant, repository, actions, url)
+                header = self._header(grant, repository, actions, url, call)
             response = send(authorization=header)
             if response.status != 401:
                 grant.settled = True
                 return response
-            header, shared = self._answer(grant, repository, actions, url, response, header)
+            header, shared = self._answer(grant, repository, actions, url, response, header, call)
         response = send(authorization=header)
         if response.status == 401 and shared:
-            header, _ = self._answer(grant, repository, actions, url, response, header)
+            header, _ = self._answer(grant, repository, actions, url, response, header, call)
             response = send(authorization=header)
         if response.status == 401:
             error = from_response(response, doing)
@@ -165,9 +165,9 @@ class Authenticator:
             raise _told(error, grant.trouble)
         return response
 
-    def header(self, repository: Repository, actions: str) -> str | None:
+    def header(self, repository: Repository, actions: str, call: Call) -> str | None:
         """Return the current Authorization header, or None if it is missing or has expired."""
-        return self._header(self._grant(repository, actions), repository, actions, repository.blobs_url)
+        return self._header(self._grant(repository, actions), repository, actions, repository.blobs_url, call)
 
     def _grant(self, repository: Repository, actions: str) -> _Grant:
         key = (repository.api_host, repository.name, actions)
@@ -178,13 +178,13 @@ class Authenticator:
             return grant
 
     @contextmanager
-    def _first_contact(self, grant: _Grant, repository: Repository) -> Iterator[None]:
+    def _first_contact(self, grant: _Grant, repository: Repository, call: Call) -> Iterator[None]:
         # At an open registry, waiting for the first request would only cost a round trip.
         if repository.plain_http and not self._credentials.likely(repository):
             yield
             return
-        alone = grant.first.acquire(timeout=min(_FIRST_WAIT_S, _left_s()))
-        if not alone and _left_s() <= 0:
+        alone = grant.first.acquire(timeout=call.left_s(_FIRST_WAIT_S))
+        if not alone and call.left_s(_FIRST_WAIT_S) <= 0:
             raise RegistryError("no token within the deadline", temporary=True)
         if alone and grant.settled:
             grant.first.release()
@@ -195,24 +195,24 @@ class Authenticator:
             if alone:
                 grant.first.release()
 
-    def _header(self, grant: _Grant, repository: Repository, actions: str, url: str) -> str | None:
+    def _header(self, grant: _Grant, repository: Repository, actions: str, url: str, call: Call) -> str | None:
         now = time.monotonic()
         if grant.header is None or now < grant.renew:
             return grant.header
         # One thread renews early, while the others use the old header; once it has expired they wait.
         expired = now >= grant.expires
-        if not grant.lock.acquire(timeout=_left_s() if expired else 0):
+        if not grant.lock.acquire(timeout=call.left_s(_LONGEST_WAIT_S) if expired else 0):
             return None if expired else grant.header
         try:
             if time.monotonic() >= grant.renew:
-                self._renew(grant, repository, actions, url)
+                self._renew(grant, repository, actions, url, call)
             return grant.header
         finally:
             grant.lock.release()
 
-    def _renew(self, grant: _Grant, repository: Repository, actions: str, url: str) -> None:
+    def _renew(self, grant: _Grant, repository: Repository, actions: str, url: str, call: Call) -> None:
         try:
-            self._negotiate(grant, repository, actions, url, grant.challenges, None)
+            self._negotiate(grant, repository, actions, url, grant.challenges, None, call)
         except RegistryError as error:
             now = time.monotonic()
             if now >= grant.expires:
@@ -227,19 +227,20 @@ class Authenticator:
         repository: Repository,
         actions: str,
         url: str,
-        response: urllib3.BaseHTTPResponse,
+        response: Answer,
         refused: str | None,
+        call: Call,
     ) -> tuple[str, bool]:
         # Returns a new header after this response refused the one in use (or a request without). Threads refused at
         # the same time share it: the second value is True if another thread got it.
-        challenges = response.headers.getlist("WWW-Authenticate")
-        discard(response)
-        with _within_deadline(grant.lock):
+        challenges = response.challenges
+        response.close()
+        with _within_deadline(grant.lock, call):
             if grant.header is not None and grant.header != refused and time.monotonic() < grant.expires:
                 return grant.header, True
             refused_pair = grant.pair if refused is not None and refused.startswith("Basic ") else None
             grant.header = None
-            header = self._negotiate(grant, repository, actions, url, challenges, refused_pair)
+            header = self._negotiate(grant, repository, actions, url, challenges, refused_pair, call)
             grant.settled = True
             if header == refused and refused_pair is not None:
                 grant.header = None
@@ -254,19 +255,20 @@ class Authenticator:
         url: str,
         challenges: Sequence[str],
         refused: Pair | None,
+        call: Call,
     ) -> str:
-        found = self._credentials.look_up(repository, url, refused)
+        found = self._credentials.look_up(repository, url, refused, call)
         offered = [challenge for text in challenges for challenge in parse_challenges(text)]
         life_s = float("inf")
         bearer = next((each for each in offered if each.scheme == "bearer" and each.parameters.get("realm")), None)
         if bearer is not None:
             try:
-                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair)
+                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair, call)
             except RegistryError as error:
-                found, before = self._credentials.look_up(repository, url, found.pair or ("", "")), found
+                found, before = self._credentials.look_up(repository, url, found.pair or ("", ""), call), found
                 if error.status not in _REFUSALS or found.pair in (None, before.pair):
                     raise _told(error, found.trouble) from error
-                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair)
+                header, life_s = self._fetch_token(repository, actions, bearer.parameters, found.pair, call)
         elif any(challenge.scheme == "basic" for challenge in offered):
             if found.pair is None:
                 what = "registry wants a user and password, and none are configured"
@@ -281,7 +283,7 @@ class Authenticator:
         return header
 
     def _fetch_token(
-        self, repository: Repository, actions: str, parameters: Mapping[str, str], pair: Pair | None
+        self, repository: Repository, actions: str, parameters: Mapping[str, str], pair: Pair | None, call: Call
     ) -> tuple[str, float]:
         realm = parameters["realm"]
         parts = _split_realm(realm)
@@ -292,7 +294,8 @@ class Authenticator:
         query["scope"] = parameters.get("scope") or f"repository:{repository.name}:{actions}"
         url = f"{realm}{'&' if parts.query else '?'}{urlencode(query)}"
         doing = f"asking {parts.hostname} for a token"
-        response = self._transport.send("GET", url, {"Authorization": _basic(pair)} if pair else {}, doing=doing)
+        headers = {"Authorization": _basic(pair)} if pair else {}
+        response = self._transport.send("GET", url, headers, doing=doing, call=call)
         if response.status != 200:
             raise from_response(response, doing)
         return _read_token(read_small(response, _MAX_TOKEN_ANSWER, doing), doing)
@@ -305,15 +308,10 @@ def _told(error: RegistryError, trouble: str) -> RegistryError:
     return RegistryError(f"{error.what}; {trouble}", temporary=error.temporary, status=error.status)
 
 
-def _left_s() -> float:
-    deadline = thread_deadline()
-    return _LONGEST_WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
-
-
 @contextmanager
-def _within_deadline(lock: threading.Lock) -> Iterator[None]:
+def _within_deadline(lock: threading.Lock, call: Call) -> Iterator[None]:
     # Another thread may wait for a silent token server, with a later deadline than this thread's.
-    if not lock.acquire(timeout=_left_s()):
+    if not lock.acquire(timeout=call.left_s(_LONGEST_WAIT_S)):
         raise RegistryError("no token within the deadline", temporary=True)
     try:
         yield

@@ -8,18 +8,18 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.decimal import decimal
-from obdlab.registry.deadline import deadline_of_thread
+from obdlab.registry.answer import TRANSPORT_ERRORS
 from obdlab.registry.errors import RangesIgnoredError, RegistryError
-from obdlab.registry.failures import TRANSPORT_ERRORS, discard, from_exception, persist
-from obdlab.registry.framing import is_compressed
+from obdlab.registry.failures import from_exception, persist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    import urllib3
+    from obdlab.registry.answer import Answer
 
 # A registry that ignores Range sends the blob from its start: up to this offset skipping is cheaper than failing.
 MAX_SKIP = 4 << 20
@@ -31,15 +31,15 @@ _CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*"
 _UNSATISFIED = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*", re.ASCII | re.IGNORECASE)
 
 
-def read_small(response: urllib3.BaseHTTPResponse, limit: int, doing: str) -> bytes:
+def read_small(response: Answer, limit: int, doing: str) -> bytes:
     """Return the whole body. Raises RegistryError if it is longer than ``limit`` or incomplete."""
     try:
         data = response.read(limit + 1)
-        complete = response.length_remaining in (None, 0)
+        complete = response.left in (None, 0)
     except TRANSPORT_ERRORS as error:
         raise from_exception(error, doing) from error
     finally:
-        discard(response)
+        response.close()
     if len(data) > limit:
         raise RegistryError(f"{doing}: answer longer than {limit} bytes")
     if not complete:
@@ -47,9 +47,7 @@ def read_small(response: urllib3.BaseHTTPResponse, limit: int, doing: str) -> by
     return data
 
 
-def read_range(
-    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None = None
-) -> bytes:
+def read_range(response: Answer, offset: int, length: int, doing: str, size: int | None = None) -> bytes:
     """Return exactly the bytes ``[offset, offset + length)`` from the answer to a range request.
 
     A 206 must name this very range. Of a 200, the whole blob, the part before the range is skipped if it is small. An
@@ -61,44 +59,42 @@ def read_range(
         if len(data) < length:
             data = _read_rest(response, data, length, doing)
         # Without a length (chunked, or until the connection closes) only the end shows that the body is complete.
-        if response.status == 206 and response.length_remaining is None and response.read(1):
+        if response.status == 206 and response.left is None and response.read(1):
             raise RegistryError(f"{doing}: body longer than its range", temporary=True)
     except TRANSPORT_ERRORS as error:
         raise from_exception(error, doing) from error
     finally:
-        discard(response)
+        response.close()
     return data
 
 
-def go_to_range(
-    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None = None
-) -> None:
+def go_to_range(response: Answer, offset: int, length: int, doing: str, size: int | None = None) -> None:
     """Position the answer to a range request at ``offset``, its next byte. Raises as :func:`read_range` does."""
-    if is_compressed(response):
-        got = response.headers.get("Content-Encoding", "")[:80]
+    if response.compressed:
+        got = response.headers.get("content-encoding", "")[:80]
         raise RegistryError(f"{doing}: answer with another encoding (got {got!r}, wanted identity)")
     if response.status == 206:
         _check_content_range(response, offset, length, doing, size)
         return
-    _check_size(response.length_remaining, size, doing)
+    _check_size(response.left, size, doing)
     _skip(response, offset, doing)
 
 
-def total_size(response: urllib3.BaseHTTPResponse, doing: str) -> int:
+def total_size(response: Answer, doing: str) -> int:
     """Return the blob's size from the answer to a range request: 206, 200, or 416 for an empty blob.
 
     Raises RegistryError.
     """
-    content_range = response.headers.get("Content-Range", "")
+    content_range = response.headers.get("content-range", "")
     if response.status == 200:
-        text = response.headers.get("Content-Length", "")
+        text = response.headers.get("content-length", "")
     elif response.status == 416:
         unsatisfied = _UNSATISFIED.fullmatch(content_range)
         text = unsatisfied[1] if unsatisfied else ""
     else:
         match = _CONTENT_RANGE.fullmatch(content_range)
         text = match[3] if match else ""
-    discard(response)
+    response.close()
     size = decimal(text)
     if size is None:
         raise RegistryError(f"{doing}: registry does not say the size (got {text[:80]!r})")
@@ -115,7 +111,7 @@ class BlobStream(io.RawIOBase):
 
     def __init__(
         self,
-        open_at: Callable[[int], urllib3.BaseHTTPResponse],
+        open_at: Callable[[int, Call], Answer],
         *,
         name: str,
         digest: str,
@@ -129,7 +125,7 @@ class BlobStream(io.RawIOBase):
         self._deadline_s = deadline_s
         self._hash = hashlib.sha256()
         self._position = 0
-        self._response: urllib3.BaseHTTPResponse | None = None
+        self._response: Answer | None = None
         self._window_end = 0
         self._window_left_s = 0.0
 
@@ -170,7 +166,7 @@ class BlobStream(io.RawIOBase):
     def close(self) -> None:
         """Stop reading. Unread bytes are not checked."""
         if self._response is not None:
-            discard(self._response)
+            self._response.close()
             self._response = None
         super().close()
 
@@ -189,35 +185,34 @@ class BlobStream(io.RawIOBase):
             self._window_end = self._position + _STREAM_WINDOW
             self._window_left_s = self._deadline_s
         started = time.monotonic()  # only the time spent here counts: the caller may be slow
-        deadline = started + self._window_left_s
+        call = Call(started + self._window_left_s)
         try:
-            with deadline_of_thread(deadline):
-                return persist(lambda: self._attempt(size), deadline=deadline, blob=self._name, offset=self._position)
+            return persist(lambda terms: self._attempt(size, terms), call, blob=self._name, offset=self._position)
         finally:
             self._window_left_s -= time.monotonic() - started
 
-    def _attempt(self, size: int) -> bytes:
+    def _attempt(self, size: int, call: Call) -> bytes:
         doing = "reading blob"
         try:
             if self._response is None:
-                self._response = self._open_at(self._position)
+                self._response = self._open_at(self._position, call)
                 self._check_start(self._response, doing)
-            data = self._response.read(size)
+            data = self._response.read(size, call)
             if not data:
                 raise RegistryError(f"{doing}: answer broke off", temporary=True)
         except (*TRANSPORT_ERRORS, RegistryError) as error:
             if self._response is not None:
-                discard(self._response)
+                self._response.close()
                 self._response = None
             raise error if isinstance(error, RegistryError) else from_exception(error, doing) from error
         return data
 
-    def _check_start(self, response: urllib3.BaseHTTPResponse, doing: str) -> None:
+    def _check_start(self, response: Answer, doing: str) -> None:
         left = self._size - self._position
         if response.status == 206:
             _check_content_range(response, self._position, left, doing, self._size)
         else:
-            _check_size(response.length_remaining, self._size, doing)
+            _check_size(response.left, self._size, doing)
             _skip(response, self._position, doing, limit=self._position)
 
     def _verify(self) -> None:
@@ -230,19 +225,16 @@ class BlobStream(io.RawIOBase):
     def _has_more(self) -> bool:
         # Only an answer without a length can have more bytes; an answer that breaks off here has no more.
         response = self._response
-        if response is None or response.length_remaining is not None:
+        if response is None or response.left is not None:
             return False
         try:
-            with deadline_of_thread(time.monotonic() + self._deadline_s):
-                return bool(response.read(1))
+            return bool(response.read(1, Call(time.monotonic() + self._deadline_s)))
         except TRANSPORT_ERRORS:
             return False
 
 
-def _check_content_range(
-    response: urllib3.BaseHTTPResponse, offset: int, length: int, doing: str, size: int | None
-) -> None:
-    got = response.headers.get("Content-Range", "")
+def _check_content_range(response: Answer, offset: int, length: int, doing: str, size: int | None) -> None:
+    got = response.headers.get("content-range", "")
     match = _CONTENT_RANGE.fullmatch(got)
     if match is not None and match[3] != "*":
         total = int(match[3])
@@ -254,10 +246,8 @@ def _check_content_range(
         raise RegistryError(
             f"{doing}: wrong range (got {got[:80]!r}, wanted bytes {offset}-{offset + length - 1})", temporary=True
         )
-    if response.length_remaining not in (None, length):
-        raise RegistryError(
-            f"{doing}: wrong length (got {response.length_remaining}, wanted {length})", temporary=True
-        )
+    if response.left not in (None, length):
+        raise RegistryError(f"{doing}: wrong length (got {response.left}, wanted {length})", temporary=True)
 
 
 def _check_size(got: int | None, wanted: int | None, doing: str) -> None:
@@ -265,7 +255,7 @@ def _check_size(got: int | None, wanted: int | None, doing: str) -> None:
         raise RegistryError(f"{doing}: blob has another size (got {got}, wanted {wanted})")
 
 
-def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int = MAX_SKIP) -> None:
+def _skip(response: Answer, count: int, doing: str, limit: int = MAX_SKIP) -> None:
     if count > limit:
         raise RangesIgnoredError(f"{doing}: registry ignores ranges (answered 200 to a range far inside the blob)")
     while count:
@@ -275,7 +265,7 @@ def _skip(response: urllib3.BaseHTTPResponse, count: int, doing: str, limit: int
         count -= len(chunk)
 
 
-def _read_rest(response: urllib3.BaseHTTPResponse, data: bytes, length: int, doing: str) -> bytes:
+def _read_rest(response: Answer, data: bytes, length: int, doing: str) -> bytes:
     # Returns ``data`` and all that is missing.
     chunks = [data]
     missing = length - len(data)

@@ -9,14 +9,14 @@ from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
 
+from obdlab.call import UNBOUND, Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
 from obdlab.registry import body, hedge, referrers
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard, from_response, persist
+from obdlab.registry.failures import from_response, persist
 from obdlab.registry.link import Link
-from obdlab.registry.pace import OF_THREAD, Pace
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
@@ -26,9 +26,8 @@ from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    import urllib3
-
     from obdlab.formats.oci import Descriptor
+    from obdlab.registry.answer import Answer
     from obdlab.registry.credentials import CredentialSource
     from obdlab.registry.mirrors import Mirrors
     from obdlab.registry.p2p import P2PProxy
@@ -111,9 +110,9 @@ class RegistryClient:
         repository = self.repository(ref)
         doing = "fetching manifest"
 
-        def read(response: urllib3.BaseHTTPResponse) -> Fetched:
-            media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-            promised = response.headers.get("Docker-Content-Digest", "")
+        def read(response: Answer) -> Fetched:
+            media_type = response.headers.get("content-type", "").partition(";")[0].strip()
+            promised = response.headers.get("docker-content-digest", "")
             data = body.read_small(response, MAX_MANIFEST_SIZE, doing)
             digest = digest_of(data)
             for wanted in (ref.digest, promised if promised.startswith("sha256:") else None):
@@ -121,10 +120,17 @@ class RegistryClient:
                     raise CorruptBlobError("wrong content", blob=str(ref), got=digest, wanted=wanted)
             return Fetched(media_type, digest, data)
 
-        def attempt() -> Fetched:
+        def attempt(call: Call) -> Fetched:
             headers = {"Accept": ", ".join(accept)}
             return self._session.get(
-                repository, f"manifests/{ref.target}", headers, read, doing=doing, wanted=(200,), helped=helped
+                repository,
+                f"manifests/{ref.target}",
+                headers,
+                read,
+                doing=doing,
+                wanted=(200,),
+                call=call,
+                helped=helped,
             )
 
         return self._session.persist(attempt, blob=str(ref), tries=_TRIES)
@@ -140,17 +146,18 @@ class RegistryClient:
             raise CorruptBlobError("manifest to store is another", blob=str(ref), got=digest, wanted=ref.digest)
         doing = "storing manifest"
 
-        def attempt() -> bool:
+        def attempt(call: Call) -> bool:
             response = self._session.request(
                 repository,
                 "PUT",
                 f"{repository.api_url}/manifests/{ref.target}",
                 {"Content-Type": media_type},
                 doing=doing,
+                call=call,
                 actions=PUSH,
                 body=data,
             )
-            entered = "OCI-Subject" in response.headers
+            entered = "oci-subject" in response.headers
             _expect(response, (201,), doing)
             return entered
 
@@ -175,9 +182,9 @@ class RegistryClient:
         unlisted = referrers.drop_from_tag(self, repository, subject, digest)
         doing = "deleting manifest"
 
-        def attempt() -> None:
+        def attempt(call: Call) -> None:
             url = f"{repository.api_url}/manifests/{digest}"
-            response = self._session.request(repository, "DELETE", url, {}, doing=doing, actions=DELETE)
+            response = self._session.request(repository, "DELETE", url, {}, doing=doing, call=call, actions=DELETE)
             _expect(response, (202, 404), doing)
 
         try:
@@ -186,21 +193,21 @@ class RegistryClient:
             if not (unlisted and error.status in _REFUSED):
                 raise
 
-    def blob_size(self, repository: Repository, digest: str) -> int:
+    def blob_size(self, repository: Repository, digest: str, call: Call = UNBOUND) -> int:
         """Return a blob's size. Uses a range request, which all registries and storages answer alike."""
         name = _name(repository, digest)
         doing = "asking for blob size"
 
-        def read(response: urllib3.BaseHTTPResponse) -> int:
+        def read(response: Answer) -> int:
             return body.total_size(response, doing)
 
-        def attempt() -> int:
+        def attempt(call: Call) -> int:
             headers = {"Range": "bytes=0-0"}
             return self._session.get(
-                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206, 416)
+                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206, 416), call=call
             )
 
-        return self._session.persist(attempt, blob=name, tries=_TRIES)
+        return self._session.persist(attempt, blob=name, call=call, tries=_TRIES)
 
     def read_range(
         self,
@@ -208,11 +215,11 @@ class RegistryClient:
         digest: str,
         offset: int,
         length: int,
-        deadline: float | None = None,
+        call: Call = UNBOUND,
         *,
         size: int | None = None,
     ) -> bytes:
-        """Return exactly ``length`` bytes of a blob from ``offset``, by ``deadline`` (time.monotonic).
+        """Return exactly ``length`` bytes of a blob from ``offset``, by the deadline of the call, else the client's.
 
         Raises RegistryError, also if the registry says that the blob is not of ``size`` bytes.
         """
@@ -224,34 +231,32 @@ class RegistryClient:
         link = self.link(repository)
         tried = 0
 
-        def request() -> bytes:
+        def request(terms: Call) -> bytes:
             began = time.monotonic()
 
-            def read(response: urllib3.BaseHTTPResponse) -> bytes:
+            def read(response: Answer) -> bytes:
                 answered = time.monotonic()
                 data = body.read_range(response, offset, length, doing, size)
                 link.note(answered - began, length, time.monotonic() - answered)
                 return data
 
-            outer = OF_THREAD.pace
-            OF_THREAD.pace = Pace() if tried <= _PACED_TRIES else outer
-            try:
-                return self._session.get(
-                    repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), bulk=True
-                )
-            finally:
-                OF_THREAD.pace = outer
+            if tried <= _PACED_TRIES:
+                terms = Call(terms.deadline, None, hedge.WindowPace(), terms.cancellation)
+            return self._session.get(
+                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), call=terms, bulk=True
+            )
 
-        def attempt() -> bytes:
+        def attempt(terms: Call) -> bytes:
             nonlocal tried
             tried += 1
             if length > hedge.LARGEST:
-                return request()
+                return request(terms)
             # Ranges of about the same size take about as long.
-            return self._hedges.run((repository.api_host, length.bit_length()), request)
+            return self._hedges.run((repository.api_host, length.bit_length()), request, terms)
 
-        deadline = time.monotonic() + self.deadline_s if deadline is None else deadline
-        return persist(attempt, deadline=deadline, blob=name, offset=offset, halving=True)
+        if call.deadline is None:
+            call = call.until(time.monotonic() + self.deadline_s)
+        return persist(attempt, call, blob=name, offset=offset, halving=True)
 
     def link(self, repository: Repository) -> Link:
         """Return the measurements of the link to the repository's registry."""
@@ -259,7 +264,14 @@ class RegistryClient:
         return self._links.setdefault(repository.api_host, Link()) if link is None else link
 
     def open_range(
-        self, repository: Repository, digest: str, offset: int, length: int, *, size: int | None = None
+        self,
+        repository: Repository,
+        digest: str,
+        offset: int,
+        length: int,
+        call: Call = UNBOUND,
+        *,
+        size: int | None = None,
     ) -> RangeStream:
         """Request a byte range of a blob once, for reading it as it arrives. Nothing is retried.
 
@@ -267,7 +279,7 @@ class RegistryClient:
         """
         name = _name(repository, digest)
 
-        def request() -> RangeStream:
+        def request(terms: Call) -> RangeStream:
             return self._session.get(
                 repository,
                 f"blobs/{digest}",
@@ -275,10 +287,11 @@ class RegistryClient:
                 lambda response: RangeStream(response, name=name, offset=offset, length=length, size=size),
                 doing="streaming blob",
                 wanted=(200, 206),
+                call=terms,
                 bulk=True,
             )
 
-        return self._session.persist(request, blob=name, offset=offset, tries=1)
+        return self._session.persist(request, blob=name, offset=offset, call=call, tries=1)
 
     def distrust(self, repository: Repository, digest: str) -> str:
         """Read this blob from the registry itself for a while: bytes from elsewhere failed their checksum.
@@ -301,7 +314,7 @@ class RegistryClient:
 
         opened = False
 
-        def open_at(position: int) -> urllib3.BaseHTTPResponse:
+        def open_at(position: int, call: Call) -> Answer:
             nonlocal opened
             first, opened = not opened, True
             return self._session.get(
@@ -311,6 +324,7 @@ class RegistryClient:
                 lambda response: response,
                 doing=doing,
                 wanted=(200, 206) if position else (200,),
+                call=call,
                 helped=first,  # a mirror that breaks off in the middle is not used for the rest
             )
 
@@ -338,27 +352,26 @@ class RegistryClient:
         name = _name(repository, digest)
         doing = "pushing blob"
 
-        def attempt() -> bool:
-            if self._head_blob(repository, digest):
+        def attempt(call: Call) -> bool:
+            if self._head_blob(repository, digest, call):
                 return False
-            location = self._start_upload(repository, digest, mount_from, doing)
+            location = self._start_upload(repository, digest, mount_from, doing, call)
             if location is None:
                 return True
             url = f"{location}{'&' if '?' in location else '?'}digest={quote(digest, safe='')}"
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
             response = self._session.request(
-                repository, "PUT", url, headers, doing=doing, actions=PUSH, body=open_file
+                repository, "PUT", url, headers, doing=doing, call=call, actions=PUSH, body=open_file
             )
             _expect(response, (201,), doing)
             return True
 
-        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD
-        return self._session.persist(attempt, blob=name, deadline=deadline, tries=_TRIES)
+        return self._session.persist(attempt, blob=name, extra_s=size / SLOWEST_UPLOAD, tries=_TRIES)
 
     def has_blob(self, repository: Repository, digest: str) -> bool:
         """Return True if the registry itself reports that the repository holds the blob now."""
         name = _name(repository, digest)
-        return self._session.persist(lambda: self._head_blob(repository, digest), blob=name, tries=_TRIES)
+        return self._session.persist(lambda call: self._head_blob(repository, digest, call), blob=name, tries=_TRIES)
 
     def mount_blob(self, repository: Repository, digest: str, other: str) -> bool:
         """Make the repository share a blob that ``other``, a repository of the same registry, holds.
@@ -369,11 +382,11 @@ class RegistryClient:
         doing = "mounting blob"
         source = Repository(repository.host, other, plain_http=repository.plain_http)
 
-        def attempt() -> bool:
-            if self._head_blob(repository, digest):
+        def attempt(call: Call) -> bool:
+            if self._head_blob(repository, digest, call):
                 return True
             try:
-                location = self._start_upload(repository, digest, source, doing)
+                location = self._start_upload(repository, digest, source, doing, call)
             except RegistryError as error:
                 if error.status in (401, 403, 404, 405):
                     return False
@@ -382,7 +395,9 @@ class RegistryClient:
                 return True
             # The registry began an upload instead. If it ignores the DELETE, the upload expires by itself.
             with suppress(RegistryError):
-                discard(self._session.request(repository, "DELETE", location, {}, doing=doing, actions=PUSH))
+                self._session.request(
+                    repository, "DELETE", location, {}, doing=doing, call=call, actions=PUSH
+                ).close()
             return False
 
         return self._session.persist(attempt, blob=name, tries=_TRIES)
@@ -395,34 +410,36 @@ class RegistryClient:
         """Close idle connections. The client stays usable."""
         self._session.close()
 
-    def _head_blob(self, repository: Repository, digest: str) -> bool:
+    def _head_blob(self, repository: Repository, digest: str, call: Call) -> bool:
         doing = "looking for blob"
         url = f"{repository.blobs_url}/{digest}"
-        response = self._session.request(repository, "HEAD", url, {}, doing=doing)
+        response = self._session.request(repository, "HEAD", url, {}, doing=doing, call=call)
         if response.status == 404:
-            discard(response)
+            response.close()
             return False
         # A redirect leads to the storage that has the blob.
         _expect(response, (200, 301, 302, 303, 307, 308), doing)
         return True
 
     def _start_upload(
-        self, repository: Repository, digest: str, mount_from: Repository | None, doing: str
+        self, repository: Repository, digest: str, mount_from: Repository | None, doing: str, call: Call
     ) -> str | None:
         # Returns the upload's URL, or None if the registry mounted the other repository's copy.
         url = f"{repository.blobs_url}/uploads/"
         if mount_from is not None and mount_from.api_host == repository.api_host:
             url += f"?mount={quote(digest, safe='')}&from={quote(mount_from.name, safe='')}"
-        response = self._session.request(repository, "POST", url, {"Content-Length": "0"}, doing=doing, actions=PUSH)
-        location = response.headers.get("Location", "")
+        response = self._session.request(
+            repository, "POST", url, {"Content-Length": "0"}, doing=doing, call=call, actions=PUSH
+        )
+        location = response.headers.get("location", "")
         _expect(response, (201, 202), doing)
         return None if response.status == 201 else redirected(url, location, doing)
 
 
-def _expect(response: urllib3.BaseHTTPResponse, wanted: tuple[int, ...], doing: str) -> None:
+def _expect(response: Answer, wanted: tuple[int, ...], doing: str) -> None:
     if response.status not in wanted:
         raise from_response(response, doing)
-    discard(response)
+    response.close()
 
 
 @lru_cache(1024)

@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
+from obdlab.call import UNBOUND
 from obdlab.errors import ObdlabError
 from obdlab.observe.redact import redacted
 from obdlab.registry.body import read_small
-from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard
 from obdlab.registry.reference import canonical_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from obdlab.call import Call
     from obdlab.registry.reference import Repository
     from obdlab.registry.transport import Transport
 
@@ -44,6 +44,7 @@ _MAX_ANSWER = 256 << 10
 _LOOK_S = 1.0
 # How long an answer of a service or helper is valid: they give out short-lived passwords.
 _ANSWER_LIFE_S = 30.0
+_LONGEST_WAIT_S = 600.0
 # A failed source is not asked again for this long, however many requests come.
 _FAILURE_LIFE_S = 1.0
 _MOST_ANSWERS = 1024
@@ -75,8 +76,9 @@ _NOTHING = Found(None)
 class CredentialSource(Protocol):
     """A source of credentials. Thread-safe."""
 
-    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
-        """Return credentials for a request of ``url``. If ``refused`` were just refused, look again.
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None, call: Call = UNBOUND) -> Found:
+        """Return credentials for a request of ``url``, by the deadline of the call. If ``refused`` were just refused,
+        look again.
 
         Never raises: a registry may allow anonymous access, and if it does not, ``trouble`` is reported with its
         refusal.
@@ -131,7 +133,7 @@ class Credentials:
                 return pair
         return None
 
-    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None, call: Call = UNBOUND) -> Found:
         """Return the credentials that :meth:`find` returns for the repository."""
         return Found(self.find(repository.host, repository.name))
 
@@ -156,12 +158,12 @@ class CredentialsFile:
     def __repr__(self) -> str:
         return f"CredentialsFile({str(self._path)!r})"
 
-    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None, call: Call = UNBOUND) -> Found:
         """Return the file's entry for the repository, or the answer of the helper program that it names."""
         credentials, trouble = self._current(look=True, anew=refused is not None)
         pair = credentials.find(repository.host, repository.name)
         if pair is None and (helper := _helper_of(credentials, repository.host)):
-            return self._helpers.get((helper, repository.host), refused)
+            return self._helpers.get((helper, repository.host), refused, call)
         return Found(pair, trouble)
 
     def likely(self, repository: Repository) -> bool:
@@ -206,32 +208,32 @@ class CredentialsService:
     def __repr__(self) -> str:
         return f"CredentialsService({redacted(self._address)!r})"
 
-    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None, call: Call = UNBOUND) -> Found:
         """Ask the service, unless its answer for this repository is younger than 30 s and was not refused."""
-        return self._answers.get((repository.host, repository.name), refused, url)
+        return self._answers.get((repository.host, repository.name), refused, call, url)
 
     def likely(self, repository: Repository) -> bool:
         """Return True: a configured service means that registries want credentials."""
         return True
 
-    def _ask(self, key: tuple[str, ...], url: str) -> Found:
+    def _ask(self, key: tuple[str, ...], call: Call, url: str) -> Found:
         host, name = key
         doing = f"asking {redacted(self._address)} for credentials"
         # Not URL-encoded, as existing services expect; only characters that would end the query are.
         asked = url.replace("&", "%26").replace("#", "%23")
         separator = "&" if "?" in self._address else "?"
         try:
-            with deadline_of_thread(time.monotonic() + self._timeout_s):
-                text = self._fetch(f"{self._address}{separator}remote_url={asked}", doing)
+            call = call.until(time.monotonic() + self._timeout_s)
+            text = self._fetch(f"{self._address}{separator}remote_url={asked}", doing, call)
             return Found(_service_credentials(text, doing).find(host, name))
         except ObdlabError as error:
             logger.warning("%s; going on without", error)
             return Found(None, str(error))
 
-    def _fetch(self, url: str, doing: str) -> bytes:
-        response = self._transport.send("GET", url, {"Accept": "application/json"}, doing=doing)
+    def _fetch(self, url: str, doing: str, call: Call) -> bytes:
+        response = self._transport.send("GET", url, {"Accept": "application/json"}, doing=doing, call=call)
         if response.status != 200:
-            discard(response)
+            response.close()
             # The body may quote a secret.
             raise RegistryError(f"{doing}: answered {response.status}", status=response.status)
         return read_small(response, _MAX_ANSWER, doing)
@@ -251,18 +253,17 @@ class _Remembered:
         self._lock = threading.Lock()
         self._answers: dict[tuple[str, ...], _Answer] = {}
 
-    def get(self, key: tuple[str, ...], refused: Pair | None, *rest: str) -> Found:
+    def get(self, key: tuple[str, ...], refused: Pair | None, call: Call, *rest: str) -> Found:
         with self._lock:
             if len(self._answers) >= _MOST_ANSWERS:
                 self._answers.clear()
             answer = self._answers.setdefault(key, _Answer())
-        deadline = thread_deadline()
-        if not answer.lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+        if not answer.lock.acquire(timeout=call.left_s(_LONGEST_WAIT_S)):
             return Found(None, "no credentials within the deadline")
         try:
             good = time.monotonic() < answer.ends and (refused is None or answer.found.pair != refused)
             if not good:
-                answer.found = self._ask(key, *rest)
+                answer.found = self._ask(key, call, *rest)
                 life_s = _FAILURE_LIFE_S if answer.found.trouble else _ANSWER_LIFE_S
                 answer.ends = time.monotonic() + life_s
             return answer.found
@@ -278,18 +279,20 @@ def _service_credentials(text: bytes, doing: str) -> Credentials:
     return Credentials.parse(json.dumps(document.get("data")).encode(), doing)
 
 
-def _ask_helper(key: tuple[str, ...]) -> Found:
+def _ask_helper(key: tuple[str, ...], call: Call) -> Found:
     helper, host = key
     program = shutil.which(f"docker-credential-{helper}")
     name = f"docker-credential-{helper}"
     if program is None:
         return Found(None, f"{name}: no such program, though the credentials file names it")
-    deadline = thread_deadline()
-    timeout_s = _HELPER_TIMEOUT_S if deadline is None else min(_HELPER_TIMEOUT_S, deadline - time.monotonic())
     server = _HUB_SERVER if host == "docker.io" else host
     try:
         done = subprocess.run(
-            [program, "get"], input=server.encode(), capture_output=True, timeout=max(0.1, timeout_s), check=False
+            [program, "get"],
+            input=server.encode(),
+            capture_output=True,
+            timeout=max(0.1, call.left_s(_HELPER_TIMEOUT_S)),
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Found(None, f"{name}: {'no answer in time' if not isinstance(error, OSError) else error.strerror}")

@@ -17,16 +17,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from obdlab.registry.interrupt import BrokenOffError, is_broken_off
+from obdlab.call import BrokenOffError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from obdlab.call import Call
 
 Address = tuple[socket.AddressFamily, Any]
 SocketOption = tuple[int, int, int | bytes]
 
 #: "Connection Attempt Delay" of RFC 8305.
 ATTEMPT_DELAY_S = 0.25
+_LONGEST_S = 60.0
 # Longest wait for a resolver if earlier addresses of the name are known.
 _PATIENCE_S = 2.0
 _MOST_ADDRESSES = 16
@@ -51,20 +54,22 @@ class Dialer:
         self._queries: dict[tuple[str, int], _Query] = {}
         self._known: dict[tuple[str, int], list[Address]] = {}
 
-    def dial(self, host: str, port: int, deadline: float, options: Iterable[SocketOption] = ()) -> socket.socket:
-        """Return a connected socket without time-out, by ``deadline`` (time.monotonic).
+    def dial(self, host: str, port: int, call: Call, options: Iterable[SocketOption] = ()) -> socket.socket:
+        """Return a connected socket without time-out, by the deadline of the ``call``, 60 s without one.
 
-        ``options`` (level, name, value) are set before it connects. Raises socket.gaierror if the name has no
-        address, TimeoutError at the deadline, OSError naming each address that refused.
+        ``options`` (level, name, value) are set before it connects. Raises BrokenOffError,
+        socket.gaierror if the name has no address, TimeoutError at the deadline, OSError naming each address that
+        refused.
         """
-        addresses = self.resolve(host, port, deadline)
-        connection, address = _connect(addresses, deadline, tuple(options))
+        call = call.until(time.monotonic() + _LONGEST_S)
+        addresses = self.resolve(host, port, call)
+        connection, address = _connect(addresses, call, tuple(options))
         if address != addresses[0]:  # earlier ones failed or were slow: begin with this one next time
             with self._lock:
                 self._known[host, port] = [address, *(each for each in addresses if each != address)]
         return connection
 
-    def resolve(self, host: str, port: int, deadline: float) -> list[Address]:
+    def resolve(self, host: str, port: int, call: Call) -> list[Address]:
         """Return the addresses of a name, in the order in which to try them."""
         try:
             return _lookup(host, port, socket.AI_NUMERICHOST)
@@ -77,8 +82,7 @@ class Dialer:
             if query is None:
                 query = self._queries[key] = _Query()
                 threading.Thread(target=self._ask, args=(key, query), name="obdlab-dns", daemon=True).start()
-        left_s = max(0.0, deadline - time.monotonic())
-        answered = query.done.wait(left_s if known is None else min(left_s, _PATIENCE_S))
+        answered = query.done.wait(call.left_s(_LONGEST_S if known is None else _PATIENCE_S))
         if query.addresses:
             return _favour(query.addresses, known)
         final = isinstance(query.error, UnicodeError) or getattr(query.error, "errno", None) in _FINAL_ERRORS
@@ -128,15 +132,16 @@ def _favour(addresses: list[Address], known: list[Address] | None) -> list[Addre
 
 
 def _connect(
-    addresses: Sequence[Address], deadline: float, options: Sequence[SocketOption]
+    addresses: Sequence[Address], call: Call, options: Sequence[SocketOption]
 ) -> tuple[socket.socket, Address]:
     waiting = deque(addresses)
     failures: list[str] = []
+    deadline = time.monotonic() + call.left_s(_LONGEST_S)
     with ExitStack() as attempts, selectors.PollSelector() as selector:
         next_start = 0.0
         while waiting or selector.get_map():
             now = time.monotonic()
-            if is_broken_off():
+            if call.broken_off:
                 raise BrokenOffError("broken off")
             if now >= deadline:
                 tried = ", ".join(str(key.data[1][0]) for key in selector.get_map().values())

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from obdlab.call import BrokenOffError, Call
 from obdlab.observe.counters import Counter
-from obdlab.registry.deadline import IN_FORCE, deadline_of_thread
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.interrupt import Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -44,6 +44,61 @@ _RENEW_EVERY = 8
 _MOST_KEYS = 256
 _TICK_S = 0.01
 _IDLE_S = 10.0
+#: Least bytes in each window of an answer. At 100 kbit/s a window has 61 KiB; one of fifteen connections gets 4.
+WINDOW_S = 5.0
+LEAST_IN_WINDOW = 4 << 10
+
+
+class WindowPace:
+    """A least speed for answers, so that a slow connection costs seconds, not half of a read's deadline.
+
+    A server that drips is never silent for long, and a connection that loses packets stalls: another connection is
+    likely to be faster. If the whole link is slow, another connection does not help. So the least speed is low, and
+    only a few tries must keep it (:mod:`obdlab.registry.client`). A request, and every LEAST_IN_WINDOW bytes, begin
+    another window.
+    """
+
+    __slots__ = ("_received", "end")
+
+    def __init__(self) -> None:
+        self.end: float | None = None
+        self._received = 0
+
+    def received(self, size: int) -> None:
+        """Count received bytes."""
+        self._received += size
+        if self.end is None or self._received >= LEAST_IN_WINDOW:
+            self.end, self._received = time.monotonic() + WINDOW_S, 0
+
+
+class SocketCancellation:
+    """Breaks off a call's exchange with a registry from another thread."""
+
+    __slots__ = ("_lock", "_socket", "broken_off")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.broken_off = False
+
+    def break_off(self) -> None:
+        """Make the call's current wait fail now, and all that follow."""
+        with self._lock:
+            self.broken_off = True
+            if self._socket is None:
+                return
+            try:
+                # Not SSLSocket's own shutdown: that would remove the TLS state under the thread that uses it.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            except OSError:
+                pass  # closed, or not connected yet
+
+    def use(self, used: socket.socket | None) -> None:
+        """Set the socket that the call waits for; None when it may serve another call. Raises BrokenOffError."""
+        with self._lock:
+            if self.broken_off and used is not None:
+                raise BrokenOffError("broken off")
+            self._socket = used
 
 
 class Hedges:
@@ -55,20 +110,20 @@ class Hedges:
         self._tokens = _BURST if share else 0.0
         self._lags: dict[Hashable, _Lag] = {}
 
-    def run(self, key: Hashable, request: Callable[[], T]) -> T:
+    def run(self, key: Hashable, request: Callable[[Call], T], call: Call) -> T:
         """Return the result of ``request``, which may run twice at once; similar requests share a ``key``.
 
-        Raises the RegistryError of the first call if none succeeds.
+        ``request`` gets the terms of the call, and a cancellation of its own. Raises the RegistryError of the first
+        one if none succeeds.
         """
         if not self._share:
-            return request()
+            return request(call)
         lag = self._lags.get(key) or self._lag_of(key)
-        race = _Race(request, self._take)
+        race = _Race(request, call.deadline, self._take)
         started = time.monotonic()
         _watch.add(started + lag.seconds, race)
         try:
-            with race.first:
-                result = request()
+            result = request(Call(call.deadline, None, call.pace, race.first))
         except RegistryError as error:
             result = race.result_of_second(error)
         finally:
@@ -124,13 +179,13 @@ class _Race(Generic[T]):
         "over",
     )
 
-    def __init__(self, request: Callable[[], T], take: Callable[[], bool]) -> None:
+    def __init__(self, request: Callable[[Call], T], deadline: float | None, take: Callable[[], bool]) -> None:
         self._request = request
         self._take = take
-        self._deadline = IN_FORCE.deadline
+        self._deadline = deadline
         self._lock = threading.Lock()
-        self.first = Exchange()
-        self._second: Exchange | None = None
+        self.first = SocketCancellation()
+        self._second: SocketCancellation | None = None
         self._finished: threading.Event | None = None
         self._result: list[T] = []
         #: True when the caller has stopped waiting.
@@ -160,7 +215,7 @@ class _Race(Generic[T]):
         with self._lock:
             if self.over or not self._take():
                 return
-            self._second = Exchange()
+            self._second = SocketCancellation()
             self._finished = threading.Event()
         try:
             threading.Thread(target=self._run_second, name="obdlab-hedge", daemon=True).start()
@@ -174,8 +229,8 @@ class _Race(Generic[T]):
         if second is None or finished is None:
             raise RuntimeError("second request without a race")
         try:
-            with second, deadline_of_thread(self._deadline or time.monotonic() + _IDLE_S):
-                result = self._request()
+            deadline = time.monotonic() + _IDLE_S if self._deadline is None else self._deadline
+            result = self._request(Call(deadline, cancellation=second))
             with self._lock:
                 won = not self.over
                 if won:

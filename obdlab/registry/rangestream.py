@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from obdlab.call import UNBOUND
 from obdlab.closing import Closing
 from obdlab.observe.counters import DOWNLOAD_BYTES
+from obdlab.registry.answer import TRANSPORT_ERRORS
 from obdlab.registry.body import go_to_range
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import TRANSPORT_ERRORS, discard, from_exception
+from obdlab.registry.failures import from_exception
 
 if TYPE_CHECKING:
-    import urllib3
+    from obdlab.call import Call
+    from obdlab.registry.answer import Answer
 
 _DOING = "streaming blob"
 
@@ -23,9 +26,7 @@ class RangeStream(Closing):
     it before the end closes the connection. Raises RegistryError naming the blob.
     """
 
-    def __init__(
-        self, response: urllib3.BaseHTTPResponse, *, name: str, offset: int, length: int, size: int | None = None
-    ) -> None:
+    def __init__(self, response: Answer, *, name: str, offset: int, length: int, size: int | None = None) -> None:
         self._response = response
         self._name = name
         #: Offset of the next byte.
@@ -37,15 +38,15 @@ class RangeStream(Closing):
         except (*TRANSPORT_ERRORS, RegistryError) as error:
             raise self._failed(error) from error
 
-    def read(self, length: int) -> bytes:
-        """Return exactly ``length`` bytes. Only the thread's deadline applies."""
+    def read(self, length: int, call: Call | None = None) -> bytes:
+        """Return exactly ``length`` bytes, by the deadline of ``call``; without it, each silence is bounded."""
         if length > self.end - self.position:
             raise ValueError(f"read past the end (got {length}, wanted at most {self.end - self.position})")
         pieces = []
         missing = length
         try:
             while missing:
-                piece = self._response.read(missing)
+                piece = self._response.read(missing, call or UNBOUND)
                 if not piece:
                     raise RegistryError(f"{_DOING}: answer broke off", temporary=True)
                 pieces.append(piece)
@@ -58,7 +59,7 @@ class RangeStream(Closing):
 
     def close(self) -> None:
         """Give up the unread rest."""
-        discard(self._response)
+        self._response.close()
 
     def _failed(self, error: Exception) -> RegistryError:
         self.close()

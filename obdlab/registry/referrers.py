@@ -22,8 +22,8 @@ from obdlab.registry.reference import Reference
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    import urllib3
-
+    from obdlab.call import Call
+    from obdlab.registry.answer import Answer
     from obdlab.registry.reference import Repository
     from obdlab.registry.session import Session
 
@@ -104,16 +104,16 @@ def _from_api(
     found: tuple[Descriptor, ...] = ()
     for _ in range(_MOST_PAGES):
 
-        def read(response: urllib3.BaseHTTPResponse) -> tuple[bytes, str]:
-            kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        def read(response: Answer) -> tuple[bytes, str]:
+            kind = response.headers.get("content-type", "").partition(";")[0].strip()
             if kind != OCI_INDEX:
                 # Some registries answer unknown paths with an HTML page.
                 raise RegistryError(f"{doing}: not an index (got {kind[:80]!r})", status=404)
-            return body.read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("Link", "")
+            return body.read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("link", "")
 
-        def attempt(path: str = path) -> tuple[bytes, str]:
+        def attempt(call: Call, path: str = path) -> tuple[bytes, str]:
             return session.get(
-                repository, path, {"Accept": OCI_INDEX}, read, doing=doing, wanted=(200,), helped=False
+                repository, path, {"Accept": OCI_INDEX}, read, doing=doing, wanted=(200,), call=call, helped=False
             )
 
         data, link = session.persist(attempt, blob=f"{repository}@{digest}", tries=_TRIES)

@@ -11,13 +11,14 @@ import time
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
+from obdlab.call import UNBOUND
 from obdlab.formats.oci import check_digest
 from obdlab.observe import audit
 from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
 from obdlab.registry.errors import RegistryError
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
+    from obdlab.call import Call
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.link import Link
     from obdlab.registry.rangestream import RangeStream
@@ -56,6 +57,8 @@ class RemoteBlob(Blob):
         self._link = client.link(repository)
         #: The time that a read may take.
         self.deadline_s = client.deadline_s if deadline_s is None else deadline_s
+        #: The terms of reads without a call.
+        self.terms = UNBOUND
         # Ranges that could not be read in time: (end of validity, offset, stop, error).
         self._failed: tuple[tuple[float, int, int, RegistryError], ...] = ()
 
@@ -63,7 +66,7 @@ class RemoteBlob(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Send one range request. Raises RegistryError naming the blob and the offset."""
         if offset < 0 or length <= 0 or offset + length > self._size:
             check_range(self, offset, length)
@@ -72,10 +75,12 @@ class RemoteBlob(Blob):
         if self._failed:
             self._check_failed(offset, offset + length, started)
         try:
-            about_to_wait()
-            data = self._client.read_range(
-                self._repository, self._digest, offset, length, started + self.deadline_s, size=self._size
-            )
+            terms = call or self.terms
+            if terms.deadline is None or started + self.deadline_s < terms.deadline:
+                terms = terms.until(started + self.deadline_s)
+            if terms.on_wait is not None:
+                terms.on_wait()
+            data = self._client.read_range(self._repository, self._digest, offset, length, terms, size=self._size)
         except RegistryError as error:
             now = time.monotonic()
             audit.record("download_failed", self._url, offset, length, started)
@@ -94,10 +99,12 @@ class RemoteBlob(Blob):
         """Measurements of the link to the registry."""
         return self._link
 
-    def stream(self, offset: int, length: int) -> RangeStream:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> RangeStream:
         """Request a range, to be read as it arrives. Raises RegistryError."""
         check_range(self, offset, length)
-        return self._client.open_range(self._repository, self._digest, offset, length, size=self._size)
+        return self._client.open_range(
+            self._repository, self._digest, offset, length, call or self.terms, size=self._size
+        )
 
     def _check_failed(self, offset: int, stop: int, now: float) -> None:
         for end, failed_offset, failed_stop, error in self._failed:

@@ -10,28 +10,25 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from obdlab.call import UNBOUND, Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import is_digest
 from obdlab.registry.auth import Authenticator
-from obdlab.registry.deadline import deadline_of_thread, thread_deadline
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard, from_response, persist
-from obdlab.registry.interrupt import is_broken_off
+from obdlab.registry.failures import from_response, persist
 from obdlab.registry.mirrors import Mirrors
 from obdlab.registry.redirects import origin, redirected
 from obdlab.registry.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    import urllib3
-
+    from obdlab.registry.answer import Answer
     from obdlab.registry.credentials import CredentialSource
     from obdlab.registry.mirrors import Mirror
     from obdlab.registry.p2p import P2PProxy
@@ -82,17 +79,20 @@ class Session:
 
     def persist(
         self,
-        attempt: Callable[[], T],
+        attempt: Callable[[Call], T],
         *,
         blob: str,
         offset: int | None = None,
-        deadline: float | None = None,
+        call: Call = UNBOUND,
+        extra_s: float = 0.0,
         tries: int | None = None,
     ) -> T:
-        """Run ``attempt`` under the deadline, with the retries of ``failures.persist``."""
-        if deadline is None:
-            deadline = time.monotonic() + self.deadline_s
-        return persist(attempt, deadline=deadline, blob=blob, offset=offset, tries=tries)
+        """Run ``attempt`` with the retries of ``failures.persist``.
+
+        It ends by the deadline of the call, and within that of the session and ``extra_s``.
+        """
+        call = call.until(time.monotonic() + self.deadline_s + extra_s)
+        return persist(attempt, call, blob=blob, offset=offset, tries=tries)
 
     def request(
         self,
@@ -102,28 +102,30 @@ class Session:
         headers: Mapping[str, str],
         *,
         doing: str,
+        call: Call,
         actions: str = PULL,
         body: bytes | Callable[[], IO[bytes]] | None = None,
         own: Mapping[str, str] = _NO_HEADERS,
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Answer:
         """Send a request to the registry, answering one challenge. The caller handles every status but 401.
 
         Another host (of an upload, for example) gets no Authorization header, and no headers of ``own``.
         """
         if not url.startswith(f"{repository.api_url}/") and origin(url) != origin(repository.api_url):
-            return self._send(method, url, headers, body, doing)
-        send = partial(self._send, method, url, {**headers, **own}, body, doing)
-        return self._auth.exchange(repository, actions, url, send, doing=doing)
+            return self._send(method, url, headers, body, doing, call)
+        send = partial(self._send, method, url, {**headers, **own}, body, doing, call)
+        return self._auth.exchange(repository, actions, url, send, doing=doing, call=call)
 
     def get(
         self,
         repository: Repository,
         path: str,
         headers: Mapping[str, str],
-        read: Callable[[urllib3.BaseHTTPResponse], T],
+        read: Callable[[Answer], T],
         *,
         doing: str,
         wanted: tuple[int, ...],
+        call: Call,
         helped: bool = True,
         bulk: bool = False,
     ) -> T:
@@ -137,18 +139,16 @@ class Session:
             if not self._mirrors.usable(mirror, url) or not (mirror.resolves or _is_pinned(path)):
                 continue
             try:
-                with _helpers_share():
-                    answer = self._get(
-                        mirror.repository(repository), url, headers, read, doing, wanted, bulk, mirror.headers
-                    )
+                share, at = _helpers_share(call), mirror.repository(repository)
+                answer = self._get(at, url, headers, read, doing, wanted, share, bulk, mirror.headers)
             except (RegistryError, CorruptBlobError) as error:
-                if is_broken_off():
+                if call.broken_off:
                     raise
                 self._note_failure(mirror, url, error)
                 continue
             self._mirrors.worked(mirror)
             return answer
-        return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, bulk)
+        return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, call, bulk)
 
     def distrust(self, repository: Repository, path: str) -> str:
         """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data.
@@ -189,28 +189,34 @@ class Session:
         repository: Repository,
         url: str,
         headers: Mapping[str, str],
-        read: Callable[[urllib3.BaseHTTPResponse], T],
+        read: Callable[[Answer], T],
         doing: str,
         wanted: tuple[int, ...],
+        call: Call,
         bulk: bool,
         own: Mapping[str, str] = _NO_HEADERS,
     ) -> T:
         proxy = self._p2p
         if bulk and proxy is not None and proxy.usable(url):
-            target, wants = self._resolve(repository, url, doing, own)
+            target, wants = self._resolve(repository, url, doing, call, own)
             try:
-                return self._through(proxy, target, {**headers, **wants}, read, doing, wanted)
+                return self._through(proxy, target, {**headers, **wants}, read, doing, wanted, call)
             except RegistryError as error:
-                if is_broken_off():
+                if call.broken_off:
                     raise
                 # A refusal of the target (an expired signature or token) is no fault of the proxy.
                 if error.temporary or error.status is None:
                     proxy.failed(error)
                 self._forget(url)
         try:
-            return read(self._open(repository, url, headers, doing, wanted, own))
+            answer = self._open(repository, url, headers, doing, wanted, call, own)
+            try:
+                return read(answer)
+            except BaseException:
+                answer.close()
+                raise
         except RegistryError:
-            if not is_broken_off():
+            if not call.broken_off:
                 self._forget(url)
             raise
 
@@ -219,36 +225,40 @@ class Session:
         proxy: P2PProxy,
         target: str,
         headers: Mapping[str, str],
-        read: Callable[[urllib3.BaseHTTPResponse], T],
+        read: Callable[[Answer], T],
         doing: str,
         wanted: tuple[int, ...],
+        call: Call,
     ) -> T:
         doing = f"{doing} through {proxy.name}"
-        with _helpers_share():
-            response = self._transport.send(
-                "GET", proxy.url(target), headers, doing=doing, http_proxy=proxy.http_proxy
-            )
-            if response.status not in wanted:
-                raise from_response(response, doing)
+        response = self._transport.send(
+            "GET", proxy.url(target), headers, doing=doing, call=_helpers_share(call), http_proxy=proxy.http_proxy
+        )
+        if response.status not in wanted:
+            raise from_response(response, doing)
+        try:
             answer = read(response)
+        except BaseException:
+            response.close()
+            raise
         proxy.worked()
         return answer
 
     def _resolve(
-        self, repository: Repository, url: str, doing: str, own: Mapping[str, str]
+        self, repository: Repository, url: str, doing: str, call: Call, own: Mapping[str, str]
     ) -> tuple[str, Mapping[str, str]]:
         # Returns the URL of the content, and its headers: none if the registry redirected to another host. A proxy
         # gets the final URL, as it may handle challenges and redirects in any way.
         target = self._location(url)
         if target is None:
             # Read the first byte, as a proxy's cache might keep the answer to a HEAD for a GET.
-            discard(self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416), own))
+            self._open(repository, url, {"Range": "bytes=0-0"}, doing, (200, 206, 416), call, own).close()
             target = self._location(url)
             if target is None:
                 self._remember(url, url)
                 target = url
         if origin(target) == origin(url):
-            authorization = self._auth.header(repository, PULL)
+            authorization = self._auth.header(repository, PULL, call)
             return target, own if authorization is None else {**own, "Authorization": authorization}
         return target, _NO_HEADERS
 
@@ -259,14 +269,15 @@ class Session:
         headers: Mapping[str, str],
         doing: str,
         wanted: tuple[int, ...],
+        call: Call,
         own: Mapping[str, str],
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Answer:
         known = self._location(url) if url in self._locations else None
         if known is not None and known != url:
             try:
-                response = self._transport.send("GET", known, headers, doing=doing)
+                response = self._transport.send("GET", known, headers, doing=doing, call=call)
             except RegistryError:
-                if not is_broken_off():
+                if not call.broken_off:
                     self._forget(url)
                 raise
             if response.status in wanted:
@@ -274,14 +285,14 @@ class Session:
             self._forget(url)
             if response.status >= 500 or response.status == 429:
                 raise from_response(response, doing)
-            discard(response)  # probably an expired signature: ask the registry again
+            response.close()  # probably an expired signature: ask the registry again
         if url.startswith(f"{repository.api_url}/") and not own:
-            send = partial(self._transport.send, "GET", url, headers, doing=doing)
-            response = self._auth.exchange(repository, PULL, url, send, doing=doing)
+            send = partial(self._transport.send, "GET", url, headers, doing=doing, call=call)
+            response = self._auth.exchange(repository, PULL, url, send, doing=doing, call=call)
         else:
-            response = self.request(repository, "GET", url, headers, doing=doing, own=own)
+            response = self.request(repository, "GET", url, headers, doing=doing, call=call, own=own)
         if response.status in _REDIRECTS:
-            response = self._follow(repository, url, response, headers, doing, own)
+            response = self._follow(repository, url, response, headers, doing, call, own)
         if response.status not in wanted:
             self._forget(url)
             raise from_response(response, doing)
@@ -291,26 +302,27 @@ class Session:
         self,
         repository: Repository,
         url: str,
-        response: urllib3.BaseHTTPResponse,
+        response: Answer,
         headers: Mapping[str, str],
         doing: str,
+        call: Call,
         own: Mapping[str, str],
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Answer:
         target = url
         for _ in range(_MAX_REDIRECTS):
-            location = response.headers.get("Location", "")
-            discard(response)
+            location = response.headers.get("location", "")
+            response.close()
             target = redirected(target, location, doing)
             if origin(target) == origin(url):
-                response = self.request(repository, "GET", target, headers, doing=doing, own=own)
+                response = self.request(repository, "GET", target, headers, doing=doing, call=call, own=own)
             else:
                 # Storage behind a registry signs its URLs; the registry's token must not go there.
-                response = self._transport.send("GET", target, headers, doing=doing)
+                response = self._transport.send("GET", target, headers, doing=doing, call=call)
             if response.status not in _REDIRECTS:
                 if origin(target) != origin(url) and response.status < 300:
                     self._remember(url, target)
                 return response
-        discard(response)
+        response.close()
         raise RegistryError(f"{doing}: more than {_MAX_REDIRECTS} redirects")
 
     def _send(
@@ -320,12 +332,16 @@ class Session:
         headers: Mapping[str, str],
         body: bytes | Callable[[], IO[bytes]] | None,
         doing: str,
+        call: Call,
         authorization: str | None = None,
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Answer:
+        send = partial(
+            self._transport.send, method, url, headers, doing=doing, call=call, authorization=authorization
+        )
         if callable(body):
             with body() as file:
-                return self._transport.send(method, url, headers, doing=doing, body=file, authorization=authorization)
-        return self._transport.send(method, url, headers, doing=doing, body=body, authorization=authorization)
+                return send(body=file)
+        return send(body=body)
 
     def _location(self, url: str) -> str | None:
         target, end = self._locations.get(url, ("", 0.0))
@@ -344,14 +360,10 @@ class Session:
             self._locations.pop(url, None)
 
 
-@contextmanager
-def _helpers_share() -> Iterator[None]:
+def _helpers_share(call: Call) -> Call:
     # Any failure of a mirror or proxy, silence included, leaves most of the time to the registry.
     now = time.monotonic()
-    deadline = thread_deadline()
-    share = _HELPER_S if deadline is None else min(_HELPER_S, (deadline - now) * _HELPER_SHARE)
-    with deadline_of_thread(now + share):
-        yield
+    return call.until(now + call.left_s(_HELPER_S / _HELPER_SHARE) * _HELPER_SHARE)
 
 
 def _is_pinned(path: str) -> bool:

@@ -1,33 +1,28 @@
 """HTTP exchanges over kept connections, each under a deadline that a dripping server cannot stretch.
 
-urllib3's timeouts count silence: a server that sends one byte a second never trips them. Here every receive waits at
-most until the deadline that the calling thread has set with :func:`obdlab.registry.deadline.deadline_of_thread`.
+A time-out of a socket counts silence: a server that sends one byte a second never trips it. Here every operation of a
+socket waits at most until the deadline of the call that uses it (:class:`obdlab.call.Call`).
 """
 
 from __future__ import annotations
 
-import logging
+import http.client
+import select
 import socket
 import ssl
 import threading
 import time
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from collections import OrderedDict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.parse import quote, urlsplit
 
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import NewConnectionError, SSLError
-
+from obdlab.call import UNBOUND
 from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY_REQUESTS
-from obdlab.observe.redact import Redacting
-from obdlab.registry import interrupt, pace
-from obdlab.registry.deadline import IN_FORCE
+from obdlab.registry.answer import TRANSPORT_ERRORS, Allowance, Answer, BoundedReader
 from obdlab.registry.dial import Dialer
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import TRANSPORT_ERRORS, from_exception
-from obdlab.registry.framing import Allowance, BoundedReader, FramingError, check_framing
-from obdlab.registry.interrupt import is_broken_off
+from obdlab.registry.failures import ConnectError, from_exception
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -35,11 +30,17 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import IO
 
+    from obdlab.call import Call
+
 _HOSTS_KEPT = 32
 # As many as a device has threads waiting for a registry: a further one would be opened again for each request.
 _CONNECTIONS_PER_HOST = 64
-# 16 KiB, urllib3's default, costs a syscall and a TLS record set-up more often than needed.
+# 16 KiB, the default of http.client is 8, costs a syscall and a TLS record set-up more often than needed.
 _SEND_BLOCK = 128 << 10
+_NO_DELAY = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+_PORTS = {"http": 80, "https": 443}
+# Reserved characters and escapes stay as they are; others must be escaped (RFC 3986 section 2).
+_PLAIN = "%:/?#[]@!$&'()*+,;=~"
 # Reasons of servers that refuse our certificate, or do not speak TLS (of our version): trying again will not help.
 _FINAL_TLS_REASONS = (
     "WRONG_VERSION_NUMBER",
@@ -58,13 +59,28 @@ _FINAL_TLS_REASONS = (
 )
 _MOST_HOSTS = 256
 
-# At level debug urllib3 logs whole URLs, including the signatures of storage URLs.
-for _name in ("connection", "connectionpool", "poolmanager", "response", "util.retry"):
-    logging.getLogger(f"urllib3.{_name}").addFilter(Redacting())
+# Host, port, and True for TLS.
+_Place = tuple[str, int, bool]
+
+
+class _Target(NamedTuple):
+    place: _Place
+    path: str
+
+
+@lru_cache(1024)
+def _target(url: str) -> _Target:
+    # Raises ValueError.
+    parts = urlsplit(url)
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise ValueError("not an HTTP URL with a host")
+    port = parts.port or _PORTS[parts.scheme]
+    path = quote(parts.path or "/", safe=_PLAIN) + (f"?{quote(parts.query, safe=_PLAIN)}" if parts.query else "")
+    return _Target((parts.hostname, port, parts.scheme == "https"), path)
 
 
 class Transport:
-    """Sends requests over pools of connections. Thread-safe. The caller handles redirects.
+    """Sends requests over kept connections. Thread-safe. The caller handles redirects.
 
     ``silence_s`` bounds a connect and each silence. With ``unix_socket`` every plain HTTP request goes there.
     """
@@ -78,14 +94,15 @@ class Transport:
         unix_socket: Path | None = None,
     ) -> None:
         self._silence_s = silence_s
-        self._user_agent = user_agent
+        self._headers = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
         self._tls_options = tls or TLSOptions()
+        self._unix_socket = unix_socket
         self._lock = threading.Lock()
         self._dialer = Dialer()
-        self._plain = self._pool_manager(None, unix_socket)
+        self._hosts: OrderedDict[_Place, _Host] = OrderedDict()
         # By TLS options, since contexts are costly: tens of ms and some MiB with the system's CAs.
-        self._tls: dict[HostTLS, urllib3.PoolManager] = {}
-        self._tls_by_host: dict[str, urllib3.PoolManager] = {}
+        self._contexts: dict[HostTLS, ssl.SSLContext] = {}
+        self._contexts_by_host: dict[str, ssl.SSLContext] = {}
 
     def send(
         self,
@@ -94,146 +111,159 @@ class Transport:
         headers: Mapping[str, str],
         *,
         doing: str,
+        call: Call = UNBOUND,
         body: bytes | IO[bytes] | None = None,
         http_proxy: str = "",
         authorization: str | None = None,
-    ) -> urllib3.BaseHTTPResponse:
-        """Return the response with its body unread; ``failures.discard`` it if the body is not read to its end.
+    ) -> Answer:
+        """Return the answer with its body unread, to be read on the same terms; the caller closes it.
 
         ``http_proxy``, "http://host:port", gets the request in place of the URL's host. ``authorization`` is the
         header of that name.
         Raises RegistryError, temporary unless the URL or a certificate is wrong.
         """
-        timeout = self._timeout(doing)
-        headers = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **headers}
+        if call.deadline is not None and call.deadline <= time.monotonic():
+            raise RegistryError(f"{doing}: no answer in time: deadline passed", temporary=True, timed_out=True)
+        headers = {**self._headers, **headers}
         if authorization is not None:
             headers["Authorization"] = authorization
         try:
-            first = http_proxy or url
-            manager = self._pools(first) if first.startswith("https:") else self._plain
-            # A pool, unlike its manager, sends the whole URL with scheme and host, which a proxy needs.
-            pool = manager.connection_from_url(http_proxy) if http_proxy else manager
-            response: urllib3.BaseHTTPResponse = pool.urlopen(
-                method,
-                url,
-                redirect=False,
-                assert_same_host=False,
-                retries=False,
-                body=body,
-                headers=headers,
-                timeout=timeout,
-                preload_content=False,
-                decode_content=False,
-            )
+            target = _target(url)
+            if http_proxy:
+                place, path = _target(http_proxy).place, url  # a proxy needs the whole URL
+            else:
+                place, path = target
+            host = self._hosts.get(place) or self._host(place, http_proxy or url)
+            raw = None
+            connection = host.take() or _Connection(place, host, self._dialer, self._unix_socket)
             try:
-                check_framing(response)
-            except FramingError:
-                response.close()  # closes the connection, too
+                connection.begin(call, self._silence_s)
+                try:
+                    connection.request(method, path, body, headers)
+                except BrokenPipeError:
+                    pass  # a server that refuses a body may answer before it has read all of it
+                raw = connection.getresponse()
+                answer = Answer(raw, connection)
+            except BaseException:
+                if raw is not None:
+                    raw.close()
+                connection.close()
                 raise
-            REGISTRY_REQUESTS.add(label=str(response.status))
-            (REGISTRY_FAILED if response.status >= 500 else REGISTRY_ANSWERED).now()
-            return response
-        except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a header or URL http.client refuses
-            _count_failure()
+        except (*TRANSPORT_ERRORS, ValueError) as error:  # ValueError: a URL or header that cannot be sent
+            _count_failure(call)
             refusal = _tls_refusal(error)
             if refusal is None:
                 raise from_exception(error, doing) from error
             self._look_again(url)
-            raise RegistryError(f"{doing}: {_host(url)}: {refusal}") from error
+            raise RegistryError(f"{doing}: {_netloc(url)}: {refusal}") from error
+        REGISTRY_REQUESTS.add(label=str(answer.status))
+        (REGISTRY_FAILED if answer.status >= 500 else REGISTRY_ANSWERED).now()
+        return answer
 
     def close(self) -> None:
         """Close idle connections; connections in use are closed when they are given back."""
         with self._lock:
-            managers = [self._plain, *self._tls.values()]
-        for manager in managers:
-            _close(manager)
+            hosts = list(self._hosts.values())
+            self._hosts.clear()
+        for host in hosts:
+            host.close()
 
-    def _timeout(self, doing: str) -> urllib3.Timeout:
-        deadline = IN_FORCE.deadline
-        left = self._silence_s if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            raise RegistryError(f"{doing}: no answer in time: deadline passed", temporary=True, timed_out=True)
-        # The TLS handshake gets the connect time once more.
-        return urllib3.Timeout(connect=min(self._silence_s, left / 2), read=self._silence_s)
-
-    def _pools(self, url: str) -> urllib3.PoolManager:
-        # The pools for a host with TLS.
-        host = _host(url)
+    def _host(self, place: _Place, url: str) -> _Host:
+        context = self._context(url) if place[2] else None
         with self._lock:
-            manager = self._tls_by_host.get(host)
-            if manager is None:
-                tls = tls_of_host(self._tls_options, host)
-                manager = self._tls.get(tls)
-                if manager is None:
-                    manager = self._tls[tls] = self._pool_manager(make_context(tls))
-                if len(self._tls_by_host) >= _MOST_HOSTS:
-                    self._tls_by_host.clear()
-                self._tls_by_host[host] = manager
-            return manager
+            host = self._hosts.setdefault(place, _Host(context))
+            self._hosts.move_to_end(place)
+            dropped = [self._hosts.popitem(last=False)[1]] if len(self._hosts) > _HOSTS_KEPT else []
+        for other in dropped:
+            other.close()
+        return host
+
+    def _context(self, url: str) -> ssl.SSLContext:
+        netloc = _netloc(url)
+        with self._lock:
+            context = self._contexts_by_host.get(netloc)
+            if context is None:
+                tls = tls_of_host(self._tls_options, netloc)
+                context = self._contexts.get(tls)
+                if context is None:
+                    context = self._contexts[tls] = make_context(tls)
+                    context.set_alpn_protocols(["http/1.1"])
+                    context.sslsocket_class = _DeadlineTLSSocket
+                if len(self._contexts_by_host) >= _MOST_HOSTS:
+                    self._contexts_by_host.clear()
+                self._contexts_by_host[netloc] = context
+            return context
 
     # After a refused certificate its files are read again: they may have been renewed since.
     def _look_again(self, url: str) -> None:
         with self._lock:
-            manager = self._tls_by_host.pop(_host(url), None)
-            for key in [key for key, other in self._tls.items() if other is manager]:
-                del self._tls[key]
-        if manager is not None:
-            _close(manager)
-
-    def _pool_manager(self, context: ssl.SSLContext | None, unix_socket: Path | None = None) -> urllib3.PoolManager:
-        options: dict[str, Any] = {}
-        if context is not None:
-            context.sslsocket_class = _DeadlineTLSSocket
-            options["ssl_context"] = context
-        pools = urllib3.PoolManager(
-            num_pools=_HOSTS_KEPT, maxsize=_CONNECTIONS_PER_HOST, block=False, blocksize=_SEND_BLOCK, **options
-        )
-        # The connection classes hold the way to connect: urllib3 passes no other values down to them.
-        ways = {"dialer": self._dialer, "unix_socket": unix_socket}
-        plain = type("_PlainConnection", (_PlainConnection,), ways)
-        tls = type("_TLSConnection", (_TLSConnection,), ways)
-        pools.pool_classes_by_scheme = {
-            "http": type("_PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
-            "https": type("_TLSPool", (_TLSPool,), {"ConnectionCls": tls}),
-        }
-        return pools
+            context = self._contexts_by_host.pop(_netloc(url), None)
+            if context is None:
+                return
+            for key in [key for key, other in self._contexts.items() if other is context]:
+                del self._contexts[key]
+            places = [place for place, host in self._hosts.items() if host.context is context]
+            hosts = [self._hosts.pop(place) for place in places]
+        for host in hosts:
+            host.close()
 
 
-def _close(manager: urllib3.PoolManager) -> None:
-    pools = [manager.pools.get(key) for key in manager.pools.keys()]  # noqa: SIM118 - no Mapping to iterate
-    manager.clear()
-    # A pool closes its connections only when it is collected, and an error that is kept keeps the pool alive.
-    for pool in pools:
-        if pool is not None:
-            pool.close()
+class _Host:
+    # The idle connections to one place, the last used one last.
+    __slots__ = ("closed", "context", "idle", "lock")
+
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        self.context = context
+        self.lock = threading.Lock()
+        self.idle: list[_Connection] = []
+        self.closed = False
+
+    def take(self) -> _Connection | None:
+        while self.idle:
+            with self.lock:
+                connection = self.idle.pop() if self.idle else None
+            if connection is None:
+                break
+            if not connection.dropped():
+                connection.home = self
+                return connection
+            connection.close()
+        return None
+
+    # For a client that was never closed. Idle connections do not refer to it, so this runs before they are collected.
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.close()
 
 
-def _host(url: str) -> str:
+def _netloc(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2].lower()
 
 
 def _tls_refusal(error: Exception) -> str | None:
     # Returns the meaning of a permanent TLS failure; None for any other failure.
-    cause: object = error.args[0] if isinstance(error, SSLError) and error.args else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"TLS certificate refused: {cause.verify_message.rstrip('.')}"
-    if not isinstance(cause, ssl.SSLError) or not cause.reason:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS certificate refused: {error.verify_message.rstrip('.')}"
+    if not isinstance(error, ssl.SSLError) or not error.reason:
         return None
-    if cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
         return "does not speak TLS (plain HTTP is spoken only where asked for)"
-    if cause.reason.endswith(_FINAL_TLS_REASONS):
-        return f"TLS refused: {cause.reason.lower().replace('_', ' ')}"
+    if error.reason.endswith(_FINAL_TLS_REASONS):
+        return f"TLS refused: {error.reason.lower().replace('_', ' ')}"
     return None
 
 
 class _DeadlineMixin:
-    # Shortens the time-out of each socket call to the time left until the thread's deadline.
-    _silence: float | None = None
+    # Shortens the time-out of each operation of a socket to the time left until the deadline of its call.
+    call: Call = UNBOUND
+    silence_s = 0.0
     _allowance: Allowance | None = None
-
-    def settimeout(self, value: float | None) -> None:
-        self._silence = value
-        super().settimeout(value)  # type: ignore[misc]
 
     # http.client calls this once per answer and reads the answer from the result.
     def makefile(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,11 +273,11 @@ class _DeadlineMixin:
         return BoundedReader(super().makefile("rb", buffering=0), allowance)  # type: ignore[misc]
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        least = pace.OF_THREAD.pace
-        self._shorten_timeout(None if least is None else least.end)
+        pace = self.call.pace
+        self._shorten_timeout(None if pace is None else pace.end)
         size = cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
-        if least is not None:
-            least.received(size)
+        if pace is not None:
+            pace.received(size)
         allowance = self._allowance
         if allowance is not None:
             allowance.left -= size
@@ -256,25 +286,22 @@ class _DeadlineMixin:
         return size
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:
-        least = pace.OF_THREAD.pace
-        if least is not None:
-            least.sent()
-        self._shorten_timeout()
+        pace = self.call.pace
+        if pace is not None:
+            pace.end = None
+        self._shorten_timeout(None)
         super().sendall(*args, **kwargs)  # type: ignore[misc]
 
-    def _shorten_timeout(self, end: float | None = None) -> None:
-        exchange = interrupt.OF_THREAD.exchange
-        if exchange is not None and (cast("object", exchange.socket) is not self or exchange.broken_off):
-            exchange.use(cast("socket.socket", self))
-        deadline = IN_FORCE.deadline
+    def _shorten_timeout(self, end: float | None) -> None:
+        deadline = self.call.deadline
         if deadline is None or (end is not None and end < deadline):
             deadline = end
-        if deadline is None:
-            return
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("deadline passed")
-        super().settimeout(left if self._silence is None else min(left, self._silence))  # type: ignore[misc]
+        left = self.silence_s
+        if deadline is not None:
+            left = min(left, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError("deadline passed")
+        super().settimeout(left)  # type: ignore[misc]
 
 
 class _DeadlineSocket(_DeadlineMixin, socket.socket):
@@ -285,67 +312,108 @@ class _DeadlineTLSSocket(_DeadlineMixin, ssl.SSLSocket):
     pass
 
 
-class _DialingMixin:
-    # Connects by name and deadline, or to the unix socket.
-    dialer: Dialer
-    unix_socket: Path | None
+class _Connection(http.client.HTTPConnection):
+    # A connection that dials by name and deadline, or to a unix socket.
 
-    def _new_conn(self) -> socket.socket:
-        this = cast("HTTPConnection", self)
-        seconds = cast("float", this.timeout)
+    def __init__(self, place: _Place, host: _Host, dialer: Dialer, unix_socket: Path | None) -> None:
+        name, port, tls = place
+        super().__init__(name, port, blocksize=_SEND_BLOCK)
+        self.default_port = _PORTS["https" if tls else "http"]  # it is not in the Host header
+        #: None while the connection is idle.
+        self.home: _Host | None = host
+        self._dialer = dialer
+        self._unix_socket = None if tls else unix_socket
+        self._wire: _DeadlineSocket | _DeadlineTLSSocket | None = None
+        self._call = UNBOUND
+        self._silence_s = 0.0
+
+    @property
+    def call(self) -> Call:
+        return self._call
+
+    @call.setter
+    def call(self, call: Call) -> None:
+        self._call = call
+        if self._wire is not None:
+            self._wire.call = call
+
+    def begin(self, call: Call, silence_s: float) -> None:
+        # Serves a call from now on. Raises BrokenOffError.
+        self._call, self._silence_s = call, silence_s
+        wire = self._wire
+        if wire is not None:
+            wire.call = call
+            if call.cancellation is not None:
+                call.cancellation.use(wire)
+
+    def keep(self) -> None:
+        if self._call.cancellation is not None:
+            self._call.cancellation.use(None)  # before another call uses the connection
+        home, self.home = self.home, None
+        if home is None:
+            return
+        with home.lock:
+            kept = not home.closed and len(home.idle) < _CONNECTIONS_PER_HOST
+            if kept:
+                home.idle.append(self)
+        if not kept:
+            self.close()
+
+    def dropped(self) -> bool:
+        # An idle connection with anything to read was closed by the server, or holds bytes without a request.
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def connect(self) -> None:
+        call, silence_s = self._call, self._silence_s
+        # The TLS handshake gets the connect time once more.
+        seconds = min(silence_s, call.left_s(2 * silence_s) / 2)
         try:
-            connection = self._dial(time.monotonic() + seconds)
+            plain = self._dial(call, time.monotonic() + seconds)
         except (socket.gaierror, UnicodeError) as error:
-            raise NewConnectionError(this, f"cannot resolve {this.host} ({_words(error)})") from error
+            raise ConnectError(f"cannot resolve {self.host} ({_words(error)})") from error
         except TimeoutError as error:
-            raise NewConnectionError(this, f"cannot connect to {this.host}:{this.port} ({error})") from error
+            raise ConnectError(f"cannot connect to {self.host}:{self.port} ({error})") from error
         except OSError as error:
-            where = self.unix_socket or f"{this.host}:{this.port}"
-            raise NewConnectionError(this, f"cannot connect to {where} ({_words(error)})") from error
-        connection.settimeout(seconds)
-        return connection
+            where = self._unix_socket or f"{self.host}:{self.port}"
+            raise ConnectError(f"cannot connect to {where} ({_words(error)})") from error
+        wire: _DeadlineSocket | _DeadlineTLSSocket
+        context = None if self.home is None else self.home.context
+        if context is None:
+            wire = _DeadlineSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        else:
+            plain.settimeout(seconds)
+            try:
+                name = self.host.rstrip(".").partition("%")[0]  # without the zone of an IPv6 address
+                wire = cast("_DeadlineTLSSocket", context.wrap_socket(plain, server_hostname=name))
+            except BaseException:
+                plain.close()
+                raise
+        wire.call, wire.silence_s = call, silence_s
+        self.sock = self._wire = wire
+        if call.cancellation is not None:
+            call.cancellation.use(wire)
 
-    def _dial(self, deadline: float) -> socket.socket:
-        this = cast("HTTPConnection", self)
-        if self.unix_socket is None:
-            outer = IN_FORCE.deadline
-            deadline = deadline if outer is None else min(deadline, outer)
-            return self.dialer.dial(this.host, this.port, deadline, this.socket_options or ())
+    def _dial(self, call: Call, deadline: float) -> socket.socket:
+        if self._unix_socket is None:
+            return self._dialer.dial(self.host, self.port, call.until(deadline), _NO_DELAY)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(max(0.0, deadline - time.monotonic()))
-            connection.connect(str(self.unix_socket))
+            connection.connect(str(self._unix_socket))
         except BaseException:
             connection.close()
             raise
         return connection
 
 
-class _PlainConnection(_DialingMixin, HTTPConnection):
-    def _new_conn(self) -> socket.socket:
-        plain = super()._new_conn()
-        ours = _DeadlineSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
-        ours.settimeout(cast("float", self.timeout))
-        return ours
-
-
-class _TLSConnection(_DialingMixin, HTTPSConnection):
-    pass
-
-
-class _TLSPool(HTTPSConnectionPool):
-    def _validate_conn(self, conn: Any) -> None:
-        # urllib3 would also warn of an unverified certificate at each connection; our log does so once.
-        if conn.is_closed:
-            conn.connect()
-
-
 def _words(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _count_failure() -> None:
-    if is_broken_off():  # another request was faster
+def _count_failure(call: Call) -> None:
+    if call.broken_off:  # another request was faster
         REGISTRY_REQUESTS.add(label="broken_off")
         return
     REGISTRY_REQUESTS.add(label="failed")

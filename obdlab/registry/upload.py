@@ -17,9 +17,10 @@ import time
 from typing import IO, TYPE_CHECKING, Self, cast
 from urllib.parse import quote
 
+from obdlab.call import Call
 from obdlab.formats.decimal import decimal
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import discard, from_response
+from obdlab.registry.failures import from_response
 from obdlab.registry.redirects import redirected
 from obdlab.registry.session import PUSH
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    import urllib3
-
+    from obdlab.registry.answer import Answer
     from obdlab.registry.reference import Repository
     from obdlab.registry.session import Session
 
@@ -41,6 +41,7 @@ SLOWEST_UPLOAD = 64 << 10
 # Most uploads begun for a blob, and most tries of a chunk.
 _UPLOADS = 3
 _TRIES = 5
+_CANCEL_S = 5.0
 
 _RANGE = re.compile(r"(?:bytes=)?0-(\d{1,19})", re.ASCII)
 
@@ -185,13 +186,12 @@ class _Upload:
         doing = "starting upload"
         url = f"{self._repository.blobs_url}/uploads/"
 
-        def attempt() -> None:
-            response = self._request("POST", url, {"Content-Length": "0"}, doing)
+        def attempt(call: Call) -> None:
+            response = self._request("POST", url, {"Content-Length": "0"}, doing, call)
             if response.status != 202:
                 raise from_response(response, doing)
             self._follow(response, url, doing)
-            self.least_chunk = min(decimal(response.headers.get("OCI-Chunk-Min-Length", "")) or 0, _LARGEST_CHUNK)
-            discard(response)
+            self.least_chunk = min(decimal(response.headers.get("oci-chunk-min-length", "")) or 0, _LARGEST_CHUNK)
 
         self.sent = 0
         self._session.persist(attempt, blob=self.name, tries=_TRIES)
@@ -201,10 +201,10 @@ class _Upload:
         doing = "uploading"
         broken = False
 
-        def attempt() -> None:
+        def attempt(call: Call) -> None:
             nonlocal broken
             if broken:
-                self._ask_position(stop)
+                self._ask_position(stop, call)
             if self.sent >= stop:
                 return
             headers = {
@@ -215,39 +215,38 @@ class _Upload:
             broken = True
             begin = self.sent
             response = self._request(
-                "PATCH", self._location, headers, doing, lambda: cast("IO[bytes]", _Section(spool, begin, stop))
+                "PATCH", self._location, headers, doing, call, lambda: cast("IO[bytes]", _Section(spool, begin, stop))
             )
             if response.status not in (202, 201, 204):
                 raise from_response(response, doing)
             self._follow(response, self._location, doing)
             taken = _taken(response)
-            discard(response)
             if taken is not None and not begin < taken <= stop:
                 raise RegistryError(f"{doing}: registry lost its place (got {taken}, wanted {stop})", status=416)
             self.sent = stop if taken is None else taken
             if self.sent < stop:
                 raise RegistryError(f"{doing}: registry took a part (got {taken}, wanted {stop})", temporary=True)
 
-        deadline = time.monotonic() + self._session.deadline_s + (stop - self.sent) / SLOWEST_UPLOAD
-        self._session.persist(attempt, blob=self.name, offset=self.sent, deadline=deadline, tries=_TRIES)
+        extra_s = (stop - self.sent) / SLOWEST_UPLOAD
+        self._session.persist(attempt, blob=self.name, offset=self.sent, extra_s=extra_s, tries=_TRIES)
 
     def finish(self, digest: str, size: int) -> None:
         doing = "finishing upload"
         done = False
 
-        def attempt() -> None:
+        def attempt(call: Call) -> None:
             nonlocal done
-            if done and self._holds(digest):
+            if done and self._holds(digest, call):
                 return  # the answer to the first try was lost, not the blob
             url = f"{self._location}{'&' if '?' in self._location else '?'}digest={quote(digest, safe='')}"
             done = True
-            response = self._request("PUT", url, {"Content-Length": "0"}, doing)
+            response = self._request("PUT", url, {"Content-Length": "0"}, doing, call)
             if response.status not in (201, 204):
                 raise from_response(response, doing)
-            discard(response)
+            response.close()
 
-        deadline = time.monotonic() + self._session.deadline_s + size / SLOWEST_UPLOAD  # it may be read again
-        self._session.persist(attempt, blob=f"{self.name}@{digest}", deadline=deadline, tries=_TRIES)
+        extra_s = size / SLOWEST_UPLOAD  # it may be read again
+        self._session.persist(attempt, blob=f"{self.name}@{digest}", extra_s=extra_s, tries=_TRIES)
 
     def cancel(self) -> None:
         """Ask the registry to cancel the upload. If it ignores the request, the upload expires by itself."""
@@ -257,41 +256,50 @@ class _Upload:
         try:
             doing = "cancelling upload"
             self._session.persist(
-                lambda: discard(self._request("DELETE", location, {}, doing)),
+                lambda call: self._request("DELETE", location, {}, doing, call).close(),
                 blob=self.name,
-                deadline=time.monotonic() + min(5.0, self._session.deadline_s),
+                call=Call(time.monotonic() + _CANCEL_S),
                 tries=1,
             )
         except RegistryError as error:
             logger.debug("%s", error)
 
-    def _ask_position(self, stop: int) -> None:
+    def _ask_position(self, stop: int, call: Call) -> None:
         doing = "asking how far an upload is"
-        response = self._request("GET", self._location, {}, doing)
+        response = self._request("GET", self._location, {}, doing, call)
         if response.status not in (204, 202):
             raise from_response(response, doing)
         self._follow(response, self._location, doing)
         taken = _taken(response)
-        discard(response)
         # A registry that has nothing also answers "0-0": then the one byte is sent again, or refused.
         taken = 0 if taken is None or taken == 1 else taken
         if not self.sent <= taken <= stop:
             raise RegistryError(f"{doing}: registry lost its place (got {taken}, wanted {self.sent})", status=416)
         self.sent = taken
 
-    def _holds(self, digest: str) -> bool:
-        response = self._request("HEAD", f"{self._repository.blobs_url}/{digest}", {}, "looking for blob")
-        discard(response)
+    def _holds(self, digest: str, call: Call) -> bool:
+        response = self._request("HEAD", f"{self._repository.blobs_url}/{digest}", {}, "looking for blob", call)
+        response.close()
         return response.status < 400
 
-    def _follow(self, response: urllib3.BaseHTTPResponse, url: str, doing: str) -> None:
-        location = response.headers.get("Location", "")
+    def _follow(self, response: Answer, url: str, doing: str) -> None:
+        # Closes the answer.
+        response.close()
+        location = response.headers.get("location", "")
         self._location = redirected(url, location, doing) if location else url
 
     def _request(
-        self, method: str, url: str, headers: dict[str, str], doing: str, body: Callable[[], IO[bytes]] | None = None
-    ) -> urllib3.BaseHTTPResponse:
-        return self._session.request(self._repository, method, url, headers, doing=doing, actions=PUSH, body=body)
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        doing: str,
+        call: Call,
+        body: Callable[[], IO[bytes]] | None = None,
+    ) -> Answer:
+        return self._session.request(
+            self._repository, method, url, headers, doing=doing, call=call, actions=PUSH, body=body
+        )
 
 
 class _Section:
@@ -319,7 +327,7 @@ def _may_begin_anew(error: RegistryError) -> bool:
     return error.temporary or error.status in (400, 404, 409, 416, 499)
 
 
-def _taken(response: urllib3.BaseHTTPResponse) -> int | None:
+def _taken(response: Answer) -> int | None:
     # Returns the number of bytes that the registry reports to have.
-    match = _RANGE.fullmatch(response.headers.get("Range", "").strip())
+    match = _RANGE.fullmatch(response.headers.get("range", "").strip())
     return int(match[1]) + 1 if match else None

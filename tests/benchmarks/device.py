@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from obdlab.blob import Blob, check_range
+from obdlab.call import Call
 from obdlab.devices import loop
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.image.config import ImageConfig, LowerConfig
@@ -47,7 +48,7 @@ class FileBlob(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return os.pread(self._fd, length, offset)
 

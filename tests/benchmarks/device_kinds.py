@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from obdlab.blob import Blob
+from obdlab.call import Call
 from obdlab.contrib.ublk.ublk_device import UblkDevice
 from obdlab.devices.device import Device
 from obdlab.devices.fuse_loop import FuseLoopDevice
@@ -39,7 +40,7 @@ def device(make: Callable[..., Device], blob: Blob, directory: Path) -> Iterator
 class Nothing(NoCost):
     """Answers reads of any length at once."""
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         return self._answers.get(length) or bytes(length)
 
 

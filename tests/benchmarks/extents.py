@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obdlab.blob import Blob, Joint, Wrapper
+from obdlab.call import Call
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.image.config import ImageConfig
 from obdlab.image.from_manifest import fetch_config
@@ -60,9 +61,9 @@ class Recorder(Wrapper):
         super().__init__(disk)
         self.reads: list[Read] = []
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         begin = time.monotonic()
-        data = super().read_at(offset, length)
+        data = super().read_at(offset, length, call)
         time.sleep(READ_S)
         self.reads.append(Read(begin, time.monotonic(), offset, length))
         return data
@@ -162,9 +163,9 @@ class _Touching(Wrapper):
         super().__init__(below)
         self._touched = touched
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self._touched.note(self, offset, length)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 @dataclass(frozen=True)

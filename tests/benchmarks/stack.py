@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from obdlab.blob import Blob
+from obdlab.call import Call
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import NULL_UUID
 from obdlab.layers.stack import Stack, WritableStack
@@ -32,7 +33,7 @@ class NoCost(Blob):
     def __init__(self) -> None:
         self._answers = {length: bytes(length) for length in (4096, 131072)}
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         return self._answers.get(length) or bytes(length)
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from obdlab.blob import Blob
+from obdlab.call import Call
 from obdlab.devices.crew import Member
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.server import TcmuServer
@@ -36,7 +37,7 @@ class NoCost(Blob):
     def __init__(self) -> None:
         self._answers = {length: bytes(length) for length in (4096, 131072)}
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         return self._answers[length]
 
 

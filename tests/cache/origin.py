@@ -12,6 +12,7 @@ from pathlib import Path
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.call import Call
 from obdlab.formats.oci import digest_of
 
 UNIT = 4096
@@ -29,11 +30,11 @@ class Origin(MemoryBlob):
         self.evicted: list[tuple[int, int]] = []
         self.closed = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, length))
         if self.before is not None:
             self.before(offset, length)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
     def evict(self, offset: int, length: int) -> None:
         self.evicted.append((offset, length))

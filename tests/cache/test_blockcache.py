@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.layout import SEED
+from obdlab.call import Call
 from obdlab.errors import FormatError, OutOfRangeError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.registry.link import Link
-from obdlab.waiting import set_waiting_hook
 from tests.cache.origin import DATA, DIGEST, UNIT, Origin, open_cached, wait_until
 
 _READS = st.lists(st.tuples(st.integers(0, len(DATA)), st.integers(0, 10 * UNIT)), max_size=25)
@@ -225,8 +225,8 @@ def test_error_of_the_origin_reaches_the_reader_and_is_not_kept(tmp_path: Path) 
 
 def test_short_answer_of_the_origin_is_an_error(tmp_path: Path) -> None:
     class Short(Origin):
-        def read_at(self, offset: int, length: int) -> bytes:
-            return super().read_at(offset, length)[:-1]
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            return super().read_at(offset, length, call)[:-1]
 
     with open_cached(tmp_path, Short()) as blob, pytest.raises(SourceError, match="short read"):
         blob.read_at(UNIT, 10)
@@ -256,9 +256,8 @@ def test_one_fetch_for_many_threads(tmp_path: Path) -> None:
         results = []
 
         def reader(number: int) -> None:
-            set_waiting_hook(lambda: waits.append(number))
-            results.append(blob.read_at(100 + number, 50) == DATA[100 + number : 150 + number])
-            set_waiting_hook(None)
+            call = Call(on_wait=lambda: waits.append(number))
+            results.append(blob.read_at(100 + number, 50, call) == DATA[100 + number : 150 + number])
 
         threads = [threading.Thread(target=reader, args=(number,)) for number in range(6)]
         for thread in threads:
@@ -274,11 +273,8 @@ def test_one_fetch_for_many_threads(tmp_path: Path) -> None:
 def test_a_hit_does_not_wait(tmp_path: Path) -> None:
     with open_cached(tmp_path, Origin()) as blob:
         blob.read_at(0, UNIT)
-        set_waiting_hook(lambda: pytest.fail("a hit said that it would wait"))
-        try:
-            assert blob.read_at(10, 100) == DATA[10:110]
-        finally:
-            set_waiting_hook(None)
+        call = Call(on_wait=lambda: pytest.fail("a hit said that it would wait"))
+        assert blob.read_at(10, 100, call) == DATA[10:110]
 
 
 # -- read-ahead ------------------------------------------------------------------------------------------------------
@@ -359,7 +355,7 @@ def test_a_size_beyond_belief_is_not_cached(tmp_path: Path) -> None:
         name = "huge"
         size = 1 << 44
 
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             return b"x" * length
 
     with BlockCache(tmp_path).open(Huge(), digest_of(b"huge")) as blob:
@@ -372,13 +368,13 @@ def test_blobs_are_cached_up_to_a_size_together(tmp_path: Path) -> None:
         name = "large"
         size = 100 << 30
 
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             return b"x" * length
 
     class Rest(Large):
         size = (256 << 30) - 2 * Large.size
 
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             return b"y" * length
 
     # A table of 100 MiB each; written sums take space, and there is no need to have it.
@@ -433,5 +429,5 @@ class Padded(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         return DATA[offset : offset + length].ljust(length, b"?")

@@ -21,6 +21,7 @@ from obdlab.cache.eviction import EvictingSpace, cached_blobs, evict, shrink
 from obdlab.cache.layout import HEADER_SIZE, PAGE, last_use
 from obdlab.cache.space import CacheSpace
 from obdlab.cache.unitfiles import CacheFiles
+from obdlab.call import Call
 from obdlab.formats.oci import digest_of
 from tests.cache import churn
 from tests.cache.churn import BLOBS, SIZE, UNIT
@@ -41,9 +42,9 @@ class Counted(MemoryBlob):
         super().__init__(CONTENTS[number], f"blob {number}")
         self.reads = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads += 1
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 def open_blob(cache: BlockCache, number: int) -> CachedBlob:

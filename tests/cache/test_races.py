@@ -21,6 +21,7 @@ from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.space import _LEDGER, CacheSpace, disk_usage
 from obdlab.cache.unitfiles import CacheFiles
+from obdlab.call import Call
 from obdlab.formats.oci import digest_of
 from tests.cache.origin import DATA, DIGEST, UNIT, Origin, open_cached, wait_until
 
@@ -209,12 +210,12 @@ def test_prefetch_asks_for_each_piece_once_and_counts_what_is_under_way(tmp_path
     most, now, lock = [0], [0], threading.Lock()
 
     class Slow(Origin):
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             with lock:
                 now[0] += length
                 most[0] = max(most[0], now[0])
             try:
-                return super().read_at(offset, length)
+                return super().read_at(offset, length, call)
             finally:
                 with lock:
                     now[0] -= length

@@ -107,11 +107,11 @@ directory, digest, size, order = sys.argv[1:]
 data = random.Random(7).randbytes(int(size))
 class Counting(MemoryBlob):
     asked = 0
-    def read_at(self, offset, length):
+    def read_at(self, offset, length, call=None):
         Counting.asked += length
         print("fetches", flush=True)
         time.sleep(0.01)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 with BlockCache(directory, unit=4096, readahead_max=32768).open(Counting(data, "origin"), digest) as blob:
     offsets = list(range(0, len(data), 3000))
     if order != "0":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 from obdlab.blob import Buffer, MemoryBlob, WritableBlob, check_range
+from obdlab.call import UNBOUND, Call
 from obdlab.errors import SourceError
-from obdlab.waiting import about_to_wait
 
 
 class MemoryWritable(WritableBlob):
@@ -22,15 +22,15 @@ class MemoryWritable(WritableBlob):
     def size(self) -> int:
         return len(self.data)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return bytes(self.data[offset : offset + length])
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         check_range(self, offset, len(data))
         self.data[offset : offset + len(data)] = data
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         check_range(self, offset, length)
         self.data[offset : offset + length] = bytes(length)
 
@@ -46,17 +46,17 @@ class Troubled(MemoryBlob):
         self.at = at
         self.error: Exception | None = error or SourceError("registry answered 500", blob="sha256:12", offset=at)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if self.error is not None and offset < self.at + 4096 and self.at < offset + length:
             raise self.error
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 class Short(MemoryBlob):
     """A buggy blob: returns less than was asked for."""
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        return super().read_at(offset, length)[:-1]
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        return super().read_at(offset, length, call)[:-1]
 
 
 class Gated(MemoryBlob):
@@ -68,9 +68,9 @@ class Gated(MemoryBlob):
         self.gate = threading.Event()
         self.waiting = threading.Semaphore(0)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if offset >= self.at:
             self.waiting.release()
-            about_to_wait()
+            (call or UNBOUND).about_to_wait()
             assert self.gate.wait(60), "the test never opened the gate"
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from obdlab.call import Call
 from obdlab.devices.crew import Crew, Member
 from obdlab.observe.counters import times_table
-from obdlab.waiting import about_to_wait
 
 END = None
 
@@ -21,7 +21,7 @@ class Line:
     """Requests are functions; END ends the stream, for all threads."""
 
     def __init__(self, **options: float) -> None:
-        self.requests: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self.requests: queue.Queue[Callable[[Call], object] | None] = queue.Queue()
         self.ran_by: list[int] = []
         self.crew = Crew(self.turn, **options)  # type: ignore[arg-type]
         self.crew.start()
@@ -32,7 +32,7 @@ class Line:
             if request is END:
                 return False
             self.ran_by.append(threading.get_ident())
-            request()
+            request(member.call)
             member.reads += 1
             if not member.leading:
                 return True
@@ -43,7 +43,7 @@ class Line:
         assert self.crew.size == 0
 
 
-def nothing() -> None:
+def nothing(call: Call) -> None:
     pass
 
 
@@ -59,12 +59,12 @@ def test_one_thread_while_nobody_waits() -> None:
 def test_another_leads_while_one_waits() -> None:
     line, gate, reached = Line(), threading.Event(), threading.Event()
 
-    def slow() -> None:
-        about_to_wait()
+    def slow(call: Call) -> None:
+        call.about_to_wait()
         assert gate.wait(60)
 
     line.requests.put(slow)
-    line.requests.put(reached.set)
+    line.requests.put(lambda _: reached.set())
     assert reached.wait(60)
     assert line.crew.size == 2
     gate.set()
@@ -75,13 +75,13 @@ def test_another_leads_while_one_waits() -> None:
 def test_waiting_twice_gives_the_lead_away_once() -> None:
     line, gate, reached = Line(), threading.Event(), threading.Event()
 
-    def slow() -> None:
+    def slow(call: Call) -> None:
         for _ in range(3):
-            about_to_wait()
+            call.about_to_wait()
             assert gate.wait(60)
 
     line.requests.put(slow)
-    line.requests.put(reached.set)
+    line.requests.put(lambda _: reached.set())
     assert reached.wait(60)
     gate.set()
     line.end()
@@ -91,9 +91,9 @@ def test_waiting_twice_gives_the_lead_away_once() -> None:
 def test_the_limit_is_kept_and_everything_is_answered() -> None:
     line, gate, sizes = Line(limit=4), threading.Event(), []
 
-    def slow() -> None:
+    def slow(call: Call) -> None:
         sizes.append(line.crew.size)
-        about_to_wait()
+        call.about_to_wait()
         assert gate.wait(60)
 
     for _ in range(40):
@@ -107,8 +107,8 @@ def test_the_limit_is_kept_and_everything_is_answered() -> None:
 def test_idle_followers_end() -> None:
     line, gate = Line(idle_s=0.05), threading.Event()
 
-    def slow() -> None:
-        about_to_wait()
+    def slow(call: Call) -> None:
+        call.about_to_wait()
         assert gate.wait(60)
 
     for _ in range(8):
@@ -126,8 +126,8 @@ def test_idle_followers_end() -> None:
 def test_the_end_waits_for_requests_under_way() -> None:
     line, gate = Line(), threading.Event()
 
-    def slow() -> None:
-        about_to_wait()
+    def slow(call: Call) -> None:
+        call.about_to_wait()
         assert gate.wait(60)
 
     line.requests.put(slow)
@@ -142,15 +142,15 @@ def test_the_end_waits_for_requests_under_way() -> None:
 def test_a_leader_that_fails_is_the_end_for_all() -> None:
     line, gate, reached = Line(idle_s=60), threading.Event(), threading.Event()
 
-    def slow() -> None:
-        about_to_wait()
+    def slow(call: Call) -> None:
+        call.about_to_wait()
         assert gate.wait(60)
 
-    def fail() -> None:
+    def fail(call: Call) -> None:
         raise MemoryError
 
     line.requests.put(slow)
-    line.requests.put(reached.set)
+    line.requests.put(lambda _: reached.set())
     assert reached.wait(60)
     gate.set()
     deadline = time.monotonic() + 60
@@ -167,8 +167,8 @@ def test_a_leader_that_fails_is_the_end_for_all() -> None:
 def test_a_storm_of_short_waits() -> None:
     line, count = Line(limit=16, idle_s=0.01), 3000
 
-    def short() -> None:
-        about_to_wait()
+    def short(call: Call) -> None:
+        call.about_to_wait()
         time.sleep(0)
 
     for _ in range(count):
@@ -186,7 +186,7 @@ def test_without_another_thread_the_leader_keeps_its_lead_and_its_buffer(monkeyp
     def turn(member: Member) -> bool:
         member.buffer = bytearray(b"a request")
         monkeypatch.setattr(threading.Thread, "start", no_thread)
-        about_to_wait()
+        member.call.about_to_wait()
         seen.append((member.leading, bytes(member.buffer)))
         return False
 
@@ -205,7 +205,7 @@ def test_the_oldest_request_under_way_comes_first() -> None:
         if not begun:
             return False
         member.since_ns = begun.pop()
-        about_to_wait()
+        member.call.about_to_wait()
         ready.release()
         assert gate.wait(60)
         member.since_ns = 0
@@ -281,7 +281,7 @@ def buffers_after_a_wait(*, needed: bool) -> tuple[bytes, bytes]:
         members.append(member)
         if len(members) == 1:
             member.buffer, member.needs_buffer = bytearray(b"a request"), needed
-            about_to_wait()
+            member.call.about_to_wait()
             assert gate.wait(60)
         else:
             seen.append((bytes(members[0].buffer), bytes(member.buffer)))

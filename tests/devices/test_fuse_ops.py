@@ -9,11 +9,11 @@ import struct
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import UNBOUND, Call
 from obdlab.devices.fuse_ops import FuseFile, errno_of
 from obdlab.errors import SourceError
 from obdlab.system import abi
 from obdlab.system.abi import FuseOpcode
-from obdlab.waiting import set_waiting_hook
 from tests.devices.blobs import MemoryWritable
 from tests.devices.simulated import request
 
@@ -63,8 +63,8 @@ def test_the_listing_goes_on_where_it_stopped() -> None:
     assert listing(offset=3) == []
 
 
-def answer_of(file: FuseFile, opcode: int, body: bytes, node: int = DISK) -> bytes | int:
-    return file.answer(opcode, memoryview(request(opcode, body, node=node)))
+def answer_of(file: FuseFile, opcode: int, body: bytes, call: Call = UNBOUND, node: int = DISK) -> bytes | int:
+    return file.answer(opcode, memoryview(request(opcode, body, node=node)), call)
 
 
 #: Flags of INIT that the server asks for, by bit: asynchronous reads, big writes, asynchronous direct I/O, parallel
@@ -116,7 +116,7 @@ def test_a_kernel_of_another_protocol_is_refused(major: int, minor: int) -> None
 
 def attributes(file: FuseFile, node: int) -> tuple[int, ...]:
     """Return inode, size, sectors, mode, links and block size, and check that all else is zero."""
-    found = answer_of(file, FuseOpcode.GETATTR, bytes(16), node)
+    found = answer_of(file, FuseOpcode.GETATTR, bytes(16), node=node)
     assert isinstance(found, bytes)
     valid = struct.unpack_from("=QII", found)
     assert valid == (FOREVER_S, 0, 0)
@@ -138,7 +138,7 @@ def test_attributes_of_the_directory_and_the_file() -> None:
 
 @pytest.mark.parametrize(("name", "node"), [(b"other\0", ROOT), (b"disk\0", DISK), (b"disk2\0", ROOT), (b"\0", ROOT)])
 def test_no_other_file_is_there(name: bytes, node: int) -> None:
-    assert answer_of(FILE, FuseOpcode.LOOKUP, name, node) == errno.ENOENT
+    assert answer_of(FILE, FuseOpcode.LOOKUP, name, node=node) == errno.ENOENT
 
 
 def test_the_size_cannot_be_set_and_times_are_passed_over() -> None:
@@ -167,12 +167,9 @@ def test_other_requests_are_not_known(opcode: int) -> None:
 
 def test_a_flush_of_the_file_flushes_the_blob_and_may_wait() -> None:
     blob, waits = MemoryWritable(8192), []
-    set_waiting_hook(lambda: waits.append(blob.flushes))
-    try:
-        assert answer_of(FuseFile(blob, read_only=False), FuseOpcode.FSYNC, bytes(16)) == b""
-        assert answer_of(FuseFile(blob, read_only=True), FuseOpcode.FSYNC, bytes(16)) == b""
-    finally:
-        set_waiting_hook(None)
+    call = Call(on_wait=lambda: waits.append(blob.flushes))
+    assert answer_of(FuseFile(blob, read_only=False), FuseOpcode.FSYNC, bytes(16), call) == b""
+    assert answer_of(FuseFile(blob, read_only=True), FuseOpcode.FSYNC, bytes(16), call) == b""
     assert (blob.flushes, waits) == (1, [0])
 
 

@@ -12,6 +12,7 @@ from obdlab.blob import MemoryBlob
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.layout import HEADER_SIZE, unit_sums
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError, ObdlabError, SourceError
 from obdlab.formats.hashtree import NODE_SPAN, UNIT, HashTree
 from obdlab.formats.oci import digest_of
@@ -124,7 +125,7 @@ def test_a_root_is_of_one_digest_and_size() -> None:
 class Withheld(MemoryBlob):
     """Not there."""
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         raise SourceError("registry answered 404", blob="tree")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, check_range
+from obdlab.call import Call
 from obdlab.errors import FormatError
 from obdlab.volumes import tree
 from obdlab.volumes.detect import FileTree
@@ -39,7 +40,7 @@ class Vast(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return self._head[offset : offset + length].ljust(length, b"\0")
 

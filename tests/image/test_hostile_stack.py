@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import MAX_SEALED_RECORDS, Flags, Header, Segments, Trailer, encode_segments
 from obdlab.image.config import ImageConfig, LowerConfig
@@ -147,8 +148,8 @@ def test_a_layer_that_is_opened_again_takes_its_share_once() -> None:
     class Fails(MemoryBlob):
         evicted = 0
 
-        def read_at(self, offset: int, length: int) -> bytes:
-            data = super().read_at(offset, length)
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            data = super().read_at(offset, length, call)
             # The index overlaps, as long as nobody asks for it anew.
             return data if self.evicted or offset + length <= 4096 else data[16:32] + data[16:]
 
@@ -164,9 +165,9 @@ def test_block_tables_take_of_it_before_they_are_read() -> None:
     reads: list[int] = []
 
     class Watched(MemoryBlob):
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             reads.append(length)
-            return super().read_at(offset, length)
+            return super().read_at(offset, length, call)
 
     blob = compress(many_segments(0, 10_000), block_size=4096)
     blocks = -(-(8192 + 160_000) // 4096)

@@ -16,6 +16,7 @@ import pytest
 
 import obdlab
 from obdlab.blob import Around, Blob, ByteStream, Joint, Wrapper, WritableBlob, WritableWrapper, find
+from obdlab.call import Call
 from obdlab.errors import SourceError
 from obdlab.formats.trace import Trace
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
@@ -50,13 +51,13 @@ class Counting(Wrapper):
         super().__init__(below)
         self.reads = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads += 1
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
-    def stream(self, offset: int, length: int) -> ByteStream | None:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream | None:
         self.reads += 1
-        return super().stream(offset, length)
+        return super().stream(offset, length, call)
 
 
 @dataclass
@@ -295,8 +296,8 @@ class WrongUntilEvicted(Wrapper):
         super().__init__(below)
         self._wrong = wrong
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        data = bytearray(super().read_at(offset, length))
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        data = bytearray(super().read_at(offset, length, call))
         for block in self._wrong & set(range(offset // 4096, -(-(offset + length) // 4096))):
             at = max(0, block * 4096 - offset)
             data[at] ^= 0xFF
@@ -312,10 +313,10 @@ class Refusing(Wrapper):
 
     refuses = False
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if self.refuses:
             raise SourceError("refused", blob=self.name, offset=offset, temporary=True)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 def test_faults_at_a_joint_are_errors_or_healed_and_never_wrong_bytes(place: Place, tmp_path: Path) -> None:

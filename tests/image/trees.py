@@ -9,6 +9,7 @@ from pathlib import Path
 from obdlab.blob import Blob, ByteStream, MemoryBlob
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.call import Call
 from obdlab.formats.hashtree import HashTree, TreeMaker
 from obdlab.formats.oci import digest_of
 from obdlab.image.checkedblob import CheckedBlob
@@ -39,7 +40,7 @@ class Origin(MemoryBlob):
         self.evicted: list[tuple[int, int]] = []
         self.closed = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, length))
         return self.answer(offset, length)
 
@@ -47,7 +48,7 @@ class Origin(MemoryBlob):
         data = super().read_at(offset, length)
         return data if self.change is None else self.change(offset, data)
 
-    def stream(self, offset: int, length: int) -> ByteStream:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> ByteStream:
         self.streams.append((offset, length))
         return _Coming(self, offset)
 
@@ -65,7 +66,7 @@ class _Coming:
         self._origin = origin
         self.position = position
 
-    def read(self, length: int) -> bytes:
+    def read(self, length: int, call: Call | None = None) -> bytes:
         data = self._origin.answer(self.position, length)
         self.position += length
         return data

@@ -7,6 +7,7 @@ import io
 import numpy as np
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.formats.lsmt.layout import Flags, Header, Segments, Trailer, encode_segments
 from obdlab.layers.lsmt import LsmtLayer
 
@@ -52,7 +53,7 @@ class Watched(Blob):
     def size(self) -> int:
         return self.blob.size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, length))
         return self.blob.read_at(offset, length)
 

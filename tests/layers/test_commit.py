@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats.lsmt.layout import decode_segments
 from obdlab.layers import commit as commit_module
@@ -144,7 +145,7 @@ def test_a_failing_source_fails_the_commit() -> None:
         name = "gone"
         size = 10**9
 
-        def read_at(self, offset: int, length: int) -> bytes:
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
             raise SourceError("gone", blob="gone", offset=offset)
 
     source = layer([(0, 16, False)], 8192)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.formats.tar import wrap_header, wrap_tail
 from obdlab.layers import ends
 from obdlab.layers.commit import commit
@@ -32,7 +33,7 @@ class Held(Blob):
     def size(self) -> int:
         return len(self._content)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         assert 0 <= offset <= offset + length <= self.size
         if self.held.count(0, offset, offset + length):
             self.requests.append((offset, length))

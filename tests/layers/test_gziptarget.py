@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob, Wrapper
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
 from obdlab.formats.gzipindex import HEADER_SIZE, IndexHeader, pack, parse_table
 from obdlab.layers.gziptarget import GzipTarget
@@ -36,7 +37,7 @@ class Counting(Wrapper):
         self.damaged: int | None = None
         self.evicted: list[tuple[int, int]] = []
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         data = bytearray(super().read_at(offset, length))
         self.count += length
         self.reads.append((offset, offset + length))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from obdlab.blob import MemoryBlob, Wrapper
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.gzipindex import HEADER_SIZE, MIN_SPAN, IndexHeader
 from obdlab.layers import gziptarget, longspan
@@ -165,8 +166,8 @@ def test_damage_in_a_cache_below_is_evicted_and_read_once_more() -> None:
         damaged = False
         evicted = 0
 
-        def read_at(self, offset: int, length: int) -> bytes:
-            data = super().read_at(offset, length)
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            data = super().read_at(offset, length, call)
             return b"\xff" * length if self.damaged and offset > 1_000_000 else data
 
         def evict(self, offset: int, length: int) -> None:

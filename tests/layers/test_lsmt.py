@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob, check_range
+from obdlab.call import Call
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import Flags, Trailer, encode_segments
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -153,8 +154,8 @@ class _WrongUntilEvicted(MemoryBlob):
     # A cache that has kept a wrong answer.
     wrong = True
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        data = super().read_at(offset, length)
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        data = super().read_at(offset, length, call)
         return bytes(length) if self.wrong else data
 
     def evict(self, offset: int, length: int) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, Header, Trailer, decode_segments, is_lsmt, meant_records
 from obdlab.layers.append import AppendUpper
@@ -146,7 +147,7 @@ class Sparse(Blob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         assert length <= 32 << 20, "asked for more than any layer needs"
         out = bytearray(length)
         for at, part in ((0, self._start), (self._size - len(self._end), self._end)):

@@ -112,7 +112,7 @@ def test_runs_that_continue_each_other_are_one_read() -> None:
 def test_a_single_run_is_handed_on_uncopied() -> None:
     stack = Stack([layer([(0, 8, False)], DISK)])
     content = bytes(4096)
-    stack._reads = (lambda _offset, _length: content,)
+    stack._reads = (lambda _offset, _length, _call: content,)
     assert stack.read_at(0, 4096) is content
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import Call
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.commit import ZeroBlocks, commit
 from obdlab.layers.gc import collect
@@ -97,7 +98,7 @@ class WritableMachine(RuleBasedStateMachine):
         self.write(sector * 512, bytes([fill]), count * 512)
 
     @rule(offset=st.integers(0, DISK), length=st.integers(0, DISK))
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         length = min(length, DISK - offset)
         self.stack.discard(offset, length)
         self.model[offset : offset + length] = bytes(length)

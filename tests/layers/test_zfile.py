@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import FormatError, OutOfRangeError
 from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.lsmt.layout import Flags as LsmtFlags
@@ -41,9 +42,9 @@ class CountingBlob(MemoryBlob):
         self.reads: list[tuple[int, int]] = []
         self.closed = 0
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, length))
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
     def close(self) -> None:
         self.closed += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError, SourceError
 from obdlab.layers.zfile import open_zfile
 from obdlab.observe import audit
@@ -49,8 +50,8 @@ class DamagedOnce(MemoryBlob):
         self._at = at
         self._damaged = True
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        data = bytearray(super().read_at(offset, length))
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        data = bytearray(super().read_at(offset, length, call))
         if self._damaged and offset <= self._at < offset + length and length < 100_000:
             data[self._at - offset] ^= 0x55
         return bytes(data)

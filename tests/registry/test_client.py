@@ -71,7 +71,7 @@ def test_ranges(client: RegistryClient, pushed: Repository, offset: int, length:
 def test_range_beyond_the_end(client: RegistryClient, pushed: Repository) -> None:
     for offset, length in [(len(DATA), 1), (len(DATA) - 5, 10)]:
         with pytest.raises(RegistryError) as caught:
-            client.read_range(pushed, DIGEST, offset, length, deadline=None)
+            client.read_range(pushed, DIGEST, offset, length)
         assert f"{pushed}@{DIGEST}" in str(caught.value)
         assert f"at offset {offset}" in str(caught.value)
 

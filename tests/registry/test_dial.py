@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from obdlab.call import Call
 from obdlab.registry import dial
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.dial import Dialer, _favour, _interleaved
@@ -68,8 +69,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     return Names(monkeypatch)
 
 
-def soon(seconds: float = 30.0) -> float:
-    return time.monotonic() + seconds
+def soon(seconds: float = 30.0) -> Call:
+    return Call(time.monotonic() + seconds)
 
 
 def test_the_second_address_is_tried_while_the_first_is_silent(names: Names) -> None:

@@ -12,7 +12,7 @@ def test_a_later_request_may_succeed(status: int) -> None:
     assert is_temporary_status(status)
 
 
-@pytest.mark.parametrize("status", [200, 301, 400, 401, 403, 404, 405, 409, 416, 418, 426, 428, 431, 451, 499])
+@pytest.mark.parametrize("status", [200, 301, 400, 401, 403, 404, 405, 409, 416, 418, 426, 428, 431, 451, 499, 501])
 def test_another_try_would_get_the_same_answer(status: int) -> None:
     assert not is_temporary_status(status)
 

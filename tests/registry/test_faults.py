@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from obdlab.call import Call
 from obdlab.errors import CorruptBlobError
 from obdlab.registry import session
 from obdlab.registry.client import RegistryClient
@@ -110,9 +111,7 @@ def test_read_by_a_deadline_of_its_own(registry: FaultyRegistry) -> None:
     registry.always(faulty.drip)
     client = RegistryClient()  # 120 s of its own
     with pytest.raises(RegistryError) as caught:
-        client.read_range(
-            registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH, deadline=time.monotonic() + 0.3
-        )
+        client.read_range(registry.repository(), faulty.digest_of(DATA), OFFSET, LENGTH, Call(time.monotonic() + 0.3))
     assert_located(caught.value, registry)
     client.close()
 

@@ -9,11 +9,11 @@ from contextlib import closing
 
 import pytest
 
+from obdlab.call import UNBOUND, Call
 from obdlab.registry import hedge
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.hedge import Hedges
-from obdlab.registry.interrupt import Exchange, is_broken_off
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
 
@@ -76,14 +76,14 @@ def test_the_first_failure_is_told_if_both_fail() -> None:
     begun: list[str] = []
     both = threading.Barrier(2)
 
-    def request() -> None:
+    def request(_: Call) -> None:
         name = threading.current_thread().name
         begun.append(name)
         both.wait(LONG_S)
         raise RegistryError(f"failed in {name}", temporary=True)
 
     with pytest.raises(RegistryError, match=threading.current_thread().name):
-        Hedges().run("key", request)
+        Hedges().run("key", request, UNBOUND)
     assert begun == [threading.current_thread().name, "obdlab-hedge"]
 
 
@@ -111,13 +111,13 @@ def test_without_threads_requests_are_sent_once(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(hedge, "_watch", hedge._Watch())
         patch.setattr(threading.Thread, "start", no_thread)
-        assert [Hedges().run("key", lambda: "first") for _ in range(3)] == ["first"] * 3
+        assert [Hedges().run("key", lambda _: "first", UNBOUND) for _ in range(3)] == ["first"] * 3
 
 
 def test_the_second_may_save_the_first() -> None:
     second_is_there = threading.Event()
 
-    def request() -> str:
+    def request(_: Call) -> str:
         if threading.current_thread().name == "obdlab-hedge":
             second_is_there.set()
             time.sleep(0.05)
@@ -125,33 +125,38 @@ def test_the_second_may_save_the_first() -> None:
         assert second_is_there.wait(LONG_S)
         raise RegistryError("the first fails meanwhile", temporary=True)
 
-    assert Hedges().run("key", request) == "second"
+    assert Hedges().run("key", request, UNBOUND) == "second"
 
 
 def test_a_loser_hears_of_it() -> None:
     heard = threading.Event()
 
-    def request() -> str:
+    def request(call: Call) -> str:
         if threading.current_thread().name != "obdlab-hedge":
             return "first" if second.wait(LONG_S) else "late"
         second.set()
         end = time.monotonic() + LONG_S
-        while not is_broken_off() and time.monotonic() < end:
+        while not call.broken_off and time.monotonic() < end:
             time.sleep(0.001)
-        if is_broken_off():
+        if call.broken_off:
             heard.set()
         raise RegistryError("broken off", temporary=True)
 
     second = threading.Event()
-    assert Hedges().run("key", request) == "first"
+    assert Hedges().run("key", request, UNBOUND) == "first"
     assert heard.wait(LONG_S)
 
 
-def test_exchanges_nest() -> None:
-    outer, inner = Exchange(), Exchange()
-    with outer:
-        with inner:
-            outer.break_off()
-            assert not is_broken_off()
-        assert is_broken_off()
-    assert not is_broken_off()
+def test_the_terms_of_both_requests_are_those_of_the_call() -> None:
+    deadline, seen = time.monotonic() + LONG_S, []
+    both = threading.Barrier(2)
+
+    def request(call: Call) -> None:
+        seen.append(call)
+        both.wait(LONG_S)
+        raise RegistryError("over", temporary=True)
+
+    with pytest.raises(RegistryError):
+        Hedges().run("key", request, Call(deadline))
+    assert [call.deadline for call in seen] == [deadline, deadline]
+    assert len({id(call.cancellation) for call in seen}) == 2

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from obdlab.call import Call
 from obdlab.registry import failures
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.failures import persist
@@ -30,11 +31,11 @@ def failing(*errors: RegistryError) -> tuple[list[RegistryError], RegistryError]
     """Return what is left of the errors after ``persist`` with one second to go, and the error raised."""
     left = list(errors)
 
-    def attempt() -> None:
+    def attempt(_: Call) -> None:
         raise left.pop(0)
 
     with pytest.raises(RegistryError) as caught:
-        persist(attempt, deadline=time.monotonic() + 1.0, blob="blob", offset=512)
+        persist(attempt, Call(time.monotonic() + 1.0), blob="blob", offset=512)
     return left, caught.value
 
 
@@ -70,12 +71,12 @@ def test_tries_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures.time, "sleep", clock.sleep)
     asked = []
 
-    def attempt() -> None:
+    def attempt(_: Call) -> None:
         asked.append(clock.now)
         raise RegistryError("busy", temporary=True)
 
     with pytest.raises(RegistryError) as caught:
-        persist(attempt, deadline=1e6, blob="blob", tries=12)
+        persist(attempt, Call(1e6), blob="blob", tries=12)
     assert (len(asked), caught.value.tries) == (12, 12)
     pauses = [after - before for before, after in pairwise(asked)]
     limits = [min(0.05 * 2**number, 5.0) for number in range(11)]

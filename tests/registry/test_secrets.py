@@ -377,7 +377,7 @@ def test_signed_urls_are_in_no_log_and_no_error(caplog: pytest.LogCaptureFixture
                         except RegistryError as error:
                             texts += [str(error), "".join(traceback.format_exception_only(error))]
                             raise
-    assert "urllib3" in {record.name.split(".")[0] for record in caplog.records}, "nothing was logged"
+    assert caplog.records, "nothing was logged"
     assert len(texts) >= 2 * len(answers) - 2
     assert SIGNATURE.partition("=")[2] not in caplog.text + "".join(texts)
 

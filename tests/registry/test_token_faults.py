@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from obdlab.call import UNBOUND, Call
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import Found, Pair
 from obdlab.registry.errors import RegistryError
@@ -99,7 +100,7 @@ def test_a_failure_with_another_threads_token_is_that_failure() -> None:
 class Rotating:
     """Credentials that have changed since they were read, as a refusal shows."""
 
-    def look_up(self, repository: Repository, url: str, refused: Pair | None = None) -> Found:
+    def look_up(self, repository: Repository, url: str, refused: Pair | None = None, call: Call = UNBOUND) -> Found:
         return Found(("user", "old" if refused is None else "new"))
 
     def likely(self, repository: Repository) -> bool:
@@ -196,7 +197,7 @@ def test_nobody_waits_for_another_threads_token_beyond_his_deadline() -> None:
         while registry.tokens_issued == 0:
             time.sleep(0.01)
         with pytest.raises(RegistryError, match="no token within the deadline"):
-            client.read_range(registry.repository(), digest, 0, 10, deadline=time.monotonic() + 0.2)
+            client.read_range(registry.repository(), digest, 0, 10, Call(time.monotonic() + 0.2))
         registry.token_fault = None
         registry.closing.set()
         patient.join()

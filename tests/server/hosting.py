@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from obdlab.blob import Blob, MemoryBlob
+from obdlab.call import Call
 from obdlab.errors import SourceError
 from obdlab.server import host as hosts
 from obdlab.server.host import Host
@@ -44,10 +45,10 @@ class SlowToFlush(MemoryWritable):
 class Hog(MemoryBlob):
     """Takes 64 times the memory that a server may have for every read beyond its first half."""
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if offset >= self.size // 2:
             bytearray(64 << 30)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 def refuse_to_fork_once() -> None:

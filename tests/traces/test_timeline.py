@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.call import Call
 from obdlab.cli.main import main
 from obdlab.errors import FormatError
 from obdlab.formats.blockevents import DiskRead
@@ -49,9 +50,9 @@ def test_the_trace_is_what_the_disk_reads_of_its_layers() -> None:
         seen: list[tuple[int, int, int]] = []
 
         def watch(layer: int, read_at: object) -> object:
-            def read(offset: int, length: int) -> bytes:
+            def read(offset: int, length: int, call: Call | None = None) -> bytes:
                 seen.append((layer, offset, length))
-                return read_at(offset, length)  # type: ignore[operator, no-any-return]
+                return read_at(offset, length, call)  # type: ignore[operator, no-any-return]
 
             return read
 

@@ -7,12 +7,12 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from obdlab.errors import SourceError
-from obdlab.registry.deadline import deadline_of_thread
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob, ByteStream
     from obdlab.cache.fetching import Fetches
     from obdlab.cache.flights import Flight
+    from obdlab.call import Call
 
 # Readers of the next units, up to this many bytes, wait for them; readers further ahead fetch themselves. It takes
 # 80 ms at 100 Mbit/s.
@@ -71,23 +71,22 @@ class PiecesAhead:
             return self._stop
         return min(self._stop, self._claimed[0].first + max(1, _CLAIMED // self._unit))
 
-    def _read(self, flight: Flight, deadline: float) -> bytes:
+    def _read(self, flight: Flight, call: Call) -> bytes:
         offset, length = self._fetches.range_of(flight)
         began = time.monotonic()
-        with deadline_of_thread(deadline):
-            try:
-                stream = self._stream_at(flight, offset)
-                if stream is None:
-                    return self._fetches.read_origin(flight, deadline)
-                if offset > stream.position:
-                    stream.read(offset - stream.position)
-                data = stream.read(length)
-                if len(data) != length:
-                    what = f"short read of a stream (got {len(data)} bytes, wanted {length})"
-                    raise SourceError(what, blob=self._origin.name, offset=offset)
-            except BaseException:
-                self._close_stream()
-                raise
+        try:
+            stream = self._stream_at(flight, offset, call)
+            if stream is None:
+                return self._fetches.read_origin(flight, call)
+            if offset > stream.position:
+                stream.read(offset - stream.position, call)
+            data = stream.read(length, call)
+            if len(data) != length:
+                what = f"short read of a stream (got {len(data)} bytes, wanted {length})"
+                raise SourceError(what, blob=self._origin.name, offset=offset)
+        except BaseException:
+            self._close_stream()
+            raise
         self._fit(time.monotonic() - began)
         return data
 
@@ -97,13 +96,13 @@ class PiecesAhead:
         elif took_s < _SOONEST_S:
             self._piece = min(self._piece * 2, self._most)
 
-    def _stream_at(self, flight: Flight, offset: int) -> ByteStream | None:
+    def _stream_at(self, flight: Flight, offset: int, call: Call) -> ByteStream | None:
         stream = self._stream
         if stream is not None and stream.position <= offset <= stream.position + _MOST_SKIPPED:
             flight.streamed = True  # the flight that opened the stream counts as its request
             return stream
         self._close_stream()
-        self._stream = self._origin.stream(offset, self._fetches.end_of(self._stop) - offset)
+        self._stream = self._origin.stream(offset, self._fetches.end_of(self._stop) - offset, call)
         return self._stream
 
     def _close_stream(self) -> None:

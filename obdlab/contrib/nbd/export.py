@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
+from obdlab.call import UNBOUND
 from obdlab.contrib.nbd import protocol
 from obdlab.contrib.nbd.protocol import Command, Export, Flag
 from obdlab.errors import ObdlabError
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob, Buffer
+    from obdlab.call import Call
 
 _ZEROS = bytes(1 << 20)
 #: Maps a byte range to its extents in order, each a length and whether it holds data (else zeros); may end early.
@@ -91,27 +92,27 @@ class NbdExport:
         if not length or (command == Command.READ and length > protocol.MAX_TRANSFER):
             raise OSError(errno.EINVAL, f"command {command} of {length} bytes")
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int, call: Call = UNBOUND) -> bytes:
         """Return the bytes of a checked READ. Raises the blob's errors."""
-        data = self.blob.read_at(offset, length)
+        data = self.blob.read_at(offset, length, call)
         if len(data) != length:
             raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
         return data
 
-    def change(self, command: int, flags: int, offset: int, length: int, data: Buffer) -> None:
+    def change(self, command: int, flags: int, offset: int, length: int, data: Buffer, call: Call = UNBOUND) -> None:
         """Do a checked WRITE, TRIM, WRITE_ZEROES or FLUSH. Raises the blob's errors."""
         blob = self._writable
         if blob is None:  # check() lets only a FLUSH through here
             return
         if command == Command.WRITE:
-            blob.write_at(offset, data)
+            blob.write_at(offset, data, call)
         elif command == Command.WRITE_ZEROES and flags & Flag.NO_HOLE:
             for at in range(offset, offset + length, len(_ZEROS)):
-                blob.write_at(at, memoryview(_ZEROS)[: min(len(_ZEROS), offset + length - at)])
+                blob.write_at(at, memoryview(_ZEROS)[: min(len(_ZEROS), offset + length - at)], call)
         elif command != Command.FLUSH:
-            blob.discard(offset, length)
+            blob.discard(offset, length, call)
         if command == Command.FLUSH or flags & Flag.FUA:
-            about_to_wait()
+            call.about_to_wait()
             blob.flush()
 
     def block_status(self, flags: int, offset: int, length: int) -> bytes:

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from obdlab.call import UNBOUND
 from obdlab.contrib.nbd import protocol
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError, Negotiation
 from obdlab.contrib.nbd.export import errno_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from obdlab.call import Call
     from obdlab.contrib.nbd.export import NbdExport
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Client:
     def _turn(self, member: Member) -> bool:
         try:
             while member.leading:
-                if not self.next_request():
+                if not self.next_request(member.call):
                     return False
         except ConnectionLostError as error:
             log.info("nbd: %s", error)
@@ -102,7 +104,7 @@ class Client:
             return False
         return True
 
-    def next_request(self) -> bool:
+    def next_request(self, call: Call = UNBOUND) -> bool:
         """Take and answer one request. Return False after the client's last request. Raises ConnectionLostError."""
         head = self.connection.receive(protocol.REQUEST.size, TRANSFER_S, may_idle=True)
         magic, flags, command, cookie, offset, length = protocol.REQUEST.unpack(head)
@@ -118,7 +120,7 @@ class Client:
             data = self.connection.receive(carries, TRANSFER_S)
             try:
                 self._export.check(command, flags, offset, length)
-                self._do(command, flags, cookie, offset, length, data)
+                self._do(command, flags, cookie, offset, length, data, call)
             except ConnectionLostError:
                 raise
             except Exception as error:
@@ -127,9 +129,11 @@ class Client:
                 self._fail(command, cookie, error)
         return True
 
-    def _do(self, command: int, flags: int, cookie: int, offset: int, length: int, data: bytearray) -> None:
+    def _do(
+        self, command: int, flags: int, cookie: int, offset: int, length: int, data: bytearray, call: Call
+    ) -> None:
         if command == Command.READ:
-            content = self._export.read(offset, length)
+            content = self._export.read(offset, length, call)
             if self._structured:
                 self._chunk(cookie, Chunk.OFFSET_DATA, protocol.OFFSET.pack(offset), content)
             else:
@@ -139,7 +143,7 @@ class Client:
                 raise OSError(errno.EINVAL, "base:allocation was not agreed on")
             self._chunk(cookie, Chunk.BLOCK_STATUS, bytes(4) + self._export.block_status(flags, offset, length))
         else:
-            self._export.change(command, flags, offset, length, data)
+            self._export.change(command, flags, offset, length, data, call)
             self._send([protocol.SIMPLE_REPLY.pack(protocol.SIMPLE_REPLY_MAGIC, 0, cookie)])
 
     def _fail(self, command: int, cookie: int, error: Exception) -> None:

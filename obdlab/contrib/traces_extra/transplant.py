@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from obdlab.blob import Blob
+    from obdlab.call import Call
     from obdlab.layers.ordering import SectorRange
     from obdlab.volumes.places import Place
 
@@ -91,9 +92,9 @@ class _Noted(Wrapper):
         super().__init__(disk)
         self._sectors = sectors
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         _note(self._sectors, offset, offset + length)
-        return self.below.read_at(offset, length)
+        return self.below.read_at(offset, length, call)
 
 
 # Notes whole pages, as the kernel reads them.

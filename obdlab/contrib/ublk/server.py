@@ -23,7 +23,6 @@ from obdlab.contrib.ublk import control
 from obdlab.contrib.ublk.uring import Ring
 from obdlab.devices.crew import Crew, Member
 from obdlab.devices.fuse_ops import errno_of
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -156,7 +155,7 @@ class UblkServer:
         member.since_ns = started = time.monotonic_ns()
         try:
             if op == control.OP_READ:
-                data = self._blob.read_at(offset, length)
+                data = self._blob.read_at(offset, length, member.call)
                 if len(data) != length:
                     raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
                 os.pwrite(self._device, data, control.DATA_AT + (tag << control.DATA_BITS))
@@ -172,7 +171,7 @@ class UblkServer:
         blob = self._writable
         if op == control.OP_FLUSH:
             if blob is not None:
-                about_to_wait()
+                member.call.about_to_wait()
                 blob.flush()
             return 0
         if blob is None:
@@ -181,11 +180,11 @@ class UblkServer:
             data = os.pread(self._device, length, control.DATA_AT + (tag << control.DATA_BITS))
             if len(data) != length:
                 raise OSError(errno.EIO, f"the driver gave {len(data)} of {length} bytes to write")
-            blob.write_at(offset, data)
+            blob.write_at(offset, data, member.call)
             self._count(member, started, "write", length)
             return length
         if op in (control.OP_DISCARD, control.OP_WRITE_ZEROES):
-            blob.discard(offset, length)
+            blob.discard(offset, length, member.call)
             return 0
         raise OSError(errno.EOPNOTSUPP, f"no such request ({op})")
 

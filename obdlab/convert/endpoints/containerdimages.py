@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from obdlab.call import Call
+
+
 _COPY = 1 << 20
 # The lease keeps content of a killed conversion for this time; the next conversion finds it.
 _LEASE_S = 24 * 3600.0
@@ -151,7 +154,7 @@ class _StoredBlob(Blob):
     def size(self) -> int:
         return self._descriptor.size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         data = self._client.content.read_range(self._descriptor.digest, offset, length) if length else b""
         if len(data) != length:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from obdlab.call import Call
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Reference
 
@@ -145,12 +146,12 @@ class _Recent(Blob):
     def size(self) -> int:
         return self.below.size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         if not length:
             return b""
         first, last = offset // _PIECE, (offset + length - 1) // _PIECE
-        data = b"".join(map(self._piece, range(first, last + 1)))
+        data = b"".join(self._piece(number, call) for number in range(first, last + 1))
         return data[offset - first * _PIECE :][:length]
 
     def evict(self, offset: int, length: int) -> None:
@@ -158,14 +159,14 @@ class _Recent(Blob):
             self._pieces.clear()
         self.below.evict(offset, length)
 
-    def _piece(self, number: int) -> bytes:
+    def _piece(self, number: int, call: Call | None) -> bytes:
         with self._lock:
             piece = self._pieces.get(number)
             if piece is not None:
                 self._pieces.move_to_end(number)
                 return piece
         begin = number * _PIECE
-        piece = self.below.read_at(begin, min(_PIECE, self.size - begin))
+        piece = self.below.read_at(begin, min(_PIECE, self.size - begin), call)
         with self._lock:
             self._pieces[number] = piece
             if len(self._pieces) > _PIECES:

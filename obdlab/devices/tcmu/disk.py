@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obdlab.blob import WritableBlob
+from obdlab.call import UNBOUND
 from obdlab.devices.tcmu import scsi
 from obdlab.devices.tcmu.scsi import Op, ScsiError, Sense, Transfer, Unit
-from obdlab.waiting import about_to_wait
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
+    from obdlab.call import Call
 
 _MIB = 1 << 20
 #: Flags of a WRITE SAME (byte 1 of the command).
@@ -49,16 +50,16 @@ class ScsiDisk:
             write_cache=not self.read_only,
         )
 
-    def read(self, lba: int, blocks: int, room: int) -> bytes:
+    def read(self, lba: int, blocks: int, room: int, call: Call = UNBOUND) -> bytes:
         """Answer a READ whose buffer holds ``room`` bytes. Raises the blob's errors, also past its end."""
         offset, wanted = lba * self.block_size, blocks * self.block_size
         length = wanted if wanted <= room else room  # noqa: FURB136 - five times faster than min()
-        data = self.blob.read_at(offset, length)
+        data = self.blob.read_at(offset, length, call)
         if len(data) != length:
             raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
         return data
 
-    def write(self, cdb: bytes, data: bytes | memoryview) -> None:
+    def write(self, cdb: bytes, data: bytes | memoryview, call: Call = UNBOUND) -> None:
         """Do a WRITE. Raises ScsiError, or the blob's errors."""
         blob, transfer = self._writable_or_refuse(), scsi.transfer_of(cdb)
         scsi.check_inside(transfer, self.unit)
@@ -66,11 +67,11 @@ class ScsiDisk:
         if len(data) < length:
             raise ScsiError(Sense.INVALID_CDB, f"WRITE of {length} bytes, but {len(data)} came with it")
         if length:
-            blob.write_at(transfer.lba * self.block_size, data if len(data) == length else data[:length])
+            blob.write_at(transfer.lba * self.block_size, data if len(data) == length else data[:length], call)
         if transfer.force_unit_access and len(cdb) > 6:
-            self._flush()
+            self._flush(call)
 
-    def execute(self, cdb: bytes, data: bytes) -> bytes:
+    def execute(self, cdb: bytes, data: bytes, call: Call = UNBOUND) -> bytes:
         """Do any command but READ and WRITE; return the answer's data. Raises ScsiError, or the blob's errors."""
         op = cdb[0]
         if op == Op.TEST_UNIT_READY:
@@ -86,11 +87,11 @@ class ScsiDisk:
         if op in (Op.MODE_SELECT_6, Op.MODE_SELECT_10):
             scsi.mode_select(cdb, data, self.unit)
         elif op in (Op.SYNCHRONIZE_CACHE_10, Op.SYNCHRONIZE_CACHE_16):
-            self._flush()
+            self._flush(call)
         elif op == Op.UNMAP:
-            self._unmap(cdb, data)
+            self._unmap(cdb, data, call)
         elif op in (Op.WRITE_SAME_10, Op.WRITE_SAME_16):
-            self._write_same(cdb, data)
+            self._write_same(cdb, data, call)
         else:
             raise ScsiError(Sense.INVALID_COMMAND, f"no such command ({op:#04x})")
         return b""
@@ -100,21 +101,21 @@ class ScsiDisk:
             raise ScsiError(Sense.INCOMPATIBLE_FORMAT, "the device is read-only")
         return self._writable
 
-    def _flush(self) -> None:
+    def _flush(self, call: Call) -> None:
         if self._writable is not None:
-            about_to_wait()
+            call.about_to_wait()
             self._writable.flush()
 
     # Checks all ranges before it changes any.
-    def _unmap(self, cdb: bytes, data: bytes) -> None:
+    def _unmap(self, cdb: bytes, data: bytes, call: Call) -> None:
         self._writable_or_refuse()
         ranges = scsi.unmap_ranges(cdb, data)
         for transfer in ranges:
             scsi.check_inside(transfer, self.unit)
         for transfer in ranges:
-            self._discard(transfer)
+            self._discard(transfer, call)
 
-    def _write_same(self, cdb: bytes, data: bytes) -> None:
+    def _write_same(self, cdb: bytes, data: bytes, call: Call) -> None:
         blob, transfer, how = self._writable_or_refuse(), scsi.transfer_of(cdb), cdb[1]
         no_data = bool(how & _WRITE_SAME_NO_DATA) and len(cdb) == 16
         if transfer.blocks == 0 or how & _WRITE_SAME_ANCHOR:
@@ -125,14 +126,14 @@ class ScsiDisk:
         block = bytes(self.block_size) if no_data else data[: self.block_size]
         # UNMAP is a wish and applies to blocks of zeros only; other blocks have to be written all the same.
         if not any(block):
-            self._discard(transfer)
+            self._discard(transfer, call)
             return
         end = transfer.lba + transfer.blocks
         step = _MIB // self.block_size
         for lba in range(transfer.lba, end, step):
-            blob.write_at(lba * self.block_size, block * min(step, end - lba))
+            blob.write_at(lba * self.block_size, block * min(step, end - lba), call)
 
-    def _discard(self, transfer: Transfer) -> None:
+    def _discard(self, transfer: Transfer, call: Call) -> None:
         if transfer.blocks:
             offset, length = transfer.lba * self.block_size, transfer.blocks * self.block_size
-            self._writable_or_refuse().discard(offset, length)
+            self._writable_or_refuse().discard(offset, length, call)

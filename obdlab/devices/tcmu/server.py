@@ -2,7 +2,7 @@
 
 The kernel hands over a batch of commands with one event (a UIO device's read and poll), and collects answers after a
 write to the device. One thread leads, takes a batch and answers it. Before one of its commands waits for a slow
-source (``obdlab.waiting``), another thread takes the lead and with it the rest of the batch.
+source (:attr:`obdlab.call.Call.on_wait`), another thread takes the lead and with it the rest of the batch.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class TcmuServer:
             self._serve(member, (number, scsi.read_10(lba, blocks), ((begin, room),)))
             return
         try:
-            data = self._disk.blob.read_at(lba * block_size, length)
+            data = self._disk.blob.read_at(lba * block_size, length, member.call)
             if len(data) != length:
                 raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
             self._memory[begin : begin + length] = data
@@ -199,12 +199,12 @@ class TcmuServer:
         op = cdb[0]
         if op in scsi.READS:
             transfer = scsi.transfer_of(cdb)
-            data = self._disk.read(transfer.lba, transfer.blocks, sum(length for _, length in iovecs))
+            data = self._disk.read(transfer.lba, transfer.blocks, sum(length for _, length in iovecs), member.call)
             self._unnotified += len(data)
             self._count_read(member, started, len(data))
         elif op in scsi.WRITES:
             content = self._gather(iovecs)
-            self._disk.write(cdb, content)
+            self._disk.write(cdb, content, member.call)
             taken = time.monotonic_ns() - started
             member.writes += 1
             member.written_bytes += len(content)
@@ -214,7 +214,7 @@ class TcmuServer:
             self._unnotified += len(content)
             return -1
         else:
-            data = self._disk.execute(cdb, bytes(self._gather(iovecs)))
+            data = self._disk.execute(cdb, bytes(self._gather(iovecs)), member.call)
         return self._scatter(data, iovecs)
 
     @staticmethod

@@ -16,7 +16,7 @@ from obdlab.lab.testbed.process import LabError, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PACKAGES = ("numpy", "grpcio", "urllib3", "zstandard", "cramjam", "crc32c", "pandas", "matplotlib", "papermill")
+_PACKAGES = ("numpy", "grpcio", "zstandard", "cramjam", "crc32c", "pandas", "matplotlib", "papermill")
 _QUIET_LOAD = 1.5
 
 

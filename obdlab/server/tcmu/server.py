@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from obdlab.call import Call
     from obdlab.devices.tcmu.uio import UioName
     from obdlab.server.messages import Message
     from obdlab.settings.settings import Settings
@@ -207,14 +208,14 @@ class LostImage(WritableBlob):
     def size(self) -> int:
         return self._found().size
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._found().read_at(offset, length)
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        return self._found().read_at(offset, length, call)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
-        self._writable().write_at(offset, data)
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
+        self._writable().write_at(offset, data, call)
 
-    def discard(self, offset: int, length: int) -> None:
-        self._writable().discard(offset, length)
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
+        self._writable().discard(offset, length, call)
 
     def flush(self) -> None:
         if isinstance(self._image, WritableBlob):

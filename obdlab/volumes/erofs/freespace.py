@@ -11,6 +11,7 @@ from obdlab.volumes.erofs.pack import BLOCK, SLOT
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.call import Call
     from obdlab.layers.targetdisk import TargetDisk
 
 # Metadata comes in runs of blocks, so that it lies together. The first run is small, as most layers are.
@@ -45,7 +46,7 @@ class Space(Blob):
     def size(self) -> int:
         return self._disk.size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if not length:
             return b""
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
@@ -57,7 +58,7 @@ class Space(Blob):
             self.flush()
         if self._data and offset < self._data_at + len(self._data) and offset + length > self._data_at:
             self._write_data()
-        return self._disk.read_at(offset, length)
+        return self._disk.read_at(offset, length, call)
 
     def data_blocks(self, count: int) -> int:
         """Take ``count`` adjacent blocks and return the first."""

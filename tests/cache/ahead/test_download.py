@@ -19,6 +19,7 @@ from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.space import CacheSpace
+from obdlab.call import Call
 from obdlab.errors import SourceError
 from obdlab.formats.oci import digest_of
 from tests.cache.origin import Origin, wait_until
@@ -144,8 +145,8 @@ def test_waits_while_a_reader_waits(tmp_path: Path) -> None:
 
 def test_wrong_bytes_are_fetched_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class WrongOnce(Origin):
-        def read_at(self, offset: int, length: int) -> bytes:
-            data = super().read_at(offset, length)
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            data = super().read_at(offset, length, call)
             return data if len(self.reads) != 3 else bytes(length)
 
     with open_cached(tmp_path, WrongOnce(DATA)) as blob:
@@ -248,9 +249,9 @@ from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 directory, digest, size = sys.argv[1:]
 class Slow(MemoryBlob):
-    def read_at(self, offset, length):
+    def read_at(self, offset, length, call=None):
         time.sleep(0.01)
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 blob = BlockCache(directory, unit=4096).open(Slow(random.Random(21).randbytes(int(size)), "slow"), digest)
 download = BackgroundDownload([blob], DownloadOptions(0, 0, 0, 3))
 print("ready", flush=True)

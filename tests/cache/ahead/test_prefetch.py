@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from obdlab.cache.ahead.prefetch import Piece, Prefetch, Range, plan
 from obdlab.cache.cachedblob import CachedBlob
+from obdlab.call import Call
 from obdlab.errors import SourceError
 from tests.cache.origin import DATA, UNIT, Origin, open_cached, wait_until
 
@@ -117,7 +118,7 @@ class Gauge(Origin):
         self.in_flight = self.most = 0
         self._lock, self._second = threading.Lock(), threading.Event()
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         with self._lock:
             self.in_flight += length
             self.most = max(self.most, self.in_flight)
@@ -127,7 +128,7 @@ class Gauge(Origin):
         time.sleep(0.02)  # time for the others to begin, if they may
         with self._lock:
             self.in_flight -= length
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 def test_several_requests_are_in_flight_but_few_bytes(tmp_path: Path) -> None:

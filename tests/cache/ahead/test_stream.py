@@ -9,6 +9,7 @@ import pytest
 
 from obdlab.blob import Blob
 from obdlab.cache.ahead.stream import StreamAhead
+from obdlab.call import Call
 from obdlab.errors import SourceError
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.remoteblob import RemoteBlob
@@ -37,7 +38,7 @@ class Streamed(Origin):
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def stream(self, offset: int, length: int) -> Comes:
+    def stream(self, offset: int, length: int, call: Call | None = None) -> Comes:
         self.opened.append((offset, length))
         return Comes(self, offset)
 
@@ -48,7 +49,7 @@ class Comes:
         self.position = offset
         self.closed = False
 
-    def read(self, length: int) -> bytes:
+    def read(self, length: int, call: Call | None = None) -> bytes:
         assert self._origin.go_on.wait(60)
         self._origin.lengths.append(length)
         end = self.position + length
@@ -163,7 +164,7 @@ def test_closing_ends_it(tmp_path: Path) -> None:
 
 def test_it_is_given_up_after_several_failures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Streamed):
-        def stream(self, offset: int, length: int) -> Comes:
+        def stream(self, offset: int, length: int, call: Call | None = None) -> Comes:
             self.opened.append((offset, length))
             raise SourceError("refused", temporary=True)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from obdlab.blob import Buffer, WritableBlob, check_range
+from obdlab.call import Call
 from obdlab.contrib.ublk.ublk_device import UblkDevice
 
 
@@ -22,15 +23,15 @@ class FileDisk(WritableBlob):
     def size(self) -> int:
         return self._size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return os.pread(self._fd, length, offset)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         check_range(self, offset, len(data))
         assert os.pwrite(self._fd, data, offset) == len(data)
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         self.write_at(offset, bytes(length))
 
     def flush(self) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import Call
 from obdlab.convert.endpoints import registryimages
 from obdlab.convert.endpoints.registryimages import _CountedFile, _Recent
 
@@ -24,9 +25,9 @@ class Counting(MemoryBlob):
         super().__init__(DATA)
         self.reads: list[tuple[int, int]] = []
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self.reads.append((offset, length))
-        return super().read_at(offset, length)
+        return super().read_at(offset, length, call)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(DATA)), st.integers(0, 2 * PIECE)), max_size=8))

@@ -7,10 +7,10 @@ import struct
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.call import Call
 from obdlab.devices.tcmu import scsi
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.scsi import ScsiError, Sense, Transfer, Unit
-from obdlab.waiting import set_waiting_hook
 from tests.devices.blobs import MemoryWritable, Short
 
 MIB = 1 << 20
@@ -246,11 +246,8 @@ def test_a_write_takes_its_blocks_and_leaves_the_rest(op: int) -> None:
 @pytest.mark.parametrize(("op", "flushes"), [(0x2A, 1), (0xAA, 1), (0x8A, 1)], ids=str)
 def test_a_write_to_stable_storage_flushes_and_may_wait(op: int, flushes: int) -> None:
     blob, waits = MemoryWritable(8192), []
-    set_waiting_hook(lambda: waits.append(bytes(blob.data[:1])))
-    try:
-        disk(blob).write(write(op, 0, 1, 0x08), b"x" * 512)
-    finally:
-        set_waiting_hook(None)
+    call = Call(on_wait=lambda: waits.append(bytes(blob.data[:1])))
+    disk(blob).write(write(op, 0, 1, 0x08), b"x" * 512, call)
     assert (blob.flushes, waits) == (flushes, [b"x"])
 
 
@@ -272,7 +269,7 @@ def test_one_block_is_written_over_many(block_size: int, mib: float) -> None:
     blob = MemoryWritable(size + 2 * block_size)
     lengths: list[int] = []
     write_at = blob.write_at
-    blob.write_at = lambda offset, data: lengths.append(len(data)) or write_at(offset, data)  # type: ignore[method-assign,func-returns-value,return-value]
+    blob.write_at = lambda offset, data, _: lengths.append(len(data)) or write_at(offset, data)  # type: ignore[method-assign,func-returns-value,return-value]
     block = bytes(range(1, 129)) * (block_size // 128)
     cdb = struct.pack(">BBQIBB", 0x93, 0, 1, size // block_size, 0, 0)
     disk(blob, block_size=block_size).execute(cdb, block + b"rest")
@@ -307,12 +304,9 @@ def test_flags_of_a_repeated_block(flags: int, sixteen: bool, data: bytes, sense
 
 def test_a_flush_may_wait_and_a_read_only_disk_has_none() -> None:
     blob, waits = MemoryWritable(8192), []
-    set_waiting_hook(lambda: waits.append(blob.flushes))
-    try:
-        disk(blob).execute(bytes((0x35, *bytes(9))), b"")
-        disk(blob, read_only=True).execute(bytes((0x91, *bytes(15))), b"")
-    finally:
-        set_waiting_hook(None)
+    call = Call(on_wait=lambda: waits.append(blob.flushes))
+    disk(blob).execute(bytes((0x35, *bytes(9))), b"", call)
+    disk(blob, read_only=True).execute(bytes((0x91, *bytes(15))), b"", call)
     assert (blob.flushes, waits) == (1, [0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from obdlab.call import Call
 from obdlab.convert.apply import apply_layer
 from obdlab.convert.tree.erofstree import ErofsTree
 from obdlab.volumes.erofs.volume import Volume
@@ -25,11 +26,11 @@ class CountingDisk(MemoryDisk):
         self.writes: list[tuple[int, int]] = []
         self.discards: list[tuple[int, int]] = []
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         super().write_at(offset, data)
         self.writes.append((offset, len(data)))
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         self.data[offset : offset + length] = bytes(length)
         self.discards.append((offset, length))
 

@@ -7,6 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Buffer, WritableBlob, check_range
+from obdlab.call import Call
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,16 +28,16 @@ class FileDisk(WritableBlob):
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return os.pread(self._fd, length, offset)
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         check_range(self, offset, len(data))
         self.written += len(data)
         assert os.pwrite(self._fd, data, offset) == len(data)
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         self.write_at(offset, bytes(length))
 
     def flush(self) -> None:

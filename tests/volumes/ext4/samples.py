@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from obdlab.blob import Buffer, WritableBlob, check_range
+from obdlab.call import Call
 from obdlab.volumes.ext4.editor import Editor
 from obdlab.volumes.ext4.layout import ROOT_INO, Inode, device_block
 from obdlab.volumes.ext4.mkfs import make_filesystem
@@ -32,15 +33,15 @@ class MemoryDisk(WritableBlob):
     def size(self) -> int:
         return len(self.data)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         check_range(self, offset, length)
         return bytes(self.data[offset : offset + length])
 
-    def write_at(self, offset: int, data: Buffer) -> None:
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
         check_range(self, offset, len(data))
         self.data[offset : offset + len(data)] = data
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, call: Call | None = None) -> None:
         self.write_at(offset, bytes(length))
 
     def flush(self) -> None:
