@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.formats.oci import Platform
-    from obdlab.image.config import ImageConfig
+    from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.layers.stack import Stack
     from obdlab.server.client import DeviceService
     from obdlab.settings.settings import Settings
@@ -75,9 +75,7 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
             device_id = f"image-{hashlib.sha256(f'{image.name}@{digest}'.encode()).hexdigest()[:16]}"
             config = _stored_config(image, args, _copies(settings_from(args), args.run_dir) / device_id)
     else:
-        config = _made_config(names, args)
-        text = json.dumps(config.to_json(), sort_keys=True)
-        device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        config, device_id = _named_config(names, args)
     run = RunDir(args.run_dir)
     run.create()
     directory = run.path / _IMAGES / device_id
@@ -85,6 +83,28 @@ def config_of(source: Sequence[str], args: argparse.Namespace) -> tuple[Path, st
     path = directory / _CONFIG
     config.save(path)
     return path, device_id
+
+
+# Also returns the device's id. Blobs of turboOCI layers are unpacked beside the cache directory, under the id.
+def _named_config(names: Sequence[str], args: argparse.Namespace) -> tuple[ImageConfig, str]:
+    copies = _copies(settings_from(args), args.run_dir)
+    new = copies / f".new-{os.getpid()}"
+    try:
+        config = _made_config(names, args, new)
+        text = json.dumps(config.to_json(), sort_keys=True).replace(str(new), "")
+        device_id = f"image-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if new.exists():
+            config = replace(config, lowers=tuple(_moved(lower, new, copies / device_id) for lower in config.lowers))
+            with suppress(OSError):  # it is there already, with the same files
+                new.rename(copies / device_id)
+        return config, device_id
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _moved(lower: LowerConfig, before: Path, after: Path) -> LowerConfig:
+    file, index = (name.replace(str(before), str(after)) for name in (lower.file, lower.gzip_index))
+    return replace(lower, file=file, gzip_index=index)
 
 
 def made_config_path(run_dir: Path, device_id: str) -> Path:
@@ -101,8 +121,12 @@ def image_config(source: Sequence[str], args: argparse.Namespace) -> Iterator[Im
     from obdlab.image.config import ImageConfig
 
     names = _names(source)
+    if _is_config(names):
+        yield ImageConfig.load(names[0])
+        return
     if not _is_stored(source):
-        yield ImageConfig.load(names[0]) if _is_config(names) else _made_config(names, args)
+        with tempfile.TemporaryDirectory(prefix="obdlab-image-", dir="/var/tmp") as place:
+            yield _made_config(names, args, Path(place))
         return
     with tempfile.TemporaryDirectory(prefix="obdlab-image-", dir="/var/tmp") as place:
         with _opened_store(source[0], args) as image:
@@ -236,7 +260,7 @@ def _platform(args: argparse.Namespace) -> Platform:
     return getattr(args, "platform", None) or host_platform()
 
 
-def _made_config(names: Sequence[str], args: argparse.Namespace) -> ImageConfig:
+def _made_config(names: Sequence[str], args: argparse.Namespace, place: Path) -> ImageConfig:
     from obdlab.image.config import ImageConfig, LowerConfig
 
     paths = [Path(name) for name in names]
@@ -246,12 +270,12 @@ def _made_config(names: Sequence[str], args: argparse.Namespace) -> ImageConfig:
                 raise DeviceError(f"{path}: no such layer file")
         return ImageConfig(lowers=tuple(LowerConfig(file=str(path.resolve())) for path in paths))
     if len(names) == 1:
-        return _config_from_registry(names[0], args)
+        return _config_from_registry(names[0], args, place)
     missing = ", ".join(str(path) for path in paths if not path.is_file())
     raise DeviceError(f"several sources must be layer files (no such file: {missing})")
 
 
-def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
+def _config_from_registry(name: str, args: argparse.Namespace, place: Path) -> ImageConfig:
     from obdlab.image.from_manifest import fetch_config
     from obdlab.registry.platform import host_platform
     from obdlab.registry.reference import Reference
@@ -263,7 +287,7 @@ def _config_from_registry(name: str, args: argparse.Namespace) -> ImageConfig:
     try:
         while True:
             try:
-                return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted)
+                return fetch_config(client, Reference.parse(name), host_platform(), traces=wanted, place=place)
             except SourceError as error:
                 _wait_for_registry(error, name, deadline, quietly=said)
                 said = True

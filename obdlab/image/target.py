@@ -30,7 +30,7 @@ def open_target(
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
     blob, identity = _open_stored(lower, remote, around)
     try:
-        blob = _uncompressed(blob, lower.gzip_index, spans)
+        blob = uncompressed_target(blob, lower.gzip_index, spans)
         if remote is not None and not lower.target_file and isinstance(blob, GzipTarget):
             blob = remote.cache_content(blob, lower.target_digest)
         return around("target", blob), identity
@@ -52,7 +52,11 @@ def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around
         raise
 
 
-def _uncompressed(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
+def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
+    """Return the content of a target's ``blob``, by the index file ``gzip_index`` if it is not empty.
+
+    The blob then belongs to the result, unless this raises: FormatError, CorruptBlobError or SourceError.
+    """
     compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
     if compression and not gzip_index:
         raise FormatError(

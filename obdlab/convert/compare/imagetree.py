@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.apply import apply_layer
 from obdlab.convert.compare.listing import list_volume
 from obdlab.convert.decompress import uncompressed
+from obdlab.convert.endpoints.disks import open_layers
 from obdlab.convert.layer import pieces_file
 from obdlab.convert.tree.memorytree import MemoryTree
-from obdlab.image.from_manifest import check_native
-from obdlab.layers.budget import Budget
-from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.registry.platform import host_platform
 from obdlab.volumes.detect import open_volume
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints.layout import VerifiedFile
     from obdlab.convert.progress import Progress
     from obdlab.formats.oci import Descriptor, Manifest, Platform
+    from obdlab.layers.lsmt import LsmtLayer
 
 _READ = 1 << 20
 
@@ -39,11 +39,9 @@ def list_image(
 
     An overlaybd image is read as the file system on its layers, any other by applying its layers in memory. Layers
     are fetched whole, checked against their digests and kept in ``work_dir`` meanwhile. Raises SourceError,
-    CorruptBlobError, FormatError, ApplyError, or NotOverlaybdError for turboOCI layers.
+    CorruptBlobError, FormatError or ApplyError.
     """
     manifest = source.manifest(platform or host_platform(), overlaybd=True)
-    for layer in manifest.layers:
-        check_native(layer, source.name)
     with tempfile.TemporaryDirectory(prefix="obdlab-compare-", dir=work_dir) as directory:
         if manifest.is_overlaybd:
             return _list_overlaybd(source, manifest, Path(directory), progress, content=content)
@@ -81,15 +79,15 @@ def fetched_layers(
     source: ImageSource, manifest: Manifest, work_dir: Path, progress: Progress, ended: ExitStack
 ) -> list[LsmtLayer]:
     """Fetch the layers of an overlaybd image into ``work_dir``, whole and checked. ``ended`` closes them."""
-    layers: list[LsmtLayer] = []
-    budget = Budget()
-    for number, layer in enumerate(manifest.layers):
-        file = _fetch(source, number, layer, work_dir, progress, ended)
+    numbers = count()
+
+    def fetched(layer: Descriptor) -> Blob:
+        file = _fetch(source, next(numbers), layer, work_dir, progress, ended)
         while file.read(_READ):  # reading to the end checks its digest
             pass
-        layers.append(open_layer(file.as_blob(), budget=budget))
-        ended.callback(layers[-1].close)
-    return layers
+        return file.as_blob()
+
+    return open_layers(source, manifest, work_dir, fetched, ended)
 
 
 def _fetch(

@@ -49,6 +49,13 @@ class ContainerdSource(DownloadedSource):
     def open_blob(self, descriptor: oci.Descriptor) -> Blob:
         return _StoredBlob(self._client, self.name, descriptor)
 
+    def beside(self, digest: str) -> oci.Descriptor | None:
+        try:
+            info = self._client.content.info(digest)
+        except NotFoundError:
+            return None
+        return oci.Descriptor(oci.UNKNOWN_TYPE, digest, info.size)
+
     def root(self) -> tuple[oci.Descriptor | None, oci.Manifest | oci.Index]:
         try:
             image = self._client.images.get(self._image)

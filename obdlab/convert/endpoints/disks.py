@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import SourceError
 from obdlab.image.from_manifest import stored_config
 from obdlab.image.open import stacked_lowers
+from obdlab.image.target import uncompressed_target
+from obdlab.image.turboblob import unpack
 from obdlab.layers.budget import Budget
-from obdlab.layers.lsmt import open_layer
+from obdlab.layers.lsmt import LsmtLayer, open_layer
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack
+from obdlab.layers.warp import WarpLayer
+from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
+    from obdlab.blob import Blob
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.progress import Progress
-    from obdlab.formats.oci import Descriptor, Platform
-    from obdlab.image.config import ImageConfig
-    from obdlab.layers.lsmt import Layer
+    from obdlab.formats.oci import Descriptor, Manifest, Platform
+    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.layers.lsmt import Kind
 
 _COPY = 1 << 20
 
@@ -34,20 +42,59 @@ def stored_disk(source: ImageSource, platform: Platform) -> Iterator[Stack]:
     Raises SourceError, FormatError, CorruptBlobError, NotOverlaybdError or ImageOpenError.
     """
     manifest = source.manifest(platform, overlaybd=True)
-    config = stored_config(manifest, source.name)
-    layers: list[Layer] = []
-    budget = Budget()
-    with ExitStack() as opened:
-        for descriptor in manifest.layers[: len(stacked_lowers(config))]:
-            blob = source.open_blob(descriptor)
-            try:
-                layer = open_layer(blob, budget=budget)
-            except BaseException:
-                blob.close()
-                raise
-            layers.append(layer)
-            opened.callback(layer.close)
-        yield Stack(layers)
+    with tempfile.TemporaryDirectory(prefix="obdlab-image-", dir="/var/tmp") as place, ExitStack() as opened:
+        yield Stack(open_layers(source, manifest, Path(place), source.open_blob, opened))
+
+
+def open_layers(
+    source: ImageSource,
+    manifest: Manifest,
+    place: Path,
+    open_blob: Callable[[Descriptor], Blob],
+    opened: ExitStack,
+) -> list[LsmtLayer]:
+    """Open the layers of an image's disk, each of a blob that ``open_blob`` returns. ``opened`` closes them.
+
+    The small blobs of turboOCI layers are unpacked below ``place``. Raises as :func:`stored_disk`.
+    """
+    config = stored_config(manifest, source.name, partial(_unpacked, source, place))
+    layers = []
+    budget, spans = Budget(), SpanCache()
+    for lower, descriptor in zip(stacked_lowers(config), manifest.layers, strict=False):
+        with ExitStack() as unused:
+            kind: Kind = LsmtLayer
+            if lower.is_turbo:
+                stored = unused.enter_context(open_blob(target_of(source, lower)))
+                target = uncompressed_target(stored, lower.gzip_index, spans)
+                unused.callback(target.close)
+                kind = partial(WarpLayer, target)
+            blob = unused.enter_context(LocalFile(lower.file) if lower.is_turbo else open_blob(descriptor))
+            layer = open_layer(blob, budget=budget, kind=kind)
+            unused.pop_all()
+        opened.callback(layer.close)
+        layers.append(layer)
+    return layers
+
+
+def target_of(source: ImageSource, lower: LowerConfig) -> Descriptor:
+    """Return the descriptor of a turboOCI layer's target, a blob beside the image's. Raises SourceError."""
+    found = source.beside(lower.target_digest)
+    if found is None:
+        raise SourceError("target of a turboOCI layer is not there", blob=f"{source.name}@{lower.target_digest}")
+    return found
+
+
+def _unpacked(source: ImageSource, place: Path, layer: Descriptor) -> Path:
+    directory = place / f"turbo-{layer.digest.removeprefix('sha256:')}"
+    if not directory.exists():
+        fetched = place / "fetched"
+        fetched.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = source.fetch(layer, fetched, lambda _: None)
+        try:
+            unpack(file, directory, blob=f"{source.name}@{layer.digest}")
+        finally:
+            source.release(file)
+    return directory
 
 
 def config_of_files(source: ImageSource, platform: Platform, place: Path, progress: Progress) -> ImageConfig:
@@ -57,11 +104,15 @@ def config_of_files(source: ImageSource, platform: Platform, place: Path, progre
     digests. Raises as :func:`stored_disk`.
     """
     manifest = source.manifest(platform, overlaybd=True)
-    config = stored_config(manifest, source.name)
+    config = stored_config(manifest, source.name, partial(_unpacked, source, place))
     lowers = []
     for lower, descriptor in zip(config.lowers, manifest.layers, strict=True):
-        path = source.layer_file(descriptor) or _copied(source, descriptor, place, progress)
-        lowers.append(replace(lower, file=str(path.absolute()), digest="", size=0))
+        stored = target_of(source, lower) if lower.is_turbo else descriptor
+        path = str((source.layer_file(stored) or _copied(source, stored, place, progress)).absolute())
+        if lower.is_turbo:
+            lowers.append(replace(lower, target_file=path, target_digest=""))
+        else:
+            lowers.append(replace(lower, file=path, digest="", size=0))
     return replace(config, lowers=tuple(lowers))
 
 

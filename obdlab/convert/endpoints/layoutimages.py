@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
 from obdlab.convert.endpoints.layout import ImageLayout, VerifiedFile
 from obdlab.errors import CorruptBlobError
-from obdlab.formats.oci import MAX_MANIFEST_SIZE, Descriptor, Index, Manifest, digest_of
+from obdlab.formats.oci import MAX_MANIFEST_SIZE, UNKNOWN_TYPE, Descriptor, Index, Manifest, digest_of
 from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class LayoutSource(ImageSource):
 
     def layer_file(self, layer: Descriptor) -> Path | None:
         return self._layout.blob_file(layer)
+
+    def beside(self, digest: str) -> Descriptor | None:
+        path = self._layout.blob_file(Descriptor(UNKNOWN_TYPE, digest, 0))
+        return Descriptor(UNKNOWN_TYPE, digest, path.stat().st_size) if path is not None and path.is_file() else None
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
         with self._layout.open_blob(descriptor) as file:

@@ -18,6 +18,7 @@ from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
 from obdlab.formats.zfile import Algorithm
+from obdlab.image.from_manifest import check_native
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -57,6 +58,8 @@ def order_layers(
     told = progress or Silent()
     with tempfile.TemporaryDirectory(prefix="obdlab-order-", dir=work_dir) as directory, ExitStack() as ended:
         work = Path(directory)
+        for stored in manifest.layers:
+            check_native(stored, source.name)
         layers = fetched_layers(source, manifest, work, told, ended)
         old = Stack(layers)
         reads = reads_in(trace, old, name=trace_name)

@@ -99,7 +99,7 @@ def test_every_platform_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def _push(server: RegistryServer, layout: Path, name: str) -> tuple[str, oci.Descriptor]:
+def push(server: RegistryServer, layout: Path, name: str) -> tuple[str, oci.Descriptor]:
     # Returns the name of a plain image in the registry, and the descriptor of its manifest.
     reference = f"{server.host}/{name}:v1"
     with closing(RegistryClient()) as client:
@@ -118,7 +118,7 @@ def _push(server: RegistryServer, layout: Path, name: str) -> tuple[str, oci.Des
 @pytest.mark.registry
 def test_in_a_registry_the_source_is_referred_to(registry_server: RegistryServer, tmp_path: Path) -> None:
     make_layout(tmp_path / "source", [[member("a", b"a" * 9000)]], how="plain")
-    source, subject = _push(registry_server, tmp_path / "source", "turbo/image")
+    source, subject = push(registry_server, tmp_path / "source", "turbo/image")
     destination = source.replace(":v1", ":v1-turbo")
     image = convert(source, destination, turbo(tmp_path, referrer=True))
     assert image.manifest.subject == subject
