@@ -57,6 +57,8 @@ class ConvertOptions:
     #: File systems (of FILE_SYSTEMS) of a turboOCI image, whose layers point into those of the source; empty: an
     #: overlaybd image.
     turbo: tuple[str, ...] = ()
+    #: Let layers of a turboOCI image have several gzip members; the original cannot read such an image.
+    several_members: bool = False
     #: Database of earlier conversions, see :func:`obdlab.convert.database.open_database`; "" uses none.
     database: str = ""
     #: A base that is converted already; the image must be built on it.
@@ -74,6 +76,7 @@ class ConvertOptions:
                 "flatten": self.flatten,
                 "mount_options": self.mount_options,
                 **({"turbo": self.turbo} if self.turbo else {}),
+                **({"several_members": True} if self.turbo and self.several_members else {}),
                 **({"hash_trees": True} if self.hash_trees else {}),
             }
         )
@@ -191,7 +194,15 @@ def _convert_layers(
     describe = functools.partial(_layer_descriptor, options=options)
     if options.turbo:
         return convert_to_turbo(
-            source, destination, groups, describe, options.layer, options.turbo, progress, options.work_dir
+            source,
+            destination,
+            groups,
+            describe,
+            options.layer,
+            options.turbo,
+            progress,
+            options.work_dir,
+            several_members=options.several_members,
         )
     with work_directory(options.work_dir) as work_dir:
         stored = [] if below is None else below.store(destination, work_dir, progress)

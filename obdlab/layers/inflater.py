@@ -93,17 +93,19 @@ class Inflater:
         if self.left:
             got = self._length - self.left
             raise self._damaged("gzip data inflates to less than the index says", got, self._length)
-        if last and self._behind is None:
-            raise self._damaged("gzip data goes on behind the content that its index knows")
-        if not last and self._behind is not None:
+        if last:
+            trailer = self.trailer()
+            if self._sums is not None:
+                self._sums.end(trailer)
+        elif self._behind is not None:
             raise self._damaged("gzip data ends before the content that its index knows")
-        if last and self._sums is not None:
-            self._sums.end(self.trailer())
         return b"".join(self._parts)
 
     def trailer(self) -> bytes:
         """Return the trailer of the file's last member. Raises CorruptBlobError if it is cut, or not the last."""
-        behind = self._behind or b""
+        behind = self._behind
+        if behind is None:
+            raise self._damaged("gzip data goes on behind the content that its index knows")
         if len(behind) < TRAILER_SIZE:
             raise self._damaged("gzip file ends inside its trailer")
         if not _only_zeros(behind):

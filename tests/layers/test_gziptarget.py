@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from obdlab.blob import MemoryBlob, Wrapper
 from obdlab.call import Call
 from obdlab.errors import CorruptBlobError, FormatError, OutOfRangeError
-from obdlab.formats.gzipindex import HEADER_SIZE, IndexHeader, pack, parse_table
+from obdlab.formats.gzipindex import HEADER_SIZE, WINDOW, IndexHeader, pack, parse_table
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.spancache import SpanCache
 from obdlab.localfile import LocalFile
@@ -241,6 +242,35 @@ def test_a_damaged_window_makes_both_of_its_spans_unreadable() -> None:
     for at in (second, third):
         with pytest.raises(CorruptBlobError, match=r"gzip\.meta: window of the gzip index"):
             blob.read_at(at, 10)
+
+
+@pytest.mark.parametrize("less", [1, 100_000])
+def test_more_content_than_the_index_says_is_refused_before_it_takes_memory(less: int) -> None:
+    head = replace(HEADER, uncompressed_size=HEADER.uncompressed_size - less).to_bytes()
+    blob = target(index=head + INDEX[HEADER_SIZE:])
+    with pytest.raises(CorruptBlobError, match="to more than the index says"):
+        blob.read_at(blob.size - 1, 1)
+
+
+def test_an_entry_at_the_end_of_the_file_is_refused_when_it_is_read() -> None:
+    # The span before it would end with the member, and not inside it.
+    table = np.concatenate([TABLE, TABLE[-1:]])
+    packed = pack(TAR[-WINDOW:])
+    table[-1] = (len(TAR), len(GZ), HEADER.index_start, 0, len(packed))
+    rows = pack(table.tobytes())
+    start = HEADER.index_start + len(packed)
+    head = replace(HEADER, entries=5, index_start=start, index_size=start + len(rows)).to_bytes()
+    blob = target(index=head + INDEX[HEADER_SIZE : HEADER.index_start] + packed + rows)
+    with pytest.raises(CorruptBlobError, match="ends before the content that its index knows"):
+        blob.read_at(len(TAR) - 1, 1)
+
+
+def test_reading_in_order_reads_each_window_once() -> None:
+    index = Counting(INDEX)
+    blob = GzipTarget(MemoryBlob(GZ), index)
+    blob.read_at(0, blob.size)
+    windows = [(int(row["window"]), int(row["window"]) + int(row["length"])) for row in TABLE]
+    assert [each for each in index.reads if each in windows] == windows
 
 
 # -- caches below ---------------------------------------------------------------------------------------------------

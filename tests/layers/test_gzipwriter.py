@@ -6,6 +6,7 @@ import gzip
 import io
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +91,16 @@ def test_what_the_original_cuts_to_the_first_member_is_read_whole() -> None:
     blob = target_of(gz, index)
     assert blob.read_at(0, blob.size) == tar
     assert blob.read_at(1642596 - 100, 200) == tar[1642596 - 100 :][:200]  # across the border
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 20])
+def test_a_cut_last_member_is_found_by_reading_the_end(cut: int) -> None:
+    gz = member(content(100_000)) + member(content(100_000, 2))
+    index, data = index_of(gz, several=True)
+    header = replace(IndexHeader.from_bytes(index, index_size=len(index)), compressed_size=len(gz) - cut)
+    blob = target_of(gz[:-cut], header.to_bytes() + index[HEADER_SIZE:])
+    with pytest.raises(CorruptBlobError, match=r"inside its trailer|goes on behind|less than the index"):
+        blob.read_at(len(data) - 1, 1)
 
 
 def test_the_entries_are_the_last_borders_before_multiples_of_the_span() -> None:

@@ -39,6 +39,11 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         default="ext4",
         help="file system of the image; both: only of turbo-oci, for snapshotters to choose (default: %(default)s)",
     )
+    parser.add_argument(
+        "--several-members",
+        action="store_true",
+        help="turbo-oci: also of layers with several gzip members (eStargz, bgzip), which the original cannot read",
+    )
     add_compression_options(parser)
     parser.add_argument(
         "--vsize-gib",
@@ -118,6 +123,7 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
             args.algorithm, args.block_size_kib << 10, args.vsize_gib * GIB, filesystems[0], args.bytes_per_inode
         ),
         turbo=filesystems if args.form == _TURBO else (),
+        several_members=args.several_members,
         platform=None if args.platform == ALL else args.platform,
         referrer=args.referrer,
         docker=args.docker,
@@ -144,6 +150,8 @@ def check_conversion_options(args: argparse.Namespace) -> str | None:
         return "--referrer needs OCI's media types: not with --docker"
     if args.form != _TURBO and args.fs == _BOTH:
         return "--fs both needs --as turbo-oci: a layer of another image has one file system"
+    if args.form != _TURBO and args.several_members:
+        return "--several-members needs --as turbo-oci: other conversions take such layers without it"
     if args.form == _TURBO and args.flatten:
         return "--flatten is not possible with --as turbo-oci: each layer points into one of the source's"
     if args.form == _TURBO and args.mount_options:

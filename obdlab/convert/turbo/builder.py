@@ -71,10 +71,14 @@ class TurboBuilder:
     """Builds the warp layers of one image for one or more ``filesystems``, bottom first, in ``work_dir``.
 
     A context manager. The same layers give the same bytes, on every machine and at any time. ``work_dir`` must be on
-    a file system with sparse files.
+    a file system with sparse files. With ``several_members``, layers of several gzip members get an index that the
+    original refuses to read; without it they are refused.
     """
 
-    def __init__(self, work_dir: Path, options: LayerOptions, filesystems: Sequence[str]) -> None:
+    def __init__(
+        self, work_dir: Path, options: LayerOptions, filesystems: Sequence[str], *, several_members: bool = False
+    ) -> None:
+        self._several_members = several_members
         self._work_dir = work_dir
         self._options = options
         self._layers: dict[str, list[WarpLayer]] = {name: [] for name in filesystems}
@@ -154,10 +158,12 @@ class TurboBuilder:
             raise FormatError(f"layer cannot be {_WAY_OUT}", blob=name, got=compression, wanted="a tar or tar+gzip")
         try:
             with index.open("xb") as sink:
-                self._expect(GzipIndexWriter(sink, blob=name).decompressed(counted), name, diff_id)
+                writer = GzipIndexWriter(sink, blob=name, several=self._several_members)
+                self._expect(writer.decompressed(counted), name, diff_id)
             return _with_index(file.as_blob(), LocalFile(index))
         except SeveralMembersError as error:
-            raise FormatError(f"layer cannot be {_WAY_OUT} ({error.what})", blob=name) from error
+            what = f"layer cannot be {_WAY_OUT}, or with --several-members ({error.what})"
+            raise FormatError(what, blob=name) from error
         except OSError as error:
             raise SourceError(f"cannot write the index: {error.strerror or error}", blob=str(index)) from error
 

@@ -36,11 +36,14 @@ def convert_to_turbo(
     filesystems: Sequence[str],
     progress: Progress,
     parent: Path,
+    *,
+    several_members: bool = False,
 ) -> tuple[ConvertedLayer, ...]:
     """Build a turboOCI layer for each group, which must be one layer, and store them all once all are verified.
 
     Blobs are built in a directory below ``parent``; ``filesystems`` are those that each blob has. The ordinary layers
-    must be at the destination, or it must be one that keeps blobs without a manifest, and then gets them. Raises
+    must be at the destination, or it must be one that keeps blobs without a manifest, and then gets them.
+    ``several_members`` allows layers of several gzip members, whose index the original refuses to read. Raises
     FormatError for an image that cannot be one, TurboVerificationError, and the errors of source and destination.
     """
     _check(source, destination, groups)
@@ -58,7 +61,7 @@ def convert_to_turbo(
                 return source.fetch(layer, directory, task.advance)
 
         finished: list[tuple[BuiltLayer, Path]] = []
-        with TurboBuilder(work_dir, options, filesystems) as builder:
+        with TurboBuilder(work_dir, options, filesystems, several_members=several_members) as builder:
             for number, group in enumerate(groups):
                 for ahead in (number, number + 1):
                     if ahead < len(groups) and ahead not in fetches:

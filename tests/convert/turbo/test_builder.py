@@ -200,7 +200,7 @@ def several_members(tar: bytes) -> bytes:
     ("make", "message"),
     [
         (lambda tar: compress(tar, "zstd"), "convert the image as a whole.*got zstd"),
-        (several_members, "convert the image as a whole.*member"),
+        (several_members, "convert the image as a whole.*--several-members"),
         (lambda tar: gzip.compress(tar)[:-30], "gzip"),
         (lambda tar: gzip.compress(tar)[:-8] + bytes(8), "data check|CRC|length"),
     ],
@@ -210,3 +210,11 @@ def test_layers_that_cannot_be_targets(tmp_path: Path, make: Callable[[bytes], b
     tar = tar_bytes([member("a", bytes(range(256)) * 40)])
     with TurboBuilder(tmp_path, OPTIONS, ("ext4",)) as builder, pytest.raises(FormatError, match=message):
         add(builder, tmp_path, tar, blob=make(tar))
+
+
+def test_a_layer_of_several_gzip_members_when_asked(tmp_path: Path) -> None:
+    tar = tar_bytes([member("a", bytes(range(256)) * 40)])
+    with TurboBuilder(tmp_path, OPTIONS, ("ext4",), several_members=True) as builder:
+        made = add(builder, tmp_path, tar, blob=several_members(tar))
+        assert made.files["gzip.meta"].read_bytes()[8] == 2, "the original must refuse it"
+        builder.verify()
