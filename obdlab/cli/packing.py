@@ -113,6 +113,11 @@ def size_text(size: int) -> str:
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def mb_text(size: int) -> str:
+    """Return a size in decimal megabytes, as of data on the wire: ``3.4 MB``."""
+    return f"{size / 1e6:.1f} MB"
+
+
 def size_argument(text: str) -> int:
     """Read a size given on the command line: bytes, or a number with K, M, G or T."""
     digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")

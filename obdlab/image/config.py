@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -174,6 +175,11 @@ class ImageConfig:
             replace_file(target, text.encode(), sync=True)
         except OSError as error:
             raise ConfigError(f"{target}: cannot write the image configuration ({error.strerror})") from error
+
+
+def digest_of_config(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a configuration file, in hex. Raises as :func:`read_config`."""
+    return hashlib.sha256(read_config(path)).hexdigest()
 
 
 def read_config(path: str | os.PathLike[str]) -> bytes:

@@ -25,7 +25,7 @@ from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.layers.indexlog import Dropped, IndexLog, LogContent, discard_file, read_log
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.readers import Readers
-from obdlab.layers.seal import append_seal, find_seal, recover_seal, sealed_records, undo_seal
+from obdlab.layers.seal import append_seal, recover_seal, sealed_records
 from obdlab.layers.upperstate import TRANSITIONS, State
 from obdlab.layers.writable import Upper, check_virtual_size
 from obdlab.states import StateOf
@@ -307,12 +307,7 @@ class AppendUpper(Upper):
 
     def unseal(self) -> None:
         with self._syncing, self._writing:
-            self._state.check(State.WRITABLE)
-            trailer = find_seal(self._file, self.header)
-            if trailer is not None:
-                self._file.lock()
-                undo_seal(self._file, trailer)
-            self._state.become(State.WRITABLE)
+            self._undo_seal()
 
     def retire(self) -> None:
         with self._syncing, self._writing:

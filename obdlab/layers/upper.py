@@ -23,7 +23,7 @@ from obdlab.formats.zfile.layout import HEADER_SIZE as ZFILE_HEADER_SIZE
 from obdlab.formats.zfile.layout import is_zfile
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
-from obdlab.layers.seal import SwitchMark, append_seal, find_seal, recover_seal, sealed_records, undo_seal
+from obdlab.layers.seal import SwitchMark, append_seal, recover_seal, sealed_records
 from obdlab.layers.upperstate import TRANSITIONS, State
 from obdlab.layers.writable import Upper, check_virtual_size
 from obdlab.states import StateOf
@@ -205,12 +205,7 @@ class SparseUpper(Upper):
             raise
 
     def unseal(self) -> None:
-        self._state.check(State.WRITABLE)
-        trailer = find_seal(self._file, self.header)
-        if trailer is not None:
-            self._file.lock()
-            undo_seal(self._file, trailer)
-        self._state.become(State.WRITABLE)
+        self._undo_seal()
 
     def retire(self) -> None:
         self._state.become(State.RETIRED)  # there is only the data file

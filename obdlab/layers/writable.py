@@ -10,6 +10,7 @@ from obdlab.errors import OutOfRangeError, SourceError
 from obdlab.formats.lsmt.index import SegmentIndex
 from obdlab.formats.lsmt.layout import MAX_VIRTUAL_SIZE, SECTOR
 from obdlab.layers.lsmt import LsmtLayer
+from obdlab.layers.seal import find_seal, undo_seal
 from obdlab.layers.upperstate import State
 
 if TYPE_CHECKING:
@@ -164,6 +165,14 @@ class Upper(Closing):
         """Return the disk's bytes as this layer has them: zeros where it holds nothing."""
         pieces = self.read_held(offset, length)
         return b"".join(bytes(size) if data is None else data for size, data in pieces)
+
+    def _undo_seal(self) -> None:
+        self._state.check(State.WRITABLE)
+        trailer = find_seal(self._file, self.header)
+        if trailer is not None:
+            self._file.lock()
+            undo_seal(self._file, trailer)
+        self._state.become(State.WRITABLE)
 
     def _check_writable(self) -> None:
         if self._state.now is State.CLOSED:

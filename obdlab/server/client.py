@@ -6,7 +6,6 @@ run directory, even when host and servers are dead.
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import time
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError, ObdlabError
-from obdlab.image.config import read_config
+from obdlab.image.config import digest_of_config
 from obdlab.server import controlclient
 from obdlab.server.hostclient import HostClient, expected, left_s
 from obdlab.server.messages import (
@@ -129,7 +128,7 @@ class DeviceService:
         taken by another config, or ``timeout_s`` has passed, a DeviceError.
         """
         config = config_path.absolute()
-        digest = hashlib.sha256(read_config(config)).hexdigest()
+        digest = digest_of_config(config)
         device_id = device_id or device_id_of(config)
         self._run.create()
         self._run.device(device_id)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import find
 from obdlab.errors import DeviceError
-from obdlab.image.config import read_config
+from obdlab.image.config import digest_of_config
 from obdlab.layerfiles.snapshot import Snapshot, snapshot
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gc import Collected, collect
@@ -66,7 +65,7 @@ class Changes:
             self._refuse_own_disk(path)
         tell(Step("begun"))  # raises OSError if the client went away while it waited its turn
         done = snapshot(self._stack, config, new_config)
-        self._change_record(config_sha256=hashlib.sha256(read_config(config)).hexdigest())
+        self._change_record(config_sha256=digest_of_config(config))
         return done
 
     @property

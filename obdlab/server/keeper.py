@@ -13,7 +13,6 @@ which adopts the server (``obdlab.server.keeperlink``).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import select
@@ -29,7 +28,7 @@ import msgspec
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
-from obdlab.image.config import read_config
+from obdlab.image.config import digest_of_config
 from obdlab.server import server, wire
 from obdlab.server.deaths import Deaths, Start
 from obdlab.server.forking import Signals, become
@@ -256,7 +255,7 @@ class Keeper:
         config = Path(self._plan.config)
         record = DeviceRecord.load(self._directory) if self._path is not None else None
         if record is not None and record.read_only:
-            present = hashlib.sha256(read_config(config)).hexdigest()
+            present = digest_of_config(config)
             if present != record.config_sha256:
                 raise DeviceError(f"{config} has changed since the device was attached")
         return self._opener(config, settings)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError, ObdlabError
-from obdlab.image.config import ImageConfig, read_config
+from obdlab.image.config import ImageConfig, digest_of_config
 from obdlab.image.open import Image, open_image
 from obdlab.layerfiles.flatten import flat_files, flat_name, flatten
 from obdlab.server import controlclient
@@ -51,7 +50,7 @@ def graduate(
         return _graduated(Path(record.graduated), 0.0)
     if not record.read_only:
         raise DeviceError(f"device {device_id}: writable: what is written must go through its server")
-    if hashlib.sha256(read_config(record.config)).hexdigest() != record.config_sha256:
+    if digest_of_config(record.config) != record.config_sha256:
         raise DeviceError(f"device {device_id}: {record.config} has changed since it was attached")
     settings = replace(Settings.from_json(record.settings), download_enabled=False, settings_path=None)
     config = replace(ImageConfig.load(record.config), result_file="", record_trace_path="")

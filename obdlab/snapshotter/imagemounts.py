@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import select
@@ -58,8 +57,6 @@ class ImageDevices:
         """Serve images below ``layout``."""
         self._layout = layout
         self._devices = devices
-        # The names of devices differ between the roots of a host.
-        self._prefix = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
         self._live: dict[int, _Live] = {}
         self._failures: dict[int, _Failure] = {}
         self._host_start: threading.Thread | None = None
@@ -206,7 +203,7 @@ class ImageDevices:
         # A dead device keeps its name until its last user is gone; that user gets I/O errors in any case. A new
         # container gets a device with another name.
         taken = {device.device_id for device in self._devices_of(snapshot_id)}
-        name = f"{self._prefix}-{snapshot_id}"
+        name = f"{self._layout.short_name}-{snapshot_id}"
         names = (name, *(f"{name}.{number}" for number in range(1, len(taken) + 1)))
         return self._devices.attach(config, next(each for each in names if each not in taken))
 

@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -57,6 +58,8 @@ class Layout:
         self.root = root.resolve()
         if any(char in str(self.root) for char in ":,\\"):
             raise RootError(f"{self.root}: overlay mount options cannot hold this path (wanted none of ':,\\')")
+        #: Distinguishes the names of devices and sockets of several snapshotters.
+        self.short_name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
         self.snapshots = self.root / "snapshots"
         self._lock_fd = _lock(self.root / SNAPSHOTTER_LOCK) if lock else -1
         self.snapshots.mkdir(mode=0o700, exist_ok=True)

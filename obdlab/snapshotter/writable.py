@@ -23,6 +23,7 @@ from obdlab.formats.decimal import decimal
 from obdlab.image.config import UpperConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.hostpaths import allowed_path
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,10 +82,7 @@ class WritableDevice:
         """Write the file and sync it: after a power cut the snapshot's row is there, so the file must be too."""
         upper = self.upper
         values = {"mode": self.mode.value, "data": upper.data, "index": upper.index, "vsize": upper.vsize_gb}
-        with path.open("w") as file:
-            file.write(json.dumps(values))
-            file.flush()
-            os.fsync(file.fileno())
+        replace_file(path, json.dumps(values).encode(), sync=True)
 
 
 def upper_for(labels: Mapping[str, str], block: Path, size_gb: int, roots: Sequence[Path]) -> UpperConfig:

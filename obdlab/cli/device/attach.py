@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from obdlab.server.client import AttachedDevice, DeviceService
 
-TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, then give up (default: %(default)g)"
+_TIMEOUT_HELP = "wait so many seconds, for a registry that does not answer too, then give up (default: %(default)g)"
 #: Transient states (``DeviceState``).
 _PASSING = ("without keeper", "restarting")
 #: A listing reports requests that have been under way for longer.
@@ -30,17 +30,22 @@ _LONG_WAIT_S = 5.0
 LEAST_ATTACH_S = 1.0
 
 
+def add_attach_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for attaching an image."""
+    add_device_option(parser)
+    parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=_TIMEOUT_HELP)
+    add_runtime_options(parser)
+    add_source_options(parser)
+    add_trace_option(parser)
+
+
 def declare_attach(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = "Prints the device's node. See also: mount."
     parser.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--id", help="name of the device (default: made from the image)")
-    add_device_option(parser)
-    parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
-    add_runtime_options(parser)
     add_json_option(parser, "print id and node as one JSON object")
-    add_source_options(parser)
-    add_trace_option(parser)
+    add_attach_options(parser)
     parser.set_defaults(run=run_attach)
 
 

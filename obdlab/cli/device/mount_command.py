@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import (
-    add_device_option,
     add_runtime_options,
-    add_trace_option,
     device_service_from,
 )
-from obdlab.cli.device.attach import LEAST_ATTACH_S, TIMEOUT_HELP
+from obdlab.cli.device.attach import LEAST_ATTACH_S, add_attach_options
 from obdlab.cli.jsonoutput import add_json_option, answer
-from obdlab.cli.numbers import real
-from obdlab.cli.sources import SOURCE_HELP, add_source_options, config_of, forget_config
+from obdlab.cli.sources import SOURCE_HELP, config_of, forget_config
 from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -32,12 +29,8 @@ def declare_mount(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("target", type=Path, metavar="DIR", help="where to mount; made if it does not exist")
-    add_device_option(parser)
-    parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=TIMEOUT_HELP)
-    add_runtime_options(parser)
     add_json_option(parser, "print id, node and directory as one JSON object")
-    add_source_options(parser)
-    add_trace_option(parser)
+    add_attach_options(parser)
     parser.set_defaults(run=run_mount)
 
 

@@ -19,6 +19,7 @@ from obdlab.cli.image.convertoptions import (
 )
 from obdlab.cli.imageoptions import NAMES, add_image_options, image_client, opened_destination, opened_source
 from obdlab.cli.jsonoutput import add_json_option, print_json
+from obdlab.cli.packing import mb_text
 from obdlab.cli.progressbar import Bars
 from obdlab.errors import SourceError
 
@@ -170,14 +171,17 @@ def print_table(image: ConvertedImage) -> None:
     for layer in image.layers:
         built = layer.built
         print(
-            f"{layer.source_digest[:19]:<22}{_mb(layer.source_size):>10}{_mb(built.size):>10}"
-            f"{_mb(built.data_size) if built.segments else '':>10}{built.segments or '':>10}"
+            f"{layer.source_digest[:19]:<22}{mb_text(layer.source_size):>10}{mb_text(built.size):>10}"
+            f"{mb_text(built.data_size) if built.segments else '':>10}{built.segments or '':>10}"
             f"{sum(built.seconds.values()):>9.2f}"
             f"{_note(layer)}",
             file=sys.stderr,
         )
     total = sum(layer.source_size for layer in image.layers)
-    print(f"{'all':<22}{_mb(total):>10}{_mb(image.size):>10}{'':>20}{image.seconds:>9.2f}", file=sys.stderr)
+    print(
+        f"{'all':<22}{mb_text(total):>10}{mb_text(image.size):>10}{'':>20}{image.seconds:>9.2f}",
+        file=sys.stderr,
+    )
     print(f"stored as {image.name}", file=sys.stderr)
 
 
@@ -190,7 +194,3 @@ def _note(layer: ConvertedLayer) -> str:
     if layer.reused or not layer.stored:
         notes.append(layer.reused or "was there")
     return f"  ({', '.join(notes)})" if notes else ""
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -18,6 +18,7 @@ from obdlab.cli.image.convertoptions import add_conversion_options, check_conver
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.numbers import whole
+from obdlab.cli.packing import mb_text
 from obdlab.cli.progressbar import shown_bar
 from obdlab.errors import SourceError
 from obdlab.observe.printable import printable
@@ -194,15 +195,15 @@ def _print_table(rows: Sequence[Row]) -> None:
     for row in rows:
         found = _values(row)
         print(
-            f"{_short(row.source):<44}{row.state:<8}{row.tries:>5}{found['layers']:>8}{_mb(found['source_size']):>12}"
-            f"{_mb(found['size']):>12}{found['seconds']:>9.1f}  {found['host']}"
+            f"{_short(row.source):<44}{row.state:<8}{row.tries:>5}{found['layers']:>8}{mb_text(found['source_size']):>12}"
+            f"{mb_text(found['size']):>12}{found['seconds']:>9.1f}  {found['host']}"
         )
         if found["error"]:
             print(f"  {found['error']}")
     states = [row.state for row in rows]
     sizes = [sum(_values(row)[name] for row in rows) for name in ("source_size", "size")]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "open") if state in states)
-    print(f"{len(rows)} images: {counts}; {_mb(sizes[0])} of layers became {_mb(sizes[1])}")
+    print(f"{len(rows)} images: {counts}; {mb_text(sizes[0])} of layers became {mb_text(sizes[1])}")
 
 
 def _reported(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -255,7 +256,3 @@ def _failure_text(pair: Pair, outcome: Outcome) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 42 else f"...{text[-39:]}"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -12,6 +12,7 @@ from obdlab.cli.common import platform
 from obdlab.cli.image.inspect_image import inspect_image, print_image
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.jsonoutput import add_json_option, print_json
+from obdlab.cli.packing import size_text
 from obdlab.cli.progressbar import progress_bar
 from obdlab.errors import ObdlabError
 from obdlab.observe.printable import printable
@@ -198,9 +199,4 @@ def _text(name: str, value: Any) -> str:
 
 
 def _size(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{size} B" if unit == "B" else f"{size} B ({value:.1f} {unit})"
+    return f"{size} B" if size < 1024 else f"{size} B ({size_text(size)})"

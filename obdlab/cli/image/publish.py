@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_registry_options, add_runtime_options, platform, registry_from, settings_from
 from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import whole
+from obdlab.cli.packing import mb_text
 from obdlab.cli.sources import add_source_options
 from obdlab.errors import ObdlabError
 from obdlab.formats.zfile import ALGORITHMS
@@ -147,5 +148,5 @@ def _extend(args: argparse.Namespace, client: Any, trace: bytes) -> str:
             packing = replace(packing, level=args.level)
         descriptor, size = add_hot_layer(source, target, trace, settings, packing=packing, **common)
         if not (args.quiet or args.json):
-            print(f"hot layer of {size / 1e6:.1f} MB, stored as {target.name}", file=sys.stderr)
+            print(f"hot layer of {mb_text(size)}, stored as {target.name}", file=sys.stderr)
         return descriptor.digest

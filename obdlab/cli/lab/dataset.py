@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, registry_from
 from obdlab.cli.jsonoutput import add_json_option, answer, print_json
+from obdlab.cli.packing import mb_text
 
 if TYPE_CHECKING:
     import argparse
@@ -125,7 +126,7 @@ def _state(recipe: Recipe, work_dir: Path) -> str:
     if image is None:
         return f"{len(recipe.layers) + 1} layers, not built"
     layers = OciLayout(image.layout).manifest.layers
-    return f"{len(layers)} layers, built, {sum(layer.size for layer in layers) / 1e6:.1f} MB"
+    return f"{len(layers)} layers, built, {mb_text(sum(layer.size for layer in layers))}"
 
 
 def _directories(args: argparse.Namespace) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -115,9 +114,8 @@ def _publish_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -
     def table() -> dict[str, dict[str, float]]:
         return counted() | {SNAPSHOTS: {kind: float(count) for kind, count in snapshotter.counts().items()}}
 
-    name = hashlib.sha256(os.fsencode(layout.root)).hexdigest()[:8]
     try:
-        return Telling(run_dir, name, table)
+        return Telling(run_dir, layout.short_name, table)
     except OSError as error:
         logging.getLogger(__name__).warning("no counters for exporters: %s", error)
         return None
