@@ -37,6 +37,7 @@ from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.gzipindex import HEADER_SIZE, WINDOW, IndexHeader, parse_table, parse_window, table_bytes
 from obdlab.formats.trace import PriorityList, Trace, content_of_layer
 from obdlab.image.config import ImageConfig
+from obdlab.image.turboblob import unpack
 from obdlab.layerfiles.diskimport import disk_size
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gziptarget import GzipTarget
@@ -144,6 +145,17 @@ def _gzip_target(data: bytes) -> None:
     if blob.size != header.compressed_size:  # else the size alone would tell
         index = replace(header, compressed_size=blob.size).to_bytes() + index[HEADER_SIZE:]
     read_all(GzipTarget(blob, MemoryBlob(index), spans=SpanCache(4 << 20)))
+
+
+def _turbo_blob(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) / "new"
+        try:
+            unpack(io.BytesIO(data), place, blob="blob")
+        except ObdlabError:
+            assert not place.exists()
+            raise
+        assert {path.name for path in place.iterdir()} <= {"ext4.fs.meta", "erofs.fs.meta", "gzip.meta"}
 
 
 def _append_log(data: bytes) -> None:
@@ -288,6 +300,16 @@ def _zfile_seeds() -> list[bytes]:
 def _layer_seeds() -> list[bytes]:
     names = ("l2.plain.lsmt", "l1.lz4tar.lsmt", "l2.lz4.lsmt", "l1.sealed.lsmt", "c1.empty.lsmt", "l1.zstd16.lsmt")
     return [_golden(f"lsmt/{name}") for name in names]
+
+
+def _turbo_blob_seeds() -> list[bytes]:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name in ("ext4.fs.meta", ".turbo.ociv1", "gzip.meta"):
+            info = tarfile.TarInfo(name)
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes(700)))
+    return [out.getvalue()]
 
 
 def _warp_seeds() -> list[bytes]:
@@ -521,6 +543,7 @@ TARGETS = {
     "warp": Target(_warp, _warp_seeds),
     "gzip-index": Target(_gzip_index, _gzip_index_seeds),
     "gzip-target": Target(_gzip_target, _goldens("turbooci/good.tar.gz")),
+    "turbo-blob": Target(_turbo_blob, _turbo_blob_seeds),
     "stack": Target(_stack, _layer_seeds),
     "append-log": Target(_append_log, _goldens("lsmt/l1.index", "lsmt/l2.index", "lsmt/c1.index")),
     "qcow2": Target(

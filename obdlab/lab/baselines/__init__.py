@@ -12,8 +12,9 @@ from obdlab.lab.baselines.overlayfs import Overlayfs
 from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
 from obdlab.lab.baselines.stargz import Stargz
+from obdlab.lab.baselines.turbo import Turbo
 
-_ALL = (Overlayfs(), Lazy(), Prefetch(), Hot(), Stargz(), Soci(), Erofs(), PlainLoop())
+_ALL = (Overlayfs(), Lazy(), Prefetch(), Hot(), Turbo(), Stargz(), Soci(), Erofs(), PlainLoop())
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
 
 __all__ = ["ADAPTERS", "Adapter"]

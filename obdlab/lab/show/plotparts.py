@@ -23,6 +23,7 @@ COLOURS = {
     "obdlab": "#3b6e8f",
     "obdlab-prefetch": "#5f9ea0",
     "obdlab-hot": "#c98f5f",
+    "obdlab-turbo": "#6a4c93",
     "stargz": "#8a9a4b",
     "soci": "#b5677d",
     "erofs": "#9a7fb0",
