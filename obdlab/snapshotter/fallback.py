@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from obdlab.devices import kinds
 from obdlab.errors import ObdlabError, caused_by
 from obdlab.registry.errors import RangesIgnoredError
 from obdlab.settings.settings import DAEMON_KIND
-from obdlab.system import abi
+from obdlab.system import abi, programs
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
@@ -77,14 +76,9 @@ def _run(what: dict[str, object], config: Path, settings: Settings) -> None:
     request = what | {"config": str(config), "settings": settings.to_json(), "parent": os.getpid()}
     command = [sys.executable, "-m", "obdlab.snapshotter.fallback"]
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise FallbackError(f"{config}: pulling the image whole: {error}") from error
-    if done.returncode != 0:
-        cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise FallbackError(f"{config}: pulling the image whole: {cause}")
+        programs.run(command, _TIMEOUT_S, stdin=json.dumps(request).encode())
+    except programs.ProgramError as error:
+        raise FallbackError(f"{config}: pulling the image whole: {error.last_line}") from error
 
 
 # -- in the separate process -----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import subprocess
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.indexfetch import Priming
 from obdlab.snapshotter.shares import Shares, registry_of
 from obdlab.snapshotter.writable import MkfsError, Mode
-from obdlab.system import abi, mount
+from obdlab.system import abi, mount, programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -280,14 +279,9 @@ class ImageDevices:
 def _make_file_system(spec: FsSpec, device: Path) -> None:
     command = spec.mkfs_command(device)
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MKFS_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        programs.run(command, _MKFS_TIMEOUT_S)
+    except programs.ProgramError as error:
         raise MkfsError(f"{' '.join(command)}: {error}") from error
-    if done.returncode != 0:
-        text = (done.stderr or done.stdout).decode(errors="replace").strip()
-        raise MkfsError(f"{' '.join(command)}: exit status {done.returncode}: {text}")
 
 
 # Overlays keep a lower file system alive without its mount: unmounting would succeed and only hide the use.

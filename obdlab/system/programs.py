@@ -1,4 +1,4 @@
-"""Running another program for a while: it ends with the block that runs it, also if a signal interrupts the block."""
+"""Running other programs: for a block, at whose end they end, or to their own end within a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,33 @@ import threading
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING
 
+from obdlab.errors import ObdlabError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+class ProgramError(ObdlabError):
+    """A program cannot be started, failed or took too long. The text is that of the system or of the program."""
+
+    @property
+    def last_line(self) -> str:
+        """The last line of the text."""
+        return str(self).splitlines()[-1]
+
+
+def run(command: Sequence[str], timeout_s: float, *, stdin: bytes = b"", fine: Sequence[int] = (0,)) -> bytes:
+    """Run a program and return its output. Raises ProgramError unless its exit status is one of ``fine``."""
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ProgramError(str(error)) from error
+    if done.returncode not in fine:
+        text = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace")
+        raise ProgramError(text or f"exit status {done.returncode}")
+    return done.stdout
 
 
 @contextmanager

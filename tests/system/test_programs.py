@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from obdlab.system.processes import Process
-from obdlab.system.programs import running
+from obdlab.system.programs import ProgramError, run, running
 
 SLEEP = ["sleep", "100"]
 
@@ -114,3 +114,30 @@ def test_another_thread_can_run_a_program() -> None:
     thread.start()
     thread.join(60)
     assert codes == [0]
+
+
+def test_the_output_of_a_program() -> None:
+    assert run(["cat"], 30.0, stdin=b"in") == b"in"
+    assert run(["sh", "-c", "echo out; exit 3"], 30.0, fine=(0, 3)) == b"out\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "last"),
+    [
+        (["sh", "-c", "echo one >&2; echo two >&2; exit 1"], "one\ntwo", "two"),
+        (["sh", "-c", "echo said; exit 1"], "said", "said"),
+        (["false"], "exit status 1", "exit status 1"),
+    ],
+)
+def test_a_program_that_fails_is_quoted(command: list[str], text: str, last: str) -> None:
+    with pytest.raises(ProgramError) as raised:
+        run(command, 30.0)
+    assert str(raised.value) == text
+    assert raised.value.last_line == last
+
+
+def test_a_missing_program_and_one_that_takes_too_long() -> None:
+    with pytest.raises(ProgramError, match="No such file"):
+        run(["/nowhere/program"], 30.0)
+    with pytest.raises(ProgramError, match="timed out"):
+        run(SLEEP, 0.1)

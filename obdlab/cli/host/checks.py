@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from obdlab.command import command, install_command
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.settings.settings import VERIFY_AVAILABLE, VERIFY_OFF, VERIFY_REQUIRE
+from obdlab.system import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 #: Purposes of checks, in the order of the printed groups.
 PURPOSES = ("devices", "device kinds", "containers", "conversion", "experiments")
 _AS_ROOT = "run as root (sudo)"
+_COMMAND_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,7 @@ def _command(
         if shutil.which(tool) is None:
             return Check(purpose, name, ok=False, detail=f"{tool} not found", fix=f"apt-get install {package}")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Check(purpose, name, ok=False, detail=str(error), fix=fix)
-    if done.returncode == 0:
-        return Check(purpose, name, ok=True, detail="works", fix=fix)
-    detail = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return Check(purpose, name, ok=False, detail=detail, fix=fix if os.geteuid() == 0 else _AS_ROOT)
+        programs.run(command, _COMMAND_S)
+    except programs.ProgramError as error:
+        return Check(purpose, name, ok=False, detail=error.last_line, fix=fix if os.geteuid() == 0 else _AS_ROOT)
+    return Check(purpose, name, ok=True, detail="works", fix=fix)

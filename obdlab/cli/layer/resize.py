@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from
 from obdlab.cli.jsonoutput import add_json_option, report
 from obdlab.cli.packing import add_layer_arguments, layer_files, size_argument, size_text
 from obdlab.errors import DeviceError
+from obdlab.system.programs import ProgramError
+from obdlab.system.programs import run as run_program
 
 if TYPE_CHECKING:
     import argparse
@@ -82,10 +83,8 @@ def _grow_filesystem(device: Path) -> None:
 
 def _run_tool(*command: str, fine: tuple[int, ...] = (0,)) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_RESIZE_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DeviceError(f"the disk has grown, its file system has not: {error}") from error
-    if done.returncode not in fine:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
-        hint = " (a mounted ext4 grows only with CAP_SYS_RESOURCE)" if "Permission denied" in said[-1] else ""
-        raise DeviceError(f"the disk has grown, its file system has not: {command[0]}: {said[-1]}{hint}")
+        run_program(command, _RESIZE_TIMEOUT_S, fine=fine)
+    except ProgramError as error:
+        said = error.last_line
+        hint = " (a mounted ext4 grows only with CAP_SYS_RESOURCE)" if "Permission denied" in said else ""
+        raise DeviceError(f"the disk has grown, its file system has not: {command[0]}: {said}{hint}") from error
