@@ -70,6 +70,27 @@ def parse_wrap(first_bytes: bytes, *, blob: str = "") -> TarWindow | None:
     return TarWindow(WRAP_SIZE, size or _number(file_header[124:136], "size", 2 * BLOCK + 124, blob))
 
 
+class TarMember(NamedTuple):
+    """A member of a ustar: its name without the prefix field, its type and the bytes of its content."""
+
+    name: bytes
+    kind: bytes
+    size: int
+
+
+def parse_member(header: bytes, *, blob: str = "", offset: int = 0) -> TarMember | None:
+    """Read the header block at ``offset`` of a ustar without extensions; None at the end, a block of zeros.
+
+    Raises FormatError for anything else.
+    """
+    if header == bytes(BLOCK):
+        return None
+    if not _is_header(header):
+        raise FormatError("not a ustar header", blob=blob, offset=offset, got=header[:16].hex() or "nothing")
+    size = _number(header[124:136], "size", offset + 124, blob)
+    return TarMember(header[:100].partition(b"\0")[0], header[156:157], size)
+
+
 def wrap_header(size: int) -> bytes:
     """Return the 1536 bytes to put before a content of ``size`` bytes, as the original's tools write them."""
     record = _pax_record(size)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tarfile
 import zlib
-from typing import IO, TYPE_CHECKING, Protocol, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, SourceError
+from obdlab.formats.tar import BLOCK, parse_member
 from obdlab.image.config import LowerConfig
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _NAMES = (*(f"{name}{_META}" for name in FILE_SYSTEMS), GZIP_INDEX)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
 _COPY = 1 << 20
-_DAMAGE = (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError)
 
 
 class Readable(Protocol):
@@ -38,39 +38,70 @@ def unpack(stream: Readable, place: Path, *, blob: str) -> None:
     """Write the known files of the blob read from ``stream`` into the new directory ``place``.
 
     Other members are ignored, the marker among them. Raises FormatError naming ``blob`` if it is no such blob or too
-    large, SourceError if a file cannot be written; errors of the stream pass through. Then there is no directory.
+    large, SourceError if a file cannot be written; errors of the stream pass through. Then there is no new directory.
     """
     try:
         place.mkdir(parents=True)
+    except OSError as error:
+        raise _failed(error, place) from error
+    try:
         _unpack(stream, place, blob)
         while stream.read(_COPY):  # to the end, where the digest is checked
             pass
     except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
         if isinstance(error, OSError):
-            raise SourceError(f"cannot unpack the blob: {error.strerror or error}", blob=str(place)) from error
+            raise _failed(error, place) from error
         raise
 
 
+def _failed(error: OSError, place: Path) -> SourceError:
+    return SourceError(f"cannot unpack the blob: {error.strerror or error}", blob=str(place))
+
+
 def _unpack(stream: Readable, place: Path, blob: str) -> None:
-    left = _MOST_UNPACKED
-    try:
-        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|gz") as tar:
-            for member in tar:
-                if member.name not in _NAMES or not member.isreg():
-                    continue
-                left -= member.size
-                if left < 0:
-                    raise FormatError("blob of a turboOCI layer is too large", blob=blob, wanted=_MOST_UNPACKED)
-                content = tar.extractfile(member)
-                assert content is not None
-                with (place / member.name).open("xb") as file:
-                    while data := content.read(_COPY):
+    content = _Gunzipped(stream, blob)
+    while (member := parse_member(content.exactly(BLOCK), blob=blob, offset=content.position)) is not None:
+        name = member.name.decode(errors="replace")
+        if content.position + member.size > _MOST_UNPACKED:
+            raise FormatError("blob of a turboOCI layer is too large", blob=blob, wanted=f"at most {_MOST_UNPACKED}")
+        wanted = name in _NAMES and member.kind in (b"0", b"\0")
+        try:
+            with (place / name).open("xb") if wanted else nullcontext() as file:
+                for at in range(0, member.size, _COPY):
+                    data = content.exactly(min(_COPY, member.size - at))
+                    if file is not None:
                         file.write(data)
-    except _DAMAGE as error:
-        raise FormatError(f"not the blob of a turboOCI layer: {error}", blob=blob) from error
-    except FileExistsError as error:
-        raise FormatError("blob of a turboOCI layer has a file twice", blob=blob) from error
+        except FileExistsError as error:
+            raise FormatError("blob of a turboOCI layer has a file twice", blob=blob, got=name) from error
+        content.exactly(-member.size % BLOCK)
+
+
+class _Gunzipped:
+    # The content of the stream, which is one gzip member. Memory does not depend on the rate of compression.
+    def __init__(self, stream: Readable, blob: str) -> None:
+        self._stream = stream
+        self._blob = blob
+        self._member = zlib.decompressobj(wbits=31)
+        self.position = 0
+
+    def exactly(self, size: int) -> bytes:
+        parts = []
+        left = size
+        while left:
+            if self._member.eof:
+                raise FormatError("blob of a turboOCI layer ends early", blob=self._blob, offset=self.position)
+            data = self._member.unconsumed_tail or self._stream.read(_COPY)
+            if not data:
+                raise FormatError("gzip data ends early", blob=self._blob, offset=self.position)
+            try:
+                part = self._member.decompress(data, left)
+            except zlib.error as error:
+                raise FormatError(f"damaged gzip data ({error})", blob=self._blob, offset=self.position) from error
+            parts.append(part)
+            left -= len(part)
+            self.position += len(part)
+        return b"".join(parts)
 
 
 def file_system_of(places: Sequence[Path], name: str) -> str:

@@ -304,7 +304,7 @@ def _layer_seeds() -> list[bytes]:
 
 def _turbo_blob_seeds() -> list[bytes]:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+    with tarfile.open(fileobj=out, mode="w:gz", format=tarfile.USTAR_FORMAT) as tar:
         for name in ("ext4.fs.meta", ".turbo.ociv1", "gzip.meta"):
             info = tarfile.TarInfo(name)
             info.size = 700

@@ -17,11 +17,12 @@ from obdlab.image.turboblob import file_system_of, lower_of, unpack
 
 TARGET = "sha256:" + "a" * 64
 Files = list[tuple[str, bytes]]
+DAMAGE = r"^blob: (not a ustar header|gzip data ends early|damaged gzip data|blob of a turboOCI layer ends early)"
 
 
 def blob(files: Files, *, kind: bytes = tarfile.REGTYPE) -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+    with tarfile.open(fileobj=out, mode="w:gz", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in files:
             info = tarfile.TarInfo(name)
             info.size, info.type, info.linkname = len(data), kind, "/etc/passwd"
@@ -55,7 +56,10 @@ WHOLE = blob([("ext4.fs.meta", bytes(range(256)) * 300)])
     ids=["empty", "text", "cut", "cut early", "no tar", "damaged"],
 )
 def test_damage_leaves_no_directory(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(FormatError, match=r"^blob: not the blob of a turboOCI layer"):
+    with pytest.raises(
+        FormatError,
+        match=DAMAGE,
+    ):
         unpack(io.BytesIO(data), tmp_path / "a", blob="blob")
     assert not (tmp_path / "a").exists()
 
@@ -76,6 +80,11 @@ def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="cannot unpack"):
         unpack(io.BytesIO(WHOLE), tmp_path / "file" / "a", blob="blob")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
+    with pytest.raises(SourceError, match="File exists"):
+        unpack(io.BytesIO(WHOLE), tmp_path / "there", blob="blob")
+    assert (tmp_path / "there" / "mine").exists()
 
 
 def test_the_file_system_that_all_have(tmp_path: Path) -> None:
