@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from obdlab.lab.paper import ledger
+from obdlab.lab.paper.published import published
 from obdlab.lab.paper.questions import CODEC, CONVERSION, MEMORY, MISSES, Run
 from obdlab.lab.paper.results import Results
 from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attempt, with_quiet
@@ -315,6 +316,26 @@ def _has_floor() -> str:
     return "measured in " + ", ".join(with_floor) if with_floor else "none of these sets has identical arms yet"
 
 
+_ABSENT = (
+    "Nydus",
+    "Starlight-NSDI22",
+    "AKS-Artifact-Streaming",
+    "EROFS-snapshotter",
+    "FlacIO-FAST25",
+    "Slacker-FAST16",
+)
+_ABSENT += ("Cider-HPCC17", "AWS-Lambda-ATC23", "SOCI")
+
+
+def _absent() -> str:
+    lines = [
+        [value.source, value.figure, value.series, f"{value.y} {value.unit}", value.certainty]
+        for value in published()
+        if value.source in _ABSENT
+    ]
+    return _table(("source", "where", "claim", "its figure", "how sure"), lines)
+
+
 _FIGURES: dict[str, Callable[[], str]] = {
     "peers-cold": _peers_cold,
     "peers-warm": _local("warm"),
@@ -331,6 +352,7 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "extents": _extents,
     "extents-said": _extents_said,
     "readahead": _readahead,
+    "absent-peers": _absent,
     "floors": _has_floor,
     "starts": _starts_table,
     "explained": _explained,

@@ -6,15 +6,32 @@ To add one, write a subclass of ``obdlab.lab.baselines.adapter.Adapter`` and lis
 from __future__ import annotations
 
 from obdlab.lab.baselines.adapter import Adapter
+from obdlab.lab.baselines.erofslayers import ErofsLayers
 from obdlab.lab.baselines.file import Erofs, PlainLoop
-from obdlab.lab.baselines.lazy import Lazy
+from obdlab.lab.baselines.lazy import Lazy, LazySmall
 from obdlab.lab.baselines.overlayfs import Overlayfs
 from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
-from obdlab.lab.baselines.stargz import Stargz
+from obdlab.lab.baselines.stargz import Stargz, StargzRecorded, StargzZstd
 from obdlab.lab.baselines.turbo import Turbo
+from obdlab.lab.baselines.zstdlayers import OverlayfsZstd
 
-_ALL = (Overlayfs(), Lazy(), Prefetch(), Hot(), Turbo(), Stargz(), Soci(), Erofs(), PlainLoop())
+_ALL = (
+    Overlayfs(),
+    OverlayfsZstd(),
+    Lazy(),
+    LazySmall(),
+    Prefetch(),
+    Hot(),
+    Turbo(),
+    Stargz(),
+    StargzZstd(),
+    StargzRecorded(),
+    Soci(),
+    Erofs(),
+    ErofsLayers(),
+    PlainLoop(),
+)
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
 
 __all__ = ["ADAPTERS", "Adapter"]

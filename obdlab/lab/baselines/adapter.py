@@ -62,6 +62,8 @@ class Adapter(Protocol):
     proxy: ClassVar[bool] = False
     #: True if references must name the registry's TLS host.
     secure: ClassVar[bool] = False
+    #: True if the published image holds a recorded start: a ratio to an arm without one is mixed.
+    recorded: ClassVar[bool] = False
     #: True if the snapshotter goes on fetching after a container is ready.
     background: ClassVar[bool] = False
     #: Estimates as shares of the image's compressed size: storage on the registry, most storage on the host, and

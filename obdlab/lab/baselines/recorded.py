@@ -38,6 +38,7 @@ class Prefetch(Lazy):
 
     name: ClassVar[str] = "obdlab-prefetch"
     title: ClassVar[str] = "obdlab with a trace"
+    recorded: ClassVar[bool] = True
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image with its trace."""

@@ -70,29 +70,24 @@ class Soci(Overlayfs):
                 run([*host.ctr, "images", "remove", "--sync", reference])
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
-        """Run the snapshotter's daemon, which trusts the registry's certificate."""
+        """Run the snapshotter's daemon."""
         config = host.state / f"{self.name}.toml"
         config.write_text("")
-        (host.state / "registry.crt").write_bytes(registry.certificate.read_bytes())
         command = ["soci-snapshotter-grpc", "--address", str(host.proxy_socket(self.name))]
         command += ["--root", str(host.proxy_root(self.name)), "--config", str(config)]
-        return host.serving(self.name, command, _trust(host))
+        return host.serving(self.name, command)
 
     def pull(self, host: OwnContainerd, reference: str) -> None:
         """Pull metadata; the daemon fetches the index, and layers without an index whole."""
         options = ("--snapshotter", self.name)
         words = ["soci", *host.ctr[1:], "image", "rpull", *options, reference]
-        run(words, timeout_s=_PULL_TIMEOUT_S, environment=_trust(host))
+        run(words, timeout_s=_PULL_TIMEOUT_S, environment=host.environment)
         if not any(" fuse." in line for line in _mounts_below(host, self.name)):
             raise LabError(f"{self.name}: pulled everything: no layer is mounted lazily (see {host.logs}/soci.log)")
 
     def versions(self) -> dict[str, str]:
         """Return the package's version."""
         return {"soci": first_line("soci", "--version")}
-
-
-def _trust(host: OwnContainerd) -> dict[str, str]:
-    return {"SSL_CERT_FILE": str(host.state / "registry.crt")}
 
 
 def _mounts_below(host: OwnContainerd, name: str) -> list[str]:

@@ -6,6 +6,7 @@ the daemon from that library. A daemon from the stargz project's releases works 
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from obdlab.lab.baselines.adapter import Source
+    from obdlab.lab.images.recipe import Probe
     from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
@@ -51,10 +53,14 @@ class Stargz(Overlayfs):
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the layers one by one, in containerd's content store."""
         with fetched(host, source, client, reference) as plain:
-            convert = ("images", "convert", "--estargz", "--oci", plain, reference)
-            run(["ctr-remote", *host.ctr[1:], *convert], timeout_s=_CONVERT_TIMEOUT_S)
+            words = ("images", *self.conversion(source.recipe.probe), plain, reference)
+            run(["ctr-remote", *host.ctr[1:], *words], timeout_s=_CONVERT_TIMEOUT_S)
             run([*host.ctr, "images", "push", "--plain-http", reference], timeout_s=_CONVERT_TIMEOUT_S)
             run([*host.ctr, "images", "remove", "--sync", reference])
+
+    def conversion(self, probe: Probe) -> tuple[str, ...]:
+        """Return the command of ``ctr-remote images`` that converts, with its options."""
+        return ("convert", "--estargz", "--oci")
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
         """Run the snapshotter's daemon."""
@@ -66,8 +72,14 @@ class Stargz(Overlayfs):
 
     def pull(self, host: OwnContainerd, reference: str) -> None:
         """Pull metadata; the daemon fetches each layer's table of contents."""
-        options = ("--plain-http", "--use-containerd-labels", "--snapshotter", self.name)
-        run(["ctr-remote", *host.ctr[1:], "images", "rpull", *options, reference], timeout_s=_PULL_TIMEOUT_S)
+        options = (
+            *host.plain_http(reference),
+            "--use-containerd-labels",
+            "--snapshotter",
+            self.snapshotter or self.name,
+        )
+        words = ["ctr-remote", *host.ctr[1:], "images", "rpull", *options, reference]
+        run(words, timeout_s=_PULL_TIMEOUT_S, environment=host.environment)
 
     def versions(self) -> dict[str, str]:
         """Return the versions of client and daemon."""
@@ -75,6 +87,39 @@ class Stargz(Overlayfs):
             "ctr-remote": first_line("dpkg-query", "-W", "-f", "${Version}", "stargz-snapshotter"),
             "containerd-stargz-grpc": first_line("containerd-stargz-grpc", "--version"),
         }
+
+
+class StargzZstd(Stargz):
+    """zstd:chunked: the same with zstd in place of gzip, as obdlab's own compression is."""
+
+    name: ClassVar[str] = "stargz-zstd"
+    title: ClassVar[str] = "stargz with zstd:chunked"
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the converted image."""
+        return f"{source.identity}-zstdchunked1"
+
+    def conversion(self, probe: Probe) -> tuple[str, ...]:
+        """Return the command of ``ctr-remote images`` that converts, with its options."""
+        return ("convert", "--zstdchunked", "--oci")
+
+
+class StargzRecorded(Stargz):
+    """eStargz optimized by its own recorder: files that one start opened come first, and are prefetched."""
+
+    name: ClassVar[str] = "stargz-recorded"
+    title: ClassVar[str] = "stargz with a recorded start"
+    recorded: ClassVar[bool] = True
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the optimized image."""
+        return f"{source.identity}-estargz-recorded1"
+
+    def conversion(self, probe: Probe) -> tuple[str, ...]:
+        """Return the command of ``ctr-remote images`` that records a start and converts, with its options."""
+        period = ("--period", f"{probe.timeout_s:.0f}", "--wait-on-line", probe.ready_line)
+        command = ("--entrypoint", json.dumps(probe.command), "--args", "[]") if probe.command else ()
+        return ("optimize", "--oci", *period, *command)
 
 
 @contextmanager

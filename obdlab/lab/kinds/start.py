@@ -48,6 +48,10 @@ class Start(Kind):
         "dropped_starts": 0,
         #: A pause between pull and container creation, not counted in any phase, for work that a pull leaves running.
         "pause_s": 0.0,
+        #: The registry speaks TLS to all arms; one arm that needs it (soci) does the same.
+        "tls": False,
+        #: containerd unpacks layers by unpigz, as it does where pigz is installed.
+        "unpigz": False,
         "workload": "start",
         "ready_timeout_s": 120.0,
         #: ZFile options of the converted images; the defaults are those of ``obdlab image convert``.
@@ -80,7 +84,7 @@ class Start(Kind):
     }
     a_a: ClassVar[bool] = True
     cell_timeout_s: ClassVar[float] = 900.0
-    added: ClassVar[Mapping[str, Value]] = {"pause_s": 0.0}
+    added: ClassVar[Mapping[str, Value]] = {"pause_s": 0.0, "tls": False, "unpigz": False}
     #: The bench, and the programs that it starts: their modules are on the path of every start.
     measured: ClassVar[tuple[str, ...]] = ("obdlab.lab.kinds.startbench",)
     notebook: ClassVar[str] = "cold_warm_startup.ipynb"
@@ -138,7 +142,7 @@ class Start(Kind):
 
     def how_measured(self, options: Mapping[str, Option]) -> dict[str, Any]:
         """Return the numbers of starts, the pause, the time limit, and the settings that were changed."""
-        keys = ("warm_starts", "dropped_starts", "ready_timeout_s", "pause_s")
+        keys = ("warm_starts", "dropped_starts", "ready_timeout_s", "pause_s", "tls", "unpigz")
         changed = {"settings": options["settings"]} if options["settings"] else {}
         return {key: options[key] for key in keys} | changed
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.lab.baselines import ADAPTERS
-from obdlab.lab.baselines.adapter import Source, is_published
+from obdlab.lab.baselines.adapter import Source, check_programs, is_published
 from obdlab.lab.kinds.kind import Bench
 from obdlab.lab.testbed import coldness
 from obdlab.lab.testbed.cgroups import DISKS
@@ -32,7 +32,8 @@ from obdlab.settings.settings import Settings
 from obdlab.system.processes import stat_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
+    from pathlib import Path
     from types import TracebackType
 
     from obdlab.lab.baselines import Adapter
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _STILL_S = 1.0
 _MOST_BACKGROUND_S = 120.0
 _WARM_TRIES = 3
+_TRUST = "SSL_CERT_FILE"
 
 #: Commands that replace the recipe's command until the container is ready: read all metadata, read all data (the
 #: paper's figures 23 and 24). tar writes into a pipe, as it does not read files if its output is /dev/null.
@@ -101,23 +103,34 @@ class StartBench(Bench):
         self._snapshotters = tuple(map(str, job.axes["arm"]))
         self._settings = host_settings(job.options)
         self._network = ExperimentNetwork(float(job.shared["rate_mbit"]), float(job.shared["rtt_ms"]))
+        # TLS for all arms or for none: an arm that cannot do without brings it to the others.
+        self._secure = bool(job.options["tls"]) or any(ADAPTERS[name].secure for name in self._snapshotters)
         self._stack = ExitStack()
         self._images: dict[str, BenchImage] = {}
 
     def __enter__(self) -> Self:
         adapters = [ADAPTERS[name] for name in self._snapshotters]
         work = self._job.paths.work
+        if self._options["unpigz"]:
+            check_programs("unpigz", {"unpigz": "pigz"})
         with ExitStack() as stack:
             cleanup_leftovers()  # those of killed experiments
             self._job.say("starting network, registry and containerd")
             stack.enter_context(self._network)
-            self._registry = stack.enter_context(
-                RegistryHost(work / "registry", self._network, tls=any(adapter.secure for adapter in adapters))
-            )
-            proxies = [adapter.name for adapter in adapters if adapter.proxy]
+            self._registry = stack.enter_context(RegistryHost(work / "registry", self._network, tls=self._secure))
+            proxies = list(dict.fromkeys(adapter.name for adapter in adapters if adapter.proxy))
             self._containerd = stack.enter_context(
-                OwnContainerd(work / "host", proxies=proxies, settings=self._settings)
+                OwnContainerd(
+                    work / "host",
+                    proxies=proxies,
+                    settings=self._settings,
+                    always_lazy=False,
+                    certificate=self._registry.certificate if self._secure else None,
+                    unpigz=bool(self._options["unpigz"]),
+                )
             )
+            if self._secure:
+                stack.enter_context(_trusting(self._registry.certificate))
             for name, image in self._job.built.items():
                 self._images[name] = self._publish(image)
             self._registry.preload()
@@ -278,9 +291,23 @@ class StartBench(Bench):
                     self._job.say(f"{recipe.name}: publishing for {name}")
                     with self._network.unshaped():
                         adapter.publish(self._containerd, source, client, references[name])
-                if adapter.secure:
+                if self._secure:
                     references[name] = self._registry.reference(recipe.name, adapter.tag(source), secure=True)
         return BenchImage(image, references)
+
+
+# This process pulls for the arms that are plain files.
+@contextmanager
+def _trusting(certificate: Path) -> Iterator[None]:
+    before = os.environ.get(_TRUST)
+    os.environ[_TRUST] = str(certificate)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_TRUST, None)
+        else:
+            os.environ[_TRUST] = before
 
 
 # "completion_s" is the time from the start's begin to the registry's last answer, 0 without requests.

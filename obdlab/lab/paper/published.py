@@ -25,9 +25,10 @@ class PaperValue:
 
 def paper_values(figure_prefix: str, source: str = "DADI-ATC20") -> list[PaperValue]:
     """Return the rows of one source whose figure name starts with ``figure_prefix`` followed by a blank."""
+    return [each for each in published() if each.source == source and each.figure.startswith(figure_prefix + " ")]
+
+
+def published() -> list[PaperValue]:
+    """Return the rows of all sources."""
     text = (resources.files("obdlab.lab") / "data" / "paper_figures.csv").read_text()
-    return [
-        PaperValue(**row)
-        for row in csv.DictReader(text.splitlines())
-        if row["source"] == source and row["figure"].startswith(figure_prefix + " ")
-    ]
+    return [PaperValue(**row) for row in csv.DictReader(text.splitlines())]

@@ -26,7 +26,7 @@ from obdlab.lab.run.measuring import Measured, context_of, host_facts, measure_c
 from obdlab.lab.run.plan import plan_run
 from obdlab.lab.run.precision import Stopping
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
-from obdlab.lab.run.summary import wrapped
+from obdlab.lab.run.summary import versions_notes, wrapped
 from obdlab.lab.run.table import PointsReport
 from obdlab.lab.testbed.process import LabError
 
@@ -147,7 +147,8 @@ class Experiment:
         return self._report.lines(self.spec, rows, details=details) + wrapped(self._caveats(rows))
 
     def _caveats(self, rows: Sequence[Row]) -> list[str]:
-        return [*self._report.caveats(self.spec, rows), *image_notes(self.environments())]
+        environments = self.environments()
+        return [*self._report.caveats(self.spec, rows), *image_notes(environments), *versions_notes(environments)]
 
     @property
     def _report(self) -> Report:

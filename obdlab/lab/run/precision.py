@@ -47,7 +47,7 @@ class Stopping:
     """The decisions of a run with a ``precision``: which comparisons have enough repeats.
 
     A comparison is decided once its always-valid interval leaves out 1 (a difference is sure), or lies within the
-    precision around 1 (there is none above it). Intervals are corrected for the number of comparisons.
+    precision around 1 (no larger difference is possible). Intervals are corrected for the number of comparisons.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -113,8 +113,8 @@ class Need:
 def needs(spec: Spec, pilot: Sequence[Row], precision: float) -> list[Need]:
     """Return the needs of each comparison of ``spec`` that the pilot's rows have, in the spec's order.
 
-    ``precision`` is a share: 0.05 for a ratio known to 5 % either way. The pilot's spread is increased by what so few
-    samples leave open. Raises PilotError.
+    ``precision`` is a share: 0.05 for a ratio known to 5 % either way. The pilot's spread is increased, as few
+    samples say little of it. Raises PilotError.
     """
     if not 0 < precision < 1:
         raise PilotError(f"precision: wanted a share between 0 and 1 (got {precision:g})")
@@ -184,7 +184,7 @@ def _stopped(shift: float, deviation: float, wanted: float, most: int) -> float:
     return float(decided.argmax(axis=1).mean() + 1)
 
 
-# A pilot may have been declared otherwise: rows are told apart by the axes of the plan.
+# A pilot may have been declared otherwise: rows are grouped by the axes of the plan.
 def _by_point(spec: Spec, rows: Sequence[Row]) -> Mapping[Place, list[float]]:
     found: dict[Place, list[float]] = defaultdict(list)
     for row in rows:

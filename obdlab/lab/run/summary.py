@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obdlab.lab.baselines import ADAPTERS
 from obdlab.lab.run.rows import AA_SUFFIX, newest_code, one_per_attempt, told_apart
@@ -22,7 +22,7 @@ from obdlab.lab.run.statistics import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from obdlab.lab.run.rows import Row
 
@@ -80,6 +80,8 @@ class Summary:
     #: Shift above the baseline (Hodges-Lehmann), then Cliff's delta; None for the baseline.
     shift_s: Estimate | None = None
     delta: float | None = None
+    #: The arm's image holds a recorded start and the baseline's does not, or the reverse.
+    mixed: bool = False
 
     @property
     def place(self) -> Place:
@@ -99,7 +101,10 @@ def summarise(rows: Iterable[Row], baseline: str = "overlayfs") -> list[Summary]
     if not groups:
         raise ValueError("no good row to summarise")
     return [
-        _summary(place, arm, groups[place, arm], groups.get((place, baseline)) if arm != baseline else None)
+        replace(
+            _summary(place, arm, groups[place, arm], groups.get((place, baseline)) if arm != baseline else None),
+            mixed=_is_recorded(arm) != _is_recorded(baseline) and AA_SUFFIX not in arm,
+        )
         for place, arm in sorted(groups, key=lambda key: (key[0], key[1] != baseline, key[1]))
     ]
 
@@ -211,7 +216,7 @@ def _finding(summary: Summary, ratio: Estimate, base: Summary, sure: bool) -> st
     )
     if summary.shift_s is not None and summary.delta is not None and ratio.count >= LEAST_STARTS:
         sentence += f"; by {summary.shift_s.median:+.2f} s, Cliff's δ {summary.delta:+.2f}"
-    sentence += ")."
+    sentence += "; recorded against unrecorded)." if summary.mixed else ")."
     if summary.start == "cold":
         sentence += (
             f" Until then it had received {summary.bytes_received / 1e6:.1f} MB in {summary.requests:.0f} requests "
@@ -246,7 +251,8 @@ def headlines(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _headline(base: Summary, best: Summary, sure: bool) -> str:
-    arms = f"{_title(best.arm)} against {_title(base.arm)}; cold, {_conditions(best)}"
+    mixed = ", recorded," if best.mixed else ""
+    arms = f"{_title(best.arm)}{mixed} against {_title(base.arm)}; cold, {_conditions(best)}"
     assert best.ratio is not None
     if best.ratio.count < LEAST_STARTS:
         arms += f"; {best.ratio.count} start{'s' if best.ratio.count > 1 else ''} each: too few to be sure"
@@ -290,11 +296,20 @@ def text_table(summaries: Sequence[Summary]) -> str:
     return "\n".join(text[:-1])
 
 
+# After a ratio between an arm whose image holds a recorded start and one without.
+_MIXED = " rec"
+
+
+def _is_recorded(arm: str) -> bool:
+    known = ADAPTERS.get(arm)
+    return known is not None and known.recorded
+
+
 LEGEND = (
     "seconds until ready: median [95 % interval] (or range, of less than six) of n attempts, from before the pull "
     "until the application answers; ratio: to the first arm; (A/A): the first arm once more, what it differs by is "
-    "noise; cold: nothing of the image is on this host; warm: started again; dropped: pulled, page cache empty; "
-    "MB, requests: from the registry"
+    "noise; rec: an arm with a recorded start against one without; cold: nothing of the image is on this host; warm: "
+    "started again; dropped: pulled, page cache empty; MB, requests: from the registry"
 )
 
 
@@ -315,7 +330,7 @@ def _narrow(summary: Summary) -> tuple[str, ...]:
         summary.arm,
         _range(summary.total_s),
         str(summary.total_s.count),
-        "" if summary.ratio is None else _range(summary.ratio),
+        "" if summary.ratio is None else f"{_range(summary.ratio)}{_MIXED if summary.mixed else ''}",
         f"{pull_s:.2f}" if pull_s else "",
         f"{summary.bytes_received / 1e6:.1f}" if summary.requests else "",
         f"{summary.requests:.0f}" if summary.requests else "",
@@ -355,7 +370,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         summary.start,
         summary.arm,
         f"{_range(total)} n={total.count}",
-        "" if summary.ratio is None else _range(summary.ratio),
+        "" if summary.ratio is None else f"{_range(summary.ratio)}{_MIXED if summary.mixed else ''}",
         *(f"{phase:.2f}" for phase in summary.phases_s),
         f"{summary.bytes_received / 1e6:.1f}",
         f"{summary.requests:.0f}",
@@ -396,3 +411,14 @@ def legend_records() -> list[dict[str, str]]:
 def summary_records(summaries: Iterable[Summary]) -> list[dict[str, str]]:
     """Return the table as one dict of texts per summary, for a data frame."""
     return [dict(zip(HEADER, _cells(summary), strict=True)) for summary in summaries]
+
+
+def versions_notes(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence with the versions of all compared programs; nothing for experiments that compare none."""
+    found: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for programs in environment.get("compared", {}).values():
+            for program, version in programs.items():
+                found.setdefault(program, {})[version] = None
+    told = "; ".join(f"{program}: {' and '.join(versions)}" for program, versions in sorted(found.items()))
+    return [f"Versions: {told}."] if told else []

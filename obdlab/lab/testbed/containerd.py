@@ -9,12 +9,13 @@ namespace and container name, so each experiment uses its own containerd namespa
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -30,10 +31,6 @@ from obdlab.lab.testbed.probe import wait_for_line
 from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
 from obdlab.lab.testbed.startedcontainer import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.takedown import remove_runtime_state, unmount_below
-from obdlab.pull.rpull import rpull
-from obdlab.registry.client import RegistryClient
-from obdlab.registry.platform import host_platform
-from obdlab.registry.reference import Reference
 from obdlab.server.client import DeviceService
 from obdlab.server.rundir import host_process
 from obdlab.settings.settings import Settings
@@ -42,11 +39,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from obdlab.lab.images.recipe import Probe
-    from obdlab.pull.rpull import PullResult
 
 LAZY_SNAPSHOTTER = "obdlab"
-# If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then.
-_ENVIRONMENT = {"CONTAINERD_DISABLE_PIGZ": "1"}
+_CONNECT_S = 60.0
+# If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then, unless
+# all measure with it.
+_NO_PIGZ = {"CONTAINERD_DISABLE_PIGZ": "1"}
 
 
 class OwnContainerd(Closing):
@@ -54,7 +52,9 @@ class OwnContainerd(Closing):
 
     ``directory`` holds the content store, snapshots, the block cache (``cache``) and ``logs``; sockets and mounts are
     below ``state_dir``. ``proxies`` are the names of other snapshotters that :meth:`serving` can run. ``settings``
-    are those of obdlab; the host's own settings are not used.
+    are those of obdlab; the host's own settings are not used. With ``always_lazy`` obdlab's snapshotter runs from the
+    beginning, else only inside :meth:`serving_lazy`, as the others do. ``certificate`` is one that all clients and
+    daemons trust. ``unpigz``: containerd unpacks with it.
     """
 
     def __init__(
@@ -63,6 +63,10 @@ class OwnContainerd(Closing):
         state_dir: Path = DEFAULT_STATE_DIR,
         proxies: Sequence[str] = (),
         settings: Settings | None = None,
+        *,
+        always_lazy: bool = True,
+        certificate: Path | None = None,
+        unpigz: bool = False,
     ) -> None:
         self.directory = directory
         self.cache_dir = directory / "cache"
@@ -74,6 +78,10 @@ class OwnContainerd(Closing):
         self._proxies = tuple(proxies)
         self._settings = replace(settings or Settings(), cache_dir=self.cache_dir)
         self._served: dict[str, Path] = {}
+        self._always_lazy, self._unpigz = always_lazy, unpigz
+        # Go's programs and OpenSSL both read the certificates that they trust from this file.
+        trust = {} if certificate is None else {"SSL_CERT_FILE": str(certificate)}
+        self.environment: dict[str, str] = {**trust, **({} if unpigz else _NO_PIGZ)}
         self._stack = ExitStack()
         self._running: list[RunningContainer] = []
 
@@ -97,7 +105,8 @@ class OwnContainerd(Closing):
             self.groups.create()
             self.devices = DeviceService(self.state / "run", self._settings)
             stack.callback(self.devices.shutdown, force=True)
-            self._start_snapshotter(stack)
+            if self._always_lazy:
+                self._start_snapshotter(stack)
             self._start_containerd(stack)
             stack.callback(self.remove_everything)
             self._stack = stack.pop_all()
@@ -126,7 +135,8 @@ class OwnContainerd(Closing):
     def layer_directories(self) -> dict[str, Path]:
         """The directories of layer data on disk by snapshotter, for those that run now."""
         snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
-        return {"overlayfs": snapshots, LAZY_SNAPSHOTTER: self.cache_dir, **self._served}
+        always = {LAZY_SNAPSHOTTER: self.cache_dir} if self._always_lazy else {}
+        return {"overlayfs": snapshots, **always, **self._served}
 
     @property
     def _roots(self) -> list[Path]:
@@ -150,7 +160,7 @@ class OwnContainerd(Closing):
         """
         socket, root = self.proxy_socket(name), self.proxy_root(name)
         root.mkdir(parents=True, exist_ok=True)
-        daemon = Daemon(name, command, self.logs / f"{name}.log", environment)
+        daemon = Daemon(name, command, self.logs / f"{name}.log", {**self.environment, **(environment or {})})
         try:
             self.groups.add(daemon.pid)
             daemon.wait_for(socket.exists, "socket")
@@ -163,6 +173,25 @@ class OwnContainerd(Closing):
             socket.unlink(missing_ok=True)
             unmount_below([root])
             shutil.rmtree(root, ignore_errors=True)
+
+    @contextmanager
+    def serving_lazy(self) -> Iterator[None]:
+        """Run obdlab's snapshotter and device host, both fresh, and stop them afterwards. Their start is not timed.
+
+        With ``always_lazy`` they run already, and go on. Raises LabError.
+        """
+        if self._always_lazy:
+            yield
+            return
+        with ExitStack() as stack:
+            # A recorded start at publication may have left a device host.
+            self.devices.shutdown(force=True)
+            stack.callback(self.devices.shutdown, force=True)
+            self._start_snapshotter(stack)
+            wait_until(lambda: self._reaches(LAZY_SNAPSHOTTER), "connection from containerd", _CONNECT_S)
+            self._served[LAZY_SNAPSHOTTER] = self.cache_dir
+            stack.callback(self._served.pop, LAZY_SNAPSHOTTER)
+            yield
 
     # containerd connects again only after some seconds, and answers some calls from its database alone: only a call
     # that reaches the daemon proves the connection.
@@ -189,19 +218,24 @@ class OwnContainerd(Closing):
 
     def pull(self, reference: str, snapshotter: str = "overlayfs", timeout_s: float = 600.0) -> None:
         """Pull everything and unpack it, as ``ctr images pull`` does. Raises LabError."""
-        options = ("--plain-http", "--snapshotter", snapshotter)
-        run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=_ENVIRONMENT)
+        options = (*self.plain_http(reference), "--snapshotter", snapshotter)
+        run([*self.ctr, "images", "pull", *options, reference], timeout_s=timeout_s, environment=self.environment)
 
-    def lazy_pull(self, reference: str) -> PullResult:
-        """Pull metadata only, as ``obdlab image pull`` does, but in this process: no Python start is measured."""
-        with self.client() as containerd, closing(RegistryClient()) as registry:
-            return rpull(
-                containerd,
-                registry,
-                Reference.parse(reference),
-                snapshotter=LAZY_SNAPSHOTTER,
-                platform=host_platform(),
-            )
+    def lazy_pull(self, reference: str, timeout_s: float = 600.0) -> None:
+        """Pull metadata only, by the process ``obdlab image pull``, as its users do. Raises LabError."""
+        options = ["--address", str(self.address), "--namespace", self.namespace, "--snapshotter", LAZY_SNAPSHOTTER]
+        words = [sys.executable, "-m", "obdlab", "image", "pull", "--quiet", *options, reference]
+        # The host's own settings are not used.
+        settings = {**self.environment, "OBDLAB_SETTINGS": str(self._settings_file)}
+        run(words, timeout_s=timeout_s, environment=settings)
+
+    def plain_http(self, reference: str) -> tuple[str, ...]:
+        """Return the option of ``ctr`` for a reference to the registry without TLS, or nothing."""
+        return ("--plain-http",) if reference.startswith("127.") else ()
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.state / "obdlab.json"
 
     def start(self, reference: str, name: str, snapshotter: str, probe: Probe) -> RunningContainer:
         """Run a container with ``ctr run`` and return once it is ready.
@@ -223,6 +257,7 @@ class OwnContainerd(Closing):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **self.environment},
         )
         container = RunningContainer(self.ctr, name, child)
         self._running.append(container)
@@ -257,21 +292,24 @@ class OwnContainerd(Closing):
             version = client.version()
         return {
             "containerd_version": version.version,
-            "unpigz": False,
+            "unpigz": self._unpigz,
             "cri": False,
             "pull_client": "ctr images pull",
+            "lazy_pull_client": "obdlab image pull",
+            "daemons": "running" if self._always_lazy else "fresh for each cell",
+            "tls": "SSL_CERT_FILE" in self.environment,
         }
 
     def _start_snapshotter(self, stack: ExitStack) -> None:
         socket = self.proxy_socket(LAZY_SNAPSHOTTER)
         arguments = ["--root", str(self.snapshotter_root), "--address", str(socket)]
-        settings = self.state / "obdlab.json"
-        settings.write_text(self._settings.to_json())
+        self._settings_file.write_text(self._settings.to_json())
         arguments += ["--run-dir", str(self.state / "run"), "--cache-dir", str(self.cache_dir)]
-        arguments += ["--settings", str(settings)]
+        arguments += ["--settings", str(self._settings_file)]
         command = [sys.executable, "-m", "obdlab", "-v", "serve", "snapshotter", *arguments]
-        snapshotter = Daemon("obdlab serve snapshotter", command, self.logs / "snapshotter.log")
+        snapshotter = Daemon("obdlab serve snapshotter", command, self.logs / "snapshotter.log", self.environment)
         stack.callback(snapshotter.stop)
+        stack.callback(socket.unlink, missing_ok=True)
         self.groups.add(snapshotter.pid)
         snapshotter.wait_for(socket.exists, "socket")
         # A host in use has a running device host, so its start (Python with all imports) is not measured.
@@ -284,7 +322,10 @@ class OwnContainerd(Closing):
         config = self.state / "config.toml"
         config.write_text(self._configuration())
         daemon = Daemon(
-            "containerd", ["containerd", "--config", config], self.logs / "containerd.log", environment=_ENVIRONMENT
+            "containerd",
+            ["containerd", "--config", config],
+            self.logs / "containerd.log",
+            environment=self.environment,
         )
         stack.callback(daemon.stop)
         self.groups.add(daemon.pid)

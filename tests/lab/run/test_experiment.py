@@ -101,9 +101,28 @@ def test_images_as_one_file_start_like_the_others(tmp_path: Path, paths: LabPath
 
 
 @pytest.mark.containerd
+def test_full_pulls_and_all_arms_over_tls(tmp_path: Path, paths: LabPaths) -> None:
+    names = ["overlayfs", "overlayfs-zstd", "erofs-layers", "obdlab-64k"]
+    spec = SPEC.with_values(snapshotters=names, a_a=False, warm_starts=0, tls=True)
+    experiment = Experiment(spec, tmp_path / "results", paths)
+    experiment.run()
+    rows = {row["arm"]: row for row in experiment.rows()}
+    assert [row.get("error") for row in rows.values()] == [None] * 4
+    (environment,) = experiment.environments()
+    assert environment["containerd_setup"]["tls"] is True
+    assert environment["containerd_setup"]["daemons"] == "fresh for each cell"
+    # The address of the registry's TLS host is none of the loopback's.
+    assert not any(name.startswith("127.") for name in environment["images"]["tiny"].values())
+    # Full pulls fetch all of the same layers; zstd's are smaller.
+    assert rows["overlayfs"]["bytes_received"] == pytest.approx(rows["erofs-layers"]["bytes_received"], rel=0.01)
+    assert rows["overlayfs-zstd"]["bytes_received"] < 0.9 * rows["overlayfs"]["bytes_received"]
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.containerd
 @pytest.mark.slow
 def test_lazy_peers_start_the_same_image(tmp_path: Path, paths: LabPaths) -> None:
-    names = ["obdlab-prefetch", "stargz", "soci"]
+    names = ["obdlab-prefetch", "stargz", "stargz-zstd", "stargz-recorded", "soci"]
     for name in names:
         try:
             check_programs(name, ADAPTERS[name].programs)
@@ -112,7 +131,7 @@ def test_lazy_peers_start_the_same_image(tmp_path: Path, paths: LabPaths) -> Non
     experiment = Experiment(SPEC.with_values(snapshotters=names, a_a=False), tmp_path / "results", paths)
     experiment.run()
     rows = experiment.rows()
-    assert [row.get("error") for row in rows] == [None] * 6
+    assert [row.get("error") for row in rows] == [None] * 10
     assert all(experiment.environments()[0]["compared"][name] for name in names)
     for row in rows:
         if row["start"] == "cold":

@@ -124,6 +124,7 @@ def test_a_pilot_that_says_nothing_is_refused() -> None:
 def test_the_plan_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     pilot = Path(__file__).parents[3] / "experiments" / "measured" / "hot"
     words = ["lab", "plan", "peers.toml", "--pilot", str(pilot), "--precision", "0.1"]
+    words += ["--set", 'snapshotters=["overlayfs", "obdlab-hot", "stargz"]']
     assert main([*words, "--set", 'images=["pydata"]']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 4 + 1

@@ -137,8 +137,8 @@ def test_a_headline_says_how_much_sooner_the_best_arm_starts() -> None:
     rows += [_row("obdlab-hot", start, t) for start, t in (("cold", 0.8), ("warm", 0.13)) for t in (t, t, t)]
     (headline,) = headlines(summarise(rows))
     assert headline == (
-        "redis starts in 0.8 s instead of 4.7 s (obdlab with a hot layer against a full pull with overlayfs; cold, "
-        "100 Mbit/s, 5 ms). Warm: 0.13 s against 0.12 s."
+        "redis starts in 0.8 s instead of 4.7 s (obdlab with a hot layer, recorded, against a full pull with "
+        "overlayfs; cold, 100 Mbit/s, 5 ms). Warm: 0.13 s against 0.12 s."
     )
     assert all(len(line) <= WIDTH for line in wrapped([headline]))
     (headline,) = headlines(

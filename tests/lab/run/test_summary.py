@@ -18,6 +18,7 @@ from obdlab.lab.run.summary import (
     summarise,
     summary_records,
     text_table,
+    versions_notes,
     wrapped,
 )
 
@@ -246,3 +247,25 @@ def test_reasons_for_caution_to_the_letter() -> None:
         'With obdlab\'s settings changed: {"a": 1}, {"a": 2, "b": 1}.',
     ]
     assert caveats(_same("obdlab", 1.0, quiet=True, load_1m=0.5, load_limit=1.5)) == []
+
+
+def test_a_ratio_of_a_recorded_arm_to_one_without_a_record_says_so() -> None:
+    rows = _same(BASE, 4.0) + _same("obdlab", 2.0) + _same("obdlab-hot", 1.0)
+    summaries = summarise(rows)
+    by_arm = {line.split()[1]: line for line in text_table(summaries).splitlines()[2:]}
+    assert "0.25 [0.25, 0.25] rec" in by_arm["obdlab-hot"]
+    assert " rec" not in by_arm["obdlab"] + by_arm[BASE]
+    assert [record["vs baseline"].endswith(" rec") for record in summary_records(summaries)] == [False, False, True]
+    plain, recorded = findings(summaries)
+    assert "recorded against unrecorded)." in recorded
+    assert "recorded" not in plain
+    # Like against like: the baseline has a record as well.
+    like = summarise(_same("stargz-recorded", 4.0) + _same("obdlab-hot", 1.0), baseline="stargz-recorded")
+    assert " rec" not in text_table(like)
+    assert "recorded against" not in findings(like)[0]
+
+
+def test_versions_of_all_compared_programs() -> None:
+    compared = [{"compared": {"a": {"x": "1"}, "b": {"y": version}}} for version in ("2", "2", "3")]
+    assert versions_notes(compared) == ["Versions: x: 1; y: 2 and 3."]
+    assert versions_notes([{}]) == []
