@@ -18,7 +18,7 @@ class BrokenOffError(ConnectionAbortedError):
 
 
 class Pace(Protocol):
-    """A least speed for answers (:class:`obdlab.registry.hedge.WindowPace`)."""
+    """A least speed for answers (:class:`obdlab.registry.tries.WindowPace`)."""
 
     #: When more bytes must have arrived (time.monotonic); None while the wait for an answer does not count.
     end: float | None
@@ -28,7 +28,7 @@ class Pace(Protocol):
 
 
 class Cancellation(Protocol):
-    """The means by which another thread breaks a call off (:class:`obdlab.registry.hedge.SocketCancellation`)."""
+    """The means by which another thread breaks a call off (:class:`obdlab.registry.tries.SocketCancellation`)."""
 
     #: True once another thread needs the answer no longer.
     broken_off: bool

@@ -12,13 +12,12 @@ from crc32c import crc32c
 
 from obdlab.blob import Blob, check_range
 from obdlab.cache.ahead.pieces import PiecesAhead
-from obdlab.cache.extent import Extent
 from obdlab.cache.fetching import Fetches
 from obdlab.cache.flights import Holders, Statistics
 from obdlab.cache.layout import PAGE_SHIFT, SEED
-from obdlab.cache.readahead import ReadAhead
+from obdlab.cache.readahead import Extent, ReadAhead
 from obdlab.cache.units import CachedUnits
-from obdlab.call import UNBOUND
+from obdlab.call import UNBOUND, Call
 from obdlab.errors import SourceError
 from obdlab.observe import audit
 from obdlab.observe.counters import CHECKSUM_FAILURES, MISS_TIMES
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from obdlab.cache.flights import Demand
     from obdlab.cache.space import CacheSpace
     from obdlab.cache.units import UnitCheck
-    from obdlab.call import Call
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +264,9 @@ class CachedBlob(Blob):
 
     def _gather(self, offset: int, length: int, call: Call | None) -> bytes:
         started = monotonic()
-        call = (call or self.terms).until(started + self._deadline_s)
+        terms, end = call or self.terms, started + self._deadline_s
+        if terms.deadline is None or end < terms.deadline:
+            terms = Call(end, terms.on_wait)
         shift = self._units.unit_shift
         first, stop = offset >> shift, (offset + length - 1 >> shift) + 1
         end = offset + length
@@ -277,7 +277,7 @@ class CachedBlob(Blob):
         try:
             while offset < end:
                 unit = offset >> shift
-                data, late = self._fetches.obtain(unit, stop, call)
+                data, late = self._fetches.obtain(unit, stop, terms)
                 waited |= late
                 start = unit << shift
                 piece = memoryview(data)[offset - start : end - start]

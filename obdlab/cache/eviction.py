@@ -74,7 +74,7 @@ class EvictingSpace(CacheSpace):
                     freed = evict(self)
                     self.evicted_bytes += freed
                     logger.info("%s: gave back %d bytes", self.directory, freed)
-                    if audit.enabled():
+                    if audit.active:
                         audit.record_values("eviction", actualEvict=freed, totalUsed=self.count())
                 if not mine or not freed:
                     self._no_eviction_before = time.monotonic() + _REST_S

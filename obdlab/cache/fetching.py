@@ -12,9 +12,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from obdlab.cache.extent import SINGLE
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
+from obdlab.cache.readahead import SINGLE
 from obdlab.cache.unitstate import State
 from obdlab.call import Call
 from obdlab.errors import ObdlabError, SourceError
@@ -83,7 +83,7 @@ class Fetches:
             if not files.attached:
                 self._units.reattach()
             ahead: list[tuple[int, int]] = []
-            mine = False
+            mine = held = False
             with self._lock:
                 flight = self._flights.get(unit)
                 if flight is None:
@@ -92,6 +92,8 @@ class Fetches:
                     begin, end = unit - unit % extent, min(stop + -stop % extent, files.units)
                     if self._decodes_pieces:
                         begin, end = self._piece_around(unit, stop)
+                    begin, end, held = self._hold_around(unit, begin, end)
+                    # After the claim, so that a unit that another process stores meanwhile is not fetched again.
                     around = files.present(begin, end)
                     there = around[unit - begin : stop - begin]
                     if not there[0]:
@@ -99,6 +101,8 @@ class Fetches:
                         if not expected:
                             ahead = self._readahead.missed(flight.first, flight.stop, self.extent.growth(extent))
                         mine = True
+                    if held:
+                        self._release_others(begin, end, flight)
                 else:
                     if flight.now is State.QUEUED:
                         flight.become(State.FETCHING)
@@ -118,10 +122,10 @@ class Fetches:
                 self._pass_marks(unit, min(stop, flight.stop))
             with self._demand:
                 if mine and self.expected and self._is_expected(unit):
-                    self._fetch(flight, call, patient=True)
+                    self._fetch(flight, call, patient=True, held=held)
                 elif mine:
                     with self._demand.surprised:
-                        self._fetch(flight, call, patient=True)
+                        self._fetch(flight, call, patient=True, held=held)
                 else:
                     self._await(flight, call)
             waited = True
@@ -251,6 +255,32 @@ class Fetches:
     def _is_expected(self, unit: int) -> bool:
         return unit < len(self.expected) and self.expected[unit] == 1
 
+    def _hold_around(self, unit: int, begin: int, end: int) -> tuple[int, int, bool]:
+        # Claims the units around one in the files, those among [begin, end) that are in no flight and that no other
+        # process has claimed. Returns their range, and False if even the one is claimed elsewhere. Needs the lock.
+        first, stop = unit, unit + 1
+        while first > begin and first - 1 not in self._flights:
+            first -= 1
+        while stop < end and stop not in self._flights:
+            stop += 1
+        for _ in range(3):  # a claim on each side of the unit
+            busy = self._units.files.claim(first, stop)
+            if busy is None:
+                return first, stop, True
+            first, stop = (unit, stop) if busy <= unit else (first, busy)
+        return unit, unit + 1, False
+
+    def _release_others(self, begin: int, end: int, flight: Flight | None) -> None:
+        # Releases what _hold_around() claimed, but for the units of the flight. Needs the lock.
+        files = self._units.files
+        if flight is None:
+            files.unclaim(begin, end)
+            return
+        if begin < flight.first:
+            files.unclaim(begin, flight.first)
+        if flight.stop < end:
+            files.unclaim(flight.stop, end)
+
     def _claim_around(self, unit: int, begin: int, there: Sequence[bool]) -> Flight:
         # Claims the missing units around one, among those from `begin` on; ``there`` is True for each cached one.
         first = unit
@@ -279,11 +309,14 @@ class Fetches:
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, flight: Flight, call: Call, *, patient: bool, read: ReadUnits | None = None) -> None:
-        # Fetches and stores. Afterwards flight.data is set or another process fetched the units; else it raises.
+    def _fetch(
+        self, flight: Flight, call: Call, *, patient: bool, held: bool = False, read: ReadUnits | None = None
+    ) -> None:
+        # Fetches and stores; with ``held`` the units are claimed already. Afterwards flight.data is set or another
+        # process fetched the units; else it raises.
         claimed, ending = False, State.MISSING
         try:
-            turn = self._take_turn(flight, call, patient)
+            turn = held or self._take_turn(flight, call, patient)
             if turn is None:
                 return
             claimed = turn
@@ -328,7 +361,7 @@ class Fetches:
             busy = files.claim(flight.first, flight.stop)
         if busy is not None:
             return self._wait_for_others(flight, call) if patient else None
-        if any(files.present(flight.first, flight.stop)):  # stored since the check
+        if any(files.present(flight.first, flight.stop)):  # stored since the flight began
             files.unclaim(flight.first, flight.stop)
             return None
         return True

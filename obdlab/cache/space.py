@@ -12,6 +12,7 @@ A store without room stores nothing. A store that finds the directory above its 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 import threading
@@ -182,8 +183,11 @@ class CacheSpace:
         fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             while True:
-                if not lock_until(fd, deadline):
-                    raise self._locked_too_long()
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not lock_until(fd, deadline):
+                        raise self._locked_too_long() from None
                 if os.fstat(fd).st_nlink:
                     return fd
                 # The cache was deleted by hand, and this lock file with it.

@@ -36,6 +36,8 @@ class _Log:
 
 
 _log: _Log | None = None
+#: True if operations are logged, so that callers can skip measuring them.
+active = False
 
 
 def configure(path: Path | None, *, size: int = 10 << 20, count: int = 3, who: str = "obdlab") -> None:
@@ -43,15 +45,11 @@ def configure(path: Path | None, *, size: int = 10 << 20, count: int = 3, who: s
 
     ``size`` and ``count`` are those of :class:`RotatingFile`; every line has the name of the process.
     """
-    global _log
+    global _log, active
     before, _log = _log, None if path is None else _Log(RotatingFile(path, size=size, count=count), who)
+    active = _log is not None
     if before is not None:
         before.file.close()
-
-
-def enabled() -> bool:
-    """Return True if operations are logged, so that callers can skip measuring them."""
-    return _log is not None
 
 
 def record(action: str, path: str, offset: int, size: int, started: float) -> None:

@@ -1,4 +1,4 @@
-"""The answer to an HTTP request, and bounds on the memory and reads that its framing may cause.
+"""The answer to an HTTP request: its framing, its errors, and its body, which must hold the requested bytes.
 
 http.client trusts the framing: a chunk of size -1 makes it read until the connection closes, and it accepts headers
 of 6 MiB, endless interim answers and chunks of one byte. It reads everything through the file object of the socket,
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import re
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+from obdlab.formats.decimal import decimal
+from obdlab.observe.redact import redacted
+from obdlab.registry.errors import RangesIgnoredError, RegistryError
+from obdlab.registry.failures import TRANSPORT_ERRORS, from_exception, is_temporary_status
+
 if TYPE_CHECKING:
     from obdlab.call import Call
-
-#: Exceptions of a failed exchange; each becomes a RegistryError (:mod:`obdlab.registry.failures`).
-TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 
 #: Most bytes of lines (status, headers, chunk sizes, trailers) in one answer, plus a quarter of its body's size.
 MOST_LINES = 256 << 10
@@ -25,6 +28,12 @@ _SHARE_OF_LINES = 4
 #: Up to this many bytes, reading the rest of a body is cheaper than another connection.
 MOST_DISCARDED = 4096
 
+# A registry that ignores Range sends the blob from its start: up to this offset skipping is cheaper than failing.
+MAX_SKIP = 4 << 20
+_SKIP_CHUNK = 256 << 10
+
+_CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*", re.ASCII | re.IGNORECASE)
+_UNSATISFIED = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*", re.ASCII | re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,19}", re.ASCII)
 _CODINGS = ("gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd")
 
@@ -173,3 +182,151 @@ class Answer:
         self._connection = None
         self._raw.close()
         connection.close()
+
+
+def read_small(response: Answer, limit: int, doing: str) -> bytes:
+    """Return the whole body. Raises RegistryError if it is longer than ``limit`` or incomplete."""
+    try:
+        data = response.read(limit + 1)
+        complete = response.left in (None, 0)
+    except TRANSPORT_ERRORS as error:
+        raise from_exception(error, doing) from error
+    finally:
+        response.close()
+    if len(data) > limit:
+        raise RegistryError(f"{doing}: answer longer than {limit} bytes")
+    if not complete:
+        raise RegistryError(f"{doing}: answer broke off after {len(data)} bytes", temporary=True)
+    return data
+
+
+def read_range(response: Answer, offset: int, length: int, doing: str, size: int | None = None) -> bytes:
+    """Return exactly the bytes ``[offset, offset + length)`` from the answer to a range request.
+
+    A 206 must name this very range. Of a 200, the whole blob, the part before the range is skipped if it is small. An
+    answer for a blob of another ``size``, if given, is refused. Raises RegistryError.
+    """
+    try:
+        go_to_range(response, offset, length, doing, size)
+        data = response.read(length)
+        if len(data) < length:
+            data = _read_rest(response, data, length, doing)
+        # Without a length (chunked, or until the connection closes) only the end shows that the body is complete.
+        if response.status == 206 and response.left is None and response.read(1):
+            raise RegistryError(f"{doing}: body longer than its range", temporary=True)
+    except TRANSPORT_ERRORS as error:
+        raise from_exception(error, doing) from error
+    finally:
+        response.close()
+    return data
+
+
+def go_to_range(response: Answer, offset: int, length: int, doing: str, size: int | None = None) -> None:
+    """Position the answer to a range request at ``offset``, its next byte. Raises as :func:`read_range` does."""
+    if response.compressed:
+        got = response.headers.get("content-encoding", "")[:80]
+        raise RegistryError(f"{doing}: answer with another encoding (got {got!r}, wanted identity)")
+    if response.status == 206:
+        check_content_range(response, offset, length, doing, size)
+        return
+    check_size(response.left, size, doing)
+    skip(response, offset, doing)
+
+
+def total_size(response: Answer, doing: str) -> int:
+    """Return the blob's size from the answer to a range request: 206, 200, or 416 for an empty blob.
+
+    Raises RegistryError.
+    """
+    content_range = response.headers.get("content-range", "")
+    if response.status == 200:
+        text = response.headers.get("content-length", "")
+    elif response.status == 416:
+        unsatisfied = _UNSATISFIED.fullmatch(content_range)
+        text = unsatisfied[1] if unsatisfied else ""
+    else:
+        match = _CONTENT_RANGE.fullmatch(content_range)
+        text = match[3] if match else ""
+    response.close()
+    size = decimal(text)
+    if size is None:
+        raise RegistryError(f"{doing}: registry does not say the size (got {text[:80]!r})")
+    return size
+
+
+def from_response(response: Answer, doing: str) -> RegistryError:
+    """Return the error for an unsuccessful answer, and close the answer."""
+    try:
+        body = response.read(MOST_DISCARDED)
+    except TRANSPORT_ERRORS:
+        body = b""
+    response.close()
+    detail = _error_detail(body)
+    return RegistryError(
+        f"{doing}: registry answered {response.status}{f' ({detail})' if detail else ''}",
+        status=response.status,
+        temporary=is_temporary_status(response.status),
+        retry_after_s=_retry_after(response.headers.get("retry-after", "")),
+    )
+
+
+def check_content_range(response: Answer, offset: int, length: int, doing: str, size: int | None) -> None:
+    """Raise RegistryError unless a 206 names and holds exactly the range, of a blob of ``size`` bytes if given."""
+    got = response.headers.get("content-range", "")
+    match = _CONTENT_RANGE.fullmatch(got)
+    if match is not None and match[3] != "*":
+        total = int(match[3])
+        if total != size:
+            check_size(total, size, doing)
+        if total < offset + length:
+            raise RegistryError(f"{doing}: blob is smaller (got {match[3]} bytes, wanted {offset + length})")
+    if match is None or (int(match[1]), int(match[2])) != (offset, offset + length - 1):
+        raise RegistryError(
+            f"{doing}: wrong range (got {got[:80]!r}, wanted bytes {offset}-{offset + length - 1})", temporary=True
+        )
+    if response.left not in (None, length):
+        raise RegistryError(f"{doing}: wrong length (got {response.left}, wanted {length})", temporary=True)
+
+
+def check_size(got: int | None, wanted: int | None, doing: str) -> None:
+    """Raise RegistryError if both sizes are known and differ."""
+    if wanted is not None and got not in (None, wanted):
+        raise RegistryError(f"{doing}: blob has another size (got {got}, wanted {wanted})")
+
+
+def skip(response: Answer, count: int, doing: str, limit: int = MAX_SKIP) -> None:
+    """Read past ``count`` bytes. Raises RangesIgnoredError for more than ``limit``, and as reading does."""
+    if count > limit:
+        raise RangesIgnoredError(f"{doing}: registry ignores ranges (answered 200 to a range far inside the blob)")
+    while count:
+        chunk = response.read(min(count, _SKIP_CHUNK))
+        if not chunk:
+            raise RegistryError(f"{doing}: answer broke off", temporary=True)
+        count -= len(chunk)
+
+
+def _read_rest(response: Answer, data: bytes, length: int, doing: str) -> bytes:
+    # Returns ``data`` and all that is missing.
+    chunks = [data]
+    missing = length - len(data)
+    while missing and chunks[-1]:
+        chunks.append(response.read(missing))
+        missing -= len(chunks[-1])
+    if missing:
+        raise RegistryError(f"{doing}: answer broke off {missing} bytes before its end", temporary=True)
+    return b"".join(chunks)
+
+
+def _error_detail(body: bytes) -> str:
+    # {"errors": [{"code": "...", "message": "..."}]} (OCI distribution specification, "Error Codes")
+    try:
+        first = json.loads(body)["errors"][0]
+        text = f"{first.get('code', '')}: {first.get('message', '')}"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return ""
+    return redacted("".join(c for c in text if c.isprintable()))[:200].strip(": ")
+
+
+def _retry_after(text: str) -> float:
+    # Registries do not use the other form, a date.
+    return float(decimal(text.strip(), 99_999) or 0)

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode, urlsplit
 
-from obdlab.registry.body import read_small
+from obdlab.registry.answer import from_response, read_small
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import from_response
 from obdlab.registry.redirects import check_not_local
 
 if TYPE_CHECKING:

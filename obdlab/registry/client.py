@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
 
 from obdlab.call import UNBOUND, Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
-from obdlab.registry import body, hedge, referrers
+from obdlab.registry import answer, referrers, tries
+from obdlab.registry.answer import from_response
+from obdlab.registry.blobstream import BlobStream
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import from_response, persist
-from obdlab.registry.link import Link
+from obdlab.registry.link import LEAST_NOTED, Link
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
@@ -74,7 +75,7 @@ class RegistryClient:
         tls: TLSOptions | None = None,
         mirrors: Mirrors | None = None,
         p2p: P2PProxy | None = None,
-        hedge_share: float = hedge.SHARE,
+        hedge_share: float = tries.SHARE,
     ) -> None:
         self._plain_http_hosts = frozenset(plain_http_hosts)
         self._session = Session(
@@ -86,7 +87,7 @@ class RegistryClient:
             mirrors=mirrors,
             p2p=p2p,
         )
-        self._hedges = hedge.Hedges(hedge_share)
+        self._hedges = tries.Hedges(hedge_share)
         self._links: dict[str, Link] = {}
 
     @property
@@ -113,7 +114,7 @@ class RegistryClient:
         def read(response: Answer) -> Fetched:
             media_type = response.headers.get("content-type", "").partition(";")[0].strip()
             promised = response.headers.get("docker-content-digest", "")
-            data = body.read_small(response, MAX_MANIFEST_SIZE, doing)
+            data = answer.read_small(response, MAX_MANIFEST_SIZE, doing)
             digest = digest_of(data)
             for wanted in (ref.digest, promised if promised.startswith("sha256:") else None):
                 if wanted is not None and wanted != digest:
@@ -199,7 +200,7 @@ class RegistryClient:
         doing = "asking for blob size"
 
         def read(response: Answer) -> int:
-            return body.total_size(response, doing)
+            return answer.total_size(response, doing)
 
         def attempt(call: Call) -> int:
             headers = {"Range": "bytes=0-0"}
@@ -218,45 +219,44 @@ class RegistryClient:
         call: Call = UNBOUND,
         *,
         size: int | None = None,
+        name: str = "",
     ) -> bytes:
         """Return exactly ``length`` bytes of a blob from ``offset``, by the deadline of the call, else the client's.
 
-        Raises RegistryError, also if the registry says that the blob is not of ``size`` bytes.
+        ``name`` is that of the blob in errors, if the caller has it. Raises RegistryError, also if the registry says
+        that the blob is not of ``size`` bytes.
         """
-        name = _name(repository, digest)
+        name = name or _name(repository, digest)
         if length == 0:
             return b""
         doing = "reading blob"
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        link = self.link(repository)
-        tried = 0
+        read = partial(answer.read_range, offset=offset, length=length, doing=doing, size=size)
+        get = partial(
+            self._session.get, repository, f"blobs/{digest}", headers, doing=doing, wanted=(200, 206), bulk=True
+        )
+        request: Callable[[Call], bytes] = partial(get, read)
+        if length >= LEAST_NOTED:
+            link = self.link(repository)
 
-        def request(terms: Call) -> bytes:
-            began = time.monotonic()
+            def noted(terms: Call) -> bytes:
+                began = time.monotonic()
 
-            def read(response: Answer) -> bytes:
-                answered = time.monotonic()
-                data = body.read_range(response, offset, length, doing, size)
-                link.note(answered - began, length, time.monotonic() - answered)
-                return data
+                def timed(response: Answer) -> bytes:
+                    answered = time.monotonic()
+                    data = read(response)
+                    link.note(answered - began, length, time.monotonic() - answered)
+                    return data
 
-            if tried <= _PACED_TRIES:
-                terms = Call(terms.deadline, None, hedge.WindowPace(), terms.cancellation)
-            return self._session.get(
-                repository, f"blobs/{digest}", headers, read, doing=doing, wanted=(200, 206), call=terms, bulk=True
-            )
+                return get(timed, terms)
 
-        def attempt(terms: Call) -> bytes:
-            nonlocal tried
-            tried += 1
-            if length > hedge.LARGEST:
-                return request(terms)
-            # Ranges of about the same size take about as long.
-            return self._hedges.run((repository.api_host, length.bit_length()), request, terms)
-
+            request = noted
+        attempt = request
+        if length <= tries.LARGEST:  # ranges of about the same size take about as long
+            attempt = partial(self._hedges.run, (repository.api_host, length.bit_length()), request)
         if call.deadline is None:
             call = call.until(time.monotonic() + self.deadline_s)
-        return persist(attempt, call, blob=name, offset=offset, halving=True)
+        return tries.persist(attempt, call, blob=name, offset=offset, halving=True, paced=_PACED_TRIES)
 
     def link(self, repository: Repository) -> Link:
         """Return the measurements of the link to the repository's registry."""
@@ -308,7 +308,7 @@ class RegistryClient:
         with self.stream_blob(repository, digest, size) as stream:
             return stream.readall()
 
-    def stream_blob(self, repository: Repository, digest: str, size: int) -> body.BlobStream:
+    def stream_blob(self, repository: Repository, digest: str, size: int) -> BlobStream:
         """Return a file-like stream of the blob, for a ``with`` block; size and digest are checked at its end."""
         doing = "reading blob"
 
@@ -328,7 +328,7 @@ class RegistryClient:
                 helped=first,  # a mirror that breaks off in the middle is not used for the rest
             )
 
-        return body.BlobStream(
+        return BlobStream(
             open_at,
             name=_name(repository, digest),
             digest=digest,

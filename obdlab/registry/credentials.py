@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 from obdlab.call import UNBOUND
 from obdlab.errors import ObdlabError
 from obdlab.observe.redact import redacted
-from obdlab.registry.body import read_small
+from obdlab.registry.answer import read_small
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import canonical_host
 

@@ -10,9 +10,9 @@ from collections import deque
 _SAMPLES = 8
 # The first answers come while a container is being made, which keeps the processor busy.
 _LEAST_SAMPLES = 3
-# Most of a shorter answer arrives with its first bytes. Also, many of them are requested at once, on a busy
-# processor, while an image is opened.
-_LEAST = 64 << 10
+#: Most of a shorter answer arrives with its first bytes. Also, many of them are requested at once, on a busy
+#: processor, while an image is opened.
+LEAST_NOTED = 64 << 10
 # Faster than any link: a body that lay in the socket's buffer took no time.
 _FASTEST = 10 << 30
 
@@ -32,7 +32,7 @@ class Link:
 
     def note(self, wait_s: float, length: int, body_s: float) -> None:
         """Add an answer of ``length`` bytes that began ``wait_s`` after its request and ended ``body_s`` later."""
-        if length < _LEAST:
+        if length < LEAST_NOTED:
             return
         rate = length / max(body_s, length / _FASTEST)
         with self._lock:

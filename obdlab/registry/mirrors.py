@@ -68,7 +68,8 @@ class Mirrors:
     """
 
     def __init__(self, table: Mapping[str, Sequence[Mirror]] | None = None, hosts_dir: Path | None = None) -> None:
-        self._table = {host: tuple(mirrors) for host, mirrors in (table or {}).items()}
+        #: The mirrors of the hosts that were asked for.
+        self.known = {host: tuple(mirrors) for host, mirrors in (table or {}).items()}
         self._hosts_dir = hosts_dir
         self._lock = threading.Lock()
         self._standings: dict[str, Standing] = {}
@@ -78,9 +79,9 @@ class Mirrors:
         """Return the mirrors of the repository's registry. Raises HostsError if its hosts.toml is damaged."""
         host = repository.host
         with self._lock:
-            if host not in self._table:
-                self._table[host] = _read_hosts(self._hosts_dir, host) if self._hosts_dir is not None else ()
-            return self._table[host]
+            if host not in self.known:
+                self.known[host] = _read_hosts(self._hosts_dir, host) if self._hosts_dir is not None else ()
+            return self.known[host]
 
     def usable(self, mirror: Mirror, url: str) -> bool:
         """Return True if ``mirror`` may be asked for ``url`` at present."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from obdlab.call import UNBOUND
 from obdlab.closing import Closing
 from obdlab.observe.counters import DOWNLOAD_BYTES
-from obdlab.registry.answer import TRANSPORT_ERRORS
-from obdlab.registry.body import go_to_range
+from obdlab.registry.answer import go_to_range
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import from_exception
+from obdlab.registry.failures import TRANSPORT_ERRORS, from_exception
 
 if TYPE_CHECKING:
     from obdlab.call import Call

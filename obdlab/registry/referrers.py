@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from obdlab.errors import FormatError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, digest_of, is_digest
-from obdlab.registry import body
+from obdlab.registry.answer import read_small
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference
@@ -109,7 +109,7 @@ def _from_api(
             if kind != OCI_INDEX:
                 # Some registries answer unknown paths with an HTML page.
                 raise RegistryError(f"{doing}: not an index (got {kind[:80]!r})", status=404)
-            return body.read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("link", "")
+            return read_small(response, MAX_MANIFEST_SIZE, doing), response.headers.get("link", "")
 
         def attempt(call: Call, path: str = path) -> tuple[bytes, str]:
             return session.get(

@@ -11,14 +11,13 @@ import time
 from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
-from obdlab.call import UNBOUND
+from obdlab.call import UNBOUND, Call
 from obdlab.formats.oci import check_digest
 from obdlab.observe import audit
 from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
 from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
-    from obdlab.call import Call
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.link import Link
     from obdlab.registry.rangestream import RangeStream
@@ -77,10 +76,12 @@ class RemoteBlob(Blob):
         try:
             terms = call or self.terms
             if terms.deadline is None or started + self.deadline_s < terms.deadline:
-                terms = terms.until(started + self.deadline_s)
+                terms = Call(started + self.deadline_s, terms.on_wait)
             if terms.on_wait is not None:
                 terms.on_wait()
-            data = self._client.read_range(self._repository, self._digest, offset, length, terms, size=self._size)
+            data = self._client.read_range(
+                self._repository, self._digest, offset, length, terms, size=self._size, name=self.name
+            )
         except RegistryError as error:
             now = time.monotonic()
             audit.record("download_failed", self._url, offset, length, started)
@@ -90,7 +91,8 @@ class RemoteBlob(Blob):
             raise
         DOWNLOAD_TIMES.observe(time.monotonic() - started)
         DOWNLOAD_BYTES.add(length)
-        audit.record("download", self._url, offset, length, started)
+        if audit.active:
+            audit.record("download", self._url, offset, length, started)
         self._failed = ()  # the registry is back
         return data
 

@@ -18,12 +18,13 @@ from urllib.parse import urlsplit
 from obdlab.call import UNBOUND, Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import is_digest
+from obdlab.registry.answer import from_response
 from obdlab.registry.auth import Authenticator
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import from_response, persist
 from obdlab.registry.mirrors import Mirrors
 from obdlab.registry.redirects import origin, redirected
 from obdlab.registry.transport import Transport
+from obdlab.registry.tries import persist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,10 +123,10 @@ class Session:
         path: str,
         headers: Mapping[str, str],
         read: Callable[[Answer], T],
+        call: Call,
         *,
         doing: str,
         wanted: tuple[int, ...],
-        call: Call,
         helped: bool = True,
         bulk: bool = False,
     ) -> T:
@@ -134,7 +135,8 @@ class Session:
         ``helped`` asks mirrors first, ``bulk`` the P2P proxy. The target of a redirect to another host is remembered
         for a while, and requested directly. Raises RegistryError, and the errors of ``read``.
         """
-        for mirror in self._mirrors.of(repository) if helped else ():
+        mirrors = self._mirrors.known.get(repository.host)
+        for mirror in (self._mirrors.of(repository) if mirrors is None else mirrors) if helped else ():
             url = mirror.url(repository, path)
             if not self._mirrors.usable(mirror, url) or not (mirror.resolves or _is_pinned(path)):
                 continue
@@ -148,7 +150,8 @@ class Session:
                 continue
             self._mirrors.worked(mirror)
             return answer
-        return self._get(repository, f"{repository.api_url}/{path}", headers, read, doing, wanted, call, bulk)
+        url = f"{repository.api_url}/{path}"
+        return self._get(repository, url, headers, read, doing, wanted, call, bulk)
 
     def distrust(self, repository: Repository, path: str) -> str:
         """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data.

@@ -19,10 +19,10 @@ from urllib.parse import quote, urlsplit
 
 from obdlab.call import UNBOUND
 from obdlab.observe.counters import REGISTRY_ANSWERED, REGISTRY_FAILED, REGISTRY_REQUESTS
-from obdlab.registry.answer import TRANSPORT_ERRORS, Allowance, Answer, BoundedReader
+from obdlab.registry.answer import Allowance, Answer, BoundedReader
 from obdlab.registry.dial import Dialer
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import ConnectError, from_exception
+from obdlab.registry.failures import TRANSPORT_ERRORS, ConnectError, from_exception
 from obdlab.registry.tls import HostTLS, TLSOptions, make_context, tls_of_host
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ class Transport:
             connection = host.take() or _Connection(place, host, self._dialer, self._unix_socket)
             try:
                 connection.begin(call, self._silence_s)
+                if call.cancellation is not None and connection.wire is not None:
+                    call.cancellation.use(connection.wire)
                 try:
                     connection.request(method, path, body, headers)
                 except BrokenPipeError:
@@ -272,9 +274,16 @@ class _DeadlineMixin:
         self._allowance = allowance = Allowance()
         return BoundedReader(super().makefile("rb", buffering=0), allowance)  # type: ignore[misc]
 
+    # Each of both computes the time-out by itself: a miss has three such operations, and each call costs.
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        pace = self.call.pace
-        self._shorten_timeout(None if pace is None else pace.end)
+        call = self.call
+        pace, end = call.pace, call.deadline
+        if pace is not None and pace.end is not None and (end is None or pace.end < end):
+            end = pace.end
+        left_s = self.silence_s if end is None else min(self.silence_s, end - time.monotonic())
+        if left_s <= 0:
+            raise TimeoutError("deadline passed")
+        super().settimeout(left_s)  # type: ignore[misc]
         size = cast("int", super().recv_into(*args, **kwargs))  # type: ignore[misc]
         if pace is not None:
             pace.received(size)
@@ -286,22 +295,15 @@ class _DeadlineMixin:
         return size
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:
-        pace = self.call.pace
-        if pace is not None:
-            pace.end = None
-        self._shorten_timeout(None)
+        call = self.call
+        if call.pace is not None:
+            call.pace.end = None
+        end = call.deadline
+        left_s = self.silence_s if end is None else min(self.silence_s, end - time.monotonic())
+        if left_s <= 0:
+            raise TimeoutError("deadline passed")
+        super().settimeout(left_s)  # type: ignore[misc]
         super().sendall(*args, **kwargs)  # type: ignore[misc]
-
-    def _shorten_timeout(self, end: float | None) -> None:
-        deadline = self.call.deadline
-        if deadline is None or (end is not None and end < deadline):
-            deadline = end
-        left = self.silence_s
-        if deadline is not None:
-            left = min(left, deadline - time.monotonic())
-            if left <= 0:
-                raise TimeoutError("deadline passed")
-        super().settimeout(left)  # type: ignore[misc]
 
 
 class _DeadlineSocket(_DeadlineMixin, socket.socket):
@@ -323,7 +325,7 @@ class _Connection(http.client.HTTPConnection):
         self.home: _Host | None = host
         self._dialer = dialer
         self._unix_socket = None if tls else unix_socket
-        self._wire: _DeadlineSocket | _DeadlineTLSSocket | None = None
+        self.wire: _DeadlineSocket | _DeadlineTLSSocket | None = None
         self._call = UNBOUND
         self._silence_s = 0.0
 
@@ -334,17 +336,14 @@ class _Connection(http.client.HTTPConnection):
     @call.setter
     def call(self, call: Call) -> None:
         self._call = call
-        if self._wire is not None:
-            self._wire.call = call
+        if self.wire is not None:
+            self.wire.call = call
 
     def begin(self, call: Call, silence_s: float) -> None:
-        # Serves a call from now on. Raises BrokenOffError.
+        # Serves a call from now on.
         self._call, self._silence_s = call, silence_s
-        wire = self._wire
-        if wire is not None:
-            wire.call = call
-            if call.cancellation is not None:
-                call.cancellation.use(wire)
+        if self.wire is not None:
+            self.wire.call = call
 
     def keep(self) -> None:
         if self._call.cancellation is not None:
@@ -391,7 +390,7 @@ class _Connection(http.client.HTTPConnection):
                 plain.close()
                 raise
         wire.call, wire.silence_s = call, silence_s
-        self.sock = self._wire = wire
+        self.sock = self.wire = wire
         if call.cancellation is not None:
             call.cancellation.use(wire)
 

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 from obdlab.call import Call
 from obdlab.formats.decimal import decimal
+from obdlab.registry.answer import from_response
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import from_response
 from obdlab.registry.redirects import redirected
 from obdlab.registry.session import PUSH
 

@@ -85,10 +85,10 @@ def test_a_miss_is_short(cached: CachedBlob) -> None:
         cached.read_at(offset, UNIT)
     path = shortest([path_of(lambda at=offset: cached.read_at(at, UNIT)) for offset in offsets[2:]])
     text = "\n".join(path.calls)
-    assert len(path.calls) <= 120, text
+    assert len(path.calls) <= 106, text
     assert len(path.modules) <= 29, text
-    assert path.depth <= 19, text
-    assert sum("CacheFiles.present" in call for call in path.calls) == 2, "before the claim, and under it"
+    assert path.depth <= 16, text
+    assert sum("CacheFiles.present" in call for call in path.calls) == 1, text
 
 
 def test_a_hit_is_shorter(cached: CachedBlob) -> None:

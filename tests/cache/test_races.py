@@ -142,6 +142,38 @@ def test_what_another_process_has_stored_since_we_looked_is_not_fetched_again(tm
         assert not second.reads
 
 
+@pytest.mark.parametrize("taken", [None, (0, 1), (1, 3), (5, 6), (3, 4)])
+def test_a_miss_takes_the_free_units_of_its_extent_and_leaves_no_claim(
+    tmp_path: Path, taken: tuple[int, int] | None
+) -> None:
+    origin = Origin()
+    with (
+        open_cached(tmp_path, origin, extent=8 * UNIT, readahead_max=0, deadline_s=30.0) as one,
+        open_cached(tmp_path, Origin()) as two,
+    ):
+        one.opened(30.0)
+        files = two._units.files
+        two.read_at(2 * UNIT, UNIT)  # cached in the middle of the extent
+        if taken is not None:
+            assert files.claim(*taken) is None
+        if taken != (3, 4):
+            assert one.read_at(3 * UNIT, 10) == DATA[3 * UNIT : 3 * UNIT + 10]
+            # From the cached unit, or from the claimed ones, to the next claimed one.
+            stop = 5 if taken == (5, 6) else 8
+            assert origin.reads == [(3 * UNIT, (stop - 3) * UNIT)]
+        else:  # the unit itself: the reader waits for it
+            with ThreadPoolExecutor(1) as threads:
+                read = threads.submit(one.read_at, 3 * UNIT, 10)
+                wait_until(lambda: one._fetches._flights != {})
+                assert origin.reads == []
+                files.unclaim(*taken)
+                assert read.result(WAIT_S) == DATA[3 * UNIT : 3 * UNIT + 10]
+        assert one.read_at(2 * UNIT, 10) == DATA[2 * UNIT : 2 * UNIT + 10]  # a first use, from the files
+        if taken is not None:
+            files.unclaim(*taken)
+        assert files.claim(0, files.units) is None, "a claim was left"
+
+
 def test_units_stay_claimed_until_they_are_stored(tmp_path: Path) -> None:
     first, second = Origin(), Origin()
     with open_cached(tmp_path, first) as one, open_cached(tmp_path, second) as two, ThreadPoolExecutor(2) as threads:

@@ -8,7 +8,7 @@ import pytest
 
 from obdlab.call import UNBOUND, Call
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import persist
+from obdlab.registry.tries import persist
 
 
 def test_the_earlier_deadline_counts() -> None:

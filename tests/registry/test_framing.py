@@ -14,7 +14,7 @@ import pytest
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import OCI_INDEX, OCI_MANIFEST, digest_of
-from obdlab.registry import failures
+from obdlab.registry import tries
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.credentials import CredentialsService
 from obdlab.registry.errors import RegistryError
@@ -256,7 +256,7 @@ def test_a_body_that_drips_ends_at_the_deadline() -> None:
 @pytest.fixture
 def one_try_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave no time for a second try, and much for the first: the machine may be busy."""
-    monkeypatch.setattr(failures, "_FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(tries, "_FIRST_PAUSE_S", 1000.0)
 
 
 @pytest.mark.parametrize(

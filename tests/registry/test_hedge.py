@@ -10,10 +10,10 @@ from contextlib import closing
 import pytest
 
 from obdlab.call import UNBOUND, Call
-from obdlab.registry import hedge
+from obdlab.registry import tries
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.hedge import Hedges
+from obdlab.registry.tries import Hedges
 from tests.registry import faulty
 from tests.registry.faulty import FaultyRegistry, faulty_registry
 
@@ -25,7 +25,7 @@ FIRST_LAG_S = 0.05
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hedge, "_FIRST_LAG_S", FIRST_LAG_S)
+    monkeypatch.setattr(tries, "_FIRST_LAG_S", FIRST_LAG_S)
 
 
 def read(client: RegistryClient, registry: FaultyRegistry, offset: int, length: int = 1000) -> None:
@@ -63,7 +63,7 @@ def test_only_a_share_is_sent_twice() -> None:
         assert 1 <= len(registry.requests) - count <= 4
 
 
-@pytest.mark.parametrize(("share", "length"), [(0.0, 1000), (0.05, hedge.LARGEST + 1)])
+@pytest.mark.parametrize(("share", "length"), [(0.0, 1000), (0.05, tries.LARGEST + 1)])
 def test_not_sent_twice(share: float, length: int) -> None:
     with faulty_registry() as registry, closing(RegistryClient(hedge_share=share)) as client:
         registry.add_blob(DATA)
@@ -88,14 +88,14 @@ def test_the_first_failure_is_told_if_both_fail() -> None:
 
 
 def test_a_lag_is_that_of_the_latest_requests() -> None:
-    lag = hedge._Lag()
+    lag = tries._Lag()
     for number in range(15):
         lag.add(0.5)
         assert lag.seconds == FIRST_LAG_S, number
     for seconds in (0.5, 0.1, 0.9, 0.001):
         for _ in range(600):
             lag.add(seconds)
-        assert lag.seconds == max(seconds, hedge._LEAST_LAG_S)
+        assert lag.seconds == max(seconds, tries._LEAST_LAG_S)
     for number in range(640):  # one in ten is slow, more than the share that counts as usual
         lag.add(2.0 if number % 10 == 0 else 0.1)
     assert lag.seconds == 2.0
@@ -109,7 +109,7 @@ def test_without_threads_requests_are_sent_once(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hedge, "_watch", hedge._Watch())
+        patch.setattr(tries, "_watch", tries._Watch())
         patch.setattr(threading.Thread, "start", no_thread)
         assert [Hedges().run("key", lambda _: "first", UNBOUND) for _ in range(3)] == ["first"] * 3
 

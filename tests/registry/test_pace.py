@@ -8,9 +8,9 @@ from contextlib import closing
 
 import pytest
 
-from obdlab.registry import hedge
+from obdlab.registry import tries
 from obdlab.registry.client import RegistryClient
-from obdlab.registry.hedge import LARGEST
+from obdlab.registry.tries import LARGEST
 from tests.registry import faulty
 from tests.registry.faulty import faulty_registry
 
@@ -21,7 +21,7 @@ LONG_S = 120.0
 
 @pytest.fixture(autouse=True)
 def _short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hedge, "WINDOW_S", 0.5)
+    monkeypatch.setattr(tries, "WINDOW_S", 0.5)
 
 
 @pytest.mark.parametrize("fault", [faulty.drip, faulty.drip_headers])
@@ -49,11 +49,11 @@ def test_a_link_that_is_slow_for_all_delivers() -> None:
 
 
 def test_a_window_begins_with_what_comes() -> None:
-    kept = hedge.WindowPace()
+    kept = tries.WindowPace()
     assert kept.end is None  # the beginning of an answer is the silence's affair
     kept.received(1)
     first = kept.end
-    kept.received(hedge.LEAST_IN_WINDOW - 1)
+    kept.received(tries.LEAST_IN_WINDOW - 1)
     assert kept.end == first
     kept.received(1)
     assert first is not None

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from obdlab.call import Call
-from obdlab.registry import failures
+from obdlab.registry import tries
 from obdlab.registry.errors import RegistryError
-from obdlab.registry.failures import persist
+from obdlab.registry.tries import persist
 
 
 class Clock:
@@ -41,8 +41,8 @@ def failing(*errors: RegistryError) -> tuple[list[RegistryError], RegistryError]
 
 def test_no_try_without_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(1.0)
-    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    monkeypatch.setattr(tries.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(tries.time, "sleep", clock.sleep)
     refused = RegistryError("registry answered 503", temporary=True, status=503)
     left, raised = failing(refused, RegistryError("never reached", temporary=True))
     assert [error.what for error in left] == ["never reached"]
@@ -53,8 +53,8 @@ def test_no_try_without_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pause_that_fits_is_waited_for_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.0)
-    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    monkeypatch.setattr(tries.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(tries.time, "sleep", clock.sleep)
     fits = RegistryError("busy", temporary=True, retry_after_s=0.9)
     left, raised = failing(fits, RegistryError("no", temporary=False), RegistryError("never reached"))
     assert (raised.what, len(left)) == ("no (after 2 tries)", 1)
@@ -67,8 +67,8 @@ def test_a_pause_that_fits_is_waited_for_and_no_other(monkeypatch: pytest.Monkey
 
 def test_tries_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.0)
-    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    monkeypatch.setattr(tries.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(tries.time, "sleep", clock.sleep)
     asked = []
 
     def attempt(_: Call) -> None:
@@ -85,8 +85,8 @@ def test_tries_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_time_out_names_the_failure_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.0)
-    monkeypatch.setattr(failures.time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(failures.time, "sleep", clock.sleep)
+    monkeypatch.setattr(tries.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(tries.time, "sleep", clock.sleep)
     refused = RegistryError("registry answered 503", temporary=True, status=503)
     silent = RegistryError("no answer in time: deadline passed", temporary=False, timed_out=True)
     left, raised = failing(refused, silent)

@@ -1,14 +1,16 @@
-"""A second request for a range when the first one lags; the first answer wins, the other request is broken off.
+"""The tries of a request: another one when a try fails, and a second request for a range when the first one lags.
 
-A request lags if it takes longer than 95 of 100 similar ones before it (Dean and Barroso, "The Tail at Scale", 2013).
-The first request stays in the calling thread, so that requests in time cost only a note; one thread of the process
-watches them all.
+Of two requests the first answer wins, and the other is broken off. A request lags if it takes longer than 95 of 100
+similar ones before it (Dean and Barroso, "The Tail at Scale", 2013). The first request stays in the calling thread:
+requests in time cost only a note; one thread of the process watches them all.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import random
 import socket
 import threading
 import time
@@ -16,7 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from obdlab.call import BrokenOffError, Call
-from obdlab.observe.counters import Counter
+from obdlab.observe.counters import REGISTRY_RETRIES, Counter
 from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ _RENEW_EVERY = 8
 _MOST_KEYS = 256
 _TICK_S = 0.01
 _IDLE_S = 10.0
+_LONGEST_S = 600.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+_LONGEST_RETRY_AFTER_S = 60.0
+_LEAST_TRY_S = 1.0
 #: Least bytes in each window of an answer. At 100 kbit/s a window has 61 KiB; one of fifteen connections gets 4.
 WINDOW_S = 5.0
 LEAST_IN_WINDOW = 4 << 10
@@ -54,7 +61,7 @@ class WindowPace:
 
     A server that drips is never silent for long, and a connection that loses packets stalls: another connection is
     likely to be faster. If the whole link is slow, another connection does not help. So the least speed is low, and
-    only a few tries must keep it (:mod:`obdlab.registry.client`). A request, and every LEAST_IN_WINDOW bytes, begin
+    only a few tries must keep it. A request, and every LEAST_IN_WINDOW bytes, begin
     another window.
     """
 
@@ -101,6 +108,51 @@ class SocketCancellation:
             self._socket = used
 
 
+def persist(
+    attempt: Callable[[Call], T],
+    call: Call,
+    *,
+    blob: str,
+    offset: int | None = None,
+    tries: int | None = None,
+    halving: bool = False,
+    paced: int = 0,
+) -> T:
+    """Call ``attempt`` until it succeeds, fails permanently, the call's deadline comes or ``tries`` are used up.
+
+    ``attempt`` gets the terms of the try. With ``halving``, its deadline leaves half of the time that is left to the
+    next try; the last second is not halved. The first ``paced`` tries must keep a least pace (:class:`WindowPace`).
+
+    Pauses double from 50 ms to 5 s, each shortened by a random part so that many readers do not return in step; a
+    registry's Retry-After is kept if the deadline allows. Raises the last RegistryError, with its place.
+    """
+    deadline = math.inf if call.deadline is None else call.deadline
+    tried = 0
+    pause = _FIRST_PAUSE_S
+    before: RegistryError | None = None
+    while True:
+        tried += 1
+        end = call.deadline
+        if halving and math.inf > deadline - (now := time.monotonic()) >= 2 * _LEAST_TRY_S:
+            end = now + (deadline - now) / 2
+        terms = Call(end, None, WindowPace() if tried <= paced else call.pace, call.cancellation)
+        try:
+            return attempt(terms)
+        except RegistryError as error:
+            delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
+            hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
+            if hopeless:
+                raise error.at(blob, offset, tried, before=before) from error
+            last = error
+            logger.info("%s (try %d, the next in %.1f s)", error.at(blob, offset, 1), tried, delay)
+        time.sleep(delay)
+        if time.monotonic() >= deadline:  # a busy machine wakes late, and a try without time says nothing
+            raise last.at(blob, offset, tried, before=before) from last
+        REGISTRY_RETRIES.add()
+        before = before if last.timed_out else last
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
 class Hedges:
     """Runs requests with a second one in reserve. At most a ``share`` of them is sent twice; 0 turns hedging off."""
 
@@ -119,7 +171,7 @@ class Hedges:
         if not self._share:
             return request(call)
         lag = self._lags.get(key) or self._lag_of(key)
-        race = _Race(request, call.deadline, self._take)
+        race = _Race(request, call, self._take)
         started = time.monotonic()
         _watch.add(started + lag.seconds, race)
         try:
@@ -167,7 +219,7 @@ class _Lag:
 
 class _Race(Generic[T]):
     __slots__ = (
-        "_deadline",
+        "_call",
         "_error",
         "_finished",
         "_lock",
@@ -179,10 +231,10 @@ class _Race(Generic[T]):
         "over",
     )
 
-    def __init__(self, request: Callable[[Call], T], deadline: float | None, take: Callable[[], bool]) -> None:
+    def __init__(self, request: Callable[[Call], T], call: Call, take: Callable[[], bool]) -> None:
         self._request = request
         self._take = take
-        self._deadline = deadline
+        self._call = call
         self._lock = threading.Lock()
         self.first = SocketCancellation()
         self._second: SocketCancellation | None = None
@@ -205,7 +257,7 @@ class _Race(Generic[T]):
             finished = self._finished
             self.over = finished is None
         if finished is not None:
-            finished.wait(None if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
+            finished.wait(self._call.left_s(_LONGEST_S))
         if self._result:
             return self._result[0]
         raise error
@@ -229,8 +281,9 @@ class _Race(Generic[T]):
         if second is None or finished is None:
             raise RuntimeError("second request without a race")
         try:
-            deadline = time.monotonic() + _IDLE_S if self._deadline is None else self._deadline
-            result = self._request(Call(deadline, cancellation=second))
+            call = self._call
+            deadline = time.monotonic() + _IDLE_S if call.deadline is None else call.deadline
+            result = self._request(Call(deadline, None, call.pace and WindowPace(), second))
             with self._lock:
                 won = not self.over
                 if won:
