@@ -100,12 +100,13 @@ class Covering:
     def tests_of(self, file: str, text: str) -> list[str]:
         """Return the names of the tests that ran this line, those of the file's name first.
 
-        A line that runs when its module is imported belongs to no test: then these are all tests of the module.
+        A line that runs when its module is imported belongs to no test, or to the one that imported the module: then
+        these are all tests of the module.
         """
         stem = Path(file).stem
         lines = self._lines.get(file, {})
         found = lines.get(text.strip(), set())
-        if not found and text.strip() in self._at_import.get(file, ()):
+        if text.strip() in self._at_import.get(file, ()):
             found = {test for tests in lines.values() for test in tests}
         return sorted(found, key=lambda test: (f"test_{stem}" not in test, self.seconds[test]))
 

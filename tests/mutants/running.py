@@ -67,12 +67,12 @@ def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, ag
     equivalent = equivalents(root)
     for room in rooms or list(ROOMS):
         results = directory / f"{room}.jsonl"
-        known = {} if not results.exists() else {_key(entry): entry for entry in read(results)}
+        known = {} if not results.exists() else {outcome_key(entry): entry for entry in read(results)}
         wanted = sample(room, root, seed=seed, count=count)
-        digests = {name: _digest(root / name) for name in {mutant.file for mutant in wanted}}
+        digests = {name: digest_of(root / name) for name in {mutant.file for mutant in wanted}}
         todo = []
         for mutant in wanted:
-            entry = known.get(_key(asdict(mutant)))
+            entry = known.get(outcome_key(asdict(mutant)))
             stale = entry is None or entry["digest"] != digests[mutant.file]
             if stale or (again and entry is not None and is_open(entry, equivalent)):
                 todo.append(mutant)
@@ -136,11 +136,13 @@ def change(mutant: Mutant, root: Path) -> dict[str, str]:
     return {"was": "", "now": ""}
 
 
-def _key(entry: dict[str, object]) -> tuple[object, ...]:
+def outcome_key(entry: dict[str, object]) -> tuple[object, ...]:
+    """Return the values that distinguish an outcome's mutant from all others."""
     return entry["file"], entry["operator"], entry["occurrence"]
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return a digest of a source file: an outcome of another one says nothing."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
