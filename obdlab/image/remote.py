@@ -164,6 +164,7 @@ class RemoteLayers:
     def _nodes(self, blob: Blob, digest: str, tree: TreeReference) -> TreeNodes:
         size = Shape(blob.size).file_size
         file: Blob | None = None
+        origin: _Origin | None = None
         if size:
             origin = self._origin(tree.file, size)
             try:
@@ -175,7 +176,7 @@ class RemoteLayers:
             if isinstance(file, CachedBlob):
                 file.terms = self._terms
                 self._tree_files.append(file)
-        return TreeNodes(blob.name, digest, blob.size, tree, file, self._kept)
+        return TreeNodes(blob.name, digest, blob.size, tree, file, self._kept, origin)
 
     def opened(self) -> None:
         """End the opening: from now on, misses in the blobs fetch extents, with the deadline of reads.

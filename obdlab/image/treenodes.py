@@ -72,18 +72,27 @@ class TreeNodes:
     """Checks units of the blob ``digest`` of ``size`` bytes against the root of ``tree``. Thread-safe.
 
     ``file`` is the blob of the tree's file, with any content; None for a blob of one unit. This object owns it.
+    ``origin`` is the same without a cache, for reading again.
     """
 
     unit = UNIT
 
     def __init__(
-        self, blob: str, digest: str, size: int, tree: TreeReference, file: Blob | None, kept: KeptNodes
+        self,
+        blob: str,
+        digest: str,
+        size: int,
+        tree: TreeReference,
+        file: Blob | None,
+        kept: KeptNodes,
+        origin: Blob | None = None,
     ) -> None:
         self._blob = blob
         self._digest = digest
         self._root = tree.root
         self._shape = Shape(size)
         self._file = file
+        self._origin = origin or file
         self._kept = kept
         #: Name of the directory of the block cache with the checked units.
         self.name = tree.cache_name
@@ -128,10 +137,11 @@ class TreeNodes:
         if kept is not None:
             return kept
         offset, length = self._shape.place(node)
-        data = self._read(offset, length, call)
+        data = self._read(self._file, offset, length, call)
         if not self._is_right(node, data, call):
             self._file_is_wrong(offset, length)
-            data = self._read(offset, length, call)
+            # Through the cache, this thread could get the answer to a request that a mirror got before.
+            data = self._read(self._origin, offset, length, call)
             if not self._is_right(node, data, call):
                 raise CorruptBlobError(
                     "hash tree does not match its root", blob=self._blob, offset=node.number * NODE_SPAN
@@ -149,11 +159,11 @@ class TreeNodes:
         at = above[1] * HASH_SIZE
         return self._node(above[0], call)[at : at + HASH_SIZE] == found
 
-    def _read(self, offset: int, length: int, call: Call | None) -> bytes:
-        if self._file is None:
+    def _read(self, file: Blob | None, offset: int, length: int, call: Call | None) -> bytes:
+        if file is None:
             raise CorruptBlobError("blob has a hash tree without a file", blob=self._blob)
         try:
-            return self._file.read_at(offset, length, call)
+            return file.read_at(offset, length, call)
         except ObdlabError as error:
             temporary = isinstance(error, SourceError) and error.temporary
             what = f"bytes cannot be checked without their hash tree: {error}"
@@ -196,7 +206,7 @@ class TreeNodes:
             return  # first_wrong() was sooner
         begin, end = self._shape.place(run[0])[0], sum(self._shape.place(run[-1]))
         try:
-            data = self._read(begin, end - begin, None)
+            data = self._read(self._file, begin, end - begin, None)
             for node in reversed(run):  # those above come first
                 offset, length = self._shape.place(node)
                 content = data[offset - begin :][:length]

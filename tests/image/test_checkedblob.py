@@ -16,8 +16,10 @@ from obdlab.call import Call
 from obdlab.errors import CorruptBlobError, ObdlabError, SourceError
 from obdlab.formats.hashtree import NODE_SPAN, UNIT, HashTree
 from obdlab.formats.oci import digest_of
+from obdlab.image.checkedblob import CheckedBlob
+from obdlab.image.treenodes import KeptNodes, TreeNodes
 from obdlab.observe.counters import counted
-from tests.image.trees import Origin, cached, checked, content, flipped, forged, tree_of
+from tests.image.trees import Origin, cached, checked, content, flipped, forged, same_crc, tree_of
 
 SMALL = content(3000)  # one unit, without a file
 TWO = content(UNIT + 300)
@@ -158,6 +160,16 @@ def test_wrong_units_are_counted_and_logged(caplog: pytest.LogCaptureFixture) ->
     assert f"origin: bytes do not match the hash tree of the manifest at offset {UNIT}" in caplog.text
 
 
+def test_a_wrong_node_is_read_again_past_the_cache(large_tree: HashTree) -> None:
+    """Other threads' requests to the same mirror may be under way, and the cache shares them."""
+    origin = Origin(large_tree.file)
+    file = MemoryBlob(flipped(9)(0, large_tree.file))
+    nodes = TreeNodes("layer", digest_of(LARGE), len(LARGE), large_tree.reference, file, KeptNodes(), origin)
+    blob = CheckedBlob(Origin(LARGE), nodes)
+    assert blob.read_at(0, 100) == LARGE[:100]
+    assert origin.reads
+
+
 # -- requests --------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +285,11 @@ def test_cache_files_of_another_user_are_checked_at_each_use(tmp_path: Path) -> 
     with cached(tmp_path, Origin(data), data) as blob:
         blob._files.attached, blob._files.read_only = False, True  # as they are opened without the right to write
         read_twice(blob, data)
-        forge_files(files, 0, content(UNIT))
+        # With the sums that this process has seen: a comparison of CRCs does not find it.
+        wrong = same_crc(data[:4096]) + data[4096:UNIT]
+        assert unit_sums(wrong) == unit_sums(data[:UNIT])
+        assert wrong != data[:UNIT]
+        forge_files(files, 0, wrong)
         read_twice(blob, data)
 
 

@@ -61,6 +61,12 @@ class Origin(MemoryBlob):
         self.closed += 1
 
 
+def same_crc(page: bytes, bit: int = 80) -> bytes:
+    """Return another page of the same CRC-32C: a multiple of the polynomial is added, from a bit of the page on."""
+    polynomial = int(f"{0x11EDC6F41:b}"[::-1], 2)  # the first bit is the lowest
+    return (int.from_bytes(page, "little") ^ polynomial << bit).to_bytes(len(page), "little")
+
+
 class _Coming:
     def __init__(self, origin: Origin, position: int) -> None:
         self._origin = origin
