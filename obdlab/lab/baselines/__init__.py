@@ -8,7 +8,7 @@ from __future__ import annotations
 from obdlab.lab.baselines.adapter import Adapter
 from obdlab.lab.baselines.erofslayers import ErofsLayers
 from obdlab.lab.baselines.file import Erofs, PlainLoop
-from obdlab.lab.baselines.lazy import Lazy, LazySmall
+from obdlab.lab.baselines.lazy import Lazy, LazySmall, Verified
 from obdlab.lab.baselines.overlayfs import Overlayfs
 from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
@@ -21,6 +21,7 @@ _ALL = (
     OverlayfsZstd(),
     Lazy(),
     LazySmall(),
+    Verified(),
     Prefetch(),
     Hot(),
     Turbo(),

@@ -34,6 +34,8 @@ class Lazy(Overlayfs):
     registry_share: ClassVar[float] = 1.2
     host_share: ClassVar[float] = 1.2
     start_share: ClassVar[float] = 0.4
+    #: Convert with hash trees, by which the reads of a start are checked.
+    hash_trees: ClassVar[bool] = False
 
     def tag(self, source: Source) -> str:
         """Return the tag of the converted image."""
@@ -45,7 +47,7 @@ class Lazy(Overlayfs):
         convert_image(
             open_source(f"oci:{source.layout}", client),
             open_destination(reference, client),
-            options=ConvertOptions(layer=layer),
+            options=ConvertOptions(layer=layer, hash_trees=self.hash_trees),
         )
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
@@ -74,3 +76,15 @@ class LazySmall(Lazy):
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image into the registry."""
         super().publish(host, replace(source, block_size=_LARGE_BLOCK), client, reference)
+
+
+class Verified(Lazy):
+    """The same image with hash trees: each unit that a start reads is checked."""
+
+    name: ClassVar[str] = "obdlab-verified"
+    title: ClassVar[str] = "obdlab with hash trees"
+    hash_trees: ClassVar[bool] = True
+
+    def tag(self, source: Source) -> str:
+        """Return the tag of the converted image with hash trees."""
+        return f"{super().tag(source)}-trees1"

@@ -24,6 +24,7 @@ COLOURS = {
     "obdlab-prefetch": "#5f9ea0",
     "obdlab-hot": "#c98f5f",
     "obdlab-turbo": "#6a4c93",
+    "obdlab-verified": "#5f9ea0",
     "stargz": "#8a9a4b",
     "soci": "#b5677d",
     "erofs": "#9a7fb0",
