@@ -171,9 +171,6 @@ example: record a start, look at it, publish the image with a hot layer made of 
         Command("diff", "compare two traces; status 1 if they differ", ".trace.sets_command:declare_diff"),
         Command("filter", "keep part of a trace", ".trace.sets_command:declare_filter"),
         Command("files", "list the files that a trace reads", ".trace.files_command:declare_files"),
-        Command("watch", "record the kernel's block events of a start", ".trace.events_command:declare_watch"),
-        Command("import", "make a trace of block events", ".trace.events_command:declare_import"),
-        Command("timeline", "explain a start, read by read", ".trace.events_command:declare_timeline"),
     ),
 )
 CACHE = Group(

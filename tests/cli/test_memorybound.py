@@ -14,8 +14,8 @@ import pytest
 from obdlab.cli.main import main
 from obdlab.cli.memorybound import DEFAULT_MEMORY, VARIABLE
 from obdlab.image.config import ImageConfig, LowerConfig
+from tests.contrib.traces_extra.test_blockevents import TRACEFS
 from tests.convert.layouts import make_layout, member
-from tests.formats.test_blockevents import TRACEFS
 from tests.image.test_hostile_stack import many_segments
 from tests.layers.zfile_samples import compress
 

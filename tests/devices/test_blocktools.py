@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from obdlab.formats.blockevents import parse, reads_of
+from obdlab.contrib.traces_extra.blockevents import parse, reads_of
 from tests import capabilities
 from tests.devices.contract import MIB
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.contrib.traces_extra.blockevents import device_of, parse, reads_of
 from obdlab.errors import DeviceError
-from obdlab.formats.blockevents import device_of, parse, reads_of
 from obdlab.system import mount
 from obdlab.traces import blocktrace
 from obdlab.traces.blocktrace import BlockTrace

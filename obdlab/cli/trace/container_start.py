@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.cli.common import registry_from
-from obdlab.cli.trace.recorded_start import RecordError
+from obdlab.cli.sources import image_config
+from obdlab.cli.trace.recorded_start import RecordError, mounted
 
 if TYPE_CHECKING:
     import argparse
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obdlab.cli.trace.recorded_start import EndAsked
+    from obdlab.server.client import DeviceService
 
 # Each question runs a process in the container: not too often.
 _ASK_S = 0.5
@@ -79,6 +81,18 @@ def run_once(
         if container.status and not ready():
             raise RecordError(f"{args.source}: its command has ended with status {container.status}")
         return Ended("its command has ended", unready=wanted and not ready())
+
+
+def run_mounted(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
+    """Run the image's container as :func:`run_once` does, and write the kernel's block events to ``args.output``."""
+    from obdlab.server.capture.directories import place_for_start
+
+    document = container_config(args)
+    with image_config([args.source], args) as image, place_for_start(service.run_dir, "watch") as place:
+        config = place / "config.v1.json"
+        image.save(config)
+        with mounted(service, config, place / "image", args.output) as release:
+            return run_once(args, place, document, ended, release)
 
 
 class _Readiness:

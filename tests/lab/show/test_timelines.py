@@ -9,12 +9,12 @@ import matplotlib.image
 import matplotlib.pyplot as plt
 import pytest
 
+from obdlab.contrib.traces_extra.timeline import as_dict, summary, timeline
 from obdlab.errors import FormatError
 from obdlab.image.open import open_stack
 from obdlab.lab.show.report import run_notebook
 from obdlab.lab.show.timelines import by_file, draw, load, told
-from obdlab.traces.timeline import as_dict, summary, timeline
-from tests.traces.test_timeline import EXT4, a_file, reads_for
+from tests.contrib.traces_extra.test_timeline import EXT4, a_file, reads_for
 
 NOTEBOOK = Path(__file__).parents[3] / "notebooks" / "timeline.ipynb"
 

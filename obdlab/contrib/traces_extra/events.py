@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from obdlab.cli.common import add_runtime_options, add_trace_option, device_service_from
 from obdlab.cli.jsonoutput import add_json_option, answer, print_json
 from obdlab.cli.numbers import real
-from obdlab.cli.sources import add_source_options, image_config
-from obdlab.cli.trace.container_start import container_config, run_once
+from obdlab.cli.sources import add_source_options
+from obdlab.cli.trace.container_start import run_mounted
 from obdlab.cli.trace.recorded_start import (
     add_start_options,
     device_of,
     listening,
-    mounted,
     signals,
     wait,
 )
@@ -26,13 +25,10 @@ from obdlab.errors import FormatError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from obdlab.cli.trace.container_start import Ended
-    from obdlab.cli.trace.recorded_start import EndAsked
-    from obdlab.formats.blockevents import DiskRead
+    from obdlab.contrib.traces_extra.blockevents import DiskRead
+    from obdlab.contrib.traces_extra.timeline import Step, Summary
     from obdlab.formats.trace import Trace
     from obdlab.layers.stack import Stack
-    from obdlab.server.client import DeviceService
-    from obdlab.traces.timeline import Step, Summary
 
 _LONGEST = 10
 _MOST_BYTES = 1 << 30
@@ -113,7 +109,7 @@ def run_watch(args: argparse.Namespace) -> int:
     device = device_of(args, service)
     with signals() as ended:
         if device is None:
-            end = _watch_image(args, service, ended)
+            end = run_mounted(args, service, ended)
         else:
             ended.looked_at = True
             with listening(device.path, args.output):
@@ -127,21 +123,11 @@ def run_watch(args: argparse.Namespace) -> int:
     return 0 if end is None else end.status(f"{args.output} has what came until then")
 
 
-def _watch_image(args: argparse.Namespace, service: DeviceService, ended: EndAsked) -> Ended:
-    from obdlab.server.capture.directories import place_for_start
-
-    document = container_config(args)
-    with image_config([args.source], args) as image, place_for_start(service.run_dir, "watch") as place:
-        image.save(place / "config.v1.json")
-        with mounted(service, place / "config.v1.json", place / "image", args.output) as release:
-            return run_once(args, place, document, ended, release)
-
-
 def run_import(args: argparse.Namespace) -> int:
     """Write a trace of block events."""
     from obdlab.cli.sources import opened_disk
     from obdlab.cli.trace.sets_command import save_trace
-    from obdlab.traces.timeline import check_inside, trace_of
+    from obdlab.contrib.traces_extra.timeline import check_inside, trace_of
 
     reads = _reads(args)
     with opened_disk([args.image], args) as disk:
@@ -156,7 +142,7 @@ def run_import(args: argparse.Namespace) -> int:
 def run_timeline(args: argparse.Namespace) -> int:
     """Print the reads in order, or the ones that waited longest."""
     from obdlab.cli.sources import opened_disk
-    from obdlab.traces.timeline import summary, timeline
+    from obdlab.contrib.traces_extra.timeline import summary, timeline
 
     reads = _reads(args)
     with opened_disk([args.image], args) as disk:
@@ -187,7 +173,7 @@ def _trace(args: argparse.Namespace, disk: Stack) -> Trace | None:
 
 
 def _reads(args: argparse.Namespace) -> list[DiskRead]:
-    from obdlab.formats import blockevents
+    from obdlab.contrib.traces_extra import blockevents
 
     events = _parsed(args.file)
     device = args.block_device or blockevents.device_of(events, name=str(args.file))
@@ -198,7 +184,7 @@ def _reads(args: argparse.Namespace) -> list[DiskRead]:
 
 
 def _parsed(path: Path) -> list[Any]:
-    from obdlab.formats.blockevents import parse
+    from obdlab.contrib.traces_extra.blockevents import parse
     from obdlab.formats.trace import MAGIC_SIZE, is_trace
 
     try:
@@ -246,13 +232,13 @@ def _summary_lines(facts: Summary, args: argparse.Namespace) -> list[str]:
 def _print_json(steps: Sequence[Step], facts: Summary) -> None:
     from dataclasses import asdict
 
-    from obdlab.traces.timeline import as_dict
+    from obdlab.contrib.traces_extra.timeline import as_dict
 
     print_json({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]})
 
 
 def _print_csv(steps: Sequence[Step]) -> None:
-    from obdlab.traces.timeline import as_dict
+    from obdlab.contrib.traces_extra.timeline import as_dict
 
     rows = [as_dict(step) | {"layers": " ".join(map(str, step.layers))} for step in steps]
     writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [])

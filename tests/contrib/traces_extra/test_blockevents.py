@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obdlab.contrib.traces_extra.blockevents import BlockEvent, device_of, parse, reads_of
 from obdlab.errors import FormatError
-from obdlab.formats.blockevents import BlockEvent, device_of, parse, reads_of
 
 TRACEFS = """\
 # tracer: nop

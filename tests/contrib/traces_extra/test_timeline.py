@@ -9,13 +9,13 @@ import pytest
 
 from obdlab.call import Call
 from obdlab.cli.main import main
+from obdlab.contrib.traces_extra.blockevents import DiskRead
+from obdlab.contrib.traces_extra.timeline import check_inside, frame, summary, timeline, trace_of
 from obdlab.errors import FormatError
-from obdlab.formats.blockevents import DiskRead
 from obdlab.formats.trace import Trace
 from obdlab.image.open import open_stack
 from obdlab.layers.stack import Stack
 from obdlab.traces.sets import coverage
-from obdlab.traces.timeline import check_inside, frame, summary, timeline, trace_of
 from obdlab.volumes.ext4.volume import Volume
 from tests.layers.golden import GOLDEN
 

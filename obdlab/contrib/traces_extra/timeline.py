@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from obdlab.blob import Blob
-    from obdlab.formats.blockevents import DiskRead
+    from obdlab.contrib.traces_extra.blockevents import DiskRead
     from obdlab.layers.stack import Stack
 
 log = logging.getLogger(__name__)
