@@ -38,6 +38,7 @@ not for survivors. Of two samples that were drawn afterwards, they caught 33 of 
 92 %) and 35 of 40 with 3 equivalent ones (seed 5, 95 %). Tests for their 5 survivors, and for some of the sample in
 the table, were added then.
 
+<!-- test: skip hours -->
 ```
 make mutants                   # all rooms; hours. ROOMS="formats layers" takes some
 ```
