@@ -59,7 +59,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(args: argparse.Namespace) -> int:
     """Compress."""
-    from obdlab.layerfiles.compression import compress_stream
+    from obdlab.layerfiles.zfilemaking import compress_stream
 
     _check_stream(args)
     end_politely_on_sigterm()
@@ -80,7 +80,7 @@ def run_compress(args: argparse.Namespace) -> int:
 def run_extract(args: argparse.Namespace) -> int:
     """Extract."""
     from obdlab.image.open import open_zfile
-    from obdlab.layerfiles.compression import extract
+    from obdlab.layerfiles.zfilemaking import extract
 
     _check_stream(args)
     end_politely_on_sigterm()
