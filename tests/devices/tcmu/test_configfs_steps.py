@@ -12,6 +12,7 @@ import pytest
 from obdlab.devices.tcmu import configfs
 from obdlab.devices.tcmu.configfs import Target
 from obdlab.errors import DeviceError
+from obdlab.system import pauses
 from tests.devices.tcmu.tree import Tree
 
 DISK = Path("/dev/sdx")
@@ -30,6 +31,7 @@ class Host:
         self._write_text, self._open, self._listdir = Path.write_text, os.open, os.listdir
         clock = SimpleNamespace(monotonic=lambda: 100 + sum(self.slept), sleep=self.slept.append)
         monkeypatch.setattr(configfs, "time", clock)
+        monkeypatch.setattr(pauses, "time", clock)
         monkeypatch.setattr(configfs, "Path", self._path)
         monkeypatch.setattr(Path, "write_text", lambda path, text: self._write(path, text))
         monkeypatch.setattr(os, "listdir", lambda path: self._listdir(self._path(path)))
@@ -235,7 +237,7 @@ def test_requests_that_end_in_time_are_left_to_their_server(host: Host) -> None:
             if len(slept) == 3:
                 host.in_flight("0 0")
 
-    configfs.time.sleep = Ends().append  # type: ignore[attr-defined]
+    pauses.time.sleep = Ends().append  # type: ignore[attr-defined]
     configfs.settle(host.target, DISK, 60)
     assert (len(slept), host.written) == (3, [])
 

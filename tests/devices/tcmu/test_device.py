@@ -21,6 +21,7 @@ from obdlab.devices.tcmu.ring import RingError
 from obdlab.devices.tcmu.tcmu_device import TcmuDevice
 from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice, UioName
 from obdlab.errors import DeviceError
+from obdlab.system import pauses
 from tests.devices.blobs import MemoryWritable
 from tests.devices.contract import DeviceContract
 from tests.devices.tcmu.simulated import KernelRing, read_10
@@ -108,6 +109,7 @@ def test_requests_of_an_abandoned_device_fail_at_once(host: Host, monkeypatch: p
     slept: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
     monkeypatch.setattr(configfs, "time", clock)
+    monkeypatch.setattr(pauses, "time", clock)
     monkeypatch.setattr(configfs, "disk_of", lambda _: Path("/dev/simulated"))
     monkeypatch.setattr(configfs, "_in_flight", lambda _: True)
     action = tcmu._target(host.directory).backstore / "action"

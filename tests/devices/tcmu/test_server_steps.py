@@ -19,6 +19,7 @@ from obdlab.devices.tcmu.ring import TAIL_AT
 from obdlab.devices.tcmu.scsi import ScsiError, Sense
 from obdlab.devices.tcmu.server import TcmuServer
 from obdlab.errors import SourceError
+from obdlab.system import pauses
 from tests.devices.blobs import MemoryWritable, Short, Troubled
 from tests.devices.tcmu.simulated import KernelRing, read_10, read_16, write_10
 
@@ -315,7 +316,7 @@ def test_a_server_that_was_waited_for_has_closed_its_descriptor_once() -> None:
 
 def test_a_ring_is_waited_for_in_steps(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    monkeypatch.setattr(pauses, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
     stepped.kernel.put(read_10(0, 8), room=4096)
     stepped.kernel.publish()
     assert stepped.server.drained(0.5) is False
