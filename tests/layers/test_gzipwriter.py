@@ -120,6 +120,14 @@ def test_the_entries_are_the_last_borders_before_multiples_of_the_span() -> None
     assert writer.longest_span == max(end - begin for begin, end in zip(table["content"].tolist(), ends, strict=True))
 
 
+def test_a_border_at_a_multiple_of_the_span_is_an_entry_at_once() -> None:
+    step = 2 * MIN_SPAN
+    index, _ = index_of(member(bytes(3 * step + 100), flush=step), span=MIN_SPAN)
+    header = IndexHeader.from_bytes(index, index_size=len(index))
+    table = parse_table(index[header.index_start :], header)
+    assert sorted(set(table["content"].tolist())) == [0, step, 2 * step, 3 * step]
+
+
 def test_it_does_not_matter_how_the_file_is_read() -> None:
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:

@@ -161,6 +161,17 @@ def test_a_wrong_end_is_found_by_reading_it() -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_a_giant_block_that_is_cut_ends_in_an_error() -> None:
+    gz = member(content(1000)) + GZ
+    index, data = index_of(gz, several=True)
+    cut = 1 << 20
+    header = replace(IndexHeader.from_bytes(index, index_size=len(index)), compressed_size=len(gz) - cut)
+    blob = target_of(gz[:-cut], header.to_bytes() + index[HEADER_SIZE:])
+    with pytest.raises(CorruptBlobError, match="to less than the index says"):
+        blob.read_at(len(data) - 1, 1)
+
+
+@pytest.mark.usefixtures("small")
 def test_damage_in_a_cache_below_is_evicted_and_read_once_more() -> None:
     class Healing(Wrapper):
         damaged = False
