@@ -39,6 +39,8 @@ _STREAM_PIECE = 1 << 20
 _MIN_WAY_EXTENTS = 8
 # Units checked at a time in a search for missing ones.
 _SCAN_UNITS = 1024
+# Bytes of a read that show if the unit may be cached.
+_GUESS = 64
 
 
 class CachedBlob(Blob):
@@ -117,7 +119,8 @@ class CachedBlob(Blob):
         else:
             hit = self._matches(data, first, last)
         if not hit:
-            return self._gather(offset, length, call)
+            # The file has zeros where nothing is cached; a wrong guess costs a look at the sums.
+            return self._gather(offset, length, call, data[:_GUESS].strip(b"\0") != b"")
         self.counters.hits += 1
         if self._attend.find(1, first >> shift, (last >> shift) + 1) >= 0 or monotonic() >= self._units.tick_at:
             self._tell(first >> shift, (last >> shift) + 1)
@@ -262,7 +265,7 @@ class CachedBlob(Blob):
         self._fetches.reached(first, stop)
         self._units.note_use(first, stop)
 
-    def _gather(self, offset: int, length: int, call: Call | None) -> bytes:
+    def _gather(self, offset: int, length: int, call: Call | None, maybe_cached: bool) -> bytes:
         started = monotonic()
         terms, end = call or self.terms, started + self._deadline_s
         if terms.deadline is None or end < terms.deadline:
@@ -277,7 +280,7 @@ class CachedBlob(Blob):
         try:
             while offset < end:
                 unit = offset >> shift
-                data, late = self._fetches.obtain(unit, stop, terms)
+                data, late = self._fetches.obtain(unit, stop, terms, maybe_cached)
                 waited |= late
                 start = unit << shift
                 piece = memoryview(data)[offset - start : end - start]

@@ -72,10 +72,11 @@ class Fetches:
         # Prefetched units that have not been used since.
         self._unused: set[int] = set()
 
-    def obtain(self, unit: int, stop: int, call: Call) -> tuple[bytes | memoryview, bool]:
+    def obtain(self, unit: int, stop: int, call: Call, maybe_cached: bool = False) -> tuple[bytes | memoryview, bool]:
         """Return the content of one or more units from ``unit`` on, and True if the caller had to wait for it.
 
-        The call must have a deadline. Raises what the origin raises.
+        The call must have a deadline. With ``maybe_cached`` the files are looked at before anything is claimed, which
+        is cheaper if the unit is there, and dearer if not. Raises what the origin raises.
         """
         waited = False
         files = self._units.files
@@ -92,9 +93,11 @@ class Fetches:
                     begin, end = unit - unit % extent, min(stop + -stop % extent, files.units)
                     if self._decodes_pieces:
                         begin, end = self._piece_around(unit, stop)
-                    begin, end, held = self._hold_around(unit, begin, end)
-                    # After the claim, so that a unit that another process stores meanwhile is not fetched again.
-                    around = files.present(begin, end)
+                    around = files.present(begin, end) if maybe_cached else ()
+                    if not around or not around[unit - begin]:
+                        begin, end, held = self._hold_around(unit, begin, end)
+                        # After the claim, so that a unit that another process stores meanwhile is not fetched again.
+                        around = files.present(begin, end)
                     there = around[unit - begin : stop - begin]
                     if not there[0]:
                         flight = self._claim_around(unit, begin, around)

@@ -88,7 +88,7 @@ class Session:
         extra_s: float = 0.0,
         tries: int | None = None,
     ) -> T:
-        """Run ``attempt`` with the retries of ``failures.persist``.
+        """Run ``attempt`` with the retries of ``tries.persist``.
 
         It ends by the deadline of the call, and within that of the session and ``extra_s``.
         """

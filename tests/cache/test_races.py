@@ -174,6 +174,17 @@ def test_a_miss_takes_the_free_units_of_its_extent_and_leaves_no_claim(
         assert files.claim(0, files.units) is None, "a claim was left"
 
 
+def test_the_first_use_of_a_cached_unit_claims_nothing(tmp_path: Path) -> None:
+    with open_cached(tmp_path, Origin()) as one, open_cached(tmp_path, Origin()) as two:
+        one.read_at(0, 4 * UNIT)
+        claims: list[tuple[int, int]] = []
+        two._units.files.claim = lambda first, stop: claims.append((first, stop))  # type: ignore[method-assign]
+        assert two.read_at(UNIT, 3 * UNIT) == DATA[UNIT : 4 * UNIT]
+        assert claims == []
+        two.read_at(5 * UNIT, 10)
+        assert claims == [(5, 6)]
+
+
 def test_units_stay_claimed_until_they_are_stored(tmp_path: Path) -> None:
     first, second = Origin(), Origin()
     with open_cached(tmp_path, first) as one, open_cached(tmp_path, second) as two, ThreadPoolExecutor(2) as threads:
