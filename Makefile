@@ -18,7 +18,7 @@ LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-p
   golang-go golang-github-containerd-containerd-dev
 
 .PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint docs unit pure host protos
-.PHONY: benchmarks figures mutants clean
+.PHONY: benchmarks figures first-set mutants clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
@@ -28,6 +28,7 @@ help:
 	@echo "make newest     the tests without devices, with the newest versions of all Python dependencies"
 	@echo "make benchmarks the speed figures, as ratios"
 	@echo "make figures    write the numbers of README and docs from the rows in experiments/measured"
+	@echo "make first-set  measure redis, pydata and postgres by all arms over four links, and publish the rows (hours)"
 	@echo "make mutants    which wrong lines the tests would not notice (hours)"
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
@@ -108,6 +109,11 @@ benchmarks: setup
 
 # Numbers in README and docs; tests/figures/test_figures.py, which CI runs, compares them.
 figures: setup
+	$(BIN)/python -m tests.figures
+
+# On a quiet machine, after `make peers`: hours. experiments/measured/first_set/README.md.
+first-set: setup
+	$(BIN)/obdlab lab run experiments/first_set.toml --results experiments/measured
 	$(BIN)/python -m tests.figures
 
 protos: setup

@@ -12,9 +12,11 @@ from obdlab.lab.paper import ledger
 from obdlab.lab.paper.published import published
 from obdlab.lab.paper.questions import CODEC, CONVERSION, MEMORY, MISSES, Run
 from obdlab.lab.paper.results import Results
+from obdlab.lab.run.declaration import last_spec, open_experiment
 from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attempt, with_quiet
+from obdlab.lab.run.starts import summaries_of
 from obdlab.lab.run.statistics import Estimate, median_interval, ratio_interval
-from obdlab.lab.run.summary import caveats, findings, summarise, summary_records
+from obdlab.lab.run.summary import caveats, findings, summarise, summary_records, surely_different
 
 Row = dict[str, Any]
 
@@ -35,7 +37,37 @@ def figures() -> dict[str, str]:
 
 def files() -> dict[Path, str]:
     """Return the texts of whole files of figures."""
-    return {MEASURED / name / "table.txt": _all_columns(name) for name in ("peers", "hot")}
+    measured = [name for name in ("peers", "hot", "first_set") if (MEASURED / name / "rows.jsonl").is_file()]
+    return {MEASURED / name / "table.txt": _all_columns(name) for name in measured}
+
+
+def first_set(directory: Path) -> str:
+    """Return the table of cold starts of a set that could stop early, or a sentence if it is not measured."""
+    if not (directory / "rows.jsonl").is_file():
+        return "Not measured yet."
+    spec = last_spec(directory)
+    experiment = open_experiment(spec, directory)
+    summaries = summaries_of(spec, experiment.rows())
+    sure, lines = surely_different(summaries), []
+    for each in summaries:
+        if each.start != "cold":
+            continue
+        ratio, verdict = "", ""
+        if each.ratio is not None:
+            ratio = each.ratio.text(".2f") + (" rec" if each.mixed else "")
+            word = "faster" if each.ratio.is_below(1) else "slower"
+            verdict = word if (each.place, each.arm) in sure else "-"
+        link = f"{each.rate_mbit:g} Mbit/s, {each.rtt_ms:g} ms"
+        cells = [
+            each.total_s.text(".2f"),
+            ratio,
+            verdict,
+            f"{each.bytes_received / 1e6:.1f}",
+            str(each.total_s.count),
+        ]
+        lines.append([each.image, link, each.arm, *cells])
+    head = ("image", "link", "arm", "seconds", "ratio", "surely", "MB", "n")
+    return "\n\n".join([_table(head, lines), *experiment.facts()["caveats"]])
 
 
 @cache
@@ -353,6 +385,7 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "extents-said": _extents_said,
     "readahead": _readahead,
     "absent-peers": _absent,
+    "first-set": lambda: first_set(MEASURED / "first_set"),
     "floors": _has_floor,
     "starts": _starts_table,
     "explained": _explained,

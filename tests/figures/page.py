@@ -28,7 +28,8 @@ class PageError(Exception):
 
 def pages() -> list[Path]:
     """Return README and every page of the docs and of the measured experiments, but the changes."""
-    found = [ROOT / "README.md", ROOT / "experiments" / "measured" / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    measured = sorted((ROOT / "experiments" / "measured").rglob("README.md"))
+    found = [ROOT / "README.md", *measured, *sorted(ROOT.glob("docs/**/*.md"))]
     return [path for path in found if path.name not in ("changes.md", "commands.md")]
 
 

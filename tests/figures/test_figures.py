@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from obdlab.lab.images.recipe import find_recipe
+from obdlab.lab.run.declaration import load
+from obdlab.lab.workbench import folder
 from tests.figures import blocks, page, picture
+from tests.lab.paper.rows import start_rows, store_starts
 
 #: Parts of pages that a benchmark printed without rows, by page: to become fewer, never more.
 WITHOUT_ROWS = {"performance.md": 1, "graduation.md": 2, "devices.md": 1}
@@ -74,3 +78,30 @@ def test_a_changed_number_is_noticed(made: dict[str, str]) -> None:
 )
 def test_quantities_outside_figures(text: str, quantities: list[str]) -> None:
     assert [each.partition(":")[0] for each in page.unsupported(text)] == quantities
+
+
+def test_the_first_set_is_published_once_it_is_measured(tmp_path: Path) -> None:
+    assert blocks.first_set(tmp_path) == "Not measured yet."
+    spec = load(folder("experiments") / "first_set.toml").with_values(
+        images=["redis"], snapshotters=["overlayfs", "obdlab-hot", "soci"], rates_mbit=[100], rtts_ms=[5], repeats=4
+    )
+    seconds = {"overlayfs": 4.0, "overlayfs (A/A)": 4.02, "obdlab-hot": 1.0, "soci": 4.0}
+    rows = start_rows({(arm, "cold"): total_s for arm, total_s in seconds.items()}, repeats=4)
+    for number, row in enumerate(rows):
+        row["total_s"] += 0.003 * (number * 7 % 5)
+    table = blocks.first_set(store_starts(tmp_path / "first_set", spec, rows))
+    lines = {line.split(" | ")[2]: line for line in table.splitlines() if line.startswith("| redis")}
+    assert set(lines) == set(seconds)
+    assert " rec | faster | " in lines["obdlab-hot"]
+    assert " | - | " in lines["soci"]
+    assert "rec" not in lines["soci"]
+    assert all(line.endswith(" | 4 |") for line in lines.values())
+
+
+def test_the_first_set_has_its_images_and_arms() -> None:
+    spec = load(folder("experiments") / "first_set.toml")
+    assert spec.a_a
+    assert spec.precision
+    assert len(spec.benches()) == 4
+    for name in spec.images():
+        assert find_recipe(name, [folder("datasets")]).layers

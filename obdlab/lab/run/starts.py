@@ -31,14 +31,14 @@ class StartReport:
         """Return headline, table and legend; with ``details`` a sentence for each comparison."""
         if not any(not row.get("error") for row in rows):
             return []
-        summaries = _summaries(spec, rows)
+        summaries = summaries_of(spec, rows)
         head = [*wrapped(headlines(summaries)), "", *text_table(summaries).splitlines(), ""]
         return head + wrapped([LEGEND, *(findings(summaries) if details else ())])
 
     def facts(self, spec: Any, rows: Sequence[Row]) -> dict[str, Any]:
         """Return headlines, summaries and findings."""
         good = any(not row.get("error") for row in rows)
-        summaries: list[Summary] = _summaries(spec, rows) if good else []
+        summaries: list[Summary] = summaries_of(spec, rows) if good else []
         return {
             "headlines": headlines(summaries),
             "summaries": [asdict(summary) for summary in summaries],
@@ -50,8 +50,8 @@ class StartReport:
         return caveats(rows)
 
 
-# Ratios of a run that could stop early are judged by the intervals that it stopped on, wherever it stopped.
-def _summaries(spec: Any, rows: Sequence[Row]) -> list[Summary]:
+def summaries_of(spec: Any, rows: Sequence[Row]) -> list[Summary]:
+    """Return the summaries; ratios of a run that could stop early have the intervals that it stopped on."""
     summaries = summarise(rows, baseline=spec.baseline)
     if not spec.precision:
         return summaries

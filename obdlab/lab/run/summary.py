@@ -174,15 +174,23 @@ def _wild(rows: Sequence[Row]) -> list[str]:
 def findings(summaries: Sequence[Summary]) -> list[str]:
     """Return a sentence for every arm that is not a baseline: faster or slower, and why."""
     baselines = {s.place: s for s in summaries if s.ratio is None}
+    sure = surely_different(summaries)
+    return [
+        _finding(summary, summary.ratio, baselines[summary.place], (summary.place, summary.arm) in sure)
+        for summary in summaries
+        if summary.ratio is not None and not summary.arm.endswith(AA_SUFFIX)
+    ]
+
+
+def surely_different(summaries: Sequence[Summary]) -> set[tuple[Place, str]]:
+    """Return place and arm of the ratios that are sure among all shown and above that of identical arms."""
     sure = _sure(summaries)
-    sentences = []
-    for summary in summaries:
-        if summary.ratio is None or summary.arm.endswith(AA_SUFFIX):
-            continue
-        floor = noise_floor(s for s in summaries if s.place == summary.place)
-        is_sure = (summary.place, summary.arm) in sure and not _is_noise(summary.ratio, floor)
-        sentences.append(_finding(summary, summary.ratio, baselines[summary.place], is_sure))
-    return sentences
+    floors = {place: noise_floor(s for s in summaries if s.place == place) for place in {s.place for s in summaries}}
+    return {
+        (s.place, s.arm)
+        for s in summaries
+        if (s.place, s.arm) in sure and s.ratio is not None and not _is_noise(s.ratio, floors[s.place])
+    }
 
 
 # The comparisons that stay sure among all that are shown, by place and arm.
