@@ -13,9 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-#: Generated pages, the list of mutants, and guides to features that came after the docs had been shortened.
-_UNCOUNTED = {"commands.md", "states.md", "changes.md", "mutants.md", "verify.md", "turbo-oci.md"}
-MOST_WORDS = 26_500
+#: Generated pages, the list of mutants, guides to features that came after the docs had been shortened, and formats,
+#: to which each feature adds its own.
+_UNCOUNTED = {"commands.md", "states.md", "changes.md", "mutants.md", "verify.md", "turbo-oci.md", "formats.md"}
+MOST_WORDS = 23_500
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -35,7 +35,7 @@ use_snapshotter() {
 }
 # Experiments as short as can be, on the smallest image, below the names of the checkout's.
 small_experiments() {
-    cd "$CHECKOUT" && rm -rf results && mkdir results
+    cd "$CHECKOUT" && rm -rf results && mkdir results && cp experiments/peers.toml experiments/declared.toml
     for name in quick peers; do
         printf 'images = ["tiny"]\nsnapshotters = ["overlayfs", "obdlab"]\nrepeats = 1\nwarm_starts = 0\n%s\n' \
             'a_a = false

@@ -44,6 +44,7 @@ image convert -q --fs erofs registry.example/app:1 oci:erofs:1
 $ {_EMPTY}
 image convert-list list --to 127.0.0.1:5000/{{name}}:list
 image compare registry.example/app:1 {_IMAGE}
+image protect registry.example/redis:7-obd registry.example/redis:7-trees
 image compare registry.example/app:1 oci:erofs:1
 image verify {_IMAGE}
 image inspect {_IMAGE}
@@ -113,6 +114,7 @@ $ small_experiments
 lab status experiments/quick.toml :: 1
 lab run experiments/quick.toml
 lab resume quick
+lab plan experiments/declared.toml --pilot experiments/measured/peers
 lab show quick
 lab list
 lab export quick rows.csv

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_registry_options, registry_from
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.command import command
 from obdlab.errors import ObdlabError
 
@@ -30,6 +31,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "new", metavar="NEW", nargs="?", help="where the new manifest goes, in the same repository (default: IMAGE)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, only the digest")
+    add_json_option(parser)
     add_registry_options(parser)
     parser.set_defaults(run=run)
 
@@ -48,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
         remedy = command("image", "protect", "IMAGE", "NEW")
         raise ProtectError(f"{target}: the new manifest has another digest, so name a tag for it: {remedy}")
     with closing(registry_from(args)) as client:
-        done = add_trees(client, reference, target, Bars(quiet=args.quiet))
+        done = add_trees(client, reference, target, Bars(quiet=args.quiet or args.json))
+    if args.json:
+        print_json({"image": str(target), "digest": done.digest, "trees_made": done.made})
+        return 0
     if not args.quiet:
         print(f"{done.made} hash trees made, stored as {target}", file=sys.stderr)
     print(done.digest)
