@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
-from obdlab.formats.oci import ACCELERATION_LAYER, BLOB_DIGEST, BLOB_SIZE, TRACE_LABEL
+from obdlab.formats.oci import (
+    ACCELERATION_LAYER,
+    BLOB_DIGEST,
+    BLOB_SIZE,
+    FASTOCI_TARGET_DIGEST,
+    TRACE_LABEL,
+    TURBO_TARGET_DIGEST,
+)
 from obdlab.pull.errors import PullError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from obdlab.containerd.client import LeasedContainerd
     from obdlab.containerd.snapshots import Mount
     from obdlab.formats.oci import Descriptor
@@ -200,9 +209,22 @@ class Unpacker:
     def _as_present(self, layer: Descriptor, name: str) -> LayerResult:
         # A trace layer does not count: it is small, never needed and never unpacked.
         is_data = layer.is_overlaybd and layer.annotations.get(ACCELERATION_LAYER) != "yes"
-        labels = self._snapshots.stat(name).labels if is_data else {}
+        labels = self._snapshots.stat(name).labels if is_data or layer.turbo_target else {}
+        if layer.turbo_target:
+            self._check_target(layer, name, labels)
         origin = labels.get(IMAGE_LABEL) or labels.get(CRI_IMAGE_LABEL, "")
         return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if _REMOTE_LABEL in labels else "")
+
+    # The snapshot's name is that of the layer's small blob. A snapshotter that believes labels may have made it with
+    # the target that another image named.
+    def _check_target(self, layer: Descriptor, name: str, labels: Mapping[str, str]) -> None:
+        got = labels.get(TURBO_TARGET_DIGEST) or labels.get(FASTOCI_TARGET_DIGEST)
+        if got != layer.turbo_target:
+            raise PullError(
+                f"{self._image.reference}: turboOCI layer {layer.digest} is there as snapshot {name}, which another "
+                f"image made with another layer for its files (got {got}, wanted {layer.turbo_target}); remove the "
+                "containers and images on it, and pull again"
+            )
 
     def _committed(self, name: str) -> bool:
         try:

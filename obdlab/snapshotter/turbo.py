@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.command import command
+from obdlab.errors import FormatError
 from obdlab.formats.oci import (
     BLOB_DIGEST,
     DOCKER_LAYER,
@@ -28,6 +29,7 @@ from obdlab.formats.oci import (
     TURBO_TARGET_MEDIA_TYPE,
     is_digest,
 )
+from obdlab.formats.turbotarget import MAX_TARGET_FILE, TARGET_FILE, NamedTarget
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.overlaybd import (
@@ -115,13 +117,20 @@ def turbo_config(
     """Return the device configuration of an image up to the turboOCI layer unpacked in ``directory``'s ``fs``.
 
     ``below`` is the configuration of the image without this layer, ``labels_below`` are those of its topmost
-    snapshot. Raises FailedPreconditionError if the blob lacks a file, or has something else in its place.
+    snapshot. Raises FailedPreconditionError if the blob lacks a file, has something else in its place, or names
+    another target than the labels.
     """
     fs = directory / "fs"
     name = _meta_name(below, fs, options, labels_below, layer.digest)
     _check_file(fs, name, layer.digest)
     if layer.compressed:
         _check_file(fs, GZIP_INDEX, layer.digest)
+    elif os.path.lexists(fs / GZIP_INDEX):
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: label {TURBO_TARGET_MEDIA_TYPE} contradicts the blob (got the type of a "
+            f"plain tar, wanted that of a compressed one: the blob has {GZIP_INDEX})"
+        )
+    _check_target(fs, layer, options)
     lower = LowerConfig(
         dir=str(fs),
         file=str(fs / name),
@@ -171,6 +180,32 @@ def _knows_erofs() -> bool:
         return "erofs" in _FILE_SYSTEMS.read_text().split()
     except OSError:
         return False
+
+
+# containerd shares a committed layer by its chain ID, which the blob's content alone decides; the labels are those of
+# the image that was pulled first. By its label that image could choose the files of all others with this layer.
+def _check_target(fs: Path, layer: TurboLayer, options: ImageOptions) -> None:
+    if not os.path.lexists(fs / TARGET_FILE):
+        if options.turbo_targets_by_label:
+            return
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: its blob does not name the layer with its files (no {TARGET_FILE}: made "
+            "by the original, or by an earlier version), so that only a label does, which any image with this blob "
+            f"can set; convert the image again with {command('image', 'convert')} --as turbo-oci or --as overlaybd, "
+            "or set turboTargetsByLabel in the snapshotter's configuration if all images here are trusted"
+        )
+    _check_file(fs, TARGET_FILE, layer.digest)
+    with (fs / TARGET_FILE).open("rb") as file:
+        data = file.read(MAX_TARGET_FILE)
+    try:
+        named = NamedTarget.parse(data, f"turboOCI layer {layer.digest}")
+    except FormatError as error:
+        raise FailedPreconditionError(str(error)) from error
+    if named.digest != layer.target:
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: label {TURBO_TARGET_DIGEST} names another layer than the blob "
+            f"(got {layer.target}, wanted {named.digest})"
+        )
 
 
 # The blob is not trusted: a link could make the device read a file of the host.

@@ -80,6 +80,13 @@ def test_one_mirror_or_several(tmp_path: Path) -> None:
     assert load(tmp_path, mirrorRegistry=others).images.plain_http_hosts == {"a:5000"}
 
 
+def test_labels_name_targets_only_if_allowed(tmp_path: Path) -> None:
+    assert not load(tmp_path).images.turbo_targets_by_label
+    assert load(tmp_path, turboTargetsByLabel=True).images.turbo_targets_by_label
+    with pytest.raises(ConfigError, match="turboTargetsByLabel"):
+        load(tmp_path, turboTargetsByLabel="yes")
+
+
 def test_file_systems_of_turbo_images(tmp_path: Path) -> None:
     assert load(tmp_path).images.turbo_file_systems == ("erofs", "ext4")
     assert load(tmp_path, turboFsType=["ext4"]).images.turbo_file_systems == ("ext4",)

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -40,13 +40,13 @@ DIGESTS = ["sha256:" + digit * 64 for digit in "123"]
 CHAIN = oci.chain_ids(DIGESTS)
 
 
-def open_snapshotter(directory: Path) -> Snapshotter:
+def open_snapshotter(directory: Path, **options: Any) -> Snapshotter:
     layout = Layout(directory / "root")
     try:
         images = ImageDevices(
             layout, DeviceService(directory / "run", Settings(cache_dir=directory / "cache", index_at_pull=False))
         )
-        return Snapshotter(layout, images, ImageOptions(plain_http_hosts=frozenset({"plain.test:5000"})))
+        return Snapshotter(layout, images, ImageOptions(plain_http_hosts=frozenset({"plain.test:5000"}), **options))
     except BaseException:
         layout.close()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from obdlab.formats import oci
 from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import turbo
 from obdlab.snapshotter.core import Snapshotter
-from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
+from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from tests.snapshotter.test_core import CHAIN, DIGESTS, open_snapshotter, pull, pull_labels, root
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def unpacked(
     number: int = 0,
     parent: str = "",
     files: tuple[str, ...] = ("ext4.fs.meta", "gzip.meta"),
+    named: str | None = "",
 ) -> Path:
-    """Do as a client does: prepare, unpack the blob, commit."""
+    """Do as a client does: prepare, unpack the blob, commit. ``named`` names another target in the blob, or none."""
     key = f"extract-{number}"
     (mount,) = snapshotter.prepare(key, parent, labels)
     assert (mount.type, mount.options) == ("bind", ("rw", "rbind"))
@@ -60,6 +62,8 @@ def unpacked(
     fs = Path(mount.source)
     for name in (*files, ".turbo.ociv1"):
         (fs / name).touch()
+    if named is not None:
+        (fs / ".turbo.target").write_text(named or f"{TARGETS[number]},1000\n")
     snapshotter.commit(CHAIN[number], key, labels)
     return fs
 
@@ -159,18 +163,63 @@ def test_refused_at_commit(snapshotter: Snapshotter, files: tuple[str, ...], tex
     assert [snapshot.key for snapshot in snapshotter.walk()] == ["extract-0"]
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["bottom", "above"])
+def test_the_blob_names_the_target_and_no_label_does(snapshotter: Snapshotter, number: int) -> None:
+    if number:
+        unpacked(snapshotter, turbo_labels())
+    hostile = turbo_labels(number) | {oci.TURBO_TARGET_DIGEST: TARGETS[2]}
+    parent = CHAIN[0] if number else ""
+    with pytest.raises(FailedPreconditionError, match=f"got {TARGETS[2]}, wanted {TARGETS[number]}"):
+        unpacked(snapshotter, hostile, number, parent)
+    with pytest.raises(NotFoundError):
+        snapshotter.stat(CHAIN[number])
+    snapshotter.remove(f"extract-{number}")
+    (*_, lower) = config_of(unpacked(snapshotter, turbo_labels(number), number, parent)).lowers
+    assert lower.target_digest == TARGETS[number]
+
+
+def test_a_label_does_not_hide_the_index(snapshotter: Snapshotter) -> None:
+    with pytest.raises(FailedPreconditionError, match=r"target-media-type contradicts .*gzip\.meta"):
+        unpacked(snapshotter, turbo_labels(media_type=oci.OCI_LAYER))
+    assert [snapshot.key for snapshot in snapshotter.walk()] == ["extract-0"]
+
+
+def test_a_blob_that_names_no_target_needs_a_setting(tmp_path: Path) -> None:
+    with closing(open_snapshotter(tmp_path / "default")) as snapshotter:
+        with pytest.raises(FailedPreconditionError, match=r"image convert --as turbo-oci or .*turboTargetsByLabel"):
+            unpacked(snapshotter, turbo_labels(), named=None)
+        assert [snapshot.key for snapshot in snapshotter.walk()] == ["extract-0"]
+    with closing(open_snapshotter(tmp_path / "set", turbo_targets_by_label=True)) as snapshotter:
+        (lower,) = config_of(unpacked(snapshotter, turbo_labels(), named=None)).lowers
+        assert lower.target_digest == TARGETS[0]
+        with pytest.raises(FailedPreconditionError, match="names another layer than the blob"):
+            unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0], named=f"{TARGETS[0]},1\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{TARGETS[0]}\n", f"{TARGETS[0]},1", f"{TARGETS[0]},01\n", f"{TARGETS[0]},1\n" + "\n" * 40, "a,1\n", "\xff"],
+)
+def test_a_target_that_is_none(tmp_path: Path, text: str) -> None:
+    with (
+        closing(open_snapshotter(tmp_path, turbo_targets_by_label=True)) as snapshotter,
+        pytest.raises(FailedPreconditionError, match=r"turboOCI layer sha256:.*(not a target|not a digest)"),
+    ):
+        unpacked(snapshotter, turbo_labels(), named=text)
+
+
 def test_a_layer_without_the_metadata_of_those_below(snapshotter: Snapshotter) -> None:
     unpacked(snapshotter, turbo_labels(), files=("ext4.fs.meta", "gzip.meta"))
     with pytest.raises(FailedPreconditionError, match=r"has no ext4\.fs\.meta"):
         unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0], ("erofs.fs.meta", "gzip.meta"))
 
 
-@pytest.mark.parametrize("name", ["ext4.fs.meta", "gzip.meta"])
+@pytest.mark.parametrize("name", ["ext4.fs.meta", "gzip.meta", ".turbo.target"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
 def test_a_file_that_is_none(snapshotter: Snapshotter, name: str, kind: str) -> None:
     labels = turbo_labels()
     (mount,) = snapshotter.prepare("key", "", labels)
-    for each in ("ext4.fs.meta", "gzip.meta"):
+    for each in ("ext4.fs.meta", "gzip.meta", ".turbo.target"):
         path = Path(mount.source) / each
         if each != name:
             path.touch()

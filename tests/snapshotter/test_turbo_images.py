@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +15,17 @@ import pytest
 from obdlab.convert.compare.listing import differences, list_tree
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
+from obdlab.errors import ObdlabError
+from obdlab.formats import oci
+from obdlab.pull.errors import PullError
+from obdlab.registry.client import RegistryClient
+from obdlab.registry.reference import Reference
 from obdlab.system import mount
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.convert.converting import convert
 from tests.convert.turbo.test_builder import listing_of
-from tests.layers.golden import GOLDEN
+from tests.layers.golden import GOLDEN, TURBO
 from tests.registry.server import RegistryServer, registry_server
 from tests.snapshotter import imagefiles
 from tests.snapshotter.test_lazy_images import run
@@ -85,3 +94,77 @@ def test_an_ordinary_pull_says_how_to_pull_it(
     image = made(registry_server, "ordinary", tmp_path, "ext4")
     with pytest.raises(AssertionError, match=r"is a turboOCI layer, which .*obdlab image pull"):
         host.ctr("images", "pull", "--plain-http", "--snapshotter", NAME, image)
+
+
+def published(server: RegistryServer, name: str, tars: list[bytes], targets: list[bytes]) -> str:
+    """Push a turboOCI image of these uncompressed blobs, whose annotations name these targets."""
+    annotations = []
+    for tar, target in zip(tars, targets, strict=True):
+        blob = gzip.compress(tar, 1, mtime=0)  # as image_documents does
+        annotations.append(
+            {
+                oci.BLOB_DIGEST: oci.digest_of(blob),
+                oci.BLOB_SIZE: str(len(blob)),
+                oci.TURBO_TARGET_DIGEST: oci.digest_of(target),
+                oci.TURBO_TARGET_MEDIA_TYPE: oci.OCI_LAYER_GZIP,
+            }
+        )
+    documents, manifest = imagefiles.image_documents(tars, annotations)
+    stored = documents | {oci.digest_of(target): target for target in targets}
+    return imagefiles.push(server.host, f"snapshotter/{name}", stored, manifest)
+
+
+def blob_tars(image: str) -> list[bytes]:
+    reference = Reference.parse(image)
+    with closing(RegistryClient()) as client:
+        layers = oci.Manifest.parse(client.get_manifest(reference).data).layers
+        place = client.repository(reference)
+        return [gzip.decompress(client.read_blob(place, each.digest, each.size, 1 << 24)) for each in layers]
+
+
+def original_tar(number: int) -> bytes:
+    """The uncompressed blob with the files that the original's tools made of a layer."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("ext4.fs.meta", ".turbo.ociv1", "gzip.meta"):
+            data = b"" if name == ".turbo.ociv1" else (TURBO / f"l{number}.{name}").read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_no_image_chooses_the_files_of_another(
+    host: ObdlabHost, registry_server: RegistryServer, tmp_path: Path
+) -> None:
+    victim = made(registry_server, "victim", tmp_path, "ext4")
+    targets = [gzip.compress(tar, 9) for tar in TARS]  # any other bytes
+    hostile = published(registry_server, "hostile", blob_tars(victim), targets)
+    with pytest.raises(ObdlabError, match=f"got {oci.digest_of(targets[0])}, wanted sha256:"):
+        host.rpull(hostile)
+    assert host.ctr("snapshots", "--snapshotter", NAME, "ls").count("sha256:") == 0
+    host.rpull(victim)
+    assert run(host, victim, "victim", "echo ran") == "ran\n"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_an_image_of_the_original_needs_a_setting(
+    registry_server: RegistryServer, tmp_path: Path, allowed: bool
+) -> None:
+    capabilities.require("containerd")
+    imagefiles.require_busybox()
+    tars = [original_tar(number) for number in (1, 2, 3)]
+    targets = [(TURBO / f"l{number}.tar.gz").read_bytes() for number in (1, 2, 3)]
+    image = published(registry_server, "original", tars, targets)
+    other = published(registry_server, "other", tars, [targets[0], targets[2], targets[1]])
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"turboTargetsByLabel": allowed}))
+    with containerd_with_obdlab(tmp_path / "host", "--config", str(config)) as host:
+        if not allowed:
+            with pytest.raises(ObdlabError, match=r"convert the image again.*turboTargetsByLabel"):
+                host.rpull(image)
+            return
+        host.rpull(image)
+        assert run(host, image, "original", "echo ran") == "ran\n"
+        with pytest.raises(PullError, match=f"another image made .*wanted {oci.digest_of(targets[2])}"):
+            host.rpull(other)

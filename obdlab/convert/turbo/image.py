@@ -13,6 +13,7 @@ from obdlab.convert.turbo.builder import TurboBuilder
 from obdlab.convert.workdir import work_directory
 from obdlab.errors import FormatError
 from obdlab.formats import oci
+from obdlab.formats.turbotarget import TARGET_FILE, NamedTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,8 +72,10 @@ def convert_to_turbo(
                 with progress.task(f"layer {number}: build", layer.size) as task:
                     name = f"{source.name} layer {number} ({layer.digest})"
                     made = builder.add(file, name, group.diff_ids[0], task.advance)
+                named = work_dir / f"{number:03d}{TARGET_FILE}"
+                named.write_bytes(NamedTarget(layer.digest, layer.size).to_bytes())
                 path = work_dir / f"{number:03d}.tar.gz"
-                blob = write_turbo_blob(path, made.files)
+                blob = write_turbo_blob(path, {**made.files, TARGET_FILE: named})
                 target = TurboTarget(layer.digest, _media_type(layer, GZIP_INDEX in made.files), blob.diff_id)
                 built = BuiltLayer(
                     path, blob.digest, blob.size, made.records, made.own_size, made.applied, made.seconds, target

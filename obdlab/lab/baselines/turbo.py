@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obdlab.registry.client import RegistryClient
 
 #: Part of the tag: raise it when other blobs are made of the same layers.
-TURBO_VERSION = 1
+TURBO_VERSION = 2
 
 
 class Turbo(Lazy):

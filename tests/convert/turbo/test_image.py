@@ -61,7 +61,9 @@ def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, .
         directory = tmp_path / f"{number}"
         names = unpacked(layer, layout, directory)
         index = ["gzip.meta"] if how == "gzip" else []
-        assert names == [*(f"{name}.fs.meta" for name in filesystems), ".turbo.ociv1", *index]
+        assert names == [*(f"{name}.fs.meta" for name in filesystems), ".turbo.ociv1", *index, ".turbo.target"]
+        stored = compress(tar, how)
+        assert (directory / ".turbo.target").read_text() == f"{digest_of(stored)},{len(stored)}\n"
         assert layer.media_type == oci.OCI_LAYER_GZIP
         assert layer.annotations == {
             oci.OVERLAYBD_VERSION: "0.1.0-turbo.ociv1",

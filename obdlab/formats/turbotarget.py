@@ -1,0 +1,38 @@
+"""The file in a turboOCI layer's blob that names the layer's target. It is ours: the original ignores it.
+
+Layers are shared by the digest of their blob, which does not cover the annotation that names the target. With this
+file it covers the target, too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from obdlab.errors import FormatError
+from obdlab.formats.decimal import decimal
+from obdlab.formats.oci import check_digest
+
+TARGET_FILE = ".turbo.target"
+#: Bound on the file's size.
+MAX_TARGET_FILE = 128
+
+
+class NamedTarget(NamedTuple):
+    """The ordinary layer that holds a turboOCI layer's files: its digest, and its size as stored."""
+
+    digest: str
+    size: int
+
+    @classmethod
+    def parse(cls, data: bytes, blob: str) -> NamedTarget:
+        """Read ``<digest>,<size>`` and a line's end. Raises FormatError naming ``blob``."""
+        text = data.decode("ascii", "replace")
+        digest, _, rest = text.partition(",")
+        size = decimal(rest.removesuffix("\n"))
+        if size is None or not rest.endswith("\n"):
+            raise FormatError(f"{TARGET_FILE}: not a target", blob=blob, got=text[:80], wanted="<digest>,<size>")
+        return cls(check_digest(digest, blob), size)
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of the file."""
+        return f"{self.digest},{self.size}\n".encode()
