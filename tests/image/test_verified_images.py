@@ -23,6 +23,7 @@ from obdlab.image.remote import RemoteLayers, UncheckedLayerError
 from obdlab.image.target import open_target
 from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.append import AppendUpper
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.upper import SparseUpper
 from obdlab.observe.counters import counted
 from obdlab.settings.settings import Settings, SettingsError
@@ -273,7 +274,7 @@ def test_require_refuses_targets_of_turboOCI_layers(place: Place, tmp_path: Path
             closing(RemoteLayers(served.config.repo_blob_url, settings)) as remote,
             pytest.raises(UncheckedLayerError),
         ):
-            open_target(lower, remote, unwrapped)
+            open_target(lower, remote, unwrapped, SpanCache())
 
 
 def test_malformed_trees_in_a_configuration_are_refused(place: Place, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Kind:
     #: Defaults of a declaration.
     a_a: ClassVar[bool] = False
     cell_timeout_s: ClassVar[float] = 600.0
-    #: Keys of :meth:`how_measured` that older rows lack, each with the value that it had then.
+    #: Keys of :meth:`how_measured` that older rows lack, oldest first, each with the value that it had then.
     added: ClassVar[Mapping[str, Value]] = {}
     #: Modules that measure; ``obdlab.lab.run.code`` follows their imports. (): the kind's own module.
     measured: ClassVar[tuple[str, ...]] = ()

@@ -38,7 +38,7 @@ NOT_MEASURED = (
 )
 #: Modules that start programs of obdlab, each with the modules that those programs run.
 PROGRAMS = {
-    "obdlab.lab.testbed.containerd": ("obdlab.snapshotter.service",),
+    "obdlab.lab.testbed.containerd": ("obdlab.pull.rpull", "obdlab.snapshotter.service"),
     "obdlab.server.client": ("obdlab.server.host",),
 }
 

@@ -169,10 +169,14 @@ class Experiment:
         kind = KINDS[self.spec.kind]
         measured = kind.how_measured(self.spec.options)
         contexts = [context_of(surroundings, measured, nonce)]
-        # Rows of older code lack keys that were added later: they were measured with today's default.
-        common = {key: value for key, value in measured.items() if (key, value) not in kind.added.items()}
+        # Rows of older code lack the keys that were added after it: they were measured with today's default.
+        names = list(kind.added)
+        forms = [
+            {key: value for key, value in measured.items() if key not in later or value != kind.added[key]}
+            for later in (names[first:] for first in range(len(names), -1, -1))
+        ]
         for code in () if nonce else older_codes(self.spec.kind, surroundings["code"]):
-            contexts += [context_of({**surroundings, "code": code}, form) for form in (measured, common)]
+            contexts += [context_of({**surroundings, "code": code}, form) for form in forms]
         return list(dict.fromkeys(contexts))
 
     # A cell's key under each context.
