@@ -174,7 +174,7 @@ def test_an_experiment_keeps_its_image_and_rows_of_two_are_not_mixed(tmp_path: P
     assert len(machine.rows("quick")) == count // 2 * 5
     assert f"Image tiny is {second[:19]}" in told
     assert first[:19] not in told.partition("\nimage ")[2]
-    rows = re.findall(r"(?m)^(?:cold|warm) +\S+ +[\d.]+ (?:\[.*?\])? +(\d+) ", told)
+    rows = re.findall(r"(?m)^(?:cold|warm) +\S+ +[\d.]+ (?:[\[(].*?[\])])? +(\d+) ", told)
     assert set(rows) == {"3"}, told
     # Grouped by hand they stay apart.
     names = {summary.image for summary in summarise(machine.rows("quick"))}
