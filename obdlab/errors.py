@@ -8,7 +8,7 @@ errno and gRPC codes are not here: ``devices`` and ``snapshotter`` hold one mapp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ class ObdlabError(Exception):
     of its own as its base class.
     """
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
 
     def __init_subclass__(cls, *, code: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -95,9 +95,14 @@ def of_code(code: str) -> type[ObdlabError]:
 
 
 def restored(code: str, text: str, cause: ObdlabError | None = None) -> ObdlabError:
-    """Return an error that another process raised. Only its class, text and cause are known here."""
+    """Return an error that another process raised. Only its class, text and cause are known here.
+
+    It keeps ``code``, also where this process has not imported the class: a process that passes it on (the device
+    host, before it has warmed up) takes nothing from it.
+    """
     kind = of_code(code)
     error = kind.__new__(kind, text)
+    error.code = code
     error.__cause__ = cause
     return error
 

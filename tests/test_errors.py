@@ -41,6 +41,13 @@ def test_causes_come_in_order_and_end() -> None:
     assert len(list(causes(caught.value))) == 3
 
 
+def test_an_error_passes_through_a_process_that_has_not_imported_its_class() -> None:
+    error = restored("source.of-another-process", "cannot read")
+    assert type(error) is SourceError
+    assert error.code == "source.of-another-process"
+    assert SourceError("here").code == "source"
+
+
 def test_a_restored_error_has_class_text_and_cause() -> None:
     cause = restored("format.corrupt", "damaged")
     error = restored("source", "cannot read", cause)
