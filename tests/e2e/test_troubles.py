@@ -54,7 +54,11 @@ def behind(proxy: OutageProxy, image: str) -> str:
     return f"{proxy.host}/{image.partition('/')[2]}"
 
 
-def test_wrong_bytes_and_an_outage_under_a_container(host: ObdlabHost, proxy: OutageProxy, image: str) -> None:
+def test_wrong_bytes_and_an_outage_under_a_container(
+    host: ObdlabHost, proxy: OutageProxy, registry_server: RegistryServer, layers: list[bytes], tmp_path: Path
+) -> None:
+    # Units that a hash tree has proven are shared by all registries: other tests have read them.
+    image = push_converted(registry_server.host, "e2e/unproven", layers, tmp_path, hash_trees=False)
     image = behind(proxy, image)
     host.rpull(image)
     start(host, image, "reader")
