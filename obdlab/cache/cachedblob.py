@@ -131,6 +131,7 @@ class CachedBlob(Blob):
         if length == 0:
             return
         first, stop = offset // self._unit, (offset + length - 1) // self._unit + 1
+        self._fetches.settle(first, stop)
         self._units.drop(first, stop)
         self.counters.evicted_units += stop - first
         self.below.evict(offset, length)

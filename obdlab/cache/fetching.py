@@ -38,6 +38,8 @@ _BACKGROUND_SHARE = 0.25
 # Longest wait of a reader for another process that fetches its units, and the intervals of checking.
 _OTHERS_S = 5.0
 _LOOK_FIRST_S, _LOOK_MOST_S = 0.0005, 0.005
+# Storing waits for the lock of the cache's space, which has a deadline of its own.
+_SETTLE_S = 5.0
 
 _pool = FetchPool(threads=8, queued=64)
 
@@ -143,6 +145,18 @@ class Fetches:
         begin, end = self._origin.piece(unit << shift) or (unit << shift, stop << shift)
         end = self._units.files.units if end == self._origin.size else end >> shift
         return min(-(-begin >> shift), unit), max(end, stop)
+
+    def settle(self, first: int, stop: int) -> None:
+        """Wait until units that have come are stored: dropping them then drops all there is of them.
+
+        A flight hands its bytes out before it stores them. A reader that found them wrong would get them again.
+        """
+        end = time.monotonic() + _SETTLE_S
+        with self._lock:
+            flights = {flight for unit in range(first, stop) if (flight := self._flights.get(unit)) is not None}
+            come = [flight for flight in flights if flight.now is State.FETCHED]
+        while any(flight.now is State.FETCHED for flight in come) and time.monotonic() < end:
+            time.sleep(_LOOK_FIRST_S)
 
     def fetch_in_background(self, first: int, stop: int) -> None:
         """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from obdlab.cache import fetching, space, units
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.unitfiles import CacheFiles
+from obdlab.cache.units import CachedUnits
 from tests.cache.origin import DATA, DIGEST, UNIT, Origin, locked, open_cached, wait_until
 
 
@@ -200,6 +202,34 @@ def test_evict_replaces_bytes_that_came_wrong(tmp_path: Path) -> None:
         other.evict(0, UNIT)
         assert other.read_at(0, UNIT) == DATA[:UNIT]
         assert blob.read_at(0, UNIT) == DATA[:UNIT]  # it noticed
+
+
+def test_wrong_bytes_that_are_just_being_stored_are_evicted_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing, release = threading.Event(), threading.Event()
+    store = CachedUnits.store
+
+    def slowly(units: CachedUnits, first: int, data: bytes) -> bool:
+        storing.set()
+        assert release.wait(30)
+        return store(units, first, data)
+
+    monkeypatch.setattr(CachedUnits, "store", slowly)
+    answers = [bytes(4 * UNIT), DATA]
+    origin = Origin()
+    monkeypatch.setattr(origin, "read_at", lambda offset, length, call=None: answers.pop(0)[:length])
+    with open_cached(tmp_path, origin) as blob, ThreadPoolExecutor(2) as threads:
+        first = threads.submit(blob.read_at, 0, 4 * UNIT)
+        assert storing.wait(30)
+        assert blob.read_at(0, UNIT) == bytes(UNIT)  # handed out before it is stored
+        evicting = threads.submit(blob.evict, 0, UNIT)
+        with pytest.raises(TimeoutError):
+            evicting.result(0.2)
+        release.set()
+        evicting.result(30)
+        assert first.result(30) == bytes(4 * UNIT)
+        assert blob.read_at(0, UNIT) == DATA[:UNIT]
 
 
 def test_late_bytes_of_another_kind_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
