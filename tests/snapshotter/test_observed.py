@@ -22,9 +22,11 @@ from obdlab.metrics.exporter import Collected, ObdlabCollector
 from obdlab.server import snapshottersocket
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
+from obdlab.server.rundir import host_process
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter import grpchealth
 from obdlab.snapshotter.errors import NotFoundError
+from tests.cache.origin import wait_until
 from tests.containerd_host import SnapshotterProcess
 from tests.snapshotter.wire import WireSnapshotter
 
@@ -74,6 +76,8 @@ def test_an_exporter_lives_as_long_as_its_snapshotter(tmp_path: Path, end: signa
             assert 'obdlab_devices{state="alive"} 0.0' in until_answered(f"http://127.0.0.1:{port}/metrics")
             assert json.loads(until_answered(f"http://127.0.0.1:{port}/healthz"))["ok"] is True
             assert "is_alive 1.0" in until_answered(f"http://127.0.0.1:{port}/metrics")
+            # A host that is still starting would outlive what is cleaned up below.
+            wait_until(lambda: host_process(run_dir) is not None)
         finally:
             os.kill(process.pid, end)
         process.wait(60)
