@@ -216,7 +216,7 @@ def settle(target: Target, disk: Path, timeout_s: float) -> None:
 
 def _end_requests(target: Target, disk: Path, timeout_s: float) -> None:
     if not wait_until(lambda: not _in_flight(disk), timeout_s, look_s=_DEVICE_PAUSE_S):
-        log.warning("%s: requests are under way that nobody answers: they fail", disk)
+        log.warning("%s: requests are under way, and no daemon answers them: they fail", disk)
         control(target.backstore, "block_dev", "1")
         control(target.backstore, "reset_ring", "2")
 
