@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats.tar import BLOCK, parse_member
+from obdlab.formats.turbofiles import GZIP_INDEX, meta_name
 from obdlab.image.config import LowerConfig
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 #: File systems whose metadata a blob may have, in the order of preference: every kernel has the first.
 FILE_SYSTEMS = ("ext4", "erofs")
-GZIP_INDEX = "gzip.meta"
-_META = ".fs.meta"
-_NAMES = (*(f"{name}{_META}" for name in FILE_SYSTEMS), GZIP_INDEX)
+_NAMES = (*map(meta_name, FILE_SYSTEMS), GZIP_INDEX)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
 _COPY = 1 << 20
@@ -107,7 +106,7 @@ class _Gunzipped:
 def file_system_of(places: Sequence[Path], name: str) -> str:
     """Return the file system whose metadata all blobs of an image have. Raises FormatError naming the image."""
     for file_system in FILE_SYSTEMS:
-        if all((place / f"{file_system}{_META}").is_file() for place in places):
+        if all((place / meta_name(file_system)).is_file() for place in places):
             return file_system
     raise FormatError("turboOCI layers have no file system in common", blob=name, wanted=" or ".join(FILE_SYSTEMS))
 
@@ -116,7 +115,7 @@ def lower_of(layer: Descriptor, place: Path, file_system: str) -> LowerConfig:
     """Return the lower of a turboOCI layer unpacked in ``place``; its target is a blob beside it."""
     index = place / GZIP_INDEX
     return LowerConfig(
-        file=str(place / f"{file_system}{_META}"),
+        file=str(place / meta_name(file_system)),
         target_digest=layer.turbo_target or "",
         gzip_index=str(index) if index.is_file() else "",
     )

@@ -29,7 +29,7 @@ from obdlab.formats.oci import (
     TURBO_TARGET_MEDIA_TYPE,
     is_digest,
 )
-from obdlab.formats.turbotarget import MAX_TARGET_FILE, TARGET_FILE, NamedTarget
+from obdlab.formats.turbofiles import GZIP_INDEX, MARKER, MAX_TARGET_FILE, TARGET_FILE, NamedTarget, meta_name
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.overlaybd import (
@@ -47,10 +47,6 @@ if TYPE_CHECKING:
 
     from obdlab.registry.reference import Reference
 
-#: The empty file in each unpacked blob.
-MARKER = ".turbo.ociv1"
-GZIP_INDEX = "gzip.meta"
-_META = ".fs.meta"
 _MODPROBE_S = 10.0
 _FILE_SYSTEMS = Path("/proc/filesystems")
 
@@ -153,11 +149,12 @@ def _meta_name(
         for lower in reversed(below.lowers):
             if lower.is_turbo:
                 return Path(lower.file).name
-        return fs_spec(labels_below, options).fs_type + _META
+        return meta_name(fs_spec(labels_below, options).fs_type)
     for file_system in options.turbo_file_systems:
-        if os.path.lexists(fs / f"{file_system}{_META}") and (file_system != "erofs" or _has_erofs()):
-            return f"{file_system}{_META}"
-    wanted = " or ".join(f"{file_system}{_META}" for file_system in options.turbo_file_systems)
+        name = meta_name(file_system)
+        if os.path.lexists(fs / name) and (file_system != "erofs" or _has_erofs()):
+            return name
+    wanted = " or ".join(map(meta_name, options.turbo_file_systems))
     raise FailedPreconditionError(
         f"turboOCI layer {digest}: has no metadata that can be mounted here (got {sorted(os.listdir(fs))[:5]}, "
         f"wanted {wanted})"

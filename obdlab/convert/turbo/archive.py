@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-#: The empty file that marks the blob.
-MARKER = ".turbo.ociv1"
-GZIP_INDEX = "gzip.meta"
-
 _BLOCK = 512
 _READ = 1 << 20
 
@@ -30,11 +26,6 @@ class TurboBlob:
     digest: str
     size: int
     diff_id: str
-
-
-def meta_name(filesystem: str) -> str:
-    """Return the name of the file with the metadata of a file system ("ext4", "erofs")."""
-    return f"{filesystem}.fs.meta"
 
 
 def write_turbo_blob(path: Path, files: Mapping[str, Path]) -> TurboBlob:

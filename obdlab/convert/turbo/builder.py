@@ -17,9 +17,9 @@ from obdlab.convert.layer import pieces_file
 from obdlab.convert.tree.erofstree import ErofsTree
 from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.tree.target import Ext4Tree
-from obdlab.convert.turbo.archive import GZIP_INDEX, MARKER, meta_name
 from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
+from obdlab.formats.turbofiles import GZIP_INDEX, MARKER, meta_name
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.gzipwriter import GzipIndexWriter, SeveralMembersError

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from obdlab.convert.layer import BuiltLayer, TurboTarget
 from obdlab.convert.pipeline import ConvertedLayer
-from obdlab.convert.turbo.archive import GZIP_INDEX, write_turbo_blob
+from obdlab.convert.turbo.archive import write_turbo_blob
 from obdlab.convert.turbo.builder import TurboBuilder
 from obdlab.convert.workdir import work_directory
 from obdlab.errors import FormatError
 from obdlab.formats import oci
-from obdlab.formats.turbotarget import TARGET_FILE, NamedTarget
+from obdlab.formats.turbofiles import GZIP_INDEX, TARGET_FILE, NamedTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

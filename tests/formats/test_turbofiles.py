@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from obdlab.errors import FormatError
-from obdlab.formats.turbotarget import MAX_TARGET_FILE, NamedTarget
+from obdlab.formats.turbofiles import MAX_TARGET_FILE, NamedTarget
 
 DIGEST = "sha256:" + "0a" * 32
 

@@ -1,7 +1,7 @@
-"""The file in a turboOCI layer's blob that names the layer's target. It is ours: the original ignores it.
+"""The files in a turboOCI layer's blob: their names, and the one that names the layer's target.
 
-Layers are shared by the digest of their blob, which does not cover the annotation that names the target. With this
-file it covers the target, too.
+That one is ours, and the original ignores it. Layers are shared by the digest of their blob, which does not cover the
+annotation that names the target. With this file it covers the target, too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,19 @@ from obdlab.errors import FormatError
 from obdlab.formats.decimal import decimal
 from obdlab.formats.oci import check_digest
 
+#: The empty file that marks the blob.
+MARKER = ".turbo.ociv1"
+#: The index of the target, if that is gzip-compressed.
+GZIP_INDEX = "gzip.meta"
+#: Names the target (:class:`NamedTarget`).
 TARGET_FILE = ".turbo.target"
 #: Bound on the file's size.
 MAX_TARGET_FILE = 128
+
+
+def meta_name(filesystem: str) -> str:
+    """Return the name of the file with the metadata of a file system ("ext4", "erofs")."""
+    return f"{filesystem}.fs.meta"
 
 
 class NamedTarget(NamedTuple):
