@@ -9,8 +9,15 @@ import pytest
 
 from tests import capabilities
 
-#: Limits and leftovers; the fixture ``registry_server``, for every room; pieces of the long tests; tests in the VM.
-pytest_plugins = ["tests.guard.plugin", "tests.registry.server", "tests.shards.plugin", "tests.vm.plugin"]
+#: Limits and leftovers; the fixtures ``registry_server`` and ``state_dir``, for every room; pieces of the long tests;
+#: tests in the VM.
+pytest_plugins = [
+    "tests.guard.plugin",
+    "tests.lab.statedir",
+    "tests.registry.server",
+    "tests.shards.plugin",
+    "tests.vm.plugin",
+]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from obdlab.lab.images.builder import build_image
 from obdlab.lab.images.recipe import Recipe, find_recipe
 from tests import capabilities
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 
@@ -28,12 +24,3 @@ def tiny_layout(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -
     """Its image as an OCI layout directory."""
     capabilities.require("kernel")
     return build_image(tiny_recipe, tmp_path_factory.mktemp("images")).layout
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> Iterator[Path]:
-    """Where this test's networks and daemons note what they are."""
-    directory = tmp_path / "state"
-    yield directory
-    left = [path.name for path in directory.glob("*")]
-    assert not left, f"left behind in the state directory: {left}"

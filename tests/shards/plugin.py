@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[SLOW] = [item.nodeid for item in items if is_slow(item)]
     config.stash[FILES] = {item.path for item in items}
+    _check_fixtures(items)
     name = config.getoption("shard")
     if not name:
         return
@@ -35,6 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if not _is_in(item, name)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if _is_in(item, name)]
+
+
+# A slow test whose fixture has moved away would be noticed only in its shard: the ordinary run collects it, too.
+def _check_fixtures(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            known = {"request", *item._fixtureinfo.name2fixturedefs}
+            absent = sorted(set(item.fixturenames) - known)
+            if absent:
+                names = ", ".join(absent)
+                raise pytest.UsageError(f"{item.nodeid}: fixtures that its directory does not have: {names}")
 
 
 def _is_in(item: pytest.Item, name: str) -> bool:
