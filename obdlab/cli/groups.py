@@ -98,6 +98,7 @@ example: convert an image, compare the two, look into the new one, make it runna
         Command("cat", "print a file without mounting the image", ".image.cat:declare"),
         Command("cp", "copy files out of an image without mounting it", ".image.cp:declare"),
         Command("pull-blob", "fetch one manifest, config, layer or blob", ".image.pull_blob:declare"),
+        Command("turbo", "start containerd's images from its content store", ".image.turbo_command:declare"),
         Command("publish", "publish an image's trace: hot layers", ".image.publish:declare_publish"),
         Command("protect", "add hash trees, which verify lazy reads", ".image.protect:declare"),
         Command("unpublish", "undo publish --as referrer", ".image.publish:declare_unpublish"),

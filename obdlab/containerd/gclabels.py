@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from obdlab.formats.oci import is_digest
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from obdlab.formats.oci import Manifest
 
 _CONTENT = "containerd.io/gc.ref.content"
 _SNAPSHOT = "containerd.io/gc.ref.snapshot"
@@ -21,10 +25,14 @@ def of_config(snapshotter: str, top_chain_id: str) -> dict[str, str]:
     return {f"{_SNAPSHOT}.{snapshotter}": top_chain_id}
 
 
-def of_manifest(config: str, layers: Iterable[str]) -> dict[str, str]:
-    """Return the labels of a manifest, from the digests of its config and its layers, bottom first."""
-    labels = {f"{_CONTENT}.config": config}
-    return labels | {f"{_CONTENT}.l.{number}": digest for number, digest in enumerate(layers)}
+def of_manifest(manifest: Manifest) -> dict[str, str]:
+    """Return the labels of a manifest: config, layers, and the ordinary layers that turboOCI layers need."""
+    labels = {f"{_CONTENT}.config": manifest.config.digest}
+    for number, layer in enumerate(manifest.layers):
+        labels[f"{_CONTENT}.l.{number}"] = layer.digest
+        if layer.turbo_target is not None and is_digest(layer.turbo_target):
+            labels[f"{_CONTENT}.t.{number}"] = layer.turbo_target
+    return labels
 
 
 def of_index(manifests: Iterable[str]) -> dict[str, str]:

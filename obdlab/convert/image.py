@@ -162,7 +162,8 @@ def convert_manifest(
         )
     identity = options.digest() if below is None else options_digest({"on": below.digests, "by": options.digest()})
     with opened(options.database) as database:
-        known = known_manifest(destination, database, descriptor.digest, identity)
+        needed = [layer for group in groups for layer in group.layers] if options.turbo else []
+        known = known_manifest(destination, database, descriptor.digest, identity, needed)
         if known is not None:
             of_base = _of_base(below, [False] * (count - len(groups)))
             layers = (*of_base, *map(ConvertedLayer.known, groups, known.layers[len(of_base) :]))

@@ -99,9 +99,16 @@ class Reuse:
 
 
 def known_manifest(
-    destination: ImageDestination, database: Database | None, source_digest: str, options: str
+    destination: ImageDestination,
+    database: Database | None,
+    source_digest: str,
+    options: str,
+    needed: Sequence[oci.Descriptor] = (),
 ) -> oci.Manifest | None:
-    """Return the manifest of an earlier conversion of the source, if the destination still has all its blobs."""
+    """Return the manifest of an earlier conversion of the source, if the destination still has all its blobs.
+
+    It must also have those ``needed`` beside them.
+    """
     place = destination.place
     if database is None or place is None:
         return None
@@ -119,7 +126,7 @@ def known_manifest(
             logger.warning("%s: %s is no manifest of ours: %s", destination.name, digest, error)
         else:
             whole = manifest.to_bytes() == data
-            blobs = (manifest.config, *manifest.layers, *files)
+            blobs = (manifest.config, *manifest.layers, *files, *needed)
             if whole and all(destination.has(blob) for blob in blobs):
                 return manifest
     with _hints():

@@ -52,6 +52,9 @@ HOT_LAYER = "containerd.io/snapshot/obdlab/hot-layer"
 HASH_TREE = "containerd.io/snapshot/obdlab/hash-tree"
 #: The label of an image's topmost snapshot that names a trace in its repository: "digest,size".
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
+#: Label, set by clients alone: "content-store" for a turboOCI layer whose target is in containerd's content store.
+TURBO_TARGET_PLACE = "containerd.io/snapshot/obdlab/turbo-target-place"
+IN_CONTENT_STORE = "content-store"
 TURBO_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest"
 TURBO_TARGET_MEDIA_TYPE = "containerd.io/snapshot/overlaybd/turbo-oci/target-media-type"
 FASTOCI_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/fastoci/target-digest"

@@ -51,6 +51,8 @@ class LowerConfig:
     hot: bool = False
     #: The layer's hash tree (:class:`obdlab.formats.hashtree.TreeReference`). As ``hot``, not a key of the original.
     hash_tree: str = ""
+    #: Size of the target as stored, 0 if it is not known. As ``hot``, not a key of the original.
+    target_size: int = 0
 
     @property
     def is_turbo(self) -> bool:
@@ -78,6 +80,7 @@ class LowerConfig:
             "digest": self.digest,
             "targetFile": self.target_file,
             "targetDigest": self.target_digest,
+            "targetSize": self.target_size,
             "size": self.size,
             "dir": self.dir,
             "hot": self.hot,
@@ -208,6 +211,7 @@ def _lower(table: Table) -> LowerConfig:
         gzip_index=table.get("gzipIndex", str, ""),
         target_file=table.get("targetFile", str, ""),
         target_digest=table.get("targetDigest", str, ""),
+        target_size=table.number("targetSize", 0, least=0, most=_MAX_SIZE),
         hot=table.get("hot", bool, False),
         hash_tree=table.get("hashTree", str, ""),
     )

@@ -43,13 +43,26 @@ def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around
     if not lower.target_file:
         assert remote is not None
         # Without a hash tree: settings that require one refuse it.
-        return remote.open_layer(LowerConfig(digest=lower.target_digest)), lower.target_digest
+        stored = LowerConfig(digest=lower.target_digest, size=lower.target_size)
+        return remote.open_layer(stored), lower.target_digest
     file = LocalFile(lower.target_file)
     try:
+        check_target_size(file, lower)
         return around("origin", file), file.identity()
     except BaseException:
         file.close()
         raise
+
+
+def check_target_size(stored: Blob, lower: LowerConfig) -> None:
+    """Raise FormatError if a target has another size than the layer's blob says."""
+    if lower.target_size and stored.size != lower.target_size:
+        raise FormatError(
+            "target of a turboOCI layer has another size than its blob says",
+            blob=stored.name,
+            got=stored.size,
+            wanted=lower.target_size,
+        )
 
 
 def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats.tar import BLOCK, parse_member
-from obdlab.formats.turbofiles import GZIP_INDEX, meta_name
+from obdlab.formats.turbofiles import GZIP_INDEX, MAX_TARGET_FILE, TARGET_FILE, NamedTarget, meta_name
 from obdlab.image.config import LowerConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: File systems whose metadata a blob may have, in the order of preference: every kernel has the first.
 FILE_SYSTEMS = ("ext4", "erofs")
-_NAMES = (*map(meta_name, FILE_SYSTEMS), GZIP_INDEX)
+_NAMES = (*map(meta_name, FILE_SYSTEMS), GZIP_INDEX, TARGET_FILE)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
 _COPY = 1 << 20
@@ -112,10 +112,35 @@ def file_system_of(places: Sequence[Path], name: str) -> str:
 
 
 def lower_of(layer: Descriptor, place: Path, file_system: str) -> LowerConfig:
-    """Return the lower of a turboOCI layer unpacked in ``place``; its target is a blob beside it."""
+    """Return the lower of a turboOCI layer unpacked in ``place``; its target is a blob beside it.
+
+    Raises FormatError if the blob names another target than the layer's annotation.
+    """
     index = place / GZIP_INDEX
+    named = _named_target(layer, place)
     return LowerConfig(
         file=str(place / meta_name(file_system)),
         target_digest=layer.turbo_target or "",
+        target_size=0 if named is None else named.size,
         gzip_index=str(index) if index.is_file() else "",
     )
+
+
+# Blobs of the original, and of earlier versions, name none.
+def _named_target(layer: Descriptor, place: Path) -> NamedTarget | None:
+    try:
+        with (place / TARGET_FILE).open("rb") as file:
+            data = file.read(MAX_TARGET_FILE)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _failed(error, place) from error
+    named = NamedTarget.parse(data, f"turboOCI layer {layer.digest}")
+    if named.digest != layer.turbo_target:
+        raise FormatError(
+            "annotation of a turboOCI layer names another target than its blob",
+            blob=layer.digest,
+            got=(layer.turbo_target or "")[:80],
+            wanted=named.digest,
+        )
+    return named

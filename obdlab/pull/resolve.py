@@ -44,6 +44,11 @@ class ResolvedImage:
         return self.index or self.manifest
 
     @property
+    def name(self) -> str:
+        """The image's reference, as text."""
+        return str(self.reference)
+
+    @property
     def layers(self) -> tuple[Descriptor, ...]:
         """Descriptors of the layers, bottom first."""
         return self.parsed_manifest.layers

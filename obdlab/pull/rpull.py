@@ -15,7 +15,7 @@ from obdlab.containerd import gclabels
 from obdlab.containerd.errors import UnavailableError
 from obdlab.containerd.images import Image
 from obdlab.foreign import is_proxy_unconnected
-from obdlab.formats.oci import ACCELERATION_LAYER
+from obdlab.formats.oci import ACCELERATION_LAYER, UNKNOWN_TYPE, Descriptor, check_digest
 from obdlab.image.from_manifest import find_trace
 from obdlab.pull.errors import PullError
 from obdlab.pull.fetch import LayerFetcher
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # The lease keeps content of a killed pull for this time, as that of containerd's own clients.
 _LEASE_S = 24 * 3600.0
-# Beginning of the text of containerd's gRPC library about a connection that failed or was lost.
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,9 @@ def rpull(
 ) -> PullResult:
     """Make the image runnable in ``snapshotter``, without fetching layers that it provides lazily.
 
-    With ``download`` the blobs of overlaybd layers are fetched too: the image then runs without its registry, unless
-    it was pulled lazily before (``PullResult.still_lazy``), as snapshots that others may use are not made again.
+    With ``download`` the blobs of overlaybd layers are fetched too, and the ordinary layers that turboOCI layers
+    point into: the image then runs without its registry, unless it was pulled lazily before
+    (``PullResult.still_lazy``), as snapshots that others may use are not made again.
 
     A second call finds all layers present and fetches only the documents. A failure, or KeyboardInterrupt, leaves
     nothing new behind: no snapshot, blob or lease. Raises PullError, FormatError (the image), SourceError (the
@@ -91,13 +91,22 @@ def rpull(
             _naming_a_dead_snapshotter(snapshotter),
         ):
             trace = "" if download else _trace_of(registry, image)
-            layers = Unpacker(leased, snapshotter, image, fetcher, download=download, trace=trace).run()
+            targets = _targets_of(registry, image) if download else {}
+            unpacker = Unpacker(leased, snapshotter, image, fetcher, download=download, trace=trace, targets=targets)
+            layers = unpacker.run()
             if download:
-                fetcher.bring([layer for layer in image.layers if layer.is_overlaybd])
+                fetcher.bring([*(layer for layer in image.layers if layer.is_overlaybd), *targets.values()])
         _store_documents(leased, image, snapshotter, source)
         top = image.top
         leased.images.put(Image(str(reference), top.media_type, top.digest, len(top.data), {}))
     return PullResult(str(reference), top.digest, layers, image.metadata_size, fetcher.fetched_bytes)
+
+
+# An image does not say how large they are.
+def _targets_of(registry: RegistryClient, image: ResolvedImage) -> dict[str, Descriptor]:
+    digests = {check_digest(layer.turbo_target, image.name) for layer in image.layers if layer.turbo_target}
+    sizes = {digest: registry.blob_size(image.repository, digest) for digest in sorted(digests)}
+    return {digest: Descriptor(UNKNOWN_TYPE, digest, size) for digest, size in sizes.items()}
 
 
 # A trace may speed up starts, but they do not depend on it.
@@ -137,7 +146,7 @@ def _store_documents(
     content, manifest = containerd.content, image.parsed_manifest
     top_snapshot = gclabels.of_config(snapshotter, image.chain_ids[-1])
     content.write(manifest.config.digest, image.config, source | top_snapshot)
-    children = gclabels.of_manifest(manifest.config.digest, (layer.digest for layer in manifest.layers))
+    children = gclabels.of_manifest(manifest)
     content.write(image.manifest.digest, image.manifest.data, source | children)
     if image.index and image.parsed_index:
         children = gclabels.of_index(entry.digest for entry in image.parsed_index.manifests)

@@ -7,7 +7,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from obdlab.containerd.errors import AlreadyExistsError, ContainerdError, FailedPreconditionError, NotFoundError
 from obdlab.containerd.snapshots import Kind
@@ -16,19 +16,19 @@ from obdlab.formats.oci import (
     BLOB_DIGEST,
     BLOB_SIZE,
     FASTOCI_TARGET_DIGEST,
+    IN_CONTENT_STORE,
     TRACE_LABEL,
     TURBO_TARGET_DIGEST,
+    TURBO_TARGET_PLACE,
 )
 from obdlab.pull.errors import PullError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from obdlab.containerd.client import LeasedContainerd
     from obdlab.containerd.snapshots import Mount
     from obdlab.formats.oci import Descriptor
-    from obdlab.pull.fetch import LayerFetcher
-    from obdlab.pull.resolve import ResolvedImage
 
 #: Descriptor annotations under this prefix become labels of the snapshot.
 SNAPSHOT_PREFIX = "containerd.io/snapshot/"
@@ -40,7 +40,7 @@ DOWNLOAD_LABEL = "containerd.io/snapshot/overlaybd/download-remote-blob"
 # The snapshotter's label on layers that it reads from a registry.
 _REMOTE_LABEL = "containerd.io/snapshot/remote"
 # Labels set by a client or a snapshotter; annotations of an image must not set them.
-_CLIENT_LABELS = frozenset({CRI_IMAGE_LABEL, DOWNLOAD_LABEL, TRACE_LABEL, _REMOTE_LABEL})
+_CLIENT_LABELS = frozenset({CRI_IMAGE_LABEL, DOWNLOAD_LABEL, TRACE_LABEL, TURBO_TARGET_PLACE, _REMOTE_LABEL})
 _PREPARE_TRIES = 3
 
 
@@ -63,6 +63,36 @@ class LayerResult:
     origin: str = ""
 
 
+class UnpackedImage(Protocol):
+    """An image whose layers become snapshots; lists are bottom first."""
+
+    @property
+    def name(self) -> str:
+        """The image's name, for its layers' labels and for errors."""
+
+    @property
+    def layers(self) -> Sequence[Descriptor]:
+        """Descriptors of the layers."""
+
+    @property
+    def diff_ids(self) -> Sequence[str]:
+        """Digests of the layers' uncompressed tars."""
+
+    @property
+    def chain_ids(self) -> Sequence[str]:
+        """Names of the layers' snapshots."""
+
+
+class Fetcher(Protocol):
+    """Brings layers into the content store."""
+
+    def start(self, layers: Sequence[Descriptor]) -> None:
+        """Begin to fetch these layers."""
+
+    def wait(self, layer: Descriptor) -> None:
+        """Wait until the content store has a layer that was begun."""
+
+
 class Unpacker:
     """Makes the snapshots of one image in one snapshotter, under a lease."""
 
@@ -70,15 +100,18 @@ class Unpacker:
         self,
         containerd: LeasedContainerd,
         snapshotter: str,
-        image: ResolvedImage,
-        fetcher: LayerFetcher,
+        image: UnpackedImage,
+        fetcher: Fetcher,
         *,
         download: bool = False,
         trace: str = "",
+        targets: Mapping[str, Descriptor] | None = None,
     ) -> None:
         """Prepare to fetch layers that the snapshotter does not provide; ``download`` also fetches all others' blobs.
 
-        ``trace`` ("digest,size") is a blob in the image's repository to replay at its starts.
+        ``trace`` ("digest,size") is a blob in the image's repository to replay at its starts. ``targets`` are those
+        of the image's turboOCI layers, by digest, which then are fetched too: the snapshotter reads them from the
+        content store.
         """
         self._containerd = containerd
         self._snapshots = containerd.snapshots(snapshotter)
@@ -87,6 +120,7 @@ class Unpacker:
         self._fetcher = fetcher
         self._download = download
         self._trace = trace
+        self._targets = targets or {}
 
     def run(self) -> tuple[LayerResult, ...]:
         """Make a committed snapshot of every layer, bottom first.
@@ -109,7 +143,9 @@ class Unpacker:
     def _make(self, number: int) -> LayerResult:
         layer, name = self._image.layers[number], self._image.chain_ids[number]
         parent = self._image.chain_ids[number - 1] if number else ""
-        labels = snapshot_labels(layer, name, str(self._image.reference))
+        labels = snapshot_labels(layer, name, self._image.name)
+        if layer.turbo_target in self._targets:
+            labels[TURBO_TARGET_PLACE] = IN_CONTENT_STORE
         if self._trace and number == len(self._image.layers) - 1:
             labels[TRACE_LABEL] = self._trace
         download = self._download or not self._is_proven(number)
@@ -121,14 +157,15 @@ class Unpacker:
                 mounts = self._snapshots.prepare(key, parent, labels)
             except AlreadyExistsError:
                 if self._committed(name):  # containerd has put it under the lease
-                    return LayerResult(layer.digest, layer.size, Outcome.LAZY, str(self._image.reference))
+                    return LayerResult(layer.digest, layer.size, Outcome.LAZY, self._image.name)
                 # Another client made it and it was removed again, or the key was taken, or only its record exists.
                 self._forget_lost(number)
                 continue
             if layer.is_overlaybd and not download:
                 self._refuse(layer, key)
             # No layer above can be a snapshot yet, so all of them must be fetched.
-            self._fetcher.start(self._image.layers[number:])
+            above = self._image.layers[number:]
+            self._fetcher.start([part for each in above for part in (each, *self._target_of(each))])
             self._fill(layer, self._image.diff_ids[number], name, key, mounts, labels)
             return LayerResult(layer.digest, layer.size, Outcome.UNPACKED)
         raise PullError(
@@ -147,7 +184,7 @@ class Unpacker:
         blob = (layer.annotations[BLOB_DIGEST], layer.annotations.get(BLOB_SIZE, str(layer.size)))
         if blob != (layer.digest, str(layer.size)):
             raise PullError(
-                f"{self._image.reference}: layer {layer.digest} of {layer.size} bytes is said to be another blob "
+                f"{self._image.name}: layer {layer.digest} of {layer.size} bytes is said to be another blob "
                 f"(got {blob[0]} of {blob[1]} bytes in its annotations)"
             )
         return self._image.diff_ids[number] == layer.digest
@@ -174,7 +211,7 @@ class Unpacker:
         with suppress(ContainerdError):
             self._snapshots.remove(key)
         raise PullError(
-            f"{self._image.reference}: layer {layer.digest} is an overlaybd layer, which snapshotter "
+            f"{self._image.name}: layer {layer.digest} is an overlaybd layer, which snapshotter "
             f"{self._snapshotter!r} does not mount (wanted one that does, such as obdlab's)"
         )
 
@@ -182,7 +219,8 @@ class Unpacker:
         self, layer: Descriptor, diff_id: str, name: str, key: str, mounts: list[Mount], labels: dict[str, str]
     ) -> None:
         try:
-            self._fetcher.wait(layer)
+            for part in (layer, *self._target_of(layer)):
+                self._fetcher.wait(part)
             got = self._containerd.differ.apply(layer.media_type, layer.digest, layer.size, mounts)
             if got != diff_id:
                 raise PullError(f"layer {layer.digest}: unpacks to other bytes (got {got}, wanted diff ID {diff_id})")
@@ -191,6 +229,10 @@ class Unpacker:
             with suppress(ContainerdError):  # the error being raised matters more
                 self._snapshots.remove(key)
             raise
+
+    def _target_of(self, layer: Descriptor) -> tuple[Descriptor, ...]:
+        target = self._targets.get(layer.turbo_target or "")
+        return () if target is None else (target,)
 
     def _commit(self, name: str, key: str, labels: dict[str, str]) -> None:
         try:
@@ -213,7 +255,8 @@ class Unpacker:
         if layer.turbo_target:
             self._check_target(layer, name, labels)
         origin = labels.get(IMAGE_LABEL) or labels.get(CRI_IMAGE_LABEL, "")
-        return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if _REMOTE_LABEL in labels else "")
+        lazy = _REMOTE_LABEL in labels or (bool(layer.turbo_target) and TURBO_TARGET_PLACE not in labels)
+        return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if lazy else "")
 
     # The snapshot's name is that of the layer's small blob. A snapshotter that believes labels may have made it with
     # the target that another image named.
@@ -221,7 +264,7 @@ class Unpacker:
         got = labels.get(TURBO_TARGET_DIGEST) or labels.get(FASTOCI_TARGET_DIGEST)
         if got != layer.turbo_target:
             raise PullError(
-                f"{self._image.reference}: turboOCI layer {layer.digest} is there as snapshot {name}, which another "
+                f"{self._image.name}: turboOCI layer {layer.digest} is there as snapshot {name}, which another "
                 f"image made with another layer for its files (got {got}, wanted {layer.turbo_target}); remove the "
                 "containers and images on it, and pull again"
             )
@@ -236,11 +279,12 @@ class Unpacker:
 def snapshot_labels(layer: Descriptor, name: str, reference: str) -> dict[str, str]:
     """Return the labels for preparing a layer's snapshot: its target name, its image, its annotations.
 
-    Annotations cannot set labels that only a client may set.
+    Annotations cannot set labels that only a client may set. ``reference`` is empty for an image of no registry.
     """
     labels = {
         key: value
         for key, value in layer.annotations.items()
         if key.startswith(SNAPSHOT_PREFIX) and key not in _CLIENT_LABELS
     }
-    return labels | {TARGET_LABEL: name, IMAGE_LABEL: reference}
+    labels.pop(IMAGE_LABEL, None)
+    return labels | {TARGET_LABEL: name} | ({IMAGE_LABEL: reference} if reference else {})

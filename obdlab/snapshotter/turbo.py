@@ -23,10 +23,12 @@ from obdlab.formats.oci import (
     DOCKER_LAYER_GZIP,
     FASTOCI_TARGET_DIGEST,
     FASTOCI_TARGET_MEDIA_TYPE,
+    IN_CONTENT_STORE,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     TURBO_TARGET_DIGEST,
     TURBO_TARGET_MEDIA_TYPE,
+    TURBO_TARGET_PLACE,
     is_digest,
 )
 from obdlab.formats.turbofiles import GZIP_INDEX, MARKER, MAX_TARGET_FILE, TARGET_FILE, NamedTarget, meta_name
@@ -59,7 +61,10 @@ class TurboLayer:
     target: str
     #: The target is a gzip-compressed tar; else it is a plain one.
     compressed: bool
-    reference: Reference
+    #: The image whose repository has the target; None if only containerd's content store has it.
+    reference: Reference | None
+    #: The target is read from containerd's content store.
+    stored: bool = False
 
 
 def is_turbo(labels: Mapping[str, str]) -> bool:
@@ -84,13 +89,14 @@ def turbo_layer(labels: Mapping[str, str]) -> TurboLayer:
             f"(got {media_type[:80]!r}, wanted a layer that is a tar or tar+gzip)"
         )
     reference = registry_reference(labels)
-    if reference is None:
+    stored = labels.get(TURBO_TARGET_PLACE) == IN_CONTENT_STORE
+    if reference is None and not stored:
         raise FailedPreconditionError(
             f"turboOCI layer {digest}: the client does not say which image it pulls, so that there is no registry to "
             f"read the image's files from (wanted the label {LABEL_IMAGE_REF}; {command('image', 'pull', 'IMAGE')}, "
             "ctr rpull and the kubelet set it, ctr images pull does not)"
         )
-    return TurboLayer(digest, target, media_type in (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP), reference)
+    return TurboLayer(digest, target, media_type in (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP), reference, stored)
 
 
 def check_not_turbo(fs: Path, name: str) -> None:
@@ -114,7 +120,7 @@ def turbo_config(
 
     ``below`` is the configuration of the image without this layer, ``labels_below`` are those of its topmost
     snapshot. Raises FailedPreconditionError if the blob lacks a file, has something else in its place, or names
-    another target than the labels.
+    another target than the labels, and if a target should be in containerd's content store and is not.
     """
     fs = directory / "fs"
     name = _meta_name(below, fs, options, labels_below, layer.digest)
@@ -126,14 +132,18 @@ def turbo_config(
             f"turboOCI layer {layer.digest}: label {TURBO_TARGET_MEDIA_TYPE} contradicts the blob (got the type of a "
             f"plain tar, wanted that of a compressed one: the blob has {GZIP_INDEX})"
         )
-    _check_target(fs, layer, options)
+    size = _checked_size(fs, layer, options)
+    file = str(_stored_target(layer, size, options)) if layer.stored else ""
     lower = LowerConfig(
         dir=str(fs),
         file=str(fs / name),
-        target_digest=layer.target,
+        target_file=file,
+        target_digest="" if file else layer.target,
+        target_size=size,
         gzip_index=str(fs / GZIP_INDEX) if layer.compressed else "",
     )
-    return extended(below, lower, directory, blobs_url(layer.reference, options))
+    url = blobs_url(layer.reference, options) if layer.reference else below.repo_blob_url if below else ""
+    return extended(below, lower, directory, url)
 
 
 def _target(labels: Mapping[str, str]) -> str:
@@ -181,10 +191,11 @@ def _knows_erofs() -> bool:
 
 # containerd shares a committed layer by its chain ID, which the blob's content alone decides; the labels are those of
 # the image that was pulled first. By its label that image could choose the files of all others with this layer.
-def _check_target(fs: Path, layer: TurboLayer, options: ImageOptions) -> None:
+def _checked_size(fs: Path, layer: TurboLayer, options: ImageOptions) -> int:
+    # Returns the size of the target, 0 if the blob does not say it.
     if not os.path.lexists(fs / TARGET_FILE):
         if options.turbo_targets_by_label:
-            return
+            return 0
         raise FailedPreconditionError(
             f"turboOCI layer {layer.digest}: its blob does not name the layer with its files (no {TARGET_FILE}: made "
             "by the original, or by an earlier version), so that only a label does, which any image with this blob "
@@ -203,6 +214,26 @@ def _check_target(fs: Path, layer: TurboLayer, options: ImageOptions) -> None:
             f"turboOCI layer {layer.digest}: label {TURBO_TARGET_DIGEST} names another layer than the blob "
             f"(got {layer.target}, wanted {named.digest})"
         )
+    return named.size
+
+
+# containerd checked the bytes when it stored them, and keeps them while an image's manifest names them.
+def _stored_target(layer: TurboLayer, size: int, options: ImageOptions) -> Path:
+    path = options.content_store.joinpath("blobs", *layer.target.split(":"))
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: the layer with its files is not in containerd's content store "
+            f"({path}: {error.strerror}; if containerd's root is another one, set contentStore in the snapshotter's "
+            "configuration)"
+        ) from error
+    if not stat.S_ISREG(found.st_mode) or (size and found.st_size != size):
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: the layer with its files has another size in containerd's content store "
+            f"(got {found.st_size} bytes at {path}, wanted {size})"
+        )
+    return path
 
 
 # The blob is not trusted: a link could make the device read a file of the host.

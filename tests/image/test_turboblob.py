@@ -100,6 +100,11 @@ def test_the_file_system_that_all_have(tmp_path: Path) -> None:
     assert lower_of(layer, places[0], "erofs") == LowerConfig(
         file=str(places[0] / "erofs.fs.meta"), target_digest=TARGET
     )
+    (places[0] / ".turbo.target").write_text(f"{TARGET},77\n")
+    assert lower_of(layer, places[0], "erofs").target_size == 77
+    (places[0] / ".turbo.target").write_text(f"{TARGET[:-1]}f,77\n")
+    with pytest.raises(FormatError, match="names another target than its blob"):
+        lower_of(layer, places[0], "erofs")
     assert lower_of(layer, places[1], "erofs").gzip_index == str(places[1] / "gzip.meta")
     (places[0] / "erofs.fs.meta").unlink()
     with pytest.raises(FormatError, match=r"^image: turboOCI layers have no file system in common"):

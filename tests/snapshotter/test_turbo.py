@@ -14,6 +14,7 @@ from obdlab.image.config import ImageConfig
 from obdlab.snapshotter import turbo
 from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from obdlab.snapshotter.overlaybd import LABEL_IMAGE_REF
 from tests.snapshotter.test_core import CHAIN, DIGESTS, open_snapshotter, pull, pull_labels, root
 
 if TYPE_CHECKING:
@@ -83,9 +84,15 @@ def test_the_configuration_is_the_originals(snapshotter: Snapshotter, tmp_path: 
                 "gzipIndex": f"{first}/gzip.meta",
                 "file": f"{first}/ext4.fs.meta",
                 "targetDigest": TARGETS[0],
+                "targetSize": 1000,
                 "dir": str(first),
             },
-            {"file": f"{second}/ext4.fs.meta", "targetDigest": TARGETS[1], "dir": str(second)},
+            {
+                "file": f"{second}/ext4.fs.meta",
+                "targetDigest": TARGETS[1],
+                "targetSize": 1000,
+                "dir": str(second),
+            },
         ],
         "upper": {},
         "resultFile": f"{root(tmp_path)}/2/block/init-debug.log",
@@ -206,6 +213,42 @@ def test_a_target_that_is_none(tmp_path: Path, text: str) -> None:
         pytest.raises(FailedPreconditionError, match=r"turboOCI layer sha256:.*(not a target|not a digest)"),
     ):
         unpacked(snapshotter, turbo_labels(), named=text)
+
+
+STORED = {oci.TURBO_TARGET_PLACE: oci.IN_CONTENT_STORE}
+
+
+def test_a_target_in_the_content_store(tmp_path: Path) -> None:
+    place = tmp_path / "store" / "blobs" / TARGETS[0].replace(":", "/")
+    with closing(open_snapshotter(tmp_path / "root", content_store=tmp_path / "store")) as snapshotter:
+        labels = turbo_labels() | STORED
+        del labels[LABEL_IMAGE_REF]  # an image of no registry
+        with pytest.raises(FailedPreconditionError, match=r"not in containerd's content store .*set contentStore"):
+            unpacked(snapshotter, labels)
+        snapshotter.remove("extract-0")
+        place.parent.mkdir(parents=True)
+        place.write_bytes(bytes(999))
+        with pytest.raises(FailedPreconditionError, match=r"another size .*got 999 bytes at .*, wanted 1000"):
+            unpacked(snapshotter, labels)
+        snapshotter.remove("extract-0")
+        place.write_bytes(bytes(1000))
+        config = config_of(unpacked(snapshotter, labels))
+        (lower,) = config.lowers
+        assert (lower.target_file, lower.target_digest, lower.target_size) == (str(place), "", 1000)
+        assert config.repo_blob_url == ""
+        (*_, above) = config_of(unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0])).lowers
+        assert (above.target_file, above.target_digest) == ("", TARGETS[1])
+
+
+def test_a_link_is_no_content(tmp_path: Path) -> None:
+    place = tmp_path / "store" / "blobs" / TARGETS[0].replace(":", "/")
+    place.parent.mkdir(parents=True)
+    place.symlink_to("/etc/passwd")
+    with (
+        closing(open_snapshotter(tmp_path / "root", content_store=tmp_path / "store")) as snapshotter,
+        pytest.raises(FailedPreconditionError, match="content store"),
+    ):
+        unpacked(snapshotter, turbo_labels() | STORED)
 
 
 def test_a_layer_without_the_metadata_of_those_below(snapshotter: Snapshotter) -> None:

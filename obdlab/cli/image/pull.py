@@ -37,8 +37,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--download-blobs",
         action="store_true",
-        help="fetch the blobs of overlaybd layers too: the image then runs without its registry, and other programs "
-        "can copy, save and push it",
+        help="fetch the blobs of overlaybd layers too, and the layers that turboOCI images read: the image then runs "
+        "without its registry, and other programs can copy, save and push an overlaybd image",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
     add_json_option(parser, "print what was pulled as JSON, in place of the summary")

@@ -32,7 +32,12 @@ class ContainerdSource(DownloadedSource):
     def __init__(self, address: str, namespace: str, image: str) -> None:
         self.name = f"containerd:{namespace}:{image}"
         self._image = image
+        self._place = _place(address, namespace)
         self._client = Containerd(address, namespace)
+
+    @property
+    def place(self) -> tuple[str, str] | None:
+        return self._place
 
     def close(self) -> None:
         self._client.close()
@@ -82,7 +87,7 @@ class ContainerdDestination(ImageDestination):
     def __init__(self, address: str, namespace: str, image: str) -> None:
         self.name = f"containerd:{namespace}:{image}"
         self._image = image
-        self._place = ("containerd", f"{address}#{namespace}")
+        self._place = _place(address, namespace)
         self._ended = ExitStack()
         client = Containerd(address, namespace)
         self._ended.callback(client.close)
@@ -139,6 +144,10 @@ class ContainerdDestination(ImageDestination):
         self._ended.close()
 
 
+def _place(address: str, namespace: str) -> tuple[str, str]:
+    return "containerd", f"{address}#{namespace}"
+
+
 def _nothing(digest: str) -> Iterator[bytes]:
     raise SourceError("containerd lost the blob meanwhile", blob=digest, temporary=True)
     yield b""
@@ -147,7 +156,7 @@ def _nothing(digest: str) -> Iterator[bytes]:
 def _references(document: oci.Manifest | oci.Index) -> dict[str, str]:
     if isinstance(document, oci.Index):
         return gclabels.of_index(entry.digest for entry in document.manifests)
-    return gclabels.of_manifest(document.config.digest, (layer.digest for layer in document.layers))
+    return gclabels.of_manifest(document)
 
 
 class _StoredBlob(Blob):

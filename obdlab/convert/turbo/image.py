@@ -11,7 +11,7 @@ from obdlab.convert.pipeline import ConvertedLayer
 from obdlab.convert.turbo.archive import write_turbo_blob
 from obdlab.convert.turbo.builder import TurboBuilder
 from obdlab.convert.workdir import work_directory
-from obdlab.errors import FormatError
+from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
 from obdlab.formats.turbofiles import GZIP_INDEX, TARGET_FILE, NamedTarget
 
@@ -84,7 +84,10 @@ def convert_to_turbo(
             builder.verify()
         stored = []
         for number, (group, (built, path)) in enumerate(zip(groups, finished, strict=True)):
-            if destination.place is None or destination.place != source.place:
+            if destination.place is not None and destination.place == source.place:
+                if not destination.has(group.layers[0]):  # asking keeps it where there is a garbage collector
+                    raise SourceError("layer is not there any more", blob=f"{source.name}@{group.layers[0].digest}")
+            else:
                 with progress.task(f"layer {number}: keep", group.layers[0].size) as task:
                     destination.put_file(group.layers[0], _whole_file(fetches[number].result(), path), task.advance)
             with progress.task(f"layer {number}: push", built.size) as task:
