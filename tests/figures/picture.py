@@ -8,7 +8,6 @@ import struct
 import zlib
 from pathlib import Path
 
-from obdlab.lab.run.summary import summarise
 from tests.figures.blocks import Row, of_peers
 from tests.figures.page import ROOT
 
@@ -45,7 +44,7 @@ def draw(path: Path = PATH) -> None:
 
     from obdlab.lab.show.figures import startup_figure
 
-    figure = startup_figure(summarise(rows()))
+    figure = startup_figure(rows())
     figure.savefig(path, dpi=100, metadata={_KEY: digest()})
     plt.close(figure)
 

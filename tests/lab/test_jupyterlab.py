@@ -177,7 +177,7 @@ def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stor
     capabilities.require("browser")
     root, work = tmp_path / "notebooks", tmp_path / "work"
     (root / "evaluation").mkdir(parents=True)
-    parameters = {"results": str(stored)}
+    parameters = {"results": str(stored), "measure": False}
     for name in ("evaluation/index.ipynb", "explorer.ipynb"):
         # What a reader types into the cell of parameters.
         papermill.execute_notebook(

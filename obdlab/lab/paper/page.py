@@ -41,7 +41,8 @@ def build_report(
         say(f"[{number}/{len(QUESTIONS)}] {asked.key}")
         notebook = (notebooks or folder("notebooks") / "evaluation") / f"{asked.key}.ipynb"
         executed = results.root / "notebooks" / notebook.name
-        run_notebook(notebook.resolve(), {"results": str(results.root.resolve())}, executed)
+        shown = {"results": str(results.root.resolve()), "measure": False}
+        run_notebook(notebook.resolve(), shown, executed)
         sections.append(
             f"<h2 id='{asked.key}'>{html.escape(asked.title)}</h2>\n{_body(executed)}\n{_links(results, asked)}"
         )

@@ -103,8 +103,7 @@ class Experiment:
         measured = 0
         if pending:
             paths = replace(self._paths, digests=digests_of(pins))
-            # On a terminal a bar, elsewhere a line per step.
-            with tqdm(total=len(pending), unit="cell", desc=self.spec.name, disable=None) as bar:
+            with _bar(len(pending), self.spec.name) as bar:
                 source = (
                     cluster.measure(self.spec, pending, paths)
                     if cluster
@@ -254,6 +253,13 @@ class Experiment:
         """Return the environments of :meth:`rows`."""
         used = {row["environment"] for row in self.rows()}
         return [value for key, value in self.store.environments().items() if key in used]
+
+
+# On a terminal and in a notebook's kernel a bar, elsewhere a line per step. JupyterLab shows standard error in red.
+def _bar(count: int, name: str) -> tqdm[Any]:
+    in_kernel = "ipykernel.kernelapp" in sys.modules
+    file, disable = (sys.stdout, False) if in_kernel else (sys.stderr, None)
+    return tqdm(total=count, unit="cell", desc=name, disable=disable, file=file, ncols=100 if in_kernel else None)
 
 
 def _say(text: str) -> None:

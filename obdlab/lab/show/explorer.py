@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from obdlab.command import command
@@ -20,8 +21,8 @@ from obdlab.lab.run.declaration import last_spec
 from obdlab.lab.run.rows import RowStore, last_attempts
 from obdlab.lab.run.spec import SpecError
 from obdlab.lab.run.summary import summarise, summary_records
+from obdlab.lab.show.dots import draw_samples
 from obdlab.lab.show.figures import draw_phases
-from obdlab.lab.show.plotparts import draw_distribution, pair
 from obdlab.lab.show.waterfall import waterfall
 from obdlab.lab.workbench import default_results, folder
 
@@ -165,12 +166,12 @@ class Explorer:
         """Draw the starts of a choice: each arm's distribution on the left, its median by phase on the right."""
         whole = self.starts.choose(**chosen)
         rows = self.starts.select(**whole)
-        figure, left, right = pair((1, 1))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.9), layout="constrained")
         totals = {
             arm: [float(row["total_s"]) for row in rows if row["arm"] == arm]
             for arm in self.starts.choices("arm", **whole)
         }
-        draw_distribution(left, totals, "from before the pull until ready", "seconds")
+        draw_samples(left, totals, "from before the pull until ready", "seconds")
         draw_phases(right, summarise(rows, self.starts.baseline), "medians with 95 % intervals, by phase")
         for label in right.get_xticklabels():
             label.set(rotation=12 if len(totals) > 3 else 0)
@@ -200,7 +201,6 @@ class Explorer:
 
     def show(self, arm: str = "", rank: int = 0, **chosen: Any) -> None:
         """Show distribution, table and one start in a notebook."""
-        import matplotlib.pyplot as plt
         from IPython import display
 
         from obdlab.lab.show.notebook import show_figure

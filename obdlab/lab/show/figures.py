@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 
 from obdlab.lab.paper.published import paper_values
-from obdlab.lab.run.rows import AA_SUFFIX
-from obdlab.lab.run.summary import PHASES, noise_floor
+from obdlab.lab.run.rows import AA_SUFFIX, one_per_attempt, told_apart
+from obdlab.lab.run.summary import PHASES, noise_floor, summarise
+from obdlab.lab.show.dots import draw_ratios
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,31 +17,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from obdlab.lab.run.rows import AA_SUFFIX
-from obdlab.lab.run.summary import Summary
+    from obdlab.lab.run.rows import Row
+    from obdlab.lab.run.summary import Summary
 
 DADI = "#3b6e8f"
 PHASE_COLOURS = {"pull_s": "#9db4c8", "create_s": "#e0c58f", "start_s": "#c98f5f", "ready_s": DADI}
 PHASE_LABELS = {"pull_s": "pull", "create_s": "create", "start_s": "start", "ready_s": "start to ready"}
-PAPER_PULL = "#c9c9c9"
-PAPER_LAUNCH = "#7d7d7d"
 
 
-def startup_figure(summaries: Sequence[Summary]) -> Figure:
-    """Draw one network's starts like figures 14 and 15 of the DADI paper, beside the paper's bars.
+def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
+    """Draw one network's starts: their seconds, and their ratios to the baseline beside those of the paper.
 
-    Left: medians measured here with 95 % confidence intervals, bars stacked by phase. Right: the paper's bars, from
-    other hardware and another image: compare the order and the ratios, not the seconds.
+    Left: medians with 95 % intervals, bars stacked by phase. Right: every start as a ratio to the baseline's median,
+    beside the ratios of figures 14 and 15 of the DADI paper, of other hardware and another image. Raises ValueError
+    for rows of several networks.
     """
+    summaries = summarise(rows, baseline)
     networks = {(summary.rate_mbit, summary.rtt_ms) for summary in summaries}
     if len(networks) != 1:
         raise ValueError(f"one network a figure (got {sorted(networks)})")
     rate_mbit, rtt_ms = networks.pop()
-    figure, axes = plt.subplots(2, 2, figsize=(11.5, 6.6), width_ratios=[1.25, 1], layout="constrained")
-    draw_phases(axes[0, 0], [s for s in summaries if s.start == "cold"], "cold start, measured here")
-    draw_phases(axes[1, 0], [s for s in summaries if s.start == "warm"], "warm start, measured here")
-    _paper_cold(axes[0, 1])
-    _paper_warm(axes[1, 1])
+    figure, axes = plt.subplots(2, 2, figsize=(11.5, 7.4), width_ratios=[1.1, 1], layout="constrained")
+    images = list(dict.fromkeys(summary.image for summary in summaries))
+    for place, (start, paper) in enumerate((("cold", _paper_cold()), ("warm", _paper_warm()))):
+        draw_phases(axes[place, 0], [s for s in summaries if s.start == start], f"{start} start: seconds, by phase")
+        totals = _totals(rows, start, [summary.arm for summary in summaries if summary.start == start], images)
+        title = f"{start} start: ratio to {baseline}, here and in the paper"
+        if len(images) == 1:
+            draw_ratios(axes[place, 1], totals, title, baseline=baseline, paper=paper)
+        else:  # each image has a baseline of its own; the paper has another image
+            own = {name: f"{name.partition(': ')[0]}: {baseline}" for name in totals}
+            draw_ratios(axes[place, 1], totals, title, baseline=baseline, baselines=own)
     figure.suptitle(
         f"Container start over {rate_mbit:g} Mbit/s, {rtt_ms:g} ms round trip", fontsize=13, x=0.01, ha="left"
     )
@@ -90,42 +97,40 @@ def _whiskers(axes: Axes, summaries: list[Summary]) -> None:
         axes.text(position, total.high + 0.03 * highest, text, ha="center", va="bottom", fontsize=8.5)
 
 
-def _paper_cold(axes: Axes) -> None:
-    axes.set_title("paper, figure 14: WordPress, cold (read off the plot)", loc="left", fontsize=10.5)
-    values = {value.series: float(value.y) for value in paper_values("Fig14")}
-    pull, launch = values["tgz+overlay2: image pull"], values["tgz+overlay2: app launch"]
-    bars = {
-        "tgz+\noverlay2": pull + launch,
-        "CRFS": values["CRFS: app launch"],
-        "pseudo-\nSlacker": values["pseudo-Slacker: app launch"],
-        "DADI\nregistry": values["DADI from Registry: app launch"],
-        "DADI\nP2P root": values["DADI from P2P Root: app launch"],
+def _label(image: str, arm: str, images: Sequence[str]) -> str:
+    return arm if len(images) == 1 else f"{image}: {arm}"
+
+
+# In the order of the arms.
+def _totals(rows: Sequence[Row], start: str, arms: Sequence[str], images: Sequence[str]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {
+        _label(image, arm, images): [] for image in images for arm in dict.fromkeys(arms)
     }
-    colours = [DADI if name.startswith("DADI") else PAPER_LAUNCH for name in bars]
-    axes.bar(range(len(bars)), list(bars.values()), 0.62, color=colours, label="launch")
-    axes.bar([0], [pull], 0.62, color=PAPER_PULL, label="pull")
-    for position, total in enumerate(bars.values()):
-        ratio = "" if position == 0 else f"\n×{total / (pull + launch):.2f}"
-        axes.text(position, total + 0.3, f"{total:.2f} s{ratio}", ha="center", va="bottom", fontsize=8.5)
-    axes.set_xticks(range(len(bars)), list(bars), fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False)
-    _plain(axes, max(bars.values()))
+    good = (row for row in told_apart(rows) if not row.get("error") and row["start"] == start)
+    for row in one_per_attempt(good):
+        found.setdefault(_label(str(row["image"]), str(row["arm"]), images), []).append(float(row["total_s"]))
+    return found
 
 
-def _paper_warm(axes: Axes) -> None:
-    axes.set_title("paper, figure 15: WordPress, warm (read off the plot)", loc="left", fontsize=10.5)
-    values = {(value.x, value.series): value.y for value in paper_values("Fig15")}
-    disks = ("NVMe SSD", "cloud disk")
-    series = {"overlay2": "#7d7d7d", "thin LVM (device mapper)": "#b0b0b0", "DADI": DADI}
-    for index, (name, colour) in enumerate(series.items()):
-        heights = [float(values[disk, name]) for disk in disks]
-        places = [group + (index - 1) * 0.27 for group in range(len(disks))]
-        axes.bar(places, heights, 0.25, color=colour, label=name)
-        for place, height in zip(places, heights, strict=True):
-            axes.text(place, height + 0.03, f"{height:.2f}", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(disks)), disks, fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
-    _plain(axes, 2.117)
+# The arms that a bar of the paper stands for; the others keep their names.
+def _paper_cold() -> dict[str, float]:
+    values = {value.series: float(value.y) for value in paper_values("Fig14")}
+    launches = {
+        "obdlab": "DADI from Registry",
+        "DADI, P2P root": "DADI from P2P Root",
+        "pseudo-Slacker": "pseudo-Slacker",
+        "CRFS": "CRFS",
+    }
+    base = values["tgz+overlay2: total"]
+    return {name: values[f"{series}: app launch"] / base for name, series in launches.items()}
+
+
+def _paper_warm() -> dict[str, float]:
+    values = {
+        value.series: float(value.y) for value in paper_values("Fig15") if value.x == "NVMe SSD" and value.unit == "s"
+    }
+    base = values["overlay2"]
+    return {"obdlab": values["DADI"] / base, "LVM": values["thin LVM (device mapper)"] / base}
 
 
 def _plain(axes: Axes, highest: float) -> None:

@@ -1,33 +1,88 @@
-"""The content of the evaluation's notebooks. Needs the ``lab`` extra."""
+"""Common parts of the evaluation's notebooks: measuring a question's experiments, showing all but its figure.
+
+The figure itself is drawn in the notebook, from the rows to the axes. Needs the ``lab`` extra.
+"""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import IPython.display
+import pandas as pd
 
+from obdlab.lab.kinds import KINDS
 from obdlab.lab.paper import ledger
 from obdlab.lab.paper.claims import CLAIMS
-from obdlab.lab.paper.plots import draw, is_empty
-from obdlab.lab.paper.questions import question
+from obdlab.lab.paper.published import paper_values
+from obdlab.lab.paper.questions import Run, question
 from obdlab.lab.paper.results import Results, busy
+from obdlab.lab.paper.running import run_all, specs
 from obdlab.lab.paper.tables import as_html, table
+from obdlab.lab.run.rows import flatten, one_per_attempt, told_apart
+from obdlab.lab.run.spec import SpecError
+from obdlab.lab.show import style
+from obdlab.lab.testbed.process import LabError
 from obdlab.lab.workbench import default_results
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.figure import Figure
 
+    from obdlab.lab.run.spec import Spec
+
 _ipython: Any = IPython.display  # untyped
+#: Parameters of the notebooks that are not the experiment's.
+_OWN = ("results", "measure")
+QUICK = "evaluation-quick"
 
 
 class Page:
-    """One question's page over the results below ``results`` (default: those of the quick evaluation)."""
+    """One question's page. ``given`` are the notebook's parameters, by name.
 
-    def __init__(self, key: str, results: str | Path = "") -> None:
+    ``results`` is the directory of results ("": results/evaluation-quick in the checkout). All others but ``measure``
+    change the question's first experiment, by the names of its axes, options and keys. All other values are
+    those of the declaration's quick mode. Raises SpecError for a name or value that the experiment does not have.
+    """
+
+    def __init__(self, key: str, given: Mapping[str, Any]) -> None:
         self.question = question(key)
-        self.results = Results(Path(results) if results else default_results() / "evaluation-quick")
+        root = given.get("results") or default_results() / QUICK
+        self.results = Results(Path(root).resolve())
+        self._measures = bool(given.get("measure", False))
+        changes = {name: value for name, value in given.items() if name not in _OWN}
+        first = self.question.runs[0]
+        self.specs = specs(self.question.runs, quick=True, changes={})
+        self.specs[first.name] = changed(self.specs[first.name], changes)
+
+    def measure(self) -> None:
+        """Measure the cells that have no row yet, if the notebook is to measure; a stopped run goes on.
+
+        Raises LabError if an experiment could not be run.
+        """
+        if not self._measures:
+            return
+        failed = run_all(self.specs, self.results, lambda text: print(text, flush=True))
+        if failed:
+            raise LabError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+
+    def rows(self, name: str = "", **where: Any) -> pd.DataFrame:
+        """Return the good rows of one of the question's experiments (default: the first), one for each sample.
+
+        Nested values have columns ``outer.inner``. The frame has all columns of the kind even without rows.
+        """
+        run = self._run(name)
+        found = one_per_attempt(told_apart(self.results.rows(run, **where)))
+        kind = KINDS[self.specs[run.name].kind]
+        columns = [*kind.axes, *(metric.key for metric in kind.metrics), "start", "repeat"]
+        if not found:
+            return pd.DataFrame(columns=columns)
+        # In the order of the declaration, not of measuring.
+        axes = self.specs[run.name].axes
+        order = {axis: {str(value): place for place, value in enumerate(values)} for axis, values in axes.items()}
+        found.sort(key=lambda row: [order[axis].get(str(row.get(axis)), len(order[axis])) for axis in order])
+        return pd.DataFrame([flatten(row) for row in found])
 
     def introduction(self) -> None:
         """Show the question, and the differences from the paper's set-up."""
@@ -35,14 +90,18 @@ class Page:
         figure = f"The paper's {asked.figure.replace('Fig', 'figure')}. " if asked.figure else ""
         _show(_ipython.Markdown(f"{figure}{asked.asks}\n\n*{asked.differs}*"))
 
-    def figure(self) -> None:
-        """Show the figure unless it is empty."""
+    def show(self, figure: Figure) -> None:
+        """Show a figure with its caption, and keep it for print in ``figures`` below the results; close it."""
         import matplotlib.pyplot as plt
 
-        # The notebook's heading already has the title.
-        figure = draw(self.question.key, self.results, titled=False)
-        if not is_empty(figure):
-            show_figure(figure, f"Figure: {self.question.title}")
+        if not style.is_empty(figure):
+            rows = [row for run in self.question.runs for row in self.results.rows(run)]
+            environments = [each for run in self.question.runs for each in self.results.environments(run)]
+            text = f"{self.question.title} {style.caption(rows, environments)}".strip()
+            stem = self.results.root / "figures" / self.question.key
+            picture = style.publish(figure, stem, text)
+            _show(_ipython.Image(picture, format="png", retina=True, alt=f"Figure: {self.question.title}"))
+            _show(_ipython.Markdown(f"*{text}*"))
         plt.close(figure)
 
     def table(self) -> None:
@@ -77,12 +136,19 @@ class Page:
         if lines:
             _show(_ipython.Markdown("\n".join(["**Where it was measured**", "", *lines])))
 
+    def _run(self, name: str) -> Run:
+        for run in self.question.runs:
+            if name in ("", run.name):
+                return run
+        known = ", ".join(run.name for run in self.question.runs)
+        raise SpecError(f"no such experiment of this question (got {name!r}, wanted one of {known})")
+
 
 class LedgerPage:
     """The whole ledger."""
 
     def __init__(self, results: str | Path = "") -> None:
-        self.results = Results(Path(results) if results else default_results() / "evaluation-quick")
+        self.results = Results(Path(results) if results else default_results() / QUICK)
 
     def table(self) -> None:
         """Show every claim with its verdict."""
@@ -98,11 +164,28 @@ class LedgerPage:
         )
 
 
+def changed(spec: Spec, values: Mapping[str, Any]) -> Spec:
+    """Return a spec with values by the plain names of axes, options and keys. Raises SpecError."""
+    kind = KINDS[spec.kind]
+    named = {}
+    for name, value in values.items():
+        table_name = "axes." if name in kind.axes else "options." if name in kind.options else ""
+        named[name if name in kind.short_keys else f"{table_name}{name}"] = value
+    return spec.with_values(**named)
+
+
+def published(figure: str) -> pd.DataFrame:
+    """Return the paper's numbers of one figure; ``y`` is NaN where the paper has words or a range."""
+    columns = ["series", "x", "y", "unit"]
+    frame = pd.DataFrame(
+        [[getattr(each, name) for name in columns] for each in paper_values(figure)], columns=columns
+    )
+    return frame.assign(y=pd.to_numeric(frame["y"], errors="coerce"))
+
+
 def show_figure(figure: Figure, alternative: str) -> None:
     """Show a figure sharp enough for print, with an alternative text."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=180, bbox_inches="tight")
-    _show(_ipython.Image(stream.getvalue(), format="png", retina=True, alt=alternative))
+    _show(_ipython.Image(style.as_png(figure), format="png", retina=True, alt=alternative))
 
 
 # The most important facts; environments.jsonl has all of them.

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from obdlab.command import command
 from obdlab.errors import FormatError
-from obdlab.lab.show.plotparts import plain
+from obdlab.lab.show.style import plain
 from obdlab.lab.workbench import folder
 
 if TYPE_CHECKING:

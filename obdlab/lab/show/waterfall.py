@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from obdlab.lab.run.summary import PHASES
 from obdlab.lab.show.figures import PHASE_COLOURS, PHASE_LABELS
-from obdlab.lab.show.plotparts import plain
+from obdlab.lab.show.style import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

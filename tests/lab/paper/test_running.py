@@ -75,7 +75,7 @@ def test_measured_once_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "all measured before" in said[3]
 
     executed = tmp_path / "index.ipynb"
-    shown = run_notebook(NOTEBOOKS / "index.ipynb", {"results": str(results)}, executed).read_text()
+    shown = run_notebook(NOTEBOOKS / "index.ipynb", {"results": str(results), "measure": False}, executed).read_text()
     assert "data:image/png" in shown
     assert "One core looks up more than 6 million" in shown
     assert f"{results.name}/index/rows.csv" in shown
