@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import inspect
+import io
 import os
 import pkgutil
 import random
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import zstandard
 
 import obdlab
 from obdlab.blob import (
@@ -51,6 +53,8 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.warp import WarpFile
 from obdlab.layers.zfile import open_zfile
+from obdlab.layers.zstdtarget import ZstdTarget
+from obdlab.layers.zstdwriter import ZstdIndexWriter
 from obdlab.localfile import LocalFile
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.link import Link
@@ -72,7 +76,7 @@ ELSEWHERE = {
     "obdlab.image.remote._Origin",
     "obdlab.server.tcmu.server.LostImage",
 }
-KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget
+KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | ZstdTarget
 
 
 class Bottom(MemoryBlob):
@@ -211,6 +215,15 @@ def gzip_target(_: Path, __: ExitStack) -> Case:
     return Case(GzipTarget(bottom, LocalFile(TURBO / "l2.gzip.meta")), content, bottom)
 
 
+def zstd_target(_: Path, __: ExitStack) -> Case:
+    frames = [CONTENT[at : at + 140_000] for at in range(0, len(CONTENT), 140_000)]
+    stored = b"".join(zstandard.ZstdCompressor(write_checksum=True).compress(each) for each in frames)
+    bottom = Bottom(stored)
+    writer = ZstdIndexWriter()
+    assert b"".join(writer.decompressed(io.BytesIO(stored))) == CONTENT
+    return Case(ZstdTarget(bottom, MemoryBlob(writer.to_bytes())), CONTENT, bottom)
+
+
 def cached(directory: Path, _: ExitStack) -> Case:
     bottom = Bottom(CONTENT)
     cache = BlockCache(directory / "cache", unit=4096, readahead_max=0)
@@ -293,6 +306,7 @@ CASES: list[Make] = [
     zfile,
     wrapped_zfile_in_a_tar,
     gzip_target,
+    zstd_target,
     cached,
     with_a_hash_tree,
     cached_with_a_hash_tree,

@@ -59,6 +59,8 @@ class ConvertOptions:
     turbo: tuple[str, ...] = ()
     #: Let layers of a turboOCI image have several gzip members; the original cannot read such an image.
     several_members: bool = False
+    #: Let layers of a turboOCI image be zstd-compressed; the original cannot read such an image.
+    zstd_layers: bool = False
     #: Database of earlier conversions, see :func:`obdlab.convert.database.open_database`; "" uses none.
     database: str = ""
     #: A base that is converted already; the image must be built on it.
@@ -77,6 +79,7 @@ class ConvertOptions:
                 "mount_options": self.mount_options,
                 **({"turbo": self.turbo} if self.turbo else {}),
                 **({"several_members": True} if self.turbo and self.several_members else {}),
+                **({"zstd_layers": True} if self.turbo and self.zstd_layers else {}),
                 **({"hash_trees": True} if self.hash_trees else {}),
             }
         )
@@ -204,6 +207,7 @@ def _convert_layers(
             progress,
             options.work_dir,
             several_members=options.several_members,
+            zstd=options.zstd_layers,
         )
     with work_directory(options.work_dir) as work_dir:
         stored = [] if below is None else below.store(destination, work_dir, progress)

@@ -16,15 +16,27 @@ from obdlab.formats.oci import check_digest
 MARKER = ".turbo.ociv1"
 #: The index of the target, if that is gzip-compressed.
 GZIP_INDEX = "gzip.meta"
+#: The index of the target, if that is zstd-compressed. The original knows no such targets.
+ZSTD_INDEX = "zstd.meta"
+#: Names of indexes, by the compression of the target.
+INDEXES = {"gzip": GZIP_INDEX, "zstd": ZSTD_INDEX}
 #: Names the target (:class:`NamedTarget`).
 TARGET_FILE = ".turbo.target"
 #: Bound on the file's size.
 MAX_TARGET_FILE = 128
 
 
-def meta_name(filesystem: str) -> str:
-    """Return the name of the file with the metadata of a file system ("ext4", "erofs")."""
-    return f"{filesystem}.fs.meta"
+def meta_name(filesystem: str, compression: str = "") -> str:
+    """Return the name of the file with the metadata of a file system ("ext4", "erofs").
+
+    The original reads zstd targets as if they were plain tars: it must not find metadata of these by its own name.
+    """
+    return f"{filesystem}.zstd.meta" if compression == "zstd" else f"{filesystem}.fs.meta"
+
+
+def filesystem_of(name: str) -> str:
+    """Return the file system of a file of metadata."""
+    return name.partition(".")[0]
 
 
 class NamedTarget(NamedTuple):

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SPILL = "/var/tmp"
 #: Opening remote layers mostly waits for round trips, so this many are opened at once.
 OPEN_THREADS = 32
 
@@ -333,7 +334,8 @@ def _open_lowers(
     call = Call(time.monotonic() + settings.open_deadline_s)
 
     begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
-    budget, spans = Budget(), SpanCache()
+    # Long zstd frames are decoded into the cache's file system, or into that of the usual temporary files.
+    budget, spans = Budget(), SpanCache(directory=str(settings.cache_dir) if settings.cache_dir.is_dir() else _SPILL)
     tops = _topmost(lowers, files)
     wanted = sorted(set(tops))
 

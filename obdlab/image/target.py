@@ -8,6 +8,7 @@ from obdlab.errors import FormatError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
 from obdlab.image.config import LowerConfig
 from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def open_target(
     blob, identity = _open_stored(lower, remote, around)
     try:
         blob = uncompressed_target(blob, lower.gzip_index, spans)
-        if remote is not None and not lower.target_file and isinstance(blob, GzipTarget):
+        if remote is not None and not lower.target_file and isinstance(blob, GzipTarget | ZstdTarget):
             blob = remote.cache_content(blob, lower.target_digest)
         return around("target", blob), identity
     except BaseException:
@@ -73,7 +74,7 @@ def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
     compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
     if compression and not gzip_index:
         raise FormatError(
-            "target of a turboOCI layer is compressed, and no gzip index is named",
+            "target of a turboOCI layer is compressed, and no index is named",
             blob=blob.name,
             got=compression,
             wanted="an uncompressed tar, or gzipIndex",
@@ -82,6 +83,8 @@ def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
         return blob
     index = LocalFile(gzip_index)
     try:
+        if compression == "zstd":
+            return ZstdTarget(blob, index, spans=spans)
         return GzipTarget(blob, index, spans=spans)
     except BaseException:
         index.close()

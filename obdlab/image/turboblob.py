@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats.tar import BLOCK, parse_member
-from obdlab.formats.turbofiles import GZIP_INDEX, MAX_TARGET_FILE, TARGET_FILE, NamedTarget, meta_name
+from obdlab.formats.turbofiles import (
+    INDEXES,
+    MAX_TARGET_FILE,
+    TARGET_FILE,
+    NamedTarget,
+    meta_name,
+)
 from obdlab.image.config import LowerConfig
 
 if TYPE_CHECKING:
@@ -20,7 +26,8 @@ if TYPE_CHECKING:
 
 #: File systems whose metadata a blob may have, in the order of preference: every kernel has the first.
 FILE_SYSTEMS = ("ext4", "erofs")
-_NAMES = (*map(meta_name, FILE_SYSTEMS), GZIP_INDEX, TARGET_FILE)
+_METAS = {name: [meta_name(name, compression) for compression in ("", "zstd")] for name in FILE_SYSTEMS}
+_NAMES = (*(file for files in _METAS.values() for file in files), *INDEXES.values(), TARGET_FILE)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
 _COPY = 1 << 20
@@ -106,7 +113,7 @@ class _Gunzipped:
 def file_system_of(places: Sequence[Path], name: str) -> str:
     """Return the file system whose metadata all blobs of an image have. Raises FormatError naming the image."""
     for file_system in FILE_SYSTEMS:
-        if all((place / meta_name(file_system)).is_file() for place in places):
+        if all(_file_in(place, _METAS[file_system]) for place in places):
             return file_system
     raise FormatError("turboOCI layers have no file system in common", blob=name, wanted=" or ".join(FILE_SYSTEMS))
 
@@ -116,14 +123,18 @@ def lower_of(layer: Descriptor, place: Path, file_system: str) -> LowerConfig:
 
     Raises FormatError if the blob names another target than the layer's annotation.
     """
-    index = place / GZIP_INDEX
+    index = _file_in(place, list(INDEXES.values()))
     named = _named_target(layer, place)
     return LowerConfig(
-        file=str(place / meta_name(file_system)),
+        file=str(_file_in(place, _METAS[file_system]) or place / meta_name(file_system)),
         target_digest=layer.turbo_target or "",
         target_size=0 if named is None else named.size,
-        gzip_index=str(index) if index.is_file() else "",
+        gzip_index=str(index or ""),
     )
+
+
+def _file_in(place: Path, names: Sequence[str]) -> Path | None:
+    return next((place / name for name in names if (place / name).is_file()), None)
 
 
 # Blobs of the original, and of earlier versions, name none.

@@ -23,11 +23,13 @@ _LONGEST_WAIT_S = 60.0
 class SpanCache:
     """The least recently used pieces are dropped. One piece is decoded by one thread; others wait for it.
 
-    Thread-safe. A piece larger than ``limit`` is not kept.
+    Thread-safe. A piece larger than ``limit`` is not kept. ``directory`` is for decoded content that is too long for
+    memory; "" is the usual one for temporary files.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, directory: str = "") -> None:
         self._limit = limit
+        self.directory = directory
         self._lock = threading.Lock()
         self._pieces: OrderedDict[Hashable, bytes] = OrderedDict()
         self._size = 0

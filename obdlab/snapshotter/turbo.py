@@ -21,17 +21,27 @@ from obdlab.formats.oci import (
     BLOB_DIGEST,
     DOCKER_LAYER,
     DOCKER_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD,
     FASTOCI_TARGET_DIGEST,
     FASTOCI_TARGET_MEDIA_TYPE,
     IN_CONTENT_STORE,
     OCI_LAYER,
     OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     TURBO_TARGET_DIGEST,
     TURBO_TARGET_MEDIA_TYPE,
     TURBO_TARGET_PLACE,
     is_digest,
 )
-from obdlab.formats.turbofiles import GZIP_INDEX, MARKER, MAX_TARGET_FILE, TARGET_FILE, NamedTarget, meta_name
+from obdlab.formats.turbofiles import (
+    INDEXES,
+    MARKER,
+    MAX_TARGET_FILE,
+    TARGET_FILE,
+    NamedTarget,
+    filesystem_of,
+    meta_name,
+)
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.overlaybd import (
@@ -49,6 +59,14 @@ if TYPE_CHECKING:
 
     from obdlab.registry.reference import Reference
 
+_COMPRESSIONS = {
+    OCI_LAYER: "",
+    DOCKER_LAYER: "",
+    OCI_LAYER_GZIP: "gzip",
+    DOCKER_LAYER_GZIP: "gzip",
+    OCI_LAYER_ZSTD: "zstd",
+    DOCKER_LAYER_ZSTD: "zstd",
+}
 _MODPROBE_S = 10.0
 _FILE_SYSTEMS = Path("/proc/filesystems")
 
@@ -59,8 +77,8 @@ class TurboLayer:
 
     digest: str
     target: str
-    #: The target is a gzip-compressed tar; else it is a plain one.
-    compressed: bool
+    #: "gzip" or "zstd" for a compressed target, "" for a plain tar.
+    compression: str
     #: The image whose repository has the target; None if only containerd's content store has it.
     reference: Reference | None
     #: The target is read from containerd's content store.
@@ -83,10 +101,10 @@ def turbo_layer(labels: Mapping[str, str]) -> TurboLayer:
         if not is_digest(value):
             raise InvalidArgumentError(f"label {label}: not a digest (got {value[:80]!r})")
     media_type = labels.get(TURBO_TARGET_MEDIA_TYPE) or labels.get(FASTOCI_TARGET_MEDIA_TYPE, "")
-    if media_type not in (OCI_LAYER, DOCKER_LAYER, OCI_LAYER_GZIP, DOCKER_LAYER_GZIP):
+    if media_type not in _COMPRESSIONS:
         raise FailedPreconditionError(
             f"turboOCI layer {digest}: the target's media type is not one that can be read in parts "
-            f"(got {media_type[:80]!r}, wanted a layer that is a tar or tar+gzip)"
+            f"(got {media_type[:80]!r}, wanted a layer that is a tar, tar+gzip or tar+zstd)"
         )
     reference = registry_reference(labels)
     stored = labels.get(TURBO_TARGET_PLACE) == IN_CONTENT_STORE
@@ -96,7 +114,7 @@ def turbo_layer(labels: Mapping[str, str]) -> TurboLayer:
             f"read the image's files from (wanted the label {LABEL_IMAGE_REF}; {command('image', 'pull', 'IMAGE')}, "
             "ctr rpull and the kubelet set it, ctr images pull does not)"
         )
-    return TurboLayer(digest, target, media_type in (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP), reference, stored)
+    return TurboLayer(digest, target, _COMPRESSIONS[media_type], reference, stored)
 
 
 def check_not_turbo(fs: Path, name: str) -> None:
@@ -123,15 +141,17 @@ def turbo_config(
     another target than the labels, and if a target should be in containerd's content store and is not.
     """
     fs = directory / "fs"
-    name = _meta_name(below, fs, options, labels_below, layer.digest)
+    name = _meta_name(below, fs, options, labels_below, layer)
     _check_file(fs, name, layer.digest)
-    if layer.compressed:
-        _check_file(fs, GZIP_INDEX, layer.digest)
-    elif os.path.lexists(fs / GZIP_INDEX):
-        raise FailedPreconditionError(
-            f"turboOCI layer {layer.digest}: label {TURBO_TARGET_MEDIA_TYPE} contradicts the blob (got the type of a "
-            f"plain tar, wanted that of a compressed one: the blob has {GZIP_INDEX})"
-        )
+    index = INDEXES.get(layer.compression, "")
+    if index:
+        _check_file(fs, index, layer.digest)
+    for other in INDEXES.values():
+        if other != index and os.path.lexists(fs / other):
+            raise FailedPreconditionError(
+                f"turboOCI layer {layer.digest}: label {TURBO_TARGET_MEDIA_TYPE} contradicts the blob (got the "
+                f"type of a layer with compression {layer.compression or 'none'!r}, but the blob has {other})"
+            )
     size = _checked_size(fs, layer, options)
     file = str(_stored_target(layer, size, options)) if layer.stored else ""
     lower = LowerConfig(
@@ -140,7 +160,7 @@ def turbo_config(
         target_file=file,
         target_digest="" if file else layer.target,
         target_size=size,
-        gzip_index=str(fs / GZIP_INDEX) if layer.compressed else "",
+        gzip_index=str(fs / index) if index else "",
     )
     url = blobs_url(layer.reference, options) if layer.reference else below.repo_blob_url if below else ""
     return extended(below, lower, directory, url)
@@ -153,20 +173,20 @@ def _target(labels: Mapping[str, str]) -> str:
 # All layers of a device change one file system: the nearest turboOCI layer below decides, or else, over ordinary
 # overlaybd layers, their label. A bottom layer takes the first configured one that it has and the kernel can mount.
 def _meta_name(
-    below: ImageConfig | None, fs: Path, options: ImageOptions, labels_below: Mapping[str, str], digest: str
+    below: ImageConfig | None, fs: Path, options: ImageOptions, labels_below: Mapping[str, str], layer: TurboLayer
 ) -> str:
     if below is not None:
         for lower in reversed(below.lowers):
             if lower.is_turbo:
-                return Path(lower.file).name
-        return meta_name(fs_spec(labels_below, options).fs_type)
+                return meta_name(filesystem_of(Path(lower.file).name), layer.compression)
+        return meta_name(fs_spec(labels_below, options).fs_type, layer.compression)
     for file_system in options.turbo_file_systems:
-        name = meta_name(file_system)
+        name = meta_name(file_system, layer.compression)
         if os.path.lexists(fs / name) and (file_system != "erofs" or _has_erofs()):
             return name
-    wanted = " or ".join(map(meta_name, options.turbo_file_systems))
+    wanted = " or ".join(meta_name(each, layer.compression) for each in options.turbo_file_systems)
     raise FailedPreconditionError(
-        f"turboOCI layer {digest}: has no metadata that can be mounted here (got {sorted(os.listdir(fs))[:5]}, "
+        f"turboOCI layer {layer.digest}: has no metadata that can be mounted here (got {sorted(os.listdir(fs))[:5]}, "
         f"wanted {wanted})"
     )
 

@@ -79,6 +79,9 @@ def compress(data: bytes, how: str) -> bytes:
         return gzip.compress(data, 6, mtime=0)
     if how == "zstd":
         return zstandard.ZstdCompressor().compress(data)
+    if how == "zstd frames":  # as zstd:chunked: small frames, and a table of contents in a skippable one
+        frames = b"".join(compress(data[at : at + 10_000], "zstd") for at in range(0, len(data), 10_000))
+        return frames + bytes.fromhex("502a4d1805000000") + b"table"
     return data
 
 
@@ -117,7 +120,7 @@ class Layout:
             "rootfs": {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]},
             "history": [{"created_by": f"layer {number}"} for number in range(len(tars))],
         }
-        suffix = {"gzip": "+gzip", "zstd": "+zstd", "plain": ""}
+        suffix = {"gzip": "+gzip", "zstd": "+zstd", "zstd frames": "+zstd", "plain": ""}
         layers = [
             self.add_blob(compress(tar, kind), LAYER + suffix[kind]) for tar, kind in zip(tars, kinds, strict=True)
         ]

@@ -7,11 +7,14 @@ import json
 import stat
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
@@ -36,6 +39,7 @@ from obdlab.formats import oci
 from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.gzipindex import HEADER_SIZE, WINDOW, IndexHeader, parse_table, parse_window, table_bytes
 from obdlab.formats.trace import PriorityList, Trace, content_of_layer
+from obdlab.image import turboblob
 from obdlab.image.config import ImageConfig
 from obdlab.image.turboblob import unpack
 from obdlab.layerfiles.diskimport import disk_size
@@ -47,6 +51,8 @@ from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.warp import WarpLayer
 from obdlab.layers.zfile import open_zfile
+from obdlab.layers.zstdtarget import ZstdTarget
+from obdlab.layers.zstdwriter import ZstdIndexWriter
 from obdlab.registry.auth import parse_challenges
 from obdlab.registry.credentials import Credentials, _service_credentials
 from obdlab.registry.mirrors import parse_hosts
@@ -147,6 +153,41 @@ def _gzip_target(data: bytes) -> None:
     read_all(GzipTarget(blob, MemoryBlob(index), spans=SpanCache(4 << 20)))
 
 
+def _zstd_seeds() -> list[bytes]:
+    text = _golden("turbooci/good.gzip.meta")
+    frames = [
+        zstandard.ZstdCompressor(write_checksum=sums).compress(text[at:]) for at, sums in ((0, True), (9, False))
+    ]
+    return [frames[0], frames[1] + bytes.fromhex("502a4d1803000000") + b"toc" + frames[0]]
+
+
+def _zstd_layer(data: bytes) -> None:
+    writer = ZstdIndexWriter(blob="layer")
+    size = 0
+    for piece in writer.decompressed(io.BytesIO(data)):
+        size += len(piece)
+        if size > 4 << 20:
+            return
+    read_all(ZstdTarget(MemoryBlob(data), MemoryBlob(writer.to_bytes()), spans=SpanCache(4 << 20)))
+
+
+def _zstd_index_seeds() -> list[bytes]:
+    writer = ZstdIndexWriter()
+    for _piece in writer.decompressed(io.BytesIO(_zstd_seeds()[1])):
+        pass
+    return [writer.to_bytes()]
+
+
+def _zstd_index(data: bytes) -> None:
+    if len(data) >= 40:  # else the CRC alone would tell
+        crc = zlib.crc32(data[40:], zlib.crc32(data[:32]))
+        data = data[:32] + crc.to_bytes(4, "little") + data[36:]
+    stored = _zstd_seeds()[1]
+    target = ZstdTarget(MemoryBlob(stored), MemoryBlob(data), spans=SpanCache(4 << 20))
+    for at in (0, target.size // 2, target.size - 1):
+        target.read_at(at, min(4096, target.size - at))
+
+
 def _turbo_blob(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) / "new"
@@ -155,7 +196,7 @@ def _turbo_blob(data: bytes) -> None:
         except ObdlabError:
             assert not place.exists()
             raise
-        assert {path.name for path in place.iterdir()} <= {"ext4.fs.meta", "erofs.fs.meta", "gzip.meta"}
+        assert {path.name for path in place.iterdir()} <= set(turboblob._NAMES)
 
 
 def _append_log(data: bytes) -> None:
@@ -543,6 +584,8 @@ TARGETS = {
     "warp": Target(_warp, _warp_seeds),
     "gzip-index": Target(_gzip_index, _gzip_index_seeds),
     "gzip-target": Target(_gzip_target, _goldens("turbooci/good.tar.gz")),
+    "zstd-layer": Target(_zstd_layer, _zstd_seeds),
+    "zstd-index": Target(_zstd_index, _zstd_index_seeds),
     "turbo-blob": Target(_turbo_blob, _turbo_blob_seeds),
     "stack": Target(_stack, _layer_seeds),
     "append-log": Target(_append_log, _goldens("lsmt/l1.index", "lsmt/l2.index", "lsmt/c1.index")),

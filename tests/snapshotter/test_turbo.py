@@ -140,7 +140,7 @@ def test_an_ordinary_overlaybd_layer_lies_on_it(snapshotter: Snapshotter, tmp_pa
 @pytest.mark.parametrize(
     ("labels", "error", "text"),
     [
-        ({oci.TURBO_TARGET_MEDIA_TYPE: oci.OCI_LAYER_ZSTD}, FailedPreconditionError, "media type .*zstd"),
+        ({oci.TURBO_TARGET_MEDIA_TYPE: f"{oci.OCI_LAYER}+xz"}, FailedPreconditionError, r"media type .*\+xz"),
         ({oci.TURBO_TARGET_MEDIA_TYPE: ""}, FailedPreconditionError, "media type"),
         ({oci.TURBO_TARGET_DIGEST: "sha256:../../etc"}, InvalidArgumentError, "target-digest"),
         ({oci.BLOB_DIGEST: ""}, InvalidArgumentError, "blob-digest"),
@@ -213,6 +213,22 @@ def test_a_target_that_is_none(tmp_path: Path, text: str) -> None:
         pytest.raises(FailedPreconditionError, match=r"turboOCI layer sha256:.*(not a target|not a digest)"),
     ):
         unpacked(snapshotter, turbo_labels(), named=text)
+
+
+def test_zstd_targets_have_metadata_by_other_names(snapshotter: Snapshotter) -> None:
+    zstd = turbo_labels(media_type=oci.OCI_LAYER_ZSTD)
+    with pytest.raises(FailedPreconditionError, match=r"no metadata that can be mounted here .*ext4\.zstd\.meta"):
+        unpacked(snapshotter, zstd, files=("ext4.fs.meta", "zstd.meta"))
+    snapshotter.remove("extract-0")
+    with pytest.raises(FailedPreconditionError, match=r"contradicts the blob .*'zstd', but the blob has gzip\.meta"):
+        unpacked(snapshotter, zstd, files=("ext4.zstd.meta", "zstd.meta", "gzip.meta"))
+    snapshotter.remove("extract-0")
+    first = unpacked(snapshotter, zstd, files=("ext4.zstd.meta", "zstd.meta"))
+    second = unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0], ("ext4.fs.meta", "gzip.meta"))
+    assert [(lower.file, lower.gzip_index) for lower in config_of(second).lowers] == [
+        (f"{first}/ext4.zstd.meta", f"{first}/zstd.meta"),
+        (f"{second}/ext4.fs.meta", f"{second}/gzip.meta"),
+    ]
 
 
 STORED = {oci.TURBO_TARGET_PLACE: oci.IN_CONTENT_STORE}

@@ -44,6 +44,11 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="turbo-oci: also of layers with several gzip members (eStargz, bgzip), which the original cannot read",
     )
+    parser.add_argument(
+        "--zstd-layers",
+        action="store_true",
+        help="turbo-oci: also of zstd layers, for obdlab alone: the original refuses to open the image",
+    )
     add_compression_options(parser)
     parser.add_argument(
         "--vsize-gib",
@@ -124,6 +129,7 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
         ),
         turbo=filesystems if args.form == _TURBO else (),
         several_members=args.several_members,
+        zstd_layers=args.zstd_layers,
         platform=None if args.platform == ALL else args.platform,
         referrer=args.referrer,
         docker=args.docker,
@@ -152,6 +158,8 @@ def check_conversion_options(args: argparse.Namespace) -> str | None:
         return "--fs both needs --as turbo-oci: a layer of another image has one file system"
     if args.form != _TURBO and args.several_members:
         return "--several-members needs --as turbo-oci: other conversions take such layers without it"
+    if args.form != _TURBO and args.zstd_layers:
+        return "--zstd-layers needs --as turbo-oci: other conversions take zstd layers without it"
     if args.form == _TURBO and args.flatten:
         return "--flatten is not possible with --as turbo-oci: each layer points into one of the source's"
     if args.form == _TURBO and args.mount_options:

@@ -51,6 +51,7 @@ example: an image from an archive, run by the snapshotter
     parser.add_argument(
         "--several-members", action="store_true", help="also of layers with several gzip members (eStargz, bgzip)"
     )
+    parser.add_argument("--zstd-layers", action="store_true", help="also of zstd layers")
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
     parser.add_argument("--snapshotter", default=os.environ.get("CONTAINERD_SNAPSHOTTER", "obdlab"))
     parser.add_argument("--no-unpack", action="store_true", help="only store the image")
@@ -102,6 +103,7 @@ def _convert(args: argparse.Namespace, address: str, namespace: str, source: str
     options = ConvertOptions(
         turbo=_FILE_SYSTEMS[args.fs],
         several_members=args.several_members,
+        zstd_layers=args.zstd_layers,
         platform=args.platform,
         work_dir=args.work_dir,
     )

@@ -19,15 +19,18 @@ from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
-from obdlab.formats.turbofiles import GZIP_INDEX, MARKER, meta_name
+from obdlab.formats.turbofiles import INDEXES, MARKER, meta_name
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.gzipwriter import GzipIndexWriter, SeveralMembersError
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack
 from obdlab.layers.targetdisk import TargetDisk
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.warp import WarpLayer
+from obdlab.layers.zstdtarget import ZstdTarget
+from obdlab.layers.zstdwriter import ZstdIndexWriter
 from obdlab.localfile import LocalFile
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.mkfs import make_filesystem
@@ -72,17 +75,25 @@ class TurboBuilder:
 
     A context manager. The same layers give the same bytes, on every machine and at any time. ``work_dir`` must be on
     a file system with sparse files. With ``several_members``, layers of several gzip members get an index that the
-    original refuses to read; without it they are refused.
+    original refuses to read; without it they are refused. ``zstd`` allows zstd layers, which the original refuses.
     """
 
     def __init__(
-        self, work_dir: Path, options: LayerOptions, filesystems: Sequence[str], *, several_members: bool = False
+        self,
+        work_dir: Path,
+        options: LayerOptions,
+        filesystems: Sequence[str],
+        *,
+        several_members: bool = False,
+        zstd: bool = False,
     ) -> None:
         self._several_members = several_members
+        self._zstd = zstd
         self._work_dir = work_dir
         self._options = options
         self._layers: dict[str, list[WarpLayer]] = {name: [] for name in filesystems}
         self._wanted = MemoryTree()
+        self._spans = SpanCache(directory=str(work_dir))
         self._opened = ExitStack()
         self._count = 0
 
@@ -103,22 +114,24 @@ class TurboBuilder:
         """
         begin = time.monotonic()
         number, self._count = self._count, self._count + 1
-        index = self._work_dir / f"{number:03d}.{GZIP_INDEX}"
-        target = self._opened.enter_context(self._target(file, name, index, diff_id, advance))
+        with file.as_blob() as blob:
+            compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
+        index = self._work_dir / f"{number:03d}.{INDEXES.get(compression, 'index')}"
+        target = self._opened.enter_context(self._target(file, compression, name, index, diff_id, advance))
         seconds = {"read": time.monotonic() - begin}
         files: dict[str, Path] = {}
         records = own_size = 0
         applied = ApplyStatistics()
         for filesystem, layers in self._layers.items():
             begin = time.monotonic()
-            meta = self._work_dir / f"{number:03d}.{meta_name(filesystem)}"
+            meta = self._work_dir / f"{number:03d}.{meta_name(filesystem, compression)}"
             tar = checked(_pieces(target), name, diff_id)  # what readers will see, through the index
             applied, committed = self._build(filesystem, layers, tar, name, meta)
             opened = open_layer(LocalFile(meta), kind=partial(WarpLayer, target))
             self._opened.callback(opened.file.close)
             assert isinstance(opened, WarpLayer)
             layers.append(opened)
-            files[meta_name(filesystem)] = meta
+            files[meta_name(filesystem, compression)] = meta
             records += committed[0]
             own_size += committed[1]
             seconds[filesystem] = time.monotonic() - begin
@@ -126,7 +139,7 @@ class TurboBuilder:
         marker.touch()
         files[MARKER] = marker
         if index.exists():
-            files[GZIP_INDEX] = index
+            files[INDEXES[compression]] = index
         return TurboFiles(files, applied, records, own_size, seconds)
 
     def verify(self) -> None:
@@ -144,23 +157,35 @@ class TurboBuilder:
                 )
 
     def _target(
-        self, file: VerifiedFile, name: str, index: Path, diff_id: str, advance: Callable[[int], None]
+        self,
+        file: VerifiedFile,
+        compression: str,
+        name: str,
+        index: Path,
+        diff_id: str,
+        advance: Callable[[int], None],
     ) -> Blob:
         # Returns the uncompressed tar of the layer, after reading all of the file once: for its index, and for the
         # files that it must read as.
-        with file.as_blob() as blob:
-            compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
         counted = _Counted(file, advance)
         if not compression:
             self._expect(iter(lambda: counted.read(_PIECE), b""), name, diff_id)
             return file.as_blob()
-        if compression != "gzip":
+        if compression == "zstd" and not self._zstd:
+            what = f"layer cannot be {_WAY_OUT}, or with --zstd-layers for obdlab alone"
+            raise FormatError(what, blob=name, got=compression, wanted="a tar or tar+gzip")
+        if compression not in INDEXES:
             raise FormatError(f"layer cannot be {_WAY_OUT}", blob=name, got=compression, wanted="a tar or tar+gzip")
         try:
+            if compression == "zstd":
+                frames = ZstdIndexWriter(blob=name)
+                self._expect(frames.decompressed(counted), name, diff_id)
+                index.write_bytes(frames.to_bytes())
+                return _with_index(ZstdTarget, file.as_blob(), LocalFile(index), self._spans)
             with index.open("xb") as sink:
                 writer = GzipIndexWriter(sink, blob=name, several=self._several_members)
                 self._expect(writer.decompressed(counted), name, diff_id)
-            return _with_index(file.as_blob(), LocalFile(index))
+            return _with_index(GzipTarget, file.as_blob(), LocalFile(index), self._spans)
         except SeveralMembersError as error:
             what = f"layer cannot be {_WAY_OUT}, or with --several-members ({error.what})"
             raise FormatError(what, blob=name) from error
@@ -204,9 +229,9 @@ class _Counted:
         return data
 
 
-def _with_index(compressed: Blob, index: Blob) -> Blob:
+def _with_index(kind: type[GzipTarget | ZstdTarget], compressed: Blob, index: Blob, spans: SpanCache) -> Blob:
     try:
-        return GzipTarget(compressed, index)
+        return kind(compressed, index, spans=spans)
     except BaseException:
         compressed.close()
         index.close()

@@ -13,10 +13,10 @@ from obdlab.convert.turbo.builder import TurboBuilder
 from obdlab.convert.workdir import work_directory
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
-from obdlab.formats.turbofiles import GZIP_INDEX, TARGET_FILE, NamedTarget
+from obdlab.formats.turbofiles import GZIP_INDEX, TARGET_FILE, ZSTD_INDEX, NamedTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from obdlab.convert.endpoints.endpoint import ImageDestination, ImageSource
@@ -39,13 +39,14 @@ def convert_to_turbo(
     parent: Path,
     *,
     several_members: bool = False,
+    zstd: bool = False,
 ) -> tuple[ConvertedLayer, ...]:
     """Build a turboOCI layer for each group, which must be one layer, and store them all once all are verified.
 
     Blobs are built in a directory below ``parent``; ``filesystems`` are those that each blob has. The ordinary layers
     must be at the destination, or it must be one that keeps blobs without a manifest, and then gets them.
-    ``several_members`` allows layers of several gzip members, whose index the original refuses to read. Raises
-    FormatError for an image that cannot be one, TurboVerificationError, and the errors of source and destination.
+    ``several_members`` allows layers of several gzip members, and ``zstd`` zstd layers: the original refuses both.
+    Raises FormatError for an image that cannot be one, TurboVerificationError, and the errors of both endpoints.
     """
     _check(source, destination, groups)
     with work_directory(parent) as work_dir, ExitStack() as ended:
@@ -62,7 +63,7 @@ def convert_to_turbo(
                 return source.fetch(layer, directory, task.advance)
 
         finished: list[tuple[BuiltLayer, Path]] = []
-        with TurboBuilder(work_dir, options, filesystems, several_members=several_members) as builder:
+        with TurboBuilder(work_dir, options, filesystems, several_members=several_members, zstd=zstd) as builder:
             for number, group in enumerate(groups):
                 for ahead in (number, number + 1):
                     if ahead < len(groups) and ahead not in fetches:
@@ -76,7 +77,7 @@ def convert_to_turbo(
                 named.write_bytes(NamedTarget(layer.digest, layer.size).to_bytes())
                 path = work_dir / f"{number:03d}.tar.gz"
                 blob = write_turbo_blob(path, {**made.files, TARGET_FILE: named})
-                target = TurboTarget(layer.digest, _media_type(layer, GZIP_INDEX in made.files), blob.diff_id)
+                target = TurboTarget(layer.digest, _media_type(layer, made.files), blob.diff_id)
                 built = BuiltLayer(
                     path, blob.digest, blob.size, made.records, made.own_size, made.applied, made.seconds, target
                 )
@@ -110,10 +111,13 @@ def _check(source: ImageSource, destination: ImageDestination, groups: Sequence[
 
 
 # The original names the type that it found, in the family of the type that the source's manifest names.
-def _media_type(layer: oci.Descriptor, gzip: bool) -> str:
-    if layer.media_type.startswith(_DOCKER):
-        return oci.DOCKER_LAYER_GZIP if gzip else oci.DOCKER_LAYER
-    return oci.OCI_LAYER_GZIP if gzip else oci.OCI_LAYER
+def _media_type(layer: oci.Descriptor, files: Mapping[str, Path]) -> str:
+    docker = layer.media_type.startswith(_DOCKER)
+    if ZSTD_INDEX in files:
+        return oci.DOCKER_LAYER_ZSTD if docker else oci.OCI_LAYER_ZSTD
+    if GZIP_INDEX in files:
+        return oci.DOCKER_LAYER_GZIP if docker else oci.OCI_LAYER_GZIP
+    return oci.DOCKER_LAYER if docker else oci.OCI_LAYER
 
 
 def _whole_file(file: VerifiedFile, beside: Path) -> Path:

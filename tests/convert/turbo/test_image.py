@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.convert.compare.listing import differences, list_volume
+from obdlab.convert.endpoints.disks import stored_disk
 from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions
@@ -23,6 +25,7 @@ from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import open_image
 from obdlab.registry.client import RegistryClient
+from obdlab.registry.platform import host_platform
 from obdlab.registry.reference import Reference
 from obdlab.settings.settings import Settings
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
@@ -82,6 +85,33 @@ def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, .
     for name in filesystems:
         with open_image(ImageConfig(lowers=tuple(lowers[name])), Settings()) as disk:
             assert differences(list_volume(volumes[name](disk)), listing_of(TARS)) == []
+
+
+@pytest.mark.parametrize("how", ["zstd", "zstd frames"])
+def test_zstd_layers_are_for_obdlab_alone(tmp_path: Path, how: str) -> None:
+    make_layout(tmp_path / "source", whole_image(), how=how)
+    source = f"oci:{tmp_path / 'source'}"
+    with pytest.raises(FormatError, match=r"without --as turbo-oci, or with --zstd-layers .*got zstd"):
+        convert(source, f"oci:{tmp_path / 'out'}:v1", turbo(tmp_path))
+    image = convert(source, f"oci:{tmp_path / 'out'}:v1", turbo(tmp_path, "ext4", "erofs", zstd_layers=True))
+    stored = ImageLayout(tmp_path / "out")
+    for number, layer in enumerate(image.manifest.layers):
+        names = unpacked(layer, stored, tmp_path / f"{number}")
+        # By the original's names there is nothing that it could read wrongly.
+        assert names == ["ext4.zstd.meta", "erofs.zstd.meta", ".turbo.ociv1", "zstd.meta", ".turbo.target"]
+        assert layer.annotations[oci.TURBO_TARGET_MEDIA_TYPE] == oci.OCI_LAYER_ZSTD
+    with stored_volume(f"oci:{tmp_path / 'out'}:v1") as volume:
+        assert differences(list_volume(volume), listing_of(TARS)) == []
+
+
+@contextmanager
+def stored_volume(name: str) -> Iterator[Ext4Volume]:
+    with (
+        closing(RegistryClient()) as client,
+        closing(open_source(name, client)) as source,
+        stored_disk(source, host_platform()) as disk,
+    ):
+        yield Ext4Volume(disk)
 
 
 def test_every_platform_and_the_same_bytes_each_time(tmp_path: Path) -> None:
