@@ -2,7 +2,8 @@
 
 The disk is a writable layer over the layers built so far, and ext4 is written to it in user space: no mount, no
 device, no privileges. The writable layer then holds the changed blocks, of files and of the file system itself.
-Committed and compressed it is the layer blob: LSMT in a ZFile in a tar. Every layer states the disk's size; the
+Committed and compressed it is the layer blob: LSMT in a ZFile in a tar, with the file system's metadata at its front
+(:mod:`obdlab.layers.front`). Every layer states the disk's size; the
 original writes 0 into all but the lowest, and reads either.
 """
 
@@ -28,21 +29,22 @@ from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import SourceError
 from obdlab.formats.zfile import DEFAULT_ALGORITHM, DEFAULT_BLOCK_SIZE
 from obdlab.layerfiles.writing import Packing, write_packed
-from obdlab.layers.commit import commit
+from obdlab.layers.front import commit_with_front
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import SparseUpper
 from obdlab.volumes.ext4.mkfs import INODE_RATIO, make_filesystem
 from obdlab.volumes.ext4.volume import Volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.layers.lsmt import Layer
+    from obdlab.layers.ordering import SectorRange
 
 #: Raised by each change that gives other bytes for the same layer and options.
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 GIB = 1 << 30
 # Pieces of the tar decompressed and hashed before they are applied.
 _TAR_AHEAD = 6
@@ -153,7 +155,7 @@ class LayerBuilder:
         begin = time.monotonic()
         try:
             SparseUpper.create(upper, self._options.virtual_size, uuid=uuid, parent_uuid=parent_uuid).close()
-            applied = self._apply(tars, upper)
+            applied, metadata = self._apply(tars, upper)
             written = _open_own(upper, read_only=True)
             self._lowers.append(written)
             small = written.data.allocated_size <= _SMALL
@@ -162,12 +164,15 @@ class LayerBuilder:
         seconds = {"apply": time.monotonic() - begin}
         try:
             compressors = self._small_compressors if small else self._compressors
-            compressing = compressors.submit(_compress, upper, target, self._options)
+            compressing = compressors.submit(_compress, upper, target, self._options, metadata)
         except BrokenProcessPool as error:
             raise _compressor_died(target) from error
         return PendingLayer(target, applied, seconds, compressing)
 
-    def _apply(self, tars: Iterable[tuple[str, Iterable[Buffer]]], upper: Path) -> ApplyStatistics:
+    def _apply(
+        self, tars: Iterable[tuple[str, Iterable[Buffer]]], upper: Path
+    ) -> tuple[ApplyStatistics, list[SectorRange]]:
+        # Also returns the sectors of the file system's metadata.
         lowers = Stack(self._lowers) if self._lowers else None
         total = ApplyStatistics()
         count = 0
@@ -181,10 +186,10 @@ class LayerBuilder:
                 total.members += applied.members
                 total.file_bytes += applied.file_bytes
                 total.whiteouts += applied.whiteouts
-            tree.finish()
+            metadata = tree.finish()
             if count > 1 and self._options.filesystem == "ext4":
                 _drop_free_blocks(disk)
-        return total
+        return total, metadata
 
     def _tree(self, disk: WritableBlob, *, fresh: bool) -> Ext4Tree | ErofsTree:
         if self._options.filesystem == "erofs":
@@ -253,14 +258,17 @@ class _Compressed:
     seconds: dict[str, float]
 
 
-def _compress(upper: Path, target: Path, options: LayerOptions) -> _Compressed:
+def _compress(upper: Path, target: Path, options: LayerOptions, metadata: Sequence[SectorRange]) -> _Compressed:
     # Runs in the compressing process.
     begin = time.monotonic()
     try:
         with _open_own(upper, read_only=True) as layer, target.open("xb", buffering=_BUFFER) as file:
             packing = Packing(options.algorithm, options.block_size, tar=True)
             committed, _ = write_packed(
-                file, packing, lambda sink: commit(layer, sink, uuid=layer.uuid), name=f"layer {target.stem}"
+                file,
+                packing,
+                lambda sink: commit_with_front(layer, sink, metadata, uuid=layer.uuid),
+                name=f"layer {target.stem}",
             )
         middle = time.monotonic()
         # Hashed afterwards, since the headers are rewritten at the end. The file is still in the page cache.

@@ -17,6 +17,7 @@ from obdlab.call import Call
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.metadata import stream_metadata
 from obdlab.image.target import open_target
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
@@ -216,8 +217,8 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
         blob = around("stack", image)
         if isinstance(image, WritableBlob) and not isinstance(blob, WritableBlob):
             raise TypeError(f"around a writable image: wanted a WritableBlob (got {type(blob).__name__})")
-        if traces and stack is not None:
-            _use_traces(config, settings, stack, remote, recording, image)
+        if traces and stack is not None and not _use_traces(config, settings, stack, remote, recording, image):
+            image.before_close += [stream.stop for stream in stream_metadata(stack.layers)]
         opened.pop_all()
         return blob
 
@@ -244,27 +245,30 @@ def _use_traces(
     remote: RemoteLayers | None,
     recording: Recording | None,
     image: Image | WritableImage,
-) -> None:
+) -> bool:
+    # Returns True if reads are recorded, or those of a recorded start are fetched ahead.
     if recording is not None:
         stack.watch(recording.recorder.around)
         recording.watch_lock(partial(stack.watch, None))
         image.before_close.append(recording.finish)
-        return
+        return True
     if remote is None:
-        return  # there is nothing to fetch
+        return False  # there is nothing to fetch
     if is_hot(stack.layers[-1]) and not settings.trace_path:
-        return  # a trace would fetch the same
+        return True  # a trace would fetch the same
     try:
         found = _trace_of(config, settings, remote, image)
     except ObdlabError as error:  # an image works without a trace
         TRACES_IGNORED.add()
         logger.warning("trace not replayed: %s", error)
-        return
-    if found is not None:
-        name, load = found
-        prefetch = start_replay(name, load, stack)
-        if prefetch is not None:
-            image.before_close.append(prefetch.stop)
+        return False
+    if found is None:
+        return False
+    name, load = found
+    prefetch = start_replay(name, load, stack)
+    if prefetch is not None:
+        image.before_close.append(prefetch.stop)
+    return prefetch is not None
 
 
 # Returns name and loader of the trace to replay.

@@ -31,16 +31,17 @@ class StreamAhead:
 
     Its threads end when all is cached, the blob is closed, or several tries in a row have failed; the image works on
     without. Readers of unexpected units (of other layers) come first. The last ``left`` bytes are left to a reader
-    that reads them at once, and fetched last.
+    that reads them at once, and fetched last. With ``stop``, only that many bytes from the beginning on are fetched.
     """
 
-    def __init__(self, name: str, blob: CachedBlob, *, left: int = 0) -> None:
+    def __init__(self, name: str, blob: CachedBlob, *, left: int = 0, stop: int | None = None) -> None:
         self.name = name
         self._blob = blob
         self._stopped = threading.Event()
-        self._units = units = -(-blob.size // blob.unit)
-        end = max(0, blob.size - left) // blob.unit if left else units
-        tail = min(_TAIL, blob.size // _TAIL_SHARE) // blob.unit if blob.size >= _LEAST_TAIL * _TAIL_SHARE else 0
+        size = blob.size if stop is None else min(stop, blob.size)
+        self._units = units = -(-size // blob.unit)
+        end = max(0, size - left) // blob.unit if left else units
+        tail = min(_TAIL, size // _TAIL_SHARE) // blob.unit if size >= _LEAST_TAIL * _TAIL_SHARE else 0
         begin = max(0, end - tail)
         # The thread of the first part continues with the units left over.
         parts = [(0, begin), *([(begin, end)] if tail else [])]

@@ -21,6 +21,7 @@ from obdlab.formats.zfile import Algorithm
 from obdlab.image.from_manifest import check_native
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
+from obdlab.layers.front import has_front
 from obdlab.layers.lsmt import LsmtLayer, open_layer
 from obdlab.layers.stack import Stack
 from obdlab.layers.zfile import ZFileReader
@@ -80,7 +81,7 @@ def order_layers(
 
 def _write(layer: LsmtLayer, first: Sequence[SectorRange], path: Path) -> None:
     def write(sink: Sink) -> None:
-        tag = layer.user_tag
+        tag = "" if first and has_front(layer) else layer.user_tag  # no longer true
         commit(layer, sink, uuid=layer.uuid, parent_uuid=layer.parent_uuid, user_tag=tag, first=first)
 
     with path.open("xb") as file:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.convert.tree.target import Xattr
+    from obdlab.layers.ordering import SectorRange
     from obdlab.volumes.erofs.volume import Inode
 
 
@@ -31,9 +32,10 @@ class ErofsTree:
         self._editor = Editor(disk, fresh=fresh)
         self._directories: dict[bytes, Directory] = {b"": self._editor.root}
 
-    def finish(self) -> None:
-        """Write all changes to the disk; the tree cannot be used after that."""
+    def finish(self) -> list[SectorRange]:
+        """Write all changes to the disk; return the sectors of the metadata. The tree cannot be used after that."""
         self._editor.finish()
+        return self._editor.metadata()
 
     def look(self, path: bytes) -> Seen | None:
         node = self._find(path)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.ordering import SectorRange
 
 #: Name and value of an extended attribute, as programs see it.
 Xattr = tuple[bytes, bytes]
@@ -128,9 +129,10 @@ class Ext4Tree:
         self._editor = Editor(disk)
         self._directories: dict[bytes, int] = {b"": ROOT_INO}
 
-    def finish(self) -> None:
-        """Write all changes to the disk; the tree cannot be used after that."""
+    def finish(self) -> list[SectorRange]:
+        """Write all changes to the disk; return the sectors of the metadata. The tree cannot be used after that."""
         self._editor.finish()
+        return self._editor.metadata()
 
     def look(self, path: bytes) -> Seen | None:
         number = self._find(path)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.ordering import SectorRange
     from obdlab.volumes.erofs.volume import Inode
 
 Pair = tuple[bytes, bytes]
@@ -320,6 +321,10 @@ class Editor:
                 self._patch(directory.number, **_attributes(directory))
         self._write_superblock()
         self._space.flush()
+
+    def metadata(self) -> list[SectorRange]:
+        """Return the sectors of inodes, directories and small ends of files that were written, in disk order."""
+        return self._space.metadata()
 
     def _loaded(self) -> list[Directory]:
         # Returns the directories in memory, each before its children.

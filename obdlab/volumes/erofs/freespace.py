@@ -7,11 +7,13 @@ import os
 from typing import TYPE_CHECKING, cast
 
 from obdlab.blob import Blob
+from obdlab.volumes.blockranges import sectors_of_blocks
 from obdlab.volumes.erofs.pack import BLOCK, SLOT
 
 if TYPE_CHECKING:
     from obdlab.blob import Buffer, WritableBlob
     from obdlab.call import Call
+    from obdlab.layers.ordering import SectorRange
     from obdlab.layers.targetdisk import TargetDisk
 
 # Metadata comes in runs of blocks, so that it lies together. The first run is small, as most layers are.
@@ -35,6 +37,7 @@ class Space(Blob):
         self._disk = disk
         self._blocks = min(disk.size // BLOCK, 0xFFFFFFFF)
         self._changed: dict[int, bytearray] = {}
+        self._written: set[int] = set()
         #: Free bytes at the end of partly filled blocks, by block.
         self._open: dict[int, int] = {}
         self._run = range(0)
@@ -143,7 +146,12 @@ class Space(Blob):
             run += block
         if run:
             self._disk.write_at(at, run)
+        self._written |= self._changed.keys()
         self._changed = {number: self._changed[number] for number in self._open if number in self._changed}
+
+    def metadata(self) -> list[SectorRange]:
+        """Return the sectors of the metadata that was flushed, and of the superblock, in the order of the disk."""
+        return sectors_of_blocks(self._written | {0}, BLOCK)
 
     def _write_data(self) -> None:
         if self._data:

@@ -9,6 +9,7 @@ import struct
 from typing import TYPE_CHECKING, cast
 
 from obdlab.errors import FormatError
+from obdlab.volumes.blockranges import sectors_of_blocks
 from obdlab.volumes.ext4 import directory
 from obdlab.volumes.ext4.allocator import Allocator
 from obdlab.volumes.ext4.layout import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from obdlab.blob import Buffer, WritableBlob
+    from obdlab.layers.ordering import SectorRange
     from obdlab.layers.targetdisk import TargetDisk
 
 INODE_SIZE = 256
@@ -105,6 +107,7 @@ class Changes(Volume):
             _loader(disk, self.block_size, [group.inode_bitmap for group in groups]), self.name,
         )  # fmt: skip
         self._dirty: set[int] = set()
+        self._written: set[int] = set()
         self._gathered = Gathered(disk)
 
     # -- content -----------------------------------------------------------------------------------------------------
@@ -208,6 +211,7 @@ class Changes(Volume):
         self.blocks.give_back(block, 1)
         self._cache.pop(block, None)
         self._dirty.discard(block)
+        self._written.discard(block)
 
     def free_tree(self, inode: Inode) -> None:
         """Free the blocks of an extent tree, not those it maps. Raises FormatError for a block map."""
@@ -266,11 +270,23 @@ class Changes(Volume):
         self._write_dirty()
         self._target.write_at(SUPER_OFFSET, self.superblock.with_free(self.blocks.left, self.inodes.left))
 
+    def metadata(self) -> list[SectorRange]:
+        """Return the sectors that were written of what mounting and walking reads, after :meth:`write_out`.
+
+        These are superblock, group descriptors, inode tables, directories, extent nodes and attributes, in the order
+        of the disk. Bitmaps are left out: only writing reads them.
+        """
+        first = self.superblock.first_data_block
+        descriptors = -(-len(self._groups) * self.superblock.desc_size // self.block_size)
+        bitmaps = {block for group in self._groups for block in (group.block_bitmap, group.inode_bitmap)}
+        return sectors_of_blocks((self._written | {*range(first + 1 + descriptors)}) - bitmaps, self.block_size)
+
     def _write_dirty(self) -> None:
         for block in sorted(self._dirty):
             self._gathered.write(block * self.block_size, self._cache[block])
         self._gathered.flush()
         self._recent.clear()
+        self._written |= self._dirty
         self._dirty.clear()
 
     def _group(self, number: int) -> Group:
