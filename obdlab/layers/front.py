@@ -42,14 +42,14 @@ def commit_with_front(layer: Layer, sink: Sink, metadata: Sequence[SectorRange],
 
 
 def has_front(layer: LsmtLayer) -> bool:
-    """Return True if the layer's commit message tells of a front."""
+    """Return True if the layer's commit message has the size of a front."""
     return _TAGGED.fullmatch(layer.user_tag.rstrip("\0")) is not None
 
 
 def front_of(layer: LsmtLayer, blob: Blob) -> int:
     """Return how many bytes of ``blob``, a blob below the layer's data, its front takes from the beginning on.
 
-    Returns 0 for a layer that tells of no front, or of one larger than its data or than :data:`MOST_FRONT`.
+    Returns 0 for a layer without a front, or if its size is larger than the layer's data or than :data:`MOST_FRONT`.
     """
     told = _TAGGED.fullmatch(layer.user_tag.rstrip("\0"))
     if told is None:

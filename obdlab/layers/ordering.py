@@ -62,6 +62,13 @@ def all_data_first(segments: Segments, ranges: Iterable[SectorRange]) -> Segment
     return Segments.concatenate([first, _without(segments, first)])
 
 
+def sectors_in_file(segments: Segments) -> list[SectorRange]:
+    """Return the sectors of the disk that have data, in the order of the data in the file."""
+    data = segments[~segments.zeroed]
+    data = data[np.argsort(data.moffset_sectors, kind="stable")]
+    return list(zip(data.offset_sectors.tolist(), data.end_sectors.tolist(), strict=True))
+
+
 def in_disk_order(segments: Segments) -> Segments:
     """Return the segments in the order of an index."""
     return segments[np.argsort(segments.offset_sectors, kind="stable")]

@@ -23,6 +23,7 @@ from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.front import has_front
 from obdlab.layers.lsmt import LsmtLayer, open_layer
+from obdlab.layers.ordering import sectors_in_file
 from obdlab.layers.stack import Stack
 from obdlab.layers.zfile import ZFileReader
 from obdlab.localfile import LocalFile
@@ -81,8 +82,11 @@ def order_layers(
 
 def _write(layer: LsmtLayer, first: Sequence[SectorRange], path: Path) -> None:
     def write(sink: Sink) -> None:
-        tag = "" if first and has_front(layer) else layer.user_tag  # no longer true
-        commit(layer, sink, uuid=layer.uuid, parent_uuid=layer.parent_uuid, user_tag=tag, first=first)
+        tag, order = layer.user_tag, first
+        if has_front(layer):
+            tag = "" if first else tag  # the front moves behind the trace's reads
+            order = [*first, *sectors_in_file(layer.index.segments())]
+        commit(layer, sink, uuid=layer.uuid, parent_uuid=layer.parent_uuid, user_tag=tag, first=order)
 
     with path.open("xb") as file:
         write_packed(file, _packing_of(layer), write, name=layer.name)

@@ -271,7 +271,7 @@ class Changes(Volume):
         self._target.write_at(SUPER_OFFSET, self.superblock.with_free(self.blocks.left, self.inodes.left))
 
     def metadata(self) -> list[SectorRange]:
-        """Return the sectors that were written of what mounting and walking reads, after :meth:`write_out`.
+        """Return the sectors that were written and that mounting and walking read, after :meth:`write_out`.
 
         These are superblock, group descriptors, inode tables, directories, extent nodes and attributes, in the order
         of the disk. Bitmaps are left out: only writing reads them.
