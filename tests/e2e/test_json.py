@@ -118,6 +118,9 @@ lab plan experiments/declared.toml --pilot experiments/measured/peers
 lab show quick
 lab list
 lab export quick rows.csv
+lab export experiments/quick.toml --to snakemake -o Snakefile
+lab bundle quick -o bundle.tar.gz
+lab unbundle bundle.tar.gz unbundled
 $ mkdir -p results/evaluation-quick
 lab report
 """

@@ -1,4 +1,4 @@
-"""``obdlab lab run|plan|resume|status|report|list|export``."""
+"""``obdlab lab run|plan|resume|status|report|list``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.jsonoutput import add_json_option, answer, print_json
-from obdlab.command import command
+from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -81,15 +80,6 @@ def declare_list(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.set_defaults(run=list_results, bounded=False)
     _add_json(parser)
-    _add_results(parser)
-
-
-def declare_export(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("name", help="name of its results directory")
-    parser.add_argument("file", type=Path, metavar="FILE.csv|FILE.jsonl|FILE.parquet")
-    add_json_option(parser)
-    parser.set_defaults(run=export, bounded=False)
     _add_results(parser)
 
 
@@ -264,18 +254,6 @@ def report(args: argparse.Namespace) -> int:
     else:
         print(*experiment.details(), sep="\n")
     return int(any(row.get("error") for row in experiment.rows()))
-
-
-def export(args: argparse.Namespace) -> int:
-    """Write the raw rows of a results directory to a file; its name gives the format."""
-    from obdlab.lab.run.rows import RowStore, write_rows
-
-    directory = _directory(args, args.name)
-    if not (directory / "rows.jsonl").is_file():
-        raise ObdlabError(f"{directory}: holds no rows (see: {command('lab', 'list')})")
-    count = write_rows(RowStore(directory).rows(), args.file)
-    answer(args, {"file": str(args.file), "rows": count}, f"{args.file}: {count} rows")
-    return 0
 
 
 def _directory(args: argparse.Namespace, name: str) -> Path:

@@ -1,0 +1,3 @@
+"""Handing experiments on: bundles for readers, workflows for clusters."""
+
+from __future__ import annotations
