@@ -39,6 +39,7 @@ from obdlab.contrib.traces_extra import transplant
 from obdlab.convert.endpoints import registryimages
 from obdlab.errors import ObdlabError, OutOfRangeError
 from obdlab.formats.oci import digest_of
+from obdlab.formats.tarsums import TarSums
 from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.open import Image, WritableImage
 from obdlab.layerfiles.writing import Packing, write_layer
@@ -47,7 +48,9 @@ from obdlab.layers.append import AppendUpper
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack, WritableStack
+from obdlab.layers.summedtar import SummedTar
 from obdlab.layers.targetdisk import TargetDisk
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.upper import SparseUpper
@@ -76,7 +79,7 @@ ELSEWHERE = {
     "obdlab.image.remote._Origin",
     "obdlab.server.tcmu.server.LostImage",
 }
-KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | ZstdTarget
+KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | SummedTar | ZstdTarget
 
 
 class Bottom(MemoryBlob):
@@ -224,6 +227,13 @@ def zstd_target(_: Path, __: ExitStack) -> Case:
     return Case(ZstdTarget(bottom, MemoryBlob(writer.to_bytes())), CONTENT, bottom)
 
 
+def summed_tar(directory: Path, _: ExitStack) -> Case:
+    bottom = Bottom(CONTENT)
+    sums = TarSums(64 << 10)
+    assert b"".join(sums.passing([CONTENT])) == CONTENT
+    return Case(SummedTar(bottom, MemoryBlob(sums.to_bytes()), SpanCache()), CONTENT, bottom)
+
+
 def cached(directory: Path, _: ExitStack) -> Case:
     bottom = Bottom(CONTENT)
     cache = BlockCache(directory / "cache", unit=4096, readahead_max=0)
@@ -307,6 +317,7 @@ CASES: list[Make] = [
     wrapped_zfile_in_a_tar,
     gzip_target,
     zstd_target,
+    summed_tar,
     cached,
     with_a_hash_tree,
     cached_with_a_hash_tree,

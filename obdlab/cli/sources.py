@@ -103,8 +103,9 @@ def _named_config(names: Sequence[str], args: argparse.Namespace) -> tuple[Image
 
 
 def _moved(lower: LowerConfig, before: Path, after: Path) -> LowerConfig:
-    file, index = (name.replace(str(before), str(after)) for name in (lower.file, lower.gzip_index))
-    return replace(lower, file=file, gzip_index=index)
+    names = (lower.file, lower.gzip_index, lower.tar_sums)
+    file, index, sums = (name.replace(str(before), str(after)) for name in names)
+    return replace(lower, file=file, gzip_index=index, tar_sums=sums)
 
 
 def made_config_path(run_dir: Path, device_id: str) -> Path:

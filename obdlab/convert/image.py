@@ -319,6 +319,7 @@ def _turbo_descriptor(layer: BuiltLayer, target: TurboTarget, options: ConvertOp
             oci.BLOB_SIZE: str(layer.size),
             oci.TURBO_TARGET_DIGEST: target.digest,
             oci.TURBO_TARGET_MEDIA_TYPE: target.media_type,
+            oci.TAR_SUMS: target.sums,
         },
     )
 

@@ -57,6 +57,8 @@ class LayerFacts:
     cached_verified: bool
     #: The root of the layer's hash tree, by which each unit that is read is checked; "" without a tree.
     hash_tree: str
+    #: The digest of a turboOCI layer's sums, by which reads of its target are checked; "" without sums.
+    tar_sums: str
     annotations: Mapping[str, str]
 
 
@@ -155,6 +157,7 @@ def _layer(source: ImageSource, layer: Descriptor, cached: Mapping[str, CacheEnt
         cached_size=(0 if entry is None else entry.cached_bytes) if keeps else None,
         cached_verified=entry is not None and entry.verified,
         hash_tree=layer.annotations.get(oci.HASH_TREE, "").partition(",")[0],
+        tar_sums=layer.annotations.get(oci.TAR_SUMS, ""),
         annotations=layer.annotations,
     )
 
@@ -197,7 +200,9 @@ def _not_verified(layers: tuple[LayerFacts, ...]) -> str:
     whole = sum(layer.cached_verified for layer in lazy)
     here = f"; {whole} of {len(lazy)} are here whole and matched their digest" if whole else ""
     trees = sum(bool(layer.hash_tree) for layer in lazy)
-    if trees == len(lazy):
+    if all(layer.tar_sums for layer in lazy):
+        return f"sums: each piece of a layer's target is checked when it is read{here}"
+    if all(layer.hash_tree or layer.tar_sums for layer in lazy):
         return f"hash trees: each unit of a layer is checked when it is read{here}"
     some = f"; {trees} of {len(lazy)} have hash trees, which check what is read" if trees else ""
     return f"not verified: layers are read in pieces, which their own CRCs check and no digest does{some}{here}"

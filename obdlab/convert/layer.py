@@ -77,11 +77,12 @@ class LayerOptions:
 
 @dataclass(frozen=True, slots=True)
 class TurboTarget:
-    """A turboOCI layer beside its blob: digest and media type of its target, and its own diff ID."""
+    """A turboOCI layer beside its blob: digest and media type of its target, its own diff ID, digest of its sums."""
 
     digest: str
     media_type: str
     diff_id: str
+    sums: str
 
 
 @dataclass(frozen=True, slots=True)

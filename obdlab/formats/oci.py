@@ -52,6 +52,8 @@ HOT_LAYER = "containerd.io/snapshot/obdlab/hot-layer"
 HASH_TREE = "containerd.io/snapshot/obdlab/hash-tree"
 #: The label of an image's topmost snapshot that names a trace in its repository: "digest,size".
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
+#: Annotation with the digest of a turboOCI layer's file of sums, by which reads of its target are checked.
+TAR_SUMS = "containerd.io/snapshot/obdlab/tar-sums"
 #: Label, set by clients alone: "content-store" for a turboOCI layer whose target is in containerd's content store.
 TURBO_TARGET_PLACE = "containerd.io/snapshot/obdlab/turbo-target-place"
 IN_CONTENT_STORE = "content-store"

@@ -22,7 +22,9 @@ ZSTD_INDEX = "zstd.meta"
 INDEXES = {"gzip": GZIP_INDEX, "zstd": ZSTD_INDEX}
 #: Names the target (:class:`NamedTarget`).
 TARGET_FILE = ".turbo.target"
-#: Bound on the file's size.
+#: Digests of the pieces of the target's content (:mod:`obdlab.formats.tarsums`). The original ignores the file.
+SUMS_FILE = "tar.sums"
+#: Bound on the size of the file that names the target.
 MAX_TARGET_FILE = 128
 
 

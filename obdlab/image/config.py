@@ -53,6 +53,8 @@ class LowerConfig:
     hash_tree: str = ""
     #: Size of the target as stored, 0 if it is not known. As ``hot``, not a key of the original.
     target_size: int = 0
+    #: The file with the sums of the target's content (:mod:`obdlab.formats.tarsums`). As ``hot``.
+    tar_sums: str = ""
 
     @property
     def is_turbo(self) -> bool:
@@ -81,6 +83,7 @@ class LowerConfig:
             "targetFile": self.target_file,
             "targetDigest": self.target_digest,
             "targetSize": self.target_size,
+            "tarSums": self.tar_sums,
             "size": self.size,
             "dir": self.dir,
             "hot": self.hot,
@@ -212,6 +215,7 @@ def _lower(table: Table) -> LowerConfig:
         target_file=table.get("targetFile", str, ""),
         target_digest=table.get("targetDigest", str, ""),
         target_size=table.number("targetSize", 0, least=0, most=_MAX_SIZE),
+        tar_sums=table.get("tarSums", str, ""),
         hot=table.get("hot", bool, False),
         hash_tree=table.get("hashTree", str, ""),
     )

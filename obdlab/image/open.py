@@ -32,7 +32,7 @@ from obdlab.layers.upper import open_upper
 from obdlab.layers.warp import WarpLayer
 from obdlab.localfile import LocalFile
 from obdlab.settings.original import at_launch
-from obdlab.settings.settings import Settings
+from obdlab.settings.settings import VERIFY_OFF, Settings
 from obdlab.traces.hotlayer import is_hot, stream_if_begins_hot, stream_if_hot, stream_whole
 from obdlab.traces.recording import Recording, RecordingError, wants_recording
 from obdlab.traces.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
@@ -357,7 +357,9 @@ def _open_lowers(
             with ExitStack() as unused:
                 kind: Kind = LsmtLayer
                 if lower.is_turbo:
-                    target, of_target = open_target(lower, remote, around, spans)
+                    target, of_target = open_target(
+                        lower, remote, around, spans, verify=settings.verify != VERIFY_OFF
+                    )
                     unused.enter_context(target)
                     kind = partial(WarpLayer, target)
                 if file:
@@ -416,7 +418,7 @@ def _topmost(lowers: Sequence[LowerConfig], files: Sequence[str | None]) -> list
             keys.append(number)
             continue
         stored = (found.st_dev, found.st_ino) if found is not None else lower.digest or number
-        keys.append((stored, lower.target_file, lower.target_digest, lower.gzip_index))
+        keys.append((stored, lower.target_file, lower.target_digest, lower.gzip_index, lower.tar_sums))
     last = {key: number for number, key in enumerate(keys)}
     return [last[key] for key in keys]
 

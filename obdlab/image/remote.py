@@ -96,20 +96,22 @@ class RemoteLayers:
         self._layers = 0
         self._layer_blobs: list[CachedBlob] = []
 
-    def open_layer(self, lower: LowerConfig) -> Blob:
+    def open_layer(self, lower: LowerConfig, *, checked_above: bool = False) -> Blob:
         """Return the blob of a layer, each unit checked by the layer's hash tree if the settings allow that.
 
-        Raises UncheckedLayerError if the settings require a tree and the layer has no tree, and as :meth:`open` does.
+        With ``checked_above`` the caller checks what it reads, by other digests. Raises UncheckedLayerError if the
+        settings require a tree and the layer has no tree, and as :meth:`open` does.
         """
         tree = TreeReference.parse(lower.hash_tree, f"hash tree of {lower.digest}") if lower.hash_tree else None
-        if tree is None and self._settings.verify == VERIFY_REQUIRE:
+        if tree is None and not checked_above and self._settings.verify == VERIFY_REQUIRE:
             raise UncheckedLayerError(
                 f"{self._repository}@{lower.digest}: no hash tree in the image's manifest, and the settings require "
-                f"one (verify: {VERIFY_REQUIRE}); add it: {command('image', 'protect', 'IMAGE')}"
+                f"one (verify: {VERIFY_REQUIRE}); add it: {command('image', 'protect', 'IMAGE')}, or convert a "
+                "turboOCI image again"
             )
         if self._settings.verify == VERIFY_OFF:
             tree = None
-        LAZY_LAYERS.add(label="unchecked" if tree is None else "checked")
+        LAZY_LAYERS.add(label="checked" if tree is not None or checked_above else "unchecked")
         return self.open(lower.digest, lower.size, tree)
 
     def open(self, digest: str, size: int, tree: TreeReference | None = None) -> Blob:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.errors import FormatError
+from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
+from obdlab.formats.gzipmember import MAX_HEADER
+from obdlab.formats.zstdindex import MAGIC as ZSTD_MAGIC
 from obdlab.image.config import LowerConfig
 from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.summedtar import SummedTar
 from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.localfile import LocalFile
 
@@ -18,34 +21,58 @@ if TYPE_CHECKING:
 
 
 def open_target(
-    lower: LowerConfig, remote: RemoteLayers | None, around: Around, spans: SpanCache
+    lower: LowerConfig,
+    remote: RemoteLayers | None,
+    around: Around,
+    spans: SpanCache,
+    *,
+    verify: bool = True,
 ) -> tuple[Blob, str]:
     """Return the uncompressed tar of a lower's target, and the identity of the target.
 
     The target is the local ``target_file``, or else the blob ``target_digest`` of the image's repository, which
-    ``remote`` opens. Decompressed spans are kept in ``spans``. ``around`` gets the joints "origin" (of a local file)
+    ``remote`` opens. Decompressed spans are kept in ``spans``. With ``verify`` content is checked by the lower's file
+    of sums, if it names one. ``around`` gets the joints "origin" (of a local file)
     and "target". Raises FormatError if the target does not fit the lower's gzip index, or is compressed and the lower
     names no index; SourceError if a file or the registry cannot be read.
     """
     if not lower.target_file and not lower.target_digest:
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
-    blob, identity = _open_stored(lower, remote, around)
+    blob, identity = _open_stored(lower, remote, around, checked=verify and bool(lower.tar_sums))
     try:
         blob = uncompressed_target(blob, lower.gzip_index, spans)
         if remote is not None and not lower.target_file and isinstance(blob, GzipTarget | ZstdTarget):
             blob = remote.cache_content(blob, lower.target_digest)
+        if verify:
+            blob = summed(blob, lower, spans)
         return around("target", blob), identity
     except BaseException:
         blob.close()
         raise
 
 
-def _open_stored(lower: LowerConfig, remote: RemoteLayers | None, around: Around) -> tuple[Blob, str]:
+def summed(tar: Blob, lower: LowerConfig, spans: SpanCache) -> Blob:
+    """Return the content of a target, checked by the lower's file of sums; unchanged if the lower names none.
+
+    The tar then belongs to the result, unless this raises: FormatError or SourceError.
+    """
+    if not lower.tar_sums:
+        return tar
+    sums = LocalFile(lower.tar_sums)
+    try:
+        return SummedTar(tar, sums, spans)
+    except BaseException:
+        sums.close()
+        raise
+
+
+def _open_stored(
+    lower: LowerConfig, remote: RemoteLayers | None, around: Around, *, checked: bool
+) -> tuple[Blob, str]:
     if not lower.target_file:
         assert remote is not None
-        # Without a hash tree: settings that require one refuse it.
         stored = LowerConfig(digest=lower.target_digest, size=lower.target_size)
-        return remote.open_layer(stored), lower.target_digest
+        return remote.open_layer(stored, checked_above=checked), lower.target_digest
     file = LocalFile(lower.target_file)
     try:
         check_target_size(file, lower)
@@ -69,23 +96,32 @@ def check_target_size(stored: Blob, lower: LowerConfig) -> None:
 def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
     """Return the content of a target's ``blob``, by the index file ``gzip_index`` if it is not empty.
 
-    The blob then belongs to the result, unless this raises: FormatError, CorruptBlobError or SourceError.
+    If the beginning of the blob is wrong, it is read once more past caches and mirrors. The blob then belongs to the
+    result, unless this raises: FormatError, CorruptBlobError or SourceError.
     """
-    compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
-    if compression and not gzip_index:
-        raise FormatError(
-            "target of a turboOCI layer is compressed, and no index is named",
-            blob=blob.name,
-            got=compression,
-            wanted="an uncompressed tar, or gzipIndex",
-        )
-    if not gzip_index:
-        return blob
-    index = LocalFile(gzip_index)
     try:
-        if compression == "zstd":
-            return ZstdTarget(blob, index, spans=spans)
-        return GzipTarget(blob, index, spans=spans)
+        return _decoded(blob, gzip_index, spans)
+    except (FormatError, CorruptBlobError):
+        blob.evict(0, min(MAX_HEADER, blob.size))
+    return _decoded(blob, gzip_index, spans)
+
+
+def _decoded(blob: Blob, name: str, spans: SpanCache) -> Blob:
+    if not name:
+        compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
+        if compression:
+            raise FormatError(
+                "target of a turboOCI layer is compressed, and no index is named",
+                blob=blob.name,
+                got=compression,
+                wanted="an uncompressed tar, or gzipIndex",
+            )
+        return blob
+    index = LocalFile(name)
+    try:
+        # The index decides: it is of the image's manifest, the first bytes of the target may be anybody's.
+        is_zstd = index.read_at(0, min(len(ZSTD_MAGIC), index.size)) == ZSTD_MAGIC
+        return (ZstdTarget if is_zstd else GzipTarget)(blob, index, spans=spans)
     except BaseException:
         index.close()
         raise

@@ -12,6 +12,7 @@ from obdlab.formats.tar import BLOCK, parse_member
 from obdlab.formats.turbofiles import (
     INDEXES,
     MAX_TARGET_FILE,
+    SUMS_FILE,
     TARGET_FILE,
     NamedTarget,
     meta_name,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 #: File systems whose metadata a blob may have, in the order of preference: every kernel has the first.
 FILE_SYSTEMS = ("ext4", "erofs")
 _METAS = {name: [meta_name(name, compression) for compression in ("", "zstd")] for name in FILE_SYSTEMS}
-_NAMES = (*(file for files in _METAS.values() for file in files), *INDEXES.values(), TARGET_FILE)
+_NAMES = (*(file for files in _METAS.values() for file in files), *INDEXES.values(), TARGET_FILE, SUMS_FILE)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
 _COPY = 1 << 20
@@ -130,6 +131,7 @@ def lower_of(layer: Descriptor, place: Path, file_system: str) -> LowerConfig:
         target_digest=layer.turbo_target or "",
         target_size=0 if named is None else named.size,
         gzip_index=str(index or ""),
+        tar_sums=str(_file_in(place, [SUMS_FILE]) or ""),
     )
 
 

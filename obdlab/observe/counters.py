@@ -87,13 +87,13 @@ MISS_TIMES = Histogram("miss_seconds")
 #: Failed stores into the block cache.
 STORE_FAILURES = Counter("cache_store_failures")
 #: By the place of detection: "cache" (a unit on disk), "zfile" (a block or index), "tree" (a unit or the hash tree),
-#: "digest" (a whole blob).
+#: "target" (a piece of a turboOCI layer's target), "digest" (a whole blob).
 CHECKSUM_FAILURES = Counter("checksum_failures")
 DECOMPRESSION_FAILURES = Counter("decompression_failures")
 #: Damage that was replaced by sound bytes, by the place of detection.
 CORRUPTIONS_HEALED = Counter("corruptions_healed")
 
-#: Layers opened to be read from a registry: "checked" by a hash tree, or "unchecked".
+#: Layers opened to be read from a registry: "checked" by a hash tree or sums, or "unchecked".
 LAZY_LAYERS = Counter("lazy_layers")
 
 REGISTRY_ANSWERED = Moment("registry_answered")

@@ -37,6 +37,7 @@ from obdlab.formats.turbofiles import (
     INDEXES,
     MARKER,
     MAX_TARGET_FILE,
+    SUMS_FILE,
     TARGET_FILE,
     NamedTarget,
     filesystem_of,
@@ -152,6 +153,9 @@ def turbo_config(
                 f"turboOCI layer {layer.digest}: label {TURBO_TARGET_MEDIA_TYPE} contradicts the blob (got the "
                 f"type of a layer with compression {layer.compression or 'none'!r}, but the blob has {other})"
             )
+    has_sums = os.path.lexists(fs / SUMS_FILE)
+    if has_sums:
+        _check_file(fs, SUMS_FILE, layer.digest)
     size = _checked_size(fs, layer, options)
     file = str(_stored_target(layer, size, options)) if layer.stored else ""
     lower = LowerConfig(
@@ -161,6 +165,7 @@ def turbo_config(
         target_digest="" if file else layer.target,
         target_size=size,
         gzip_index=str(fs / index) if index else "",
+        tar_sums=str(fs / SUMS_FILE) if has_sums else "",
     )
     url = blobs_url(layer.reference, options) if layer.reference else below.repo_blob_url if below else ""
     return extended(below, lower, directory, url)

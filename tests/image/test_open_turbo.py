@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "meta-missing": ({"file": "/nowhere/ext4.fs.meta"}, r"no layer there \(/nowhere/ext4\.fs\.meta\)"),
     "index-not-named": (
-        {"target_file": str(TURBO / "good.tar.gz")}, r"good\.tar\.gz: .*no gzip index is named \(got gzip, wanted an"
+        {"target_file": str(TURBO / "good.tar.gz")}, r"good\.tar\.gz: .*no index is named \(got gzip, wanted an"
     ),
     "index-without-target": (
         {"target_file": "", "gzip_index": str(TURBO / "good.gzip.meta")}, "gzip index without a target"

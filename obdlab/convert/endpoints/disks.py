@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import SourceError
 from obdlab.image.from_manifest import stored_config
 from obdlab.image.open import stacked_lowers
-from obdlab.image.target import check_target_size, uncompressed_target
+from obdlab.image.target import check_target_size, summed, uncompressed_target
 from obdlab.image.turboblob import unpack
 from obdlab.layers.budget import Budget
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -67,6 +67,8 @@ def open_layers(
                 stored = unused.enter_context(open_blob(target_of(source, lower)))
                 check_target_size(stored, lower)
                 target = uncompressed_target(stored, lower.gzip_index, spans)
+                unused.callback(target.close)
+                target = summed(target, lower, spans)
                 unused.callback(target.close)
                 kind = partial(WarpLayer, target)
             blob = unused.enter_context(LocalFile(lower.file) if lower.is_turbo else open_blob(descriptor))

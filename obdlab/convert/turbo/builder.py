@@ -19,7 +19,8 @@ from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
-from obdlab.formats.turbofiles import INDEXES, MARKER, meta_name
+from obdlab.formats.tarsums import PIECE_OF_COMPRESSED, PIECE_OF_PLAIN, TarSums
+from obdlab.formats.turbofiles import INDEXES, MARKER, SUMS_FILE, meta_name
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.gzipwriter import GzipIndexWriter, SeveralMembersError
@@ -117,7 +118,8 @@ class TurboBuilder:
         with file.as_blob() as blob:
             compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
         index = self._work_dir / f"{number:03d}.{INDEXES.get(compression, 'index')}"
-        target = self._opened.enter_context(self._target(file, compression, name, index, diff_id, advance))
+        sums = TarSums(PIECE_OF_COMPRESSED if compression else PIECE_OF_PLAIN)
+        target = self._opened.enter_context(self._target(file, compression, name, index, diff_id, sums, advance))
         seconds = {"read": time.monotonic() - begin}
         files: dict[str, Path] = {}
         records = own_size = 0
@@ -140,6 +142,8 @@ class TurboBuilder:
         files[MARKER] = marker
         if index.exists():
             files[INDEXES[compression]] = index
+        files[SUMS_FILE] = self._work_dir / f"{number:03d}.{SUMS_FILE}"
+        files[SUMS_FILE].write_bytes(sums.to_bytes())
         return TurboFiles(files, applied, records, own_size, seconds)
 
     def verify(self) -> None:
@@ -163,13 +167,14 @@ class TurboBuilder:
         name: str,
         index: Path,
         diff_id: str,
+        sums: TarSums,
         advance: Callable[[int], None],
     ) -> Blob:
         # Returns the uncompressed tar of the layer, after reading all of the file once: for its index, and for the
         # files that it must read as.
         counted = _Counted(file, advance)
         if not compression:
-            self._expect(iter(lambda: counted.read(_PIECE), b""), name, diff_id)
+            self._expect(sums.passing(iter(lambda: counted.read(_PIECE), b"")), name, diff_id)
             return file.as_blob()
         if compression == "zstd" and not self._zstd:
             what = f"layer cannot be {_WAY_OUT}, or with --zstd-layers for obdlab alone"
@@ -179,12 +184,12 @@ class TurboBuilder:
         try:
             if compression == "zstd":
                 frames = ZstdIndexWriter(blob=name)
-                self._expect(frames.decompressed(counted), name, diff_id)
+                self._expect(sums.passing(frames.decompressed(counted)), name, diff_id)
                 index.write_bytes(frames.to_bytes())
                 return _with_index(ZstdTarget, file.as_blob(), LocalFile(index), self._spans)
             with index.open("xb") as sink:
                 writer = GzipIndexWriter(sink, blob=name, several=self._several_members)
-                self._expect(writer.decompressed(counted), name, diff_id)
+                self._expect(sums.passing(writer.decompressed(counted)), name, diff_id)
             return _with_index(GzipTarget, file.as_blob(), LocalFile(index), self._spans)
         except SeveralMembersError as error:
             what = f"layer cannot be {_WAY_OUT}, or with --several-members ({error.what})"

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.layer import BuiltLayer, TurboTarget
 from obdlab.convert.pipeline import ConvertedLayer
 from obdlab.convert.turbo.archive import write_turbo_blob
@@ -13,7 +14,7 @@ from obdlab.convert.turbo.builder import TurboBuilder
 from obdlab.convert.workdir import work_directory
 from obdlab.errors import FormatError, SourceError
 from obdlab.formats import oci
-from obdlab.formats.turbofiles import GZIP_INDEX, TARGET_FILE, ZSTD_INDEX, NamedTarget
+from obdlab.formats.turbofiles import GZIP_INDEX, SUMS_FILE, TARGET_FILE, ZSTD_INDEX, NamedTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,8 @@ def convert_to_turbo(
                 named.write_bytes(NamedTarget(layer.digest, layer.size).to_bytes())
                 path = work_dir / f"{number:03d}.tar.gz"
                 blob = write_turbo_blob(path, {**made.files, TARGET_FILE: named})
-                target = TurboTarget(layer.digest, _media_type(layer, made.files), blob.diff_id)
+                sums = digest_of_file(made.files[SUMS_FILE])
+                target = TurboTarget(layer.digest, _media_type(layer, made.files), blob.diff_id, sums)
                 built = BuiltLayer(
                     path, blob.digest, blob.size, made.records, made.own_size, made.applied, made.seconds, target
                 )

@@ -22,6 +22,7 @@ from obdlab.convert.layer import LayerOptions
 from obdlab.convert.platforms import convert_platforms
 from obdlab.errors import FormatError
 from obdlab.formats import oci
+from obdlab.formats.tarsums import SumsHeader
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import open_image
 from obdlab.registry.client import RegistryClient
@@ -64,7 +65,15 @@ def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, .
         directory = tmp_path / f"{number}"
         names = unpacked(layer, layout, directory)
         index = ["gzip.meta"] if how == "gzip" else []
-        assert names == [*(f"{name}.fs.meta" for name in filesystems), ".turbo.ociv1", *index, ".turbo.target"]
+        assert names == [
+            *(f"{name}.fs.meta" for name in filesystems),
+            ".turbo.ociv1",
+            *index,
+            "tar.sums",
+            ".turbo.target",
+        ]
+        sums = (directory / "tar.sums").read_bytes()
+        assert SumsHeader.from_bytes(sums, file_size=len(sums)).tar_size == len(tar)
         stored = compress(tar, how)
         assert (directory / ".turbo.target").read_text() == f"{digest_of(stored)},{len(stored)}\n"
         assert layer.media_type == oci.OCI_LAYER_GZIP
@@ -74,6 +83,7 @@ def test_an_image_opens_from_its_blobs(tmp_path: Path, filesystems: tuple[str, .
             oci.BLOB_SIZE: str(layer.size),
             oci.TURBO_TARGET_DIGEST: digest_of(compress(tar, how)),
             oci.TURBO_TARGET_MEDIA_TYPE: oci.OCI_LAYER_GZIP if index else oci.OCI_LAYER,
+            oci.TAR_SUMS: digest_of(sums),
         }
         blob = layout.blob_path(layer.digest).read_bytes()
         assert config.diff_ids[number] == digest_of(gzip.decompress(blob))
@@ -98,7 +108,9 @@ def test_zstd_layers_are_for_obdlab_alone(tmp_path: Path, how: str) -> None:
     for number, layer in enumerate(image.manifest.layers):
         names = unpacked(layer, stored, tmp_path / f"{number}")
         # By the original's names there is nothing that it could read wrongly.
-        assert names == ["ext4.zstd.meta", "erofs.zstd.meta", ".turbo.ociv1", "zstd.meta", ".turbo.target"]
+        assert names == [
+            *("ext4.zstd.meta", "erofs.zstd.meta", ".turbo.ociv1", "zstd.meta", "tar.sums", ".turbo.target")
+        ]
         assert layer.annotations[oci.TURBO_TARGET_MEDIA_TYPE] == oci.OCI_LAYER_ZSTD
     with stored_volume(f"oci:{tmp_path / 'out'}:v1") as volume:
         assert differences(list_volume(volume), listing_of(TARS)) == []
