@@ -1,4 +1,4 @@
-"""Bundles: one file with raw rows, environments, versions, tables and pages, for readers who distrust the author.
+"""Bundles: one file with raw rows, environments, versions, tables and pages, for distrustful readers.
 
 ``pack`` makes it; ``unpack`` checks every file against its digest, and computes every table from the rows again. Both
 need no root. The same results give the same bytes.
@@ -37,7 +37,7 @@ class BundleError(ObdlabError):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """An experiment of an unpacked bundle: its number of rows, and whether its table is what the rows come to."""
+    """An experiment of an unpacked bundle: its number of rows, and whether they give its table."""
 
     name: str
     rows: int
