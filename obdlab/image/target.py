@@ -119,7 +119,7 @@ def _decoded(blob: Blob, name: str, spans: SpanCache) -> Blob:
         return blob
     index = LocalFile(name)
     try:
-        # The index decides: it is of the image's manifest, the first bytes of the target may be anybody's.
+        # The index decides: it is of the image's manifest, the first bytes of the target may be forged.
         is_zstd = index.read_at(0, min(len(ZSTD_MAGIC), index.size)) == ZSTD_MAGIC
         return (ZstdTarget if is_zstd else GzipTarget)(blob, index, spans=spans)
     except BaseException:

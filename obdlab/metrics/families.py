@@ -53,14 +53,22 @@ COUNTERS = (
     Family("cache_evicted_bytes", "Bytes that the cache gave back to stay within its limits"),
     Family("cache_store_failures", "Stores into the cache that failed"),
     Family(
-        "checksum_failures", "Checksums that did not match, by where", "where", ("cache", "zfile", "tree", "digest")
+        "checksum_failures",
+        "Checksums that did not match, by where",
+        "where",
+        ("cache", "zfile", "tree", "target", "digest"),
     ),
     Family("decompression_failures", "Blocks that did not decompress"),
     Family(
         "lazy_layers", "Layers opened to be read from a registry, by their check", "units", ("checked", "unchecked")
     ),
     Family("traces_ignored", "Traces of images that could not be used: damaged, missing, or of another image"),
-    Family("corruptions_healed", "Damage replaced by sound bytes, by where", "where", ("cache", "zfile", "tree")),
+    Family(
+        "corruptions_healed",
+        "Damage replaced by sound bytes, by where",
+        "where",
+        ("cache", "zfile", "tree", "target"),
+    ),
     Family("registry_requests", "HTTP exchanges, by status; failed: without an answer", "status"),
     Family("registry_retries", "Tries of a registry request after the first"),
     Family("download_bytes", "Bytes that reads from registries have brought"),

@@ -89,6 +89,7 @@ def print_image(facts: ImageFacts) -> None:
         )
         here = "" if layer.cached_size is None else f", {size_text(layer.cached_size)} of it cached"
         hot = (", hot layer" if layer.hot else "") + (", hash tree" if layer.hash_tree else "")
+        hot += ", sums" if layer.tar_sums else ""
         kind = "" if layer.kind == facts.kind else f", {layer.kind}"
         print(f"  {number:3}  {layer.digest}  {size_text(layer.size)}, {packed}{kind}{hot}{here}")
         for key, value in sorted(layer.annotations.items()):
