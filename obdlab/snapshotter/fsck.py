@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from obdlab.command import command
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import chain_id_over, is_digest
+from obdlab.formats.turbofiles import TARGET_FILE
 from obdlab.image.config import COMMIT_FILE, SEALED_FILE, ConfigError, ImageConfig
-from obdlab.snapshotter import overlaybd
+from obdlab.snapshotter import overlaybd, turbo
 from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.layout import CONFIG_NAME, ORIGINAL_NAME, Layout, RootError
 from obdlab.snapshotter.store import Kind, Store
@@ -184,6 +185,9 @@ class RootCheck:
         return ids[::-1]
 
     def _blob(self, snapshot: Snapshot, name: str, remote: overlaybd.RemoteLayer | None) -> Iterator[Finding]:
+        if turbo.is_turbo(snapshot.labels):
+            yield from self._turbo(snapshot, name)
+            return
         fs = self._layout.fs(snapshot.id)
         there = [file for file in (fs / COMMIT_FILE, fs / SEALED_FILE) if file.is_file()]
         for file in there:
@@ -198,6 +202,31 @@ class RootCheck:
                 f"{name}: its layer is neither in {fs} nor in a registry",
                 "forget it and what builds on it",
                 partial(self._forget, snapshot),
+            )
+
+    # Earlier versions took the target from a label, which any image with the same blob could set.
+    def _turbo(self, snapshot: Snapshot, name: str) -> Iterator[Finding]:
+        fs = self._layout.fs(snapshot.id)
+        forget = "forget it and what builds on it", partial(self._forget, snapshot)
+        lower = ImageConfig.load(self._layout.config(snapshot.id)).lowers[-1]
+        gone = [file for file in (lower.file, lower.gzip_index, lower.tar_sums) if file and not os.path.isfile(file)]
+        if gone:
+            self._lost.add(snapshot.key)
+            yield Finding(f"{name}: {gone[0]} is gone", *forget)
+            return
+        try:
+            turbo.named_size(fs, turbo.turbo_layer(snapshot.labels), self._options)
+        except ObdlabError as error:
+            if not os.path.lexists(fs / TARGET_FILE):
+                yield Finding(f"{name}: {error}")
+                return
+            self._lost.add(snapshot.key)
+            yield Finding(f"{name}: {error}", *forget)
+            return
+        if lower.target_file and not os.path.isfile(lower.target_file):
+            yield Finding(
+                f"{name}: the layer with its files is gone from containerd's content store ({lower.target_file}); "
+                "remove the image with its containers, and pull or make it again"
             )
 
     def _own_device(self, snapshot: Snapshot, name: str) -> Iterator[Finding]:

@@ -156,7 +156,7 @@ def turbo_config(
     has_sums = os.path.lexists(fs / SUMS_FILE)
     if has_sums:
         _check_file(fs, SUMS_FILE, layer.digest)
-    size = _checked_size(fs, layer, options)
+    size = named_size(fs, layer, options)
     file = str(_stored_target(layer, size, options)) if layer.stored else ""
     lower = LowerConfig(
         dir=str(fs),
@@ -216,8 +216,11 @@ def _knows_erofs() -> bool:
 
 # containerd shares a committed layer by its chain ID, which the blob's content alone decides; the labels are those of
 # the image that was pulled first. By its label that image could choose the files of all others with this layer.
-def _checked_size(fs: Path, layer: TurboLayer, options: ImageOptions) -> int:
-    # Returns the size of the target, 0 if the blob does not say it.
+def named_size(fs: Path, layer: TurboLayer, options: ImageOptions) -> int:
+    """Return the size of the target, 0 if the unpacked blob does not name the target.
+
+    Raises FailedPreconditionError if it names another one than the labels, or none and the options do not allow that.
+    """
     if not os.path.lexists(fs / TARGET_FILE):
         if options.turbo_targets_by_label:
             return 0

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from obdlab.convert.image import ConvertOptions
+from obdlab.convert.layer import LayerOptions
+from obdlab.formats import oci
 from obdlab.snapshotter.store import Kind
 from tests.containerd.kubelet import Kubelet
 from tests.containerd_host import ObdlabHost
+from tests.convert.converting import convert
 from tests.e2e.conftest import BIG
 from tests.e2e.running import file_text, wait_for
+from tests.snapshotter import imagefiles
 from tests.snapshotter.wire import WireSnapshotter
 
 if TYPE_CHECKING:
@@ -57,6 +62,30 @@ def test_a_pod_runs_lazily(
         assert len(host.snapshotter.devices.list()) == 1
         kubelet.stop(container)
     for name in (image, f"{registry_server.host}/e2e/pause:latest"):
+        kubelet.remove_image(name)
+
+
+def test_a_pod_runs_on_a_turbo_image(
+    host: ObdlabHost, kubelet: Kubelet, registry_server: RegistryServer, layers: list[bytes], tmp_path: Path
+) -> None:
+    source = imagefiles.push(registry_server.host, "e2e/turbo", *imagefiles.image_documents(layers))
+    turbo = source.replace(":latest", ":turbo")
+    options = ConvertOptions(layer=LayerOptions(virtual_size=1 << 30), turbo=("ext4", "erofs"), work_dir=tmp_path)
+    targets = {each.digest: each.size for each in convert(source, turbo, options).manifest.layers}
+    before = len(registry_server.requests())
+    kubelet.pull(turbo)
+    with closing(WireSnapshotter(str(host.snapshotter.address))) as wire:
+        pulled = [each for each in wire.walk() if oci.TURBO_TARGET_DIGEST in each.labels]
+    assert [snapshot.kind for snapshot in pulled] == [Kind.COMMITTED] * 2
+    asked = [entry["uri"] for entry in registry_server.requests()[before:] if "/blobs/" in entry["uri"]]
+    assert len(asked) == 1 + len(targets)  # the config and the small blobs
+    with kubelet.pod("turbo", tmp_path) as pod:
+        container = kubelet.start(pod, turbo, "main", ["/bin/sh", "-c", "cat /etc/issue; exec sleep 1000"])
+        wait_for(lambda: file_text(tmp_path / "main.log").endswith("stdout F on top\n"))
+        assert kubelet.execute(container, "/bin/busybox", "wc", "-c", "/big").split() == [str(len(BIG)), "/big"]
+        assert kubelet.execute(container, "/bin/sh", "-c", "echo new > /etc/issue; cat /etc/issue") == "new\n"
+        kubelet.stop(container)
+    for name in (turbo, f"{registry_server.host}/e2e/pause:latest"):
         kubelet.remove_image(name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from obdlab.snapshotter.errors import AlreadyExistsError, NotFoundError
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_core import CHAIN, DIGESTS, downloaded, open_snapshotter, pull, pull_labels
+from tests.snapshotter.test_turbo import TARGETS, turbo_labels, unpacked
 from tests.snapshotter.test_writable import SMALL, Root, golden, root
 
 __all__ = ["root"]
@@ -37,6 +39,46 @@ def home(tmp_path: Path) -> Path:
 def fsck(home: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str]]:
     status = main(["fsck", str(home), "--run-dir", str(home.parent / "run"), "--plain-http", "plain.test", *options])
     return status, capsys.readouterr().out.splitlines()
+
+
+def turbo_layers(tmp_path: Path) -> list[Path]:
+    with closing(open_snapshotter(tmp_path)) as snapshotter:
+        first = unpacked(snapshotter, turbo_labels())
+        return [first, unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0])]
+
+
+def test_turbo_layers_are_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turbo_layers(tmp_path)
+    home = tmp_path / "root"
+    assert fsck(home, capsys, "--repair") == (0, [f"{home}: nothing wrong"])
+
+
+@pytest.mark.parametrize(
+    ("harm", "text", "mends"),
+    [
+        (lambda fs: (fs / ".turbo.target").write_text(f"{TARGETS[2]},1000\n"), "names another layer than", True),
+        (lambda fs: (fs / ".turbo.target").unlink(), "its blob does not name the layer with its files", False),
+        (lambda fs: (fs / "ext4.fs.meta").unlink(), "ext4.fs.meta is gone", True),
+        (lambda fs: (fs / "gzip.meta").unlink(), "gzip.meta is gone", True),
+    ],
+)
+def test_turbo_layers_of_earlier_versions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: object, text: str, mends: bool
+) -> None:
+    first, second = turbo_layers(tmp_path)
+    home = tmp_path / "root"
+    harm(first)  # type: ignore[operator]
+    status, lines = fsck(home, capsys)
+    assert status != 0
+    assert text in lines[0]
+    fsck(home, capsys, "--repair")
+    assert second.exists() is not mends
+    status, lines = fsck(home, capsys)
+    assert (status == 0) is mends
+    if not mends:
+        config = tmp_path / "config.json"
+        config.write_text('{"turboTargetsByLabel": true}')
+        assert fsck(home, capsys, "--snapshotter-config", str(config))[0] == 0
 
 
 def test_a_sound_root(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,9 +157,15 @@ class ArchivedLayout(ImageLayout):
     def blob_file(self, descriptor: oci.Descriptor) -> Path | None:
         return None
 
+    def blob_size(self, digest: str) -> int | None:
+        name = self._name(digest)
+        return self._archive.find(name)[1] if name in self._archive else None
+
+    def _name(self, digest: str) -> str:
+        return f"blobs/sha256/{oci.check_digest(digest, str(self.root)).removeprefix('sha256:')}"
+
     def open_blob(self, descriptor: oci.Descriptor) -> VerifiedFile:
-        digest = oci.check_digest(descriptor.digest, str(self.root)).removeprefix("sha256:")
-        start, size = self._archive.find(f"blobs/sha256/{digest}")
+        start, size = self._archive.find(self._name(descriptor.digest))
         return _window(self._archive, start, size, descriptor)
 
     def _index_bytes(self) -> bytes:

@@ -110,6 +110,13 @@ class ImageLayout:
         """Return the path of the file that is the blob; None if no file holds just this blob."""
         return self.blob_path(descriptor.digest)
 
+    def blob_size(self, digest: str) -> int | None:
+        """Return the size of a blob; None if it is not here."""
+        try:
+            return self.blob_path(digest).stat().st_size
+        except OSError:
+            return None
+
     def open_blob(self, descriptor: Descriptor) -> VerifiedFile:
         """Open a blob for one reading, which checks size and digest. Raises SourceError if it cannot be opened."""
         return VerifiedFile(self.blob_path(descriptor.digest), descriptor)

@@ -37,8 +37,8 @@ class LayoutSource(ImageSource):
         return self._layout.blob_file(layer)
 
     def beside(self, digest: str) -> Descriptor | None:
-        path = self._layout.blob_file(Descriptor(UNKNOWN_TYPE, digest, 0))
-        return Descriptor(UNKNOWN_TYPE, digest, path.stat().st_size) if path is not None and path.is_file() else None
+        size = self._layout.blob_size(digest)
+        return None if size is None else Descriptor(UNKNOWN_TYPE, digest, size)
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
         with self._layout.open_blob(descriptor) as file:

@@ -116,6 +116,18 @@ def test_zstd_layers_are_for_obdlab_alone(tmp_path: Path, how: str) -> None:
         assert differences(list_volume(volume), listing_of(TARS)) == []
 
 
+def test_archives_are_sources_and_destinations(tmp_path: Path) -> None:
+    make_layout(tmp_path / "source", whole_image(), how="gzip")
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:
+        tar.add(tmp_path / "source", ".")
+    archive = f"oci-archive:{tmp_path / 'out.tar'}:v1"
+    made = convert(f"oci-archive:{tmp_path / 'source.tar'}", archive, turbo(tmp_path))
+    again = convert(f"oci:{tmp_path / 'source'}", f"oci:{tmp_path / 'out'}:v1", turbo(tmp_path))
+    assert made.digest == again.digest
+    with stored_volume(archive) as volume:
+        assert differences(list_volume(volume), listing_of(TARS)) == []
+
+
 @contextmanager
 def stored_volume(name: str) -> Iterator[Ext4Volume]:
     with (
