@@ -46,7 +46,7 @@ RPC_SECONDS = "rpc_seconds"
 _SERVICE = pb.DESCRIPTOR.services_by_name["Snapshots"]
 
 #: Threads, made as they are needed. Of these, calls that wait for registries take a part only (``shares``).
-_WORKERS = 512
+_WORKERS = 576
 _LIST_BATCH = 100
 _LIST_BYTES = 1 << 20
 _MAX_ERROR_SIZE = 2000

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError, SourceError
@@ -16,17 +16,28 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterator
     from pathlib import Path
 
+
+class Bounds(NamedTuple):
+    """How many places there are, and for which registries."""
+
+    #: All places, for registries with a success.
+    most: int
+    #: Those of them that registries without a success so far have together.
+    unproven: int
+    #: Those of ``unproven`` that are only ever the first place of a registry. So that many silent registries can
+    #: hold a place and more, and each further one still gets its first place at once.
+    firsts: int
+    #: A registry may take as many places as one part in so many of those that are free to it.
+    part: int
+
+
 #: Attaches that are with the device host at a time; the host takes 128 requests (``server.host.MAX_REQUESTS``), and
-#: the others stay free for requests that are no attaches. The second number: those of registries without a success so
-#: far.
-MOST_ATTACHES, MOST_UNPROVEN_ATTACHES = 112, 80
+#: the others stay free for requests that are no attaches. A new registry alone gets 10: more would not be faster, as
+#: each takes some 50 ms of a processor.
+ATTACHES = Bounds(most=112, unproven=96, firsts=56, part=3)
 #: Calls that wait for registries: attaches, and calls behind these. The others of the service's workers stay free for
-#: calls that need no registry.
-MOST_CALLS, MOST_UNPROVEN_CALLS = 448, 336
-#: A registry may take as many places as one part in so many of the free ones. A new registry alone gets 16 attaches
-#: (more would not be faster, as each takes some 50 ms of a processor) and 112 calls, as many as a node has pods.
-_ATTACHES_PART = 4
-_CALLS_PART = 2
+#: calls that need no registry. A new registry alone gets 112, as many as a node has pods.
+CALLS = Bounds(most=512, unproven=400, firsts=64, part=2)
 _MOST_NAMES = 1024
 
 
@@ -43,17 +54,16 @@ def registry_of(config: Path) -> str:
 
 
 class _Places:
-    """``most`` places, counted by registry; registries that are not in ``proven`` have ``unproven`` of them together.
+    """Places of ``bounds``, counted by registry. Registries that are not in ``proven`` have a part of them together.
 
     A registry may take a part of the free places, and one in any case. So silent registries, which keep all that they
-    get, leave some to each further name: eight of them take 65 of 80 places. With a fixed share for each, as many
-    names as there are shares would take all.
+    get, leave some to each further name. With a fixed share for each, as many names as there are shares would take
+    all. The first place of a registry without a success comes from a reserve: it goes to nothing else, so it takes
+    as many silent names as the reserve has places, and some more, until a further name has to wait for them.
     """
 
-    def __init__(self, most: int, unproven: int, part: int, proven: Container[str]) -> None:
-        self._most = most
-        self._unproven = unproven
-        self._part = part
+    def __init__(self, bounds: Bounds, proven: Container[str]) -> None:
+        self._bounds = bounds
         self._proven = proven
         self._taken: Counter[str] = Counter()
 
@@ -68,11 +78,16 @@ class _Places:
 
     def has_room(self, registry: str) -> bool:
         """Return True if the registry may take another place."""
-        free = self._most - self.taken
-        if registry not in self._proven:
-            unproven = sum(count for name, count in self._taken.items() if name not in self._proven)
-            free = min(free, self._unproven - unproven)
-        return free > 0 and self._taken[registry] < max(1, free // self._part)
+        taken = self._taken[registry]
+        if registry in self._proven:
+            free = self._bounds.most - self.taken
+            return free > 0 and taken < max(1, free // self._bounds.part)
+        unproven = [count for name, count in self._taken.items() if count and name not in self._proven]
+        free = min(self._bounds.most - self.taken, self._bounds.unproven - sum(unproven))
+        if free <= 0 or not taken:
+            return free > 0
+        free -= max(0, self._bounds.firsts - len(unproven))
+        return taken < free // self._bounds.part
 
     def take(self, registry: str) -> None:
         """Take a place."""
@@ -88,16 +103,12 @@ class _Places:
 class Shares:
     """Counts calls and attaches by registry. Thread-safe."""
 
-    def __init__(
-        self,
-        calls: tuple[int, int] = (MOST_CALLS, MOST_UNPROVEN_CALLS),
-        attaches: tuple[int, int] = (MOST_ATTACHES, MOST_UNPROVEN_ATTACHES),
-    ) -> None:
+    def __init__(self, calls: Bounds = CALLS, attaches: Bounds = ATTACHES) -> None:
         # Registries with a successful attach, the latest last. Failures change nothing: else a client could have the
         # images of a good registry wait with those of silent ones by asking it for images that it does not have.
         self._proven: dict[str, None] = {}
-        self._calls = _Places(*calls, _CALLS_PART, self._proven)
-        self._attaches = _Places(*attaches, _ATTACHES_PART, self._proven)
+        self._calls = _Places(calls, self._proven)
+        self._attaches = _Places(attaches, self._proven)
         self._changed = threading.Condition()
 
     @contextmanager

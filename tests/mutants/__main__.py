@@ -2,6 +2,7 @@
 
     python -m tests.mutants map [--host]           which tests run which lines (once; --host: those with devices too)
     python -m tests.mutants run formats layers     change lines, run the tests that ran them, write down what survived
+    python -m tests.mutants run --top-up cache     as many further mutants as the page's row of the room lacks
     python -m tests.mutants report                 score and survivors, as docs/develop/mutants.md has them
 
 A mutant is caught when one of the tests that run its line fails or does not end in time. Results go to
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from tests.mutants import report, running
+from tests.mutants.sample import ROOMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,11 +35,19 @@ def main() -> int:
     run.add_argument("--count", type=int, default=200)
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--again", action="store_true", help="try survivors again")
+    run.add_argument(
+        "--top-up", action="store_true", help="as many as the page's rows lack, of the code as it is now"
+    )
     commands.add_parser("report").add_argument("--write", action="store_true", help="into docs/develop/mutants.md")
     arguments = parser.parse_args()
     try:
         if arguments.command == "map":
             return running.record(ROOT, arguments.tests, host=arguments.host)
+        if arguments.command == "run" and arguments.top_up:
+            for room in arguments.rooms or ROOMS:
+                missing = report.missing_of(room, ROOT)
+                running.top_up(ROOT, room, missing, workers=arguments.workers, again=arguments.again)
+            return 0
         if arguments.command == "run":
             return running.run(
                 ROOT, arguments.rooms, **{k: vars(arguments)[k] for k in ("seed", "count", "workers", "again")}

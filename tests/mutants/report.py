@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.mutants.running import digest_of, equivalents, is_open, outcome_key, read, results_dir
+from tests.mutants.running import digest_of, equivalents, is_open, outcome_key, read, results_of
 from tests.mutants.sample import ROOMS, sample
 
-_SEED, _COUNT = 1, 200
+_SEED, COUNT = 1, 200
 
 _HEAD = """# Mutants
 
@@ -50,16 +50,31 @@ def main(root: Path, *, write: bool) -> int:
     """Print the page, or write it to docs/develop/mutants.md. Return 1 if a room's score is below 85 %."""
     page, worst = _page(root)
     if write:
-        (root / "docs" / "develop" / "mutants.md").write_text(page)
+        _path(root).write_text(page)
     else:
         print(page)
     return int(worst < 0.85)
 
 
+def missing_of(room: str, root: Path) -> int:
+    """Return how many mutants the room's row of the page lacks. Raises ValueError without such a row."""
+    for line in _known(room, root):
+        return max(0, COUNT - int(line.split("|")[2]))
+    raise ValueError(f"{_path(root)}: no row of {room}")
+
+
+def _path(root: Path) -> Path:
+    return root / "docs" / "develop" / "mutants.md"
+
+
+# The room's row of the page as it is, and its survivors: those of a run elsewhere.
+def _known(room: str, root: Path) -> list[str]:
+    lines = _path(root).read_text().splitlines() if _path(root).exists() else []
+    return [line for line in lines if line.startswith(f"| {room} |")]
+
+
 def _page(root: Path) -> tuple[str, float]:
     equivalent = equivalents(root)
-    page = root / "docs" / "develop" / "mutants.md"
-    before = page.read_text().splitlines() if page.exists() else []
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -67,40 +82,55 @@ def _page(root: Path) -> tuple[str, float]:
     survivors: list[str] = []
     worst = 1.0
     for room in ROOMS:
-        results = results_dir(root) / f"{room}.jsonl"
-        if not results.exists():  # as run elsewhere
-            known = [line for line in before if line.startswith(f"| {room} |")] or [
-                f"| {room} | not run yet | | | | | |"
-            ]
-            table.append(known[0])
-            survivors += known[1:]
-            continue
-        entries = of_sample(room, root, results)
-        counts: Counter[str] = Counter()
-        for entry in entries:
-            outcome = "survived" if is_open(entry, equivalent) else "equivalent"
-            outcome = "caught" if entry["outcome"] == "caught" else outcome
-            counts[outcome] += 1
-            if outcome == "survived":
-                note = " (no test runs it)" if entry["outcome"] == "not run" else ""
-                survivors.append(
-                    f"| {room} | `{entry['file']}`{note} | `{_cell(entry['was'])}` | `{_cell(entry['now'])}` |"
-                )
-        score = counts["caught"] / max(1, len(entries) - counts["equivalent"])
-        worst = min(worst, score)
-        table.append(
-            f"| {room} | {len(entries)} | {counts['caught']} | {counts['equivalent']} | {counts['survived']} "
-            f"| {score:.0%} | {commit} |"
-        )
+        added = f"{room}, added"
+        for name, results in ((room, results_of(room, root)), (added, results_of(room, root, added=True))):
+            if not results.exists():  # as run elsewhere
+                known = _known(name, root)
+                table += known[:1] or ([] if name == added else [f"| {room} | not run yet | | | | | |"])
+                survivors += known[1:]
+                continue
+            entries = of_sample(room, root, results) if name == room else _still_there(root, results)
+            row, score, found = _row(name, entries, equivalent, commit)
+            worst = min(worst, score) if name == room else worst  # of a few mutants, a share says little
+            table.append(row)
+            survivors += found
     lines = [*table, "", f"The seed is {_SEED}.", "", "## Survivors", ""]
     lines += ["| room | file | line | mutant |", "|---|---|---|---|", *survivors]
     return _HEAD + "\n".join(lines) + "\n", worst
 
 
+def _row(
+    name: str, entries: list[dict[str, object]], equivalent: set[tuple[object, ...]], commit: str
+) -> tuple[str, float, list[str]]:
+    counts: Counter[str] = Counter()
+    survivors = []
+    for entry in entries:
+        outcome = "survived" if is_open(entry, equivalent) else "equivalent"
+        outcome = "caught" if entry["outcome"] == "caught" else outcome
+        counts[outcome] += 1
+        if outcome == "survived":
+            note = " (no test runs it)" if entry["outcome"] == "not run" else ""
+            survivors.append(
+                f"| {name} | `{entry['file']}`{note} | `{_cell(entry['was'])}` | `{_cell(entry['now'])}` |"
+            )
+    score = counts["caught"] / max(1, len(entries) - counts["equivalent"])
+    row = (
+        f"| {name} | {len(entries)} | {counts['caught']} | {counts['equivalent']} | {counts['survived']} "
+        f"| {score:.0%} | {commit} |"
+    )
+    return row, score, survivors
+
+
+def _still_there(root: Path, results: Path) -> list[dict[str, object]]:
+    latest = {outcome_key(entry): entry for entry in read(results)}.values()
+    texts = {file: (root / file).read_text() for file in {str(entry["file"]) for entry in latest}}
+    return [entry for entry in latest if str(entry["was"]) in texts[str(entry["file"])]]
+
+
 def of_sample(room: str, root: Path, results: Path) -> list[dict[str, object]]:
     """Return the outcomes of the room's sample (seed 1) that are of its files as they are now."""
     latest = {outcome_key(entry): entry for entry in read(results)}
-    wanted = [latest.get(outcome_key(asdict(mutant))) for mutant in sample(room, root, seed=_SEED, count=_COUNT)]
+    wanted = [latest.get(outcome_key(asdict(mutant))) for mutant in sample(room, root, seed=_SEED, count=COUNT)]
     return [
         entry for entry in wanted if entry is not None and entry["digest"] == digest_of(root / str(entry["file"]))
     ]

@@ -62,31 +62,56 @@ def record(root: Path, tests: list[str], *, host: bool) -> int:
 
 def run(root: Path, rooms: list[str], *, seed: int, count: int, workers: int, again: bool) -> int:
     """Try a sample of each room's mutants and append the outcomes to its file."""
+    for room in rooms or list(ROOMS):
+        wanted = sample(room, root, seed=seed, count=count)
+        _try(root, results_of(room, root, seed=seed), wanted, workers=workers, again=again)
+    return 0
+
+
+def top_up(root: Path, room: str, missing: int, *, workers: int, again: bool) -> None:
+    """Try as many further mutants of the room as a finished sample lacks since lines of it changed.
+
+    They are drawn from the code as it is now, and kept when it changes again.
+    """
+    results = results_of(room, root, added=True)
+    known = {outcome_key(entry): entry for entry in read(results)} if results.exists() else {}
+    wanted = [
+        Mutant(**{key: entry[key] for key in ("file", "operator", "occurrence", "line")})  # type: ignore[arg-type]
+        for entry in known.values()
+        if entry["digest"] == digest_of(root / str(entry["file"]))
+    ]
+    fresh = [each for each in sample(room, root, seed=1, count=missing) if outcome_key(asdict(each)) not in known]
+    _try(root, results, wanted + fresh[: max(0, missing - len(known))], workers=workers, again=again)
+
+
+def results_of(room: str, root: Path, *, seed: int = 1, added: bool = False) -> Path:
+    """Return the file of a sample's outcomes, or of those that were added to that of seed 1 later."""
+    name = f"{room}-added" if added else room if seed == 1 else f"{room}-seed{seed}"
+    return results_dir(root) / f"{name}.jsonl"
+
+
+def _try(root: Path, results: Path, wanted: list[Mutant], *, workers: int, again: bool) -> None:
     directory = results_dir(root)
     covering = Covering(directory / "coverage", directory / "times.jsonl", directory / "sources")
     equivalent = equivalents(root)
-    for room in rooms or list(ROOMS):
-        results = directory / f"{room}.jsonl"
-        known = {} if not results.exists() else {outcome_key(entry): entry for entry in read(results)}
-        wanted = sample(room, root, seed=seed, count=count)
-        digests = {name: digest_of(root / name) for name in {mutant.file for mutant in wanted}}
-        todo = []
-        for mutant in wanted:
-            entry = known.get(outcome_key(asdict(mutant)))
-            stale = entry is None or entry["digest"] != digests[mutant.file]
-            if stale or (again and entry is not None and is_open(entry, equivalent)):
-                todo.append(mutant)
-        with (
-            _copies(root, workers, again=again) as copies,
-            results.open("a") as stream,
-            tqdm(total=len(todo), desc=room) as bar,
-        ):
-            for mutant, outcome, test in _outcomes(todo, copies, covering):
-                entry = asdict(mutant) | {"outcome": outcome, "test": test, "digest": digests[mutant.file]}
-                stream.write(json.dumps(entry | change(mutant, root)) + "\n")
-                stream.flush()
-                bar.update()
-    return 0
+    known = {} if not results.exists() else {outcome_key(entry): entry for entry in read(results)}
+    digests = {name: digest_of(root / name) for name in {mutant.file for mutant in wanted}}
+    todo = []
+    for mutant in wanted:
+        entry = known.get(outcome_key(asdict(mutant)))
+        stale = entry is None or entry["digest"] != digests[mutant.file]
+        if stale or (again and entry is not None and is_open(entry, equivalent)):
+            todo.append(mutant)
+    with (
+        _copies(root, workers, again=again) as copies,
+        results.open("a") as stream,
+        tqdm(total=len(todo), desc=results.stem) as bar,
+    ):
+        for mutant, outcome, test in _outcomes(todo, copies, covering):
+            entry = asdict(mutant) | {"outcome": outcome, "test": test, "digest": digests[mutant.file]}
+            stream.write(json.dumps(entry | mutant.change(root)) + "\n")
+            stream.flush()
+            bar.update()
 
 
 def _outcomes(mutants: list[Mutant], copies: list[Copy], covering: Covering) -> Iterator[tuple[Mutant, str, str]]:
@@ -124,16 +149,6 @@ def read(results: Path) -> Iterator[dict[str, object]]:
     """Yield a room's outcomes, oldest first."""
     for line in results.read_text().splitlines():
         yield json.loads(line)
-
-
-def change(mutant: Mutant, root: Path) -> dict[str, str]:
-    """Return the first changed line before and after, without indentation."""
-    before = (root / mutant.file).read_text().splitlines()
-    after = mutant.source(root).splitlines()
-    for was, now in zip(before, after, strict=False):
-        if was != now:
-            return {"was": was.strip(), "now": now.strip()}
-    return {"was": "", "now": ""}
 
 
 def outcome_key(entry: dict[str, object]) -> tuple[object, ...]:

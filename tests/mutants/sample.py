@@ -73,6 +73,15 @@ class Mutant:
             raise ValueError(f"{self}: no such place")
         return str(changed)
 
+    def change(self, root: Path) -> dict[str, str]:
+        """Return the first changed line before and after, without indentation."""
+        before = (root / self.file).read_text().splitlines()
+        after = self.source(root).splitlines()
+        for was, now in zip(before, after, strict=False):
+            if was != now:
+                return {"was": was.strip(), "now": now.strip()}
+        return {"was": "", "now": ""}
+
 
 def files_of(room: str, root: Path) -> list[str]:
     """Return the room's sources, sorted, relative to the root."""

@@ -26,7 +26,7 @@ from obdlab.server.host import MAX_REQUESTS
 from obdlab.snapshotter import shares
 from obdlab.snapshotter.errors import AlreadyExistsError
 from obdlab.snapshotter.service import _WORKERS
-from obdlab.snapshotter.shares import BusyRegistryError, Shares, registry_of
+from obdlab.snapshotter.shares import Bounds, BusyRegistryError, Shares, registry_of
 from tests import capabilities
 from tests.containerd_host import SnapshotterProcess
 from tests.registry.server import RegistryServer, registry_server
@@ -95,7 +95,7 @@ class Silent:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("names", "calls", "attaches"), [(1, 112, 16), (8, MAX_REQUESTS + 20, 53)], ids=["one", "eight"]
+    ("names", "calls", "attaches"), [(1, 112, 10), (40, MAX_REQUESTS + 20, 60)], ids=["one", "forty"]
 )
 def test_silent_registries_delay_no_other_image(
     snapshotter: SnapshotterProcess, registry_server: RegistryServer, names: int, calls: int, attaches: int
@@ -122,8 +122,9 @@ def test_silent_registries_delay_no_other_image(
 
 
 def test_the_bounds_fit_together() -> None:
-    assert shares.MOST_UNPROVEN_CALLS < shares.MOST_CALLS < _WORKERS
-    assert shares.MOST_UNPROVEN_ATTACHES < shares.MOST_ATTACHES < MAX_REQUESTS
+    assert shares.CALLS.firsts < shares.CALLS.unproven < shares.CALLS.most < _WORKERS
+    assert shares.ATTACHES.firsts < shares.ATTACHES.unproven < shares.ATTACHES.most < MAX_REQUESTS
+    assert shares.ATTACHES.firsts <= shares.CALLS.firsts
 
 
 def taken_by(share: Shares, registry: str, kept: ExitStack) -> tuple[int, int]:
@@ -145,21 +146,32 @@ def test_registries_that_never_answer_leave_room_for_others() -> None:
         pass
     with ExitStack() as kept:
         found = [taken_by(share, f"silent {number}", kept) for number in range(8)]
-        assert found[0] == (112, 16)
-        assert sum(attaches for _, attaches in found) == 65
+        assert found[0] == (112, 10)
+        assert sum(attaches for _, attaches in found) == 41
         for number in range(3):
             with share.call(f"new {number}"), share.attach(f"new {number}", 0):
                 pass
         for number in range(8, 80):  # until unproven registries have all that they can have together
             taken_by(share, f"silent {number}", kept)
         assert taken_by(share, "another", kept) == (0, 0)
-        assert taken_by(share, "proven", kept) == (37, 6)
+        assert taken_by(share, "proven", kept) == (37, 4)
     with ExitStack() as kept:  # all have been given back
-        assert taken_by(share, "another", kept) == (112, 16)
+        assert taken_by(share, "another", kept) == (112, 10)
+
+
+def test_a_new_registry_has_room_beside_as_many_silent_ones_as_the_reserve_has_places() -> None:
+    share = Shares()
+    with ExitStack() as kept:
+        for number in range(shares.ATTACHES.firsts):
+            calls, attaches = taken_by(share, f"silent {number}", kept)
+            assert calls >= 1
+            assert attaches >= 1
+            with share.call("new"), pytest.raises(SourceError, match="no success"), share.attach("new", 0):
+                raise SourceError("no success")
 
 
 def test_a_registry_is_proven_by_a_success_and_stays_so() -> None:
-    share = Shares(attaches=(8, 1))
+    share = Shares(attaches=Bounds(8, 1, 0, 4))
     with pytest.raises(SourceError, match="down"), share.attach("a", 0):
         raise SourceError("down")
     with share.attach("a", 0), pytest.raises(BusyRegistryError), share.attach("b", 0):
@@ -184,7 +196,7 @@ def test_a_thousand_registries_are_remembered() -> None:
 
 
 def test_calls_beyond_the_share_are_refused_at_once() -> None:
-    share = Shares(calls=(9, 6))
+    share = Shares(calls=Bounds(9, 6, 0, 2))
     with share.call("a"), share.call("a"):
         with (
             pytest.raises(BusyRegistryError, match=r"registry a: 2 calls wait for it already, 2 for all"),
@@ -203,7 +215,7 @@ def test_calls_beyond_the_share_are_refused_at_once() -> None:
 
 
 def test_an_attach_waits_for_its_registrys_others_alone() -> None:
-    share = Shares(attaches=(4, 4))
+    share = Shares(attaches=Bounds(4, 4, 0, 4))
     begun = threading.Event()
 
     def attach() -> float:
