@@ -36,7 +36,7 @@ def main() -> int:
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--again", action="store_true", help="try survivors again")
     run.add_argument(
-        "--top-up", action="store_true", help="as many as the page's rows lack, of the code as it is now"
+        "--top-up", action="store_true", help="as many as the rows of the page lack, of today's code"
     )
     commands.add_parser("report").add_argument("--write", action="store_true", help="into docs/develop/mutants.md")
     arguments = parser.parse_args()
