@@ -282,6 +282,15 @@ def test_a_blob_in_storage_elsewhere_is_there(registry: FaultyRegistry, client: 
     assert len(registry.requests) == 2
 
 
+@pytest.mark.parametrize("code", [400, 403, 405, 410, 416, 451])
+def test_a_refusal_to_tell_is_not_the_blobs_absence(
+    registry: FaultyRegistry, client: RegistryClient, code: int
+) -> None:
+    registry.always(faulty.status(code))
+    with pytest.raises(RegistryError, match=f"looking for blob.*{code}"):
+        client.has_blob(registry.repository(), faulty.digest_of(DATA))
+
+
 @pytest.mark.parametrize("location", ["", "ftp://127.0.0.1/x", "https:///x", "//[", "http://[::1/"])
 def test_redirect_to_nowhere(registry: FaultyRegistry, client: RegistryClient, location: str) -> None:
     registry.always(faulty.redirect(location))
@@ -362,6 +371,19 @@ def test_stream_ends_in_time(registry: FaultyRegistry, impatient: RegistryClient
     ):
         stream.readall()
     assert registry.host in str(caught.value)
+
+
+def test_a_stream_in_chunks_ends_where_the_blob_does(registry: FaultyRegistry, client: RegistryClient) -> None:
+    digest = registry.add_blob(DATA)
+    registry.always(faulty.chunked)
+    with client.stream_blob(registry.repository(), digest, len(DATA)) as stream:
+        assert stream.read() == DATA
+    registry.always(faulty.chunked_longer)
+    with (
+        pytest.raises(CorruptBlobError, match="longer than it should be"),
+        client.stream_blob(registry.repository(), digest, len(DATA)) as stream,
+    ):
+        stream.read()
 
 
 def test_manifest_of_wrong_bytes(registry: FaultyRegistry, client: RegistryClient) -> None:

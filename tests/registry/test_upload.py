@@ -263,6 +263,7 @@ def test_a_section_of_a_file_is_read_in_any_steps(tmp_path: Path) -> None:
             assert all(size is None or size < 0 or len(part) <= size for size, part in zip(sizes, parts, strict=True))
             assert b"".join(parts) == DATA[200 : 200 + sum(map(len, parts))]
             assert len(b"".join(parts)) == min(300, sum(300 if size is None or size < 0 else size for size in sizes))
+        assert _Section(file, 200, 500).read() == DATA[200:500]
         assert file.tell() == 0  # the file's own position is another thread's
 
 
