@@ -18,7 +18,7 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.containerd.client import Containerd
-from obdlab.convert.endpoints.archive import ArchivedLayout, DockerArchiveSource
+from obdlab.convert.endpoints.archive import Archive, ArchivedLayout, DockerArchiveSource
 from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
 from obdlab.convert.image import ConvertOptions
@@ -214,6 +214,19 @@ def test_archives_whose_headers_have_no_end(tmp_path: Path) -> None:
             DockerArchiveSource(path, None)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
         tracemalloc.stop()
+
+
+def test_an_empty_extended_header_says_nothing(tmp_path: Path) -> None:
+    packed = tmp_path / "x.tar"
+    with tarfile.open(packed, "w") as tar:
+        empty = tarfile.TarInfo("PaxHeader")
+        empty.type = tarfile.XHDTYPE
+        tar.addfile(empty)
+        content = tarfile.TarInfo("oci-layout")
+        content.size = 4
+        tar.addfile(content, io.BytesIO(b"here"))
+    with closing(Archive(packed)) as read:
+        assert read.read("oci-layout", 10) == b"here"
 
 
 @pytest.mark.parametrize("place", ["index.json", "blob", "archive"])

@@ -35,9 +35,7 @@ def main() -> int:
     run.add_argument("--count", type=int, default=200)
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--again", action="store_true", help="try survivors again")
-    run.add_argument(
-        "--top-up", action="store_true", help="as many as the rows of the page lack, of today's code"
-    )
+    run.add_argument("--top-up", action="store_true", help="as many as the rows of the page lack, of today's code")
     commands.add_parser("report").add_argument("--write", action="store_true", help="into docs/develop/mutants.md")
     arguments = parser.parse_args()
     try:

@@ -47,6 +47,7 @@ def test_a_failure_is_its_last_line_and_stays_one(module: Path) -> None:
     outcome = run(module, FAILING)
     assert outcome.error == "the conversion process ended with status 3: the reason"
     assert not outcome.temporary
+    assert (outcome.digest, outcome.layers, outcome.source_size, outcome.size) == ("", 0, 0, 0)
     assert "ended with status 0" in run(module, "print('no outcome')").error
 
 
