@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,5 +145,22 @@ def test_a_trace_that_is_deleted_meanwhile_fails_no_container(
         pull(snapshotter)
         snapshotter.prepare("one", CHAIN[0], record(path))
         assert f"the trace {path} is not replayed" in caplog.text
+    finally:
+        snapshotter.close()
+
+
+def test_an_image_that_is_unpacked_has_no_reads_to_record(tmp_path: Path) -> None:
+    snapshotter = opened(tmp_path, trace_roots=(tmp_path,))
+    try:
+        pull(snapshotter)
+        (tmp_path / "root/snapshots/1/block/unpacked").mkdir()
+        with pytest.raises(FailedPreconditionError, match="has no device here"):
+            snapshotter.prepare("one", CHAIN[0], record(tmp_path / "trace"))
+        path = tmp_path / "root/snapshots/1/block/config.v1.json"
+        assert ImageConfig.load(path).record_trace_path == ""
+        # The trace of the time before it was unpacked is cleared.
+        replace(ImageConfig.load(path), record_trace_path="/before").save(path)
+        snapshotter.prepare("one", CHAIN[0], {})
+        assert ImageConfig.load(path).record_trace_path == ""
     finally:
         snapshotter.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -289,6 +290,20 @@ def test_who_gets_no_device(tmp_path: Path) -> None:
         assert not devices.list()
     finally:
         snapshotter.close()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_layer_whose_file_system_fails_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    def full(data: Path, index: Path) -> None:
+        assert data.exists()
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(writable, "_make_ext4", full)
+    with pytest.raises(OSError, match="no space"):
+        writable.make_upper(tmp_path / "a/data", tmp_path / "a/index", 1, sparse=sparse, make_ext4=True)
+    assert not list((tmp_path / "a").iterdir())
 
 
 _DYING_COMMIT = """
