@@ -107,21 +107,22 @@ def tree_files(manifest: oci.Manifest) -> tuple[oci.Descriptor, ...]:
 def trees_like(destination: ImageDestination, image: oci.Manifest) -> StoredTrees | None:
     """Return the trees for layers that are made from those of ``image``.
 
-    None if the image has no trees, or if readers would not find them at the destination.
+    The sums of turboOCI layers count as trees. None if the image has no trees, or if readers would not find them at
+    the destination.
     """
-    has_trees = any(oci.HASH_TREE in layer.annotations for layer in image.layers)
+    has_trees = any(oci.HASH_TREE in layer.annotations or oci.TAR_SUMS in layer.annotations for layer in image.layers)
     return StoredTrees(destination, None) if has_trees and destination.keeps_trees else None
 
 
 def with_trees(layers: Iterable[oci.Descriptor], trees: StoredTrees | None) -> tuple[oci.Descriptor, ...]:
     """Return the layers, which the destination has, with annotations for their trees there, or without.
 
-    Raises as :meth:`StoredTrees.of_stored`.
+    The small blobs of turboOCI layers get none. Raises as :meth:`StoredTrees.of_stored`.
     """
     made = []
     for layer in layers:
         annotations = {key: value for key, value in layer.annotations.items() if key != oci.HASH_TREE}
-        if trees is not None:
+        if trees is not None and layer.turbo_target is None:
             annotations[oci.HASH_TREE] = trees.of_stored(layer)
         made.append(replace(layer, annotations=annotations))
     return tuple(made)

@@ -119,6 +119,11 @@ def file_system_of(places: Sequence[Path], name: str) -> str:
     raise FormatError("turboOCI layers have no file system in common", blob=name, wanted=" or ".join(FILE_SYSTEMS))
 
 
+def file_systems_in(place: Path) -> list[str]:
+    """Return the file systems whose metadata the blob unpacked in ``place`` has."""
+    return [name for name in FILE_SYSTEMS if _file_in(place, _METAS[name])]
+
+
 def lower_of(layer: Descriptor, place: Path, file_system: str) -> LowerConfig:
     """Return the lower of a turboOCI layer unpacked in ``place``; its target is a blob beside it.
 

@@ -159,7 +159,7 @@ def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLaye
     if labels.get(BLOB_FS_TYPE):  # refuse now an image that no container could start from
         spec_of_label(labels[BLOB_FS_TYPE], options.default_fs)
     acceleration = labels.get(ACCELERATION_LAYER) == "yes"
-    trace, hot = _trace(labels.get(TRACE_LABEL, "")), labels.get(HOT_LAYER) == "yes"
+    trace, hot = trace_of(labels), labels.get(HOT_LAYER) == "yes"
     tree = _hash_tree(labels.get(HASH_TREE, ""))
     return RemoteLayer(str(digest), _blob_size(size), reference, acceleration, trace, hot, tree)
 
@@ -174,9 +174,9 @@ def _hash_tree(label: str) -> str:
         raise InvalidArgumentError(f"label {HASH_TREE}: {error}") from error
 
 
-def _trace(label: str) -> LowerConfig:
-    # A malformed trace is ignored: an image works without a trace.
-    digest, _, text = label.partition(",")
+def trace_of(labels: Mapping[str, str]) -> LowerConfig:
+    """Return the blob of the trace that a client's label names; an empty one for a missing or malformed label."""
+    digest, _, text = labels.get(TRACE_LABEL, "").partition(",")
     size = decimal(text, _MAX_BLOB_SIZE)
     return LowerConfig(digest=digest, size=size) if is_digest(digest) and size is not None else LowerConfig()
 

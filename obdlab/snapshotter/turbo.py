@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,7 @@ from obdlab.snapshotter.overlaybd import (
     fs_spec,
     pull_target,
     registry_reference,
+    trace_of,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class TurboLayer:
     reference: Reference | None
     #: The target is read from containerd's content store.
     stored: bool = False
+    #: A blob beside the target: a trace of the image up to this layer.
+    trace: LowerConfig = field(default_factory=LowerConfig)
 
 
 def is_turbo(labels: Mapping[str, str]) -> bool:
@@ -115,7 +118,8 @@ def turbo_layer(labels: Mapping[str, str]) -> TurboLayer:
             f"read the image's files from (wanted the label {LABEL_IMAGE_REF}; {command('image', 'pull', 'IMAGE')}, "
             "ctr rpull and the kubelet set it, ctr images pull does not)"
         )
-    return TurboLayer(digest, target, _COMPRESSIONS[media_type], reference, stored)
+    trace = LowerConfig() if stored else trace_of(labels)
+    return TurboLayer(digest, target, _COMPRESSIONS[media_type], reference, stored, trace)
 
 
 def check_not_turbo(fs: Path, name: str) -> None:
@@ -168,7 +172,7 @@ def turbo_config(
         tar_sums=str(fs / SUMS_FILE) if has_sums else "",
     )
     url = blobs_url(layer.reference, options) if layer.reference else below.repo_blob_url if below else ""
-    return extended(below, lower, directory, url)
+    return replace(extended(below, lower, directory, url), trace=layer.trace)
 
 
 def _target(labels: Mapping[str, str]) -> str:

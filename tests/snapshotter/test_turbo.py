@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.formats import oci
-from obdlab.image.config import ImageConfig
+from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter import turbo
 from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -229,6 +229,13 @@ def test_zstd_targets_have_metadata_by_other_names(snapshotter: Snapshotter) -> 
         (f"{first}/ext4.zstd.meta", f"{first}/zstd.meta"),
         (f"{second}/ext4.fs.meta", f"{second}/gzip.meta"),
     ]
+
+
+def test_a_trace_of_the_image_is_replayed(snapshotter: Snapshotter) -> None:
+    fs = unpacked(snapshotter, turbo_labels() | {oci.TRACE_LABEL: f"{TARGETS[2]},512"})
+    assert config_of(fs).trace == LowerConfig(digest=TARGETS[2], size=512)
+    above = unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0])
+    assert config_of(above).trace == LowerConfig()  # it is of the image below
 
 
 STORED = {oci.TURBO_TARGET_PLACE: oci.IN_CONTENT_STORE}

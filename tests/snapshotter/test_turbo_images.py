@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.convert.compare.listing import differences, list_tree
+from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
+from obdlab.convert.publish.hot_and_traces import add_hot_layer
 from obdlab.errors import ObdlabError
 from obdlab.formats import oci
+from obdlab.formats.trace import Trace
 from obdlab.pull.errors import PullError
+from obdlab.pull.unpack import Outcome
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from obdlab.settings.settings import Settings
 from obdlab.system import mount
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
@@ -86,6 +91,27 @@ def test_containers_write_to_a_device_of_their_own(registry_server: RegistryServ
         assert printed[0] == "new"
         assert printed[1].startswith("/dev/")
         assert printed[3] == "ext4"
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "erofs"])
+def test_a_hot_layer_lies_on_top(
+    host: ObdlabHost, registry_server: RegistryServer, tmp_path: Path, filesystem: str
+) -> None:
+    image = made(registry_server, f"hot-{filesystem}", tmp_path, filesystem)
+    hot = image.replace(":turbo", ":hot")
+    with (
+        closing(RegistryClient()) as client,
+        closing(open_source(image, client)) as source,
+        closing(open_destination(hot, client)) as target,
+    ):
+        trace = Trace.from_reads([(0, 4096, 4096), (1, 4096, 4096)]).to_bytes()
+        add_hot_layer(source, target, trace, Settings(cache_dir=tmp_path / "cache"), client=client)
+    result = host.rpull(hot)
+    assert [layer.outcome for layer in result.layers] == [Outcome.UNPACKED, Outcome.UNPACKED, Outcome.LAZY]
+    assert run(host, hot, "hot", "echo ran", "--null-io") == ""
+    (point,) = [entry for entry in mount.mounts() if host.snapshotter.root in entry.mountpoint.parents]
+    assert point.fs_type == filesystem
+    assert differences(list_tree(point.mountpoint), listing_of(TARS)) == []
 
 
 def test_an_ordinary_pull_says_how_to_pull_it(

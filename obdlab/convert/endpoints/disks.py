@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from obdlab.convert.endpoints.endpoint import ImageSource
     from obdlab.convert.progress import Progress
     from obdlab.formats.oci import Descriptor, Manifest, Platform
-    from obdlab.image.config import ImageConfig, LowerConfig
+    from obdlab.image.config import ImageConfig
     from obdlab.layers.lsmt import Kind
 
 _COPY = 1 << 20
@@ -57,14 +57,14 @@ def open_layers(
 
     The small blobs of turboOCI layers are unpacked below ``place``. Raises as :func:`stored_disk`.
     """
-    config = stored_config(manifest, source.name, partial(_unpacked, source, place))
+    config = stored_config(manifest, source.name, partial(unpacked, source, place))
     layers = []
     budget, spans = Budget(), SpanCache()
     for lower, descriptor in zip(stacked_lowers(config), manifest.layers, strict=False):
         with ExitStack() as unused:
             kind: Kind = LsmtLayer
             if lower.is_turbo:
-                stored = unused.enter_context(open_blob(target_of(source, lower)))
+                stored = unused.enter_context(open_blob(target_of(source, lower.target_digest)))
                 check_target_size(stored, lower)
                 target = uncompressed_target(stored, lower.gzip_index, spans)
                 unused.callback(target.close)
@@ -79,15 +79,19 @@ def open_layers(
     return layers
 
 
-def target_of(source: ImageSource, lower: LowerConfig) -> Descriptor:
+def target_of(source: ImageSource, digest: str) -> Descriptor:
     """Return the descriptor of a turboOCI layer's target, a blob beside the image's. Raises SourceError."""
-    found = source.beside(lower.target_digest)
+    found = source.beside(digest)
     if found is None:
-        raise SourceError("target of a turboOCI layer is not there", blob=f"{source.name}@{lower.target_digest}")
+        raise SourceError("target of a turboOCI layer is not there", blob=f"{source.name}@{digest}")
     return found
 
 
-def _unpacked(source: ImageSource, place: Path, layer: Descriptor) -> Path:
+def unpacked(source: ImageSource, place: Path, layer: Descriptor) -> Path:
+    """Return the directory below ``place`` with the files of a turboOCI layer's blob, fetched at the first call.
+
+    Raises as :func:`stored_disk`.
+    """
     directory = place / f"turbo-{layer.digest.removeprefix('sha256:')}"
     if not directory.exists():
         fetched = place / "fetched"
@@ -107,10 +111,10 @@ def config_of_files(source: ImageSource, platform: Platform, place: Path, progre
     digests. Raises as :func:`stored_disk`.
     """
     manifest = source.manifest(platform, overlaybd=True)
-    config = stored_config(manifest, source.name, partial(_unpacked, source, place))
+    config = stored_config(manifest, source.name, partial(unpacked, source, place))
     lowers = []
     for lower, descriptor in zip(config.lowers, manifest.layers, strict=True):
-        stored = target_of(source, lower) if lower.is_turbo else descriptor
+        stored = target_of(source, lower.target_digest) if lower.is_turbo else descriptor
         path = str((source.layer_file(stored) or _copied(source, stored, place, progress)).absolute())
         if lower.is_turbo:
             lowers.append(replace(lower, target_file=path, target_digest=""))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.convert.base import copy_layer
+from obdlab.convert.endpoints.disks import target_of
 from obdlab.convert.progress import Silent
 from obdlab.convert.storedtrees import hold_trees, trees_like, with_trees
 from obdlab.errors import FormatError
@@ -47,6 +48,7 @@ def add_layer(
     of reading and storing pass through. The manifest is stored last.
     """
     check_extendable(manifest, source.name)
+    _check_targets(source, manifest, destination)
     if len(manifest.layers) >= MAX_LAYERS:
         raise FormatError("image cannot get another layer", blob=source.name, got=len(manifest.layers))
     with tempfile.TemporaryDirectory(prefix="obdlab-extend-", dir=work_dir) as directory:
@@ -85,6 +87,20 @@ def _copy_layers(
 ) -> None:
     for number, layer in enumerate(manifest.layers):
         copy_layer(source, layer, destination, Path(directory), f"layer {number}", progress)
+        if layer.turbo_target is not None:
+            target = target_of(source, layer.turbo_target)
+            copy_layer(source, target, destination, Path(directory), f"target of layer {number}", progress)
+
+
+def _check_targets(source: ImageSource, manifest: oci.Manifest, destination: ImageDestination) -> None:
+    same = destination.place is not None and destination.place == source.place
+    if any(layer.turbo_target for layer in manifest.layers) and not (same or destination.keeps_unnamed):
+        raise FormatError(
+            "a turboOCI image must stay in the repository that holds its files",
+            blob=destination.name,
+            got=source.name,
+            wanted="a source in the same repository",
+        )
 
 
 def _described(layer: TopLayer, manifest: oci.Manifest) -> oci.Descriptor:
@@ -96,7 +112,8 @@ def _described(layer: TopLayer, manifest: oci.Manifest) -> oci.Descriptor:
     fs_type = manifest.layers[0].annotations.get(oci.BLOB_FS_TYPE)
     if fs_type:
         annotations[oci.BLOB_FS_TYPE] = fs_type
-    media_type = oci.DOCKER_LAYER if manifest.layers[0].media_type == oci.DOCKER_LAYER else oci.OCI_LAYER
+    docker = manifest.layers[0].media_type in (oci.DOCKER_LAYER, oci.DOCKER_LAYER_GZIP)
+    media_type = oci.DOCKER_LAYER if docker else oci.OCI_LAYER
     return oci.Descriptor(media_type, layer.digest, layer.size, annotations=annotations | layer.annotations)
 
 

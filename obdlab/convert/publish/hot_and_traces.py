@@ -10,10 +10,12 @@ import os
 import tempfile
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.convert.compare.imagetree import fetched_layers
+from obdlab.convert.endpoints.disks import unpacked
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.endpoints.registryimages import RegistrySource
 from obdlab.convert.progress import Silent
@@ -23,6 +25,7 @@ from obdlab.formats import oci
 from obdlab.formats.trace import layer_of_content
 from obdlab.image.from_manifest import CREATED, TRACE_ARTIFACT, config_from_manifest
 from obdlab.image.open import open_image
+from obdlab.image.turboblob import file_systems_in
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.registry.platform import host_platform
@@ -43,8 +46,7 @@ if TYPE_CHECKING:
 # at a 70th of the speed, once. (Blocks of 64 KiB that do not compress have no room in the original's reader.)
 HOT_LEVEL = 19
 HOT_PACKING = Packing("zstd", 32 << 10, tar=True, workers=min(4, os.cpu_count() or 1), level=HOT_LEVEL)
-# Not used: an image in a registry is not copied.
-_NOWHERE = Path("/nonexistent")
+_PLACE = "/var/tmp"
 
 
 def add_hot_layer(
@@ -118,7 +120,10 @@ def attach_trace(
     """
     source = RegistrySource(reference, client)
     subject, manifest = source.find(platform or host_platform(), overlaybd=True)
-    with opened(source, manifest, settings, client, _NOWHERE, None) as disk:
+    with (
+        tempfile.TemporaryDirectory(prefix="obdlab-trace-", dir=_PLACE) as directory,
+        opened(source, manifest, settings, client, Path(directory), None) as disk,
+    ):
         _refuse_hot(disk, source)
         reads_in(trace, disk, name=trace_name)
     repository = client.repository(reference)
@@ -158,17 +163,36 @@ def opened(
     work_dir: Path,
     progress: Progress | None,
 ) -> Iterator[Stack]:
-    """Open the disk of an overlaybd image: from a registry on demand, else after fetching its layers."""
+    """Open the disk of an overlaybd image: from a registry on demand, else after fetching its layers.
+
+    The small blobs of turboOCI layers are unpacked below ``work_dir``. Raises FormatError if these have two file
+    systems: each node may take another one, and traces and hot layers are of one alone.
+    """
+    place = work_dir / "blobs"
+    _check_one_file_system(source, manifest, place)
     if client is None or source.place is None:
         with ExitStack() as ended:
             yield Stack(fetched_layers(source, manifest, work_dir, progress or Silent(), ended))
         return
     repository = client.repository(Reference.parse(source.name))
-    image = open_image(config_from_manifest(manifest, repository, name=source.name), settings, traces=False)
-    with image:
+    turbo = partial(unpacked, source, place)
+    config = config_from_manifest(manifest, repository, name=source.name, unpacked=turbo)
+    with open_image(config, settings, traces=False) as image:
         if isinstance(image, WritableStack):
             raise FormatError("image is writable", blob=source.name)
         yield image
+
+
+def _check_one_file_system(source: ImageSource, manifest: oci.Manifest, place: Path) -> None:
+    turbo = next((layer for layer in manifest.layers if layer.turbo_target is not None), None)
+    found = file_systems_in(unpacked(source, place, turbo)) if turbo is not None else []
+    if len(found) > 1:
+        raise FormatError(
+            "image has two file systems, and a trace or hot layer belongs to one",
+            blob=source.name,
+            got=" and ".join(found),
+            wanted="an image converted with one --fs",
+        )
 
 
 def _refuse_hot(disk: Stack, source: ImageSource) -> None:
