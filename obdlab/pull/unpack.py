@@ -16,6 +16,7 @@ from obdlab.formats.oci import (
     BLOB_DIGEST,
     BLOB_SIZE,
     FASTOCI_TARGET_DIGEST,
+    HASH_TREE,
     IN_CONTENT_STORE,
     TRACE_LABEL,
     TURBO_TARGET_DIGEST,
@@ -61,6 +62,8 @@ class LayerResult:
     outcome: Outcome
     #: The image from whose registry the snapshotter reads the layer's data; '' if the data is local.
     origin: str = ""
+    #: The snapshotter checks a layer that was present by another hash tree than this image's, or by none.
+    other_tree: bool = False
 
 
 class UnpackedImage(Protocol):
@@ -256,7 +259,9 @@ class Unpacker:
             self._check_target(layer, name, labels)
         origin = labels.get(IMAGE_LABEL) or labels.get(CRI_IMAGE_LABEL, "")
         lazy = _REMOTE_LABEL in labels or (bool(layer.turbo_target) and TURBO_TARGET_PLACE not in labels)
-        return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if lazy else "")
+        # Of a turboOCI layer the blob has the sums, and the name of the snapshot is the blob's.
+        other_tree = _REMOTE_LABEL in labels and labels.get(HASH_TREE, "") != layer.annotations.get(HASH_TREE, "")
+        return LayerResult(layer.digest, layer.size, Outcome.PRESENT, origin if lazy else "", other_tree)
 
     # The snapshot's name is that of the layer's small blob. A snapshotter that believes labels may have made it with
     # the target that another image named.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from obdlab.errors import SourceError
 from obdlab.formats.oci import (
     BLOB_DIGEST,
     BLOB_SIZE,
+    HASH_TREE,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     OVERLAYBD_VERSION,
@@ -253,6 +255,27 @@ def test_layers_go_on_being_read_where_they_were_pulled_first(
     assert capsys.readouterr().err == ""
     assert main.main(["image", "pull", *where, f"{other}/lazy/first"]) == 0
     assert f"2 of 2 layers were pulled before as part of {first}, and containers go on" in capsys.readouterr().err
+
+
+def test_a_layer_with_another_tree_is_reported(
+    host: ObdlabHost,
+    containerd: Containerd,
+    registry: RegistryClient,
+    registry_server: RegistryServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The host checks the layer by the tree of the image that was pulled first, here by none."""
+    bare, _ = push_image(registry, f"{registry_server.host}/lazy/bare", overlaybd_layers())
+    tree = {HASH_TREE: f"sha256:{'1' * 64},sha256:{'2' * 64}"}
+    bottom, top = overlaybd_layers()
+    guarded = [replace(bottom, annotations=bottom.annotations | tree), top]
+    second, _ = push_image(registry, f"{registry_server.host}/lazy/guarded", guarded)
+    assert not any(each.other_tree for each in pull(containerd, registry, bare).layers)
+    where = ("--address", host.containerd.address, "--namespace", "test")
+    assert main.main(["image", "pull", *where, str(second)]) == 0
+    assert "1 of 2 layers were pulled before with another hash tree than this image's" in capsys.readouterr().err
+    assert [each.other_tree for each in pull(containerd, registry, second).layers] == [True, False]
+    assert not any(each.other_tree for each in pull(containerd, registry, bare).layers)
 
 
 def test_garbage_collection_takes_nothing(

@@ -102,6 +102,12 @@ def _warnings(result: PullResult, reference: Reference, *, download: bool) -> It
             f"them from the registry; {change}"
         )
     other = [layer.origin for layer in lazy if Reference.parse(layer.origin).host != reference.host]
+    trees = sum(layer.other_tree for layer in result.layers)
+    if trees:
+        yield (
+            f"{trees} of {len(result.layers)} layers were pulled before with another hash tree than this image's, or "
+            f"without one, by which containers go on checking them; {change}"
+        )
     if other:
         yield (
             f"{len(other)} of {len(result.layers)} layers were pulled before as part of {other[0]}, and containers "
