@@ -266,3 +266,9 @@ def test_it_is_a_blob(tmp_path: Path) -> None:
     assert blob.map_range(5, 5) == (0, 0)
     blob.close()
     blob.close()
+
+
+def test_skippable_frames_are_in_no_span() -> None:
+    one, two = frame(b"a" * 100), frame(b"b" * 100)
+    index = ZstdIndex.from_bytes(index_of(one + skippable(b"toc") + two + skippable(b"end"))[0])
+    assert index.spans.tolist() == [(0, 0, len(one)), (100, len(one) + 11, len(two))]
