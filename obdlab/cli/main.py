@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 _WIDTH = 100
-_INDENT = " " * 14
+_INDENT = " " * 8
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:

@@ -84,6 +84,7 @@ trace merge trace other -o merged
 trace diff trace other :: 0 1
 trace filter trace -o filtered --unique
 trace files trace {_IMAGE}
+trace suggest {_IMAGE} -o suggested
 trace transplant trace {_IMAGE} oci:erofs:1 -o moved
 trace timeline events {_IMAGE}
 trace import events {_IMAGE} -o imported
