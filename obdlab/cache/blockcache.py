@@ -41,7 +41,7 @@ class BlockCache:
 
     ``unit`` is the smallest request to an origin, a power of two >= 4096; blobs that are in the cache already keep
     theirs. After :meth:`CachedBlob.opened` a miss fetches the missing units of the aligned ``extent`` around it; with
-    ``extent_max``, of a smaller or larger one, as suits the origin's ``link`` (:mod:`obdlab.cache.readahead`).
+    ``extent_max``, of a smaller or larger one, as suits the origin's ``link`` (:mod:`obdlab.cache.policy`).
     ``registry`` names the origin that is trusted for the bytes of a digest: a part of a blob cannot be checked
     against its digest, so only users of the same name share blobs. For ``quota`` and ``min_free``, which hold for
     the whole directory, see :class:`EvictingSpace`. Up to ``readahead_max`` bytes are fetched ahead of sequential

@@ -15,7 +15,8 @@ from obdlab.cache.ahead.pieces import PiecesAhead
 from obdlab.cache.fetching import Fetches
 from obdlab.cache.flights import Holders, Statistics
 from obdlab.cache.layout import PAGE_SHIFT, SEED
-from obdlab.cache.readahead import Extent, ReadAhead
+from obdlab.cache.policy import PIECE, Extent
+from obdlab.cache.readahead import ReadAhead
 from obdlab.cache.units import CachedUnits
 from obdlab.call import UNBOUND, Call
 from obdlab.errors import SourceError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Pieces of this size keep 1 Gbit/s at 5 ms round trip busy with four requests under way, at a tenth of one core.
-_PIECE = 256 << 10
 # A long stream is fetched in larger pieces: at 1 Gbit/s the processor is the limit, and its cost is per request.
 _STREAM_PIECE = 1 << 20
 # A reader is sequential after this way: with half of it, importing pandas fetches 12 % more than it needs.
@@ -177,9 +176,9 @@ class CachedBlob(Blob):
         """Return the number of bytes in the units."""
         return self._files.length_of(first, stop)
 
-    def missing_piece(self, unit: int) -> tuple[int, int] | None:
-        """Return the next missing units from ``unit`` on, at most a piece; None if all are cached."""
-        most = max(1, _PIECE // self._unit)
+    def missing_piece(self, unit: int, length: int = PIECE) -> tuple[int, int] | None:
+        """Return the next missing units from ``unit`` on, at most ``length`` bytes; None if all are cached."""
+        most = max(1, length // self._unit)
         while unit < self._files.units:
             there = self._files.present(unit, min(unit + _SCAN_UNITS, self._files.units))
             if False in there:
@@ -216,7 +215,7 @@ class CachedBlob(Blob):
 
     def pieces_ahead(self, first: int, stop: int) -> PiecesAhead:
         """Return an object that fetches the missing units in order, by as few requests as possible."""
-        return PiecesAhead(self.below, self._fetches, first, stop, unit=self._unit, most=_PIECE)
+        return PiecesAhead(self.below, self._fetches, first, stop, unit=self._unit, most=PIECE)
 
     # -- the end of a download ---------------------------------------------------------------------------------------
 
@@ -227,7 +226,7 @@ class CachedBlob(Blob):
         """
         generation = self._files.header.generation
         whole = hashlib.sha256()
-        step = max(1, _PIECE // self._unit)
+        step = max(1, PIECE // self._unit)
         unit = 0
         while unit < self._files.units:
             data = self._units.load(unit, min(unit + step, self._files.units))

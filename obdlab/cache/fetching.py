@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.flights import Flight
-from obdlab.cache.readahead import SINGLE
+from obdlab.cache.policy import SINGLE
 from obdlab.cache.unitstate import State
 from obdlab.call import Call
 from obdlab.errors import ObdlabError, SourceError

@@ -148,3 +148,5 @@ class Demand(Gauge):
         super().__init__()
         #: The readers among them that wait for units which no trace announced.
         self.surprised = Gauge()
+        #: The traces and hot layers that are being fetched ahead.
+        self.announced = Gauge()

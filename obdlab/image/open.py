@@ -196,7 +196,7 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
     with ExitStack() as opened:
         recording = _begin_recording(config, opened) if traces else None
         if recording is not None:
-            settings = replace(settings, download_enabled=False, readahead_max=0)
+            settings = replace(settings, download_enabled=False, completion=False, readahead_max=0)
         recorder = recording.recorder if recording is not None else None
         layers, identity, remote = _open_lowers(lowers, config.repo_blob_url, settings, opened, around, recorder)
         count = remote.statistics if remote is not None else dict

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from obdlab.blob import unwrapped
+from obdlab.cache.ahead.allowance import Allowance
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
@@ -25,6 +26,7 @@ from obdlab.observe.counters import LAZY_LAYERS
 from obdlab.registry.reference import Repository
 from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.settings.settings import VERIFY_OFF, VERIFY_REQUIRE
+from obdlab.system.metered import metered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,7 +201,7 @@ class RemoteLayers:
             file.opened(settings.read_deadline_s, extents=False)
         blobs = [*self._blobs, *self._tree_files]
         total = sum(blob.size for blob in blobs)
-        if not settings.download_enabled or not self._blobs:
+        if not (settings.download_enabled or settings.completion) or not self._blobs:
             return
         if settings.cache_quota and total > settings.cache_quota:
             logger.warning(
@@ -215,6 +217,9 @@ class RemoteLayers:
             settings.download_bytes_per_s,
             settings.download_tries,
         )
+        if settings.completion:
+            allowance = Allowance(self._cache.space, settings.completion_bytes_per_day)
+            options = replace(options, at_once=True, allowance=allowance, metered=metered)
         BackgroundDownload(blobs, options).start()
 
     def unverified(self) -> int:

@@ -243,9 +243,12 @@ class RegistryClient:
                 began = time.monotonic()
 
                 def timed(response: Answer) -> bytes:
-                    answered = time.monotonic()
-                    data = read(response)
-                    link.note(answered - began, length, time.monotonic() - answered)
+                    answered, before = time.monotonic(), link.begin_body()
+                    try:
+                        data = read(response)
+                    finally:
+                        after = link.end_body()
+                    link.note(answered - began, length, time.monotonic() - answered, (before + after) / 2)
                     return data
 
                 return get(timed, terms)

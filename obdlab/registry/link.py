@@ -29,12 +29,28 @@ class Link:
         self.bytes_per_wait = 0.0
         self._lock = threading.Lock()
         self._answers: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._bodies = 0
 
-    def note(self, wait_s: float, length: int, body_s: float) -> None:
-        """Add an answer of ``length`` bytes that began ``wait_s`` after its request and ended ``body_s`` later."""
+    def begin_body(self) -> int:
+        """Note that an answer begins to arrive; return the number of those that arrive now."""
+        with self._lock:
+            self._bodies += 1
+            return self._bodies
+
+    def end_body(self) -> int:
+        """Note that an answer has arrived, or broke off; return the number of those that arrived till now."""
+        with self._lock:
+            self._bodies -= 1
+            return self._bodies + 1
+
+    def note(self, wait_s: float, length: int, body_s: float, sharers: float = 1.0) -> None:
+        """Add an answer of ``length`` bytes that began ``wait_s`` after its request and ended ``body_s`` later.
+
+        It shared the link with others: so many answers arrived at a time on average, itself included.
+        """
         if length < LEAST_NOTED:
             return
-        rate = length / max(body_s, length / _FASTEST)
+        rate = min(_FASTEST, sharers * length / max(body_s, length / _FASTEST))
         with self._lock:
             self._answers.append((wait_s, wait_s * rate))
             if len(self._answers) < _LEAST_SAMPLES:

@@ -87,7 +87,7 @@ class Keeper:
         self._tell: int | None = tell
         settings = Settings.from_json(plan.settings)
         self._most_servers = settings.server_processes or min(4, os.cpu_count() or 1)
-        self._helper_settings = replace(settings, download_enabled=False).to_json()
+        self._helper_settings = replace(settings, download_enabled=False, completion=False).to_json()
         before = record_of(there) or DeviceRecord.load(directory)
         self._path = Path(before.path) if before and isinstance(there, Former | DeviceRecord) else None
         self._restarts = 0 if before is None else before.restarts + isinstance(there, DeviceRecord)

@@ -52,7 +52,8 @@ def graduate(
         raise DeviceError(f"device {device_id}: writable: what is written must go through its server")
     if digest_of_config(record.config) != record.config_sha256:
         raise DeviceError(f"device {device_id}: {record.config} has changed since it was attached")
-    settings = replace(Settings.from_json(record.settings), download_enabled=False, settings_path=None)
+    settings = Settings.from_json(record.settings)
+    settings = replace(settings, download_enabled=False, completion=False, settings_path=None)
     config = replace(ImageConfig.load(record.config), result_file="", record_trace_path="")
     files = flat_files(settings)
 

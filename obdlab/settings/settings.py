@@ -68,6 +68,12 @@ class Settings:
     verify: str = VERIFY_AVAILABLE
     #: Trace or priority list to replay whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
+    #: True if an image that is read lazily completes itself: the spare time of a fast link brings all of it from the
+    #: first moment on, that of a slow one after ``download_delay_s`` (:mod:`obdlab.cache.policy`). Nothing is fetched
+    #: over a link that NetworkManager says is metered.
+    completion: bool = False
+    #: Most bytes that completion fetches in a day (UTC), of all processes that share the cache; 0: no limit.
+    completion_bytes_per_day: int = 64 * GIB
     #: True if images in use are fetched whole into the cache, and verified, while no reader waits for other data.
     download_enabled: bool = False
     #: The download begins this long after the image was opened, plus a random part of ``download_delay_extra_s``.
@@ -159,6 +165,8 @@ class Settings:
             raise SettingsError("cache_quota and cache_min_free must not be negative")
         if min(self.download_delay_s, self.download_delay_extra_s, self.download_bytes_per_s) < 0:
             raise SettingsError("download_delay_s, download_delay_extra_s and download_bytes_per_s: not below 0")
+        if self.completion_bytes_per_day < 0:
+            raise SettingsError(f"completion_bytes_per_day: not below 0 (got {self.completion_bytes_per_day})")
         if self.download_tries < 1:
             raise SettingsError(f"download_tries: at least 1 (got {self.download_tries})")
         if min(self.read_deadline_s, self.open_deadline_s, self.request_timeout_s) <= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from obdlab.cache.readahead import Extent
+from obdlab.cache.policy import Extent
 from obdlab.registry.link import Link
 
 KIB = 1 << 10

@@ -74,15 +74,16 @@ def running_registry(
     port: int = 0,
     htpasswd: bool = False,
     auth: dict[str, object] | None = None,
+    enter: tuple[str, ...] = (),
 ) -> Iterator[RegistryServer]:
     """Run docker-registry with its storage and log under ``directory``, and stop it at the end.
 
     With ``htpasswd`` it asks for basic authentication (``USER``, ``PASSWORD``); ``auth`` is its section on that, if
-    another is wanted. ``port`` 0 is a free one.
+    another is wanted. ``port`` 0 is a free one. ``enter`` stands before the command.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for _ in range(_STARTS):  # a free port may be taken between finding and using it
-        process, server = _start(directory, f"{address}:{port or _free_port(address)}", htpasswd, auth)
+        process, server = _start(directory, f"{address}:{port or _free_port(address)}", htpasswd, auth, enter)
         if _answers(process, server):
             break
         _stop(process)
@@ -103,7 +104,7 @@ def registry_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Regist
 
 
 def _start(
-    directory: Path, host: str, htpasswd: bool, auth: dict[str, object] | None
+    directory: Path, host: str, htpasswd: bool, auth: dict[str, object] | None, enter: tuple[str, ...] = ()
 ) -> tuple[subprocess.Popen[bytes], RegistryServer]:
     storage, log = directory / "storage", directory / "registry.log"
     config: dict[str, object] = {
@@ -121,11 +122,11 @@ def _start(
     (directory / "config.yml").write_text(json.dumps(config))
     with log.open("ab") as output:
         process = subprocess.Popen(
-            ["docker-registry", "serve", str(directory / "config.yml")],
+            [*enter, "docker-registry", "serve", str(directory / "config.yml")],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={"PATH": "/usr/bin:/bin", "OTEL_TRACES_EXPORTER": "none"},
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "OTEL_TRACES_EXPORTER": "none"},
         )
     return process, RegistryServer(host, storage, log, process.pid)
 

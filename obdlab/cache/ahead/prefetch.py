@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from obdlab.cache.policy import ANNOUNCED_REQUESTS, LARGEST_ANNOUNCED, may_announce
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ logger = logging.getLogger(__name__)
 #: (blob's number, first byte, end) in the order of use.
 Range = tuple[int, int, int]
 
-_REQUESTS = 8
-# Most bytes in flight: bounds their memory, and the wait of a reader that misses another unit.
-_UNDER_WAY = 2 << 20
-# A reader that needs the last unit of a request waits for all of it.
-_LARGEST = 1 << 20
 _FIRST_BATCH, _LARGEST_BATCH = 1 << 20, 8 << 20
 # Units between two pieces are fetched too, which saves a request: the smallest gaps first, up to this share of a
 # batch.
@@ -79,7 +75,7 @@ def _pieces(batch: list[tuple[int, int]], units: Sequence[int], seen: list[set[i
         number = first_use[blob, unit]
         last = runs[-1] if runs else None
         follows = last is not None and last[0] == blob and (unit == last[2] or (blob, unit) in bridged)
-        if last is not None and follows and unit < last[1] + max(1, _LARGEST // units[blob]):
+        if last is not None and follows and unit < last[1] + max(1, LARGEST_ANNOUNCED // units[blob]):
             seen[blob].update(range(last[2], unit))
             last[2], last[3] = unit + 1, min(last[3], number)
         else:
@@ -142,7 +138,8 @@ class Prefetch:
         held = [blob for blob in self._blobs if blob.hold()]
         try:
             if len(held) == len(self._blobs):
-                self._fetch_all()
+                with self._blobs[0].demand.announced:
+                    self._fetch_all()
         except ObdlabError as error:
             logger.warning("%s: not replayed: %s", self.name, error)
         except Exception:
@@ -159,7 +156,7 @@ class Prefetch:
         self._pieces = iter(pieces)
         helpers = [
             threading.Thread(target=self._work, name="obdlab-prefetch", daemon=True)
-            for _ in range(1, min(_REQUESTS, len(pieces)))
+            for _ in range(1, min(ANNOUNCED_REQUESTS, len(pieces)))
         ]
         for thread in helpers:
             thread.start()
@@ -192,7 +189,7 @@ class Prefetch:
     def _next(self) -> Piece | None:
         while not self._ends():
             with self._lock:
-                if self._under_way < _UNDER_WAY and not self._blobs[0].demand.surprised.busy:
+                if may_announce(self._under_way, surprised=self._blobs[0].demand.surprised.busy):
                     piece = next(self._pieces, None)
                     if piece is not None:
                         self._under_way += self._size_of(piece)

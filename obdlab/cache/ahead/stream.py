@@ -68,6 +68,10 @@ class StreamAhead:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, first: int, stop: int) -> None:
+        with self._blob.demand.announced:
+            self._fetch(first, stop)
+
+    def _fetch(self, first: int, stop: int) -> None:
         blob = self._blob
         if not blob.hold():
             return

@@ -1,0 +1,125 @@
+"""Images that complete themselves: at once over a fast link, later over a slow one, never in a reader's way."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from obdlab.cache.admin import entries
+from obdlab.cache.space import CacheSpace
+from obdlab.image.config import ImageConfig
+from obdlab.image.open import Image, open_image
+from obdlab.lab.testbed.netns import ExperimentNetwork
+from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.writing import Packing
+from obdlab.settings.settings import Settings
+from tests.image.test_download import wait_until
+from tests.image.test_open_remote import push
+from tests.registry.server import RegistryServer, running_registry
+
+pytestmark = pytest.mark.registry
+
+MIB = 1 << 20
+SIZE = 24 * MIB
+DATA = random.Random(5).randbytes(SIZE)
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layer")
+    (folder / "disk.raw").write_bytes(DATA)
+    import_disk(folder / "disk.raw", folder / "disk.obd", Packing(), kind="raw")
+    return folder / "disk.obd"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """The delay is longer than any test."""
+    return Settings(cache_dir=tmp_path / "cache", completion=True, download_delay_s=1000, readahead_max=0)
+
+
+def verified(settings: Settings) -> bool:
+    return [entry.verified for entry in entries(CacheSpace(settings.cache_dir))] == [True]
+
+
+def touch(image: Image, times: int = 4) -> None:
+    """Read here and there, as a start does; the link is known then."""
+    for number in range(times):
+        offset = number * SIZE // times + 12345
+        assert image.read_at(offset, 10) == DATA[offset : offset + 10]
+
+
+def opened(config: ImageConfig, settings: Settings) -> Image:
+    image = open_image(config, settings)
+    assert isinstance(image, Image)
+    return image
+
+
+def test_all_of_it_comes_at_once(registry_server: RegistryServer, settings: Settings, layer: Path) -> None:
+    config = push(registry_server, "completion/fast", [layer])
+    with opened(config, settings) as image:
+        touch(image)
+        wait_until(lambda: verified(settings))
+        counted = image.statistics()
+        assert counted["background_bytes"] > SIZE // 2
+        assert counted["demand_bytes"] + counted["background_bytes"] == config.lowers[0].size
+        assert image.read_at(0, SIZE) == DATA
+        assert image.statistics()["requests"] == counted["requests"]
+
+
+def test_no_more_than_the_days_bytes(registry_server: RegistryServer, settings: Settings, layer: Path) -> None:
+    config = push(registry_server, "completion/budget", [layer])
+    small = replace(settings, completion_bytes_per_day=5 * MIB)
+    with opened(config, small) as image:
+        touch(image)
+        wait_until(lambda: image.statistics()["background_bytes"] > 3 * MIB)
+        time.sleep(0.3)
+        assert image.statistics()["background_bytes"] <= 5 * MIB
+        assert image.read_at(0, SIZE) == DATA
+    with opened(config, small) as image:
+        time.sleep(0.3)
+        assert image.statistics()["background_bytes"] == 0
+
+
+def test_not_over_a_metered_link(
+    registry_server: RegistryServer, settings: Settings, layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obdlab.image.remote.metered", lambda: True)
+    config = push(registry_server, "completion/metered", [layer])
+    with opened(config, settings) as image:
+        touch(image)
+        time.sleep(0.3)
+        assert image.statistics()["background_bytes"] == 0
+
+
+@pytest.mark.kernel
+def test_behind_a_shaped_link(state_dir: Path, tmp_path: Path, settings: Settings, layer: Path) -> None:
+    """Counted, not timed: this machine may be busy, which makes the link look slower, never faster."""
+    with (
+        ExperimentNetwork(rate_mbit=100, rtt_ms=10, state_dir=state_dir) as network,
+        running_registry(tmp_path / "registry", address=network.address, port=5000, enter=network.enter) as server,
+    ):
+        with network.unshaped():
+            config = push(server, "completion/shaped", [layer])
+        with opened(config, settings) as image:
+            touch(image, 8)
+            time.sleep(1)
+            slow = image.statistics()
+            assert slow["background_bytes"] == 0, "at 100 Mbit/s only what readers ask for is fetched"
+            assert slow["demand_bytes"] < SIZE // 4
+        soon = replace(settings, download_delay_s=0, download_delay_extra_s=0)
+        before = network.counters()
+        with opened(config, soon) as image:
+            waited = []
+            for number in range(12):
+                offset = (number * 7 % 12) * 2 * MIB + MIB
+                begun = image.statistics()["background_bytes"]
+                assert image.read_at(offset, 10) == DATA[offset : offset + 10]
+                waited.append(image.statistics()["background_bytes"] - begun)
+            wait_until(lambda: verified(soon))
+            assert max(waited) <= 256 << 10, "at most one request of the completion was in flight"
+        assert network.counters().since(before).received < 1.1 * config.lowers[0].size
