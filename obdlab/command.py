@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +39,8 @@ def checkout_directory() -> Path | None:
 
 # The program of this Python's environment: its name if PATH finds it, else its path, else the module.
 def _program(name: str, *module: str) -> str:
+    import shutil
+
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)
     if found is not None and Path(found).resolve() == beside.resolve():

@@ -4,32 +4,73 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from tqdm import tqdm
 
     from obdlab.convert.progress import Task
     from obdlab.layerfiles.writing import Progress
 
 
+class Bar(Protocol):
+    """A bar, as tqdm has it: ``n`` of ``total`` units are done."""
+
+    n: Any
+    total: Any
+
+    def update(self, amount: float, /) -> object:
+        """Add to the units that are done."""
+
+    def refresh(self) -> object:
+        """Show it as it is."""
+
+    def set_description(self, text: str, refresh: bool = ...) -> object:
+        """Change the title."""
+
+    def set_postfix(self, **values: Any) -> object:
+        """Show values behind it."""
+
+    def write(self, text: str, file: Any = ...) -> object:
+        """Print a line above it."""
+
+
+class _Hidden:
+    # A bar that no one sees. Importing tqdm takes longer than some commands do.
+    def __init__(self, total: float | None) -> None:
+        self.n: float = 0
+        self.total = total
+
+    def update(self, amount: float) -> None:
+        self.n += amount
+
+    def refresh(self) -> None:
+        pass
+
+    def set_description(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def set_postfix(self, **values: Any) -> None:
+        pass
+
+    def write(self, text: str, file: Any = None) -> None:
+        print(text, file=file)
+
+
 @contextmanager
-def shown_bar(
-    title: str, total: float | None, *, unit: str = "B", quiet: bool = False, **more: Any
-) -> Iterator[tqdm[Any]]:
+def shown_bar(title: str, total: float | None, *, unit: str = "B", quiet: bool = False, **more: Any) -> Iterator[Bar]:
     """Show a bar for the block. ``total`` is in units, bytes unless ``unit`` names others; None if it is unknown."""
+    if quiet or not sys.stderr.isatty():
+        yield _Hidden(total)
+        return
     from tqdm import tqdm
 
     scale: dict[str, Any] = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
-    # disable=None: no bar unless standard error is a terminal.
     with tqdm(
         total=total,
         desc=title,
         unit=unit,
         leave=False,
-        disable=True if quiet else None,
         file=sys.stderr,
         **scale,
         **more,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,7 +83,7 @@ class Containerd(Closing):
         The lease also ends by itself after ``expire_s`` seconds, so that a killed client leaves no content for ever.
         If the block fails, content made under the lease is collected before the error is raised.
         """
-        lease_id = f"obdlab-{secrets.token_hex(8)}"
+        lease_id = f"obdlab-{os.urandom(8).hex()}"
         self.leases.create(lease_id, expire_s=expire_s)
         try:
             yield LeasedContainerd(self._connection, lease_id)

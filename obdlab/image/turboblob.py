@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
@@ -56,6 +55,8 @@ def unpack(stream: Readable, place: Path, *, blob: str) -> None:
         while stream.read(_COPY):  # to the end, where the digest is checked
             pass
     except BaseException as error:
+        import shutil
+
         shutil.rmtree(place, ignore_errors=True)
         if isinstance(error, OSError):
             raise _failed(error, place) from error

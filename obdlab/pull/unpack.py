@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-import secrets
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ class Unpacker:
         if download:
             labels[DOWNLOAD_LABEL] = "download"
         for _ in range(_PREPARE_TRIES):
-            key = f"extract-{time.time_ns() % 10**9}-{secrets.token_hex(3)} {name}"
+            key = f"extract-{time.time_ns() % 10**9}-{os.urandom(3).hex()} {name}"
             try:
                 mounts = self._snapshots.prepare(key, parent, labels)
             except AlreadyExistsError:

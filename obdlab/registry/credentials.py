@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -280,6 +279,8 @@ def _service_credentials(text: bytes, doing: str) -> Credentials:
 
 
 def _ask_helper(key: tuple[str, ...], call: Call) -> Found:
+    import shutil
+
     helper, host = key
     program = shutil.which(f"docker-credential-{helper}")
     name = f"docker-credential-{helper}"

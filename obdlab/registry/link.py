@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 from collections import deque
 
@@ -50,10 +49,12 @@ class Link:
         """
         if length < LEAST_NOTED:
             return
+        from statistics import median  # decimals and fractions with it: not for a client that only asks for manifests
+
         rate = min(_FASTEST, sharers * length / max(body_s, length / _FASTEST))
         with self._lock:
             self._answers.append((wait_s, wait_s * rate))
             if len(self._answers) < _LEAST_SAMPLES:
                 return
             waits_s, products = zip(*self._answers, strict=True)
-            self.wait_s, self.bytes_per_wait = statistics.median(waits_s), statistics.median(products)
+            self.wait_s, self.bytes_per_wait = median(waits_s), median(products)

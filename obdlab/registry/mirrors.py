@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -106,6 +105,8 @@ class Mirrors:
 
 def parse_hosts(text: bytes, name: str) -> tuple[Mirror, ...]:
     """Read a hosts.toml file. Raises HostsError naming ``name``."""
+    import tomllib  # most hosts have no such file
+
     try:
         document = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:

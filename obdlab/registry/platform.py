@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import Platform
@@ -23,7 +23,7 @@ class PlatformError(ObdlabError, code="platform"):
 
 def host_platform() -> Platform:
     """Return the platform of this machine."""
-    machine = platform.machine()
+    machine = os.uname().machine
     architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
     return Platform("linux", architecture, variant)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-import tomllib
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -132,6 +131,8 @@ def _hosts_files(options: TLSOptions) -> list[Path]:
 
 
 def _with_hosts_toml(found: HostTLS, path: Path, host: str, *, own: bool) -> HostTLS:
+    import tomllib  # most hosts have no such file
+
     try:
         with path.open("rb") as file:
             document = tomllib.loads(file.read(_MAX_FILE).decode())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import socket
 import threading
 import time
@@ -139,6 +138,8 @@ def persist(
         try:
             return attempt(terms)
         except RegistryError as error:
+            import random  # half of all imports here, for failures alone
+
             delay = max(min(error.retry_after_s, _LONGEST_RETRY_AFTER_S), pause * random.uniform(0.5, 1.0))
             hopeless = not error.temporary or tried == tries or time.monotonic() + delay >= deadline
             if hopeless:

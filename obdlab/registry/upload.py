@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from typing import IO, TYPE_CHECKING, Self, cast
@@ -57,6 +56,8 @@ class BlobSink:
     def __init__(self, session: Session, repository: Repository, *, chunk: int = CHUNK) -> None:
         if not 1 <= chunk <= _LARGEST_CHUNK:
             raise ValueError(f"upload chunk: wanted 1 to {_LARGEST_CHUNK} bytes (got {chunk})")
+        import tempfile  # with all compressions of the standard library: not for reading
+
         self._upload = _Upload(session, repository)
         self._chunk = chunk
         self._hash = hashlib.sha256()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,6 +25,8 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[B
     without it OutputError is raised if ``path`` exists, before or at the end. Raises SourceError naming ``path`` if
     the system refuses.
     """
+    import tempfile
+
     target = Path(path)
     check_absent(target, force=force)
     try:
@@ -50,6 +51,8 @@ def replace_file(path: str | os.PathLike[str], data: bytes, *, private: bool = T
 
     A ``private`` file has mode 0600. With ``sync`` the new content is on stable storage before the old one is gone.
     """
+    import tempfile
+
     target = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:

@@ -26,8 +26,7 @@ from obdlab.observe.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from tqdm import tqdm
-
+    from obdlab.cli.progressbar import Bar
     from obdlab.convert.batch.job import Job, Outcome, Pair
     from obdlab.convert.batch.pool import Pool
     from obdlab.convert.batch.state import Row
@@ -162,7 +161,7 @@ def _fingerprint(args: argparse.Namespace) -> str:
 
 class _Bar:
     # One bar over all images; failures are printed above it.
-    def __init__(self, bar: tqdm[Any]) -> None:
+    def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._failed = 0
 

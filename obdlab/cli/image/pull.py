@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from tqdm import tqdm
-
+    from obdlab.cli.progressbar import Bar
     from obdlab.pull.rpull import PullResult
     from obdlab.registry.reference import Reference
 
@@ -141,7 +140,7 @@ def _summary(result: PullResult, elapsed_s: float) -> str:
 
 # One bar for all downloads; it appears with the first one.
 class _Downloads:
-    def __init__(self, bar: tqdm[Any]) -> None:
+    def __init__(self, bar: Bar) -> None:
         self._bar = bar
 
     def expect(self, size: int) -> None:
