@@ -102,7 +102,7 @@ def kill_all(find: Callable[[], set[int]], timeout_s: float, stuck: Callable[[se
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         _wait(pids, deadline)
-        if left := {pid for pid in pids if _is_running(pid)}:
+        if left := {pid for pid in pids if is_running(pid)}:
             stuck(left)
         if time.monotonic() > deadline:
             return left
@@ -111,12 +111,13 @@ def kill_all(find: Callable[[], set[int]], timeout_s: float, stuck: Callable[[se
 
 def _wait(pids: set[int], deadline: float) -> None:
     end = min(deadline, time.monotonic() + 1.0)
-    while time.monotonic() < end and any(_is_running(pid) for pid in pids):
+    while time.monotonic() < end and any(is_running(pid) for pid in pids):
         time.sleep(_PAUSE_S)
 
 
-# A killed process whose threads are in the kernel still has a first thread that is a zombie.
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Return True if the process has a thread that is not dead; a zombie that nobody reaped is not running."""
+    # A killed process whose threads are in the kernel still has a first thread that is a zombie.
     state = _state(pid)
     return state is not None and (state[0] not in "ZX" or len(_threads(pid)) > 1)
 

@@ -12,6 +12,7 @@ from typing import IO
 import pytest
 
 from tests.capabilities import require
+from tests.guard.processes import is_running
 from tests.vm import kernel, machine
 from tests.vm.kernel import VmError
 
@@ -58,9 +59,9 @@ def test_a_machine_dies_with_its_starter() -> None:
         time.sleep(0.1)
     starter.kill()
     starter.wait()
-    while Path(f"/proc/{found[0]}").exists() and time.monotonic() < deadline:
+    while is_running(int(found[0])) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not Path(f"/proc/{found[0]}").exists()
+    assert not is_running(int(found[0]))
 
 
 @pytest.mark.slow
