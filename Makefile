@@ -8,13 +8,14 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
 
 # What only tests need: qcow2 images to import, a Prometheus to scrape the exporter, the virtual machine of tests/vm and
 # what is used in it, certificates, the sizes of the kernel's structures, a systemd that runs the units, the shells whose
-# completion is tried.
-TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs openssl gcc libc6-dev systemd zsh fish
+# completion is tried, a browser and the driver of its own version.
+TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs openssl gcc libc6-dev systemd zsh fish \
+  chromium chromium-driver
 
 # What only the long tests need: servers of shared databases, an iSCSI initiator and tools that tell of block events (in
-# the virtual machine), a browser and the driver of its own version, Go with containerd's suite for snapshotters. Docker, which changes the host's packet filters, is
+# the virtual machine), Go with containerd's suite for snapshotters. Docker, which changes the host's packet filters, is
 # left to its owner.
-LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf chromium chromium-driver \
+LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf \
   golang-go golang-github-containerd-containerd-dev
 
 .PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint docs unit pure host protos

@@ -17,7 +17,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from obdlab.lab.paper.questions import QUESTIONS
+from obdlab.lab.run.rows import RowStore
 from obdlab.lab.run.spec import Spec
+from obdlab.lab.show.report import run_notebook
 from obdlab.lab.testbed.process import Daemon
 from obdlab.lab.workbench import folder
 from tests import capabilities
@@ -26,7 +29,6 @@ from tests.lab.paper.rows import start_rows, store_grid, store_starts
 
 # What the two programs' own event loops warn of is theirs.
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
@@ -124,10 +126,7 @@ def opened(driver: Any, address: str) -> None:
 
 def run_all(driver: Any) -> None:
     """Choose Run → Run All Cells from the menu, and return once every cell has run; a cell that complains fails."""
-    (menu,) = [each for each in find(driver, ".lm-MenuBar-itemLabel") if each.text == "Run"]
-    menu.click()
-    wait(driver, lambda: find(driver, "li[data-command='runmenu:run-all']"), "no menu")
-    find(driver, "li[data-command='runmenu:run-all']")[0].click()
+    press(driver, "Run", "runmenu:run-all")
 
     def ran() -> bool:
         errors = [each.text for each in find(driver, f"{_OUTPUT}[data-mime-type='application/vnd.jupyter.stderr']")]
@@ -170,21 +169,32 @@ def assert_drawn(pixels: np.ndarray[Any, Any], colour: str) -> None:
     assert (np.abs(pixels - wanted).max(axis=2) < 0.12).sum() > 50, f"nothing is {colour}"
 
 
-@pytest.mark.timeout(1800)
-def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stored: Path) -> None:
+def given(name: str, root: Path, parameters: dict[str, Any]) -> None:
+    """Make a copy of a notebook below ``root``, with the cell of parameters that a reader would type."""
     import papermill  # slow to import
 
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    source = folder("notebooks") / name
+    papermill.execute_notebook(source, root / name, parameters, prepare_only=True, progress_bar=False)
+
+
+@contextmanager
+def lab(tmp_path: Path, notebooks: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, str]]:
+    """A browser, and the address of JupyterLab over these notebooks with their parameters."""
     capabilities.require("browser")
-    root, work = tmp_path / "notebooks", tmp_path / "work"
-    (root / "evaluation").mkdir(parents=True)
-    parameters = {"results": str(stored), "measure": False}
-    for name in ("evaluation/index.ipynb", "explorer.ipynb"):
-        # What a reader types into the cell of parameters.
-        papermill.execute_notebook(
-            folder("notebooks") / name, root / name, parameters, prepare_only=True, progress_bar=False
-        )
-    with jupyterlab(root, work) as address, browser(work) as driver:
-        opened(driver, address % "evaluation/index.ipynb")
+    work = tmp_path / "work"
+    for name, parameters in notebooks.items():
+        given(name, tmp_path / "notebooks", parameters)
+    with jupyterlab(tmp_path / "notebooks", work) as address, browser(work) as driver:
+        yield driver, address
+    shutil.rmtree(work)
+
+
+@pytest.mark.timeout(900)
+def test_a_notebook_runs_in_jupyterlab_and_shows_its_figure(tmp_path: Path, stored: Path) -> None:
+    name = "evaluation/index.ipynb"
+    with lab(tmp_path, {name: {"results": str(stored), "measure": False}}) as (driver, address):
+        opened(driver, address % name)
         run_all(driver)
         wait(driver, lambda: find(driver, f"{_OUTPUT} img"), "no figure")
         (figure,) = pictures(driver, f"{_OUTPUT} img")
@@ -194,6 +204,23 @@ def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stor
         page = find(driver, ".jp-Notebook")[0].get_attribute("textContent")
         assert "One core looks up more than 6 million" in page
         assert "not reproduced" in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_notebooks_run_in_jupyterlab(tmp_path: Path, stored: Path) -> None:
+    shown = {"results": str(stored), "measure": False}
+    names = [f"evaluation/{asked.key}.ipynb" for asked in QUESTIONS]
+    others: dict[str, dict[str, Any]] = {"evaluation/ledger.ipynb": {"results": str(stored)}}
+    others["explorer.ipynb"] = {"results": str(stored)}
+    with lab(tmp_path, {**dict.fromkeys(names, shown), **others}) as (driver, address):
+        for name in (*names, "evaluation/ledger.ipynb"):
+            opened(driver, address % name)
+            run_all(driver)
+            drawn = [asked for asked in QUESTIONS if asked.key == Path(name).stem and asked.runs[0].name == "start"]
+            if drawn:
+                wait(driver, lambda: find(driver, f"{_OUTPUT} img"), f"{name}: no figure")
+                assert_drawn(pictures(driver, f"{_OUTPUT} img")[0], "#3b6e8f")
 
         opened(driver, address % "explorer.ipynb")
         run_all(driver)
@@ -206,7 +233,40 @@ def test_notebooks_run_in_jupyterlab_and_show_their_figures(tmp_path: Path, stor
         wait(driver, lambda: find(driver, f"{_OUTPUT} img")[0].get_attribute("src") != before, "nothing changed")
         assert_drawn(pictures(driver, ".widget-image")[0], "#3b6e8f")
         driver.save_screenshot(str(tmp_path / "explorer.png"))
-    shutil.rmtree(work)
+
+
+@pytest.mark.slow
+@pytest.mark.kernel
+@pytest.mark.timeout(1800)
+def test_a_run_shows_its_progress_is_interrupted_and_goes_on(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    axes = {"segments": [1000], "layers": [1]}
+    many: dict[str, Any] = {"kind": "index", "axes": axes, "repeats": 3000, "load_limit": 1000.0, "name": "many"}
+    with lab(tmp_path, {"points.ipynb": {**many, "results": str(results)}}) as (driver, address):
+        opened(driver, address % "points.ipynb")
+        press(driver, "Run", "runmenu:run-all")
+        wait(driver, lambda: "cell/s" in text_of(driver) or "s/cell" in text_of(driver), "no progress bar")
+        press(driver, "Kernel", "kernelmenu:interrupt")
+        wait(driver, lambda: "KeyboardInterrupt" in text_of(driver), "not interrupted")
+    kept = RowStore(results / "many").rows()
+    assert 0 < len(kept) < 3000
+    assert not [row for row in kept if row.get("error")]
+    # The same notebook, run again, measures the rest only: here the first ones again would be more than there are.
+    few = {**many, "repeats": len(kept) + 1}
+    run_notebook(folder("notebooks") / "points.ipynb", {**few, "results": str(results)}, tmp_path / "again.ipynb")
+    assert len(RowStore(results / "many").rows()) <= len(kept) + 2
+
+
+def press(driver: Any, menu: str, command: str) -> None:
+    """Choose an entry of a menu."""
+    (label,) = [each for each in find(driver, ".lm-MenuBar-itemLabel") if each.text == menu]
+    label.click()
+    wait(driver, lambda: find(driver, f"li[data-command='{command}']"), "no menu")
+    find(driver, f"li[data-command='{command}']")[0].click()
+
+
+def text_of(driver: Any) -> str:
+    return str(find(driver, ".jp-Notebook")[0].get_attribute("textContent"))
 
 
 def choose(driver: Any, label: str, value: str) -> None:
