@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,12 +17,11 @@ import pytest
 from obdlab.convert.compare.listing import differences, list_tree
 from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.image import ConvertOptions
-from obdlab.convert.layer import LayerBuilder, LayerOptions
+from obdlab.convert.layer import LayerOptions
 from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
-from obdlab.system.pauses import wait_until
 from tests.convert.converting import convert, lowers_of, mounted, stacks
 from tests.convert.goldens import GOLDEN, golden_view, wanted_view
 from tests.convert.images import whole_image
@@ -121,15 +119,6 @@ def _push_layout(root: Path, reference: Reference) -> None:
 def _own_time_zone() -> Iterator[None]:
     yield
     time.tzset()  # as the environment, put back by now, says
-
-
-def test_options_that_change_no_byte_have_one_digest(tmp_path: Path) -> None:
-    plain, turbo = ConvertOptions(), ConvertOptions(turbo=("ext4",))
-    assert replace(plain, several_members=True).digest() == plain.digest()
-    assert replace(plain, work_dir=tmp_path, database="x").digest() == plain.digest()
-    different = [plain, turbo, replace(turbo, several_members=True), replace(plain, hash_trees=not plain.hash_trees)]
-    different += [replace(plain, docker=True), replace(plain, referrer=True), replace(plain, flatten=1)]
-    assert len({options.digest() for options in different}) == len(different)
 
 
 @pytest.mark.parametrize(
@@ -231,16 +220,3 @@ def test_destination_layout_keeps_other_tags(devices: DeviceService, work_dir: P
     layout = ImageLayout(tmp_path / "out")
     assert [entry.digest for entry in layout.select("one")] == [first.digest]
     assert [entry.digest for entry in layout.select("two")] == [second.digest]
-
-
-def test_what_waits_to_be_compressed_is_left_when_a_conversion_ends(work_dir: Path) -> None:
-    compressed = []
-    with LayerBuilder(work_dir, LayerOptions(), large=False) as builder:
-        waiting: list[Future[None]] = []
-        begun = builder._small_compressors.submit(
-            wait_until, lambda: bool(waiting) and waiting[0].cancelled(), 30.0, look_s=0.01
-        )
-        waiting.append(builder._small_compressors.submit(compressed.append, "a layer that nothing wants"))
-    assert begun.result()
-    assert waiting[0].cancelled()
-    assert not compressed
