@@ -73,11 +73,12 @@ SIZE = 300 << 10
 CONTENT = random.Random(1).randbytes(SIZE // 2) * 2
 
 #: Tested where they are: containerd's blobs need containerd, _Origin adds only its close to RemoteBlob, and a
-#: LostImage fails every read.
+#: LostImage fails every read. The disk of ``trace suggest`` only notes reads.
 ELSEWHERE = {
     "obdlab.convert.endpoints.containerdimages._StoredBlob",
     "obdlab.image.remote._Origin",
     "obdlab.server.tcmu.server.LostImage",
+    "obdlab.traces.likely._Noted",
 }
 KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | SummedTar | ZstdTarget
 

@@ -339,7 +339,9 @@ def _open_lowers(
 
     begun: dict[int, tuple[Blob, StreamAhead | None]] = {}
     # Long zstd frames are decoded into the cache's file system, or into that of the usual temporary files.
-    budget, spans = Budget(), SpanCache(directory=str(settings.cache_dir) if settings.cache_dir.is_dir() else _SPILL)
+    # Path.is_dir raises where a directory above may not be entered.
+    usable = os.path.isdir(settings.cache_dir) and os.access(settings.cache_dir, os.W_OK)
+    budget, spans = Budget(), SpanCache(directory=str(settings.cache_dir) if usable else _SPILL)
     tops = _topmost(lowers, files)
     wanted = sorted(set(tops))
 

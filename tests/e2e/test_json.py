@@ -22,8 +22,9 @@ WITHOUT = {
     "completion": "prints a shell's script",
     **{f"serve {name}": "runs until SIGTERM" for group in GROUPS if group.name == "serve" for name in group.names()},
 }
-#: Commands that need a virtual machine's kernel.
-ELSEWHERE = {"device tcmu-attach"}
+#: Commands that need a virtual machine's kernel, or an ordinary image in containerd
+#: (tests/snapshotter/test_turbo_stored.py).
+ELSEWHERE = {"device tcmu-attach", "image turbo"}
 #: Commands with verbs of their own, which have the option.
 PARTS = {
     "layer zfile": ("compress", "extract", "verify"),

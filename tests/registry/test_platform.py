@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 
 import pytest
 
@@ -20,7 +20,8 @@ from obdlab.registry.platform import PlatformError, host_platform, parse_platfor
     ],
 )
 def test_host(monkeypatch: pytest.MonkeyPatch, machine: str, wanted: Platform) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: machine)
+    told = os.uname_result(("Linux", "host", "6.12", "#1", machine))
+    monkeypatch.setattr(os, "uname", lambda: told)
     assert host_platform() == wanted
 
 

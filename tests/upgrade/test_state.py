@@ -8,6 +8,7 @@ import sqlite3
 import tarfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,23 +47,39 @@ def test_a_cache_is_read_without_its_registry(state: Path) -> None:
 
 
 @pytest.mark.parametrize("known", ["manifest", "layers"])
-def test_nothing_is_converted_again(state: Path, known: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_database_goes_on(state: Path, known: str, capsys: pytest.CaptureFixture[str]) -> None:
     database, target = state / "conversions.sqlite", state / "converted"
+    words = ["image", "convert", "--json", *OPTIONS, "--database", f"sqlite:{database}"]
+
+    def convert(tag: str) -> list[dict[str, Any]]:
+        assert main([*words, str(state / "source"), f"oci:{target}:{tag}"]) == 0
+        (converted,) = json.loads(capsys.readouterr().out)["images"]
+        return list(converted["layers"])
+
     with closing(sqlite3.connect(database)) as rows:  # a layout is known by its path
         for table in ("obdlab_layers", "obdlab_manifests"):
             change = f"UPDATE {table} SET repository = ? WHERE repository = ?"
             assert rows.execute(change, (str(target), f"{FACTS['place']}/converted")).rowcount > 0
-        if known == "layers":
-            rows.execute("DELETE FROM obdlab_manifests")
         rows.commit()
-    blobs = {path.name for path in (target / "blobs" / "sha256").iterdir()}
-    words = ["image", "convert", "--json", *OPTIONS, "--database", f"sqlite:{database}"]
-    assert main([*words, str(state / "source"), f"oci:{target}:v2"]) == 0
-    (converted,) = json.loads(capsys.readouterr().out)["images"]
-    layers = converted["layers"]
-    assert [layer["digest"] for layer in layers] == [lower["digest"] for lower in FACTS["config"]["lowers"]]
-    assert all(layer["reused"] for layer in layers)
-    assert {path.name for path in (target / "blobs" / "sha256").iterdir()} - blobs == set()
+    before = {lower["digest"] for lower in FACTS["config"]["lowers"]}
+    # Layers have their metadata at the front now, so each is converted once more. Those of before stay.
+    first = convert("v2")
+    assert not before & {layer["digest"] for layer in first}
+    assert {digest.partition(":")[2] for digest in before} <= {path.name for path in blobs_of(target)}
+    if known == "layers":
+        with closing(sqlite3.connect(database)) as rows:
+            rows.execute("DELETE FROM obdlab_manifests")
+            rows.commit()
+    blobs = blobs_of(target)
+    again = convert("v3")
+    assert [layer["digest"] for layer in again] == [layer["digest"] for layer in first]
+    assert all(layer["reused"] for layer in again)
+    assert blobs_of(target) == blobs
+
+
+def blobs_of(layout: Path) -> set[Path]:
+    """The blobs of an OCI layout."""
+    return set((layout / "blobs" / "sha256").iterdir())
 
 
 def test_a_root_goes_on(state: Path) -> None:

@@ -97,7 +97,7 @@ def _workflow(args: argparse.Namespace) -> int:
     if args.to == _SNAKEMAKE:
         text = snakefile(works)
     elif not args.image:
-        raise ObdlabError("--image: missing (wanted a container image with obdlab and the declarations)")
+        raise ObdlabError("--image: missing (wanted a container image that holds obdlab and the declarations)")
     else:
         text = kubernetes_jobs(works, image=args.image, claim=args.claim)
     if args.output is None:

@@ -136,7 +136,7 @@ package versions and commits; `spec.json` the declaration with its seed; `table.
 ## Checklist
 
 - **Available**: this file, and the commit that each environment names (`git_commit`).
-- **Functional**: without root, on any machine: `pip install 'obdlab[lab]'`, then
+- **Functional**: without root, on any machine, with obdlab and its extra `lab` installed:
 
       obdlab lab unbundle THIS_FILE DIRECTORY            # every digest; every table computed from the rows again
       obdlab lab show NAME --results DIRECTORY/results   # table, findings, caveats
