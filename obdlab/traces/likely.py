@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import stat
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,6 +50,8 @@ _HEAD = 128 << 10
 _TEXT_HEAD = 256
 # Bytes read of one disk: directories are read again for each path through them.
 _MAX_READ = 1 << 30
+#: A directory is looked through again for each path in it, so bytes alone do not bound the time of a hostile image.
+_MAX_S = 120.0
 
 _LIBC_FILES = ("/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/localtime")
 _LOCALE_FILES = ("/usr/lib/locale/locale-archive", "/usr/lib/locale/C.utf8/LC_CTYPE")
@@ -99,13 +102,19 @@ class _Noted(Wrapper):
         super().__init__(disk)
         self._ranges = ranges
         self._left = _MAX_READ
+        self._deadline = time.monotonic() + _MAX_S
 
     def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         self._left -= max(length, _PAGE)
         if self._left < 0:
             raise FormatError("start takes too many reads", blob=self.name, wanted=f"at most {_MAX_READ} bytes")
+        if time.monotonic() > self._deadline:
+            raise FormatError("start takes too long to follow", blob=self.name, wanted=f"at most {_MAX_S:g} s")
         self._ranges.append((offset // _PAGE * _PAGE, -(-(offset + length) // _PAGE) * _PAGE))
         return self.below.read_at(offset, length, call)
+
+    def stream(self, offset: int, length: int, call: Call | None = None) -> None:
+        """Return None: every byte goes through :meth:`read_at`."""
 
 
 class _Start:

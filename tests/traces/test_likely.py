@@ -18,6 +18,7 @@ from obdlab.formats import oci
 from obdlab.formats.trace import Trace
 from obdlab.layerfiles.disks import open_disk
 from obdlab.settings.settings import Settings
+from obdlab.traces import likely
 from obdlab.traces.likely import Suggested, suggest
 from obdlab.traces.sectors import sectors_of_reads
 from obdlab.traces.sets import coverage
@@ -155,6 +156,15 @@ def test_damaged_programs_end_in_a_format_error_or_in_names(changes: list[tuple[
     except FormatError:
         return
     assert len(found.needed) <= 4096
+
+
+@pytest.mark.parametrize(("bound", "reason"), [("_MAX_S", "takes too long"), ("_MAX_READ", "too many reads")])
+def test_the_work_for_one_image_is_bounded(
+    place: Place, monkeypatch: pytest.MonkeyPatch, bound: str, reason: str
+) -> None:
+    monkeypatch.setattr(likely, bound, -1)
+    with pytest.raises(FormatError, match=reason):
+        place.suggested(Entrypoint=["/usr/bin/env"])
 
 
 def test_headers_that_claim_to_be_endless_are_refused() -> None:
