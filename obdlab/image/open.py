@@ -204,7 +204,7 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
         if stack is not None:
             stack.identity = identity
             stack.unverified = remote.unverified if remote is not None else int
-            stack.graduates = settings.graduation
+            stack.graduates = settings.graduation and settings.unpacked_disks
         image: Image | WritableImage
         if config.upper.active:
             upper = opened.enter_context(open_upper(config.upper.data, config.upper.index))

@@ -62,13 +62,13 @@ class Graduation:
         image = _image_of(self._device, self._blob)
         if self._is_recorded():
             raise DeviceError("its reads are being recorded, which the kernel would not do")
-        if flat_name(image) != request.name:
-            raise DeviceError("its layers are other files than those that were unpacked")
         with self._changing:
             record = DeviceRecord.load(self._directory)
             if record is None:
                 raise DeviceError("it is being taken down")
-            files = flat_files(Settings.from_json(record.settings))
+            files = flat_files(allowing(record))
+            if flat_name(image) != request.name:
+                raise DeviceError("its layers are other files than those that were unpacked")
             path = files.path(flat_name(image))
             file = files.open(path.parent.name)
             if file is None:
@@ -117,6 +117,14 @@ def graduates(blob: Blob) -> bool:
     """Return True if a device of the blob shall go on without its server some day."""
     image = find(blob, Image)
     return image is not None and image.graduates
+
+
+def allowing(record: DeviceRecord) -> Settings:
+    """Return the settings of a device. Raises DeviceError if they forbid unpacked disks."""
+    settings = Settings.from_json(record.settings)
+    if not settings.unpacked_disks:
+        raise DeviceError("its settings forbid unpacked disks (unpacked_disks: false)")
+    return settings
 
 
 def _image_of(device: Device, blob: Blob) -> Image:

@@ -12,9 +12,9 @@ from obdlab.image.config import ImageConfig, digest_of_config
 from obdlab.image.open import Image, open_image
 from obdlab.layerfiles.flatten import flat_files, flat_name, flatten
 from obdlab.server import controlclient
+from obdlab.server.graduation import allowing
 from obdlab.server.messages import Graduate, Switched
 from obdlab.server.rundir import DeviceRecord
-from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,7 @@ def graduate(
         raise DeviceError(f"device {device_id}: writable: what is written must go through its server")
     if digest_of_config(record.config) != record.config_sha256:
         raise DeviceError(f"device {device_id}: {record.config} has changed since it was attached")
-    settings = Settings.from_json(record.settings)
-    settings = replace(settings, download_enabled=False, completion=False, settings_path=None)
+    settings = replace(allowing(record), download_enabled=False, completion=False, settings_path=None)
     config = replace(ImageConfig.load(record.config), result_file="", record_trace_path="")
     files = flat_files(settings)
 

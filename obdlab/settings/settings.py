@@ -87,6 +87,9 @@ class Settings:
     #: in the cache directory, within ``cache_quota``, and the kernel reads that. It costs as much disk as the image
     #: has data unpacked, and each device a second loop device from the beginning (docs/explanation/graduation.md).
     graduation: bool = False
+    #: False: no device graduates, not by hand either. The kernel reads an unpacked disk without comparing it with a
+    #: digest at each read, so that a change of the file on the host's disk would not be noticed.
+    unpacked_disks: bool = True
     #: A read ends with data or an error within this time, in any state of the registry.
     read_deadline_s: float = 120.0
     #: Opening an image ends within this time, so that starting a container reports sooner that a registry is down.

@@ -24,8 +24,10 @@ from obdlab.layerfiles.writing import Packing
 from obdlab.layers.append import AppendUpper
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
+from obdlab.server import controlclient
 from obdlab.server.cleanup import clean_up
 from obdlab.server.client import DeviceService
+from obdlab.server.messages import Graduate, Switched
 from obdlab.server.rundir import DeviceRecord
 from obdlab.server.unpacking import graduate
 from obdlab.settings.settings import Settings
@@ -235,6 +237,20 @@ def test_what_cannot_graduate(service: DeviceService, pattern: Path, tmp_path: P
     service.attach(config, "w")
     with pytest.raises(DeviceError, match="writable"):
         graduate(service.run_dir, "w")
+
+
+def test_settings_forbid_unpacked_disks(service: DeviceService, pattern: Path, tmp_path: Path) -> None:
+    settings = Settings(cache_dir=tmp_path / "cache", graduation=True, unpacked_disks=False)
+    service = DeviceService(service.run_dir.path, settings)
+    device = service.attach(image_of(Path(shutil.copy(pattern, tmp_path / "disk.raw"))), "x")
+    with pytest.raises(DeviceError, match="forbid unpacked disks"):
+        graduate(service.run_dir, "x")
+    # The device's server refuses, too: any process may ask it.
+    with pytest.raises(DeviceError, match="forbid unpacked disks"):
+        controlclient.ask(service.run_dir.device("x"), Graduate("0" * 64), Switched, silence_s=60.0)
+    assert not service.list()[0].graduated
+    assert read_direct(device.path, 0, MIB) == pattern.read_bytes()[:MIB]
+    assert not (tmp_path / "cache" / "graduated").exists()
 
 
 def test_layers_that_were_replaced(service: DeviceService, pattern: Path, tmp_path: Path) -> None:
