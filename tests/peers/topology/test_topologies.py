@@ -151,3 +151,12 @@ def test_balanced_trees_root_with_one_child_hands_over() -> None:
 def test_impossible_trees_are_refused(make: Callable[[], Topology]) -> None:
     with pytest.raises(ValueError, match="tree below r: wanted"):
         make()
+
+
+def test_request_in_the_redirect_tree_renews_the_places_above() -> None:
+    topology = RedirectTree("root", Random(1), most_children=1)
+    for host in "abc":
+        topology.join(GROUP, host, 0.0)
+    topology.join(GROUP, "c", 50.0)
+    assert topology.parents(GROUP, 70.0) == {"a": "root", "b": "a", "c": "b"}
+    assert topology.parents(GROUP, 110.0) == {}
