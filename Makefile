@@ -50,7 +50,7 @@ peers:
 	@scripts/install-packages stargz-snapshotter soci-snapshotter openssl
 	@scripts/build-stargz
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml obdlab/layers/_blocks.c
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev]'
 	@touch $@

@@ -15,6 +15,7 @@ from obdlab.errors import CorruptBlobError, FormatError
 from obdlab.formats.zfile.codec import codec_for
 from obdlab.formats.zfile.jumptable import JumpTable, check_bounds
 from obdlab.formats.zfile.layout import BLOCK_CRC_SEED, CRC_SIZE, HEADER_SIZE, Flags, ZFileHeader
+from obdlab.layers.native import unpacker
 from obdlab.observe.counters import CHECKSUM_FAILURES, CORRUPTIONS_HEALED, DECOMPRESSION_FAILURES
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class ZFileReader(Blob):
         self._read_stored = blob.read_at
         self._decompress = self._codec.decompress
         self._crc_size = CRC_SIZE if self.header.verify else 0
+        native = unpacker(self._offsets, self.header)
+        self._unpack = None if native is None else native.read
 
     @property
     def size(self) -> int:
@@ -88,6 +91,17 @@ class ZFileReader(Blob):
             return b""
         first = offset // block_size
         last = (end - 1) // block_size
+        if self._unpack is not None:
+            offsets = self._offsets
+            begin = offsets[first]
+            run = offsets[last + 1] - begin
+            if run <= MAX_RUN:
+                content = self._unpack(self._read_stored(begin, run, call), offset, length)
+                if content is not None:
+                    return content
+            elif first != last:
+                return self._read_in_parts(offset, length, call)
+            # A block is damaged. What follows finds it, and reads it again.
         if first == last:
             # Nearly every small read. All in one function: each call would cost a fortieth.
             offsets = self._offsets
@@ -110,6 +124,15 @@ class ZFileReader(Blob):
         with out.getbuffer() as view:
             self._fill(view, offset, first, last + 1, call)
         return out.getvalue()
+
+    def _read_in_parts(self, offset: int, length: int, call: Call | None) -> bytes:
+        # Halves of a read whose stored bytes are more than MAX_RUN, parted where a block begins.
+        middle = offset + length // 2
+        middle -= middle % self._block_size
+        if middle <= offset:
+            middle += self._block_size
+        part = middle - offset
+        return self.read_at(offset, part, call) + self.read_at(middle, length - part, call)
 
     def _fill(self, view: memoryview, offset: int, begin: int, end: int, call: Call | None) -> None:
         # Reads blocks [begin, end) into the view, whose first byte is the content's byte `offset`.
