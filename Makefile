@@ -58,7 +58,8 @@ $(VENV)/.installed: pyproject.toml obdlab/layers/_blocks.c
 demo: setup
 	$(BIN)/obdlab lab run experiments/quick.toml --report
 
-test: setup test-packages lint docs unit
+# The compiler is one of the packages for tests: it comes before the installation, which uses it.
+test: test-packages setup lint docs unit
 
 lint:
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from obdlab.cli.common import settings_from
 from obdlab.command import command, install_command
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.layers import native
 from obdlab.settings.settings import VERIFY_AVAILABLE, VERIFY_OFF, VERIFY_REQUIRE
 from obdlab.system import programs
 
@@ -58,9 +59,17 @@ def _device_checks() -> Iterator[Check]:
     yield _node("devices", "/dev/loop-control", "modprobe loop, or a kernel with CONFIG_BLK_DEV_LOOP")
     yield _filesystem("devices", "ext4", "modprobe ext4, or a kernel with CONFIG_EXT4_FS")
     yield _survival()
+    yield _compiled()
     yield _verification()
     erofs = "modprobe erofs, or a kernel with CONFIG_EROFS_FS (only for EROFS images)"
     yield _filesystem("devices", "erofs", erofs, optional=True)
+
+
+# Optional: the same bytes either way.
+def _compiled() -> Check:
+    state = native.state()
+    fix = "install gcc and python3-dev, then install obdlab again"
+    return Check("devices", "compiled decoding", state.startswith("compiled"), state, fix, optional=True)
 
 
 # Optional: without it a device ends with its server, and the device's users see I/O errors.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.command import checkout_directory
 from obdlab.lab.testbed.process import LabError, run
+from obdlab.layers import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ def capture(directory: Path = Path("/var/lib")) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
         "obdlab_version": _package_version("obdlab"),
+        "decoding": native.state(),
         "git_commit": commit,
         "git_dirty": dirty,
         "containerd": _program_version("containerd", "--version"),
