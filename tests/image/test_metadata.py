@@ -15,6 +15,7 @@ from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.image import ConvertOptions
 from obdlab.convert.layer import LayerOptions
 from obdlab.convert.publish.ordered import order_layers
+from obdlab.image import metadata
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import Image, open_image
 from obdlab.lab.images.ocilayout import OciLayout
@@ -103,6 +104,27 @@ def test_a_walk_asks_for_nothing_once_an_image_is_open(converted: Path, tmp_path
             half = DIRECTORIES // 2
             assert len(seen) == 2 + 3 * (2 + half * (FILES + 2)) + half * (1 + 3 * (FILES + 1))
             assert len(registry.requests) == asked
+
+
+def test_the_fronts_of_all_layers_together_are_bounded(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = blobs_of(converted)
+    with faulty_registry() as registry:
+        lowers = tuple(LowerConfig(digest=registry.add_blob(file), size=len(file)) for file in files)
+        config = ImageConfig(repo_blob_url=registry.repository().blobs_url, lowers=lowers)
+        with open_image(config, Settings(cache_dir=tmp_path / "cache")) as image:
+            assert isinstance(image, Image)
+            fronts = fetched(image)
+            begun = []
+            monkeypatch.setattr(metadata.StreamAhead, "start", lambda stream: begun.append(stream))
+            for most, count in ((sum(fronts), 3), (sum(fronts) - 1, 2), (fronts[-1], 1), (0, 0)):
+                begun.clear()
+                monkeypatch.setattr(metadata, "MOST_FRONT", most)
+                # The topmost layers come first: a start reads more of them.
+                names = [stream.name for stream in metadata.stream_metadata(image.layers)]
+                assert len(names) == len(begun) == count
+                assert names == [find(layer.data, CachedBlob).name for layer in reversed(image.layers)][:count]
 
 
 def test_opening_and_a_walk_wait_for_two_answers(converted: Path, tmp_path: Path) -> None:
