@@ -54,7 +54,8 @@ HASH_TREE = "containerd.io/snapshot/obdlab/hash-tree"
 TRACE_LABEL = "containerd.io/snapshot/obdlab/trace"
 #: Annotation with the digest of a turboOCI layer's file of sums, by which reads of its target are checked.
 TAR_SUMS = "containerd.io/snapshot/obdlab/tar-sums"
-#: Label, set by clients alone: "content-store" for a turboOCI layer whose target is in containerd's content store.
+#: Label: "content-store" for a turboOCI layer whose target is in containerd's content store. obdlab's client drops an
+#: annotation of this name, others pass it.
 TURBO_TARGET_PLACE = "containerd.io/snapshot/obdlab/turbo-target-place"
 IN_CONTENT_STORE = "content-store"
 TURBO_TARGET_DIGEST = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest"

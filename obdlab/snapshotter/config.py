@@ -111,7 +111,7 @@ class SnapshotterConfig:
                 active_roots=table.paths("activePathRoots", standard.active_roots),
                 trace_roots=table.paths("traceRoots", standard.trace_roots),
                 turbo_file_systems=_turbo_file_systems(table),
-                content_store=Path(table.text("contentStore") or standard.content_store),
+                content_store=Path(table.text("contentStore")) if table.text("contentStore") else None,
                 turbo_targets_by_label=table.get("turboTargetsByLabel", bool, False),
             ),
             exporter_listen=f"0.0.0.0:{port}" if exporter.get("enable", bool, False) else "",

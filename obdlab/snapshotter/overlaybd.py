@@ -79,8 +79,9 @@ class ImageOptions:
     trace_roots: tuple[Path, ...] = (Path("/tmp/ctr-record-trace"),)
     #: File systems that an image's bottom turboOCI layer may have, the preferred one first.
     turbo_file_systems: tuple[str, ...] = ("erofs", "ext4")
-    #: The directory with containerd's content, in which the targets of turboOCI layers may be.
-    content_store: Path = Path("/var/lib/containerd/io.containerd.content.v1.content")
+    #: The directory with containerd's content, if targets of turboOCI layers may be read from it. containerd passes
+    #: annotations of images as labels, so any image may then name a layer that another image brought to this host.
+    content_store: Path | None = None
     #: turboOCI layers whose blob does not name its target are committed with the target that a label names.
     turbo_targets_by_label: bool = False
 

@@ -83,7 +83,7 @@ class TurboLayer:
     compression: str
     #: The image whose repository has the target; None if only containerd's content store has it.
     reference: Reference | None
-    #: The target is read from containerd's content store.
+    #: The label says that containerd's content store has the target; it is read there if the options allow that.
     stored: bool = False
     #: A blob beside the target: a trace of the image up to this layer.
     trace: LowerConfig = field(default_factory=LowerConfig)
@@ -161,7 +161,7 @@ def turbo_config(
     if has_sums:
         _check_file(fs, SUMS_FILE, layer.digest)
     size = named_size(fs, layer, options)
-    file = str(_stored_target(layer, size, options)) if layer.stored else ""
+    file = str(_stored_target(layer, size, options)) if _is_read_here(layer, options) else ""
     lower = LowerConfig(
         dir=str(fs),
         file=str(fs / name),
@@ -249,16 +249,27 @@ def named_size(fs: Path, layer: TurboLayer, options: ImageOptions) -> int:
     return named.size
 
 
+# The label alone decides nothing: an annotation of the image may have set it.
+def _is_read_here(layer: TurboLayer, options: ImageOptions) -> bool:
+    if layer.stored and options.content_store is None and layer.reference is None:
+        raise FailedPreconditionError(
+            f"turboOCI layer {layer.digest}: the layer with its files would be read from containerd's content store, "
+            "which the snapshotter's configuration does not allow (set contentStore, usually to "
+            "/var/lib/containerd/io.containerd.content.v1.content)"
+        )
+    return layer.stored and options.content_store is not None
+
+
 # containerd checked the bytes when it stored them, and keeps them while an image's manifest names them.
 def _stored_target(layer: TurboLayer, size: int, options: ImageOptions) -> Path:
+    assert options.content_store is not None
     path = options.content_store.joinpath("blobs", *layer.target.split(":"))
     try:
         found = path.lstat()
     except OSError as error:
         raise FailedPreconditionError(
             f"turboOCI layer {layer.digest}: the layer with its files is not in containerd's content store "
-            f"({path}: {error.strerror}; if containerd's root is another one, set contentStore in the snapshotter's "
-            "configuration)"
+            f"({path}: {error.strerror}; is contentStore in the configuration that of containerd's root?)"
         ) from error
     if not stat.S_ISREG(found.st_mode) or (size and found.st_size != size):
         raise FailedPreconditionError(

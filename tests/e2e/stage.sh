@@ -24,6 +24,7 @@ start_containerd() {
 start_snapshotter() {
     mkdir -p /run/obdlab
     obdlab serve snapshotter --root /var/lib/obdlab/snapshotter --address /run/obdlab/snapshotter.sock \
+        ${SNAPSHOTTER_CONFIG:+--config "$SNAPSHOTTER_CONFIG"} \
         >"$STAGE/snapshotter.log" 2>&1 &
     disown; until_true test -S /run/obdlab/snapshotter.sock
 }

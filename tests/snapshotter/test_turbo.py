@@ -246,7 +246,7 @@ def test_a_target_in_the_content_store(tmp_path: Path) -> None:
     with closing(open_snapshotter(tmp_path / "root", content_store=tmp_path / "store")) as snapshotter:
         labels = turbo_labels() | STORED
         del labels[LABEL_IMAGE_REF]  # an image of no registry
-        with pytest.raises(FailedPreconditionError, match=r"not in containerd's content store .*set contentStore"):
+        with pytest.raises(FailedPreconditionError, match=r"not in containerd's content store .*contentStore"):
             unpacked(snapshotter, labels)
         snapshotter.remove("extract-0")
         place.parent.mkdir(parents=True)
@@ -261,6 +261,21 @@ def test_a_target_in_the_content_store(tmp_path: Path) -> None:
         assert config.repo_blob_url == ""
         (*_, above) = config_of(unpacked(snapshotter, turbo_labels(1), 1, CHAIN[0])).lowers
         assert (above.target_file, above.target_digest) == ("", TARGETS[1])
+
+
+def test_an_annotation_does_not_open_the_content_store(tmp_path: Path) -> None:
+    """containerd passes it as a label: without the host's setting the image is read from its own registry."""
+    place = tmp_path / "store" / "blobs" / TARGETS[0].replace(":", "/")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(bytes(1000))
+    with closing(open_snapshotter(tmp_path / "root")) as snapshotter:
+        (lower,) = config_of(unpacked(snapshotter, turbo_labels() | STORED)).lowers
+        assert (lower.target_file, lower.target_digest) == ("", TARGETS[0])
+    with closing(open_snapshotter(tmp_path / "other")) as snapshotter:
+        labels = turbo_labels() | STORED
+        del labels[LABEL_IMAGE_REF]
+        with pytest.raises(FailedPreconditionError, match=r"configuration does not allow .*set contentStore"):
+            unpacked(snapshotter, labels)
 
 
 def test_a_link_is_no_content(tmp_path: Path) -> None:

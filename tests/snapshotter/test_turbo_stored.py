@@ -116,7 +116,7 @@ def test_another_content_store_is_refused_with_the_setting(tmp_path: Path) -> No
         assert turbo(host, "--no-unpack", "--work-dir", str(tmp_path)) == 0
         with (
             Containerd(host.containerd.address, "test") as client,
-            pytest.raises(Exception, match=r"not in containerd's content store .*elsewhere.*set contentStore"),
+            pytest.raises(Exception, match=r"not in containerd's content store .*elsewhere.*contentStore"),
         ):
             unpack_stored(client, TURBO, snapshotter=NAME, platform=host_platform())
 
