@@ -35,7 +35,6 @@ from obdlab.blob import (
 from obdlab.cache.blockcache import BlockCache
 from obdlab.cache.cachedblob import CachedBlob
 from obdlab.call import Call
-from obdlab.contrib.traces_extra import transplant
 from obdlab.convert.endpoints import registryimages
 from obdlab.errors import ObdlabError, OutOfRangeError
 from obdlab.formats.oci import digest_of
@@ -63,6 +62,7 @@ from obdlab.registry.client import RegistryClient
 from obdlab.registry.link import Link
 from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.volumes.erofs.freespace import Space
+from obdlab.volumes.noting import NotedDisk
 from tests.devices.blobs import MemoryWritable
 from tests.image.trees import cached as cached_and_checked
 from tests.image.trees import checked
@@ -73,12 +73,11 @@ SIZE = 300 << 10
 CONTENT = random.Random(1).randbytes(SIZE // 2) * 2
 
 #: Tested where they are: containerd's blobs need containerd, _Origin adds only its close to RemoteBlob, and a
-#: LostImage fails every read. The disk of ``trace suggest`` only notes reads.
+#: LostImage fails every read.
 ELSEWHERE = {
     "obdlab.convert.endpoints.containerdimages._StoredBlob",
     "obdlab.image.remote._Origin",
     "obdlab.server.tcmu.server.LostImage",
-    "obdlab.traces.likely._Noted",
 }
 KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | SummedTar | ZstdTarget
 
@@ -173,7 +172,7 @@ def watched(_: Path, __: ExitStack) -> Case:
 
 def noted(_: Path, __: ExitStack) -> Case:
     bottom = Bottom(CONTENT)
-    return Case(transplant._Noted(bottom, []), CONTENT, bottom)
+    return Case(NotedDisk(bottom, lambda begin, end: None), CONTENT, bottom)
 
 
 def recent(_: Path, __: ExitStack) -> Case:

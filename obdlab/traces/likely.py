@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from obdlab.blob import Wrapper
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
@@ -25,16 +24,14 @@ from obdlab.traces.replay import reads_of_disk
 from obdlab.traces.sets import unique
 from obdlab.volumes.detect import FileTree, NoSuchFileError
 from obdlab.volumes.elf import MAGIC, read_linked
+from obdlab.volumes.noting import NotedDisk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from obdlab.blob import Blob
-    from obdlab.call import Call
     from obdlab.layers.stack import Stack
     from obdlab.volumes.elf import Linked
 
-_PAGE = 4096
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Bounds on the work for one image. A start of a large application loads some 200 programs and libraries.
 _MAX_FILES = 1024
@@ -96,37 +93,27 @@ def suggest(disk: Stack, document: Mapping[str, Any]) -> Suggested:
     return Suggested(unique(Trace.from_reads(reads)), tuple(start.files), tuple(start.left_out))
 
 
-class _Noted(Wrapper):
-    # A disk that notes its reads in whole pages, as the kernel reads them.
-    def __init__(self, disk: Blob, ranges: list[tuple[int, int]]) -> None:
-        super().__init__(disk)
-        self._ranges = ranges
-        self._left = _MAX_READ
-        self._deadline = time.monotonic() + _MAX_S
-
-    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
-        self._left -= max(length, _PAGE)
-        if self._left < 0:
-            raise FormatError("start takes too many reads", blob=self.name, wanted=f"at most {_MAX_READ} bytes")
-        if time.monotonic() > self._deadline:
-            raise FormatError("start takes too long to follow", blob=self.name, wanted=f"at most {_MAX_S:g} s")
-        self._ranges.append((offset // _PAGE * _PAGE, -(-(offset + length) // _PAGE) * _PAGE))
-        return self.below.read_at(offset, length, call)
-
-    def stream(self, offset: int, length: int, call: Call | None = None) -> None:
-        """Return None: every byte goes through :meth:`read_at`."""
-
-
 class _Start:
     # Follows one start. `files` has the real paths of the files met, `ranges` the bytes of the disk in order.
     def __init__(self, disk: Stack) -> None:
         self.ranges: list[tuple[int, int]] = []
         self.files: dict[bytes, None] = {}
         self.left_out: list[str] = []
-        self._disk = _Noted(disk, self.ranges)
+        self._name = disk.name
+        self._left = _MAX_READ
+        self._deadline = time.monotonic() + _MAX_S
+        self._disk = NotedDisk(disk, self._noted)
         self._tree = FileTree(self._disk)
         self._lookups = 0
         self._found: dict[bytes, bytes | None] = {}
+
+    def _noted(self, begin: int, end: int) -> None:
+        self._left -= end - begin
+        if self._left < 0:
+            raise FormatError("start takes too many reads", blob=self._name, wanted=f"at most {_MAX_READ} bytes")
+        if time.monotonic() > self._deadline:
+            raise FormatError("start takes too long to follow", blob=self._name, wanted=f"at most {_MAX_S:g} s")
+        self.ranges.append((begin, end))
 
     def follow(self, document: Mapping[str, Any]) -> None:
         config = document.get("config")
@@ -235,7 +222,8 @@ class _Start:
             *defaults,
         ):
             found = self._real(directory + b"/" + name)
-            if found is not None:
+            # ld.so goes on behind a library for other processors.
+            if found is not None and self._read(found, 0, len(linked.ident)) == linked.ident:
                 return found
         return None
 

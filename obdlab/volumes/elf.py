@@ -41,7 +41,8 @@ class Linked:
     """
 
     machine: str
-    bits: int
+    #: The first bytes of the file: its word size and byte order.
+    ident: bytes
     interpreter: bytes
     needed: tuple[bytes, ...]
     rpath: bytes
@@ -83,7 +84,7 @@ def _linked(file: ELFFile, name: str) -> Linked:
                     paths[tag.entry.d_tag] = os.fsencode(getattr(tag, tag.entry.d_tag[3:].lower()))
     return Linked(
         str(file["e_machine"]),
-        file.elfclass,
+        MAGIC + bytes([1 if file.elfclass == 32 else 2, 1 if file.little_endian else 2]),
         interpreter,
         tuple(needed),
         paths["DT_RPATH"],

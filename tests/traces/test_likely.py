@@ -49,6 +49,7 @@ class Place:
             member("etc/passwd", b"root:x:0:0::/:/bin/sh\n"),
             member("etc/ld.so.cache", b"c" * 5000),
             member("unread", b"u" * 100_000),
+            member("other/libc.so.6", b"\x7fELF\x01\x01" + bytes(200), mode=0o755),  # of a processor of 32 bits
             symlink("usr/local/bin/run", "../../bin/env"),
             symlink("bin/sh", "../usr/bin/env"),  # the image's command
             symlink("loop", "loop"),
@@ -118,6 +119,12 @@ def test_programs_are_found_as_execve_finds_them(place: Place, config: dict[str,
 )
 def test_configurations_without_a_program_suggest_none(place: Place, config: dict[str, Any]) -> None:
     assert not place.suggested(**config)[0].files
+
+
+def test_a_library_for_other_processors_is_passed_over(place: Place) -> None:
+    found, _ = place.suggested(Entrypoint=["/usr/bin/env"], Env=["LD_LIBRARY_PATH=/other"])
+    assert b"/other/libc.so.6" not in found.files
+    assert {name.encode() for name in libraries()} <= set(found.files)
 
 
 def test_malformed_programs_are_reported_and_large_files_read_in_part(place: Place) -> None:

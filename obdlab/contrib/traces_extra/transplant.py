@@ -8,22 +8,19 @@ opening of these files need become part of the new trace.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from obdlab.blob import Wrapper
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.volumes.noting import PAGE, NotedDisk
 from obdlab.volumes.places import FilePlaces, FileVolume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from obdlab.blob import Blob
-    from obdlab.call import Call
     from obdlab.layers.ordering import SectorRange
     from obdlab.volumes.places import Place
-
-
-_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class _Target:
     # Places on the new disk. `sectors` grows by each read of the disk.
     def __init__(self, disk: Blob) -> None:
         self.sectors: list[SectorRange] = []
-        self._volume = FileVolume(_Noted(disk, self.sectors))
+        self._volume = FileVolume(NotedDisk(disk, partial(_note, self.sectors)))
         self._files: dict[bytes, list[Place] | None] = {}
 
     def open(self, path: bytes) -> bool:
@@ -86,20 +83,9 @@ class _Target:
         return min(length, found)
 
 
-class _Noted(Wrapper):
-    # A disk that notes its reads.
-    def __init__(self, disk: Blob, sectors: list[SectorRange]) -> None:
-        super().__init__(disk)
-        self._sectors = sectors
-
-    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
-        _note(self._sectors, offset, offset + length)
-        return self.below.read_at(offset, length, call)
-
-
 # Notes whole pages, as the kernel reads them.
 def _note(sectors: list[SectorRange], begin: int, end: int) -> None:
-    first, stop = begin // _PAGE * _PAGE // SECTOR, -(-end // _PAGE) * _PAGE // SECTOR
+    first, stop = begin // PAGE * PAGE // SECTOR, -(-end // PAGE) * PAGE // SECTOR
     if sectors and sectors[-1][1] == first:
         sectors[-1] = (sectors[-1][0], stop)
     elif first < stop:
