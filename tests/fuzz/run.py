@@ -22,15 +22,16 @@ from pathlib import Path
 from tests.fuzz.mutate import mutate
 from tests.fuzz.targets import ALLOWED, TARGETS, Target
 
-# A span of 16 MiB of a gzip layer is held up to four times while it is inflated and joined.
-MEMORY = 128 << 20
+MEMORY = 64 << 20
+#: A span of 16 MiB of a gzip layer is held up to four times while it is inflated and joined.
+MORE_MEMORY = {"gzip-target": 128 << 20}
 PATIENCE_S = 60.0
 
 
-def limit_memory() -> None:
+def limit_memory(most: int = MEMORY) -> None:
     # Address space beyond what is in use now; an allocation that the header talked us into fails.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
+    limit = pages * resource.getpagesize() + most
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -47,7 +48,7 @@ def fuzz(name: str, amount: str, seed: int) -> tuple[int, int]:
     end = time.monotonic() + (1e9 if amount.endswith("x") else float(amount))
     for data in target.seeds():  # imports and caches are not what is limited
         target.parse(data)
-    limit_memory()
+    limit_memory(MORE_MEMORY.get(name, MEMORY))
     refused = 0
     for number, data in enumerate(inputs(target, random.Random(seed))):
         if number == most or time.monotonic() > end:
