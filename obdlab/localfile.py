@@ -46,6 +46,21 @@ def open_regular(path: str | os.PathLike[str]) -> FileIO:
     return file
 
 
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """Return the content of a regular file, of one larger than ``most`` the first ``most + 1`` bytes.
+
+    The buffer has the file's size: one of ``most`` bytes for each small file, cut down afterwards, fragments the heap
+    by 60 bytes a file (measured with 4 MiB over 650,000 files). Raises as :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        left = min(os.fstat(file.fileno()).st_size, most) + 1
+        parts = []
+        while left and (part := file.read(left)):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts)
+
+
 class LocalFile(Blob):
     """A regular file or block device, read by position.
 

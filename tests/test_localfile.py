@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from obdlab.errors import OutOfRangeError, SourceError
-from obdlab.localfile import LocalFile
+from obdlab.localfile import LocalFile, read_regular
 
 
 def open_descriptors() -> int:
@@ -73,3 +74,28 @@ def test_close_twice_then_read(tmp_path: Path) -> None:
     assert open_descriptors() == before
     with pytest.raises(SourceError, match="read after close"):
         blob.read_at(0, 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 5000])
+def test_read_regular_tells_a_larger_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data := os.urandom(size))
+    assert read_regular(path, 100) == data[:101]
+
+
+def test_read_regular_neither_waits_nor_reads_without_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_regular(path, 100)
+
+
+def test_read_regular_takes_memory_by_the_size_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100)
+    tracemalloc.start()
+    try:
+        read_regular(path, 64 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

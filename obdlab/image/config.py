@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from obdlab.errors import ObdlabError
-from obdlab.localfile import open_regular
+from obdlab.localfile import read_regular
 from obdlab.plain import Table
 from obdlab.system.newfile import replace_file
 
@@ -195,8 +195,7 @@ def read_config(path: str | os.PathLike[str]) -> bytes:
     """
     name = os.fspath(path)
     try:
-        with open_regular(name) as file:
-            data = file.read(_MAX_CONFIG + 1)
+        data = read_regular(name, _MAX_CONFIG)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{name}: cannot read the image configuration ({reason})") from error

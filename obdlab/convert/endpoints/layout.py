@@ -18,7 +18,7 @@ from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, to_json
 from obdlab.formats.tar import TarWindow
 from obdlab.layers.tarwrap import WrappedContent
-from obdlab.localfile import LocalFile, open_regular
+from obdlab.localfile import LocalFile, open_regular, read_regular
 
 if TYPE_CHECKING:
     from obdlab.blob import Blob
@@ -77,8 +77,7 @@ class ImageLayout:
     def _index_bytes(self) -> bytes:
         path = self.root / "index.json"
         try:
-            with open_regular(path) as file:
-                return file.read(MAX_MANIFEST_SIZE + 1)
+            return read_regular(path, MAX_MANIFEST_SIZE)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise SourceError("no OCI layout (it has no index.json)", blob=str(self.root)) from error
         except OSError as error:
