@@ -335,7 +335,8 @@ class Snapshotter:
             writer.commit(key, target, committed_labels, Usage())
         if not layer.acceleration:
             url = overlaybd.blobs_url(layer.reference, self._options)
-            self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size))
+            # With its tree: units that were not checked are of no use to the image's server.
+            self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size, hash_tree=layer.hash_tree))
         return True
 
     # Releases an image without containers.

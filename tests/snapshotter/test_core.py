@@ -17,7 +17,7 @@ import pytest
 
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
-from obdlab.image.config import ImageConfig
+from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter.core import Snapshotter
@@ -132,6 +132,16 @@ def test_a_hash_tree_is_in_the_configuration(snapshotter: Snapshotter, tmp_path:
     pull(snapshotter, 1, CHAIN[0])
     config = ImageConfig.load(root(tmp_path) / "2" / "block" / "config.v1.json")
     assert [lower.hash_tree for lower in config.lowers] == [tree, ""]
+
+
+def test_a_pulled_layer_is_primed_with_its_hash_tree(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primed: list[LowerConfig] = []
+    monkeypatch.setattr(ImageDevices, "prime", lambda _self, _url, layer: primed.append(layer))
+    tree = f"{DIGESTS[2]},{DIGESTS[1]}"
+    pull(snapshotter, **{oci.HASH_TREE: tree})
+    assert primed == [LowerConfig(digest=DIGESTS[0], size=1000, hash_tree=tree)]
 
 
 @pytest.mark.parametrize("text", ["x", "sha256:12,sha256:34", f"{DIGESTS[0]},{DIGESTS[0]},x"])

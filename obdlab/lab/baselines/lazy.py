@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
 
-#: Part of the tag: raise it when conversion gives other bytes, so that stored images are converted again.
-CONVERTER_VERSION = 1
 _LARGE_BLOCK = 65536
 
 
@@ -37,17 +35,21 @@ class Lazy(Overlayfs):
     #: Convert with hash trees, by which the reads of a start are checked.
     hash_trees: ClassVar[bool] = False
 
+    def options(self, source: Source) -> ConvertOptions:
+        """Return the options of the conversion."""
+        layer = LayerOptions(algorithm=source.algorithm, block_size=source.block_size)
+        return ConvertOptions(layer=layer, hash_trees=self.hash_trees)
+
     def tag(self, source: Source) -> str:
-        """Return the tag of the converted image."""
-        return f"{source.identity}-obd{CONVERTER_VERSION}-{source.algorithm}-{source.block_size}"
+        """Return the tag of the converted image: another one when options or converter give other bytes."""
+        return f"{source.identity}-obd-{self.options(source).digest()[:16]}"
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the image into the registry."""
-        layer = LayerOptions(algorithm=source.algorithm, block_size=source.block_size)
         convert_image(
             open_source(f"oci:{source.layout}", client),
             open_destination(reference, client),
-            options=ConvertOptions(layer=layer, hash_trees=self.hash_trees),
+            options=self.options(source),
         )
 
     def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
@@ -69,13 +71,9 @@ class LazySmall(Lazy):
     name: ClassVar[str] = "obdlab-64k"
     title: ClassVar[str] = "obdlab with blocks of 64 KiB"
 
-    def tag(self, source: Source) -> str:
-        """Return the tag of the converted image."""
-        return super().tag(replace(source, block_size=_LARGE_BLOCK))
-
-    def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
-        """Convert the image into the registry."""
-        super().publish(host, replace(source, block_size=_LARGE_BLOCK), client, reference)
+    def options(self, source: Source) -> ConvertOptions:
+        """Return the options of the conversion."""
+        return super().options(replace(source, block_size=_LARGE_BLOCK))
 
 
 class Verified(Lazy):
@@ -84,7 +82,3 @@ class Verified(Lazy):
     name: ClassVar[str] = "obdlab-verified"
     title: ClassVar[str] = "obdlab with hash trees"
     hash_trees: ClassVar[bool] = True
-
-    def tag(self, source: Source) -> str:
-        """Return the tag of the converted image with hash trees."""
-        return f"{super().tag(source)}-trees1"

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.registry.client import RegistryClient
 
-#: Part of the tag: raise it when other blobs are made of the same layers.
-TURBO_VERSION = 2
-
 
 class Turbo(Lazy):
     """obdlab's snapshotter, cold, on ext4 over gzip layers: SOCI's nearest relative."""
@@ -28,9 +25,9 @@ class Turbo(Lazy):
     host_share: ClassVar[float] = 1.2
     start_share: ClassVar[float] = 0.5
 
-    def tag(self, source: Source) -> str:
-        """Return the tag of the turboOCI image."""
-        return f"{source.identity}-turbo{TURBO_VERSION}"
+    def options(self, source: Source) -> ConvertOptions:
+        """Return the options of the conversion."""
+        return ConvertOptions(turbo=("ext4",))
 
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Push the layers as they are, and a turboOCI image of them into the same repository."""
@@ -40,5 +37,5 @@ class Turbo(Lazy):
         convert_image(
             open_source(plain, client),
             open_destination(reference, client),
-            options=ConvertOptions(turbo=("ext4",)),
+            options=self.options(source),
         )
