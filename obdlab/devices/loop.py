@@ -14,6 +14,7 @@ from pathlib import Path
 
 from obdlab.errors import DeviceError
 from obdlab.system import abi
+from obdlab.system.attributes import write_attribute
 
 _CONTROL = "/dev/loop-control"
 _SYS_BLOCK = Path("/sys/block")
@@ -144,7 +145,7 @@ def _configure(device: Path, config: abi.LoopConfig, flags: int) -> int:
 def set_readahead(device: Path, readahead_kib: int) -> None:
     """Set the kernel's readahead of any block device. Where /sys is read-only its default stays."""
     try:
-        (_SYS_BLOCK / device.name / "queue" / "read_ahead_kb").write_text(str(readahead_kib))
+        write_attribute(_SYS_BLOCK / device.name / "queue" / "read_ahead_kb", str(readahead_kib))
     except OSError:
         pass
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from obdlab.errors import DeviceError
+from obdlab.system.attributes import write_attribute
 from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def create(target: Target, dev_config: str, options: Sequence[str] = ("max_data_
 def _enable(backstore: Path) -> None:
     for attempt in range(1, _BLOCKED_TRIES + 1):
         try:
-            (backstore / "enable").write_text("1")
+            write_attribute(backstore / "enable", "1")
         except OSError as error:
             if error.errno != errno.EAGAIN or attempt == _BLOCKED_TRIES:
                 raise DeviceError(f"{backstore}: its handler refused it: {error.strerror}") from error
@@ -133,7 +134,7 @@ def _disk_at(address: str, timeout_s: float) -> Path:
     while True:
         with suppress(FileNotFoundError):
             for name in os.listdir(directory / "block"):
-                (directory / "timeout").write_text(str(TIMEOUT_S))
+                write_attribute(directory / "timeout", str(TIMEOUT_S))
                 if _opens(Path("/dev", name)):
                     return Path("/dev", name)
         if time.monotonic() > deadline:
@@ -183,7 +184,7 @@ def attach(device_id: str, config_path: Path, *, tenant: int = -1, live_id: str 
 def control(backstore: Path, action: str, value: str) -> bool:
     """Have the kernel change a backstore's ring, such as ``reset_ring``. Return False if it did not."""
     try:
-        (backstore / "action" / action).write_text(value)
+        write_attribute(backstore / "action" / action, value)
     except FileNotFoundError:  # an older kernel, or the device is going
         return False
     except OSError as error:
@@ -195,7 +196,7 @@ def control(backstore: Path, action: str, value: str) -> bool:
 def set_offline(disk: Path) -> None:
     """Have all later requests to a disk fail at once, whether it is served or not."""
     try:
-        Path("/sys/block", disk.name, "device/state").write_text("offline")
+        write_attribute(Path("/sys/block", disk.name, "device/state"), "offline")
     except OSError as error:
         log.info("%s: not taken offline: %s", disk, error.strerror)
 
@@ -209,7 +210,8 @@ def settle(target: Target, disk: Path, timeout_s: float) -> None:
     _end_requests(target, disk, timeout_s)
     try:
         for cache in Path("/sys/block", disk.name, "device").glob("scsi_disk/*/cache_type"):
-            cache.write_text("temporary write through")  # so no flush; the write itself waits for requests under way
+            # So no flush; the write itself waits for requests under way.
+            write_attribute(cache, "temporary write through")
     except OSError as error:
         log.info("%s: its cache is not forgotten: %s", disk, error.strerror)
 
@@ -252,6 +254,6 @@ def take_away(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        write_attribute(path, text)
     except OSError as error:
         raise DeviceError(f"{path}: cannot write {text!r}: {error.strerror}") from error

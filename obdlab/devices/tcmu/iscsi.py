@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.devices.tcmu import configfs
 from obdlab.errors import DeviceError
+from obdlab.system.attributes import write_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,14 +40,14 @@ def export(target: Target, name: str, portals: Sequence[str], initiators: Sequen
         os.symlink(target.backstore, unit / target.backstore.name)
         # Only the named initiators may log in; they need no password.
         for attribute in ("generate_node_acls", "authentication"):
-            (group / "attrib" / attribute).write_text("0")
+            write_attribute(group / "attrib" / attribute, "0")
         for initiator in initiators:
             mapped = group / "acls" / initiator / "lun_0"
             os.makedirs(mapped)
             os.symlink(unit, mapped / "lun_0")
         for portal in portals:
             os.mkdir(group / "np" / portal)
-        (group / "enable").write_text("1")
+        write_attribute(group / "enable", "1")
     except OSError as error:
         _remove(directory)
         raise DeviceError(
@@ -93,6 +94,6 @@ _KERNELS = ("alua", "statistics", "attrib", "auth", "param", "fabric_statistics"
 
 def _disable(group: Path) -> None:
     try:
-        (group / "enable").write_text("0")
+        write_attribute(group / "enable", "0")
     except OSError:  # was not enabled
         pass

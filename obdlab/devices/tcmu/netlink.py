@@ -16,6 +16,7 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError
+from obdlab.system.attributes import write_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,8 +165,8 @@ def block() -> bool:
     Return False if the kernel cannot. :func:`unblock` ends it.
     """
     try:
-        (_PARAMETERS / "block_netlink").write_text("1")
-        (_PARAMETERS / "reset_netlink").write_text("1")
+        write_attribute(_PARAMETERS / "block_netlink", "1")
+        write_attribute(_PARAMETERS / "reset_netlink", "1")
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -176,7 +177,7 @@ def block() -> bool:
 def unblock() -> None:
     """Undo :func:`block`."""
     try:
-        (_PARAMETERS / "block_netlink").write_text("0")
+        write_attribute(_PARAMETERS / "block_netlink", "0")
     except FileNotFoundError:
         pass
 

@@ -17,6 +17,7 @@ from obdlab.devices.tcmu.server import TcmuServer
 from obdlab.devices.tcmu.uio import DeviceBusyError, UioDevice, devices, number_of
 from obdlab.devices.usage import wait_unused
 from obdlab.errors import DeviceError
+from obdlab.system.attributes import write_attribute
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -111,7 +112,7 @@ class TcmuDevice(StayingDevice):
 
     def take_on_size(self) -> None:
         try:
-            Path("/sys/block", self._path.name, "device/rescan").write_text("1")
+            write_attribute(Path("/sys/block", self._path.name, "device/rescan"), "1")
         except OSError as error:
             raise DeviceError(f"{self._path}: the kernel does not look for a new size: {error.strerror}") from error
         self._size = self._blob.size

@@ -33,7 +33,7 @@ class Host:
         monkeypatch.setattr(configfs, "time", clock)
         monkeypatch.setattr(pauses, "time", clock)
         monkeypatch.setattr(configfs, "Path", self._path)
-        monkeypatch.setattr(Path, "write_text", lambda path, text: self._write(path, text))
+        monkeypatch.setattr(configfs, "write_attribute", self._write)
         monkeypatch.setattr(os, "listdir", lambda path: self._listdir(self._path(path)))
         self.target = Target.of("7")
 
@@ -41,12 +41,12 @@ class Host:
         path = Path(*parts)
         return self.root / path.relative_to("/") if path.parts[:2] in (("/", "sys"), ("/", "dev")) else path
 
-    def _write(self, path: Path, text: str) -> int:
+    def _write(self, path: Path, text: str) -> None:
         if self.refusals.get(path.name):
             code = self.refusals[path.name].pop(0)
             raise OSError(code, os.strerror(code))
         self.written.append((path.name, text))
-        return self._write_text(path, text)
+        self._write_text(path, text)
 
     def add_disk(self, name: str = "sdx", address: str = "7:0:1") -> Path:
         """Have the kernel make a disk; return its directory in /sys."""

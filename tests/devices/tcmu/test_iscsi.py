@@ -137,9 +137,9 @@ def test_an_export_is_enabled_last_and_disabled_first(tree: Tree, monkeypatch: p
     target = Target.of("7")
     configfs.create(target, "obdlab/x")
     steps: list[str] = []
-    write, mkdir, take_away = Path.write_text, os.mkdir, configfs.take_away
+    write, mkdir, take_away = iscsi.write_attribute, os.mkdir, configfs.take_away
     monkeypatch.setattr(
-        Path, "write_text", lambda path, text: steps.append(f"{path.name}={text}") or write(path, text)
+        iscsi, "write_attribute", lambda path, text: steps.append(f"{path.name}={text}") or write(path, text)
     )
     monkeypatch.setattr(os, "mkdir", lambda path, *mode: steps.append(Path(path).name) or mkdir(path, *mode))
     iscsi.export(target, NAME, ["1.2.3.4:3260"], INITIATORS[:1])
