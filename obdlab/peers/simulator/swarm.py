@@ -1,0 +1,420 @@
+"""Hosts that start containers of one image together, and get its blocks from the registry or from each other.
+
+In the words of the code: a *container* reads the steps of a workload. A block that its *host* does not hold is a
+*flight*: a request goes to the host's source, waits there for its turn, and for the block if the source has it not
+yet. Of a block there is one flight to a host; later readers and children wait for it. A *channel* is the connection
+between a host and one of its sources: one flow, on which the blocks that are ready follow one another, so that a host
+has as many flows as children and sources. With cut-through a block is passed on from its first unit on; its last byte
+leaves no sooner than one unit's time after it has come in.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from obdlab.peers.simulator.events import Events, SimulationError
+from obdlab.peers.simulator.network import Flow, Link, Network
+from obdlab.peers.simulator.rules import ROOT, group, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from obdlab.peers.simulator.workload import Workload
+
+# Above every uplink's number of flows that is meant: the registry and a downward link without a bound.
+_WIDE = 1e15
+_NEVER = float("inf")
+#: Seconds after which a host asks the topology for its parent again, which renews its place.
+_RENEW_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Links and times. Capacities are in bytes per second.
+
+    Attributes:
+        up, down: capacity of a host.
+        origin_up: capacity of the registry.
+        root_up: capacity of the root of trees that have one; 0: as a host's.
+        rtt_s: round trip between hosts.
+        origin_rtt_s: round trip to the registry.
+        service_s: time that a host needs for a request; it serves one after the other.
+        origin_service_s: the registry's; it serves all at once.
+        unit: bytes after which a block can be passed on.
+        cut_through: a block is passed on while it arrives, not after it.
+        window: bytes that a new connection sends in its first round trip, doubled in each further one; 0: any number.
+        cache_bytes: most bytes of blocks that a host keeps; 0: all.
+        local_s: time of a start before its first read.
+        cores: containers of a host that run at full speed.
+        warm_root: the root holds the image from the beginning.
+        warm: every host holds it.
+    """
+
+    up: float = 125e6
+    down: float = 125e6
+    origin_up: float = 1.25e9
+    root_up: float = 0.0
+    rtt_s: float = 0.0005
+    origin_rtt_s: float = 0.002
+    service_s: float = 0.0005
+    origin_service_s: float = 0.002
+    unit: int = 16384
+    cut_through: bool = True
+    window: int = 14600
+    cache_bytes: int = 0
+    local_s: float = 0.0
+    cores: int = 4
+    warm_root: bool = False
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        times = (self.rtt_s, self.origin_rtt_s, self.service_s, self.origin_service_s, self.local_s)
+        sizes = (self.window, self.cache_bytes, self.root_up)
+        if min(times) < 0 or min(sizes) < 0 or self.unit < 1 or self.cores < 1:
+            raise SimulationError(f"site: wanted no negative value, and a unit and cores of at least 1 (got {self})")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The end of a simulation: times of starts by container, bytes by source, and its own cost."""
+
+    ready_s: list[float]
+    origin_bytes: int = 0
+    peer_bytes: int = 0
+    #: Most flows of a host at one time, and most copies of one block from the registry.
+    most_flows: int = 0
+    most_copies: int = 0
+    #: Hosts between the registry and a host, at most; 1 is a host that reads from the registry.
+    depth: int = 0
+    events: int = 0
+    #: Seconds of simulated time.
+    ended_s: float = field(default=0.0)
+
+
+class _Host:
+    __slots__ = (
+        "channels", "down", "flights", "free_at", "held", "held_bytes", "is_origin", "name", "places", "rtt_s",
+        "service_s", "slow", "up",
+    )  # fmt: skip
+
+    def __init__(self, name: str, up: float, down: float, rtt_s: float, service_s: float) -> None:
+        self.name, self.rtt_s, self.service_s = name, rtt_s, service_s
+        self.up, self.down = Link(up), Link(down)
+        self.held: dict[int, None] = {}  # least recently used first
+        self.held_bytes = 0
+        self.flights: dict[int, _Flight] = {}
+        self.channels: dict[_Host, _Channel] = {}
+        self.places: dict[int, tuple[_Host, int, float]] = {}
+        self.free_at = 0.0
+        self.slow = 1.0
+        self.is_origin = False
+
+
+class _Flight:
+    """A block on its way to ``host``: ``above`` is the same block's flight to the source, if it is not there yet."""
+
+    __slots__ = (
+        "above", "begun_s", "block", "channel", "done", "first_s", "followers", "host", "opening", "rate",
+        "readers", "source", "tails",
+    )  # fmt: skip
+
+    def __init__(self, host: _Host, source: _Host, block: int) -> None:
+        self.host, self.source, self.block = host, source, block
+        self.channel: _Channel | None = None
+        self.above: _Flight | None = None
+        self.readers: list[_Container] = []
+        self.followers: list[_Flight] = []
+        self.tails: list[tuple[_Flight, float]] = []
+        self.begun_s = -1.0
+        #: In bytes per second, when the last byte was sent.
+        self.rate = 0.0
+        #: When the first unit had come in; ``opening``: an event will set it.
+        self.first_s = _NEVER
+        self.opening = False
+        self.done = False
+
+
+class _Channel(Flow):
+    __slots__ = ("flight", "growing", "queue", "rtt_s")
+
+    def __init__(self, source: _Host, target: _Host, sent: Any, limit: float) -> None:
+        super().__init__(source.up, target.down, sent, limit)
+        self.rtt_s = source.rtt_s
+        self.queue: deque[_Flight] = deque()
+        self.flight: _Flight | None = None
+        self.growing = False
+
+
+class _Container:
+    __slots__ = ("began_s", "host", "missing", "number", "slow", "step")
+
+    def __init__(self, number: int, host: _Host, began_s: float, slow: float) -> None:
+        self.number, self.host, self.began_s, self.slow = number, host, began_s, slow
+        self.step = 0
+        self.missing = 0
+
+
+def simulate(
+    site: Site,
+    workload: Workload,
+    topology: str,
+    hosts: int,
+    starts_s: Sequence[float],
+    *,
+    seed: int,
+    arity: int = 2,
+    noise: float = 0.0,
+    until_s: float = 3600.0,
+) -> Outcome:
+    """Start a container at each of ``starts_s``, on the hosts in turn, and return the time that each one took.
+
+    Args:
+        site: links and times.
+        workload: the reads of a container.
+        topology: one of ``rules.NAMES``.
+        hosts: number of hosts.
+        starts_s: times of starts, in seconds from 0 on, in rising order.
+        seed: of the redirects and of the noise; the same seed gives the same outcome.
+        arity: most children of a host.
+        noise: a container's own speed is 1 divided by the exponential of a normal deviate with this deviation.
+        until_s: simulated seconds after which a simulation that has not ended is an error.
+
+    Raises SimulationError for invalid values.
+    """
+    if hosts < 1 or not starts_s or min(starts_s) < 0 or arity < 1 or noise < 0:
+        got = f"{hosts} hosts, {len(starts_s)} starts, arity {arity}, noise {noise:g}"
+        raise SimulationError(f"wanted hosts, starts from 0 s on, an arity, and noise of 0 or more (got {got})")
+    collecting = gc.isenabled()
+    gc.disable()  # the objects of hosts and flights live long; looking through them again and again doubles the time
+    try:
+        return _Swarm(site, workload, topology, hosts, seed, arity).run(starts_s, noise, until_s)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _Swarm:
+    def __init__(self, site: Site, workload: Workload, topology: str, hosts: int, seed: int, arity: int) -> None:
+        self._site, self._workload, self._random = site, workload, Random(seed)
+        self._rule = rule(topology, hosts, 1 + max(workload.layers), seed, arity)
+        self._groups = workload.layers if self._rule.by_layer else (0,) * len(workload.layers)
+        self._events = Events()
+        self._network = Network(self._events)
+        self._origin = _Host("origin", site.origin_up, _WIDE, site.origin_rtt_s, site.origin_service_s)
+        self._origin.is_origin = True
+        self._root = _Host(ROOT, site.root_up or site.up, site.root_up or site.down, site.rtt_s, site.service_s)
+        self._hosts = [_Host(str(number), site.up, site.down, site.rtt_s, site.service_s) for number in range(hosts)]
+        self._bounded = 0 < site.cache_bytes < workload.size
+        blocks = dict.fromkeys(range(len(workload.sizes)))
+        for host in [self._root] * site.warm_root + self._hosts * site.warm:
+            host.held, host.held_bytes = dict(blocks), workload.size
+        self._copies = [0] * len(workload.sizes)
+        self.outcome = Outcome([])
+
+    def run(self, starts_s: Sequence[float], noise: float, until_s: float) -> Outcome:
+        outcome, site = self.outcome, self._site
+        outcome.ready_s = [_NEVER] * len(starts_s)
+        most = -(-len(starts_s) // len(self._hosts))
+        for number, start_s in enumerate(starts_s):
+            host = self._hosts[number % len(self._hosts)]
+            slow = max(1.0, most / site.cores) * self._random.lognormvariate(0.0, noise)
+            container = _Container(number, host, start_s, slow)
+            self._events.at(start_s + site.local_s * slow, self._advance, container)
+        self._events.run(self._network.settle, until_s)
+        outcome.events, outcome.ended_s = self._events.count, self._events.now
+        outcome.most_copies = max(self._copies)
+        if max(outcome.ready_s) == _NEVER:
+            raise SimulationError(f"{outcome.ready_s.count(_NEVER)} of {len(starts_s)} containers never became ready")
+        return outcome
+
+    # Containers.
+
+    def _advance(self, container: _Container) -> None:
+        steps, held = self._workload.steps, container.host.held
+        think_s = 0.0
+        while container.step < len(steps):
+            step = steps[container.step]
+            think_s += step.think_s * container.slow
+            # Blocks that are held stay so, unless the cache is bounded: such steps take no event each.
+            if self._bounded or not all(block in held for block in step.blocks):
+                self._events.at(self._events.now + think_s, self._read, container)
+                return
+            container.step += 1
+        self.outcome.ready_s[container.number] = self._events.now + think_s - container.began_s
+
+    def _read(self, container: _Container) -> None:
+        for block in self._workload.steps[container.step].blocks:
+            flight = self._want(container.host, block)
+            if flight is not None:
+                flight.readers.append(container)
+                container.missing += 1
+        container.step += 1
+        if not container.missing:
+            self._advance(container)
+
+    # Requests.
+
+    # The block's flight to the host; None if the host holds it.
+    def _want(self, host: _Host, block: int) -> _Flight | None:
+        held = host.held
+        if block in held:
+            if self._bounded:
+                del held[block]
+                held[block] = None
+            return None
+        flight = host.flights.get(block)
+        if flight is None:
+            source, trips = self._source(host, self._groups[block])
+            flight = host.flights[block] = _Flight(host, source, block)
+            arrived_s = self._events.now + trips * host.rtt_s + source.rtt_s / 2
+            if source.is_origin:
+                served_s = arrived_s + source.service_s
+            else:
+                served_s = source.free_at = max(arrived_s, source.free_at) + source.service_s
+            self._events.at(served_s, self._serve, flight)
+        return flight
+
+    # The host's parent in a tree, and the round trips that finding it takes now.
+    def _source(self, host: _Host, tree: int) -> tuple[_Host, int]:
+        if host is self._root:
+            return self._origin, 0
+        now = self._events.now
+        place = host.places.get(tree)
+        if place is not None and now < place[2]:
+            return place[0], 0
+        name = self._rule.topology.join(group(tree), host.name, now)
+        source = self._origin if name is None else self._root if name == ROOT else self._hosts[int(name)]
+        above = source.places.get(tree)
+        depth = 1 if source.is_origin else 2 if source is self._root else 1 + (above[1] if above else 0)
+        host.places[tree] = source, depth, now + _RENEW_S
+        self.outcome.depth = max(self.outcome.depth, depth)
+        return source, 0 if place is not None and place[0] is source else self._rule.join_trips(depth)
+
+    def _serve(self, flight: _Flight) -> None:
+        source = flight.source
+        above = None if source.is_origin else self._want(source, flight.block)
+        flight.above = above
+        if above is None or above.first_s <= self._events.now:
+            self._send(flight)
+            return
+        above.followers.append(flight)
+        if above.begun_s >= 0:
+            self._expect(above)
+
+    # Transfers.
+
+    def _send(self, flight: _Flight) -> None:
+        host, source = flight.host, flight.source
+        channel = host.channels.get(source)
+        if channel is None:
+            window, rtt_s = self._site.window, source.rtt_s
+            limit = window / rtt_s if window and rtt_s else _NEVER
+            channel = host.channels[source] = _Channel(source, host, self._sent, limit)
+        if channel.flight is not None:
+            channel.queue.append(flight)
+            return
+        self._begin(channel, flight)
+        self._network.start(channel, self._workload.sizes[flight.block])
+        for end in (host, source):
+            if not end.is_origin:
+                flows = len(end.up.flows) + len(end.down.flows)
+                self.outcome.most_flows = max(self.outcome.most_flows, flows)
+
+    def _begin(self, channel: _Channel, flight: _Flight) -> None:
+        channel.flight, flight.channel, flight.begun_s = flight, channel, self._events.now
+        if flight.followers:
+            self._expect(flight)
+        if channel.limit < _NEVER and not channel.growing:
+            channel.growing = True
+            self._events.at(self._events.now + channel.rtt_s, self._grow, channel)
+
+    # Slow start: a round trip with data doubles the window. Connections stay open, and keep theirs.
+    def _grow(self, channel: _Channel) -> None:
+        channel.growing = False
+        if channel.flight is None:
+            return
+        limit = 2 * channel.limit
+        if limit >= min(channel.up.capacity, channel.down.capacity):
+            limit = _NEVER
+        else:
+            channel.growing = True
+            self._events.at(self._events.now + channel.rtt_s, self._grow, channel)
+        self._network.relimit(channel, limit)
+
+    # Have the flight's first unit pass on as soon as it has come in.
+    def _expect(self, flight: _Flight) -> None:
+        if self._site.cut_through and not flight.opening:
+            flight.opening = True
+            first_byte_s = flight.begun_s + flight.source.rtt_s / 2
+            self._events.at(max(self._events.now, first_byte_s), self._open, flight)
+
+    def _open(self, flight: _Flight) -> None:
+        channel = flight.channel
+        if flight.done or channel is None:
+            return
+        # All of it may be on its way already. A crowded link may not have given the flow its share yet.
+        rate = flight.rate or channel.rate or channel.up.capacity / len(channel.up.flows)
+        first_s = flight.begun_s + flight.source.rtt_s / 2 + self._unit_s(flight, rate)
+        self._events.at(max(self._events.now, first_s), self._pass_on, flight)
+
+    def _unit_s(self, flight: _Flight, rate: float) -> float:
+        return min(self._site.unit, self._workload.sizes[flight.block]) / rate
+
+    def _pass_on(self, flight: _Flight) -> None:
+        flight.first_s = self._events.now
+        followers, flight.followers = flight.followers, []
+        for follower in followers:
+            self._send(follower)
+
+    def _sent(self, channel: _Channel) -> None:
+        flight = channel.flight
+        assert flight is not None
+        flight.rate = channel.rate
+        if flight.above is not None and not flight.above.done:
+            # Its last unit is not here yet.
+            flight.above.tails.append((flight, self._unit_s(flight, channel.rate) + channel.rtt_s / 2))
+        else:
+            self._events.at(self._events.now + channel.rtt_s / 2, self._arrive, flight)
+        if channel.queue:
+            following = channel.queue.popleft()
+            self._begin(channel, following)
+            self._network.again(channel, self._workload.sizes[following.block])
+        else:
+            channel.flight = None
+            self._network.stop(channel)
+
+    def _arrive(self, flight: _Flight) -> None:
+        host, block = flight.host, flight.block
+        flight.done = True
+        del host.flights[block]
+        self._keep(host, block)
+        size = self._workload.sizes[block]
+        if flight.source.is_origin:
+            self.outcome.origin_bytes += size
+            self._copies[block] += 1
+        else:
+            self.outcome.peer_bytes += size
+        # Flights let go of each other: without cycles the last reference frees them.
+        followers, tails, readers = flight.followers, flight.tails, flight.readers
+        flight.above, flight.channel, flight.followers, flight.tails, flight.readers = None, None, [], [], []
+        for follower in followers:
+            self._send(follower)
+        for tail, after_s in tails:
+            self._events.at(self._events.now + after_s, self._arrive, tail)
+        for container in readers:
+            container.missing -= 1
+            if not container.missing:
+                self._advance(container)
+
+    def _keep(self, host: _Host, block: int) -> None:
+        sizes, held = self._workload.sizes, host.held
+        held[block] = None
+        host.held_bytes += sizes[block]
+        while self._bounded and host.held_bytes > self._site.cache_bytes and len(held) > 1:
+            oldest = next(iter(held))
+            del held[oldest]
+            host.held_bytes -= sizes[oldest]
