@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.system.boot import boot_id
 from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import check_own_directory, open_own
 
@@ -207,7 +208,7 @@ class _Ledger:
     # The content of the locked file.
     def __init__(self, fd: int, directory: Path) -> None:
         self._fd = fd
-        self._boot = _boot or _boot_id()
+        self._boot = _boot_id()
         self.used: int
         content = os.pread(fd, _LEDGER.size, 0)
         if len(content) == _LEDGER.size:
@@ -242,15 +243,5 @@ def disk_usage(directory: Path | str) -> int:
     return total
 
 
-_boot: bytes | None = None
-
-
 def _boot_id() -> bytes:
-    global _boot
-    if _boot is None:
-        try:
-            text = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-        except OSError:
-            text = b"unknown"
-        _boot = text[:40].ljust(40, b"\0")
-    return _boot
+    return boot_id().encode()[:40].ljust(40, b"\0")

@@ -3,20 +3,27 @@
 ``<cache dir>/graduated/<name>/disk`` is a sparse file of the disk's size; ``sums`` beside it has a CRC32C for each
 MiB of it. ``disk`` appears by a rename after both are on stable storage, so it is whole when it exists, and is never
 written again. Each user keeps a shared lock (flock) on its open file, and a loop device keeps that file open: a disk
-without a lock is unused, and the eviction removes it when the cache needs room.
+without a lock is unused, and the eviction removes the least recently used ones when the cache needs room.
+
+``checked`` names the boot in which all of the disk matched its sums, and the version of the file that did. It is
+written at each use, so its time is that of the last one.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import os
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from obdlab.errors import CorruptBlobError, ObdlabError
 from obdlab.formats.checksum import raw_crc32c
+from obdlab.system.boot import boot_id
 from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.ownfiles import open_own
 
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
 
     from obdlab.cache.space import CacheSpace
 
+logger = logging.getLogger(__name__)
+
 #: Bytes that one sum covers, and the most that is written at a time.
 PIECE = 1 << 20
 _HOLE = 64 << 10  # zeros of this length and alignment take no space
@@ -34,6 +43,10 @@ _SYNC_EVERY = 32 << 20
 _SUMS = Struct("<8sQ")  # magic, size of the disk; then a u32 for each piece
 _SUM = Struct("<I")
 _MAGIC = b"OBDLFLAT"
+_CHECKED = "checked"
+_MOST_NOTED = 4096
+# Enough to tell how fast a disk is read.
+_PROBE = 64 << 20
 _TRIES = 40
 _LOCK_PAUSE_S = 0.1
 # Longest wait for another process that stores the same disk.
@@ -76,8 +89,38 @@ class FlatFiles:
         os.close(fd)
         return None
 
-    def check(self, name: str, fd: int) -> None:
-        """Read all of a disk and compare it with its sums. Raises CorruptBlobError if it is damaged."""
+    def take_into_use(self, name: str, longest_s: float = math.inf) -> int | None:
+        """Open a disk as :meth:`open`, and check all of it if that was not done in this boot yet.
+
+        None also if it was damaged, and so was removed. Raises FlatFileError, also if the check would take longer
+        than ``longest_s``.
+        """
+        fd = self.open(name)
+        if fd is None:
+            return None
+        kept = False
+        try:
+            checked = f"{boot_id()} {_version(fd)}\n".encode()
+            if self._noted(name) != checked:
+                self.check(name, fd, longest_s)
+            self._note(name, checked)
+            kept = True
+            return fd
+        except CorruptBlobError as error:
+            logger.error("%s: removed", error)
+            self.remove(name)
+            return None
+        except OSError as error:
+            raise FlatFileError(f"{self.path(name)}: cannot read: {error.strerror}") from error
+        finally:
+            if not kept:
+                os.close(fd)
+
+    def check(self, name: str, fd: int, longest_s: float = math.inf) -> None:
+        """Read all of a disk and compare it with its sums.
+
+        Raises CorruptBlobError if it is damaged, and FlatFileError if this would take longer than ``longest_s``.
+        """
         path = self.path(name)
         size = os.fstat(fd).st_size
         try:
@@ -87,11 +130,23 @@ class FlatFiles:
         pieces = -(-size // PIECE)
         if len(sums) != _SUMS.size + pieces * _SUM.size or _SUMS.unpack_from(sums) != (_MAGIC, size):
             raise CorruptBlobError("its sums are not those of a disk of this size", blob=str(path), got=size)
+        patience = _Patience(longest_s, 512 * os.fstat(fd).st_blocks)
+        data_at = -1
         for number, (wanted,) in enumerate(_SUM.iter_unpack(sums[_SUMS.size :])):
-            data = os.pread(fd, PIECE, number * PIECE)
-            if len(data) != min(PIECE, size - number * PIECE) or raw_crc32c(data) != wanted:
-                raise CorruptBlobError("wrong checksum", blob=str(path), offset=number * PIECE)
-            os.posix_fadvise(fd, number * PIECE, PIECE, os.POSIX_FADV_DONTNEED)
+            at = number * PIECE
+            length = min(PIECE, size - at)
+            if data_at < at:
+                data_at = _next_data(fd, at, size)
+            if data_at >= at + length:
+                found = _zeros_sum(length)
+            else:
+                data = os.pread(fd, length, at)
+                found = raw_crc32c(data) if len(data) == length else -1
+                os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+                if not patience.lasts(length):
+                    raise FlatFileError(f"{path}: checking it would take longer than {longest_s:g} s")
+            if found != wanted:
+                raise CorruptBlobError("wrong checksum", blob=str(path), offset=at)
 
     def store(self, name: str, size: int, data_size: int, read: Callable[[int, int], bytes | None]) -> None:
         """Store a disk of ``size`` bytes, at most ``data_size`` of data, by ``read(offset, length)`` (None: zeros).
@@ -117,6 +172,23 @@ class FlatFiles:
         except OSError as error:
             raise FlatFileError(f"{self.path(name)}: cannot be removed: {error.strerror}") from error
 
+    def _noted(self, name: str) -> bytes:
+        try:
+            with open(open_own(self.path(name).with_name(_CHECKED), os.O_RDONLY), "rb") as file:
+                return file.read(_MOST_NOTED)
+        except OSError:
+            return b""
+
+    # Without the note the disk is checked again, and seems unused for longer than it is.
+    def _note(self, name: str, text: bytes) -> None:
+        path = self.path(name).with_name(_CHECKED)
+        with suppress(OSError), self._space.changing(path.parent, len(text)):
+            fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                os.write(fd, text)
+            finally:
+                os.close(fd)
+
     # Nothing is evicted for it: readers would have to fetch again more than this saves in unpacking.
     def _check_room(self, wanted: int) -> None:
         room = max(0, -self._space.excess())
@@ -136,7 +208,7 @@ class FlatFiles:
                 for at in range(0, size, PIECE):
                     length = min(PIECE, size - at)
                     data = read(at, length)
-                    sums += _SUM.pack(raw_crc32c(_ZEROS[:length] if data is None else data))
+                    sums += _SUM.pack(_zeros_sum(length) if data is None else raw_crc32c(data))
                     if data is not None:
                         unsynced += self._write(fd, at, data)
                     if unsynced >= _SYNC_EVERY:
@@ -178,6 +250,39 @@ class FlatFiles:
                     if not left:
                         raise
             yield
+
+
+class _Patience:
+    # Of a reader of ``total`` bytes that must not take longer than ``longest_s``.
+    def __init__(self, longest_s: float, total: int) -> None:
+        self._longest_s = longest_s
+        self._total = total
+        self._read = 0
+        self._began = time.monotonic()
+
+    def lasts(self, length: int) -> bool:
+        self._read += length
+        took_s = time.monotonic() - self._began
+        if self._read >= _PROBE:
+            took_s *= max(1.0, self._total / self._read)
+        return took_s <= self._longest_s
+
+
+def _version(fd: int) -> str:
+    found = os.fstat(fd)
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _next_data(fd: int, at: int, size: int) -> int:
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else at  # else it cannot tell
+
+
+@cache
+def _zeros_sum(length: int) -> int:
+    return raw_crc32c(_ZEROS[:length])
 
 
 def remove_unused(space: CacheSpace) -> int:

@@ -126,6 +126,14 @@ def devices_of(directory: Path) -> list[Path]:
     return loop.labelled(_label(directory))
 
 
+def attach_file(file: int, directory: Path, *, readahead_kib: int = 128) -> Path:
+    """Make an open file the read-only device at ``directory``, without a server; return its node.
+
+    The other functions find it and take it down as a served one. Raises DeviceError.
+    """
+    return loop.attach(file, label=_label(directory), read_only=True, readahead_kib=readahead_kib)
+
+
 def directories_below(parent: Path) -> set[Path]:
     """Return the directories below ``parent`` that have devices, including deleted directories."""
     found = set()

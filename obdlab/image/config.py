@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 #: Names of a layer file in a directory: unpacked by containerd, sealed in place, or committed.
 COMMIT_FILE, SEALED_FILE = "overlaybd.commit", "overlaybd.sealed"
@@ -146,6 +149,16 @@ class ImageConfig:
         if self.trace.digest:
             values["trace"] = self.trace.to_json()
         return values
+
+    def report(self, result: str) -> None:
+        """Write the result of opening the image to the result file, if one is named; logs a failure to write."""
+        if not self.result_file:
+            return
+        try:
+            Path(self.result_file).write_text(result)
+        except OSError as error:
+            what = "%s: cannot write the result of opening the image (%s)"
+            logger.warning(what, self.result_file, error.strerror)
 
     @classmethod
     def from_json(cls, values: object, *, name: str = "image configuration") -> Self:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from obdlab.blob import WritableBlob, unwrapped
@@ -17,6 +16,7 @@ from obdlab.call import Call
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
 from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.identity import is_fetched, topmost, with_target
 from obdlab.image.metadata import stream_metadata
 from obdlab.image.target import open_target
 from obdlab.image.view import Disk
@@ -38,7 +38,7 @@ from obdlab.traces.recording import Recording, RecordingError, wants_recording
 from obdlab.traces.replay import TRACES_IGNORED, load_blob, load_file, load_layer, start_replay, trace_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Executor
 
     from obdlab.blob import Around, Blob
@@ -120,6 +120,8 @@ class Image(Disk):
         self.before_close: list[Callable[[], None]] = []
         #: The identity of each layer, bottom first: its digest, or its very file on this machine.
         self.identity: tuple[str, ...] = ()
+        #: The cache's name for the registry of the layers that are not local files; '' if all are.
+        self.origin = ""
         #: The number of layers that are not on this machine whole and checked (if they have a digest).
         self.unverified: Callable[[], int] = int
         #: True if its device shall graduate when all layers are local and checked.
@@ -185,9 +187,9 @@ def open_image(
     try:
         image = _open(config, at_launch(settings or Settings(), config.download), around or unwrapped, traces=traces)
     except BaseException as error:
-        _report(config, f"failed:{error}")
+        config.report(f"failed:{error}")
         raise
-    _report(config, "success")
+    config.report("success")
     return image
 
 
@@ -203,6 +205,7 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
         stack = Image(layers, count) if layers else None
         if stack is not None:
             stack.identity = identity
+            stack.origin = remote.origin if remote is not None else ""
             stack.unverified = remote.unverified if remote is not None else int
             stack.graduates = settings.graduation and settings.unpacked_disks
         image: Image | WritableImage
@@ -342,7 +345,7 @@ def _open_lowers(
     # Path.is_dir raises where a directory above may not be entered.
     usable = os.path.isdir(settings.cache_dir) and os.access(settings.cache_dir, os.W_OK)
     budget, spans = Budget(), SpanCache(directory=str(settings.cache_dir) if usable else _SPILL)
-    tops = _topmost(lowers, files)
+    tops = topmost(lowers, files)
     wanted = sorted(set(tops))
 
     def every(distinct: Iterable[LsmtLayer]) -> list[LsmtLayer]:
@@ -372,7 +375,7 @@ def _open_lowers(
                     )
                 unused.pop_all()
                 if lower.is_turbo:
-                    identity[number] += f" with target {of_target}"
+                    identity[number] = with_target(identity[number], of_target, lower)
         except ObdlabError as error:
             what = file or lower.digest or lower.file or lower.dir or "unnamed"
             raise ImageOpenError(f"cannot open lower {number} of {len(lowers)} ({what}): {error}") from error
@@ -380,8 +383,8 @@ def _open_lowers(
             opened.callback(stream.stop)
         return opened.enter_context(layer)
 
-    if not any(lower.remote_target or (lower.digest and not file) for lower, file in zip(lowers, files, strict=True)):
-        return every([open_one(number) for number in wanted]), tuple(identity), None
+    if not any(map(is_fetched, lowers, files)):
+        return every([open_one(number) for number in wanted]), tuple(identity[top] for top in tops), None
     from obdlab.image.remote import RemoteLayers  # HTTP and TLS: a third of all imports, not needed for local images
 
     with (
@@ -392,7 +395,7 @@ def _open_lowers(
         begun = _begin_hot(lowers, files, remote, wanted) if recorder is None else {}
         layers = every(list(threads.map(lambda number: open_one(number, remote, ends), wanted)))
         remote.opened()
-        return layers, tuple(identity), remote
+        return layers, tuple(identity[top] for top in tops), remote
 
 
 # A start waits for the hot layer, so its request goes first, before others use the processor and the link. Errors are
@@ -407,22 +410,6 @@ def _begin_hot(
                 blob = remote.open_layer(lower)
                 begun[number] = (blob, stream_whole(blob))
     return begun
-
-
-# Returns for each lower the number of the topmost one of the same content. An image may list a layer several times,
-# and only the topmost shows.
-def _topmost(lowers: Sequence[LowerConfig], files: Sequence[str | None]) -> list[int]:
-    keys: list[Hashable] = []
-    for number, (lower, file) in enumerate(zip(lowers, files, strict=True)):
-        try:
-            found = os.stat(file) if file else None
-        except OSError:  # opening it reports the error
-            keys.append(number)
-            continue
-        stored = (found.st_dev, found.st_ino) if found is not None else lower.digest or number
-        keys.append((stored, lower.target_file, lower.target_digest, lower.gzip_index, lower.tar_sums))
-    last = {key: number for number, key in enumerate(keys)}
-    return [last[key] for key in keys]
 
 
 # Returns the layer, and an identity that no other file has, not even a later one in its place.
@@ -471,12 +458,3 @@ def _open_remote(
             stream.stop()
         blob.close()
         raise
-
-
-def _report(config: ImageConfig, result: str) -> None:
-    if not config.result_file:
-        return
-    try:
-        Path(config.result_file).write_text(result)
-    except OSError as error:
-        logger.warning("%s: cannot write the result of opening the image (%s)", config.result_file, error.strerror)

@@ -64,7 +64,7 @@ class RemoteLayers:
         self._client = open_client(replace(settings, read_deadline_s=settings.open_deadline_s))
         self._cache = BlockCache(
             settings.cache_dir,
-            registry=cache_name(self._repository),
+            registry=self._repository.cache_name,
             quota=settings.cache_quota,
             min_free=settings.cache_min_free,
             unit=settings.cache_unit,
@@ -76,7 +76,7 @@ class RemoteLayers:
         # Units of one page: a unit across the border of two spans would have to decompress both.
         self._contents = BlockCache(
             settings.cache_dir,
-            registry=cache_name(self._repository) + DECOMPRESSED,
+            registry=self._repository.cache_name + DECOMPRESSED,
             quota=settings.cache_quota,
             min_free=settings.cache_min_free,
             unit=PAGE,
@@ -97,6 +97,11 @@ class RemoteLayers:
         self._tree_files: list[CachedBlob] = []
         self._layers = 0
         self._layer_blobs: list[CachedBlob] = []
+
+    @property
+    def origin(self) -> str:
+        """The cache's name for the registry."""
+        return self._repository.cache_name
 
     def open_layer(self, lower: LowerConfig, *, checked_above: bool = False) -> Blob:
         """Return the blob of a layer, each unit checked by the layer's hash tree if the settings allow that.
@@ -237,11 +242,6 @@ class RemoteLayers:
             last = self._users == 0
         if last:
             self._client.close()
-
-
-def cache_name(repository: Repository) -> str:
-    """Return the cache's name for the origin of the repository's blobs: its registry, over TLS or not."""
-    return repository.api_host.lower() + ("+http" if repository.plain_http else "")
 
 
 class _Origin(RemoteBlob):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from typing import TYPE_CHECKING
 
 from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.unpacked import FlatFileError, FlatFiles
-from obdlab.errors import CorruptBlobError, ObdlabError
+from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.image.identity import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from obdlab.image.open import Image
     from obdlab.settings.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 class FlattenError(ObdlabError, code="flatten"):
@@ -31,13 +27,13 @@ def flat_files(settings: Settings) -> FlatFiles:
 
 
 def flat_name(image: Image) -> str:
-    """Return the name of the unpacked image: the same for images of the same layers.
+    """Return the name of the unpacked image: the same for images of the same layers of one registry.
 
     Raises FlattenError if a layer has nothing that identifies it.
     """
     if not image.identity or not all(image.identity):
         raise FlattenError(f"{image.name}: a layer has neither a digest nor a file of its own")
-    return hashlib.sha256(json.dumps([image.size, *image.identity]).encode()).hexdigest()
+    return name_of(image.identity, image.origin)
 
 
 def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], object] = lambda _, __: None) -> int:
@@ -47,21 +43,15 @@ def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], objec
     and in total. Raises FlattenError if layers are not wholly local, FlatFileError if there is no room, and the
     errors of reading; then nothing is left.
     """
+    name = flat_name(image)
+    fd = files.take_into_use(name)
+    if fd is not None:
+        return fd
     missing = image.unverified()
     if missing:
         raise FlattenError(
             f"{image.name}: {missing} of {len(image.layers)} layers are not in the cache whole and checked yet"
         )
-    name = flat_name(image)
-    fd = files.open(name)
-    if fd is not None:
-        try:
-            files.check(name, fd)
-        except CorruptBlobError as error:
-            logger.error("%s: made anew", error)
-            files.remove(name)
-        else:
-            return fd
 
     def read(offset: int, length: int) -> bytes | None:
         progress(offset, image.size)
@@ -72,9 +62,10 @@ def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], objec
 
     files.store(name, image.size, data_size(image), read)
     progress(image.size, image.size)
-    fd = files.open(name)
+    # Reads it from the disk: the next start of the image then finds it checked.
+    fd = files.take_into_use(name)
     if fd is None:
-        raise FlatFileError(f"{files.path(name)}: was removed at once")
+        raise FlatFileError(f"{files.path(name)}: was damaged or removed at once")
     return fd
 
 

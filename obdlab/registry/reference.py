@@ -54,6 +54,11 @@ class Repository:
         """``scheme://host/v2/name/blobs``: the URL of a blob without its digest (overlaybd's repoBlobUrl)."""
         return f"{self.api_url}/blobs"
 
+    @property
+    def cache_name(self) -> str:
+        """The cache's name for the origin of its blobs: the registry, over TLS or not."""
+        return self.api_host.lower() + ("+http" if self.plain_http else "")
+
     @classmethod
     def from_blob_url(cls, url: str) -> Self:
         """Parse ``scheme://host/v2/name/blobs``, optionally with a digest at the end. Raises FormatError."""

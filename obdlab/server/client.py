@@ -18,6 +18,7 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import digest_of_config
 from obdlab.server import controlclient
 from obdlab.server.hostclient import HostClient, expected, left_s
+from obdlab.server.localattach import attach_unpacked, unpacked_disk
 from obdlab.server.messages import (
     Attach,
     Attached,
@@ -92,6 +93,9 @@ class Devices(Protocol):
     def attach(self, config_path: Path, device_id: str | None = None) -> AttachedDevice:
         """Make an image a block device, or find its present one."""
 
+    def is_unpacked(self, config_path: Path) -> bool:
+        """Return True if the kernel will read an image from this host's disk: its registry is not needed."""
+
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount a device's file system."""
 
@@ -120,9 +124,12 @@ class DeviceService:
         """The run directory of this client's devices."""
         return self._run
 
-    def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:
+    def attach(
+        self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0, served: bool = False
+    ) -> AttachedDevice:
         """Make the image of a config.v1.json a block device, or find its present one.
 
+        An image that was unpacked on this host is read by the kernel alone, unless the device must be ``served``.
         Attaching the same config under the same id again returns the same device. Raises ObdlabError; nothing is left
         behind then. If the image cannot be opened, it is the error of opening it, of the same class; if the id is
         taken by another config, or ``timeout_s`` has passed, a DeviceError.
@@ -139,8 +146,16 @@ class DeviceService:
             settings=self._settings.to_json(),
             readahead_kib=self._settings.device_readahead_kib,
         )
+        if not served:
+            unpacked = attach_unpacked(self._run.device(device_id), request, self._settings, timeout_s)
+            if unpacked is not None:
+                return _as_device(unpacked)
         doing = f"cannot attach {config}: "
         return _as_device(expected(Attached, self._host.ask_fresh(request, device_id, timeout_s), doing).device)
+
+    def is_unpacked(self, config_path: Path) -> bool:
+        """Return True if the image is unpacked on this host: an attach needs neither device host nor registry."""
+        return unpacked_disk(config_path, self._settings) is not None
 
     def prime(self, image: ImageConfig) -> None:
         """Cache the parts of an image that opening it reads from its registry. Raises ObdlabError with the cause."""

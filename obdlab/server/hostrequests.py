@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import shlex
-import shutil
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -42,10 +40,9 @@ from obdlab.server.messages import (
     Upgrade,
     Upgraded,
 )
-from obdlab.server.rundir import DeviceRecord, Plan, RunDir, held, remove_device
+from obdlab.server.rundir import DeviceRecord, Plan, RunDir, clear_leftovers, held, remove_device
 from obdlab.server.takeover import Former, Orphan, There, connection_of
 from obdlab.settings.settings import Settings
-from obdlab.system import mount
 from obdlab.system.processes import Process
 
 if TYPE_CHECKING:
@@ -110,7 +107,7 @@ class HostRequests:
         kind = _kind_of(request.settings)
         with held(directory, request.timeout_s) as lock:
             if _still_attached(directory, request) is None:
-                _clear_leftovers(directory, device_id)
+                clear_leftovers(directory)
                 plan = Plan(
                     device_id,
                     str(Path(request.config)),
@@ -301,28 +298,6 @@ def _still_attached(directory: Path, request: Attach) -> DeviceRecord | None:
     if wanted not in (kinds.AUTOMATIC, record.kind):
         raise DeviceError(f"device {record.device_id}: attached as {record.kind} (wanted {wanted}); detach it first")
     return record
-
-
-def _clear_leftovers(directory: Path, device_id: str) -> None:
-    record = DeviceRecord.load(directory)
-    try:
-        kinds.take_down(directory)
-    except DeviceError as error:
-        raise DeviceError(f"device {device_id}: its server is dead, but {error}{_way_out(directory)}") from error
-    if record is not None:
-        for process in record.servers():
-            process.end(2.0)
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-# A dead file system answers with I/O errors until it is unmounted. Only its users know when they can do without it.
-def _way_out(directory: Path) -> str:
-    mounts = [entry for device in kinds.devices_of(directory) for entry in mount.mounts_of(device)]
-    if not mounts:
-        return ""
-    targets = dict.fromkeys(shlex.quote(str(entry.mountpoint)) for entry in mounts)
-    return f"; run: umount {' '.join(targets)} and attach again"
 
 
 def _follow(reader: int, deadline: float) -> None:

@@ -23,6 +23,7 @@ from obdlab.server.messages import (
     TraceStart,
     TraceStop,
 )
+from obdlab.server.rundir import DeviceRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +81,12 @@ class LiveDevice:
         directory = self.service.run_dir.device(self.device_id)
         if not directory.is_dir():
             raise DeviceError(f"device {self.device_id}: not attached")
+        record = DeviceRecord.load(directory)
+        if record is not None and record.is_graduated:
+            raise DeviceError(
+                f"device {self.device_id}: graduated, so it has no server (attach the image with --served, without "
+                '"graduation" in the settings)'
+            )
         return controlclient.ask(directory, request, kind, silence_s=_TIMEOUT_S, progress=progress)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -24,6 +25,7 @@ import msgspec
 from obdlab.devices import backingfile, kinds
 from obdlab.errors import DeviceError
 from obdlab.records import known_fields
+from obdlab.system import mount
 from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.newfile import replace_file
 from obdlab.system.ownfiles import check_own_directory
@@ -300,6 +302,33 @@ def remove_device(directory: Path, *, timeout_s: float = 10.0, force: bool = Fal
         for process in record.servers():
             process.end(patience_s)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Take down what is left of a dead device, for another one at ``directory``. The caller holds the device's lock.
+
+    Raises DeviceError, saying what to do, while a file system is mounted from it.
+    """
+    record = DeviceRecord.load(directory)
+    try:
+        kinds.take_down(directory)
+    except DeviceError as error:
+        text = f"device {directory.name}: its server is dead, but {error}{_way_out(directory)}"
+        raise DeviceError(text) from error
+    if record is not None:
+        for process in record.servers():
+            process.end(2.0)
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+# A dead file system answers with I/O errors until it is unmounted. Only its users know when they can do without it.
+def _way_out(directory: Path) -> str:
+    mounts = [entry for device in kinds.devices_of(directory) for entry in mount.mounts_of(device)]
+    if not mounts:
+        return ""
+    targets = dict.fromkeys(shlex.quote(str(entry.mountpoint)) for entry in mounts)
+    return f"; run: umount {' '.join(targets)} and attach again"
 
 
 # With force the device may have vanished under its users, and then its server never notices the end. Otherwise a

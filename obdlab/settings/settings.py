@@ -87,8 +87,9 @@ class Settings:
     #: in the cache directory, within ``cache_quota``, and the kernel reads that. It costs as much disk as the image
     #: has data unpacked, and each device a second loop device from the beginning (docs/explanation/graduation.md).
     graduation: bool = False
-    #: False: no device graduates, not by hand either. The kernel reads an unpacked disk without comparing it with a
-    #: digest at each read, so that a change of the file on the host's disk would not be noticed.
+    #: False: no device graduates, not by hand either, and no unpacked disk is opened. The kernel reads such a disk
+    #: without comparing it with a digest at each read, so that a change of the file on the host's disk would not be
+    #: noticed before the next boot.
     unpacked_disks: bool = True
     #: A read ends with data or an error within this time, in any state of the registry.
     read_deadline_s: float = 120.0

@@ -34,10 +34,11 @@ _MKFS_TIMEOUT_S = 120.0
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
 
 
+# A device that the kernel serves alone, from an unpacked disk, has no process (None).
 @dataclass(frozen=True, slots=True)
 class _Live:
     path: Path
-    pidfd: int
+    pidfd: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class ImageDevices:
         """
         with self._guard:
             is_there = snapshot_id in self._live
-        registry = "" if is_there else registry_of(self._layout.config(snapshot_id))
+        registry = "" if is_there else self._registry_of(snapshot_id)
         if not registry:
             yield
             return
@@ -113,7 +114,7 @@ class ImageDevices:
         if failure is not None and asked_s <= failure.ended_s:
             raise restored(failure.cause.code, str(failure.cause)) from failure.cause
         try:
-            registry = registry_of(self._layout.config(snapshot_id))
+            registry = self._registry_of(snapshot_id)
             with self._shares.attach(registry, self._devices.settings.open_deadline_s) if registry else nullcontext():
                 path = self._mount_anew(snapshot_id, target, spec, mode, make=make)
         except ObdlabError as error:
@@ -185,6 +186,11 @@ class ImageDevices:
         self._failures.pop(snapshot_id, None)
         return gone
 
+    # Returns '' if the registry is not needed.
+    def _registry_of(self, snapshot_id: int) -> str:
+        config = self._layout.config(snapshot_id)
+        return "" if self._devices.is_unpacked(config) else registry_of(config)
+
     def _start_host(self) -> None:
         try:
             self._devices.start_host()
@@ -192,9 +198,9 @@ class ImageDevices:
             logger.warning("device host: %s", error)
 
     def _attach(self, snapshot_id: int, target: Path) -> AttachedDevice:
-        if self._host_start is not None:
-            self._host_start.join()  # two starts at a time would take twice as long; the start has a deadline
         config = self._layout.config(snapshot_id)
+        if self._host_start is not None and not self._devices.is_unpacked(config):
+            self._host_start.join()  # two starts at a time would take twice as long; the start has a deadline
         for device in self._devices_of(snapshot_id):
             if device.alive:
                 return self._devices.attach(config, device.device_id)
@@ -251,7 +257,7 @@ class ImageDevices:
         if live is None:
             return None
         # Check the server first: stat on a mount without a server would hang.
-        if not _alive(live.pidfd):
+        if live.pidfd is not None and not _alive(live.pidfd):
             self._forget(snapshot_id)
             return None
         try:
@@ -261,18 +267,24 @@ class ImageDevices:
             return None
 
     def _remember(self, snapshot_id: int, device: AttachedDevice) -> None:
-        try:
-            live = _Live(device.path, os.pidfd_open(device.pid))
-        except ProcessLookupError as error:
-            raise DeviceError(f"{device.path}: its server (process {device.pid}) died") from error
+        live = _Live(device.path, self._pidfd_of(device))
         self._forget(snapshot_id)
         with self._guard:
             self._live[snapshot_id] = live
 
+    def _pidfd_of(self, device: AttachedDevice) -> int | None:
+        try:
+            return None if device.graduated else os.pidfd_open(device.pid)
+        except ProcessLookupError as error:
+            now = next((each for each in self._devices.list() if each.device_id == device.device_id), None)
+            if now is not None and now.graduated:  # since it was attached
+                return None
+            raise DeviceError(f"{device.path}: its server (process {device.pid}) died") from error
+
     def _forget(self, snapshot_id: int) -> None:
         with self._guard:
             live = self._live.pop(snapshot_id, None)
-        if live is not None:
+        if live is not None and live.pidfd is not None:
             os.close(live.pidfd)
 
 

@@ -90,7 +90,7 @@ trace transplant trace {_IMAGE} oci:erofs:1 -o moved
 trace timeline events {_IMAGE}
 trace import events {_IMAGE} -o imported
 trace watch {_IMAGE} -o watched
-$ obdlab device attach --id read merged.obd
+$ obdlab device attach --id read --served merged.obd
 trace start read
 $ dd if=$(obdlab device list | grep -o '/dev/loop[0-9]*' | head -1) iflag=direct bs=1M count=8 of=read 2>/dev/null
 trace stop read -o stopped
@@ -101,6 +101,7 @@ $ use_snapshotter
 image pull {_IMAGE}
 fsck /var/lib/obdlab/snapshotter
 cache list
+cache gc
 cache verify
 cache clear
 $ echo '{{}}' >settings.json

@@ -21,7 +21,9 @@ from obdlab.cache.eviction import EvictingSpace
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats.oci import digest_of
 from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.image.identity import expected_name
 from obdlab.image.open import Image, ImageOpenError, WritableImage, open_image, open_warp
+from obdlab.layerfiles.flatten import flat_name
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.gzipwriter import write_gzip_index
 from obdlab.layers.upper import SparseUpper
@@ -83,6 +85,7 @@ def test_a_chain(tmp_path: Path, settings: Settings) -> None:
         assert sha256_of(image, STEP) == turbo_stack(*CHAIN)["decoded_sha256"]
         assert isinstance(image, Image)
         assert len(set(image.identity)) == 3
+        assert flat_name(image) == expected_name(config)
         assert all(" with target file " in one for one in image.identity)
 
 
@@ -154,8 +157,10 @@ def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settin
         assert sha256_of(image, STEP) == wanted
         assert image.statistics()["requests"] > 0
         assert isinstance(image, Image)
-        assert image.identity[0].endswith(f" with target {lowers[0].target_digest}")
-        assert image.identity[1] == f"{lowers[1].digest} with target {lowers[1].target_digest}"
+        assert f" with target {lowers[0].target_digest}" in image.identity[0]
+        assert image.identity[1].startswith(f"{lowers[1].digest} with target {lowers[1].target_digest}")
+        assert [", index file " in one for one in image.identity] == [compressed, compressed]
+        assert flat_name(image) == expected_name(config)
     with open_image(config, settings) as image:
         assert sha256_of(image, STEP) == wanted
         assert image.statistics()["requests"] <= 2  # the sizes of the targets, which configurations lack

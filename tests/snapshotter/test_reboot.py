@@ -13,9 +13,11 @@ from obdlab.errors import ObdlabError
 from obdlab.formats import oci
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
-from obdlab.snapshotter.errors import AlreadyExistsError
+from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from obdlab.snapshotter.writable import LABEL_WRITABLE
+from obdlab.system.processes import Process
 from tests.registry.server import running_registry
+from tests.server.killing import until
 from tests.snapshotter import imagefiles
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_writable import Root, root
@@ -77,3 +79,45 @@ def test_what_is_cached_runs_without_the_registry(root: Root, tmp_path: Path) ->
         assert {snapshot.key for snapshot in snapshotter.walk()} == {ONE, TWO, "read", "own", "plain"}
         for key in ("read", "own", TWO, ONE):
             snapshotter.remove(key)
+
+
+def test_an_unpacked_image_starts_without_registry_and_processes(root: Root, tmp_path: Path) -> None:
+    """While its device graduates below a container, for a second container, and after a reboot."""
+    completed = Settings(
+        cache_dir=tmp_path / "cache",
+        graduation=True,
+        download_enabled=True,
+        download_delay_s=0.0,
+        download_delay_extra_s=0.0,
+    )
+    root.devices = DeviceService(tmp_path / "run", completed)
+    layers, annotations = imagefiles.golden_layers()
+    with running_registry(tmp_path / "registry") as server, root.opened() as snapshotter:
+        documents = imagefiles.image_documents(layers, annotations, compress=False)
+        pull(snapshotter, imagefiles.push(server.host, "reboot/golden", *documents))
+        with mounted(snapshotter.prepare("one", TWO, {}), tmp_path / "rootfs") as rootfs:
+            (device,) = root.devices.list()
+            until(lambda: root.devices.list()[0].graduated)
+            wanted = hashlib.sha256((rootfs / "big").read_bytes()).hexdigest()
+            until(lambda: Process.of(device.pid) is None)
+            root.devices.stop_host()
+            with mounted(snapshotter.prepare("two", TWO, {}), tmp_path / "other") as other:
+                assert hashlib.sha256((other / "big").read_bytes()).hexdigest() == wanted
+            with mounted(snapshotter.mounts("two"), tmp_path / "other") as other:
+                assert (other / "big").exists()
+            assert len(root.devices.list()) == 1
+    root.lose_mounts()
+    root.devices = DeviceService(tmp_path / "run", Settings(cache_dir=tmp_path / "cache"))
+    with root.opened() as snapshotter:
+        with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
+            assert hashlib.sha256((rootfs / "big").read_bytes()).hexdigest() == wanted
+            (device,) = root.devices.list()
+            assert (device.graduated, device.pid) == (True, 0)
+            assert not (tmp_path / "run" / "host.sock").exists()
+            with pytest.raises(FailedPreconditionError):
+                snapshotter.remove(TWO)
+        with mounted(snapshotter.prepare("own", TWO, {LABEL_WRITABLE: "dir"}), tmp_path / "rootfs") as rootfs:
+            (rootfs / "new").write_text("a writable layer needs a server")
+        for key in ("own", "one", "two", TWO, ONE):
+            snapshotter.remove(key)
+        assert root.devices.list() == []

@@ -33,6 +33,11 @@ LEAST_ATTACH_S = 1.0
 def add_attach_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for attaching an image."""
     add_device_option(parser)
+    parser.add_argument(
+        "--served",
+        action="store_true",
+        help="serve it even if an unpacked copy is on this host: so its reads can be recorded",
+    )
     parser.add_argument("--timeout", type=real(above=0), default=150.0, metavar="S", help=_TIMEOUT_HELP)
     add_runtime_options(parser)
     add_source_options(parser)
@@ -73,7 +78,7 @@ def run_attach(args: argparse.Namespace) -> int:
     service = device_service_from(args)
     try:
         timeout_s = max(LEAST_ATTACH_S, deadline - time.monotonic())
-        device = service.attach(config, args.id or device_id, timeout_s=timeout_s)
+        device = service.attach(config, args.id or device_id, timeout_s=timeout_s, served=args.served)
     except BaseException:
         forget_config(service, config)
         raise

@@ -58,7 +58,7 @@ def run_mount(args: argparse.Namespace) -> int:
     try:
         _make_directory(args.target)
         timeout_s = max(LEAST_ATTACH_S, deadline - time.monotonic())
-        device = service.attach(config, device_id, timeout_s=timeout_s)
+        device = service.attach(config, device_id, timeout_s=timeout_s, served=args.served)
         service.mount(device, args.target.resolve())
     except BaseException:
         if device is not None:

@@ -146,7 +146,7 @@ def mounted(
 
     device_id = config.parent.name
     target.mkdir()
-    device = service.attach(config, device_id)
+    device = service.attach(config, device_id, served=True)
     stuck = False
 
     def release() -> None:

@@ -20,7 +20,6 @@ from obdlab.formats.oci import (
     parse_manifest,
 )
 from obdlab.image.from_manifest import TRACE_ARTIFACT, find_trace
-from obdlab.image.remote import cache_name
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
 
@@ -72,7 +71,7 @@ class RegistrySource(DownloadedSource):
 
     @property
     def cache_name(self) -> str:
-        return cache_name(self._repository)
+        return self._repository.cache_name
 
     def root(self) -> tuple[Descriptor | None, Manifest | Index]:
         fetched = self._client.get_manifest(self._reference)

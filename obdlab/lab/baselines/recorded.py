@@ -103,7 +103,7 @@ def _recorded_as(source: Source) -> str:
 def _record(host: OwnContainerd, place: Path, image: ImageConfig, config: bytes, source: Source) -> None:
     image.save(place / "config.v1.json")
     (place / "lower").mkdir()
-    device = host.devices.attach(place / "config.v1.json", "recording")
+    device = host.devices.attach(place / "config.v1.json", "recording", served=True)
     try:
         host.devices.mount(device, place / "lower")
         try:

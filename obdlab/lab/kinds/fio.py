@@ -78,7 +78,7 @@ class Fio(Kind):
                 import_disk(raw, layer, packing, kind="raw")
                 config = place.work / f"{name}.json"
                 ImageConfig(lowers=(LowerConfig(file=str(layer)),)).save(config)
-                devices[name] = (service.attach(config, name).path, layer)
+                devices[name] = (service.attach(config, name, served=True).path, layer)
             yield lambda point: _measure(devices, point, float(options["seconds"]))
 
 

@@ -61,7 +61,7 @@ def _measure(work: Path, count: int) -> dict[str, float]:
         stack.callback(service.shutdown, force=True)
         service.start_host()
         began_s = time.perf_counter()
-        devices = [service.attach(work / "config.json", f"memory-{number}") for number in range(count)]
+        devices = [service.attach(work / "config.json", f"memory-{number}", served=True) for number in range(count)]
         attach_s = time.perf_counter() - began_s
         for device in devices:
             with device.path.open("rb") as disk:

@@ -90,6 +90,10 @@ class TcmuDevices:
             raise DeviceError(f"cannot attach {config}: {error}" + (f" ({reason})" if reason else "")) from error
         return self._attached(target, config)
 
+    def is_unpacked(self, config_path: Path) -> bool:
+        """Return False: the daemon serves all images."""
+        return False
+
     def mount(self, device: AttachedDevice, target: Path, *, options: str = "", read_only: bool = True) -> None:
         """Mount the device's file system on the directory ``target``. Raises DeviceError."""
         mount.mount(device.path, target, read_only=read_only, options=options)
