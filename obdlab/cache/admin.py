@@ -1,4 +1,4 @@
-"""Managing the block cache while others use it: list, remove and check blobs."""
+"""Managing the cache directory while others use it: list and remove blobs and unpacked disks, check blobs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from obdlab.cache.eviction import cached_blobs, discard
+from obdlab.cache.eviction import cached_blobs, discard, evict
 from obdlab.cache.layout import DECOMPRESSED, unit_sums
 from obdlab.cache.unitfiles import CacheFiles
+from obdlab.cache.unpacked import FlatFile, directories_of, entry_of, remove_unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -86,8 +87,24 @@ def _entry(directory: Path) -> CacheEntry:
         )
 
 
+def unpacked_disks(space: CacheSpace) -> list[FlatFile]:
+    """Return all unpacked disks, the last used first."""
+    found = [entry for directory in directories_of(space) if (entry := entry_of(directory)) is not None]
+    return sorted(found, key=lambda entry: entry.last_use, reverse=True)
+
+
+def collect(space: CacheSpace) -> int:
+    """Remove half-made unpacked disks of killed processes, and evict down to the limits; return the bytes freed.
+
+    Raises OSError.
+    """
+    freed = remove_unused(space, half_made_only=True)
+    space.count()
+    return freed + (evict(space) if space.excess() > 0 else 0)
+
+
 def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
-    """Remove all blobs, or those with one of ``digests``, and return the bytes freed on disk.
+    """Remove all blobs and unused unpacked disks, or the blobs ``digests``, and return the bytes freed on disk.
 
     Devices that read them go on, and fetch from their registry again. Raises OSError.
     """
@@ -97,7 +114,7 @@ def clear(space: CacheSpace, digests: Collection[str] = ()) -> int:
         with space.changing(directory, patient=True):
             if directory.is_dir():
                 freed += discard(directory)
-    return freed
+    return freed if digests else freed + remove_unused(space)
 
 
 def check_blob(

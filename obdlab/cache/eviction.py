@@ -1,25 +1,29 @@
-"""Eviction: a thread of a full cache, and its order: blobs by their last use, in a blob the units not read lately.
+"""Eviction: a thread of a full cache, and its order: blobs and unpacked disks by their last use, in a blob the units
+not read lately.
 
 A process that finds the directory above its high mark starts a thread that evicts until it is below the low mark. The
 thread holds the lock for one step of a blob at a time, and only one process evicts.
 
 Data in use stays: of an open blob, only units go that no reader has used since the eviction's last pass, which is at
-least a while ago. If that frees too little, the cache stays full, and new data is not stored.
+least a while ago. A disk in use stays whole. If that frees too little, the cache stays full, and new data is not
+stored.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+from obdlab.cache import unpacked
 from obdlab.cache.layout import last_use, remove_blob
-from obdlab.cache.space import CacheSpace
+from obdlab.cache.space import CacheSpace, disk_usage
 from obdlab.cache.unitfiles import CacheFiles
-from obdlab.cache.unpacked import remove_unused
 from obdlab.observe import audit
 from obdlab.system.locks import try_lock
 
@@ -33,6 +37,9 @@ logger = logging.getLogger(__name__)
 _STEP = 32 << 20
 # Readers note their reads within a quarter of a second after a pass of the eviction.
 SWEEP_PAUSE_S = 0.5
+# For a disk that is to be unpacked nothing is evicted that was used since: images that are used in turn would evict
+# each other, and each would be fetched and unpacked again.
+FRESH_S = 3600.0
 # Pause after an eviction that did not help.
 _REST_S = 1.0
 
@@ -59,6 +66,25 @@ class EvictingSpace(CacheSpace):
             threading.Thread(target=self._evict, name="obdlab-evict", daemon=True).start()
         except RuntimeError:  # the system has no more threads: the next store tries again
             self._evicting.release()
+
+    def make_room(self, wanted: int) -> int:
+        """Evict blobs and disks that are not in use and were not for an hour, until ``wanted`` bytes fit.
+
+        Nothing is evicted if that would not suffice. Returns the bytes that may be stored. Raises OSError.
+        """
+        room = super().make_room(wanted)
+        if room >= wanted:
+            return room
+        old = [each for each in by_last_use(self) if last_use_of(self, each) < time.time() - FRESH_S]
+        if room + sum(_evictable(self, each) for each in old) < wanted:
+            return room
+        for directory in old:
+            freed = _remove_if_unused(self, directory)
+            self.evicted_bytes += freed
+            room = super().make_room(wanted)
+            if room >= wanted:
+                break
+        return room
 
     def wait_for_eviction(self, timeout_s: float) -> bool:
         """Wait until this object's eviction is over, if there is one. Return False on timeout."""
@@ -90,6 +116,7 @@ class EvictingSpace(CacheSpace):
     @contextmanager
     def _sole_evictor(self) -> Iterator[bool]:
         # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
+        self.blobs.mkdir(mode=0o700, exist_ok=True)  # a cache may have unpacked disks alone
         fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield try_lock(fd)
@@ -102,13 +129,22 @@ def cached_blobs(blobs: Path) -> list[Path]:
     return sorted(path for path in blobs.glob("*/*") if path.is_dir())
 
 
+def by_last_use(space: CacheSpace) -> list[Path]:
+    """Return the directories of all blobs and unpacked disks, the least recently used first."""
+    return sorted([*cached_blobs(space.blobs), *unpacked.directories_of(space)], key=partial(last_use_of, space))
+
+
+def last_use_of(space: CacheSpace, directory: Path) -> float:
+    """Return the time of the last use of a blob or an unpacked disk (seconds since 1970); 0 if unknown."""
+    return (last_use if space.blobs in directory.parents else unpacked.last_use)(directory)
+
+
 def evict(space: CacheSpace) -> int:
     """Evict until the directory is below its low mark, or nothing is left; return the evicted bytes.
 
     Logs a blob that cannot be evicted, and goes on with the next. Raises OSError.
     """
-    freed = remove_unused(space) if space.excess() > 0 else 0
-    freed += _come_by(space)
+    freed = _come_by(space)
     if space.excess() <= 0:
         return freed
     space.count()
@@ -120,12 +156,16 @@ def evict(space: CacheSpace) -> int:
 
 def _come_by(space: CacheSpace) -> int:
     freed = 0
-    for directory in sorted(cached_blobs(space.blobs), key=last_use):
+    for directory in by_last_use(space):
+        is_blob = space.blobs in directory.parents
         while (wanted := space.excess()) > 0:
-            step = min(wanted, _STEP)
+            step = min(wanted, _STEP) if is_blob else sys.maxsize
             try:
-                with space.changing(directory, patient=True):
-                    got = shrink(directory, step)
+                if is_blob:
+                    with space.changing(directory, patient=True):
+                        got = shrink(directory, step)
+                else:
+                    got = unpacked.remove_if_unused(space, directory)
             except FileNotFoundError:
                 break  # removed meanwhile
             except OSError as error:
@@ -137,6 +177,30 @@ def _come_by(space: CacheSpace) -> int:
         if wanted <= 0:
             break
     return freed
+
+
+def _remove_if_unused(space: CacheSpace, directory: Path) -> int:
+    if space.blobs not in directory.parents:
+        return unpacked.remove_if_unused(space, directory)
+    with space.changing(directory, patient=True):
+        return 0 if not directory.exists() or _is_used(directory) else _remove(directory)
+
+
+def _evictable(space: CacheSpace, directory: Path) -> int:
+    if space.blobs not in directory.parents:
+        entry = unpacked.entry_of(directory)
+        return 0 if entry is None or entry.in_use else entry.disk_bytes
+    with space.changing(directory, patient=True):
+        return 0 if not directory.exists() or _is_used(directory) else disk_usage(directory)
+
+
+# Needs the lock of the cache.
+def _is_used(directory: Path) -> bool:
+    files = CacheFiles.attach(directory)
+    if files is None:
+        return False
+    with closing(files):
+        return files.in_use
 
 
 def discard(directory: Path) -> int:

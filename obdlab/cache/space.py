@@ -128,6 +128,14 @@ class CacheSpace:
         with self._locked(_WAIT_TO_EVICT_S) as ledger:
             return self._excess(ledger.used + self._wanted, 2)
 
+    def make_room(self, wanted: int) -> int:
+        """Return the bytes that may be stored. Raises OSError.
+
+        :class:`obdlab.cache.eviction.EvictingSpace` evicts until that is ``wanted``.
+        """
+        del wanted
+        return max(0, -self.excess())
+
     def start_eviction(self, wanted: int = 0) -> None:
         """Do nothing: :class:`obdlab.cache.eviction.EvictingSpace` makes room for ``wanted`` bytes here."""
 

@@ -17,7 +17,8 @@ import math
 import os
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from obdlab.formats.checksum import raw_crc32c
 from obdlab.system.boot import boot_id
 from obdlab.system.locks import lock_until, try_lock
 from obdlab.system.ownfiles import open_own
+from obdlab.system.pauses import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,10 +47,11 @@ _SUM = Struct("<I")
 _MAGIC = b"OBDLFLAT"
 _CHECKED = "checked"
 _MOST_NOTED = 4096
-# Enough to tell how fast a disk is read.
+# Enough to estimate the rate of a disk.
 _PROBE = 64 << 20
+_LOOKED_AT_S = 2.0
 _TRIES = 40
-_LOCK_PAUSE_S = 0.1
+_LOCK_PAUSE_S = 0.05
 # Longest wait for another process that stores the same disk.
 _LONGEST_WAIT_S = 3600.0
 
@@ -81,7 +84,11 @@ class FlatFiles:
         except OSError as error:
             raise FlatFileError(f"{self.path(name)}: cannot open: {error.strerror}") from error
         try:
-            if try_lock(fd, shared=True) and os.fstat(fd).st_nlink:  # else it is being removed
+            # Another process that looks whether it is in use, or removes it, has it locked for a moment.
+            if (
+                wait_until(partial(try_lock, fd, shared=True), _LOOKED_AT_S, look_s=_LOCK_PAUSE_S)
+                and os.fstat(fd).st_nlink
+            ):
                 return fd
         except OSError as error:
             os.close(fd)
@@ -189,9 +196,8 @@ class FlatFiles:
             finally:
                 os.close(fd)
 
-    # Nothing is evicted for it: readers would have to fetch again more than this saves in unpacking.
     def _check_room(self, wanted: int) -> None:
-        room = max(0, -self._space.excess())
+        room = self._space.make_room(wanted)
         if wanted > room:
             raise FlatFileError(
                 f"{self._directory}: no room for an unpacked image (wanted up to {wanted >> 20} MiB, got "
@@ -277,7 +283,7 @@ def _next_data(fd: int, at: int, size: int) -> int:
     try:
         return os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:
-        return size if error.errno == errno.ENXIO else at  # else it cannot tell
+        return size if error.errno == errno.ENXIO else at  # else the file system does not know
 
 
 @cache
@@ -285,24 +291,74 @@ def _zeros_sum(length: int) -> int:
     return raw_crc32c(_ZEROS[:length])
 
 
-def remove_unused(space: CacheSpace) -> int:
-    """Remove all unused disks, half-made ones too; return the bytes freed. Raises OSError."""
+def directories_of(space: CacheSpace) -> list[Path]:
+    """Return the directories of all disks, half-made ones too, sorted by name."""
+    return sorted(path for path in (space.directory / "graduated").glob("*") if path.is_dir())
+
+
+def last_use(directory: Path) -> float:
+    """Return the time at which the disk in ``directory`` was last taken into use (seconds since 1970); 0 if never."""
+    for name in (_CHECKED, "disk"):
+        with suppress(OSError):
+            return (directory / name).lstat().st_mtime
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FlatFile:
+    """One disk. Sizes in bytes; ``size`` is 0 if it is not whole. Times in seconds since 1970."""
+
+    name: str
+    size: int
+    disk_bytes: int
+    last_use: float
+    in_use: bool
+
+
+def entry_of(directory: Path) -> FlatFile | None:
+    """Return the disk in ``directory``; None if it was removed meanwhile, or could not be stored."""
+    try:
+        sizes = [512 * path.lstat().st_blocks for path in directory.iterdir()]
+        disk = directory / "disk"
+        size = disk.lstat().st_size if disk.exists() else 0
+    except FileNotFoundError:
+        return None
+    if not sizes:
+        return None
+    with _sole_user(directory) as unused:
+        return FlatFile(directory.name, size, sum(sizes), last_use(directory), not unused)
+
+
+def remove_unused(space: CacheSpace, *, half_made_only: bool = False) -> int:
+    """Remove all unused disks, or the half-made ones; return the bytes freed. Raises OSError."""
     freed = 0
-    for directory in sorted((space.directory / "graduated").glob("*")):
-        lock = _try_lock(directory, os.O_RDONLY | os.O_DIRECTORY)
-        if lock is None:
-            continue  # being made
-        try:
-            disk = directory / "disk"
-            used = _try_lock(disk, os.O_RDONLY) if disk.exists() else -1
-            if used is None:
-                continue
-            freed += _remove(space, directory)
-            if used >= 0:
-                os.close(used)
-        finally:
-            os.close(lock)
+    for directory in directories_of(space):
+        if not (half_made_only and (directory / "disk").exists()):
+            freed += remove_if_unused(space, directory)
     return freed
+
+
+def remove_if_unused(space: CacheSpace, directory: Path) -> int:
+    """Remove the disk in ``directory`` unless it is in use or being made; return the bytes freed. Raises OSError."""
+    with _sole_user(directory) as unused:
+        try:
+            return _remove(space, directory) if unused else 0
+        except FileNotFoundError:  # another process was faster
+            return 0
+
+
+# Yields True if the disk is neither being made nor in use; no process can begin either meanwhile.
+@contextmanager
+def _sole_user(directory: Path) -> Iterator[bool]:
+    with ExitStack() as held:
+        for path, flags in ((directory, os.O_DIRECTORY), (directory / "disk", 0)):
+            if path == directory or path.exists():
+                fd = _try_lock(path, os.O_RDONLY | flags)
+                if fd is None:
+                    yield False
+                    return
+                held.callback(os.close, fd)
+        yield True
 
 
 def _remove(space: CacheSpace, directory: Path) -> int:

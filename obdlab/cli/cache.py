@@ -1,4 +1,4 @@
-"""``obdlab cache list``, ``clear`` and ``verify``: the block cache that all devices share, also while they run."""
+"""``obdlab cache list``, ``gc``, ``clear``, ``verify``: the cache that all devices share, also while they run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from obdlab.cache.admin import CacheEntry, CheckedBlob
+    from obdlab.cache.unpacked import FlatFile
 
 
 def declare_list(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.description = "Lists the blobs in the block cache, the last used first."
+    parser.description = (
+        "Lists the blobs in the block cache, the last used first, and the images unpacked by graduation, which the "
+        "next starts read. The least recently used of both are evicted when the cache needs room."
+    )
     _add_common(parser)
     parser.set_defaults(run=_list)
 
@@ -28,12 +32,22 @@ def declare_list(parser: argparse.ArgumentParser) -> None:
 def declare_clear(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Removes all blobs from the block cache, or those named. Devices that read them fetch them again from their "
-        "registry."
+        "Removes all blobs from the block cache and all unpacked images that are not in use, or the named blobs. "
+        "Devices that read them fetch them again from their registry."
     )
     _add_digests(parser)
     _add_common(parser)
     parser.set_defaults(run=_clear)
+
+
+def declare_gc(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Removes unpacked images that a killed process left half-made, and evicts what was not used for longest "
+        "until the cache is within its limits (cache_quota, cache_min_free). Stores do the latter by themselves."
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_gc)
 
 
 def declare_verify(parser: argparse.ArgumentParser) -> None:
@@ -63,30 +77,58 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _list(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from obdlab.cache.admin import entries
+    from obdlab.cache.admin import entries, unpacked_disks
     from obdlab.cache.space import CacheSpace
 
     directory = settings_from(args).cache_dir
     with _readable_errors():
-        found = entries(CacheSpace(directory))
+        found, disks = entries(CacheSpace(directory)), unpacked_disks(CacheSpace(directory))
     if args.json:
-        print_json([asdict(entry) for entry in found], indent=2)
+        print_json([asdict(entry) for entry in found] + [{"unpacked": asdict(disk)} for disk in disks], indent=2)
         return 0
     print(f"{'DIGEST':19}  {'SIZE':>10}  {'CACHED':>6}  {'ON DISK':>10}  {'LAST USE':16}  STATE     REGISTRY")
     for entry in found:
         print(_line(entry))
-    print(f"{len(found)} blobs, {size_text(sum(entry.disk_bytes for entry in found))} on disk in {directory}")
+    for disk in disks:
+        print(_disk_line(disk))
+    sizes = [size_text(sum(entry.disk_bytes for entry in each)) for each in (found, disks)]
+    print(f"{len(found)} blobs, {sizes[0]}; {len(disks)} unpacked images, {sizes[1]}; on disk in {directory}")
     return 0
 
 
 def _line(entry: CacheEntry) -> str:
     share = f"{100 * entry.cached_bytes // entry.size}%" if entry.size else "-"
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_use)) if entry.last_use else "-"
+    used = _time_text(entry.last_use)
     state = "damaged" if not entry.size else "verified" if entry.verified else "in use" if entry.in_use else ""
     return (
         f"{entry.digest[:19]}  {size_text(entry.size):>10}  {share:>6}  {size_text(entry.disk_bytes):>10}  {used:16}"
         f"  {state:8}  {entry.registry}"
     )
+
+
+def _disk_line(disk: FlatFile) -> str:
+    state = "in use" if disk.in_use else "" if disk.size else "half-made"
+    return (
+        f"{disk.name[:19]}  {size_text(disk.size):>10}  {'-':>6}  {size_text(disk.disk_bytes):>10}  "
+        f"{_time_text(disk.last_use):16}  {state:8}  (unpacked image)"
+    )
+
+
+def _time_text(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(time_s)) if time_s else "-"
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from obdlab.cache.admin import collect
+    from obdlab.cache.eviction import EvictingSpace
+
+    settings = settings_from(args)
+    with _readable_errors():
+        freed = collect(
+            EvictingSpace(settings.cache_dir, quota=settings.cache_quota, min_free=settings.cache_min_free)
+        )
+    answer(args, {"freed_bytes": freed}, f"freed {size_text(freed)}")
+    return 0
 
 
 def _clear(args: argparse.Namespace) -> int:

@@ -184,6 +184,7 @@ example: list the cached blobs, check them all, fetch damaged parts again when t
   obdlab cache verify --repair""",
     (
         Command("list", "list the cached blobs, the last used first", ".cache:declare_list"),
+        Command("gc", "evict down to the cache's limits", ".cache:declare_gc"),
         Command("clear", "remove all cached blobs, or some", ".cache:declare_clear"),
         Command("verify", "read all cached bytes and check them", ".cache:declare_verify"),
     ),

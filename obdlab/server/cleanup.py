@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obdlab.cache.space import CacheSpace
+from obdlab.cache.unpacked import remove_unused
 from obdlab.devices.kinds import devices_of, directories_below
 from obdlab.errors import DeviceError
 from obdlab.server import snapshottersocket, wire
@@ -89,7 +91,20 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     report.in_use += live
     if not report.in_use:
         _empty(run.path)
+    _remove_half_made(service, report)
     return report
+
+
+# A killed unpacker leaves a file of no use: the next unpacker begins again.
+def _remove_half_made(service: DeviceService, report: Cleaned) -> None:
+    space = CacheSpace(service.settings.cache_dir)
+    try:
+        freed = remove_unused(space, half_made_only=True)
+    except OSError as error:
+        report.in_use.append(f"{space.directory}: half-made unpacked images stay: {error.strerror}")
+        return
+    if freed:
+        report.removed.append(f"half-made unpacked images ({freed >> 20} MiB)")
 
 
 # Only a start's maker can end its containers and mounts: they are in its mount namespace. Returns the starts that go

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.blob import WritableBlob, find
 from obdlab.devices import backingfile
-from obdlab.errors import DeviceError
+from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.open import Image
 from obdlab.layerfiles.flatten import flat_files, flat_name
 from obdlab.server.messages import ControlRequest, Graduate, Step, Switched
@@ -102,15 +103,33 @@ class Graduation:
     def _by_itself(self, image: Image) -> None:
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
         command += ["--low-priority", self._directory.name]
+        said = ""
         for failures in itertools.count():
-            while image.unverified():
+            while image.unverified() and not self._is_unpacked(image):
                 time.sleep(_LOOK_S)
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+            )
             if done.returncode == 0:
                 return
-            pause_s = backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-            log.warning("%s: not graduated; tried again in %g s", self._directory.name, pause_s)
-            time.sleep(pause_s)
+            why = done.stderr.decode(errors="replace").strip() or f"ended with status {done.returncode}"
+            if _without_numbers(why) != said:
+                said = _without_numbers(why)
+                log.warning("%s: stays with its server, and is tried again: %s", self._directory.name, why)
+            time.sleep(backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S))
+
+    # By another device of the image, perhaps: then not all of it need come here.
+    def _is_unpacked(self, image: Image) -> bool:
+        record = DeviceRecord.load(self._directory)
+        try:
+            return record is not None and flat_files(allowing(record)).path(flat_name(image)).exists()
+        except ObdlabError:  # the unpacker says which
+            return False
+
+
+# The amounts of missing space change from try to try; the reason does not.
+def _without_numbers(text: str) -> str:
+    return re.sub(r"[0-9]+", "", text)
 
 
 def graduates(blob: Blob) -> bool:

@@ -221,12 +221,13 @@ def test_an_eviction_that_fails_is_not_tried_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(eviction, "_REST_S", 600.0)
-    full = EvictingSpace(tmp_path, quota=QUOTA)  # without the folder of blobs
+    (tmp_path / "blobs").touch()  # in the place of a folder
+    full = EvictingSpace(tmp_path, quota=QUOTA)
     for _ in range(2):
         full.start_eviction(UNIT)
         assert full.wait_for_eviction(60)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "eviction failed: [Errno 2]" in caplog.text
+    assert "eviction failed: [Errno 17]" in caplog.text
 
 
 def test_what_is_being_read_stays_and_what_comes_is_not_stored(

@@ -6,15 +6,21 @@ import fcntl
 import os
 import random
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from obdlab.cache.eviction import EvictingSpace, evict
+from obdlab.blob import MemoryBlob
+from obdlab.cache import unpacked
+from obdlab.cache.admin import clear, collect, unpacked_disks
+from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.eviction import FRESH_S, EvictingSpace, by_last_use, evict
 from obdlab.cache.space import disk_usage
 from obdlab.cache.unpacked import PIECE, FlatFileError, FlatFiles, remove_unused
 from obdlab.errors import CorruptBlobError, SourceError
+from obdlab.formats.oci import digest_of
 from tests.cache.origin import locked
 
 SIZE = 5 * PIECE + 4096
@@ -202,3 +208,160 @@ def test_the_eviction_takes_unused_ones_when_there_is_no_room(tmp_path: Path) ->
     small = EvictingSpace(tmp_path / "cache", quota=PIECE)
     assert evict(small) > PIECE
     assert files.open("one") is None
+
+
+def dense(files: FlatFiles, name: str, mib: int = 4, *, age_s: float = 0.0) -> None:
+    """A disk without zeros, taken into use that long ago."""
+    content = random.Random(name).randbytes(PIECE)
+    files.store(name, mib * PIECE, mib * PIECE, lambda _, length: content[:length])
+    fd = files.take_into_use(name)
+    assert fd is not None
+    os.close(fd)
+    used_s = time.time() - age_s
+    os.utime(files.path(name).with_name("checked"), (used_s, used_s))
+
+
+def names(space: EvictingSpace) -> set[str]:
+    return {disk.name for disk in unpacked_disks(space)}
+
+
+def fill_blob(directory: Path, size: int) -> str:
+    content = random.Random(size).randbytes(size)
+    with BlockCache(directory).open(MemoryBlob(content, "blob"), digest_of(content)) as blob:
+        assert blob.read_at(0, size) == content
+    return digest_of(content)
+
+
+def test_a_use_checks_once_in_a_boot_and_is_noted(space: EvictingSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FlatFiles(space)
+    dense(files, "one", age_s=10 * FRESH_S)
+    checked: list[str] = []
+    check = FlatFiles.check
+    monkeypatch.setattr(FlatFiles, "check", lambda *args: (checked.append(args[1]), check(*args)))
+    for boot, wanted in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(unpacked, "boot_id", lambda boot=boot: boot)
+        fd = files.take_into_use("one")
+        assert fd is not None
+        os.close(fd)
+        assert len(checked) == wanted
+    assert time.time() - unpacked_disks(space)[0].last_use < 60
+    assert abs(space.count() - disk_usage(space.directory)) == 0
+    os.utime(files.path("one"))  # any change of the file has it checked again
+    os.close(files.take_into_use("one") or -1)
+    assert len(checked) == 3
+
+
+def test_a_damaged_disk_is_not_used_and_goes(space: EvictingSpace, caplog: pytest.LogCaptureFixture) -> None:
+    files = FlatFiles(space)
+    dense(files, "one")
+    with files.path("one").open("r+b") as file:
+        file.seek(3 * PIECE)
+        file.write(b"damage")
+    assert files.take_into_use("one") is None
+    assert "wrong checksum" in caplog.text
+    assert names(space) == set()
+
+
+def test_a_hole_in_the_place_of_data_is_damage(space: EvictingSpace) -> None:
+    files = FlatFiles(space)
+    dense(files, "one")
+    os.truncate(files.path("one"), 2 * PIECE)
+    os.truncate(files.path("one"), 4 * PIECE)
+    assert files.take_into_use("one") is None
+
+
+def test_the_least_recently_used_go_first_blobs_and_disks_alike(tmp_path: Path) -> None:
+    space = EvictingSpace(tmp_path, quota=64 * PIECE)
+    files = FlatFiles(space)
+    digest = fill_blob(tmp_path, 3 * PIECE)  # now
+    for name, age_s in (("old", 300.0), ("older", 400.0), ("new", -100.0), ("used", 500.0)):
+        dense(files, name, age_s=age_s)
+    fd = files.open("used")
+    assert [path.name for path in by_last_use(space)] == ["used", "older", "old", digest, "new"]
+    freed = evict(EvictingSpace(tmp_path, quota=18 * PIECE))
+    assert freed >= 4 * PIECE
+    assert names(space) == {"used", "old", "new"}
+    assert (tmp_path / "blobs" / "local" / digest).exists()
+    evict(EvictingSpace(tmp_path, quota=10 * PIECE))
+    assert names(space) == {"used", "new"}
+    assert disk_usage(tmp_path / "blobs" / "local" / digest) < PIECE
+    assert fd is not None
+    os.close(fd)
+
+
+def test_room_for_a_disk_is_made_of_what_was_not_used_for_an_hour(tmp_path: Path) -> None:
+    space = EvictingSpace(tmp_path, quota=16 * PIECE)
+    files = FlatFiles(space)
+    dense(files, "old", age_s=2 * FRESH_S)
+    dense(files, "older", age_s=3 * FRESH_S)
+    dense(files, "fresh", age_s=FRESH_S / 2)
+    assert space.make_room(PIECE) >= PIECE
+    assert names(space) == {"old", "older", "fresh"}
+    dense(files, "next", 5)
+    assert names(space) == {"old", "fresh", "next"}
+    assert space.evicted_bytes >= 4 * PIECE
+    with pytest.raises(FlatFileError, match=r"no room for an unpacked image .wanted up to 8 MiB"):
+        dense(files, "large", 8)  # "old" would not suffice, so it stays
+    assert names(space) == {"old", "fresh", "next"}
+    fd = files.open("old")
+    with pytest.raises(FlatFileError, match="no room"):
+        dense(files, "another")
+    assert fd is not None
+    os.close(fd)
+
+
+def test_blobs_in_use_do_not_go_for_a_disk(tmp_path: Path) -> None:
+    space = EvictingSpace(tmp_path, quota=12 * PIECE)
+    content = random.Random(5).randbytes(6 * PIECE)
+    cache = BlockCache(tmp_path)
+    with cache.open(MemoryBlob(content, "blob"), digest_of(content)) as blob:
+        assert blob.read_at(0, len(content)) == content
+        sums = tmp_path / "blobs" / "local" / digest_of(content) / "sums"
+        with sums.open("r+b") as file:
+            file.seek(32)
+            file.write(bytes(8))  # the time of its last use
+        with pytest.raises(FlatFileError, match="no room"):
+            dense(FlatFiles(space), "one", 6)
+        assert sums.exists()
+    dense(FlatFiles(space), "one", 6)
+    assert not sums.exists()
+    assert space.count() <= 12 * PIECE
+
+
+def test_collecting_takes_half_made_disks_and_what_is_too_much(tmp_path: Path) -> None:
+    space = EvictingSpace(tmp_path, quota=64 * PIECE)
+    files = FlatFiles(space)
+    dense(files, "one")
+    dense(files, "two", age_s=5.0)
+    half = files.path("half").parent
+    half.mkdir()
+    (half / "disk.new").write_bytes(bytes(2 * PIECE))
+    assert {disk.name: (disk.size, disk.in_use) for disk in unpacked_disks(space)}["half"] == (0, False)
+    assert collect(space) >= 2 * PIECE
+    assert names(space) == {"one", "two"}
+    assert collect(space) == 0
+    assert collect(EvictingSpace(tmp_path, quota=5 * PIECE)) >= 4 * PIECE
+    assert names(space) == {"one"}
+    clear(space)
+    assert names(space) == set()
+
+
+def test_a_disk_that_is_looked_at_can_be_opened(space: EvictingSpace) -> None:
+    files = FlatFiles(space)
+    dense(files, "one")
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            unpacked_disks(space)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(20):
+            fd = files.open("one")
+            assert fd is not None
+            os.close(fd)
+    finally:
+        ended.set()
+        looking.join()
