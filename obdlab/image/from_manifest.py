@@ -50,14 +50,18 @@ def fetch_config(
 
     ``traces`` also asks the registry for a trace that refers to the image. The small blobs of turboOCI layers are
     unpacked below the directory ``place``, to which the configuration then refers. Raises NotOverlaybdError if the
-    image was not converted, RegistryError or FormatError if it cannot be fetched.
+    image was not converted, RegistryError or FormatError if it cannot be fetched, and the errors of
+    :meth:`obdlab.registry.client.RegistryClient.require_signature`.
     """
     fetched = client.get_manifest(reference)
+    digests = [fetched.digest]
     document = oci.parse_manifest(fetched.data, str(reference))
     if isinstance(document, oci.Index):
         reference = reference.with_digest(document.select(platform).digest)
         fetched = client.get_manifest(reference)
+        digests.append(fetched.digest)
         document = oci.Manifest.parse(fetched.data, str(reference))
+    client.require_signature(reference, *digests)
     repository = client.repository(reference)
     unpacked = None if place is None else partial(_fetch_turbo, client, repository, place)
     config = config_from_manifest(document, repository, name=str(reference), unpacked=unpacked)

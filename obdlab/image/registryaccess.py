@@ -37,6 +37,7 @@ def open_client(settings: Settings, *, plain_http_hosts: Collection[str] = froze
         ),
         mirrors=Mirrors(hosts_dir=settings.hosts_dir),
         p2p=P2PProxy(settings.p2p_address) if settings.p2p_address else None,
+        signature_keys=settings.signature_keys,
     )
 
 

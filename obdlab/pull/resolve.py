@@ -62,7 +62,8 @@ class ResolvedImage:
 def resolve(registry: RegistryClient, reference: Reference, platform: Platform) -> ResolvedImage:
     """Fetch the documents of the image that ``reference`` names, for ``platform``.
 
-    Raises FormatError or PullError if they are not a valid image, SourceError if the registry fails.
+    Raises FormatError or PullError if they are not a valid image, SourceError if the registry fails, and the errors
+    of :meth:`obdlab.registry.client.RegistryClient.require_signature`.
     """
     repository = registry.repository(reference)
     index: Fetched | None = None
@@ -76,6 +77,7 @@ def resolve(registry: RegistryClient, reference: Reference, platform: Platform) 
         parsed = parse_manifest(manifest.data, str(chosen))
     if not isinstance(parsed, Manifest):
         raise PullError(f"{reference}: an index inside an index")
+    registry.require_signature(reference, *([index.digest] if index else []), manifest.digest)
     descriptor = parsed.config
     data = registry.read_blob(repository, descriptor.digest, descriptor.size, MAX_CONFIG_SIZE)
     config = Config.parse(data, f"{reference}: config {descriptor.digest}")

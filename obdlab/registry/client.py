@@ -12,7 +12,7 @@ from urllib.parse import quote
 from obdlab.call import UNBOUND, Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST_SIZE, check_digest, digest_of
-from obdlab.registry import answer, referrers, tries
+from obdlab.registry import answer, referrers, signatures, tries
 from obdlab.registry.answer import from_response
 from obdlab.registry.blobstream import BlobStream
 from obdlab.registry.credentials import Credentials
@@ -25,7 +25,8 @@ from obdlab.registry.session import DELETE, PUSH, Session
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
+    from pathlib import Path
 
     from obdlab.formats.oci import Descriptor
     from obdlab.registry.answer import Answer
@@ -60,8 +61,9 @@ class RegistryClient:
     bounds a connect and each silence, ``deadline_s`` a whole operation with its retries (uploads get more time by
     their size, streams for each MiB). ``mirrors`` are asked before their registry for all reads, the ``p2p`` proxy
     for ranges of blobs. Of the latter, a share of at most ``hedge_share`` is requested twice, when the first answer
-    lags. Operations raise RegistryError (a SourceError), which names registry, repository, digest and offset, and
-    CorruptBlobError for content that does not match its digest.
+    lags. :meth:`require_signature` accepts the ``signature_keys``. Operations raise RegistryError (a SourceError),
+    which names registry, repository, digest and offset, and CorruptBlobError for content that does not match its
+    digest.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class RegistryClient:
         mirrors: Mirrors | None = None,
         p2p: P2PProxy | None = None,
         hedge_share: float = tries.SHARE,
+        signature_keys: Sequence[Path] = (),
     ) -> None:
+        self._signature_keys = signature_keys
         self._plain_http_hosts = frozenset(plain_http_hosts)
         self._session = Session(
             credentials or Credentials(),
@@ -135,6 +139,14 @@ class RegistryClient:
             )
 
         return self._session.persist(attempt, blob=str(ref), tries=_TRIES)
+
+    def require_signature(self, reference: Reference, *digests: str) -> None:
+        """Return if one of the client's keys signed one of an image's documents, or at once if it has no keys.
+
+        Raises as :func:`obdlab.registry.signatures.check_signed`.
+        """
+        if self._signature_keys:
+            signatures.check_signed(self, reference, digests, self._signature_keys)
 
     def put_manifest(self, ref: Reference, media_type: str, data: bytes) -> str:
         """Store a manifest or index under the tag (or digest) of ``ref``, and return its digest.

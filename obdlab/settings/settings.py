@@ -66,6 +66,9 @@ class Settings:
     #: Checking of lazily read layers by hash trees: "off"; "available": layers whose manifest has a tree; "require":
     #: the same, and layers of a registry without a tree are refused (docs/how-to/verify.md).
     verify: str = VERIFY_AVAILABLE
+    #: Public keys (PEM) of which one must have signed, with cosign, the manifest of an image that ``obdlab image
+    #: pull`` or a device takes from a registry; none: nothing is demanded. Images that other clients pull are theirs.
+    signature_keys: tuple[Path, ...] = ()
     #: Trace or priority list to replay whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
     #: True if an image that is read lazily completes itself: the spare time of a fast link brings all of it from the
