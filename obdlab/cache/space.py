@@ -159,12 +159,14 @@ class CacheSpace:
         # Returns the bytes above the limits, lowered by that number of spares.
         if not spares:
             used += used // _FILE_SYSTEM_SHARE + 2 * _BLOCK
-        excess = used - self._quota + spares * self._quota // _SPARE_SHARE if self._quota else 0
-        if self._min_free:
-            status = os.statvfs(self.directory)
-            floor = min(self._min_free, status.f_blocks * status.f_frsize // _FREE_SHARE)
-            floor += spares * floor // _FREE_SPARE_SHARE
-            excess = max(excess, floor - status.f_bavail * status.f_frsize)
+        status = os.statvfs(self.directory)
+        floor = min(self._min_free, status.f_blocks * status.f_frsize // _FREE_SHARE)
+        floor += spares * floor // _FREE_SPARE_SHARE
+        excess = floor - status.f_bavail * status.f_frsize
+        if not self._min_free:
+            excess = min(0, excess)
+        if self._quota:
+            excess = max(excess, used - self._quota + spares * self._quota // _SPARE_SHARE)
         return excess
 
     @contextmanager

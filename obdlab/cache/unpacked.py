@@ -241,7 +241,7 @@ class FlatFiles:
             with self._room(fd, len(parts) * _HOLE):
                 written = sum(os.pwrite(fd, part, at + start) for start, part in parts)
             if written != sum(len(part) for _, part in parts):
-                raise OSError(errno.ENOSPC, "written in part")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return written
 
     # A store or an eviction may hold the lock for a moment.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -365,3 +367,24 @@ def test_a_disk_that_is_looked_at_can_be_opened(space: EvictingSpace) -> None:
     finally:
         ended.set()
         looking.join()
+
+
+@pytest.mark.parametrize(("scenario", "least"), [("store", 40), ("evict", 5)])
+def test_killed_at_every_step(tmp_path: Path, scenario: str, least: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cache.unpackingkills", str(tmp_path), scenario],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= least
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_free": 1}, {"quota": 64 * PIECE}])
+def test_there_is_room_without_a_quota(tmp_path: Path, limits: dict[str, int]) -> None:
+    space = EvictingSpace(tmp_path / "cache", **limits)
+    dense(FlatFiles(space), "one")
+    assert names(space) == {"one"}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from obdlab.cache.eviction import EvictingSpace
-from obdlab.cache.unpacked import FlatFiles, remove_unused
+from obdlab.cache.space import disk_usage
+from obdlab.cache.unpacked import FlatFileError, FlatFiles, remove_unused
 from obdlab.cli.main import main
 from obdlab.devices import loop
 from obdlab.devices.fuse_loop import devices_of
@@ -28,9 +32,9 @@ from obdlab.server.live import LiveDevice
 from obdlab.server.rundir import DeviceRecord, DeviceState
 from obdlab.server.unpacking import graduate
 from obdlab.settings.settings import Settings
-from obdlab.system import mount
+from obdlab.system import abi, mount
 from tests.devices.contract import MIB, read_direct
-from tests.server.killing import kill_for_good
+from tests.server.killing import kill, kill_for_good, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -249,3 +253,87 @@ def test_the_commands_know_it(place: Place, capsys: pytest.CaptureFixture[str]) 
     finally:
         mount.unmount(target)
     assert main(["device", "detach", *places, listed["id"]]) == 0
+
+
+@contextmanager
+def small_file_system(target: Path, size: int) -> Iterator[None]:
+    target.mkdir()
+    abi.mount("small", target, "tmpfs", 0, f"size={size},mode=0700")
+    try:
+        yield
+    finally:
+        mount.unmount(target, lazy=True)
+
+
+def test_a_full_disk_ends_in_the_served_state(place: Place) -> None:
+    """It fills up while the image is unpacked: not before any byte is written, as a limit of the cache does."""
+    with small_file_system(place.directory / "small", 10 * MIB):
+        place.settings = Settings(cache_dir=place.directory / "small" / "cache", cache_quota=0, cache_min_free=0)
+        filler = place.directory / "small" / "filler"
+
+        def fill(done: int, _: int) -> None:
+            if done == 5 * MIB:
+                filler.write_bytes(bytes(6 * MIB))
+
+        device = place.service.attach(place.config, "x")
+        with pytest.raises(FlatFileError, match=r"No space|cache is full"):
+            graduate(place.service.run_dir, "x", fill)
+        assert place.service.list() == [device]
+        assert not device.graduated
+        assert read_direct(device.path, 0, SIZE) == place.content
+        assert not [path for path in (place.settings.cache_dir / "graduated").rglob("*") if path.is_file()]
+        filler.unlink()
+        graduate(place.service.run_dir, "x")
+        assert place.service.list()[0].graduated
+        assert read_direct(device.path, 0, SIZE) == place.content
+        place.service.detach("x")
+
+
+def unpackers() -> list[int]:
+    """The processes that unpack a device's image."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"graduate\0--run-dir" in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_while_it_is_unpacked_and_moved(place: Place, rounds: int) -> None:
+    """Server or unpacker, at any time: each read has the right bytes, and nothing is left after a cleanup."""
+    place.settings = replace(place.settings, graduation=True)
+    chooser = random.Random(rounds)
+    space = EvictingSpace(place.settings.cache_dir)
+    graduated = 0
+    for number in range(rounds):
+        device = place.service.attach(place.config, "x", served=True)
+        if number % 2:
+            until(unpackers)
+        time.sleep(chooser.uniform(0, 0.7))
+        record = DeviceRecord.load(place.service.run_dir.device("x"))
+        assert record is not None
+        victims = unpackers() if chooser.random() < 0.5 else [record.pid]
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                kill(pid)
+        assert read_direct(device.path, 0, SIZE) == place.content
+        assert place.service.list()[0].alive
+        if number % 3 == 0:
+            graduate(place.service.run_dir, "x")
+            assert read_direct(device.path, 0, SIZE) == place.content
+        graduated += place.service.list()[0].graduated
+        place.service.detach("x")
+        until(lambda: not unpackers())
+        clean_up(place.service)
+        left = {path.name for path in (place.settings.cache_dir / "graduated").rglob("*") if path.is_file()}
+        assert left in (set(), {"disk", "sums", "checked"})
+        assert space.count() == disk_usage(space.directory)
+        if left:
+            local = place.service.attach(place.config, "y")
+            assert local.graduated
+            assert read_direct(local.path, 0, SIZE) == place.content
+            place.service.detach("y")
+        if number % 4 == 3:
+            remove_unused(space)
+    assert graduated
