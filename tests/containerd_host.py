@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from obdlab.system import mount
 from tests.containerd.host import ContainerdHost, running_containerd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 NAME = "obdlab"
 _START_TIMEOUT_S = 60.0
@@ -152,18 +153,32 @@ class ObdlabHost:
 
 
 @contextmanager
-def containerd_with_obdlab(directory: Path, *arguments: str, sandbox_image: str = "") -> Iterator[ObdlabHost]:
+def containerd_with_obdlab(
+    directory: Path, *arguments: str, sandbox_image: str = "", differ: Mapping[str, object] | None = None
+) -> Iterator[ObdlabHost]:
     """Run both below ``directory`` and leave nothing of them behind. ``arguments`` are the snapshotter's.
 
-    With ``sandbox_image`` containerd also serves kubelets, with pods on that image.
+    With ``sandbox_image`` containerd also serves kubelets, with pods on that image. With ``differ``, keys of the
+    snapshotter's configuration file, the snapshotter is containerd's differ too.
     """
+    if differ is not None:
+        config = directory / "snapshotter.json"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps({"containerdAddress": str(directory / "containerd/c.sock"), **differ}))
+        arguments = ("--config", str(config), *arguments)
     snapshotter = SnapshotterProcess(directory / "snapshotter", *arguments)
     with ExitStack() as stack:
         stack.callback(snapshotter.take_down)
         snapshotter.start()
         proxies, cri = {NAME: str(snapshotter.address)}, NAME if sandbox_image else ""
         host = stack.enter_context(
-            running_containerd(directory / "containerd", proxies, cri=cri, sandbox_image=sandbox_image)
+            running_containerd(
+                directory / "containerd",
+                proxies,
+                cri=cri,
+                sandbox_image=sandbox_image,
+                differ="" if differ is None else str(snapshotter.address),
+            )
         )
         running = ObdlabHost(host, snapshotter)
         stack.callback(remove_containers, running)

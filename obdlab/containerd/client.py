@@ -93,8 +93,12 @@ class Containerd(Closing):
             raise
         self.leases.delete(lease_id)
 
+    def under(self, lease_id: str) -> LeasedContainerd:
+        """Return a client that makes every call under an existing lease."""
+        return LeasedContainerd(self._connection, lease_id)
+
     def close(self) -> None:
-        """Close the channel. Clients that share it (from :meth:`lease`) stop working."""
+        """Close the channel. Clients that share it (from :meth:`lease` and :meth:`under`) stop working."""
         self._connection.channel.close()
 
 

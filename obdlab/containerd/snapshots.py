@@ -138,8 +138,18 @@ class Snapshots:
         return f"{self.snapshotter}: {verb} snapshot {key!r}"
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A layer blob that containerd made and has in its content store."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: Mapping[str, str]
+
+
 class Differ:
-    """The diff service: containerd itself unpacks a layer of its content store into a snapshot."""
+    """The diff service: containerd itself unpacks a layer of its content store into a snapshot, and makes layers."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -151,14 +161,23 @@ class Differ:
         Returns the digest of the uncompressed tar. Raises NotFoundError if the blob is not in the content store.
         """
         request = diff_pb2.ApplyRequest(
-            diff=types_pb2.Descriptor(media_type=media_type, digest=digest, size=size),
-            mounts=[
-                types_pb2.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
-                for mount in mounts
-            ],
+            diff=types_pb2.Descriptor(media_type=media_type, digest=digest, size=size), mounts=_messages(mounts)
         )
         doing = f"unpacking layer {digest}"
         return self._connection.call(self._stub.Apply, request, doing, timeout_s=APPLY_TIMEOUT_S).applied.digest
+
+    def diff(self, left: Sequence[Mount], right: Sequence[Mount], labels: Mapping[str, str] | None = None) -> Made:
+        """Make a layer of the changes from ``left`` to ``right``; its blob gets the ``labels``."""
+        request = diff_pb2.DiffRequest(left=_messages(left), right=_messages(right), labels=labels)
+        answer = self._connection.call(self._stub.Diff, request, "making a layer", timeout_s=APPLY_TIMEOUT_S).diff
+        return Made(answer.media_type, answer.digest, answer.size, dict(answer.annotations))
+
+
+def _messages(mounts: Sequence[Mount]) -> list[types_pb2.Mount]:
+    return [
+        types_pb2.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
+        for mount in mounts
+    ]
 
 
 def _mounts(mounts: Sequence[types_pb2.Mount]) -> list[Mount]:

@@ -31,10 +31,13 @@ log = logging.getLogger(__name__)
 RPC_SECONDS, RPC_ERRORS, FALLBACKS = "rpc_seconds", "rpc_errors", "snapshotter_fallbacks"
 KINDS = ("view", "active", "committed")
 REASONS = ("no-block-devices", "registry-without-ranges", "not-overlaybd", "unproven-layer")
-#: Calls under the original's names.
-FUNCTIONS = ("Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "Walk", "Usage", "Cleanup")
-#: An answer, not a failure: the pulled layer exists.
-_NO_ERROR = "ALREADY_EXISTS"
+#: Calls under the original's names, then the differ's.
+FUNCTIONS = (
+    *("Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "Walk", "Usage", "Cleanup"),
+    *("Apply", "Diff"),
+)
+#: Answers, not failures: the pulled layer exists; the layer is containerd's own differ's.
+_NO_ERRORS = ("ALREADY_EXISTS", "UNIMPLEMENTED")
 
 
 def ask_all(run_dir: Path, deadline_s: float) -> list[Table]:
@@ -67,7 +70,7 @@ def metrics(tables: list[Table]) -> Iterator[Metric]:
     for function in FUNCTIONS:
         below, count, sum_s = cumulated(total.get(f"{RPC_SECONDS}:{function}", {}), BOUNDS)
         latency.add_metric([function], [*zip(BOUND_TEXTS, below, strict=True), ("+Inf", count)], sum_s)
-        counted = sum(count for name, code, count in errors if name == function and code != _NO_ERROR)
+        counted = sum(count for name, code, count in errors if name == function and code not in _NO_ERRORS)
         failed.add_metric([function], counted)
     yield latency
     yield failed

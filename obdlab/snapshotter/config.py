@@ -51,6 +51,8 @@ _KNOWN = {
     "turboFsType",
     "turboTargetsByLabel",
     "contentStore",
+    "containerdAddress",
+    "convertLayers",
     "runtimeType",
     "exporterConfig",
     *_NO_EFFECT,
@@ -73,6 +75,10 @@ class SnapshotterConfig:
     #: "address:port", or '' for none.
     exporter_listen: str = ""
     exporter_path: str = "/metrics"
+    #: The socket of the containerd whose content the differ reads and writes; None for the usual one.
+    containerd: Path | None = None
+    #: File system of ordinary layers that the differ makes block layers of, '' to leave them as they are.
+    convert_layers: str = ""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -116,6 +122,8 @@ class SnapshotterConfig:
             ),
             exporter_listen=f"0.0.0.0:{port}" if exporter.get("enable", bool, False) else "",
             exporter_path=exporter.text("uriPrefix") or "/metrics",
+            containerd=table.path("containerdAddress"),
+            convert_layers=table.word("convertLayers", ("", "ext4", "erofs")),
         )
 
 

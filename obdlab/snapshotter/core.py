@@ -47,8 +47,6 @@ FALLBACKS = Counter("snapshotter_fallbacks")
 
 _LABEL_PATH = "labels."
 _MAX_LOGGED = 300
-# Prefix of the key that clients without target snapshots use to unpack a layer.
-_UNPACK_PREFIX = "extract-"
 
 
 class Snapshotter:
@@ -67,6 +65,11 @@ class Snapshotter:
         images.on_fallback = self._note_fallback
         self._own_devices.recover()
         self.cleanup()
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """The rows and directories."""
+        return self._snapshots
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Make an active snapshot and return how to mount it.
@@ -280,8 +283,7 @@ class Snapshotter:
 
     # Containers get a quota; layers that are being unpacked do not.
     def _quota(self, kind: Kind, key: str, labels: Mapping[str, str]) -> int:
-        is_layer = overlaybd.pull_target(labels) or key.startswith(_UNPACK_PREFIX)
-        if kind is not Kind.ACTIVE or is_layer:
+        if kind is not Kind.ACTIVE or overlaybd.is_unpacked(key, labels):
             return 0
         return quota_asked(labels, self._options.quota_bytes)
 

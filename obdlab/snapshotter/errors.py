@@ -21,6 +21,10 @@ class FailedPreconditionError(ObdlabError):
     """The snapshot is in the wrong state: it has children, is not active, or is still in use."""
 
 
+class UnsupportedError(ObdlabError):
+    """This service does not do it; a caller with another one asks that. containerd does so with its differs."""
+
+
 class HasChildrenError(FailedPreconditionError):
     """A snapshot to be removed has children. The text begins as containerd's own: callers look for it."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -28,6 +29,7 @@ from obdlab.formats.oci import (
     chain_id_over,
     is_digest,
 )
+from obdlab.formats.tar import WRAP_SIZE, parse_wrap
 from obdlab.image.config import COMMIT_FILE, ImageConfig, LowerConfig, UpperConfig
 from obdlab.registry.reference import Reference, canonical_host, is_loopback, is_metadata
 from obdlab.snapshotter.errors import InvalidArgumentError
@@ -51,8 +53,12 @@ _OWN_LABELS = frozenset({LABEL_REMOTE, LABEL_COMMIT_PATH, LABEL_FALLBACK})
 # The original's converter names the layers it remembers in a database like this. containerd computes the names of
 # pulled layers, "sha256:<hex>", so no image can ask for such a name.
 _CONVERTER_PREFIX = "overlaybd-conv-"
+# The key that clients use to unpack a layer; containerd puts a namespace and a number before it.
+_UNPACKING = re.compile(r"([^/]+/[0-9]+/)?extract-", re.ASCII)
 _MAX_BLOB_SIZE = 1 << 62
 _MAGIC_SIZE = 24
+#: Bytes of a file that :func:`is_layer` looks at.
+LAYER_HEAD = WRAP_SIZE + _MAGIC_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,11 @@ def of_client(labels: Mapping[str, str]) -> dict[str, str]:
 def pull_target(labels: Mapping[str, str]) -> str:
     """Return the name under which a pull wants the layer committed, or '' if this is no pull."""
     return labels.get(LABEL_TARGET, "")
+
+
+def is_unpacked(key: str, labels: Mapping[str, str]) -> bool:
+    """Return True if a new snapshot is for a layer that is being pulled, not for a container."""
+    return bool(pull_target(labels)) or _UNPACKING.match(key) is not None
 
 
 def is_proven(layer: RemoteLayer, labels: Mapping[str, str], below: Mapping[str, str] | None) -> bool:
@@ -235,12 +246,22 @@ def is_downloaded_layer(fs: Path) -> bool:
         descriptor = os.open(fs / COMMIT_FILE, flags)
     except OSError:
         return False
+    with open(descriptor, "rb") as file:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and is_layer(file.read(LAYER_HEAD))
+
+
+def is_layer(head: bytes) -> bool:
+    """Return True if a file with these first ``LAYER_HEAD`` bytes is an overlaybd layer, bare or in a tar."""
     # Imported late: they bring numpy, 14 MiB that a service for plain images does not need.
     from obdlab.formats.lsmt.layout import MAGIC as LSMT
     from obdlab.formats.zfile.layout import MAGIC as ZFILE
 
-    with open(descriptor, "rb") as file:
-        return stat.S_ISREG(os.fstat(descriptor).st_mode) and file.read(_MAGIC_SIZE) in (LSMT, ZFILE)
+    try:
+        window = parse_wrap(head[:WRAP_SIZE])
+    except FormatError:
+        return False
+    at = 0 if window is None else window.offset
+    return head[at : at + _MAGIC_SIZE] in (LSMT, ZFILE)
 
 
 def blobs_url(reference: Reference, options: ImageOptions) -> str:

@@ -26,6 +26,7 @@ from obdlab.snapshotter.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    UnsupportedError,
 )
 from obdlab.snapshotter.grpchealth import Health
 from obdlab.snapshotter.store import Kind
@@ -33,6 +34,8 @@ from obdlab.snapshotter.store import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from google.protobuf.descriptor import ServiceDescriptor
 
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.mounts import Mount
@@ -59,6 +62,7 @@ _CODES: tuple[tuple[type[ObdlabError], grpc.StatusCode], ...] = (
     (AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
     (InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
     (FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
     (SourceError, grpc.StatusCode.UNAVAILABLE),
     (ObdlabError, grpc.StatusCode.UNKNOWN),
 )
@@ -78,41 +82,41 @@ class SnapshotService:
         self, request: pb.PrepareSnapshotRequest, context: grpc.ServicerContext
     ) -> pb.PrepareSnapshotResponse:
         """Make an active snapshot."""
-        with _answering(context, "Prepare", f"prepare {request.key!r}"):
+        with answering(context, "Prepare", f"prepare {request.key!r}"):
             mounts = self._snapshotter.prepare(request.key, request.parent, dict(request.labels))
             return pb.PrepareSnapshotResponse(mounts=_mounts(mounts))
 
     def View(self, request: pb.ViewSnapshotRequest, context: grpc.ServicerContext) -> pb.ViewSnapshotResponse:
         """Make a read-only snapshot."""
-        with _answering(context, "View", f"view {request.key!r}"):
+        with answering(context, "View", f"view {request.key!r}"):
             mounts = self._snapshotter.view(request.key, request.parent, dict(request.labels))
             return pb.ViewSnapshotResponse(mounts=_mounts(mounts))
 
     def Mounts(self, request: pb.MountsRequest, context: grpc.ServicerContext) -> pb.MountsResponse:
         """Return the mounts of a snapshot."""
-        with _answering(context, "Mounts", f"mounts of {request.key!r}"):
+        with answering(context, "Mounts", f"mounts of {request.key!r}"):
             return pb.MountsResponse(mounts=_mounts(self._snapshotter.mounts(request.key)))
 
     def Commit(self, request: pb.CommitSnapshotRequest, context: grpc.ServicerContext) -> Empty:
         """Turn an active snapshot into a committed one."""
-        with _answering(context, "Commit", f"commit {request.key!r} as {request.name!r}"):
+        with answering(context, "Commit", f"commit {request.key!r} as {request.name!r}"):
             self._snapshotter.commit(request.name, request.key, dict(request.labels))
             return Empty()
 
     def Remove(self, request: pb.RemoveSnapshotRequest, context: grpc.ServicerContext) -> Empty:
         """Forget a snapshot."""
-        with _answering(context, "Remove", f"remove {request.key!r}"):
+        with answering(context, "Remove", f"remove {request.key!r}"):
             self._snapshotter.remove(request.key)
             return Empty()
 
     def Stat(self, request: pb.StatSnapshotRequest, context: grpc.ServicerContext) -> pb.StatSnapshotResponse:
         """Describe a snapshot."""
-        with _answering(context, "Stat", f"stat {request.key!r}"):
+        with answering(context, "Stat", f"stat {request.key!r}"):
             return pb.StatSnapshotResponse(info=_info(self._snapshotter.stat(request.key)))
 
     def Update(self, request: pb.UpdateSnapshotRequest, context: grpc.ServicerContext) -> pb.UpdateSnapshotResponse:
         """Change labels."""
-        with _answering(context, "Update", f"update {request.info.name!r}"):
+        with answering(context, "Update", f"update {request.info.name!r}"):
             snapshot = self._snapshotter.update(
                 request.info.name, dict(request.info.labels), list(request.update_mask.paths)
             )
@@ -122,20 +126,20 @@ class SnapshotService:
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ListSnapshotsResponse]:
         """Describe all snapshots that match."""
-        with _answering(context, "Walk", "list"):
+        with answering(context, "Walk", "list"):
             snapshots = self._snapshotter.walk(list(request.filters))
         for batch in _batches(snapshots):
             yield pb.ListSnapshotsResponse(info=batch)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageResponse:
         """Return the disk space of a snapshot."""
-        with _answering(context, "Usage", f"usage of {request.key!r}"):
+        with answering(context, "Usage", f"usage of {request.key!r}"):
             usage = self._snapshotter.usage(request.key)
             return pb.UsageResponse(size=usage.size, inodes=usage.inodes)
 
     def Cleanup(self, request: pb.CleanupRequest, context: grpc.ServicerContext) -> Empty:
         """Delete leftovers."""
-        with _answering(context, "Cleanup", "cleanup"):
+        with answering(context, "Cleanup", "cleanup"):
             self._snapshotter.cleanup()
             return Empty()
 
@@ -143,15 +147,19 @@ class SnapshotService:
 class SnapshotServer:
     """A gRPC server on a unix socket. The socket has mode 0600: containerd runs as the same user."""
 
-    def __init__(self, snapshotter: Snapshotter, address: Path) -> None:
-        """Bind the socket, replacing one without a server. Raises SocketError."""
+    def __init__(
+        self, snapshotter: Snapshotter, address: Path, more: Sequence[tuple[ServiceDescriptor, object]] = ()
+    ) -> None:
+        """Bind the socket, replacing one without a server, also for ``more`` services. Raises SocketError."""
         self.address = address
         _make_room(address)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
         self._server = grpc.server(self._pool)
-        self._health = Health(frozenset({_SERVICE.full_name}), snapshotter.is_well)
+        services = [(_SERVICE, SnapshotService(snapshotter)), *more]
+        self._health = Health(frozenset(service.full_name for service, _ in services), snapshotter.is_well)
         self._health.add_to(self._server)
-        serve(self._server, _SERVICE, SnapshotService(snapshotter))
+        for service, servicer in services:
+            serve(self._server, service, servicer)
         try:
             self._server.add_insecure_port(f"unix:{address}")
             address.chmod(0o600)
@@ -199,7 +207,8 @@ def _make_room(address: Path) -> None:
 
 
 @contextmanager
-def _answering(context: grpc.ServicerContext, function: str, what: str) -> Iterator[None]:
+def answering(context: grpc.ServicerContext, function: str, what: str) -> Iterator[None]:
+    """Count and time a call, for the block; end it with the code of the error that the block raises."""
     began = time.perf_counter()
     try:
         with _timed(function, began):

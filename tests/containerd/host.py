@@ -88,10 +88,16 @@ class ContainerdHost:
 
 @contextmanager
 def running_containerd(
-    directory: Path, snapshotters: Mapping[str, str] | None = None, *, cri: str = "", sandbox_image: str = ""
+    directory: Path,
+    snapshotters: Mapping[str, str] | None = None,
+    *,
+    cri: str = "",
+    sandbox_image: str = "",
+    differ: str = "",
 ) -> Iterator[ContainerdHost]:
     """Run containerd below ``directory`` with proxy snapshotters (name: socket), and stop it at the end.
 
+    The ``differ`` on that socket is asked before containerd's own.
     With ``cri`` its CRI plugin runs too, on the snapshotter of that name and with pods on ``sandbox_image``.
     """
     proxies = "".join(
@@ -106,6 +112,9 @@ def running_containerd(
         for name in ("overlayfs", *(snapshotters or {}))
     )
     plugin = unpacked
+    if differ:
+        plugin += '[plugins."io.containerd.service.v1.diff-service"]\ndefault = ["obdlab-diff", "walking"]\n'
+        proxies += f'[proxy_plugins."obdlab-diff"]\ntype = "diff"\naddress = {json.dumps(differ)}\n'
     if cri:  # pods' scores are below 0, which a root without CAP_SYS_RESOURCE may not give
         plugin += f"""[plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = {json.dumps(sandbox_image)}

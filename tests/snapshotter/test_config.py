@@ -90,6 +90,15 @@ def test_labels_name_targets_only_if_allowed(tmp_path: Path) -> None:
         load(tmp_path, turboTargetsByLabel="yes")
 
 
+def test_the_differ_is_configured(tmp_path: Path) -> None:
+    assert (load(tmp_path).containerd, load(tmp_path).convert_layers) == (None, "")
+    config = load(tmp_path, containerdAddress="/c.sock", convertLayers="erofs")
+    assert (config.containerd, config.convert_layers) == (Path("/c.sock"), "erofs")
+    for key, value in (("convertLayers", "xfs"), ("convertLayers", True), ("containerdAddress", "c.sock")):
+        with pytest.raises(ConfigError, match=key):
+            load(tmp_path, **{key: value})
+
+
 def test_file_systems_of_turbo_images(tmp_path: Path) -> None:
     assert load(tmp_path).images.turbo_file_systems == ("erofs", "ext4")
     assert load(tmp_path, turboFsType=["ext4"]).images.turbo_file_systems == ("ext4",)

@@ -20,8 +20,10 @@ from obdlab.observe import logs
 if TYPE_CHECKING:
     import argparse
 
+    from obdlab.differ.filling import DifferOptions
     from obdlab.server.snapshottersocket import Telling
     from obdlab.settings.settings import Settings
+    from obdlab.snapshotter.config import SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.layout import Layout
 
@@ -57,6 +59,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     need_root("makes block devices and mounts file systems")
+    from obdlab.differ.diffservice import SERVICE as DIFF
+    from obdlab.differ.diffservice import DiffService
     from obdlab.server.tcmu.devices import devices_for
     from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
@@ -79,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     layout = Layout(root)
     images = ImageDevices(layout, devices)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
-    server = SnapshotServer(snapshotter, address.absolute())
+    differ = DiffService(snapshotter, devices, _differ_options(config))
+    server = SnapshotServer(snapshotter, address.absolute(), [(DIFF, differ)])
     server.start()
     images.start_host()
     publisher = _publish_counters(args.run_dir.absolute(), layout, snapshotter)
@@ -104,6 +109,13 @@ def run(args: argparse.Namespace) -> int:
         os._exit(0)
     snapshotter.close()
     return 0
+
+
+def _differ_options(config: SnapshotterConfig) -> DifferOptions:
+    from obdlab.differ.filling import DifferOptions
+
+    standard = DifferOptions()
+    return DifferOptions(str(config.containerd or standard.containerd), config.convert_layers)
 
 
 # Times and failures of calls, for exporters. The snapshotter runs also if they cannot be published.
